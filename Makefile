@@ -1,0 +1,69 @@
+# make quickstart   install, fetch a small model and data, fine-tune it, draw the report
+# make test         install if needed, run the tests (ARGS="-k name" for some of them)
+# make check        style, format and types
+# make lint         repair what ruff can repair
+# make venv         install only
+# make clean        remove the environment and the caches; models and runs stay
+#
+# PYTHON=python3.12       the Python that makes the environment (3.11 or newer)
+# TORCH_INDEX=URL         where to look for torch besides the default index; empty: nowhere else
+# REQUIRE_HQQ=1           fail when hqq cannot be installed
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := .ci/constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(PINS)
+ARGS ?=
+
+export PIP_ROOT_USER_ACTION := ignore
+
+# The default index has the CUDA build of torch, several GB: without a card, find the CPU build.
+ifndef CI
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+endif
+
+.PHONY: help venv test check lint quickstart clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml $(PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo \
+		"error: $(PYTHON) is missing or older than 3.11; make PYTHON=python3.12 names another" >&2; exit 3; }
+	@$(PYTHON) -m venv $(VENV) || { echo \
+		"error: $(PYTHON) cannot make $(VENV); on Debian: apt-get install python3-venv" >&2; exit 3; }
+	@echo "Installing torch into $(VENV) (0.2 GB without a card, about 3 GB with one) ..."
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "Installing fsdp_qlora and what it needs ..."
+	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[hqq]' || { echo \
+		"hqq could not be installed: train_type hqq_* will not work, everything else does" >&2; \
+		test "$(REQUIRE_HQQ)" != 1; }
+	@touch $@
+
+test: venv
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: venv
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy fsdp_qlora
+
+lint: venv
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+quickstart: venv
+	$(BIN)/python -m fsdp_qlora fetch smollm2
+	$(BIN)/python -m fsdp_qlora fetch docstrings
+	$(BIN)/python train.py --recipe quickstart
+	$(BIN)/python -m fsdp_qlora report quickstart/run
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find fsdp_qlora tests -name __pycache__ -type d -prune -exec rm -rf {} +

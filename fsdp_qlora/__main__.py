@@ -1,0 +1,52 @@
+"""The verbs beside training: `python -m fsdp_qlora VERB ...`."""
+
+import importlib
+import sys
+
+from fsdp_qlora.errors import DONE, SIGINT, UserError
+
+VERBS = {
+    "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
+    "report": ("fsdp_qlora.results.report", "main", "draw loss and memory of a run"),
+}
+
+
+def usage() -> str:
+    """Say which verbs there are.
+
+    Returns:
+        A few lines of text.
+    """
+    rows = [f"  {verb:<8} {words}" for verb, (_, _, words) in VERBS.items()]
+    return "\n".join(["usage: python -m fsdp_qlora VERB ...  (VERB --help tells more)", "", *rows])
+
+
+def main(argv: list[str]) -> int:
+    """Run a verb; only its own module is imported.
+
+    Args:
+        argv: the verb and its arguments.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: there is no such verb.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return DONE
+    if argv[0] not in VERBS:
+        raise UserError(argv[0], f"want one of {' '.join(VERBS)}", "python -m fsdp_qlora --help")
+    module, function, _ = VERBS[argv[0]]
+    return getattr(importlib.import_module(module), function)(argv[1:])
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(SIGINT)

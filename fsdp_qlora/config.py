@@ -1,0 +1,334 @@
+"""Every option of a run, once: name, type, default, meaning and the values it may take."""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fsdp_qlora import cli
+from fsdp_qlora.cli import any_of, flag, idle
+from fsdp_qlora.errors import UserError, join
+
+USAGE = """usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]
+
+Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machine.
+--option true and a bare --option are the same; a recipe stands below the command line."""
+PROJECT_DIR = Path(__file__).resolve().parents[1]
+RECIPES_DIR = PROJECT_DIR / "recipes"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainType:
+    """A train_type: how the base is stored and what is trained on top.
+
+    Args:
+        base: store of the frozen weights.
+        adapter: what is trained.
+        built: False for a known name that is refused today.
+    """
+
+    base: Literal["bnb", "hqq", "none"]
+    adapter: Literal["lora", "dora", "llama_pro", "full"]
+    built: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """A precision: torch names of the dtype of products and of the trained weights.
+
+    Args:
+        compute: dtype of activations and unpacked weights.
+        master: dtype of adapters and optimizer states.
+        built: False for a known name that is refused today.
+    """
+
+    compute: str
+    master: str
+    built: bool
+
+
+TRAIN_TYPES = {
+    "qlora": TrainType("bnb", "lora", True),
+    "custom_qlora": TrainType("bnb", "lora", True),
+    "hqq_lora": TrainType("hqq", "lora", True),
+    "lora": TrainType("none", "lora", True),
+    "custom_lora": TrainType("none", "lora", True),
+    "full": TrainType("none", "full", False),
+    "bnb_dora": TrainType("bnb", "dora", False),
+    "hqq_dora": TrainType("hqq", "dora", False),
+    "bnb_llama_pro": TrainType("bnb", "llama_pro", False),
+    "hqq_llama_pro": TrainType("hqq", "llama_pro", False),
+}
+PRECISIONS = {
+    "bf16": Precision("bfloat16", "float32", True),
+    "bf16_autocast": Precision("bfloat16", "float32", True),
+    "bf16_buffers_autocast": Precision("bfloat16", "float32", True),
+    "fp32": Precision("float32", "float32", True),
+    "fp16_autocast": Precision("float16", "float32", False),
+}
+STRATEGIES = {
+    "full_shard": True,
+    "shard_grad_op": True,
+    "ddp": True,
+    "hybrid_full_shard": False,
+    "hybrid_shard_grad_op": False,
+}
+OPTIMIZERS = {"adamw": True, "adam": False, "sgd": False, "adadelta": False}
+SCHEDULERS = {"constant": True, "linear": True, "cosine": True}
+ATTENTIONS = any_of("auto", "sdpa", "flash_attention_2", "eager")
+LOGS = {"tqdm": True, "stdout": True, "wandb": False}
+BITS = {4: True, 2: False, 3: False, 8: False}
+ONLY_FALSE = {False: True, True: False}
+ALIASES = {
+    "model_name_or_path": "model_name",
+    "learning_rate": "lr",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_norm",
+    "num_train_epochs": "num_epochs",
+    "lora_r": "lora_rank",
+    "max_seq_length": "context_length",
+    "per_device_train_batch_size": "batch_size",
+    "report_to": "log_to",
+}
+NO_PROFILER = "the profiler is not built yet"
+NO_WANDB = "wandb is not built yet"
+TEXT = "printable text"
+COUNT = "-1 or >= 1"
+DATASET_HELP = "x.jsonl|.json|.parquet, or alpaca alpaca_sample dummy guanaco sql orca_math"
+
+
+def built(table: Mapping[str, TrainType] | Mapping[str, Precision]) -> dict[str, bool]:
+    """Return the choices of a table: its names, and whether each is built."""
+    return {name: row.built for name, row in table.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All options of a run. Fields are the flags of train.py; `--help` prints their meanings."""
+
+    recipe: str | None = flag(None, "model", "recipe name or TOML file; flags stand above it")
+    model_name: str = flag("meta-llama/Llama-2-7b-hf", "model", "directory or hub name", rule=TEXT)
+    train_type: str = flag("qlora", "model", "base and adapter", built(TRAIN_TYPES))
+    precision: str = flag("bf16", "model", "dtype of products; adapters fp32", built(PRECISIONS))
+    quant_type: str = flag("nf4", "model", "4-bit code of bitsandbytes", any_of("nf4", "fp4"))
+    double_quant: bool = flag(True, "model", "quantise the block scales too (bitsandbytes)")
+    n_bits: int = flag(4, "model", "bits of an HQQ weight", BITS)
+    quant_cache: str = flag("auto", "model", "kept 4-bit bytes: auto, off or DIR", rule=TEXT)
+    weights: str = flag("load", "model", "random: only the shape is real", any_of("load", "random"))
+    attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
+    liger: str = flag("auto", "model", "Liger kernels, if installed", any_of("auto", "off"))
+
+    lora_rank: int = flag(64, "adapter", "rank r of the LoRA matrices", rule=">= 1")
+    lora_alpha: int = flag(16, "adapter", "scale is alpha / r", rule=">= 1")
+    lora_dropout: float = flag(0.1, "adapter", "on the adapter's input", rule="from 0 to below 1")
+    lora_target_modules: str = flag("all", "adapter", "all linears, or a,comma,list", rule=TEXT)
+    use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
+
+    dataset: str = flag("alpaca_sample", "data", DATASET_HELP, rule=TEXT)
+    dataset_samples: int = flag(512, "data", "rows of dummy, *_sample and orca_math", rule=">= 1")
+    context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
+    eval_samples: int = flag(0, "data", "rows held out for loss before and after", rule=">= 0")
+    sample_prompt: str | None = flag(None, "data", "prompt answered before and after training")
+    sample_tokens: int = flag(48, "data", "longest such answer in tokens", rule=">= 1")
+
+    batch_size: int = flag(1, "training", "rows per rank and micro-batch", rule=">= 1")
+    gradient_accumulation_steps: int = flag(1, "training", "micro-batches per step", rule=">= 1")
+    num_epochs: int = flag(1, "training", "passes over the data", rule=">= 1")
+    max_steps: int = flag(-1, "training", "optimizer steps in all; -1: by epochs", rule=COUNT)
+    lr: float = flag(1e-5, "training", "highest learning rate", rule="> 0")
+    lr_scheduler: str = flag("constant", "training", "learning rate over time", SCHEDULERS)
+    warmup_ratio: float = flag(0.1, "training", "share of steps to warm up", rule="from 0 to 1")
+    optimizer: str = flag("adamw", "training", "optimizer of the adapters", OPTIMIZERS)
+    wd: float = flag(0.1, "training", "weight decay", rule=">= 0")
+    apply_gradient_clipping: bool = flag(False, "training", "clip the global gradient norm")
+    grad_norm: float = flag(0.3, "training", "largest norm when clipping", rule="> 0")
+    seed: int = flag(42, "training", "data order, adapters, dropout", rule="from 0 to 2**32 - 1")
+
+    world_size: int = flag(-1, "sharding", "ranks; -1: one per GPU", rule=COUNT)
+    sharding_strategy: str = flag("full_shard", "sharding", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
+    use_cpu_offload: bool = flag(True, "sharding", "frozen base on the host")
+    use_gradient_checkpointing: bool = flag(True, "sharding", "recompute layers in backward")
+    reentrant_checkpointing: bool = flag(False, "sharding", "the older way of recomputing")
+    use_activation_cpu_offload: bool = flag(False, "sharding", "activations on host", ONLY_FALSE)
+    gpu_budget_gib: float | None = flag(None, "sharding", "cap per card in GiB", rule="> 0")
+    verify_bytes: bool = flag(True, "sharding", "check 4-bit bytes at the start")
+    master_port: int | None = flag(None, "sharding", "0: a free one", rule="from 0 to 65535")
+
+    output_dir: str | None = flag(None, "output", "[output/MODEL-TYPE-TIME]", rule=TEXT)
+    overwrite: bool = flag(False, "output", "write into a directory that holds a run")
+    save_model: bool = flag(True, "output", "save the adapter at the end")
+    log_to: str = flag("tqdm", "output", "progress bar or plain lines", LOGS)
+    verbose: bool = flag(False, "output", "print more at the start")
+    profile: bool = flag(False, "output", "torch profiler", ONLY_FALSE)
+
+    low_memory: bool = idle(True, "weights are always streamed layer by layer")
+    loading_workers: int = idle(-1, "the ranks share the loading")
+    no_sync: bool = idle(False, "the gradients of adapters are cheap to reduce")
+    llama_pro_path: str | None = idle(None, "llama_pro is not built yet")
+    profile_memory: bool = idle(False, "metrics.jsonl has the memory of every step")
+    master_addr: str = idle("localhost", "ranks of this machine meet on 127.0.0.1")
+    project_name: str = idle("fsdp_qlora", NO_WANDB)
+    name: str | None = idle(None, NO_WANDB)
+    group: str | None = idle(None, NO_WANDB)
+    entity: str | None = idle(None, NO_WANDB)
+    profiling_output: str = idle("profiles", NO_PROFILER)
+    with_stack: bool = idle(False, NO_PROFILER)
+    with_shapes: bool = idle(False, NO_PROFILER)
+    export_trace: bool = idle(True, NO_PROFILER)
+    export_memory_timeline: bool = idle(False, NO_PROFILER)
+    wait_steps: int = idle(1, NO_PROFILER)
+    warmup_steps: int = idle(1, NO_PROFILER)
+    active_steps: int = idle(4, NO_PROFILER)
+    repeat: int = idle(0, NO_PROFILER)
+    profiling_frequency: int = idle(10, NO_PROFILER)
+
+    @property
+    def format_name(self) -> str:
+        """Name of the format the frozen linears are stored in, such as "nf4_dq"."""
+        base = TRAIN_TYPES[self.train_type].base
+        bnb = self.quant_type + ("_dq" if self.double_quant else "")
+        return {"bnb": bnb, "hqq": f"hqq{self.n_bits}", "none": "bf16"}[base]
+
+    @property
+    def compute_dtype(self) -> str:
+        """Torch name of the dtype of products and activations."""
+        return PRECISIONS[self.precision].compute
+
+    @property
+    def master_dtype(self) -> str:
+        """Torch name of the dtype of adapters and optimizer states."""
+        return PRECISIONS[self.precision].master
+
+    @property
+    def checkpointing(self) -> Literal["none", "reentrant", "non_reentrant"]:
+        """How decoder layers are recomputed in the backward pass."""
+        if not self.use_gradient_checkpointing:
+            return "none"
+        return "reentrant" if self.reentrant_checkpointing else "non_reentrant"
+
+    @property
+    def resolved_output_dir(self) -> Path:
+        """Directory of the run; `parse` has put its name, with the time of the start, in here."""
+        return Path(self.output_dir or default_output_dir(self.model_name, self.train_type))
+
+
+def default_output_dir(model_name: str, train_type: str) -> str:
+    """Return output/<model>-<train_type>-<yyyymmdd-hhmmss> for a run that starts now."""
+    model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip(".-") or "model"
+    return f"output/{model}-{train_type}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """Return the resolved configuration of a command line.
+
+    Args:
+        argv: arguments without the program's name.
+
+    Returns:
+        A configuration that obeys all rules, with its output directory filled in.
+
+    Raises:
+        UserError: every fault of names, types, choices, ranges and combinations, at once.
+        SystemExit: code 0 after printing the help.
+    """
+    cli.show_help_if_asked(argv, Config, USAGE)
+    values, faults = cli.read(argv, Config, ALIASES, RECIPES_DIR)
+    cfg = Config(**values)
+    faults += find_conflicts(cfg, frozenset(values))
+    if faults:
+        raise join(faults)
+    return dataclasses.replace(
+        cfg,
+        use_cpu_offload=cfg.use_cpu_offload and cfg.sharding_strategy != "ddp",
+        output_dir=str(cfg.resolved_output_dir),
+    )
+
+
+def find_conflicts(cfg: Config, given: frozenset[str]) -> list[UserError]:
+    """Return the combinations of options that cannot work.
+
+    Args:
+        cfg: options, each valid by itself.
+        given: names of the options the user wrote.
+
+    Returns:
+        One error per conflict, with the remedy.
+    """
+    base = TRAIN_TYPES[cfg.train_type].base
+    offload = cfg.use_cpu_offload and "use_cpu_offload" in given
+    no_bnb = "belongs to a bitsandbytes base"
+    table = [
+        (
+            offload and cfg.sharding_strategy == "ddp",
+            "--use_cpu_offload true with --sharding_strategy ddp",
+            "ddp keeps the whole base on each card",
+            "use full_shard, or leave offload out",
+        ),
+        (
+            cfg.checkpointing == "none" and cfg.reentrant_checkpointing,
+            "--reentrant_checkpointing true",
+            "needs --use_gradient_checkpointing true",
+            "set both or none",
+        ),
+        (
+            base != "bnb" and cfg.quant_type != "nf4",
+            f"--quant_type {cfg.quant_type} with --train_type {cfg.train_type}",
+            no_bnb,
+            "use --train_type qlora, or leave it out",
+        ),
+        (
+            base != "bnb" and not cfg.double_quant,
+            f"--double_quant false with --train_type {cfg.train_type}",
+            no_bnb,
+            "use --train_type qlora, or leave it out",
+        ),
+        (
+            cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32",
+            "--attn flash_attention_2 with --precision fp32",
+            "flash attention has no fp32 kernel",
+            "use --attn sdpa or --precision bf16",
+        ),
+    ]
+    return [UserError(got, rule, remedy) for is_broken, got, rule, remedy in table if is_broken]
+
+
+def cfg_notes(cfg: Config) -> list[str]:
+    """Return one line for every option that was set but has no effect in this run.
+
+    Args:
+        cfg: a configuration made by `parse`.
+
+    Returns:
+        Lines to print once, on one rank.
+    """
+    notes = [
+        f"--{field.name} has no effect: {field.metadata['idle']}"
+        for field in dataclasses.fields(cfg)
+        if field.metadata["idle"] and getattr(cfg, field.name) != field.default
+    ]
+    if cfg.sharding_strategy == "ddp":
+        notes.append("cpu offload is off: ddp keeps the whole base on each card")
+    if not cfg.apply_gradient_clipping and cfg.grad_norm != Config.grad_norm:
+        notes.append("--grad_norm has no effect: --apply_gradient_clipping is false")
+    return notes
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Return every option by name, in the order of the help."""
+    return dataclasses.asdict(cfg)
+
+
+def save(cfg: Config, path: str | os.PathLike[str]) -> None:
+    """Write every option as JSON, whole or not at all.
+
+    Args:
+        cfg: the configuration.
+        path: file to write; its directory exists.
+    """
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

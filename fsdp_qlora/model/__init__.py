@@ -1,0 +1,1 @@
+"""The sharded 4-bit model: pack, attach, shard, fill."""

@@ -1,0 +1,87 @@
+"""LoRA adapters: attaching them, starting values, and their names outside.
+
+Source: LoRA, arXiv 2106.09685, section 4.1.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fsdp_qlora.arch import Linear
+from fsdp_qlora.config import Config
+from fsdp_qlora.model.packed import LoraSlot, PackedLinear
+from fsdp_qlora.model.shard import blocks, local_range, set_local
+
+
+def attach(
+    model: nn.Module,
+    targets: Iterable[Linear],
+    cfg: Config,
+    world_size: int,
+) -> None:
+    """Give each decoder layer one flat float32 LoRA parameter (meta) for the linears named by `targets`.
+
+    Args:
+        targets: linears to adapt, by their name inside the layer.
+        cfg: lora_rank, lora_alpha, lora_dropout, use_rslora: see LoraSlot.
+        world_size: the parameter is padded to a multiple of it, so that slices are even.
+    """
+    names = [linear.name for linear in targets]
+    for block in blocks(model):
+        body = block.body
+        linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, PackedLinear)}
+        body.slots = tuple(
+            LoraSlot(
+                name,
+                linears[name],
+                cfg.lora_rank,
+                cfg.lora_alpha,
+                cfg.lora_dropout,
+                cfg.use_rslora,
+            )
+            for name in names
+        )
+        numel = sum(size for slot in body.slots for size in slot.sizes)
+        numel = -(-numel // world_size) * world_size
+        body.lora = nn.Parameter(torch.empty(numel, dtype=torch.float32, device="meta"))
+
+
+def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
+    """Fill this rank's slices: A uniform in +-1/sqrt(I) (Kaiming with a = sqrt 5, as peft does), B zero.
+
+    The values depend on (seed, layer, name) only, so every world size starts from the same adapter.
+    """
+    for index, block in enumerate(blocks(model)):
+        if not block.body.slots:
+            continue
+        whole = torch.zeros(block.body.lora.shape, dtype=torch.float32)
+        for slot, (a_RI, _) in zip(block.body.slots, block.body.split_lora(whole), strict=True):
+            bound = 1 / math.sqrt(slot.linear.in_features)
+            a_RI.uniform_(-bound, bound, generator=_generator(seed, f"{index}.{slot.name}"))
+        start, stop = local_range(block.body.lora)
+        set_local(block.body, "lora", whole[start:stop].to(device))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def named_pairs(model: nn.Module, flats: list[torch.Tensor], layers_prefix: str):
+    """Yield (peft tensor name, tensor) for whole flat LoRA tensors, one per decoder layer.
+
+    Args:
+        flats: the whole (unsharded) `lora` of each layer, in order.
+        layers_prefix: where the layers are in the model, "model.layers".
+
+    Yields:
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise lora_B, [O, R].
+    """
+    for index, (block, flat) in enumerate(zip(blocks(model), flats, strict=True)):
+        for slot, (a_RI, b_OR) in zip(block.body.slots, block.body.split_lora(flat), strict=True):
+            stem = f"base_model.model.{layers_prefix}.{index}.{slot.name}"
+            yield f"{stem}.lora_A.weight", a_RI
+            yield f"{stem}.lora_B.weight", b_OR

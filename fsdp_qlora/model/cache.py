@@ -1,0 +1,163 @@
+"""The quantised copy on disk: one safetensors file per decoder layer and a manifest of hashes.
+
+The second start of a run reads these bytes instead of 16-bit weights. The directory is written beside its final name and
+renamed when it is whole; every file is verified by SHA-256 as it is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fsdp_qlora import __version__
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model.packed import Layout
+from fsdp_qlora.model.weights import read_file
+from fsdp_qlora.train.world import World
+
+LAYOUT_VERSION = 1  # of the bytes; raise it when packed.build_layout changes
+TENSOR = "packed"
+
+
+@dataclass
+class PackedCache:
+    """Packed layers of one model in one format.
+
+    Attributes:
+        directory: where they are or will be; None = the cache is off.
+        note: one line for the user.
+        digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
+        nbytes: of one layer.
+        is_complete: the directory holds every layer.
+    """
+
+    directory: Path | None
+    note: str
+    nbytes: int = 0
+    is_complete: bool = False
+    digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def _temporary(self) -> Path:
+        return self.directory.with_name(f".tmp-{self.directory.name}")
+
+    def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor]:
+        """Yield packed bytes (uint8 [nbytes], host) of the layers in order, the next ones being read and hashed.
+
+        Raises:
+            UserError: a file is damaged (code 5).
+        """
+        with ThreadPoolExecutor(2) as pool:
+            ahead = [pool.submit(self._read_layer, layer) for layer in layers[:2]]
+            for position in range(len(layers)):
+                packed = ahead[position].result()
+                ahead[position] = None
+                if position + 2 < len(layers):
+                    ahead.append(pool.submit(self._read_layer, layers[position + 2]))
+                yield packed
+
+    def _read_layer(self, layer: int) -> torch.Tensor:
+        path = self.directory / _file_name(layer)
+        packed = torch.empty(self.nbytes, dtype=torch.uint8)
+        problem = "is missing"
+        if path.exists():
+            header_bytes = path.stat().st_size - self.nbytes  # the tensor is the last thing in the file
+            problem = "is too short"
+            if header_bytes >= 8:
+                read_file(str(path), header_bytes, packed)
+                digest = hashlib.sha256(packed.numpy()).hexdigest()
+                problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
+        if problem:
+            raise UserError(
+                f"{path} {problem}",
+                "the quantised cache is verified as it is read",
+                f"delete {self.directory} (it is made again) or use --quant_cache off",
+                code=5,
+            )
+        return packed
+
+    def write_layer(self, layer: int, packed: torch.Tensor) -> None:
+        """Keep the packed bytes (uint8 [nbytes], any device) of one layer."""
+        if self.directory is None:
+            return
+        host = packed.cpu()
+        self.digests[layer] = hashlib.sha256(host.numpy()).hexdigest()
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        path = self._temporary / _file_name(layer)
+        save_file({TENSOR: host}, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def commit(self, world: World) -> None:
+        """Give the directory its name once every rank has written its layers."""
+        if self.directory is None or self.is_complete:
+            return
+        digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
+        if world.rank == 0:
+            manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
+            (self._temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._temporary.rename(self.directory)
+        world.barrier()
+
+
+def _file_name(layer: int) -> str:
+    return f"layer-{layer:05d}.safetensors"
+
+
+def key(info: ModelInfo, layout: Layout) -> str:
+    """Name of the cache entry: the model's files (names, sizes, times, every header entry), format, layout, version."""
+    digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{layout}".encode())
+    for file in sorted({ref.file for ref in info.tensors.values()}):
+        status = os.stat(file)
+        digest.update(f"{Path(file).name}:{status.st_size}:{status.st_mtime_ns}".encode())
+    for name, ref in sorted(info.tensors.items()):
+        digest.update(f"{name}:{ref.dtype}:{ref.shape}:{ref.start}".encode())
+    return f"{Path(info.path).name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
+
+
+def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> PackedCache:
+    """Find the cache entry of a model, or the place to write it; all ranks decide the same.
+
+    Args:
+        setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
+    """
+    if setting == "off" or not info.tensors or layout.format_name == "bf16":
+        return PackedCache(None, "off")
+    root = Path(
+        os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
+        if setting == "auto"
+        else setting
+    ).expanduser()
+    directory = root / key(info, layout)
+    need_bytes = layout.nbytes * info.num_layers
+    cache = PackedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)
+    if (directory / "manifest.json").exists():
+        manifest = json.loads((directory / "manifest.json").read_text())
+        cache.digests = dict(enumerate(manifest["sha256"]))
+        cache.is_complete = True
+        return cache
+    refusal = _cannot_write(root, need_bytes, world)
+    refusals = [text for text in world.gather_objects(refusal) if text]
+    return PackedCache(None, refusals[0]) if refusals else cache
+
+
+def _cannot_write(root: Path, need_bytes: int, world: World) -> str:
+    if world.size != world.local_size:
+        return "not written: the ranks are on several machines"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(root).free
+    except OSError as error:
+        return f"not written: {root}: {error.strerror}"
+    if free_bytes < need_bytes * 1.1:
+        return f"not written: {root} has {free_bytes / 2**30:.1f} GiB free, {need_bytes / 2**30:.1f} needed"
+    return ""

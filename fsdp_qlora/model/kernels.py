@@ -1,0 +1,64 @@
+"""Choosing kernels: dtype, attention, and Liger's fused RMSNorm, RoPE and SwiGLU where they help."""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a run computes with.
+
+    Attributes:
+        dtype: of products and activations.
+        attention: transformers' name of the implementation.
+        use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
+        note: one line for the user, with the reasons.
+    """
+
+    dtype: torch.dtype
+    attention: str
+    use_liger: bool
+    note: str
+
+
+def choose(attn: str, liger: str, compute_dtype: str, device: torch.device) -> Choice:
+    """Resolve `--attn` and `--liger` for a device.
+
+    flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own flash kernel.
+    """
+    has_gpu = device.type == "cuda"
+    attention, attention_why = attn, "as asked"
+    if attn == "auto":
+        has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
+        attention = "flash_attention_2" if has_flash else "sdpa"
+        attention_why = "installed" if has_flash else "flash-attn not installed" if has_gpu else "no GPU"
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    use_liger = liger == "auto" and has_gpu and has_liger
+    liger_why = (
+        "as asked" if liger == "off" else "no GPU" if not has_gpu else "" if has_liger else "not installed"
+    )
+    note = f"{compute_dtype}, attention {attention} ({attention_why}), Liger "
+    note += "on" if use_liger else f"off ({liger_why})"
+    return Choice(getattr(torch, compute_dtype), attention, use_liger, note)
+
+
+def apply_liger(hf_model: nn.Module) -> None:
+    """Let Liger's own API exchange the kernels of a transformers model.
+
+    The loss stays ours: its head is sharded in a group of its own.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf_model.config.model_type)
+    if apply is not None:
+        apply(
+            model=hf_model,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+        )

@@ -1,0 +1,209 @@
+"""Filling the sharded model: stream, quantise, exchange, keep this rank's slice.
+
+Decoder layers are dealt to the ranks in turn: in each round every rank makes the packed bytes of one layer (from 16-bit
+files, from the cache, or at random), then one exchange hands every rank its slice of all of them. No rank ever holds
+more than one linear in 16 bit. Everything else is read by each rank as its own range of bytes.
+"""
+
+import mmap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.cache import PackedCache
+from fsdp_qlora.model.packed import Layout, pack_linear
+from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.weights import Weights
+from fsdp_qlora.train.world import World
+
+
+@dataclass
+class LoadReport:
+    """What the load did: seconds, bytes read by this rank, and where the packed bytes came from."""
+
+    seconds: float = 0.0
+    read_bytes: int = 0
+    source: str = "files"
+    pinned_bytes: int = 0
+    fingerprints: dict[int, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        speed = self.read_bytes / 2**30 / max(self.seconds, 1e-9)
+        return f"from {self.source} in {self.seconds:.1f} s ({speed:.2f} GiB/s read by rank 0)"
+
+
+class HostSlices:
+    """One block of host memory for a rank's slices of all layers, pinned at its exact size.
+
+    `torch.pin_memory` rounds every block to a power of two; registering an anonymous mapping does not.
+    """
+
+    def __init__(self, nbytes: int, pin: bool) -> None:
+        self.mapping = mmap.mmap(-1, nbytes)
+        self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
+        self.pinned_bytes = nbytes if pin else 0
+        if pin and int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)):
+            raise UserError(
+                f"{nbytes / 2**30:.1f} GiB of host memory could not be pinned",
+                "offloaded weights are copied to the GPU from pinned memory",
+                "raise the limit (ulimit -l unlimited) or free host memory; or --use_cpu_offload false",
+                code=3,
+            )
+
+
+def fill(
+    model: PackedModel, weights: Weights, cache: PackedCache, cfg: Config, world: World
+) -> LoadReport:
+    """Give every parameter and buffer of a sharded meta model its bytes.
+
+    Args:
+        model: from skeleton.build, after adapters.attach and shard.apply.
+        weights: where 16-bit tensors come from.
+        cache: where packed layers are kept between runs.
+        cfg: seed (of the adapters' starting values), use_cpu_offload (packed slices stay in host memory),
+            verify_bytes (gather every layer once and compare its bytes with what was packed).
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape; or bytes changed on their way (code 5).
+    """
+    start = time.monotonic()
+    info, report = weights.info, LoadReport()
+    weights.check_names(_expected_shapes(model, info))
+    _fill_packed(model, info, weights, cache, world, cfg.use_cpu_offload, report)
+    for name, (module, attribute) in model.tensors.items():
+        param = getattr(module, attribute)
+        rows = shard.local_range(param)
+        shard.set_local(module, attribute, weights.read_rows(name, rows, param.dtype, world.device))
+    if model.is_tied:
+        model.head.weight = model.embedding.weight
+    _move_buffers(model, world.device)
+    adapters.initialise(model, cfg.seed, world.device)
+    if cfg.verify_bytes:
+        verify_bytes(model, report.fingerprints, world)
+    report.read_bytes += weights.read_bytes
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _expected_shapes(model: PackedModel, info: ModelInfo) -> dict[str, tuple[int, ...]]:
+    shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
+    for layer in range(info.num_layers):
+        for linear in info.linears:
+            name = f"{info.layers_prefix}.{layer}.{linear.name}.weight"
+            shapes[name] = (linear.out_features, linear.in_features)
+    return shapes
+
+
+def _fill_packed(model, info, weights, cache, world, offload, report) -> None:
+    blocks = list(shard.blocks(model))
+    whole = blocks[0].packed
+    first, last = shard.local_range(whole)
+    replicates = last - first == whole.shape[0]
+    slice_bytes = -(-whole.shape[0] // (1 if replicates else world.size)) * 4
+    padded_bytes = slice_bytes * (1 if replicates else world.size)
+    is_pinned = offload and world.device.type == "cuda"
+    host = HostSlices(slice_bytes * len(blocks), is_pinned) if offload else None
+    report.pinned_bytes = host.pinned_bytes if host else 0
+    own = [i for i in range(info.num_layers) if i % world.size == world.rank]
+    made = _make_layers(own, blocks[0].store.layout, info, weights, cache, world, padded_bytes)
+    report.source = "cache" if cache.is_complete else weights.source
+    for start in range(0, len(blocks), world.size):
+        flat = next(made, None)
+        if flat is None:  # fewer layers than ranks are left: take part in the exchange all the same
+            flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
+        else:
+            report.fingerprints[start + world.rank] = fingerprint(flat[: whole.shape[0] * 4])
+        slices = world.share(flat) if replicates else world.exchange(flat)
+        for index, part in zip(range(start, len(blocks)), slices, strict=False):
+            local = _place(part, host, index, slice_bytes)
+            shard.set_local(blocks[index], "packed", local[: (last - first) * 4].view(torch.float32))
+    cache.commit(world)
+
+
+def _place(part: torch.Tensor, host: HostSlices | None, index: int, nbytes: int) -> torch.Tensor:
+    if host is None:
+        return part.clone()
+    local = host.bytes[index * nbytes : (index + 1) * nbytes]
+    return local.copy_(part)
+
+
+def _make_layers(
+    own: list[int],
+    layout: Layout,
+    info: ModelInfo,
+    weights: Weights,
+    cache: PackedCache,
+    world: World,
+    padded_bytes: int,
+) -> Iterator[torch.Tensor]:
+    """Yield the packed bytes of this rank's layers, each a uint8 tensor [padded_bytes] on the rank's device."""
+    if cache.is_complete:
+        for packed in cache.read_layers(own):
+            flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
+            flat[: packed.numel()] = packed.to(world.device, non_blocking=True)
+            yield flat
+        return
+    names = [
+        f"{info.layers_prefix}.{layer}.{linear.name}.weight"
+        for layer in own
+        for linear in info.linears
+    ]
+    tensors = weights.read_ahead(names, world.device)
+    for layer in own:
+        flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
+        for index in range(len(info.linears)):
+            pack_linear(flat, layout, index, next(tensors))
+        cache.write_layer(layer, flat[: layout.nbytes])
+        yield flat
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def fingerprint(flat: torch.Tensor) -> int:
+    """64-bit sum of all 4-byte words, each times an odd number of its own: any one changed word changes it.
+
+    Args:
+        flat: contiguous, a multiple of 4 bytes long, on any device.
+    """
+    words, total, piece = flat.view(torch.int32), 0, 2**24
+    for start in range(0, words.numel(), piece):
+        part = words[start : start + piece].long()
+        index = torch.arange(start, start + part.numel(), device=part.device)
+        total += int((part * (index * 0x1E3779B97F4A7C15 | 1)).sum())
+    return total % 2**64
+
+
+def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> None:
+    """Gather each layer as training will and compare its bytes with what its maker packed, on every rank.
+
+    Raises:
+        UserError: bytes differ (code 5), on all ranks together.
+    """
+    made = {k: v for part in world.gather_objects(own_fingerprints) for k, v in part.items()}
+    wrong = []
+    for index, block in enumerate(shard.blocks(model)):
+        if fingerprint(shard.gathered(block).detach()) != made[index]:
+            wrong.append(index)
+        shard.release(block)
+    by_rank = world.gather_objects(wrong)
+    if any(by_rank):
+        rank = next(r for r, layers in enumerate(by_rank) if layers)
+        raise UserError(
+            f"packed bytes of layer {by_rank[rank][0]} changed on rank {rank}",
+            "the bytes gathered by FSDP must be those that were packed",
+            "report the versions of torch and the GPU driver; training on them would be wrong",
+            code=5,
+        )

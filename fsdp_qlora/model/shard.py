@@ -1,0 +1,154 @@
+"""Applying FSDP2: which parameters form a group, where they lie, and in which dtype they are gathered.
+
+Groups, from the inside out: of each decoder layer its adapters, norms and biases (`TrainedLayer`, mixed precision), and
+its packed bytes (`DecoderBlock`, no cast ever: a cast would rewrite bits); input embedding; output head; the rest.
+Only this module knows FSDP.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from fsdp_qlora.model.packed import DecoderBlock
+from fsdp_qlora.train.world import World
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of STRATEGIES.
+
+    Attributes:
+        replicates: every rank keeps everything; only gradients are exchanged.
+        reshard_after_forward: gathered parameters are freed between forward and backward.
+    """
+
+    replicates: bool
+    reshard_after_forward: bool
+
+
+STRATEGIES = {
+    "full_shard": Strategy(replicates=False, reshard_after_forward=True),
+    "shard_grad_op": Strategy(replicates=False, reshard_after_forward=False),
+    "ddp": Strategy(replicates=True, reshard_after_forward=False),
+}
+
+
+def apply(
+    model: nn.Module, strategy: str, offload: bool, compute_dtype: torch.dtype, world: World
+) -> None:
+    """Shard a model on the meta device, in place; no bytes exist yet.
+
+    Args:
+        model: a PackedModel.
+        strategy: row of STRATEGIES.
+        offload: keep this rank's slice of the packed bytes in (pinned) host memory.
+        compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in float32.
+        world: the ranks.
+    """
+    row = STRATEGIES[strategy]
+    device_type = world.device.type
+    shape = (world.size, 1) if row.replicates else (world.size,)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    frozen = {p for p in model.parameters() if not p.requires_grad} if row.replicates else None
+    common = {
+        "mesh": mesh,
+        "reshard_after_forward": row.reshard_after_forward,
+        "ignored_params": frozen,
+    }
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    pinned = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    for block in blocks(model):
+        if not row.replicates or block.body.slots:
+            fully_shard(block.body, mp_policy=mixed, **common)
+        if not row.replicates:
+            policy = pinned if offload else OffloadPolicy()
+            fully_shard(block, offload_policy=policy, **common)
+    if not row.replicates:
+        for module in (model.embedding, model.head):
+            if not model.is_tied:
+                fully_shard(module, **common)
+        fully_shard(model, **common)
+
+
+def blocks(model: nn.Module) -> Iterator[DecoderBlock]:
+    """The decoder blocks in order."""
+    return (module for module in model.modules() if isinstance(module, DecoderBlock))
+
+
+def local_range(param: torch.Tensor) -> tuple[int, int]:
+    """(start, stop) of this rank's slice of the first dimension of a parameter."""
+    if not isinstance(param, DTensor):
+        return 0, param.shape[0]
+    dim = next(i for i, place in enumerate(param.placements) if isinstance(place, Shard))
+    rows = -(-param.shape[0] // param.device_mesh.size(dim))
+    start = min(rows * param.device_mesh.get_local_rank(dim), param.shape[0])
+    return start, min(start + rows, param.shape[0])
+
+
+def set_local(module: nn.Module, name: str, local: torch.Tensor) -> None:
+    """Give a parameter its bytes: `local` is this rank's slice (see `local_range`) of the whole tensor."""
+    old = getattr(module, name)
+    if isinstance(old, DTensor):
+        local = DTensor.from_local(
+            local,
+            old.device_mesh,
+            old.placements,
+            run_check=False,
+            shape=old.shape,
+            stride=old.stride(),
+        )
+    setattr(module, name, nn.Parameter(local, requires_grad=old.requires_grad))
+
+
+def local_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """This rank's slices of the trained parameters as plain tensors that share their memory."""
+    return [nn.Parameter(_local(p.detach())) for p in trained_parameters(model)]
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters, in a fixed order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def collect_gradients(model: nn.Module, local_params: list[nn.Parameter]) -> bool:
+    """Hand the reduced gradients of the model to the plain parameters of `local_parameters`.
+
+    Returns:
+        Whether the ranks hold different slices (rather than replicas) of them.
+    """
+    trained = trained_parameters(model)
+    for param, local in zip(trained, local_params, strict=True):
+        local.grad = None if param.grad is None else _local(param.grad)
+        param.grad = None
+    return local_range(trained[0]) != (0, trained[0].shape[0])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(block: DecoderBlock) -> torch.Tensor:
+    """The packed bytes of a block, gathered by FSDP (1-D float32); call `release` afterwards."""
+    if hasattr(block, "unshard"):
+        block.unshard()
+    return block.packed
+
+
+def release(block: DecoderBlock) -> None:
+    """Free what `gathered` gathered."""
+    if hasattr(block, "reshard"):
+        block.reshard()
+
+
+def whole_lora(model: nn.Module) -> list[torch.Tensor]:
+    """The whole flat LoRA parameter of every layer, on the host; all ranks must call it."""
+    flats = []
+    for block in blocks(model):
+        lora = block.body.lora.detach()
+        flats.append((lora.full_tensor() if isinstance(lora, DTensor) else lora).cpu())
+    return flats

@@ -1,0 +1,130 @@
+"""The model without bytes: transformers builds it on the meta device, its decoder layers become DecoderBlocks."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import kernels
+from fsdp_qlora.model.head import LossHead, Targets
+from fsdp_qlora.model.packed import (
+    ConstantsCache,
+    DecoderBlock,
+    Layout,
+    PackedLinear,
+    TrainedLayer,
+    build_layout,
+)
+
+
+
+class PackedModel(nn.Module):
+    """A causal language model over packed layers.
+
+    Attributes:
+        decoder: the model's body (embedding, DecoderBlocks, final norm), as transformers runs it.
+        head: LossHead over the output embedding.
+        embedding: the input embedding module (part of `decoder`).
+        is_tied: input and output embedding are one parameter.
+        layout: of the packed bytes of a layer.
+        tensors: name in the model's files -> (module, parameter name), packed weights left out.
+    """
+
+    def __init__(
+        self, decoder: nn.Module, head: LossHead, is_tied: bool, layout: Layout
+    ) -> None:
+        super().__init__()
+        self.decoder, self.head, self.is_tied, self.layout = decoder, head, is_tied, layout
+        self.tensors: dict[str, tuple[nn.Module, str]] = {}
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The input embedding module."""
+        return self.decoder.get_input_embeddings()
+
+    def set_checkpointing(self, mode: str) -> None:
+        """Recompute decoder layers in the backward pass: "none", "reentrant" or "non_reentrant"."""
+        for module in self.modules():
+            if isinstance(module, TrainedLayer):
+                module.checkpointing = mode
+
+    def forward(self, input_ids, targets: Targets | None = None, past_key_values=None):
+        """Loss sum over trained tokens (0-d float32) with targets; else logits [B, 1, V] of the last token.
+
+        Args:
+            input_ids: [B, T]. Padding stands on the right and is not a target: causal attention never sees it, so no
+                mask is passed and the flash kernels stay usable.
+            targets: what is trained.
+            past_key_values: a transformers Cache to generate with.
+        """
+        out = self.decoder(
+            input_ids=input_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
+        return self.head(out.last_hidden_state, targets)
+
+
+def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedModel:
+    """Build the model on the meta device and put packed linears into its decoder layers.
+
+    Args:
+        info: what the model is.
+        format_name: row of FORMATS.
+        chosen: dtype of everything that is not packed, attention, kernels.
+
+    Raises:
+        UserError: the linears of the built model are not those of `info`.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    config = AutoConfig.for_model(**info.config)
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):  # buffers (rotary tables) are computed, weights are not
+        hf_model = AutoModelForCausalLM.from_config(
+            config, dtype=chosen.dtype, attn_implementation=chosen.attention
+        )
+    hf_model.requires_grad_(False)
+    if chosen.use_liger:
+        kernels.apply_liger(hf_model)
+    tensors = {name: _owner(hf_model, name) for name, _ in hf_model.named_parameters()}
+    layers = hf_model.get_submodule(info.layers_prefix)
+    shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
+    layout, cache = build_layout(shapes, format_name), ConstantsCache()
+    for index, layer in enumerate(layers):
+        layers[index] = block = DecoderBlock(layer, layout, cache)
+        for name in _put_packed_linears(block, info):
+            del tensors[f"{info.layers_prefix}.{index}.{name}.weight"]
+    output = hf_model.get_output_embeddings()
+    head = LossHead(output.weight, config)
+    if not info.is_tied:
+        tensors[next(n for n, (m, _) in tensors.items() if m is output)] = (head, "weight")
+    model = PackedModel(hf_model.base_model, head, info.is_tied, layout)
+    model.tensors = tensors
+    return model.train()
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def _put_packed_linears(block: DecoderBlock, info: ModelInfo) -> Iterable[str]:
+    layer = block.body.layer
+    built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    expected = {linear.name: (linear.out_features, linear.in_features) for linear in info.linears}
+    if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
+        raise UserError(
+            f"linears {sorted(built)} in the {info.model_type} decoder layer",
+            f"its files and config.json say {sorted(expected)}",
+            "check that config.json belongs to these weights",
+            code=5,
+        )
+    for index, linear in enumerate(info.linears):
+        module, name = _owner(layer, linear.name)
+        setattr(module, name, PackedLinear(built[linear.name], block.store, index))
+    return expected

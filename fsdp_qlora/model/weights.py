@@ -1,0 +1,184 @@
+"""Where 16-bit weights come from: safetensors files, read range by range, or random numbers of the same shapes."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from fsdp_qlora.arch import ModelInfo, TensorRef
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import UserError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+PIECE_BYTES = 32 * 2**20  # one read of one thread
+NUM_READERS = 4
+
+
+class Weights:
+    """Tensors by their name in the model's files.
+
+    Attributes:
+        source: "files" or "random", for the load report.
+        read_bytes: bytes read so far.
+    """
+
+    source = "files"
+
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+        self.read_bytes = 0
+
+    def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Account for every tensor.
+
+        Args:
+            expected: name -> shape of everything the model needs.
+
+        Raises:
+            UserError: names missing, unknown, or of another shape (code 5).
+        """
+        found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items() if not _is_spare(n)}
+        if self.info.is_tied:
+            found.pop("lm_head.weight", None)
+        missing = sorted(expected.keys() - found.keys())
+        unknown = sorted(found.keys() - expected.keys())
+        wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+        for names, word in ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape")):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise UserError(
+                    f"tensors {word}: {', '.join(names[:3])}{more}",
+                    f"the files in {self.info.path} must hold exactly what config.json describes",
+                    "check config.json (number of layers, sizes) or download the model again",
+                    code=5,
+                )
+
+    def read_rows(
+        self, name: str, rows: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension of a tensor."""
+        ref = self.info.tensors[name]
+        row_bytes = ref.nbytes // max(ref.shape[0], 1)
+        raw = torch.empty((rows[1] - rows[0]) * row_bytes, dtype=torch.uint8)
+        self._read(ref, rows[0] * row_bytes, raw)
+        shape = (rows[1] - rows[0], *ref.shape[1:])
+        return raw.view(_dtype(ref, name)).view(shape).to(device=device, dtype=dtype)
+
+    def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield whole tensors in order, in the dtype of the file, the next one being read meanwhile."""
+        if not names:
+            return
+        with ThreadPoolExecutor(1) as pool:
+            ahead = pool.submit(self._read_whole, names[0])
+            for name in [*names[1:], None]:
+                tensor = ahead.result()
+                if name is not None:
+                    ahead = pool.submit(self._read_whole, name)
+                yield tensor.to(device)
+
+    def _read_whole(self, name: str) -> torch.Tensor:
+        ref = self.info.tensors[name]
+        raw = torch.empty(ref.nbytes, dtype=torch.uint8)
+        self._read(ref, 0, raw)
+        return raw.view(_dtype(ref, name)).view(tuple(ref.shape))
+
+    def _read(self, ref: TensorRef, offset: int, raw: torch.Tensor) -> None:
+        read_file(ref.file, ref.start + offset, raw)
+        self.read_bytes += raw.numel()
+
+
+class RandomWeights(Weights):
+    """Normal numbers of the model's shapes, made on the device: for measuring a model that is not at hand."""
+
+    source = "random"
+
+    def __init__(self, info: ModelInfo, seed: int) -> None:
+        super().__init__(info)
+        self.seed = seed
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Take the model's own names and shapes as the ones to make."""
+        self.shapes = expected
+
+    def read_rows(self, name, rows, dtype, device) -> torch.Tensor:
+        """Rows of a tensor: ones for norms, small normal numbers for matrices, zeros for biases."""
+        return self._make(name, device)[rows[0] : rows[1]].to(dtype).clone()
+
+    def read_ahead(self, names, device) -> Iterator[torch.Tensor]:
+        """Whole tensors, bfloat16."""
+        return (self._make(name, device) for name in names)
+
+    def _make(self, name: str, device: torch.device) -> torch.Tensor:
+        shape = self.shapes[name]
+        if len(shape) == 1:
+            make = torch.zeros if name.endswith("bias") else torch.ones
+            return make(shape, dtype=torch.bfloat16, device=device)
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "little")
+        generator = torch.Generator(device).manual_seed(seed)
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return weight.normal_(0.0, 0.02, generator=generator)
+
+
+def build(info: ModelInfo, cfg: Config) -> Weights:
+    """The source that `--weights` names."""
+    return RandomWeights(info, cfg.seed) if cfg.weights == "random" else Weights(info)
+
+
+def _is_spare(name: str) -> bool:
+    return name.endswith("rotary_emb.inv_freq")  # old Llama files carry it; it is computed
+
+
+def _dtype(ref: TensorRef, name: str) -> torch.dtype:
+    if ref.dtype not in DTYPES:
+        raise UserError(
+            f"{name} is stored as {ref.dtype}",
+            f"weights must be one of {', '.join(DTYPES)}",
+            "use the 16-bit release of this model",
+            code=5,
+        )
+    return DTYPES[ref.dtype]
+
+
+def read_file(path: str, offset: int, raw: torch.Tensor) -> None:
+    """Fill the uint8 tensor `raw` from a file, in parallel pieces and without mapping the file.
+
+    (Mapped files count as memory of the process.)
+
+    Raises:
+        UserError: the file ends too early (code 5).
+    """
+    view = memoryview(raw.numpy())
+    starts = range(0, len(view), PIECE_BYTES)
+    file = os.open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            read = pool.map(
+                lambda s: _read_piece(file, view[s : s + PIECE_BYTES], offset + s), starts
+            )
+            if not all(read):
+                raise UserError(
+                    f"{path} ends before byte {offset + len(view)}",
+                    "its header promises more",
+                    "download the file again",
+                    code=5,
+                )
+    finally:
+        os.close(file)
+
+
+def _read_piece(file: int, view: memoryview, offset: int) -> bool:
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True

@@ -1,0 +1,1 @@
+"""What came out of a run: report (a picture of its record)."""

@@ -1,0 +1,161 @@
+"""Which processes make a run: GPUs counted without torch, ranks recognised, their environment."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+
+
+def count_gpus(env: Mapping[str, str]) -> int:
+    """Return how many GPUs a CUDA program started with `env` sees, without asking torch.
+
+    Args:
+        env: environment; CUDA_VISIBLE_DEVICES hides devices, and ends at the first bad index.
+    """
+    num_present = _count_present_gpus()
+    if "CUDA_VISIBLE_DEVICES" not in env:
+        return num_present
+    num_visible = 0
+    for entry in env["CUDA_VISIBLE_DEVICES"].split(","):
+        is_index = entry.strip().isdigit() and int(entry) < num_present
+        if not is_index and not entry.strip().startswith(("GPU-", "MIG-")):
+            break
+        num_visible += 1
+    return num_visible if num_present else 0
+
+
+def _count_present_gpus() -> int:
+    tool = shutil.which("nvidia-smi")
+    if tool:
+        try:
+            listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20)
+            return len(re.findall(r"^GPU \d+:", listing.stdout, re.MULTILINE))
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def plan_ranks(cfg: Config) -> int:
+    """Return how many ranks this machine starts: one per GPU, or `world_size` on the CPU.
+
+    Args:
+        cfg: the run; `world_size` -1 means all GPUs, or one rank without a GPU.
+
+    Raises:
+        UserError: more ranks than GPUs.
+    """
+    num_gpus = count_gpus(os.environ)
+    if cfg.world_size == -1:
+        return max(num_gpus, 1)
+    if num_gpus and cfg.world_size > num_gpus:
+        rule = f"this machine has {num_gpus} GPU(s), a rank needs one"
+        remedy = f"use --world_size {num_gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
+        raise UserError(f"--world_size {cfg.world_size}", rule, remedy, ENVIRONMENT)
+    return cfg.world_size
+
+
+def is_rank(env: Mapping[str, str]) -> bool:
+    """Return whether torchrun, or srun with several tasks, has started this process as a rank.
+
+    In the batch script of a Slurm job SLURM_PROCID and SLURM_NTASKS are set although no other task
+    runs; only a step of srun sets SLURM_STEP_NUM_TASKS.
+
+    Args:
+        env: the environment.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return True
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def is_supervised(env: Mapping[str, str]) -> bool:
+    """Return whether `supervise` has started this process, so that it prints the errors."""
+    return "FSDP_QLORA_SUPERVISOR" in env
+
+
+def rank_env(env: Mapping[str, str], cfg: Config) -> dict[str, str]:
+    """Return RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a process that `is_rank`.
+
+    Args:
+        env: the environment that torchrun, srun or `supervise` made.
+        cfg: gives the port when the environment has none.
+
+    Returns:
+        The five variables; under srun the first host of the step is the master.
+    """
+    if "RANK" in env:
+        rank, size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
+        host, port = "127.0.0.1", 29500
+    else:
+        rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        local = env.get("SLURM_LOCALID", rank)
+        host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        port = 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+    return {
+        "RANK": rank,
+        "LOCAL_RANK": local,
+        "WORLD_SIZE": size,
+        "MASTER_ADDR": env.get("MASTER_ADDR", host),
+        "MASTER_PORT": env.get("MASTER_PORT", str(cfg.master_port or port)),
+    }
+
+
+def first_host(hosts: str) -> str:
+    """Return the first host of a Slurm list: "node[03-05,7],gpu1" -> "node03"."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^\[,]*))?", hosts)
+    return "".join(part for part in match.groups() if part) if match else hosts
+
+
+def find_port(wanted: int | None) -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on.
+
+    Args:
+        wanted: the port the user asked for; None or 0 for any.
+
+    Raises:
+        UserError: the wanted port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            got, remedy = f"--master_port {wanted}", "leave it out for a free one"
+            raise UserError(got, f"is not free ({error.strerror})", remedy, ENVIRONMENT) from error
+        return probe.getsockname()[1]
+
+
+def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return the environment of one rank; what the user has set stays.
+
+    Args:
+        env: environment of the supervisor.
+        rank: global and local rank.
+        num_ranks: number of ranks.
+        port: where the ranks meet on 127.0.0.1.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    wishes = {
+        "OMP_NUM_THREADS": str(max(num_cores // num_ranks, 1)),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if "PYTORCH_ALLOC_CONF" not in env:
+        wishes["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "FSDP_QLORA_SUPERVISOR": str(os.getpid()),
+    }
+    return wishes | dict(env) | place

@@ -1,0 +1,32 @@
+"""Set up every test run: quiet threads, no network. Must run before torch is imported."""
+
+import importlib.util
+import os
+
+import pytest
+
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+os.environ.update(ENVIRONMENT)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests marked `gpu` where there is no card."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+
+
+def pytest_configure() -> None:
+    """Stop where REQUIRE_HQQ=1 promises hqq and it is absent: its tests would be skipped."""
+    if os.environ.get("REQUIRE_HQQ") == "1" and importlib.util.find_spec("hqq") is None:
+        raise pytest.UsageError("REQUIRE_HQQ=1 but hqq is not installed")

@@ -1,0 +1,304 @@
+"""Command lines, recipes and their faults: fsdp_qlora/config.py, cli.py and errors.py."""
+
+import dataclasses
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora import cli, config
+from fsdp_qlora.config import Config, cfg_notes, parse
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, join
+
+REFERENCE_FLAGS = """world_size train_type llama_pro_path batch_size context_length
+gradient_accumulation_steps num_epochs dataset dataset_samples sharding_strategy
+use_gradient_checkpointing reentrant_checkpointing use_cpu_offload use_activation_cpu_offload
+low_memory no_sync precision model_name save_model output_dir lora_rank lora_alpha lora_dropout
+lora_target_modules verbose lr apply_gradient_clipping grad_norm wd profile_memory optimizer
+lr_scheduler loading_workers log_to master_addr master_port seed project_name name group entity
+n_bits profile profiling_output with_stack with_shapes export_trace export_memory_timeline
+wait_steps warmup_steps active_steps repeat profiling_frequency max_steps""".split()
+
+
+def faults_of(*argv: str) -> str:
+    """Return the text of the error that `argv` must raise."""
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    return str(caught.value)
+
+
+def test_every_flag_of_the_reference_is_accepted_with_its_default():
+    """Writing a default out, in either spelling, changes nothing; names from mission.md."""
+    plain = parse(["--output_dir", "o"])
+    assert len(REFERENCE_FLAGS) == 54
+    for name in REFERENCE_FLAGS:
+        text = cli.to_text(getattr(plain, name))
+        for spelling in (name, name.replace("_", "-")):
+            assert parse(["--output_dir", "o", f"--{spelling}={text}"]) == plain, name
+
+
+def test_values_are_read_in_every_spelling():
+    """Underscores, hyphens, "=", bare booleans, aliases, negative numbers; the last one counts."""
+    cfg = parse(
+        [
+            "--model-name",
+            "a/b",
+            "--batch_size=4",
+            "--save_model",
+            "false",
+            "--apply-gradient-clipping",
+        ]
+        + ["--learning_rate", "3e-4", "--max_steps", "-1", "--lora_r=2", "--lora_rank", "8"]
+        + ["--sample_prompt=--what?", "--verbose", "--master_port", "auto"]
+    )
+    assert (cfg.model_name, cfg.batch_size, cfg.save_model) == ("a/b", 4, False)
+    assert cfg.apply_gradient_clipping and cfg.verbose
+    assert (cfg.lr, cfg.max_steps, cfg.lora_rank) == (3e-4, -1, 8)
+    assert (cfg.sample_prompt, cfg.master_port) == ("--what?", None)
+
+
+def test_the_users_own_command_line_is_accepted():
+    """The line of the 70B guide, with its flags as written there."""
+    cfg = parse(
+        "--model_name meta-llama/Llama-2-70b-hf --batch_size 2 --context_length 512 --precision bf16"
+        " --train_type qlora --use_gradient_checkpointing true --use_cpu_offload true"
+        " --dataset alpaca --reentrant_checkpointing true".split()
+    )
+    assert (cfg.checkpointing, cfg.use_cpu_offload, cfg.format_name) == (
+        "reentrant",
+        True,
+        "nf4_dq",
+    )
+
+
+def test_unknown_flag_names_the_nearest_one():
+    """A slip of the finger is answered with the right name."""
+    text = faults_of("--batch_sise", "3", "--qqqqqqq")
+    assert text == (
+        "--batch_sise: no such option; did you mean --batch_size? | "
+        "--qqqqqqq: no such option; --help lists all"
+    )
+
+
+def test_all_faults_are_told_at_once():
+    """Names, types, choices, ranges and combinations stand in one line."""
+    text = faults_of(
+        *["--batch_size", "0", "--lr", "x", "--train_type", "qlor", "--nope", "stray", "extra"],
+        *["--reentrant_checkpointing", "--use_gradient_checkpointing", "false", "--seed"],
+    )
+    for part in (
+        "--nope: no such option",
+        "extra: belongs to no flag",
+        "--seed: has no value",
+        "--batch_size 0: must be >= 1; default is 1",
+        "--lr x: must be a number",
+        "--train_type qlor: no such choice; use qlora",
+        "--reentrant_checkpointing true: needs --use_gradient_checkpointing true",
+    ):
+        assert part in text
+    assert text.count(" | ") == 6 and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--train_type bnb_dora", "not built yet"),
+        ("--train_type full", "not built yet"),
+        ("--sharding_strategy hybrid_full_shard", "not built yet"),
+        ("--precision fp16_autocast", "not built yet"),
+        ("--optimizer sgd", "not built yet"),
+        ("--log_to wandb", "not built yet"),
+        ("--n_bits 2", "not built yet; use 4"),
+        ("--profile", "not built yet; use false"),
+        ("--use_activation_cpu_offload true", "not built yet"),
+        ("--n_bits 5", "no such choice"),
+        ("--lora_dropout 1", "must be from 0 to below 1"),
+        ("--lr nan", "must be a number"),
+        ("--lr inf", "must be a number"),
+        ("--batch_size 1.5", "must be a whole number"),
+        ("--save_model maybe", "must be true or false"),
+        ("--max_steps 0", "must be -1 or >= 1"),
+        ("--world_size -2", "must be -1 or >= 1"),
+        ("--grad_norm 0", "must be > 0"),
+        ("--warmup_ratio 1.1", "must be from 0 to 1"),
+        ("--context_length 1", "must be >= 2"),
+        ("--seed -1", "must be from 0 to 2**32 - 1"),
+        ("--master_port 70000", "must be from 0 to 65535"),
+        ("--model_name=", "must be printable text"),
+        ("--gpu_budget_gib 0", "must be > 0; leave it out"),
+        ("--sharding_strategy ddp --use_cpu_offload true", "use full_shard"),
+        ("--train_type hqq_lora --quant_type fp4", "belongs to a bitsandbytes base"),
+        ("--train_type lora --double_quant false", "belongs to a bitsandbytes base"),
+        ("--precision fp32 --attn flash_attention_2", "no fp32 kernel"),
+        ("-x", "belongs to no flag"),
+        ("--=3", "no such option"),
+    ],
+)
+def test_refused_with_the_reason(argv: str, reason: str):
+    """One fault, one line, with what to do instead."""
+    text = faults_of(*argv.split())
+    assert reason in text and " | " not in text and len(text) <= 300
+
+
+def test_ddp_switches_the_default_offload_off_and_says_so():
+    """Only an offload the user asked for is refused with ddp."""
+    cfg = parse(["--sharding_strategy", "ddp"])
+    assert not cfg.use_cpu_offload
+    assert cfg_notes(cfg) == ["cpu offload is off: ddp keeps the whole base on each card"]
+    assert parse([]).use_cpu_offload
+
+
+def test_flags_without_effect_are_noted_once_and_only_when_set():
+    """The defaults say nothing."""
+    assert cfg_notes(parse([])) == []
+    notes = cfg_notes(parse(["--low_memory", "false", "--with_stack", "--entity", "me"]))
+    assert [note.split()[0] for note in notes] == ["--low_memory", "--entity", "--with_stack"]
+    assert cfg_notes(parse(["--grad_norm", "1"])) == [
+        "--grad_norm has no effect: --apply_gradient_clipping is false"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("", ("nf4_dq", "bfloat16", "float32", "non_reentrant")),
+        ("--double_quant false --precision fp32", ("nf4", "float32", "float32", "non_reentrant")),
+        ("--quant_type fp4", ("fp4_dq", "bfloat16", "float32", "non_reentrant")),
+        ("--train_type custom_qlora --quant_type fp4 --double_quant 0", ("fp4",)),
+        ("--train_type hqq_lora --precision bf16_autocast", ("hqq4", "bfloat16")),
+        (
+            "--train_type lora --use_gradient_checkpointing false",
+            ("bf16", "bfloat16", "float32", "none"),
+        ),
+    ],
+)
+def test_derived_names_follow_the_flags(argv: str, expected: tuple[str, ...]):
+    """Format, dtypes and checkpointing are derived in one place."""
+    cfg = parse(argv.split())
+    derived = (cfg.format_name, cfg.compute_dtype, cfg.master_dtype, cfg.checkpointing)
+    assert derived[: len(expected)] == expected
+
+
+def test_recipe_stands_below_the_command_line(tmp_path: Path):
+    """Values come from the file, aliases and lists included, unless a flag says otherwise."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'model-name = "dir"\nlearning_rate = 2e-4\nbatch_size = 4\nsave_model = false\n'
+        'lora_target_modules = ["q_proj", "v_proj"]\nseed = -5\n'
+    )
+    cfg = parse(["--recipe", str(recipe), "--batch_size", "8", "--seed", "7"])
+    assert (cfg.model_name, cfg.lr, cfg.batch_size, cfg.save_model) == ("dir", 2e-4, 8, False)
+    assert (cfg.lora_target_modules, cfg.seed) == ("q_proj,v_proj", 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("batch_sise = 1", "did you mean --batch_size?"),
+        ("batch_size = true", "must be a whole number"),
+        ("batch_size = 2.5", "must be a whole number"),
+        ("save_model = 'perhaps'", "must be true or false"),
+        ("[training]\nlr = 1.0", "no such option"),
+        ("lr = 2024-01-01", "must be text, number or true/false"),
+        ("recipe = 'other'", "no such option"),
+        ("lr = ", "not a TOML file"),
+        ('model_name = "a\\u0000"', "must be printable text"),
+        ("\udcff", "not a TOML file"),
+    ],
+)
+def test_faults_of_a_recipe_name_its_file(tmp_path: Path, content: str, reason: str):
+    """The user sees which file to repair."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(content, errors="surrogateescape")
+    text = faults_of("--recipe", str(recipe))
+    assert reason in text and "mine.toml" in text and "\n" not in text
+
+
+def test_a_missing_recipe_names_those_there():
+    """A bare name is looked up in the project's recipes."""
+    text = faults_of("--recipe", "quikstart")
+    assert text.startswith("--recipe quikstart: no such file; ") and "quickstart" in text[30:]
+
+
+def test_output_dir_is_made_of_model_type_and_time():
+    """The default is safe as a directory name and fixed by `parse`."""
+    cfg = parse(["--model_name", "/models/..weird name;rm/", "--train_type", "hqq_lora"])
+    assert cfg.output_dir is not None
+    assert cfg.output_dir.startswith("output/weird-name-rm-hqq_lora-20")
+    assert cfg.resolved_output_dir == Path(cfg.output_dir)
+    assert parse(["--output_dir", "x/y"]).resolved_output_dir == Path("x/y")
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path):
+    """JSON holds every field."""
+    cfg = parse(["--lr", "3e-4", "--sample_prompt", "é?"])
+    config.save(cfg, tmp_path / "config.json")
+    assert Config(**json.loads((tmp_path / "config.json").read_text())) == cfg
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_help_shows_every_flag_with_its_default():
+    """Help ends with code 0 and imports nothing heavy: under a second, error answers too."""
+    code = (
+        "import sys; from fsdp_qlora.config import parse\n"
+        "try: parse(sys.argv[1:])\n"
+        "finally: assert not {'torch', 'numpy', 'transformers', 'peft'} & set(sys.modules)\n"
+    )
+    start_s = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--nope", "--help"], capture_output=True, text=True
+    )
+    assert time.monotonic() - start_s < 1
+    assert (done.returncode, done.stderr) == (0, "")
+    for field in dataclasses.fields(Config):
+        assert f"\n  --{field.name} " in done.stdout
+        assert field.metadata["help"] and "\n" not in field.metadata["help"]
+    assert "[2]" not in done.stdout and "[alpaca_sample]" in done.stdout
+
+
+def test_user_error_is_one_short_line_whatever_it_is_given():
+    """Line breaks, terminal codes, surrogates and long values cannot break the line."""
+    fault = UserError("a\nb\x1b[31m\udc80" + "x" * 5000, "rule", "remedy", ENVIRONMENT)
+    text = str(fault)
+    assert len(text) == 300 and text.startswith("a\\nb\\x1b[31m\\udc80")
+    assert text.endswith("...: rule; remedy") and text.isprintable()
+    assert len(str(UserError("x", "r" * 500, "m"))) == 300
+
+
+def test_joined_errors_keep_the_first_code_and_survive_pickling():
+    """Worker processes may raise them."""
+    faults = [UserError("a", "b", "c", ENVIRONMENT), UserError("d", "e", "f")]
+    copy = pickle.loads(pickle.dumps(join(faults)))
+    assert (str(copy), copy.code) == ("a: b; c | d: e; f", ENVIRONMENT)
+    assert join(faults[1:]).code == INPUT
+
+
+def test_no_argument_escapes_as_another_error():
+    """Every kind of rubbish gives a configuration or a UserError."""
+    rubbish = [
+        "",
+        "-",
+        "--",
+        "=",
+        "--=",
+        "\0",
+        "\udcff",
+        "9" * 5000,
+        "1e999",
+        "٣",
+        "--lr=--",
+        "none",
+    ]
+    refused = 0
+    for field in dataclasses.fields(Config):
+        for word in rubbish:
+            try:
+                parse([f"--{field.name}", word])
+            except UserError as fault:
+                refused += 1
+                assert str(fault).isprintable()
+    assert refused > 300

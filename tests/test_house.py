@@ -1,0 +1,299 @@
+"""The house rules that a machine can hold: sizes, docstrings, and who may import what.
+
+A budget moves only by editing this file, with the reason beside it.
+"""
+
+import ast
+import functools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "fsdp_qlora"
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 60
+MAX_NESTING = 3
+MAX_HELP_S = 1.0
+
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.AsyncFor, ast.AsyncWith)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
+LIGHT_ROOMS = ("base", "plan", "top")
+LIGHT_MODULES = ("data.templates", "data.sources", "results.report", "train.launch")
+WITHOUT_NUMPY = ("config", "cli", "errors", "train.launch")
+
+# A room imports from the rooms before it, never after; data and model know nothing of each other.
+ORDER = {
+    "base": 0,
+    "plan": 1,
+    "ranks": 2,
+    "data": 3,
+    "model": 3,
+    "train": 4,
+    "results": 5,
+    "top": 6,
+}
+RANKS = {"world", "launch", "memory", "clock", "versions"}
+TOPS = ("__main__", "fetch")
+
+# library -> the only modules that may import it
+OWNERS = {
+    "bitsandbytes": {"model.quantize"},
+    "hqq": {"model.quantize"},
+    "torch.distributed.fsdp": {"model.shard"},
+    "torch.distributed.tensor": {"model.shard", "train.world"},
+    "torch.distributed.device_mesh": {"model.shard", "train.world"},
+    "torch.distributed": {"train.world"},
+}
+
+
+def sources() -> list[Path]:
+    """All Python files of the project."""
+    places = ("*.py", f"{PACKAGE}/**/*.py", "tests/**/*.py")
+    return sorted(path for place in places for path in ROOT.glob(place))
+
+
+@functools.cache
+def modules() -> dict[str, ast.Module]:
+    """Name inside the package ("train.world", "" for the package itself) -> syntax tree."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def is_typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def walk_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when a module is imported: no function bodies, no TYPE_CHECKING blocks."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, FUNCTIONS) and not is_typing_only(child):
+            yield child
+            yield from walk_at_import(child)
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """Every dotted name that the nodes import; `from a import b` gives a and a.b."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed"):
+            names.add("torch.distributed")
+    return names
+
+
+def ours(names: set[str]) -> set[str]:
+    """The modules of this package among imported names, by name inside the package."""
+    inside = {name.removeprefix(PACKAGE).strip(".") for name in names if is_part(name, PACKAGE)}
+    return inside & set(modules())
+
+
+def is_part(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def room(module: str) -> str:
+    first, _, rest = module.partition(".")
+    if first.startswith(TOPS):
+        return "top"
+    if first == "train" and rest.split(".")[0] in RANKS:
+        return "ranks"
+    return first if first in ORDER else "base"
+
+
+def is_light(module: str) -> bool:
+    return module in LIGHT_MODULES or room(module) in LIGHT_ROOMS
+
+
+def functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, FUNCTIONS))
+
+
+def nesting(body: list[ast.stmt]) -> int:
+    """How deep blocks stand in blocks; an `elif` stands beside its `if`, a function on its own."""
+    return max((nesting_of(statement) for statement in body), default=0)
+
+
+def nesting_of(statement: ast.stmt) -> int:
+    if not isinstance(statement, BLOCKS):
+        return 0
+    deepest = 0
+    for branch in branches(statement):
+        is_elif = isinstance(statement, ast.If) and branch is statement.orelse
+        is_elif = is_elif and len(branch) == 1 and isinstance(branch[0], ast.If)
+        deepest = max(deepest, nesting(branch) + (0 if is_elif else 1))
+    return deepest
+
+
+def branches(statement: ast.stmt) -> list[list[ast.stmt]]:
+    lists = [getattr(statement, name, []) for name in ("body", "orelse", "finalbody")]
+    parts = [*getattr(statement, "handlers", []), *getattr(statement, "cases", [])]
+    return [branch for branch in [*lists, *(part.body for part in parts)] if branch]
+
+
+def over_budget(name: str, source: str) -> list[str]:
+    """The files and functions that are too long or too deep."""
+    faults = []
+    num_lines = len(source.splitlines())
+    if num_lines > MAX_FILE_LINES:
+        faults.append(f"{name}: {num_lines} lines, at most {MAX_FILE_LINES}")
+    for function in functions(ast.parse(source)):
+        num_lines = (function.end_lineno or 0) - function.lineno + 1
+        if num_lines > MAX_FUNCTION_LINES:
+            faults.append(
+                f"{name}: {function.name}: {num_lines} lines, at most {MAX_FUNCTION_LINES}"
+            )
+        if nesting(function.body) > MAX_NESTING:
+            depth = nesting(function.body)
+            faults.append(f"{name}: {function.name}: nesting {depth}, at most {MAX_NESTING}")
+    return faults
+
+
+def undocumented(name: str, tree: ast.Module) -> list[str]:
+    """The module, public classes, functions and methods without a docstring."""
+    missing = [] if ast.get_docstring(tree) else [f"{name}: module"]
+    for owner in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        for node in owner.body:
+            is_named = isinstance(node, (*FUNCTIONS, ast.ClassDef)) and not node.name.startswith(
+                "_"
+            )
+            is_inside_private = isinstance(owner, ast.ClassDef) and owner.name.startswith("_")
+            if is_named and not is_inside_private and not ast.get_docstring(node):
+                missing.append(f"{name}: {node.name}")
+    return missing
+
+
+def patched(name: str, tree: ast.Module) -> list[str]:
+    """`global` statements, and assignments to attributes of imported modules."""
+    nodes = list(ast.walk(tree))
+    aliases = [alias for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    libraries = {(alias.asname or alias.name).split(".")[0] for alias in aliases}
+    faults = [f"{name}: global in line {n.lineno}" for n in nodes if isinstance(n, ast.Global)]
+    for node in nodes:
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            root = ast.unparse(target).split(".")[0] if isinstance(target, ast.Attribute) else ""
+            if root in libraries:
+                faults.append(f"{name}: sets {ast.unparse(target)}")
+    return faults
+
+
+def not_allowed(module: str, tree: ast.Module) -> list[str]:
+    """Imports, lazy ones included, of libraries that belong to another module."""
+    faults = []
+    for name in sorted(imported(ast.walk(tree))):
+        owned = [library for library in OWNERS if is_part(name, library)]
+        # `from torch.distributed import fsdp` also names torch.distributed: the longest one counts.
+        wider = any(is_part(other, library) for other in imported(ast.walk(tree)) for library in OWNERS
+                    if is_part(library, name) and library != name)  # fmt: skip
+        if owned and not wider and module not in OWNERS[max(owned, key=len)]:
+            faults.append(f"{module}: imports {name}")
+    return faults
+
+
+def backward(module: str, names: set[str]) -> list[str]:
+    """Imports from rooms that come later, or from a room beside."""
+    here = room(module)
+    return [
+        f"{module or '__init__'} ({here}) imports {name} ({room(name)})"
+        for name in sorted(ours(names) - {""})
+        if room(name) != here and ORDER[room(name)] >= ORDER[here]
+    ]
+
+
+def at_import(module: str) -> set[str]:
+    """All names that importing this module imports, through our own modules too."""
+    seen, todo, names = set(), {module}, set()
+    while todo - seen:
+        name = (todo - seen).pop()
+        seen.add(name)
+        found = imported(walk_at_import(modules()[name]))
+        names |= found
+        parents = {name.rpartition(".")[0], ""}
+        todo |= (ours(found) | parents) & set(modules())
+    return names
+
+
+def test_files_and_functions_stay_within_their_budgets():
+    assert len(sources()) > 1
+    faults = [
+        fault
+        for path in sources()
+        for fault in over_budget(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+    ]
+    assert faults == []
+
+
+def test_every_public_name_has_a_docstring():
+    assert [fault for item in modules().items() for fault in undocumented(*item)] == []
+
+
+def test_there_are_no_globals_and_no_patched_libraries():
+    assert [fault for item in modules().items() for fault in patched(*item)] == []
+
+
+def test_each_library_is_known_to_its_own_module_only():
+    assert [fault for item in modules().items() for fault in not_allowed(*item)] == []
+
+
+def test_rooms_import_from_rooms_before_them():
+    found = {module: imported(ast.walk(tree)) for module, tree in modules().items()}
+    assert [name for names in found.values() for name in names if name.startswith(".")] == []
+    assert [fault for item in found.items() for fault in backward(*item)] == []
+
+
+def test_light_modules_name_no_heavy_library_at_import():
+    light = [module for module in modules() if is_light(module)]
+    assert light
+    faults = [
+        f"{module} imports {name}"
+        for module in light
+        for name in sorted(at_import(module))
+        if name.split(".")[0] in HEAVY | ({"numpy"} if module in WITHOUT_NUMPY else set())
+    ]
+    assert faults == []
+
+
+def test_light_modules_load_no_heavy_library():
+    names = [f"{PACKAGE}.{module}".strip(".") for module in modules() if is_light(module)]
+    names.sort(key=lambda name: name.partition(".")[2] not in WITHOUT_NUMPY)
+    program = f"""
+import importlib, sys
+for name in {names}:
+    importlib.import_module(name)
+    heavy = {HEAVY}
+    if name.partition(".")[2] in {WITHOUT_NUMPY}:
+        heavy.add("numpy")
+    if heavy & set(sys.modules):
+        sys.exit(f"{{name}} loads {{sorted(heavy & set(sys.modules))}}")
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_help_answers_in_less_than_a_second():
+    if not (ROOT / "train.py").exists():
+        pytest.skip("train.py is not there")
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        command = [sys.executable, "train.py", "--help"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=dict(os.environ))
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < MAX_HELP_S

@@ -1,0 +1,346 @@
+"""Ranks are started, watched and ended together: fsdp_qlora/train/launch.py and ranks.py.
+
+The ranks are tiny scripts without torch; `supervise` is run as a user runs it, in a process.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora.config import PROJECT_DIR, Config
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
+from fsdp_qlora.train import launch, ranks
+
+PARENT = """
+import sys
+from fsdp_qlora.config import parse
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.train.launch import supervise
+script, argv = sys.argv[1], sys.argv[2:]
+try:
+    sys.exit(supervise(parse(argv), argv, script))
+except UserError as fault:
+    print(f"error: {fault}", file=sys.stderr)
+    sys.exit(fault.code)
+"""
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {project!r})
+from fsdp_qlora.train.launch import write_error
+rank = int(os.environ["RANK"])
+out = Path([word for word in sys.argv if word.startswith("--output_dir=")][-1].split("=", 1)[1])
+(out / f"pid{{rank}}").write_text(str(os.getpid()))
+def meet():
+    while len(list(out.glob("pid*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
+    time.sleep(0.05)
+def stop_with(code):
+    def stop(number, frame):
+        with open(out / f"stop{{rank}}", "a") as file:
+            file.write(f"{{number}} ")
+        sys.exit(code or 128 + number)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+{body}
+"""
+
+
+def start(tmp_path: Path, body: str, *argv: str, num_ranks: int = 2, **env: str):
+    """Start a supervisor on the CPU whose ranks all run `body`."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(project=str(PROJECT_DIR), body=body))
+    command = [sys.executable, "-c", PARENT, str(script), *argv]
+    command += ["--world_size", str(num_ranks), "--output_dir", str(tmp_path / "out")]
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMP_", "PYTORCH_", "TOKENIZERS_"))
+    }
+    return subprocess.Popen(
+        command,
+        env=clean | {"CUDA_VISIBLE_DEVICES": ""} | env,
+        cwd=PROJECT_DIR,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(tmp_path: Path, body: str, *argv: str, **env: str) -> tuple[int, str, str]:
+    """Return exit code, stdout and stderr of a supervised run."""
+    parent = start(tmp_path, body, *argv, **env)
+    out, err = parent.communicate(timeout=60)
+    return parent.returncode, out, err
+
+
+def wait_for_ranks(tmp_path: Path, num_ranks: int = 2) -> list[int]:
+    """Return the process ids of the ranks, once all of them have started."""
+    paths = [tmp_path / "out" / f"pid{rank}" for rank in range(num_ranks)]
+    limit_s = time.monotonic() + 30
+    while not all(path.exists() and path.read_text() for path in paths):
+        assert time.monotonic() < limit_s
+        time.sleep(0.01)
+    return [int(path.read_text()) for path in paths]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_every_rank_gets_its_place_and_the_argv(tmp_path: Path):
+    """Environment of the ranks; values the user has set stay."""
+    names = [
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "OMP_NUM_THREADS",
+    ]
+    names += ["OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF"]
+    body = f"print(*[os.environ[name] for name in {names}], sys.argv[1:3], flush=True)"
+    code, out, err = run(tmp_path, body, "--seed", "7", OMP_WAIT_POLICY="active")
+    threads = max(len(os.sched_getaffinity(0)) // 2, 1)
+    rest = f"2 2 127.0.0.1 {threads} active false expandable_segments:True ['--seed', '7']\n"
+    assert (code, out, err) == (0, "0 0 " + rest, "")
+    assert (tmp_path / "out/logs/rank1.log").read_text() == "1 1 " + rest
+
+
+def test_only_rank_0_speaks_and_the_others_write_logs(tmp_path: Path):
+    """Both streams of rank 0 pass through; those of rank 1 stay in its file."""
+    body = "print('out', rank, flush=True); print('err', rank, file=sys.stderr)"
+    code, out, err = run(tmp_path, body)
+    assert (code, out, err) == (0, "out 0\n", "err 0\n")
+    assert (tmp_path / "out/logs/rank1.log").read_text() == "out 1\nerr 1\n"
+
+
+def test_a_failed_rank_gives_its_line_and_code_and_ends_the_others(tmp_path: Path):
+    """The first word counts, not what the peers say of the lost connection."""
+    body = """
+meet()
+if rank == 1:
+    write_error(out, rank, 5, "weights: broken;\\nfetch again")
+    sys.exit(5)
+while not (out / "logs/rank1.error").exists(): time.sleep(0.01)
+write_error(out, rank, 4, "connection closed by peer")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)
+"""
+    begin_s = time.monotonic()
+    code, out, err = run(tmp_path, body)
+    assert (code, out, err) == (5, "", "error: weights: broken;\\nfetch again\n")
+    assert time.monotonic() - begin_s < 7
+    assert not any(map(is_alive, wait_for_ranks(tmp_path)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, number: signal.Signals):
+    """Also when a peer notices first and leaves word of it."""
+    body = f"""
+meet()
+if rank == 1: os.kill(os.getpid(), {int(number)})
+write_error(out, rank, 4, "connection closed by peer")
+sys.exit(4)
+"""
+    code, _, err = run(tmp_path, body)
+    assert code == 4 and err.count("\n") == 1
+    assert err.startswith(f"error: rank 1: was killed by {number.name}; ")
+
+
+def test_a_fault_of_the_input_wins_over_a_crash_it_causes(tmp_path: Path):
+    """Peers of a rank that leaves may be torn down by a signal."""
+    body = """
+meet()
+if rank == 0:
+    write_error(out, rank, 2, "data.jsonl:3: bad; repair it")
+    sys.exit(2)
+os.kill(os.getpid(), signal.SIGSEGV)
+"""
+    code, _, err = run(tmp_path, body)
+    assert (code, err) == (2, "error: data.jsonl:3: bad; repair it\n")
+
+
+def test_a_rank_that_leaves_no_word_is_named_with_its_log(tmp_path: Path):
+    """An early death must not look like success."""
+    code, out, err = run(tmp_path, "meet(); sys.exit(9 if rank == 1 else time.sleep(60))")
+    assert (code, out) == (9, "")
+    assert err == f"error: rank 1: ended with code 9; see {tmp_path}/out/logs/rank1.log\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_is_passed_on_once(tmp_path: Path, number: signal.Signals, code: int):
+    """The ranks finish in their own time; one of them later than the grace for failures."""
+    body = """
+stop_with(None)
+time.sleep(0.1)
+(out / f"ready{rank}").touch()
+try: time.sleep(60)
+finally: time.sleep(5 * rank); (out / f"saved{rank}").touch()
+"""
+    parent = start(tmp_path, body)
+    wait_for_ranks(tmp_path)
+    while len(list((tmp_path / "out").glob("ready*"))) < 2:
+        time.sleep(0.01)
+    parent.send_signal(number)
+    _, err = parent.communicate(timeout=30)
+    assert parent.returncode == code
+    assert err == f"stopped by {number.name}; what was recorded is in {tmp_path}/out\n"
+    for rank in range(2):
+        assert (tmp_path / f"out/stop{rank}").read_text() == f"{int(number)} "
+        assert (tmp_path / f"out/saved{rank}").exists()
+
+
+def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path):
+    """A user who presses Ctrl-C twice does not wait."""
+    body = """
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+(out / f"deaf{rank}").touch()
+time.sleep(60)
+"""
+    parent = start(tmp_path, body)
+    pids = wait_for_ranks(tmp_path)
+    while len(list((tmp_path / "out").glob("deaf*"))) < 2:
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert all(map(is_alive, pids))
+    parent.send_signal(signal.SIGINT)
+    parent.communicate(timeout=5)
+    assert parent.returncode == 130 and not any(map(is_alive, pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path):
+    """kill -9 of the parent leaves no orphan."""
+    parent = start(tmp_path, "time.sleep(60)")
+    pids = wait_for_ranks(tmp_path)
+    assert all(map(is_alive, pids))
+    parent.kill()
+    parent.communicate(timeout=5)
+    limit_s = time.monotonic() + 2
+    while any(map(is_alive, pids)) and time.monotonic() < limit_s:
+        time.sleep(0.02)
+    assert not any(map(is_alive, pids))
+
+
+def test_a_directory_with_files_is_kept_unless_overwrite_is_given(tmp_path: Path):
+    """Records of the old run go, files of others stay."""
+    out = tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    for name in ("metrics.jsonl", "mine.txt", "logs/rank7.error"):
+        (out / name).write_text("{}")
+    code, _, err = run(tmp_path, "pass")
+    assert code == INPUT and "holds files already; give another" in err and err.count("\n") == 1
+    assert len(list(out.rglob("*"))) == 4
+    assert run(tmp_path, "pass", "--overwrite") == (0, "", "")
+    assert (out / "mine.txt").exists()
+    assert not (out / "metrics.jsonl").exists() and not (out / "logs/rank7.error").exists()
+
+
+def test_an_output_dir_that_cannot_be_made_is_an_error_of_the_machine(tmp_path: Path):
+    """A file stands where the directory should be."""
+    (tmp_path / "out").write_text("")
+    code, _, err = run(tmp_path, "pass")
+    assert code == ENVIRONMENT and "cannot be written to" in err and err.count("\n") == 1
+
+
+def test_a_port_in_use_is_refused_and_two_free_ones_differ(tmp_path: Path):
+    """Only a port the user asked for can be taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = run(tmp_path, "pass", "--master_port", str(port))
+        assert code == ENVIRONMENT and f"--master_port {port}: is not free" in err
+        assert ranks.find_port(0) != port
+    assert ranks.find_port(port) == port
+
+
+def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
+    """Not in the order of ranks."""
+    for rank in (3, 0, 1):
+        launch.write_error(tmp_path, rank, rank + 1, f"line\n{rank}")
+        time.sleep(0.02)
+    found = [(error.rank, error.code, error.line) for error in launch.read_errors(tmp_path)]
+    assert found == [(3, 4, "line\\n3"), (0, 1, "line\\n0"), (1, 2, "line\\n1")]
+    assert launch.read_errors(tmp_path / "nowhere") == []
+
+
+def fake_machine(tmp_path: Path, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an nvidia-smi on the PATH that lists `num_gpus` cards."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(num_gpus))
+    tool.write_text("#!/bin/sh\n" + lines)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus"),
+    [
+        (None, 3),
+        ("0,2", 2),
+        ("", 0),
+        ("-1", 0),
+        ("0,7,1", 1),
+        ("GPU-0,GPU-2", 2),
+        ("NoDevFiles", 0),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, num_gpus: int
+):
+    """CUDA_VISIBLE_DEVICES ends at its first bad entry."""
+    fake_machine(tmp_path, 3, monkeypatch)
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert ranks.count_gpus(env) == num_gpus
+
+
+def test_ranks_are_planned_by_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One per GPU by default, never more; on the CPU as many as asked for."""
+    fake_machine(tmp_path, 2, monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.plan_ranks(Config()) == 2
+    assert launch.plan_ranks(Config(world_size=1)) == 1
+    with pytest.raises(UserError, match="has 2 GPU") as caught:
+        launch.plan_ranks(Config(world_size=4))
+    assert caught.value.code == ENVIRONMENT
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [launch.plan_ranks(Config(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
+
+
+def test_ranks_of_torchrun_and_srun_are_recognised():
+    """The batch script of a Slurm job has SLURM_PROCID and SLURM_NTASKS too, but is no rank."""
+    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "70007"}
+    step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
+    assert launch.is_rank(torchrun) and launch.is_rank(step)
+    assert not launch.is_rank({}) and not launch.is_rank(batch)
+    assert not launch.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    assert launch.rank_env(torchrun, Config()) == torchrun
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
+    assert launch.rank_env(step, Config()) == place | {"MASTER_PORT": "30007"}
+    assert launch.rank_env(step, Config(master_port=99))["MASTER_PORT"] == "99"
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[07,9],m", "n07"), ("r[1-2]-ib,x", "r1-ib")],
+)
+def test_first_host_of_a_slurm_list(hosts: str, first: str):
+    """Ranges, lists, leading zeros and suffixes."""
+    assert ranks.first_host(hosts) == first

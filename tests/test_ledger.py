@@ -1,0 +1,349 @@
+"""The record of a run (train/ledger.py, clock.py, memory.py, versions.py)."""
+
+import json
+import os
+import pty
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import termios
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fsdp_qlora.train import ledger, memory
+from fsdp_qlora.train.clock import Clock
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A process group of one rank."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return [values]
+
+
+def record(step: int, **changes) -> dict:
+    values = {"step": step, "epoch": step / 10, "loss": 4.0 - step, "learning_rate": 1e-4}
+    return {**values, "grad_norm": 0.5, "num_trained_tokens": 90, "num_tokens": 100, **changes}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[dict]:
+    return [line for line in lines(folder) if "event" not in line]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def run_steps(folder: Path, num_steps: int, **changes) -> None:
+    with ledger.Recorder(folder, Alone(), num_steps, {"config": {"seed": 42}}) as recorder:
+        for step in range(1, num_steps + 1):
+            recorder.clock.mark("forward")
+            recorder.step(record(step, **changes))
+
+
+def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
+    run_steps(tmp_path, 5)
+    written = steps(tmp_path)
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5]
+    for line in written:
+        expected = record(line["step"])
+        assert {name: line[name] for name in expected} == expected
+        assert set(line["ranks"][0]) == set(memory.PROCESS_FIELDS)
+        assert set(line["host"]) == {*memory.MACHINE_FIELDS, "host_peak_used_gib"}
+        assert line["ranks"][0]["host_rss_gib"] > 0.05
+        assert line["tokens_per_s"] == pytest.approx(100 / line["step_s"])
+
+
+def test_the_first_line_names_config_versions_and_ranks(tmp_path):
+    run_steps(tmp_path, 1)
+    first = lines(tmp_path)[0]
+    assert first["event"] == "run"
+    assert first["config"] == {"seed": 42}
+    assert first["num_ranks"] == 1
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["python"].startswith("3.")
+
+
+def test_the_loss_of_a_step_is_read_only_when_the_next_step_is_launched(tmp_path):
+    with ledger.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+        loss = torch.tensor(9.0)
+        recorder.step(record(1, loss=loss, grad_norm=torch.tensor(0.25)))
+        assert steps(tmp_path) == []
+        loss.fill_(7.0)  # as if the device computed it only now
+        recorder.step(record(2))
+        assert [(line["loss"], line["grad_norm"]) for line in steps(tmp_path)] == [(7.0, 0.25)]
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+
+
+def test_phases_add_up_over_micro_batches_and_make_the_step():
+    clock = Clock(CPU)
+    for _ in range(2):
+        time.sleep(0.02)
+        clock.mark("forward")
+        time.sleep(0.04)
+        clock.mark("backward")
+    seconds = clock.lap().seconds()
+    assert list(seconds) == ["forward", "backward"]
+    assert 0.04 <= seconds["forward"] < 0.08 <= seconds["backward"] < 0.16
+    time.sleep(0.02)
+    clock.mark("record")
+    assert clock.lap().seconds()["record"] >= 0.02
+
+
+def test_step_seconds_cover_the_whole_time_except_what_restart_forgets(tmp_path):
+    with ledger.Recorder(tmp_path, Alone(), 3, {}) as recorder:
+        began = time.perf_counter()
+        for step in (1, 2, 3):
+            time.sleep(0.05)
+            recorder.clock.mark("forward")
+            recorder.step(record(step))
+        wall_s = time.perf_counter() - began
+        time.sleep(0.3)  # an evaluation
+        recorder.clock.restart()
+        recorder.clock.mark("data")
+        recorder.step(record(4))
+    written = steps(tmp_path)
+    assert sum(line["step_s"] for line in written[:3]) == pytest.approx(wall_s, abs=0.05)
+    assert all(line["forward_s"] >= 0.05 for line in written[:3])
+    assert written[3]["step_s"] < 0.1
+    assert "record_s" in written[1]
+
+
+def test_recording_costs_milliseconds(tmp_path):
+    run_steps(tmp_path, 40)
+    assert statistics.median(line["record_s"] for line in steps(tmp_path)[1:]) < 0.005
+
+
+def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three_steps(tmp_path):
+    with ledger.Recorder(tmp_path, Alone(), 5, {"config": {"lr": 1e-5}}) as recorder:
+        recorder.event("load", {"load_s": 1.5})
+        for step in range(1, 6):
+            time.sleep(0.2 if step <= 3 else 0.01)
+            recorder.step(record(step))
+    totals, written = summary(tmp_path), steps(tmp_path)
+    assert totals["is_complete"] is True
+    assert totals["num_steps"] == 5
+    assert totals["num_tokens"] == 500
+    assert totals["num_trained_tokens"] == 450
+    assert (totals["loss_first"], totals["loss_last"]) == (3.0, -1.0)
+    assert totals["train_s"] == pytest.approx(sum(line["step_s"] for line in written))
+    assert totals["steps_per_s"] == pytest.approx(5 / totals["train_s"])
+    assert totals["tokens_per_s"] == pytest.approx(500 / totals["train_s"])
+    speeds = [line["tokens_per_s"] for line in written[3:]]
+    assert totals["tokens_per_s_median"] == pytest.approx(statistics.median(speeds))
+    assert totals["total_s"] >= totals["train_s"]
+    for name in memory.PROCESS_FIELDS:
+        assert totals["peaks"]["ranks"][0][name] == max(line["ranks"][0][name] for line in written)
+    assert totals["peaks"]["host"]["host_peak_used_gib"] > 0
+    assert totals["events"] == [{"event": "load", "load_s": 1.5}]
+    assert totals["config"] == {"lr": 1e-5}
+
+
+def test_a_failed_run_keeps_its_last_step_and_says_that_it_is_incomplete(tmp_path):
+    with pytest.raises(ZeroDivisionError), ledger.Recorder(tmp_path, Alone(), 9, {}) as recorder:
+        recorder.step(record(1))
+        recorder.step(record(2))
+        raise ZeroDivisionError
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+    assert summary(tmp_path)["is_complete"] is False
+    assert summary(tmp_path)["num_steps"] == 2
+
+
+def test_a_loss_that_is_not_a_number_is_null_and_named(tmp_path):
+    with ledger.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+        recorder.step(record(1, loss=torch.tensor(float("nan")), grad_norm=float("inf")))
+        recorder.step(record(2, grad_norm=None))
+    first, second = steps(tmp_path)
+    assert (first["loss"], first["grad_norm"]) == (None, None)
+    assert first["nonfinite"] == ["loss", "grad_norm"]
+    assert "nonfinite" not in second
+    assert summary(tmp_path)["loss_last"] == 2.0
+
+
+def test_events_stand_between_the_steps_they_happened_between(tmp_path):
+    with ledger.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+        recorder.step(record(1))
+        recorder.event("eval", {"loss": torch.tensor(2.5)})
+        recorder.step(record(2))
+    order = [line.get("event", line.get("step")) for line in lines(tmp_path)]
+    assert order == ["run", 1, "eval", 2]
+    assert lines(tmp_path)[2]["loss"] == 2.5
+
+
+def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, capsys):
+    run_steps(tmp_path, 100)
+    printed = capsys.readouterr().out.splitlines()
+    assert 20 <= len(printed) <= 22
+    assert re.fullmatch(
+        r"step 1/100 loss 3\.000 [\d,]+ tok/s host [\d.]+/\d+ GiB ETA [\d:]+",
+        printed[0],
+    )
+    assert printed[-1].startswith("step 100/100 ")
+
+
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monkeypatch, capsys):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run_steps(tmp_path, 3)
+        terminal.flush()
+        drawn = os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert re.search(r"3/3 .*loss 1\.000 .*tok/s host [\d.]+/\d+ GiB", drawn)
+    assert capsys.readouterr().out == ""
+
+
+def test_two_ranks_sum_their_tokens_and_show_their_memory_each(tmp_path):
+    pytest.importorskip("fsdp_qlora.train.world")
+    program = textwrap.dedent(
+        """
+        import sys
+        from fsdp_qlora.train import ledger, world
+        ranks = world.join()
+        ballast = bytearray(b"x" * (ranks.rank * 400 * 2**20))
+        with ledger.Recorder(sys.argv[1], ranks, 2, {}) as recorder:
+            for step in (1, 2):
+                counts = {"num_trained_tokens": 10 + ranks.rank, "num_tokens": 100 * step}
+                recorder.step({"step": step, "epoch": 1.0, "loss": 1.0, **counts})
+        world.leave()
+        """
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)],
+            cwd=ROOT,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    written = steps(tmp_path)
+    assert [line["num_tokens"] for line in written] == [200, 400]
+    assert [line["num_trained_tokens"] for line in written] == [21, 21]
+    rss = [rank["host_rss_gib"] for rank in written[1]["ranks"]]
+    assert rss[1] - rss[0] == pytest.approx(400 / 1024, abs=0.1)
+    assert len(summary(tmp_path)["peaks"]["ranks"]) == 2
+
+
+def test_process_memory_sees_what_this_process_allocates():
+    before = memory.memory_now(CPU)
+    ballast = bytearray(b"x" * (256 * 2**20))
+    after = memory.memory_now(CPU)
+    assert set(after) == {*memory.PROCESS_FIELDS, *memory.MACHINE_FIELDS}
+    for name in ("host_rss_gib", "host_pss_gib"):
+        assert after[name] - before[name] == pytest.approx(len(ballast) / memory.GIB, abs=0.02)
+    assert after["host_rss_gib"] == pytest.approx(
+        psutil.Process().memory_full_info().rss / memory.GIB, abs=0.02
+    )
+    assert after["host_pss_gib"] == pytest.approx(
+        psutil.Process().memory_full_info().pss / memory.GIB, abs=0.02
+    )
+    assert after["host_used_gib"] == pytest.approx(
+        after["host_total_gib"] - after["host_available_gib"]
+    )
+
+
+def test_the_sampler_keeps_a_peak_that_is_gone_at_the_next_step():
+    with memory.HostSampler(interval_s=0.01) as sampler:
+        ballast = bytearray(b"x" * (512 * 2**20))
+        used_gib = memory.machine_memory()["host_used_gib"]
+        time.sleep(0.2)
+        del ballast
+    assert sampler.peak_used_gib >= used_gib - 0.1
+    assert sampler.pss_gib == pytest.approx(memory.pss_gib(), rel=0.1)
+
+
+def group(folder: Path, text: str, files: dict[str, str]) -> memory.Cgroup:
+    (folder / "proc").mkdir()
+    (folder / "proc" / "cgroup").write_text(text)
+    for name, content in files.items():
+        path = folder / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return memory.find_cgroup(folder / "proc", folder / "sys")
+
+
+def test_the_tightest_cgroup_limit_above_this_process_counts(tmp_path):
+    files = {
+        "job/step/memory.max": "max\n",
+        "job/step/memory.current": f"{3 * 2**30}\n",
+        "job/step/memory.stat": f"anon 1\ninactive_file {2**30}\n",
+        "job/memory.max": f"{8 * 2**30}\n",
+        "job/memory.current": f"{5 * 2**30}\n",
+    }
+    found = group(tmp_path, "0::/job/step\n", files)
+    assert found.limit_gib == 8.0
+    assert found.used_gib() == 2.0
+
+
+def test_a_version_one_cgroup_is_read_at_the_mount_when_its_own_path_is_hidden(tmp_path):
+    files = {
+        "memory/memory.limit_in_bytes": f"{6 * 2**30}\n",
+        "memory/memory.usage_in_bytes": f"{4 * 2**30}\n",
+        "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {2**30}\n",
+    }
+    found = group(tmp_path, "4:cpu,memory:/docker/abc\n0::/\n", files)
+    assert found.limit_gib == 6.0
+    assert found.used_gib() == pytest.approx(4.0, abs=1e-6)
+
+
+def test_no_cgroup_and_no_limit_are_none(tmp_path):
+    assert memory.find_cgroup(tmp_path, tmp_path).used_gib() is None
+    files = {
+        "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+        "memory/memory.usage_in_bytes": "0",
+    }
+    assert group(tmp_path, "1:memory:/\n", files).limit_gib is None
+
+
+@pytest.mark.gpu
+def test_device_peaks_start_anew_at_every_reading():
+    device = torch.device("cuda", 0)
+    memory.process_memory(device)
+    ballast = torch.empty(2**30, dtype=torch.uint8, device=device)
+    del ballast
+    first, second = memory.process_memory(device), memory.process_memory(device)
+    assert first["device_peak_allocated_gib"] - first["device_allocated_gib"] >= 1.0
+    assert second["device_peak_allocated_gib"] == second["device_allocated_gib"]
+    assert first["device_used_gib"] >= first["device_reserved_gib"] > 0
+    pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+    grown = memory.pinned_gib(device) - second["host_pinned_gib"]
+    assert grown == pytest.approx(pinned.numel() / memory.GIB)
+
+
+@pytest.mark.gpu
+def test_cuda_phases_are_the_time_of_the_device_and_reading_them_is_late():
+    device = torch.device("cuda", 0)
+    clock = Clock(device)
+    began = time.perf_counter()
+    torch.cuda._sleep(2_000_000_000)
+    clock.mark("forward")
+    lap = clock.lap()
+    assert time.perf_counter() - began < 0.2
+    assert lap.seconds()["forward"] > 0.3
