@@ -162,12 +162,12 @@ class Config:
     overwrite: bool = flag(False, "output", "write into a directory that holds a run")
     save_model: bool = flag(True, "output", "save the adapter at the end")
     log_to: str = flag("tqdm", "output", "progress bar or plain lines", LOGS)
-    verbose: bool = flag(False, "output", "print more at the start")
     profile: bool = flag(False, "output", "torch profiler", ONLY_FALSE)
 
     low_memory: bool = idle(True, "weights are always streamed layer by layer")
     loading_workers: int = idle(-1, "the ranks share the loading")
     no_sync: bool = idle(False, "the gradients of adapters are cheap to reduce")
+    verbose: bool = idle(False, "what matters is always printed")
     llama_pro_path: str | None = idle(None, "llama_pro is not built yet")
     profile_memory: bool = idle(False, "metrics.jsonl has the memory of every step")
     master_addr: str = idle("localhost", "ranks of this machine meet on 127.0.0.1")

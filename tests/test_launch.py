@@ -41,11 +41,15 @@ def meet():
     while len(list(out.glob("pid*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)
     time.sleep(0.05)
-def stop_with(code):
+def wait_for_the_end_of(pid):
+    stat = Path("/proc") / pid / "stat"
+    while stat.exists() and ") Z" not in stat.read_text():
+        time.sleep(0.001)
+def stop_cleanly():
     def stop(number, frame):
         with open(out / f"stop{{rank}}", "a") as file:
             file.write(f"{{number}} ")
-        sys.exit(code or 128 + number)
+        sys.exit(128 + number)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 {body}
@@ -58,11 +62,8 @@ def start(tmp_path: Path, body: str, *argv: str, num_ranks: int = 2, **env: str)
     script.write_text(RANK.format(project=str(PROJECT_DIR), body=body))
     command = [sys.executable, "-c", PARENT, str(script), *argv]
     command += ["--world_size", str(num_ranks), "--output_dir", str(tmp_path / "out")]
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("OMP_", "PYTORCH_", "TOKENIZERS_"))
-    }
+    ours = ("OMP_", "PYTORCH_", "TOKENIZERS_")
+    clean = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
     return subprocess.Popen(
         command,
         env=clean | {"CUDA_VISIBLE_DEVICES": ""} | env,
@@ -150,6 +151,7 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path, number: signal.S
     body = f"""
 meet()
 if rank == 1: os.kill(os.getpid(), {int(number)})
+wait_for_the_end_of((out / "pid1").read_text())
 write_error(out, rank, 4, "connection closed by peer")
 sys.exit(4)
 """
@@ -165,6 +167,7 @@ meet()
 if rank == 0:
     write_error(out, rank, 2, "data.jsonl:3: bad; repair it")
     sys.exit(2)
+while not (out / "logs/rank0.error").exists(): time.sleep(0.001)
 os.kill(os.getpid(), signal.SIGSEGV)
 """
     code, _, err = run(tmp_path, body)
@@ -182,7 +185,7 @@ def test_a_rank_that_leaves_no_word_is_named_with_its_log(tmp_path: Path):
 def test_a_stop_signal_is_passed_on_once(tmp_path: Path, number: signal.Signals, code: int):
     """The ranks finish in their own time; one of them later than the grace for failures."""
     body = """
-stop_with(None)
+stop_cleanly()
 time.sleep(0.1)
 (out / f"ready{rank}").touch()
 try: time.sleep(60)

@@ -1,28 +1,24 @@
-"""The record of a run (train/ledger.py, clock.py, memory.py, versions.py)."""
+"""The record of a run (train/ledger.py, clock.py, versions.py)."""
 
 import json
 import os
 import pty
 import re
-import socket
 import statistics
-import subprocess
 import sys
 import termios
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from fsdp_qlora.train import ledger, memory
 from fsdp_qlora.train.clock import Clock
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -110,21 +106,21 @@ def test_phases_add_up_over_micro_batches_and_make_the_step():
     assert clock.lap().seconds()["record"] >= 0.02
 
 
-def test_step_seconds_cover_the_whole_time_except_what_restart_forgets(tmp_path):
+def test_step_seconds_cover_the_whole_time_except_what_an_event_tells_of(tmp_path):
     with ledger.Recorder(tmp_path, Alone(), 3, {}) as recorder:
         began = time.perf_counter()
         for step in (1, 2, 3):
             time.sleep(0.05)
             recorder.clock.mark("forward")
+            time.sleep(0.01)
             recorder.step(record(step))
         wall_s = time.perf_counter() - began
-        time.sleep(0.3)  # an evaluation
-        recorder.clock.restart()
-        recorder.clock.mark("data")
+        time.sleep(0.3)
+        recorder.event("eval", {"loss": 1.0})
         recorder.step(record(4))
     written = steps(tmp_path)
     assert sum(line["step_s"] for line in written[:3]) == pytest.approx(wall_s, abs=0.05)
-    assert all(line["forward_s"] >= 0.05 for line in written[:3])
+    assert all(line["forward_s"] >= 0.05 and line["other_s"] >= 0.01 for line in written[:3])
     assert written[3]["step_s"] < 0.1
     assert "record_s" in written[1]
 
@@ -201,6 +197,15 @@ def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, 
     assert printed[-1].startswith("step 100/100 ")
 
 
+def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
+    with ledger.Recorder(tmp_path, Alone(), 1, {}) as recorder:
+        recorder.say("begin")
+        recorder.step(record(1))
+        recorder.say("saved")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["begin", "step", "saved"]
+
+
 def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monkeypatch, capsys):
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 80))
@@ -215,126 +220,22 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monke
     assert capsys.readouterr().out == ""
 
 
+def record_with_ballast(world, folder: str) -> None:
+    ballast = bytearray(b"x" * (world.rank * 400 * 2**20))
+    with ledger.Recorder(folder, world, 2, {}) as recorder:
+        for step in (1, 2):
+            recorder.step(record(step, num_trained_tokens=10 + world.rank, num_tokens=100 * step))
+    del ballast
+
+
 def test_two_ranks_sum_their_tokens_and_show_their_memory_each(tmp_path):
-    pytest.importorskip("fsdp_qlora.train.world")
-    program = textwrap.dedent(
-        """
-        import sys
-        from fsdp_qlora.train import ledger, world
-        ranks = world.join()
-        ballast = bytearray(b"x" * (ranks.rank * 400 * 2**20))
-        with ledger.Recorder(sys.argv[1], ranks, 2, {}) as recorder:
-            for step in (1, 2):
-                counts = {"num_trained_tokens": 10 + ranks.rank, "num_tokens": 100 * step}
-                recorder.step({"step": step, "epoch": 1.0, "loss": 1.0, **counts})
-        world.leave()
-        """
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)],
-            cwd=ROOT,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    run_ranks(record_with_ballast, 2, str(tmp_path))
     written = steps(tmp_path)
     assert [line["num_tokens"] for line in written] == [200, 400]
     assert [line["num_trained_tokens"] for line in written] == [21, 21]
     rss = [rank["host_rss_gib"] for rank in written[1]["ranks"]]
     assert rss[1] - rss[0] == pytest.approx(400 / 1024, abs=0.1)
     assert len(summary(tmp_path)["peaks"]["ranks"]) == 2
-
-
-def test_process_memory_sees_what_this_process_allocates():
-    before = memory.memory_now(CPU)
-    ballast = bytearray(b"x" * (256 * 2**20))
-    after = memory.memory_now(CPU)
-    assert set(after) == {*memory.PROCESS_FIELDS, *memory.MACHINE_FIELDS}
-    for name in ("host_rss_gib", "host_pss_gib"):
-        assert after[name] - before[name] == pytest.approx(len(ballast) / memory.GIB, abs=0.02)
-    assert after["host_rss_gib"] == pytest.approx(
-        psutil.Process().memory_full_info().rss / memory.GIB, abs=0.02
-    )
-    assert after["host_pss_gib"] == pytest.approx(
-        psutil.Process().memory_full_info().pss / memory.GIB, abs=0.02
-    )
-    assert after["host_used_gib"] == pytest.approx(
-        after["host_total_gib"] - after["host_available_gib"]
-    )
-
-
-def test_the_sampler_keeps_a_peak_that_is_gone_at_the_next_step():
-    with memory.HostSampler(interval_s=0.01) as sampler:
-        ballast = bytearray(b"x" * (512 * 2**20))
-        used_gib = memory.machine_memory()["host_used_gib"]
-        time.sleep(0.2)
-        del ballast
-    assert sampler.peak_used_gib >= used_gib - 0.1
-    assert sampler.pss_gib == pytest.approx(memory.pss_gib(), rel=0.1)
-
-
-def group(folder: Path, text: str, files: dict[str, str]) -> memory.Cgroup:
-    (folder / "proc").mkdir()
-    (folder / "proc" / "cgroup").write_text(text)
-    for name, content in files.items():
-        path = folder / "sys" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return memory.find_cgroup(folder / "proc", folder / "sys")
-
-
-def test_the_tightest_cgroup_limit_above_this_process_counts(tmp_path):
-    files = {
-        "job/step/memory.max": "max\n",
-        "job/step/memory.current": f"{3 * 2**30}\n",
-        "job/step/memory.stat": f"anon 1\ninactive_file {2**30}\n",
-        "job/memory.max": f"{8 * 2**30}\n",
-        "job/memory.current": f"{5 * 2**30}\n",
-    }
-    found = group(tmp_path, "0::/job/step\n", files)
-    assert found.limit_gib == 8.0
-    assert found.used_gib() == 2.0
-
-
-def test_a_version_one_cgroup_is_read_at_the_mount_when_its_own_path_is_hidden(tmp_path):
-    files = {
-        "memory/memory.limit_in_bytes": f"{6 * 2**30}\n",
-        "memory/memory.usage_in_bytes": f"{4 * 2**30}\n",
-        "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {2**30}\n",
-    }
-    found = group(tmp_path, "4:cpu,memory:/docker/abc\n0::/\n", files)
-    assert found.limit_gib == 6.0
-    assert found.used_gib() == pytest.approx(4.0, abs=1e-6)
-
-
-def test_no_cgroup_and_no_limit_are_none(tmp_path):
-    assert memory.find_cgroup(tmp_path, tmp_path).used_gib() is None
-    files = {
-        "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
-        "memory/memory.usage_in_bytes": "0",
-    }
-    assert group(tmp_path, "1:memory:/\n", files).limit_gib is None
-
-
-@pytest.mark.gpu
-def test_device_peaks_start_anew_at_every_reading():
-    device = torch.device("cuda", 0)
-    memory.process_memory(device)
-    ballast = torch.empty(2**30, dtype=torch.uint8, device=device)
-    del ballast
-    first, second = memory.process_memory(device), memory.process_memory(device)
-    assert first["device_peak_allocated_gib"] - first["device_allocated_gib"] >= 1.0
-    assert second["device_peak_allocated_gib"] == second["device_allocated_gib"]
-    assert first["device_used_gib"] >= first["device_reserved_gib"] > 0
-    pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    grown = memory.pinned_gib(device) - second["host_pinned_gib"]
-    assert grown == pytest.approx(pinned.numel() / memory.GIB)
 
 
 @pytest.mark.gpu

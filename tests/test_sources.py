@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -12,6 +13,7 @@ from pyarrow import parquet
 from fsdp_qlora.data import sources
 from fsdp_qlora.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 ROWS = [{"question": f"q{i} é", "answer": f"a{i}"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
@@ -134,7 +136,7 @@ def test_a_named_set_that_cannot_be_fetched_is_an_error_of_the_environment(tmp_p
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("3 dataset alpaca: yahma/alpaca-cleaned cannot be had")
     assert done.stdout.count("\n") == 1
@@ -145,5 +147,7 @@ def test_reading_rows_needs_neither_torch_nor_transformers():
         "import sys, fsdp_qlora.data.sources\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "[]\n"

@@ -89,6 +89,9 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
             config, dtype=chosen.dtype, attn_implementation=chosen.attention
         )
     hf_model.requires_grad_(False)
+    output = hf_model.get_output_embeddings()
+    if info.is_tied:
+        output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
         kernels.apply_liger(hf_model)
     tensors = {name: _owner(hf_model, name) for name, _ in hf_model.named_parameters()}
@@ -99,7 +102,6 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
         layers[index] = block = DecoderBlock(layer, layout, cache)
         for name in _put_packed_linears(block, info):
             del tensors[f"{info.layers_prefix}.{index}.{name}.weight"]
-    output = hf_model.get_output_embeddings()
     head = LossHead(output.weight, config)
     if not info.is_tied:
         tensors[next(n for n, (m, _) in tensors.items() if m is output)] = (head, "weight")

@@ -192,7 +192,7 @@ def _watch(ranks: Sequence[subprocess.Popen], stops: Sequence[int]) -> frozenset
     """Wait for all ranks; return the numbers of those that had to be ended."""
     ended: frozenset[int] = frozenset()
     num_passed, deadline_s = 0, math.inf
-    while any(rank.poll() is None for rank in ranks):
+    while None in [rank.poll() for rank in ranks]:
         if num_passed < len(stops):
             _send(ranks, stops[0] if num_passed == 0 else signal.SIGKILL)
             num_passed = len(stops)

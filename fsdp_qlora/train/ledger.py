@@ -126,6 +126,7 @@ class Recorder:
         num_steps: int,
         run_info: dict[str, Any],
         num_registered_bytes: int = 0,
+        has_bar: bool = True,
     ) -> None:
         """Describe the run; nothing is written before the `with` block.
 
@@ -136,11 +137,13 @@ class Recorder:
             run_info: what the summary repeats: the config, the plan, the model's counts.
             num_registered_bytes: host bytes that this rank page-locked itself, unknown to
                 torch's pinned allocator.
+            has_bar: False prints plain lines on a terminal too.
         """
         self.clock = Clock(world.device)
         self._output_dir = Path(output_dir)
         self._world = world
         self._num_steps = num_steps
+        self._has_bar = has_bar
         self._run_info = run_info
         self._registered_gib = num_registered_bytes / memory.GIB
         self._sampler = memory.HostSampler()
@@ -158,10 +161,9 @@ class Recorder:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             path = self._output_dir / "metrics.jsonl"
             self._file = path.open("w", encoding="utf-8", buffering=1)
-            self._bar = _build_bar(self._num_steps)
+            self._bar = _build_bar(self._num_steps, self._has_bar)
         info = {"num_ranks": self._world.size, "versions": versions(self._world.device)}
         self.event("run", {**info, **self._run_info})
-        self.clock.restart()
         return self
 
     def __exit__(
@@ -204,21 +206,24 @@ class Recorder:
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
 
+        Call it between two steps, when what it tells of is over: the time since the last step is
+        not counted to the next one.
+
         Args:
             name: "load", "eval", ...
             values: numbers, text, lists and dicts; 0-d tensors are read at once.
         """
-        if self._world.rank != 0:
-            return
-        self._write_pending()
-        line = {"event": name, **values}
-        self._write(line)
-        if name != "run":
-            self._totals.events.append(line)
+        if self._world.rank == 0:
+            self._write_pending()
+            line = {"event": name, **values}
+            self._write(line)
+            self._totals.events += [line] if name != "run" else []
+        self.clock.restart()
 
     def say(self, text: str) -> None:
-        """Print a line on rank 0 without breaking the progress bar."""
+        """Print a line on rank 0, after the steps so far and without breaking the bar."""
         if self._world.rank == 0:
+            self._write_pending()
             tqdm.write(text)
 
     def close(self, is_complete: bool = True) -> None:
@@ -294,9 +299,9 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     draft.replace(path)
 
 
-def _build_bar(num_steps: int) -> Any:
+def _build_bar(num_steps: int, has_bar: bool) -> Any:
     """A progress bar on the terminal; disabled (plain lines instead) elsewhere."""
-    is_live = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    is_live = has_bar and sys.stderr.isatty() and "NO_COLOR" not in os.environ
     form = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
     return tqdm(total=num_steps, dynamic_ncols=True, bar_format=form, disable=not is_live)
 

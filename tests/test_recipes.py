@@ -1,0 +1,39 @@
+"""Every recipe is a command line that works, and has a page that says what it does."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora import config
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+NUM_RECIPES = 1
+WITHOUT_PAGE = {"quickstart"}  # the README describes it
+
+
+def test_all_recipes_are_found():
+    assert len(RECIPES) == NUM_RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_parses_by_its_path_and_by_its_name(path):
+    by_path = config.parse(["--recipe", str(path), "--output_dir=out"])
+    by_name = config.parse(["--recipe", path.stem, "--output_dir=out"])
+    assert dataclasses.replace(by_path, recipe=None) == dataclasses.replace(by_name, recipe=None)
+    for name, value in tomllib.loads(path.read_text(encoding="utf-8")).items():
+        if name != "output_dir":
+            assert getattr(by_path, name) == value
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_holds_only_what_differs_from_the_defaults(path):
+    defaults = {field.name: field.default for field in dataclasses.fields(config.Config)}
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert [name for name, value in values.items() if defaults[name] == value] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_has_a_page_beside_it(path):
+    assert path.stem in WITHOUT_PAGE or path.with_suffix(".md").is_file()

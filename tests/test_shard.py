@@ -1,0 +1,263 @@
+"""Sharded equals unsharded: bytes, gradients, steps, adapters, on two gloo ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fsdp_qlora.data.batches import collate
+from fsdp_qlora.data.tokens import Sample
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import load, shard
+from fsdp_qlora.model.head import Targets
+from fsdp_qlora.results import export
+from fsdp_qlora.train import loop, optim
+from fsdp_qlora.train.clock import Clock
+from tests import tiny
+from tests.ranks import run_ranks
+
+FLAGS = ("--precision=fp32", "--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0")
+CHECKPOINTING = {
+    "none": ("--use_gradient_checkpointing=false",),
+    "non_reentrant": (),
+    "reentrant": ("--reentrant_checkpointing=true",),
+}
+
+
+def make_samples(count, vocab_size=256):
+    generator = np.random.default_rng(0)
+    return [
+        Sample(generator.integers(0, vocab_size, length).astype(np.int32), int(length) // 3)
+        for length in generator.integers(5, 40, count)
+    ]
+
+
+def micro_batches(rank, world_size, accumulation):
+    """Two rows per rank and micro-batch."""
+    samples = make_samples(2 * world_size * accumulation)
+    start = 2 * rank * accumulation
+    return [
+        collate(samples[start + 2 * i : start + 2 * i + 2]) for i in range(accumulation)
+    ]
+
+
+def sharded_gradients(world, path, format_flags, cases, extra=()):
+    """Whole gradients by peft name for each (offload, checkpointing, accumulation)."""
+    results = {}
+    for offload, checkpointing, accumulation in cases:
+        flags = (*FLAGS, *format_flags, *CHECKPOINTING[checkpointing], *extra)
+        model, _, _ = tiny.build(path, world, *flags, f"--use_cpu_offload={offload}")
+        tiny.fill_lora(model)
+        batches = micro_batches(world.rank, world.size, accumulation)
+        num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
+        for batch in batches:
+            loss = loop.token_loss_sum(model, batch, world.device)
+            (loss * (world.size / num_tokens)).backward()
+        grads = []
+        for block in shard.blocks(model):
+            grad = block.body.lora.grad
+            grads.append(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
+        results[offload, checkpointing, accumulation] = {
+            name: tensor.numpy() for name, tensor in tiny.lora_dict(model, grads).items()
+        }
+    return results
+
+
+def reference_gradients(path, format_name, cfg_flags, accumulation, lora, cfg):
+    model, named = tiny.reference_model(path, format_name, lora, cfg)
+    batch = collate(make_samples(4 * accumulation))
+    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
+    labels = batch.labels[:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
+    loss.backward()
+    return {name: param.grad for name, param in named.items()}
+
+
+def build_lora(path, cfg):
+    """The adapter values that tiny.fill_lora gives every world size (one rank, no FSDP needed)."""
+    return run_ranks(_lora_values, 1, path, cfg.lora_target_modules)[0]
+
+
+def _lora_values(world, path, targets):
+    model, _, _ = tiny.build(path, world, *FLAGS, f"--lora_target_modules={targets}")
+    return {n: t.numpy() for n, t in tiny.lora_dict(model, tiny.fill_lora(model)).items()}
+
+
+def check_gradients(path, format_flags, format_name, cases, extra=()):
+    from fsdp_qlora import config
+
+    cfg = config.parse([f"--model_name={path}", *FLAGS, *format_flags, *extra])
+    assert cfg.format_name == format_name
+    lora = {n: torch.from_numpy(v) for n, v in build_lora(path, cfg).items()}
+    by_rank = run_ranks(sharded_gradients, 2, path, format_flags, cases, extra)
+    references = {
+        accumulation: reference_gradients(path, format_name, format_flags, accumulation, lora, cfg)
+        for accumulation in {case[2] for case in cases}
+    }
+    for rank, results in enumerate(by_rank):
+        for case, grads in results.items():
+            for name, want in references[case[2]].items():
+                torch.testing.assert_close(
+                    torch.from_numpy(grads[name]),
+                    want,
+                    rtol=1e-3,
+                    atol=2e-6,
+                    msg=lambda text, c=case, n=name, r=rank: f"rank {r} {c} {n}: {text}",
+                )
+
+
+ALL_CASES = list(itertools.product(("true", "false"), CHECKPOINTING, (1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("format_flags", "format_name"),
+    [(("--train_type=qlora",), "nf4_dq"), (("--train_type=hqq_lora",), "hqq4")],
+)
+def test_gradients_equal_peft_on_one_process(tmp_path, format_flags, format_name):
+    """{NF4, HQQ} x {offload} x {checkpointing} x {accumulation}: reference transformers + peft, unsharded."""
+    tiny.require(format_name)
+    path = tiny.save_model(tmp_path / "model")
+    check_gradients(path, format_flags, format_name, ALL_CASES)
+
+
+@pytest.mark.parametrize("strategy", ["shard_grad_op", "ddp"])
+def test_other_strategies_have_the_same_gradients(tmp_path, strategy):
+    path = tiny.save_model(tmp_path / "model")
+    cases = [("false", "non_reentrant", 3), ("false", "none", 1)]
+    check_gradients(
+        path, ("--train_type=qlora",), "nf4_dq", cases, (f"--sharding_strategy={strategy}",)
+    )
+
+
+def test_biases_tied_embeddings_and_some_targets(tmp_path):
+    """Qwen2: biases on q, k, v; one embedding for both ends; adapters on two projections only."""
+    path = tiny.save_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    extra = ("--lora_target_modules=q_proj,v_proj", "--use_rslora=true", "--double_quant=false")
+    cases = [("true", "non_reentrant", 3), ("false", "reentrant", 1)]
+    check_gradients(path, ("--train_type=qlora",), "nf4", cases, extra)
+
+
+def _plant_nan_patterns(world, path):
+    """Overwrite packed bytes with NaN patterns of every float type before sharding; compare after the gather."""
+    model, info, _ = tiny.build(path, world, *FLAGS, "--use_cpu_offload=true", "--verify_bytes=false")
+    planted = {}
+    for index, block in enumerate(shard.blocks(model)):
+        words = torch.arange(block.packed.numel(), dtype=torch.int32) * 2654435 + index
+        patterns = torch.tensor([0x7FC00001, -1, 0x7F817FC1, 0x7C017E01, -0x403F0001]).int()
+        words[::3] = patterns[torch.arange(len(words[::3])) % len(patterns)]
+        whole = words.view(torch.float32)
+        planted[index] = load.fingerprint(whole)
+        start, stop = shard.local_range(block.packed)
+        shard.set_local(block, "packed", whole[start:stop].clone())
+    load.verify_bytes(model, planted if world.rank == 0 else {}, world)
+    loop.token_loss_sum(model, micro_batches(world.rank, world.size, 1)[0], world.device)
+    load.verify_bytes(model, planted if world.rank == 0 else {}, world)
+    planted[1] += 1
+    with pytest.raises(UserError, match="layer 1 changed on rank 0"):
+        load.verify_bytes(model, planted if world.rank == 0 else {}, world)
+    return True
+
+
+def test_gathered_bytes_are_exact_even_where_they_are_nan(tmp_path):
+    path = tiny.save_model(tmp_path / "model")
+    assert run_ranks(_plant_nan_patterns, 2, path) == [True, True]
+
+
+def test_fingerprint_sees_every_single_bit():
+    words = torch.arange(1000, dtype=torch.int32)
+    whole = load.fingerprint(words)
+    for index, bit in itertools.product((0, 7, 999), range(32)):
+        changed = words.clone()
+        changed[index] ^= torch.tensor(1 << bit if bit < 31 else -(2**31), dtype=torch.int32)
+        assert load.fingerprint(changed) != whole
+    swapped = words.clone()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    assert load.fingerprint(swapped) != whole
+
+
+def _train(world, path, out, steps, flags):
+    model, info, cfg = tiny.build(path, world, *FLAGS, *flags, f"--output_dir={out}", "--lr=0.01")
+    params = shard.local_parameters(model)
+    optimizer, schedule = optim.build(params, cfg, steps)
+    trained = loop.Trained(model, params, optimizer, schedule, 1.0, world)
+    losses = [
+        loop.train_step(trained, micro_batches(world.rank, world.size, 1), Clock(world.device))
+        for _ in range(steps)
+    ]
+    cfg.resolved_output_dir.mkdir(parents=True, exist_ok=True)
+    export.save(model, info, cfg, None, is_writer=world.rank == 0)
+    batch = collate(make_samples(4))
+    model.eval()
+    with torch.no_grad():
+        loss = model(batch.input_ids, Targets.of(batch.labels, world.device)).item()
+        last = model(batch.input_ids[:1])[0, -1]
+    return [r["loss"].item() for r in losses], losses[0]["grad_norm"].item(), loss, last.numpy()
+
+
+def test_steps_equal_torch_adamw_and_peft_reads_the_adapter(tmp_path):
+    """Five clipped AdamW steps on two ranks against torch on one process; then peft gives the same logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path, out = tiny.save_model(tmp_path / "model"), tmp_path / "out"
+    (losses, norm, loss, last), again = run_ranks(_train, 2, path, out, 5, ())
+    assert again[0] == losses
+    assert losses[-1] < losses[0] - 0.3
+
+    one = run_ranks(_train, 1, path, tmp_path / "one", 1, ())[0]
+    assert one[0][0] != losses[0]  # other batch: one rank sees half of the rows
+
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for name, module in base.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers." in name:
+            module.weight.data = tiny.dequantized(module.weight.data, "nf4_dq")
+    model = PeftModel.from_pretrained(base, out)
+    batch = collate(make_samples(4))
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids).logits
+    torch.testing.assert_close(logits[0, -1], torch.from_numpy(last), rtol=1e-4, atol=1e-4)
+    flat = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
+    )
+    assert flat.item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_two_ranks_train_as_one_rank_with_the_same_global_batch(tmp_path):
+    """Reference: torch AdamW, clip_grad_norm_ and peft on one process, three steps."""
+    from fsdp_qlora import config
+
+    path = tiny.save_model(tmp_path / "model")
+    losses, norm, _, _ = run_ranks(_train, 2, path, tmp_path / "out", 3, ())[0]
+    cfg = config.parse([f"--model_name={path}", *FLAGS])
+    lora = run_ranks(_start_values, 1, path)[0]
+    lora = {n: torch.from_numpy(v) for n, v in lora.items()}
+    model, named = tiny.reference_model(path, "nf4_dq", lora, cfg)
+    optimizer = torch.optim.AdamW(named.values(), lr=0.01, weight_decay=cfg.wd)
+    batch, expected, norms = collate(make_samples(4)), [], []
+    for _ in range(3):
+        logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert norm == pytest.approx(norms[0], rel=1e-4)
+
+
+def _start_values(world, path):
+    model, _, _ = tiny.build(path, world, *FLAGS)
+    return {n: t.numpy() for n, t in tiny.lora_dict(model, shard.whole_lora(model)).items()}
+
+
+def test_adapters_start_the_same_whatever_the_world_size(tmp_path):
+    path = tiny.save_model(tmp_path / "model")
+    one, two = run_ranks(_start_values, 1, path)[0], run_ranks(_start_values, 2, path)[0]
+    assert one.keys() == two.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, two[name])
+        bound = 1 / values.shape[1] ** 0.5
+        spread = np.abs(values).max() if "lora_A" in name else 0
+        assert (values == 0).all() if "lora_B" in name else 0.9 * bound < spread <= bound

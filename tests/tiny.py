@@ -1,0 +1,113 @@
+"""Tiny models of real architectures, on disk and as the trainer builds them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_qlora import arch, config
+from fsdp_qlora.model import adapters, cache, kernels, load, shard, skeleton, weights
+from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.train.world import World
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 256,
+}
+
+
+def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, **changes) -> Path:
+    """Write a tiny random model in transformers' format."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model_config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    AutoModelForCausalLM.from_config(model_config, dtype=dtype).save_pretrained(directory)
+    return directory
+
+
+def build(path: Path, world: World, *flags: str) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
+    """Build, shard and fill a model as train.py does."""
+    cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
+    info = arch.read(cfg.model_name, need_weights=True)
+    chosen = kernels.choose(cfg.attn, cfg.liger, cfg.compute_dtype, world.device)
+    model = skeleton.build(info, cfg.format_name, chosen)
+    adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
+    shard.apply(model, cfg.sharding_strategy, cfg.use_cpu_offload, chosen.dtype, world)
+    model.set_checkpointing(cfg.checkpointing)
+    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
+    load.fill(model, weights.build(info, cfg), packed_cache, cfg, world)
+    return model, info, cfg
+
+
+def fill_lora(model: PackedModel, seed: int = 1) -> list[torch.Tensor]:
+    """Set adapters (B too, which starts at zero) to random values; return the whole flat ones."""
+    generator = torch.Generator().manual_seed(seed)
+    flats = []
+    for block in shard.blocks(model):
+        flat = torch.randn(block.body.lora.shape, generator=generator) * 0.05
+        start, stop = shard.local_range(block.body.lora)
+        shard.set_local(block.body, "lora", flat[start:stop].clone())
+        flats.append(flat)
+    return flats
+
+
+def lora_dict(model: PackedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Flat tensors by peft's names."""
+    return dict(adapters.named_pairs(model, flats, "model.layers"))
+
+
+def require(format_name: str) -> None:
+    """Skip the calling test where the format's library is absent (CI has them all)."""
+    if format_name.startswith("hqq"):
+        pytest.importorskip("hqq")
+
+
+def dequantized(weight: torch.Tensor, format_name: str) -> torch.Tensor:
+    """A weight quantised and dequantised by the library itself, in float32."""
+    if format_name == "bf16":
+        return weight.bfloat16().float()
+    if format_name == "hqq4":
+        from hqq.core.quantize import Quantizer
+
+        packed, meta = Quantizer.quantize(weight, nbits=4, group_size=64, axis=1, device="cpu")
+        meta |= {"compute_dtype": torch.float32}
+        meta |= {name: meta[name].bfloat16() for name in ("scale", "zero")}
+        return Quantizer.dequantize(packed, meta)
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(
+        weight, quant_type=format_name[:3], compress_statistics=format_name.endswith("_dq")
+    )
+    return bnb.dequantize_4bit(packed, state)
+
+
+def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor], cfg):
+    """transformers + peft on one process, float32, its base rounded through `dequantized`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers." in name:
+            module.weight.data = dequantized(module.weight.data, format_name)
+    targets = "all-linear" if cfg.lora_target_modules == "all" else cfg.lora_target_modules.split(",")
+    lora_config = LoraConfig(
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        use_rslora=cfg.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora_config)
+    named = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert named.keys() == lora.keys()
+    for name, param in named.items():
+        param.data = lora[name].clone()
+    return model, named
