@@ -1,6 +1,7 @@
 """Choosing kernels: dtype, attention, and Liger's fused RMSNorm, RoPE and SwiGLU where they help."""
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,7 @@ def apply_liger(hf_model: nn.Module) -> None:
 
     The loss stays ours: its head is sharded in a group of its own.
     """
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names every backend it cannot import
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf_model.config.model_type)

@@ -94,14 +94,8 @@ def set_local(module: nn.Module, name: str, local: torch.Tensor) -> None:
     """Give a parameter its bytes: `local` is this rank's slice (see `local_range`) of the whole tensor."""
     old = getattr(module, name)
     if isinstance(old, DTensor):
-        local = DTensor.from_local(
-            local,
-            old.device_mesh,
-            old.placements,
-            run_check=False,
-            shape=old.shape,
-            stride=old.stride(),
-        )
+        # Not DTensor.from_local: that moves an offloaded slice to the device of the mesh.
+        local = DTensor(local, old._spec, requires_grad=False)
     setattr(module, name, nn.Parameter(local, requires_grad=old.requires_grad))
 
 

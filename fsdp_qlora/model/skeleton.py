@@ -1,7 +1,5 @@
 """The model without bytes: transformers builds it on the meta device, its decoder layers become DecoderBlocks."""
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
@@ -94,14 +92,17 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
         output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
         kernels.apply_liger(hf_model)
-    tensors = {name: _owner(hf_model, name) for name, _ in hf_model.named_parameters()}
     layers = hf_model.get_submodule(info.layers_prefix)
     shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
     layout, cache = build_layout(shapes, format_name), ConstantsCache()
     for index, layer in enumerate(layers):
-        layers[index] = block = DecoderBlock(layer, layout, cache)
-        for name in _put_packed_linears(block, info):
-            del tensors[f"{info.layers_prefix}.{index}.{name}.weight"]
+        block = layers[index] = DecoderBlock(layer, layout, cache)
+        _put_packed_linears(block, info)
+    tensors = {
+        name.replace(".body.layer.", "."): _owner(hf_model, name)
+        for name, _ in hf_model.named_parameters()
+        if not name.endswith(".packed")
+    }
     head = LossHead(output.weight, config)
     if not info.is_tied:
         tensors[next(n for n, (m, _) in tensors.items() if m is output)] = (head, "weight")
@@ -115,7 +116,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def _put_packed_linears(block: DecoderBlock, info: ModelInfo) -> Iterable[str]:
+def _put_packed_linears(block: DecoderBlock, info: ModelInfo) -> None:
     layer = block.body.layer
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     expected = {linear.name: (linear.out_features, linear.in_features) for linear in info.linears}
@@ -129,4 +130,3 @@ def _put_packed_linears(block: DecoderBlock, info: ModelInfo) -> Iterable[str]:
     for index, linear in enumerate(info.linears):
         module, name = _owner(layer, linear.name)
         setattr(module, name, PackedLinear(built[linear.name], block.store, index))
-    return expected
