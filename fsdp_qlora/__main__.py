@@ -7,6 +7,11 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
+    "random": (
+        "fsdp_qlora.model.random_checkpoint",
+        "main",
+        "write a 16-bit checkpoint of a known shape, random weights, to measure with",
+    ),
     "report": ("fsdp_qlora.results.report", "main", "draw loss and memory of a run"),
 }
 
