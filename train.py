@@ -7,27 +7,32 @@ Started plainly it starts one rank per GPU; under torchrun or srun it is one of 
 
 import os
 import sys
-import traceback
 
 from fsdp_qlora import arch, config, errors
 from fsdp_qlora.train import launch
 
 
-def run(cfg: config.Config) -> None:
-    """Train as one of the ranks."""
+def run(cfg: config.Config, world) -> None:
+    """Train as one of the ranks.
+
+    Args:
+        cfg: the run; its output directory is there.
+        world: this process among the ranks (train/world.py).
+    """
     from fsdp_qlora import data
     from fsdp_qlora.model import adapters, cache, kernels, load, shard, skeleton, weights
-    from fsdp_qlora.results import export, session
-    from fsdp_qlora.train import ledger, loop, optim
-    from fsdp_qlora.train import world as ranks
+    from fsdp_qlora.results import export, report, session
+    from fsdp_qlora.train import ledger, loop, optim, versions
 
-    world = ranks.join(cfg.gpu_budget_gib, cfg.seed)
+    out_dir, is_writer = cfg.resolved_output_dir, world.rank == 0
+    if is_writer:
+        config.save(cfg, out_dir / "run_config.json", versions.versions(world.device))
     chosen = kernels.choose(cfg.attn, cfg.liger, cfg.compute_dtype, world.device)
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
 
-    with session.watch_memory(world.device) as load_peaks:
+    with session.watch_memory(world.device) as peaks:
         model = skeleton.build(info, cfg.format_name, chosen)
         adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
         shard.apply(model, cfg.sharding_strategy, cfg.use_cpu_offload, chosen.dtype, world)
@@ -36,13 +41,13 @@ def run(cfg: config.Config) -> None:
         loaded = load.fill(model, weights.build(info, cfg), packed_cache, cfg, world)
     params = shard.local_parameters(model)
     optimizer, schedule = optim.build(params, cfg, num_steps)
-    trained = loop.Trained(model, params, optimizer, schedule, cfg.grad_norm if cfg.apply_gradient_clipping else None, world)
+    max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
+    trained = loop.Trained(model, params, optimizer, schedule, max_norm, world)
 
-    record = session.describe(
-        cfg, info, dataset, model, chosen, packed_cache, loaded, load_peaks
-    )
+    record = session.describe(cfg, info, dataset, model, chosen, packed_cache, loaded, peaks)
+    has_bar = cfg.log_to == "tqdm"
     with ledger.Recorder(
-        cfg.resolved_output_dir, world, num_steps, record, loaded.pinned_bytes
+        out_dir, world, num_steps, record, loaded.pinned_bytes, has_bar
     ) as recorder:
         recorder.say("\n".join(record["lines"]))
         look = session.Look(trained, dataset, cfg, recorder)
@@ -50,29 +55,22 @@ def run(cfg: config.Config) -> None:
         loop.fit(trained, dataset.train, recorder)
         look("after")
         if cfg.save_model:
-            export.save(model, info, cfg, dataset.tokenizer, is_writer=world.rank == 0)
-            recorder.say(session.farewell(cfg))
-    ranks.leave()
+            export.save(model, info, cfg, dataset.tokenizer, is_writer)
+    if cfg.save_model and is_writer:
+        report.render(out_dir)
+        print(session.farewell(cfg), flush=True)
 
 
-def rank_main(cfg: config.Config) -> int:
+def rank_main(cfg: config.Config) -> None:
     """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
-    rank, code = int(os.environ["RANK"]), errors.DONE
     try:
-        run(cfg)
-    except errors.UserError as error:
-        code, line = error.code, str(error)
+        from fsdp_qlora.train import world as ranks
+
+        world = ranks.join(cfg.gpu_budget_gib, cfg.seed)
+        run(launch.agree(cfg, world), world)
+        ranks.leave()
     except Exception as error:
-        with open(cfg.resolved_output_dir / "logs" / f"rank{rank}.log", "a") as log:
-            traceback.print_exc(file=log)
-        code, line = errors.classify(error, rank)
-    if code != errors.DONE:
-        launch.write_error(cfg.resolved_output_dir, rank, code, line)
-        if not launch.is_supervised(os.environ):
-            print(f"error: {line}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(code)  # other ranks may hold this one in a collective: leave without goodbye
-    return code
+        launch.fail(error, cfg)
 
 
 def main(argv: list[str]) -> int:
@@ -81,13 +79,16 @@ def main(argv: list[str]) -> int:
         cfg = config.parse(argv)
         if launch.is_rank(os.environ):
             os.environ.update(launch.rank_env(os.environ, cfg))
-            return rank_main(cfg)
+            rank_main(cfg)
+            return errors.DONE
         info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
         arch.select_linears(info, cfg.lora_target_modules)
         return launch.supervise(cfg, argv)
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        launch.leave(errors.SIGINT)
 
 
 if __name__ == "__main__":

@@ -322,13 +322,15 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     return dataclasses.asdict(cfg)
 
 
-def save(cfg: Config, path: str | os.PathLike[str]) -> None:
-    """Write every option as JSON, whole or not at all.
+def save(cfg: Config, path: str | os.PathLike[str], versions: Mapping[str, str]) -> None:
+    """Write every option, and under "versions" what the run runs on, as JSON, whole or not at all.
 
     Args:
         cfg: the configuration.
         path: file to write; its directory exists.
+        versions: name -> version.
     """
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(to_dict(cfg), indent=2) + "\n", encoding="utf-8")
+    table = to_dict(cfg) | {"versions": dict(versions)}
+    part.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     part.replace(path)

@@ -55,7 +55,9 @@ class UserError(Exception):
         """Return the fault in at most 300 characters, then " | " and the next one, if any."""
         got, rest = one_line(self.got), one_line(f": {self.rule}; {self.remedy}")
         space = max(MAX_LINE_CHARS - len(rest), 40)
-        line = (got if len(got) <= space else got[: space - 3] + "...") + rest
+        if len(got) > space:  # of a path the end counts, of a value the beginning
+            got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"
+        line = got + rest
         line = line if len(line) <= MAX_LINE_CHARS else line[: MAX_LINE_CHARS - 3] + "..."
         return " | ".join([line, *map(str, self.others)])
 
@@ -73,13 +75,17 @@ def join(faults: Sequence[UserError]) -> UserError:
     return UserError(first.got, first.rule, first.remedy, first.code, faults[1:])
 
 
-def classify(error: Exception, rank: int) -> tuple[int, str]:
+def classify(error: Exception, rank: int, trace: str) -> tuple[int, str]:
     """Exit code and line for an exception that is not a UserError.
 
     Args:
         error: what ended the rank.
         rank: where.
+        trace: where the trace is, such as the path of a log.
+
+    Returns:
+        One of the codes above, and what the user is told.
     """
     text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-    line = f"rank {rank}: {text}; the trace is in logs/rank{rank}.log"
+    line = f"rank {rank}: {text}; the trace is in {trace}"
     return (RUN_FAILED if type(error).__name__ == "OutOfMemoryError" else BUG), line

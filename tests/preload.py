@@ -5,15 +5,21 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import accelerate
-import safetensors.torch
-import torch.distributed.fsdp
-import transformers.models.llama.modeling_llama
-import transformers.models.qwen2.modeling_qwen2
+import importlib
 
-from fsdp_qlora.model import load, quantize, shard, skeleton
-from fsdp_qlora.results import export
-from fsdp_qlora.train import loop
+from fsdp_qlora.model import quantize
 
+for name in (
+    "accelerate",
+    "safetensors.torch",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "fsdp_qlora.model.load",
+    "fsdp_qlora.model.shard",
+    "fsdp_qlora.model.skeleton",
+    "fsdp_qlora.results.export",
+    "fsdp_qlora.train.loop",
+):
+    importlib.import_module(name)
 quantize.import_bitsandbytes()
-__all__ = ["accelerate", "export", "load", "loop", "safetensors", "shard", "skeleton"]

@@ -229,10 +229,12 @@ def test_output_dir_is_made_of_model_type_and_time():
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path):
-    """JSON holds every field."""
+    """JSON holds every field, and the versions beside them."""
     cfg = parse(["--lr", "3e-4", "--sample_prompt", "é?"])
-    config.save(cfg, tmp_path / "config.json")
-    assert Config(**json.loads((tmp_path / "config.json").read_text())) == cfg
+    config.save(cfg, tmp_path / "config.json", {"torch": "2.13"})
+    table = json.loads((tmp_path / "config.json").read_text())
+    assert table.pop("versions") == {"torch": "2.13"}
+    assert Config(**table) == cfg
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -265,7 +267,8 @@ def test_user_error_is_one_short_line_whatever_it_is_given():
     fault = UserError("a\nb\x1b[31m\udc80" + "x" * 5000, "rule", "remedy", ENVIRONMENT)
     text = str(fault)
     assert len(text) == 300 and text.startswith("a\\nb\\x1b[31m\\udc80")
-    assert text.endswith("...: rule; remedy") and text.isprintable()
+    assert text.endswith("x: rule; remedy") and "..." in text and text.isprintable()
+    assert "/layer-7: rule" in str(UserError("/long" * 90 + "/layer-7", "rule", "remedy"))
     assert len(str(UserError("x", "r" * 500, "m"))) == 300
 
 

@@ -1,8 +1,9 @@
-"""Ranks are started, watched and ended together: fsdp_qlora/train/launch.py and ranks.py.
+"""Ranks are started, watched and ended together: fsdp_qlora/train/launch.py.
 
 The ranks are tiny scripts without torch; `supervise` is run as a user runs it, in a process.
 """
 
+import dataclasses
 import os
 import signal
 import socket
@@ -280,70 +281,30 @@ def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
     assert launch.read_errors(tmp_path / "nowhere") == []
 
 
-def fake_machine(tmp_path: Path, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an nvidia-smi on the PATH that lists `num_gpus` cards."""
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(num_gpus))
-    tool.write_text("#!/bin/sh\n" + lines)
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+@dataclasses.dataclass
+class FakeWorld:
+    """A rank whose peers have said what `words` says."""
+
+    rank: int
+    words: list
+
+    def gather_objects(self, word: object) -> list:
+        """Rank 0 speaks, the others hear what it has said."""
+        self.words += [] if self.rank else [word]
+        return self.words
 
 
-@pytest.mark.parametrize(
-    ("visible", "num_gpus"),
-    [
-        (None, 3),
-        ("0,2", 2),
-        ("", 0),
-        ("-1", 0),
-        ("0,7,1", 1),
-        ("GPU-0,GPU-2", 2),
-        ("NoDevFiles", 0),
-    ],
-)
-def test_gpus_are_counted_as_cuda_counts_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, num_gpus: int
-):
-    """CUDA_VISIBLE_DEVICES ends at its first bad entry."""
-    fake_machine(tmp_path, 3, monkeypatch)
-    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert ranks.count_gpus(env) == num_gpus
-
-
-def test_ranks_are_planned_by_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """One per GPU by default, never more; on the CPU as many as asked for."""
-    fake_machine(tmp_path, 2, monkeypatch)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.plan_ranks(Config()) == 2
-    assert launch.plan_ranks(Config(world_size=1)) == 1
-    with pytest.raises(UserError, match="has 2 GPU") as caught:
-        launch.plan_ranks(Config(world_size=4))
-    assert caught.value.code == ENVIRONMENT
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert [launch.plan_ranks(Config(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
-
-
-def test_ranks_of_torchrun_and_srun_are_recognised():
-    """The batch script of a Slurm job has SLURM_PROCID and SLURM_NTASKS too, but is no rank."""
-    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-    torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
-    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "70007"}
-    step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
-    step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
-    assert launch.is_rank(torchrun) and launch.is_rank(step)
-    assert not launch.is_rank({}) and not launch.is_rank(batch)
-    assert not launch.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
-    assert launch.rank_env(torchrun, Config()) == torchrun
-    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
-    assert launch.rank_env(step, Config()) == place | {"MASTER_PORT": "30007"}
-    assert launch.rank_env(step, Config(master_port=99))["MASTER_PORT"] == "99"
-
-
-@pytest.mark.parametrize(
-    ("hosts", "first"),
-    [("a", "a"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[07,9],m", "n07"), ("r[1-2]-ib,x", "r1-ib")],
-)
-def test_first_host_of_a_slurm_list(hosts: str, first: str):
-    """Ranges, lists, leading zeros and suffixes."""
-    assert ranks.first_host(hosts) == first
+def test_ranks_of_torchrun_settle_on_the_directory_of_rank_0(tmp_path: Path, monkeypatch):
+    """Their clocks may differ by a second; a directory that cannot be used ends all of them."""
+    monkeypatch.delenv("FSDP_QLORA_SUPERVISOR", raising=False)
+    words: list = []
+    mine = [Config(output_dir=str(tmp_path / name), seed=7) for name in ("run-01", "run-02")]
+    agreed = [launch.agree(cfg, FakeWorld(rank, words)) for rank, cfg in enumerate(mine)]
+    assert agreed == [mine[0], mine[0]]
+    assert [path.name for path in tmp_path.rglob("*")] == ["run-01", "logs"]
+    words.clear()
+    for rank in (0, 1):
+        with pytest.raises(UserError, match="run-01: holds files already"):
+            launch.agree(mine[0], FakeWorld(rank, words))
+    monkeypatch.setenv("FSDP_QLORA_SUPERVISOR", "1")
+    assert launch.agree(mine[1], FakeWorld(1, [])) is mine[1]

@@ -49,7 +49,10 @@ def test_store_survives_a_change_of_its_parameter(format_name):
 
 
 def test_layout_has_the_bytes_of_the_formula():
-    """NF4 with double quantisation: 0.5 + 1/64 + 8/16384 bytes a weight (one offset per nested block is ours)."""
+    """NF4 with double quantisation: 0.5 + 1/64 + 8/16384 bytes a weight.
+
+    (One offset per nested block is ours.)
+    """
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     num_weights = sum(o * i for o, i in shapes)
     assert packed.build_layout(shapes, "nf4_dq").nbytes == num_weights * (
@@ -94,7 +97,7 @@ def test_fused_product_has_the_gradients_of_plain_autograd():
 
 
 def test_checkpointed_layer_skips_its_last_frozen_product(monkeypatch):
-    """The LoRA product runs first and is the last to save: recomputation stops before the frozen down product."""
+    """The LoRA product is the last to save: recomputation stops before the frozen product."""
     torch.manual_seed(0)
     store, _ = _pack_all("nf4", [torch.randn(128, 128), torch.randn(128, 128)])
     layer = torch.nn.Sequential(

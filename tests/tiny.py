@@ -31,15 +31,25 @@ def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, 
     return directory
 
 
-def build(path: Path, world: World, *flags: str) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
-    """Build, shard and fill a model as train.py does."""
+def shape(
+    path: Path, world: World, *flags: str
+) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
+    """Build and shard a model as train.py does; it has no bytes yet."""
     cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
-    info = arch.read(cfg.model_name, need_weights=True)
+    info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     chosen = kernels.choose(cfg.attn, cfg.liger, cfg.compute_dtype, world.device)
     model = skeleton.build(info, cfg.format_name, chosen)
     adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
     shard.apply(model, cfg.sharding_strategy, cfg.use_cpu_offload, chosen.dtype, world)
     model.set_checkpointing(cfg.checkpointing)
+    return model, info, cfg
+
+
+def build(
+    path: Path, world: World, *flags: str
+) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
+    """Build, shard and fill a model as train.py does."""
+    model, info, cfg = shape(path, world, *flags)
     packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
     load.fill(model, weights.build(info, cfg), packed_cache, cfg, world)
     return model, info, cfg
@@ -96,12 +106,12 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers." in name:
             module.weight.data = dequantized(module.weight.data, format_name)
-    targets = "all-linear" if cfg.lora_target_modules == "all" else cfg.lora_target_modules.split(",")
+    names = cfg.lora_target_modules
     lora_config = LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=0.0,
-        target_modules=targets,
+        target_modules="all-linear" if names == "all" else names.split(","),
         use_rslora=cfg.use_rslora,
         task_type="CAUSAL_LM",
     )
@@ -111,3 +121,22 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
     for name, param in named.items():
         param.data = lora[name].clone()
     return model, named
+
+
+def save_tokenizer(directory: Path, texts: list[str], vocab_size: int = 384) -> None:
+    """Train a byte-level BPE on `texts` and write it in transformers' format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(directory)

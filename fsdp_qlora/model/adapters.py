@@ -5,7 +5,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1.
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -16,15 +16,11 @@ from fsdp_qlora.model.packed import LoraSlot, PackedLinear
 from fsdp_qlora.model.shard import blocks, local_range, set_local
 
 
-def attach(
-    model: nn.Module,
-    targets: Iterable[Linear],
-    cfg: Config,
-    world_size: int,
-) -> None:
-    """Give each decoder layer one flat float32 LoRA parameter (meta) for the linears named by `targets`.
+def attach(model: nn.Module, targets: Iterable[Linear], cfg: Config, world_size: int) -> None:
+    """Give each decoder layer one flat float32 LoRA parameter (meta).
 
     Args:
+        model: from skeleton.build.
         targets: linears to adapt, by their name inside the layer.
         cfg: lora_rank, lora_alpha, lora_dropout, use_rslora: see LoraSlot.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
@@ -50,9 +46,16 @@ def attach(
 
 
 def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
-    """Fill this rank's slices: A uniform in +-1/sqrt(I) (Kaiming with a = sqrt 5, as peft does), B zero.
+    """Fill this rank's slices: A uniform in +-1/sqrt(I), B zero.
 
     The values depend on (seed, layer, name) only, so every world size starts from the same adapter.
+
+    Args:
+        model: sharded.
+        seed: of the values.
+        device: where this rank keeps its slices.
+
+    Source: huggingface/peft, src/peft/tuners/lora/layer.py (Kaiming uniform with a = sqrt 5).
     """
     for index, block in enumerate(blocks(model)):
         if not block.body.slots:
@@ -70,15 +73,19 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def named_pairs(model: nn.Module, flats: list[torch.Tensor], layers_prefix: str):
+def named_pairs(
+    model: nn.Module, flats: list[torch.Tensor], layers_prefix: str
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (peft tensor name, tensor) for whole flat LoRA tensors, one per decoder layer.
 
     Args:
+        model: that the tensors belong to; only its slots are read.
         flats: the whole (unsharded) `lora` of each layer, in order.
         layers_prefix: where the layers are in the model, "model.layers".
 
     Yields:
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise lora_B, [O, R].
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
+        lora_B, [O, R].
     """
     for index, (block, flat) in enumerate(zip(blocks(model), flats, strict=True)):
         for slot, (a_RI, b_OR) in zip(block.body.slots, block.body.split_lora(flat), strict=True):

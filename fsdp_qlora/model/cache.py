@@ -1,13 +1,14 @@
 """The quantised copy on disk: one safetensors file per decoder layer and a manifest of hashes.
 
-The second start of a run reads these bytes instead of 16-bit weights. The directory is written beside its final name and
-renamed when it is whole; every file is verified by SHA-256 as it is read.
+The second start of a run reads these bytes instead of 16-bit weights. The directory is written
+beside its final name and renamed when it is whole; every file is verified by SHA-256 as it is read.
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,9 +35,9 @@ class PackedCache:
     Attributes:
         directory: where they are or will be; None = the cache is off.
         note: one line for the user.
-        digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
         nbytes: of one layer.
         is_complete: the directory holds every layer.
+        digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
     """
 
     directory: Path | None
@@ -45,35 +46,38 @@ class PackedCache:
     is_complete: bool = False
     digests: dict[int, str] = field(default_factory=dict)
 
-    @property
-    def _temporary(self) -> Path:
-        return self.directory.with_name(f".tmp-{self.directory.name}")
-
     def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor]:
-        """Yield packed bytes (uint8 [nbytes], host) of the layers in order, the next ones being read and hashed.
+        """Yield packed bytes in order, the next layers being read and hashed meanwhile.
+
+        Args:
+            layers: numbers of the layers; the cache must be complete.
+
+        Yields:
+            uint8 [nbytes] on the host.
 
         Raises:
             UserError: a file is damaged (code 5).
         """
         with ThreadPoolExecutor(2) as pool:
-            ahead = [pool.submit(self._read_layer, layer) for layer in layers[:2]]
+            ahead = deque(pool.submit(self._read_layer, layer) for layer in layers[:2])
             for position in range(len(layers)):
-                packed = ahead[position].result()
-                ahead[position] = None
+                packed = ahead.popleft().result()
                 if position + 2 < len(layers):
                     ahead.append(pool.submit(self._read_layer, layers[position + 2]))
                 yield packed
 
     def _read_layer(self, layer: int) -> torch.Tensor:
+        assert self.directory is not None, "a cache that is off was read"
         path = self.directory / _file_name(layer)
         packed = torch.empty(self.nbytes, dtype=torch.uint8)
         problem = "is missing"
         if path.exists():
-            header_bytes = path.stat().st_size - self.nbytes  # the tensor is the last thing in the file
+            # The tensor is the last thing in the file.
+            header_bytes = path.stat().st_size - self.nbytes
             problem = "is too short"
             if header_bytes >= 8:
-                read_file(str(path), header_bytes, packed)
-                digest = hashlib.sha256(packed.numpy()).hexdigest()
+                read_file(path, header_bytes, packed)
+                digest = hashlib.sha256(packed.numpy().data).hexdigest()
                 problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
         if problem:
             raise UserError(
@@ -85,28 +89,43 @@ class PackedCache:
         return packed
 
     def write_layer(self, layer: int, packed: torch.Tensor) -> None:
-        """Keep the packed bytes (uint8 [nbytes], any device) of one layer."""
+        """Keep the packed bytes of one layer; nothing when the cache is off.
+
+        Args:
+            layer: its number.
+            packed: uint8 [nbytes], any device.
+        """
         if self.directory is None:
             return
         host = packed.cpu()
-        self.digests[layer] = hashlib.sha256(host.numpy()).hexdigest()
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        path = self._temporary / _file_name(layer)
+        self.digests[layer] = hashlib.sha256(host.numpy().data).hexdigest()
+        temporary = _temporary(self.directory)
+        temporary.mkdir(parents=True, exist_ok=True)
+        path = temporary / _file_name(layer)
         save_file({TENSOR: host}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
     def commit(self, world: World) -> None:
-        """Give the directory its name once every rank has written its layers."""
+        """Give the directory its name once every rank has written its layers.
+
+        Args:
+            world: the ranks; all must call.
+        """
         if self.directory is None or self.is_complete:
             return
         digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
         if world.rank == 0:
             manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
-            (self._temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            temporary = _temporary(self.directory)
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(self.directory, ignore_errors=True)
-            self._temporary.rename(self.directory)
+            temporary.rename(self.directory)
         world.barrier()
+
+
+def _temporary(directory: Path) -> Path:
+    return directory.with_name(f".tmp-{directory.name}")
 
 
 def _file_name(layer: int) -> str:
@@ -114,14 +133,23 @@ def _file_name(layer: int) -> str:
 
 
 def key(info: ModelInfo, layout: Layout) -> str:
-    """Name of the cache entry: the model's files (names, sizes, times, every header entry), format, layout, version."""
+    """Name the cache entry: another for other files, format, layout or version.
+
+    Args:
+        info: the model; of its files count names, sizes, times and every entry of their headers.
+        layout: of a layer.
+
+    Returns:
+        Name of a directory, for people too.
+    """
+    assert info.path is not None, "a model without files has no cache"
     digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{layout}".encode())
     for file in sorted({ref.file for ref in info.tensors.values()}):
         status = os.stat(file)
         digest.update(f"{Path(file).name}:{status.st_size}:{status.st_mtime_ns}".encode())
     for name, ref in sorted(info.tensors.items()):
         digest.update(f"{name}:{ref.dtype}:{ref.shape}:{ref.start}".encode())
-    return f"{Path(info.path).name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
+    return f"{info.path.name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
 
 
 def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> PackedCache:
@@ -129,6 +157,9 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> P
 
     Args:
         setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
+        info: the model; one without files is not cached.
+        layout: of a layer; bf16 is not cached.
+        world: the ranks; all must call.
     """
     if setting == "off" or not info.tensors or layout.format_name == "bf16":
         return PackedCache(None, "off")
@@ -159,5 +190,6 @@ def _cannot_write(root: Path, need_bytes: int, world: World) -> str:
     except OSError as error:
         return f"not written: {root}: {error.strerror}"
     if free_bytes < need_bytes * 1.1:
-        return f"not written: {root} has {free_bytes / 2**30:.1f} GiB free, {need_bytes / 2**30:.1f} needed"
+        free_gib, need_gib = free_bytes / 2**30, need_bytes / 2**30
+        return f"not written: {root} has {free_gib:.1f} GiB free, {need_gib:.1f} needed"
     return ""

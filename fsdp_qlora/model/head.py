@@ -15,8 +15,17 @@ IGNORE = -100  # label of a token that is not trained
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over N tokens of -log softmax(x W^T)[target], W frozen.
 
-    Loss and gradient of x come from the same logits, a chunk of tokens at a time, so that nothing is computed twice and
-    only [chunk, V] is ever held.
+    Loss and gradient of x come from the same logits, a chunk of tokens at a time, so that nothing
+    is computed twice and only [chunk, V] is ever held.
+
+    Args:
+        x_NH: hidden states, compute dtype.
+        weight_VH: output embedding, compute dtype.
+        targets_N: int64.
+        softcap: see LossHead, or None.
+
+    Returns:
+        The sum, 0-d float32.
     """
 
     @staticmethod
@@ -61,7 +70,12 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, labels_BT: torch.Tensor, device: torch.device) -> "Targets":
-        """From labels on the host (-100 = not trained, not shifted): found there, so that the device never waits."""
+        """Find the targets on the host, so that the device never waits.
+
+        Args:
+            labels_BT: int64 on the host, -100 = not trained, not shifted.
+            device: where the targets go.
+        """
         following = torch.full_like(labels_BT, IGNORE)
         following[:, :-1] = labels_BT[:, 1:]
         positions_N = (following.flatten() != IGNORE).nonzero().squeeze(1)
@@ -72,7 +86,7 @@ class Targets(NamedTuple):
 
 
 class LossHead(nn.Module):
-    """The output embedding: the loss of a batch when there are labels, the last token's logits when not.
+    """The output embedding: the loss of a batch with targets, the last token's logits without.
 
     Attributes:
         weight: [V, H], frozen (the input embedding's own parameter when tied).
@@ -85,7 +99,15 @@ class LossHead(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_BTH: torch.Tensor, targets: Targets | None) -> torch.Tensor:
-        """Loss sum (0-d float32) over the targets, or logits [B, 1, V] of the last token."""
+        """Compute the loss, or the logits of the last token.
+
+        Args:
+            hidden_BTH: output of the decoder, compute dtype.
+            targets: what is trained; None for logits.
+
+        Returns:
+            Sum of the loss over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
+        """
         if targets is None:
             logits = hidden_BTH[:, -1:] @ self.weight.t()
             return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap

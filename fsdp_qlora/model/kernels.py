@@ -1,11 +1,14 @@
-"""Choosing kernels: dtype, attention, and Liger's fused RMSNorm, RoPE and SwiGLU where they help."""
+"""Choosing kernels: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiGLU where they help."""
 
 import importlib.util
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,30 +31,40 @@ class Choice:
 def choose(attn: str, liger: str, compute_dtype: str, device: torch.device) -> Choice:
     """Resolve `--attn` and `--liger` for a device.
 
-    flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own flash kernel.
+    flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own
+    flash kernel.
+
+    Args:
+        attn: "auto" or transformers' name.
+        liger: "auto" or "off".
+        compute_dtype: name in torch, "bfloat16".
+        device: where the run computes.
     """
     has_gpu = device.type == "cuda"
     attention, attention_why = attn, "as asked"
     if attn == "auto":
         has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if has_flash else "sdpa"
-        attention_why = "installed" if has_flash else "flash-attn not installed" if has_gpu else "no GPU"
+        missing = "flash-attn not installed" if has_gpu else "no GPU"
+        attention_why = "installed" if has_flash else missing
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     use_liger = liger == "auto" and has_gpu and has_liger
-    liger_why = (
-        "as asked" if liger == "off" else "no GPU" if not has_gpu else "" if has_liger else "not installed"
-    )
+    liger_why = "as asked" if liger == "off" else "not installed" if has_gpu else "no GPU"
     note = f"{compute_dtype}, attention {attention} ({attention_why}), Liger "
     note += "on" if use_liger else f"off ({liger_why})"
     return Choice(getattr(torch, compute_dtype), attention, use_liger, note)
 
 
-def apply_liger(hf_model: nn.Module) -> None:
+def apply_liger(hf_model: "PreTrainedModel") -> None:
     """Let Liger's own API exchange the kernels of a transformers model.
 
     The loss stays ours: its head is sharded in a group of its own.
+
+    Args:
+        hf_model: changed in place; left alone where Liger does not know its type.
     """
-    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it names every backend it cannot import
+    # Liger warns of every backend that it cannot import.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf_model.config.model_type)

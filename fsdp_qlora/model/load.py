@@ -1,8 +1,9 @@
 """Filling the sharded model: stream, quantise, exchange, keep this rank's slice.
 
-Decoder layers are dealt to the ranks in turn: in each round every rank makes the packed bytes of one layer (from 16-bit
-files, from the cache, or at random), then one exchange hands every rank its slice of all of them. No rank ever holds
-more than one linear in 16 bit. Everything else is read by each rank as its own range of bytes.
+Decoder layers are dealt to the ranks in turn: in each round every rank makes the packed bytes of
+one layer (from 16-bit files, from the cache, or at random), then one exchange hands every rank its
+slice of all of them. No rank ever holds more than one linear in 16 bit. Everything else is read by
+each rank as its own range of bytes.
 """
 
 import mmap
@@ -26,7 +27,15 @@ from fsdp_qlora.train.world import World
 
 @dataclass
 class LoadReport:
-    """What the load did: seconds, bytes read by this rank, and where the packed bytes came from."""
+    """What the load did.
+
+    Attributes:
+        seconds: it took.
+        read_bytes: 16-bit bytes read by this rank.
+        source: of the packed bytes: "files", "random" or "cache".
+        pinned_bytes: host memory that this rank page-locked itself.
+        fingerprints: layer -> `fingerprint` of the packed bytes that this rank made.
+    """
 
     seconds: float = 0.0
     read_bytes: int = 0
@@ -43,7 +52,13 @@ class LoadReport:
 class HostSlices:
     """One block of host memory for a rank's slices of all layers, pinned at its exact size.
 
-    `torch.pin_memory` rounds every block to a power of two; registering an anonymous mapping does not.
+    `torch.pin_memory` rounds every block to a power of two; registering an anonymous mapping does
+    not.
+
+    Attributes:
+        mapping: the memory.
+        bytes: uint8 [nbytes] over it.
+        pinned_bytes: nbytes, or 0.
     """
 
     def __init__(self, nbytes: int, pin: bool) -> None:
@@ -54,7 +69,8 @@ class HostSlices:
             raise UserError(
                 f"{nbytes / 2**30:.1f} GiB of host memory could not be pinned",
                 "offloaded weights are copied to the GPU from pinned memory",
-                "raise the limit (ulimit -l unlimited) or free host memory; or --use_cpu_offload false",
+                "raise the limit (ulimit -l unlimited) or free host memory; "
+                "or --use_cpu_offload false",
                 code=3,
             )
 
@@ -68,11 +84,17 @@ def fill(
         model: from skeleton.build, after adapters.attach and shard.apply.
         weights: where 16-bit tensors come from.
         cache: where packed layers are kept between runs.
-        cfg: seed (of the adapters' starting values), use_cpu_offload (packed slices stay in host memory),
-            verify_bytes (gather every layer once and compare its bytes with what was packed).
+        cfg: seed (of the adapters' starting values), use_cpu_offload (packed slices stay in host
+            memory), verify_bytes (gather every layer once and compare its bytes with what was
+            packed).
+        world: the ranks; all must call.
+
+    Returns:
+        What was done.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape; or bytes changed on their way (code 5).
+        UserError: a tensor is missing, unknown or of another shape, or bytes changed on their way
+            (code 5); or host memory cannot be pinned (code 3).
     """
     start = time.monotonic()
     info, report = weights.info, LoadReport()
@@ -83,7 +105,7 @@ def fill(
         rows = shard.local_range(param)
         shard.set_local(module, attribute, weights.read_rows(name, rows, param.dtype, world.device))
     if model.is_tied:
-        model.head.weight = model.embedding.weight
+        model.head.weight = model.embedding.get_parameter("weight")
     _move_buffers(model, world.device)
     adapters.initialise(model, cfg.seed, world.device)
     if cfg.verify_bytes:
@@ -102,7 +124,15 @@ def _expected_shapes(model: PackedModel, info: ModelInfo) -> dict[str, tuple[int
     return shapes
 
 
-def _fill_packed(model, info, weights, cache, world, offload, report) -> None:
+def _fill_packed(
+    model: PackedModel,
+    info: ModelInfo,
+    weights: Weights,
+    cache: PackedCache,
+    world: World,
+    offload: bool,
+    report: LoadReport,
+) -> None:
     blocks = list(shard.blocks(model))
     whole = blocks[0].packed
     first, last = shard.local_range(whole)
@@ -123,8 +153,8 @@ def _fill_packed(model, info, weights, cache, world, offload, report) -> None:
             report.fingerprints[start + world.rank] = fingerprint(flat[: whole.shape[0] * 4])
         slices = world.share(flat) if replicates else world.exchange(flat)
         for index, part in zip(range(start, len(blocks)), slices, strict=False):
-            local = _place(part, host, index, slice_bytes)
-            shard.set_local(blocks[index], "packed", local[: (last - first) * 4].view(torch.float32))
+            local = _place(part, host, index, slice_bytes)[: (last - first) * 4]
+            shard.set_local(blocks[index], "packed", local.view(torch.float32))
     cache.commit(world)
 
 
@@ -144,7 +174,7 @@ def _make_layers(
     world: World,
     padded_bytes: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield the packed bytes of this rank's layers, each a uint8 tensor [padded_bytes] on the rank's device."""
+    """Yield the packed bytes of this rank's layers, uint8 [padded_bytes] on the rank's device."""
     if cache.is_complete:
         for packed in cache.read_layers(own):
             flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
@@ -173,10 +203,13 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 
 def fingerprint(flat: torch.Tensor) -> int:
-    """64-bit sum of all 4-byte words, each times an odd number of its own: any one changed word changes it.
+    """Sum all 4-byte words, each times an odd number of its own: any one changed word changes it.
 
     Args:
         flat: contiguous, a multiple of 4 bytes long, on any device.
+
+    Returns:
+        The sum modulo 2^64.
     """
     words, total, piece = flat.view(torch.int32), 0, 2**24
     for start in range(0, words.numel(), piece):
@@ -187,7 +220,12 @@ def fingerprint(flat: torch.Tensor) -> int:
 
 
 def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> None:
-    """Gather each layer as training will and compare its bytes with what its maker packed, on every rank.
+    """Gather each layer as training will and compare its bytes with what was packed, on every rank.
+
+    Args:
+        model: filled.
+        own_fingerprints: layer -> `fingerprint` of what this rank packed.
+        world: the ranks; all must call.
 
     Raises:
         UserError: bytes differ (code 5), on all ranks together.

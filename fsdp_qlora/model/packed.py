@@ -1,21 +1,24 @@
 """The 4-bit store: all frozen linears of a decoder layer in one flat byte parameter.
 
-Packed weights and quantisation constants of a layer lie one after the other in `DecoderBlock.packed`, a 1-D float32
-parameter: float32, because FSDP2's copies keep its bits (bfloat16 NaN patterns are rewritten), and one, because
-sharding, offload and gather then cost one operation a layer. The linears are views into it.
+Packed weights and quantisation constants of a layer lie one after the other in
+`DecoderBlock.packed`, a 1-D float32 parameter: float32, because FSDP2's copies keep its bits
+(bfloat16 NaN patterns are rewritten), and one, because sharding, offload and gather then cost one
+operation a layer. The linears are views into it.
 
-Shape letters: B batch, T tokens, M = B*T, I in features, O out features, R LoRA rank.
+Shape letters: I in features, O out features, R LoRA rank.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fsdp_qlora.model.product import FrozenProduct, LoraProduct
 from fsdp_qlora.model.quantize import FORMATS, Fields
 
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
@@ -33,7 +36,8 @@ class Layout:
         format_name: row of FORMATS.
         shapes: (O, I) of each linear, in order.
         weights: (start, stop) byte range of each linear's packed weight.
-        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after the other.
+        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
+            the other.
         elements: name -> (start, stop) element range of each linear within the field.
         nbytes: length of the flat bytes.
     """
@@ -52,6 +56,9 @@ def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
     Args:
         shapes: (out features, in features) of each linear.
         format_name: row of FORMATS.
+
+    Returns:
+        The places; a layer of the same shapes has the same.
     """
     fmt, offset = FORMATS[format_name], 0
     weights, fields, elements = [], {}, {}
@@ -72,7 +79,15 @@ def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
 
 
 def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
-    """The constant fields of a layer as typed views of its flat uint8 bytes."""
+    """The constant fields of a layer as typed views of its bytes.
+
+    Args:
+        flat_bytes: uint8 [nbytes].
+        layout: of the layer.
+
+    Returns:
+        Name -> 1-D view in the dtype of the field.
+    """
     return {
         name: flat_bytes[start:stop].view(dtype)
         for name, (dtype, start, stop) in layout.fields.items()
@@ -82,7 +97,14 @@ def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
 def pack_linear(
     flat_bytes: torch.Tensor, layout: Layout, index: int, weight_OI: torch.Tensor
 ) -> None:
-    """Quantise one linear into its places in the flat uint8 bytes [nbytes] of its layer."""
+    """Quantise one linear into its places in the bytes of its layer.
+
+    Args:
+        flat_bytes: uint8 [nbytes], written to; on the device of the weight.
+        layout: of the layer.
+        index: of the linear.
+        weight_OI: 16 or 32 bit.
+    """
     arrays = FORMATS[layout.format_name].pack(weight_OI)
     start, stop = layout.weights[index]
     flat_bytes[start:stop] = arrays.pop("weight")
@@ -93,7 +115,12 @@ def pack_linear(
 
 
 class ConstantsCache:
-    """The usable constants of the layer at work: made once per pass over a layer, replaced by the next one's."""
+    """The usable constants of the layer at work, replaced by the next one's.
+
+    Attributes:
+        key: (store, dtype) that `value` belongs to; () = none.
+        value: per linear, what the format's `constants` made.
+    """
 
     def __init__(self) -> None:
         self.key: tuple = ()
@@ -101,15 +128,22 @@ class ConstantsCache:
 
 
 class LayerStore:
-    """Reads one layer's linears out of the flat parameter of `owner` (whole, that is gathered, when it is read)."""
+    """Reads one layer's linears out of its flat parameter.
 
-    def __init__(self, owner: nn.Module, layout: Layout, cache: ConstantsCache) -> None:
+    Attributes:
+        owner: module whose `packed` (gathered by FSDP when it is read) holds the bytes.
+        layout: of the bytes.
+        cache: shared by all layers of the model.
+        format: row of FORMATS.
+    """
+
+    def __init__(self, owner: "DecoderBlock", layout: Layout, cache: ConstantsCache) -> None:
         self.owner, self.layout, self.cache = owner, layout, cache
         self.format = FORMATS[layout.format_name]
         self._viewed: torch.Tensor | None = None
 
     def _view(self) -> None:
-        # FSDP keeps one gathered parameter per layer and only resizes its storage, so views stay good.
+        # FSDP keeps one gathered parameter per layer and only resizes its storage: views stay good.
         self._viewed, self.cache.key = self.owner.packed, ()
         flat_bytes = self._viewed.detach().view(torch.uint8)
         self._weights = [flat_bytes[start:stop] for start, stop in self.layout.weights]
@@ -126,76 +160,19 @@ class LayerStore:
         return self.cache.value
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        """The dequantised weight_OI of linear `index`, in `dtype`, on the device of the gathered bytes."""
+        """Dequantise one linear.
+
+        Args:
+            index: of the linear in the layer.
+            dtype: of the result.
+
+        Returns:
+            weight_OI, on the device of the gathered bytes.
+        """
         if self.owner.packed is not self._viewed:
             self._view()
         constants = self._constants(dtype)[index]
-        return self.format.unpack(
-            self._weights[index], constants, self.layout.shapes[index], dtype
-        )
-
-
-class LoraProduct(torch.autograd.Function):
-    """delta_MO = scale * (x A^T) B^T, and x itself passed through.
-
-    It runs before the frozen product and is the only one of the two that saves a tensor (its input), so that the
-    recomputation of a checkpointed layer may stop before the last frozen product. Passing x through lets the
-    backward add its share of the input gradient into that of the frozen product, without another tensor.
-    """
-
-    @staticmethod
-    def forward(ctx, x, lora_x, a_RI, b_OR, scale):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if lora_x is None else lora_x, a_RI, b_OR)
-        ctx.scale, ctx.has_own_input = scale, lora_x is not None
-        passed = x.view_as(x)
-        if not ctx.needs_input_grad[0]:
-            ctx.mark_non_differentiable(passed)
-        hidden_MR = _flat(x if lora_x is None else lora_x) @ a_RI.t()
-        return passed, hidden_MR.mul_(scale) @ b_OR.t()
-
-    @staticmethod
-    def backward(ctx, grad_x, grad_MO):
-        x, a_RI, b_OR = ctx.saved_tensors
-        x_MI = _flat(x)
-        hidden_MR = (x_MI @ a_RI.t()).mul_(ctx.scale)
-        grad_hidden_MR = (grad_MO @ b_OR).mul_(ctx.scale)
-        grad_a, grad_b = grad_hidden_MR.t() @ x_MI, grad_MO.t() @ hidden_MR
-        if ctx.has_own_input:
-            grad_lora_x = (grad_hidden_MR @ a_RI).view_as(x) if ctx.needs_input_grad[1] else None
-            return grad_x, grad_lora_x, grad_a, grad_b, None
-        if grad_x is not None:
-            _flat(grad_x).addmm_(grad_hidden_MR, a_RI)
-        return grad_x, None, grad_a, grad_b, None
-
-
-class FrozenProduct(torch.autograd.Function):
-    """y_MO = delta_MO + x W^T + bias with W dequantised for the product only, in forward and again in backward.
-
-    `delta` (or None) is added to in place. Nothing is saved: the backward asks the store for W.
-    """
-
-    @staticmethod
-    def forward(ctx, x, delta_MO, linear):
-        ctx.linear, ctx.shape = linear, x.shape
-        weight_OI = linear.dequantize(x.dtype)
-        if delta_MO is None:
-            out_MO = _flat(x) @ weight_OI.t()
-        else:
-            out_MO = delta_MO.addmm_(_flat(x), weight_OI.t())
-            ctx.mark_dirty(delta_MO)
-        return out_MO if linear.bias is None else out_MO.add_(linear.bias)
-
-    @staticmethod
-    def backward(ctx, grad_MO):
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_MO @ ctx.linear.dequantize(grad_MO.dtype)).view(ctx.shape)
-        return grad_x, grad_MO if ctx.needs_input_grad[1] else None, None
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+        return self.format.unpack(self._weights[index], constants, self.layout.shapes[index], dtype)
 
 
 class PackedLinear(nn.Module):
@@ -206,6 +183,8 @@ class PackedLinear(nn.Module):
         lora: (A_RI, B_OR, scale, dropout) while a forward pass of the layer runs, else None.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, linear: nn.Linear, store: LayerStore, index: int) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
@@ -214,11 +193,18 @@ class PackedLinear(nn.Module):
         self.lora: tuple[torch.Tensor, torch.Tensor, float, float] | None = None
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """weight_OI in `dtype`."""
+        """The frozen weight_OI in `dtype`, made anew."""
         return self.store.weight(self.index, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I] -> [..., O]."""
+        """Frozen product, plus LoRA product where there is a pair.
+
+        Args:
+            x: [..., I], compute dtype.
+
+        Returns:
+            [..., O], compute dtype.
+        """
         delta = None
         shape = (*x.shape[:-1], self.out_features)
         if self.lora is not None:
@@ -234,7 +220,16 @@ class PackedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class LoraSlot:
-    """One adapted linear: its place in the flat LoRA parameter of the layer (A_RI first, then B_OR)."""
+    """One adapted linear; A_RI, then B_OR lie in the layer's flat LoRA parameter, slot after slot.
+
+    Attributes:
+        name: of the linear inside the layer, "self_attn.q_proj".
+        linear: what is adapted.
+        rank: R.
+        alpha: LoRA's alpha.
+        dropout: probability, on the input of the adapter.
+        use_rslora: see `scale`.
+    """
 
     name: str
     linear: PackedLinear
@@ -254,7 +249,7 @@ class LoraSlot:
         return self.rank * self.linear.in_features, self.linear.out_features * self.rank
 
     def views(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat pieces as A_RI and B_OR."""
+        """A_RI and B_OR as views of two flat pieces, as long as `sizes` says."""
         return (
             a.view(self.rank, self.linear.in_features),
             b.view(self.linear.out_features, self.rank),
@@ -262,13 +257,16 @@ class LoraSlot:
 
 
 class TrainedLayer(nn.Module):
-    """A decoder layer with its adapters in one flat parameter, recomputed in the backward pass if asked.
+    """A decoder layer, its adapters in one flat parameter, recomputed in the backward if asked.
 
     Attributes:
         layer: the layer as the model's author wrote it, its linears replaced by PackedLinear.
-        lora: float32 [sum of sizes, padded] or None; `slots` say what lies where.
+        lora: float32 [sum of sizes, padded]; None until adapters.attach gives it.
+        slots: what lies where in `lora`.
         checkpointing: "none", "reentrant" or "non_reentrant".
     """
+
+    lora: nn.Parameter
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -278,7 +276,7 @@ class TrainedLayer(nn.Module):
         self.checkpointing = "none"
 
     def split_lora(self, flat: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(A_RI, B_OR) of every slot, as views of the flat tensor."""
+        """(A_RI, B_OR) of every slot, as views of a whole flat tensor such as `lora`."""
         sizes = [size for slot in self.slots for size in slot.sizes]
         parts = flat.split([*sizes, flat.numel() - sum(sizes)])
         return [
@@ -297,11 +295,11 @@ class TrainedLayer(nn.Module):
                 slot.linear.lora = None
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
-        """As the layer's own forward."""
+        """Run the layer: arguments and result are those of its own forward."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._run(hidden, *args, **kwargs)
         if self.checkpointing == "reentrant" and not hidden.requires_grad:
-            hidden.requires_grad_()  # reentrant checkpointing builds no graph without one such input
+            hidden.requires_grad_()  # without one such input, this kind builds no graph
         return checkpoint(
             partial(self._run, **kwargs),
             hidden,
@@ -312,10 +310,19 @@ class TrainedLayer(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """What stands in the model's list of layers: the frozen bytes outside, adapters and norms inside.
+    """What stands in the model's list of layers: frozen bytes outside, adapters and norms inside.
 
-    Two modules, because FSDP2 treats them as two groups: `packed` without any cast, `body` with mixed precision.
+    Two modules, because FSDP2 treats them as two groups: `packed` without any cast, `body` with
+    mixed precision.
+
+    Attributes:
+        packed: float32 [layout.nbytes / 4], frozen: the bytes of all linears.
+        store: reads `packed`.
+        body: everything else of the layer.
     """
+
+    packed: nn.Parameter
+    body: TrainedLayer
 
     def __init__(self, layer: nn.Module, layout: Layout, cache: ConstantsCache) -> None:
         super().__init__()
@@ -325,11 +332,11 @@ class DecoderBlock(nn.Module):
         self.body = TrainedLayer(layer)
 
     def forward(self, *args, **kwargs):
-        """As the layer's own forward."""
+        """Run the layer: arguments and result are those of its own forward."""
         return self.body(*args, **kwargs)
 
     def __getattr__(self, name: str):
         try:
             return super().__getattr__(name)
-        except AttributeError:  # models ask their layers for plain attributes, such as attention_type
-            return getattr(super().__getattr__("body").layer, name)
+        except AttributeError:  # models ask layers for plain attributes, such as attention_type
+            return getattr(cast(TrainedLayer, super().__getattr__("body")).layer, name)

@@ -1,8 +1,9 @@
 """Base formats: how a frozen weight becomes bytes, and bytes a weight again.
 
-Each format is a row of FORMATS. A row knows which fields it stores per linear (packed weights and quantisation
-constants), how to `pack` a weight into them, how to make the constants of a whole decoder layer usable at once
-(`constants`), and how to `unpack` one linear. Only this module knows bitsandbytes and hqq.
+Each format is a row of FORMATS. A row knows which fields it stores per linear (packed weights and
+quantisation constants), how to `pack` a weight into them, how to make the constants of a whole
+decoder layer usable at once (`constants`), and how to `unpack` one linear. Only this module knows
+bitsandbytes and hqq.
 
 Shape letters: O out features, I in features, N = O*I weights of a linear.
 """
@@ -23,7 +24,14 @@ GROUP_SIZE = 64  # weights that share one constant
 
 @dataclass(frozen=True)
 class Field:
-    """One stored array of a linear: `dtype` elements, one per `num_weights` weights, rounded up to `multiple`."""
+    """One stored array of a linear.
+
+    Attributes:
+        name: of the field.
+        dtype: of its elements.
+        num_weights: weights that share one element.
+        multiple: the number of elements is rounded up to a multiple of it.
+    """
 
     name: str
     dtype: torch.dtype
@@ -42,11 +50,15 @@ class Format:
 
     Attributes:
         weight_bits: bits of one packed weight.
-        fields: the quantisation constants stored per linear, beside its packed weight ("weight", bytes).
+        fields: the quantisation constants stored per linear, beside its packed weight ("weight",
+            bytes).
         pack: weight_OI -> {field name: 1-D tensor}, at most `num_elements` long.
-        constants: (fields of all linears of a layer, compute dtype) -> tensors, each indexed like `index_field`.
-        index_field: the field whose element ranges cut the tensors of `constants` into linears ("" = no constants).
-        unpack: (packed bytes, constants of the linear, shape, compute dtype) -> weight_OI in the compute dtype.
+        constants: (fields of all linears of a layer, compute dtype) -> tensors, each indexed like
+            `index_field`.
+        index_field: the field whose element ranges cut the tensors of `constants` into linears
+            ("" = no constants).
+        unpack: (packed bytes, constants of the linear, shape, compute dtype) -> weight_OI in the
+            compute dtype.
     """
 
     weight_bits: int
@@ -60,7 +72,10 @@ class Format:
 
 
 def import_bitsandbytes():
-    """bitsandbytes, imported without its CPU kernel warning (harmless: "Failed to load CPU gemm_4bit_forward")."""
+    """bitsandbytes.functional, imported without the warning of its CPU kernels.
+
+    ("Failed to load CPU gemm_4bit_forward" is harmless: that kernel is not used.)
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes.functional as bnb
 
@@ -92,7 +107,10 @@ def _absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
 
 
 def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    """Second-level constants to absmax, for all linears of a layer in one kernel (QLoRA, arXiv 2305.14314, section 3)."""
+    """Second-level constants to absmax, for all linears of a layer in one kernel.
+
+    Source: QLoRA, arXiv 2305.14314, section 3, double quantisation.
+    """
     nested = fields["nested_absmax"]
     code = dynamic_map(nested.device)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
@@ -115,7 +133,10 @@ def _unpack_bnb(packed, constants, shape, dtype, quant_type: str) -> torch.Tenso
 
 
 def import_hqq():
-    """hqq's Quantizer.
+    """Import hqq.
+
+    Returns:
+        Its Quantizer class.
 
     Raises:
         UserError: hqq is not installed (it has no wheel, so it is optional).
@@ -148,7 +169,10 @@ def _hqq_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]
 
 
 def _unpack_hqq(packed, constants, shape, dtype) -> torch.Tensor:
-    """(q - zero) * scale, with hqq's order of nibbles: high ones hold the first half of the groups."""
+    """(q - zero) * scale, in hqq's order of nibbles: high ones hold the first half of the groups.
+
+    Source: mobiusml/hqq, hqq/core/bitpack.py (unpack_4bit_u8) and quantize.py (dequantize).
+    """
     zero, scale = constants
     nibbles = torch.stack((packed >> 4, packed & 15)).view(-1, GROUP_SIZE)
     return (nibbles.to(dtype).sub_(zero.unsqueeze(1))).mul_(scale.unsqueeze(1)).view(shape)

@@ -1,4 +1,7 @@
-"""A 16-bit checkpoint of a known shape with random weights: to measure loading, and other trainers, offline."""
+"""A 16-bit checkpoint of a known shape with random weights.
+
+It measures loading, and other trainers, where no real model is at hand.
+"""
 
 import argparse
 import json

@@ -1,20 +1,28 @@
-"""Applying FSDP2: which parameters form a group, where they lie, and in which dtype they are gathered.
+"""Applying FSDP2: which parameters form a group, where they lie, in which dtype they are gathered.
 
-Groups, from the inside out: of each decoder layer its adapters, norms and biases (`TrainedLayer`, mixed precision), and
-its packed bytes (`DecoderBlock`, no cast ever: a cast would rewrite bits); input embedding; output head; the rest.
-Only this module knows FSDP.
+Groups, from the inside out: of each decoder layer its adapters, norms and biases (`TrainedLayer`,
+mixed precision), and its packed bytes (`DecoderBlock`, no cast ever: a cast would rewrite bits);
+input embedding; output head; the rest. Only this module knows FSDP.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_qlora.model.packed import DecoderBlock
+from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
 
 
@@ -39,23 +47,25 @@ STRATEGIES = {
 
 
 def apply(
-    model: nn.Module, strategy: str, offload: bool, compute_dtype: torch.dtype, world: World
+    model: PackedModel, strategy: str, offload: bool, compute_dtype: torch.dtype, world: World
 ) -> None:
     """Shard a model on the meta device, in place; no bytes exist yet.
 
     Args:
-        model: a PackedModel.
+        model: from skeleton.build, its adapters attached.
         strategy: row of STRATEGIES.
         offload: keep this rank's slice of the packed bytes in (pinned) host memory.
-        compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in float32.
+        compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in
+            float32.
         world: the ranks.
     """
     row = STRATEGIES[strategy]
     device_type = world.device.type
     shape = (world.size, 1) if row.replicates else (world.size,)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    names = ("replicate", "shard")[-len(shape) :]
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     frozen = {p for p in model.parameters() if not p.requires_grad} if row.replicates else None
-    common = {
+    common: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": row.reshard_after_forward,
         "ignored_params": frozen,
@@ -81,7 +91,14 @@ def blocks(model: nn.Module) -> Iterator[DecoderBlock]:
 
 
 def local_range(param: torch.Tensor) -> tuple[int, int]:
-    """(start, stop) of this rank's slice of the first dimension of a parameter."""
+    """Where this rank's slice of a parameter lies.
+
+    Args:
+        param: sharded, or whole.
+
+    Returns:
+        (start, stop) in its first dimension.
+    """
     if not isinstance(param, DTensor):
         return 0, param.shape[0]
     dim = next(i for i, place in enumerate(param.placements) if isinstance(place, Shard))
@@ -91,7 +108,13 @@ def local_range(param: torch.Tensor) -> tuple[int, int]:
 
 
 def set_local(module: nn.Module, name: str, local: torch.Tensor) -> None:
-    """Give a parameter its bytes: `local` is this rank's slice (see `local_range`) of the whole tensor."""
+    """Give a parameter its bytes.
+
+    Args:
+        module: that holds the parameter.
+        name: of the parameter in the module.
+        local: this rank's slice of it, see `local_range`.
+    """
     old = getattr(module, name)
     if isinstance(old, DTensor):
         # Not DTensor.from_local: that moves an offloaded slice to the device of the mesh.
@@ -110,15 +133,19 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def collect_gradients(model: nn.Module, local_params: list[nn.Parameter]) -> bool:
-    """Hand the reduced gradients of the model to the plain parameters of `local_parameters`.
+    """Hand the reduced gradients of the model over to plain parameters.
+
+    Args:
+        model: after the backward pass; its gradients are cleared.
+        local_params: of `local_parameters`.
 
     Returns:
         Whether the ranks hold different slices (rather than replicas) of them.
     """
     trained = trained_parameters(model)
     for param, local in zip(trained, local_params, strict=True):
-        local.grad = None if param.grad is None else _local(param.grad)
-        param.grad = None
+        assert param.grad is not None, "a trained parameter took no part in the loss"
+        local.grad, param.grad = _local(param.grad), None
     return local_range(trained[0]) != (0, trained[0].shape[0])
 
 
@@ -127,20 +154,34 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(block: DecoderBlock) -> torch.Tensor:
-    """The packed bytes of a block, gathered by FSDP (1-D float32); call `release` afterwards."""
-    if hasattr(block, "unshard"):
+    """The packed bytes of a block, gathered by FSDP; call `release` afterwards.
+
+    Args:
+        block: of a filled model; all ranks must call.
+
+    Returns:
+        1-D float32 on the device of the rank.
+    """
+    if isinstance(block, FSDPModule):
         block.unshard()
     return block.packed
 
 
 def release(block: DecoderBlock) -> None:
     """Free what `gathered` gathered."""
-    if hasattr(block, "reshard"):
+    if isinstance(block, FSDPModule):
         block.reshard()
 
 
 def whole_lora(model: nn.Module) -> list[torch.Tensor]:
-    """The whole flat LoRA parameter of every layer, on the host; all ranks must call it."""
+    """Gather the adapters.
+
+    Args:
+        model: all ranks must call.
+
+    Returns:
+        The whole flat float32 LoRA parameter of every layer, in order, on the host.
+    """
     flats = []
     for block in blocks(model):
         lora = block.body.lora.detach()

@@ -1,5 +1,8 @@
-"""The model without bytes: transformers builds it on the meta device, its decoder layers become DecoderBlocks."""
+"""The model without bytes: transformers builds it on the meta device, its layers become ours."""
 
+from typing import TYPE_CHECKING
+
+import torch
 from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
@@ -15,6 +18,8 @@ from fsdp_qlora.model.packed import (
     build_layout,
 )
 
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
 class PackedModel(nn.Module):
@@ -29,8 +34,11 @@ class PackedModel(nn.Module):
         tensors: name in the model's files -> (module, parameter name), packed weights left out.
     """
 
+    decoder: "PreTrainedModel"
+    head: LossHead
+
     def __init__(
-        self, decoder: nn.Module, head: LossHead, is_tied: bool, layout: Layout
+        self, decoder: "PreTrainedModel", head: LossHead, is_tied: bool, layout: Layout
     ) -> None:
         super().__init__()
         self.decoder, self.head, self.is_tied, self.layout = decoder, head, is_tied, layout
@@ -42,19 +50,31 @@ class PackedModel(nn.Module):
         return self.decoder.get_input_embeddings()
 
     def set_checkpointing(self, mode: str) -> None:
-        """Recompute decoder layers in the backward pass: "none", "reentrant" or "non_reentrant"."""
+        """Choose how decoder layers are recomputed in the backward pass.
+
+        Args:
+            mode: "none", "reentrant" or "non_reentrant".
+        """
         for module in self.modules():
             if isinstance(module, TrainedLayer):
                 module.checkpointing = mode
 
-    def forward(self, input_ids, targets: Targets | None = None, past_key_values=None):
-        """Loss sum over trained tokens (0-d float32) with targets; else logits [B, 1, V] of the last token.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        targets: Targets | None = None,
+        past_key_values: "Cache | None" = None,
+    ) -> torch.Tensor:
+        """Compute the loss of a batch, or the logits of its last token.
 
         Args:
-            input_ids: [B, T]. Padding stands on the right and is not a target: causal attention never sees it, so no
-                mask is passed and the flash kernels stay usable.
-            targets: what is trained.
+            input_ids: int64 [B, T]. Padding stands on the right and is not a target: causal
+                attention never sees it, so no mask is passed and the flash kernels stay usable.
+            targets: what is trained; None for logits.
             past_key_values: a transformers Cache to generate with.
+
+        Returns:
+            Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
         """
         out = self.decoder(
             input_ids=input_ids,
@@ -72,8 +92,11 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
         format_name: row of FORMATS.
         chosen: dtype of everything that is not packed, attention, kernels.
 
+    Returns:
+        The model in training mode, everything frozen, without adapters.
+
     Raises:
-        UserError: the linears of the built model are not those of `info`.
+        UserError: the linears of the built model are not those of `info` (code 5).
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +105,8 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
     logging.set_verbosity_error()
     config = AutoConfig.for_model(**info.config)
     config.use_cache = False
-    with init_empty_weights(include_buffers=False):  # buffers (rotary tables) are computed, weights are not
+    # Weights are read later; buffers (rotary tables) are computed here.
+    with init_empty_weights(include_buffers=False):
         hf_model = AutoModelForCausalLM.from_config(
             config, dtype=chosen.dtype, attn_implementation=chosen.attention
         )

@@ -1,9 +1,10 @@
-"""Where 16-bit weights come from: safetensors files, read range by range, or random numbers of the same shapes."""
+"""Where 16-bit weights come from: safetensors files, range by range, or random numbers."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,7 @@ class Weights:
 
     Attributes:
         source: "files" or "random", for the load report.
+        info: the model, with the places of its tensors.
         read_bytes: bytes read so far.
     """
 
@@ -50,7 +52,8 @@ class Weights:
         missing = sorted(expected.keys() - found.keys())
         unknown = sorted(found.keys() - expected.keys())
         wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
-        for names, word in ((missing, "missing"), (unknown, "unknown"), (wrong, "of another shape")):
+        faults = {"missing": missing, "unknown": unknown, "of another shape": wrong}
+        for word, names in faults.items():
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise UserError(
@@ -63,7 +66,19 @@ class Weights:
     def read_rows(
         self, name: str, rows: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Rows [start, stop) of the first dimension of a tensor."""
+        """Read rows of a tensor.
+
+        Args:
+            name: of the tensor.
+            rows: (start, stop) in its first dimension.
+            dtype, device: of the result.
+
+        Returns:
+            [stop - start, ...].
+
+        Raises:
+            UserError: no known dtype, or the file ends too early (code 5).
+        """
         ref = self.info.tensors[name]
         row_bytes = ref.nbytes // max(ref.shape[0], 1)
         raw = torch.empty((rows[1] - rows[0]) * row_bytes, dtype=torch.uint8)
@@ -72,7 +87,18 @@ class Weights:
         return raw.view(_dtype(ref, name)).view(shape).to(device=device, dtype=dtype)
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield whole tensors in order, in the dtype of the file, the next one being read meanwhile."""
+        """Yield whole tensors in order, the next one being read meanwhile.
+
+        Args:
+            names: of the tensors.
+            device: where they go.
+
+        Yields:
+            Tensors in the dtype of the file.
+
+        Raises:
+            UserError: no known dtype, or the file ends too early (code 5).
+        """
         if not names:
             return
         with ThreadPoolExecutor(1) as pool:
@@ -95,7 +121,14 @@ class Weights:
 
 
 class RandomWeights(Weights):
-    """Normal numbers of the model's shapes, made on the device: for measuring a model that is not at hand."""
+    """Random numbers of the model's shapes, to measure a model that is not at hand.
+
+    Norms are ones, biases zeros, matrices normal with deviation 0.02, made on the device.
+
+    Attributes:
+        seed: of the numbers; each tensor has its own, from this one and its name.
+        shapes: name -> shape, from `check_names`.
+    """
 
     source = "random"
 
@@ -105,15 +138,21 @@ class RandomWeights(Weights):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Take the model's own names and shapes as the ones to make."""
+        """Take the model's own names and shapes as the ones to make.
+
+        Args:
+            expected: name -> shape of everything the model needs.
+        """
         self.shapes = expected
 
-    def read_rows(self, name, rows, dtype, device) -> torch.Tensor:
-        """Rows of a tensor: ones for norms, small normal numbers for matrices, zeros for biases."""
+    def read_rows(
+        self, name: str, rows: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Make a tensor and keep some rows: see Weights.read_rows."""
         return self._make(name, device)[rows[0] : rows[1]].to(dtype).clone()
 
-    def read_ahead(self, names, device) -> Iterator[torch.Tensor]:
-        """Whole tensors, bfloat16."""
+    def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
+        """Make whole tensors in order, bfloat16: see Weights.read_ahead."""
         return (self._make(name, device) for name in names)
 
     def _make(self, name: str, device: torch.device) -> torch.Tensor:
@@ -128,7 +167,12 @@ class RandomWeights(Weights):
 
 
 def build(info: ModelInfo, cfg: Config) -> Weights:
-    """The source that `--weights` names."""
+    """Build the source that `--weights` names.
+
+    Args:
+        info: the model.
+        cfg: weights, seed.
+    """
     return RandomWeights(info, cfg.seed) if cfg.weights == "random" else Weights(info)
 
 
@@ -147,15 +191,20 @@ def _dtype(ref: TensorRef, name: str) -> torch.dtype:
     return DTYPES[ref.dtype]
 
 
-def read_file(path: str, offset: int, raw: torch.Tensor) -> None:
-    """Fill the uint8 tensor `raw` from a file, in parallel pieces and without mapping the file.
+def read_file(path: Path, offset: int, raw: torch.Tensor) -> None:
+    """Fill a tensor from a file, in parallel pieces and without mapping the file.
 
     (Mapped files count as memory of the process.)
+
+    Args:
+        path: of the file.
+        offset: of the first byte to read.
+        raw: uint8 on the host, written to.
 
     Raises:
         UserError: the file ends too early (code 5).
     """
-    view = memoryview(raw.numpy())
+    view = raw.numpy().data
     starts = range(0, len(view), PIECE_BYTES)
     file = os.open(path, os.O_RDONLY)
     try:

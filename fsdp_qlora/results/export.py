@@ -16,10 +16,14 @@ from fsdp_qlora.model import adapters, shard
 def save(
     model: torch.nn.Module, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
 ) -> Path:
-    """Write adapter_config.json, adapter_model.safetensors and the tokenizer; read the weights back and compare.
+    """Write adapter_config.json, adapter_model.safetensors and the tokenizer.
+
+    The weights are read back and compared.
 
     Args:
         model: the sharded model; all ranks must call.
+        info: what it is.
+        cfg: gives the directory, and the base's name where `info` has no path.
         tokenizer: transformers tokenizer or None.
         is_writer: this rank writes.
 
@@ -51,7 +55,7 @@ def save(
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -7,13 +7,20 @@ from torch import nn
 
 
 @torch.no_grad()
-def answer(model: nn.Module, tokenizer: Any, prompt: str, num_tokens: int, device) -> str:
+def answer(
+    model: nn.Module, tokenizer: Any, prompt: str, num_tokens: int, device: torch.device
+) -> str:
     """The model's continuation of a prompt; every rank must call it, with the same arguments.
 
     Args:
-        model: a PackedModel, sharded or not.
+        model: a PackedModel, sharded or not; its mode is left as it was.
+        tokenizer: transformers tokenizer.
         prompt: text as the model was trained to see it.
         num_tokens: longest answer, in tokens.
+        device: of this rank.
+
+    Returns:
+        The answer alone, without special tokens.
     """
     from transformers import DynamicCache
 

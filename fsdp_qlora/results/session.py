@@ -1,4 +1,4 @@
-"""What the user sees of a run besides its metrics: what it is, and how the model did before and after."""
+"""What the user sees of a run besides its metrics: its facts, and the model before and after."""
 
 import contextlib
 import math
@@ -34,7 +34,19 @@ def describe(
     loaded: LoadReport,
     load_peaks: dict[str, float],
 ) -> dict[str, Any]:
-    """The facts of a run, for its record; `lines` are what the console shows."""
+    """Collect the facts of a run.
+
+    Args:
+        cfg: the run.
+        info, model: what is trained.
+        data: on what.
+        chosen: kernels.
+        cache, loaded: where the packed bytes came from.
+        load_peaks: of `watch_memory` around the load, GiB.
+
+    Returns:
+        For the record, by name; `lines` are what the console shows.
+    """
     trainable = lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
     total = num_params(info)
     packed_gib = model.layout.nbytes * info.num_layers / GIB
@@ -67,9 +79,12 @@ def describe(
 def watch_memory(device: torch.device) -> Iterator[dict[str, float]]:
     """Peaks of memory, GiB, while the block runs; the dict is filled at its end.
 
+    Args:
+        device: of this rank.
+
     Yields:
-        device_peak_allocated_gib, device_peak_reserved_gib, host_peak_rss_gib (of this process, ever) and
-        host_peak_used_gib (of the whole machine).
+        device_peak_allocated_gib, device_peak_reserved_gib, host_peak_rss_gib (of this process,
+        ever) and host_peak_used_gib (of the whole machine).
     """
     peaks: dict[str, float] = {}
     with memory.HostSampler() as sampler:
@@ -83,7 +98,15 @@ def watch_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 @dataclass
 class Look:
-    """Held-out loss and the answer to one prompt, at the start and at the end of a run."""
+    """Held-out loss and the answer to one prompt, at the start and at the end of a run.
+
+    Attributes:
+        trained: what is looked at.
+        data: held_out batches and sample_prompt, either of which may be empty.
+        cfg: sample_prompt as the user wrote it, sample_tokens.
+        recorder: gets the events and the lines.
+        seen: "before" or "after" -> (loss, answer), None where not looked at.
+    """
 
     trained: loop.Trained
     data: Data
@@ -129,7 +152,14 @@ class Look:
 
 
 def farewell(cfg: Config) -> str:
-    """Where the results are, and the line to try next."""
+    """Say where the results are, and what to try next.
+
+    Args:
+        cfg: gives the directory.
+
+    Returns:
+        Two lines for the console.
+    """
     out = Path(cfg.resolved_output_dir)
     return (
         f"saved     {out} (adapter in peft's format, metrics.jsonl, summary.json)\n"

@@ -1,4 +1,7 @@
-"""The training loop: knows batches, a model and an optimizer; nothing of quantisation, sharding or files."""
+"""The training loop.
+
+It knows batches, a model and an optimizer; nothing of quantisation, sharding or files.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,7 +40,16 @@ class Trained:
 
 
 def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the cross entropy over the trained tokens of a batch, 0-d float32."""
+    """Sum of the cross entropy over the trained tokens of a batch.
+
+    Args:
+        model: a PackedModel.
+        batch: on the host.
+        device: of this rank.
+
+    Returns:
+        0-d float32 on the device, with its graph.
+    """
     return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device))
 
 
@@ -51,10 +63,13 @@ def train_step(
     """One optimizer step; every trained token of the global batch weighs the same.
 
     Args:
+        trained: model, parameters, optimizer.
         micro_batches: this rank's, as many on every rank.
+        clock: told when each phase ends.
 
     Returns:
-        loss (mean over the trained tokens of all ranks) and grad_norm (before clipping), 0-d on the device.
+        loss (mean over the trained tokens of all ranks) and grad_norm (before clipping), 0-d
+        float32 on the device.
     """
     world = trained.world
     num_tokens = max(world.sum(sum(b.num_trained_tokens for b in micro_batches)), 1.0)
@@ -67,7 +82,7 @@ def train_step(
         loss_sum += loss.detach()
         clock.mark("backward")
     are_slices = shard.collect_gradients(trained.model, trained.params)
-    grads = [p.grad for p in trained.params]
+    grads = [p.grad for p in trained.params if p.grad is not None]
     grad_norm = clip_grad_norm(grads, trained.max_norm, world, are_slices)
     trained.optimizer.step()
     trained.schedule.step()
@@ -78,7 +93,13 @@ def train_step(
 
 
 def fit(trained: Trained, batches: Batches, recorder: Recorder) -> None:
-    """Take every optimizer step of the run."""
+    """Take every optimizer step of the run.
+
+    Args:
+        trained: model, parameters, optimizer.
+        batches: this rank's, of all steps.
+        recorder: gets a line per step.
+    """
     trained.model.train()
     for step in range(batches.num_steps):
         micro_batches = batches.step(step)
@@ -98,7 +119,16 @@ def fit(trained: Trained, batches: Batches, recorder: Recorder) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], world: World) -> float:
-    """Mean loss over all trained tokens of all ranks' batches (as many on every rank)."""
+    """Mean loss over all trained tokens of all ranks' batches.
+
+    Args:
+        model: a PackedModel; its mode is left as it was.
+        batches: this rank's, as many on every rank.
+        world: the ranks; all must call.
+
+    Returns:
+        Mean cross entropy, nats per token.
+    """
     was_training = model.training
     model.eval()
     loss_sum, num_tokens = torch.zeros((), device=world.device), 0

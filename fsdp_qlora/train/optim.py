@@ -31,13 +31,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def factor(name: str, step: int, num_steps: int, warmup_ratio: float) -> float:
     """Share of the highest learning rate at optimizer step `step` (0-based).
 
-    The rate rises linearly over the first `warmup_ratio` of the steps (never from zero); "constant" has no warmup, as in
-    the reference.
+    The rate rises linearly over the first `warmup_ratio` of the steps (never from zero); "constant"
+    has no warmup, as in the reference.
 
     Args:
         name: row of SCHEDULES.
         step, num_steps: position and length of the run in optimizer steps.
         warmup_ratio: share of `num_steps`.
+
+    Returns:
+        Factor of the learning rate, 0 to 1.
     """
     warmup = 0 if name == "constant" else math.ceil(warmup_ratio * num_steps)
     if step < warmup:
@@ -51,9 +54,12 @@ def build(
     """AdamW over this rank's slices of the adapters (one fused kernel), and its schedule.
 
     Args:
-        params: float32.
+        params: this rank's slices, float32.
         cfg: lr, wd, lr_scheduler, warmup_ratio.
         num_steps: optimizer steps of the run.
+
+    Returns:
+        (optimizer, schedule to step after it).
     """
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.wd, fused=True)
     return optimizer, LambdaLR(

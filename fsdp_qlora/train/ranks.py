@@ -80,30 +80,55 @@ def is_supervised(env: Mapping[str, str]) -> bool:
 
 
 def rank_env(env: Mapping[str, str], cfg: Config) -> dict[str, str]:
-    """Return RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of a process that `is_rank`.
+    """Return what a process that `is_rank` shall have in its environment.
 
     Args:
         env: the environment that torchrun, srun or `supervise` made.
         cfg: gives the port when the environment has none.
 
     Returns:
-        The five variables; under srun the first host of the step is the master.
+        The place of the rank: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
+        MASTER_PORT; under srun the first host of the step is the master. And the settings of
+        libraries that the user has not made.
     """
     if "RANK" in env:
         rank, size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
+        local_size = env.get("LOCAL_WORLD_SIZE", size)
         host, port = "127.0.0.1", 29500
     else:
         rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         local = env.get("SLURM_LOCALID", rank)
+        local_size = str(int(size) // int(env.get("SLURM_STEP_NUM_NODES", "1")))
         host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         port = 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
-    return {
+    place = {
         "RANK": rank,
         "LOCAL_RANK": local,
         "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": local_size,
         "MASTER_ADDR": env.get("MASTER_ADDR", host),
         "MASTER_PORT": env.get("MASTER_PORT", str(cfg.master_port or port)),
     }
+    return place | wishes(env, int(local_size))
+
+
+def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
+    """Return the settings of libraries that suit ranks, less those that `env` has already.
+
+    Args:
+        env: environment of the user.
+        num_ranks: ranks on this machine.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    wanted = {
+        "OMP_NUM_THREADS": str(max(num_cores // num_ranks, 1)),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if "PYTORCH_ALLOC_CONF" not in env:
+        wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return {name: text for name, text in wanted.items() if name not in env}
 
 
 def first_host(hosts: str) -> str:
@@ -140,15 +165,6 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
         num_ranks: number of ranks.
         port: where the ranks meet on 127.0.0.1.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    wishes = {
-        "OMP_NUM_THREADS": str(max(num_cores // num_ranks, 1)),
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if "PYTORCH_ALLOC_CONF" not in env:
-        wishes["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     place = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -158,4 +174,4 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
         "MASTER_PORT": str(port),
         "FSDP_QLORA_SUPERVISOR": str(os.getpid()),
     }
-    return wishes | dict(env) | place
+    return dict(env) | wishes(env, num_ranks) | place

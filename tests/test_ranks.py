@@ -1,0 +1,91 @@
+"""Which processes make a run: fsdp_qlora/train/ranks.py."""
+
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.train import ranks
+
+
+def fake_machine(tmp_path: Path, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put an nvidia-smi on the PATH that lists `num_gpus` cards."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(num_gpus))
+    tool.write_text("#!/bin/sh\n" + lines)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+
+
+@pytest.mark.parametrize(
+    ("visible", "num_gpus"),
+    [
+        (None, 3),
+        ("0,2", 2),
+        ("", 0),
+        ("-1", 0),
+        ("0,7,1", 1),
+        ("GPU-0,GPU-2", 2),
+        ("NoDevFiles", 0),
+    ],
+)
+def test_gpus_are_counted_as_cuda_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, num_gpus: int
+):
+    """CUDA_VISIBLE_DEVICES ends at its first bad entry."""
+    fake_machine(tmp_path, 3, monkeypatch)
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert ranks.count_gpus(env) == num_gpus
+
+
+def test_ranks_are_planned_by_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One per GPU by default, never more; on the CPU as many as asked for."""
+    fake_machine(tmp_path, 2, monkeypatch)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert ranks.plan_ranks(Config()) == 2
+    assert ranks.plan_ranks(Config(world_size=1)) == 1
+    with pytest.raises(UserError, match="has 2 GPU") as caught:
+        ranks.plan_ranks(Config(world_size=4))
+    assert caught.value.code == ENVIRONMENT
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [ranks.plan_ranks(Config(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
+
+
+def test_ranks_of_torchrun_and_srun_are_recognised():
+    """The batch script of a Slurm job has SLURM_PROCID and SLURM_NTASKS too, but is no rank."""
+    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "70007"}
+    step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    step["SLURM_STEP_NUM_NODES"] = "2"
+    step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
+    assert ranks.is_rank(torchrun) and ranks.is_rank(step)
+    assert not ranks.is_rank({}) and not ranks.is_rank(batch)
+    assert not ranks.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    found = ranks.rank_env(torchrun, Config())
+    assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
+    place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
+    assert place.items() <= ranks.rank_env(step, Config()).items()
+    assert ranks.rank_env(step, Config(master_port=99))["MASTER_PORT"] == "99"
+
+
+def test_settings_of_libraries_are_wishes_the_user_may_overrule():
+    """The ranks of torchrun get them as ours do."""
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "9"}
+    found = ranks.rank_env(torchrun, Config())
+    assert "OMP_NUM_THREADS" not in found and found["OMP_WAIT_POLICY"] == "passive"
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    found = ranks.rank_env(torchrun | {"PYTORCH_ALLOC_CONF": "x"}, Config())
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in found
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[07,9],m", "n07"), ("r[1-2]-ib,x", "r1-ib")],
+)
+def test_first_host_of_a_slurm_list(hosts: str, first: str):
+    """Ranges, lists, leading zeros and suffixes."""
+    assert ranks.first_host(hosts) == first

@@ -1,0 +1,278 @@
+"""train.py as a user runs it: a process, a tiny Llama with a real tokenizer, two ranks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora import config
+from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.errors import BUG, DONE, INPUT, INTEGRITY, SIGINT
+from tests import tiny
+from tests.test_launch import is_alive
+
+NUM_STEPS = 12
+QUESTION = "What is 5?"
+STEP_FIELDS = {
+    *("step", "epoch", "loss", "learning_rate", "grad_norm", "num_trained_tokens", "num_tokens"),
+    *(
+        "tokens_per_s",
+        "step_s",
+        "data_s",
+        "forward_s",
+        "backward_s",
+        "optimizer_s",
+        "ranks",
+        "host",
+    ),
+}
+RANK_FIELDS = {
+    *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
+    *("device_peak_reserved_gib", "device_used_gib", "device_total_gib"),
+    *("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib"),
+}
+HOST_FIELDS = {"host_total_gib", "host_available_gib", "cgroup_limit_gib"}
+SUMMARY_FIELDS = {
+    *("num_steps", "train_s", "total_s", "steps_per_s", "tokens_per_s", "num_tokens", "peaks"),
+    *("num_trained_tokens", "loss_first", "loss_last", "num_ranks", "versions", "config"),
+}
+NOISE = re.compile(r"Warning|Traceback|warn|it/s\]|\r|\x1b|deprecat|Failed to load")
+
+# As train.py, but rank 1 has a bug.
+BROKEN = """
+import os, sys
+sys.path.insert(0, {project!r})
+import train
+from fsdp_qlora import config
+from fsdp_qlora.train import launch
+
+def broken(cfg, world, run=train.run):
+    if world.rank == 1:
+        raise LookupError("no such thing\\nsecond line")
+    run(cfg, world)
+
+train.run = broken
+if launch.is_rank(os.environ):
+    sys.exit(train.main(sys.argv[1:]))
+sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], __file__))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with `model` and `data.jsonl`."""
+    directory = tmp_path_factory.mktemp("run")
+    rows = [
+        {"instruction": f"What is {i}?", "input": "", "output": f"It is the number {i}."}
+        for i in range(60)
+    ]
+    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny.save_model(directory / "model", vocab_size=384)
+    from fsdp_qlora.data import templates
+
+    texts = [text for row in rows for text in templates.render(row)]
+    tiny.save_tokenizer(model, texts)
+    return directory
+
+
+def flags(place: Path, *more: str) -> list[str]:
+    """A short run on the tiny model; later flags win."""
+    return [
+        f"--model_name={place / 'model'}",
+        f"--dataset={place / 'data.jsonl'}",
+        f"--quant_cache={place / 'cache'}",
+        f"--max_steps={NUM_STEPS}",
+        "--context_length=128",
+        "--lora_rank=8",
+        "--batch_size=4",
+        "--lr=0.01",
+        *more,
+    ]
+
+
+def start(directory: Path, *command: str) -> subprocess.Popen:
+    """Start Python on the CPU in a directory; no settings of torch are handed down."""
+    ours = ("OMP_", "TOKENIZERS_", "PYTORCH_")
+    env = {name: text for name, text in os.environ.items() if not name.startswith(ours)}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=env | {"CUDA_VISIBLE_DEVICES": ""},
+        cwd=directory,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(directory: Path, *command: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    process = start(directory, *command)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def train(place: Path, out_dir: Path, *more: str) -> tuple[int, str, str]:
+    """Run train.py on two ranks."""
+    argv = flags(place, "--world_size=2", f"--output_dir={out_dir}", *more)
+    return run(place, str(PROJECT_DIR / "train.py"), *argv)
+
+
+def lines_of(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(out_dir: Path) -> list[dict]:
+    return [line for line in lines_of(out_dir) if "event" not in line]
+
+
+def check_metrics(out_dir: Path) -> None:
+    steps = steps_of(out_dir)
+    assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.5
+    for step in steps:
+        assert step.keys() >= STEP_FIELDS and step["host"].keys() >= HOST_FIELDS
+        assert "nonfinite" not in step and step["step_s"] > 0 and step["num_trained_tokens"] > 0
+        assert len(step["ranks"]) == 2
+        for rank in step["ranks"]:
+            assert rank.keys() == RANK_FIELDS and rank["host_rss_gib"] > 0.05
+    summary = json.loads((out_dir / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY_FIELDS and summary["is_complete"]
+    assert (summary["num_steps"], summary["num_ranks"]) == (NUM_STEPS, 2)
+    assert summary["num_tokens"] == sum(step["num_tokens"] for step in steps)
+    held_out = [e["loss"] for e in lines_of(out_dir) if e.get("event") == "eval"]
+    assert len(held_out) == 2 and held_out[1] < held_out[0]
+
+
+def check_adapter(out_dir: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(out_dir.parent / "model")
+    ids = AutoTokenizer.from_pretrained(out_dir)(QUESTION, return_tensors="pt").input_ids
+    before = base(ids).logits
+    model = PeftModel.from_pretrained(base, out_dir)
+    adapted = model(ids).logits
+    assert adapted.isfinite().all() and (adapted - before).abs().max() > 0.1
+    # The directory of the run stands for the adapted model: no file of ours hides that.
+    assert AutoModelForCausalLM.from_pretrained(out_dir)(ids).logits.equal(adapted)
+
+
+def test_two_ranks_from_end_to_end(place: Path):
+    """One command: falling loss, the whole record, the adapter, a picture, and no noise."""
+    out_dir = place / "whole"
+    extra = ("--eval_samples=8", f"--sample_prompt={QUESTION}", "--sample_tokens=8", "--verbose")
+    code, out, err = train(place, out_dir, *extra, "--log-to", "stdout")
+    assert (code, err) == (DONE, "")
+    assert not NOISE.search(out)
+    check_metrics(out_dir)
+    names = {path.name for path in out_dir.iterdir()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
+        *("tokenizer_config.json", "run_config.json", "metrics.jsonl", "summary.json"),
+        *("report.svg", "logs"),
+    }
+    assert (out_dir / "logs" / "rank1.log").read_text() == ""
+    table = json.loads((out_dir / "run_config.json").read_text())
+    assert table.pop("versions").keys() >= {"torch", "transformers", "bitsandbytes", "python"}
+    cfg = config.Config(**table)
+    assert (cfg.lora_rank, cfg.lora_alpha, cfg.output_dir) == (8, 16, str(out_dir))
+    for start_of_line in ("held-out  loss ", f"prompt    {QUESTION}", "before    ", "after     "):
+        assert len(re.findall(f"^{re.escape(start_of_line)}", out, re.MULTILINE)) == 1
+    assert out.count("--verbose has no effect") == 1
+    assert out.count(f"step {NUM_STEPS}/{NUM_STEPS} loss ") == 1
+    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["saved", "next"]
+    check_adapter(out_dir)
+
+
+def test_the_ranks_of_torchrun_agree_on_the_default_directory(place: Path):
+    """They join as they are; one directory, named by rank 0; ours is not asked to speak."""
+    script = str(PROJECT_DIR / "train.py")
+    torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", script)
+    code, out, err = run(place, *torchrun, *flags(place, "--max_steps=2", "--save_model=false"))
+    assert code == DONE and not NOISE.search(out)
+    assert "rror" not in err
+    (out_dir,) = (place / "output").iterdir()
+    assert out_dir.name.startswith("model-qlora-20")
+    assert sorted(path.name for path in out_dir.iterdir()) == [
+        *("logs", "metrics.jsonl", "run_config.json", "summary.json"),
+    ]
+    assert [len(step["ranks"]) for step in steps_of(out_dir)] == [2, 2]
+    table = json.loads((out_dir / "run_config.json").read_text())
+    assert table["output_dir"] == f"output/{out_dir.name}"
+
+
+def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
+    """The rank that waits for it in a collective does not speak."""
+    script, out_dir = place / "broken.py", place / "bug"
+    script.write_text(BROKEN.format(project=str(PROJECT_DIR)))
+    argv = flags(place, "--world_size=2", f"--output_dir={out_dir}")
+    code, out, err = run(place, str(script), *argv)
+    log = out_dir / "logs" / "rank1.log"
+    line = f"error: rank 1: LookupError: no such thing; the trace is in {log}\n"
+    assert (code, out, err) == (BUG, "", line)
+    assert log.read_text().count("Traceback") == 1 and "broken.py" in log.read_text()
+
+
+def test_a_damaged_cache_stops_both_ranks_with_one_line(place: Path):
+    """Only one of them reads the damaged file."""
+    short = ("--max_steps=1", "--save_model=false", f"--quant_cache={place / 'damaged'}")
+    assert train(place, place / "first", *short)[0] == DONE
+    (file,) = (place / "damaged").glob("*/layer-00001.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    code, out, err = train(place, place / "second", *short)
+    assert (code, out, err.count("\n")) == (INTEGRITY, "", 1)
+    assert err.startswith("error: ") and file.name in err
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def test_ctrl_c_ends_all_ranks_with_one_line(place: Path):
+    """What was recorded stays, marked as incomplete."""
+    out_dir = place / "stopped"
+    argv = flags(place, "--world_size=2", f"--output_dir={out_dir}", "--max_steps=100000")
+    parent = start(place, str(PROJECT_DIR / "train.py"), *argv)
+    limit_s = time.monotonic() + 60
+    while not (out_dir / "metrics.jsonl").exists() or len(steps_of(out_dir)) < 3:
+        assert time.monotonic() < limit_s and parent.poll() is None
+        time.sleep(0.1)
+    ranks = children(parent.pid)
+    assert len(ranks) == 2 and all(map(is_alive, ranks))
+    parent.send_signal(signal.SIGINT)
+    _, err = parent.communicate(timeout=20)
+    line = f"stopped by SIGINT; what was recorded is in {out_dir}\n"
+    assert (parent.returncode, err) == (SIGINT, line)
+    assert not any(map(is_alive, ranks))
+    assert (out_dir / "logs" / "rank1.log").read_text() == ""
+    assert len(steps_of(out_dir)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], DONE),
+        (["--lora_rnk=8", "--batch_size=0"], INPUT),
+        (["--model_name=no-such-directory"], INPUT),
+    ],
+)
+def test_help_and_errors_of_arguments_do_not_import_torch(tmp_path, argv: list[str], code: int):
+    """What needs a second must not take ten."""
+    command = ("-X", "importtime", str(PROJECT_DIR / "train.py"), *argv)
+    found, out, err = run(tmp_path, *command)
+    assert found == code
+    modules = set(re.findall(r"^import time:.*\| +(\w+)", err, re.MULTILINE))
+    assert "json" in modules and not modules & {"torch", "numpy", "transformers", "peft"}
+    said = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert len(said) == (code != DONE) and bool(out) == (code == DONE)
+    assert list(tmp_path.iterdir()) == []
