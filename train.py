@@ -6,6 +6,7 @@ Started plainly it starts one rank per GPU; under torchrun or srun it is one of 
 """
 
 import os
+import signal
 import sys
 
 from fsdp_qlora import arch, config, errors
@@ -27,8 +28,10 @@ def run(cfg: config.Config, world) -> None:
     out_dir, is_writer = cfg.resolved_output_dir, world.rank == 0
     if is_writer:
         config.save(cfg, out_dir / "run_config.json", versions.versions(world.device))
-    chosen = kernels.choose(cfg.attn, cfg.liger, cfg.compute_dtype, world.device)
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
+    chosen = kernels.choose(
+        cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
+    )
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
 
@@ -46,6 +49,7 @@ def run(cfg: config.Config, world) -> None:
 
     record = session.describe(cfg, info, dataset, model, chosen, packed_cache, loaded, peaks)
     has_bar = cfg.log_to == "tqdm"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on a stop is recorded
     with ledger.Recorder(
         out_dir, world, num_steps, record, loaded.pinned_bytes, has_bar
     ) as recorder:
@@ -63,6 +67,8 @@ def run(cfg: config.Config, world) -> None:
 
 def rank_main(cfg: config.Config) -> None:
     """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
+    # No KeyboardInterrupt while libraries are imported: some of them swallow it.
+    signal.signal(signal.SIGINT, lambda *_: launch.leave(errors.SIGINT))
     try:
         from fsdp_qlora.train import world as ranks
 

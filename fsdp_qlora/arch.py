@@ -70,6 +70,11 @@ class ModelInfo:
     root_params: tuple[tuple[str, tuple[int, ...]], ...]
     tensors: dict[str, TensorRef]
 
+    @property
+    def softcaps_attention(self) -> bool:
+        """Whether attention scores are soft-capped (Gemma 2)."""
+        return bool(self.config.get("attn_logit_softcapping"))
+
 
 def read(model_name: str, need_weights: bool) -> ModelInfo:
     """Describe a model given by directory, hub name or the name of a well-known shape.

@@ -1,4 +1,8 @@
-"""Real gloo ranks for tests: forked from one process that has imported torch once."""
+"""Real ranks for tests, forked from one process that has imported torch once.
+
+They talk gloo on the CPU; on a machine with GPUs each has one, they talk NCCL, and are spawned
+(a process that has touched CUDA cannot be forked).
+"""
 
 import multiprocessing
 import os
@@ -6,6 +10,8 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests import tiny
 
 PRELOAD = ["tests.preload"]
 TIMEOUT_S = 240
@@ -17,11 +23,18 @@ def _serve(function, rank, world_size, store, results, args):
     from fsdp_qlora.train.world import World
 
     torch.set_num_threads(1)
+    has_gpus = tiny.DEVICE == "cuda"
+    device = torch.device("cuda", rank) if has_gpus else torch.device("cpu")
     try:
+        if has_gpus:
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+            "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
         )
-        world = World(rank, world_size, rank, world_size, torch.device("cpu"))
+        world = World(rank, world_size, rank, world_size, device)
         results.put((rank, True, function(world, *args)))
         torch.distributed.barrier()
     except Exception:
@@ -32,11 +45,11 @@ def _serve(function, rank, world_size, store, results, args):
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """Run function(world, *args) on gloo ranks and return what each returned, by rank.
+    """Run function(world, *args) on ranks and return what each returned, by rank.
 
     The function must be importable (module level) and its results picklable.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn" if tiny.DEVICE == "cuda" else "forkserver")
     context.set_forkserver_preload(PRELOAD)
     results = context.Queue()
     with tempfile.TemporaryDirectory() as directory:

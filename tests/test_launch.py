@@ -224,6 +224,24 @@ time.sleep(60)
     assert parent.returncode == 130 and not any(map(is_alive, pids))
 
 
+def test_a_rank_that_waits_for_one_that_has_stopped_is_ended(tmp_path: Path):
+    """On a card it would hang in a collective that its peer has left."""
+    body = """
+if rank == 0: stop_cleanly()
+else: signal.signal(signal.SIGINT, signal.SIG_IGN)
+(out / f"ready{rank}").touch()
+time.sleep(60)
+"""
+    parent = start(tmp_path, body)
+    pids = wait_for_ranks(tmp_path)
+    while len(list((tmp_path / "out").glob("ready*"))) < 2:
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGINT)
+    _, err = parent.communicate(timeout=15)
+    assert (parent.returncode, err.count("\n")) == (130, 1)
+    assert err.startswith("stopped by SIGINT; ") and not any(map(is_alive, pids))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path):
     """kill -9 of the parent leaves no orphan."""

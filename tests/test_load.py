@@ -21,21 +21,22 @@ MANIFEST_DAMAGES = ("short manifest", "torn manifest")
 
 
 class CountedWeights(weights.Weights):
-    """The files of a model; knows how many whole 16-bit tensors were alive at once."""
+    """The files of a model; knows how many bytes of whole 16-bit tensors were alive at once."""
 
     def __init__(self, info) -> None:
         super().__init__(info)
-        self.num_alive, self.max_alive, self.lock = 0, 0, threading.Lock()
+        self.alive_bytes, self.peak_bytes, self.lock = 0, 0, threading.Lock()
 
-    def _count(self, change: int) -> None:
+    def _count(self, nbytes: int) -> None:
         with self.lock:
-            self.num_alive += change
-            self.max_alive = max(self.max_alive, self.num_alive)
+            self.alive_bytes += nbytes
+            self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
     def _read_whole(self, name):
-        self._count(1)
+        nbytes = self.info.tensors[name].nbytes
+        self._count(nbytes)
         tensor = super()._read_whole(name)
-        weakref.finalize(tensor, self._count, -1)
+        weakref.finalize(tensor, self._count, -nbytes)
         return tensor
 
 
@@ -68,7 +69,8 @@ def start(world, path, *flags):
         "lora": {name: digest(pair) for name, pair in lora.items()},
         "source": report.source,
         "read_bytes": report.read_bytes,
-        "max_alive": getattr(source, "max_alive", 0),
+        "bytes_of_files": source.read_bytes,
+        "peak_bytes": getattr(source, "peak_bytes", 0),
         "local_bytes": local_bytes,
         "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
@@ -116,8 +118,10 @@ def test_the_second_start_reads_the_cache_and_no_linear(tmp_path):
     linear_bytes, other_bytes = file_bytes(path)
     assert {facts["source"] for facts in first} == {"files"}
     assert {facts["source"] for facts in second} == {"cache"}
-    assert sum(facts["read_bytes"] for facts in first) == linear_bytes + other_bytes
-    assert sum(facts["read_bytes"] for facts in second) == other_bytes
+    assert sum(facts["bytes_of_files"] for facts in first) == linear_bytes + other_bytes
+    assert sum(facts["bytes_of_files"] for facts in second) == other_bytes
+    packed_bytes = sum(facts["read_bytes"] for facts in second) - other_bytes
+    assert packed_bytes == 3 * 2 * first[0]["slice_bytes"]
     assert len({json.dumps(bytes_of(facts)) for facts in (*first, *second)}) == 1
     for facts in (*first, *second):
         assert max(facts["local_bytes"]) <= facts["slice_bytes"]
@@ -156,11 +160,13 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         (path, "--weights=random"),
     ]
     by_world = {size: run_ranks(starts, size, cases) for size in (1, 2, 3)}
-    for number, (case_path, *_) in enumerate(cases):
+    layer_bytes = file_bytes(path)[0] // 3
+    for number, case in enumerate(cases):
         models = [facts[number] for by_rank in by_world.values() for facts in by_rank]
-        assert len({json.dumps(bytes_of(facts)) for facts in models}) == 1, cases[number]
-        assert {facts["is_shared"] for facts in models} == {case_path == tied}
-        assert max(facts["max_alive"] for facts in models) <= 2  # the one at work, the next one
+        assert len({json.dumps(bytes_of(facts)) for facts in models}) == 1, case
+        assert {facts["is_shared"] for facts in models} == {case[0] == tied}
+        largest = max(facts["peak_bytes"] for facts in models)
+        assert largest <= layer_bytes and (largest > 0) == ("--weights=random" not in case)
     on_card, on_host, split, _, random = by_world[2][0]
     assert bytes_of(on_card) == bytes_of(on_host) == bytes_of(split)
     assert random["source"] == "random" and random["read_bytes"] == 0

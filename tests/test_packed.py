@@ -12,11 +12,17 @@ SHAPES = [(192, 128), (64, 128), (128, 320), (576, 576)]
 FORMATS = ["nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4", "bf16"]
 
 
+@pytest.fixture(autouse=True)
+def host_by_default():
+    yield
+    torch.set_default_device("cpu")
+
+
 def _pack_all(format_name, weights):
     layout = packed.build_layout([tuple(w.shape) for w in weights], format_name)
-    flat = torch.zeros(layout.nbytes, dtype=torch.uint8)
+    flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
     for index, weight in enumerate(weights):
-        packed.pack_linear(flat, layout, index, weight)
+        packed.pack_linear(flat, layout, index, weight.to(tiny.DEVICE))
     owner = torch.nn.Module()
     owner.packed = torch.nn.Parameter(flat.view(torch.float32), requires_grad=False)
     return packed.LayerStore(owner, layout, packed.ConstantsCache()), flat
@@ -31,7 +37,7 @@ def test_store_returns_the_bits_of_the_library(format_name):
     store, _ = _pack_all(format_name, weights)
     for index in (2, 0, 3, 1):
         expected = tiny.dequantized(weights[index], format_name)
-        assert torch.equal(store.weight(index, torch.float32), expected)
+        assert torch.equal(store.weight(index, torch.float32).cpu(), expected)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
@@ -76,6 +82,7 @@ def test_constants_are_made_once_per_pass_over_a_layer():
 
 def test_fused_product_has_the_gradients_of_plain_autograd():
     """Reference: float64 autograd over the dequantised weight."""
+    torch.set_default_device(tiny.DEVICE)
     torch.manual_seed(0)
     weight, bias = torch.randn(192, 128), torch.randn(192)
     store, _ = _pack_all("nf4_dq", [weight])
@@ -89,7 +96,7 @@ def test_fused_product_has_the_gradients_of_plain_autograd():
     grads = torch.autograd.grad(out.square().sum(), (x, a, b))
 
     double = [t.detach().double().requires_grad_() for t in (x, a, b)]
-    full = tiny.dequantized(weight, "nf4_dq").double()
+    full = tiny.dequantized(weight, "nf4_dq").to(tiny.DEVICE).double()
     expected = double[0] @ full.t() + 0.5 * (double[0] @ double[1].t()) @ double[2].t() + bias
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
     for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), double), strict=True):
@@ -98,6 +105,7 @@ def test_fused_product_has_the_gradients_of_plain_autograd():
 
 def test_checkpointed_layer_skips_its_last_frozen_product(monkeypatch):
     """The LoRA product is the last to save: recomputation stops before the frozen product."""
+    torch.set_default_device(tiny.DEVICE)
     torch.manual_seed(0)
     store, _ = _pack_all("nf4", [torch.randn(128, 128), torch.randn(128, 128)])
     layer = torch.nn.Sequential(

@@ -1,4 +1,4 @@
-"""Sharded equals unsharded: bytes, gradients, steps, adapters, on two gloo ranks."""
+"""Sharded equals unsharded: bytes, gradients, steps, adapters, on two real ranks."""
 
 import itertools
 
@@ -57,7 +57,7 @@ def sharded_gradients(world, path, format_flags, cases, extra=()):
             grad = block.body.lora.grad
             grads.append(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
         results[offload, checkpointing, accumulation] = {
-            name: tensor.numpy() for name, tensor in tiny.lora_dict(model, grads).items()
+            name: tensor.cpu().numpy() for name, tensor in tiny.lora_dict(model, grads).items()
         }
     return results
 
@@ -140,30 +140,41 @@ def test_biases_tied_embeddings_and_some_targets(tmp_path):
 
 
 def _plant_nan_patterns(world, path):
-    """Overwrite this rank's bytes with NaN patterns of every float type; compare once gathered."""
-    flags = (*FLAGS, "--use_cpu_offload=true", "--verify_bytes=false")
-    model, _, _ = tiny.build(path, world, *flags)
-    planted = {}
-    for index, block in enumerate(shard.blocks(model)):
-        words = torch.arange(block.packed.numel(), dtype=torch.int32) * 2654435 + index
-        patterns = torch.tensor([0x7FC00001, -1, 0x7F817FC1, 0x7C017E01, -0x403F0001]).int()
-        words[::3] = patterns[torch.arange(len(words[::3])) % len(patterns)]
-        whole = words.view(torch.float32)
-        planted[index] = load.fingerprint(whole)
-        start, stop = shard.local_range(block.packed)
-        shard.set_local(block, "packed", whole[start:stop].clone())
-    load.verify_bytes(model, planted if world.rank == 0 else {}, world)
-    loop.token_loss_sum(model, micro_batches(world.rank, world.size, 1)[0], world.device)
-    load.verify_bytes(model, planted if world.rank == 0 else {}, world)
-    planted[1] += 1
-    with pytest.raises(UserError, match="layer 1 changed on rank 0"):
-        load.verify_bytes(model, planted if world.rank == 0 else {}, world)
-    return True
+    """Overwrite this rank's bytes with NaN patterns of every float type; count wrong ones."""
+    num_wrong = {}
+    for offload in ("true", "false"):
+        flags = (*FLAGS, f"--use_cpu_offload={offload}", "--verify_bytes=false")
+        model, _, _ = tiny.build(path, world, *flags)
+        planted = []
+        for index, block in enumerate(shard.blocks(model)):
+            words = torch.arange(block.packed.numel(), dtype=torch.int32) * 2654435 + index
+            patterns = torch.tensor([0x7FC00001, -1, 0x7F817FC1, 0x7C017E01, -0x403F0001]).int()
+            words[::3] = patterns[torch.arange(len(words[::3])) % len(patterns)]
+            planted.append(words)
+            start, stop = shard.local_range(block.packed)
+            local = words[start:stop].view(torch.float32).clone()
+            local = local if offload == "true" else local.to(world.device)
+            shard.set_local(block, "packed", local)
+        fingerprints = {i: load.fingerprint(words) for i, words in enumerate(planted)}
+        mine = fingerprints if world.rank == 0 else {}
+        load.verify_bytes(model, mine, world)
+        loop.token_loss_sum(model, micro_batches(world.rank, world.size, 1)[0], world.device)
+        num_wrong[offload] = 0
+        for block, words in zip(shard.blocks(model), planted, strict=True):
+            gathered = shard.gathered(block).detach().cpu().view(torch.uint8)
+            num_wrong[offload] += int((gathered != words.view(torch.uint8)).sum())
+            shard.release(block)
+        fingerprints[1] += 1
+        with pytest.raises(UserError, match="layer 1 changed on rank 0"):
+            load.verify_bytes(model, mine, world)
+    return num_wrong
 
 
 def test_gathered_bytes_are_exact_even_where_they_are_nan(tmp_path):
     path = tiny.save_model(tmp_path / "model")
-    assert run_ranks(_plant_nan_patterns, 2, path) == [True, True]
+    by_rank = run_ranks(_plant_nan_patterns, 2, path)
+    print("wrong bytes by offload:", by_rank)
+    assert by_rank == [{"true": 0, "false": 0}] * 2
 
 
 def test_fingerprint_sees_every_single_bit():
@@ -192,8 +203,9 @@ def _train(world, path, out, steps, flags):
     batch = collate(make_samples(4))
     model.eval()
     with torch.no_grad():
-        loss = model(batch.input_ids, Targets.of(batch.labels, world.device)).item()
-        last = model(batch.input_ids[:1])[0, -1]
+        input_ids = batch.input_ids.to(world.device)
+        loss = model(input_ids, Targets.of(batch.labels, world.device)).item()
+        last = model(input_ids[:1])[0, -1].cpu()
     return [r["loss"].item() for r in losses], losses[0]["grad_norm"].item(), loss, last.numpy()
 
 

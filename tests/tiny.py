@@ -10,6 +10,7 @@ from fsdp_qlora.model import adapters, cache, kernels, load, shard, skeleton, we
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where ranks compute
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 320,
@@ -37,7 +38,9 @@ def shape(
     """Build and shard a model as train.py does; it has no bytes yet."""
     cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    chosen = kernels.choose(cfg.attn, cfg.liger, cfg.compute_dtype, world.device)
+    chosen = kernels.choose(
+        cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
+    )
     model = skeleton.build(info, cfg.format_name, chosen)
     adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
     shard.apply(model, cfg.sharding_strategy, cfg.use_cpu_offload, chosen.dtype, world)
@@ -58,11 +61,12 @@ def build(
 def fill_lora(model: PackedModel, seed: int = 1) -> list[torch.Tensor]:
     """Set adapters (B too, which starts at zero) to random values; return the whole flat ones."""
     generator = torch.Generator().manual_seed(seed)
+    device = model.embedding.weight.device
     flats = []
     for block in shard.blocks(model):
         flat = torch.randn(block.body.lora.shape, generator=generator) * 0.05
         start, stop = shard.local_range(block.body.lora)
-        shard.set_local(block.body, "lora", flat[start:stop].clone())
+        shard.set_local(block.body, "lora", flat[start:stop].to(device, copy=True))
         flats.append(flat)
     return flats
 
@@ -79,13 +83,19 @@ def require(format_name: str) -> None:
 
 
 def dequantized(weight: torch.Tensor, format_name: str) -> torch.Tensor:
-    """A weight quantised and dequantised by the library itself, in float32."""
+    """A weight quantised and dequantised by the library itself, in float32, where ranks do it."""
+    return _round_trip(weight.to(DEVICE), format_name).cpu()
+
+
+def _round_trip(weight: torch.Tensor, format_name: str) -> torch.Tensor:
     if format_name == "bf16":
         return weight.bfloat16().float()
     if format_name == "hqq4":
         from hqq.core.quantize import Quantizer
 
-        packed, meta = Quantizer.quantize(weight, nbits=4, group_size=64, axis=1, device="cpu")
+        packed, meta = Quantizer.quantize(
+            weight, nbits=4, group_size=64, axis=1, device=weight.device.type
+        )
         meta |= {"compute_dtype": torch.float32}
         meta |= {name: meta[name].bfloat16() for name in ("scale", "zero")}
         return Quantizer.dequantize(packed, meta)

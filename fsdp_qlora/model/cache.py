@@ -8,9 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.packed import Layout
-from fsdp_qlora.model.weights import read_file
+from fsdp_qlora.model.weights import look_ahead, read_file
 from fsdp_qlora.train.world import World
 
 LAYOUT_VERSION = 1  # of the bytes; raise it when packed.build_layout changes
@@ -38,6 +37,8 @@ class PackedCache:
         nbytes: of one layer.
         is_complete: the directory holds every layer.
         digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
+        read_bytes: read so far.
+        writer, writing: the thread that writes, and the layer in its hands.
     """
 
     directory: Path | None
@@ -45,6 +46,9 @@ class PackedCache:
     nbytes: int = 0
     is_complete: bool = False
     digests: dict[int, str] = field(default_factory=dict)
+    read_bytes: int = 0
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    writing: Future | None = None
 
     def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor]:
         """Yield packed bytes in order, the next layers being read and hashed meanwhile.
@@ -58,13 +62,7 @@ class PackedCache:
         Raises:
             UserError: a file is damaged (code 5).
         """
-        with ThreadPoolExecutor(2) as pool:
-            ahead = deque(pool.submit(self._read_layer, layer) for layer in layers[:2])
-            for position in range(len(layers)):
-                packed = ahead.popleft().result()
-                if position + 2 < len(layers):
-                    ahead.append(pool.submit(self._read_layer, layers[position + 2]))
-                yield packed
+        return look_ahead(self._read_layer, layers)
 
     def _read_layer(self, layer: int) -> torch.Tensor:
         assert self.directory is not None, "a cache that is off was read"
@@ -77,6 +75,7 @@ class PackedCache:
             problem = "is too short"
             if header_bytes >= 8:
                 read_file(path, header_bytes, packed)
+                self.read_bytes += packed.numel()
                 digest = hashlib.sha256(packed.numpy().data).hexdigest()
                 problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
         if problem:
@@ -89,7 +88,7 @@ class PackedCache:
         return packed
 
     def write_layer(self, layer: int, packed: torch.Tensor) -> None:
-        """Keep the packed bytes of one layer; nothing when the cache is off.
+        """Keep the packed bytes of one layer, in a thread; nothing when the cache is off.
 
         Args:
             layer: its number.
@@ -97,14 +96,21 @@ class PackedCache:
         """
         if self.directory is None:
             return
-        host = packed.cpu()
+        self._wait()
+        directory = _temporary(self.directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.writing = self.writer.submit(self._write, directory, layer, packed.cpu())
+
+    def _write(self, directory: Path, layer: int, host: torch.Tensor) -> None:
         self.digests[layer] = hashlib.sha256(host.numpy().data).hexdigest()
-        temporary = _temporary(self.directory)
-        temporary.mkdir(parents=True, exist_ok=True)
-        path = temporary / _file_name(layer)
+        path = directory / _file_name(layer)
         save_file({TENSOR: host}, path)
         with path.open("rb") as file:
             os.fsync(file.fileno())
+
+    def _wait(self) -> None:
+        if self.writing is not None:
+            self.writing.result()
 
     def commit(self, world: World) -> None:
         """Give the directory its name once every rank has written its layers.
@@ -114,6 +120,7 @@ class PackedCache:
         """
         if self.directory is None or self.is_complete:
             return
+        self._wait()
         digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
         if world.rank == 0:
             manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}

@@ -28,7 +28,9 @@ class Choice:
     note: str
 
 
-def choose(attn: str, liger: str, compute_dtype: str, device: torch.device) -> Choice:
+def choose(
+    attn: str, liger: str, compute_dtype: str, device: torch.device, softcaps: bool
+) -> Choice:
     """Resolve `--attn` and `--liger` for a device.
 
     flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own
@@ -39,14 +41,15 @@ def choose(attn: str, liger: str, compute_dtype: str, device: torch.device) -> C
         liger: "auto" or "off".
         compute_dtype: name in torch, "bfloat16".
         device: where the run computes.
+        softcaps: the model soft-caps its attention scores (Gemma 2), which SDPA leaves out.
     """
     has_gpu = device.type == "cuda"
     attention, attention_why = attn, "as asked"
     if attn == "auto":
         has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if has_flash else "sdpa"
+        attention = "flash_attention_2" if has_flash else "eager" if softcaps else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
-        attention_why = "installed" if has_flash else missing
+        attention_why = "installed" if has_flash else missing + ", soft-capped" * softcaps
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     use_liger = liger == "auto" and has_gpu and has_liger
     liger_why = "as asked" if liger == "off" else "not installed" if has_gpu else "no GPU"

@@ -31,10 +31,11 @@ class LoadReport:
 
     Attributes:
         seconds: it took.
-        read_bytes: 16-bit bytes read by this rank.
+        read_bytes: from disk by this rank.
         source: of the packed bytes: "files", "random" or "cache".
         pinned_bytes: host memory that this rank page-locked itself.
         fingerprints: layer -> `fingerprint` of the packed bytes that this rank made.
+        num_verified: layers whose bytes were compared after a gather, 0 = not asked.
     """
 
     seconds: float = 0.0
@@ -42,11 +43,17 @@ class LoadReport:
     source: str = "files"
     pinned_bytes: int = 0
     fingerprints: dict[int, int] = field(default_factory=dict)
+    num_verified: int = 0
 
     def __str__(self) -> str:
         """One line for the user."""
-        speed = self.read_bytes / 2**30 / max(self.seconds, 1e-9)
-        return f"from {self.source} in {self.seconds:.1f} s ({speed:.2f} GiB/s read by rank 0)"
+        text = f"from {self.source} in {self.seconds:.1f} s"
+        if self.read_bytes:
+            gib = self.read_bytes / 2**30
+            text += f" ({gib:.2f} GiB a rank, {gib / self.seconds:.2f} GiB/s)"
+        if self.num_verified:
+            text += f"; gathered bytes of all {self.num_verified} layers are exact"
+        return text
 
 
 class HostSlices:
@@ -109,8 +116,8 @@ def fill(
     _move_buffers(model, world.device)
     adapters.initialise(model, cfg.seed, world.device)
     if cfg.verify_bytes:
-        verify_bytes(model, report.fingerprints, world)
-    report.read_bytes += weights.read_bytes
+        report.num_verified = verify_bytes(model, report.fingerprints, world)
+    report.read_bytes = weights.read_bytes + cache.read_bytes
     report.seconds = time.monotonic() - start
     return report
 
@@ -219,13 +226,16 @@ def fingerprint(flat: torch.Tensor) -> int:
     return total % 2**64
 
 
-def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> None:
+def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> int:
     """Gather each layer as training will and compare its bytes with what was packed, on every rank.
 
     Args:
         model: filled.
         own_fingerprints: layer -> `fingerprint` of what this rank packed.
         world: the ranks; all must call.
+
+    Returns:
+        Number of layers compared.
 
     Raises:
         UserError: bytes differ (code 5), on all ranks together.
@@ -245,3 +255,4 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
             "report the versions of torch and the GPU driver; training on them would be wrong",
             code=5,
         )
+    return len(made)

@@ -2,9 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +14,7 @@ from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 
+T = TypeVar("T")
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -87,7 +90,7 @@ class Weights:
         return raw.view(_dtype(ref, name)).view(shape).to(device=device, dtype=dtype)
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
-        """Yield whole tensors in order, the next one being read meanwhile.
+        """Yield whole tensors in order, the next two being read meanwhile.
 
         Args:
             names: of the tensors.
@@ -99,15 +102,7 @@ class Weights:
         Raises:
             UserError: no known dtype, or the file ends too early (code 5).
         """
-        if not names:
-            return
-        with ThreadPoolExecutor(1) as pool:
-            ahead = pool.submit(self._read_whole, names[0])
-            for name in [*names[1:], None]:
-                tensor = ahead.result()
-                if name is not None:
-                    ahead = pool.submit(self._read_whole, name)
-                yield tensor.to(device)
+        return (tensor.to(device) for tensor in look_ahead(self._read_whole, names))
 
     def _read_whole(self, name: str) -> torch.Tensor:
         ref = self.info.tensors[name]
@@ -164,6 +159,23 @@ class RandomWeights(Weights):
         generator = torch.Generator(device).manual_seed(seed)
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
         return weight.normal_(0.0, 0.02, generator=generator)
+
+
+def look_ahead(read: Callable[[Any], T], items: Sequence[Any], depth: int = 2) -> Iterator[T]:
+    """Yield read(item) in order while the next `depth` items are being read in threads.
+
+    Args:
+        read: function of one item.
+        items: all of them.
+        depth: results held or being made besides the one yielded.
+    """
+    with ThreadPoolExecutor(depth) as pool:
+        ahead = deque(pool.submit(read, item) for item in items[:depth])
+        for position in range(len(items)):
+            result = ahead.popleft().result()
+            if position + depth < len(items):
+                ahead.append(pool.submit(read, items[position + depth]))
+            yield result
 
 
 def build(info: ModelInfo, cfg: Config) -> Weights:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.train.world import World
 
 GRACE_S = 4.0
+STOP_GRACE_S = 10.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -191,7 +192,8 @@ def supervise(
     """Run a script once per rank and wait for all of them.
 
     Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails, the others
-    are ended within 5 seconds. SIGINT and SIGTERM are passed on once; a second one ends all ranks.
+    are ended within 5 seconds. SIGINT and SIGTERM are passed on once; a second one ends all ranks,
+    and so do 10 seconds after the first rank has obeyed: the others may wait for it on the card.
     Ranks do not outlive this process, however it dies.
 
     Args:
@@ -287,6 +289,8 @@ def _watch(
             ended = frozenset(i for i, rank in enumerate(ranks) if rank.returncode is None)
             deadline_s = time.monotonic() + GRACE_S
             _send(ranks, signal.SIGTERM)
+        elif num_passed and any(rank.returncode is not None for rank in ranks):
+            deadline_s = min(deadline_s, time.monotonic() + STOP_GRACE_S)
         if time.monotonic() > deadline_s:
             _send(ranks, signal.SIGKILL)
         time.sleep(POLL_S)
