@@ -1,4 +1,4 @@
-# make quickstart   install, fetch a small model and data, fine-tune it, draw the report
+# make quickstart   install, fetch a small model and data, fine-tune it
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
 # make check        style, format and types
 # make lint         repair what ruff can repair
@@ -62,7 +62,6 @@ quickstart: venv
 	$(BIN)/python -m fsdp_qlora fetch smollm2
 	$(BIN)/python -m fsdp_qlora fetch docstrings
 	$(BIN)/python train.py --recipe quickstart
-	$(BIN)/python -m fsdp_qlora report quickstart/run
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -205,10 +205,7 @@ def damage(entry: Path, how: str) -> Path:
     "damages",
     [
         LAYER_DAMAGES,
-        pytest.param(
-            MANIFEST_DAMAGES,
-            marks=pytest.mark.xfail(reason="cache.open_cache trusts its manifest", strict=True),
-        ),
+        MANIFEST_DAMAGES,
     ],
     ids=["layer", "manifest"],
 )

@@ -9,7 +9,7 @@ import pytest
 from fsdp_qlora import config
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
-NUM_RECIPES = 1
+NUM_RECIPES = 3
 WITHOUT_PAGE = {"quickstart"}  # the README describes it
 
 

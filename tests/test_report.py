@@ -136,7 +136,7 @@ def test_a_fault_is_one_line_and_its_exit_code(tmp_path):
 
 def test_an_unknown_verb_names_the_known_and_no_verb_lists_them():
     done = verb("reprot")
-    assert done.returncode == 2 and "want one of fetch report" in done.stderr
+    assert done.returncode == 2 and "want one of fetch random report" in done.stderr
     listed = verb()
     assert listed.returncode == 0 and "report" in listed.stdout and "fetch" in listed.stdout
 

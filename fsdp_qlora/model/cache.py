@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fsdp_qlora import __version__
@@ -38,7 +39,9 @@ class PackedCache:
         is_complete: the directory holds every layer.
         digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
         read_bytes: read so far.
+        temporary: where layers are written until all are there; None = nothing is to be written.
         writer, writing: the thread that writes, and the layer in its hands.
+        failure: why writing was given up, or "".
     """
 
     directory: Path | None
@@ -47,6 +50,8 @@ class PackedCache:
     is_complete: bool = False
     digests: dict[int, str] = field(default_factory=dict)
     read_bytes: int = 0
+    temporary: Path | None = None
+    failure: str = ""
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     writing: Future | None = None
 
@@ -79,12 +84,7 @@ class PackedCache:
                 digest = hashlib.sha256(packed.numpy().data).hexdigest()
                 problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
         if problem:
-            raise UserError(
-                f"{path} {problem}",
-                "the quantised cache is verified as it is read",
-                f"delete {self.directory} (it is made again) or use --quant_cache off",
-                code=5,
-            )
+            raise _damaged(path, problem)
         return packed
 
     def write_layer(self, layer: int, packed: torch.Tensor) -> None:
@@ -94,19 +94,22 @@ class PackedCache:
             layer: its number.
             packed: uint8 [nbytes], any device.
         """
-        if self.directory is None:
+        if self.temporary is None:
             return
         self._wait()
-        directory = _temporary(self.directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.writing = self.writer.submit(self._write, directory, layer, packed.cpu())
+        if not self.failure:
+            self.writing = self.writer.submit(self._write, self.temporary, layer, packed.cpu())
 
     def _write(self, directory: Path, layer: int, host: torch.Tensor) -> None:
         self.digests[layer] = hashlib.sha256(host.numpy().data).hexdigest()
         path = directory / _file_name(layer)
-        save_file({TENSOR: host}, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file({TENSOR: host}, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        except (OSError, SafetensorError) as error:  # a full disk: train without the cache
+            self.failure = f"not written: {path}: {error}"
 
     def _wait(self) -> None:
         if self.writing is not None:
@@ -115,24 +118,26 @@ class PackedCache:
     def commit(self, world: World) -> None:
         """Give the directory its name once every rank has written its layers.
 
+        A rank that could not write makes all give the cache up; `note` says so.
+
         Args:
             world: the ranks; all must call.
         """
-        if self.directory is None or self.is_complete:
+        if self.directory is None or self.temporary is None:
             return
         self._wait()
+        failures = [text for text in world.gather_objects(self.failure) if text]
+        if failures:
+            self.note = failures[0]
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
         digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
         if world.rank == 0:
             manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
-            temporary = _temporary(self.directory)
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(self.directory, ignore_errors=True)
-            temporary.rename(self.directory)
+            self.temporary.rename(self.directory)
         world.barrier()
-
-
-def _temporary(directory: Path) -> Path:
-    return directory.with_name(f".tmp-{directory.name}")
 
 
 def _file_name(layer: int) -> str:
@@ -178,14 +183,37 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> P
     directory = root / key(info, layout)
     need_bytes = layout.nbytes * info.num_layers
     cache = PackedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)
-    if (directory / "manifest.json").exists():
-        manifest = json.loads((directory / "manifest.json").read_text())
-        cache.digests = dict(enumerate(manifest["sha256"]))
+    manifest = directory / "manifest.json"
+    if all(world.gather_objects(manifest.exists())):
+        cache.digests = _read_manifest(manifest, layout.nbytes, info.num_layers)
         cache.is_complete = True
         return cache
     refusal = _cannot_write(root, need_bytes, world)
     refusals = [text for text in world.gather_objects(refusal) if text]
+    pids = world.gather_objects(os.getpid())
+    cache.temporary = directory.with_name(f".tmp-{pids[0]}-{directory.name}")
     return PackedCache(None, refusals[0]) if refusals else cache
+
+
+def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
+    try:
+        manifest = json.loads(path.read_text())
+        digests = dict(enumerate(manifest["sha256"]))
+        is_good = manifest["nbytes"] == nbytes and len(digests) == num_layers
+    except (ValueError, KeyError, TypeError):
+        is_good = False
+    if not is_good:
+        raise _damaged(path, "does not describe this model")
+    return digests
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path} {problem}",
+        "the quantised cache is verified as it is read",
+        "delete its directory (it is made again) or use --quant_cache off",
+        code=5,
+    )
 
 
 def _cannot_write(root: Path, need_bytes: int, world: World) -> str:

@@ -2,12 +2,13 @@
 
 Decoder layers are dealt to the ranks in turn: in each round every rank makes the packed bytes of
 one layer (from 16-bit files, from the cache, or at random), then one exchange hands every rank its
-slice of all of them. No rank ever holds more than one linear in 16 bit. Everything else is read by
-each rank as its own range of bytes.
+slice of all of them. No rank ever holds more than three linears in 16 bit (one at work, two read
+ahead). Everything else is read by each rank as its own range of bytes.
 """
 
 import mmap
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -72,7 +73,10 @@ class HostSlices:
         self.mapping = mmap.mmap(-1, nbytes)
         self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
         self.pinned_bytes = nbytes if pin else 0
-        if pin and int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0)):
+        if not pin:
+            return
+        cudart, address = torch.cuda.cudart(), self.bytes.data_ptr()
+        if int(cudart.cudaHostRegister(address, nbytes, 0)):
             raise UserError(
                 f"{nbytes / 2**30:.1f} GiB of host memory could not be pinned",
                 "offloaded weights are copied to the GPU from pinned memory",
@@ -80,6 +84,9 @@ class HostSlices:
                 "or --use_cpu_offload false",
                 code=3,
             )
+        # The driver must forget the pages before another mapping gets their address.
+        release = weakref.finalize(self.mapping, cudart.cudaHostUnregister, address)
+        release.atexit = False
 
 
 def fill(

@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,7 +103,7 @@ class Weights:
         Raises:
             UserError: no known dtype, or the file ends too early (code 5).
         """
-        return (tensor.to(device) for tensor in look_ahead(self._read_whole, names))
+        return map(partial(torch.Tensor.to, device=device), look_ahead(self._read_whole, names))
 
     def _read_whole(self, name: str) -> torch.Tensor:
         ref = self.info.tensors[name]

@@ -13,6 +13,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo, lora_params, num_params
 from fsdp_qlora.config import Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
+from fsdp_qlora.errors import one_line
 from fsdp_qlora.model.cache import PackedCache
 from fsdp_qlora.model.kernels import Choice
 from fsdp_qlora.model.load import LoadReport
@@ -56,6 +57,8 @@ def describe(
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
         f"kernels   {chosen.note}",
         f"loaded    {loaded}",
+        f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
+        f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB of the card",
         f"cache     {cache.note}",
         f"data      {data.audit}",
         *(f"note      {note}" for note in cfg_notes(cfg)),
@@ -147,8 +150,9 @@ class Look:
                 f"perplexity {math.exp(loss):.2f} -> {math.exp(new_loss):.2f}"
             )
         if text is not None:
-            self.recorder.say(f"prompt    {self.cfg.sample_prompt}")
-            self.recorder.say(f"before    {text}\nafter     {new_text}")
+            rows = {"prompt": self.cfg.sample_prompt, "before": text, "after": new_text}
+            for name, words in rows.items():
+                self.recorder.say(f"{name:<9} {one_line(str(words))}")
 
 
 def farewell(cfg: Config) -> str:
@@ -162,6 +166,6 @@ def farewell(cfg: Config) -> str:
     """
     out = Path(cfg.resolved_output_dir)
     return (
-        f"saved     {out} (adapter in peft's format, metrics.jsonl, summary.json)\n"
-        f"next      python -m fsdp_qlora report {out}"
+        f"saved     {out}: adapter in peft's format, metrics.jsonl, summary.json, report.svg\n"
+        f"next      python train.py --model_name {cfg.model_name} --dataset YOUR_ROWS.jsonl"
     )

@@ -1,6 +1,7 @@
 """The training loop.
 
-It knows batches, a model and an optimizer; nothing of quantisation, sharding or files.
+It knows batches, a model and an optimizer; nothing of quantisation or files, and of sharding only
+that `shard` hands over the gradients.
 """
 
 import gc

@@ -1,11 +1,11 @@
-"""TRL + PEFT + accelerate on FSDP2 over the same shape, batch and LoRA as a run of ours: prints one line of JSON.
+"""TRL + PEFT + accelerate on FSDP2: the same shape, batch and LoRA as ours; prints a line of JSON.
 
     python -m fsdp_qlora random --model_name llama-2-7b --out /tmp/llama-2-7b
     accelerate launch --config_file recipes/peers/accelerate_fsdp2.yaml recipes/peers/trl_fsdp2.py \
         --model /tmp/llama-2-7b --batch_size 4 --context_length 2048 --gpu_budget_gib 24
 
-4-bit NF4 base with double quantisation, bfloat16 storage (what TRL's FSDP documentation asks for), LoRA r 16 on the seven
-projections, non-reentrant checkpointing, Liger kernels.
+4-bit NF4 base with double quantisation, bfloat16 storage (as TRL's FSDP pages ask), LoRA r 16
+on the seven projections, non-reentrant checkpointing, Liger kernels.
 """
 
 import argparse
