@@ -122,6 +122,15 @@ def test_gradients_equal_peft_on_one_process(tmp_path, format_flags, format_name
     check_gradients(path, format_flags, format_name, ALL_CASES)
 
 
+@pytest.mark.parametrize(
+    ("format_flags", "format_name"),
+    [(("--train_type=qlora", "--quant_type=fp4"), "fp4_dq"), (("--train_type=lora",), "bf16")],
+)
+def test_other_bases_have_the_gradients_of_peft_too(tmp_path, format_flags, format_name):
+    path = tiny.save_model(tmp_path / "model")
+    check_gradients(path, format_flags, format_name, [("true", "non_reentrant", 3)])
+
+
 @pytest.mark.parametrize("strategy", ["shard_grad_op", "ddp"])
 def test_other_strategies_have_the_same_gradients(tmp_path, strategy):
     path = tiny.save_model(tmp_path / "model")

@@ -152,7 +152,7 @@ class LayerStore:
     def _constants(self, dtype: torch.dtype) -> list[Sequence[torch.Tensor]]:
         if self.cache.key != (id(self), dtype):
             tensors = self.format.constants(self._fields, dtype)
-            ranges = self.layout.elements.get(self.format.index_field, ((0, 0),) * 99)
+            ranges = self.layout.elements.get(self.format.index_field, ())
             sizes = [stop - start for start, stop in ranges]
             parts = [tensor.split(sizes) for tensor in tensors]
             self.cache.value = [[p[i] for p in parts] for i in range(len(self._weights))]

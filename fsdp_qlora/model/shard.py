@@ -79,10 +79,10 @@ def apply(
             policy = pinned if offload else OffloadPolicy()
             fully_shard(block, offload_policy=policy, **common)
     if not row.replicates:
-        for module in (model.embedding, model.head):
-            if not model.is_tied:
-                fully_shard(module, **common)
-        fully_shard(model, **common)
+        for module in () if model.is_tied else (model.embedding, model.head):
+            fully_shard(module, **common)
+        # A tied embedding is needed at both ends of forward and backward: gather it once.
+        fully_shard(model, **{**common, "reshard_after_forward": False})
 
 
 def blocks(model: nn.Module) -> Iterator[DecoderBlock]:

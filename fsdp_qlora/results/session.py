@@ -58,7 +58,7 @@ def describe(
         f"kernels   {chosen.note}",
         f"loaded    {loaded}",
         f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
-        f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB of the card",
+        f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a card",
         f"cache     {cache.note}",
         f"data      {data.audit}",
         *(f"note      {note}" for note in cfg_notes(cfg)),
