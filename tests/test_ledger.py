@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import statistics
 import sys
 import termios
@@ -214,7 +215,9 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monke
         monkeypatch.setattr(sys, "stderr", terminal)
         run_steps(tmp_path, 3)
         terminal.flush()
-        drawn = os.read(leader, 100_000).decode()
+        drawn = ""
+        while select.select([leader], [], [], 1.0)[0]:  # the kernel hands it over piece by piece
+            drawn += os.read(leader, 100_000).decode()
     os.close(leader)
     assert re.search(r"3/3 .*loss 1\.000 .*tok/s host [\d.]+/\d+ GiB", drawn)
     assert capsys.readouterr().out == ""
