@@ -19,8 +19,9 @@ ARGS ?=
 export PIP_ROOT_USER_ACTION := ignore
 
 # The default index has the CUDA build of torch, several GB: without a card, find the CPU build.
+HAS_CARD := $(shell command -v nvidia-smi 2>/dev/null)
 ifndef CI
-ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+ifeq ($(HAS_CARD),)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 endif
@@ -40,7 +41,7 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@echo "Installing torch into $(VENV) (0.2 GB without a card, about 3 GB with one) ..."
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "Installing fsdp_qlora and what it needs ..."
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev]' $(if $(HAS_CARD),liger-kernel)
 	@$(PIP) --editable '.[hqq]' || { echo \
 		"hqq could not be installed: train_type hqq_* will not work, everything else does" >&2; \
 		test "$(REQUIRE_HQQ)" != 1; }
