@@ -62,7 +62,7 @@ def sharded_gradients(world, path, format_flags, cases, extra=()):
     return results
 
 
-def reference_gradients(path, format_name, cfg_flags, accumulation, lora, cfg):
+def reference_gradients(path, format_name, accumulation, lora, cfg):
     model, named = tiny.reference_model(path, format_name, lora, cfg)
     batch = collate(make_samples(4 * accumulation))
     logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
@@ -90,7 +90,7 @@ def check_gradients(path, format_flags, format_name, cases, extra=()):
     lora = {n: torch.from_numpy(v) for n, v in build_lora(path, cfg).items()}
     by_rank = run_ranks(sharded_gradients, 2, path, format_flags, cases, extra)
     references = {
-        accumulation: reference_gradients(path, format_name, format_flags, accumulation, lora, cfg)
+        accumulation: reference_gradients(path, format_name, accumulation, lora, cfg)
         for accumulation in {case[2] for case in cases}
     }
     for rank, results in enumerate(by_rank):

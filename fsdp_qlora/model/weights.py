@@ -50,9 +50,7 @@ class Weights:
         Raises:
             UserError: names missing, unknown, or of another shape (code 5).
         """
-        found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items() if not _is_spare(n)}
-        if self.info.is_tied:
-            found.pop("lm_head.weight", None)
+        found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items()}
         missing = sorted(expected.keys() - found.keys())
         unknown = sorted(found.keys() - expected.keys())
         wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
@@ -187,10 +185,6 @@ def build(info: ModelInfo, cfg: Config) -> Weights:
         cfg: weights, seed.
     """
     return RandomWeights(info, cfg.seed) if cfg.weights == "random" else Weights(info)
-
-
-def _is_spare(name: str) -> bool:
-    return name.endswith("rotary_emb.inv_freq")  # old Llama files carry it; it is computed
 
 
 def _dtype(ref: TensorRef, name: str) -> torch.dtype:
