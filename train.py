@@ -21,7 +21,7 @@ def run(cfg: config.Config, world) -> None:
         world: this process among the ranks (train/world.py).
     """
     from fsdp_qlora import data
-    from fsdp_qlora.model import adapters, cache, kernels, load, shard, skeleton, weights
+    from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
     from fsdp_qlora.results import export, report, session
     from fsdp_qlora.train import ledger, loop, optim, versions
 
@@ -38,16 +38,19 @@ def run(cfg: config.Config, world) -> None:
     with session.watch_memory(world.device) as peaks:
         model = skeleton.build(info, cfg.format_name, chosen)
         adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
-        shard.apply(model, cfg.sharding_strategy, cfg.use_cpu_offload, chosen.dtype, world)
-        model.set_checkpointing(cfg.checkpointing)
         packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
-        loaded = load.fill(model, weights.build(info, cfg), packed_cache, cfg, world)
+        placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
+        shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
+        model.set_checkpointing(cfg.levels(info.num_layers), cfg.reentrant_checkpointing)
+        loaded = load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
     params = shard.local_parameters(model)
     optimizer, schedule = optim.build(params, cfg, num_steps)
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
     trained = loop.Trained(model, params, optimizer, schedule, max_norm, world)
 
-    record = session.describe(cfg, info, dataset, model, chosen, packed_cache, loaded, peaks)
+    record = session.describe(
+        cfg, info, dataset, model, chosen, packed_cache, placed, loaded, peaks
+    )
     has_bar = cfg.log_to == "tqdm"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on a stop is recorded
     with ledger.Recorder(

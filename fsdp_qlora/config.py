@@ -79,6 +79,7 @@ STRATEGIES = {
 }
 OPTIMIZERS = {"adamw": True, "adam": False, "sgd": False, "adadelta": False}
 SCHEDULERS = {"constant": True, "linear": True, "cosine": True}
+OFFLOADS = any_of("auto", "fsdp", "stream")
 ATTENTIONS = any_of("auto", "sdpa", "flash_attention_2", "eager")
 LOGS = {"tqdm": True, "stdout": True, "wandb": False}
 BITS = {4: True, 2: False, 3: False, 8: False}
@@ -98,7 +99,9 @@ NO_PROFILER = "the profiler is not built yet"
 NO_WANDB = "wandb is not built yet"
 TEXT = "printable text"
 COUNT = "-1 or >= 1"
-DATASET_HELP = "x.jsonl|.json|.parquet, or alpaca alpaca_sample dummy guanaco sql orca_math"
+TRAINED = any_of("assistant", "completion", "last", "all")
+DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
+DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
 
 
 def built(table: Mapping[str, TrainType] | Mapping[str, Precision]) -> dict[str, bool]:
@@ -130,8 +133,14 @@ class Config:
 
     dataset: str = flag("alpaca_sample", "data", DATASET_HELP, rule=TEXT)
     dataset_samples: int = flag(512, "data", "rows of dummy, *_sample and orca_math", rule=">= 1")
-    context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
+    train_split: str | None = flag(None, "data", "split to learn, or share of the rows (0.8)")
+    eval_split: str | None = flag(None, "data", "held out: share of the rows (0.1), split or file")
     eval_samples: int = flag(0, "data", "rows held out for loss before and after", rule=">= 0")
+    template: str | None = flag(None, "data", "[by columns] shape, x.jinja or text with {columns}")
+    train_on: str = flag("assistant", "data", "what is learned: answers, the last, all", TRAINED)
+    system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
+    context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
+    token_cache: str = flag("auto", "data", "kept tokens: auto, off or DIR", rule=TEXT)
     sample_prompt: str | None = flag(None, "data", "prompt answered before and after training")
     sample_tokens: int = flag(48, "data", "longest such answer in tokens", rule=">= 1")
 
@@ -151,10 +160,19 @@ class Config:
     world_size: int = flag(-1, "sharding", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "sharding", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     use_cpu_offload: bool = flag(True, "sharding", "frozen base on the host")
+    offload_impl: str = flag("auto", "sharding", "how it comes from there", OFFLOADS)
+    resident_layers: int = flag(0, "sharding", "layers kept whole on each card", rule=">= 0")
     use_gradient_checkpointing: bool = flag(True, "sharding", "recompute layers in backward")
     reentrant_checkpointing: bool = flag(False, "sharding", "the older way of recomputing")
+    selective_layers: int = flag(
+        0, "sharding", "layers that keep attention and products", rule=">= 0"
+    )
+    uncheckpointed_layers: int = flag(0, "sharding", "layers that keep everything", rule=">= 0")
     use_activation_cpu_offload: bool = flag(False, "sharding", "activations on host", ONLY_FALSE)
     gpu_budget_gib: float | None = flag(None, "sharding", "cap per card in GiB", rule="> 0")
+    host_budget_gib: float | None = flag(
+        None, "sharding", "host memory for packed layers in GiB", rule="> 0"
+    )
     verify_bytes: bool = flag(True, "sharding", "check 4-bit bytes at the start")
     master_port: int | None = flag(None, "sharding", "0: a free one", rule="from 0 to 65535")
 
@@ -203,12 +221,20 @@ class Config:
         """Torch name of the dtype of adapters and optimizer states."""
         return PRECISIONS[self.precision].master
 
-    @property
-    def checkpointing(self) -> Literal["none", "reentrant", "non_reentrant"]:
-        """How decoder layers are recomputed in the backward pass."""
+    def levels(self, num_layers: int) -> tuple[str, ...]:
+        """What each decoder layer keeps for the backward pass, rows of packed.LEVELS.
+
+        The last layers keep most: theirs is needed first and freed first.
+
+        Args:
+            num_layers: decoder layers.
+        """
         if not self.use_gradient_checkpointing:
-            return "none"
-        return "reentrant" if self.reentrant_checkpointing else "non_reentrant"
+            return ("none",) * num_layers
+        num_none = min(self.uncheckpointed_layers, num_layers)
+        num_selective = min(self.selective_layers, num_layers - num_none)
+        num_full = num_layers - num_none - num_selective
+        return ("full",) * num_full + ("selective",) * num_selective + ("none",) * num_none
 
     @property
     def resolved_output_dir(self) -> Path:
@@ -269,7 +295,7 @@ def find_conflicts(cfg: Config, given: frozenset[str]) -> list[UserError]:
             "use full_shard, or leave offload out",
         ),
         (
-            cfg.checkpointing == "none" and cfg.reentrant_checkpointing,
+            cfg.reentrant_checkpointing and not cfg.use_gradient_checkpointing,
             "--reentrant_checkpointing true",
             "needs --use_gradient_checkpointing true",
             "set both or none",
@@ -312,6 +338,10 @@ def cfg_notes(cfg: Config) -> list[str]:
     ]
     if cfg.sharding_strategy == "ddp":
         notes.append("cpu offload is off: ddp keeps the whole base on each card")
+    elif not cfg.use_cpu_offload and cfg.offload_impl != "auto":
+        notes.append("--offload_impl has no effect: --use_cpu_offload is false")
+    if not cfg.use_gradient_checkpointing and (cfg.selective_layers or cfg.uncheckpointed_layers):
+        notes.append("without gradient checkpointing every layer keeps everything")
     if not cfg.apply_gradient_clipping and cfg.grad_norm != Config.grad_norm:
         notes.append("--grad_norm has no effect: --apply_gradient_clipping is false")
     return notes

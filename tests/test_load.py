@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model import cache, load, shard, weights
+from fsdp_qlora.model import load, shard, weights
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -51,12 +51,15 @@ def whole(param: torch.Tensor) -> torch.Tensor:
 
 def start(world, path, *flags):
     """Fill a model; return facts of it that a test process can compare."""
-    model, info, cfg = tiny.shape(path, world, *flags)
+    model, info, cfg, packed_cache, placed = tiny.shape(path, world, *flags)
     source = CountedWeights(info) if cfg.weights == "load" else weights.build(info, cfg)
-    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
-    report = load.fill(model, source, packed_cache, cfg, world)
+    report = load.fill(model, source, packed_cache, placed, cfg, world)
     blocks = list(shard.blocks(model))
-    local_bytes = [block.packed.to_local().untyped_storage().nbytes() for block in blocks]
+    local_bytes = [
+        block.packed.to_local().untyped_storage().nbytes()
+        for block in blocks
+        if block.packed is not None
+    ]
     packed = []
     for block in blocks:
         packed.append(digest(shard.gathered(block)))

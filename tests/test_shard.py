@@ -9,7 +9,7 @@ import torch
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import load, shard
+from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.results import export
 from fsdp_qlora.train import loop, optim
@@ -22,13 +22,27 @@ CHECKPOINTING = {
     "none": ("--use_gradient_checkpointing=false",),
     "non_reentrant": (),
     "reentrant": ("--reentrant_checkpointing=true",),
+    "selective": ("--selective_layers=9",),
+    "selective_reentrant": ("--selective_layers=9", "--reentrant_checkpointing=true"),
+    "levels": ("--selective_layers=2", "--uncheckpointed_layers=1"),
+}
+PLACES = {
+    "sharded": ("--use_cpu_offload=false",),
+    "offloaded": ("--offload_impl=fsdp",),
+    "streamed": ("--offload_impl=stream",),
+    "sharded_resident": ("--use_cpu_offload=false", "--resident_layers=2"),
+    "offloaded_resident": ("--offload_impl=fsdp", "--resident_layers=2"),
+    "streamed_resident": ("--offload_impl=stream", "--resident_layers=2"),
 }
 
 
 def make_samples(count, vocab_size=256):
     generator = np.random.default_rng(0)
     return [
-        Sample(generator.integers(0, vocab_size, length).astype(np.int32), int(length) // 3)
+        Sample(
+            generator.integers(0, vocab_size, length).astype(np.int32),
+            np.arange(length) >= length // 3,
+        )
         for length in generator.integers(5, 40, count)
     ]
 
@@ -41,11 +55,11 @@ def micro_batches(rank, world_size, accumulation):
 
 
 def sharded_gradients(world, path, format_flags, cases, extra=()):
-    """Whole gradients by peft name for each (offload, checkpointing, accumulation)."""
+    """Whole gradients by peft name for each (place, checkpointing, accumulation)."""
     results = {}
-    for offload, checkpointing, accumulation in cases:
-        flags = (*FLAGS, *format_flags, *CHECKPOINTING[checkpointing], *extra)
-        model, _, _ = tiny.build(path, world, *flags, f"--use_cpu_offload={offload}")
+    for place, checkpointing, accumulation in cases:
+        flags = (*FLAGS, *format_flags, *CHECKPOINTING[checkpointing], *PLACES[place], *extra)
+        model, _, _ = tiny.build(path, world, *flags)
         tiny.fill_lora(model)
         batches = micro_batches(world.rank, world.size, accumulation)
         num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
@@ -56,7 +70,7 @@ def sharded_gradients(world, path, format_flags, cases, extra=()):
         for block in shard.blocks(model):
             grad = block.body.lora.grad
             grads.append(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
-        results[offload, checkpointing, accumulation] = {
+        results[place, checkpointing, accumulation] = {
             name: tensor.cpu().numpy() for name, tensor in tiny.lora_dict(model, grads).items()
         }
     return results
@@ -105,7 +119,10 @@ def check_gradients(path, format_flags, format_name, cases, extra=()):
                 )
 
 
-ALL_CASES = list(itertools.product(("true", "false"), CHECKPOINTING, (1, 3)))
+ALL_CASES = [
+    *itertools.product(("sharded", "offloaded", "streamed"), CHECKPOINTING, (1, 3)),
+    *itertools.product(list(PLACES)[3:], ("non_reentrant", "levels"), (3,)),
+]
 
 
 @pytest.mark.parametrize(
@@ -115,10 +132,10 @@ ALL_CASES = list(itertools.product(("true", "false"), CHECKPOINTING, (1, 3)))
 def test_gradients_equal_peft_on_one_process(tmp_path, format_flags, format_name):
     """Reference: transformers + peft, unsharded.
 
-    {NF4, HQQ} x {offload} x {checkpointing} x {accumulation}.
+    {NF4, HQQ} x {placement} x {checkpointing} x {accumulation}.
     """
     tiny.require(format_name)
-    path = tiny.save_model(tmp_path / "model")
+    path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)
     check_gradients(path, format_flags, format_name, ALL_CASES)
 
 
@@ -128,13 +145,18 @@ def test_gradients_equal_peft_on_one_process(tmp_path, format_flags, format_name
 )
 def test_other_bases_have_the_gradients_of_peft_too(tmp_path, format_flags, format_name):
     path = tiny.save_model(tmp_path / "model")
-    check_gradients(path, format_flags, format_name, [("true", "non_reentrant", 3)])
+    check_gradients(
+        path,
+        format_flags,
+        format_name,
+        [("streamed", "non_reentrant", 3), ("offloaded", "selective", 1)],
+    )
 
 
 @pytest.mark.parametrize("strategy", ["shard_grad_op", "ddp"])
 def test_other_strategies_have_the_same_gradients(tmp_path, strategy):
     path = tiny.save_model(tmp_path / "model")
-    cases = [("false", "non_reentrant", 3), ("false", "none", 1)]
+    cases = [("sharded", "non_reentrant", 3), ("sharded", "levels", 1)]
     check_gradients(
         path, ("--train_type=qlora",), "nf4_dq", cases, (f"--sharding_strategy={strategy}",)
     )
@@ -144,34 +166,47 @@ def test_biases_tied_embeddings_and_some_targets(tmp_path):
     """Qwen2: biases on q, k, v; one embedding for both ends; adapters on two projections only."""
     path = tiny.save_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
     extra = ("--lora_target_modules=q_proj,v_proj", "--use_rslora=true", "--double_quant=false")
-    cases = [("true", "non_reentrant", 3), ("false", "reentrant", 1)]
+    cases = [("streamed", "selective", 3), ("sharded", "reentrant", 1)]
     check_gradients(path, ("--train_type=qlora",), "nf4", cases, extra)
 
 
+def _plant(block, source, words, world):
+    """Put words where the bytes of a layer lie: this rank's slice, or the copy of all ranks."""
+    if block.packed is None:
+        world.barrier()  # nobody reads the copy any more
+        source.copy_(words.view(torch.uint8))
+        world.barrier()
+        return
+    start, stop = shard.local_range(block.packed)
+    old = block.packed.detach()
+    device = getattr(old, "_local_tensor", old).device
+    shard.set_local(block, "packed", words[start:stop].view(torch.float32).clone().to(device))
+
+
 def _plant_nan_patterns(world, path):
-    """Overwrite this rank's bytes with NaN patterns of every float type; count wrong ones."""
+    """Overwrite the bytes with NaN patterns of every float type; count wrong ones by placement."""
     num_wrong = {}
-    for offload in ("true", "false"):
-        flags = (*FLAGS, f"--use_cpu_offload={offload}", "--verify_bytes=false")
-        model, _, _ = tiny.build(path, world, *flags)
-        planted = []
+    for place, place_flags in PLACES.items():
+        flags = (*FLAGS, *place_flags, "--verify_bytes=false")
+        model, info, cfg, packed_cache, placed = tiny.shape(path, world, *flags)
+        load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
+        planted, streamed = [], placed.layers("streamed")
         for index, block in enumerate(shard.blocks(model)):
-            words = torch.arange(block.packed.numel(), dtype=torch.int32) * 2654435 + index
+            words = torch.arange(model.layout.nbytes // 4, dtype=torch.int32) * 2654435 + index
             patterns = torch.tensor([0x7FC00001, -1, 0x7F817FC1, 0x7C017E01, -0x403F0001]).int()
             words[::3] = patterns[torch.arange(len(words[::3])) % len(patterns)]
             planted.append(words)
-            start, stop = shard.local_range(block.packed)
-            local = words[start:stop].view(torch.float32).clone()
-            local = local if offload == "true" else local.to(world.device)
-            shard.set_local(block, "packed", local)
+            number = streamed.index(index) if index in streamed else None
+            source = None if number is None else placed.streamer.sources[number]
+            _plant(block, source, words, world)
         fingerprints = {i: load.fingerprint(words) for i, words in enumerate(planted)}
         mine = fingerprints if world.rank == 0 else {}
         load.verify_bytes(model, mine, world)
         loop.token_loss_sum(model, micro_batches(world.rank, world.size, 1)[0], world.device)
-        num_wrong[offload] = 0
+        num_wrong[place] = 0
         for block, words in zip(shard.blocks(model), planted, strict=True):
-            gathered = shard.gathered(block).detach().cpu().view(torch.uint8)
-            num_wrong[offload] += int((gathered != words.view(torch.uint8)).sum())
+            gathered = shard.gathered(block).cpu()
+            num_wrong[place] += int((gathered != words.view(torch.uint8)).sum())
             shard.release(block)
         fingerprints[1] += 1
         with pytest.raises(UserError, match="layer 1 changed on rank 0"):
@@ -179,11 +214,11 @@ def _plant_nan_patterns(world, path):
     return num_wrong
 
 
-def test_gathered_bytes_are_exact_even_where_they_are_nan(tmp_path):
+def test_bytes_at_the_product_are_exact_even_where_they_are_nan(tmp_path):
     path = tiny.save_model(tmp_path / "model")
     by_rank = run_ranks(_plant_nan_patterns, 2, path)
-    print("wrong bytes by offload:", by_rank)
-    assert by_rank == [{"true": 0, "false": 0}] * 2
+    print("wrong bytes by placement:", by_rank)
+    assert by_rank == [dict.fromkeys(PLACES, 0)] * 2
 
 
 def test_fingerprint_sees_every_single_bit():

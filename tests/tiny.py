@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.model import adapters, cache, kernels, load, shard, skeleton, weights
+from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
 
@@ -32,10 +32,11 @@ def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, 
     return directory
 
 
-def shape(
-    path: Path, world: World, *flags: str
-) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
-    """Build and shard a model as train.py does; it has no bytes yet."""
+def shape(path: Path, world: World, *flags: str):
+    """Build and shard a model as train.py does; it has no bytes yet.
+
+    Returns (model, info, cfg, cache, placed).
+    """
     cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     chosen = kernels.choose(
@@ -43,18 +44,19 @@ def shape(
     )
     model = skeleton.build(info, cfg.format_name, chosen)
     adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
-    shard.apply(model, cfg.sharding_strategy, cfg.use_cpu_offload, chosen.dtype, world)
-    model.set_checkpointing(cfg.checkpointing)
-    return model, info, cfg
+    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
+    placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
+    shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
+    model.set_checkpointing(cfg.levels(info.num_layers), cfg.reentrant_checkpointing)
+    return model, info, cfg, packed_cache, placed
 
 
 def build(
     path: Path, world: World, *flags: str
 ) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
     """Build, shard and fill a model as train.py does."""
-    model, info, cfg = shape(path, world, *flags)
-    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
-    load.fill(model, weights.build(info, cfg), packed_cache, cfg, world)
+    model, info, cfg, packed_cache, placed = shape(path, world, *flags)
+    load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
     return model, info, cfg
 
 

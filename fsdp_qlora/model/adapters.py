@@ -12,7 +12,8 @@ from torch import nn
 
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.config import Config
-from fsdp_qlora.model.packed import LoraSlot, PackedLinear
+from fsdp_qlora.model.linear import PackedLinear
+from fsdp_qlora.model.packed import LoraSlot
 from fsdp_qlora.model.shard import blocks, local_range, set_local
 
 
@@ -29,18 +30,8 @@ def attach(model: nn.Module, targets: Iterable[Linear], cfg: Config, world_size:
     for block in blocks(model):
         body = block.body
         linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, PackedLinear)}
-        body.slots = tuple(
-            LoraSlot(
-                name,
-                linears[name],
-                cfg.lora_rank,
-                cfg.lora_alpha,
-                cfg.lora_dropout,
-                cfg.use_rslora,
-            )
-            for name in names
-        )
-        numel = sum(size for slot in body.slots for size in slot.sizes)
+        rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
+        numel = body.set_slots([LoraSlot(name, linears[name], *rest) for name in names])
         numel = -(-numel // world_size) * world_size
         body.lora = nn.Parameter(torch.empty(numel, dtype=torch.float32, device="meta"))
 

@@ -6,6 +6,7 @@ beside its final name and renamed when it is whole; every file is verified by SH
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model.packed import Layout
+from fsdp_qlora.model.layout import Layout
 from fsdp_qlora.model.weights import look_ahead, read_file
 from fsdp_qlora.train.world import World
 
@@ -87,6 +88,32 @@ class PackedCache:
             raise _damaged(path, problem)
         return packed
 
+    def map_layers(self, layers: list[int]) -> list[torch.Tensor]:
+        """The packed bytes as the kernel's page cache has them, read when they are touched.
+
+        Args:
+            layers: numbers of the layers; the cache must be complete.
+
+        Returns:
+            uint8 [nbytes] of each, not to be written to.
+
+        Raises:
+            UserError: the cache could not be written (code 3).
+        """
+        if not self.is_complete or self.directory is None:
+            raise UserError(
+                f"quantised cache: {self.note}",
+                "layers that the host has no room for are mapped from it",
+                "give --quant_cache a directory with room, or free host memory",
+                code=3,
+            )
+        maps = []
+        for layer in layers:
+            with (self.directory / _file_name(layer)).open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            maps.append(torch.frombuffer(mapping, dtype=torch.uint8)[-self.nbytes :])
+        return maps
+
     def write_layer(self, layer: int, packed: torch.Tensor) -> None:
         """Keep the packed bytes of one layer, in a thread; nothing when the cache is off.
 
@@ -137,6 +164,7 @@ class PackedCache:
             (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
             shutil.rmtree(self.directory, ignore_errors=True)
             self.temporary.rename(self.directory)
+        self.is_complete = True
         world.barrier()
 
 

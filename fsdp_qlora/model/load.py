@@ -6,9 +6,7 @@ slice of all of them. No rank ever holds more than three linears in 16 bit (one 
 ahead). Everything else is read by each rank as its own range of bytes.
 """
 
-import mmap
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,9 +16,11 @@ from torch import nn
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model import adapters, host, shard
 from fsdp_qlora.model.cache import PackedCache
-from fsdp_qlora.model.packed import Layout, pack_linear
+from fsdp_qlora.model.layout import Layout, pack_linear
+from fsdp_qlora.model.packed import DecoderBlock
+from fsdp_qlora.model.placement import PLACEMENTS, Placed
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.train.world import World
@@ -57,40 +57,13 @@ class LoadReport:
         return text
 
 
-class HostSlices:
-    """One block of host memory for a rank's slices of all layers, pinned at its exact size.
-
-    `torch.pin_memory` rounds every block to a power of two; registering an anonymous mapping does
-    not.
-
-    Attributes:
-        mapping: the memory.
-        bytes: uint8 [nbytes] over it.
-        pinned_bytes: nbytes, or 0.
-    """
-
-    def __init__(self, nbytes: int, pin: bool) -> None:
-        self.mapping = mmap.mmap(-1, nbytes)
-        self.bytes = torch.frombuffer(self.mapping, dtype=torch.uint8)
-        self.pinned_bytes = nbytes if pin else 0
-        if not pin:
-            return
-        cudart, address = torch.cuda.cudart(), self.bytes.data_ptr()
-        if int(cudart.cudaHostRegister(address, nbytes, 0)):
-            raise UserError(
-                f"{nbytes / 2**30:.1f} GiB of host memory could not be pinned",
-                "offloaded weights are copied to the GPU from pinned memory",
-                "raise the limit (ulimit -l unlimited) or free host memory; "
-                "or --use_cpu_offload false",
-                code=3,
-            )
-        # The driver must forget the pages before another mapping gets their address.
-        release = weakref.finalize(self.mapping, cudart.cudaHostUnregister, address)
-        release.atexit = False
-
-
 def fill(
-    model: PackedModel, weights: Weights, cache: PackedCache, cfg: Config, world: World
+    model: PackedModel,
+    weights: Weights,
+    cache: PackedCache,
+    placed: Placed,
+    cfg: Config,
+    world: World,
 ) -> LoadReport:
     """Give every parameter and buffer of a sharded meta model its bytes.
 
@@ -98,9 +71,9 @@ def fill(
         model: from skeleton.build, after adapters.attach and shard.apply.
         weights: where 16-bit tensors come from.
         cache: where packed layers are kept between runs.
-        cfg: seed (of the adapters' starting values), use_cpu_offload (packed slices stay in host
-            memory), verify_bytes (gather every layer once and compare its bytes with what was
-            packed).
+        placed: where packed layers lie.
+        cfg: seed (of the adapters' starting values), verify_bytes (gather every layer once and
+            compare its bytes with what was packed).
         world: the ranks; all must call.
 
     Returns:
@@ -113,7 +86,7 @@ def fill(
     start = time.monotonic()
     info, report = weights.info, LoadReport()
     weights.check_names(_expected_shapes(model, info))
-    _fill_packed(model, info, weights, cache, world, cfg.use_cpu_offload, report)
+    _fill_packed(model, info, weights, cache, world, placed, report)
     for name, (module, attribute) in model.tensors.items():
         param = getattr(module, attribute)
         rows = shard.local_range(param)
@@ -144,39 +117,74 @@ def _fill_packed(
     weights: Weights,
     cache: PackedCache,
     world: World,
-    offload: bool,
+    placed: Placed,
     report: LoadReport,
 ) -> None:
-    blocks = list(shard.blocks(model))
-    whole = blocks[0].packed
-    first, last = shard.local_range(whole)
-    replicates = last - first == whole.shape[0]
-    slice_bytes = -(-whole.shape[0] // (1 if replicates else world.size)) * 4
-    padded_bytes = slice_bytes * (1 if replicates else world.size)
-    is_pinned = offload and world.device.type == "cuda"
-    host = HostSlices(slice_bytes * len(blocks), is_pinned) if offload else None
-    report.pinned_bytes = host.pinned_bytes if host else 0
-    own = [i for i in range(info.num_layers) if i % world.size == world.rank]
-    made = _make_layers(own, blocks[0].store.layout, info, weights, cache, world, padded_bytes)
+    blocks, layer_bytes = list(shard.blocks(model)), model.layout.nbytes
+    slice_bytes = -(-layer_bytes // 4 // world.size) * 4
+    rounds = [
+        (name, layers[start : start + world.size])
+        for name, layers in ((name, placed.layers(name)) for name in PLACEMENTS)
+        for start in range(0, len(layers), world.size)
+    ]
+    own = [layers[world.rank] for _, layers in rounds if world.rank < len(layers)]
+    padded_bytes = slice_bytes * world.size
+    made = _make_layers(own, model.layout, info, weights, cache, world, padded_bytes)
     report.source = "cache" if cache.is_complete else weights.source
-    for start in range(0, len(blocks), world.size):
-        flat = next(made, None)
-        if flat is None:  # fewer layers than ranks are left: take part in the exchange all the same
+    keep = _Keep(blocks, placed, slice_bytes, world)
+    report.pinned_bytes = keep.pinned_bytes
+    for name, layers in rounds:
+        if world.rank < len(layers):
+            flat = next(made)
+            report.fingerprints[layers[world.rank]] = fingerprint(flat[:layer_bytes])
+        else:  # fewer layers than ranks are left: take part in the exchange all the same
             flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
-        else:
-            report.fingerprints[start + world.rank] = fingerprint(flat[: whole.shape[0] * 4])
-        slices = world.share(flat) if replicates else world.exchange(flat)
-        for index, part in zip(range(start, len(blocks)), slices, strict=False):
-            local = _place(part, host, index, slice_bytes)[: (last - first) * 4]
-            shard.set_local(blocks[index], "packed", local.view(torch.float32))
+        keep.layers(name, layers, flat)
     cache.commit(world)
+    if placed.streamer is not None and placed.memory is None:
+        placed.streamer.sources = cache.map_layers(placed.layers("streamed"))
+    world.barrier()  # shared memory is whole on every rank
 
 
-def _place(part: torch.Tensor, host: HostSlices | None, index: int, nbytes: int) -> torch.Tensor:
-    if host is None:
-        return part.clone()
-    local = host.bytes[index * nbytes : (index + 1) * nbytes]
-    return local.copy_(part)
+class _Keep:
+    """Puts the packed bytes of a round of layers where their placement says."""
+
+    def __init__(
+        self, blocks: list[DecoderBlock], placed: Placed, slice_bytes: int, world: World
+    ) -> None:
+        self.blocks, self.placed, self.world = blocks, placed, world
+        pin, num_offloaded = world.device.type == "cuda", len(placed.layers("offloaded"))
+        self.pinned_bytes = placed.memory.pinned_bytes if placed.memory else 0
+        self.slices: list[torch.Tensor] = []
+        if num_offloaded:
+            memory = host.private(slice_bytes * num_offloaded, pin)
+            self.slices, self.pinned_bytes = (
+                list(memory.bytes.split(slice_bytes)),
+                memory.pinned_bytes,
+            )
+
+    def layers(self, name: str, layers: list[int], flat: torch.Tensor) -> None:
+        """Keep one round.
+
+        Args:
+            name: their placement.
+            layers: one for each rank, or fewer.
+            flat: uint8 [padded], what this rank made: the layer in its place of `layers`.
+        """
+        if name == "streamed":
+            streamer, rank = self.placed.streamer, self.world.rank
+            if rank < len(layers) and streamer is not None and self.placed.memory is not None:
+                number = self.placed.layers(name).index(layers[rank])
+                source = streamer.sources[number]
+                source.copy_(flat[: source.numel()])
+            return
+        is_group = PLACEMENTS[name].is_group
+        parts = self.world.exchange(flat) if is_group else self.world.share(flat)
+        for layer, part in zip(layers, parts, strict=False):
+            first, last = shard.local_range(self.blocks[layer].packed)
+            local = self.slices.pop(0).copy_(part) if name == "offloaded" else part.clone()
+            local = local[: (last - first) * 4].view(torch.float32)
+            shard.set_local(self.blocks[layer], "packed", local)
 
 
 def _make_layers(
@@ -250,7 +258,7 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
     made = {k: v for part in world.gather_objects(own_fingerprints) for k, v in part.items()}
     wrong = []
     for index, block in enumerate(shard.blocks(model)):
-        if fingerprint(shard.gathered(block).detach()) != made[index]:
+        if fingerprint(shard.gathered(block)) != made[index]:
             wrong.append(index)
         shard.release(block)
     by_rank = world.gather_objects(wrong)

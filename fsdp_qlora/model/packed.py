@@ -1,117 +1,29 @@
-"""The 4-bit store: all frozen linears of a decoder layer in one flat byte parameter.
+"""A decoder layer over its flat bytes: the store that reads them, adapters, recomputation.
 
-Packed weights and quantisation constants of a layer lie one after the other in
-`DecoderBlock.packed`, a 1-D float32 parameter: float32, because FSDP2's copies keep its bits
-(bfloat16 NaN patterns are rewritten), and one, because sharding, offload and gather then cost one
-operation a layer. The linears are views into it.
+Packed weights and constants of a layer lie in `DecoderBlock.packed`, a 1-D float32 parameter:
+float32, because FSDP2's copies keep its bits (bfloat16 NaN patterns are rewritten), and one,
+because sharding, offload and gather then cost one operation a layer. The linears are views into it.
 
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_qlora.model.product import FrozenProduct, LoraProduct
-from fsdp_qlora.model.quantize import FORMATS, Fields
+from fsdp_qlora.model.layout import Layout, view_fields
+from fsdp_qlora.model.linear import Adapter, InputGroup, PackedLinear
+from fsdp_qlora.model.quantize import FORMATS
+from fsdp_qlora.model.recompute import Kept, Recomputed, saves_after
 
-ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where everything lies in the flat bytes of one decoder layer.
-
-    Attributes:
-        format_name: row of FORMATS.
-        shapes: (O, I) of each linear, in order.
-        weights: (start, stop) byte range of each linear's packed weight.
-        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
-            the other.
-        elements: name -> (start, stop) element range of each linear within the field.
-        nbytes: length of the flat bytes.
-    """
-
-    format_name: str
-    shapes: tuple[tuple[int, int], ...]
-    weights: tuple[tuple[int, int], ...]
-    fields: dict[str, tuple[torch.dtype, int, int]]
-    elements: dict[str, tuple[tuple[int, int], ...]]
-    nbytes: int
-
-
-def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
-    """Lay out the linears of one decoder layer.
-
-    Args:
-        shapes: (out features, in features) of each linear.
-        format_name: row of FORMATS.
-
-    Returns:
-        The places; a layer of the same shapes has the same.
-    """
-    fmt, offset = FORMATS[format_name], 0
-    weights, fields, elements = [], {}, {}
-    for out_features, in_features in shapes:
-        nbytes = -(-out_features * in_features * fmt.weight_bits // 8)
-        weights.append((offset, offset + nbytes))
-        offset = _round_up(offset + nbytes, ALIGN_BYTES)
-    for field in fmt.fields:
-        ranges, start = [], 0
-        for out_features, in_features in shapes:
-            stop = start + field.num_elements(out_features * in_features)
-            ranges.append((start, stop))
-            start = stop
-        elements[field.name] = tuple(ranges)
-        fields[field.name] = (field.dtype, offset, offset + start * field.dtype.itemsize)
-        offset = _round_up(fields[field.name][2], ALIGN_BYTES)
-    return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
-
-
-def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
-    """The constant fields of a layer as typed views of its bytes.
-
-    Args:
-        flat_bytes: uint8 [nbytes].
-        layout: of the layer.
-
-    Returns:
-        Name -> 1-D view in the dtype of the field.
-    """
-    return {
-        name: flat_bytes[start:stop].view(dtype)
-        for name, (dtype, start, stop) in layout.fields.items()
-    }
-
-
-def pack_linear(
-    flat_bytes: torch.Tensor, layout: Layout, index: int, weight_OI: torch.Tensor
-) -> None:
-    """Quantise one linear into its places in the bytes of its layer.
-
-    Args:
-        flat_bytes: uint8 [nbytes], written to; on the device of the weight.
-        layout: of the layer.
-        index: of the linear.
-        weight_OI: 16 or 32 bit.
-    """
-    arrays = FORMATS[layout.format_name].pack(weight_OI)
-    start, stop = layout.weights[index]
-    flat_bytes[start:stop] = arrays.pop("weight")
-    fields = view_fields(flat_bytes, layout)
-    for name, values in arrays.items():
-        first = layout.elements[name][index][0]
-        fields[name][first : first + values.numel()] = values
+# What a layer keeps for its backward: its input alone; also what is dear to make again (attention,
+# products); everything.
+LEVELS = ("full", "selective", "none")
 
 
 class ConstantsCache:
@@ -128,24 +40,28 @@ class ConstantsCache:
 
 
 class LayerStore:
-    """Reads one layer's linears out of its flat parameter.
+    """Reads one layer's linears out of its flat bytes.
 
     Attributes:
-        owner: module whose `packed` (gathered by FSDP when it is read) holds the bytes.
+        read: gives the bytes of the whole layer on the device of the rank: FSDP's gathered
+            parameter, or what a placement puts here.
         layout: of the bytes.
         cache: shared by all layers of the model.
         format: row of FORMATS.
     """
 
-    def __init__(self, owner: "DecoderBlock", layout: Layout, cache: ConstantsCache) -> None:
-        self.owner, self.layout, self.cache = owner, layout, cache
+    def __init__(
+        self, read: Callable[[], torch.Tensor], layout: Layout, cache: ConstantsCache
+    ) -> None:
+        self.read, self.layout, self.cache = read, layout, cache
         self.format = FORMATS[layout.format_name]
         self._viewed: torch.Tensor | None = None
 
-    def _view(self) -> None:
-        # FSDP keeps one gathered parameter per layer and only resizes its storage: views stay good.
-        self._viewed, self.cache.key = self.owner.packed, ()
-        flat_bytes = self._viewed.detach().view(torch.uint8)
+    def _view(self, flat: torch.Tensor) -> None:
+        # FSDP keeps one gathered parameter per layer and only resizes its storage, a streamed layer
+        # comes to the same slot again and again: views stay good.
+        self._viewed, self.cache.key = flat, ()
+        flat_bytes = flat.detach().view(torch.uint8)
         self._weights = [flat_bytes[start:stop] for start, stop in self.layout.weights]
         self._fields = view_fields(flat_bytes, self.layout)
 
@@ -167,60 +83,18 @@ class LayerStore:
             dtype: of the result.
 
         Returns:
-            weight_OI, on the device of the gathered bytes.
+            weight_OI, on the device of the bytes.
         """
-        if self.owner.packed is not self._viewed:
-            self._view()
+        flat = self.read()
+        if flat is not self._viewed:
+            self._view(flat)
         constants = self._constants(dtype)[index]
         return self.format.unpack(self._weights[index], constants, self.layout.shapes[index], dtype)
 
 
-class PackedLinear(nn.Module):
-    """A frozen linear whose weight lies in its layer's store, with room for a LoRA pair.
-
-    Attributes:
-        bias: frozen bias [O] or None.
-        lora: (A_RI, B_OR, scale, dropout) while a forward pass of the layer runs, else None.
-    """
-
-    bias: nn.Parameter | None
-
-    def __init__(self, linear: nn.Linear, store: LayerStore, index: int) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.out_features, linear.in_features
-        self.register_parameter("bias", linear.bias)
-        self.store, self.index = store, index
-        self.lora: tuple[torch.Tensor, torch.Tensor, float, float] | None = None
-
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The frozen weight_OI in `dtype`, made anew."""
-        return self.store.weight(self.index, dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Frozen product, plus LoRA product where there is a pair.
-
-        Args:
-            x: [..., I], compute dtype.
-
-        Returns:
-            [..., O], compute dtype.
-        """
-        delta = None
-        shape = (*x.shape[:-1], self.out_features)
-        if self.lora is not None:
-            a_RI, b_OR, scale, dropout = self.lora
-            drop = dropout > 0 and self.training
-            lora_x = nn.functional.dropout(x, dropout) if drop else None
-            x, delta = LoraProduct.apply(x, lora_x, a_RI, b_OR, scale)
-        return FrozenProduct.apply(x, delta, self).view(shape)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.store.layout.format_name}"
-
-
 @dataclass(frozen=True)
 class LoraSlot:
-    """One adapted linear; A_RI, then B_OR lie in the layer's flat LoRA parameter, slot after slot.
+    """One adapted linear.
 
     Attributes:
         name: of the linear inside the layer, "self_attn.q_proj".
@@ -243,70 +117,129 @@ class LoraSlot:
         """alpha/r, or alpha/sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Elements of A and of B."""
-        return self.rank * self.linear.in_features, self.linear.out_features * self.rank
-
-    def views(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A_RI and B_OR as views of two flat pieces, as long as `sizes` says."""
-        return (
-            a.view(self.rank, self.linear.in_features),
-            b.view(self.linear.out_features, self.rank),
-        )
-
 
 class TrainedLayer(nn.Module):
     """A decoder layer, its adapters in one flat parameter, recomputed in the backward if asked.
 
     Attributes:
         layer: the layer as the model's author wrote it, its linears replaced by PackedLinear.
-        lora: float32 [sum of sizes, padded]; None until adapters.attach gives it.
-        slots: what lies where in `lora`.
-        checkpointing: "none", "reentrant" or "non_reentrant".
+        lora: float32 [num_lora padded]; group after group, first the A matrices (one below the
+            other), then the B matrices; None until adapters.attach gives it.
+        slots: the adapted linears, in the order of the store.
+        level: row of LEVELS.
+        is_reentrant: recompute with torch's older checkpoint.
     """
 
     lora: nn.Parameter
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, groups: Sequence[InputGroup]) -> None:
         super().__init__()
         self.layer = layer
         self.register_parameter("lora", None)
         self.slots: tuple[LoraSlot, ...] = ()
-        self.checkpointing = "none"
+        self.level, self.is_reentrant = "none", False
+        self._groups = tuple(groups)
+        self._adapted: list[tuple[InputGroup, list[LoraSlot]]] = []
+        self._sizes: list[int] = []
+        self._is_last_needed: bool | None = None  # by a recomputation; not known yet
+        # What can keep results: all products but the last (which recomputation does not need),
+        # and the attention, see attention.py.
+        attentions = [m for m in layer.modules() if hasattr(m, "is_causal")]
+        self._keepers: list[Any] = [*self._groups[:-1], *attentions]
+
+    def set_slots(self, slots: Sequence[LoraSlot]) -> int:
+        """Say which linears are adapted.
+
+        Args:
+            slots: in the order of the store; those of one InputGroup have one scale and dropout.
+
+        Returns:
+            Elements that `lora` needs.
+        """
+        self.slots = tuple(slots)
+        by_group = [(g, [s for s in slots if s.linear.group is g]) for g in self._groups]
+        self._adapted = [(group, members) for group, members in by_group if members]
+        self._sizes = []
+        for _, members in self._adapted:
+            self._sizes.append(sum(s.rank for s in members) * members[0].linear.in_features)
+            self._sizes += [slot.linear.out_features * slot.rank for slot in members]
+        return sum(self._sizes)
+
+    def _adapters(self, flat: torch.Tensor) -> list[Adapter]:
+        parts = iter(flat.split([*self._sizes, flat.numel() - sum(self._sizes)]))
+        return [
+            Adapter(
+                [slot.linear for slot in slots],
+                next(parts).view(-1, slots[0].linear.in_features),
+                [next(parts).view(-1, slot.rank) for slot in slots],
+                slots[0].scale,
+                slots[0].dropout,
+            )
+            for _, slots in self._adapted
+        ]
 
     def split_lora(self, flat: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(A_RI, B_OR) of every slot, as views of a whole flat tensor such as `lora`."""
-        sizes = [size for slot in self.slots for size in slot.sizes]
-        parts = flat.split([*sizes, flat.numel() - sum(sizes)])
-        return [
-            slot.views(a, b)
-            for slot, a, b in zip(self.slots, parts[0:-1:2], parts[1::2], strict=False)
-        ]
+        pairs: dict[str, list[torch.Tensor]] = {}
+        for (_, slots), adapter in zip(self._adapted, self._adapters(flat), strict=True):
+            a_RIs = adapter.a_RI.split([slot.rank for slot in slots])
+            pairs |= {s.name: pair for s, *pair in zip(slots, a_RIs, adapter.b_ORs, strict=True)}
+        return [(pairs[slot.name][0], pairs[slot.name][1]) for slot in self.slots]
 
-    def _run(self, *args, **kwargs):
-        pairs = self.split_lora(self.lora) if self.slots else []
-        for slot, (a, b) in zip(self.slots, pairs, strict=True):
-            slot.linear.lora = (a, b, slot.scale, slot.dropout)
+    def _run(self, kept: Kept | None, hidden, lora, *args, **kwargs):
+        if self.slots:
+            for (group, _), adapter in zip(self._adapted, self._adapters(lora), strict=True):
+                group.adapter = adapter
+        for keeper in self._keepers:
+            keeper.kept = kept
         try:
-            return self.layer(*args, **kwargs)
+            return self.layer(hidden, *args, **kwargs)
         finally:
-            for slot in self.slots:
-                slot.linear.lora = None
+            for keeper in self._keepers:
+                keeper.kept = None
+            for group in self._groups:
+                group.forget()
+
+    def _run_again(self, kept: Kept | None, *args, **kwargs):
+        """Run the layer for its gradients alone: what its last linears return is not needed.
+
+        Unless something after them saves a tensor, which the first time tells.
+        """
+        if kept is not None:
+            kept.is_replay = True
+        last = self._groups[-1]
+        if self._is_last_needed is None:
+            watch, is_needed = saves_after(lambda: last.has_run)
+            with watch:
+                out = self._run(kept, *args, **kwargs)
+            self._is_last_needed = is_needed()
+            return out
+        last.is_skipped = not self._is_last_needed
+        return self._run(kept, *args, **kwargs)
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._run(hidden, *args, **kwargs)
-        if self.checkpointing == "reentrant" and not hidden.requires_grad:
+        if self.level == "none" or not torch.is_grad_enabled():
+            return self._run(None, hidden, self.lora, *args, **kwargs)
+        kept = Kept() if self.level == "selective" else None
+        has_dropout = any(slot.dropout for slot in self.slots)
+        if not self.is_reentrant:
+
+            def run(hidden, lora):
+                again = torch.is_grad_enabled()  # the first run is without
+                step = self._run_again if again else self._run
+                return step(kept, hidden, lora, *args, **kwargs)
+
+            return Recomputed.apply(run, has_dropout, hidden, self.lora)
+        if not hidden.requires_grad:
             hidden.requires_grad_()  # without one such input, this kind builds no graph
-        return checkpoint(
-            partial(self._run, **kwargs),
-            hidden,
-            *args,
-            use_reentrant=self.checkpointing == "reentrant",
-            preserve_rng_state=any(slot.dropout for slot in self.slots),
-        )
+
+        def run_older(hidden):
+            if kept is not None:
+                kept.is_replay = torch.is_grad_enabled()
+            return self._run(kept, hidden, self.lora, *args, **kwargs)
+
+        return checkpoint(run_older, hidden, use_reentrant=True, preserve_rng_state=has_dropout)
 
 
 class DecoderBlock(nn.Module):
@@ -316,20 +249,20 @@ class DecoderBlock(nn.Module):
     mixed precision.
 
     Attributes:
-        packed: float32 [layout.nbytes / 4], frozen: the bytes of all linears.
-        store: reads `packed`.
+        packed: float32 [layout.nbytes / 4], frozen: the bytes of all linears; None when they are
+            read from elsewhere.
+        store: reads them.
         body: everything else of the layer.
     """
 
     packed: nn.Parameter
     body: TrainedLayer
 
-    def __init__(self, layer: nn.Module, layout: Layout, cache: ConstantsCache) -> None:
+    def __init__(self, layout: Layout, cache: ConstantsCache) -> None:
         super().__init__()
         packed = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self.store = LayerStore(self, layout, cache)
-        self.body = TrainedLayer(layer)
+        self.store = LayerStore(lambda: self.packed, layout, cache)
 
     def forward(self, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""

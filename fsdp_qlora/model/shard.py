@@ -22,8 +22,12 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_qlora.model.packed import DecoderBlock
+from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
+
+# Adapters of this size (all of them, in the compute dtype) are gathered and reduced together.
+ONE_GROUP_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,18 @@ STRATEGIES = {
 
 
 def apply(
-    model: PackedModel, strategy: str, offload: bool, compute_dtype: torch.dtype, world: World
+    model: PackedModel,
+    strategy: str,
+    placed: Placed,
+    compute_dtype: torch.dtype,
+    world: World,
 ) -> None:
     """Shard a model on the meta device, in place; no bytes exist yet.
 
     Args:
         model: from skeleton.build, its adapters attached.
         strategy: row of STRATEGIES.
-        offload: keep this rank's slice of the packed bytes in (pinned) host memory.
+        placed: where the packed bytes of each decoder layer lie.
         compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in
             float32.
         world: the ranks.
@@ -64,25 +72,34 @@ def apply(
     shape = (world.size, 1) if row.replicates else (world.size,)
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-    frozen = {p for p in model.parameters() if not p.requires_grad} if row.replicates else None
+    layers = list(zip(blocks(model), placed.rows, strict=True))
+    placed.attach([block for block, _ in layers])
+    ignored = {block.packed for block, place in layers if not place.is_group}
+    if row.replicates:
+        ignored = {p for p in model.parameters() if not p.requires_grad}
     common: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": row.reshard_after_forward,
-        "ignored_params": frozen,
+        "ignored_params": ignored - {None},
     }
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     pinned = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    for block in blocks(model):
-        if not row.replicates or block.body.slots:
-            fully_shard(block.body, mp_policy=mixed, **common)
-        if not row.replicates:
-            policy = pinned if offload else OffloadPolicy()
+    bodies: list[Any] = [b.body for b, _ in layers if not row.replicates or b.body.slots]
+    lora_bytes = sum(body.lora.numel() for body in bodies if body.slots) * compute_dtype.itemsize
+    if lora_bytes <= ONE_GROUP_BYTES:  # gathered once a pass, reduced once
+        fully_shard(bodies, mp_policy=mixed, **{**common, "reshard_after_forward": False})
+    else:
+        for body in bodies:
+            fully_shard(body, mp_policy=mixed, **common)
+    for block, place in layers:
+        if place.is_group:
+            policy = pinned if place.is_on_host else OffloadPolicy()
             fully_shard(block, offload_policy=policy, **common)
     if not row.replicates:
         for module in () if model.is_tied else (model.embedding, model.head):
             fully_shard(module, **common)
-        # A tied embedding is needed at both ends of forward and backward: gather it once.
-        fully_shard(model, **{**common, "reshard_after_forward": False})
+    # A tied embedding is needed at both ends of forward and backward: gather it once.
+    fully_shard(model, **{**common, "reshard_after_forward": False})
 
 
 def blocks(model: nn.Module) -> Iterator[DecoderBlock]:
@@ -154,17 +171,17 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(block: DecoderBlock) -> torch.Tensor:
-    """The packed bytes of a block, gathered by FSDP; call `release` afterwards.
+    """The packed bytes of a block as its linears read them; call `release` afterwards.
 
     Args:
         block: of a filled model; all ranks must call.
 
     Returns:
-        1-D float32 on the device of the rank.
+        uint8 [layout.nbytes] on the device of the rank.
     """
     if isinstance(block, FSDPModule):
         block.unshard()
-    return block.packed
+    return block.store.read().detach().view(torch.uint8)
 
 
 def release(block: DecoderBlock) -> None:
@@ -184,6 +201,8 @@ def whole_lora(model: nn.Module) -> list[torch.Tensor]:
     """
     flats = []
     for block in blocks(model):
+        if isinstance(block.body, FSDPModule):  # an evaluation may have left it gathered
+            block.body.reshard()
         lora = block.body.lora.detach()
         flats.append((lora.full_tensor() if isinstance(lora, DTensor) else lora).cpu())
     return flats

@@ -1,5 +1,7 @@
 """The model without bytes: transformers builds it on the meta device, its layers become ours."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,14 +11,9 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import kernels
 from fsdp_qlora.model.head import LossHead, Targets
-from fsdp_qlora.model.packed import (
-    ConstantsCache,
-    DecoderBlock,
-    Layout,
-    PackedLinear,
-    TrainedLayer,
-    build_layout,
-)
+from fsdp_qlora.model.layout import Layout, build_layout
+from fsdp_qlora.model.linear import PackedLinear, group_linears
+from fsdp_qlora.model.packed import ConstantsCache, DecoderBlock, TrainedLayer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -49,15 +46,16 @@ class PackedModel(nn.Module):
         """The input embedding module."""
         return self.decoder.get_input_embeddings()
 
-    def set_checkpointing(self, mode: str) -> None:
-        """Choose how decoder layers are recomputed in the backward pass.
+    def set_checkpointing(self, levels: Sequence[str], is_reentrant: bool) -> None:
+        """Choose what decoder layers keep for the backward pass; the rest is made again.
 
         Args:
-            mode: "none", "reentrant" or "non_reentrant".
+            levels: row of packed.LEVELS for each layer.
+            is_reentrant: the older way of recomputing.
         """
-        for module in self.modules():
-            if isinstance(module, TrainedLayer):
-                module.checkpointing = mode
+        bodies = [module for module in self.modules() if isinstance(module, TrainedLayer)]
+        for body, level in zip(bodies, levels, strict=True):
+            body.level, body.is_reentrant = level, is_reentrant
 
     def forward(
         self,
@@ -106,9 +104,14 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
     config = AutoConfig.for_model(**info.config)
     config.use_cache = False
     # Weights are read later; buffers (rotary tables) are computed here.
+    attention = chosen.attention
+    if attention == "sdpa":
+        from fsdp_qlora.model.attention import register
+
+        attention = register(config)
     with init_empty_weights(include_buffers=False):
         hf_model = AutoModelForCausalLM.from_config(
-            config, dtype=chosen.dtype, attn_implementation=chosen.attention
+            config, dtype=chosen.dtype, attn_implementation=attention
         )
     hf_model.requires_grad_(False)
     output = hf_model.get_output_embeddings()
@@ -120,8 +123,7 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
     shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
     layout, cache = build_layout(shapes, format_name), ConstantsCache()
     for index, layer in enumerate(layers):
-        block = layers[index] = DecoderBlock(layer, layout, cache)
-        _put_packed_linears(block, info)
+        layers[index] = _build_block(layer, layout, cache, info)
     tensors = {
         name.replace(".body.layer.", "."): _owner(hf_model, name)
         for name, _ in hf_model.named_parameters()
@@ -140,8 +142,9 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def _put_packed_linears(block: DecoderBlock, info: ModelInfo) -> None:
-    layer = block.body.layer
+def _build_block(
+    layer: nn.Module, layout: Layout, cache: ConstantsCache, info: ModelInfo
+) -> DecoderBlock:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     expected = {linear.name: (linear.out_features, linear.in_features) for linear in info.linears}
     if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
@@ -151,6 +154,10 @@ def _put_packed_linears(block: DecoderBlock, info: ModelInfo) -> None:
             "check that config.json belongs to these weights",
             code=5,
         )
-    for index, linear in enumerate(info.linears):
-        module, name = _owner(layer, linear.name)
-        setattr(module, name, PackedLinear(built[linear.name], block.store, index))
+    block, linears = DecoderBlock(layout, cache), {}
+    for index, name in enumerate(expected):
+        linears[name] = PackedLinear(built[name], partial(block.store.weight, index))
+        module, attribute = _owner(layer, name)
+        setattr(module, attribute, linears[name])
+    block.body = TrainedLayer(layer, group_linears(linears))
+    return block

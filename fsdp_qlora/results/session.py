@@ -17,6 +17,7 @@ from fsdp_qlora.errors import one_line
 from fsdp_qlora.model.cache import PackedCache
 from fsdp_qlora.model.kernels import Choice
 from fsdp_qlora.model.load import LoadReport
+from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.results.generate import answer
 from fsdp_qlora.train import loop, memory
@@ -32,6 +33,7 @@ def describe(
     model: PackedModel,
     chosen: Choice,
     cache: PackedCache,
+    placed: Placed,
     loaded: LoadReport,
     load_peaks: dict[str, float],
 ) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def describe(
         info, model: what is trained.
         data: on what.
         chosen: kernels.
-        cache, loaded: where the packed bytes came from.
+        cache, placed, loaded: where the packed bytes came from and lie.
         load_peaks: of `watch_memory` around the load, GiB.
 
     Returns:
@@ -56,6 +58,7 @@ def describe(
         f"{cfg.format_name} ({packed_gib:.2f} GiB packed)",
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
         f"kernels   {chosen.note}",
+        f"placement {placed.note}",
         f"loaded    {loaded}",
         f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
         f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a card",
@@ -73,6 +76,7 @@ def describe(
         "load_source": loaded.source,
         "load_peaks": load_peaks,
         "kernels": chosen.note,
+        "placement": placed.note,
         "quant_cache": cache.note,
         "lines": lines,
     }

@@ -1,0 +1,106 @@
+"""Where everything lies in the flat bytes of one decoder layer.
+
+Packed weights and quantisation constants of a layer lie one after the other, aligned, so that
+sharding, offload, copies and gathers cost one operation a layer.
+
+Shape letters: I in features, O out features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fsdp_qlora.model.quantize import FORMATS, Fields
+
+ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in the flat bytes of one decoder layer.
+
+    Attributes:
+        format_name: row of FORMATS.
+        shapes: (O, I) of each linear, in order.
+        weights: (start, stop) byte range of each linear's packed weight.
+        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
+            the other.
+        elements: name -> (start, stop) element range of each linear within the field.
+        nbytes: length of the flat bytes.
+    """
+
+    format_name: str
+    shapes: tuple[tuple[int, int], ...]
+    weights: tuple[tuple[int, int], ...]
+    fields: dict[str, tuple[torch.dtype, int, int]]
+    elements: dict[str, tuple[tuple[int, int], ...]]
+    nbytes: int
+
+
+def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
+    """Lay out the linears of one decoder layer.
+
+    Args:
+        shapes: (out features, in features) of each linear.
+        format_name: row of FORMATS.
+
+    Returns:
+        The places; a layer of the same shapes has the same.
+    """
+    fmt, offset = FORMATS[format_name], 0
+    weights, fields, elements = [], {}, {}
+    for out_features, in_features in shapes:
+        nbytes = -(-out_features * in_features * fmt.weight_bits // 8)
+        weights.append((offset, offset + nbytes))
+        offset = _round_up(offset + nbytes, ALIGN_BYTES)
+    for field in fmt.fields:
+        ranges, start = [], 0
+        for out_features, in_features in shapes:
+            stop = start + field.num_elements(out_features * in_features)
+            ranges.append((start, stop))
+            start = stop
+        elements[field.name] = tuple(ranges)
+        fields[field.name] = (field.dtype, offset, offset + start * field.dtype.itemsize)
+        offset = _round_up(fields[field.name][2], ALIGN_BYTES)
+    return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
+
+
+def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
+    """The constant fields of a layer as typed views of its bytes.
+
+    Args:
+        flat_bytes: uint8 [nbytes].
+        layout: of the layer.
+
+    Returns:
+        Name -> 1-D view in the dtype of the field.
+    """
+    return {
+        name: flat_bytes[start:stop].view(dtype)
+        for name, (dtype, start, stop) in layout.fields.items()
+    }
+
+
+def pack_linear(
+    flat_bytes: torch.Tensor, layout: Layout, index: int, weight_OI: torch.Tensor
+) -> None:
+    """Quantise one linear into its places in the bytes of its layer.
+
+    Args:
+        flat_bytes: uint8 [nbytes], written to; on the device of the weight.
+        layout: of the layer.
+        index: of the linear.
+        weight_OI: 16 or 32 bit.
+    """
+    arrays = FORMATS[layout.format_name].pack(weight_OI)
+    start, stop = layout.weights[index]
+    flat_bytes[start:stop] = arrays.pop("weight")
+    fields = view_fields(flat_bytes, layout)
+    for name, values in arrays.items():
+        first = layout.elements[name][index][0]
+        fields[name][first : first + values.numel()] = values

@@ -1,0 +1,183 @@
+"""Where the packed bytes of each decoder layer lie between their uses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import host
+from fsdp_qlora.model.cache import PackedCache
+from fsdp_qlora.model.layout import Layout
+from fsdp_qlora.model.packed import DecoderBlock
+from fsdp_qlora.model.stream import Streamer
+from fsdp_qlora.train.memory import GIB, machine_memory
+from fsdp_qlora.train.world import World
+
+NUM_SLOTS = 2  # one at work, one being filled; three were no faster (70B, two H200)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A row of PLACEMENTS.
+
+    Attributes:
+        is_group: the bytes are an FSDP group, a slice on every rank, gathered for use.
+        is_on_host: they lie in host memory.
+        meaning: for the user.
+    """
+
+    is_group: bool
+    is_on_host: bool
+    meaning: str
+
+
+PLACEMENTS = {
+    "sharded": Placement(True, False, "sharded over the ranks"),
+    "offloaded": Placement(True, True, "sharded over the ranks, slices on the host"),
+    "streamed": Placement(False, True, "streamed from the host"),
+    "resident": Placement(False, False, "whole on every rank"),
+}
+
+
+@dataclass
+class Placed:
+    """The placement of a model.
+
+    Attributes:
+        names: row of PLACEMENTS for each layer.
+        note: one line for the user.
+        streamer: brings the streamed layers; None when there are none.
+        memory: the shared copy of the streamed layers; None when they are mapped from the cache.
+    """
+
+    names: tuple[str, ...]
+    note: str
+    streamer: Streamer | None = None
+    memory: host.HostBytes | None = field(default=None, repr=False)
+
+    def layers(self, name: str) -> list[int]:
+        """Numbers of the layers with a placement."""
+        return [layer for layer, own in enumerate(self.names) if own == name]
+
+    @property
+    def rows(self) -> list[Placement]:
+        """The placement of each layer."""
+        return [PLACEMENTS[name] for name in self.names]
+
+    def attach(self, blocks: Sequence[DecoderBlock]) -> None:
+        """Let streamed layers read their slots; they have no parameter any more.
+
+        Args:
+            blocks: of a model on the meta device.
+        """
+        for number, layer in enumerate(self.layers("streamed")):
+            assert self.streamer is not None
+            blocks[layer].packed = None  # type: ignore[assignment]
+            blocks[layer].store.read = partial(self.streamer.read, number)
+
+
+def names_of(num_layers: int, cfg: Config, impl: str) -> tuple[str, ...]:
+    """The placement of every layer, as the options have it.
+
+    Args:
+        num_layers: decoder layers.
+        cfg: use_cpu_offload; sharding_strategy (ddp keeps every layer whole on each card);
+            resident_layers (spread evenly, so that a streamed neighbour has their time too).
+        impl: "fsdp" or "stream", how offloaded bytes come to the card.
+
+    Returns:
+        Row of PLACEMENTS for each layer.
+    """
+    away = "sharded"
+    if cfg.use_cpu_offload:
+        away = {"fsdp": "offloaded", "stream": "streamed"}[impl]
+    num = num_layers if cfg.sharding_strategy == "ddp" else min(cfg.resident_layers, num_layers)
+    return tuple(
+        "resident" if (i + 1) * num // num_layers > i * num // num_layers else away
+        for i in range(num_layers)
+    )
+
+
+def choose(
+    layout: Layout, num_layers: int, cfg: Config, cache: PackedCache, world: World
+) -> Placed:
+    """Place the layers, and take the host memory that streamed ones need before anything is read.
+
+    Args:
+        layout: of the packed bytes of a layer.
+        num_layers: decoder layers.
+        cfg: see `names_of`; and offload_impl, whose "auto" is stream on one machine where memory
+            can be shared, else fsdp.
+        cache: a copy that the host has no room for is mapped from its files.
+        world: the ranks; all must call and decide the same.
+
+    Returns:
+        The placement.
+
+    Raises:
+        UserError: streaming was asked for and cannot be, or the host has no room (code 3).
+    """
+    names = names_of(num_layers, cfg, "stream")
+    num_streamed = names.count("streamed")
+    if not num_streamed:
+        return Placed(names, _note(names, ""))
+    nbytes = num_streamed * layout.nbytes
+    refusal, memory = "as asked", None
+    if cfg.offload_impl != "fsdp":
+        refusal, memory = _host_copy(nbytes, cfg, cache.directory is not None, world)
+    if refusal and cfg.offload_impl == "stream":
+        raise UserError(
+            f"--offload_impl stream: {refusal}",
+            "streamed layers need one copy in host memory that all ranks of a machine see",
+            "use --offload_impl fsdp",
+            code=3,
+        )
+    if refusal:
+        names = names_of(num_layers, cfg, "fsdp")
+        return Placed(names, _note(names, f" ({refusal})"))
+    streamer = Streamer(num_streamed, layout.nbytes, NUM_SLOTS, world.device)
+    place = " (mapped from the cache: the host has no room for a copy)"
+    if memory is not None:
+        streamer.sources = memory.bytes.split(layout.nbytes)
+        pinned = "pinned, " if memory.pinned_bytes else ""
+        place = f" (one copy for all ranks, {pinned}{nbytes / GIB:.2f} GiB)"
+    return Placed(names, _note(names, place), streamer, memory)
+
+
+def _host_copy(
+    nbytes: int, cfg: Config, has_cache: bool, world: World
+) -> tuple[str, host.HostBytes | None]:
+    """(why layers cannot be streamed or "", the memory or None for mapped files)."""
+    if world.size != world.local_size:
+        return "the ranks are on several machines", None
+    shortage = _shortage(nbytes, cfg.host_budget_gib, world)
+    if shortage and has_cache:
+        return "", None
+    if shortage:
+        raise UserError(
+            f"{nbytes / GIB:.1f} GiB of packed layers on the host",
+            f"only {shortage}",
+            "free host memory, give --resident_layers N, or let --quant_cache keep them on disk",
+            code=3,
+        )
+    memory = host.shared(nbytes, world.device.type == "cuda", world)
+    return (memory, None) if isinstance(memory, str) else ("", memory)
+
+
+def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
+    """What there is when it is less than `nbytes`, else "": the same on every rank."""
+    if budget_gib is not None and budget_gib * GIB < nbytes:
+        return f"{budget_gib:g} GiB are allowed by --host_budget_gib"
+    now = machine_memory()
+    free_gib = now["host_available_gib"] or 0.0
+    if now["cgroup_limit_gib"] is not None:
+        free_gib = min(free_gib, now["cgroup_limit_gib"] - (now["cgroup_used_gib"] or 0.0))
+    free_gib = world.gather([free_gib])[0][0]
+    return f"{free_gib:.1f} GiB of host memory are free" if free_gib * GIB < nbytes else ""
+
+
+def _note(names: Sequence[str], why: str) -> str:
+    counts = {name: names.count(name) for name in PLACEMENTS if name in names}
+    parts = [f"{count} layers {PLACEMENTS[name].meaning}" for name, count in counts.items()]
+    return ", ".join(parts) + why

@@ -1,0 +1,176 @@
+"""Streaming: which copies are made, and that the shared copy ends with its ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import placement
+from fsdp_qlora.model.stream import Streamer
+from tests import tiny
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+NUM_LAYERS = 7
+
+
+def _streamer(num_slots):
+    device = torch.device(tiny.DEVICE, 0) if tiny.DEVICE == "cuda" else torch.device("cpu")
+    streamer = Streamer(NUM_LAYERS, 64, num_slots, device)
+    sources = torch.arange(NUM_LAYERS, dtype=torch.uint8).repeat_interleave(64).view(-1, 64)
+    streamer.sources = list(sources.pin_memory() if tiny.DEVICE == "cuda" else sources)
+    return streamer
+
+
+@pytest.mark.parametrize("num_slots", [2, 3, 5, 7, 9])
+def test_every_read_finds_its_layer_however_the_pass_travels(num_slots):
+    """Forward and backward, evaluation, a token at a time, and no order at all."""
+    streamer = _streamer(num_slots)
+    generator = torch.Generator().manual_seed(0)
+    there_and_back = [*range(NUM_LAYERS), *reversed(range(NUM_LAYERS))]
+    wild = torch.randint(0, NUM_LAYERS, (200,), generator=generator).tolist()
+    for layer in [*there_and_back * 3, *range(NUM_LAYERS), *range(NUM_LAYERS), *wild]:
+        assert (streamer.read(layer) == layer).all()
+
+
+@pytest.mark.parametrize("num_slots", [2, 3])
+def test_a_step_copies_each_layer_twice_less_what_lies_in_the_slots_at_the_turns(num_slots):
+    streamer = _streamer(num_slots)
+    there_and_back = [*range(NUM_LAYERS), *reversed(range(NUM_LAYERS))]
+    for layer in there_and_back:
+        streamer.read(layer)
+    first = streamer.num_copies
+    for layer in there_and_back:
+        streamer.read(layer)
+    assert streamer.num_copies - first == 2 * (NUM_LAYERS - num_slots)
+
+
+def test_the_next_layer_is_under_way_before_it_is_asked_for():
+    streamer = _streamer(2)
+    num_stalls = 0
+    for layer in [*range(NUM_LAYERS), *reversed(range(NUM_LAYERS))]:
+        num_stalls += layer not in streamer._held
+        streamer.read(layer)
+    assert num_stalls == 1  # the very first
+
+
+def test_resident_layers_are_spread_evenly():
+    from fsdp_qlora import config
+
+    cfg = config.parse(["--resident_layers=3"])
+    names = placement.names_of(9, cfg, "stream")
+    assert [i for i, name in enumerate(names) if name == "resident"] == [2, 5, 8]
+    assert set(placement.names_of(4, config.parse(["--sharding_strategy=ddp"]), "fsdp")) == {
+        "resident"
+    }
+
+
+def _choice(world, path, cache, flags):
+    _, _, _, _, placed = tiny.shape(path, world, f"--quant_cache={cache}", *flags)
+    return placed.names, placed.note, placed.memory is not None
+
+
+def test_auto_says_what_it_took_and_why(tmp_path):
+    path = tiny.save_model(tmp_path / "model")
+    names, note, has_memory = run_ranks(_choice, 2, path, "off", ())[0]
+    assert set(names) == {"streamed"}
+    assert has_memory
+    assert note.startswith("3 layers streamed from the host (one copy for all ranks, ")
+    names, note, _ = run_ranks(_choice, 1, path, "off", ("--offload_impl=fsdp",))[0]
+    assert set(names) == {"offloaded"}
+    assert note.endswith("(as asked)")
+
+
+def _no_room(world, path):
+    with pytest.raises(UserError) as caught:
+        tiny.shape(path, world, "--host_budget_gib=0.00001")
+    return caught.value.code, str(caught.value)
+
+
+def test_no_room_on_the_host_is_said_before_the_load(tmp_path):
+    path = tiny.save_model(tmp_path / "model")
+    for code, text in run_ranks(_no_room, 2, path):
+        assert code == 3
+        assert "of host memory are free" in text or "--host_budget_gib" in text
+        assert "--resident_layers" in text
+
+
+def _losses(world, path, cases):
+    """Losses of one epoch, 3 steps of 2 micro-batches, and the held-out loss, bit for bit."""
+    from fsdp_qlora.model import shard
+    from fsdp_qlora.train import loop, optim
+    from fsdp_qlora.train.clock import Clock
+    from tests.test_shard import FLAGS, micro_batches
+
+    results = []
+    for flags in cases:
+        model, _, cfg = tiny.build(path, world, *FLAGS, "--lr=0.01", *flags)
+        params = shard.local_parameters(model)
+        trained = loop.Trained(model, params, *optim.build(params, cfg, 3), 1.0, world)
+        batches = micro_batches(world.rank, world.size, 6)
+        losses = [
+            loop.train_step(trained, batches[2 * i : 2 * i + 2], Clock(world.device))["loss"]
+            for i in range(3)
+        ]
+        held_out = loop.evaluate(model, batches, world)
+        results.append([loss.item().hex() for loss in losses] + [held_out.hex()])
+    return results
+
+
+def test_an_epoch_has_the_same_losses_bit_for_bit_wherever_the_bytes_lie(tmp_path):
+    """Also mapped from the cache, when the host has no room for a copy."""
+    from tests.test_shard import CHECKPOINTING, PLACES
+
+    path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)
+    cache = f"--quant_cache={tmp_path / 'cache'}"
+    places = [*PLACES.values(), (cache,), (cache, "--host_budget_gib=0.00001")]
+    levels = [CHECKPOINTING[name] for name in ("non_reentrant", "levels")]
+    cases = [(*place, *level) for level in levels for place in places]
+    for results in run_ranks(_losses, 2, path, cases):
+        for level in range(2):
+            by_place = results[level * len(places) : (level + 1) * len(places)]
+            assert by_place == [by_place[0]] * len(places)
+            assert len(set(by_place[0])) == 4
+
+
+def _mappings(name: str) -> list[int]:
+    """Processes that map shared memory of this name."""
+    pids = []
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if name in maps.read_text():
+                pids.append(int(maps.parent.name))
+        except OSError:  # it ended, or belongs to someone else
+            continue
+    return pids
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
+def test_kill_9_of_all_ranks_leaves_no_shared_memory(tmp_path):
+    path = tiny.save_model(tmp_path / "model")
+    before = sorted(os.listdir("/dev/shm")), set(_mappings("memfd:fsdp_qlora"))
+    flags = ["--offload_impl=stream", "--dataset=dummy", "--dataset_samples=4000", "--world_size=2"]
+    flags += [f"--model_name={path}", f"--output_dir={tmp_path / 'out'}", "--context_length=64"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "--precision=fp32", *flags],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    own = set(_mappings("memfd:fsdp_qlora")) - before[1]
+    assert len(own) == 2  # both ranks map the one copy
+    for pid in own:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+    assert (sorted(os.listdir("/dev/shm")), set(_mappings("memfd:fsdp_qlora"))) == before
