@@ -41,7 +41,7 @@ def run(cfg: config.Config, world) -> None:
         packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
         placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
         shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
-        model.set_checkpointing(cfg.levels(info.num_layers), cfg.reentrant_checkpointing)
+        model.set_checkpointing(cfg, world.device)
         loaded = load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
     params = shard.local_parameters(model)
     optimizer, schedule = optim.build(params, cfg, num_steps)

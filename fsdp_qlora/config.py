@@ -168,6 +168,7 @@ class Config:
         0, "sharding", "layers that keep attention and products", rule=">= 0"
     )
     uncheckpointed_layers: int = flag(0, "sharding", "layers that keep everything", rule=">= 0")
+    cuda_graphs: str = flag("auto", "sharding", "small batches by graph", any_of("auto", "off"))
     use_activation_cpu_offload: bool = flag(False, "sharding", "activations on host", ONLY_FALSE)
     gpu_budget_gib: float | None = flag(None, "sharding", "cap per card in GiB", rule="> 0")
     host_budget_gib: float | None = flag(

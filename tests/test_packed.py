@@ -9,7 +9,8 @@ from fsdp_qlora.model import layout as layouts
 from fsdp_qlora.model import packed
 from tests import tiny
 
-SHAPES = [(192, 128), (64, 128), (128, 320), (576, 576)]
+SHAPES = [(192, 128), (64, 128), (128, 320), (576, 576)]  # dequantised one by one for most formats
+EVEN_SHAPES = [(128, 128), (64, 256), (256, 128), (128, 384)]  # without gaps: a layer at once
 FORMATS = ["nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4", "bf16"]
 
 
@@ -24,16 +25,18 @@ def _pack_all(format_name, weights):
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
     for index, weight in enumerate(weights):
         layouts.pack_linear(flat, layout, index, weight.to(tiny.DEVICE))
-    return packed.LayerStore(lambda: flat, layout, packed.ConstantsCache()), flat
+    return packed.LayerStore(lambda: flat, layout, packed.LayerCache()), flat
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_store_returns_the_bits_of_the_library(format_name):
+def test_store_returns_the_bits_of_the_library(format_name, shapes):
     """Reference: bitsandbytes' and hqq's own dequantisation."""
     tiny.require(format_name)
     torch.manual_seed(0)
-    weights = [torch.randn(shape) for shape in SHAPES]
+    weights = [torch.randn(shape) for shape in shapes]
     store, _ = _pack_all(format_name, weights)
+    assert shapes is SHAPES or store.layout.is_contiguous == (format_name != "hqq4")
     for index in (2, 0, 3, 1):
         expected = tiny.dequantized(weights[index], format_name)
         assert torch.equal(store.weight(index, torch.float32).cpu(), expected)
@@ -50,6 +53,7 @@ def test_store_survives_a_change_of_its_parameter(format_name):
     copy = torch.nn.Parameter(flat.view(torch.float32).clone(), requires_grad=False)
     flat.zero_()
     store.read = lambda: copy
+    store.cache.clear()  # as another layer does
     assert torch.equal(store.weight(0, torch.float32), first)
 
 
@@ -68,8 +72,9 @@ def test_layout_has_the_bytes_of_the_formula():
     assert layouts.build_layout(shapes, "bf16").nbytes == num_weights * 2
 
 
-def test_constants_are_made_once_per_pass_over_a_layer():
-    store, _ = _pack_all("nf4_dq", [torch.randn(128, 128) for _ in range(3)])
+@pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])
+def test_constants_are_made_once_per_pass_over_a_layer(shapes):
+    store, _ = _pack_all("nf4_dq", [torch.randn(shape) for shape in shapes])
     calls, real = [], store.format.constants
     store.format = dataclasses.replace(
         store.format, constants=lambda *args: calls.append(1) or real(*args)
@@ -77,3 +82,16 @@ def test_constants_are_made_once_per_pass_over_a_layer():
     for index in range(3):
         store.weight(index, torch.float32)
     assert len(calls) == 1
+
+
+def test_a_small_layer_is_dequantised_once_for_all_its_products():
+    store, _ = _pack_all("nf4_dq", [torch.randn(shape) for shape in EVEN_SHAPES])
+    calls, real = [], store.format.unpack
+    store.format = dataclasses.replace(
+        store.format, unpack=lambda *args: calls.append(1) or real(*args)
+    )
+    for index in (0, 1, 2, 3, 3, 2, 1, 0):  # recomputation, then backward
+        store.weight(index, torch.bfloat16)
+    assert len(calls) == 1
+    store.weight(0, torch.float32)
+    assert len(calls) == 2

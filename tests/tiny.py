@@ -47,7 +47,7 @@ def shape(path: Path, world: World, *flags: str):
     packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
     placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
-    model.set_checkpointing(cfg.levels(info.num_layers), cfg.reentrant_checkpointing)
+    model.set_checkpointing(cfg, world.device)
     return model, info, cfg, packed_cache, placed
 
 

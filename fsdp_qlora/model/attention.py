@@ -3,15 +3,19 @@
 Shape letters: B batch, N heads, T tokens, D head size.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+aten = torch.ops.aten
 PLAIN = "fsdp_qlora_causal"  # names by which transformers finds `attend`, without masks
 MASKED = "fsdp_qlora_masked"  # and with masks, for sliding windows
 WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config
-FLASH_HEAD_SIZES = range(8, 257, 8)
+HEAD_SIZES = range(8, 257, 8)
 
 
 def register(config) -> str:
@@ -50,33 +54,88 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     kept = getattr(module, "kept", None)
     is_plain = attention_mask is None and not kwargs.get("dropout")
     is_plain = is_plain and query.shape[2] == key.shape[2] and query.shape[2] > 1
-    if kept is None or not is_plain or not _has_flash(query, value):
+    scale = kwargs.get("scaling")
+    kernel = _kernel(query, key, value, scale) if kept is not None and is_plain else None
+    if kept is None or kernel is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cpu":  # its kernel wants as many key heads as query heads
         num_groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
     done = kept.take() if kept.is_replay else None
-    out, *rest = KeptAttention.apply(query, key, value, kwargs.get("scaling"), done)
+    out, *rest = KeptAttention.apply(query, key, value, scale, kernel, done)
     if done is None:
         kept.store(out.detach(), *rest)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _has_flash(query: torch.Tensor, value: torch.Tensor) -> bool:
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] not in FLASH_HEAD_SIZES:
-        return False
+def _cpu(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, True, scale=scale
+    )
+
+
+def _cpu_backward(grad_out, query, key, value, out, log_sum, *, scale) -> tuple[torch.Tensor, ...]:
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, query, key, value, out, log_sum, 0.0, True, scale=scale
+    )
+
+
+def _flash(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    out = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
+    return out[0], out[1], out[6], out[7]  # the two last: state of dropout, which there is none of
+
+
+def _flash_backward(
+    grad_out, query, key, value, out, log_sum, *state, scale
+) -> tuple[torch.Tensor, ...]:
+    lengths = None, None, query.shape[2], key.shape[2]  # None: no row is made of several
+    return aten._scaled_dot_product_flash_attention_backward(
+        grad_out, query, key, value, out, log_sum, *lengths, 0.0, True, *state, scale=scale
+    )
+
+
+def _cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    out = aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, True, scale=scale
+    )
+    return out[0], out[1], out[6], out[7]
+
+
+def _cudnn_backward(
+    grad_out, query, key, value, out, log_sum, *state, scale
+) -> tuple[torch.Tensor, ...]:
+    lengths = None, None, query.shape[2], key.shape[2]
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        grad_out, query, key, value, out, log_sum, *state, None, *lengths, 0.0, True, scale=scale
+    )
+
+
+KERNELS = {
+    "cpu": (_cpu, _cpu_backward),
+    SDPBackend.FLASH_ATTENTION: (_flash, _flash_backward),
+    SDPBackend.CUDNN_ATTENTION: (_cudnn, _cudnn_backward),
+}
+
+
+def _kernel(query, key, value, scale) -> tuple[Callable, Callable] | None:
+    """The kernel that PyTorch's SDPA would choose, if it is one whose result can be kept."""
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] not in HEAD_SIZES:
+        return None  # SDPA pads these
     if query.device.type == "cpu":
-        return True
-    is_16_bit = query.dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        return KERNELS["cpu"]
+    choice = torch._fused_sdp_choice(
+        query, key, value, None, 0.0, True, scale=scale, enable_gqa=True
+    )
+    return KERNELS.get(SDPBackend(choice))
 
 
 class KeptAttention(torch.autograd.Function):
-    """PyTorch's own flash attention, forward and backward, or only the latter of a kept result.
+    """PyTorch's own attention, forward and backward, or only the latter of a kept result.
 
     Args:
         query, key, value: [B, N, T, D].
         scale: of the scores; None = D ** -0.5.
+        kernel: row of KERNELS.
         done: what a former call returned, taken over without computing; or None.
 
     Returns:
@@ -84,36 +143,15 @@ class KeptAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, scale, done):
+    def forward(ctx, query, key, value, scale, kernel, done):
         ctx.set_materialize_grads(False)
-        results = done or _flash(query, key, value, scale)
+        ctx.scale, (forward, ctx.backward_kernel) = scale, kernel
+        results = done or forward(query, key, value, scale)
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(query, key, value, *results)
-        ctx.scale = scale
         return results
 
     @staticmethod
     def backward(ctx, grad_out, *_):
-        return *_flash_backward(grad_out, ctx.saved_tensors, ctx.scale), None, None
-
-
-def _flash(query, key, value, scale) -> tuple[torch.Tensor, ...]:
-    aten = torch.ops.aten
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, True, scale=scale
-        )
-    out = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, scale=scale)
-    return out[0], out[1], out[6], out[7]  # the two last: state of dropout, which there is none of
-
-
-def _flash_backward(grad_out, saved, scale) -> tuple[torch.Tensor, ...]:
-    aten, (query, key, value, out, log_sum, *rest) = torch.ops.aten, saved
-    if query.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, query, key, value, out, log_sum, 0.0, True, scale=scale
-        )
-    lengths = None, None, query.shape[2], key.shape[2]  # None: no row is made of several
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad_out, query, key, value, out, log_sum, *lengths, 0.0, True, *rest, scale=scale
-    )
+        grads = ctx.backward_kernel(grad_out, *ctx.saved_tensors, scale=ctx.scale)
+        return *grads, None, None, None

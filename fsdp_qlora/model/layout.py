@@ -41,6 +41,20 @@ class Layout:
     elements: dict[str, tuple[tuple[int, int], ...]]
     nbytes: int
 
+    @property
+    def is_contiguous(self) -> bool:
+        """The layer's weights and constants are those of one long linear, without gaps."""
+        fmt = FORMATS[self.format_name]
+        pairs = zip(self.weights, self.weights[1:], strict=False)
+        return fmt.is_sequential and all(
+            [before[1] == after[0] for before, after in pairs]
+            + [
+                o * i % (f.num_weights * f.multiple) == 0
+                for f in fmt.fields
+                for o, i in self.shapes
+            ]
+        )
+
 
 def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
     """Lay out the linears of one decoder layer.

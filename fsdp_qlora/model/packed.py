@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fsdp_qlora.model.graphs import Graphs, Replayed
 from fsdp_qlora.model.layout import Layout, view_fields
 from fsdp_qlora.model.linear import Adapter, InputGroup, PackedLinear
 from fsdp_qlora.model.quantize import FORMATS
@@ -24,19 +25,26 @@ from fsdp_qlora.model.recompute import Kept, Recomputed, saves_after
 # What a layer keeps for its backward: its input alone; also what is dear to make again (attention,
 # products); everything.
 LEVELS = ("full", "selective", "none")
+WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantised at once, for all its products
 
 
-class ConstantsCache:
-    """The usable constants of the layer at work, replaced by the next one's.
+class LayerCache:
+    """What was made of the layer at work, replaced by the next one's.
 
     Attributes:
-        key: (store, dtype) that `value` belongs to; () = none.
-        value: per linear, what the format's `constants` made.
+        key: (store, dtype) that it belongs to; () = none.
+        constants: per linear, what the format's `constants` made.
+        weights: the linears, dequantised; None = they are made anew for each product.
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the layer."""
         self.key: tuple = ()
-        self.value: list[Sequence[torch.Tensor]] = []
+        self.constants: list[Sequence[torch.Tensor]] = []
+        self.weights: list[torch.Tensor] | None = None
 
 
 class LayerStore:
@@ -50,9 +58,7 @@ class LayerStore:
         format: row of FORMATS.
     """
 
-    def __init__(
-        self, read: Callable[[], torch.Tensor], layout: Layout, cache: ConstantsCache
-    ) -> None:
+    def __init__(self, read: Callable[[], torch.Tensor], layout: Layout, cache: LayerCache) -> None:
         self.read, self.layout, self.cache = read, layout, cache
         self.format = FORMATS[layout.format_name]
         self._viewed: torch.Tensor | None = None
@@ -60,23 +66,12 @@ class LayerStore:
     def _view(self, flat: torch.Tensor) -> None:
         # FSDP keeps one gathered parameter per layer and only resizes its storage, a streamed layer
         # comes to the same slot again and again: views stay good.
-        self._viewed, self.cache.key = flat, ()
-        flat_bytes = flat.detach().view(torch.uint8)
-        self._weights = [flat_bytes[start:stop] for start, stop in self.layout.weights]
-        self._fields = view_fields(flat_bytes, self.layout)
-
-    def _constants(self, dtype: torch.dtype) -> list[Sequence[torch.Tensor]]:
-        if self.cache.key != (id(self), dtype):
-            tensors = self.format.constants(self._fields, dtype)
-            ranges = self.layout.elements.get(self.format.index_field, ())
-            sizes = [stop - start for start, stop in ranges]
-            parts = [tensor.split(sizes) for tensor in tensors]
-            self.cache.value = [[p[i] for p in parts] for i in range(len(self._weights))]
-            self.cache.key = (id(self), dtype)
-        return self.cache.value
+        self._viewed = flat
+        self._bytes = flat.detach().view(torch.uint8)
+        self._fields = view_fields(self._bytes, self.layout)
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantise one linear.
+        """Dequantise one linear, or all of a small layer, which then serve until another layer.
 
         Args:
             index: of the linear in the layer.
@@ -85,11 +80,31 @@ class LayerStore:
         Returns:
             weight_OI, on the device of the bytes.
         """
-        flat = self.read()
+        cache = self.cache
+        if cache.key != (id(self), dtype):
+            self._unpack_layer(dtype)
+        if cache.weights is not None:
+            return cache.weights[index]
+        start, stop = self.layout.weights[index]
+        packed, shape = self._bytes[start:stop], self.layout.shapes[index]
+        return self.format.unpack(packed, cache.constants[index], shape, dtype)
+
+    def _unpack_layer(self, dtype: torch.dtype) -> None:
+        flat, layout, cache = self.read(), self.layout, self.cache
         if flat is not self._viewed:
             self._view(flat)
-        constants = self._constants(dtype)[index]
-        return self.format.unpack(self._weights[index], constants, self.layout.shapes[index], dtype)
+        cache.clear()  # before the next weights are allocated
+        tensors = self.format.constants(self._fields, dtype)
+        cache.key, numels = (id(self), dtype), [rows * cols for rows, cols in layout.shapes]
+        if layout.is_contiguous and sum(numels) * dtype.itemsize <= WHOLE_LAYER_BYTES:
+            packed = self._bytes[: layout.weights[-1][1]]
+            flat = self.format.unpack(packed, tensors, (sum(numels), 1), dtype)
+            parts = zip(flat.view(-1).split(numels), layout.shapes, strict=True)
+            cache.weights = [part.view(shape) for part, shape in parts]
+            return
+        sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
+        split = [tensor.split(sizes) for tensor in tensors]
+        cache.constants = [[part[i] for part in split] for i in range(len(numels))]
 
 
 @dataclass(frozen=True)
@@ -125,19 +140,23 @@ class TrainedLayer(nn.Module):
         layer: the layer as the model's author wrote it, its linears replaced by PackedLinear.
         lora: float32 [num_lora padded]; group after group, first the A matrices (one below the
             other), then the B matrices; None until adapters.attach gives it.
+        store: of the bytes of its linears.
         slots: the adapted linears, in the order of the store.
         level: row of LEVELS.
         is_reentrant: recompute with torch's older checkpoint.
+        graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
     """
 
     lora: nn.Parameter
 
-    def __init__(self, layer: nn.Module, groups: Sequence[InputGroup]) -> None:
+    def __init__(self, layer: nn.Module, groups: Sequence[InputGroup], store: LayerStore) -> None:
         super().__init__()
         self.layer = layer
         self.register_parameter("lora", None)
         self.slots: tuple[LoraSlot, ...] = ()
         self.level, self.is_reentrant = "none", False
+        self.graphs: Graphs | None = None
+        self.store = store
         self._groups = tuple(groups)
         self._adapted: list[tuple[InputGroup, list[LoraSlot]]] = []
         self._sizes: list[int] = []
@@ -186,22 +205,35 @@ class TrainedLayer(nn.Module):
             pairs |= {s.name: pair for s, *pair in zip(slots, a_RIs, adapter.b_ORs, strict=True)}
         return [(pairs[slot.name][0], pairs[slot.name][1]) for slot in self.slots]
 
-    def _run(self, kept: Kept | None, hidden, lora, *args, **kwargs):
+    def run(self, kept: Kept | None, hidden, lora, args: tuple, kwargs: dict, params=None):
+        """Run the layer as it is.
+
+        Args:
+            kept: where its results are stored or taken from, or None.
+            hidden, args, kwargs: of `forward`.
+            lora: stands for `self.lora`.
+            params: name in `layer` -> tensor that stands for the parameter; None = none does.
+
+        Returns:
+            What the layer returns.
+        """
         if self.slots:
             for (group, _), adapter in zip(self._adapted, self._adapters(lora), strict=True):
                 group.adapter = adapter
         for keeper in self._keepers:
             keeper.kept = kept
         try:
-            return self.layer(hidden, *args, **kwargs)
+            if params is None:
+                return self.layer(hidden, *args, **kwargs)
+            return torch.func.functional_call(self.layer, params, (hidden, *args), kwargs)
         finally:
             for keeper in self._keepers:
                 keeper.kept = None
             for group in self._groups:
                 group.forget()
 
-    def _run_again(self, kept: Kept | None, *args, **kwargs):
-        """Run the layer for its gradients alone: what its last linears return is not needed.
+    def run_again(self, kept: Kept | None, *rest):
+        """As `run`, for the gradients alone: what the last linears return is not needed.
 
         Unless something after them saves a tensor, which the first time tells.
         """
@@ -211,24 +243,27 @@ class TrainedLayer(nn.Module):
         if self._is_last_needed is None:
             watch, is_needed = saves_after(lambda: last.has_run)
             with watch:
-                out = self._run(kept, *args, **kwargs)
+                out = self.run(kept, *rest)
             self._is_last_needed = is_needed()
             return out
         last.is_skipped = not self._is_last_needed
-        return self._run(kept, *args, **kwargs)
+        return self.run(kept, *rest)
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
         if self.level == "none" or not torch.is_grad_enabled():
-            return self._run(None, hidden, self.lora, *args, **kwargs)
-        kept = Kept() if self.level == "selective" else None
+            return self.run(None, hidden, self.lora, args, kwargs)
         has_dropout = any(slot.dropout for slot in self.slots)
+        if self.graphs is not None and self.level == "full" and not has_dropout:
+            found = self.graphs.find(self, hidden, args, kwargs)
+            if found is not None:
+                return Replayed.apply(self.graphs, found, self, args, kwargs, hidden, self.lora)
+        kept = Kept() if self.level == "selective" else None
         if not self.is_reentrant:
 
             def run(hidden, lora):
-                again = torch.is_grad_enabled()  # the first run is without
-                step = self._run_again if again else self._run
-                return step(kept, hidden, lora, *args, **kwargs)
+                step = self.run_again if torch.is_grad_enabled() else self.run
+                return step(kept, hidden, lora, args, kwargs)
 
             return Recomputed.apply(run, has_dropout, hidden, self.lora)
         if not hidden.requires_grad:
@@ -237,7 +272,7 @@ class TrainedLayer(nn.Module):
         def run_older(hidden):
             if kept is not None:
                 kept.is_replay = torch.is_grad_enabled()
-            return self._run(kept, hidden, self.lora, *args, **kwargs)
+            return self.run(kept, hidden, self.lora, args, kwargs)
 
         return checkpoint(run_older, hidden, use_reentrant=True, preserve_rng_state=has_dropout)
 
@@ -258,7 +293,7 @@ class DecoderBlock(nn.Module):
     packed: nn.Parameter
     body: TrainedLayer
 
-    def __init__(self, layout: Layout, cache: ConstantsCache) -> None:
+    def __init__(self, layout: Layout, cache: LayerCache) -> None:
         super().__init__()
         packed = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
         self.packed = nn.Parameter(packed, requires_grad=False)

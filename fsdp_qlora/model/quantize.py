@@ -57,6 +57,8 @@ class Format:
             `index_field`.
         index_field: the field whose element ranges cut the tensors of `constants` into linears
             ("" = no constants).
+        is_sequential: the bytes and constants of several linears, one after the other, are those of
+            one long linear.
         unpack: (packed bytes, constants of the linear, shape, compute dtype) -> weight_OI in the
             compute dtype.
     """
@@ -69,6 +71,7 @@ class Format:
     unpack: Callable[
         [torch.Tensor, Sequence[torch.Tensor], Sequence[int], torch.dtype], torch.Tensor
     ]
+    is_sequential: bool = True
 
 
 def import_bitsandbytes():
@@ -218,6 +221,8 @@ FORMATS: dict[str, Format] = {
     "nf4_dq": _bnb_row("nf4", double=True),
     "fp4": _bnb_row("fp4", double=False),
     "fp4_dq": _bnb_row("fp4", double=True),
-    "hqq4": Format(4, _SCALE_ZERO, _pack_hqq, _hqq_constants, "scale", _unpack_hqq),
+    "hqq4": Format(
+        4, _SCALE_ZERO, _pack_hqq, _hqq_constants, "scale", _unpack_hqq, is_sequential=False
+    ),
     "bf16": Format(16, (), _pack_bf16, _no_constants, "", _unpack_bf16),
 }

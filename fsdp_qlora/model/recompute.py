@@ -65,7 +65,7 @@ class Recomputed(torch.autograd.Function):
                 outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         pairs = [(o, g) for o, g in zip(outs, grads_out, strict=True) if g is not None]
-        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         grads = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
         return None, None, *[next(grads) if need else None for need in needed]
 
@@ -82,7 +82,9 @@ def _set_random_state(states: list[torch.Tensor] | None, device: torch.device) -
             torch.cuda.set_rng_state(states[1], device)
 
 
-def saves_after(has_happened: Callable[[], bool]) -> tuple[Callable, Callable[[], bool]]:
+def saves_after(
+    has_happened: Callable[[], bool],
+) -> tuple[torch.autograd.graph.saved_tensors_hooks, Callable[[], bool]]:
     """Watch whether autograd saves a tensor after something has happened.
 
     Args:

@@ -1,6 +1,5 @@
 """The model without bytes: transformers builds it on the meta device, its layers become ours."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -8,12 +7,14 @@ import torch
 from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import kernels
+from fsdp_qlora.model.graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layout import Layout, build_layout
 from fsdp_qlora.model.linear import PackedLinear, group_linears
-from fsdp_qlora.model.packed import ConstantsCache, DecoderBlock, TrainedLayer
+from fsdp_qlora.model.packed import DecoderBlock, LayerCache, TrainedLayer
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -46,16 +47,19 @@ class PackedModel(nn.Module):
         """The input embedding module."""
         return self.decoder.get_input_embeddings()
 
-    def set_checkpointing(self, levels: Sequence[str], is_reentrant: bool) -> None:
+    def set_checkpointing(self, cfg: Config, device: torch.device) -> None:
         """Choose what decoder layers keep for the backward pass; the rest is made again.
 
         Args:
-            levels: row of packed.LEVELS for each layer.
-            is_reentrant: the older way of recomputing.
+            cfg: `levels` of the layers; reentrant_checkpointing; cuda_graphs.
+            device: of the rank.
         """
         bodies = [module for module in self.modules() if isinstance(module, TrainedLayer)]
+        levels, is_reentrant = cfg.levels(len(bodies)), cfg.reentrant_checkpointing
+        graphs = choose_graphs(cfg.cuda_graphs, [body.layer for body in bodies], device)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
+            body.graphs = None if is_reentrant else graphs
 
     def forward(
         self,
@@ -121,7 +125,7 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
         kernels.apply_liger(hf_model)
     layers = hf_model.get_submodule(info.layers_prefix)
     shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
-    layout, cache = build_layout(shapes, format_name), ConstantsCache()
+    layout, cache = build_layout(shapes, format_name), LayerCache()
     for index, layer in enumerate(layers):
         layers[index] = _build_block(layer, layout, cache, info)
     tensors = {
@@ -143,7 +147,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _build_block(
-    layer: nn.Module, layout: Layout, cache: ConstantsCache, info: ModelInfo
+    layer: nn.Module, layout: Layout, cache: LayerCache, info: ModelInfo
 ) -> DecoderBlock:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     expected = {linear.name: (linear.out_features, linear.in_features) for linear in info.linears}
@@ -159,5 +163,5 @@ def _build_block(
         linears[name] = PackedLinear(built[name], partial(block.store.weight, index))
         module, attribute = _owner(layer, name)
         setattr(module, attribute, linears[name])
-    block.body = TrainedLayer(layer, group_linears(linears))
+    block.body = TrainedLayer(layer, group_linears(linears), block.store)
     return block

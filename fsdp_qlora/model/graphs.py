@@ -1,0 +1,230 @@
+"""CUDA graphs of one decoder layer, for batches so small that the host would be the brake.
+
+All layers of a model have the same kernels, so one pair of graphs (forward; recomputation and
+backward) serves every one of them: what differs between layers, packed bytes, adapters, norms, is
+copied into the graph's own inputs before it is replayed. That costs the GPU a few per cent and
+spares the host some hundred launches a layer.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+MAX_TOKENS = 2048  # of a micro-batch; larger ones keep the GPU busy as they are
+MAX_SHAPES = 8  # a graph keeps the memory of a layer's pass
+NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
+
+
+@dataclass
+class Pass:
+    """The two graphs of one shape.
+
+    Attributes:
+        inputs: what is copied in before a replay: hidden, adapters, packed bytes, norms and biases,
+            rotary tables, in the order of `Graphs._inputs`.
+        out, grad_out, grads: of the layer; `grads` of hidden and adapters.
+        forward, backward: to replay.
+    """
+
+    inputs: Sequence[torch.Tensor]
+    out: torch.Tensor
+    grad_out: torch.Tensor
+    grads: Sequence[torch.Tensor]
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+
+
+@dataclass
+class Graphs:
+    """The graphs of a model, by shape of the batch.
+
+    Attributes:
+        passes: shape -> graphs; None = seen once, not captured yet.
+        failure: why there are none any more, or "".
+    """
+
+    passes: dict[tuple, Pass | None] = field(default_factory=dict)
+    failure: str = ""
+    _pool: Any = None
+    _first_body: Any = None  # who meets a shape first captures its graphs
+
+    def find(self, body, hidden: torch.Tensor, args: tuple, kwargs: dict) -> "Pass | None":
+        """The graphs for a layer's arguments, captured when a shape comes the second time.
+
+        Args:
+            body: the TrainedLayer.
+            hidden, args, kwargs: of its forward.
+
+        Returns:
+            The graphs; None when the layer is to be run as it is.
+        """
+        num_tokens = hidden.shape[0] * hidden.shape[1]
+        if self.failure or num_tokens > MAX_TOKENS:
+            return None
+        key = tuple(hidden.shape)
+        if key not in self.passes and len(self.passes) < MAX_SHAPES:
+            self.passes[key] = None
+            self._first_body = body
+            return None
+        if self.passes.get(key) is None and body is self._first_body:
+            self.passes[key] = self._capture(body, hidden, args, kwargs)
+        return self.passes.get(key)
+
+    def load(self, found: Pass, body, hidden, lora, args: tuple, kwargs: dict) -> None:
+        """Copy a layer's tensors into the inputs of the graphs."""
+        by_dtype: dict[torch.dtype, tuple[list, list]] = {}
+        for static, tensor in zip(
+            found.inputs, _inputs(body, hidden, lora, args, kwargs), strict=True
+        ):
+            statics, tensors = by_dtype.setdefault(static.dtype, ([], []))
+            statics.append(static)
+            tensors.append(tensor)
+        for statics, tensors in by_dtype.values():
+            torch._foreach_copy_(statics, tensors)
+
+    def _capture(self, body, hidden, args, kwargs) -> Pass | None:
+        try:
+            with torch.no_grad():
+                inputs = [
+                    t.detach().clone() for t in _inputs(body, hidden, body.lora, args, kwargs)
+                ]
+            with _Template(body, inputs, args, kwargs) as run:
+                return self._record(run, inputs)
+        except RuntimeError as error:
+            self.failure = str(error).splitlines()[0]
+            return None
+
+    def _record(self, run: Callable, inputs: Sequence[torch.Tensor]) -> Pass:
+        leaves = [tensor.requires_grad_() for tensor in inputs[:2]]
+        grad_out = torch.zeros_like(leaves[0])
+
+        def forward() -> torch.Tensor:
+            with torch.no_grad():
+                return run(False)
+
+        def backward() -> Sequence[torch.Tensor]:
+            with torch.enable_grad():
+                return torch.autograd.grad(run(True), leaves, grad_out)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(NUM_WARMUPS):
+                forward()
+                backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graphs: list[torch.cuda.CUDAGraph] = []
+        results: list[Any] = []
+        for work in (forward, backward):
+            graph = torch.cuda.CUDAGraph()
+            # NCCL's watchdog asks for events from its own thread meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                results.append(work())
+            graphs.append(graph)
+        for leaf in leaves:
+            leaf.requires_grad_(False)
+        return Pass(inputs, results[0], grad_out, results[1], *graphs)
+
+
+def choose(setting: str, layers: Sequence[nn.Module], device: torch.device) -> Graphs | None:
+    """Graphs for a model whose layers differ in nothing but their weights.
+
+    Args:
+        setting: "auto" or "off".
+        layers: the decoder layers as the model's author wrote them.
+        device: of the rank.
+
+    Returns:
+        None on a CPU, when off, or when a plain attribute differs between layers (other windows,
+        layers without rotary embedding).
+    """
+    if setting == "off" or device.type != "cuda":
+        return None
+    first, *others = map(_facts, layers)
+    return Graphs() if all(facts == first for facts in others) else None
+
+
+def _facts(layer: nn.Module) -> list[tuple]:
+    plain = (int, float, str, type(None))
+    return [
+        (
+            name,
+            type(module),
+            {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"},
+        )
+        for name, module in layer.named_modules()
+    ]
+
+
+class Replayed(torch.autograd.Function):
+    """A layer by its graphs: forward now, recomputation and backward later.
+
+    Args:
+        graphs, found: the latter of the former's `find`.
+        body, args, kwargs: the layer and the rest of its arguments.
+        hidden: [B, T, H].
+        lora: its adapters.
+
+    Returns:
+        The layer's output, [B, T, H].
+    """
+
+    @staticmethod
+    def forward(ctx, graphs, found, body, args, kwargs, hidden, lora):
+        ctx.save_for_backward(hidden, lora)
+        ctx.rest = graphs, found, body, args, kwargs
+        graphs.load(found, body, hidden, lora, args, kwargs)
+        found.forward.replay()
+        return found.out.clone()
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        graphs, found, body, args, kwargs = ctx.rest
+        graphs.load(found, body, *ctx.saved_tensors, args, kwargs)
+        found.grad_out.copy_(grad_out)
+        found.backward.replay()
+        grads = [
+            grad.clone() if need else None
+            for grad, need in zip(found.grads, ctx.needs_input_grad[5:], strict=True)
+        ]
+        return None, None, None, None, None, *grads
+
+
+def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    """Everything that the kernels of a layer read."""
+    packed = body.store.read().detach().view(torch.uint8)
+    others = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    return [hidden, lora, packed, *body.layer.parameters(), *others]
+
+
+class _Template:
+    """A layer that reads a graph's inputs in place of its own tensors, while it is captured."""
+
+    def __init__(self, body, inputs: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> None:
+        self.body, self.inputs = body, inputs
+        names = [name for name, _ in body.layer.named_parameters()]
+        self.params = dict(zip(names, inputs[3 : 3 + len(names)], strict=True))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        others = iter(inputs[3 + len(names) :])
+        leaves = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.args, self.kwargs = pytree.tree_unflatten(leaves, spec)
+
+    def __enter__(self) -> Callable[[bool], torch.Tensor]:
+        self.read = self.body.store.read
+        self.body.store.read = lambda: self.inputs[2]
+        return self._run
+
+    def _run(self, again: bool) -> torch.Tensor:
+        self.body.store.cache.clear()  # what is unpacked here belongs to the graph
+        run = self.body.run_again if again else self.body.run
+        hidden, lora = self.inputs[:2]
+        return run(None, hidden, lora, self.args, self.kwargs, self.params)
+
+    def __exit__(self, *_) -> None:
+        self.body.store.read = self.read
+        self.body.store.cache.clear()

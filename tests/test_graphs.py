@@ -1,0 +1,71 @@
+"""CUDA graphs of a layer: the same numbers as without."""
+
+import pytest
+import torch
+from torch import nn
+
+from fsdp_qlora.model import graphs
+from tests import tiny
+from tests.ranks import run_ranks
+
+
+class Alike(nn.Module):
+    def __init__(self, layer_idx, use_rope=1):
+        super().__init__()
+        self.layer_idx, self.use_rope = layer_idx, use_rope
+        self.norm = nn.LayerNorm(8)
+
+
+def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone():
+    card = torch.device("cuda", 0)
+    alike = [Alike(i) for i in range(3)]
+    assert graphs.choose("auto", alike, card) is not None
+    assert graphs.choose("off", alike, card) is None
+    assert graphs.choose("auto", alike, torch.device("cpu")) is None
+    assert graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card) is None
+    alike[1].norm = nn.Identity()
+    assert graphs.choose("auto", alike, card) is None
+
+
+def _train(world, path, cases):
+    """Losses, gradient norms and failures of six steps over three shapes, twice each."""
+    from fsdp_qlora.data.batches import collate
+    from fsdp_qlora.model import shard
+    from fsdp_qlora.train import loop, optim
+    from fsdp_qlora.train.clock import Clock
+    from tests.test_shard import make_samples
+
+    rows = make_samples(2 * world.size)
+    shapes = [rows[world.rank :: world.size], rows[:1], rows[1:2]]
+    results = []
+    for flags in cases:
+        model, _, cfg = tiny.build(path, world, "--lora_rank=4", "--lora_dropout=0", *flags)
+        tiny.fill_lora(model)
+        params = shard.local_parameters(model)
+        trained = loop.Trained(model, params, *optim.build(params, cfg, 9), 1.0, world)
+        steps = [
+            loop.train_step(trained, [collate(batch)], Clock(world.device)) for batch in shapes * 3
+        ]
+        bodies = [block.body for block in shard.blocks(model)]
+        passes = bodies[0].graphs.passes.values() if bodies[0].graphs else []
+        failure = bodies[0].graphs.failure if bodies[0].graphs else ""
+        numbers = [(s["loss"].item(), s["grad_norm"].item()) for s in steps]
+        results.append((numbers, sum(p is not None for p in passes), failure))
+    return results
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(tiny.DEVICE != "cuda", reason="needs a card")
+def test_training_by_graphs_is_training(tmp_path):
+    """Reference: the same steps without graphs, bit for bit, for every placement."""
+    from tests.test_shard import PLACES
+
+    path = tiny.save_model(tmp_path / "model", num_hidden_layers=5, dtype=torch.bfloat16)
+    places = list(PLACES.values())
+    off = [(*place, "--cuda_graphs=off") for place in places]
+    for results in run_ranks(_train, 1, path, [*places, *off]):
+        for (by_graph, num_graphs, failure), (plain, _, _) in zip(
+            results[: len(places)], results[len(places) :], strict=True
+        ):
+            assert (num_graphs, failure) == (3, "")
+            assert by_graph == plain
