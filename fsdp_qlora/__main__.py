@@ -6,7 +6,10 @@ import sys
 from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
+    "bench": ("fsdp_qlora.results.bench", "main", "measure ours against its peers, in turn"),
+    "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
+    "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
     "random": (
         "fsdp_qlora.model.random_checkpoint",
         "main",

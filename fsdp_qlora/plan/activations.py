@@ -1,0 +1,121 @@
+"""What a decoder layer keeps for its backward, and what its backward holds besides."""
+
+import functools
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.plan.rows import LAYER, SCRATCH, Rows, Term, term
+from fsdp_qlora.plan.sizes import FORMATS, GROUP, Sizes
+
+
+@functools.lru_cache
+def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda") -> list[Term]:
+    """What one layer keeps between forward and backward.
+
+    Derived for a Llama layer with fused norms, rotary embedding and activation (Liger's), flash
+    attention and this project's LoRA product, which keeps its input only.
+
+    Args:
+        s: of the model.
+        cfg: lora_dropout, context_length, liger.
+        tokens: of a micro-batch on a rank.
+        level: row of LEVELS.
+        kind: "cuda" or "cpu", where Liger's kernels are not used.
+
+    Returns:
+        The terms, for one layer.
+    """
+    kept = [term("layer's input", tokens=tokens, hidden=s.hidden, bytes=s.item)]
+    if level == "full":
+        return kept
+    kept += [
+        term("outputs of all products but the last", tokens=tokens, features=s.outs, bytes=s.item),
+        term("attention's output", tokens=tokens, features=s.attention, bytes=s.item),
+        term("its log-sum-exp", tokens=tokens, heads=s.heads, bytes=4),
+    ]
+    if level == "selective":
+        return kept
+    if cfg.lora_dropout:
+        mask = 1 if kind == "cuda" else s.item
+        wide = {"tokens": tokens, "features": s.dropped_features, "bytes": s.item + mask}
+        kept.append(term("dropped inputs, masks", **wide))
+    else:
+        what = "norms' outputs, activation product"
+        kept.append(term(what, tokens=tokens, features=s.input_features, bytes=s.item))
+    kept.append(term("products with A", tokens=tokens, ranks=s.lora_ranks, bytes=s.item))
+    others = (s.norms - 2) * s.hidden + s.head_norms
+    if others:
+        kept.append(term("inputs of more norms", tokens=tokens, features=others, bytes=s.item))
+    if kind == "cpu" or cfg.liger == "off":
+        what = "norms' inputs in float32 instead (not fused)"
+        wide = {"tokens": tokens, "hidden": s.hidden, "norms": s.norms, "bytes": 4 - s.item}
+        kept.append(term(what, **wide))
+        what = "activation function's output (not fused)"
+        kept.append(term(what, tokens=tokens, features=s.product, bytes=s.item))
+    if s.is_eager:
+        pairs = {"tokens": tokens, "context": cfg.context_length, "heads": s.heads}
+        kept.append(term("attention's scores (not fused)", **pairs, bytes=s.item + 4))
+    return kept
+
+
+@functools.lru_cache
+def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> list[Rows]:
+    """What a layer's backward holds beside what was kept: its fullest moments.
+
+    Args:
+        s: of the model.
+        cfg: format_name, reentrant_checkpointing, and see kept_bytes.
+        tokens, level, kind: see kept_bytes.
+
+    Returns:
+        Rows of each such moment.
+    """
+    fmt, wide = FORMATS[cfg.format_name], {"tokens": tokens, "bytes": s.item}
+    grads = [
+        term("gradient of its output", features=s.hidden, **wide),
+        term("gradient of the activation product", features=s.product, **wide),
+    ]
+    scratch = [
+        term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes),
+        term(
+            "constants of the layer", weights=s.weights, bytes=fmt.constant_bytes, per_group=GROUP
+        ),
+    ]
+    product_before: Rows = {LAYER: grads, SCRATCH: scratch}
+    if level == "none":
+        return [product_before]
+    kept = {item.what for item in kept_bytes(s, cfg, tokens, level, kind)}
+    made = [t for t in kept_bytes(s, cfg, tokens, "none", kind) if t.what not in kept]
+    made = [item._replace(what=f"recomputed: {item.what}") for item in made]
+    output = term("LoRA product of the last linear", features=s.hidden, **wide)
+    if level == "selective":
+        residual = term("recomputed: residual", features=s.hidden, **wide)
+        return [product_before, {LAYER: [*made, residual, output, *grads]}]
+    if cfg.reentrant_checkpointing:  # recomputed to the end, before the backward begins
+        return [{LAYER: [*made, output, *grads], SCRATCH: scratch}]
+    # The backward of the last product runs first and keeps nothing; then the layer is recomputed.
+    waiting = term("activation product, not yet made", features=-s.product, **wide)
+    return [
+        {LAYER: [*made, output, *grads], SCRATCH: scratch[1:]},
+        {LAYER: [*made, waiting, *grads], SCRATCH: scratch},
+    ]
+
+
+def kept_by_level(
+    s: Sizes, cfg: Config, tokens: int, levels: tuple[str, ...], kind: str
+) -> list[Term]:
+    """Sum `kept_bytes` over layers.
+
+    Args:
+        s, cfg, tokens, kind: see kept_bytes.
+        levels: of the layers.
+
+    Returns:
+        The terms, over the layers of each level.
+    """
+    terms = []
+    for level in dict.fromkeys(levels):
+        num = levels.count(level)
+        for item in kept_bytes(s, cfg, tokens, level, kind):
+            factors = (*item.factors, ("layers", num))
+            terms.append(Term(f"{level}: {item.what}", factors, item.nbytes * num))
+    return terms

@@ -1,0 +1,69 @@
+"""GiB of host memory by row and phase."""
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.plan import memory, rows
+from fsdp_qlora.plan.rows import Rows, Table, term
+from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
+
+# Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
+# a machine of two cores.
+SYSTEM_BYTES = 0.5 * GIB
+PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.45 * GIB}
+READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
+
+
+def host(
+    s: Sizes, cfg: Config, setting: Setting, kind: str = "cuda", num_rows: int | None = None
+) -> Table:
+    """Predict the memory of the machine, everything that runs on it included.
+
+    Args:
+        s: numbers of the model and its adapters.
+        cfg: context, where weights come from.
+        setting: placements, number of ranks.
+        kind: "cuda" or "cpu".
+        num_rows: rows of the data set; None when it is not known.
+
+    Returns:
+        HOST_ROWS by phase.
+    """
+    ranks = setting.num_ranks
+    process_bytes = PROCESS_BYTES[kind]
+    always: Rows = {
+        rows.HOSTED: [],
+        rows.FILES: [term("model files in /dev/shm", bytes=s.file_bytes)] if s.file_bytes else [],
+        rows.PROCESSES: [
+            term("operating system", bytes=SYSTEM_BYTES),
+            term("Python, torch, driver", bytes=process_bytes, ranks=ranks),
+        ],
+        rows.DATA: [
+            term(
+                "token ids of all rows at full length",
+                rows=num_rows or cfg.dataset_samples,
+                tokens=cfg.context_length,
+                bytes=4,
+                ranks=ranks,
+            )
+        ],
+    }
+    words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
+    for placement, what in words.items():
+        if layers := setting.count(placement):
+            hosted = term(what, layers=layers, bytes=s.packed + s.constants)
+            always[rows.HOSTED].append(hosted)
+    loading: Rows = {}
+    if cfg.weights == "load":
+        nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
+        loading[rows.LOADING] = [term("linears read ahead", linears=READ_AHEAD, **nbytes)]
+    saving = term("gathered", params=s.lora, layers=s.layers, bytes=4, ranks=ranks)
+    compared = term("read back", params=s.lora, layers=s.layers, bytes=4)
+    phases = {phase: dict(always) for phase in rows.PHASES}
+    phases["load"] |= loading
+    if cfg.save_model:
+        phases["save"] |= {rows.SAVING: [saving, compared]}
+    if kind == "cpu":
+        table = memory.device(s, cfg, setting, kind)
+        for phase, own in phases.items():
+            needed = table.total_gib(phase) * GIB
+            own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
+    return Table(phases)

@@ -1,0 +1,207 @@
+"""GiB of a card by row and phase.
+
+The rows are what model/ and train/ allocate, found by reading them; two rules were measured: how
+much the allocator holds beyond what is in use, and what processes and drivers need
+(recipes/*.md). tests/test_plan_memory.py holds the whole against the measured peaks.
+"""
+
+from itertools import pairwise
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.plan import rows
+from fsdp_qlora.plan.activations import kept_by_level, layer_moments
+from fsdp_qlora.plan.rows import Rows, Table, Term, merged, term, total_bytes
+from fsdp_qlora.plan.sizes import FORMATS, GIB, Setting, Sizes
+
+CHUNK_BYTES = 256 * 2**20  # see model/head.py
+NUM_SLOTS = 2  # see model/placement.py
+# Measured on two H200 (recipes/*.md): driver less allocator, 1.2 GiB without peer access and 2.0
+# with it; one card alone has no collectives.
+CONTEXT_BYTES = 0.6 * GIB
+COLLECTIVE_BYTES = {False: 0.6 * GIB, True: 1.4 * GIB}
+# cuBLAS's workspace of the forward and of the backward thread (32 MiB each on Hopper).
+LIBRARY_BYTES = 64 * 2**20
+# What comes and goes in a step leaves holes of this share (fits the four measured peaks to 3 %).
+HOLES = 1 / 3
+
+
+def device(
+    s: Sizes, cfg: Config, setting: Setting, kind: str = "cuda", has_peer: bool = False
+) -> Table:
+    """Predict the memory of one card (or of one CPU rank).
+
+    Args:
+        s: numbers of the model and its adapters.
+        cfg: context, precision, kernels, dropout.
+        setting: batch, placements, levels.
+        kind: "cuda" or "cpu".
+        has_peer: cards read each other's memory, for which NCCL takes more.
+
+    Returns:
+        DEVICE_ROWS by phase.
+    """
+    states = _states(s, setting)
+    trained = {rows.OPTIMIZER: [_trained("AdamW's two moments", s, setting, 8)]}
+    grads = _trained("of all layers, summed over micro-batches", s, setting, 4)
+    saved = term("a gathered adapter", params=s.lora, bytes=4)
+    backward, forward = _backward(s, cfg, setting, kind), _forward(s, cfg, setting, kind)
+    received = setting.num_ranks if setting.count("resident") else 1
+    loading: Rows = {rows.LOADING: _loading(s, received)}
+    # The packed layers come first, and their working set is gone when the rest comes.
+    packed = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
+    moments: dict[str, list[Rows]] = {
+        "load": [max(merged([packed, loading]), states, key=total_bytes)],
+        "forward": [states, trained, max(forward, key=total_bytes)],
+        "backward": [states, trained, max(backward, key=total_bytes)],
+        "optimizer": [states, trained, {rows.GRADIENTS: [grads]}],
+        "save": [states, trained, {rows.LAYER: [saved]}],
+    }
+    always: Rows = {}
+    if kind == "cuda":
+        collectives = COLLECTIVE_BYTES[has_peer] * (setting.num_ranks > 1)
+        always[rows.LIBRARIES] = [term("cuBLAS", bytes=LIBRARY_BYTES)]
+        always[rows.CONTEXT] = [term("context, NCCL", bytes=CONTEXT_BYTES + collectives)]
+    slack: Rows = {rows.SLACK: _slack(s, setting, forward + backward, kind)}
+    return Table(
+        {
+            phase: merged([*parts, always, *([slack] if phase != "load" else [])])
+            for phase, parts in moments.items()
+        }
+    )
+
+
+def _trained(what: str, s: Sizes, setting: Setting, nbytes: int) -> Term:
+    return term(what, params=s.lora, layers=s.layers, bytes=nbytes, per_ranks=setting.shares)
+
+
+def _states(s: Sizes, setting: Setting) -> Rows:
+    """What lies on the card from the load to the end."""
+    found: Rows = {rows.PACKED: [], rows.CONSTANTS: []}
+    for row, nbytes in ((rows.PACKED, s.packed), (rows.CONSTANTS, s.constants)):
+        for placement, ranks in (("sharded", setting.num_ranks), ("resident", 1)):
+            if layers := setting.count(placement):
+                found[row].append(term(placement, layers=layers, bytes=nbytes, per_ranks=ranks))
+    share = {"bytes": s.item, "per_ranks": setting.shares}
+    found[rows.UNQUANTISED] = [
+        term("embedding, head, last norm", params=s.root, **share),
+        term("norms and biases", params=s.small, layers=s.layers, **share),
+    ]
+    found[rows.ADAPTERS] = [_trained("float32", s, setting, 4)]
+    found[rows.BUFFERS] = []
+    layer_bytes = s.packed + s.constants
+    if streamed := setting.count("streamed"):
+        slots = min(NUM_SLOTS, streamed)
+        found[rows.BUFFERS] = [term("slots of streamed layers", slots=slots, bytes=layer_bytes)]
+    if s.root < 2 * s.head and setting.shares > 1:  # tied: gathered once for both ends
+        found[rows.BUFFERS] += [term("tied embedding", params=s.head, bytes=s.item)]
+    return found
+
+
+def _loading(s: Sizes, received: int) -> list[Term]:
+    """See model/load.py: a layer made here and what is received, a linear and the next one."""
+    return [
+        term("layers being exchanged", layers=1 + received, bytes=s.packed + s.constants),
+        term("linears in 16 bit", linears=2, weights=s.largest, bytes=2),
+    ]
+
+
+def _buffers(s: Sizes, setting: Setting) -> list[Term]:
+    """Gathered FSDP groups around the layer at work."""
+    num = setting.count("sharded", "offloaded")
+    held = s.layers if setting.strategy == "shard_grad_op" else min(num, 2)
+    held = min(held, num)
+    terms = []
+    if setting.num_ranks == 1:
+        held = min(held, 1)
+    if held:
+        what = "gathered: this layer and the next" if held == 2 else "gathered layers"
+        terms.append(term(what, layers=held, bytes=s.packed + s.constants))
+    if setting.strategy == "shard_grad_op":
+        terms.append(term("embedding and head, kept gathered", params=s.root, bytes=s.item))
+    if s.lora and setting.shares > 1:
+        what = "gathered adapters in 16 bit (two layers), their gradients (16, 32 bit, reduced)"
+        terms.append(term(what, params=s.lora, bytes=2 * 2 + 2 + 4 + 4))
+    return terms
+
+
+def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
+    """The backward at the two ends of every run of layers of one level."""
+    tokens = setting.batch_size * cfg.context_length
+    last = s.layers - 1
+    turns = [i for i, pair in enumerate(pairwise(setting.levels)) if pair[0] != pair[1]]
+    ends = {0, last, *turns, *(i + 1 for i in turns)}
+    moments: list[Rows] = []
+    for at in sorted(ends):
+        done = s.layers if setting.accumulation > 1 else last - at
+        common: Rows = {
+            rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels[: at + 1], kind),
+            rows.BUFFERS: _buffers(s, setting),
+        }
+        if done:
+            share = {"bytes": 4, "per_ranks": setting.shares}
+            common[rows.GRADIENTS] = [term("of layers done", params=s.lora, layers=done, **share)]
+        for own in layer_moments(s, cfg, tokens, setting.levels[at], kind):
+            moments.append(merged([common, own]))
+    return moments
+
+
+def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
+    """The forward's end in the head, and its last layer."""
+    tokens = setting.batch_size * cfg.context_length
+    wide = {"tokens": tokens, "bytes": s.item}
+    kept: Rows = {rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels, kind)}
+    if setting.accumulation > 1:
+        kept[rows.GRADIENTS] = [_trained("of earlier micro-batches", s, setting, 4)]
+    chunk = max(16, CHUNK_BYTES // (4 * s.vocab))
+    what, nbytes = "logits: float32, 16 bit", 4 + s.item
+    if tokens > chunk:
+        what, nbytes = "logits: float32 of two chunks, 16 bit", 4 + 4 + s.item
+    head: Rows = {
+        rows.LOSS: [term(what, tokens=min(tokens, chunk), vocab=s.vocab, bytes=nbytes)],
+        rows.LAYER: [
+            term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=4, **wide)
+        ],
+        rows.BUFFERS: _head_gathered(s, setting),
+    }
+    fmt = FORMATS[cfg.format_name]
+    width = 2 * s.hidden + s.gates + s.product
+    layer: Rows = {
+        rows.LAYER: [term("residual, norm, gates, product", features=width, **wide)],
+        rows.SCRATCH: [term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes)],
+        rows.BUFFERS: _buffers(s, setting),
+    }
+    return [merged([kept, head]), merged([kept, layer])]
+
+
+def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
+    """The head while it is at work: as gathered, and copied out of that."""
+    held, copies = [], 2
+    if setting.strategy == "shard_grad_op":
+        held, copies = _buffers(s, setting), 1
+    if setting.shares == 1 or s.root < 2 * s.head:
+        return held
+    return [*held, term("gathered head", copies=copies, params=s.head, bytes=s.item)]
+
+
+def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[Term]:
+    """What the allocator holds beyond what is in use: one rule for all.
+
+    Blocks are not shared between streams, so the stream of the gathers keeps room for the largest
+    thing it ever gathered; what comes and goes in a step leaves holes; and slices that stay on the
+    card lie between the leftovers of the load.
+    """
+    passing = (rows.LAYER, rows.SCRATCH)
+    most = max(total_bytes({row: found.get(row, []) for row in passing}) for found in moments)
+    terms = [term("holes", bytes=most, share=HOLES)]
+    if kind == "cpu":
+        return terms
+    if setting.shares > 1:
+        terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
+    if setting.count("offloaded"):
+        nbytes = s.packed + s.constants
+        terms.append(
+            term("slice on its way to the card", bytes=nbytes, per_ranks=setting.num_ranks)
+        )
+    if setting.count("sharded", "resident"):
+        terms.append(term("left by the load", bytes=total_bytes({rows.LOADING: _loading(s, 1)})))
+    return terms

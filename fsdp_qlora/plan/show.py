@@ -1,0 +1,275 @@
+"""A plan as text of at most 100 columns, and as JSON."""
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.config import Config, cfg_notes, to_dict
+from fsdp_qlora.plan import fit, rows, speed
+from fsdp_qlora.plan.cards import Machine
+from fsdp_qlora.plan.fit import Outcome
+from fsdp_qlora.plan.rows import Table, Term
+from fsdp_qlora.plan.sizes import GIB, applied
+
+WIDTH = 100
+WORTH = 1.03  # another setting is worth telling when it is this much faster
+# Of 16-bit training with Adam: weights, gradients, optimizer (ZeRO, arXiv 1910.02054, section 3.1).
+BYTES = (2, 2, 12)
+
+
+def as_dict(info: ModelInfo, cfg: Config, machine: Machine, found: Outcome) -> dict[str, Any]:
+    """The whole plan as JSON knows it.
+
+    Args:
+        info: the model.
+        cfg: the run.
+        machine: what there is.
+        found: what becomes of the run there.
+
+    Returns:
+        GiB by phase and row, limits, speed, and what to do: `better` where something is faster,
+        `to_fit` where the run does not fit, `nearest` for the setting that asks least.
+    """
+    setting, guess = found.setting, found.speed
+    num_steps = speed.num_steps(cfg, setting)
+    outcomes = fit.explore(info, cfg, machine)
+    best, nearest = fit.choose(outcomes), fit.least(outcomes)
+    if best is not None and found.fits and best.speed.step_s * WORTH > guess.step_s:
+        best = None
+    to_fit = [] if found.fits else fit.changes(info, cfg, machine)
+    num_trained = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    return {
+        "model": cfg.model_name,
+        "format": cfg.format_name,
+        "num_params": arch.num_params(info),
+        "num_trained": num_trained,
+        "cards": [card.name for card in machine.cards],
+        "num_ranks": machine.num_ranks,
+        "batch_size": setting.batch_size,
+        "accumulation": setting.accumulation,
+        "context_length": cfg.context_length,
+        "placements": {name: setting.count(name) for name in setting.placements},
+        "levels": {name: setting.count(name) for name in setting.levels},
+        "fits": found.fits,
+        "card": _memory(found.device, found.card_limit_gib),
+        "host": _memory(found.host, found.host_limit_gib),
+        **dataclasses.asdict(guess),
+        "num_steps": num_steps,
+        "eta_s": None if num_steps is None else num_steps * guess.step_s,
+        "better": best and _brief(cfg, applied(cfg, best.setting), best, found),
+        "nearest": _brief(cfg, applied(cfg, nearest.setting), nearest, found),
+        "to_fit": [
+            {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
+            for item in to_fit
+        ],
+        "zero_gib": zero_gib(arch.num_params(info), num_trained, machine.num_ranks),
+    }
+
+
+def _memory(table: Table, limit_gib: float | None) -> dict[str, Any]:
+    return {
+        "limit_gib": limit_gib,
+        "peak_gib": table.peak_gib,
+        "peak_phase": table.peak_phase,
+        "reserved_gib": table.reserved_gib,
+        "allocated_gib": table.allocated_gib,
+        "phases_gib": table.to_dict(),
+        "totals_gib": {phase: table.total_gib(phase) for phase in rows.PHASES},
+    }
+
+
+def _brief(cfg: Config, changed: Config, outcome: Outcome, found: Outcome) -> dict[str, Any]:
+    """Another way to run it: what to add to the command line, and what that gives."""
+    old, new = to_dict(cfg), to_dict(changed)
+    return {
+        "flags": {name: str(new[name]).lower() for name in new if new[name] != old[name]},
+        "speed": outcome.speed.tokens_per_s / found.speed.tokens_per_s,
+        "card_gib": outcome.device.peak_gib,
+        "host_gib": outcome.host.peak_gib,
+    }
+
+
+def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, list[float]]:
+    """GiB of weights, gradients and Adam on each card by the formulas DeepSpeed users know.
+
+    Args:
+        num_params: of the model.
+        num_trained: of its adapters.
+        num_ranks: cards.
+
+    Returns:
+        For full fine-tuning and for LoRA over a 16-bit base: ZeRO stages 0, 1, 2, 3.
+    """
+    counts = {"full": (num_params,) * 3}
+    counts["lora"] = (num_params + num_trained, num_trained, num_trained)
+    shared = ((1, 1, 1), (1, 1, num_ranks), (1, num_ranks, num_ranks), (num_ranks,) * 3)
+    return {
+        name: [
+            sum(c * b / share for c, b, share in zip(parts, BYTES, stage, strict=True)) / GIB
+            for stage in shared
+        ]
+        for name, parts in counts.items()
+    }
+
+
+def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], full: bool) -> str:
+    """The plan for a terminal.
+
+    Args:
+        cfg, machine, found: see as_dict.
+        values: of as_dict.
+        full: also what every row is made of.
+
+    Returns:
+        Lines of at most 100 columns.
+    """
+    lines = [
+        f"model     {values['model']}: {values['num_params']:,} parameters, "
+        f"{len(found.setting.levels)} layers in {values['format']}",
+        f"adapter   LoRA r {cfg.lora_rank}: {values['num_trained']:,} trained parameters",
+        f"step      ranks {values['num_ranks']} x micro-batches {values['accumulation']} x rows "
+        f"{values['batch_size']} x tokens {values['context_length']}",
+        f"layers    {_counts(values['placements'])}; checkpointing {_counts(values['levels'])}",
+    ]
+    for title, names, table in (
+        (f"GiB on {_cards(machine)}", rows.DEVICE_ROWS, found.device),
+        ("GiB on the host, all programs", rows.HOST_ROWS, found.host),
+    ):
+        lines += ["", *_table(title, rows.PHASES, _by_row(names, table))]
+        lines += _terms(names, table) if full else []
+    if full or cfg.format_name == "bf16":
+        words = {"full fine-tuning, 2 + 2 + 12 bytes a parameter": values["zero_gib"]["full"]}
+        words["LoRA over 16 bit, 2 + (14 of adapters)"] = values["zero_gib"]["lora"]
+        stages = [f"ZeRO-{stage}" for stage in range(4)]
+        lines += ["", *_table("GiB a card without activations", stages, words)]
+    return "\n".join([*lines, "", *summary(cfg, machine, found, values)])
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _cards(machine: Machine) -> str:
+    names = [card.name for card in machine.cards]
+    kinds = {name: f"{names.count(name)} x " * (names.count(name) > 1) + name for name in names}
+    if not names:
+        return f"each of {machine.num_ranks} CPU ranks"
+    return ("each of " if len(names) > 1 else "one ") + ", ".join(kinds.values())
+
+
+def _by_row(names: Sequence[str], table: Table) -> dict[str, list[float]]:
+    found = {name: [table.gib(phase, name) for phase in rows.PHASES] for name in names}
+    found = {name: values for name, values in found.items() if max(values) >= 0.005}
+    return found | {"total": [table.total_gib(phase) for phase in rows.PHASES]}
+
+
+def _table(title: str, columns: Sequence[str], found: dict[str, list[float]]) -> list[str]:
+    lines = [f"{title:<48}" + "".join(f"{column:>10}" for column in columns)]
+    for name, values in found.items():
+        cells = (f"{value:10.2f}" if value >= 0.005 else f"{'-':>10}" for value in values)
+        lines.append(f"  {name:<46}" + "".join(cells))
+    return lines
+
+
+def _terms(names: Sequence[str], table: Table) -> list[str]:
+    """Every row in the phase where it is largest, as the products it is the sum of."""
+    lines = [""]
+    for name in names:
+        phase = max(rows.PHASES, key=lambda item: table.gib(item, name))
+        if table.gib(phase, name):
+            lines.append(f"  {name} ({phase}): {table.gib(phase, name):.2f} GiB")
+            lines += [line for item in table.phases[phase][name] for line in _term(item)]
+    return lines
+
+
+def _term(item: Term) -> list[str]:
+    product = ""
+    for unit, number in item.factors:
+        sign = " / " if unit.startswith("per_") else " x "
+        if number != 1 or len(item.factors) == 1:
+            product += f"{sign}{_number(number)} {unit.removeprefix('per_')}"
+    line = f"{item.what}: {product[3:]} = {item.nbytes / GIB:.3f} GiB"
+    return textwrap.wrap(line, WIDTH, initial_indent="      ", subsequent_indent="        ")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any]) -> list[str]:
+    """What a plan comes to; train.py prints it too.
+
+    Args:
+        cfg, machine, found: see as_dict.
+        values: of as_dict.
+
+    Returns:
+        A few lines of at most 100 columns.
+    """
+    lines = [_verdict(machine, found), *_time(machine, values)]
+    better, nearest = values["better"], values["nearest"]
+    for number, item in enumerate(values["to_fit"], 1):
+        lost = f"; without {item['lost']}" * bool(item["lost"])
+        cost = f"({item['speed']:.2f}x its speed{lost})"
+        lines.append(("to fit", f"{number}. {item['words']}: {_flags(item)} {cost}"))
+    if better:
+        cost = f"{better['speed']:.2f}x its speed in {better['card_gib']:.1f} GiB"
+        lines.append(("best" if found.fits else "or best", f"{cost}: {_flags(better)}"))
+    elif found.fits:
+        lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
+    elif not values["to_fit"]:
+        words = "no two changes are enough: take other cards, more memory or a smaller model; "
+        words += f"nearest: {nearest['card_gib']:.1f} GiB a card, {nearest['host_gib']:.1f} on the "
+        lines.append(("to fit", f"{words}host by {_flags(nearest) or 'what was asked for'}"))
+    lines += [
+        ("note", f"a {card.name} has no bfloat16 products: several times slower than in float16")
+        for card in dict.fromkeys(machine.cards)
+        if not card.has_bf16 and cfg.compute_dtype == "bfloat16"
+    ]
+    lines += [("note", note) for note in cfg_notes(cfg)]
+    wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False)
+    return [line for name, words in lines for line in wrap.wrap(f"{name:<10}{words}")]
+
+
+def _flags(item: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in item["flags"].items())
+
+
+def _verdict(machine: Machine, found: Outcome) -> tuple[str, str]:
+    places = [("the host", found.host, found.host_limit_gib, found.host_free_gib)]
+    if machine.cards:
+        smallest = min(machine.cards, key=lambda card: card.memory_gib).name
+        place = (f"a {smallest}", found.device, found.card_limit_gib, found.card_free_gib)
+        places.insert(0, place)
+    parts = []
+    for name, table, limit_gib, free_gib in places:
+        size, left = "", ""
+        if limit_gib is not None:
+            size = f" of {limit_gib:.1f}"
+            left = f": {free_gib:.1f} free" if free_gib >= 0 else f": {-free_gib:.1f} MISSING"
+        parts.append(f"{table.peak_gib:.1f}{size} GiB on {name} ({table.peak_phase}){left}")
+    is_tight = found.fits and not found.fits_safely
+    tight = "; predictions err by as much as is left" if is_tight else ""
+    return "fits" if found.fits else "NO FIT", "; ".join(parts) + tight
+
+
+def _time(machine: Machine, values: dict[str, Any]) -> list[tuple[str, str]]:
+    parts = sorted(values["parts_s"].items(), key=lambda item: -item[1])
+    alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
+    is_measured = machine.cards and all(card.is_measured for card in machine.cards)
+    lines = [
+        (
+            "time",
+            f"about {_number(values['step_s'])} s a step, {values['tokens_per_s']:,.0f} tokens/s "
+            f"in all; {values['bound']} rules (alone: {alone}; by "
+            f"{'measured' if is_measured else 'tabled'} speeds)",
+        )
+    ]
+    if values["eta_s"] is not None:
+        minutes = max(round(values["eta_s"] / 60), 1)
+        words = f"at most {minutes // 60} h {minutes % 60:02} min for {values['num_steps']:,} steps"
+        lines.append(("ETA", f"{words}, were every row full length"))
+    return lines
