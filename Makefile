@@ -1,6 +1,7 @@
 # make quickstart   install, fetch a small model and data, fine-tune it
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
 # make check        style, format and types
+# make bench-peers  measure ours against TRL + PEFT + accelerate, in turn (ARGS="--arms ours,trl_fsdp2")
 # make lint         repair what ruff can repair
 # make venv         install only
 # make clean        remove the environment and the caches; models and runs stay
@@ -26,7 +27,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 endif
 
-.PHONY: help venv test check lint quickstart clean
+.PHONY: help venv test check lint quickstart bench-peers clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -63,6 +64,10 @@ quickstart: venv
 	$(BIN)/python -m fsdp_qlora fetch smollm2
 	$(BIN)/python -m fsdp_qlora fetch docstrings
 	$(BIN)/python train.py --recipe quickstart
+
+bench-peers: venv
+	@$(PIP) --editable '.[peers]'
+	$(BIN)/python -m fsdp_qlora bench peers $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fsdp_qlora.results import chart
-from fsdp_qlora.results.chart import Panel, Series
+from fsdp_qlora.results.chart import Bar, Bars, Panel, Series
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -98,3 +98,19 @@ def test_smoothing_keeps_a_constant_and_fills_gaps_and_damps_noise():
 def test_the_picture_is_plain_svg_without_scripts_or_links():
     text = chart.draw("run", [], [Panel("t", "u", [Series("l", "#000", [(0, 1), (1, 2)])])], "x")
     assert not re.search(r"<script|href|<image|@import", text)
+
+
+def test_bars_are_as_long_as_their_values_and_begin_at_one_line():
+    bars = [Bar("a", "#000000", 4.0, "4.0", ends=(3.0, 5.0)), Bar("b", "#000000", 1.0, "1.0")]
+    text = chart.draw_bars(
+        "bench", ["line"], [Bars("t", "u", [*bars, Bar("c", "#f00", None, "-")])]
+    )
+    svg = ElementTree.fromstring(text)
+    ground, *rects = svg.iter(SVG + "rect")
+    widths = [float(rect.get("width")) for rect in rects]
+    assert widths == pytest.approx([4 * widths[1], widths[1], 0.0], abs=0.2)
+    assert len({rect.get("x") for rect in rects}) == 1
+    (line,) = svg.iter(SVG + "line")
+    ends = [float(line.get(name)) - float(rects[0].get("x")) for name in ("x1", "x2")]
+    assert ends == pytest.approx([3 * widths[1], 5 * widths[1]], abs=0.2)
+    assert max(float(rect.get("y")) for rect in rects) < float(ground.get("height")) - 20

@@ -1,4 +1,4 @@
-"""Line charts as SVG text, one panel below the other, labelled at the lines' ends."""
+"""Charts as SVG text, one panel below the other: lines labelled at their ends, and bars."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ HEAD_HEIGHT = 94
 PLOT_HEIGHT = 210
 PANEL_HEIGHT = PLOT_HEIGHT + 76
 LABEL_GAP = 17
+BAR_LEFT, BAR_WIDTH, BAR_HEIGHT, BAR_GAP = 190, 480, 18, 8
 MAX_POINTS = 800
 INK, FAINT, GRID = "#1f2328", "#656d76", "#e4e7eb"
 
@@ -57,6 +58,40 @@ class Panel:
     has_zero: bool = False
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One bar that lies.
+
+    Args:
+        label: in front of it.
+        colour: CSS colour.
+        value: its length; None for no bar.
+        text: behind it.
+        ends: least and greatest value that were seen, drawn as a thin line, or None.
+    """
+
+    label: str
+    colour: str
+    value: float | None
+    text: str
+    ends: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars with one scale.
+
+    Args:
+        title: what is shown.
+        unit: of the values, shown beside the title.
+        bars: from top to bottom.
+    """
+
+    title: str
+    unit: str
+    bars: list[Bar]
+
+
 def draw(title: str, lines: list[str], panels: list[Panel], x_title: str) -> str:
     """Draw panels that share their horizontal axis, which begins at zero.
 
@@ -71,7 +106,42 @@ def draw(title: str, lines: list[str], panels: list[Panel], x_title: str) -> str
     """
     height = HEAD_HEIGHT + len(panels) * PANEL_HEIGHT + 18
     x_max = max([1.0, *(x for panel in panels for s in panel.series for x, _ in s.points)])
-    parts = [
+    parts = []
+    for index, panel in enumerate(panels):
+        top = HEAD_HEIGHT + index * PANEL_HEIGHT + 34
+        parts += _panel(panel, top, x_max)
+    middle = LEFT + PLOT_WIDTH / 2
+    parts.append(_text(middle, height - 16, x_title, anchor="middle", fill=FAINT))
+    return _sheet(title, lines, height, parts)
+
+
+def draw_bars(title: str, lines: list[str], groups: list[Bars]) -> str:
+    """Draw groups of bars that lie, each group with a scale of its own that begins at zero.
+
+    Args:
+        title: heading of the picture.
+        lines: one or two lines of text below it.
+        groups: each with at least one bar.
+
+    Returns:
+        A whole SVG document on a white ground.
+    """
+    top = float(HEAD_HEIGHT)
+    parts = []
+    for group in groups:
+        parts.append(_text(LEFT, top + 16, group.title, weight=600, after=f"  {group.unit}"))
+        top += 28
+        ends = [max(bar.value or 0.0, *(bar.ends or (0.0,))) for bar in group.bars]
+        scale = BAR_WIDTH / (max(ends) or 1.0)
+        for bar in group.bars:
+            parts += _bar(bar, top, scale)
+            top += BAR_HEIGHT + BAR_GAP
+        top += 22
+    return _sheet(title, lines, math.ceil(top), parts)
+
+
+def _sheet(title: str, lines: list[str], height: int, parts: list[str]) -> str:
+    head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
         f'width="{WIDTH}" height="{height}" font-family="system-ui, \'Segoe UI\', Helvetica, '
         f'\'DejaVu Sans\', Arial, sans-serif" font-size="13" fill="{INK}">',
@@ -79,12 +149,7 @@ def draw(title: str, lines: list[str], panels: list[Panel], x_title: str) -> str
         _text(LEFT, 34, title, size=20, weight=600),
         *(_text(LEFT, 58 + 19 * i, line, fill=FAINT) for i, line in enumerate(lines)),
     ]
-    for index, panel in enumerate(panels):
-        top = HEAD_HEIGHT + index * PANEL_HEIGHT + 34
-        parts += _panel(panel, top, x_max)
-    middle = LEFT + PLOT_WIDTH / 2
-    parts.append(_text(middle, height - 16, x_title, anchor="middle", fill=FAINT))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return "\n".join([*head, *parts, "</svg>"]) + "\n"
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
@@ -231,6 +296,22 @@ def _labels(ends: list[tuple[float, Series]], top: float, bottom: float) -> list
         _text(x, y + 4.5, series.label, fill=series.colour, weight=600)
         for y, (_, series) in zip(heights, ends, strict=True)
     ]
+
+
+def _bar(bar: Bar, top: float, scale: float) -> list[str]:
+    middle = top + BAR_HEIGHT / 2
+    length = (bar.value or 0.0) * scale
+    parts = [
+        _text(BAR_LEFT - 10, middle + 4.5, bar.label, anchor="end"),
+        f'<rect x="{BAR_LEFT}" y="{top:.1f}" width="{length:.1f}" height="{BAR_HEIGHT}" '
+        f'fill="{bar.colour}"/>',
+    ]
+    right = BAR_LEFT + length
+    if bar.ends is not None:
+        low, high = (BAR_LEFT + end * scale for end in bar.ends)
+        parts.append(_line(low, middle, high, middle, INK))
+        right = max(right, high)
+    return [*parts, _text(right + 10, middle + 4.5, bar.text, fill=bar.colour, weight=600)]
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
