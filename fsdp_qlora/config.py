@@ -7,9 +7,29 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fsdp_qlora import cli
+from fsdp_qlora.choices import (
+    ALIASES,
+    ATTENTIONS,
+    BITS,
+    COUNT,
+    DATASET_HELP,
+    LOGS,
+    NO_PROFILER,
+    NO_WANDB,
+    OFFLOADS,
+    ONLY_FALSE,
+    OPTIMIZERS,
+    PRECISIONS,
+    SCHEDULERS,
+    STRATEGIES,
+    TEXT,
+    TRAIN_TYPES,
+    TRAINED,
+    built,
+)
 from fsdp_qlora.cli import any_of, flag, idle
 from fsdp_qlora.errors import UserError, join
 
@@ -19,94 +39,6 @@ Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machi
 --option true and a bare --option are the same; a recipe stands below the command line."""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 RECIPES_DIR = PROJECT_DIR / "recipes"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainType:
-    """A train_type: how the base is stored and what is trained on top.
-
-    Args:
-        base: store of the frozen weights.
-        adapter: what is trained.
-        built: False for a known name that is refused today.
-    """
-
-    base: Literal["bnb", "hqq", "none"]
-    adapter: Literal["lora", "dora", "llama_pro", "full"]
-    built: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Precision:
-    """A precision: torch names of the dtype of products and of the trained weights.
-
-    Args:
-        compute: dtype of activations and unpacked weights.
-        master: dtype of adapters and optimizer states.
-        built: False for a known name that is refused today.
-    """
-
-    compute: str
-    master: str
-    built: bool
-
-
-TRAIN_TYPES = {
-    "qlora": TrainType("bnb", "lora", True),
-    "custom_qlora": TrainType("bnb", "lora", True),
-    "hqq_lora": TrainType("hqq", "lora", True),
-    "lora": TrainType("none", "lora", True),
-    "custom_lora": TrainType("none", "lora", True),
-    "full": TrainType("none", "full", False),
-    "bnb_dora": TrainType("bnb", "dora", False),
-    "hqq_dora": TrainType("hqq", "dora", False),
-    "bnb_llama_pro": TrainType("bnb", "llama_pro", False),
-    "hqq_llama_pro": TrainType("hqq", "llama_pro", False),
-}
-PRECISIONS = {
-    "bf16": Precision("bfloat16", "float32", True),
-    "bf16_autocast": Precision("bfloat16", "float32", True),
-    "bf16_buffers_autocast": Precision("bfloat16", "float32", True),
-    "fp32": Precision("float32", "float32", True),
-    "fp16_autocast": Precision("float16", "float32", False),
-}
-STRATEGIES = {
-    "full_shard": True,
-    "shard_grad_op": True,
-    "ddp": True,
-    "hybrid_full_shard": False,
-    "hybrid_shard_grad_op": False,
-}
-OPTIMIZERS = {"adamw": True, "adam": False, "sgd": False, "adadelta": False}
-SCHEDULERS = {"constant": True, "linear": True, "cosine": True}
-OFFLOADS = any_of("auto", "fsdp", "stream")
-ATTENTIONS = any_of("auto", "sdpa", "flash_attention_2", "eager")
-LOGS = {"tqdm": True, "stdout": True, "wandb": False}
-BITS = {4: True, 2: False, 3: False, 8: False}
-ONLY_FALSE = {False: True, True: False}
-ALIASES = {
-    "model_name_or_path": "model_name",
-    "learning_rate": "lr",
-    "weight_decay": "wd",
-    "max_grad_norm": "grad_norm",
-    "num_train_epochs": "num_epochs",
-    "lora_r": "lora_rank",
-    "max_seq_length": "context_length",
-    "per_device_train_batch_size": "batch_size",
-    "report_to": "log_to",
-}
-NO_PROFILER = "the profiler is not built yet"
-NO_WANDB = "wandb is not built yet"
-TEXT = "printable text"
-COUNT = "-1 or >= 1"
-TRAINED = any_of("assistant", "completion", "last", "all")
-DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
-DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
-
-
-def built(table: Mapping[str, TrainType] | Mapping[str, Precision]) -> dict[str, bool]:
-    """Return the choices of a table: its names, and whether each is built."""
-    return {name: row.built for name, row in table.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +68,7 @@ class Config:
     train_split: str | None = flag(None, "data", "split to learn, or share of the rows (0.8)")
     eval_split: str | None = flag(None, "data", "held out: share of the rows (0.1), split or file")
     eval_samples: int = flag(0, "data", "rows held out for loss before and after", rule=">= 0")
-    template: str | None = flag(None, "data", "[by columns] shape, x.jinja or text with {columns}")
+    template: str | None = flag(None, "data", "kind of rows, x.jinja, or text with {columns}")
     train_on: str = flag("assistant", "data", "what is learned: answers, the last, all", TRAINED)
     system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
     context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
@@ -168,11 +100,12 @@ class Config:
         0, "sharding", "layers that keep attention and products", rule=">= 0"
     )
     uncheckpointed_layers: int = flag(0, "sharding", "layers that keep everything", rule=">= 0")
+    compile: bool = flag(False, "sharding", "torch.compile per layer: says why not")
     cuda_graphs: str = flag("auto", "sharding", "small batches by graph", any_of("auto", "off"))
     use_activation_cpu_offload: bool = flag(False, "sharding", "activations on host", ONLY_FALSE)
     gpu_budget_gib: float | None = flag(None, "sharding", "cap per card in GiB", rule="> 0")
     host_budget_gib: float | None = flag(
-        None, "sharding", "host memory for packed layers in GiB", rule="> 0"
+        None, "sharding", "host memory of all ranks in GiB", rule="> 0"
     )
     verify_bytes: bool = flag(True, "sharding", "check 4-bit bytes at the start")
     master_port: int | None = flag(None, "sharding", "0: a free one", rule="from 0 to 65535")
@@ -312,6 +245,12 @@ def find_conflicts(cfg: Config, given: frozenset[str]) -> list[UserError]:
             f"--double_quant false with --train_type {cfg.train_type}",
             no_bnb,
             "use --train_type qlora, or leave it out",
+        ),
+        (
+            cfg.compile,
+            "--compile true",
+            "Dynamo cannot trace products whose weights are gathered or streamed as they are read",
+            "leave it out: small batches run by CUDA graphs (--cuda_graphs auto)",
         ),
         (
             cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32",

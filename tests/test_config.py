@@ -63,8 +63,8 @@ def test_values_are_read_in_every_spelling():
 def test_the_users_own_command_line_is_accepted():
     """The line of the 70B guide, with its flags as written there."""
     cfg = parse(LINE_OF_THE_70B_GUIDE.split())
-    assert (cfg.checkpointing, cfg.use_cpu_offload, cfg.format_name) == (
-        "reentrant",
+    assert (cfg.reentrant_checkpointing, cfg.use_cpu_offload, cfg.format_name) == (
+        True,
         True,
         "nf4_dq",
     )
@@ -160,9 +160,9 @@ def test_flags_without_effect_are_noted_once_and_only_when_set():
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ("", ("nf4_dq", "bfloat16", "float32", "non_reentrant")),
-        ("--double_quant false --precision fp32", ("nf4", "float32", "float32", "non_reentrant")),
-        ("--quant_type fp4", ("fp4_dq", "bfloat16", "float32", "non_reentrant")),
+        ("", ("nf4_dq", "bfloat16", "float32", "full")),
+        ("--double_quant false --precision fp32", ("nf4", "float32", "float32", "full")),
+        ("--quant_type fp4", ("fp4_dq", "bfloat16", "float32", "full")),
         ("--train_type custom_qlora --quant_type fp4 --double_quant 0", ("fp4",)),
         ("--train_type hqq_lora --precision bf16_autocast", ("hqq4", "bfloat16")),
         (
@@ -174,8 +174,17 @@ def test_flags_without_effect_are_noted_once_and_only_when_set():
 def test_derived_names_follow_the_flags(argv: str, expected: tuple[str, ...]):
     """Format, dtypes and checkpointing are derived in one place."""
     cfg = parse(argv.split())
-    derived = (cfg.format_name, cfg.compute_dtype, cfg.master_dtype, cfg.checkpointing)
+    derived = (cfg.format_name, cfg.compute_dtype, cfg.master_dtype, *cfg.levels(1))
     assert derived[: len(expected)] == expected
+
+
+def test_the_last_layers_keep_most():
+    """Counts that are too many are cut; without checkpointing every layer keeps everything."""
+    flags = ["--selective_layers", "2", "--uncheckpointed_layers", "1"]
+    levels = ("full", "full", "selective", "selective", "none")
+    assert parse(flags).levels(5) == levels
+    assert parse(flags).levels(2) == levels[-2:]
+    assert parse([*flags, "--use_gradient_checkpointing", "false"]).levels(2) == ("none", "none")
 
 
 def test_recipe_stands_below_the_command_line(tmp_path: Path):

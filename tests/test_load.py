@@ -157,7 +157,7 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
     tied = tiny.save_model(tmp_path / "tied", "qwen2", torch.bfloat16, tie_word_embeddings=True)
     cases = [
         (path, "--use_cpu_offload=false"),
-        (path, "--use_cpu_offload=true"),
+        (path, "--offload_impl=fsdp"),
         (split_files(path, tmp_path / "split", 3),),
         (tied,),
         (path, "--weights=random"),

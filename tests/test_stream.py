@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import placement
 from fsdp_qlora.model.stream import Streamer
 from tests import tiny
 from tests.ranks import run_ranks
@@ -58,17 +57,6 @@ def test_the_next_layer_is_under_way_before_it_is_asked_for():
         num_stalls += layer not in streamer._held
         streamer.read(layer)
     assert num_stalls == 1  # the very first
-
-
-def test_resident_layers_are_spread_evenly():
-    from fsdp_qlora import config
-
-    cfg = config.parse(["--resident_layers=3"])
-    names = placement.names_of(9, cfg, "stream")
-    assert [i for i, name in enumerate(names) if name == "resident"] == [2, 5, 8]
-    assert set(placement.names_of(4, config.parse(["--sharding_strategy=ddp"]), "fsdp")) == {
-        "resident"
-    }
 
 
 def _choice(world, path, cache, flags):

@@ -1,5 +1,6 @@
 """Where the packed bytes of each decoder layer lie between their uses."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,8 @@ from fsdp_qlora.model.cache import PackedCache
 from fsdp_qlora.model.layout import Layout
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.stream import Streamer
-from fsdp_qlora.train.memory import GIB, machine_memory
+from fsdp_qlora.plan.sizes import setting_of
+from fsdp_qlora.train.memory import GIB, machine_memory, pss_gib
 from fsdp_qlora.train.world import World
 
 NUM_SLOTS = 2  # one at work, one being filled; three were no faster (70B, two H200)
@@ -77,28 +79,6 @@ class Placed:
             blocks[layer].store.read = partial(self.streamer.read, number)
 
 
-def names_of(num_layers: int, cfg: Config, impl: str) -> tuple[str, ...]:
-    """The placement of every layer, as the options have it.
-
-    Args:
-        num_layers: decoder layers.
-        cfg: use_cpu_offload; sharding_strategy (ddp keeps every layer whole on each card);
-            resident_layers (spread evenly, so that a streamed neighbour has their time too).
-        impl: "fsdp" or "stream", how offloaded bytes come to the card.
-
-    Returns:
-        Row of PLACEMENTS for each layer.
-    """
-    away = "sharded"
-    if cfg.use_cpu_offload:
-        away = {"fsdp": "offloaded", "stream": "streamed"}[impl]
-    num = num_layers if cfg.sharding_strategy == "ddp" else min(cfg.resident_layers, num_layers)
-    return tuple(
-        "resident" if (i + 1) * num // num_layers > i * num // num_layers else away
-        for i in range(num_layers)
-    )
-
-
 def choose(
     layout: Layout, num_layers: int, cfg: Config, cache: PackedCache, world: World
 ) -> Placed:
@@ -107,7 +87,7 @@ def choose(
     Args:
         layout: of the packed bytes of a layer.
         num_layers: decoder layers.
-        cfg: see `names_of`; and offload_impl, whose "auto" is stream on one machine where memory
+        cfg: see plan.sizes.setting_of; offload_impl "auto" is stream on one machine where memory
             can be shared, else fsdp.
         cache: a copy that the host has no room for is mapped from its files.
         world: the ranks; all must call and decide the same.
@@ -118,14 +98,12 @@ def choose(
     Raises:
         UserError: streaming was asked for and cannot be, or the host has no room (code 3).
     """
-    names = names_of(num_layers, cfg, "stream")
+    names = setting_of(cfg, num_layers, world.size).placements
     num_streamed = names.count("streamed")
     if not num_streamed:
-        return Placed(names, _note(names, ""))
+        return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
     nbytes = num_streamed * layout.nbytes
-    refusal, memory = "as asked", None
-    if cfg.offload_impl != "fsdp":
-        refusal, memory = _host_copy(nbytes, cfg, cache.directory is not None, world)
+    refusal, memory = _host_copy(nbytes, cfg, cache.directory is not None, world)
     if refusal and cfg.offload_impl == "stream":
         raise UserError(
             f"--offload_impl stream: {refusal}",
@@ -134,7 +112,8 @@ def choose(
             code=3,
         )
     if refusal:
-        names = names_of(num_layers, cfg, "fsdp")
+        by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
+        names = setting_of(by_fsdp, num_layers, world.size).placements
         return Placed(names, _note(names, f" ({refusal})"))
     streamer = Streamer(num_streamed, layout.nbytes, NUM_SLOTS, world.device)
     place = " (mapped from the cache: the host has no room for a copy)"
@@ -167,8 +146,11 @@ def _host_copy(
 
 def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
     """What there is when it is less than `nbytes`, else "": the same on every rank."""
-    if budget_gib is not None and budget_gib * GIB < nbytes:
-        return f"{budget_gib:g} GiB are allowed by --host_budget_gib"
+    if budget_gib is not None:
+        used_gib = sum(value for (value,) in world.gather([pss_gib()]))
+        if (budget_gib - used_gib) * GIB < nbytes:
+            left_gib = max(budget_gib - used_gib, 0.0)
+            return f"{left_gib:.1f} GiB are left of --host_budget_gib {budget_gib:g}"
     now = machine_memory()
     free_gib = now["host_available_gib"] or 0.0
     if now["cgroup_limit_gib"] is not None:

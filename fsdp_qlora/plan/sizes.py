@@ -85,7 +85,7 @@ class Setting:
         accumulation: micro-batches of an optimizer step.
         placements: of the packed bytes of each decoder layer, see PLACEMENTS.
         levels: what each decoder layer keeps for its backward, see LEVELS.
-        strategy: row of config.STRATEGIES.
+        strategy: row of choices.STRATEGIES.
     """
 
     num_ranks: int
