@@ -11,6 +11,7 @@ from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 CONFIG_FILES = ["config.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Sub-directories hold other formats, and consolidated* is a second copy of the same weights.
 LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
@@ -65,6 +66,21 @@ def locate(model_name: str, need_weights: bool) -> Path:
         remedy = "add --weights random to measure, or give a model directory or hub name"
         raise UserError(model_name, "is a shape without weights", remedy, INPUT)
     return SHAPES_DIRECTORY / f"{model_name.lower()}.json"
+
+
+def fetch_tokenizer(hub_name: str) -> Path:
+    """Find the tokenizer of a model on the hub, without its weights.
+
+    Args:
+        hub_name: ORGANISATION/MODEL.
+
+    Returns:
+        A directory with its files.
+
+    Raises:
+        UserError: gated, unknown or out of reach (code 3).
+    """
+    return _download(hub_name, [*CONFIG_FILES, *TOKENIZER_FILES])
 
 
 def _shape_of(hub_name: str) -> Path | None:

@@ -1,21 +1,24 @@
-"""Rows to batches: templates (text), sources (rows), tokens (ids), batches (tensors).
+"""Rows to batches: sources (rows), shapes and templates (text), tokens (ids), batches (tensors).
 
 `build` goes the whole way. torch and transformers are imported by it, not with this package.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
-from fsdp_qlora.data import sources, templates, tokens
+from fsdp_qlora.data import audit, prepare, sources, tokenizer
+from fsdp_qlora.data.chat import Refused
+from fsdp_qlora.data.prepare import Prepared
+from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.batches import Batch, Batches
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+PAD_MULTIPLES = {"cuda": 64}  # fewer shapes, so that the allocator finds its blocks again
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,27 @@ class Data:
         train: this rank's training batches, by optimizer step.
         held_out: this rank's held-out batches; as many on every rank.
         tokenizer: transformers tokenizer, or None where none is needed.
-        audit: what became of the rows; its text form is one line.
+        audit: what became of the rows; its text form is one line, `facts` are for the record.
         sample_prompt: `cfg.sample_prompt` in the shape of the training rows, or None.
     """
 
     train: "Batches"
     held_out: "list[Batch]"
     tokenizer: Any
-    audit: tokens.Audit
+    audit: audit.Audit
     sample_prompt: str | None
 
 
 def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
-    """Make the data of a run; every rank does the same work and keeps its own share.
+    """Make the data of a run; every rank keeps its own share.
+
+    One rank makes the tokens and the others read them, where the cache of tokens is in use; else
+    every rank does the same work. No collective is called.
 
     Args:
         cfg: the run's configuration.
         info: the model: directory of the tokenizer, rows of the embedding.
-        world: has `rank` and `size`; no collective is called.
+        world: has `rank`, `size` and `device`.
 
     Returns:
         The data.
@@ -54,19 +60,21 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     from fsdp_qlora.data import batches
 
     is_dummy = cfg.dataset == sources.DUMMY
-    tokenizer = None if is_dummy and cfg.sample_prompt is None else load_tokenizer(info)
-    length, example = cfg.context_length, {"text": ""}
-    if is_dummy:
-        samples = tokens.dummy_samples(cfg.dataset_samples, length, info.vocab_size, cfg.seed)
-        audit = tokens.audit(samples, len(samples), 0, 0, length)
-    else:
-        rows = sources.read(cfg.dataset, cfg.dataset_samples, cfg.seed)
-        samples, audit = tokens.tokenize(rows, tokenizer, length, info.vocab_size)
-        example = rows[0]
-    train, held_out = tokens.split(samples, cfg.eval_samples, cfg.seed)
+    full = None if is_dummy and cfg.sample_prompt is None else load_tokenizer(info)
+    text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
+    with _progress(world.rank) as progress:
+        ready = prepare.prepare(
+            cfg, text_tokenizer, info.vocab_size, lambda: full, lambda n: progress.update(n)
+        )
+    ready.check()
+    pad_multiple = PAD_MULTIPLES.get(world.device.type, 8)
+    if full is not None and text_tokenizer is not None and ready.writer and ready.uses_chat:
+        source = ready.writer.chat.template.source
+        if source != text_tokenizer.chat_template:
+            full.chat_template = source  # it is saved with the adapter
     return Data(
         train=batches.Batches(
-            train,
+            ready.train,
             cfg.batch_size,
             cfg.gradient_accumulation_steps,
             world.size,
@@ -74,11 +82,14 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
             cfg.seed,
             cfg.num_epochs,
             cfg.max_steps,
+            pad_multiple,
         ),
-        held_out=batches.held_out(held_out, cfg.batch_size, world.size, world.rank),
-        tokenizer=tokenizer,
-        audit=replace(audit, num_held_out=len(held_out)),
-        sample_prompt=cfg.sample_prompt and templates.ask(cfg.sample_prompt, example),
+        held_out=batches.held_out(
+            ready.held_out, cfg.batch_size, world.size, world.rank, pad_multiple
+        ),
+        tokenizer=full,
+        audit=audit.of(cfg, ready, world.size, pad_multiple),
+        sample_prompt=cfg.sample_prompt and _ask(cfg.sample_prompt, ready, text_tokenizer),
     )
 
 
@@ -97,14 +108,25 @@ def load_tokenizer(info: ModelInfo) -> Any:
     if info.path is None:
         remedy = "use --dataset dummy, or give a model directory"
         raise UserError("a model shape without files", "has no tokenizer", remedy)
-    path = Path(info.path)
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
-        remedy = "put tokenizer.json there, or use --dataset dummy"
-        raise UserError(str(path), "has no tokenizer", remedy)
-    from transformers import AutoTokenizer
+    return tokenizer.load(info.path)
 
+
+def _progress(rank: int) -> Any:
+    """A bar on the terminal of rank 0 while rows become tokens, if that takes some seconds."""
+    from tqdm import tqdm
+
+    is_silent = rank > 0 or not sys.stderr.isatty()
+    return tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False)
+
+
+def _ask(question: str, ready: Prepared, text_tokenizer: TextTokenizer | None) -> str:
+    """The prompt, less the beginning of text that the tokenizer will put there again."""
+    if ready.writer is None or text_tokenizer is None:
+        return question
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust side raises bare Exception
-        rule = f"its tokenizer cannot be read ({str(error)[:120]})"
-        raise UserError(str(path), rule, "fetch its tokenizer files again") from error
+        prompt = ready.writer.ask(question, ready.example)
+    except Refused as refusal:
+        rule = f"cannot be asked ({refusal})"
+        raise UserError(f"--sample_prompt {question}", rule, "leave it out") from refusal
+    bos = text_tokenizer.names.get("bos_token", "") if text_tokenizer.adds_bos else ""
+    return prompt.removeprefix(bos)

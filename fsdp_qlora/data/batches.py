@@ -1,15 +1,16 @@
 """Samples to padded tensors: which rows a rank sees at which step is a function, not a state.
 
-Shapes: B rows of a micro-batch, T tokens of its longest row, padded to a multiple of 8.
+Shapes: B rows of a micro-batch, T tokens of its longest row, padded to a multiple of 8 or 64.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from fsdp_qlora.data.tokens import Sample
+from fsdp_qlora.data import order
+from fsdp_qlora.data.store import Part, Sample
 
 NOT_TRAINED = -100
 # Any valid id would do: padding stands right of the text, where a causal model never looks from
@@ -37,11 +38,11 @@ class Batch:
 class Batches:
     """The batches of one rank, by optimizer step.
 
-    Each epoch is a fresh permutation of the rows, cut into global batches of
-    `batch_size * accumulation * world_size` rows (the last may be smaller). Within a global batch
-    rows of like length meet in a micro-batch and are dealt to the ranks in turn, longest first:
-    little padding, ranks equally busy, and the same gradient, since every trained token of the
-    global batch weighs the same.
+    Each epoch is a fresh order of the rows, cut into global batches of
+    `batch_size * accumulation * world_size` rows, some with one more so that none are left over.
+    Within a global batch rows of like length meet in a micro-batch and are dealt to the ranks in
+    turn, longest first: little padding, ranks equally busy, and the same gradient, since every
+    trained token of the global batch weighs the same.
 
     Args:
         samples: all training samples, the same on every rank.
@@ -49,15 +50,15 @@ class Batches:
         accumulation: micro-batches of an optimizer step.
         world_size: ranks.
         rank: this rank.
-        seed: seed of the permutations.
+        seed: seed of the orders.
         num_epochs: passes over the rows, if `max_steps` is not positive.
         max_steps: optimizer steps in all, if positive.
-        pad_multiple: T is a multiple of this.
+        pad_multiple: T is a multiple of this, up to the longest row.
     """
 
     def __init__(
         self,
-        samples: list[Sample],
+        samples: Part,
         batch_size: int,
         accumulation: int,
         world_size: int,
@@ -67,21 +68,24 @@ class Batches:
         max_steps: int,
         pad_multiple: int = 8,
     ) -> None:
-        assert samples and 0 <= rank < world_size
+        assert len(samples) and 0 <= rank < world_size
         self.samples = samples
         self.rows_per_micro = batch_size * world_size
         self.rows_per_step = self.rows_per_micro * accumulation
         self.world_size, self.rank = world_size, rank
         self.seed, self.pad_multiple = seed, pad_multiple
-        self.steps_per_epoch = math.ceil(len(samples) / self.rows_per_step)
+        self.longest = int(samples.lengths.max())
+        self.steps_per_epoch = order.num_steps(len(samples), self.rows_per_step)
         self.num_steps = max_steps if max_steps > 0 else num_epochs * self.steps_per_epoch
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the order last used
 
-    def rows(self, step: int) -> list[int]:
+    def rows(self, step: int) -> np.ndarray:
         """Indices of the samples that all ranks together see at optimizer step `step`."""
-        epoch, part = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.samples))
-        chosen = order[part * self.rows_per_step : (part + 1) * self.rows_per_step].tolist()
-        return sorted(chosen, key=lambda i: len(self.samples[i].input_ids), reverse=True)
+        number, part = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != number:
+            dealt = order.epoch(self.samples.lengths, self.rows_per_step, self.seed, number)
+            self._epoch = (number, dealt)
+        return self._epoch[1][part]
 
     def step(self, step: int) -> list[Batch]:
         """Make this rank's micro-batches of optimizer step `step`.
@@ -93,40 +97,48 @@ class Batches:
             As many batches on every rank; a rank left without a row gets a batch of one row of
             padding, in which nothing is trained.
         """
-        rows = self.rows(step)
-        starts = range(0, len(rows), self.rows_per_micro)
-        micro = (rows[i : i + self.rows_per_micro][self.rank :: self.world_size] for i in starts)
-        return [collate([self.samples[i] for i in mine], self.pad_multiple) for mine in micro]
+        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.world_size)
+        mine = ([self.samples[int(i)] for i in parts[self.rank]] for parts in dealt)
+        return [collate(samples, self.pad_multiple, self.longest) for samples in mine]
 
     def epoch(self, step: int) -> float:
         """Passes over the rows completed once optimizer step `step` is done."""
-        epoch, part = divmod(step, self.steps_per_epoch)
-        return epoch + min((part + 1) * self.rows_per_step / len(self.samples), 1.0)
+        number, part = divmod(step, self.steps_per_epoch)
+        num_done = (part + 1) * len(self.samples) // self.steps_per_epoch
+        return number + num_done / len(self.samples)
 
 
-def collate(samples: list[Sample], pad_multiple: int = 8) -> Batch:
+def collate(
+    samples: Sequence[Sample], pad_multiple: int = 8, longest_of_all: int | None = None
+) -> Batch:
     """Pad samples on the right to a common length.
 
     Args:
         samples: rows of the batch; none gives one row of padding.
         pad_multiple: T is the smallest multiple of this that holds the longest row.
+        longest_of_all: T goes no further than the multiple of 8 that holds a row of so many
+            tokens; None for no such bound.
 
     Returns:
         The batch, on the CPU.
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
-    shape = (max(len(samples), 1), math.ceil(longest / pad_multiple) * pad_multiple)
+    width = order.padded_width(longest, pad_multiple, longest_of_all or longest + pad_multiple)
+    shape = (max(len(samples), 1), width)
     input_ids = torch.full(shape, PAD_ID, dtype=torch.int64)
     labels = torch.full(shape, NOT_TRAINED, dtype=torch.int64)
     for row, sample in enumerate(samples):
-        ids, start = torch.from_numpy(sample.input_ids), sample.num_prompt_tokens
+        ids = torch.from_numpy(sample.input_ids).long()
         input_ids[row, : len(ids)] = ids
-        labels[row, start : len(ids)] = ids[start:]
+        is_trained = torch.from_numpy(sample.is_trained)
+        labels[row, : len(ids)] = ids.masked_fill(~is_trained, NOT_TRAINED)
     num_trained = sum(sample.num_trained_tokens for sample in samples)
     return Batch(input_ids, labels, num_trained, sum(len(s.input_ids) for s in samples))
 
 
-def held_out(samples: list[Sample], batch_size: int, world_size: int, rank: int) -> list[Batch]:
+def held_out(
+    samples: Part, batch_size: int, world_size: int, rank: int, pad_multiple: int = 8
+) -> list[Batch]:
     """Make this rank's share of the held-out rows: every row once, as many batches on each rank.
 
     Args:
@@ -134,11 +146,22 @@ def held_out(samples: list[Sample], batch_size: int, world_size: int, rank: int)
         batch_size: rows of a batch.
         world_size: ranks.
         rank: this rank.
+        pad_multiple: T is a multiple of this, up to the longest row.
 
     Returns:
         Batches on the CPU; none if there are no samples.
     """
-    if not samples:
+    if not len(samples):
         return []
-    batches = Batches(samples, batch_size, 1, world_size, rank, seed=0, num_epochs=1, max_steps=0)
+    batches = Batches(
+        samples,
+        batch_size,
+        1,
+        world_size,
+        rank,
+        seed=0,
+        num_epochs=1,
+        max_steps=0,
+        pad_multiple=pad_multiple,
+    )
     return [batch for step in range(batches.num_steps) for batch in batches.step(step)]

@@ -1,113 +1,317 @@
-"""Rows to token ids, with what is lost on the way counted."""
+"""Rows to token ids, many at a time, with what is lost on the way counted."""
 
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.data import templates
+from fsdp_qlora.data.chat import Refused, Span, Text
+from fsdp_qlora.data.rows import Bad, Piece, Place
+from fsdp_qlora.data.store import Builder, Part, Sample, Store, of_samples
+from fsdp_qlora.data.templates import Writer
+from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import UserError
 
+CHUNK = 256  # texts that a thread tokenizes at once
+NUM_EXAMPLES = 5
+NO_TEXT = Text("", (), has_markup=True)
+MOST_BAD = 1000  # then reading stops: the format is another one than we think
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One row as ids; ids from `num_prompt_tokens` on are trained, the very first never is.
+
+@dataclass
+class Counts:
+    """What became of the rows.
 
     Args:
-        input_ids: int32 array of shape [num_tokens].
-        num_prompt_tokens: leading ids that are given and not learned.
+        num_rows: rows that were good.
+        kinds: how they were treated -> how many.
+        num_bad: rows that were not.
+        bad: place and fault of the first of them.
+        num_cut: samples longer than the context.
+        num_empty: samples without anything to learn.
+        num_beyond: samples whose answers all lie beyond the context.
+        num_with_end: samples that hold the end-of-text token.
+        num_learning_end: samples that learn it.
+        examples: "cut", "empty" and "beyond" -> places of the first of them.
+        largest_id: of all samples.
     """
 
-    input_ids: np.ndarray
-    num_prompt_tokens: int
+    num_rows: int = 0
+    kinds: Counter = field(default_factory=Counter)
+    num_bad: int = 0
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    num_cut: int = 0
+    num_empty: int = 0
+    num_beyond: int = 0
+    num_with_end: int = 0
+    num_learning_end: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    largest_id: int = -1
 
-    @property
-    def num_trained_tokens(self) -> int:
-        """Ids that are the target of a prediction."""
-        return max(len(self.input_ids) - max(self.num_prompt_tokens, 1), 0)
+    def example(self, what: str, place: Place) -> None:
+        """Remember a place, if it is one of the first.
 
-
-@dataclass(frozen=True)
-class Audit:
-    """What became of the rows; tokens are counted after cutting.
-
-    Args:
-        num_rows: rows read.
-        num_cut: rows longer than the context, trained up to there.
-        num_dropped: rows without a token to train (no answer, or none within the context).
-        context_length: tokens a row may have.
-        num_tokens: tokens of the rows that are kept.
-        num_trained_tokens: those of them that are targets.
-        longest_tokens: length of the longest row that is kept.
-        num_held_out: kept rows that are set aside for the held-out loss.
-    """
-
-    num_rows: int
-    num_cut: int
-    num_dropped: int
-    context_length: int
-    num_tokens: int
-    num_trained_tokens: int
-    longest_tokens: int
-    num_held_out: int = 0
-
-    def __str__(self) -> str:
-        held_out = f" ({self.num_held_out} held out)" if self.num_held_out else ""
-        cut = f", {self.num_cut:,} cut at {self.context_length}" if self.num_cut else ""
-        dropped = f", {self.num_dropped:,} dropped (nothing to learn)" if self.num_dropped else ""
-        return (
-            f"{self.num_rows:,} rows{held_out}{cut}{dropped}; {self.num_tokens:,} tokens, "
-            f"{self.num_trained_tokens:,} of them trained, longest row {self.longest_tokens:,}"
-        )
+        Args:
+            what: "cut", "empty" or "beyond".
+            place: of the row.
+        """
+        places = self.examples.setdefault(what, [])
+        if len(places) < NUM_EXAMPLES and str(place) not in places:
+            places.append(str(place))
 
 
-def tokenize(
-    rows: list[dict], tokenizer: Any, context_length: int, vocab_size: int
-) -> tuple[list[Sample], Audit]:
-    """Tokenize rows: prompt masked, end-of-text appended and trained.
+class _Job(NamedTuple):
+    """One text on its way: `block` is None for a sample of its own, else whether its text ends."""
 
-    Prompt and completion are tokenized as one text, as they are at generation time; what the
-    prompt alone shares with it from the left is the masked part. A row that is cut gets no
-    end-of-text: it did not end. A beginning-of-text id appears if the tokenizer adds one.
+    place: Place
+    text: Text
+    codes: np.ndarray | None = None
+    block: bool | None = None
+    starts_text: bool = False
+
+
+def fill(
+    builder: Builder,
+    rows: Iterable[tuple[Place, Any]],
+    writer: Writer,
+    tokenizer: TextTokenizer,
+    context_length: int,
+    progress: Callable[[int], None] = lambda num_rows: None,
+) -> Store:
+    """Tokenize rows: what is given masked, the end of text appended and learned.
+
+    A text is tokenized as a whole, as it is when the model is used; a token is learned when a
+    character of it is. A row that is cut gets no end of text: it did not end. Running text is cut
+    into blocks of the context's length, nothing of it left out.
 
     Args:
-        rows: rows that `templates.render` accepts.
-        tokenizer: a transformers tokenizer.
-        context_length: most tokens a sample may have.
-        vocab_size: rows of the model's embedding.
+        builder: gets the samples, in the order of the rows.
+        rows: from `sources.read`.
+        writer: makes text of them.
+        tokenizer: makes ids of that.
+        context_length: most tokens of a sample.
+        progress: told now and then how many more rows are done.
 
     Returns:
-        The samples in the order of the rows, and the count of what was cut or dropped.
+        The samples; their facts are the fields of `Counts`.
 
     Raises:
-        UserError: no end-of-text token, an id outside the embedding, or no row left.
+        UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
+            not raised.
     """
-    eos_id = tokenizer.eos_token_id
-    if eos_id is None:
-        remedy = "set eos_token in tokenizer_config.json"
-        raise UserError("tokenizer", "has no end-of-text token", remedy)
-    pairs = [templates.render(row) for row in rows]
-    prompts = _encode(tokenizer, [prompt for prompt, _ in pairs])
-    texts = _encode(tokenizer, [prompt + completion for prompt, completion in pairs])
-    samples, num_cut, num_dropped = [], 0, 0
-    for (_, completion), prompt_ids, ids in zip(pairs, prompts, texts, strict=True):
-        if ids[-1:] != [eos_id]:
-            ids = [*ids, eos_id]
-        cut_ids = np.array(ids[:context_length], dtype=np.int32)
-        sample = Sample(cut_ids, _shared_prefix(prompt_ids, ids[:-1]))
-        if not completion.strip() or sample.num_trained_tokens == 0:
-            num_dropped += 1
+    counts, num_told = Counts(), 0
+    maker = _Maker(builder, counts, context_length, tokenizer)
+    for done in _encoded(_jobs(rows, writer, counts), maker):
+        for job, codes in done:
+            maker.take(job, codes)
+        progress(counts.num_rows - num_told)
+        num_told = counts.num_rows
+    maker.finish()
+    return builder.finish({**vars(counts), "kinds": dict(counts.kinds)})
+
+
+def _encoded(jobs: Iterator["_Job"], maker: "_Maker") -> Iterator[list[tuple["_Job", np.ndarray]]]:
+    """Chunks of jobs with their codes, in order; some are in the making meanwhile."""
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    with ThreadPoolExecutor(num_threads) as pool:
+        waiting: deque = deque()
+        while True:
+            chunk = list(islice(jobs, CHUNK))
+            if chunk:
+                waiting.append((chunk, pool.submit(_encode, maker, chunk)))
+            if not waiting:
+                return
+            if not chunk or len(waiting) > num_threads:
+                done, future = waiting.popleft()
+                yield list(zip(done, future.result(), strict=True))
+
+
+def _jobs(rows: Iterable[tuple[Place, Any]], writer: Writer, counts: Counts) -> Iterator[_Job]:
+    starts_text, name = True, None
+    for place, row in rows:
+        if not starts_text and place.name != name:
+            yield _end(place)
+            starts_text = True
+        name = place.name
+        fault = row.words if isinstance(row, Bad) else writer.problem(row)
+        jobs: list[_Job] = []
+        if fault is None and writer.is_block(row):
+            jobs = [_block(place, row, starts_text)]
+            starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
+        elif fault is None:
+            try:
+                jobs = list(_samples(place, row, writer))
+            except Refused as refusal:
+                fault = f"cannot be written as text ({refusal})"
+        if fault is not None:
+            counts.num_bad += 1
+            counts.bad += [(str(place), fault)] * (len(counts.bad) < NUM_EXAMPLES)
+            if counts.num_bad == MOST_BAD:
+                return
             continue
-        samples.append(sample)
-        num_cut += len(ids) > context_length
-    if not samples:
-        rule = f"none has an answer within {context_length} tokens"
-        raise UserError(f"{len(rows)} rows", rule, "raise --context_length or check the answers")
-    _check_ids(samples, vocab_size)
-    return samples, audit(samples, len(rows), num_cut, num_dropped, context_length)
+        counts.num_rows += 1
+        counts.kinds[writer.name(row)] += 1
+        yield from jobs
+    if not starts_text and name is not None:
+        yield _end(Place(name, 1))
 
 
-def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> list[Sample]:
+def _end(place: Place) -> _Job:
+    """The end of a running text whose last row did not tell."""
+    return _Job(place, NO_TEXT, None, True)
+
+
+def _block(place: Place, row: Any, starts_text: bool) -> _Job:
+    """A row that ends in a line break goes on in the next one (wikitext has a row a line)."""
+    text = row.text if isinstance(row, Piece) else row["text"]
+    ends = row.is_last if isinstance(row, Piece) else bool(text) and not text.endswith("\n")
+    return _Job(place, Text(text, (), has_markup=True), None, ends, starts_text)
+
+
+def _samples(place: Place, row: dict, writer: Writer) -> Iterator[_Job]:
+    if writer.is_ids(row):
+        yield _Job(place, NO_TEXT, _codes_of_ids(row, writer.train_on == "all"))
+    else:
+        for text in writer.write(row):
+            yield _Job(place, text)
+
+
+def _codes_of_ids(row: dict, learns_all: bool) -> np.ndarray:
+    ids = np.array(row["input_ids"], np.int32)
+    labels, mask = row.get("labels"), row.get("attention_mask")
+    is_trained = np.ones(len(ids), bool)
+    if labels is not None and not learns_all:
+        is_trained = np.array(labels, np.int64) == ids
+    codes = np.where(is_trained, ids, ~ids)
+    return codes if mask is None else codes[np.array(mask, bool)]
+
+
+def _encode(maker: "_Maker", jobs: list[_Job]) -> list[np.ndarray]:
+    """Codes of every job, not yet cut; runs in a thread, most of it without Python's lock."""
+    found: list[np.ndarray | None] = [job.codes for job in jobs]
+    for has_markup in (False, True):
+        of_kind = (job.codes is None and job.text.has_markup == has_markup for job in jobs)
+        chosen = [i for i, is_chosen in enumerate(of_kind) if is_chosen]
+        encodings = maker.tokenizer.encode([jobs[i].text.text for i in chosen], not has_markup)
+        for i, encoding in zip(chosen, encodings, strict=True):
+            found[i] = maker.codes(jobs[i], encoding)
+    return [codes for codes in found if codes is not None]
+
+
+class _Maker:
+    """Codes to samples."""
+
+    def __init__(
+        self, builder: Builder, counts: Counts, context_length: int, tokenizer: TextTokenizer
+    ) -> None:
+        self.builder, self.counts, self.context_length = builder, counts, context_length
+        self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_id
+        self.added_ids = np.array(sorted(tokenizer.added_ids | {self.eos_id}), np.int32)
+        bos_id = tokenizer.core.token_to_id(tokenizer.names.get("bos_token", ""))
+        self.bos_codes = np.array([~bos_id] if tokenizer.adds_bos else [], np.int32)
+        self.running: list[np.ndarray] = []  # codes of the block that is being filled
+        self.num_running, self.running_place = 0, Place("", 0)
+
+    def codes(self, job: _Job, encoding: Any) -> np.ndarray:
+        """Ids with what is given marked, the end of text appended where none is."""
+        text = job.text
+        ids = np.array(encoding.ids, np.int32)
+        if job.block is not None:
+            start = [self.bos_codes] if job.starts_text else []
+            end = [np.array([self.eos_id], np.int32)] if job.block else []
+            return np.concatenate([*start, ids, *end])
+        is_trained, last_span = mask(encoding, text.spans, len(ids))
+        reaches_end = bool(text.spans) and text.spans[-1][1] == len(text.text)
+        has_end = len(ids) > 0 and ids[-1] == self.eos_id
+        if text.has_markup:
+            has_end = has_end or bool(np.isin(ids[last_span], self.added_ids).any())
+        elif has_end:
+            is_trained[-1] |= reaches_end
+        codes = np.where(is_trained, ids, ~ids)
+        if has_end or (text.has_markup and not reaches_end):
+            return codes
+        end_code = self.eos_id if reaches_end else ~self.eos_id
+        return np.append(codes, np.int32(end_code))
+
+    def take(self, job: _Job, codes: np.ndarray) -> None:
+        """Turn the codes of a job into samples, in the order of the rows."""
+        if job.block is None:
+            self._add(codes, job)
+            return
+        while len(codes):
+            self.running_place = self.running_place if self.running else job.place
+            room = self.context_length - self.num_running
+            self.running.append(codes[:room])
+            self.num_running += len(codes[:room])
+            codes = codes[room:]
+            if self.num_running == self.context_length:
+                self._flush()
+
+    def finish(self) -> None:
+        """End the last block."""
+        if self.num_running > 1:  # of a single token nothing can be learned
+            self._flush()
+
+    def _flush(self) -> None:
+        job = _Job(self.running_place, NO_TEXT)
+        codes, self.running, self.num_running = np.concatenate(self.running), [], 0
+        self._add(codes, job)
+
+    def _add(self, codes: np.ndarray, job: _Job) -> None:
+        counts, length = self.counts, self.context_length
+        cut = codes[:length]
+        if not (cut[1:] >= 0).any():
+            is_beyond = bool((codes[1:] >= 0).any())
+            counts.num_beyond += is_beyond
+            counts.num_empty += not is_beyond
+            counts.example("beyond" if is_beyond else "empty", job.place)
+            return
+        if len(codes) > length:
+            counts.num_cut += 1
+            counts.example("cut", job.place)
+        ids = np.where(cut < 0, ~cut, cut)
+        counts.largest_id = max(counts.largest_id, int(ids.max()))
+        counts.num_with_end += bool((ids == self.eos_id).any())
+        counts.num_learning_end += bool((cut[1:] == self.eos_id).any())
+        self.builder.add(cut, job.place, len(codes))
+
+
+def mask(encoding: Any, spans: tuple[Span, ...], num_ids: int) -> tuple[np.ndarray, slice]:
+    """Find the tokens that hold a character of a span.
+
+    Args:
+        encoding: a `tokenizers.Encoding`.
+        spans: (first character, end), in order.
+        num_ids: tokens of it.
+
+    Returns:
+        bool [num_ids], and which tokens the last span has.
+    """
+    is_inside, tokens = np.zeros(num_ids, bool), slice(0, 0)
+    for start, stop in spans:
+        found = (encoding.char_to_token(i) for i in range(start, stop))
+        first = next((token for token in found if token is not None), num_ids)
+        found = (encoding.char_to_token(i) for i in range(stop - 1, start - 1, -1))
+        last = next((token for token in found if token is not None), -1)
+        while last + 1 < num_ids and _holds(encoding, last + 1, last):
+            last += 1  # a character that is several tokens
+        tokens = slice(first, last + 1)
+        is_inside[tokens] = True
+    return is_inside, tokens
+
+
+def _holds(encoding: Any, token: int, before: int) -> bool:
+    """Whether a token stands for bytes of the character that the one before ends in."""
+    chars, chars_before = encoding.token_to_chars(token), encoding.token_to_chars(before)
+    return bool(chars and chars_before and chars[0] < chars_before[1])
+
+
+def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> Part:
     """Make random rows of full length, every id trained: for measuring speed and memory.
 
     Args:
@@ -122,65 +326,19 @@ def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> 
     ids = np.random.default_rng(seed).integers(
         vocab_size, size=(num, context_length), dtype=np.int32
     )
-    return [Sample(row, 0) for row in ids]
+    return of_samples([Sample(row, np.ones(context_length, bool)) for row in ids], "dummy")
 
 
-def audit(
-    samples: list[Sample], num_rows: int, num_cut: int, num_dropped: int, context_length: int
-) -> Audit:
-    """Count the tokens of the samples that were kept.
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Check that the model's embedding has a row for every id.
 
     Args:
-        samples: the rows that were kept.
-        num_rows: rows that were read.
-        num_cut: rows that were cut.
-        num_dropped: rows that were dropped.
-        context_length: most tokens a sample may have.
-
-    Returns:
-        The counts, with a one-line text form.
-    """
-    lengths = [len(sample.input_ids) for sample in samples]
-    num_trained = sum(sample.num_trained_tokens for sample in samples)
-    return Audit(
-        num_rows, num_cut, num_dropped, context_length, sum(lengths), num_trained, max(lengths)
-    )
-
-
-def split(samples: list[Sample], num_eval: int, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Set rows aside for the held-out loss.
-
-    Args:
-        samples: all samples.
-        num_eval: how many to set aside, chosen at random.
-        seed: seed of the choice.
-
-    Returns:
-        (train, held_out), each in the order of `samples`.
+        largest: id of all samples.
+        vocab_size: rows of the embedding.
 
     Raises:
-        UserError: no row would be left to train on.
+        UserError: it has not.
     """
-    if num_eval >= len(samples):
-        rule = f"only {len(samples)} rows can be used, and some must be trained on"
-        raise UserError(f"--eval_samples {num_eval}", rule, f"at most {len(samples) - 1}")
-    chosen = set(np.random.default_rng(seed).permutation(len(samples))[:num_eval].tolist())
-    train = [sample for i, sample in enumerate(samples) if i not in chosen]
-    return train, [samples[i] for i in sorted(chosen)]
-
-
-def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _shared_prefix(prompt_ids: list[int], ids: list[int]) -> int:
-    pairs = enumerate(zip(prompt_ids, ids, strict=False))
-    differ = (i for i, (ours, theirs) in pairs if ours != theirs)
-    return next(differ, min(len(prompt_ids), len(ids)))
-
-
-def _check_ids(samples: list[Sample], vocab_size: int) -> None:
-    largest = max(int(sample.input_ids.max()) for sample in samples)
     if largest >= vocab_size:
         rule = f"the model's embedding has {vocab_size} rows"
         raise UserError(f"token id {largest}", rule, "use the tokenizer that belongs to the model")
