@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-MAX_TOKENS = 2048  # of a micro-batch; larger ones keep the GPU busy as they are
+# Weights of a layer times tokens of a micro-batch: with more work the GPU is busy as it is, and a
+# graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is bound by
+# the host, 70B at 1024 is not).
+MAX_WORK = 5e11
 MAX_SHAPES = 8  # a graph keeps the memory of a layer's pass
 NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
 
@@ -63,7 +66,8 @@ class Graphs:
             The graphs; None when the layer is to be run as it is.
         """
         num_tokens = hidden.shape[0] * hidden.shape[1]
-        if self.failure or num_tokens > MAX_TOKENS:
+        num_weights = sum(rows * cols for rows, cols in body.store.layout.shapes)
+        if self.failure or num_weights * num_tokens > MAX_WORK:
             return None
         key = tuple(hidden.shape)
         if key not in self.passes and len(self.passes) < MAX_SHAPES:

@@ -16,7 +16,7 @@ from fsdp_qlora.plan.sizes import setting_of
 from fsdp_qlora.train.memory import GIB, machine_memory, pss_gib
 from fsdp_qlora.train.world import World
 
-NUM_SLOTS = 2  # one at work, one being filled; three were no faster (70B, two H200)
+NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def choose(
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
         names = setting_of(by_fsdp, num_layers, world.size).placements
         return Placed(names, _note(names, f" ({refusal})"))
-    streamer = Streamer(num_streamed, layout.nbytes, NUM_SLOTS, world.device)
+    num_slots = NUM_SLOTS + ("resident" in names)
+    streamer = Streamer(num_streamed, layout.nbytes, num_slots, world.device)
     place = " (mapped from the cache: the host has no room for a copy)"
     if memory is not None:
         streamer.sources = memory.bytes.split(layout.nbytes)

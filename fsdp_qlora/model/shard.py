@@ -27,7 +27,7 @@ from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
 
 # Adapters of this size (all of them, in the compute dtype) are gathered and reduced together.
-ONE_GROUP_BYTES = 512 * 2**20
+ONE_GROUP_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
