@@ -7,15 +7,29 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
     "bench": ("fsdp_qlora.results.bench", "main", "measure ours against its peers, in turn"),
+    "convert": ("fsdp_qlora.results.verbs", "convert", "make an adapter of the reference's file"),
     "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
+    "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
+    "evaluate": (
+        "fsdp_qlora.results.evaluate",
+        "main",
+        "held-out loss of a base with and without its adapter",
+    ),
+    "generate": (
+        "fsdp_qlora.results.generate",
+        "main",
+        "answer a prompt, or converse, with a base and its adapter",
+    ),
+    "merge": ("fsdp_qlora.results.verbs", "merge", "add an adapter to its base, and compare"),
     "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
+    "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
     "random": (
         "fsdp_qlora.model.random_checkpoint",
         "main",
         "write a 16-bit checkpoint of a known shape, random weights, to measure with",
     ),
-    "report": ("fsdp_qlora.results.report", "main", "draw loss and memory of a run"),
+    "report": ("fsdp_qlora.results.report", "main", "draw a run, or several side by side"),
 }
 
 

@@ -65,6 +65,7 @@ STRATEGIES = {
 }
 OPTIMIZERS = {"adamw": True, "adam": False, "sgd": False, "adadelta": False}
 SCHEDULERS = {"constant": True, "linear": True, "cosine": True}
+PACKINGS = any_of("auto", "on", "off")
 OFFLOADS = any_of("auto", "fsdp", "stream")
 ATTENTIONS = any_of("auto", "sdpa", "flash_attention_2", "eager")
 LOGS = {"tqdm": True, "stdout": True, "wandb": False}
@@ -81,7 +82,13 @@ ALIASES = {
     "per_device_train_batch_size": "batch_size",
     "report_to": "log_to",
 }
-NO_PROFILER = "the profiler is not built yet"
+FITS = any_of("auto", "off")
+PLANS = any_of("check", "ignore")
+RUNS = any_of("auto", "on", "off")
+PROFILER = (
+    *("profiling_output", "profiling_frequency", "wait_steps", "warmup_steps", "active_steps"),
+    *("repeat", "export_trace", "export_memory_timeline", "with_stack", "with_shapes"),
+)
 NO_WANDB = "wandb is not built yet"
 TEXT = "printable text"
 COUNT = "-1 or >= 1"

@@ -16,13 +16,17 @@ from fsdp_qlora.choices import (
     BITS,
     COUNT,
     DATASET_HELP,
+    FITS,
     LOGS,
-    NO_PROFILER,
     NO_WANDB,
     OFFLOADS,
     ONLY_FALSE,
     OPTIMIZERS,
+    PACKINGS,
+    PLANS,
     PRECISIONS,
+    PROFILER,
+    RUNS,
     SCHEDULERS,
     STRATEGIES,
     TEXT,
@@ -71,6 +75,7 @@ class Config:
     template: str | None = flag(None, "data", "kind of rows, x.jinja, or text with {columns}")
     train_on: str = flag("assistant", "data", "what is learned: answers, the last, all", TRAINED)
     system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
+    packing: str = flag("auto", "data", "on: fill context_length with several rows", PACKINGS)
     context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
     token_cache: str = flag("auto", "data", "kept tokens: auto, off or DIR", rule=TEXT)
     sample_prompt: str | None = flag(None, "data", "prompt answered before and after training")
@@ -103,6 +108,11 @@ class Config:
     compile: bool = flag(False, "sharding", "torch.compile per layer: says why not")
     cuda_graphs: str = flag("auto", "sharding", "small batches by graph", any_of("auto", "off"))
     use_activation_cpu_offload: bool = flag(False, "sharding", "activations on host", ONLY_FALSE)
+    fit: str = flag("auto", "sharding", "the plan chooses what you leave open", FITS)
+    plan: str = flag("check", "sharding", "ignore: run what should not fit", PLANS)
+    dry_run: str = flag(
+        "auto", "sharding", "longest rows once, before step 1; auto: on cards", RUNS
+    )
     gpu_budget_gib: float | None = flag(None, "sharding", "cap per card in GiB", rule="> 0")
     host_budget_gib: float | None = flag(
         None, "sharding", "host memory of all ranks in GiB", rule="> 0"
@@ -114,29 +124,30 @@ class Config:
     overwrite: bool = flag(False, "output", "write into a directory that holds a run")
     save_model: bool = flag(True, "output", "save the adapter at the end")
     log_to: str = flag("tqdm", "output", "progress bar or plain lines", LOGS)
-    profile: bool = flag(False, "output", "torch profiler", ONLY_FALSE)
+
+    profile: bool = flag(False, "profiler", "write traces of torch.profiler")
+    profiling_output: str = flag("profiles", "profiler", "their directory, in that of the run")
+    profiling_frequency: int = flag(10, "profiler", "steps from trace to trace", rule=">= 1")
+    wait_steps: int = flag(1, "profiler", "of a cycle, left out, if repeat is given", rule=">= 0")
+    warmup_steps: int = flag(1, "profiler", "of a cycle, watched but not kept", rule=">= 0")
+    active_steps: int = flag(4, "profiler", "of a cycle, in the trace", rule=">= 1")
+    repeat: int = flag(0, "profiler", "cycles; 0: to the end", rule=">= 0")
+    export_trace: bool = flag(True, "profiler", "write the time line, for Perfetto")
+    export_memory_timeline: bool = flag(False, "profiler", "write allocations over time")
+    with_stack: bool = flag(False, "profiler", "record where in the program")
+    with_shapes: bool = flag(False, "profiler", "record shapes of the operands")
+    profile_memory: bool = flag(False, "profiler", "write torch's memory snapshot of a card")
 
     low_memory: bool = idle(True, "weights are always streamed layer by layer")
     loading_workers: int = idle(-1, "the ranks share the loading")
     no_sync: bool = idle(False, "the gradients of adapters are cheap to reduce")
     verbose: bool = idle(False, "what matters is always printed")
     llama_pro_path: str | None = idle(None, "llama_pro is not built yet")
-    profile_memory: bool = idle(False, "metrics.jsonl has the memory of every step")
     master_addr: str = idle("localhost", "ranks of this machine meet on 127.0.0.1")
     project_name: str = idle("fsdp_qlora", NO_WANDB)
     name: str | None = idle(None, NO_WANDB)
     group: str | None = idle(None, NO_WANDB)
     entity: str | None = idle(None, NO_WANDB)
-    profiling_output: str = idle("profiles", NO_PROFILER)
-    with_stack: bool = idle(False, NO_PROFILER)
-    with_shapes: bool = idle(False, NO_PROFILER)
-    export_trace: bool = idle(True, NO_PROFILER)
-    export_memory_timeline: bool = idle(False, NO_PROFILER)
-    wait_steps: int = idle(1, NO_PROFILER)
-    warmup_steps: int = idle(1, NO_PROFILER)
-    active_steps: int = idle(4, NO_PROFILER)
-    repeat: int = idle(0, NO_PROFILER)
-    profiling_frequency: int = idle(10, NO_PROFILER)
 
     @property
     def format_name(self) -> str:
@@ -208,18 +219,28 @@ def parse(argv: Sequence[str]) -> Config:
     )
 
 
-def find_conflicts(cfg: Config, given: frozenset[str]) -> list[UserError]:
+def given(argv: Sequence[str]) -> frozenset[str]:
+    """Return the names of the options that a command line, or the recipe it names, sets.
+
+    Args:
+        argv: arguments without the program's name, see `parse`.
+    """
+    return frozenset(cli.read(argv, Config, ALIASES, RECIPES_DIR)[0])
+
+
+def find_conflicts(cfg: Config, set_names: frozenset[str]) -> list[UserError]:
     """Return the combinations of options that cannot work.
 
     Args:
         cfg: options, each valid by itself.
-        given: names of the options the user wrote.
+        set_names: the options the user wrote.
 
     Returns:
         One error per conflict, with the remedy.
     """
     base = TRAIN_TYPES[cfg.train_type].base
-    offload = cfg.use_cpu_offload and "use_cpu_offload" in given
+    offload = cfg.use_cpu_offload and "use_cpu_offload" in set_names
+    cycle = cfg.warmup_steps + cfg.active_steps
     no_bnb = "belongs to a bitsandbytes base"
     table = [
         (
@@ -258,6 +279,12 @@ def find_conflicts(cfg: Config, given: frozenset[str]) -> list[UserError]:
             "flash attention has no fp32 kernel",
             "use --attn sdpa or --precision bf16",
         ),
+        (
+            cfg.profile and not cfg.repeat and cfg.profiling_frequency < cycle,
+            f"--profiling_frequency {cfg.profiling_frequency}",
+            f"a cycle has {cycle} steps of warmup and trace",
+            "make it longer, or say how many cycles with --repeat",
+        ),
     ]
     return [UserError(got, rule, remedy) for is_broken, got, rule, remedy in table if is_broken]
 
@@ -284,6 +311,10 @@ def cfg_notes(cfg: Config) -> list[str]:
         notes.append("without gradient checkpointing every layer keeps everything")
     if not cfg.apply_gradient_clipping and cfg.grad_norm != Config.grad_norm:
         notes.append("--grad_norm has no effect: --apply_gradient_clipping is false")
+    fields = {field.name: field for field in dataclasses.fields(cfg)}
+    if not cfg.profile:
+        changed = [n for n in PROFILER if getattr(cfg, n) != fields[n].default]
+        notes += [f"--{name} has no effect: --profile is false" for name in changed]
     return notes
 
 

@@ -47,13 +47,13 @@ def locate(model_name: str, need_weights: bool) -> Path:
         remedy = "give a directory, or ORGANISATION/MODEL"
         raise UserError(model_name, f"is no usable path ({error})", remedy, INPUT) from None
     if is_directory:
-        return path
+        return _without_metas_files(path)
     is_hub_name = model_name.count("/") == 1 and not model_name.startswith((".", "/", "~"))
     if exists or ("/" in model_name and not is_hub_name):
         remedy = "give the directory that holds config.json"
         raise UserError(model_name, "is no model directory", remedy, INPUT)
     if is_hub_name and need_weights:
-        return _download(model_name, MODEL_FILES)
+        return _without_metas_files(_download(model_name, MODEL_FILES))
     if is_hub_name:
         return (
             _find_cached(model_name) or _shape_of(model_name) or _download(model_name, CONFIG_FILES)
@@ -81,6 +81,19 @@ def fetch_tokenizer(hub_name: str) -> Path:
         UserError: gated, unknown or out of reach (code 3).
     """
     return _download(hub_name, [*CONFIG_FILES, *TOKENIZER_FILES])
+
+
+def _without_metas_files(path: Path) -> Path:
+    """Refuse a directory with Llama as Meta hands it out, and say how it is converted."""
+    has_metas = (path / "params.json").exists() or any(path.glob("consolidated.*.pth"))
+    if not has_metas or (path / "config.json").exists():
+        return path
+    rule = "holds Meta's original files (params.json, consolidated.*.pth)"
+    if (path.parent / "config.json").exists():
+        raise UserError(str(path), rule, f"give the directory above it, {path.parent}", INPUT)
+    script = "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir"
+    remedy = f"convert them with transformers below 5: {script} DIR --output_dir NEW, see README"
+    raise UserError(str(path), rule, remedy, INPUT)
 
 
 def _shape_of(hub_name: str) -> Path | None:

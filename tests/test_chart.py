@@ -61,6 +61,11 @@ def test_labels_of_equal_lines_do_not_touch_and_stay_within_the_plot():
     assert len(heights) == 4 and min(gaps) >= chart.LABEL_GAP
 
 
+def test_a_figure_stands_behind_its_label():
+    svg = draw(Series("loss", "#000000", [(0, 1.0), (1, 2.0)], figure="2.000"))
+    assert "loss 2.000" in [t.text for t in svg.iter(SVG + "text")]
+
+
 def test_names_are_escaped():
     svg = chart.draw("<a & b>", [], [Panel("t", "u", [Series("l", "#000000", [(0, 1)])])], "x")
     texts = [t.text for t in ElementTree.fromstring(svg).iter(SVG + "text")]
@@ -86,6 +91,7 @@ def test_a_long_line_is_thinned_and_keeps_its_peak_or_its_mean():
     assert len(peak) == len(mean) <= chart.MAX_POINTS
     assert max(y for _, y in peak) == 9.0 and 1.0 < max(y for _, y in mean) < 2.0
     assert peak[-1][0] == 9_999.0
+    assert len(chart.thin(points, is_peak=True, limit=90)) <= 90
 
 
 def test_smoothing_keeps_a_constant_and_fills_gaps_and_damps_noise():

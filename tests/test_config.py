@@ -108,7 +108,9 @@ def test_all_faults_are_told_at_once():
         ("--optimizer sgd", "not built yet"),
         ("--log_to wandb", "not built yet"),
         ("--n_bits 2", "not built yet; use 4"),
-        ("--profile", "not built yet; use false"),
+        ("--profile --profiling_frequency 4", "a cycle has 5 steps"),
+        ("--fit best", "no such choice"),
+        ("--plan no", "no such choice"),
         ("--use_activation_cpu_offload true", "not built yet"),
         ("--n_bits 5", "no such choice"),
         ("--lora_dropout 1", "must be from 0 to below 1"),
@@ -152,6 +154,7 @@ def test_flags_without_effect_are_noted_once_and_only_when_set():
     assert cfg_notes(parse([])) == []
     notes = cfg_notes(parse(["--low_memory", "false", "--with_stack", "--entity", "me"]))
     assert [note.split()[0] for note in notes] == ["--low_memory", "--entity", "--with_stack"]
+    assert cfg_notes(parse(["--profile", "--with_stack"])) == []
     assert cfg_notes(parse(["--grad_norm", "1"])) == [
         "--grad_norm has no effect: --apply_gradient_clipping is false"
     ]

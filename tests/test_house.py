@@ -26,7 +26,13 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
 LIGHT_ROOMS = ("base", "plan", "top")
-LIGHT_MODULES = ("data.templates", "data.sources", "results.report", "train.launch")
+LIGHT_MODULES = (
+    "data.templates",
+    "data.sources",
+    "results.report",
+    "train.launch",
+    "train.fitting",
+)
 WITHOUT_NUMPY = ("config", "cli", "errors", "train.launch")
 
 # A room imports from the rooms before it, never after; data and model know nothing of each other.
@@ -40,7 +46,7 @@ ORDER = {
     "results": 5,
     "top": 6,
 }
-RANKS = {"ranks", "world", "launch", "memory", "clock", "versions"}
+RANKS = {"ranks", "world", "launch", "failure", "memory", "clock", "versions"}
 TOPS = ("__main__", "fetch")
 
 DISTRIBUTED = "torch.distributed"

@@ -16,7 +16,7 @@ import pytest
 
 from fsdp_qlora.config import PROJECT_DIR, Config
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
-from fsdp_qlora.train import launch, ranks
+from fsdp_qlora.train import failure, launch, ranks
 
 PARENT = """
 import sys
@@ -34,7 +34,7 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {project!r})
-from fsdp_qlora.train.launch import write_error
+from fsdp_qlora.train.failure import write_error
 rank = int(os.environ["RANK"])
 out = Path([word for word in sys.argv if word.startswith("--output_dir=")][-1].split("=", 1)[1])
 (out / f"pid{{rank}}").write_text(str(os.getpid()))
@@ -292,11 +292,11 @@ def test_a_port_in_use_is_refused_and_two_free_ones_differ(tmp_path: Path):
 def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
     """Not in the order of ranks."""
     for rank in (3, 0, 1):
-        launch.write_error(tmp_path, rank, rank + 1, f"line\n{rank}")
+        failure.write_error(tmp_path, rank, rank + 1, f"line\n{rank}")
         time.sleep(0.02)
-    found = [(error.rank, error.code, error.line) for error in launch.read_errors(tmp_path)]
+    found = [(error.rank, error.code, error.line) for error in failure.read_errors(tmp_path)]
     assert found == [(3, 4, "line\\n3"), (0, 1, "line\\n0"), (1, 2, "line\\n1")]
-    assert launch.read_errors(tmp_path / "nowhere") == []
+    assert failure.read_errors(tmp_path / "nowhere") == []
 
 
 @dataclasses.dataclass

@@ -3,10 +3,12 @@
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
+from fsdp_qlora import host_memory
 from fsdp_qlora.train import memory
 
 CPU = torch.device("cpu")
@@ -81,6 +83,38 @@ def test_no_cgroup_and_no_limit_are_none(tmp_path):
         "memory/memory.usage_in_bytes": "0",
     }
     assert group(tmp_path, "1:memory:/\n", files).limit_gib is None
+
+
+def test_phase_peaks_of_a_cpu_rank_are_its_own_pages_phase_by_phase():
+    """What came and went between two marks is seen; what stays is seen in every later phase."""
+    peaks = memory.PhasePeaks(CPU)
+    base_gib = peaks.now().left_gib
+    stays = np.ones(300 * 2**20, dtype=np.uint8)
+    peaks.mark("forward")
+    goes = np.ones(200 * 2**20, dtype=np.uint8)
+    del goes
+    peaks.mark("backward")
+    peaks.mark("rest")
+    assert peaks.marks == ["forward", "backward", "rest"]
+    found = {phase: peak.allocated_gib - base_gib for phase, peak in peaks.take().items()}
+    expected = {"forward": 300, "backward": 500, "rest": 300}
+    assert stays.nbytes == 300 * 2**20
+    assert found == pytest.approx({name: mib / 1024 for name, mib in expected.items()}, abs=0.03)
+    assert peaks.take() == {} and peaks.marks == []
+    peaks.mark("forward")
+    peaks.mark("forward")
+    assert list(peaks.take()) == ["forward"]  # the higher of two
+
+
+def test_a_control_group_or_the_machine_sets_the_limit():
+    """What is in use is counted where the limit is."""
+    machine_gib = host_memory.limit_gib(memory.Cgroup())
+    assert machine_gib == pytest.approx(psutil.virtual_memory().total / memory.GIB)
+    assert host_memory.limit_gib(memory.Cgroup(limit_gib=0.5)) == 0.5
+    assert host_memory.limit_gib(memory.Cgroup(limit_gib=1e9)) == machine_gib
+    used_gib = host_memory.used_gib(memory.Cgroup())
+    assert used_gib == pytest.approx(memory.machine_memory()["host_used_gib"], abs=0.3)
+    assert host_memory.used_gib(memory.Cgroup(limit_gib=0.5)) is None
 
 
 @pytest.mark.gpu

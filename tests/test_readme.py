@@ -1,5 +1,6 @@
 """What the README says can be typed, and the files it names are there."""
 
+import dataclasses
 import itertools
 import re
 import shlex
@@ -65,12 +66,17 @@ def fault_of_training(argv: list[str]) -> str | None:
     return None
 
 
+TRAIN_VERBS = ("data", "plan")  # take the flags of train.py too
+
+
 def fault_of_verb(argv: list[str]) -> str | None:
     if not argv or argv[0] not in {*VERBS, "--help"}:
         return f"no verb {argv[:1]}"
     command = [sys.executable, "-m", "fsdp_qlora", argv[0], "--help"]
     help_text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    if argv[0] in TRAIN_VERBS:
+        help_text += " ".join(f"--{field.name}" for field in dataclasses.fields(config.Config))
     unknown = [flag for flag in flags if flag not in help_text and flag != "--help"]
     return f"no options {unknown}" if unknown else None
 

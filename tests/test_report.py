@@ -1,6 +1,5 @@
 """The picture of a run, from its record."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,32 +11,7 @@ import pytest
 from fsdp_qlora.__main__ import VERBS
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.results import report
-
-CONFIG = {"model_name": "models/SmolLM2", "train_type": "qlora", "gpu_budget_gib": None}
-
-
-def step_line(step, loss, num_ranks=2, card_gib=0.0):
-    rank = {"device_peak_reserved_gib": card_gib, "device_total_gib": 24.0 * bool(card_gib)}
-    return {
-        "step": step,
-        "epoch": step / 10,
-        "loss": loss,
-        "tokens_per_s": 400.0,
-        "step_s": 2.0,
-        "ranks": [rank | {"host_rss_gib": 1.0 + i} for i in range(num_ranks)],
-        "host": {"host_used_gib": 6.0, "host_total_gib": 15.0},
-    }
-
-
-def write_run(path, steps, evals=(), config=CONFIG):
-    """A record: the run's line, a held-out loss, the steps, a held-out loss."""
-    lines = [{"event": "run", "config": config}]
-    lines += [{"event": "eval", "when": "before", "loss": loss} for loss in evals[:1]]
-    lines += steps
-    lines += [{"event": "eval", "when": "after", "loss": loss} for loss in evals[1:]]
-    path.mkdir(exist_ok=True)
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+from tests.report_runs import CONFIG, REAL, Page, step_line, steps_of, write_run
 
 
 def texts(path):
@@ -100,6 +74,33 @@ def test_a_last_line_still_being_written_is_left_out(run_dir):
     assert len(report.read(run_dir).steps) == 12
 
 
+def test_steps_taken_again_after_a_resume_count_once(tmp_path):
+    steps = [step_line(i, 3.0) for i in (1, 2, 3, 4)] + [step_line(i, 2.0) for i in (3, 4, 5)]
+    run = report.read(write_run(tmp_path / "run", steps))
+    assert [(s["step"], s["loss"]) for s in run.steps] == [(1, 3), (2, 3), (3, 2), (4, 2), (5, 2)]
+    assert run.num_redone == 2
+
+
+def test_the_summary_tells_how_a_run_ended(tmp_path):
+    assert report.read(REAL).state == "finished"
+    steps = [step_line(1, 3.0)]
+    assert report.read(write_run(tmp_path / "a", steps)).state == "still running"
+    stopped = write_run(tmp_path / "b", steps, summary={"is_complete": False})
+    assert report.read(stopped).state == "stopped early"
+
+
+def test_the_real_record_is_read_whole():
+    run = report.read(REAL)
+    assert run.steps == steps_of(REAL) and len(run.steps) == 8
+    assert [step for step, _ in run.evals] == [0, 8]
+
+
+def test_json_that_is_no_record_is_an_error_with_its_place(run_dir):
+    (run_dir / "metrics.jsonl").write_text('{"event": "run"}\n{"step": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is neither a step nor an event"):
+        report.render(run_dir)
+
+
 def test_a_torn_line_elsewhere_is_an_error_with_its_place(run_dir):
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines()
@@ -115,18 +116,49 @@ def test_a_directory_without_a_record_or_a_step_is_an_error(tmp_path):
         report.render(write_run(tmp_path / "run", []))
 
 
-def verb(*args, code=""):
-    """Run `python -m fsdp_qlora ARGS`, or `code`, in a process of its own."""
+def verb(*args, code="", **changes):
+    """Run `python -m fsdp_qlora ARGS`, or `code`, in a process of its own, with other variables."""
     command = [sys.executable, *(["-c", code] if code else ["-m", "fsdp_qlora", *map(str, args)])]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | changes
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
 
-def test_the_verb_draws_and_prints_the_path(run_dir):
-    done = verb("report", run_dir)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"{run_dir / 'report.svg'}\n", "")
+def test_the_verb_writes_a_page_markdown_and_pictures_and_prints_their_paths(run_dir):
+    done = verb("report", run_dir, "--png", "off")
+    names = ["report.html", "report.md", "report.svg"]
+    assert done.stdout.splitlines() == [str(run_dir / name) for name in names]
+    assert (done.returncode, done.stderr) == (0, "")
     assert (run_dir / "report.svg").read_text().startswith("<svg")
-    assert {path.name for path in run_dir.iterdir()} == {"metrics.jsonl", "report.svg"}
+    assert {path.name for path in run_dir.iterdir()} == {"metrics.jsonl", *names}
+
+
+def test_without_a_browser_the_picture_is_left_out_with_a_word(run_dir, tmp_path):
+    done = verb("report", run_dir, PATH="/nowhere", HOME=str(tmp_path))
+    last = done.stdout.splitlines()[-1]
+    assert done.returncode == 0 and last.startswith("no report.png: no Chromium or Chrome found")
+    assert not (run_dir / "report.png").exists()
+
+
+def test_a_browser_that_fails_costs_the_picture_only(run_dir, tmp_path):
+    """And a report.png of a former report does not stay beside the new page."""
+    (run_dir / "report.png").write_bytes(b"of the last time")
+    program = tmp_path / "chromium"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    done = verb("report", run_dir, PATH=f"{tmp_path}:/usr/bin:/bin")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].startswith("no report.png: headless Chromium: it ended")
+    assert not (run_dir / "report.png").exists()
+
+
+def test_several_runs_are_reported_here_or_where_the_user_says(run_dir, tmp_path):
+    out = tmp_path / "both"
+    done = verb("report", run_dir, REAL, run_dir, "--out", out, "--png", "off")
+    assert done.returncode == 0 and done.stdout.startswith(f"{out / 'report.html'}\n")
+    page = Page((out / "report.html").read_text())
+    assert page.row("Figures", "steps") == [12, 8]
+    assert {"my run, smoothed", "report_run"} <= {t.get("data-name") for _, t in page.tags}
+    assert "report.html" not in {path.name for path in REAL.iterdir()}
 
 
 def test_a_fault_is_one_line_and_its_exit_code(tmp_path):

@@ -35,12 +35,13 @@ STEP_FIELDS = {
 RANK_FIELDS = {
     *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
     *("device_peak_reserved_gib", "device_used_gib", "device_total_gib"),
-    *("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib"),
+    *("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "device_rows"),
 }
-HOST_FIELDS = {"host_total_gib", "host_available_gib", "cgroup_limit_gib"}
+HOST_FIELDS = {"host_total_gib", "host_available_gib", "cgroup_limit_gib", "host_rows"}
 SUMMARY_FIELDS = {
     *("num_steps", "train_s", "total_s", "steps_per_s", "tokens_per_s", "num_tokens", "peaks"),
     *("num_trained_tokens", "loss_first", "loss_last", "num_ranks", "versions", "config"),
+    *("plan", "ledger"),
 }
 NOISE = re.compile(r"Warning|Traceback|warn|it/s\]|\r|\x1b|deprecat|Failed to load")
 
@@ -52,10 +53,10 @@ import train
 from fsdp_qlora import config
 from fsdp_qlora.train import launch
 
-def broken(cfg, world, run=train.run):
+def broken(plan, world, run=train.run):
     if world.rank == 1:
         raise LookupError("no such thing\\nsecond line")
-    run(cfg, world)
+    run(plan, world)
 
 train.run = broken
 if launch.is_rank(os.environ):
@@ -176,7 +177,7 @@ def test_two_ranks_from_end_to_end(place: Path):
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
         *("tokenizer_config.json", "run_config.json", "metrics.jsonl", "summary.json"),
-        *("report.svg", "logs"),
+        *("README.md", "report.svg", "logs"),
     }
     assert (out_dir / "logs" / "rank1.log").read_text() == ""
     table = json.loads((out_dir / "run_config.json").read_text())
@@ -186,6 +187,8 @@ def test_two_ranks_from_end_to_end(place: Path):
     for start_of_line in ("held-out  loss ", f"prompt    {QUESTION}", "before    ", "after     "):
         assert len(re.findall(f"^{re.escape(start_of_line)}", out, re.MULTILINE)) == 1
     assert out.count("--verbose has no effect") == 1
+    assert out.startswith("fits ") and out.count("CPU ranks run as asked for") == 1
+    assert out.count("memory    GiB on the host, ") == 1
     assert out.count(f"step {NUM_STEPS}/{NUM_STEPS} loss ") == 1
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["saved", "next"]
     check_adapter(out_dir)
@@ -229,7 +232,8 @@ def test_a_damaged_cache_stops_both_ranks_with_one_line(place: Path):
     content[-1000] ^= 1
     file.write_bytes(content)
     code, out, err = train(place, place / "second", *short)
-    assert (code, out, err.count("\n")) == (INTEGRITY, "", 1)
+    assert (code, err.count("\n")) == (INTEGRITY, 1)
+    assert [line.split()[0] for line in out.splitlines()] == ["fits", "fit"]  # of the plan
     assert err.startswith("error: ") and file.name in err
 
 

@@ -17,7 +17,9 @@ from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.batches import Batch, Batches
+    from fsdp_qlora.data.packed_batches import PackedBatches
 
+MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
 PAD_MULTIPLES = {"cuda": 64}  # fewer shapes, so that the allocator finds its blocks again
 
 
@@ -33,7 +35,7 @@ class Data:
         sample_prompt: `cfg.sample_prompt` in the shape of the training rows, or None.
     """
 
-    train: "Batches"
+    train: "Batches | PackedBatches"
     held_out: "list[Batch]"
     tokenizer: Any
     audit: audit.Audit
@@ -57,7 +59,7 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     Raises:
         UserError: no such data, a bad row, no usable tokenizer, nothing left to train on.
     """
-    from fsdp_qlora.data import batches
+    from fsdp_qlora.data import batches, packed_batches
 
     is_dummy = cfg.dataset == sources.DUMMY
     full = None if is_dummy and cfg.sample_prompt is None else load_tokenizer(info)
@@ -72,23 +74,23 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
         source = ready.writer.chat.template.source
         if source != text_tokenizer.chat_template:
             full.chat_template = source  # it is saved with the adapter
+    found = audit.of(cfg, ready, world.size, pad_multiple)
+    sizes = cfg.batch_size, cfg.gradient_accumulation_steps, world.size, world.rank, cfg.seed
+    rest = *sizes, cfg.num_epochs, cfg.max_steps, pad_multiple
+    train: Batches | PackedBatches
+    if cfg.packing == "on":
+        train = packed_batches.PackedBatches(ready.train, cfg.context_length, *rest)
+    else:
+        is_flat = cfg.packing == "auto" and world.device.type == "cuda"
+        is_flat = is_flat and found.facts["padding_share"]["batches"] > MOST_PADDING
+        train = batches.Batches(ready.train, *rest, is_flat)
     return Data(
-        train=batches.Batches(
-            ready.train,
-            cfg.batch_size,
-            cfg.gradient_accumulation_steps,
-            world.size,
-            world.rank,
-            cfg.seed,
-            cfg.num_epochs,
-            cfg.max_steps,
-            pad_multiple,
-        ),
+        train=train,
         held_out=batches.held_out(
             ready.held_out, cfg.batch_size, world.size, world.rank, pad_multiple
         ),
         tokenizer=full,
-        audit=audit.of(cfg, ready, world.size, pad_multiple),
+        audit=found,
         sample_prompt=cfg.sample_prompt and _ask(cfg.sample_prompt, ready, text_tokenizer),
     )
 

@@ -27,12 +27,14 @@ class Batch:
         labels: int64 [B, T], the ids themselves (not shifted), -100 where nothing is trained.
         num_trained_tokens: targets: labels other than -100 at positions 1 and later.
         num_tokens: ids that are not padding.
+        row_lengths: when B is 1 and several rows lie in it, tokens of each, padding last; else ().
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     num_trained_tokens: int
     num_tokens: int
+    row_lengths: tuple[int, ...] = ()
 
 
 class Batches:
@@ -54,6 +56,7 @@ class Batches:
         num_epochs: passes over the rows, if `max_steps` is not positive.
         max_steps: optimizer steps in all, if positive.
         pad_multiple: T is a multiple of this, up to the longest row.
+        is_flat: the rows of a micro-batch lie one after the other instead of being padded.
     """
 
     def __init__(
@@ -67,9 +70,10 @@ class Batches:
         num_epochs: int,
         max_steps: int,
         pad_multiple: int = 8,
+        is_flat: bool = False,
     ) -> None:
         assert len(samples) and 0 <= rank < world_size
-        self.samples = samples
+        self.samples, self.is_flat = samples, is_flat
         self.rows_per_micro = batch_size * world_size
         self.rows_per_step = self.rows_per_micro * accumulation
         self.world_size, self.rank = world_size, rank
@@ -99,6 +103,8 @@ class Batches:
         """
         dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.world_size)
         mine = ([self.samples[int(i)] for i in parts[self.rank]] for parts in dealt)
+        if self.is_flat:
+            return [flatten(samples, self.pad_multiple) for samples in mine]
         return [collate(samples, self.pad_multiple, self.longest) for samples in mine]
 
     def epoch(self, step: int) -> float:
@@ -134,6 +140,33 @@ def collate(
         labels[row, : len(ids)] = ids.masked_fill(~is_trained, NOT_TRAINED)
     num_trained = sum(sample.num_trained_tokens for sample in samples)
     return Batch(input_ids, labels, num_trained, sum(len(s.input_ids) for s in samples))
+
+
+def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
+    """Lay samples one after the other.
+
+    Args:
+        samples: rows of the batch; none gives padding.
+        pad_multiple: T is a multiple of this.
+
+    Returns:
+        The batch, [1, T], on the CPU. No row's last token is trained to predict the next row.
+    """
+    lengths = [len(sample.input_ids) for sample in samples]
+    width = -(-max(sum(lengths), 1) // pad_multiple) * pad_multiple
+    ids = np.full(width, PAD_ID, np.int64)
+    labels = np.full(width, NOT_TRAINED, np.int64)
+    start = 0
+    for sample, length in zip(samples, lengths, strict=True):
+        place = slice(start, start + length)
+        ids[place] = sample.input_ids
+        labels[place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
+        labels[start] = NOT_TRAINED
+        start += length
+    padding = [width - start] * (width > start)
+    num_trained = sum(sample.num_trained_tokens for sample in samples)
+    input_ids, labels_1T = (torch.from_numpy(row).unsqueeze(0) for row in (ids, labels))
+    return Batch(input_ids, labels_1T, num_trained, sum(lengths), (*lengths, *padding))
 
 
 def held_out(

@@ -6,12 +6,15 @@ Source: LoRA, arXiv 2106.09685, section 4.1.
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.config import Config
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.linear import PackedLinear
 from fsdp_qlora.model.packed import LoraSlot
 from fsdp_qlora.model.shard import blocks, local_range, set_local
@@ -57,6 +60,45 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
             a_RI.uniform_(-bound, bound, generator=_generator(seed, f"{index}.{slot.name}"))
         start, stop = local_range(block.body.lora)
         set_local(block.body, "lora", whole[start:stop].to(device))
+
+
+def load(model: nn.Module, path: Path, layers_prefix: str, device: torch.device) -> None:
+    """Fill this rank's slices from an adapter in peft's format.
+
+    Args:
+        model: sharded and filled, with slots as the adapter has them.
+        path: adapter_model.safetensors.
+        layers_prefix: where the layers are in the model, "model.layers".
+        device: where this rank keeps its slices.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape (code 5).
+    """
+    blocks_ = list(blocks(model))
+    flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
+    places = dict(named_pairs(model, flats, layers_prefix))
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != set(places):
+            other = sorted(set(file.keys()) ^ set(places))
+            raise UserError(
+                f"{path}: {other[0]} and {len(other) - 1} more",
+                "an adapter must have just the tensors of the linears that it adapts",
+                "check that it belongs to this model",
+                code=5,
+            )
+        for name, place in places.items():
+            values = file.get_tensor(name)
+            if values.shape != place.shape:
+                raise UserError(
+                    f"{path}: {name} is {list(values.shape)}",
+                    f"this model has {list(place.shape)}",
+                    "check that it belongs to this model",
+                    code=5,
+                )
+            place.copy_(values)
+    for block, flat in zip(blocks_, flats, strict=True):
+        start, stop = local_range(block.body.lora)
+        set_local(block.body, "lora", flat[start:stop].to(device))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -4,6 +4,7 @@ Shape letters: B batch, N heads, T tokens, D head size.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -18,14 +19,16 @@ WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config
 HEAD_SIZES = range(8, 257, 8)
 
 
-def register(config) -> str:
+def register(config, has_row_kernel: bool) -> str:
     """Tell transformers of `attend`; twice is harmless.
 
-    A model whose layers all attend to everything before a token needs no mask: none is then built,
-    which spares transformers a look at the position ids for which the host waits.
+    A model whose layers all attend to everything before a token needs no mask where there is a
+    kernel for rows: none is then built, which spares transformers a look at the position ids for
+    which the host waits.
 
     Args:
         config: of the model.
+        has_row_kernel: see kernels.Choice; without, transformers makes masks for rows.
 
     Returns:
         The name to build it with.
@@ -35,7 +38,8 @@ def register(config) -> str:
     AttentionMaskInterface.register(MASKED, sdpa_mask)
     kinds = set(getattr(config, "layer_types", None) or ())
     has_window = any(getattr(config, name, None) for name in WINDOWS) and not kinds
-    return MASKED if has_window or kinds - {"full_attention"} else PLAIN
+    needs_masks = not has_row_kernel or has_window or kinds - {"full_attention"}
+    return MASKED if needs_masks else PLAIN
 
 
 def attend(module, query, key, value, attention_mask, **kwargs):
@@ -52,6 +56,9 @@ def attend(module, query, key, value, attention_mask, **kwargs):
         ([B, T, N, D], None).
     """
     kept = getattr(module, "kept", None)
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None and attention_mask is None and query.device.type == "cuda":
+        return _attend_rows(query, key, value, kwargs, bounds, kept), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
     is_plain = is_plain and query.shape[2] == key.shape[2] and query.shape[2] > 1
     scale = kwargs.get("scaling")
@@ -61,11 +68,24 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     if query.device.type == "cpu":  # its kernel wants as many key heads as query heads
         num_groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
-    done = kept.take() if kept.is_replay else None
-    out, *rest = KeptAttention.apply(query, key, value, scale, kernel, done)
-    if done is None:
-        kept.store(out.detach(), *rest)
+    out = _run(query, key, value, scale, kernel, kept)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_rows(query, key, value, kwargs: dict, bounds, kept) -> torch.Tensor:
+    """Attention inside each row of the one sequence, [1, T, N, D]."""
+    rest = {"bounds": bounds, "longest": kwargs["max_length_q"]}
+    kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    return _run(query, key, value, kwargs.get("scaling"), kernel, kept).unsqueeze(0)
+
+
+def _run(query, key, value, scale, kernel, kept) -> torch.Tensor:
+    done = kept.take() if kept is not None and kept.is_replay else None
+    out, *rest = KeptAttention.apply(query, key, value, scale, kernel, done)
+    if kept is not None and done is None:
+        kept.store(out.detach(), *rest)
+    return out
 
 
 def _cpu(query, key, value, scale) -> tuple[torch.Tensor, ...]:
@@ -110,6 +130,21 @@ def _cudnn_backward(
     )
 
 
+def _rows(query, key, value, scale, bounds, longest) -> tuple[torch.Tensor, ...]:
+    lengths = bounds, bounds, longest, longest
+    out = aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False, scale=scale)
+    return out[:4]
+
+
+def _rows_backward(
+    grad_out, query, key, value, out, log_sum, *state, scale, bounds, longest
+) -> tuple[torch.Tensor, ...]:
+    lengths = bounds, bounds, longest, longest
+    return aten._flash_attention_backward(
+        grad_out, query, key, value, out, log_sum, *lengths, 0.0, True, *state, scale=scale
+    )
+
+
 KERNELS = {
     "cpu": (_cpu, _cpu_backward),
     SDPBackend.FLASH_ATTENTION: (_flash, _flash_backward),
@@ -133,13 +168,13 @@ class KeptAttention(torch.autograd.Function):
     """PyTorch's own attention, forward and backward, or only the latter of a kept result.
 
     Args:
-        query, key, value: [B, N, T, D].
+        query, key, value: [B, N, T, D]; for rows [T, N, D].
         scale: of the scores; None = D ** -0.5.
-        kernel: row of KERNELS.
+        kernel: (forward, backward), such as a row of KERNELS.
         done: what a former call returned, taken over without computing; or None.
 
     Returns:
-        out_BNTD, log-sum-exp of the scores, and what else the backward kernel asks for.
+        out, shaped as query, log-sum-exp of the scores, and what else the backward kernel asks for.
     """
 
     @staticmethod

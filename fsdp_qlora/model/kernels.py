@@ -18,6 +18,7 @@ class Choice:
     Attributes:
         dtype: of products and activations.
         attention: transformers' name of the implementation.
+        has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
         note: one line for the user, with the reasons.
     """
@@ -25,6 +26,7 @@ class Choice:
     dtype: torch.dtype
     attention: str
     use_liger: bool
+    has_row_kernel: bool
     note: str
 
 
@@ -55,7 +57,9 @@ def choose(
     liger_why = "as asked" if liger == "off" else "not installed" if has_gpu else "no GPU"
     note = f"{compute_dtype}, attention {attention} ({attention_why}), Liger "
     note += "on" if use_liger else f"off ({liger_why})"
-    return Choice(getattr(torch, compute_dtype), attention, use_liger, note)
+    has_rows = has_gpu and compute_dtype != "float32"
+    has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
+    return Choice(getattr(torch, compute_dtype), attention, use_liger, has_rows, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:

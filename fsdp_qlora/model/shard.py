@@ -190,19 +190,22 @@ def release(block: DecoderBlock) -> None:
         block.reshard()
 
 
-def whole_lora(model: nn.Module) -> list[torch.Tensor]:
+def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
     """Gather the adapters.
 
     Args:
         model: all ranks must call.
+        is_kept: this rank wants them.
 
     Returns:
-        The whole flat float32 LoRA parameter of every layer, in order, on the host.
+        The whole flat float32 LoRA parameter of every layer, in order, on the host; or nothing.
     """
     flats = []
     for block in blocks(model):
         if isinstance(block.body, FSDPModule):  # an evaluation may have left it gathered
             block.body.reshard()
         lora = block.body.lora.detach()
-        flats.append((lora.full_tensor() if isinstance(lora, DTensor) else lora).cpu())
+        whole = lora.full_tensor() if isinstance(lora, DTensor) else lora
+        if is_kept:
+            flats.append(whole.cpu())
     return flats

@@ -15,6 +15,7 @@ from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layout import Layout, build_layout
 from fsdp_qlora.model.linear import PackedLinear, group_linears
 from fsdp_qlora.model.packed import DecoderBlock, LayerCache, TrainedLayer
+from fsdp_qlora.model.rows import Rows
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -66,6 +67,7 @@ class PackedModel(nn.Module):
         input_ids: torch.Tensor,
         targets: Targets | None = None,
         past_key_values: "Cache | None" = None,
+        rows: Rows | None = None,
     ) -> torch.Tensor:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -74,6 +76,7 @@ class PackedModel(nn.Module):
                 attention never sees it, so no mask is passed and the flash kernels stay usable.
             targets: what is trained; None for logits.
             past_key_values: a transformers Cache to generate with.
+            rows: several rows lie one after the other in the one sequence; or None.
 
         Returns:
             Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
@@ -82,6 +85,7 @@ class PackedModel(nn.Module):
             input_ids=input_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
+            **(rows.arguments() if rows is not None else {}),
         )
         return self.head(out.last_hidden_state, targets)
 
@@ -112,7 +116,7 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
     if attention == "sdpa":
         from fsdp_qlora.model.attention import register
 
-        attention = register(config)
+        attention = register(config, chosen.has_row_kernel)
     with init_empty_weights(include_buffers=False):
         hf_model = AutoModelForCausalLM.from_config(
             config, dtype=chosen.dtype, attn_implementation=attention

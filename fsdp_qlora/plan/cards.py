@@ -65,6 +65,7 @@ MIN_GB, MAX_GB = 4, 512
 USABLE = 0.975  # of a card's nominal GB, as torch reports it
 CPU = Card("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step of 1,024 tokens
 ENTRY = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
+QUERY = "name,memory.total,memory.used,uuid"
 SPEEDS = ("bf16_tflops", "memory_gbs", "host_link_gbs", "card_link_gbs")
 
 
@@ -76,11 +77,13 @@ class Machine:
         cards: one entry a rank; none: CPU ranks.
         host_gib: of memory; None: not known, and then no limit.
         num_cpu_ranks: ranks where there is no card.
+        system_gib: of host memory in use without the run; None: as measured elsewhere.
     """
 
     cards: tuple[Card, ...]
     host_gib: float | None = None
     num_cpu_ranks: int = 1
+    system_gib: float | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -151,8 +154,15 @@ def _plain(name: str) -> str:
     return re.sub(words, "", name.lower())
 
 
-def here() -> list[Card]:
-    """The cards of this machine, asked of the driver; none without one.
+def here(visible: str | None = None) -> list[Card]:
+    """The cards of this machine, asked of the driver, less what other programs hold of them.
+
+    Args:
+        visible: as CUDA_VISIBLE_DEVICES names them; None: all. A part of a card (MIG) is unknown
+            here, and ends the list as a wrong number does.
+
+    Returns:
+        The cards in the order of the ranks; none without a driver.
 
     Raises:
         UserError: the driver does not answer (code 3).
@@ -160,7 +170,7 @@ def here() -> list[Card]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = [tool, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
     try:
         listing = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
@@ -168,8 +178,37 @@ def here() -> list[Card]:
         raise UserError(
             "nvidia-smi", f"gives no list of cards ({error})", remedy, ENVIRONMENT
         ) from error
-    rows = [line.rpartition(",") for line in listing.stdout.splitlines() if line.strip()]
-    return [from_driver(name.strip(), float(mib) / 1024) for name, _, mib in rows]
+    return listed(listing.stdout, visible)
+
+
+def listed(listing: str, visible: str | None) -> list[Card]:
+    """Read the driver's list.
+
+    Args:
+        listing: a line a card, the values of QUERY between commas.
+        visible: see `here`.
+
+    Returns:
+        The visible cards; none where the driver does not know their memory.
+    """
+    rows = [line.rsplit(",", 3) for line in listing.splitlines() if line.strip()]
+    if not all(total.strip().isdigit() and used.strip().isdigit() for _, total, used, _ in rows):
+        return []  # a card that shares the host's memory has none of its own to tell of
+    found: dict[str, Card] = {}
+    for name, total_mib, used_mib, uuid in rows:
+        card = from_driver(name.strip(), float(total_mib) / 1024)
+        free_gib = round(card.memory_gib - float(used_mib) / 1024, 1)
+        found[uuid.strip()] = dataclasses.replace(card, memory_gib=free_gib)
+    if visible is None:
+        return list(found.values())
+    seen: list[Card] = []
+    for entry in (word.strip() for word in visible.split(",")):
+        by_number = list(found)[int(entry) : int(entry) + 1] if entry.isdigit() else []
+        by_name = [uuid for uuid in found if entry.startswith("GPU-") and uuid.startswith(entry)]
+        if not by_number + by_name:
+            break
+        seen.append(found[(by_number + by_name)[0]])
+    return seen
 
 
 def from_driver(name: str, memory_gib: float) -> Card:

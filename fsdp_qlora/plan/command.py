@@ -6,13 +6,13 @@ import os
 import typing
 from collections.abc import Sequence
 
-from fsdp_qlora import arch, cli, config
+from fsdp_qlora import arch, cli, config, host_memory
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.plan import cards, fit, show
 from fsdp_qlora.plan.cards import Machine
-from fsdp_qlora.plan.sizes import GIB, setting_of
+from fsdp_qlora.plan.sizes import setting_of
 
 USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
 
@@ -93,9 +93,9 @@ def machine_of(options: Options, cfg: Config) -> Machine:
     """
     found, host_gib = [], options.host
     if options.cards == "auto":
-        found = cards.here()
+        found = cards.here(os.environ.get("CUDA_VISIBLE_DEVICES"))
         if found and host_gib is None:
-            host_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+            host_gib = host_memory.limit_gib()
     if not found:
         found = cards.parse(IMAGINED if options.cards == "auto" else options.cards)
     if found and cfg.world_size > len(found):

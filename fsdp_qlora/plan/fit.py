@@ -92,7 +92,7 @@ def _evaluate(
     return Outcome(
         setting,
         device,
-        host.host(s, cfg, setting, machine.kind, num_rows),
+        host.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib),
         speed.estimate(s, cfg, setting, machine.cards or (CPU,)),
         min(card_limits, default=None),
         min(host_limits, default=None),

@@ -2,18 +2,23 @@
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import memory, rows
-from fsdp_qlora.plan.rows import Rows, Table, term
+from fsdp_qlora.plan.rows import Rows, Table, Term, term
 from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
 
 # Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
-PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.45 * GIB}
+PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
 READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
 
 
 def host(
-    s: Sizes, cfg: Config, setting: Setting, kind: str = "cuda", num_rows: int | None = None
+    s: Sizes,
+    cfg: Config,
+    setting: Setting,
+    kind: str = "cuda",
+    num_rows: int | None = None,
+    system_gib: float | None = None,
 ) -> Table:
     """Predict the memory of the machine, everything that runs on it included.
 
@@ -23,19 +28,21 @@ def host(
         setting: placements, number of ranks.
         kind: "cuda" or "cpu".
         num_rows: rows of the data set; None when it is not known.
+        system_gib: in use before the run, files in memory included; None: as measured elsewhere.
 
     Returns:
         HOST_ROWS by phase.
     """
     ranks = setting.num_ranks
     process_bytes = PROCESS_BYTES[kind]
+    system_bytes = SYSTEM_BYTES
+    if system_gib is not None:
+        system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
     always: Rows = {
-        rows.HOSTED: [],
+        rows.HOSTED: _hosted(s, setting),
         rows.FILES: [term("model files in /dev/shm", bytes=s.file_bytes)] if s.file_bytes else [],
-        rows.PROCESSES: [
-            term("operating system", bytes=SYSTEM_BYTES),
-            term("Python, torch, driver", bytes=process_bytes, ranks=ranks),
-        ],
+        rows.SYSTEM: [term("in use without the run", bytes=system_bytes)],
+        rows.PROCESSES: [term("Python, torch, driver", bytes=process_bytes, ranks=ranks)],
         rows.DATA: [
             term(
                 "token ids of all rows at full length",
@@ -46,11 +53,6 @@ def host(
             )
         ],
     }
-    words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
-    for placement, what in words.items():
-        if layers := setting.count(placement):
-            hosted = term(what, layers=layers, bytes=s.packed + s.constants)
-            always[rows.HOSTED].append(hosted)
     loading: Rows = {}
     if cfg.weights == "load":
         nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
@@ -67,3 +69,11 @@ def host(
             needed = table.total_gib(phase) * GIB
             own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
     return Table(phases)
+
+
+def _hosted(s: Sizes, setting: Setting) -> list[Term]:
+    """The packed layers that lie on the host."""
+    words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
+    counts = {what: setting.count(placement) for placement, what in words.items()}
+    nbytes = s.packed + s.constants
+    return [term(what, layers=num, bytes=nbytes) for what, num in counts.items() if num]

@@ -23,6 +23,8 @@ COLLECTIVE_BYTES = {False: 0.6 * GIB, True: 1.4 * GIB}
 LIBRARY_BYTES = 64 * 2**20
 # What comes and goes in a step leaves holes of this share (fits the four measured peaks to 3 %).
 HOLES = 1 / 3
+# Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
+CPU_LIBRARY_BYTES = 160 * 2**20
 
 
 def device(
@@ -61,6 +63,10 @@ def device(
         collectives = COLLECTIVE_BYTES[has_peer] * (setting.num_ranks > 1)
         always[rows.LIBRARIES] = [term("cuBLAS", bytes=LIBRARY_BYTES)]
         always[rows.CONTEXT] = [term("context, NCCL", bytes=CONTEXT_BYTES + collectives)]
+    else:
+        always[rows.LIBRARIES] = [term("oneDNN, bitsandbytes", bytes=CPU_LIBRARY_BYTES)]
+        for phase in ("backward", "optimizer", "save"):
+            moments[phase].append({rows.SLACK: _heap(s, setting, forward, phase)})
     slack: Rows = {rows.SLACK: _slack(s, setting, forward + backward, kind)}
     return Table(
         {
@@ -90,7 +96,7 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     found[rows.BUFFERS] = []
     layer_bytes = s.packed + s.constants
     if streamed := setting.count("streamed"):
-        slots = min(NUM_SLOTS, streamed)
+        slots = min(NUM_SLOTS + (setting.count("resident") > 0), streamed)
         found[rows.BUFFERS] = [term("slots of streamed layers", slots=slots, bytes=layer_bytes)]
     if s.root < 2 * s.head and setting.shares > 1:  # tied: gathered once for both ends
         found[rows.BUFFERS] += [term("tied embedding", params=s.head, bytes=s.item)]
@@ -153,7 +159,7 @@ def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
     if setting.accumulation > 1:
         kept[rows.GRADIENTS] = [_trained("of earlier micro-batches", s, setting, 4)]
     chunk = max(16, CHUNK_BYTES // (4 * s.vocab))
-    what, nbytes = "logits: float32, 16 bit", 4 + s.item
+    what, nbytes = "logits: float32, their exponentials", 4 + 4
     if tokens > chunk:
         what, nbytes = "logits: float32 of two chunks, 16 bit", 4 + 4 + s.item
     head: Rows = {
@@ -183,6 +189,17 @@ def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
     return [*held, term("gathered head", copies=copies, params=s.head, bytes=s.item)]
 
 
+def _heap(s: Sizes, setting: Setting, forward: list[Rows], phase: str) -> list[Term]:
+    """What the heap of a CPU process keeps of the forward pass: it does not shrink."""
+    terms = [term("gathered head", params=s.head, bytes=s.item)] * 2
+    if setting.shares == 1 or s.root < 2 * s.head:
+        terms = []
+    if phase != "backward":
+        kept = max(total_bytes({rows.KEPT: found[rows.KEPT]}) for found in forward)
+        terms = [term("activations", bytes=kept), *terms]
+    return terms
+
+
 def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[Term]:
     """What the allocator holds beyond what is in use: one rule for all.
 
@@ -190,7 +207,7 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
     thing it ever gathered; what comes and goes in a step leaves holes; and slices that stay on the
     card lie between the leftovers of the load.
     """
-    passing = (rows.LAYER, rows.SCRATCH)
+    passing = (rows.LAYER, rows.SCRATCH) if kind == "cuda" else (rows.KEPT, rows.LAYER)
     most = max(total_bytes({row: found.get(row, []) for row in passing}) for found in moments)
     terms = [term("holes", bytes=most, share=HOLES)]
     if kind == "cpu":

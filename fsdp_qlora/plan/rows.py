@@ -37,11 +37,13 @@ DEVICE_ROWS += (BUFFERS, SCRATCH, LOSS, LOADING, LIBRARIES, SLACK, CONTEXT)
 
 HOSTED = "packed layers"
 FILES = "model files in memory"
+SYSTEM = "other programs, system"
 PROCESSES = "processes"
 DATA = "data"
 SAVING = "adapters being saved"
 RANKS = "models of the CPU ranks"
-HOST_ROWS: tuple[str, ...] = (HOSTED, FILES, PROCESSES, LOADING, DATA, SAVING, RANKS)
+HOST_ROWS: tuple[str, ...] = (HOSTED, FILES, SYSTEM, PROCESSES, LOADING, DATA, SAVING, RANKS)
+REST = "not told apart"  # measured only: what comes and goes where nobody looked closer
 
 
 class Term(NamedTuple):

@@ -83,13 +83,22 @@ def _memory(table: Table, limit_gib: float | None) -> dict[str, Any]:
 
 def _brief(cfg: Config, changed: Config, outcome: Outcome, found: Outcome) -> dict[str, Any]:
     """Another way to run it: what to add to the command line, and what that gives."""
-    old, new = to_dict(cfg), to_dict(changed)
     return {
-        "flags": {name: str(new[name]).lower() for name in new if new[name] != old[name]},
+        "flags": changes(cfg, changed),
         "speed": outcome.speed.tokens_per_s / found.speed.tokens_per_s,
         "card_gib": outcome.device.peak_gib,
         "host_gib": outcome.host.peak_gib,
     }
+
+
+def changes(old: Config, new: Config) -> dict[str, str]:
+    """The options that make one run of another, as a command line has them.
+
+    Args:
+        old, new: the runs.
+    """
+    before, after = to_dict(old), to_dict(new)
+    return {name: str(after[name]).lower() for name in after if after[name] != before[name]}
 
 
 def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, list[float]]:
@@ -132,7 +141,7 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
         f"adapter   LoRA r {cfg.lora_rank}: {values['num_trained']:,} trained parameters",
         f"step      ranks {values['num_ranks']} x micro-batches {values['accumulation']} x rows "
         f"{values['batch_size']} x tokens {values['context_length']}",
-        f"layers    {_counts(values['placements'])}; checkpointing {_counts(values['levels'])}",
+        f"layers    {counts(values['placements'])}; checkpointing {counts(values['levels'])}",
     ]
     for title, names, table in (
         (f"GiB on {_cards(machine)}", rows.DEVICE_ROWS, found.device),
@@ -148,8 +157,9 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
     return "\n".join([*lines, "", *summary(cfg, machine, found, values)])
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
+def counts(found: dict[str, int]) -> str:
+    """Numbers of layers in words."""
+    return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
 def _cards(machine: Machine) -> str:
@@ -199,6 +209,23 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
 
 
+def brief(machine: Machine, found: Outcome) -> list[tuple[str, str]]:
+    """What train.py says before a run.
+
+    Args:
+        machine, found: see as_dict.
+
+    Returns:
+        (name, words) of each line: does it fit, and on cards how long a step takes.
+    """
+    lines = [_verdict(machine, found)]
+    if machine.cards:
+        guess = found.speed
+        words = f"about {_number(guess.step_s)} s a step, {guess.tokens_per_s:,.0f} tokens/s in all"
+        lines.append(("time", f"{words}, were every row full length; {guess.bound} rules"))
+    return lines
+
+
 def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any]) -> list[str]:
     """What a plan comes to; train.py prints it too.
 
@@ -214,16 +241,16 @@ def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any
     for number, item in enumerate(values["to_fit"], 1):
         lost = f"; without {item['lost']}" * bool(item["lost"])
         cost = f"({item['speed']:.2f}x its speed{lost})"
-        lines.append(("to fit", f"{number}. {item['words']}: {_flags(item)} {cost}"))
+        lines.append(("to fit", f"{number}. {item['words']}: {flags(item)} {cost}"))
     if better:
         cost = f"{better['speed']:.2f}x its speed in {better['card_gib']:.1f} GiB"
-        lines.append(("best" if found.fits else "or best", f"{cost}: {_flags(better)}"))
+        lines.append(("best" if found.fits else "or best", f"{cost}: {flags(better)}"))
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
         words = "no two changes are enough: take other cards, more memory or a smaller model; "
         words += f"nearest: {nearest['card_gib']:.1f} GiB a card, {nearest['host_gib']:.1f} on the "
-        lines.append(("to fit", f"{words}host by {_flags(nearest) or 'what was asked for'}"))
+        lines.append(("to fit", f"{words}host by {flags(nearest) or 'what was asked for'}"))
     lines += [
         ("note", f"a {card.name} has no bfloat16 products: several times slower than in float16")
         for card in dict.fromkeys(machine.cards)
@@ -234,7 +261,8 @@ def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any
     return [line for name, words in lines for line in wrap.wrap(f"{name:<10}{words}")]
 
 
-def _flags(item: dict[str, Any]) -> str:
+def flags(item: dict[str, Any]) -> str:
+    """The options of an entry of `as_dict`, as a command line has them."""
     return " ".join(f"--{name} {value}" for name, value in item["flags"].items())
 
 

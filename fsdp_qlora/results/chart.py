@@ -30,6 +30,7 @@ class Series:
         opacity: of the line.
         has_dots: draw a dot at each point, with its value except at the last, for the label.
         is_dashed: draw the line dashed.
+        figure: a number that stands behind the label.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Series:
     opacity: float = 1.0
     has_dots: bool = False
     is_dashed: bool = False
+    figure: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,18 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def thin(points: Points, is_peak: bool) -> Points:
-    """Bring a long line to at most `MAX_POINTS` points, by the mean or the peak of neighbours.
+def thin(points: Points, is_peak: bool, limit: int = MAX_POINTS) -> Points:
+    """Bring a long line to few points, by the mean or the peak of neighbours.
 
     Args:
         points: (x, y).
         is_peak: keep the largest of neighbours instead of their mean.
+        limit: most points that are kept.
 
     Returns:
         The points themselves if they are few enough; x is that of the last of the neighbours.
     """
-    size = math.ceil(len(points) / MAX_POINTS) or 1
+    size = math.ceil(len(points) / limit) or 1
     if size == 1:
         return points
     groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -293,7 +296,7 @@ def _labels(ends: list[tuple[float, Series]], top: float, bottom: float) -> list
         limit = heights[i] - LABEL_GAP
     x = LEFT + PLOT_WIDTH + 12
     return [
-        _text(x, y + 4.5, series.label, fill=series.colour, weight=600)
+        _text(x, y + 4.5, f"{series.label} {series.figure}".strip(), fill=series.colour, weight=600)
         for y, (_, series) in zip(heights, ends, strict=True)
     ]
 

@@ -11,14 +11,15 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.results import adapter_files, card
 
 
 def save(
     model: torch.nn.Module, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
 ) -> Path:
-    """Write adapter_config.json, adapter_model.safetensors and the tokenizer.
+    """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a model card.
 
-    The weights are read back and compared.
+    The weights are read back and compared; in their header lies what `merge` must know of the base.
 
     Args:
         model: the sharded model; all ranks must call.
@@ -35,7 +36,7 @@ def save(
     """
     directory = cfg.resolved_output_dir
     path = directory / "adapter_model.safetensors"
-    flats = shard.whole_lora(model)
+    flats = shard.whole_lora(model, is_writer)
     if not is_writer:
         return path
     import peft
@@ -58,11 +59,13 @@ def save(
     config.save_pretrained(str(directory))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    record = adapter_files.record_of(info, cfg)
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    save_file(tensors, temporary, metadata=adapter_files.metadata(record))
     os.chmod(temporary, 0o666 & ~_umask())
     os.replace(temporary, path)
     _compare(path, tensors)
+    card.write(directory, cfg, info)
     return path
 
 

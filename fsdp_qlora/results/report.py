@@ -1,35 +1,32 @@
-"""A picture of a run from its record: loss, and memory of the cards and the host."""
+"""Runs side by side from their records: a page, the same as Markdown, and pictures."""
 
 import argparse
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fsdp_qlora.errors import DONE, UserError
-from fsdp_qlora.results import chart
-from fsdp_qlora.results.chart import Panel, Series
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.results import (
+    report_browser,
+    report_curves,
+    report_html,
+    report_markdown,
+    report_memory,
+    report_picture,
+    report_plan,
+    report_settings,
+    report_totals,
+)
+from fsdp_qlora.results.report_parts import Plots, Section, Words
+from fsdp_qlora.results.report_record import Run, name_apart
+from fsdp_qlora.results.report_record import read as read
 
-# Colours that also the colour-blind tell apart; one kind of thing, one hue.
-LOSS, HELD_OUT, HOST, LIMIT = "#0072b2", "#c44e00", "#57606a", "#8c959f"
-RANKS = ("#00795a", "#8250df", "#b35900", "#bf3989")
-
-
-@dataclass(frozen=True)
-class Run:
-    """The record of a run.
-
-    Args:
-        name: name of its directory.
-        steps: lines of metrics.jsonl that are optimizer steps.
-        evals: (step, held-out loss).
-        config: the run's configuration by flag, as far as it is recorded.
-    """
-
-    name: str
-    steps: list[dict]
-    evals: list[tuple[float, float | None]]
-    config: dict
+WIDTH = 1280  # of report.png, in CSS pixels
+TERMS = (
+    "Seconds of training are those of optimizer steps: loading, evaluations and saving are not in "
+    "them. Medians leave out the first three steps. Tokens count padding, trained tokens do not.",
+    "Reserved is what torch's allocator took from the card, allocated what tensors used of it; the "
+    "driver counts the CUDA context besides. GiB of the host count all programs, page cache not. "
+    "RSS counts every page a process uses, PSS a page that n processes share as an n-th of it.",
+)
 
 
 def render(run_dir: str | Path) -> Path:
@@ -44,174 +41,133 @@ def render(run_dir: str | Path) -> Path:
     Raises:
         UserError: no record, no step in it, a line that cannot be read, a full disk.
     """
-    run = read(Path(run_dir))
-    picture = chart.draw(run.name, _headlines(run), _panels(run), "optimizer step")
-    path = Path(run_dir) / "report.svg"
-    draft = path.with_name(".report.svg.part")
+    picture = report_picture.draw([read(Path(run_dir))])
+    return _write(Path(run_dir) / "report.svg", picture.encode())
+
+
+def write(run_dirs: list[Path], out: Path, has_png: bool = True) -> tuple[list[Path], str]:
+    """Write the report of some runs.
+
+    Args:
+        run_dirs: output directories; with more than one, the first is what the others are held
+            against.
+        out: directory of report.html, report.md, report.svg and report.png; made if needed.
+        has_png: draw report.png too, where there is a browser.
+
+    Returns:
+        The paths that were written, and why there is no report.png ("" when there is).
+
+    Raises:
+        UserError: no record, a line that cannot be read, a directory that cannot be written.
+    """
+    runs = name_apart([read(path) for path in run_dirs])
+    title = "  ·  ".join(run.name for run in runs)
+    lines = headlines(runs)
+    parts = sections(runs)
+    paths = [
+        _write(out / "report.html", report_html.page(title, lines, parts).encode()),
+        _write(out / "report.svg", report_picture.draw(runs).encode()),
+    ]
+    missing = _shoot(out) if has_png else "no report.png: not asked for"
+    paths += [] if missing else [out / "report.png"]
+    picture = "report.svg" if missing else "report.png"
+    text = report_markdown.text(title, lines, parts, picture)
+    return [paths[0], _write(out / "report.md", text.encode()), *paths[1:]], missing
+
+
+def headlines(runs: list[Run]) -> list[str]:
+    """What stands below the title.
+
+    Args:
+        runs: one or several.
+
+    Returns:
+        A line or two a run.
+    """
+    if len(runs) > 1:
+        return [f"{run.name} ({run.state}): {report_picture.headlines(run)[0]}" for run in runs]
+    words = report_picture.headlines(runs[0])
+    return [f"{words[0]}  ·  {runs[0].state}", *words[1:], str(runs[0].directory)]
+
+
+def sections(runs: list[Run]) -> list[Section]:
+    """The chapters of a report.
+
+    Args:
+        runs: one or several.
+
+    Returns:
+        Figures, curves, memory, plan against measured, settings, environment.
+    """
+    figures = report_totals.parts(runs)
+    figures += [
+        Words(f"{run.name}: {run.num_redone} steps were taken again after a resume.")
+        for run in runs
+        if run.num_redone
+    ]
+    chapters = [
+        Section("", [report_totals.tiles(runs[0])] if len(runs) == 1 else []),
+        Section("Figures", figures),
+        Section("Curves", [Plots(report_curves.plots(runs))]),
+        Section("Memory", report_memory.parts(runs)),
+        Section("Predicted and measured", report_plan.chapter(runs)),
+        Section("Answers", report_settings.answers(runs)),
+        Section("Settings", report_settings.settings(runs)),
+        Section("What ran", report_settings.facts(runs)),
+        Section("Environment", report_settings.machine(runs)),
+        Section("Terms", [Words(text) for text in TERMS]),
+    ]
+    return [section for section in chapters if section.parts]
+
+
+def _shoot(out: Path) -> str:
+    """Draw report.png by a browser; return why not, or nothing."""
+    browser = report_browser.find()
+    (out / "report.png").unlink(missing_ok=True)  # of a former report
+    if browser is None:
+        return "no report.png: no Chromium or Chrome found (apt-get install chromium)"
     try:
-        draft.write_text(picture, encoding="utf-8")
+        with report_browser.opened(browser, out / "report.html") as page:
+            _write(out / "report.png", page.shoot(WIDTH))
+    except UserError as error:
+        return f"no report.png: {error}"
+    return ""
+
+
+def _write(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(content)
         draft.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(str(path), reason, "make room or check permissions", code=3) from error
+        remedy = "make room or check permissions"
+        raise UserError(str(path), reason, remedy, code=ENVIRONMENT) from error
     return path
 
 
-def read(run_dir: Path) -> Run:
-    """Read the record of a run; a last line that is still being written is left out.
-
-    Args:
-        run_dir: output directory of the run.
-
-    Returns:
-        The record, with at least one step.
-
-    Raises:
-        UserError: no record, no step in it, or a line that cannot be read.
-    """
-    path = run_dir / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(str(path), reason, "give the output directory of a run") from error
-    steps: list[dict] = []
-    evals: list[tuple[float, float | None]] = []
-    config: dict = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            place = f"{path}:{number}"
-            raise UserError(place, "is not JSON", "remove the line") from error
-        if "event" not in row:
-            steps.append(row)
-        elif row["event"] == "eval":
-            last = steps[-1]["step"] if steps else 0
-            evals.append((row.get("step", last), row.get("loss")))
-        elif row["event"] == "run":
-            config = row.get("config", {})
-    if not steps:
-        raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
-    return Run(run_dir.resolve().name, steps, evals, config)
-
-
 def main(argv: list[str]) -> int:
-    """Draw the pictures of the runs named on the command line and print their paths.
+    """Write the report of the runs named on the command line and print what was written.
 
     Args:
-        argv: output directories.
+        argv: output directories, --out, --png.
 
     Returns:
         Exit code.
     """
     parser = argparse.ArgumentParser("python -m fsdp_qlora report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run")
-    for run_dir in parser.parse_args(argv).runs:
-        print(render(run_dir))
-    return DONE
-
-
-def _headlines(run: Run) -> list[str]:
-    """What ran, then how fast and how far."""
-    config, last = run.config, run.steps[-1]
-    num_ranks = len(last["ranks"])
-    what = [
-        Path(str(config["model_name"])).name if "model_name" in config else None,
-        config.get("train_type"),
-        f"{num_ranks} rank{'s' * (num_ranks > 1)}",
-        f"batch {config['batch_size']}" if "batch_size" in config else None,
-        f"context {config['context_length']}" if "context_length" in config else None,
-    ]
-    seconds = sum(step["step_s"] for step in run.steps)
-    speeds = sorted(step["tokens_per_s"] for step in run.steps)
-    num_bad = sum(step["loss"] is None for step in run.steps)
-    how = [
-        f"{len(run.steps):,} step{'s' * (len(run.steps) > 1)} in {_duration(seconds)}",
-        f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median)",
-        f"{last['epoch']:.2f} epochs",
-        f"losses that are not a number: {num_bad}" if num_bad else None,
-    ]
-    return ["  ·  ".join(part for part in parts if part) for parts in (what, how)]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _panels(run: Run) -> list[Panel]:
-    return [panel for panel in (_loss(run), _device(run), _host(run)) if panel is not None]
-
-
-def _loss(run: Run) -> Panel | None:
-    points = chart.thin([(step["step"], step["loss"]) for step in run.steps], is_peak=False)
-    has_trend = len(points) >= 10
-    label = f"training {run.steps[-1]['loss'] or float('nan'):.3f}"
-    series = [Series("" if has_trend else label, LOSS, points, 1.2, 0.35 if has_trend else 1.0)]
-    if has_trend:
-        trend = chart.smooth(points)
-        series.append(Series(f"training, smoothed {trend[-1][1] or 0:.3f}", LOSS, trend, 2.6))
-    known = [loss for _, loss in run.evals if loss is not None]
-    if known:
-        label = f"held out {known[-1]:.3f}"
-        series.append(Series(label, HELD_OUT, run.evals, 1.6, has_dots=True, is_dashed=True))
-    has_values = any(y is not None for s in series for _, y in s.points)
-    return Panel("Loss", "nats per trained token", series) if has_values else None
-
-
-def _device(run: Run) -> Panel | None:
-    series = _per_rank(run, "device_peak_reserved_gib", "card")
-    peak_gib = max(y or 0.0 for s in series for _, y in s.points)
-    if peak_gib == 0:
-        return None
-    budget_gib = run.config.get("gpu_budget_gib")
-    card_gib = min(rank["device_total_gib"] for rank in run.steps[-1]["ranks"])
-    limit = (
-        _limit(run, budget_gib, peak_gib, "budget")
-        if budget_gib
-        else _limit(run, card_gib, peak_gib, "card has")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", type=Path, help="output directory of a run"
     )
-    unit = "GiB reserved, peak of each step; figures at the right are the highest"
-    return Panel("Memory of each card", unit, [*limit, *series], has_zero=True)
-
-
-def _host(run: Run) -> Panel:
-    used = [(step["step"], step["host"].get("host_used_gib")) for step in run.steps]
-    series = _per_rank(run, "host_rss_gib", "rank")
-    used_gib = max((y for _, y in used if y is not None), default=0.0)
-    if used_gib:
-        label = f"whole machine: {used_gib:.1f}"
-        series.append(Series(label, HOST, chart.thin(used, is_peak=True)))
-    total_gib = run.steps[-1]["host"].get("host_total_gib") or 0.0
-    limit = _limit(run, total_gib, used_gib, "machine has")
-    unit = "GiB in use (of a rank: its resident set); figures at the right are peaks"
-    return Panel("Memory of the host", unit, [*limit, *series], has_zero=True)
-
-
-def _per_rank(run: Run, field: str, word: str) -> list[Series]:
-    """One line a rank; many ranks share one colour and one label, at the highest of them."""
-    num_ranks = len(run.steps[-1]["ranks"])
-    peaks_gib = [max(step["ranks"][rank][field] for step in run.steps) for rank in range(num_ranks)]
-    highest = peaks_gib.index(max(peaks_gib))
-    series = []
-    for rank, peak_gib in enumerate(peaks_gib):
-        colour, label, width = RANKS[rank % len(RANKS)], f"{word} {rank}: {peak_gib:.1f}", 2.0
-        if num_ranks > len(RANKS):
-            colour, width = RANKS[0], 1.0
-            label = f"{num_ranks} {word}s, at most {peak_gib:.1f}" if rank == highest else ""
-        values: chart.Points = [(step["step"], step["ranks"][rank][field]) for step in run.steps]
-        series.append(Series(label, colour, chart.thin(values, is_peak=True), width))
-    return series
-
-
-def _limit(run: Run, total_gib: float, peak_gib: float, word: str) -> list[Series]:
-    """A dashed line at what there is, unless it would press the rest to the floor."""
-    if not 0 < total_gib <= 2.5 * peak_gib:
-        return []
-    points: Any = [(0, total_gib), (run.steps[-1]["step"], total_gib)]
-    return [Series(f"{word} {total_gib:.1f}", LIMIT, points, 1.5, is_dashed=True)]
+    place = "directory of report.html, .md, .svg and .png [of one run its own, else here]"
+    parser.add_argument("--out", type=Path, help=place)
+    words = "report.png by a headless Chromium, where there is one [auto]"
+    parser.add_argument("--png", choices=("auto", "off"), default="auto", help=words)
+    args = parser.parse_args(argv)
+    run_dirs = list({path.resolve(): path for path in args.runs}.values())
+    out = args.out or (run_dirs[0] if len(run_dirs) == 1 else Path())
+    paths, missing = write(run_dirs, out, has_png=args.png == "auto")
+    print("\n".join([*map(str, paths), *([missing] if missing and args.png == "auto" else [])]))
+    return DONE

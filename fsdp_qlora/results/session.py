@@ -1,27 +1,24 @@
 """What the user sees of a run besides its metrics: its facts, and the model before and after."""
 
-import contextlib
 import math
+import mmap
 import resource
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from fsdp_qlora.arch import ModelInfo, lora_params, num_params
 from fsdp_qlora.config import Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.errors import one_line
-from fsdp_qlora.model.cache import PackedCache
-from fsdp_qlora.model.kernels import Choice
-from fsdp_qlora.model.load import LoadReport
-from fsdp_qlora.model.placement import Placed
-from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.build import Built
 from fsdp_qlora.results.generate import answer
-from fsdp_qlora.train import loop, memory
+from fsdp_qlora.train import loop
 from fsdp_qlora.train.ledger import Recorder
+from fsdp_qlora.train.memory import Peak
+from fsdp_qlora.train.rows import Account
 
 GIB = 2**30
 
@@ -30,28 +27,24 @@ def describe(
     cfg: Config,
     info: ModelInfo,
     data: Data,
-    model: PackedModel,
-    chosen: Choice,
-    cache: PackedCache,
-    placed: Placed,
-    loaded: LoadReport,
-    load_peaks: dict[str, float],
+    built: Built,
+    account: Account,
 ) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
         cfg: the run.
-        info, model: what is trained.
+        info, built: what is trained, and how it came to lie where it does.
         data: on what.
-        chosen: kernels.
-        cache, placed, loaded: where the packed bytes came from and lie.
-        load_peaks: of `watch_memory` around the load, GiB.
+        account: of this rank's memory, its model loaded.
 
     Returns:
         For the record, by name; `lines` are what the console shows.
     """
     trainable = lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
-    total = num_params(info)
+    total, load_peaks = num_params(info), _load_peaks(account)
+    model, chosen, cache = built.model, built.chosen, built.cache
+    placed, loaded = built.placed, built.loaded
     packed_gib = model.layout.nbytes * info.num_layers / GIB
     lines = [
         f"model     {cfg.model_name}: {total:,} parameters, {info.num_layers} layers in "
@@ -68,6 +61,7 @@ def describe(
     ]
     return {
         "config": to_dict(cfg),
+        "plan": account.plan.to_dict(),
         "model_type": info.model_type,
         "num_params": total,
         "num_trainable_params": trainable,
@@ -82,25 +76,26 @@ def describe(
     }
 
 
-@contextlib.contextmanager
-def watch_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Peaks of memory, GiB, while the block runs; the dict is filled at its end.
+def _load_peaks(account: Account) -> dict[str, float]:
+    """Peaks of memory in the load, GiB: of the rank's card and process, and of the whole host."""
+    peak = account.peak_of("load") if account.is_cuda else Peak()
+    return {
+        "device_peak_allocated_gib": peak.allocated_gib,
+        "device_peak_reserved_gib": peak.reserved_gib,
+        "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "host_peak_used_gib": account.used_gib["load"],
+    }
+
+
+def nbytes(data: Data) -> int:
+    """Bytes of tokens that this process holds for itself; mapped files are not counted.
 
     Args:
-        device: of this rank.
-
-    Yields:
-        device_peak_allocated_gib, device_peak_reserved_gib, host_peak_rss_gib (of this process,
-        ever) and host_peak_used_gib (of the whole machine).
+        data: of the run.
     """
-    peaks: dict[str, float] = {}
-    with memory.HostSampler() as sampler:
-        memory.device_memory(device)
-        yield peaks
-    now = memory.device_memory(device)
-    peaks |= {name: now[name] for name in now if "peak" in name}
-    peaks["host_peak_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peaks["host_peak_used_gib"] = sampler.peak_used_gib
+    arrays = [value for value in vars(data.train.samples.store).values() if hasattr(value, "base")]
+    own = [array for array in arrays if not isinstance(array, np.memmap)]
+    return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Seconds of each phase of a step, without making the GPU wait."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +42,17 @@ class Clock:
     wall time. On a GPU a phase is the time that the GPU spent on it or waited for it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, at_mark: Callable[[str], None] = lambda phase: None
+    ) -> None:
         """Start counting.
 
         Args:
             device: the device whose current stream is timed; a CPU is timed by perf_counter.
+            at_mark: told the name of every phase that ends, by the host's own time.
         """
         self._is_cuda = device.type == "cuda"
+        self._at_mark = at_mark
         self._marks = [("", self._now())]
 
     def _now(self) -> Any:
@@ -60,6 +65,7 @@ class Clock:
     def mark(self, phase: str) -> None:
         """End `phase`: the time since the last mark belongs to it (and adds up within a lap)."""
         self._marks.append((phase, self._now()))
+        self._at_mark(phase)
 
     def lap(self) -> Lap:
         """The marks since the last lap; the next one begins at the last mark."""

@@ -2,30 +2,24 @@
 
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from fsdp_qlora import host_memory
 from fsdp_qlora.config import PROJECT_DIR, Config
-from fsdp_qlora.errors import (
-    DONE,
-    ENVIRONMENT,
-    INPUT,
-    INTEGRITY,
-    RUN_FAILED,
-    UserError,
-    classify,
-    one_line,
-)
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, RUN_FAILED, UserError
+from fsdp_qlora.plan import run as plans
+from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.train import failure
+from fsdp_qlora.train.failure import LOGS
 from fsdp_qlora.train.ranks import child_env, find_port, plan_ranks
 from fsdp_qlora.train.ranks import is_rank as is_rank
 from fsdp_qlora.train.ranks import is_supervised as is_supervised
@@ -41,23 +35,7 @@ PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
 OWN_FAULTS = (INPUT, ENVIRONMENT, INTEGRITY)
-LOGS = "logs"
 RUN_FILES = ("run_config.json", "metrics.jsonl", "summary.json", "report.svg", f"{LOGS}/rank*.*")
-
-
-@dataclasses.dataclass(frozen=True)
-class RankError:
-    """What a rank left behind when it failed.
-
-    Args:
-        rank: global rank.
-        code: exit code of the command.
-        line: what the user is told.
-    """
-
-    rank: int
-    code: int
-    line: str
 
 
 def claim_output_dir(cfg: Config) -> Path:
@@ -121,78 +99,18 @@ def agree(cfg: Config, world: "World") -> Config:
     return agreed
 
 
-def fail(error: Exception, cfg: Config) -> NoReturn:
-    """Leave word of what ended this rank, then leave.
-
-    The word goes to the supervisor, or to the terminal without one; the trace of what is no
-    UserError goes to the log of the rank, or to the terminal where there is no log.
-
-    Args:
-        error: what ended the rank.
-        cfg: the run.
-    """
-    rank, logs = int(os.environ["RANK"]), cfg.resolved_output_dir / LOGS
-    if isinstance(error, UserError):
-        code, line = error.code, str(error)
-    else:
-        log = logs / f"rank{rank}.log"
-        code, line = classify(error, rank, str(log) if logs.is_dir() else "above")
-        with suppress(OSError), ExitStack() as stack:
-            file = stack.enter_context(log.open("a")) if logs.is_dir() else None
-            traceback.print_exception(error, file=file)
-    if is_supervised(os.environ):
-        with suppress(OSError):
-            write_error(cfg.resolved_output_dir, rank, code, line)
-    else:
-        print(f"error: {line}", file=sys.stderr)
-    leave(code)
-
-
-def leave(code: int) -> NoReturn:
-    """End this process without goodbye: the other ranks may hold it in a collective.
-
-    Args:
-        code: exit code.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def write_error(output_dir: str | os.PathLike[str], rank: int, code: int, line: str) -> None:
-    """Leave word of a failure for the supervisor.
-
-    Args:
-        output_dir: directory of the run.
-        rank: global rank of the caller.
-        code: exit code that the command shall have.
-        line: what the user is told, without "error: ".
-    """
-    path = Path(output_dir) / LOGS / f"rank{rank}.error"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"rank": rank, "code": code, "line": one_line(line)}))
-    part.replace(path)
-
-
-def read_errors(output_dir: str | os.PathLike[str]) -> list[RankError]:
-    """Return what failed ranks have left, the first failure first.
-
-    Args:
-        output_dir: directory of the run.
-    """
-    paths = (Path(output_dir) / LOGS).glob("rank*.error")
-    by_time = sorted(paths, key=lambda path: path.stat().st_mtime_ns)
-    return [RankError(**json.loads(path.read_text())) for path in by_time]
-
-
 def supervise(
-    cfg: Config, argv: Sequence[str], script: str | os.PathLike[str] = PROJECT_DIR / "train.py"
+    cfg: Config,
+    argv: Sequence[str],
+    script: str | os.PathLike[str] = PROJECT_DIR / "train.py",
+    plan: RunPlan | None = None,
 ) -> int:
     """Run a script once per rank and wait for all of them.
 
     Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails, the others
-    are ended within 5 seconds. SIGINT and SIGTERM are passed on once; a second one ends all ranks,
+    are ended within 5 seconds. When one runs out of memory before the training has begun and the
+    plan knows a setting that needs less, all of them are started again with that.
+    SIGINT and SIGTERM are passed on once; a second one ends all ranks,
     and so do 10 seconds after the first rank has obeyed: the others may wait for it on the card.
     Ranks do not outlive this process, however it dies.
 
@@ -200,6 +118,7 @@ def supervise(
         cfg: the run.
         argv: arguments of every rank.
         script: Python file that every rank runs.
+        plan: of the run.
 
     Returns:
         Exit code of the command: 0 when all ranks ended with 0; the code a failed rank left with
@@ -212,7 +131,23 @@ def supervise(
     port = find_port(cfg.master_port)
     output_dir = claim_output_dir(cfg)
     command = [sys.executable, os.fspath(script), *argv, f"--output_dir={output_dir}"]
-    envs = [child_env(os.environ, rank, num_ranks, port) for rank in range(num_ranks)]
+    cgroup = host_memory.find_cgroup()
+    num_kills = host_memory.oom_kills(cgroup)
+    while True:
+        told = {**os.environ, **(plan.env if plan is not None else {})}
+        envs = [child_env(told, rank, num_ranks, port) for rank in range(num_ranks)]
+        codes, ended, stop = _run(command, envs, output_dir)
+        lower = _step_down(plan, output_dir, stop) if any(codes) else None
+        if lower is None:
+            num_kills = host_memory.oom_kills(cgroup) - num_kills
+            return _conclude(codes, ended, stop, output_dir, num_kills, plan)
+        plan, port = lower, find_port(cfg.master_port)
+
+
+def _run(
+    command: list[str], envs: Sequence[dict[str, str]], output_dir: Path
+) -> tuple[list[int], frozenset[int], int | None]:
+    """Start all ranks and wait; return their exit codes and what `_watch` says."""
     with ExitStack() as stack:
         stops = stack.enter_context(_caught_signals())
         ranks: list[subprocess.Popen] = []
@@ -220,7 +155,22 @@ def supervise(
         for rank, env in enumerate(envs):
             ranks.append(_start(command, env, output_dir / LOGS / f"rank{rank}.log", rank))
         ended, stop = _watch(ranks, stops)
-    return _conclude([rank.returncode for rank in ranks], ended, stop, output_dir)
+    return [rank.returncode for rank in ranks], ended, stop
+
+
+def _step_down(plan: RunPlan | None, output_dir: Path, stop: int | None) -> RunPlan | None:
+    """The next lower setting, if that is the answer to what ended the ranks; says so."""
+    lower = plan.lower if plan is not None else None
+    short = [error for error in failure.read_errors(output_dir) if error.is_memory]
+    if plan is None or lower is None or stop is not None or not short:
+        return None
+    if failure.has_begun(output_dir):
+        return None
+    failure.clear_errors(output_dir)
+    place = short[0].line.partition(" (")[0]
+    flags = plans.flags_of(plan.cfg, lower.cfg)
+    print(f"memory    {place}; nothing is lost, a notch lower: {flags}", flush=True)
+    return lower
 
 
 @contextmanager
@@ -241,7 +191,7 @@ def _caught_signals() -> Iterator[list[int]]:
 def _start(command: list[str], env: dict[str, str], log: Path, rank: int) -> subprocess.Popen:
     """Start one rank in a session of its own, so that Ctrl-C reaches only the supervisor."""
     with ExitStack() as stack:
-        output = stack.enter_context(log.open("wb")) if rank else None
+        output = stack.enter_context(log.open("ab")) if rank else None
         return subprocess.Popen(
             command,
             env=env,
@@ -314,33 +264,31 @@ def _kill(ranks: Sequence[subprocess.Popen]) -> None:
 
 
 def _conclude(
-    codes: Sequence[int], ended: frozenset[int], stop: int | None, output_dir: Path
+    codes: Sequence[int],
+    ended: frozenset[int],
+    stop: int | None,
+    output_dir: Path,
+    num_kills: int,
+    plan: RunPlan | None,
 ) -> int:
-    """Print the one line that says why the run ended, if it failed, and return its exit code."""
+    """Print the line that says why the run ended, if it failed, and return its exit code.
+
+    Where memory was short, a few lines follow that say where it went.
+    """
     if not any(codes):
         return DONE
     if stop is not None:
         name = signal.Signals(stop).name
         print(f"stopped by {name}; what was recorded is in {output_dir}", file=sys.stderr)
         return 128 + stop
-    errors = read_errors(output_dir)
+    errors = failure.read_errors(output_dir)
     failed = [rank for rank, code in enumerate(codes) if code and rank not in ended]
     sudden = [rank for rank in failed if codes[rank] < 0 and -codes[rank] not in AFTERMATH]
     causes = [e for e in errors if e.code in OWN_FAULTS] or ([] if sudden else errors)
-    if causes:
-        print(f"error: {causes[0].line}", file=sys.stderr)
-        return causes[0].code
     rank = (sudden or failed)[0]
-    print(f"error: {_describe(rank, codes[rank], output_dir)}", file=sys.stderr)
-    return max(codes[rank], 0) or RUN_FAILED
-
-
-def _describe(rank: int, code: int, output_dir: Path) -> UserError:
-    """Return what to say of a rank that ended with `code` and left no word."""
-    log = "see the lines above" if rank == 0 else f"see {output_dir}/{LOGS}/rank{rank}.log"
-    if code > 0:
-        return UserError(f"rank {rank}", f"ended with code {code}", log, code)
-    name = signal.Signals(-code).name
-    is_kill = -code == signal.SIGKILL
-    remedy = "dmesg tells whether host memory ran out" if is_kill else log
-    return UserError(f"rank {rank}", f"was killed by {name}", remedy, RUN_FAILED)
+    lines = failure.killed(rank, codes[rank], output_dir, num_kills, plan)
+    if causes:
+        lines = failure.told(causes[0], plan)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return causes[0].code if causes else max(codes[rank], 0) or RUN_FAILED

@@ -7,11 +7,8 @@ step N + 1 has been launched.
 import contextlib
 import json
 import math
-import os
 import statistics
-import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -19,13 +16,14 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora.train import memory
+from fsdp_qlora.plan import compare
+from fsdp_qlora.train import book, memory, screen
 from fsdp_qlora.train.clock import Clock, Lap
+from fsdp_qlora.train.rows import STEP_PHASES, Account
+from fsdp_qlora.train.totals import Totals, raise_to
 from fsdp_qlora.train.versions import versions
 
 COUNTS = ("num_trained_tokens", "num_tokens")
-MIN_PLAIN_LINES = 20
-NUM_WARMUP_STEPS = 3
 
 
 class Ranks(Protocol):
@@ -47,67 +45,6 @@ class Ranks(Protocol):
         """Every rank's values, in the order of ranks."""
 
 
-@dataclass
-class Totals:
-    """What summary.json is made of, kept up to date line by line.
-
-    Attributes:
-        step_s, tokens_per_s: one number per step.
-        num_tokens, num_trained_tokens: over all ranks and steps.
-        loss_first, loss_last: loss of the first and of the last recorded step.
-        peaks: largest memory figures per rank, in GiB.
-        host_peaks: largest memory figures of the machine, in GiB.
-        events: the lines that are not steps.
-    """
-
-    step_s: list[float] = field(default_factory=list)
-    tokens_per_s: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-    loss_first: float | None = None
-    loss_last: float | None = None
-    peaks: list[dict[str, float]] = field(default_factory=list)
-    host_peaks: dict[str, float] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Count one line of metrics.jsonl."""
-        self.step_s.append(line["step_s"])
-        self.tokens_per_s.append(line["tokens_per_s"])
-        self.num_tokens += line["num_tokens"]
-        self.num_trained_tokens += line["num_trained_tokens"]
-        self.loss_first = line["loss"] if len(self.step_s) == 1 else self.loss_first
-        self.loss_last = line["loss"]
-        self.peaks = self.peaks or [{} for _ in line["ranks"]]
-        for peak, rank in zip(self.peaks, line["ranks"], strict=True):
-            _raise_to(peak, rank)
-        _raise_to(self.host_peaks, line["host"])
-
-    def summary(self) -> dict[str, Any]:
-        """The totals by name; the median speed leaves out the first steps, which warm up."""
-        train_s = sum(self.step_s)
-        steady = self.tokens_per_s[NUM_WARMUP_STEPS:] or self.tokens_per_s
-        return {
-            "num_steps": len(self.step_s),
-            "train_s": train_s,
-            "steps_per_s": len(self.step_s) / train_s if train_s else 0.0,
-            "tokens_per_s": self.num_tokens / train_s if train_s else 0.0,
-            "tokens_per_s_median": statistics.median(steady) if steady else 0.0,
-            "num_tokens": self.num_tokens,
-            "num_trained_tokens": self.num_trained_tokens,
-            "loss_first": self.loss_first,
-            "loss_last": self.loss_last,
-            "peaks": {"ranks": self.peaks, "host": self.host_peaks},
-            "events": self.events,
-        }
-
-
-def _raise_to(peaks: dict[str, float], values: dict[str, float | None]) -> None:
-    for name, value in values.items():
-        if value is not None:
-            peaks[name] = max(peaks.get(name, value), value)
-
-
 class Recorder:
     """Writes the record of a run on rank 0; every rank must call it in the same order.
 
@@ -127,6 +64,7 @@ class Recorder:
         run_info: dict[str, Any],
         num_registered_bytes: int = 0,
         has_bar: bool = True,
+        account: Account | None = None,
     ) -> None:
         """Describe the run; nothing is written before the `with` block.
 
@@ -138,8 +76,14 @@ class Recorder:
             num_registered_bytes: host bytes that this rank page-locked itself, unknown to
                 torch's pinned allocator.
             has_bar: False prints plain lines on a terminal too.
+            account: of this rank's memory by row, its model loaded; None: no rows are recorded.
         """
         self.clock = Clock(world.device)
+        if account is not None:
+            self.clock = Clock(world.device, account.peaks.mark)
+        self._account = account
+        self._book = None if account is None else book.Book.of(account)
+        self._step = 0
         self._output_dir = Path(output_dir)
         self._world = world
         self._num_steps = num_steps
@@ -161,9 +105,10 @@ class Recorder:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             path = self._output_dir / "metrics.jsonl"
             self._file = path.open("w", encoding="utf-8", buffering=1)
-            self._bar = _build_bar(self._num_steps, self._has_bar)
+            self._bar = screen.build_bar(self._num_steps, self._has_bar)
         info = {"num_ranks": self._world.size, "versions": versions(self._world.device)}
         self.event("run", {**info, **self._run_info})
+        self.collect("load")
         return self
 
     def __exit__(
@@ -172,7 +117,10 @@ class Recorder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write the last step and the summary, also when the run failed."""
+        """Write the last step and the summary, also when the run failed; say where memory went."""
+        if error is not None and self._account is not None and not hasattr(error, "__notes__"):
+            words = f"{self._account.running} of step {self._step + 1}"
+            self._account.explain(error, words)
         self.close(is_complete=kind is None)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -188,8 +136,9 @@ class Recorder:
         lap = self.clock.lap()
         mine = memory.process_memory(self._world.device, self._sampler)
         mine["host_pinned_gib"] += self._registered_gib
-        values = [*mine.values(), *(float(record[name]) for name in COUNTS)]
-        rows = self._world.gather(values)
+        values = [*(float(record[name]) for name in COUNTS), *self._by_row(mine)]
+        rows = self._world.gather([*mine.values(), *values])
+        self._step = record["step"]
         if self._world.rank == 0:
             self._write_pending()
             sums = {
@@ -200,8 +149,42 @@ class Recorder:
             host["host_peak_used_gib"] = max(
                 self._sampler.peak_used_gib, host["host_used_gib"] or 0
             )
+            self._enter(rows, ranks, host)
             self._pending = ({**record, **sums, "ranks": ranks, "host": host}, lap)
         self.clock.mark("record")
+
+    def _by_row(self, mine: dict[str, float]) -> list[float]:
+        """This rank's account of the step, as numbers; corrects peaks that its marks have taken."""
+        if self._account is None:
+            return []
+        phases, highest = self._account.step()
+        if self._account.is_cuda:
+            mine["device_peak_allocated_gib"] = highest.allocated_gib
+            mine["device_peak_reserved_gib"] = highest.reserved_gib
+        return book.encode(phases, self._account.share)
+
+    def _enter(self, rows: list[list[float]], ranks: list[dict], host: dict[str, Any]) -> None:
+        """Put the rows of a step into the book and the line."""
+        if self._book is None:
+            return
+        values = [row[-book.NUM_VALUES :] for row in rows]
+        limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
+        is_group = limit_gib is not None and limit_gib < total_gib
+        used_gib = host["cgroup_used_gib" if is_group else "host_used_gib"]
+        tops, host["host_rows"] = self._book.enter(values, used_gib, STEP_PHASES)
+        for rank, top in zip(ranks, tops, strict=True):
+            rank["device_rows"] = top
+
+    def collect(self, phase: str) -> None:
+        """Keep the rows of a phase that happens once and is over; every rank must call.
+
+        Args:
+            phase: "load" or "save".
+        """
+        if self._account is None or self._book is None:
+            return
+        values = self._world.gather(book.encode(self._account.phases, self._account.share))
+        self._book.enter(values, self._account.used_gib[phase], (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -219,6 +202,13 @@ class Recorder:
             self._write(line)
             self._totals.events += [line] if name != "run" else []
         self.clock.restart()
+
+    def compared(self) -> list[str]:
+        """What was predicted beside what was measured, on the rank that writes; else nothing."""
+        if self._book is None or self._account is None:
+            return []
+        plan = self._account.plan.to_dict()
+        return compare.lines(plan, self._book.to_dict(), self._account.is_cuda)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""
@@ -241,13 +231,14 @@ class Recorder:
             # After a CUDA error the last loss cannot be read: what was written before must stand.
             with contextlib.suppress(RuntimeError):
                 self._write_pending()
-        _raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
+        raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
         summary = {
             "is_complete": is_complete,
             "total_s": time.perf_counter() - self._began_s,
             **self._totals.summary(),
             "num_ranks": self._world.size,
             "versions": versions(self._world.device),
+            "ledger": self._book.to_dict() if self._book is not None else {},
             **self._run_info,
         }
         _write_json(self._output_dir / "summary.json", _plain(summary))
@@ -273,7 +264,7 @@ class Recorder:
         line |= _plain(memories)
         self._write(line)
         self._totals.add(line)
-        _show(self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:]))
+        screen.show(self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:]))
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
@@ -297,28 +288,3 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)
-
-
-def _build_bar(num_steps: int, has_bar: bool) -> Any:
-    """A progress bar on the terminal; disabled (plain lines instead) elsewhere."""
-    is_live = has_bar and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    form = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
-    return tqdm(total=num_steps, dynamic_ncols=True, bar_format=form, disable=not is_live)
-
-
-def _show(bar: Any, line: dict[str, Any], num_steps: int, step_s: float) -> None:
-    """Move the bar on, or print a line now and then when nobody watches."""
-    loss = math.nan if line["loss"] is None else line["loss"]
-    text = f"loss {loss:.3f} {line['tokens_per_s']:,.0f} tok/s"
-    card = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
-    if card["device_total_gib"]:
-        text += f" card {card['device_peak_reserved_gib']:.1f}/{card['device_total_gib']:.0f} GiB"
-    text += f" host {line['host']['host_used_gib']:.1f}/{line['host']['host_total_gib']:.0f} GiB"
-    if not bar.disable:
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(1)
-        return
-    step, every = line["step"], max(1, num_steps // MIN_PLAIN_LINES)
-    if step % every == 0 or step in (1, num_steps):
-        eta = tqdm.format_interval((num_steps - step) * step_s)
-        print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)

@@ -5,7 +5,7 @@ that `shard` hands over the gradients.
 """
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fsdp_qlora.data.batches import Batch, Batches
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.head import Targets
+from fsdp_qlora.model.rows import Rows
 from fsdp_qlora.train.clock import Clock
 from fsdp_qlora.train.ledger import Recorder
 from fsdp_qlora.train.world import World, clip_grad_norm
@@ -52,7 +53,8 @@ def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torc
     Returns:
         0-d float32 on the device, with its graph.
     """
-    return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device))
+    rows = Rows.of(batch.row_lengths, device)
+    return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -94,13 +96,19 @@ def train_step(
     return {"loss": loss_mean, "grad_norm": grad_norm}
 
 
-def fit(trained: Trained, batches: Batches, recorder: Recorder) -> None:
+def fit(
+    trained: Trained,
+    batches: Batches,
+    recorder: Recorder,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
     """Take every optimizer step of the run.
 
     Args:
         trained: model, parameters, optimizer.
         batches: this rank's, of all steps.
         recorder: gets a line per step.
+        after_step: called when a step is recorded.
     """
     trained.model.train()
     gc.collect()
@@ -119,6 +127,7 @@ def fit(trained: Trained, batches: Batches, recorder: Recorder) -> None:
                 **results,
             }
         )
+        after_step()
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ millisecond; what is slow (PSS) or must be watched between steps (the machine's 
 `HostSampler` in the background.
 """
 
-import re
 import threading
 import time
 from dataclasses import dataclass, field
@@ -15,7 +14,10 @@ from types import TracebackType
 import psutil
 import torch
 
-GIB = 1024**3
+from fsdp_qlora.host_memory import GIB as GIB
+from fsdp_qlora.host_memory import Cgroup as Cgroup
+from fsdp_qlora.host_memory import find_cgroup as find_cgroup
+from fsdp_qlora.host_memory import read_kib as read_kib
 
 DEVICE_FIELDS = (
     "device_allocated_gib",
@@ -32,6 +34,7 @@ PROCESS_FIELDS = (
     "host_pinned_gib",
     "host_swap_gib",
 )
+PROCESS_KEYS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")  # of /proc/self/status
 MACHINE_FIELDS = (
     "host_total_gib",
     "host_available_gib",
@@ -68,29 +71,99 @@ def device_memory(device: torch.device) -> dict[str, float]:
     return {name: size / GIB for name, size in zip(DEVICE_FIELDS, sizes_bytes, strict=True)}
 
 
+@dataclass(frozen=True)
+class Peak:
+    """What was held in one phase, GiB; of a CPU rank what its process has for itself alone.
+
+    Attributes:
+        allocated_gib: the most that tensors took.
+        reserved_gib: the most that torch's allocator held; on a CPU the same as allocated.
+        left_gib: what tensors took at its end.
+    """
+
+    allocated_gib: float = 0.0
+    reserved_gib: float = 0.0
+    left_gib: float = 0.0
+
+    def highest(self, other: "Peak") -> "Peak":
+        """The higher figures of two."""
+        return Peak(
+            max(self.allocated_gib, other.allocated_gib),
+            max(self.reserved_gib, other.reserved_gib),
+            max(self.left_gib, other.left_gib),
+        )
+
+
+class PhasePeaks:
+    """The most that was held in each phase, from mark to mark, exactly: nothing is sampled.
+
+    Attributes:
+        marks: the phases that have ended since the last `take`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin the first phase.
+
+        Args:
+            device: of this rank; of a CPU rank the process's own memory is watched.
+        """
+        self.marks: list[str] = []
+        self._device = device
+        self._peaks: dict[str, Peak] = {}
+        self._read()
+
+    def mark(self, phase: str) -> None:
+        """End `phase`: what was held since the last mark belongs to it."""
+        peak = self._read()
+        self.marks.append(phase)
+        self._peaks[phase] = peak.highest(self._peaks.get(phase, peak))
+
+    def take(self) -> dict[str, Peak]:
+        """The peaks by phase since the last call."""
+        peaks, self._peaks = self._peaks, {}
+        self.marks.clear()
+        return peaks
+
+    def now(self) -> Peak:
+        """Of the phase that has not ended; a peak that is read here is not in its mark."""
+        return self._read()
+
+    def _read(self) -> Peak:
+        if self._device.type != "cuda":
+            return process_peak()
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        if "allocated_bytes" not in stats:  # nothing was allocated yet
+            return Peak()
+        allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
+        return Peak(allocated["peak"] / GIB, reserved["peak"] / GIB, allocated["current"] / GIB)
+
+
+def process_peak(proc: Path = Path("/proc/self")) -> Peak:
+    """Of this process's own pages since the last call, libraries and shared memory left out."""
+    try:
+        lines = (proc / "status").read_text().splitlines()
+    except OSError:
+        return Peak()
+    words = {line.partition(":")[0]: line.split() for line in lines if line.endswith("kB")}
+    kib = {name: int(words[name][1]) for name in PROCESS_KEYS if name in words}
+    if len(kib) < len(PROCESS_KEYS):  # old kernels do not tell pages of files from others
+        return Peak()
+    shared = kib["RssFile"] + kib["RssShmem"]
+    peak = kib["VmHWM"] - shared
+    try:
+        (proc / "clear_refs").write_text("5")  # the highest mark starts anew
+    except OSError:
+        peak = kib["RssAnon"]
+    peak_gib = max(peak, kib["RssAnon"]) / 1024**2
+    return Peak(peak_gib, peak_gib, kib["RssAnon"] / 1024**2)
+
+
 def pinned_gib(device: torch.device) -> float:
     """GiB of page-locked host memory that torch's own pinned allocator holds in this process."""
     if device.type != "cuda":
         return 0.0
     return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) / GIB
-
-
-def read_kib(path: Path, key: str) -> int:
-    """The value of one `Key:  N kB` line of a /proc file.
-
-    Args:
-        path: file such as /proc/self/status or /proc/self/smaps_rollup.
-        key: the word before the colon.
-
-    Returns:
-        N in KiB; 0 where the file or the line is missing (other systems, old kernels).
-    """
-    try:
-        text = path.read_text()
-    except OSError:
-        return 0
-    found = re.search(rf"^{re.escape(key)}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) if found else 0
 
 
 def pss_gib(proc: Path = Path("/proc/self")) -> float:
@@ -100,78 +173,6 @@ def pss_gib(proc: Path = Path("/proc/self")) -> float:
     a second for tens of GiB), so it does not belong in a step: see HostSampler.
     """
     return read_kib(proc / "smaps_rollup", "Pss") * 1024 / GIB
-
-
-@dataclass(frozen=True)
-class Cgroup:
-    """The control group that bounds this process (a container, a Slurm job), v1 or v2.
-
-    Attributes:
-        limit_gib: the tightest limit from the group up to the root; None when there is none.
-        used_path: file with the bytes the group uses, page cache included; None when not found.
-        stat_path: file with the page cache among them.
-    """
-
-    limit_gib: float | None = None
-    used_path: Path | None = None
-    stat_path: Path | None = None
-
-    def used_gib(self) -> float | None:
-        """GiB in use less the page cache that the kernel would drop first; None without a group."""
-        if self.used_path is None or self.stat_path is None:
-            return None
-        try:
-            used_bytes = int(self.used_path.read_text())
-            stat = self.stat_path.read_text()
-        except (OSError, ValueError):
-            return None
-        cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-        return max(0, used_bytes - (int(cache[1]) if cache else 0)) / GIB
-
-
-def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgroup")) -> Cgroup:
-    """Find the memory control group of this process.
-
-    Inside a container the group's own path is often not mounted: then the nearest parent that is
-    speaks for it, at last the root of the mount.
-
-    Args:
-        proc: the process's directory under /proc.
-        root: where control groups are mounted.
-
-    Returns:
-        The group, or an empty Cgroup on systems without one.
-    """
-    try:
-        lines = (proc / "cgroup").read_text().splitlines()
-    except OSError:
-        return Cgroup()
-    rows = [line.split(":", 2) for line in lines if line.count(":") >= 2]
-    for controllers, mount, limit_name, used_name in (
-        ("memory", root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ("", root, "memory.max", "memory.current"),
-    ):
-        paths = [path for _, names, path in rows if controllers in names.split(",")]
-        if not paths:
-            continue
-        group = mount / paths[0].strip("/")
-        groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
-        used = [place for place in groups if (place / used_name).is_file()]
-        limits = [read_limit_gib(place / limit_name) for place in groups]
-        if used:
-            limit_gib = min((limit for limit in limits if limit is not None), default=None)
-            return Cgroup(limit_gib, used[0] / used_name, used[0] / "memory.stat")
-    return Cgroup()
-
-
-def read_limit_gib(path: Path) -> float | None:
-    """A control group's limit in GiB; None for "max", v1's huge number, or a missing file."""
-    try:
-        limit = path.read_text().strip()
-    except OSError:
-        return None
-    is_limit = limit.isdigit() and int(limit) < 2**60
-    return int(limit) / GIB if is_limit else None
 
 
 def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:

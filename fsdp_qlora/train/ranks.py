@@ -125,6 +125,7 @@ def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(num_cores // num_ranks, 1)),
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
+        "KINETO_LOG_LEVEL": "99",  # torch.profiler would tell of its own stages
     }
     if "PYTORCH_ALLOC_CONF" not in env:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

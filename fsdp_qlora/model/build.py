@@ -1,0 +1,57 @@
+"""A model from nothing to filled, in the one order that works."""
+
+from dataclasses import dataclass
+
+from fsdp_qlora import arch
+from fsdp_qlora.config import Config
+from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
+from fsdp_qlora.model.cache import PackedCache
+from fsdp_qlora.model.kernels import Choice
+from fsdp_qlora.model.load import LoadReport
+from fsdp_qlora.model.placement import Placed
+from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.train.world import World
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that can run.
+
+    Attributes:
+        model: sharded and filled, its adapters at their starting values.
+        chosen: what it computes with.
+        cache, placed, loaded: where its packed bytes came from and lie.
+    """
+
+    model: PackedModel
+    chosen: Choice
+    cache: PackedCache
+    placed: Placed
+    loaded: LoadReport
+
+
+def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
+    """Build, adapt, place, shard and fill a model.
+
+    Args:
+        cfg: the run.
+        info: the model.
+        world: the ranks; all must call.
+
+    Returns:
+        The model and what was done.
+
+    Raises:
+        UserError: see load.fill and placement.choose.
+    """
+    chosen = kernels.choose(
+        cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
+    )
+    model = skeleton.build(info, cfg.format_name, chosen)
+    adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
+    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
+    placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
+    shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
+    model.set_checkpointing(cfg, world.device)
+    loaded = load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
+    return Built(model, chosen, packed_cache, placed, loaded)

@@ -1,0 +1,285 @@
+"""A LoRA adapter in peft's format, read without torch, and the record of its base that it carries.
+
+The record lies in the header of the weights, so that it goes wherever they go: the format that the
+base was quantised to, the dtype it computed in, and a digest that tells one base from another.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import __version__
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.weights_files import TensorRef, describe, read_header, read_json
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora saves
+RECORD_KEY = "fsdp_qlora"
+PAIR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Keys of adapter_config.json that may say anything, because the tensors tell it, or because it is
+# looked at here; every other one must be absent, false or empty.
+KNOWN_KEYS = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
+    *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type"),
+    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
+    *("target_modules", "task_type", "use_rslora"),
+}
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
+SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
+BY_PEFT = "merge it with peft's merge_and_unload"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """LoRA matrices of one linear; it gains scale * B @ A.
+
+    Args:
+        a: [R, I].
+        b: [O, R].
+        scale: alpha / R, or alpha / sqrt(R).
+    """
+
+    a: TensorRef
+    b: TensorRef
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter on disk.
+
+    Args:
+        path: its directory.
+        base_name: directory or hub name of its base, as adapter_config.json has it.
+        pairs: linear in the model ("model.layers.0.self_attn.q_proj") -> its matrices.
+        record: what this program wrote about the base; empty for an adapter made elsewhere.
+    """
+
+    path: Path
+    base_name: str
+    pairs: dict[str, Pair]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that occur."""
+        return sorted({pair.a.shape[0] for pair in self.pairs.values()})
+
+
+def read(path: Path) -> Adapter:
+    """Read an adapter.
+
+    Args:
+        path: directory with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        What it holds; no weight is read.
+
+    Raises:
+        UserError: it is none, is not plain LoRA (code 2), or its files disagree (code 5).
+    """
+    config = _read_config(path)
+    file = path / WEIGHTS_NAME
+    if not file.exists() and (path / "adapter_model.bin").exists():
+        rule = "is pickled, which can run code and is never read"
+        raise UserError(str(path / "adapter_model.bin"), rule, "save it as safetensors with peft")
+    found: dict[str, dict[str, TensorRef]] = {}
+    unknown = []
+    for name, ref in read_header(file).items():
+        match = PAIR_NAME.fullmatch(name)
+        if match is None or len(ref.shape) != 2:
+            unknown.append(name)
+        else:
+            found.setdefault(match["module"], {})[match["side"]] = ref
+    if unknown:
+        raise UserError(f"{describe(unknown)} in {file}", "is no LoRA matrix of a linear", BY_PEFT)
+    if not found:
+        rule = "holds no LoRA matrices"
+        raise UserError(str(file), rule, "give the directory of a trained adapter", INTEGRITY)
+    pairs = {name: _pair(name, sides, config, file) for name, sides in found.items()}
+    base_name = str(config.get("base_model_name_or_path") or "")
+    return Adapter(path, base_name, pairs, _read_record(path))
+
+
+def check(adapter: Adapter, info: ModelInfo) -> None:
+    """See that an adapter belongs to a model.
+
+    Args:
+        adapter: what `read` found.
+        info: the base, with its tensors.
+
+    Raises:
+        UserError: a linear is absent from the base, or of another shape (code 5).
+    """
+    remedy = "give the base it was trained on with --model_name"
+    absent = [name for name in adapter.pairs if f"{name}.weight" not in info.tensors]
+    if absent:
+        rule = f"no such linear in {info.path}"
+        raise UserError(f"adapter for {describe(absent)}", rule, remedy, INTEGRITY)
+    for name, pair in adapter.pairs.items():
+        shape = (pair.b.shape[0], pair.a.shape[1])
+        if shape != info.tensors[f"{name}.weight"].shape:
+            rule = f"is {list(info.tensors[f'{name}.weight'].shape)} in {info.path}"
+            raise UserError(f"adapter for {name} {list(shape)}", rule, remedy, INTEGRITY)
+
+
+def record_of(info: ModelInfo, cfg: Config) -> dict[str, Any]:
+    """What an adapter must say of its base, so that it can be merged as it was trained.
+
+    Args:
+        info: the base.
+        cfg: of the run.
+
+    Returns:
+        version, base, format, compute_dtype, digest; see the module.
+    """
+    return {
+        "version": __version__,
+        "base": cfg.model_name,
+        "format": cfg.format_name,
+        "compute_dtype": cfg.compute_dtype,
+        "digest": digest(info),
+    }
+
+
+def metadata(record: dict[str, Any]) -> dict[str, str]:
+    """Put a record into the form that a safetensors header takes.
+
+    Args:
+        record: see `record_of`.
+
+    Returns:
+        Texts by name, with what transformers and peft look for.
+    """
+    return {"format": "pt", RECORD_KEY: json.dumps(record)}
+
+
+def digest(info: ModelInfo) -> str | None:
+    """Tell a base from others of the same shape, however its files are cut.
+
+    Names, dtypes, shapes and the first bytes of every tensor count.
+
+    Args:
+        info: the base.
+
+    Returns:
+        16 characters; None for a model without files, or whose files cannot be read any more.
+    """
+    if not info.tensors:
+        return None
+    whole = hashlib.sha256()
+    files: dict[Path, int] = {}
+    try:
+        for name, ref in sorted(info.tensors.items()):
+            if ref.file not in files:
+                files[ref.file] = os.open(ref.file, os.O_RDONLY)
+            whole.update(f"{name}:{ref.dtype}:{ref.shape}".encode())
+            whole.update(os.pread(files[ref.file], min(ref.nbytes, SAMPLE_BYTES), ref.start))
+    except OSError:
+        return None  # a finished run must not end here
+    finally:
+        for number in files.values():
+            os.close(number)
+    return whole.hexdigest()[:16]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if (path / REFERENCE_NAME).exists() and not (path / CONFIG_NAME).exists():
+        remedy = "convert it first: python -m fsdp_qlora convert --state_dict FILE"
+        raise UserError(str(path), "holds a state dict of AnswerDotAI/fsdp_qlora", remedy)
+    if not (path / CONFIG_NAME).is_file():
+        remedy = "give the output directory of a run"
+        raise UserError(f"--adapter {path}", f"holds no {CONFIG_NAME}", remedy)
+    config = read_json(path / CONFIG_NAME)
+    got = str(path / CONFIG_NAME)
+    if config.get("peft_type") != "LORA":
+        raise UserError(got, f"says peft_type {config.get('peft_type')!r}, not LORA", BY_PEFT)
+    other = [key for key in sorted(config) if config[key] and key not in KNOWN_KEYS]
+    other += ["bias"] * (config.get("bias", "none") != "none")
+    if other:
+        raise UserError(got, f"uses {', '.join(other)}, which is not plain LoRA", BY_PEFT)
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(OTHER_BASES):
+        rule = f"was started with {start}, which changes the base"
+        raise UserError(
+            got, rule, "convert it with peft's path_initial_model_for_weight_conversion"
+        )
+    return config
+
+
+def _pair(name: str, sides: dict[str, TensorRef], config: dict[str, Any], file: Path) -> Pair:
+    if sides.keys() != {"A", "B"} or sides["A"].shape[0] != sides["B"].shape[1]:
+        raise UserError(f"{name} in {file}", "has no pair of LoRA matrices", "save it again", 5)
+    rank = sides["A"].shape[0]
+    expected = _by_pattern(config, "rank_pattern", "r", name)
+    if rank != expected:
+        rule = f"has rank {rank}, and {CONFIG_NAME} says {expected}"
+        raise UserError(f"{name} in {file}", rule, "take both files from the same place", INTEGRITY)
+    alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", name)
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise UserError(f"lora_alpha {alpha!r} for {name}", "must be a number", "correct it")
+    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+    return Pair(sides["A"], sides["B"], alpha / divisor)
+
+
+def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
+    """The value for a linear: that of the first pattern that its name ends with.
+
+    Source: huggingface/peft, src/peft/utils/other.py (get_pattern_key).
+    """
+    for key, value in (config.get(patterns) or {}).items():
+        try:
+            is_match = re.match(rf"(.*\.)?({key})$", name)
+        except re.error as error:
+            raise UserError(
+                f"{patterns} {key!r}", f"is no pattern ({error})", "correct it"
+            ) from None
+        if is_match:
+            return value
+    return config.get(default)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The record in the header; without one, what run_config.json beside it tells."""
+    with (path / WEIGHTS_NAME).open("rb") as file:
+        raw = file.read(int.from_bytes(file.read(8), "little"))
+    text = json.loads(raw).get("__metadata__", {}).get(RECORD_KEY)
+    if text is not None:
+        try:
+            record = json.loads(text)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            rule = "has a damaged record of its base"
+            raise UserError(str(path / WEIGHTS_NAME), rule, "copy it again", INTEGRITY)
+        return record
+    if not (path / "run_config.json").is_file():
+        return {}
+    cfg = run_config(path)
+    return {"base": cfg.model_name, "format": cfg.format_name, "compute_dtype": cfg.compute_dtype}
+
+
+def run_config(path: Path) -> Config:
+    """Read the options of the run that an adapter came from.
+
+    Args:
+        path: its directory, with run_config.json; options that are unknown today are left out.
+
+    Returns:
+        The options.
+
+    Raises:
+        UserError: it is absent (code 2) or damaged (code 5).
+    """
+    table = read_json(path / "run_config.json")
+    known = {key: table[key] for key in table if key in Config.__dataclass_fields__}
+    return Config(**known)

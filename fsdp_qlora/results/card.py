@@ -1,0 +1,212 @@
+"""The model card beside an adapter: what it is, what it learned from, how far, on what.
+
+Its figures come from the record of the run. Nothing of the environment is in it, the command is
+put together from the options, and whatever looks like a secret is blotted out.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.config import Config, to_dict
+from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.results import report_record
+from fsdp_qlora.results.report_record import Run, highest
+
+CARD_NAME = "README.md"
+BLOT = "[secret]"
+SECRETS = (
+    re.compile(r"\b(hf|sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}"),
+    re.compile(r"\bgithub_pat_\w{8,}|\bAKIA[A-Z0-9]{12,}|\bAIza[\w-]{20,}"),
+    re.compile(r"\b[0-9a-f]{40}\b"),
+    re.compile(r"(?<=://)[^/\s@]+(?=@)"),
+    re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
+)
+SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY")
+LEAST_SECRET_CHARS = 8
+OWN_PATHS = ("output_dir", "overwrite", "recipe")
+SETTINGS = (
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
+    *("optimizer", "lr", "lr_scheduler", "warmup_ratio", "wd", "precision", "seed"),
+)
+
+
+def write(directory: Path, cfg: Config, info: ModelInfo) -> Path:
+    """Write the card of a run that has just ended.
+
+    Args:
+        directory: of the run; without metrics.jsonl in it, the card has no figures.
+        cfg: the run.
+        info: the base.
+
+    Returns:
+        Path of the card.
+    """
+    path = directory / CARD_NAME
+    card = redact(text(cfg, info, _record(directory)), os.environ)
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def _record(directory: Path) -> Run | None:
+    """The record; an adapter that is saved already does not fail for want of its figures."""
+    try:
+        return report_record.read(directory)
+    except UserError:
+        return None
+
+
+def text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
+    """Compose the card; `redact` it before it is written.
+
+    Args:
+        cfg: the run.
+        info: the base.
+        run: its record; None leaves the figures out.
+
+    Returns:
+        Markdown, with the header that the hub reads.
+    """
+    name = cfg.resolved_output_dir.name
+    parts = [
+        "\n".join(_front_matter(cfg)),
+        f"# {one_line(name)}",
+        f"A LoRA adapter for `{_code(cfg.model_name)}`, trained with fsdp_qlora over a base in "
+        f"`{cfg.format_name}`. It is in peft's format.",
+        _usage(name),
+        "## Training",
+        _table(_facts(cfg, info, run)),
+    ]
+    if run is not None:
+        parts += ["## Results", _table(_results(run))]
+    parts += ["## Settings", _table((flag, getattr(cfg, flag)) for flag in SETTINGS)]
+    parts += ["## Command", f"```bash\n{command(cfg)}\n```"]
+    if run is not None and run.facts.get("versions"):
+        parts += ["## Versions", _table(run.facts["versions"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def command(cfg: Config) -> str:
+    """The command line that makes such a run, from the options that differ from the defaults.
+
+    Args:
+        cfg: the run.
+
+    Returns:
+        One line of shell.
+    """
+    options, defaults = to_dict(cfg), to_dict(Config())
+    words = ["python", "train.py", "--model_name", cfg.model_name]
+    for flag, value in options.items():
+        is_plain = value == defaults[flag] or value is None or flag in (*OWN_PATHS, "model_name")
+        if not is_plain:
+            words += [f"--{flag}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return one_line(shlex.join(words))
+
+
+def redact(words: str, environment: Mapping[str, str]) -> str:
+    """Blot out what looks like a secret, and the values of variables that are named like one.
+
+    Args:
+        words: any text.
+        environment: variables of the process.
+
+    Returns:
+        The text without them.
+    """
+    values = [value for name, value in environment.items() if SECRET_NAMES.search(name.upper())]
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= LEAST_SECRET_CHARS:
+            words = words.replace(value, BLOT)
+    for pattern in SECRETS:
+        words = pattern.sub(BLOT, words)
+    return words
+
+
+def _front_matter(cfg: Config) -> Iterator[str]:
+    yield "---"
+    if _is_hub_name(cfg.model_name):
+        yield f"base_model: {cfg.model_name}"
+    yield "library_name: peft"
+    yield "pipeline_tag: text-generation"
+    if _is_hub_name(cfg.dataset):
+        yield f"datasets: [{cfg.dataset.partition(':')[0]}]"
+    yield f"tags: [lora, fsdp_qlora, {cfg.train_type}]"
+    yield "---"
+
+
+def _is_hub_name(name: str) -> bool:
+    """ORGANISATION/MODEL, and not a directory here."""
+    form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.:-]*)?"
+    is_form = re.fullmatch(form, name) is not None and ".py" not in name
+    return is_form and not Path(name).expanduser().exists()
+
+
+def _usage(name: str) -> str:
+    return (
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})\n```\n\n"
+        "To make a plain model of base and adapter, with the difference measured:\n\n"
+        f"```bash\npython -m fsdp_qlora merge --adapter {shlex.quote(name)} "
+        f"--out {shlex.quote(name + '-merged')}\n```"
+    )
+
+
+def _facts(cfg: Config, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
+    total = arch.num_params(info)
+    trained = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
+    yield "base in training", cfg.format_name
+    yield "trained parameters", f"{trained:,} ({trained / total:.2%})"
+    yield "data set", cfg.dataset
+    for line in "\n".join(run.facts.get("lines", []) if run else []).splitlines():
+        if line.startswith("data "):
+            yield "data", line.removeprefix("data").strip()
+    if run is not None:
+        yield "ranks", run.num_ranks
+        yield "steps", f"{run.steps[-1]['step']:,}"
+
+
+def _results(run: Run) -> Iterator[tuple[str, str]]:
+    losses = [step["loss"] for step in run.steps]
+    if None not in (losses[0], losses[-1]):
+        yield "loss of the first and the last step", f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+    held_out = [loss for _, loss in run.evals if loss is not None]
+    if len(held_out) > 1:
+        yield "held-out loss before and after", f"{held_out[0]:.4f} -> {held_out[-1]:.4f}"
+        both = " -> ".join(f"{math.exp(loss):.2f}" for loss in (held_out[0], held_out[-1]))
+        yield "held-out perplexity before and after", both
+    seconds = sum(step["step_s"] for step in run.steps)
+    num_tokens = sum(step["num_tokens"] for step in run.steps)
+    yield "tokens, padding included", f"{num_tokens:,}"
+    yield (
+        "training time",
+        f"{seconds / 60:.1f} minutes, {num_tokens / max(seconds, 1e-9):,.0f} tokens/s",
+    )
+    every = "device_peak_reserved_gib", "device_total_gib"
+    peak, size = (highest(v for row in run.ranks(name) for v in row) for name in every)
+    if size:
+        yield "peak memory of a card", f"{peak or 0:.2f} GiB reserved of {size:.1f}"
+    host = highest(run.host("host_peak_used_gib"))
+    if host is not None:
+        yield "peak memory of the host, all programs", f"{host:.1f} GiB"
+
+
+def _table(rows: Any) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    return one_line(str(value)).replace("|", "\\|")
+
+
+def _code(value: str) -> str:
+    return one_line(value).replace("`", "'")

@@ -1,0 +1,207 @@
+"""The verbs that make files of a model: merge, quantize, convert. Checked before torch is there."""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsdp_qlora import arch, cli
+from fsdp_qlora.cli import any_of, flag
+from fsdp_qlora.errors import DONE, SIGTERM, UserError, join
+from fsdp_qlora.results import adapter_files, new_directory
+
+OptionsT = TypeVar("OptionsT")
+FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4", "bf16")
+DTYPES = any_of("bf16", "fp16", "fp32")
+DEVICES = any_of("auto", "cpu", "cuda")
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+QUANTISED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
+SHARD_HELP = "largest output file in GiB"
+BASE_HELP = "what the adapter is added to; auto: what training saw, if the adapter tells"
+EVIDENCE_HELP = "rows on which base + adapter and the result are compared; 0: none"
+MERGE_USAGE = """usage: python -m fsdp_qlora merge --adapter DIR --out DIR [--option value ...]
+
+Adds a LoRA adapter to its base, tensor by tensor, and writes a plain model that transformers and
+llama.cpp's converter read. `--base dequantized` adds it to the 4-bit base as training saw it,
+`16bit` to the original weights. How far the result is from base + adapter as trained is measured,
+printed and kept in merge.json."""
+QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out DIR [--option ...]
+
+Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
+Tensor by tensor: the host holds no more than a few of them."""
+CONVERT_USAGE = """usage: python -m fsdp_qlora convert --state_dict FILE --model_name NAME --out DIR
+
+Makes a PEFT adapter of model_state_dict.safetensors as AnswerDotAI/fsdp_qlora saves it after
+LoRA training (lora, qlora, custom_lora, custom_qlora, hqq_lora)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions:
+    """Options of `merge`."""
+
+    adapter: str | None = flag(None, "merge", "directory of the adapter")
+    out: str | None = flag(None, "merge", "directory to be made")
+    model_name: str | None = flag(None, "merge", "its base [as adapter_config.json has it]")
+    base: str = flag("auto", "merge", BASE_HELP, any_of("auto", "16bit", "dequantized"))
+    format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
+    any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
+    dtype: str = flag("bf16", "merge", "of the weights that are written", DTYPES)
+    max_shard_gib: float = flag(5.0, "merge", SHARD_HELP, rule="> 0")
+    device: str = flag("auto", "merge", "where it is computed", DEVICES)
+
+    evidence_rows: int = flag(8, "evidence", EVIDENCE_HELP, rule=">= 0")
+    evidence_tokens: int = flag(64, "evidence", "longest such row in tokens", rule=">= 2")
+    dataset: str | None = flag(None, "evidence", "where they come from [that of the run]")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `quantize`."""
+
+    model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
+    out: str | None = flag(None, "quantize", "directory to be made")
+    quant_type: str = flag("nf4", "quantize", "4-bit code", any_of("nf4", "fp4"))
+    double_quant: bool = flag(True, "quantize", "quantise the block scales too")
+    dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", DTYPES)
+    max_shard_gib: float = flag(5.0, "quantize", SHARD_HELP, rule="> 0")
+    device: str = flag("auto", "quantize", "where it is computed", DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """Options of `convert`."""
+
+    state_dict: str | None = flag(None, "convert", "model_state_dict.safetensors")
+    model_name: str | None = flag(None, "convert", "the base it was trained on")
+    out: str | None = flag(None, "convert", "directory to be made")
+    lora_alpha: int = flag(16, "convert", "as in training: the file does not tell", rule=">= 1")
+    lora_dropout: float = flag(0.1, "convert", "for the record", rule="from 0 to below 1")
+    train_type: str | None = flag(
+        None,
+        "convert",
+        "as in training, so that merge knows the base",
+        any_of("lora", "qlora", "custom_lora", "custom_qlora", "hqq_lora"),
+    )
+
+
+def parse(argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str]) -> OptionsT:
+    """Read the command line of a verb.
+
+    Args:
+        argv: arguments without the verb.
+        cls: dataclass of its options.
+        usage: the lines above the options in the help.
+        needed: options that have no default.
+
+    Returns:
+        The options.
+
+    Raises:
+        UserError: every fault at once.
+        SystemExit: code 0 after printing the help.
+    """
+    cli.show_help_if_asked(argv, cls, usage)
+    values, faults = cli.read(argv, cls, {"model_name_or_path": "model_name"}, Path())
+    said = " ".join(fault.got for fault in faults)
+    for name in needed:
+        if values.get(name) is None and f"--{name}" not in said:
+            faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
+    if faults:
+        raise join(faults)
+    return cls(**values)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM unwind the program, so that drafts are removed; the exit code tells of it."""
+
+    def stop(*_: Any) -> None:
+        sys.exit(SIGTERM)
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def merge(argv: list[str]) -> int:
+    """Merge an adapter into its base.
+
+    Args:
+        argv: see MERGE_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, an adapter or a base that does not fit (codes 2, 5), a full
+            disk (code 3).
+    """
+    options = parse(argv, MergeOptions, MERGE_USAGE, ("adapter", "out"))
+    adapter = adapter_files.read(Path(str(options.adapter)).expanduser())
+    if not (options.model_name or adapter.base_name):
+        got = f"{adapter.path}: base_model_name_or_path"
+        raise UserError(got, "is empty", "name the base with --model_name")
+    info = arch.read(options.model_name or adapter.base_name, need_weights=True)
+    adapter_files.check(adapter, info)
+    num_weights = sum(math.prod(ref.shape) for ref in info.tensors.values())
+    need_bytes = num_weights * ITEM_BYTES[options.dtype]
+    new_directory.check(Path(str(options.out)), need_bytes)
+    from fsdp_qlora.results import merge as merging
+
+    with stoppable():
+        merging.run(options, adapter, info, need_bytes)
+    return DONE
+
+
+def quantize(argv: list[str]) -> int:
+    """Write a 4-bit model.
+
+    Args:
+        argv: see QUANTIZE_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
+    """
+    options = parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
+    info = arch.read(str(options.model_name), need_weights=True)
+    num_linear = arch.num_linear_params(info)
+    num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
+    item_bytes = ITEM_BYTES.get(str(options.dtype), 4)
+    need_bytes = round(num_linear * QUANTISED_BYTES) + num_others * item_bytes
+    new_directory.check(Path(str(options.out)), need_bytes)
+    from fsdp_qlora.results import quantized
+
+    with stoppable():
+        quantized.run(options, info, need_bytes)
+    return DONE
+
+
+def convert(argv: list[str]) -> int:
+    """Make an adapter of the reference's state dict.
+
+    Args:
+        argv: see CONVERT_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, a file that is none (code 2, 5), a full disk (code 3).
+    """
+    options = parse(argv, ConvertOptions, CONVERT_USAGE, ("state_dict", "model_name", "out"))
+    info = arch.read(str(options.model_name), need_weights=False)
+    new_directory.check(Path(str(options.out)), 0)
+    from fsdp_qlora.results import convert as converting
+
+    with stoppable():
+        converting.run(options, info)
+    return DONE

@@ -1,0 +1,188 @@
+"""Which row every allocation of a pass belongs to: torch's own history of the allocator, read back.
+
+An allocation is known by the place in the program that made it, and by how long it lives. At the
+peak of a phase the rows then are what was alive, byte for byte.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fsdp_qlora.plan import rows as names
+from fsdp_qlora.train.rows import Passing
+
+MAX_EVENTS = 2_000_000
+GIB = 2**30
+# Where an allocation was made -> its row; the innermost place that is known counts.
+PLACES = (
+    ("fsdp_qlora/model/graphs.py", names.LAYER),
+    ("fsdp_qlora/model/quantize.py", names.SCRATCH),
+    ("fsdp_qlora/model/head.py", names.LOSS),
+    ("torch/distributed/fsdp/", names.BUFFERS),
+)
+FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS, names.LIBRARIES)
+# `boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
+PASS = ("forward", "backward")
+Event = dict[str, Any]
+
+
+@dataclass
+class Trace:
+    """What was found.
+
+    Attributes:
+        passing: phase -> what came and went at its peak; empty without a card.
+        failure: why nothing was found, or "".
+    """
+
+    passing: dict[str, Passing]
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One allocation.
+
+    Attributes:
+        nbytes: of it.
+        place: row by where it was made, or "".
+        start, stop: index of the event that made and freed it; `stop` is large for one that stays.
+    """
+
+    nbytes: int
+    place: str
+    start: int
+    stop: int
+
+
+def boundary(device: torch.device) -> None:
+    """Mark the end of a phase in the history: an allocation that bears this function's name."""
+    if device.type == "cuda":
+        torch.empty(1, dtype=torch.uint8, device=device)
+
+
+@contextlib.contextmanager
+def traced(device: torch.device) -> Iterator[Trace]:
+    """Record the allocations of the block and tell them apart at its end.
+
+    Args:
+        device: of this rank; a CPU keeps no history.
+
+    Yields:
+        The trace, which is filled at the end.
+    """
+    trace = Trace({})
+    if device.type != "cuda":
+        yield trace
+        return
+    record = torch.cuda.memory._record_memory_history
+    record("all", context="alloc", stacks="python", max_entries=MAX_EVENTS, device=device)
+    try:
+        yield trace
+        history = torch.cuda.memory._snapshot(device)["device_traces"]
+    finally:
+        record(None, device=device)
+    try:
+        trace.passing = told_apart(next(events for events in history if events))
+    except (KeyError, ValueError, StopIteration) as error:  # another torch, another form
+        trace.failure = f"{type(error).__name__}: {error}"
+
+
+def told_apart(events: Sequence[Event]) -> dict[str, Passing]:
+    """The rows at the peak of each phase.
+
+    Args:
+        events: of one device, in order: dicts of action, addr, size and frames (innermost first).
+
+    Returns:
+        Phase -> what was alive at its highest moment and was made since the events began.
+
+    Raises:
+        ValueError: the boundaries are not those of whole passes.
+    """
+    blocks, ends = _blocks(events)
+    if len(ends) < 3 or len(ends) % 2 == 0:
+        raise ValueError(f"{len(ends)} boundaries in {len(events)} events")
+    found: dict[str, dict[str, float]] = {}
+    forward_ends = ends[0:-1:2]
+    for number, end in enumerate(ends[:-1]):
+        phase, start = PASS[number % 2], ends[number - 1] if number else 0
+        alive = _alive_at_peak(blocks, start, end)
+        rows: dict[str, float] = {}
+        for block in alive:
+            row = _row(block, forward_ends, ends)
+            rows[row] = rows.get(row, 0.0) + block.nbytes / GIB
+        if sum(rows.values()) >= sum(found.get(phase, {}).values()):
+            found[phase] = rows
+    return {
+        phase: Passing(
+            {row: gib for row, gib in rows.items() if row in FIXED},
+            {row: gib for row, gib in rows.items() if row not in FIXED},
+        )
+        for phase, rows in found.items()
+    }
+
+
+def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
+    """The allocations, and the indices of the boundaries."""
+    open_blocks: dict[int, tuple[int, str, int]] = {}
+    blocks, ends = [], []
+    for index, event in enumerate(events):
+        action, address = event["action"], event["addr"]
+        if action == "alloc":
+            frames = event["frames"]
+            if any(frame["name"] == "boundary" for frame in frames[:2]):
+                ends.append(index)
+                continue
+            open_blocks[address] = (event["size"], _place(frames), index)
+        elif action == "free_requested" and address in open_blocks:
+            nbytes, place, start = open_blocks.pop(address)
+            blocks.append(_Block(nbytes, place, start, index))
+    stays = len(events)
+    blocks += [_Block(nbytes, place, start, stays) for nbytes, place, start in open_blocks.values()]
+    return blocks, ends
+
+
+def _place(frames: Sequence[dict[str, Any]]) -> str:
+    """Row by the innermost known place; of the head only what its own function makes."""
+    for frame, caller in zip(frames, [*frames[1:], {"filename": ""}], strict=False):
+        for part, row in PLACES:
+            is_loss = row != names.LOSS or caller["filename"].endswith("autograd/function.py")
+            if part in frame["filename"] and is_loss:
+                return row
+    return ""
+
+
+def _row(block: _Block, forward_ends: Sequence[int], ends: Sequence[int]) -> str:
+    """By where it was made, else by how long it lives."""
+    is_kept = any(block.start < end < block.stop for end in forward_ends)
+    if block.place == names.BUFFERS and block.stop > ends[-2]:  # left by the last backward
+        return names.GRADIENTS
+    if block.place == names.LOSS and is_kept:
+        return names.LAYER
+    if block.place:
+        return block.place
+    if block.stop > ends[-1]:
+        return names.LIBRARIES
+    return names.KEPT if is_kept else names.LAYER
+
+
+def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Block]:
+    """The allocations that are alive when most is, between two events."""
+    changes: dict[int, int] = {}
+    held = 0
+    for block in blocks:
+        if block.start < start < block.stop:
+            held += block.nbytes
+        for index, nbytes in ((block.start, block.nbytes), (block.stop, -block.nbytes)):
+            if start <= index <= end:
+                changes[index] = changes.get(index, 0) + nbytes
+    peak, at = held, start
+    for index in sorted(changes):
+        held += changes[index]
+        if held > peak:
+            peak, at = held, index
+    return [block for block in blocks if block.start <= at < block.stop]

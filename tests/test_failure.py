@@ -1,0 +1,225 @@
+"""Memory that runs out: said in a few lines, answered by a lower setting (train/failure.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora import arch, config, host_memory
+from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.errors import BUG, INPUT, RUN_FAILED, UserError
+from fsdp_qlora.plan import cards, run
+from fsdp_qlora.plan.cards import Machine
+from fsdp_qlora.train import failure
+from tests.test_launch import RANK
+
+PARENT = """
+import sys
+from fsdp_qlora import arch
+from fsdp_qlora.config import given, parse
+from fsdp_qlora.plan import cards, run
+from fsdp_qlora.train.launch import supervise
+script, argv = sys.argv[1], sys.argv[2:]
+info = arch.read("llama-2-7b", need_weights=False)
+machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+sys.exit(supervise(parse(argv), argv, script, run.make(info, parse(argv), given(argv), machine)))
+"""
+SHORT = """
+from fsdp_qlora.plan.run import notch_of
+meet()
+notch = notch_of(os.environ)
+(out / f"tried{rank}.{notch}").touch()
+if rank == 1 and notch < NOTCHES:
+    words = "rank 1: out of memory in the dry run (no room); see"
+    write_error(out, 1, 4, words, ["there  5"], True)
+    sys.exit(4)
+"""
+
+
+def plan_of(names: str) -> run.RunPlan:
+    """A 7B, 4 x 2048."""
+    argv = ["--model_name=llama-2-7b", "--batch_size=4", "--context_length=2048"]
+    info = arch.read("llama-2-7b", need_weights=False)
+    machine = Machine(tuple(cards.parse(names)), 64, 2)
+    return run.make(info, config.parse(argv), frozenset({"batch_size"}), machine)
+
+
+def supervised(tmp_path: Path, body: str, *argv: str, group: str = "") -> tuple[int, str, str]:
+    """Run two tiny ranks under a supervisor that has a plan; code and both streams."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(project=str(PROJECT_DIR), body=body))
+    command = [sys.executable, "-c", PARENT, str(script), "--world_size=2", "--batch_size=4"]
+    command += ["--context_length=2048", f"--output_dir={tmp_path / 'out'}", *argv]
+    if group:
+        command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
+    env = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, cwd=PROJECT_DIR, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_ranks_short_of_memory_before_the_training_start_again_a_notch_lower(tmp_path: Path):
+    """One line for each notch, with the options that differ; then all is well."""
+    code, out, err = supervised(tmp_path, SHORT.replace("NOTCHES", "2"))
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (0, "", 2)
+    for line in lines:
+        start = "memory    rank 1: out of memory in the dry run; nothing is lost, a notch lower: --"
+        assert line.startswith(start) and "_layers " in line
+    assert len(set(lines)) == 2
+    tried = sorted(path.name for path in (tmp_path / "out").glob("tried*"))
+    assert tried == [f"tried{rank}.{notch}" for rank in (0, 1) for notch in (0, 1, 2)]
+    assert failure.read_errors(tmp_path / "out") == []
+
+
+def test_without_a_lower_notch_the_lines_of_the_rank_and_advice_end_the_run(tmp_path: Path):
+    """Everything was given: no other setting is tried."""
+    given = ["--use_cpu_offload=true", "--use_gradient_checkpointing=true"]
+    code, out, err = supervised(tmp_path, SHORT.replace("NOTCHES", "99"), *given)
+    assert (code, out) == (RUN_FAILED, "")
+    first, second, third = err.splitlines()
+    assert first == "error: rank 1: out of memory in the dry run (no room); see"
+    assert second == "there  5" and third.startswith("next      --batch_size ")
+
+
+def test_once_the_training_has_begun_nothing_starts_again(tmp_path: Path):
+    """Steps would be lost."""
+    body = "(out / 'metrics.jsonl').touch()\n" + SHORT.replace("NOTCHES", "1")
+    code, out, err = supervised(tmp_path, body)
+    assert (code, out) == (RUN_FAILED, "") and err.startswith("error: rank 1: out of memory")
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[str]:
+    """A control group of 300 MiB, where this process may make one."""
+    number = os.getpid()
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        place = Path(root) / f"fsdp_qlora_test_{number}"
+        with suppress(OSError):
+            place.mkdir()
+            (place / limit).write_text(str(300 * 2**20))
+            yield str(place)
+            place.rmdir()
+            return
+        with suppress(OSError):
+            place.rmdir()
+    pytest.skip("no control group can be made here")
+
+
+def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_apart(tmp_path: Path, group: str):
+    """A real limit, a real kill: exit signal and the group's own count."""
+    body = "meet()\nheld = []\nwhile rank == 1: held.append(bytearray(2**22))\ntime.sleep(30)"
+    code, out, err = supervised(tmp_path, body, group=group)
+    first, *rest = err.splitlines()
+    assert (code, out) == (RUN_FAILED, "")
+    assert first.startswith("error: rank 1: was killed by the kernel (SIGKILL): host memory ran ")
+    assert "in the load; " in first and len(first) <= 300
+    assert rest[0].startswith("predicted ") and "GiB on the host in the load" in rest[0]
+    assert rest[1] == "there     0.29 GiB may be used here"
+    assert rest[2].startswith("largest   ") and rest[3].startswith("next      ")
+    assert len(err.splitlines()) <= failure.MAX_LINES
+
+
+def test_the_last_record_says_what_was_there(tmp_path: Path):
+    """A line that was not written to its end is left out; the rows are those measured."""
+    rows = {"packed layers": 3.25, "processes": 4.0, "data": 0.5}
+    lines = [{"event": "run"}, {"step": 7, "host": {"host_used_gib": 9.5, "host_rows": rows}}]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "ho'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    said = failure.killed(1, -9, tmp_path, 1, plan_of("2x12"))
+    assert "training; 7 steps are recorded" in said[0]
+    assert "9.50 in use at the last record" in said[2]
+    assert "processes 4.00 (predicted 3.50), packed layers 3.25" in said[3]
+    assert 4 <= len(said) <= failure.MAX_LINES
+    (only,) = failure.killed(1, -9, tmp_path, 0, plan_of("2x12"))  # nobody counted a kill
+    assert only.endswith("was killed by SIGKILL; dmesg tells whether host memory ran out")
+
+
+def test_kills_are_counted_in_the_group_or_else_on_the_machine(tmp_path: Path):
+    """Version 1, version 2, and no group at all."""
+    events = tmp_path / "memory.events"
+    events.write_text("low 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 5\n")
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("pgfault 9\noom_kill 7\n")
+    assert host_memory.oom_kills(host_memory.Cgroup(events_path=events), vmstat) == 2
+    events.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
+    assert host_memory.oom_kills(host_memory.Cgroup(events_path=events), vmstat) == 4
+    assert host_memory.oom_kills(host_memory.Cgroup(), vmstat) == 7
+    assert host_memory.oom_kills(host_memory.Cgroup(), tmp_path / "none") == 0
+
+
+def test_errors_for_want_of_memory_are_known_by_type_or_text():
+    """Of torch, of Python, of the CPU allocator, of a library; and no others."""
+    out_of_memory = type("OutOfMemoryError", (RuntimeError,), {})
+    text = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+    for error in (
+        out_of_memory("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError(text),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
+    ):
+        assert failure.is_memory(error), error
+    for other in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("x")):
+        assert not failure.is_memory(other), other
+
+
+def test_a_scene_is_a_few_lines_with_the_largest_rows_first():
+    """Predicted and measured side by side."""
+    predicted = {"forward": {"kept": 3.0, "packed": 2.0}, "backward": {"kept": 9.0, "packed": 2.0}}
+    scene = failure.Scene("forward of step 3", "forward", predicted, {"packed": 2.0, "kept": 4.0},
+                          True, "24 GiB on the card")  # fmt: skip
+    assert scene.lines() == [
+        "out of memory in the forward of step 3",
+        "predicted 5.00 GiB on a card in the forward; at the peak (backward) 11.00",
+        "there     24 GiB on the card",
+        "largest   kept 4.00 (predicted 3.00), packed 2.00 (predicted 2.00) GiB",
+    ]
+    bare = failure.Scene("load", "load", {}, {"packed": 1.0}, False, "no more")
+    assert [line.split()[0] for line in bare.lines()] == ["out", "there", "largest"]
+
+
+def test_an_explained_error_is_told_with_its_scene_and_any_other_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a rank leaves behind: as `fail` writes it, without ending this process."""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("FSDP_QLORA_SUPERVISOR", "1")
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    (tmp_path / "logs").mkdir()
+    cfg = config.parse([f"--output_dir={tmp_path}"])
+    short = MemoryError("no room\nfor it")
+    for note in ("out of memory in the load", "there     5 GiB"):
+        short.add_note(note)
+    for error in (short, LookupError("where?"), UserError("x", "is bad", "take y", INPUT)):
+        failure.fail(error, cfg)
+        (found,) = failure.read_errors(tmp_path)
+        failure.clear_errors(tmp_path)
+        log = tmp_path / "logs" / "rank2.log"
+        if error is short:
+            line = f"rank 2: out of memory in the load (no room); the trace is in {log}"
+            assert (found.line, list(found.more)) == (line, ["there     5 GiB"])
+            assert "MemoryError: no room" in log.read_text()
+        else:
+            assert not found.more and not found.is_memory
+    assert codes == [RUN_FAILED, BUG, INPUT]
+
+
+def test_words_of_a_rank_survive_the_file(tmp_path: Path):
+    """Lines, not only one; line breaks and terminal codes escaped."""
+    failure.write_error(tmp_path, 3, 4, "a\nb", ["c\x1b[31m", "d"], True)
+    (found,) = failure.read_errors(tmp_path)
+    assert (found.rank, found.code, found.line, found.is_memory) == (3, 4, "a\\nb", True)
+    assert list(found.more) == ["c\\x1b[31m", "d"]
+    lines = failure.told(found, plan_of("2x24"))
+    assert lines[0] == "error: a\\nb" and lines[-1].startswith("next      --")
+    failure.clear_errors(tmp_path)
+    assert failure.read_errors(tmp_path) == []

@@ -1,0 +1,148 @@
+"""train.py goes by the plan: refusals before torch, a notch lower, plan against ledger."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.errors import DONE, ENVIRONMENT
+from fsdp_qlora.plan import rows as names
+from tests.test_run import run
+
+TRAIN = str(PROJECT_DIR / "train.py")
+WIDE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 32768,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+# As train.py on two cards of 24 GB, whose ranks compute on the CPU; the second finds no room in
+# the dry run for what the optimizer keeps, until it has stepped down. Any setting that needs less
+# is a notch: the rows of a tiny model are lost beside the context of a card.
+SHORT = """
+import functools, os, sys
+sys.path.insert(0, {project!r})
+import train
+from fsdp_qlora import arch, config
+from fsdp_qlora.plan import cards, fit
+from fsdp_qlora.plan import run as plans
+from fsdp_qlora.train import launch
+
+fit.NOTCH = 0.9999999
+
+def room(tensor):
+    import torch
+    if os.environ["RANK"] == "1" and plans.notch_of(os.environ) == 0:
+        raise torch.OutOfMemoryError("no room")
+    return torch.empty_like(tensor)
+
+train.run = functools.partial(train.run, allocate=room)
+argv = sys.argv[1:]
+if launch.is_rank(os.environ):
+    sys.exit(train.main(argv))
+cfg, given = config.parse(argv), config.given(argv)
+machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
+plans.tell(plan, print)
+sys.exit(launch.supervise(cfg, argv, __file__, plan))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A model's shape: few layers, many words."""
+    directory = tmp_path_factory.mktemp("wide")
+    (directory / "config.json").write_text(json.dumps(WIDE))
+    return directory
+
+
+def flags(model: Path | str, out: Path, *more: str) -> list[str]:
+    """Two ranks on random weights and random rows."""
+    return [
+        *(f"--model_name={model}", f"--output_dir={out}", "--weights=random", "--dataset=dummy"),
+        *("--world_size=2", "--quant_cache=off", "--lora_rank=8", "--lora_dropout=0", *more),
+    ]
+
+
+@pytest.mark.parametrize("model", ["llama-2-70b", "mistral-7b"])
+def test_what_cannot_fit_is_refused_before_torch_is_imported(tmp_path: Path, model: str):
+    """Code 3, one line on stderr, the remedies on stdout, nothing written."""
+    more = ("--batch_size=512", "--context_length=4096", "--use_gradient_checkpointing=false")
+    argv = flags(model, tmp_path / "out", *more)
+    code, out, err = run(tmp_path, "-X", "importtime", TRAIN, *argv)
+    modules = set(re.findall(r"^import time:.*\| +(\w+)", err, re.MULTILINE))
+    assert "json" in modules and not modules & {"torch", "numpy", "transformers", "peft"}
+    (said,) = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert code == ENVIRONMENT and said.startswith("error: ") and "--plan ignore" in said
+    assert "GiB on the host" in said and out.startswith("NO FIT")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_run_out_in_the_dry_run_train_a_notch_lower(tmp_path: Path):
+    """Real ranks, real models: built twice, with one line between; the record tells of it."""
+    from tests import tiny
+
+    model = tiny.save_model(tmp_path / "model", vocab_size=384)
+    script, out_dir = tmp_path / "short.py", tmp_path / "out"
+    script.write_text(SHORT.format(project=str(PROJECT_DIR)))
+    more = ("--batch_size=4", "--context_length=64", "--max_steps=3", "--dry_run=on")
+    code, out, err = run(tmp_path, str(script), *flags(model, out_dir, *more))
+    assert (code, err) == (DONE, "")
+    lines = out.splitlines()
+    (fit,) = [line for line in lines if line.startswith("fit ")]
+    (memory,) = [line for line in lines if "a notch lower" in line]
+    start = "memory    rank 1: out of memory in the dry run; nothing is lost, a notch lower: --"
+    assert memory.startswith(start)
+    assert lines.index(memory) > lines.index(fit)
+    assert len([line for line in lines if line.startswith("dry run   ")]) == 1
+    summary = json.loads((out_dir / "summary.json").read_text())
+    assert summary["is_complete"] and summary["num_steps"] == 3
+    assert summary["plan"]["notch"] == 1
+    changed = dict(part.split() for part in memory.split(" --")[1:])
+    assert changed
+    for name, text in changed.items():
+        assert str(summary["config"][name]).lower() == text
+    assert (out_dir / "adapter_model.safetensors").exists()
+    log = (out_dir / "logs" / "rank1.log").read_text()
+    assert log.count("OutOfMemoryError: no room") == 1 and "\npredicted " in log
+
+
+def test_the_plan_foretells_the_memory_of_two_cpu_ranks(tmp_path: Path, wide: Path):
+    """Every host row over 0.5 GiB within 15 percent in every phase, and so the peak."""
+    more = ("--batch_size=8", "--context_length=256", "--use_gradient_checkpointing=false")
+    code, out, err = run(tmp_path, TRAIN, *flags(wide, tmp_path / "out", *more, "--max_steps=2"))
+    assert (code, err) == (DONE, "")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    planned, measured = summary["plan"]["host"], summary["ledger"]["host"]
+    assert planned.keys() == measured.keys() == set(names.PHASES)
+    large = 0
+    for phase in names.PHASES:
+        for row in {*planned[phase], *measured[phase]} - {names.SYSTEM}:
+            pair = planned[phase].get(row, 0.0), measured[phase].get(row, 0.0)
+            if max(pair) > 0.5:
+                large += 1
+                assert pair[1] == pytest.approx(pair[0], rel=0.15), (phase, row, pair)
+    assert large >= 8
+    peaks = [max(sum(rows.values()) for rows in table.values()) for table in (planned, measured)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.15)
+    table = out[out.index("memory    GiB on the host, ") :].splitlines()
+    assert {"processes", "models"} <= {line.split()[0] for line in table}
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if "event" not in line]
+    assert len(steps) == 2
+    for step in steps:
+        assert set(step["host"]["host_rows"]) <= set(names.HOST_ROWS)
+        assert len(step["ranks"]) == 2 and all(rank["device_rows"] for rank in step["ranks"])

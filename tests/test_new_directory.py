@@ -1,0 +1,218 @@
+"""Results are there whole or not at all: killed at every file, on a full disk, beside each other.
+
+The verb is the real one. It is forked from this process, which has imported torch once.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fsdp_qlora.__main__ import main
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
+from fsdp_qlora.results import merge  # noqa: F401 (once, not in every fork)
+from fsdp_qlora.results.new_directory import new_directory
+from fsdp_qlora.results.shards import SafetensorsFile, Shards
+from tests.model_files import write_model
+from tests.test_adapter_files import write_adapter
+
+EVENTS = ("open", "os.mkdir", "os.rename", "os.chmod", "os.rmdir", "os.remove", "shutil.copyfile")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A directory with `model` and `adapter`."""
+    directory = tmp_path_factory.mktemp("place")
+    model = write_model(directory / "model", architectures=["LlamaForCausalLM"])
+    (model / "tokenizer.json").write_text("{}")
+    write_adapter(directory / "adapter", model)
+    return directory
+
+
+def words(place: Path, out: Path) -> list[str]:
+    flags = ["--evidence_rows=0", "--device=cpu", "--max_shard_gib=0.00004", "--dtype=fp32"]
+    return ["merge", f"--adapter={place / 'adapter'}", f"--out={out}", *flags]
+
+
+def run(argv: list[str], number: int, kind: int | None, counted) -> None:
+    """The verb as a process; at the `number`th touch of a place of its own a signal comes."""
+    out = next(Path(word[6:]) for word in argv if word.startswith("--out="))
+    touched = 0
+
+    def watch(event: str, args: tuple) -> None:
+        nonlocal touched
+        place = str(args[0]) if event in EVENTS else ""
+        if place == str(out.parent) or place.startswith(f"{out.parent}/.{out.name}"):
+            touched += 1
+            counted.value = touched
+            if touched == number and kind is not None:
+                os.kill(os.getpid(), kind)
+                time.sleep(5 * (kind == signal.SIGTERM))  # until Python notices
+
+    sys.addaudithook(watch)
+    try:
+        code = main(argv)
+    except UserError as error:
+        code = error.code
+    sys.exit(code)
+
+
+def fork(argv: list[str], number: int = 0, kind: int | None = None) -> tuple[int | None, int]:
+    """Exit code, and how many touches were counted."""
+    context = multiprocessing.get_context("fork")
+    counted = context.Value("i", 0)
+    process = context.Process(target=run, args=(argv, number, kind, counted))
+    process.start()
+    process.join(60)
+    return process.exitcode, counted.value
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Name -> hash of what is in it; the times and sizes that merge.json tells do not count."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != "merge.json":
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def test_killed_at_any_file_it_leaves_nothing_half_made(place: Path, tmp_path: Path):
+    """SIGKILL at every touch of a file; then the same command makes the same as ever."""
+    whole = tmp_path / "whole"
+    code, num_touches = fork(words(place, whole))
+    assert code == DONE and num_touches > 20
+    expected, outcomes = tree(whole), set()
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < expected.keys()
+    out = tmp_path / "out"
+    for number in range(1, num_touches + 1):
+        assert fork(words(place, out), number, signal.SIGKILL)[0] == -signal.SIGKILL, number
+        outcomes.add(out.exists())
+        if number % 8 == 4 and not out.exists():
+            assert list(tmp_path.glob(".out.*")) != []
+            assert fork(words(place, out))[0] == DONE
+        assert not out.exists() or tree(out) == expected, number
+        assert not (out.exists() and list(tmp_path.glob(".out.*"))), number
+        for path in (out, *tmp_path.glob(".out.*")):
+            shutil.rmtree(path, ignore_errors=True)
+    assert outcomes == {False, True}
+
+
+@pytest.mark.parametrize("number", [2, 15])
+def test_sigterm_takes_the_draft_away(place: Path, tmp_path: Path, number: int):
+    """And the exit code tells of it."""
+    out = tmp_path / "out"
+    assert fork(words(place, out), number, signal.SIGTERM)[0] == SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [0, 100, 5_000, 20_000])
+def test_a_full_disk_is_one_line(place: Path, tmp_path: Path, limit: int, capsys):
+    """Wherever it happens, nothing is left behind: the limit of file size stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            main(words(place, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.code == ENVIRONMENT
+    assert "File too large" in str(caught.value) and "make room" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_room_is_told_before_anything_is_done(tmp_path: Path):
+    """With what is needed and what is there."""
+    words = r"needs 9,\d+,\d+\.\d\d GiB, and .* GiB free"
+    with pytest.raises(UserError, match=words) as caught, new_directory(tmp_path / "a", 10**16):
+        raise AssertionError("it went on")
+    assert caught.value.code == ENVIRONMENT and list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_never_written_over(tmp_path: Path):
+    """A directory with something in it, a file, a link to nowhere; an empty directory is taken."""
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("full", "file", "link"):
+        with pytest.raises(UserError) as caught, new_directory(tmp_path / name, 0):
+            raise AssertionError("it went on")
+        assert "exists" in str(caught.value)
+        assert caught.value.code == INPUT
+    (tmp_path / "empty").mkdir()
+    with new_directory(tmp_path / "empty", 0) as draft:
+        (draft / "x").write_text("x")
+    assert (tmp_path / "empty" / "x").read_text() == "x"
+    mode = (tmp_path / "full").stat().st_mode
+    assert (tmp_path / "empty").stat().st_mode == mode
+
+
+def test_what_another_run_writes_is_left_alone(tmp_path: Path):
+    """A draft without a process is removed; one with a lock stays. The later one to end fails."""
+    stale, live = (tmp_path / f".out.draft-{name}" for name in ("stale", "live"))
+    stale.mkdir()
+    live.mkdir()
+    (stale / "model.safetensors").write_text("x")
+    lock = os.open(live, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(UserError) as caught, new_directory(tmp_path / "out", 0):
+        assert not stale.exists() and live.exists()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("x")
+    os.close(lock)
+    assert caught.value.code == ENVIRONMENT and "not empty" in str(caught.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.draft-live", "out"]
+
+
+def test_files_are_what_safetensors_reads(tmp_path: Path):
+    """Odd lengths, all dtypes, no elements; every tensor aligned, nothing of the header left."""
+    torch.manual_seed(0)
+    tensors = {
+        "a": torch.randn(3, 5).bfloat16(),
+        'quo"te': torch.randint(0, 255, (7,), dtype=torch.uint8),
+        "c": torch.randn(4, 4),
+        "empty": torch.empty(0, 4),
+        "d": torch.randn(3).half(),
+        "e": torch.randn(9),
+        "f": torch.tensor(2.5, dtype=torch.float64),
+        "g": torch.randn(6, 4).t(),
+    }
+    with SafetensorsFile(tmp_path / "x.safetensors", tensors, {"key": "value"}) as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
+    read = load_file(tmp_path / "x.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(read[n].dtype == tensors[n].dtype and read[n].equal(tensors[n]) for n in tensors)
+    with safe_open(tmp_path / "x.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "key": "value"}
+    raw = (tmp_path / "x.safetensors").read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    for name, entry in json.loads(raw[8:start]).items():
+        if name != "__metadata__":
+            assert (start + entry["data_offsets"][0]) % tensors[name].element_size() == 0
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o444 == 0o444
+
+
+def test_shards_hold_no_more_than_they_may(tmp_path: Path):
+    """One tensor that is larger than a file may be has a file of its own."""
+    sizes = {"a": 10, "b": 10, "c": 100, "d": 10, "e": 30}
+    with Shards(tmp_path, sizes, 160) as shards:
+        for name, size in sizes.items():
+            shards.add(name, torch.zeros(size))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = [set(load_file(path)) for path in sorted(tmp_path.glob("model-*"))]
+    assert files == [{"a", "b"}, {"c"}, {"d", "e"}] and shards.num_files == 3
+    assert index["metadata"]["total_size"] == 160 * 4
+    assert index["weight_map"]["c"] == "model-00002-of-00003.safetensors"
