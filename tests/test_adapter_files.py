@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,9 +144,20 @@ def test_all_faults_of_the_command_line_come_at_once(place: Path):
 
 
 @pytest.mark.parametrize("verb", ["merge", "quantize", "convert"])
-def test_help_names_every_option(verb: str, capsys: pytest.CaptureFixture):
-    """It is printed at once: test_house.py would tell if torch were imported for it."""
-    with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0 and "--out" in text and text.startswith("usage: python -m")
+def test_help_and_wrong_words_need_no_torch(tmp_path: Path, verb: str):
+    """They are answered at once."""
+    program = """
+import sys
+from fsdp_qlora.__main__ import main
+from fsdp_qlora.errors import UserError
+try:
+    main(sys.argv[1:])
+except (SystemExit, UserError) as end:
+    print(end)
+print(sorted({"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)))
+"""
+    for words, said in ((["--help"], "usage: python -m"), (["--out=x"], "must be given")):
+        command = [sys.executable, "-c", program, verb, *words]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert said in run.stdout and run.stdout.splitlines()[-1] == "[]", run.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -11,8 +11,6 @@ import pytest
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.results import card, report_record
-from tests import tiny
-from tests.ranks import run_ranks
 
 RECORD = Path(__file__).parent / "report_run"
 CANARIES = {
@@ -123,30 +121,3 @@ def test_a_record_that_cannot_be_read_costs_only_the_figures(run_dir: Path):
     (run_dir / "metrics.jsonl").write_text("{}\n{}\n")
     text = write(parse(run_dir))
     assert "## Results" not in text and "## Command" in text
-
-
-def _export(world, model: Path, out: Path) -> None:
-    from fsdp_qlora.results import export
-
-    flags = ("--quant_type=fp4", "--lora_rank=4", f"--output_dir={out}")
-    built, info, cfg = tiny.build(model, world, *flags)
-    tiny.fill_lora(built)
-    cfg.resolved_output_dir.mkdir(exist_ok=True)
-    export.save(built, info, cfg, None, is_writer=world.rank == 0)
-
-
-def test_a_saved_adapter_has_a_card_and_merges_as_it_was_trained(tmp_path: Path):
-    """What training saw is read from the adapter's own two files, wherever they are taken."""
-    from fsdp_qlora.__main__ import main
-
-    model, out = tiny.save_model(tmp_path / "model"), tmp_path / "run"
-    run_ranks(_export, 2, model, out)
-    assert "`fp4_dq`" in (out / "README.md").read_text()
-    (tmp_path / "taken").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (out / name).rename(tmp_path / "taken" / name)
-    argv = [f"--adapter={tmp_path / 'taken'}", f"--out={tmp_path / 'merged'}", "--dtype=fp32"]
-    assert main(["merge", *argv, "--device=cpu"]) == 0
-    facts = json.loads((tmp_path / "merged" / "merge.json").read_text())
-    assert (facts["added_to"], facts["trained_over"]) == ("dequantized", "fp4_dq")
-    assert facts["evidence"]["max_difference"] < 1e-4

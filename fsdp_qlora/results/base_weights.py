@@ -3,17 +3,20 @@
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.model.layout import build_layout, pack_linear
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.model.cache import PackedCache, key
+from fsdp_qlora.model.layout import Layout, build_layout, pack_linear
 from fsdp_qlora.model.packed import LayerCache, LayerStore
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 from fsdp_qlora.results.adapter_files import Pair
-from fsdp_qlora.weights_files import TensorRef
+from fsdp_qlora.weights_files import TensorRef, read_json
 
 Reader = Callable[[str], torch.Tensor]
 
@@ -48,23 +51,57 @@ class AsTrained:
     Attributes:
         format_name: row of FORMATS that linears go through; None leaves every weight as stored.
         dtype: what they are unpacked to, and what all others are rounded to.
+        kept: the packed layers that training itself wrote and read, where they are still there.
+        note: where the packed bytes come from, in words.
     """
 
-    def __init__(self, info: ModelInfo, format_name: str | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, info: ModelInfo, format_name: str | None, dtype: torch.dtype, quant_cache: str
+    ) -> None:
+        """Look for the packed layers of the model.
+
+        Args:
+            info: the base.
+            format_name, dtype: see the class.
+            quant_cache: auto, off or a directory, see train.py.
+        """
         self.format_name, self.dtype = format_name, dtype
         self._linears = linear_names(info)
+        self._order = {linear.name: index for index, linear in enumerate(info.linears)}
+        self._prefix = f"{info.layers_prefix}."
+        self.kept: PackedCache | None = None
+        self.note = "quantised anew"
+        self._layer = -1
+        self._store: LayerStore | None = None
+        if format_name is not None:
+            shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
+            self._layout = build_layout(shapes, format_name)
+            self.kept = find_kept(info, self._layout, quant_cache)
+            self.note = f"from {self.kept.directory}" if self.kept else self.note
 
-    def __call__(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def needs(self, name: str) -> bool:
+        """Whether the weight in the files is needed to make what training saw of it."""
+        return self.kept is None or name not in self._linears
+
+    def __call__(
+        self, name: str, weight: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
         """Round a weight as training did.
 
         Args:
             name: in the files.
-            weight: as stored; where it lies it is quantised (the card's kernels are the ones that
-                training on cards used).
+            weight: as stored; None where it is not needed. Where it lies it is quantised (the
+                card's kernels are the ones that training on cards used).
+            device: of the result.
 
         Returns:
             The weight, in `dtype`; untouched without a format.
+
+        Raises:
+            UserError: a kept layer is damaged (code 5).
         """
+        if weight is None:
+            return self._from_kept(name, device)
         if self.format_name is None:
             return weight
         if name not in self._linears:
@@ -73,6 +110,44 @@ class AsTrained:
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=weight.device)
         pack_linear(flat, layout, 0, weight)
         return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
+
+    def _from_kept(self, name: str, device: torch.device) -> torch.Tensor:
+        number, _, rest = name.removeprefix(self._prefix).partition(".")
+        if self._store is None or self._layer != int(number):
+            assert self.kept is not None
+            (packed,) = self.kept.read_layers([int(number)])
+            flat = packed.to(device)
+            self._layer = int(number)
+            self._store = LayerStore(lambda: flat, self._layout, LayerCache())
+        return self._store.weight(self._order[rest.removesuffix(".weight")], self.dtype)
+
+
+def find_kept(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache | None:
+    """Find the packed layers that a training run has left on this machine.
+
+    Args:
+        info: the base.
+        layout: of a layer.
+        quant_cache: auto, off or a directory, see train.py.
+
+    Returns:
+        The layers, verified as they are read; None when they are not there.
+
+    Raises:
+        UserError: what is there does not describe this model (code 5).
+    """
+    if quant_cache == "off" or layout.format_name == "bf16":
+        return None
+    usual = os.environ.get("FSDP_QLORA_CACHE", str(Path.home() / ".cache" / "fsdp_qlora"))
+    root = Path(usual if quant_cache == "auto" else quant_cache).expanduser()
+    directory = root / key(info, layout)
+    if not (directory / "manifest.json").exists():
+        return None
+    digests = read_json(directory / "manifest.json").get("sha256", [])
+    if len(digests) != info.num_layers:
+        rule = f"holds {len(digests)} layers, the model has {info.num_layers}"
+        raise UserError(str(directory), rule, "delete it, or use --quant_cache off", INTEGRITY)
+    return PackedCache(directory, "", layout.nbytes, True, dict(enumerate(digests)))
 
 
 def read_from(info: ModelInfo, device: torch.device, rounding: AsTrained | None = None) -> Reader:
@@ -89,8 +164,10 @@ def read_from(info: ModelInfo, device: torch.device, rounding: AsTrained | None 
     source = Weights(info)
 
     def read(name: str) -> torch.Tensor:
+        if rounding is not None and not rounding.needs(name):
+            return rounding(name, None, device)
         (weight,) = source.read_ahead([name], device)
-        return weight if rounding is None else rounding(name, weight)
+        return weight if rounding is None else rounding(name, weight, device)
 
     return read
 

@@ -80,6 +80,7 @@ def run(options: ConvertOptions, info: ModelInfo) -> None:
                 target.add(new_name, source.get_tensor(name))
         _config(options, info, found.pairs, rank).save_pretrained(str(draft))
         adapter_files.read(draft)
+        _compare(path, file, names)
     known = record["format"] or "unknown (--train_type tells)"
     print(f"written   {out}: rank {rank}, alpha {options.lora_alpha}, {len(found.pairs)} linears")
     print(f"base      {options.model_name}; in training it was {known}")
@@ -158,6 +159,19 @@ def _check(found: Found, info: ModelInfo, file: Path) -> int:
     if lost:
         raise UserError(str(file), f"has no LoRA matrices for {describe(lost)}", COMES_FROM, 5)
     return ranks.pop()
+
+
+def _compare(path: Path, file: Path, names: dict[str, str]) -> None:
+    """What was written is what was read, tensor by tensor."""
+    with safe_open(path, "pt") as ours, safe_open(file, "pt") as theirs:
+        wrong = [
+            new_name
+            for new_name, name in names.items()
+            if not ours.get_tensor(new_name).equal(theirs.get_tensor(name))
+        ]
+    if wrong:
+        rule = f"{describe(wrong)} not as written"
+        raise UserError(str(path), rule, "check the disk and convert again", INTEGRITY)
 
 
 def _record(options: ConvertOptions, found: Found) -> dict[str, Any]:

@@ -50,8 +50,9 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
     digest = _check_base(options, adapter, info)
     seen = _as_trained(options, adapter, info)
     is_dequantized = _is_dequantized(options.base, seen)
-    added_to = seen if is_dequantized else AsTrained(info, None, seen.dtype)
-    kind = f"dequantized {seen.format_name}, as training saw it" if is_dequantized else "16bit"
+    added_to = seen if is_dequantized else AsTrained(info, None, seen.dtype, "off")
+    four_bit = f"{seen.format_name} dequantized, as training saw it, {seen.note}"
+    kind = four_bit if is_dequantized else "its 16-bit weights"
     ranks = ", ".join(map(str, adapter.ranks))
     print(f"adapter   {adapter.path}: rank {ranks} on {len(adapter.pairs)} linears")
     print(f"base      {info.path}: {kind}", flush=True)
@@ -61,6 +62,7 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
         "base_digest": digest,
         "added_to": "dequantized" if is_dequantized else "16bit",
         "trained_over": seen.format_name,
+        "packed_bytes": seen.note,
         "dtype": options.dtype,
         "num_merged": len(adapter.pairs),
         "device": device.type,
@@ -107,14 +109,15 @@ def merged(
     Raises:
         UserError: a result is not finite (code 5).
     """
-    names = list(info.tensors)
-    for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
-        weight, pair = rounding(name, stored), adapter.pairs.get(name.removesuffix(".weight"))
+    read = Weights(info).read_ahead(list(filter(rounding.needs, info.tensors)), device)
+    for name in info.tensors:
+        weight = rounding(name, next(read) if rounding.needs(name) else None, device)
+        pair = adapter.pairs.get(name.removesuffix(".weight"))
         if pair is not None:
             a_RI, b_OR = base_weights.load_pair(pair, device)
             weight = torch.addmm(weight.float(), b_OR, a_RI, alpha=pair.scale)
         result = weight.to(dtype)
-        if not result.isfinite().all():
+        if not result.sum(dtype=torch.float32).isfinite():
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
             raise UserError(name, f"is not finite in {dtype}", remedy, INTEGRITY)
         yield name, result
@@ -159,7 +162,7 @@ def _as_trained(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> AsT
     if name is not None and name not in FORMATS:
         remedy = f"name one with --format: {' '.join(FORMATS)}"
         raise UserError(f"{adapter.path}: format {name!r}", "is unknown", remedy)
-    return AsTrained(info, name, getattr(torch, compute))
+    return AsTrained(info, name, getattr(torch, compute), options.quant_cache)
 
 
 def _is_dequantized(base: str, seen: AsTrained) -> bool:

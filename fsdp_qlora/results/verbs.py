@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fsdp_qlora import arch, cli
+from fsdp_qlora.choices import TEXT
 from fsdp_qlora.cli import any_of, flag
 from fsdp_qlora.errors import DONE, SIGTERM, UserError, join
 from fsdp_qlora.results import adapter_files, new_directory
@@ -48,6 +49,7 @@ class MergeOptions:
     model_name: str | None = flag(None, "merge", "its base [as adapter_config.json has it]")
     base: str = flag("auto", "merge", BASE_HELP, any_of("auto", "16bit", "dequantized"))
     format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
+    quant_cache: str = flag("auto", "merge", "where training kept its 4-bit bytes", rule=TEXT)
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
     dtype: str = flag("bf16", "merge", "of the weights that are written", DTYPES)
     max_shard_gib: float = flag(5.0, "merge", SHARD_HELP, rule="> 0")
