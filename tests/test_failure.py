@@ -71,8 +71,8 @@ def test_ranks_short_of_memory_before_the_training_start_again_a_notch_lower(tmp
         start = "memory    rank 1: out of memory in the dry run; nothing is lost, a notch lower: --"
         assert line.startswith(start) and "_layers " in line
     assert len(set(lines)) == 2
-    tried = sorted(path.name for path in (tmp_path / "out").glob("tried*"))
-    assert tried == [f"tried{rank}.{notch}" for rank in (0, 1) for notch in (0, 1, 2)]
+    tried = {path.name for path in (tmp_path / "out").glob("tried*")}
+    assert tried >= {"tried0.2", *(f"tried1.{notch}" for notch in range(3))}
     assert failure.read_errors(tmp_path / "out") == []
 
 

@@ -180,7 +180,8 @@ PASS = (
 
 def test_allocations_are_told_apart_by_place_and_life():
     """Worked out by hand: what is alive at the highest moment of each phase."""
-    found = tracing.told_apart(history(*PASS, "-reduced", "|"))
+    found, stays_gib = tracing.told_apart(history(*PASS, "-reduced", "|"))
+    assert stays_gib == 0.0625  # the workspace
     forward, backward = found["forward"], found["backward"]
     # at the logits: 2 + 2 kept, adapters, x, logits; with the gradient that the loss keeps
     assert forward.scaled == {names.KEPT: 4.0, names.LAYER: 0.25 + 0.125, names.LOSS: 3.0}
@@ -194,10 +195,10 @@ def test_of_two_passes_the_higher_counts():
     """The second finds the gradients of the first; a graph's memory is a layer's."""
     second = [step.replace("+reduced gather 0.75", "+sum gather 0.75") for step in PASS]
     extra = ("+pool graph 5",)
-    found = tracing.told_apart(history(*PASS, *extra, *second, "-reduced", "-sum", "|", "-pool"))
-    assert found["forward"].fixed == {
-        names.BUFFERS: 0.5, names.GRADIENTS: 0.75, names.LIBRARIES: 0.0625
-    }  # fmt: skip
+    events = history(*PASS, *extra, *second, "-reduced", "-sum", "|", "-pool")
+    found, stays_gib = tracing.told_apart(events)
+    assert stays_gib == 0.125
+    assert found["forward"].fixed == {names.BUFFERS: 0.5, names.GRADIENTS: 0.75}
     assert found["forward"].scaled[names.LAYER] == 5.375
     with pytest.raises(ValueError, match="2 boundaries"):
         tracing.told_apart(history("|", "+a layer 1", "|"))
@@ -209,3 +210,36 @@ def test_a_cpu_keeps_no_history():
         tracing.boundary(CPU)
         np.ones(3)
     assert trace.passing == {} and trace.failure == ""
+
+
+def _told(world, path):
+    """A dry run on a card: what it says, the peak, and the rows that should make it."""
+    from fsdp_qlora.model import shard
+    from fsdp_qlora.model.build import build
+    from fsdp_qlora.train import loop, optim
+    from fsdp_qlora.train.rows import Account
+
+    plan = plan_of(path, "--use_cpu_offload=false", "--batch_size=8")
+    account = Account(plan, world.device)
+    with account.phase("load"):
+        built = build(plan.cfg, plan.info, world)
+    account.hold(built.model, built.placed)
+    held_gib = sum(account.held.values())
+    params = shard.local_parameters(built.model)
+    trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
+    batches = Batches(make_samples(60), 8, 1, world.size, world.rank, 42, 1, 3)
+    words = rehearsal.rehearse(trained, batches, plan.cfg, account)
+    moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
+    return words, account.peak_of("dry run").allocated_gib, held_gib + moments_gib, account.passing
+
+
+@pytest.mark.gpu
+def test_on_a_card_the_rows_that_are_told_apart_make_the_peak(tmp_path):
+    """What lay there, what the optimizer will keep, and what came and went."""
+    path = tiny.save_model(tmp_path / "model", hidden_size=512, intermediate_size=2048)
+    ((words, peak_gib, known_gib, passing),) = run_ranks(_told, 1, path)
+    assert "not told apart" not in words
+    assert passing.keys() == {"forward", "backward"}
+    sums = [sum((found.fixed | found.scaled).values()) for found in passing.values()]
+    assert known_gib + max(sums) == pytest.approx(peak_gib, rel=0.1)
+    assert passing["forward"].scaled[names.KEPT] > 0

@@ -9,7 +9,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import host, memory, speed
 from fsdp_qlora.plan.cards import CPU, Machine
-from fsdp_qlora.plan.rows import CONTEXT, Table
+from fsdp_qlora.plan.rows import CONTEXT, FILES, SYSTEM, Table
 from fsdp_qlora.plan.sizes import Setting, Sizes, place, setting_of, sizes
 from fsdp_qlora.plan.speed import Speed
 
@@ -73,7 +73,7 @@ def evaluate(info: ModelInfo, cfg: Config, setting: Setting, machine: Machine) -
     Args:
         info: the model.
         cfg: everything that the setting leaves open; gpu_budget_gib caps torch's allocator,
-            host_budget_gib the host.
+            host_budget_gib what all ranks have of the host.
         setting: see Setting.
         machine: what there is.
     """
@@ -88,11 +88,15 @@ def _evaluate(
     if machine.cards and cfg.gpu_budget_gib is not None:
         outside_gib = device.gib(device.peak_phase, CONTEXT)
         card_limits.append(cfg.gpu_budget_gib + outside_gib)
-    host_limits = [limit for limit in (machine.host_gib, cfg.host_budget_gib) if limit is not None]
+    memory_of_host = host.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib)
+    host_limits = [] if machine.host_gib is None else [machine.host_gib]
+    if cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
+        outside = (memory_of_host.gib(memory_of_host.peak_phase, row) for row in (SYSTEM, FILES))
+        host_limits.append(cfg.host_budget_gib + sum(outside))
     return Outcome(
         setting,
         device,
-        host.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib),
+        memory_of_host,
         speed.estimate(s, cfg, setting, machine.cards or (CPU,)),
         min(card_limits, default=None),
         min(host_limits, default=None),

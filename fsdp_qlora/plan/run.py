@@ -259,7 +259,7 @@ def next_change(plan: RunPlan) -> str:
         plan: of the run.
 
     Returns:
-        Options and what they give; the next notch, were everything left to the plan.
+        Options to add and what they give; the next notch, were everything left to the plan.
     """
     found = plan.found
     if found is None:
@@ -270,6 +270,7 @@ def next_change(plan: RunPlan) -> str:
     if not outcomes:
         return "a smaller --context_length or --lora_rank: no other setting needs less"
     best = outcomes[0]
-    flags = flags_of(plan.cfg, applied(plan.cfg, best.setting))
+    flags = flags_of(plan.asked, applied(plan.asked, best.setting))
+    flags = f"{flags} --fit off".strip() if plan.asked.fit == "auto" else flags
     gain = best.speed.tokens_per_s / found.speed.tokens_per_s
     return f"{flags} ({best.device.peak_gib:.1f} GiB a card by the plan, {gain:.2f}x the speed)"

@@ -28,7 +28,8 @@ def plan(cfg: Config, given: frozenset[str]) -> RunPlan:
         UserError: no such model, more ranks than cards, or it does not fit (code 3).
     """
     info = _read(cfg)
-    machine = plans.find_machine(os.environ, plan_ranks(cfg), count_gpus(os.environ))
+    num_cards = count_gpus(os.environ)
+    machine = plans.find_machine(os.environ, plan_ranks(cfg, num_cards), num_cards)
     found = plans.make(info, cfg, given, machine)
     plans.tell(found, lambda line: print(line, flush=True))
     return found

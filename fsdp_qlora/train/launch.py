@@ -127,7 +127,7 @@ def supervise(
     Raises:
         UserError: the ranks cannot be started.
     """
-    num_ranks = plan_ranks(cfg)
+    num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
     port = find_port(cfg.master_port)
     output_dir = claim_output_dir(cfg)
     command = [sys.executable, os.fspath(script), *argv, f"--output_dir={output_dir}"]

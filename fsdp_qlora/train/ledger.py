@@ -119,8 +119,7 @@ class Recorder:
     ) -> None:
         """Write the last step and the summary, also when the run failed; say where memory went."""
         if error is not None and self._account is not None and not hasattr(error, "__notes__"):
-            words = f"{self._account.running} of step {self._step + 1}"
-            self._account.explain(error, words)
+            self._account.explain(error, self._where())
         self.close(is_complete=kind is None)
 
     def step(self, record: dict[str, Any]) -> None:
@@ -152,6 +151,14 @@ class Recorder:
             self._enter(rows, ranks, host)
             self._pending = ({**record, **sums, "ranks": ranks, "host": host}, lap)
         self.clock.mark("record")
+
+    def _where(self) -> str:
+        """What is under way, in words."""
+        running = self._account.running if self._account is not None else ""
+        if self._step >= self._num_steps:
+            return "work after the last step"
+        words = f"{running} of" if running else "work before"
+        return f"{words} step {self._step + 1}"
 
     def _by_row(self, mine: dict[str, float]) -> list[float]:
         """This rank's account of the step, as numbers; corrects peaks that its marks have taken."""

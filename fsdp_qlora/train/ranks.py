@@ -41,16 +41,17 @@ def _count_present_gpus() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
-def plan_ranks(cfg: Config) -> int:
+def plan_ranks(cfg: Config, num_gpus: int | None = None) -> int:
     """Return how many ranks this machine starts: one per GPU, or `world_size` on the CPU.
 
     Args:
         cfg: the run; `world_size` -1 means all GPUs, or one rank without a GPU.
+        num_gpus: as counted before; None: to be counted.
 
     Raises:
         UserError: more ranks than GPUs.
     """
-    num_gpus = count_gpus(os.environ)
+    num_gpus = count_gpus(os.environ) if num_gpus is None else num_gpus
     if cfg.world_size == -1:
         return max(num_gpus, 1)
     if num_gpus and cfg.world_size > num_gpus:

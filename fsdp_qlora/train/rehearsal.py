@@ -16,8 +16,6 @@ from fsdp_qlora.train import tracing
 from fsdp_qlora.train.loop import Trained, token_loss_sum
 from fsdp_qlora.train.rows import Account
 
-NUM_PASSES = 2  # the second finds the gradients of the first, and CUDA graphs
-
 
 def is_wanted(cfg: Config, device: torch.device) -> bool:
     """Return whether a run begins with a dry run.
@@ -83,15 +81,9 @@ def rehearse(
     with account.phase("dry run"), _random_numbers_kept(world.device):
         moments = [allocate(param) for param in trained.params for _ in range(2)]
         with tracing.traced(world.device) as trace:
-            for _ in range(NUM_PASSES):
-                loss = token_loss_sum(model, batch, world.device)
-                tracing.boundary(world.device)
-                loss.backward()
-                tracing.boundary(world.device)
-            del loss
-            shard.collect_gradients(model, trained.params)
-            for param in trained.params:
-                param.grad = None
+            for _ in range(_num_passes(model, cfg)):
+                _pass(trained, batch, cfg.gradient_accumulation_steps > 1)
+            _drop_gradients(trained)
             tracing.boundary(world.device)
         del moments
         world.barrier()  # no rank goes on before all have come through
@@ -99,13 +91,37 @@ def rehearse(
     model.set_checkpointing(cfg, world.device)  # CUDA graphs are captured anew
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    account.passing = trace.passing
+    account.learn(trace.passing, trace.stays_gib)
     num_tokens = batch.num_tokens
     peak_gib = account.peak_of("dry run").allocated_gib
     words = f"dry run   {num_tokens:,} tokens at once fit"
     if trace.failure:
         words += f" (rows are not told apart: {trace.failure})"
     return words + (f": {peak_gib:.2f} GiB in tensors" if account.is_cuda else "")
+
+
+def _pass(trained: Trained, batch: Batch, keeps_gradients: bool) -> None:
+    """Forward and backward, with marks at their ends."""
+    device = trained.world.device
+    loss = token_loss_sum(trained.model, batch, device)
+    tracing.boundary(device)
+    loss.backward()
+    tracing.boundary(device)
+    if not keeps_gradients:
+        _drop_gradients(trained)
+
+
+def _num_passes(model: PackedModel, cfg: Config) -> int:
+    """Two where the second finds gradients of the first, or graphs that it captures."""
+    has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
+    return 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
+
+
+def _drop_gradients(trained: Trained) -> None:
+    if any(param.grad is not None for param in shard.trained_parameters(trained.model)):
+        shard.collect_gradients(trained.model, trained.params)
+    for param in trained.params:
+        param.grad = None
 
 
 @contextlib.contextmanager

@@ -71,7 +71,7 @@ class Account:
         plan: what was predicted.
         peaks: of the phases; whoever begins or ends one marks it here.
         held: GiB that lie on the device of the rank, by row; filled by `hold`.
-        passing: phase -> what comes and goes in it; filled by the dry run.
+        passing: phase -> what comes and goes in it; filled by `learn`.
         phases: phase -> rows at its peak, of the phases that happen once.
         used_gib: phase -> most of the host in use by all programs, of the same phases.
         shared_gib: packed layers on the host, one copy for all ranks.
@@ -100,7 +100,7 @@ class Account:
         self._params: list[nn.Parameter] = []
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
-        self._before_gib = 0.0
+        self._context_gib = 0.0  # what the card holds beside torch's allocator, when last looked at
         self._taken: dict[str, Peak] = {}
 
     @contextlib.contextmanager
@@ -123,6 +123,7 @@ class Account:
         peak = self.peaks.take()[name]
         host = process_peak() if self.is_cuda else peak
         self._taken[name], self.used_gib[name] = peak, sampler.peak_used_gib
+        self._look_outside()
         own = {"load": ("load_gib", host.left_gib), "save": ("save_gib", before.left_gib)}.get(name)
         if own is not None:
             changed = {own[0]: own[1], own[0].replace("_gib", "_peak_gib"): host.allocated_gib}
@@ -171,8 +172,19 @@ class Account:
         if peak.allocated_gib > peak.left_gib:  # the packed layers come first, see plan/memory.py
             load |= {names.UNQUANTISED: 0.0, names.ADAPTERS: 0.0}
         load[names.LOADING] = max(self._own(peak) - sum(load.values()), 0.0)
-        load |= self._outside(peak)
+        load |= self._beside(peak)
         self.phases["load"] = {row: gib for row, gib in load.items() if gib > 0}
+
+    def learn(self, passing: dict[str, Passing], stays_gib: float) -> None:
+        """Take over what the dry run has told apart.
+
+        Args:
+            passing: phase -> what comes and goes in it.
+            stays_gib: of workspaces that libraries have made on first use.
+        """
+        self.passing = passing
+        if stays_gib:
+            self.held[names.LIBRARIES] = self.held.get(names.LIBRARIES, 0.0) + stays_gib
 
     def watch(self, params: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Say what is trained, so that gradients and moments are known.
@@ -187,17 +199,19 @@ class Account:
         """What tensors took at a peak; of a CPU rank all but what it was before the model."""
         return peak.allocated_gib - (0.0 if self.is_cuda else self.share.base_gib)
 
-    def _outside(self, peak: Peak) -> Rows:
+    def _look_outside(self) -> None:
+        """Ask the driver, once a step: it takes its time."""
+        if self.is_cuda:
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+            reserved_bytes = torch.cuda.memory_reserved(self._device)
+            self._context_gib = max(total_bytes - free_bytes - reserved_bytes, 0) / GIB
+
+    def _beside(self, peak: Peak) -> Rows:
         """What the card holds beside tensors."""
         if not self.is_cuda:
             return {}
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        reserved_gib = torch.cuda.memory_reserved(self._device) / GIB
-        used_gib = (total_bytes - free_bytes) / GIB
-        return {
-            names.SLACK: max(peak.reserved_gib - peak.allocated_gib, 0.0),
-            names.CONTEXT: max(used_gib - reserved_gib, 0.0),
-        }
+        slack_gib = max(peak.reserved_gib - peak.allocated_gib, 0.0)
+        return {names.SLACK: slack_gib, names.CONTEXT: self._context_gib}
 
     def device_rows(self, phase: str, peak: Peak, moments_gib: float | None = None) -> Rows:
         """What the device of the rank holds at the peak of a phase.
@@ -219,7 +233,7 @@ class Account:
         rest = max(self._own(peak) - sum(found.values()), 0.0)
         for row, gib in _spread(rest, passing).items():
             found[row] = found.get(row, 0.0) + gib
-        found |= self._outside(peak)
+        found |= self._beside(peak)
         return {row: gib for row, gib in found.items() if gib > 0}
 
     def moments_gib(self) -> float:
@@ -236,6 +250,7 @@ class Account:
         """
         taken = self.peaks.take()
         now_gib = self.moments_gib()
+        self._look_outside()
         found = {}
         for phase in STEP_PHASES:
             if phase in taken:
@@ -254,12 +269,12 @@ class Account:
 
     @property
     def running(self) -> str:
-        """The phase of a step that has begun and has not ended."""
+        """The phase of a step that has begun and has not ended; "" between two steps."""
         marks = self.peaks.marks
         num_left = self.plan.cfg.gradient_accumulation_steps - marks.count("backward")
         after_backward = "forward" if num_left > 0 else "optimizer"
         after = {"data": "forward", "forward": "backward", "backward": after_backward}
-        return after.get(marks[-1], "beginning") if marks else "beginning"
+        return after.get(marks[-1], "") if marks else ""
 
     def explain(self, error: BaseException, phase: str) -> None:
         """Add to an error for want of memory what was predicted and what was there.
@@ -271,6 +286,7 @@ class Account:
         if not failure.is_memory(error):
             return
         known = phase.split()[0] if phase.split()[0] in names.PHASES else "backward"
+        self._look_outside()
         peak = self.peaks.now()
         scene = failure.Scene(
             phase=phase,

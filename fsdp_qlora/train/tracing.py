@@ -6,7 +6,7 @@ peak of a phase the rows then are what was alive, byte for byte.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ PLACES = (
     ("fsdp_qlora/model/head.py", names.LOSS),
     ("torch/distributed/fsdp/", names.BUFFERS),
 )
-FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS, names.LIBRARIES)
+FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
 # `boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
 Event = dict[str, Any]
@@ -35,10 +35,12 @@ class Trace:
 
     Attributes:
         passing: phase -> what came and went at its peak; empty without a card.
+        stays_gib: what libraries have made and keep.
         failure: why nothing was found, or "".
     """
 
-    passing: dict[str, Passing]
+    passing: dict[str, Passing] = field(default_factory=dict)
+    stays_gib: float = 0.0
     failure: str = ""
 
 
@@ -74,7 +76,7 @@ def traced(device: torch.device) -> Iterator[Trace]:
     Yields:
         The trace, which is filled at the end.
     """
-    trace = Trace({})
+    trace = Trace()
     if device.type != "cuda":
         yield trace
         return
@@ -86,19 +88,21 @@ def traced(device: torch.device) -> Iterator[Trace]:
     finally:
         record(None, device=device)
     try:
-        trace.passing = told_apart(next(events for events in history if events))
+        events = next(events for events in history if events)
+        trace.passing, trace.stays_gib = told_apart(events)
     except (KeyError, ValueError, StopIteration) as error:  # another torch, another form
         trace.failure = f"{type(error).__name__}: {error}"
 
 
-def told_apart(events: Sequence[Event]) -> dict[str, Passing]:
+def told_apart(events: Sequence[Event]) -> tuple[dict[str, Passing], float]:
     """The rows at the peak of each phase.
 
     Args:
         events: of one device, in order: dicts of action, addr, size and frames (innermost first).
 
     Returns:
-        Phase -> what was alive at its highest moment and was made since the events began.
+        (phase -> what was alive at its highest moment and was made since the events began, GiB
+        that nobody of ours has made and that stay).
 
     Raises:
         ValueError: the boundaries are not those of whole passes.
@@ -107,23 +111,25 @@ def told_apart(events: Sequence[Event]) -> dict[str, Passing]:
     if len(ends) < 3 or len(ends) % 2 == 0:
         raise ValueError(f"{len(ends)} boundaries in {len(events)} events")
     found: dict[str, dict[str, float]] = {}
-    forward_ends = ends[0:-1:2]
+    stays = [block for block in blocks if block.stop > ends[-1] and not block.place]
+    blocks = [block for block in blocks if block.stop <= ends[-1] or block.place]
     for number, end in enumerate(ends[:-1]):
         phase, start = PASS[number % 2], ends[number - 1] if number else 0
         alive = _alive_at_peak(blocks, start, end)
         rows: dict[str, float] = {}
         for block in alive:
-            row = _row(block, forward_ends, ends)
+            row = _row(block, ends)
             rows[row] = rows.get(row, 0.0) + block.nbytes / GIB
         if sum(rows.values()) >= sum(found.get(phase, {}).values()):
             found[phase] = rows
-    return {
+    passing = {
         phase: Passing(
             {row: gib for row, gib in rows.items() if row in FIXED},
             {row: gib for row, gib in rows.items() if row not in FIXED},
         )
         for phase, rows in found.items()
     }
+    return passing, sum(block.nbytes for block in stays) / GIB
 
 
 def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
@@ -131,9 +137,9 @@ def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
     open_blocks: dict[int, tuple[int, str, int]] = {}
     blocks, ends = [], []
     for index, event in enumerate(events):
-        action, address = event["action"], event["addr"]
+        action, address = event["action"], event.get("addr", 0)  # no address: an error, a snapshot
         if action == "alloc":
-            frames = event["frames"]
+            frames = event.get("frames", ())  # none: no Python was under way
             if any(frame["name"] == "boundary" for frame in frames[:2]):
                 ends.append(index)
                 continue
@@ -156,17 +162,17 @@ def _place(frames: Sequence[dict[str, Any]]) -> str:
     return ""
 
 
-def _row(block: _Block, forward_ends: Sequence[int], ends: Sequence[int]) -> str:
+def _row(block: _Block, ends: Sequence[int]) -> str:
     """By where it was made, else by how long it lives."""
-    is_kept = any(block.start < end < block.stop for end in forward_ends)
-    if block.place == names.BUFFERS and block.stop > ends[-2]:  # left by the last backward
+    is_kept, is_left = (
+        any(block.start < end < block.stop for end in ends[number:-1:2]) for number in (0, 1)
+    )  # beyond a forward, beyond a backward
+    if block.place == names.BUFFERS and is_left:
         return names.GRADIENTS
     if block.place == names.LOSS and is_kept:
         return names.LAYER
     if block.place:
         return block.place
-    if block.stop > ends[-1]:
-        return names.LIBRARIES
     return names.KEPT if is_kept else names.LAYER
 
 
