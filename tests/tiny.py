@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
+from fsdp_qlora.model import adapters, load, shard, weights
+from fsdp_qlora.model import build as building
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
 
@@ -39,16 +40,8 @@ def shape(path: Path, world: World, *flags: str):
     """
     cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    chosen = kernels.choose(
-        cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
-    )
-    model = skeleton.build(info, cfg.format_name, chosen)
-    adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
-    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
-    placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
-    shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
-    model.set_checkpointing(cfg, world.device)
-    return model, info, cfg, packed_cache, placed
+    shaped = building.shape(cfg, info, world)
+    return shaped.model, info, cfg, shaped.cache, shaped.placed
 
 
 def build(

@@ -14,24 +14,34 @@ from fsdp_qlora.train.world import World
 
 
 @dataclass(frozen=True)
-class Built:
-    """A model that can run.
+class Shaped:
+    """A model that is sharded, but has no bytes yet.
 
     Attributes:
-        model: sharded and filled, its adapters at their starting values.
+        model: its adapters attached.
         chosen: what it computes with.
-        cache, placed, loaded: where its packed bytes came from and lie.
+        cache, placed: where its packed bytes will come from and lie.
     """
 
     model: PackedModel
     chosen: Choice
     cache: PackedCache
     placed: Placed
+
+
+@dataclass(frozen=True)
+class Built(Shaped):
+    """A model that can run, its adapters at their starting values.
+
+    Attributes:
+        loaded: how its bytes came.
+    """
+
     loaded: LoadReport
 
 
-def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
-    """Build, adapt, place, shard and fill a model.
+def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Shaped:
+    """Build, adapt, place and shard a model on the meta device.
 
     Args:
         cfg: the run.
@@ -39,10 +49,10 @@ def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
         world: the ranks; all must call.
 
     Returns:
-        The model and what was done.
+        The model, to be filled.
 
     Raises:
-        UserError: see load.fill and placement.choose.
+        UserError: see placement.choose.
     """
     chosen = kernels.choose(
         cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
@@ -53,5 +63,24 @@ def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
     placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
     model.set_checkpointing(cfg, world.device)
-    loaded = load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
-    return Built(model, chosen, packed_cache, placed, loaded)
+    return Shaped(model, chosen, packed_cache, placed)
+
+
+def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
+    """Shape a model and fill it.
+
+    Args:
+        cfg: the run.
+        info: the model.
+        world: the ranks; all must call.
+
+    Returns:
+        The model and what was done.
+
+    Raises:
+        UserError: see `shape` and load.fill.
+    """
+    shaped = shape(cfg, info, world)
+    source = weights.build(info, cfg)
+    loaded = load.fill(shaped.model, source, shaped.cache, shaped.placed, cfg, world)
+    return Built(shaped.model, shaped.chosen, shaped.cache, shaped.placed, loaded)

@@ -66,7 +66,7 @@ class Graphs:
             The graphs; None when the layer is to be run as it is.
         """
         num_tokens = hidden.shape[0] * hidden.shape[1]
-        num_weights = sum(rows * cols for rows, cols in body.store.layout.shapes)
+        num_weights = body.store.layout.num_weights
         has_rows = "cu_seq_lens_q" in kwargs  # bounds of rows differ from batch to batch
         if self.failure or has_rows or num_weights * num_tokens > MAX_WORK:
             return None

@@ -8,6 +8,7 @@ Shape letters: I in features, O out features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -41,7 +42,17 @@ class Layout:
     elements: dict[str, tuple[tuple[int, int], ...]]
     nbytes: int
 
-    @property
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Weights of each linear."""
+        return tuple(rows * cols for rows, cols in self.shapes)
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Weights of the layer."""
+        return sum(self.numels)
+
+    @cached_property
     def is_contiguous(self) -> bool:
         """The layer's weights and constants are those of one long linear, without gaps."""
         fmt = FORMATS[self.format_name]

@@ -95,16 +95,16 @@ class LayerStore:
             self._view(flat)
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
-        cache.key, numels = (id(self), dtype), [rows * cols for rows, cols in layout.shapes]
-        if layout.is_contiguous and sum(numels) * dtype.itemsize <= WHOLE_LAYER_BYTES:
+        cache.key = (id(self), dtype)
+        if layout.is_contiguous and layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES:
             packed = self._bytes[: layout.weights[-1][1]]
-            flat = self.format.unpack(packed, tensors, (sum(numels), 1), dtype)
-            parts = zip(flat.view(-1).split(numels), layout.shapes, strict=True)
+            flat = self.format.unpack(packed, tensors, (layout.num_weights, 1), dtype)
+            parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
             return
         sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
         split = [tensor.split(sizes) for tensor in tensors]
-        cache.constants = [[part[i] for part in split] for i in range(len(numels))]
+        cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
 
 
 @dataclass(frozen=True)
