@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fsdp_qlora.arch import ModelInfo, lora_params, num_params
-from fsdp_qlora.config import Config, cfg_notes, to_dict
+from fsdp_qlora.config import Config, to_dict
+from fsdp_qlora.conflicts import cfg_notes
 from fsdp_qlora.data import Data
 from fsdp_qlora.errors import one_line
 from fsdp_qlora.model.build import Built
