@@ -1,7 +1,9 @@
 # make quickstart   install, fetch a small model and data, fine-tune it
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
 # make check        style, format and types
+# make soak         kill a run at random for ten minutes, and compare (ARGS="--minutes 60")
 # make bench-peers  measure ours against TRL + PEFT + accelerate, in turn (ARGS="--arms ours,trl_fsdp2")
+# make bench-7b     GiB and tokens/s of each setting (also bench-70b; bench-small needs no GPU)
 # make lint         repair what ruff can repair
 # make venv         install only
 # make clean        remove the environment and the caches; models and runs stay
@@ -27,7 +29,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 endif
 
-.PHONY: help venv test check lint quickstart bench-peers clean
+.PHONY: help venv test check lint quickstart bench-peers bench-7b bench-70b bench-small soak clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -65,9 +67,15 @@ quickstart: venv
 	$(BIN)/python -m fsdp_qlora fetch docstrings
 	$(BIN)/python train.py --recipe quickstart
 
+soak: venv
+	$(BIN)/python -m tests.soak $(ARGS)
+
 bench-peers: venv
 	@$(PIP) --editable '.[peers]'
 	$(BIN)/python -m fsdp_qlora bench peers $(ARGS)
+
+bench-7b bench-70b bench-small: bench-%: venv
+	$(BIN)/python -m fsdp_qlora bench $* $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -12,63 +12,75 @@ import sys
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train import failure, fitting, launch
+from fsdp_qlora.results import adapter_files, publish
+from fsdp_qlora.train import (
+    disk,
+    failure,
+    faults,
+    fingerprint,
+    fitting,
+    heartbeat,
+    launch,
+    preflight,
+    processes,
+    resume,
+    stop,
+    terminal,
+)
 
 
-def run(plan: RunPlan, world, **dry_run) -> None:
+def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
     """Train as one of the ranks.
 
     Args:
         plan: the run, with what was chosen for it; its output directory is there.
         world: this process among the ranks (train/world.py).
+        given: names of the options that the user wrote.
         dry_run: further arguments of train.rehearsal.rehearse.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.results import export, report, session
-    from fsdp_qlora.train import ledger, loop, optim, profiler, rehearsal, rows, versions
+    from fsdp_qlora.results import course, export, report, session
+    from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
-    if is_writer:
-        config.save(cfg, out_dir / "run_config.json", versions.versions(world.device))
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
+    begin = going_on.find(cfg, given, info, adapter_files.digest(info), dataset, world)
 
     account = rows.Account(plan, world.device, session.nbytes(dataset))
     with account.phase("load"):
         built = build(cfg, info, world)
     account.hold(built.model, built.placed)
-    params = shard.local_parameters(built.model)
-    optimizer, schedule = optim.build(params, cfg, num_steps)
-    account.watch(params, optimizer)
-    max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
-    trained = loop.Trained(built.model, params, optimizer, schedule, max_norm, world)
+    trained = loop.prepare(built.model, cfg, num_steps, world)
+    account.watch(trained.params, trained.optimizer)
 
     record = session.describe(cfg, info, dataset, built, account)
     if rehearsal.is_wanted(cfg, world.device):
         record["lines"].append(rehearsal.rehearse(trained, dataset.train, cfg, account, **dry_run))
-    pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to == "tqdm"
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on a stop is recorded
+    begin.restore(trained)
+    kept, signals = begin.record(out_dir, is_writer), stop.StopFlag()
+    pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
+    signals.install()  # from here on a stop is recorded
     with (
+        disk.told(cfg),
         ledger.Recorder(
-            out_dir, world, num_steps, record, pinned_bytes, has_bar, account
+            out_dir, world, num_steps, record, pinned_bytes, has_bar, account, kept
         ) as recorder,
         profiler.watched(cfg, world.rank, world.device, recorder.say) as after_step,
+        trackers.followed(cfg, out_dir, is_writer),
     ):
-        recorder.say("\n".join(record["lines"]))
-        look = session.Look(trained, dataset, cfg, recorder)
-        look("before")
-        loop.fit(trained, dataset.train, recorder, after_step)
-        look("after")
+        recorder.say("\n".join([*record["lines"], *begin.lines]))
+        course.take(trained, dataset, plan, recorder, account, begin, signals, after_step)
         if cfg.save_model:
+            faults.reach("export", world.rank)
             with account.phase("save"):
                 export.save(built.model, info, cfg, dataset.tokenizer, is_writer)
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
-        report.render(out_dir)
+        report.write([out_dir], out_dir, has_png=False)
         print(session.farewell(cfg), flush=True)
 
 
@@ -76,30 +88,54 @@ def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
     """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
     # No KeyboardInterrupt while libraries are imported: some of them swallow it.
     signal.signal(signal.SIGINT, lambda *_: failure.leave(errors.SIGINT))
-    plan = None
+    plan, rank = None, int(os.environ["RANK"])
+    heartbeat.listen(cfg.resolved_output_dir / failure.LOGS / f"rank{rank}.log")
     try:
         from fsdp_qlora.train import world as ranks
 
         world = ranks.join(cfg.gpu_budget_gib, cfg.seed)
         plan = fitting.agree(launch.agree(cfg, world), given, world)
-        run(plan, world)
+        run(plan, world, given)
         ranks.leave()
+        heartbeat.beat(heartbeat.DONE, rank)
+        if rank == 0 and not launch.is_supervised(os.environ):
+            publish.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
     except Exception as error:
         failure.fail(error, cfg, plan)
 
 
-def main(argv: list[str]) -> int:
+@terminal.kept()
+def main(argv: list[str], start=processes.start) -> int:
     """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
     try:
+        saved = None
+        if not launch.is_supervised(os.environ):
+            is_speaker = os.environ.get("RANK", "0") == "0"
+            argv, saved = resume.expand(argv, lambda line: print(line) if is_speaker else None)
         cfg, given = config.parse(argv), config.given(argv)
+        if saved is not None and resume.is_done(saved, cfg):
+            print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
+            return errors.DONE
         if launch.is_rank(os.environ):
             os.environ.update(launch.rank_env(os.environ, cfg))
             rank_main(cfg, given)
             return errors.DONE
-        return launch.supervise(cfg, argv, plan=fitting.plan(cfg, given))
+        plan = fitting.plan(cfg, given)
+        fingerprint.check_early(saved, plan, adapter_files.digest(plan.info))
+        disk.check_room(plan.cfg, plan.info)
+        preflight.check(plan)
+        publish.check(cfg.push_to_hub)
+        code = launch.supervise(cfg, argv, plan=plan, start=start)
+        if code == errors.DONE:
+            publish.push(cfg.resolved_output_dir, cfg.push_to_hub)
+        return code
     except errors.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.code
+    except stop.Stopped as stopped:
+        if not launch.is_supervised(os.environ) and os.environ.get("RANK") == "0":
+            print(stopped, file=sys.stderr)
+        failure.leave(stopped.code)
     except KeyboardInterrupt:
         failure.leave(errors.SIGINT)
 

@@ -6,16 +6,18 @@ import sys
 from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
-    "bench": ("fsdp_qlora.results.bench", "main", "measure ours against its peers, in turn"),
+    "bench": ("fsdp_qlora.results.bench", "main", "measure each setting, or ours and its peers"),
     "convert": ("fsdp_qlora.results.verbs", "convert", "make an adapter of the reference's file"),
     "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
     "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
+    "expand": ("fsdp_qlora.results.verbs", "expand", "add new layers that change nothing yet"),
     "evaluate": (
         "fsdp_qlora.results.evaluate",
         "main",
         "held-out loss of a base with and without its adapter",
     ),
+    "formats": ("fsdp_qlora.model.format_errors", "main", "measure every base format on a model"),
     "generate": (
         "fsdp_qlora.results.generate",
         "main",

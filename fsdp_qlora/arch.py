@@ -6,18 +6,26 @@ layers repeat exactly.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fsdp_qlora import layouts, lookup
+from fsdp_qlora import config_values, layouts, lookup, prequantized, stored_names
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.layouts import LAYOUTS, Shapes, Structure
-from fsdp_qlora.weights_files import TensorRef, describe, read_json, read_tensors
+from fsdp_qlora.weights_files import (
+    ITEM_BYTES,
+    PACKED_ITEM_BYTES,
+    TensorRef,
+    describe,
+    read_json,
+    read_tensors,
+)
 
 ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
 # Packed bytes are laid out in the order in which a layer computes, whatever the order of its files.
-EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"]
+EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
 EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 SAME_PLACE = "copy config.json and the weights from the same place"
 
 
@@ -37,6 +45,11 @@ class Linear:
     in_features: int
     has_bias: bool
 
+    @property
+    def expert(self) -> tuple[str, int, int] | None:
+        """Which matrix of which expert it is, see stored_names.expert_part; None for a linear."""
+        return stored_names.expert_part(f"{self.name}.weight")
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -55,6 +68,8 @@ class ModelInfo:
         layer_params: (name inside the layer, shape) of its norms and biases, sorted by name.
         root_params: (full name, shape) of embedding, last norm, untied lm_head, sorted by name.
         tensors: full name -> where its bytes lie; empty when no weights were asked for.
+        stored_format: of the linears on disk when they are quantised there, such as "nf4_dq".
+        packed: full name of such a linear's weight -> its parts; empty without `tensors`.
     """
 
     path: Path | None
@@ -69,6 +84,8 @@ class ModelInfo:
     layer_params: tuple[tuple[str, tuple[int, ...]], ...]
     root_params: tuple[tuple[str, tuple[int, ...]], ...]
     tensors: dict[str, TensorRef]
+    stored_format: str | None = None
+    packed: dict[str, prequantized.Packed] = field(default_factory=dict)
 
     @property
     def softcaps_attention(self) -> bool:
@@ -91,17 +108,28 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     """
     found = lookup.locate(model_name, need_weights)
     path = found if found.is_dir() else None
-    config = _checked_config(read_json(path / "config.json" if path else found), model_name)
+    raw = read_json(path / "config.json" if path else found)
+    config = _checked_config(raw, model_name)
+    stored = prequantized.stored_format(raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors: dict[str, TensorRef] = {}
-    if path and (need_weights or not is_known):
-        tensors = _without_copies(read_tensors(path), config)
+    packed: dict[str, prequantized.Packed] = {}
+    reads_headers = path is not None and (need_weights or not is_known)
+    if path and reads_headers:
+        tensors = read_tensors(path, PACKED_ITEM_BYTES if stored else ITEM_BYTES)
+        if stored:
+            tensors, packed = prequantized.fold(tensors, stored, model_name)
+        tensors = _without_copies(tensors, config)
     shapes = {name: ref.shape for name, ref in tensors.items()}
     structure = layouts.from_config(config) if is_known else layouts.from_headers(shapes)
-    if tensors:
+    if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
 
     linears = _linears(structure.layer)
+    if stored and tensors:
+        prefixes = [f"{structure.layers_prefix}.{i}" for i in range(structure.num_layers)]
+        names = {f"{prefix}.{linear.name}.weight" for prefix in prefixes for linear in linears}
+        prequantized.check_linears(packed, names, model_name)
     quantised = {f"{linear.name}.weight" for linear in linears}
     others = [item for item in structure.layer.items() if item[0] not in quantised]
     return ModelInfo(
@@ -111,12 +139,14 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         num_layers=structure.num_layers,
         hidden_size=layouts.size(config, "hidden_size"),
         vocab_size=layouts.size(config, "vocab_size"),
-        is_tied="lm_head.weight" not in structure.root,
+        is_tied=not structure.root.keys() & set(stored_names.HEADS),
         layers_prefix=structure.layers_prefix,
         linears=linears,
         layer_params=tuple(sorted(others)),
         root_params=tuple(sorted(structure.root.items())),
         tensors=tensors,
+        stored_format=stored,
+        packed=packed,
     )
 
 
@@ -135,15 +165,16 @@ def select_linears(info: ModelInfo, target_modules: str) -> tuple[Linear, ...]:
         UserError: a name matches no linear (code 2).
     """
     names = {name.strip() for name in target_modules.split(",")} - {""}
+    linears = tuple(linear for linear in info.linears if linear.expert is None)
     if len(names) == 1 and names <= ALL_LINEARS:
-        return info.linears
-    both_names = {linear: {linear.name, _last(linear.name)} for linear in info.linears}
+        return linears
+    both_names = {linear: {linear.name, _last(linear.name)} for linear in linears}
     unmatched = names.difference(*both_names.values())
     if unmatched or not names:
         rule = f"0 modules match {', '.join(sorted(unmatched)) or 'it'}"
-        remedy = f"use all, or some of {','.join(_last(linear.name) for linear in info.linears)}"
+        remedy = f"use all, or some of {','.join(_last(linear.name) for linear in linears)}"
         raise UserError(f"lora_target_modules {target_modules!r}", rule, remedy)
-    return tuple(linear for linear in info.linears if names & both_names[linear])
+    return tuple(linear for linear in linears if names & both_names[linear])
 
 
 def lora_params(info: ModelInfo, rank: int, target_modules: str) -> int:
@@ -165,6 +196,46 @@ def lora_params(info: ModelInfo, rank: int, target_modules: str) -> int:
     chosen = select_linears(info, target_modules)
     widths = sum(linear.in_features + linear.out_features for linear in chosen)
     return info.num_layers * rank * widths
+
+
+def unquantised(info: ModelInfo) -> dict[str, int]:
+    """The matrices that stay in 16 bit.
+
+    Args:
+        info: the model.
+
+    Returns:
+        Name ("*" for the number of the layer) -> elements in all.
+    """
+    found = {name: math.prod(shape) for name, shape in info.root_params if len(shape) > 1}
+    return found | {
+        f"{info.layers_prefix}.*.{name}": math.prod(shape) * info.num_layers
+        for name, shape in info.layer_params
+        if len(shape) > 1
+    }
+
+
+def _place(linear: Linear) -> tuple[str, int, int]:
+    assert linear.expert is not None
+    return linear.expert
+
+
+def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
+    """The linears that one token passes in a layer.
+
+    Args:
+        info: the model.
+
+    Returns:
+        The linears, those of an expert as often as a token has experts; and how many it has, 1 in
+        a dense model.
+    """
+    dense = tuple(linear for linear in info.linears if linear.expert is None)
+    one = sorted((n for n in info.linears if n.expert and not n.expert[1]), key=_place)
+    if not one:
+        return dense, 1
+    num = layouts.size(info.config, "num_experts_per_tok")
+    return dense + tuple(linear for linear in one for _ in range(num)), num
 
 
 def num_linear_params(info: ModelInfo) -> int:
@@ -203,13 +274,12 @@ def _checked_config(config: dict, model_name: str) -> dict:
         raise UserError(got, "config.json must name one", "take the model's own config.json")
     if "text_config" in config or "vision_config" in config:
         raise UserError(got, "is multi-modal; only text is built", "take its text-only variant")
-    if "quantization_config" in config:
-        rule = "is quantised already; the base is quantised here, while it is loaded"
-        raise UserError(got, rule, "take the 16-bit original of this model")
     if "auto_map" in config and model_type not in LAYOUTS:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
-    return {key: config[key] for key in config if key != "auto_map" and not key.startswith("_")}
+    config_values.check(config)
+    left_out = ("auto_map", "quantization_config")
+    return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
 
 
 def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
@@ -239,8 +309,10 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
 
 def _linears(layer: Shapes) -> tuple[Linear, ...]:
     linears = []
+    mixtures = {part[0] for name in layer if (part := stored_names.expert_part(name))}
+    routers = {f"{block}.gate.weight" for block in mixtures}  # small, and they choose: 16 bit
     for name, shape in layer.items():
-        if len(shape) != 2:
+        if len(shape) != 2 or name in routers:
             continue
         module = name.removesuffix(".weight")
         bias = layer.get(f"{module}.bias")

@@ -37,40 +37,84 @@ class Precision:
     built: bool
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A sharding_strategy: who shares what is sharded, and when what was gathered is freed.
+
+    Args:
+        replicates: every rank keeps everything; only gradients are exchanged.
+        is_hybrid: sharded over the ranks of a machine, replicated over machines.
+        reshards: gathered layers are freed between forward and backward.
+    """
+
+    replicates: bool = False
+    is_hybrid: bool = False
+    reshards: bool = True
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimizer.
+
+    Args:
+        decays: weight decay is part of its method.
+        state_bytes: of a trained parameter on the card; paged state can leave it.
+        on_cpu: it runs on CPU ranks too.
+    """
+
+    decays: bool
+    state_bytes: int
+    on_cpu: bool = True
+
+
 TRAIN_TYPES = {
     "qlora": TrainType("bnb", "lora", True),
     "custom_qlora": TrainType("bnb", "lora", True),
     "hqq_lora": TrainType("hqq", "lora", True),
     "lora": TrainType("none", "lora", True),
     "custom_lora": TrainType("none", "lora", True),
-    "full": TrainType("none", "full", False),
-    "bnb_dora": TrainType("bnb", "dora", False),
-    "hqq_dora": TrainType("hqq", "dora", False),
-    "bnb_llama_pro": TrainType("bnb", "llama_pro", False),
-    "hqq_llama_pro": TrainType("hqq", "llama_pro", False),
+    "full": TrainType("none", "full", True),
+    "dora": TrainType("none", "dora", True),
+    "bnb_dora": TrainType("bnb", "dora", True),
+    "hqq_dora": TrainType("hqq", "dora", True),
+    "bnb_llama_pro": TrainType("bnb", "llama_pro", True),
+    "hqq_llama_pro": TrainType("hqq", "llama_pro", True),
 }
 PRECISIONS = {
     "bf16": Precision("bfloat16", "float32", True),
     "bf16_autocast": Precision("bfloat16", "float32", True),
     "bf16_buffers_autocast": Precision("bfloat16", "float32", True),
+    "bf16_pure": Precision("bfloat16", "bfloat16", True),
     "fp32": Precision("float32", "float32", True),
-    "fp16_autocast": Precision("float16", "float32", False),
+    "fp16_autocast": Precision("float16", "float32", True),
 }
 STRATEGIES = {
-    "full_shard": True,
-    "shard_grad_op": True,
-    "ddp": True,
-    "hybrid_full_shard": False,
-    "hybrid_shard_grad_op": False,
+    "full_shard": Strategy(),
+    "shard_grad_op": Strategy(reshards=False),
+    "ddp": Strategy(replicates=True, reshards=False),
+    "hybrid_full_shard": Strategy(is_hybrid=True),
+    "hybrid_shard_grad_op": Strategy(is_hybrid=True, reshards=False),
 }
-OPTIMIZERS = {"adamw": True, "adam": False, "sgd": False, "adadelta": False}
-SCHEDULERS = {"constant": True, "linear": True, "cosine": True}
+OPTIMIZERS = {
+    "adamw": Optimizer(True, 8),
+    "adam": Optimizer(False, 8),
+    "sgd": Optimizer(False, 0),
+    "adadelta": Optimizer(False, 8),
+    "adamw_8bit": Optimizer(True, 2, on_cpu=False),
+    "paged_adamw": Optimizer(True, 8, on_cpu=False),
+    "paged_adamw_8bit": Optimizer(True, 2, on_cpu=False),
+}
+SCHEDULERS = any_of("constant", "constant_with_warmup", "linear", "cosine")
+INITS = any_of("default", "pissa", "loftq")
 PACKINGS = any_of("auto", "on", "off")
 OFFLOADS = any_of("auto", "fsdp", "stream")
 ATTENTIONS = any_of("auto", "sdpa", "flash_attention_2", "eager")
-LOGS = {"tqdm": True, "stdout": True, "wandb": False}
-BITS = {4: True, 2: False, 3: False, 8: False}
-ONLY_FALSE = {False: True, True: False}
+TRACKERS = ("wandb", "tensorboard")  # packages of the same names
+LOGS = any_of("tqdm", "stdout", *TRACKERS)
+QUANT_TYPES = any_of("nf4", "fp4", "int8")
+HQQ_BITS = dict.fromkeys((2, 3, 4, 8), True)
+GROUP_SIZES = dict.fromkeys((32, 64, 128), True)
+HQQ_AXES = dict.fromkeys((0, 1), True)
 ALIASES = {
     "model_name_or_path": "model_name",
     "learning_rate": "lr",
@@ -89,12 +133,22 @@ PROFILER = (
     *("profiling_output", "profiling_frequency", "wait_steps", "warmup_steps", "active_steps"),
     *("repeat", "export_trace", "export_memory_timeline", "with_stack", "with_shapes"),
 )
-NO_WANDB = "wandb is not built yet"
+WANDB = ("project_name", "name", "group", "entity")
 TEXT = "printable text"
+PERIOD = "a number of steps, or minutes as in 30m"
+RESUME_HELP = "go on: DIR of a run or checkpoint; bare: the latest of --output_dir"
 COUNT = "-1 or >= 1"
+EVERY = "epoch or >= 1"
+PROMPTS_HELP = "more of them: a FILE, off, or auto: three held-out ones, if none is named"
 TRAINED = any_of("assistant", "completion", "last", "all")
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
+
+
+def hqq_name(bits: int, group_size: int, axis: int) -> str:
+    """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
+    group = "" if group_size == 64 else f"_g{group_size}"
+    return f"hqq{bits}{group}" + ("" if axis else "_a0")
 
 
 def built(table: Mapping[str, TrainType] | Mapping[str, Precision]) -> dict[str, bool]:

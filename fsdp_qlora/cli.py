@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import shutil
 import sys
 import textwrap
@@ -30,6 +31,10 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
     "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
+    "epoch or >= 1": lambda value: re.fullmatch(r"epoch|[1-9][0-9]{0,8}", value) is not None,
+    "a number of steps, or minutes as in 30m": lambda value: (
+        re.fullmatch(r"\d{1,9}m?", value) is not None
+    ),
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 

@@ -13,18 +13,24 @@ from fsdp_qlora import cli
 from fsdp_qlora.choices import (
     ALIASES,
     ATTENTIONS,
-    BITS,
     COUNT,
     DATASET_HELP,
+    EVERY,
     FITS,
+    GROUP_SIZES,
+    HQQ_AXES,
+    HQQ_BITS,
+    INITS,
     LOGS,
-    NO_WANDB,
     OFFLOADS,
-    ONLY_FALSE,
     OPTIMIZERS,
     PACKINGS,
+    PERIOD,
     PLANS,
     PRECISIONS,
+    PROMPTS_HELP,
+    QUANT_TYPES,
+    RESUME_HELP,
     RUNS,
     SCHEDULERS,
     STRATEGIES,
@@ -32,6 +38,7 @@ from fsdp_qlora.choices import (
     TRAIN_TYPES,
     TRAINED,
     built,
+    hqq_name,
 )
 from fsdp_qlora.cli import any_of, flag, idle
 from fsdp_qlora.conflicts import find_conflicts
@@ -53,9 +60,11 @@ class Config:
     model_name: str = flag("meta-llama/Llama-2-7b-hf", "model", "directory or hub name", rule=TEXT)
     train_type: str = flag("qlora", "model", "base and adapter", built(TRAIN_TYPES))
     precision: str = flag("bf16", "model", "dtype of products; adapters fp32", built(PRECISIONS))
-    quant_type: str = flag("nf4", "model", "4-bit code of bitsandbytes", any_of("nf4", "fp4"))
+    quant_type: str = flag("nf4", "model", "code of a bitsandbytes weight", QUANT_TYPES)
     double_quant: bool = flag(True, "model", "quantise the block scales too (bitsandbytes)")
-    n_bits: int = flag(4, "model", "bits of an HQQ weight", BITS)
+    n_bits: int = flag(4, "model", "bits of an HQQ weight", HQQ_BITS)
+    group_size: int = flag(64, "model", "HQQ weights that share a scale", GROUP_SIZES)
+    hqq_axis: int = flag(1, "model", "1: groups lie in a row; 0: across rows", HQQ_AXES)
     quant_cache: str = flag("auto", "model", "kept 4-bit bytes: auto, off or DIR", rule=TEXT)
     weights: str = flag("load", "model", "random: only the shape is real", any_of("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
@@ -66,6 +75,10 @@ class Config:
     lora_dropout: float = flag(0.1, "adapter", "on the adapter's input", rule="from 0 to below 1")
     lora_target_modules: str = flag("all", "adapter", "all linears, or a,comma,list", rule=TEXT)
     use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
+    init_lora: str = flag("default", "adapter", "start: A random, B zero", INITS)
+    loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
+    modules_to_save: str | None = flag(None, "adapter", "trained whole: embed_tokens,lm_head")
+    llama_pro_path: str | None = flag(None, "adapter", "block-expanded model, see expand")
 
     dataset: str = flag("alpaca_sample", "data", DATASET_HELP, rule=TEXT)
     dataset_samples: int = flag(512, "data", "rows of dummy, *_sample and orca_math", rule=">= 1")
@@ -78,7 +91,9 @@ class Config:
     packing: str = flag("auto", "data", "on: fill context_length with several rows", PACKINGS)
     context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
     token_cache: str = flag("auto", "data", "kept tokens: auto, off or DIR", rule=TEXT)
+    eval_every: str | None = flag(None, "data", "steps from loss to loss, or epoch", rule=EVERY)
     sample_prompt: str | None = flag(None, "data", "prompt answered before and after training")
+    sample_prompts: str = flag("auto", "data", PROMPTS_HELP, rule=TEXT)
     sample_tokens: int = flag(48, "data", "longest such answer in tokens", rule=">= 1")
 
     batch_size: int = flag(1, "training", "rows per rank and micro-batch", rule=">= 1")
@@ -88,14 +103,20 @@ class Config:
     lr: float = flag(1e-5, "training", "highest learning rate", rule="> 0")
     lr_scheduler: str = flag("constant", "training", "learning rate over time", SCHEDULERS)
     warmup_ratio: float = flag(0.1, "training", "share of steps to warm up", rule="from 0 to 1")
-    optimizer: str = flag("adamw", "training", "optimizer of the adapters", OPTIMIZERS)
+    optimizer: str = flag("adamw", "training", "optimizer of the adapters", any_of(*OPTIMIZERS))
     wd: float = flag(0.1, "training", "weight decay", rule=">= 0")
     apply_gradient_clipping: bool = flag(False, "training", "clip the global gradient norm")
     grad_norm: float = flag(0.3, "training", "largest norm when clipping", rule="> 0")
+    max_skipped_steps: int = flag(
+        3, "training", "steps in a row without a finite loss, then stop", rule=">= 1"
+    )
     seed: int = flag(42, "training", "data order, adapters, dropout", rule="from 0 to 2**32 - 1")
 
     world_size: int = flag(-1, "sharding", "ranks; -1: one per GPU", rule=COUNT)
-    sharding_strategy: str = flag("full_shard", "sharding", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
+    sharding_strategy: str = flag(
+        "full_shard", "sharding", "ZeRO-3, ZeRO-2 or DDP; hybrid: per machine", any_of(*STRATEGIES)
+    )
+    no_sync: bool = flag(False, "sharding", "reduce gradients once a step, not a micro-batch")
     use_cpu_offload: bool = flag(True, "sharding", "frozen base on the host")
     offload_impl: str = flag("auto", "sharding", "how it comes from there", OFFLOADS)
     resident_layers: int = flag(0, "sharding", "layers kept whole on each card", rule=">= 0")
@@ -107,7 +128,7 @@ class Config:
     uncheckpointed_layers: int = flag(0, "sharding", "layers that keep everything", rule=">= 0")
     compile: bool = flag(False, "sharding", "torch.compile per layer: says why not")
     cuda_graphs: str = flag("auto", "sharding", "small batches by graph", any_of("auto", "off"))
-    use_activation_cpu_offload: bool = flag(False, "sharding", "activations on host", ONLY_FALSE)
+    use_activation_cpu_offload: bool = flag(False, "sharding", "inputs of layers on the host")
     fit: str = flag("auto", "sharding", "the plan chooses what you leave open", FITS)
     plan: str = flag("check", "sharding", "ignore: run what should not fit", PLANS)
     dry_run: str = flag(
@@ -119,11 +140,18 @@ class Config:
     )
     verify_bytes: bool = flag(True, "sharding", "check 4-bit bytes at the start")
     master_port: int | None = flag(None, "sharding", "0: a free one", rule="from 0 to 65535")
+    hang_timeout: float | None = flag(None, "sharding", "s without a sign; 0: never", rule=">= 0")
+    max_restarts: int = flag(0, "sharding", "new starts after a crash or a hang", rule=">= 0")
 
     output_dir: str | None = flag(None, "output", "[output/MODEL-TYPE-TIME]", rule=TEXT)
     overwrite: bool = flag(False, "output", "write into a directory that holds a run")
     save_model: bool = flag(True, "output", "save the adapter at the end")
-    log_to: str = flag("tqdm", "output", "progress bar or plain lines", LOGS)
+    save_every: str = flag("30m", "output", "checkpoints: steps, or minutes; 0: none", rule=PERIOD)
+    keep_checkpoints: int = flag(2, "output", "last ones that stay, besides the best", rule=">= 1")
+    resume: str | None = flag(None, "output", RESUME_HELP, rule=TEXT)
+    allow_data_change: bool = flag(False, "output", "resume with other rows, seed or batch")
+    push_to_hub: str | None = flag(None, "output", "OWNER/NAME the adapter is sent to", rule=TEXT)
+    log_to: str = flag("tqdm", "output", "bar, plain lines, or bar and a tracker", LOGS)
 
     profile: bool = flag(False, "profiler", "write traces of torch.profiler")
     profiling_output: str = flag("profiles", "profiler", "their directory, in that of the run")
@@ -140,21 +168,20 @@ class Config:
 
     low_memory: bool = idle(True, "weights are always streamed layer by layer")
     loading_workers: int = idle(-1, "the ranks share the loading")
-    no_sync: bool = idle(False, "the gradients of adapters are cheap to reduce")
     verbose: bool = idle(False, "what matters is always printed")
-    llama_pro_path: str | None = idle(None, "llama_pro is not built yet")
     master_addr: str = idle("localhost", "ranks of this machine meet on 127.0.0.1")
-    project_name: str = idle("fsdp_qlora", NO_WANDB)
-    name: str | None = idle(None, NO_WANDB)
-    group: str | None = idle(None, NO_WANDB)
-    entity: str | None = idle(None, NO_WANDB)
+    project_name: str = flag("fsdp_qlora", "wandb", "project of the run there", rule=TEXT)
+    name: str | None = flag(None, "wandb", "of the run there [its directory]", rule=TEXT)
+    group: str | None = flag(None, "wandb", "group of runs there", rule=TEXT)
+    entity: str | None = flag(None, "wandb", "user or team there", rule=TEXT)
 
     @property
     def format_name(self) -> str:
         """Name of the format the frozen linears are stored in, such as "nf4_dq"."""
         base = TRAIN_TYPES[self.train_type].base
-        bnb = self.quant_type + ("_dq" if self.double_quant else "")
-        return {"bnb": bnb, "hqq": f"hqq{self.n_bits}", "none": "bf16"}[base]
+        bnb = self.quant_type + ("_dq" if self.double_quant and self.quant_type != "int8" else "")
+        hqq = hqq_name(self.n_bits, self.group_size, self.hqq_axis)
+        return {"bnb": bnb, "hqq": hqq, "none": "bf16"}[base]
 
     @property
     def compute_dtype(self) -> str:
@@ -184,7 +211,8 @@ class Config:
     @property
     def resolved_output_dir(self) -> Path:
         """Directory of the run; `parse` has put its name, with the time of the start, in here."""
-        return Path(self.output_dir or default_output_dir(self.model_name, self.train_type))
+        name = self.output_dir or default_output_dir(self.model_name, self.train_type)
+        return Path(os.path.expanduser(name))
 
 
 def default_output_dir(model_name: str, train_type: str) -> str:
@@ -212,8 +240,10 @@ def parse(argv: Sequence[str]) -> Config:
     faults += find_conflicts(cfg, frozenset(values))
     if faults:
         raise join(faults)
+    is_expanded = cfg.llama_pro_path and TRAIN_TYPES[cfg.train_type].adapter == "llama_pro"
     return dataclasses.replace(
         cfg,
+        model_name=str(cfg.llama_pro_path) if is_expanded else cfg.model_name,
         use_cpu_offload=cfg.use_cpu_offload and cfg.sharding_strategy != "ddp",
         output_dir=str(cfg.resolved_output_dir),
     )

@@ -1,6 +1,9 @@
 """What a user is told when something is wrong, and the exit codes of every command."""
 
+import os
 from collections.abc import Sequence
+
+from fsdp_qlora.redaction import redact
 
 DONE = 0
 BUG = 1
@@ -28,6 +31,15 @@ def one_line(text: str) -> str:
     )
 
 
+def said(text: str) -> str:
+    """Return `text` as one safe line, without secrets (redaction.py).
+
+    Args:
+        text: of a fault; it may hold what the user wrote, or what a library said.
+    """
+    return one_line(redact(text, os.environ))
+
+
 class UserError(Exception):
     """A fault the user can repair; printed as one line "got: rule; remedy", never as a traceback.
 
@@ -53,7 +65,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Return the fault in at most 300 characters, then " | " and the next one, if any."""
-        got, rest = one_line(self.got), one_line(f": {self.rule}; {self.remedy}")
+        got, rest = said(self.got), said(f": {self.rule}; {self.remedy}")
         space = max(MAX_LINE_CHARS - len(rest), 40)
         if len(got) > space:  # of a path the end counts, of a value the beginning
             got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"
@@ -75,17 +87,17 @@ def join(faults: Sequence[UserError]) -> UserError:
     return UserError(first.got, first.rule, first.remedy, first.code, faults[1:])
 
 
-def classify(error: Exception, rank: int, trace: str) -> tuple[int, str]:
+def classify(error: Exception, who: str, trace: str) -> tuple[int, str]:
     """Exit code and line for an exception that is not a UserError.
 
     Args:
         error: what ended the rank.
-        rank: where.
+        who: the rank, and where it was.
         trace: where the trace is, such as the path of a log.
 
     Returns:
         One of the codes above, and what the user is told.
     """
-    text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-    line = f"rank {rank}: {text}; the trace is in {trace}"
-    return (RUN_FAILED if type(error).__name__ == "OutOfMemoryError" else BUG), line
+    text = said(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")[:160]
+    line = f"{who}: {text}; the trace is in {trace}"
+    return (RUN_FAILED if isinstance(error, RuntimeError | OSError) else BUG), line

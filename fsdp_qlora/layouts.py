@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.stored_names import expert_part
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -121,9 +122,10 @@ def from_headers(shapes: Shapes) -> Structure:
         raise UserError(f"weights with {', '.join(prefixes[:3])}", rule, remedy)
     layer = {match["name"]: shapes[match[0]] for match in matches if match["index"] == "0"}
     for name, shape in layer.items():
-        if len(shape) not in (1, 2) or INDEXED.fullmatch(name):
-            rule = "is neither a linear nor a vector; mixture of experts is not built yet"
-            raise UserError(f"{prefixes[0]}.0.{name}", rule, "take a dense model")
+        part = expert_part(name)
+        if len(shape) not in (1, 2) or (INDEXED.fullmatch(name) and part is None):
+            rule = "is no linear, no vector and no expert as Mixtral or Qwen has them"
+            raise UserError(f"{prefixes[0]}.0.{name}", rule, "take another model")
     num_layers = 1 + max(int(match["index"]) for match in matches)
     root = {name: shape for name, shape in shapes.items() if not INDEXED.fullmatch(name)}
     return Structure(prefixes[0], num_layers, layer, root)

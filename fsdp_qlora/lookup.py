@@ -13,6 +13,9 @@ SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+NO_TOKEN = 401
+REFUSALS = {NO_TOKEN: "the hub refuses your access token", 429: "the hub wants fewer requests"}
+REFUSALS |= dict.fromkeys((500, 502, 503, 504), "the hub is down")
 # Sub-directories hold other formats, and consolidated* is a second copy of the same weights.
 LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 
@@ -45,7 +48,8 @@ def locate(model_name: str, need_weights: bool) -> Path:
         is_directory, exists = path.is_dir(), path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         remedy = "give a directory, or ORGANISATION/MODEL"
-        raise UserError(model_name, f"is no usable path ({error})", remedy, INPUT) from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(model_name, f"is no usable path ({reason})", remedy, INPUT) from None
     if is_directory:
         return _without_metas_files(path)
     is_hub_name = model_name.count("/") == 1 and not model_name.startswith((".", "/", "~"))
@@ -135,6 +139,10 @@ def _download(hub_name: str, files: list[str]) -> Path:
     except (
         Exception
     ) as error:  # the transport's own errors differ between releases of huggingface_hub
-        rule = f"no such directory, not in the hub cache, hub out of reach ({type(error).__name__})"
+        answers = [getattr(found, "response", None) for found in (error, error.__cause__)]
+        status = next((answer.status_code for answer in answers if answer is not None), 0)
+        why = REFUSALS.get(status, "hub out of reach")
+        rule = f"no such directory, not in the hub cache, {why} ({status or type(error).__name__})"
         remedy = f"give a local directory, or run hf download {hub_name} where there is a network"
+        remedy = "run hf auth login, or give a local directory" if status == NO_TOKEN else remedy
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error

@@ -8,6 +8,8 @@ Source: the format's README, section "Format", github.com/huggingface/safetensor
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from fsdp_qlora.errors import INTEGRITY, UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+PACKED_ITEM_BYTES = ITEM_BYTES | {"U8": 1}  # of a model stored in 4 bit
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in another format
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
@@ -65,12 +68,15 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_tensors(directory: Path) -> dict[str, TensorRef]:
+def read_tensors(
+    directory: Path, item_bytes: Mapping[str, int] = ITEM_BYTES
+) -> dict[str, TensorRef]:
     """Read the headers of all weight files of a model.
 
     Args:
         directory: holds an index and the files that it names, or model.safetensors, or loose
             *.safetensors files.
+        item_bytes: dtypes that may occur, with their sizes.
 
     Returns:
         Tensor name -> where its bytes lie, in file order.
@@ -81,7 +87,7 @@ def read_tensors(directory: Path) -> dict[str, TensorRef]:
     index = _read_index(directory / INDEX_NAME)
     tensors: dict[str, TensorRef] = {}
     for name in sorted(set(index.values())) or _list_files(directory):
-        header = read_header(directory / name)
+        header = read_header(directory / name, item_bytes)
         twice = sorted(header.keys() & tensors.keys())
         if twice:
             raise _damaged(directory / name, f"repeats {describe(twice)} of another file")
@@ -92,11 +98,12 @@ def read_tensors(directory: Path) -> dict[str, TensorRef]:
     return tensors
 
 
-def read_header(path: Path) -> dict[str, TensorRef]:
+def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[str, TensorRef]:
     """Read and check the header of one safetensors file.
 
     Args:
         path: the file.
+        item_bytes: dtypes that may occur, with their sizes.
 
     Returns:
         Tensor name -> where its bytes lie, in file order.
@@ -106,7 +113,10 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             page, truncated, damaged (code 5).
     """
     if not path.is_file():
-        raise _damaged(path, "is named by the index, and absent")
+        what = (
+            "is no regular file" if os.path.lexists(path) else "is named by the index, and absent"
+        )
+        raise _damaged(path, what)
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
@@ -120,7 +130,9 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        refs = [(name, _tensor_ref(path, data_start, **entries[name])) for name in entries]
+        refs = [
+            (name, _tensor_ref(path, data_start, item_bytes, **entries[name])) for name in entries
+        ]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise _damaged(path, "has a damaged safetensors header") from None
     refs.sort(key=lambda item: (item[1].start, item[1].nbytes))
@@ -175,13 +187,18 @@ def _list_files(directory: Path) -> list[str]:
 
 
 def _tensor_ref(
-    path: Path, data_start: int, dtype: str, shape: list[int], data_offsets: list[int]
+    path: Path,
+    data_start: int,
+    item_bytes: Mapping[str, int],
+    dtype: str,
+    shape: list[int],
+    data_offsets: list[int],
 ) -> TensorRef:
-    if dtype not in ITEM_BYTES:
+    if dtype not in item_bytes:
         rule = f"holds {dtype} tensors; a base is {', '.join(ITEM_BYTES)}"
         raise UserError(str(path), rule, "take the 16-bit original of this model")
     begin, end = data_offsets
-    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    nbytes = math.prod(shape) * item_bytes[dtype]
     if begin < 0 or end - begin != nbytes or any(size < 0 for size in shape):
         raise ValueError(f"offsets {data_offsets} do not fit shape {shape}")
     return TensorRef(path, dtype, tuple(shape), data_start + begin, nbytes)

@@ -70,8 +70,16 @@ ADDS_BOS = {"llama3", "mistral"}
 
 
 def save(directory: Path, kind: str = "plain", adds_bos: bool | None = None, **config) -> Path:
-    """Train a BPE on real chat and write it in transformers' format, pad equal to the end."""
+    """One of KINDS, trained on real chat and written in transformers' format."""
     template, special, end = KINDS[kind]
+    adds_bos = kind in ADDS_BOS if adds_bos is None else adds_bos
+    return save_as(directory, template, special, end, adds_bos, **config)
+
+
+def save_as(
+    directory: Path, template: str | None, special: list[str], end: str, adds_bos: bool, **config
+) -> Path:
+    """Train a BPE on real chat and write it in transformers' format, pad equal to the end."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -82,7 +90,7 @@ def save(directory: Path, kind: str = "plain", adds_bos: bool | None = None, **c
         show_progress=False,
     )
     core.train_from_iterator(TEXTS, trainer)
-    if kind in ADDS_BOS if adds_bos is None else adds_bos:
+    if adds_bos:
         core.post_processor = processors.TemplateProcessing(
             single=f"{special[0]} $A", special_tokens=[(special[0], 0)]
         )

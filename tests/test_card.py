@@ -1,5 +1,6 @@
 """The model card: its figures are those of the record, and no secret is in it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -85,7 +86,8 @@ def test_no_planted_secret_comes_through(run_dir: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_TOKEN", CANARIES["hf"])
     url = f"https://alice:{CANARIES['password']}@example.org/rows.jsonl?token={CANARIES['aws']}"
     prompt = " ".join([CANARIES["openai"], CANARIES["environment"], "be helpful"])
-    cfg = parse(run_dir, f"--dataset={url}", f"--system_prompt={prompt}", "--lora_rank=8")
+    cfg = parse(run_dir, "--lora_rank=8")  # which refuses secrets
+    cfg = dataclasses.replace(cfg, dataset=url, system_prompt=prompt)
     (run_dir / "summary.json").unlink()  # when the card is written there is none yet
     path = run_dir / "metrics.jsonl"
     first, *rest = path.read_text().splitlines()

@@ -102,17 +102,16 @@ def test_all_faults_are_told_at_once():
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        ("--train_type bnb_dora", "not built yet"),
-        ("--train_type full", "not built yet"),
-        ("--sharding_strategy hybrid_full_shard", "not built yet"),
-        ("--precision fp16_autocast", "not built yet"),
-        ("--optimizer sgd", "not built yet"),
-        ("--log_to wandb", "not built yet"),
-        ("--n_bits 2", "not built yet; use 4"),
+        ("--init_lora pissa", "changes the base"),
+        ("--init_lora loftq", "finds little"),
+        ("--precision fp8", "no such choice"),
+        ("--log_to mlflow", "no such choice"),
+        ("--n_bits 2", "belongs to an HQQ base"),
+        ("--quant_type int8 --double_quant true", "nothing to quantise again"),
         ("--profile --profiling_frequency 4", "a cycle has 5 steps"),
         ("--fit best", "no such choice"),
         ("--plan no", "no such choice"),
-        ("--use_activation_cpu_offload true", "not built yet"),
+        ("--use_activation_cpu_offload true --use_gradient_checkpointing false", "recomputed"),
         ("--n_bits 5", "no such choice"),
         ("--lora_dropout 1", "must be from 0 to below 1"),
         ("--lr nan", "must be a number"),
@@ -154,7 +153,7 @@ def test_flags_without_effect_are_noted_once_and_only_when_set():
     """The defaults say nothing."""
     assert cfg_notes(parse([])) == []
     notes = cfg_notes(parse(["--low_memory", "false", "--with_stack", "--entity", "me"]))
-    assert [note.split()[0] for note in notes] == ["--low_memory", "--entity", "--with_stack"]
+    assert [note.split()[0] for note in notes] == ["--low_memory", "--with_stack", "--entity"]
     assert cfg_notes(parse(["--profile", "--with_stack"])) == []
     assert cfg_notes(parse(["--grad_norm", "1"])) == [
         "--grad_norm has no effect: --apply_gradient_clipping is false"

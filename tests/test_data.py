@@ -45,7 +45,9 @@ def test_a_file_of_rows_becomes_batches_with_held_out_rows_the_same_on_every_ran
         for batch in batches
     )
     assert trained == first.audit.facts["num_trained_tokens"]
-    assert first.sample_prompt.endswith("### Instruction:\nAdd.\n\n### Response:\n")
+    (prompt,) = first.prompts
+    text = first.tokenizer.decode(prompt.ids)
+    assert text.endswith("### Instruction:\nAdd.\n\n### Response:\n") and prompt.shown == "Add."
     assert first.tokenizer.eos_token == "</s>" and first.tokenizer.chat_template is None
     assert json.loads(json.dumps(first.audit.facts)) == first.audit.facts
 
@@ -65,13 +67,13 @@ def test_chats_are_asked_in_their_template_which_is_saved_with_the_tokenizer(pla
     llama = small_tokenizers.save(tmp_path / "llama3", "llama3")
     flags = [f"--dataset={REAL_ROWS / 'chitchat.jsonl'}", "--sample_prompt=Hi", "--world_size=1"]
     data = run(place, *flags, size=1)
-    assert data.sample_prompt == "### Human: Hi\n### Assistant:"
+    assert data.tokenizer.decode(data.prompts[0].ids) == "### Human: Hi\n### Assistant:"
     chat = [{"role": "user", "content": "Hi"}]
     asked = data.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert asked == data.sample_prompt
+    assert asked == data.tokenizer.decode(data.prompts[0].ids)
     data = run(llama, *flags, size=1)
     assert data.tokenizer.chat_template == small_tokenizers.LLAMA3
-    ids = data.tokenizer(data.sample_prompt)["input_ids"]
+    ids = list(data.prompts[0].ids)
     asked = data.tokenizer.apply_chat_template(chat, add_generation_prompt=True)
     assert ids == asked["input_ids"] and ids.count(data.tokenizer.bos_token_id) == 1
 
@@ -90,7 +92,7 @@ def test_a_card_gets_fewer_widths(place):
 
 def test_dummy_rows_need_no_tokenizer(tmp_path):
     data = run(tmp_path, "--dataset", "dummy", "--dataset_samples", "6", size=1)
-    assert data.tokenizer is None and data.sample_prompt is None and data.held_out == []
+    assert data.tokenizer is None and data.prompts == () and data.held_out == []
     assert data.train.num_steps == 6
     batch = data.train.step(0)[0]
     assert batch.input_ids.shape == (1, 256) and batch.num_trained_tokens == 255

@@ -47,6 +47,9 @@ ORDER = {
     "top": 6,
 }
 RANKS = {"ranks", "world", "launch", "failure", "memory", "clock", "versions"}
+RANKS |= {"resume", "checkpoint_files"}  # the supervisor restarts from what they find
+# Points of faults lie in data and model too.
+RANKS |= {"processes", "verdict", "terminal", "faults", "heartbeat"}
 TOPS = ("__main__", "fetch")
 
 DISTRIBUTED = "torch.distributed"
@@ -54,7 +57,7 @@ TORCH_METHODS = {"forward", "backward", "setup_context", "extra_repr"}  # torch 
 
 # library -> the only modules that may import it
 OWNERS = {
-    "bitsandbytes": {"model.quantize"},
+    "bitsandbytes": {"model.quantize", "train.optim"},  # formats; 8-bit and paged optimizers
     "hqq": {"model.quantize"},
     "torch.distributed.fsdp": {"model.shard"},
     "torch.distributed.tensor": {"model.shard", "train.world"},

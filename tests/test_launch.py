@@ -34,6 +34,7 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {project!r})
+from fsdp_qlora.train import faults, heartbeat
 from fsdp_qlora.train.failure import write_error
 rank = int(os.environ["RANK"])
 out = Path([word for word in sys.argv if word.startswith("--output_dir=")][-1].split("=", 1)[1])
@@ -54,10 +55,18 @@ def stop_cleanly():
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 {body}
+heartbeat.beat(heartbeat.DONE, rank)
 """
 
 
-def start(tmp_path: Path, body: str, *argv: str, num_ranks: int = 2, **env: str):
+def start(
+    tmp_path: Path,
+    body: str,
+    *argv: str,
+    num_ranks: int = 2,
+    stdout: int = subprocess.PIPE,
+    **env: str,
+):
     """Start a supervisor on the CPU whose ranks all run `body`."""
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(project=str(PROJECT_DIR), body=body))
@@ -70,14 +79,14 @@ def start(tmp_path: Path, body: str, *argv: str, num_ranks: int = 2, **env: str)
         env=clean | {"CUDA_VISIBLE_DEVICES": ""} | env,
         cwd=PROJECT_DIR,
         text=True,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
     )
 
 
-def run(tmp_path: Path, body: str, *argv: str, **env: str) -> tuple[int, str, str]:
+def run(tmp_path: Path, body: str, *argv: str, num_ranks: int = 2, **env: str):
     """Return exit code, stdout and stderr of a supervised run."""
-    parent = start(tmp_path, body, *argv, **env)
+    parent = start(tmp_path, body, *argv, num_ranks=num_ranks, **env)
     out, err = parent.communicate(timeout=60)
     return parent.returncode, out, err
 
@@ -139,10 +148,11 @@ write_error(out, rank, 4, "connection closed by peer")
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(60)
 """
-    begin_s = time.monotonic()
+    (tmp_path / "out").mkdir()  # else it would be removed again
     code, out, err = run(tmp_path, body)
     assert (code, out, err) == (5, "", "error: weights: broken;\\nfetch again\n")
-    assert time.monotonic() - begin_s < 7
+    word = tmp_path / "out" / "logs" / "rank1.error"
+    assert time.time() - word.stat().st_mtime < 7
     assert not any(map(is_alive, wait_for_ranks(tmp_path)))
 
 
@@ -158,7 +168,7 @@ sys.exit(4)
 """
     code, _, err = run(tmp_path, body)
     assert code == 4 and err.count("\n") == 1
-    assert err.startswith(f"error: rank 1: was killed by {number.name}; ")
+    assert err.startswith(f"error: rank 1: was killed by {number.name} before it had begun; ")
 
 
 def test_a_fault_of_the_input_wins_over_a_crash_it_causes(tmp_path: Path):
@@ -179,7 +189,10 @@ def test_a_rank_that_leaves_no_word_is_named_with_its_log(tmp_path: Path):
     """An early death must not look like success."""
     code, out, err = run(tmp_path, "meet(); sys.exit(9 if rank == 1 else time.sleep(60))")
     assert (code, out) == (9, "")
-    assert err == f"error: rank 1: ended with code 9; see {tmp_path}/out/logs/rank1.log\n"
+    line = (
+        f"error: rank 1: ended with code 9 before it had begun; see {tmp_path}/out/logs/rank1.log"
+    )
+    assert err == f"{line}\n"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -319,7 +332,7 @@ def test_ranks_of_torchrun_settle_on_the_directory_of_rank_0(tmp_path: Path, mon
     mine = [Config(output_dir=str(tmp_path / name), seed=7) for name in ("run-01", "run-02")]
     agreed = [launch.agree(cfg, FakeWorld(rank, words)) for rank, cfg in enumerate(mine)]
     assert agreed == [mine[0], mine[0]]
-    assert [path.name for path in tmp_path.rglob("*")] == ["run-01", "logs"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"run-01", "logs", ".lock"}
     words.clear()
     for rank in (0, 1):
         with pytest.raises(UserError, match="run-01: holds files already"):

@@ -65,8 +65,9 @@ def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
     for line in written:
         expected = record(line["step"])
         assert {name: line[name] for name in expected} == expected
-        assert set(line["ranks"][0]) == set(memory.PROCESS_FIELDS)
-        assert set(line["host"]) == {*memory.MACHINE_FIELDS, "host_peak_used_gib"}
+        assert set(line["ranks"][0]) == {*memory.PROCESS_FIELDS, "cpu_cores"}
+        others = {"host_peak_used_gib", "cpu_cores", "num_cpu_cores"}
+        assert set(line["host"]) == {*memory.MACHINE_FIELDS, *others}
         assert line["ranks"][0]["host_rss_gib"] > 0.05
         assert line["tokens_per_s"] == pytest.approx(100 / line["step_s"])
 

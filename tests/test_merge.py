@@ -238,9 +238,9 @@ def edit(adapter: Path, out: Path, **values) -> Path:
 
 
 REFUSED = {
-    "dora": ({"use_dora": True}, INPUT, "use_dora, which is not plain LoRA"),
+    "dora": ({"use_dora": True}, INTEGRITY, "must have A and B and magnitude_vector"),
     "bias": ({"bias": "all"}, INPUT, "bias, which is not plain LoRA"),
-    "heads": ({"modules_to_save": ["lm_head"]}, INPUT, "modules_to_save"),
+    "heads": ({"modules_to_save": ["lm_head"]}, INTEGRITY, "modules_to_save lm_head"),
     "unknown": ({"use_something_new": {"a": 1}}, INPUT, "use_something_new"),
     "ia3": ({"peft_type": "IA3"}, INPUT, "peft_type 'IA3'"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, INPUT, "which changes the base"),

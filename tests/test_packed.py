@@ -11,7 +11,7 @@ from tests import tiny
 
 SHAPES = [(192, 128), (64, 128), (128, 320), (576, 576)]  # dequantised one by one for most formats
 EVEN_SHAPES = [(128, 128), (64, 256), (256, 128), (128, 384)]  # without gaps: a layer at once
-FORMATS = ["nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4", "bf16"]
+FORMATS = ["nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq4", "bf16"]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,8 @@ def test_store_returns_the_bits_of_the_library(format_name, shapes):
     torch.manual_seed(0)
     weights = [torch.randn(shape) for shape in shapes]
     store, _ = _pack_all(format_name, weights)
-    assert shapes is SHAPES or store.layout.is_contiguous == (format_name != "hqq4")
+    is_sequential = format_name not in ("hqq4", "int8")
+    assert shapes is SHAPES or store.layout.is_contiguous == is_sequential
     for index in (2, 0, 3, 1):
         expected = tiny.dequantized(weights[index], format_name)
         assert torch.equal(store.weight(index, torch.float32).cpu(), expected)
@@ -69,6 +70,12 @@ def test_layout_has_the_bytes_of_the_formula():
     )
     assert layouts.build_layout(shapes, "nf4").nbytes == num_weights * (1 / 2 + 4 / 64)
     assert layouts.build_layout(shapes, "hqq4").nbytes == num_weights * (1 / 2 + 4 / 64)
+    assert layouts.build_layout(shapes, "hqq2_g32").nbytes == num_weights * (1 / 4 + 4 / 32)
+    assert layouts.build_layout(shapes, "hqq8_g128").nbytes == num_weights * (1 + 8 / 128)
+    assert layouts.build_layout(shapes, "int8").nbytes == num_weights + 4 * sum(
+        o for o, _ in shapes
+    )
+    assert layouts.build_layout(shapes, "hqq3_a0").nbytes == num_weights * (7 * 4 / 64 + 4 / 64)
     assert layouts.build_layout(shapes, "bf16").nbytes == num_weights * 2
 
 

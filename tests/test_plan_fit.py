@@ -106,7 +106,7 @@ def test_fit_turns_free_memory_into_the_speed_that_the_issue_asks_for():
 
 def test_slow_links_keep_layers_on_the_card():
     """70B, one row of 512 tokens: copies rule, so layers go to the card as long as they fit."""
-    info, cfg = run_of("70b", "--context_length=512", "--batch_size=1")
+    info, cfg = run_of("70b", "--context_length=512", "--batch_size=1", "--dataset=dummy")
     slow = dataclasses.replace(cards.CARDS["3090"], host_link_gbs=6)
     best = fit.choose(fit.explore(info, cfg, Machine((slow, slow), 64)))
     assert best is not None

@@ -1,6 +1,7 @@
 """The plan of a run of train.py: what is chosen, what is refused, what its ranks are told."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -90,6 +91,26 @@ def test_cpu_ranks_run_as_asked_for():
     assert said(plan)[0][-1] == "fit       CPU ranks run as asked for"
 
 
+def test_the_speed_of_a_processor_that_doctor_measured_is_planned_with(tmp_path, monkeypatch):
+    """Twice the table's products and memory: half its seconds; the ranks are told the same."""
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
+    argv = ["--model_name=smollm2-135m", "--world_size=2", "--output_dir=o"]
+    cfg = config.parse(argv)
+    info = arch.read(cfg.model_name, need_weights=False)
+
+    def planned() -> run.RunPlan:
+        return run.make(info, cfg, config.given(argv), run.find_machine({}, 2, 0))
+
+    table = planned()
+    fast = {key: 2 * getattr(cards.CPU, key) for key in cards.SPEEDS}
+    cards.machine_file().write_text(json.dumps({"cards": {"CPU": fast}}))
+    measured = planned()
+    assert measured.machine.cpu.is_measured and not table.machine.cpu.is_measured
+    assert measured.found.speed.step_s == pytest.approx(table.found.speed.step_s / 2)
+    cards.machine_file().unlink()
+    assert run.find_machine(measured.env, 2, 0) == measured.machine
+
+
 def test_what_cannot_fit_is_refused_with_a_remedy_that_fits():
     """Code 3, one line, and before it the three changes; --plan ignore goes on."""
     words = ["--batch_size=8", "--use_gradient_checkpointing=false", "--use_cpu_offload=false"]
@@ -124,6 +145,20 @@ def test_the_smallest_card_and_its_budget_set_the_limit():
     assert mixed.found.card_limit_gib == cards.CARDS["3090"].memory_gib
     capped = plan_of("--gpu_budget_gib=10", names="2xA100-80")
     assert capped.found is not None and capped.found.device.reserved_gib <= 10
+
+
+@pytest.mark.parametrize(("names", "host_gib"), [("2x24", 64), ("24", 64), ("2x24", 40)])
+def test_the_recipe_for_70b_fits_the_machines_that_it_is_written_for(names: str, host_gib: float):
+    """What it leaves to the plan is chosen: one copy on the host, memory left over into speed."""
+    words = ["--recipe=llama-2-70b", "--model_name=llama-2-70b", "--output_dir=o"]
+    cfg = config.parse(words)
+    info = arch.read("llama-2-70b", need_weights=False)
+    machine = Machine(tuple(cards.parse(names)), host_gib)
+    plan = run.make(info, cfg, config.given(words), machine)
+    assert plan.found is not None and plan.found.fits_safely
+    assert (plan.cfg.batch_size, plan.cfg.use_cpu_offload) == (2, True)
+    assert plan.found.setting.count("streamed") >= 70
+    assert plan.found.setting.count("selective", "none") > 0
 
 
 def test_ranks_make_the_plan_of_the_supervisor():

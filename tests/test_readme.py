@@ -12,6 +12,7 @@ import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora.__main__ import VERBS
+from fsdp_qlora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 250
@@ -59,7 +60,7 @@ def fault(words: list[str]) -> str | None:
 def fault_of_training(argv: list[str]) -> str | None:
     try:
         config.parse(argv)
-    except config.UserError as error:
+    except UserError as error:
         return str(error)
     except SystemExit as done:
         return None if done.code in (0, None) else f"exits with {done.code}"

@@ -1,5 +1,6 @@
 """A finished run opened again: evaluated and asked, from its directory alone."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,12 +9,26 @@ import sys
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import reopen
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.results import evaluate, reopen, verbs
 from tests import tiny
 
+TASK = """
+task: say
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{path}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{target}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-ROWS = [{"prompt": f"say {word}", "completion": word * 3} for word in ("la", "lo", "li", "lu")] * 6
+WORDS = ("la", "lo", "li", "lu")
+ROWS = [{"prompt": f"say {w}:", "completion": f" {w} {w} {w}."} for w in WORDS] * 6
+ASKED = "say la:"
 
 
 def run(*words, text=""):
@@ -27,7 +42,7 @@ def run(*words, text=""):
 def finished(tmp_path_factory):
     """A tiny model trained on few rows by train.py."""
     directory = tmp_path_factory.mktemp("run")
-    model = tiny.save_model(directory / "model", vocab_size=384)
+    model = tiny.save_model(directory / "model", vocab_size=384, initializer_range=0.1)
     tiny.save_tokenizer(model, [row["prompt"] + row["completion"] for row in ROWS])
     rows = directory / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
@@ -35,7 +50,7 @@ def finished(tmp_path_factory):
         *("train.py", f"--model_name={model}", f"--dataset={rows}", "--eval_samples=4"),
         *("--world_size=1", "--precision=fp32", "--lora_rank=4", "--lora_dropout=0", "--lr=0.02"),
         *("--batch_size=4", "--num_epochs=6", "--quant_cache=off"),
-        *(f"--output_dir={directory / 'out'}", "--sample_prompt=say la", "--sample_tokens=6"),
+        *(f"--output_dir={directory / 'out'}", f"--sample_prompt={ASKED}", "--sample_tokens=6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return directory / "out"
@@ -53,24 +68,67 @@ def test_evaluate_finds_the_losses_of_the_run(finished):
     assert losses["after"] < losses["before"] - 0.5
 
 
-def test_generate_gives_the_answer_of_the_trained_model(finished):
-    """Reference: the answer that training recorded at its end."""
+def answer_of(finished):
+    """The answer that training recorded at its end."""
     lines = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
-    answers = {line["when"]: line["answer"] for line in lines if line.get("event") == "sample"}
-    flags = ("--adapter", str(finished), "--prompt", "say la", "--num_tokens", "6", "--raw")
-    done = run("-m", "fsdp_qlora", "generate", *flags)
+    return [line["answer"] for line in lines if line.get("event") == "sample"][-1]
+
+
+def test_two_ranks_give_the_answer_of_the_trained_model_once(finished):
+    """Reference: the answer that training recorded."""
+    flags = ("--adapter", str(finished), "--prompt", ASKED, "--num_tokens", "6", "--raw")
+    done = run("-m", "fsdp_qlora", "generate", *flags, "--world_size=2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == answers["after"]
-    flags = ("--adapter", str(finished), "--num_tokens", "6", "--raw", "--temperature", "3")
-    done = run("-m", "fsdp_qlora", "generate", *flags, text="say la\nsay lo\nsay la\n\n")
+    assert done.stdout.strip() == answer_of(finished) != ""
+
+
+def test_a_conversation_is_drawn_by_its_seed_and_ends_with_an_empty_line(finished):
+    flags = ("--adapter", str(finished), "--num_tokens", "6", "--raw", "--temperature", "9")
+    done = run("-m", "fsdp_qlora", "generate", *flags, text=f"{ASKED}\nsay lo:\n{ASKED}\n\n")
     drawn = done.stdout.splitlines()
-    assert drawn[0] == drawn[2] != answers["after"]
+    assert drawn[0] == drawn[2] != answer_of(finished)
     assert len(drawn) == 3
+
+
+def test_a_merged_model_answers_as_base_and_adapter(finished):
+    """As it is stored, in 16 bit or more: nothing is quantised again."""
+    merged = finished.parent / "merged"
+    flags = ("--adapter", str(finished), "--out", str(merged), "--dtype=fp32", "--evidence_rows=0")
+    assert verbs.merge(list(flags)) == DONE
+    flags = ("--model_name", str(merged), "--precision=fp32", "--prompt", ASKED, "--raw")
+    done = run("-m", "fsdp_qlora", "generate", *flags, "--num_tokens=6")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == answer_of(finished)
+    cfg = reopen.config_of(None, ["--model_name", str(merged)])
+    assert cfg.format_name == "bf16"
+    assert reopen.config_of(None, ["--train_type", "qlora"]).format_name == "nf4_dq"
+
+
+def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_are_scored(finished):
+    """A task of four rows in local files; the trained model is to do better than the base."""
+    flags = ("--adapter", str(finished), "--tasks=say", "--task_dir", str(finished / "task"))
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(UserError, match="needs lm-eval, which is not installed") as caught:
+            evaluate.main(list(flags))
+        assert caught.value.code == ENVIRONMENT
+        return
+    (finished / "task").mkdir()
+    rows = [{"prompt": row["prompt"], "target": i} for i, row in enumerate(ROWS[: len(WORDS)])]
+    choices = [row["completion"] for row in ROWS[: len(WORDS)]]
+    data = "".join(json.dumps({**row, "choices": choices}) + "\n" for row in rows)
+    (finished / "task" / "say.jsonl").write_text(data)
+    text = TASK.format(path=finished / "task" / "say.jsonl")
+    (finished / "task" / "say.yaml").write_text(text)
+    done = run("-m", "fsdp_qlora", "evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((finished / "tasks.json").read_text())
+    base, adapter = (found[name]["say"]["acc,none"] for name in ("base", "adapter"))
+    assert adapter > base
 
 
 def test_a_directory_without_an_adapter_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="adapter_config"):
         reopen.config_of(tmp_path, [])
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
-    with pytest.raises(UserError, match="must hold a LoRA adapter"):
+    with pytest.raises(UserError, match="says peft_type"):
         reopen.config_of(tmp_path, [])

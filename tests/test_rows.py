@@ -114,7 +114,7 @@ def test_rows_of_a_step_sum_up_to_its_peak_and_the_rest_is_dealt_as_the_dry_run_
 def test_numbers_of_a_rank_survive_the_gather():
     """Rows of nothing are left out; as many numbers on every rank."""
     phases = {"load": {names.PACKED: 1.5}, "backward": {names.REST: 0.25, names.CONTEXT: 1.0}}
-    share = HostShare(0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, (1.0, 2.0, 3.0))
+    share = HostShare(0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, (1.0, 2.0, 3.0))
     values = book.encode(phases, share)
     assert len(values) == book.NUM_VALUES == len(book.encode({}, HostShare()))
     assert book.decode(values) == (phases, share)
@@ -143,7 +143,7 @@ def test_host_rows_of_cards_leave_the_rest_to_the_processes():
 
 def test_host_rows_of_cpu_ranks_tell_their_models_from_their_processes():
     """By what each process had before it had a model."""
-    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, (4.0, 3.0, 2.0))] * 2
+    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, (4.0, 3.0, 2.0))] * 2
     found = {phase: book_of("cpu").host_rows(phase, shares, None) for phase in names.PHASES}
     models = {phase: rows[names.RANKS] for phase, rows in found.items()}
     assert models == {"load": 2.0, "forward": 6.0, "backward": 4.0, "optimizer": 2.0, "save": 3.0}

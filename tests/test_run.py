@@ -53,10 +53,10 @@ import train
 from fsdp_qlora import config
 from fsdp_qlora.train import launch
 
-def broken(plan, world, run=train.run):
+def broken(plan, world, *more, run=train.run):
     if world.rank == 1:
         raise LookupError("no such thing\\nsecond line")
-    run(plan, world)
+    run(plan, world, *more)
 
 train.run = broken
 if launch.is_rank(os.environ):
@@ -177,7 +177,8 @@ def test_two_ranks_from_end_to_end(place: Path):
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
         *("tokenizer_config.json", "run_config.json", "metrics.jsonl", "summary.json"),
-        *("README.md", "report.svg", "logs"),
+        *("README.md", "report.html", "report.md", "report.svg", "logs"),
+        *("checkpoints", ".lock"),
     }
     assert (out_dir / "logs" / "rank1.log").read_text() == ""
     table = json.loads((out_dir / "run_config.json").read_text())
@@ -204,7 +205,7 @@ def test_the_ranks_of_torchrun_agree_on_the_default_directory(place: Path):
     (out_dir,) = (place / "output").iterdir()
     assert out_dir.name.startswith("model-qlora-20")
     assert sorted(path.name for path in out_dir.iterdir()) == [
-        *("logs", "metrics.jsonl", "run_config.json", "summary.json"),
+        *(".lock", "logs", "metrics.jsonl", "run_config.json", "summary.json"),
     ]
     assert [len(step["ranks"]) for step in steps_of(out_dir)] == [2, 2]
     table = json.loads((out_dir / "run_config.json").read_text())
@@ -255,8 +256,8 @@ def test_ctrl_c_ends_all_ranks_with_one_line(place: Path):
     assert len(ranks) == 2 and all(map(is_alive, ranks))
     parent.send_signal(signal.SIGINT)
     _, err = parent.communicate(timeout=20)
-    line = f"stopped by SIGINT; what was recorded is in {out_dir}\n"
-    assert (parent.returncode, err) == (SIGINT, line)
+    line = rf"stopped by SIGINT at step \d+; continue with --resume {re.escape(str(out_dir))}\n"
+    assert parent.returncode == SIGINT and re.fullmatch(line, err)
     assert not any(map(is_alive, ranks))
     assert (out_dir / "logs" / "rank1.log").read_text() == ""
     assert len(steps_of(out_dir)) >= 3

@@ -141,9 +141,15 @@ def test_gradients_equal_peft_on_one_process(tmp_path, format_flags, format_name
 
 @pytest.mark.parametrize(
     ("format_flags", "format_name"),
-    [(("--train_type=qlora", "--quant_type=fp4"), "fp4_dq"), (("--train_type=lora",), "bf16")],
+    [
+        (("--train_type=qlora", "--quant_type=fp4"), "fp4_dq"),
+        (("--train_type=qlora", "--quant_type=int8"), "int8"),
+        (("--train_type=hqq_lora", "--n_bits=3", "--hqq_axis=0"), "hqq3_a0"),
+        (("--train_type=lora",), "bf16"),
+    ],
 )
 def test_other_bases_have_the_gradients_of_peft_too(tmp_path, format_flags, format_name):
+    tiny.require(format_name)
     path = tiny.save_model(tmp_path / "model")
     check_gradients(
         path,

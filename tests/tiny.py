@@ -1,5 +1,6 @@
 """Tiny models of real architectures, on disk and as the trainer builds them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,21 +86,45 @@ def dequantized(weight: torch.Tensor, format_name: str) -> torch.Tensor:
 def _round_trip(weight: torch.Tensor, format_name: str) -> torch.Tensor:
     if format_name == "bf16":
         return weight.bfloat16().float()
-    if format_name == "hqq4":
-        from hqq.core.quantize import Quantizer
-
-        packed, meta = Quantizer.quantize(
-            weight, nbits=4, group_size=64, axis=1, device=weight.device.type
-        )
-        meta |= {"compute_dtype": torch.float32}
-        meta |= {name: meta[name].bfloat16() for name in ("scale", "zero")}
-        return Quantizer.dequantize(packed, meta)
+    if format_name.startswith("hqq"):
+        return hqq_round_trip(weight, format_name, torch.float32)
     import bitsandbytes.functional as bnb
 
+    if format_name == "int8":
+        packed, row_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+        return packed * (row_absmax.unsqueeze(1) * (1 / 127))
     packed, state = bnb.quantize_4bit(
         weight, quant_type=format_name[:3], compress_statistics=format_name.endswith("_dq")
     )
     return bnb.dequantize_4bit(packed, state)
+
+
+def hqq_round_trip(weight: torch.Tensor, format_name: str, dtype: torch.dtype) -> torch.Tensor:
+    """hqq's own quantisation and dequantisation, its meta data in the dtype that we store."""
+    from hqq.core.quantize import Quantizer
+
+    found = re.fullmatch(r"hqq(\d)(?:_g(\d+))?(_a0)?", format_name)
+    bits, axis = int(found[1]), int(found[3] is None)
+    packed, meta = Quantizer.quantize(
+        weight, nbits=bits, group_size=int(found[2] or 64), axis=axis, device=weight.device.type
+    )
+    kept = torch.float32 if bits == 8 else torch.bfloat16
+    meta |= {"compute_dtype": dtype} | {name: meta[name].to(kept) for name in ("scale", "zero")}
+    return Quantizer.dequantize(packed, meta).to(dtype)
+
+
+def round_base(model, format_name: str) -> None:
+    """Round what is quantised: linears of the layers, and each projection of each expert."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            module.weight.data = dequantized(module.weight.data, format_name)
+        for name, param in module.named_parameters(recurse=False):
+            if param.dim() == 3:
+                num_parts = 2 if name == "gate_up_proj" else 1
+                parts = [part for expert in param.data for part in expert.chunk(num_parts)]
+                rounded = torch.cat([dequantized(part.contiguous(), format_name) for part in parts])
+                param.data = rounded.view(param.shape)
 
 
 def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor], cfg):
@@ -108,9 +133,7 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "layers." in name:
-            module.weight.data = dequantized(module.weight.data, format_name)
+    round_base(model, format_name)
     names = cfg.lora_target_modules
     lora_config = LoraConfig(
         r=cfg.lora_rank,
@@ -118,10 +141,12 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
         lora_dropout=0.0,
         target_modules="all-linear" if names == "all" else names.split(","),
         use_rslora=cfg.use_rslora,
+        use_dora=cfg.train_type.endswith("dora"),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, lora_config)
     named = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    named = {n.replace("vector.weight", "vector"): p for n, p in named.items()}
     assert named.keys() == lora.keys()
     for name, param in named.items():
         param.data = lora[name].clone()

@@ -5,14 +5,13 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
-from fsdp_qlora.data import audit, prepare, sources, tokenizer
-from fsdp_qlora.data.chat import Refused
-from fsdp_qlora.data.prepare import Prepared
-from fsdp_qlora.data.tokenizer import TextTokenizer
+from fsdp_qlora.data import audit, prepare, prompts, sources, tokenizer
+from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +31,14 @@ class Data:
         held_out: this rank's held-out batches; as many on every rank.
         tokenizer: transformers tokenizer, or None where none is needed.
         audit: what became of the rows; its text form is one line, `facts` are for the record.
-        sample_prompt: `cfg.sample_prompt` in the shape of the training rows, or None.
+        prompts: what is asked before and after; may be empty.
     """
 
     train: "Batches | PackedBatches"
     held_out: "list[Batch]"
     tokenizer: Any
     audit: audit.Audit
-    sample_prompt: str | None
+    prompts: tuple[Prompt, ...]
 
 
 def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
@@ -62,12 +61,10 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     from fsdp_qlora.data import batches, packed_batches
 
     is_dummy = cfg.dataset == sources.DUMMY
-    full = None if is_dummy and cfg.sample_prompt is None else load_tokenizer(info)
+    full = None if is_dummy and not prompts.are_named(cfg) else load_tokenizer(info)
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
-    with _progress(world.rank) as progress:
-        ready = prepare.prepare(
-            cfg, text_tokenizer, info.vocab_size, lambda: full, lambda n: progress.update(n)
-        )
+    with progress(world.rank) as bar:
+        ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, bar.update)
     ready.check()
     pad_multiple = PAD_MULTIPLES.get(world.device.type, 8)
     if full is not None and text_tokenizer is not None and ready.writer and ready.uses_chat:
@@ -91,7 +88,7 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
         ),
         tokenizer=full,
         audit=found,
-        sample_prompt=cfg.sample_prompt and _ask(cfg.sample_prompt, ready, text_tokenizer),
+        prompts=prompts.choose(cfg, ready, text_tokenizer),
     )
 
 
@@ -107,28 +104,28 @@ def load_tokenizer(info: ModelInfo) -> Any:
     Raises:
         UserError: there is none, or its files cannot be read.
     """
+    return tokenizer.load(tokenizer_directory(info))
+
+
+def tokenizer_directory(info: ModelInfo) -> Path:
+    """Return where the tokenizer of a model lies.
+
+    Args:
+        info: the model.
+
+    Raises:
+        UserError: there is none.
+    """
     if info.path is None:
         remedy = "use --dataset dummy, or give a model directory"
         raise UserError("a model shape without files", "has no tokenizer", remedy)
-    return tokenizer.load(info.path)
+    tokenizer.require_files(info.path)
+    return info.path
 
 
-def _progress(rank: int) -> Any:
-    """A bar on the terminal of rank 0 while rows become tokens, if that takes some seconds."""
+def progress(rank: int) -> Any:
+    """Return a bar for the terminal of rank 0 while rows become tokens, if that takes seconds."""
     from tqdm import tqdm
 
     is_silent = rank > 0 or not sys.stderr.isatty()
     return tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False)
-
-
-def _ask(question: str, ready: Prepared, text_tokenizer: TextTokenizer | None) -> str:
-    """The prompt, less the beginning of text that the tokenizer will put there again."""
-    if ready.writer is None or text_tokenizer is None:
-        return question
-    try:
-        prompt = ready.writer.ask(question, ready.example)
-    except Refused as refusal:
-        rule = f"cannot be asked ({refusal})"
-        raise UserError(f"--sample_prompt {question}", rule, "leave it out") from refusal
-    bos = text_tokenizer.names.get("bos_token", "") if text_tokenizer.adds_bos else ""
-    return prompt.removeprefix(bos)

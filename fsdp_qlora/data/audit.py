@@ -38,8 +38,12 @@ class Audit:
         cut = f", {facts['num_cut']:,} cut at {facts['context_length']}" if facts["num_cut"] else ""
         num_dropped = facts["num_empty"] + facts["num_beyond"]
         dropped = f", {num_dropped:,} dropped (nothing to learn)" if num_dropped else ""
+        num_parts = facts["num_train"] + facts["num_held_out"] + facts["num_test"]
+        rows = (
+            f"{num_parts:,} blocks" if "blocks" in facts["kinds"] else f"{facts['num_rows']:,} rows"
+        )
         return (
-            f"{facts['num_rows']:,} rows{held_out}{cut}{dropped}; {facts['num_tokens']:,} tokens, "
+            f"{rows}{held_out}{cut}{dropped}; {facts['num_tokens']:,} tokens, "
             f"{facts['num_trained_tokens']:,} of them trained, longest row "
             f"{facts['longest_tokens']:,}"
         )

@@ -107,6 +107,11 @@ class Batches:
             return [flatten(samples, self.pad_multiple) for samples in mine]
         return [collate(samples, self.pad_multiple, self.longest) for samples in mine]
 
+    def places(self, step: int, rank: int) -> list[str]:
+        """Where the rows stand that `rank` sees at optimizer step `step`."""
+        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.world_size)
+        return [str(self.samples.place(int(i))) for parts in dealt for i in parts[rank]]
+
     def epoch(self, step: int) -> float:
         """Passes over the rows completed once optimizer step `step` is done."""
         number, part = divmod(step, self.steps_per_epoch)

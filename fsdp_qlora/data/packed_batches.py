@@ -58,6 +58,16 @@ class PackedBatches:
         sequences, size = self._pack(self.seed, epoch), self.world_size
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
+    def _mine(self, step: int, rank: int) -> list[list[int]]:
+        number, part = divmod(step, self.steps_per_epoch)
+        turns = self._turns(number)
+        first, last = (np.array([part, part + 1]) * len(turns) // self.steps_per_epoch).tolist()
+        return [turn[rank] for turn in turns[first:last]]
+
+    def places(self, step: int, rank: int) -> list[str]:
+        """Where the rows stand that `rank` sees at optimizer step `step`."""
+        return [str(self.samples.place(row)) for rows in self._mine(step, rank) for row in rows]
+
     def step(self, step: int) -> list[Batch]:
         """Make this rank's micro-batches of optimizer step `step`.
 
@@ -67,10 +77,7 @@ class PackedBatches:
         Returns:
             As many batches on every rank, [1, T] each; a rank without rows gets one of padding.
         """
-        number, part = divmod(step, self.steps_per_epoch)
-        turns = self._turns(number)
-        first, last = (np.array([part, part + 1]) * len(turns) // self.steps_per_epoch).tolist()
-        mine = [turn[self.rank] for turn in turns[first:last]]
+        mine = self._mine(step, self.rank)
         num_micro = max(-(-len(mine) // self.batch_size), 1)
         parts = np.array_split(np.arange(len(mine)), num_micro)
         rows = [[row for i in indices for row in mine[i]] for indices in parts]

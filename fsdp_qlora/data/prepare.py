@@ -3,9 +3,9 @@
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,12 +125,41 @@ def prepare(
         held_out = make(more)
         stores, found = (whole.store, held_out.store), [*found, *more]
     names = tuple(source.name for source in found)
+    if cfg.eval_every is not None and not len(held_out):
+        remedy = "say --eval_samples N, --eval_split 0.1 or a file"
+        raise UserError(f"--eval_every {cfg.eval_every}", "no rows are held out", remedy)
     return Prepared(train, held_out, num_test, stores, names, writer, example)
+
+
+def prepare_early(
+    cfg: Config, tokenizer: TextTokenizer, vocab_size: int, progress: Progress
+) -> Prepared | None:
+    """Prepare the data of a run before its ranks are started, if they need not do it again.
+
+    Args:
+        cfg, tokenizer, vocab_size, progress: as for `prepare`.
+
+    Returns:
+        The tokens; None for rows that cannot be kept, and are too many to be tokenized twice.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    wanted = sources.Wanted(cfg.dataset_samples, cfg.seed, _name(cfg.train_split))
+    found = [] if cfg.dataset == sources.DUMMY else sources.find(cfg.dataset, wanted)
+    is_small = sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
+    if not is_small and (store.root(cfg.token_cache) is None or not _can_be_told(found)):
+        return None
+    return prepare(cfg, tokenizer, vocab_size, progress=progress)
+
+
+def _can_be_told(found: list[Source]) -> bool:
+    return None not in [source.fingerprint() for source in found]
 
 
 def _find_eval(cfg: Config, name: str, wanted: sources.Wanted) -> list[Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
-    is_file = Path(name).expanduser().exists() or "/" in name or "." in name
+    is_file = os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name
     if is_file:
         return sources.find(name, sources.Wanted(wanted.num_samples, wanted.seed))
     split = sources.Wanted(wanted.num_samples, wanted.seed, name, wanted.load_tokenizer)

@@ -4,6 +4,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from typing import Any, NoReturn
 from fsdp_qlora.data import hub, readers
 from fsdp_qlora.data.hub import HUB_SETS, HubSet
 from fsdp_qlora.data.rows import Place, Rows
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")
 OWN_FUNCTION = "get_custom_dataset"
 MOST_HASHED_BYTES = 2**28  # larger files are told by size and time, as their hash would take long
+MOST_NAMES = 50_000  # in a directory of rows and below it; `/` holds millions
 FORMATS = "a .jsonl, .json, .csv, .parquet or .txt file (or .gz, .zst), a directory of them"
 
 
@@ -129,7 +131,15 @@ def _refuse_name(dataset: str) -> NoReturn:
 
 
 def _directory(path: Path) -> list[Source]:
-    inside = (p for p in sorted(path.rglob("*")) if not _is_hidden(p.relative_to(path)))
+    try:
+        names = list(itertools.islice(path.rglob("*"), MOST_NAMES))
+    except OSError as error:
+        reason = f"cannot be listed ({error.strerror})"
+        raise UserError(f"dataset {path}", reason, "check its permissions", ENVIRONMENT) from error
+    if len(names) == MOST_NAMES:
+        rule, remedy = f"holds {MOST_NAMES:,} names or more", "give the directory of the rows"
+        raise UserError(f"dataset {path}", rule, remedy)
+    inside = (p for p in sorted(names) if not _is_hidden(p.relative_to(path)))
     files = [file for file in inside if readers.can_read(file) and file.is_file()]
     if not files:
         raise UserError(f"dataset {path}", "holds no file that can be read", f"want {FORMATS}")

@@ -244,6 +244,7 @@ def keep(directory: Path, build: Callable[[Builder], Store]) -> Store:
         The store; in memory, with the reason in its note, if the disk does not take it.
     """
     draft = directory.with_name(f".tmp-{os.getpid()}-{directory.name}")
+    is_new = not directory.parent.exists()
     try:
         with _locked(directory):
             found = read(directory)
@@ -261,6 +262,10 @@ def keep(directory: Path, build: Callable[[Builder], Store]) -> Store:
         return _with_note(store, f"not kept: {directory.parent}: {error.strerror or error}")
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if is_new and not directory.exists():  # nothing is kept, so nothing is left
+            _lock_of(directory).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.parent.rmdir()
 
 
 def _with_note(store: Store, note: str) -> Store:
@@ -270,6 +275,10 @@ def _with_note(store: Store, note: str) -> Store:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with directory.with_name(f".{directory.name}.lock").open("w") as file:
+    with _lock_of(directory).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lock")

@@ -1,6 +1,7 @@
 """Rows to text: by the kind of row, by a chat template, or by a template of the user's own."""
 
 import json
+import os
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -273,6 +274,8 @@ def _tools(row: dict) -> Any:
 
 
 def _read(path: Path) -> str:
+    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe would wait
+        raise UserError(f"--template {path}", "is no regular file", "give a Jinja file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from fsdp_qlora.errors import UserError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
 CHAT_FILE = "chat_template.jinja"
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +176,9 @@ def require_files(path: Path) -> None:
     Raises:
         UserError: it has none.
     """
+    for name in (*TOKENIZER_FILES, *SETTINGS_FILES):
+        if os.path.lexists(path / name) and not os.path.isfile(path / name):  # a pipe would wait
+            raise UserError(str(path / name), "is no regular file", "fetch it again")
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         remedy = "put tokenizer.json there, or use --dataset dummy"
         raise UserError(str(path), "has no tokenizer", remedy)
@@ -186,6 +191,8 @@ def _make(core: Any, names: dict[str, str], template: Any, place: str) -> TextTo
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
         template = template.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(f"chat template of {place}", "is no text", "correct tokenizer_config.json")
     return TextTokenizer(core, names, template, place)
 
 

@@ -7,26 +7,41 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from fsdp_qlora.arch import Linear
+from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model.linear import PackedLinear
-from fsdp_qlora.model.packed import LoraSlot
-from fsdp_qlora.model.shard import blocks, local_range, set_local
+from fsdp_qlora.model.dora import row_squares
+from fsdp_qlora.model.linear import LoraSlot, PackedLinear
+from fsdp_qlora.model.shard import (
+    blocks,
+    gathered,
+    local_range,
+    release,
+    set_local,
+    trained_parameters,
+)
+
+if TYPE_CHECKING:
+    from fsdp_qlora.model.skeleton import PackedModel
+
+PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 def attach(model: nn.Module, targets: Iterable[Linear], cfg: Config, world_size: int) -> None:
-    """Give each decoder layer one flat float32 LoRA parameter (meta).
+    """Give each decoder layer one flat LoRA parameter (meta).
 
     Args:
         model: from skeleton.build.
         targets: linears to adapt, by their name inside the layer.
-        cfg: lora_rank, lora_alpha, lora_dropout, use_rslora: see LoraSlot.
+        cfg: lora_rank, lora_alpha, lora_dropout, use_rslora, train_type (see LoraSlot),
+            master_dtype.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
     """
     names = [linear.name for linear in targets]
@@ -34,13 +49,16 @@ def attach(model: nn.Module, targets: Iterable[Linear], cfg: Config, world_size:
         body = block.body
         linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, PackedLinear)}
         rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
-        numel = body.set_slots([LoraSlot(name, linears[name], *rest) for name in names])
+        has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+        slots = [LoraSlot(name, linears[name], *rest, has_magnitude) for name in names]
+        numel = body.set_slots(slots)
         numel = -(-numel // world_size) * world_size
-        body.lora = nn.Parameter(torch.empty(numel, dtype=torch.float32, device="meta"))
+        master = getattr(torch, cfg.master_dtype)
+        body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
 
 
 def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
-    """Fill this rank's slices: A uniform in +-1/sqrt(I), B zero.
+    """Fill this rank's slices: A uniform in +-1/sqrt(I), all else zero; measure rows for DoRA.
 
     The values depend on (seed, layer, name) only, so every world size starts from the same adapter.
 
@@ -55,14 +73,21 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
         if not block.body.slots:
             continue
         whole = torch.zeros(block.body.lora.shape, dtype=torch.float32)
-        for slot, (a_RI, _) in zip(block.body.slots, block.body.split_lora(whole), strict=True):
+        for slot, (a_RI, *_) in zip(block.body.slots, block.body.split_lora(whole), strict=True):
             bound = 1 / math.sqrt(slot.linear.in_features)
             a_RI.uniform_(-bound, bound, generator=_generator(seed, f"{index}.{slot.name}"))
         start, stop = local_range(block.body.lora)
-        set_local(block.body, "lora", whole[start:stop].to(device))
+        set_local(block.body, "lora", whole[start:stop].to(device, block.body.lora.dtype))
+        if block.body.slots[0].has_magnitude:
+            gathered(block)
+            dtype = next(block.body.layer.parameters()).dtype
+            rows = [row_squares(slot.linear.dequantize(dtype)) for slot in block.body.slots]
+            block.body.row_squares = torch.cat(rows)
+            block.layer_store.cache.clear()  # else a layer would lie there till the first step
+            release(block)
 
 
-def load(model: nn.Module, path: Path, layers_prefix: str, device: torch.device) -> None:
+def load(model: "PackedModel", path: Path, layers_prefix: str, device: torch.device) -> None:
     """Fill this rank's slices from an adapter in peft's format.
 
     Args:
@@ -77,9 +102,15 @@ def load(model: nn.Module, path: Path, layers_prefix: str, device: torch.device)
     blocks_ = list(blocks(model))
     flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
     places = dict(named_pairs(model, flats, layers_prefix))
+    saved = trained_root(model)
+    for name, shape in saved.items():
+        places[f"base_model.model.{name}"] = torch.empty(shape)
     with safe_open(path, framework="pt") as file:
-        if set(file.keys()) != set(places):
-            other = sorted(set(file.keys()) ^ set(places))
+        found = set(file.keys())
+        if saved and model.is_tied:
+            found.discard("base_model.model.lm_head.weight")  # a copy
+        if found != set(places):
+            other = sorted(found ^ set(places))
             raise UserError(
                 f"{path}: {other[0]} and {len(other) - 1} more",
                 "an adapter must have just the tensors of the linears that it adapts",
@@ -96,9 +127,46 @@ def load(model: nn.Module, path: Path, layers_prefix: str, device: torch.device)
                     code=5,
                 )
             place.copy_(values)
+    shift_magnitudes(model, flats, -1)
     for block, flat in zip(blocks_, flats, strict=True):
         start, stop = local_range(block.body.lora)
-        set_local(block.body, "lora", flat[start:stop].to(device))
+        set_local(block.body, "lora", flat[start:stop].to(device, block.body.lora.dtype))
+    for name in saved:
+        module, attribute = model.tensors[name]
+        start, stop = local_range(getattr(module, attribute))
+        values = places[f"base_model.model.{name}"][start:stop]
+        set_local(module, attribute, values.to(device, getattr(module, attribute).dtype))
+    if model.is_tied:
+        model.head.weight = model.embedding.get_parameter("weight")
+
+
+def trained_root(model: "PackedModel") -> dict[str, torch.Size]:
+    """Shapes of the trained parameters outside the decoder layers, by name in the files."""
+    params = {name: getattr(*place) for name, place in model.tensors.items()}
+    inside = {id(p) for block in blocks(model) for p in block.parameters()}
+    return {n: p.shape for n, p in params.items() if p.requires_grad and id(p) not in inside}
+
+
+def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[torch.Tensor]:
+    """Find the B matrices in this rank's slices of what is trained.
+
+    Args:
+        model: sharded.
+        params: of shard.local_parameters.
+
+    Returns:
+        Views of those of their elements that are here.
+    """
+    local = dict(zip(map(id, trained_parameters(model)), params, strict=True))
+    found = []
+    for body in (block.body for block in blocks(model) if block.body.slots):
+        start, stop = local_range(body.lora)
+        for _, b_OR, *_ in body.split_lora(torch.empty(body.lora.shape, device="meta")):
+            first = max(b_OR.storage_offset(), start)
+            last = min(b_OR.storage_offset() + b_OR.numel(), stop)
+            if first < last:
+                found.append(local[id(body.lora)].data[first - start : last - start])
+    return found
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -118,10 +186,24 @@ def named_pairs(
 
     Yields:
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
-        lora_B, [O, R].
+        lora_B, [O, R], and of DoRA lora_magnitude_vector, [O].
     """
     for index, (block, flat) in enumerate(zip(blocks(model), flats, strict=True)):
-        for slot, (a_RI, b_OR) in zip(block.body.slots, block.body.split_lora(flat), strict=True):
+        for slot, parts in zip(block.body.slots, block.body.split_lora(flat), strict=True):
             stem = f"base_model.model.{layers_prefix}.{index}.{slot.name}"
-            yield f"{stem}.lora_A.weight", a_RI
-            yield f"{stem}.lora_B.weight", b_OR
+            for name, part in zip(PEFT_NAMES, parts, strict=False):
+                yield f"{stem}.{name}", part
+
+
+def shift_magnitudes(model: nn.Module, flats: list[torch.Tensor], sign: int) -> None:
+    """Make DoRA's magnitudes of their changes, or changes of magnitudes; LoRA is left alone.
+
+    Args:
+        model: filled.
+        flats: the whole `lora` of each layer, on the host, changed in place.
+        sign: 1 adds the length of the frozen rows, -1 takes it away.
+    """
+    for block, flat in zip(blocks(model), flats, strict=True):
+        squares = block.body.split_squares()
+        for parts, square_O in zip(block.body.split_lora(flat), squares, strict=False):
+            parts[2].add_(square_O.cpu().sqrt(), alpha=sign)

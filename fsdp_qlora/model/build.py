@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from fsdp_qlora import arch
+import torch
+
+from fsdp_qlora import arch, trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
 from fsdp_qlora.model.cache import PackedCache
@@ -57,10 +59,15 @@ def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Shaped:
     chosen = kernels.choose(
         cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
     )
-    model = skeleton.build(info, cfg.format_name, chosen)
-    adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
-    packed_cache = cache.open_cache(cfg.quant_cache, info, model.layout, world)
-    placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world)
+    whole = trained.whole(info, cfg)
+    master = getattr(torch, cfg.master_dtype)
+    model = skeleton.build(info, cfg.format_name, chosen, whole, master)
+    if trained.has_adapters(cfg):
+        adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
+    # The cache keeps whole models.
+    setting = "off" if whole.layers else cfg.quant_cache
+    packed_cache = cache.open_cache(setting, info, model.layout, world)
+    placed = placement.choose(model.layout, info.num_layers, cfg, packed_cache, world, whole.layers)
     shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
     model.set_checkpointing(cfg, world.device)
     return Shaped(model, chosen, packed_cache, placed)

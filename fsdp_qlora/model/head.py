@@ -13,14 +13,15 @@ IGNORE = -100  # label of a token that is not trained
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over N tokens of -log softmax(x W^T)[target], W frozen.
+    """Sum over N tokens of -log softmax(x W^T)[target].
 
-    Loss and gradient of x come from the same logits, a chunk of tokens at a time, so that nothing
-    is computed twice and only [chunk, V] is ever held.
+    Loss and gradients of x and, if it is trained, of W come from the same logits, a chunk of tokens
+    at a time, so that nothing is computed twice and only [chunk, V] is ever held.
 
     Args:
         x_NH: hidden states, compute dtype.
-        weight_VH: output embedding, compute dtype.
+        weight_VH: output embedding, compute dtype; the gradient of a trained one is summed up in
+            float32.
         targets_N: int64.
         softcap: see LossHead, or None.
 
@@ -32,29 +33,56 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x_NH, weight_VH, targets_N, softcap):
         chunk = max(16, CHUNK_BYTES // (4 * weight_VH.shape[0]))
         grad_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
+        grad_VH = None
+        if ctx.needs_input_grad[1]:  # summed in float32 over the chunks
+            grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float32, device=x_NH.device)
         for start in range(0, x_NH.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = (x_NH[part] @ weight_VH.t()).float()
-            if softcap is not None:
-                squashed = logits.div_(softcap).tanh_()
-                logits = squashed * softcap
-            log_norm = logits.logsumexp(1, keepdim=True)
             target = targets_N[part].unsqueeze(1)
-            loss += (log_norm - logits.gather(1, target)).sum()
+            part_loss, grad = _loss_and_gradient(x_NH[part] @ weight_VH.t(), target, softcap)
+            loss += part_loss
             if grad_NH is not None:
-                grad = logits.sub_(log_norm).exp_()
-                grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-                if softcap is not None:
-                    grad.mul_(1 - squashed.square())
-                torch.mm(grad.to(x_NH.dtype), weight_VH, out=grad_NH[part])
-        ctx.save_for_backward(grad_NH)
+                torch.mm(grad, weight_VH, out=grad_NH[part])
+            if grad_VH is not None:
+                grad_VH += grad.t() @ x_NH[part]
+            del grad  # before the next logits are made
+        ctx.save_for_backward(grad_NH, grad_VH)
+        ctx.dtype = weight_VH.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None
+        grad_NH, grad_VH = ctx.saved_tensors
+        if grad_NH is not None:
+            grad_NH = grad_NH * grad_loss.to(grad_NH.dtype)
+        if grad_VH is not None:
+            grad_VH = (grad_VH * grad_loss).to(ctx.dtype)
+        return grad_NH, grad_VH, None, None
+
+
+def _loss_and_gradient(
+    logits_NV: torch.Tensor, target_N1: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss, 0-d, and its gradient, dtype of the logits, with one float32 copy of them.
+
+    Gradient of -log softmax(z)[t] to z: softmax(z) - onehot(t).
+    """
+    dtype, logits_NV = logits_NV.dtype, logits_NV.float()
+    squashed = None
+    if softcap is not None:
+        squashed = logits_NV.div_(softcap).tanh_()
+        logits_NV = squashed * softcap
+    most = logits_NV.amax(1, keepdim=True)
+    at_target = logits_NV.gather(1, target_N1)
+    powers = logits_NV.sub_(most).exp_()
+    total = powers.sum(1, keepdim=True)
+    loss = (total.log() + most - at_target).sum()
+    grad = powers.div_(total)
+    grad.scatter_add_(1, target_N1, grad.new_full(target_N1.shape, -1.0))
+    if squashed is not None:
+        grad.mul_(1 - squashed.square())
+    return loss, grad.to(dtype)
 
 
 class Targets(NamedTuple):
@@ -62,11 +90,11 @@ class Targets(NamedTuple):
 
     Attributes:
         positions_N: index into the B*T positions whose output is trained.
-        tokens_N: the token that should follow each.
+        tokens_N: the token that should follow each; None asks for the logits there.
     """
 
     positions_N: torch.Tensor
-    tokens_N: torch.Tensor
+    tokens_N: torch.Tensor | None
 
     @classmethod
     def of(cls, labels_BT: torch.Tensor, device: torch.device) -> "Targets":
@@ -89,7 +117,7 @@ class LossHead(nn.Module):
     """The output embedding: the loss of a batch with targets, the last token's logits without.
 
     Attributes:
-        weight: [V, H], frozen (the input embedding's own parameter when tied).
+        weight: [V, H] (the input embedding's own parameter when tied).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), or None.
     """
 
@@ -99,17 +127,23 @@ class LossHead(nn.Module):
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def forward(self, hidden_BTH: torch.Tensor, targets: Targets | None) -> torch.Tensor:
-        """Compute the loss, or the logits of the last token.
+        """Compute the loss, or logits.
 
         Args:
             hidden_BTH: output of the decoder, compute dtype.
-            targets: what is trained; None for logits.
+            targets: what is trained; None for the logits of the last token.
 
         Returns:
-            Sum of the loss over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
+            Sum of the loss over the targets, 0-d float32; or logits [B, 1, V], or those of some
+            positions [N, V], compute dtype.
         """
         if targets is None:
-            logits = hidden_BTH[:, -1:] @ self.weight.t()
-            return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+            return self._logits(hidden_BTH[:, -1:])
         x_NH = hidden_BTH.flatten(0, 1).index_select(0, targets.positions_N)
+        if targets.tokens_N is None:
+            return self._logits(x_NH)
         return ChunkedCrossEntropy.apply(x_NH, self.weight, targets.tokens_N, self.softcap)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = hidden @ self.weight.t()
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap

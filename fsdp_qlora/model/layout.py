@@ -61,7 +61,7 @@ class Layout:
             [before[1] == after[0] for before, after in pairs]
             + [
                 o * i % (f.num_weights * f.multiple) == 0
-                for f in fmt.fields
+                for f in fmt.storage.fields
                 for o, i in self.shapes
             ]
         )
@@ -77,20 +77,20 @@ def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
     Returns:
         The places; a layer of the same shapes has the same.
     """
-    fmt, offset = FORMATS[format_name], 0
+    storage, offset = FORMATS[format_name].storage, 0
     weights, fields, elements = [], {}, {}
-    for out_features, in_features in shapes:
-        nbytes = -(-out_features * in_features * fmt.weight_bits // 8)
+    for shape in shapes:
+        nbytes = storage.weight_bytes(shape)
         weights.append((offset, offset + nbytes))
         offset = _round_up(offset + nbytes, ALIGN_BYTES)
-    for field in fmt.fields:
-        ranges, start = [], 0
-        for out_features, in_features in shapes:
-            stop = start + field.num_elements(out_features * in_features)
+    for field in storage.fields:
+        ranges, start, dtype = [], 0, getattr(torch, field.dtype)
+        for shape in shapes:
+            stop = start + field.num_elements(shape)
             ranges.append((start, stop))
             start = stop
         elements[field.name] = tuple(ranges)
-        fields[field.name] = (field.dtype, offset, offset + start * field.dtype.itemsize)
+        fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
         offset = _round_up(fields[field.name][2], ALIGN_BYTES)
     return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
 
@@ -117,12 +117,21 @@ def pack_linear(
     """Quantise one linear into its places in the bytes of its layer.
 
     Args:
-        flat_bytes: uint8 [nbytes], written to; on the device of the weight.
-        layout: of the layer.
-        index: of the linear.
+        flat_bytes, layout, index: see put_linear.
         weight_OI: 16 or 32 bit.
     """
-    arrays = FORMATS[layout.format_name].pack(weight_OI)
+    put_linear(flat_bytes, layout, index, FORMATS[layout.format_name].pack(weight_OI))
+
+
+def put_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
+    """Put a packed linear into its places in the bytes of its layer.
+
+    Args:
+        flat_bytes: uint8 [nbytes], written to; on the device of the arrays.
+        layout: of the layer.
+        index: of the linear.
+        arrays: of the format's `pack`; emptied of the packed weight.
+    """
     start, stop = layout.weights[index]
     flat_bytes[start:stop] = arrays.pop("weight")
     fields = view_fields(flat_bytes, layout)

@@ -3,17 +3,48 @@
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from fsdp_qlora.model import dora
 from fsdp_qlora.model.product import FrozenProduct, LoraProduct
 from fsdp_qlora.model.recompute import Kept
 
 # Linears of one module that read the same tensor, by their last name.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class LoraSlot:
+    """One adapted linear.
+
+    Attributes:
+        name: of the linear inside the layer, "self_attn.q_proj".
+        linear: what is adapted.
+        rank: R.
+        alpha: LoRA's alpha.
+        dropout: probability, on the input of the adapter.
+        use_rslora: see `scale`.
+        has_magnitude: DoRA: the length of each row of the weight is learnt by itself.
+    """
+
+    name: str
+    linear: "PackedLinear"
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool = False
+    has_magnitude: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha/r, or alpha/sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 class Adapter(NamedTuple):
@@ -24,6 +55,8 @@ class Adapter(NamedTuple):
         a_RI: the A matrices one below the other.
         b_ORs: B of each.
         scale, dropout: see LoraSlot.
+        changes_O, squares_O: of DoRA, what was added to the length of each row of W, and its square
+            in the frozen W, float32; empty for LoRA.
     """
 
     linears: Sequence["PackedLinear"]
@@ -31,6 +64,8 @@ class Adapter(NamedTuple):
     b_ORs: Sequence[torch.Tensor]
     scale: float
     dropout: float
+    changes_O: Sequence[torch.Tensor] = ()
+    squares_O: Sequence[torch.Tensor] = ()
 
 
 class InputGroup:
@@ -76,6 +111,8 @@ class InputGroup:
         self._outs = {}
 
     def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self.adapter is not None and self.adapter.changes_O:
+            return dora.outputs(x, self.linears, self.adapter, self.kept)
         if self.is_skipped:
             shape = x.shape[:-1].numel()
             empty = [x.new_empty(shape, linear.out_features) for linear in self.linears]
@@ -95,7 +132,7 @@ class InputGroup:
         deltas: dict[PackedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
         deltas |= zip(self.linears, done or (), strict=False)
         if self.adapter is not None:
-            linears, a_RI, b_ORs, scale, dropout = self.adapter
+            linears, a_RI, b_ORs, scale, dropout, *_ = self.adapter
             outputs = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
                 for i, a in enumerate(a_RI.split([b.shape[1] for b in b_ORs])):
@@ -105,7 +142,7 @@ class InputGroup:
             else:
                 x, *made = LoraProduct.apply(x, None, a_RI, scale, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
-        return x, self.linears, done is not None, *deltas.values()
+        return x, self.linears, (), done is not None, *deltas.values()
 
 
 class PackedLinear(nn.Module):

@@ -18,11 +18,13 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, host, shard
 from fsdp_qlora.model.cache import PackedCache
-from fsdp_qlora.model.layout import Layout, pack_linear
+from fsdp_qlora.model.layout import Layout, put_linear
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.placement import PLACEMENTS, Placed
+from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.model.weights import Weights
+from fsdp_qlora.train import faults
 from fsdp_qlora.train.world import World
 
 
@@ -86,7 +88,8 @@ def fill(
     start = time.monotonic()
     info, report = weights.info, LoadReport()
     weights.check_names(_expected_shapes(model, info))
-    _fill_packed(model, info, weights, cache, world, placed, report)
+    shares = shard.num_shares(cfg.sharding_strategy, world)
+    _fill_packed(model, info, weights, cache, world, placed, shares, report)
     for name, (module, attribute) in model.tensors.items():
         param = getattr(module, attribute)
         rows = shard.local_range(param)
@@ -118,22 +121,25 @@ def _fill_packed(
     cache: PackedCache,
     world: World,
     placed: Placed,
+    shares: int,
     report: LoadReport,
 ) -> None:
     blocks, layer_bytes = list(shard.blocks(model)), model.layout.nbytes
-    slice_bytes = -(-layer_bytes // 4 // world.size) * 4
+    slice_bytes = -(-layer_bytes // 4 // shares) * 4
     rounds = [
         (name, layers[start : start + world.size])
         for name, layers in ((name, placed.layers(name)) for name in PLACEMENTS)
+        if name != "trained"
         for start in range(0, len(layers), world.size)
     ]
     own = [layers[world.rank] for _, layers in rounds if world.rank < len(layers)]
-    padded_bytes = slice_bytes * world.size
+    padded_bytes = slice_bytes * shares
     made = _make_layers(own, model.layout, info, weights, cache, world, padded_bytes)
     report.source = "cache" if cache.is_complete else weights.source
     keep = _Keep(blocks, placed, slice_bytes, world)
     report.pinned_bytes = keep.pinned_bytes
     for name, layers in rounds:
+        faults.reach("load", world.rank)
         if world.rank < len(layers):
             flat = next(made)
             report.fingerprints[layers[world.rank]] = fingerprint(flat[:layer_bytes])
@@ -153,6 +159,7 @@ class _Keep:
         self, blocks: list[DecoderBlock], placed: Placed, slice_bytes: int, world: World
     ) -> None:
         self.blocks, self.placed, self.world = blocks, placed, world
+        self.slice_bytes = slice_bytes
         pin, num_offloaded = world.device.type == "cuda", len(placed.layers("offloaded"))
         self.pinned_bytes = placed.memory.pinned_bytes if placed.memory else 0
         self.slices: list[torch.Tensor] = []
@@ -179,7 +186,9 @@ class _Keep:
                 source.copy_(flat[: source.numel()])
             return
         is_group = PLACEMENTS[name].is_group
-        parts = self.world.exchange(flat) if is_group else self.world.share(flat)
+        copies = self.world.size * self.slice_bytes // flat.numel()
+        whole = flat.repeat(copies) if is_group and copies > 1 else flat
+        parts = self.world.exchange(whole) if is_group else self.world.share(flat)
         for layer, part in zip(layers, parts, strict=False):
             first, last = shard.local_range(self.blocks[layer].packed)
             local = self.slices.pop(0).copy_(part) if name == "offloaded" else part.clone()
@@ -208,11 +217,14 @@ def _make_layers(
         for layer in own
         for linear in info.linears
     ]
-    tensors = weights.read_ahead(names, world.device)
+    pack = FORMATS[layout.format_name].pack
+    arrays = weights.read_packed(names, world.device) or map(
+        pack, weights.read_ahead(names, world.device)
+    )
     for layer in own:
         flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
         for index in range(len(info.linears)):
-            pack_linear(flat, layout, index, next(tensors))
+            put_linear(flat, layout, index, next(arrays))
         cache.write_layer(layer, flat[: layout.nbytes])
         yield flat
 
@@ -257,7 +269,8 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
     """
     made = {k: v for part in world.gather_objects(own_fingerprints) for k, v in part.items()}
     wrong = []
-    for index, block in enumerate(shard.blocks(model)):
+    packed = [(i, block) for i, block in enumerate(shard.blocks(model)) if block.store is not None]
+    for index, block in packed:
         if fingerprint(shard.gathered(block)) != made[index]:
             wrong.append(index)
         shard.release(block)

@@ -7,9 +7,7 @@ because sharding, offload and gather then cost one operation a layer. The linear
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora.model.graphs import Graphs, Replayed
 from fsdp_qlora.model.layout import Layout, view_fields
-from fsdp_qlora.model.linear import Adapter, InputGroup, PackedLinear
+from fsdp_qlora.model.linear import Adapter, InputGroup, LoraSlot
+from fsdp_qlora.model.offload import Offload
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.recompute import Kept, Recomputed, saves_after
 
@@ -85,9 +84,12 @@ class LayerStore:
             self._unpack_layer(dtype)
         if cache.weights is not None:
             return cache.weights[index]
+        return self._unpack(index, dtype)
+
+    def _unpack(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
         packed, shape = self._bytes[start:stop], self.layout.shapes[index]
-        return self.format.unpack(packed, cache.constants[index], shape, dtype)
+        return self.format.unpack(packed, self.cache.constants[index], shape, dtype)
 
     def _unpack_layer(self, dtype: torch.dtype) -> None:
         flat, layout, cache = self.read(), self.layout, self.cache
@@ -96,7 +98,8 @@ class LayerStore:
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
         cache.key = (id(self), dtype)
-        if layout.is_contiguous and layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES:
+        is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
+        if is_small and layout.is_contiguous:
             packed = self._bytes[: layout.weights[-1][1]]
             flat = self.format.unpack(packed, tensors, (layout.num_weights, 1), dtype)
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
@@ -105,32 +108,8 @@ class LayerStore:
         sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
         split = [tensor.split(sizes) for tensor in tensors]
         cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
-
-
-@dataclass(frozen=True)
-class LoraSlot:
-    """One adapted linear.
-
-    Attributes:
-        name: of the linear inside the layer, "self_attn.q_proj".
-        linear: what is adapted.
-        rank: R.
-        alpha: LoRA's alpha.
-        dropout: probability, on the input of the adapter.
-        use_rslora: see `scale`.
-    """
-
-    name: str
-    linear: PackedLinear
-    rank: int
-    alpha: float
-    dropout: float
-    use_rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """alpha/r, or alpha/sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        if is_small and not self.format.is_sequential:
+            cache.weights = [self._unpack(i, dtype) for i in range(len(layout.shapes))]
 
 
 class TrainedLayer(nn.Module):
@@ -139,20 +118,29 @@ class TrainedLayer(nn.Module):
     Attributes:
         layer: the layer as the model's author wrote it, its linears replaced by PackedLinear.
         lora: float32 [num_lora padded]; group after group, first the A matrices (one below the
-            other), then the B matrices; None until adapters.attach gives it.
-        store: of the bytes of its linears.
+            other), then the B matrices, then (DoRA) the changes of the magnitudes; None until
+            adapters.attach gives it.
+        row_squares: float32, of DoRA: sums of squares of the rows of the adapted frozen weights, in
+            the order of the slots; None until adapters.initialise gives it.
+        store: of the bytes of its linears; None when it is trained whole.
         slots: the adapted linears, in the order of the store.
         level: row of LEVELS.
         is_reentrant: recompute with torch's older checkpoint.
+        is_whole: its own parameters are trained, nothing is packed.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
     """
 
     lora: nn.Parameter
+    row_squares: torch.Tensor | None
 
-    def __init__(self, layer: nn.Module, groups: Sequence[InputGroup], store: LayerStore) -> None:
+    def __init__(
+        self, layer: nn.Module, groups: Sequence[InputGroup], store: LayerStore | None
+    ) -> None:
         super().__init__()
+        self.is_whole = store is None
         self.layer = layer
         self.register_parameter("lora", None)
+        self.register_buffer("row_squares", None, persistent=False)
         self.slots: tuple[LoraSlot, ...] = ()
         self.level, self.is_reentrant = "none", False
         self.graphs: Graphs | None = None
@@ -165,6 +153,11 @@ class TrainedLayer(nn.Module):
         # and the attention, see attention.py.
         attentions = [m for m in layer.modules() if hasattr(m, "is_causal")]
         self._keepers: list[Any] = [*self._groups[:-1], *attentions]
+
+    @property
+    def num_lora(self) -> int:
+        """Elements of `lora` that are no padding."""
+        return sum(self._sizes)
 
     def set_slots(self, slots: Sequence[LoraSlot]) -> int:
         """Say which linears are adapted.
@@ -182,10 +175,12 @@ class TrainedLayer(nn.Module):
         for _, members in self._adapted:
             self._sizes.append(sum(s.rank for s in members) * members[0].linear.in_features)
             self._sizes += [slot.linear.out_features * slot.rank for slot in members]
+            self._sizes += [s.linear.out_features for s in members if s.has_magnitude]
         return sum(self._sizes)
 
     def _adapters(self, flat: torch.Tensor) -> list[Adapter]:
         parts = iter(flat.split([*self._sizes, flat.numel() - sum(self._sizes)]))
+        squares = dict(zip(self.slots, self.split_squares(), strict=False))
         return [
             Adapter(
                 [slot.linear for slot in slots],
@@ -193,17 +188,27 @@ class TrainedLayer(nn.Module):
                 [next(parts).view(-1, slot.rank) for slot in slots],
                 slots[0].scale,
                 slots[0].dropout,
+                [next(parts) for slot in slots if slot.has_magnitude],
+                [squares[slot] for slot in slots if slot in squares],
             )
             for _, slots in self._adapted
         ]
 
-    def split_lora(self, flat: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(A_RI, B_OR) of every slot, as views of a whole flat tensor such as `lora`."""
-        pairs: dict[str, list[torch.Tensor]] = {}
+    def split_lora(self, flat: torch.Tensor) -> list[list[torch.Tensor]]:
+        """[A_RI, B_OR, of DoRA change_O] of every slot: views of a whole tensor like `lora`."""
+        found: dict[str, list[torch.Tensor]] = {}
         for (_, slots), adapter in zip(self._adapted, self._adapters(flat), strict=True):
             a_RIs = adapter.a_RI.split([slot.rank for slot in slots])
-            pairs |= {s.name: pair for s, *pair in zip(slots, a_RIs, adapter.b_ORs, strict=True)}
-        return [(pairs[slot.name][0], pairs[slot.name][1]) for slot in self.slots]
+            columns = [a_RIs, adapter.b_ORs, adapter.changes_O]
+            rows = zip(slots, *filter(len, columns), strict=True)
+            found |= {slot.name: parts for slot, *parts in rows}
+        return [found[slot.name] for slot in self.slots]
+
+    def split_squares(self) -> Sequence[torch.Tensor]:
+        """`row_squares` of every slot; nothing for LoRA."""
+        if self.row_squares is None:
+            return ()
+        return self.row_squares.split([slot.linear.out_features for slot in self.slots])
 
     def run(self, kept: Kept | None, hidden, lora, args: tuple, kwargs: dict, params=None):
         """Run the layer as it is.
@@ -239,6 +244,8 @@ class TrainedLayer(nn.Module):
         """
         if kept is not None:
             kept.is_replay = True
+        if not self._groups:
+            return self.run(kept, *rest)
         last = self._groups[-1]
         if self._is_last_needed is None:
             watch, is_needed = saves_after(lambda: last.has_run)
@@ -260,12 +267,17 @@ class TrainedLayer(nn.Module):
                 return Replayed.apply(self.graphs, found, self, args, kwargs, hidden, self.lora)
         kept = Kept() if self.level == "selective" else None
         if not self.is_reentrant:
+            own = dict(self.layer.named_parameters()) if self.is_whole else {}
 
-            def run(hidden, lora):
+            def run(hidden, *trained):
                 step = self.run_again if torch.is_grad_enabled() else self.run
-                return step(kept, hidden, lora, args, kwargs)
+                if not own:
+                    return step(kept, hidden, trained[0], args, kwargs)
+                params = dict(zip(own, trained, strict=True))
+                return step(kept, hidden, None, args, kwargs, params)
 
-            return Recomputed.apply(run, has_dropout, hidden, self.lora)
+            trained = own.values() or (self.lora,)
+            return Recomputed.apply(run, has_dropout, hidden, *trained)
         if not hidden.requires_grad:
             hidden.requires_grad_()  # without one such input, this kind builds no graph
 
@@ -285,23 +297,39 @@ class DecoderBlock(nn.Module):
 
     Attributes:
         packed: float32 [layout.nbytes / 4], frozen: the bytes of all linears; None when they are
-            read from elsewhere.
-        store: reads them.
+            read from elsewhere, or the layer is trained whole.
+        store: reads them; None for a layer that is trained whole.
         body: everything else of the layer.
+        offload: keeps the layer's input on the host for its backward; or None.
     """
 
     packed: nn.Parameter
+    store: LayerStore | None
     body: TrainedLayer
 
-    def __init__(self, layout: Layout, cache: LayerCache) -> None:
+    def __init__(self, layout: Layout | None, cache: LayerCache) -> None:
         super().__init__()
+        self.register_parameter("packed", None)
+        self.offload: Offload | None = None
+        if layout is None:
+            self.store = None
+            return
         packed = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.store = LayerStore(lambda: self.packed, layout, cache)
 
     def forward(self, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
-        return self.body(*args, **kwargs)
+        if self.offload is None or not torch.is_grad_enabled():
+            return self.body(*args, **kwargs)
+        with self.offload.saving(args[0]):
+            return self.body(*args, **kwargs)
+
+    @property
+    def layer_store(self) -> LayerStore:
+        """The store of a layer that has one."""
+        assert self.store is not None, "a layer that is trained whole has no packed bytes"
+        return self.store
 
     def __getattr__(self, name: str):
         try:

@@ -39,6 +39,7 @@ PLACEMENTS = {
     "offloaded": Placement(True, True, "sharded over the ranks, slices on the host"),
     "streamed": Placement(False, True, "streamed from the host"),
     "resident": Placement(False, False, "whole on every rank"),
+    "trained": Placement(False, False, "trained themselves, nothing packed"),
 }
 
 
@@ -76,11 +77,16 @@ class Placed:
         for number, layer in enumerate(self.layers("streamed")):
             assert self.streamer is not None
             blocks[layer].packed = None  # type: ignore[assignment]
-            blocks[layer].store.read = partial(self.streamer.read, number)
+            blocks[layer].layer_store.read = partial(self.streamer.read, number)
 
 
 def choose(
-    layout: Layout, num_layers: int, cfg: Config, cache: PackedCache, world: World
+    layout: Layout,
+    num_layers: int,
+    cfg: Config,
+    cache: PackedCache,
+    world: World,
+    whole: Sequence[int] = (),
 ) -> Placed:
     """Place the layers, and take the host memory that streamed ones need before anything is read.
 
@@ -89,6 +95,7 @@ def choose(
         num_layers: decoder layers.
         cfg: see plan.sizes.setting_of; offload_impl "auto" is stream on one machine where memory
             can be shared, else fsdp.
+        whole: layers that are trained themselves.
         cache: a copy that the host has no room for is mapped from its files.
         world: the ranks; all must call and decide the same.
 
@@ -98,7 +105,7 @@ def choose(
     Raises:
         UserError: streaming was asked for and cannot be, or the host has no room (code 3).
     """
-    names = setting_of(cfg, num_layers, world.size).placements
+    names = setting_of(cfg, num_layers, world.size, whole).placements
     num_streamed = names.count("streamed")
     if not num_streamed:
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
@@ -113,7 +120,7 @@ def choose(
         )
     if refusal:
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
-        names = setting_of(by_fsdp, num_layers, world.size).placements
+        names = setting_of(by_fsdp, num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
     num_slots = NUM_SLOTS + ("resident" in names)
     streamer = Streamer(num_streamed, layout.nbytes, num_slots, world.device)

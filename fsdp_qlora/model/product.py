@@ -74,44 +74,55 @@ class FrozenProduct(torch.autograd.Function):
     Args:
         x: [..., I], compute dtype.
         linears: the PackedLinears that hold W and bias.
-        is_done: the deltas are the outputs already (see Kept).
+        asides: for DoRA, of each linear an a_RI whose product with W is wanted too and whose bias
+            is left out, or None; empty = none has one.
+        is_done: the deltas are the outputs already (see Kept); nothing is made for `asides`.
         deltas_MO: added to in place; None where a linear has no adapter.
 
     Returns:
-        y_MO of each linear in the compute dtype.
+        y_MO of each linear in the compute dtype, then W A^T (no gradient passes it) or None of each
+        of `asides`.
     """
 
     @staticmethod
-    def forward(ctx, x, linears, is_done, *deltas_MO):
+    def forward(ctx, x, linears, asides, is_done, *deltas_MO):
         ctx.set_materialize_grads(False)
         ctx.linears, ctx.shape = linears, x.shape
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         if is_done:
             return deltas_MO
-        return tuple(
-            _product(_flat(x), linear, delta)
-            for linear, delta in zip(linears, deltas_MO, strict=True)
-        )
+        a_RIs = asides or [None] * len(linears)
+        pairs = [
+            _product(_flat(x), linear, delta, a_RI)
+            for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
+        ]
+        sides = [side for _, side in pairs[: len(asides)]]
+        ctx.mark_non_differentiable(*[side for side in sides if side is not None])
+        return *[out for out, _ in pairs], *sides
 
     @staticmethod
     def backward(ctx, *grads_MO):
         grad_MI = None
         if ctx.needs_input_grad[0]:
-            for grad_MO, linear in zip(grads_MO, ctx.linears, strict=True):
+            for grad_MO, linear in zip(grads_MO, ctx.linears, strict=False):
                 weight_OI = linear.dequantize(grad_MO.dtype)
                 if grad_MI is None:
                     grad_MI = grad_MO @ weight_OI
                 else:
                     grad_MI.addmm_(grad_MO, weight_OI)
         grad_x = None if grad_MI is None else grad_MI.view(ctx.shape)
-        deltas = zip(grads_MO, ctx.needs_input_grad[3:], strict=True)
-        return grad_x, None, None, *[grad if needed else None for grad, needed in deltas]
+        deltas = zip(grads_MO, ctx.needs_input_grad[4:], strict=False)
+        return grad_x, None, None, None, *[grad if needed else None for grad, needed in deltas]
 
 
-def _product(x_MI: torch.Tensor, linear, delta_MO: torch.Tensor | None) -> torch.Tensor:
+def _product(
+    x_MI: torch.Tensor, linear, delta_MO: torch.Tensor | None, a_RI: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight_OI = linear.dequantize(x_MI.dtype)
     out_MO = x_MI @ weight_OI.t() if delta_MO is None else delta_MO.addmm_(x_MI, weight_OI.t())
-    return out_MO if linear.bias is None else out_MO.add_(linear.bias)
+    if a_RI is not None:
+        return out_MO, weight_OI @ a_RI.t()
+    return out_MO if linear.bias is None else out_MO.add_(linear.bias), None
 
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:

@@ -15,33 +15,14 @@ from functools import lru_cache, partial
 
 import torch
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.model import hqq
+from fsdp_qlora.plan.formats import FORMATS as STORAGES
+from fsdp_qlora.plan.formats import GROUP, NESTED, Storage
 
 Fields = dict[str, torch.Tensor]
-NESTED_BLOCK = 256  # constants that share one second-level constant in double quantisation
-GROUP_SIZE = 64  # weights that share one constant
-
-
-@dataclass(frozen=True)
-class Field:
-    """One stored array of a linear.
-
-    Attributes:
-        name: of the field.
-        dtype: of its elements.
-        num_weights: weights that share one element.
-        multiple: the number of elements is rounded up to a multiple of it.
-    """
-
-    name: str
-    dtype: torch.dtype
-    num_weights: int
-    multiple: int = 1
-
-    def num_elements(self, num_weights: int) -> int:
-        """Elements stored for a linear of `num_weights` weights."""
-        num = -(-num_weights // self.num_weights)
-        return -(-num // self.multiple) * self.multiple
+NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantisation
+GROUP_SIZE = GROUP  # weights of a bitsandbytes block
 
 
 @dataclass(frozen=True)
@@ -49,9 +30,7 @@ class Format:
     """A row of FORMATS.
 
     Attributes:
-        weight_bits: bits of one packed weight.
-        fields: the quantisation constants stored per linear, beside its packed weight ("weight",
-            bytes).
+        storage: its bytes: the packed weight ("weight") and the fields of constants.
         pack: weight_OI -> {field name: 1-D tensor}, at most `num_elements` long.
         constants: (fields of all linears of a layer, compute dtype) -> tensors, each indexed like
             `index_field`.
@@ -63,8 +42,7 @@ class Format:
             compute dtype.
     """
 
-    weight_bits: int
-    fields: tuple[Field, ...]
+    storage: Storage
     pack: Callable[[torch.Tensor], Fields]
     constants: Callable[[Fields, torch.dtype], Sequence[torch.Tensor]]
     index_field: str
@@ -105,6 +83,38 @@ def _pack_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:
     }
 
 
+def from_stored(parts: Fields, offset: float | None, format_name: str, name: str) -> Fields:
+    """Take a linear as bitsandbytes has saved it, byte by byte.
+
+    Args:
+        parts: "weight", "absmax" and so on, as in the file.
+        offset: of the constants, with double quantisation.
+        format_name: row of FORMATS.
+        name: of the weight, for the message.
+
+    Returns:
+        What `pack` would have made.
+
+    Raises:
+        UserError: the codes are not those of the format (code 5).
+    """
+    bnb, host = import_bitsandbytes(), torch.device("cpu")
+    codes = {"quant_map": bnb.get_4bit_type(format_name[:3], device="cpu")}
+    codes |= {"nested_quant_map": dynamic_map(host)} if offset is not None else {}
+    if not all(torch.equal(parts[part], code) for part, code in codes.items()):
+        rule = "stored with another code than this bitsandbytes has"
+        raise UserError(name, rule, "take the 16-bit original of this model", INTEGRITY)
+    if offset is None:
+        return {"weight": parts["weight"], "absmax": parts["absmax"]}
+    nested = parts["nested_absmax"]
+    return {
+        "weight": parts["weight"],
+        "qabsmax": parts["absmax"],
+        "nested_absmax": nested,
+        "offset": torch.full_like(nested, offset),
+    }
+
+
 def _absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
     return (fields["absmax"],)
 
@@ -116,6 +126,10 @@ def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]
     """
     nested = fields["nested_absmax"]
     code = dynamic_map(nested.device)
+    kernel = hqq.triton_kernel("bnb_kernel") if nested.is_cuda else None
+    if kernel is not None:
+        offset = fields["offset"]
+        return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED_BLOCK),)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
         fields["qabsmax"], nested, code, NESTED_BLOCK, torch.float32
     )
@@ -129,7 +143,24 @@ def dynamic_map(device: torch.device) -> torch.Tensor:
     return import_bitsandbytes().create_dynamic_map().to(device)
 
 
+@lru_cache
+def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
+    """The 16 values of a 4-bit code, float32, as the library's own kernel has them."""
+    codes = torch.arange(16, dtype=torch.uint8, device=device).mul_(16).view(-1, 1)
+    ones = torch.ones(1, device=device)
+    pairs = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, ones, GROUP_SIZE, quant_type, (16, 2), torch.float32
+    )
+    return pairs[:, 0].contiguous()
+
+
 def _unpack_bnb(packed, constants, shape, dtype, quant_type: str) -> torch.Tensor:
+    kernel = hqq.triton_kernel("bnb_kernel") if packed.is_cuda else None
+    if kernel is not None:
+        weight_OI = torch.empty(*shape, dtype=dtype, device=packed.device)
+        table = values_of(quant_type, packed.device)
+        kernel.unpack(packed, constants[0], table, weight_OI, GROUP_SIZE)
+        return weight_OI
     return torch.ops.bitsandbytes.dequantize_4bit(
         packed.view(-1, 1), constants[0], GROUP_SIZE, quant_type, shape, dtype
     )
@@ -156,29 +187,49 @@ def import_hqq():
     return Quantizer
 
 
-def _pack_hqq(weight_OI: torch.Tensor) -> Fields:
+def _pack_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
+    bits, group_size = storage.weight_bits, storage.group_size
+    num_groups, rest = divmod(weight_OI.numel(), group_size)
+    if rest or (storage.axis == 1 and bits in (2, 4) and num_groups % (8 // bits)):
+        raise UserError(
+            f"a linear of {list(weight_OI.shape)}",
+            f"hqq packs whole groups of {group_size}, {8 // bits} of them together",
+            "use another --group_size, or --train_type qlora",
+        )
     packed, meta = import_hqq().quantize(
-        weight_OI, nbits=4, group_size=GROUP_SIZE, axis=1, device=weight_OI.device.type
+        weight_OI,
+        nbits=bits,
+        group_size=group_size,
+        axis=storage.axis,
+        device=weight_OI.device.type,
     )
+    dtype = getattr(torch, storage.fields[0].dtype)
     return {
-        "weight": packed.view(-1),
-        "scale": meta["scale"].view(-1).bfloat16(),
-        "zero": meta["zero"].view(-1).bfloat16(),
+        "weight": packed.view(-1).view(torch.uint8),
+        "scale": meta["scale"].view(-1).to(dtype),
+        "zero": meta["zero"].view(-1).to(dtype),
     }
 
 
 def _hqq_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    return fields["zero"].to(dtype), fields["scale"].to(dtype)
+    return fields["zero"], fields["scale"]
 
 
-def _unpack_hqq(packed, constants, shape, dtype) -> torch.Tensor:
-    """(q - zero) * scale, in hqq's order of nibbles: high ones hold the first half of the groups.
+def _pack_int8(weight_OI: torch.Tensor) -> Fields:
+    """Row-wise absmax: LLM.int8, arXiv 2208.07339, section 3."""
+    packed, row_absmax, _ = import_bitsandbytes().int8_vectorwise_quant(weight_OI.half())
+    return {"weight": packed.view(-1).view(torch.uint8), "row_absmax": row_absmax}
 
-    Source: mobiusml/hqq, hqq/core/bitpack.py (unpack_4bit_u8) and quantize.py (dequantize).
-    """
-    zero, scale = constants
-    nibbles = torch.stack((packed >> 4, packed & 15)).view(-1, GROUP_SIZE)
-    return (nibbles.to(dtype).sub_(zero.unsqueeze(1))).mul_(scale.unsqueeze(1)).view(shape)
+
+def _int8_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+    return (fields["row_absmax"] * (1.0 / 127.0),)
+
+
+def _unpack_int8(packed, constants, shape, dtype) -> torch.Tensor:
+    """In one kernel, rounded once, as the backward pass of bitsandbytes' MatMul8bitLt does."""
+    weight_OI = torch.empty(*shape, dtype=dtype, device=packed.device)
+    values = packed.view(torch.int8).view(*shape)
+    return torch.mul(values, constants[0].unsqueeze(1), out=weight_OI)
 
 
 def _pack_bf16(weight_OI: torch.Tensor) -> Fields:
@@ -193,36 +244,33 @@ def _unpack_bf16(packed, constants, shape, dtype) -> torch.Tensor:
     return packed.view(torch.bfloat16).view(shape).to(dtype)
 
 
-_ABSMAX = (Field("absmax", torch.float32, GROUP_SIZE),)
-_NESTED_ABSMAX = (
-    Field("qabsmax", torch.uint8, GROUP_SIZE, multiple=NESTED_BLOCK),
-    Field("nested_absmax", torch.float32, GROUP_SIZE * NESTED_BLOCK),
-    Field("offset", torch.float32, GROUP_SIZE * NESTED_BLOCK),
-)
-_SCALE_ZERO = (
-    Field("scale", torch.bfloat16, GROUP_SIZE),
-    Field("zero", torch.bfloat16, GROUP_SIZE),
-)
-
-
-def _bnb_row(quant_type: str, double: bool) -> Format:
+def _bnb_row(name: str) -> Format:
+    quant_type, _, double = name.partition("_")
     return Format(
-        weight_bits=4,
-        fields=_NESTED_ABSMAX if double else _ABSMAX,
-        pack=partial(_pack_bnb, quant_type=quant_type, double=double),
+        storage=STORAGES[name],
+        pack=partial(_pack_bnb, quant_type=quant_type, double=bool(double)),
         constants=_nested_absmax if double else _absmax,
         index_field="qabsmax" if double else "absmax",
         unpack=partial(_unpack_bnb, quant_type=quant_type),
     )
 
 
+def _hqq_row(storage: Storage) -> Format:
+    return Format(
+        storage=storage,
+        pack=partial(_pack_hqq, storage=storage),
+        constants=_hqq_constants,
+        index_field="scale",
+        unpack=partial(hqq.unpack, storage=storage),
+        is_sequential=False,
+    )
+
+
 FORMATS: dict[str, Format] = {
-    "nf4": _bnb_row("nf4", double=False),
-    "nf4_dq": _bnb_row("nf4", double=True),
-    "fp4": _bnb_row("fp4", double=False),
-    "fp4_dq": _bnb_row("fp4", double=True),
-    "hqq4": Format(
-        4, _SCALE_ZERO, _pack_hqq, _hqq_constants, "scale", _unpack_hqq, is_sequential=False
+    **{name: _bnb_row(name) for name in ("nf4", "nf4_dq", "fp4", "fp4_dq")},
+    "int8": Format(
+        STORAGES["int8"], _pack_int8, _int8_constants, "row_absmax", _unpack_int8, False
     ),
-    "bf16": Format(16, (), _pack_bf16, _no_constants, "", _unpack_bf16),
+    **{name: _hqq_row(row) for name, row in STORAGES.items() if name.startswith("hqq")},
+    "bf16": Format(STORAGES["bf16"], _pack_bf16, _no_constants, "", _unpack_bf16),
 }

@@ -28,35 +28,36 @@ class Kept:
 
 
 class Recomputed(torch.autograd.Function):
-    """run(hidden, lora), whose backward runs it once more and keeps only its two inputs till then.
+    """run(hidden, *trained), whose backward runs it once more and keeps only its inputs till then.
 
-    As torch's reentrant checkpoint, but it hands back the gradient of the adapters instead of
-    accumulating it inside, needs no input that requires one, and is several times cheaper for the
+    As torch's reentrant checkpoint, but it hands back the gradients of what is trained instead of
+    accumulating them inside, needs no input that requires one, and is several times cheaper for the
     host than the non-reentrant one, which sees every saved tensor.
 
     Args:
-        run: (hidden, lora) -> tensor or tuple of tensors; called twice.
+        run: (hidden, *trained) -> tensor or tuple of tensors; called twice.
         has_dropout: give the second call the random numbers of the first.
         hidden: [B, T, H].
-        lora: the adapters, or None.
+        trained: the adapters, or the layer's own parameters; or None.
 
     Returns:
         What `run` returns.
     """
 
     @staticmethod
-    def forward(ctx, run, has_dropout, hidden, lora):
+    def forward(ctx, run, has_dropout, hidden, *trained):
         ctx.run, ctx.random_state = run, _random_state(hidden.device) if has_dropout else None
-        ctx.save_for_backward(hidden, lora)
-        return run(hidden, lora)
+        ctx.save_for_backward(hidden, *trained)
+        return run(hidden, *trained)
 
     @staticmethod
     def backward(ctx, *grads_out):
-        hidden, lora = ctx.saved_tensors
+        saved = ctx.saved_tensors  # asked for once: an input may come from the host
+        hidden = saved[0]
         needed = ctx.needs_input_grad[2:]
         inputs = [
             None if tensor is None else tensor.detach().requires_grad_(need)
-            for tensor, need in zip((hidden, lora), needed, strict=True)
+            for tensor, need in zip(saved, needed, strict=True)
         ]
         devices = [hidden.device] if hidden.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=ctx.random_state is not None):

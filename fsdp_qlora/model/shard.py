@@ -5,8 +5,8 @@ mixed precision), and its packed bytes (`DecoderBlock`, no cast ever: a cast wou
 input embedding; output head; the rest. Only this module knows FSDP.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
+from fsdp_qlora.choices import STRATEGIES
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
@@ -30,24 +31,15 @@ from fsdp_qlora.train.world import World
 ONE_GROUP_BYTES = 256 * 2**20
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """A row of STRATEGIES.
+def num_shares(strategy: str, world: World) -> int:
+    """Ranks that share what is sharded: `world.size` is a multiple of it.
 
-    Attributes:
-        replicates: every rank keeps everything; only gradients are exchanged.
-        reshard_after_forward: gathered parameters are freed between forward and backward.
+    Args:
+        strategy: row of STRATEGIES.
+        world: the ranks; they are numbered machine by machine.
     """
-
-    replicates: bool
-    reshard_after_forward: bool
-
-
-STRATEGIES = {
-    "full_shard": Strategy(replicates=False, reshard_after_forward=True),
-    "shard_grad_op": Strategy(replicates=False, reshard_after_forward=False),
-    "ddp": Strategy(replicates=True, reshard_after_forward=False),
-}
+    row = STRATEGIES[strategy]
+    return 1 if row.replicates else world.local_size if row.is_hybrid else world.size
 
 
 def apply(
@@ -69,7 +61,9 @@ def apply(
     """
     row = STRATEGIES[strategy]
     device_type = world.device.type
-    shape = (world.size, 1) if row.replicates else (world.size,)
+    shares = num_shares(strategy, world)
+    has_copies = row.replicates or shares < world.size
+    shape = (world.size // shares, shares) if has_copies else (world.size,)
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     layers = list(zip(blocks(model), placed.rows, strict=True))
@@ -79,27 +73,29 @@ def apply(
         ignored = {p for p in model.parameters() if not p.requires_grad}
     common: dict[str, Any] = {
         "mesh": mesh,
-        "reshard_after_forward": row.reshard_after_forward,
+        "reshard_after_forward": row.reshards,
         "ignored_params": ignored - {None},
     }
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     pinned = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    bodies: list[Any] = [b.body for b, _ in layers if not row.replicates or b.body.slots]
-    lora_bytes = sum(body.lora.numel() for body in bodies if body.slots) * compute_dtype.itemsize
-    if lora_bytes <= ONE_GROUP_BYTES:  # gathered once a pass, reduced once
-        fully_shard(bodies, mp_policy=mixed, **{**common, "reshard_after_forward": False})
-    else:
-        for body in bodies:
-            fully_shard(body, mp_policy=mixed, **common)
+    trained = [b.body for b, _ in layers if b.body.slots or b.body.is_whole]
+    bodies: list[Any] = trained if row.replicates else [block.body for block, _ in layers]
+    light = [body for body in bodies if not body.is_whole]
+    lora_bytes = sum(body.lora.numel() for body in light if body.slots) * compute_dtype.itemsize
+    if light and lora_bytes <= ONE_GROUP_BYTES:  # gathered once a pass, reduced once
+        fully_shard(light, mp_policy=mixed, **{**common, "reshard_after_forward": False})
+        bodies = [body for body in bodies if body.is_whole]
+    for body in bodies:
+        fully_shard(body, mp_policy=mixed, **common)
     for block, place in layers:
         if place.is_group:
             policy = pinned if place.is_on_host else OffloadPolicy()
             fully_shard(block, offload_policy=policy, **common)
     if not row.replicates:
         for module in () if model.is_tied else (model.embedding, model.head):
-            fully_shard(module, **common)
+            fully_shard(module, mp_policy=mixed, **common)
     # A tied embedding is needed at both ends of forward and backward: gather it once.
-    fully_shard(model, **{**common, "reshard_after_forward": False})
+    fully_shard(model, mp_policy=mixed, **{**common, "reshard_after_forward": False})
 
 
 def blocks(model: nn.Module) -> Iterator[DecoderBlock]:
@@ -149,7 +145,23 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def collect_gradients(model: nn.Module, local_params: list[nn.Parameter]) -> bool:
+def trained_names(model: nn.Module) -> list[str]:
+    """Names of `trained_parameters`, as FSDP leaves them: those of the model."""
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def reduce_gradients(model: nn.Module, is_wanted: bool) -> None:
+    """Let the next backward pass reduce gradients over ranks, or keep them whole on each rank.
+
+    Args:
+        model: sharded.
+        is_wanted: False: they are summed up until a pass reduces them all.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(is_wanted)
+
+
+def collect_gradients(model: nn.Module, local_params: list[nn.Parameter]) -> int:
     """Hand the reduced gradients of the model over to plain parameters.
 
     Args:
@@ -157,13 +169,17 @@ def collect_gradients(model: nn.Module, local_params: list[nn.Parameter]) -> boo
         local_params: of `local_parameters`.
 
     Returns:
-        Whether the ranks hold different slices (rather than replicas) of them.
+        Ranks that hold the same slices of them: 1 when every rank has its own.
     """
     trained = trained_parameters(model)
     for param, local in zip(trained, local_params, strict=True):
         assert param.grad is not None, "a trained parameter took no part in the loss"
         local.grad, param.grad = _local(param.grad), None
-    return local_range(trained[0]) != (0, trained[0].shape[0])
+    first = trained[0]
+    if not isinstance(first, DTensor):
+        return 1
+    pairs = zip(first.placements, first.device_mesh.shape, strict=True)
+    return math.prod(size for place, size in pairs if not isinstance(place, Shard))
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,13 +197,36 @@ def gathered(block: DecoderBlock) -> torch.Tensor:
     """
     if isinstance(block, FSDPModule):
         block.unshard()
-    return block.store.read().detach().view(torch.uint8)
+    return block.layer_store.read().detach().view(torch.uint8)
 
 
 def release(block: DecoderBlock) -> None:
     """Free what `gathered` gathered."""
     if isinstance(block, FSDPModule):
         block.reshard()
+
+
+def whole_parameters(
+    model: PackedModel, names: Iterable[str], is_kept: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gather parameters one after the other.
+
+    Args:
+        model: all ranks must call, and go through to the end.
+        names: in the model's files.
+        is_kept: this rank wants them.
+
+    Yields:
+        Name and the whole parameter on the host; empty where it is not wanted.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # an evaluation may have left it gathered
+            module.reshard()
+    for name in names:
+        module, attribute = model.tensors[name]
+        param = getattr(module, attribute).detach()
+        whole = param.full_tensor() if isinstance(param, DTensor) else param
+        yield name, whole.cpu() if is_kept else torch.empty(0)
 
 
 def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
@@ -207,5 +246,34 @@ def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
         lora = block.body.lora.detach()
         whole = lora.full_tensor() if isinstance(lora, DTensor) else lora
         if is_kept:
-            flats.append(whole.cpu())
+            flats.append(whole.float().cpu())
     return flats
+
+
+def settle(model: nn.Module) -> None:
+    """Let every rank have its own slices again; an evaluation may have left some gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole(param: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """Gather what belongs to a trained parameter: its values, or a moment of the optimizer.
+
+    Args:
+        param: of a model that is settled; all ranks must call.
+        local: this rank's slice, as long as that of the parameter.
+
+    Returns:
+        The whole tensor, padding included, on the device of the slice.
+    """
+    if not isinstance(param, DTensor):
+        return local
+    rest: dict[str, Any] = {"run_check": False, "shape": param.shape, "stride": param.stride()}
+    return DTensor.from_local(local, param.device_mesh, param.placements, **rest).full_tensor()
+
+
+def num_rows(model: nn.Module) -> list[int]:
+    """Length of `trained_parameters` in their first dimension, less what pads them to the ranks."""
+    adapters = {id(b.body.lora): b.body.num_lora for b in blocks(model) if b.body.slots}
+    return [adapters.get(id(p), p.shape[0]) for p in trained_parameters(model)]

@@ -1,7 +1,8 @@
 """The model without bytes: transformers builds it on the meta device, its layers become ours."""
 
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -9,16 +10,22 @@ from torch import nn
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import kernels
+from fsdp_qlora.model import experts, kernels
 from fsdp_qlora.model.graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layout import Layout, build_layout
 from fsdp_qlora.model.linear import PackedLinear, group_linears
+from fsdp_qlora.model.offload import Offload
 from fsdp_qlora.model.packed import DecoderBlock, LayerCache, TrainedLayer
 from fsdp_qlora.model.rows import Rows
+from fsdp_qlora.stored_names import stored_name
+from fsdp_qlora.trained import NOTHING, Whole
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+
+LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
 
 
 class PackedModel(nn.Module):
@@ -52,15 +59,35 @@ class PackedModel(nn.Module):
         """Choose what decoder layers keep for the backward pass; the rest is made again.
 
         Args:
-            cfg: `levels` of the layers; reentrant_checkpointing; cuda_graphs.
+            cfg: `levels` of the layers; reentrant_checkpointing; cuda_graphs;
+                use_activation_cpu_offload.
             device: of the rank.
         """
         bodies = [module for module in self.modules() if isinstance(module, TrainedLayer)]
         levels, is_reentrant = cfg.levels(len(bodies)), cfg.reentrant_checkpointing
-        graphs = choose_graphs(cfg.cuda_graphs, [body.layer for body in bodies], device)
+        # A graph has no inputs for the row lengths of DoRA, and hands back gradients of `lora`.
+        is_plain = all(not slot.has_magnitude for body in bodies for slot in body.slots)
+        is_plain = is_plain and all(body.slots for body in bodies)
+        # Nor can it follow tokens to their experts.
+        is_plain = is_plain and not any(
+            isinstance(m, experts.PackedExperts) for m in self.modules()
+        )
+        setting = cfg.cuda_graphs if is_plain else "off"
+        graphs = choose_graphs(setting, [body.layer for body in bodies], device)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
+        self._offload_inputs(cfg, levels, device)
+
+    def _offload_inputs(self, cfg: Config, levels: tuple[str, ...], device: torch.device) -> None:
+        """Let layers that are recomputed keep their inputs on the host."""
+        blocks = [module for module in self.modules() if isinstance(module, DecoderBlock)]
+        width = self.decoder.config.hidden_size * getattr(torch, cfg.compute_dtype).itemsize
+        offload = blocks[0].offload
+        if offload is None and cfg.use_activation_cpu_offload:
+            offload = Offload(device, cfg.batch_size * cfg.context_length * width)
+        for block, level in zip(blocks[:-1], levels, strict=False):  # the last is needed at once
+            block.offload = None if level == "none" else offload
 
     def forward(
         self,
@@ -90,50 +117,47 @@ class PackedModel(nn.Module):
         return self.head(out.last_hidden_state, targets)
 
 
-def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedModel:
+def build(
+    info: ModelInfo,
+    format_name: str,
+    chosen: kernels.Choice,
+    whole: Whole = NOTHING,
+    master: torch.dtype = torch.float32,
+) -> PackedModel:
     """Build the model on the meta device and put packed linears into its decoder layers.
 
     Args:
         info: what the model is.
         format_name: row of FORMATS.
         chosen: dtype of everything that is not packed, attention, kernels.
+        whole: what is trained itself.
+        master: dtype of that.
 
     Returns:
-        The model in training mode, everything frozen, without adapters.
+        The model in training mode, everything but `whole` frozen, without adapters.
 
     Raises:
         UserError: the linears of the built model are not those of `info` (code 5).
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     config = AutoConfig.for_model(**info.config)
     config.use_cache = False
-    # Weights are read later; buffers (rotary tables) are computed here.
-    attention = chosen.attention
-    if attention == "sdpa":
-        from fsdp_qlora.model.attention import register
-
-        attention = register(config, chosen.has_row_kernel)
-    with init_empty_weights(include_buffers=False):
-        hf_model = AutoModelForCausalLM.from_config(
-            config, dtype=chosen.dtype, attn_implementation=attention
-        )
+    hf_model = _on_meta(config, info, chosen)
     hf_model.requires_grad_(False)
     output = hf_model.get_output_embeddings()
     if info.is_tied:
         output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
         kernels.apply_liger(hf_model)
-    layers = hf_model.get_submodule(info.layers_prefix)
     shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
-    layout, cache = build_layout(shapes, format_name), LayerCache()
-    for index, layer in enumerate(layers):
-        layers[index] = _build_block(layer, layout, cache, info)
+    layout = build_layout(shapes, format_name)
+    _build_blocks(hf_model.get_submodule(info.layers_prefix), layout, info, whole, master)
+    _train([hf_model.get_parameter(name) for name in whole.root], master)
     tensors = {
-        name.replace(".body.layer.", "."): _owner(hf_model, name)
+        stored_name(info, name.replace(".body.layer.", ".")): _owner(hf_model, name)
         for name, _ in hf_model.named_parameters()
         if not name.endswith(".packed")
     }
@@ -145,16 +169,65 @@ def build(info: ModelInfo, format_name: str, chosen: kernels.Choice) -> PackedMo
     return model.train()
 
 
+def _on_meta(config: Any, info: ModelInfo, chosen: kernels.Choice) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    # Weights are read later; buffers (rotary tables) are computed here.
+    attention = chosen.attention
+    if attention == "sdpa":
+        from fsdp_qlora.model.attention import register
+
+        attention = register(config, chosen.has_row_kernel)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=chosen.dtype, attn_implementation=attention
+            )
+    except KeyError as error:
+        rule = f"model type {info.model_type} has attention classes of its own ({error})"
+        raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
+    has = [key for key in LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
+    has += ["a bias"] if model.get_output_embeddings().bias is not None else []
+    if has:
+        rule = f"its output head has {' and '.join(has)}, which the loss does not know"
+        raise UserError(f"model type {info.model_type}", rule, "take another model")
+    return model
+
+
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 
 
+def _train(params: Iterable[nn.Parameter], master: torch.dtype) -> None:
+    for param in params:
+        param.data = param.data.to(master)  # in place: a tied head is the same parameter
+        param.requires_grad_(True)
+
+
+def _build_blocks(
+    layers: nn.Module, layout: Layout, info: ModelInfo, whole: Whole, master: torch.dtype
+) -> None:
+    assert isinstance(layers, nn.ModuleList)
+    cache = LayerCache()
+    for index, layer in enumerate(layers):
+        is_whole = index in whole.layers
+        block = _build_block(layer, None if is_whole else layout, cache, info)
+        layers[index] = block
+        if is_whole:
+            _train(block.body.layer.parameters(), master)
+
+
 def _build_block(
-    layer: nn.Module, layout: Layout, cache: LayerCache, info: ModelInfo
+    layer: nn.Module, layout: Layout | None, cache: LayerCache, info: ModelInfo
 ) -> DecoderBlock:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    expected = {linear.name: (linear.out_features, linear.in_features) for linear in info.linears}
+    places = {n.name: index for index, n in enumerate(info.linears) if n.expert is None}
+    expected = {
+        name: (info.linears[index].out_features, info.linears[index].in_features)
+        for name, index in places.items()
+    }
     if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
         raise UserError(
             f"linears {sorted(built)} in the {info.model_type} decoder layer",
@@ -163,7 +236,11 @@ def _build_block(
             code=5,
         )
     block, linears = DecoderBlock(layout, cache), {}
-    for index, name in enumerate(expected):
+    if block.store is None:
+        block.body = TrainedLayer(layer, (), None)
+        return block
+    experts.pack(layer, info.linears, block.store.weight)
+    for name, index in places.items():
         linears[name] = PackedLinear(built[name], partial(block.store.weight, index))
         module, attribute = _owner(layer, name)
         setattr(module, attribute, linears[name])

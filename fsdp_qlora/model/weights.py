@@ -5,7 +5,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +13,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.model.quantize import Fields, from_stored
 
 T = TypeVar("T")
 DTYPES = {
@@ -30,7 +30,7 @@ class Weights:
     """Tensors by their name in the model's files.
 
     Attributes:
-        source: "files" or "random", for the load report.
+        source: "files" or "random", in words for the load report.
         info: the model, with the places of its tensors.
         read_bytes: bytes read so far.
     """
@@ -40,6 +40,8 @@ class Weights:
     def __init__(self, info: ModelInfo) -> None:
         self.info = info
         self.read_bytes = 0
+        if info.packed:
+            self.source = f"files, in {info.stored_format} as stored,"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Account for every tensor.
@@ -79,14 +81,15 @@ class Weights:
             [stop - start, ...].
 
         Raises:
-            UserError: no known dtype, or the file ends too early (code 5).
+            UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
         ref = self.info.tensors[name]
         row_bytes = ref.nbytes // max(ref.shape[0], 1)
         raw = torch.empty((rows[1] - rows[0]) * row_bytes, dtype=torch.uint8)
         self._read(ref, rows[0] * row_bytes, raw)
         shape = (rows[1] - rows[0], *ref.shape[1:])
-        return raw.view(_dtype(ref, name)).view(shape).to(device=device, dtype=dtype)
+        tensor = raw.view(_dtype(ref, name)).view(shape)
+        return self._finite(name, tensor).to(device=device, dtype=dtype)
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
         """Yield whole tensors in order, the next two being read meanwhile.
@@ -99,9 +102,45 @@ class Weights:
             Tensors in the dtype of the file.
 
         Raises:
-            UserError: no known dtype, or the file ends too early (code 5).
+            UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
-        return map(partial(torch.Tensor.to, device=device), look_ahead(self._read_whole, names))
+        found = zip(names, look_ahead(self._read_whole, names), strict=True)
+        return (self._finite(name, tensor.to(device)) for name, tensor in found)
+
+    def read_packed(self, names: list[str], device: torch.device) -> Iterator[Fields] | None:
+        """Yield the packed bytes of linears that are stored in 4 bit, as they are stored.
+
+        Args:
+            names: of their weights.
+            device: where they go.
+
+        Returns:
+            As Format.pack makes them, the next two being read meanwhile; None where the model is
+            stored in 16 or 32 bit.
+
+        Raises:
+            UserError: another code than that of the format, or the file ends too early (code 5).
+        """
+        if not self.info.packed:
+            return None
+        fields = look_ahead(self._read_fields, names)
+        return ({key: part.to(device) for key, part in found.items()} for found in fields)
+
+    def _read_fields(self, name: str) -> Fields:
+        stored, parts = self.info.packed[name], {}
+        for part, ref in stored.refs.items():
+            raw = torch.empty(ref.nbytes, dtype=torch.uint8)
+            self._read(ref, 0, raw)
+            parts[part] = raw.view(DTYPES[ref.dtype]) if ref.dtype == "F32" else raw
+        return from_stored(parts, stored.offset, str(self.info.stored_format), name)
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Refuse what would make every loss of the run NaN; aminmax hands a NaN on."""
+        if tensor.numel() and not all(torch.stack(torch.aminmax(tensor)).isfinite().tolist()):
+            rule = "holds numbers that are not finite"
+            remedy = "download the model again, or take another"
+            raise UserError(f"{name} in {self.info.tensors[name].file}", rule, remedy, code=5)
+        return tensor
 
     def _read_whole(self, name: str) -> torch.Tensor:
         ref = self.info.tensors[name]
@@ -144,6 +183,9 @@ class RandomWeights(Weights):
     ) -> torch.Tensor:
         """Make a tensor and keep some rows: see Weights.read_rows."""
         return self._make(name, device)[rows[0] : rows[1]].to(dtype).clone()
+
+    def read_packed(self, names: list[str], device: torch.device) -> None:
+        """Nothing is packed yet: see Weights.read_packed."""
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
         """Make whole tensors in order, bfloat16: see Weights.read_ahead."""

@@ -1,10 +1,17 @@
 """What a decoder layer keeps for its backward, and what its backward holds besides."""
 
 import functools
+from collections.abc import Sequence
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.plan.formats import FORMATS, GROUP
 from fsdp_qlora.plan.rows import LAYER, SCRATCH, Rows, Term, term
-from fsdp_qlora.plan.sizes import FORMATS, GROUP, Sizes
+from fsdp_qlora.plan.sizes import Sizes
+
+INPUT = "layer's input"
+AT_WORK = 2  # of the inputs that wait on the host, back on the card: one in use, one on its way
+
+WHOLE_LAYER_BYTES = 512 * 2**20  # see model/packed.py
 
 
 @functools.lru_cache
@@ -24,7 +31,7 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
     Returns:
         The terms, for one layer.
     """
-    kept = [term("layer's input", tokens=tokens, hidden=s.hidden, bytes=s.item)]
+    kept = [term(INPUT, tokens=tokens, hidden=s.hidden, bytes=s.item)]
     if level == "full":
         return kept
     kept += [
@@ -34,7 +41,7 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
     ]
     if level == "selective":
         return kept
-    if cfg.lora_dropout:
+    if cfg.lora_dropout and s.lora:
         mask = 1 if kind == "cuda" else s.item
         wide = {"tokens": tokens, "features": s.dropped_features, "bytes": s.item + mask}
         kept.append(term("dropped inputs, masks", **wide))
@@ -42,6 +49,10 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
         what = "norms' outputs, activation product"
         kept.append(term(what, tokens=tokens, features=s.input_features, bytes=s.item))
     kept.append(term("products with A", tokens=tokens, ranks=s.lora_ranks, bytes=s.item))
+    if s.magnitudes:
+        kept.append(
+            term("products to be scaled", tokens=tokens, features=s.magnitudes, bytes=s.item)
+        )
     others = (s.norms - 2) * s.hidden + s.head_norms
     if others:
         kept.append(term("inputs of more norms", tokens=tokens, features=others, bytes=s.item))
@@ -55,6 +66,28 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
         pairs = {"tokens": tokens, "context": cfg.context_length, "heads": s.heads}
         kept.append(term("attention's scores (not fused)", **pairs, bytes=s.item + 4))
     return kept
+
+
+def at_work(s: Sizes, cfg: Config) -> list[Term]:
+    """What is held of a layer's frozen weights, dequantised, while it is at work.
+
+    All of a small layer, once for all its products, and until another layer takes its place: after
+    the last one too. Of a larger layer one linear at a time.
+
+    Args:
+        s: of the model.
+        cfg: format_name.
+    """
+    fmt = FORMATS[cfg.format_name]
+    if is_kept_whole(s, cfg):
+        return [term("all linears", weights=s.weights, bytes=s.item)]
+    return [term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes)]
+
+
+def is_kept_whole(s: Sizes, cfg: Config) -> bool:
+    """Whether a layer is so small that it is dequantised at once (model/packed.py)."""
+    has_scratch = FORMATS[cfg.format_name].scratch_bytes > 0
+    return has_scratch and s.active == s.weights and s.weights * s.item <= WHOLE_LAYER_BYTES
 
 
 @functools.lru_cache
@@ -74,12 +107,11 @@ def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> 
         term("gradient of its output", features=s.hidden, **wide),
         term("gradient of the activation product", features=s.product, **wide),
     ]
-    scratch = [
-        term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes),
-        term(
-            "constants of the layer", weights=s.weights, bytes=fmt.constant_bytes, per_group=GROUP
-        ),
-    ]
+    constants = {"weights": s.weights, "bytes": fmt.constant_bytes, "per_group": GROUP}
+    scratch = [*at_work(s, cfg), term("constants of the layer", **constants)]
+    rest = scratch[1:]  # before its first product
+    if is_kept_whole(s, cfg):
+        scratch = rest = scratch[:1]
     product_before: Rows = {LAYER: grads, SCRATCH: scratch}
     if level == "none":
         return [product_before]
@@ -89,13 +121,14 @@ def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> 
     output = term("LoRA product of the last linear", features=s.hidden, **wide)
     if level == "selective":
         residual = term("recomputed: residual", features=s.hidden, **wide)
-        return [product_before, {LAYER: [*made, residual, output, *grads]}]
+        between: Rows = {LAYER: [*made, residual, output, *grads]}
+        return [product_before, between | ({SCRATCH: rest} if is_kept_whole(s, cfg) else {})]
     if cfg.reentrant_checkpointing:  # recomputed to the end, before the backward begins
         return [{LAYER: [*made, output, *grads], SCRATCH: scratch}]
     # The backward of the last product runs first and keeps nothing; then the layer is recomputed.
     waiting = term("activation product, not yet made", features=-s.product, **wide)
     return [
-        {LAYER: [*made, output, *grads], SCRATCH: scratch[1:]},
+        {LAYER: [*made, output, *grads], SCRATCH: rest},
         {LAYER: [*made, waiting, *grads], SCRATCH: scratch},
     ]
 
@@ -114,8 +147,20 @@ def kept_by_level(
     """
     terms = []
     for level in dict.fromkeys(levels):
-        num = levels.count(level)
         for item in kept_bytes(s, cfg, tokens, level, kind):
+            num = levels.count(level)
+            if item.what == INPUT and cfg.use_activation_cpu_offload and level != "none":
+                num = min(num, AT_WORK)
             factors = (*item.factors, ("layers", num))
             terms.append(Term(f"{level}: {item.what}", factors, item.nbytes * num))
     return terms
+
+
+def num_offloaded(cfg: Config, levels: Sequence[str]) -> int:
+    """Layers whose inputs wait on the host: those that are recomputed, but for the very last.
+
+    Args:
+        cfg: use_activation_cpu_offload.
+        levels: of all layers.
+    """
+    return sum(level != "none" for level in levels[:-1]) * cfg.use_activation_cpu_offload

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fsdp_qlora.errors import ENVIRONMENT, UserError
@@ -65,6 +67,7 @@ MIN_GB, MAX_GB = 4, 512
 USABLE = 0.975  # of a card's nominal GB, as torch reports it
 CPU = Card("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step of 1,024 tokens
 ENTRY = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
+FIRST_WITH_BF16 = 8.0  # Ampere; torch emulates it on older cards, slowly, and does not say so
 QUERY = "name,memory.total,memory.used,uuid"
 SPEEDS = ("bf16_tflops", "memory_gbs", "host_link_gbs", "card_link_gbs")
 
@@ -78,12 +81,14 @@ class Machine:
         host_gib: of memory; None: not known, and then no limit.
         num_cpu_ranks: ranks where there is no card.
         system_gib: of host memory in use without the run; None: as measured elsewhere.
+        cpu: speeds of a CPU rank.
     """
 
     cards: tuple[Card, ...]
     host_gib: float | None = None
     num_cpu_ranks: int = 1
     system_gib: float | None = None
+    cpu: Card = CPU
 
     @property
     def num_ranks(self) -> int:
@@ -178,15 +183,29 @@ def here(visible: str | None = None) -> list[Card]:
         raise UserError(
             "nvidia-smi", f"gives no list of cards ({error})", remedy, ENVIRONMENT
         ) from error
-    return listed(listing.stdout, visible)
+    return listed(listing.stdout, visible, _capabilities(tool))
 
 
-def listed(listing: str, visible: str | None) -> list[Card]:
+def _capabilities(tool: str) -> dict[str, float]:
+    """Compute capability of each card by its UUID; none where the driver is too old to tell."""
+    query = [tool, "--query-gpu=uuid,compute_cap", "--format=csv,noheader"]
+    try:
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = re.findall(r"^(GPU-\S+), *(\d+\.\d+)$", listing.stdout, re.MULTILINE)
+    return {uuid: float(number) for uuid, number in rows}
+
+
+def listed(
+    listing: str, visible: str | None, capabilities: Mapping[str, float] = MappingProxyType({})
+) -> list[Card]:
     """Read the driver's list.
 
     Args:
         listing: a line a card, the values of QUERY between commas.
         visible: see `here`.
+        capabilities: of cards by UUID, as far as they are known.
 
     Returns:
         The visible cards; none where the driver does not know their memory.
@@ -198,7 +217,9 @@ def listed(listing: str, visible: str | None) -> list[Card]:
     for name, total_mib, used_mib, uuid in rows:
         card = from_driver(name.strip(), float(total_mib) / 1024)
         free_gib = round(card.memory_gib - float(used_mib) / 1024, 1)
-        found[uuid.strip()] = dataclasses.replace(card, memory_gib=free_gib)
+        number = capabilities.get(uuid.strip())
+        has_bf16 = card.has_bf16 if number is None else number >= FIRST_WITH_BF16
+        found[uuid.strip()] = dataclasses.replace(card, memory_gib=free_gib, has_bf16=has_bf16)
     if visible is None:
         return list(found.values())
     seen: list[Card] = []
@@ -223,6 +244,11 @@ def from_driver(name: str, memory_gib: float) -> Card:
     sized = alike or [card for card in CARDS.values() if card.memory_gib <= memory_gib] or [*_TABLE]
     near = min(sized, key=lambda card: abs(card.memory_gib - memory_gib))
     return dataclasses.replace(near, name=name, memory_gib=round(memory_gib * 0.985, 1))
+
+
+def measured_cpu() -> Card:
+    """The processor as `doctor` has measured it, else as in the table."""
+    return with_measured([CPU], machine_file(), None)[0]
 
 
 def with_measured(cards: list[Card], path: Path, link_gbs: float | None) -> list[Card]:

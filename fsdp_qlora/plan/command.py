@@ -6,13 +6,13 @@ import os
 import typing
 from collections.abc import Sequence
 
-from fsdp_qlora import arch, cli, config, host_memory
+from fsdp_qlora import arch, cli, config, host_memory, prequantized
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.plan import cards, fit, show
 from fsdp_qlora.plan.cards import Machine
-from fsdp_qlora.plan.sizes import setting_of
+from fsdp_qlora.plan.sizes import setting_for
 
 USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
 
@@ -103,7 +103,7 @@ def machine_of(options: Options, cfg: Config) -> Machine:
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
     measured = cards.with_measured(found[:num], cards.machine_file(), options.link)
-    return Machine(tuple(measured), host_gib, num)
+    return Machine(tuple(measured), host_gib, num, cpu=cards.measured_cpu())
 
 
 def main(argv: list[str]) -> int:
@@ -120,7 +120,8 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, machine = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    setting = setting_of(cfg, info.num_layers, machine.num_ranks)
+    cfg = prequantized.adopt(cfg, info.stored_format)
+    setting = setting_for(info, cfg, machine.num_ranks)
     found = fit.evaluate(info, cfg, setting, machine)
     values = show.as_dict(info, cfg, machine, found)
     whole = show.text(cfg, machine, found, values, options.explain)

@@ -37,6 +37,34 @@ def lines(plan: Mapping[str, Any], ledger: Mapping[str, Any], is_cuda: bool) -> 
     return [*found, _line(f"host, {phase}, all programs", predicted, _total(host[phase]))]
 
 
+def peaks(
+    plan: Mapping[str, Any], ledger: Mapping[str, Any], is_cuda: bool
+) -> dict[str, tuple[float, float]]:
+    """Predicted and measured GiB, each in the phase in which most was held.
+
+    Args:
+        plan: of summary.json.
+        ledger: of summary.json.
+        is_cuda: the ranks computed on cards.
+
+    Returns:
+        "host" (all programs) and "card" (of the rank that held most); nothing where nothing was
+        predicted or measured.
+    """
+    host = ledger.get("host") or {}
+    if not plan or not host:
+        return {}
+    found = {"host": (_highest(plan["host"]), _highest(host))}
+    if is_cuda:
+        measured = max(_highest(rank["device"]) for rank in ledger["ranks"])
+        found["card"] = (_highest(plan["device"]), measured)
+    return found
+
+
+def _highest(phases: Mapping[str, Rows]) -> float:
+    return _total(phases[_peak(phases)])
+
+
 def _peak(phases: Mapping[str, Rows]) -> str:
     return max((p for p in PHASES if p in phases), key=lambda p: _total(phases[p]))
 

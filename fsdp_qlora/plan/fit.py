@@ -8,9 +8,9 @@ from typing import Any
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import host, memory, speed
-from fsdp_qlora.plan.cards import CPU, Machine
+from fsdp_qlora.plan.cards import Machine
 from fsdp_qlora.plan.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.plan.sizes import Setting, Sizes, place, setting_of, sizes
+from fsdp_qlora.plan.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
 from fsdp_qlora.plan.speed import Speed
 
 MARGIN = 0.03  # of a card and of the host stays free: predictions are off by that much
@@ -97,7 +97,7 @@ def _evaluate(
         setting,
         device,
         memory_of_host,
-        speed.estimate(s, cfg, setting, machine.cards or (CPU,)),
+        speed.estimate(s, cfg, setting, machine.cards or (machine.cpu,)),
         min(card_limits, default=None),
         min(host_limits, default=None),
     )
@@ -117,7 +117,7 @@ def explore(
     Returns:
         The outcomes, some that do not fit included.
     """
-    own = setting_of(cfg, info.num_layers, machine.num_ranks)
+    own = setting_for(info, cfg, machine.num_ranks)
     s, num_rows = sizes(info, cfg), speed.num_rows(cfg)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the cards gains nothing
@@ -150,9 +150,12 @@ def _settings(
     if not fixed & BATCHING:
         batches = [n for n in range(1, per_step + 1) if per_step % n == 0]
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
-    placements = [place(num_layers, "sharded", 0)]
+    whole = [i for i, name in enumerate(own.placements) if name == "trained"]
+    num_packed = num_layers - len(whole)
+    packed = [place(num_packed, "sharded", 0)]
     for i in range(RESIDENT_STEPS + 1 if has_cards else 0):
-        placements.append(place(num_layers, "streamed", num_layers * i // RESIDENT_STEPS))
+        packed.append(place(num_packed, "streamed", num_packed * i // RESIDENT_STEPS))
+    placements = [with_trained(names, whole) for names in dict.fromkeys(packed)]
     strategy = "full_shard"
     if fixed & PLACING:
         placements, strategy = [own.placements], own.strategy
@@ -284,7 +287,7 @@ def changes(info: ModelInfo, cfg: Config, machine: Machine, most: int = 3) -> li
         The changes, those that lose least first, then the cheapest in time; pairs of changes too
         where single ones lose something; none when not even pairs are enough.
     """
-    own = setting_of(cfg, info.num_layers, machine.num_ranks)
+    own = setting_for(info, cfg, machine.num_ranks)
     singles = _single_changes(cfg, info.num_layers, own)
     tried: list[tuple[tuple[Row, ...], Change]]
     tried = [((row,), _change(info, cfg, machine, (row,))) for row in singles]
@@ -308,7 +311,7 @@ def _change(info: ModelInfo, cfg: Config, machine: Machine, rows: tuple[Row, ...
     for row in rows:
         values |= row[3]
     changed = dataclasses.replace(cfg, **values)
-    setting = setting_of(changed, info.num_layers, machine.num_ranks)
+    setting = setting_for(info, changed, machine.num_ranks)
     outcome = evaluate(info, changed, setting, machine)
     lost = ", ".join(row[1] for row in rows if row[1])
     return Change(" and ".join(row[0] for row in rows), lost, changed, outcome)

@@ -2,6 +2,7 @@
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import memory, rows
+from fsdp_qlora.plan.activations import num_offloaded
 from fsdp_qlora.plan.rows import Rows, Table, Term, term
 from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
 
@@ -9,6 +10,7 @@ from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
+NUM_COPIES = 3  # see train/checkpoint.py
 READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
 
 
@@ -57,18 +59,43 @@ def host(
     if cfg.weights == "load":
         nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
         loading[rows.LOADING] = [term("linears read ahead", linears=READ_AHEAD, **nbytes)]
-    saving = term("gathered", params=s.lora, layers=s.layers, bytes=4, ranks=ranks)
-    compared = term("read back", params=s.lora, layers=s.layers, bytes=4)
-    phases = {phase: dict(always) for phase in rows.PHASES}
+    phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
+    for phase in rows.PHASES[1:]:
+        phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + _copies(s, cfg, setting)
     phases["load"] |= loading
     if cfg.save_model:
-        phases["save"] |= {rows.SAVING: [saving, compared]}
+        phases["save"] |= {rows.SAVING: _saving(s, setting)}
     if kind == "cpu":
         table = memory.device(s, cfg, setting, kind)
         for phase, own in phases.items():
             needed = table.total_gib(phase) * GIB
             own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
     return Table(phases)
+
+
+def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
+    """What is trained, as rank 0 writes it beside the training (train/checkpoint.py)."""
+    if set(cfg.save_every) <= set("0m"):
+        return []
+    params = s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
+    what = "copies for checkpoints: weights, two moments"
+    return [term(what, params=params, n=NUM_COPIES, bytes=s.master)]
+
+
+def _saving(s: Sizes, setting: Setting) -> list[Term]:
+    gathered = {"params": s.lora, "layers": s.layers, "bytes": 4}
+    if setting.count("trained"):  # one after the other
+        return [term("the largest tensor", params=max(s.largest, s.head), bytes=4)]
+    return [term("gathered", **gathered, ranks=setting.num_ranks), term("read back", **gathered)]
+
+
+def _waiting(s: Sizes, cfg: Config, setting: Setting, phase: str) -> Rows:
+    """Inputs of layers that wait for the backward pass: the room for them stays."""
+    num = num_offloaded(cfg, setting.levels) * (phase != "load")
+    tokens = setting.batch_size * cfg.context_length * setting.num_ranks
+    what = "layers' inputs, of all ranks"
+    found = term(what, layers=num, tokens=tokens, hidden=s.hidden, bytes=s.item)
+    return {rows.WAITING: [found]} if num else {}
 
 
 def _hosted(s: Sizes, setting: Setting) -> list[Term]:

@@ -5,23 +5,26 @@ much the allocator holds beyond what is in use, and what processes and drivers n
 (recipes/*.md). tests/test_plan_memory.py holds the whole against the measured peaks.
 """
 
+import dataclasses
 from itertools import pairwise
 
+from fsdp_qlora.choices import OPTIMIZERS
 from fsdp_qlora.config import Config
-from fsdp_qlora.plan import rows
-from fsdp_qlora.plan.activations import kept_by_level, layer_moments
+from fsdp_qlora.plan import graphs, rows
+from fsdp_qlora.plan.activations import at_work, is_kept_whole, kept_by_level, layer_moments
 from fsdp_qlora.plan.rows import Rows, Table, Term, merged, term, total_bytes
-from fsdp_qlora.plan.sizes import FORMATS, GIB, Setting, Sizes
+from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
 
 CHUNK_BYTES = 256 * 2**20  # see model/head.py
 NUM_SLOTS = 2  # see model/placement.py
-# Measured on two H200 (recipes/*.md): driver less allocator, 1.2 GiB without peer access and 2.0
-# with it; one card alone has no collectives.
-CONTEXT_BYTES = 0.6 * GIB
-COLLECTIVE_BYTES = {False: 0.6 * GIB, True: 1.4 * GIB}
+ONE_GROUP_BYTES = 256 * 2**20  # see model/shard.py
+# Measured on two H200 (recipes/*.md): driver less allocator. 1.2 to 1.3 GiB on one card, and on two
+# without peer access; with it 1.95 to 2.0, but 1.6 where only adapters, embedding and head travel.
+CONTEXT_BYTES = 1.25 * GIB
+PEER_BYTES = {True: 0.75 * GIB, False: 0.35 * GIB}
 # cuBLAS's workspace of the forward and of the backward thread (32 MiB each on Hopper).
 LIBRARY_BYTES = 64 * 2**20
-# What comes and goes in a step leaves holes of this share (fits the four measured peaks to 3 %).
+# What comes and goes in a step leaves holes of this share (fits the measured peaks to 4 %).
 HOLES = 1 / 3
 # Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
 CPU_LIBRARY_BYTES = 160 * 2**20
@@ -43,9 +46,15 @@ def device(
         DEVICE_ROWS by phase.
     """
     states = _states(s, setting)
-    trained = {rows.OPTIMIZER: [_trained("AdamW's two moments", s, setting, 8)]}
-    grads = _trained("of all layers, summed over micro-batches", s, setting, 4)
+    unreduced = _unreduced(cfg, setting)
+    state_bytes = OPTIMIZERS[cfg.optimizer].state_bytes
+    if OPTIMIZERS[cfg.optimizer].on_cpu:  # torch's: as wide as what is trained
+        state_bytes = state_bytes * s.master // 4
+    trained = {rows.OPTIMIZER: _trained("moments", s, setting, state_bytes)}
+    grads = _trained("of all layers, summed over micro-batches", s, unreduced, s.master)
     saved = term("a gathered adapter", params=s.lora, bytes=4)
+    if setting.count("trained") or s.trained_root:
+        saved = term("a gathered tensor", params=max(s.largest, s.head), bytes=4)
     backward, forward = _backward(s, cfg, setting, kind), _forward(s, cfg, setting, kind)
     received = setting.num_ranks if setting.count("resident") else 1
     loading: Rows = {rows.LOADING: _loading(s, received)}
@@ -55,14 +64,19 @@ def device(
         "load": [max(merged([packed, loading]), states, key=total_bytes)],
         "forward": [states, trained, max(forward, key=total_bytes)],
         "backward": [states, trained, max(backward, key=total_bytes)],
-        "optimizer": [states, trained, {rows.GRADIENTS: [grads]}],
+        "optimizer": [states, trained, {rows.GRADIENTS: grads}],
         "save": [states, trained, {rows.LAYER: [saved]}],
     }
+    staying = _staying(s, cfg, setting, kind)
+    for phase in rows.PHASES[1:]:
+        moments[phase].append(staying)
     always: Rows = {}
     if kind == "cuda":
-        collectives = COLLECTIVE_BYTES[has_peer] * (setting.num_ranks > 1)
         always[rows.LIBRARIES] = [term("cuBLAS", bytes=LIBRARY_BYTES)]
-        always[rows.CONTEXT] = [term("context, NCCL", bytes=CONTEXT_BYTES + collectives)]
+        always[rows.CONTEXT] = [term("context, NCCL", bytes=CONTEXT_BYTES)]
+        if has_peer and setting.num_ranks > 1:
+            nbytes = PEER_BYTES[not setting.count("streamed")]
+            always[rows.CONTEXT].append(term("NCCL with peer access", bytes=nbytes))
     else:
         always[rows.LIBRARIES] = [term("oneDNN, bitsandbytes", bytes=CPU_LIBRARY_BYTES)]
         for phase in ("backward", "optimizer", "save"):
@@ -76,8 +90,24 @@ def device(
     )
 
 
-def _trained(what: str, s: Sizes, setting: Setting, nbytes: int) -> Term:
-    return term(what, params=s.lora, layers=s.layers, bytes=nbytes, per_ranks=setting.shares)
+def _unreduced(cfg: Config, setting: Setting) -> Setting:
+    """The setting as far as gradients go: whole on every rank until they are reduced."""
+    is_whole = cfg.no_sync and setting.accumulation > 1
+    return dataclasses.replace(setting, strategy="ddp") if is_whole else setting
+
+
+def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0) -> list[Term]:
+    """Something of all that is trained from a layer on."""
+    share = {"bytes": nbytes, "per_ranks": setting.shares}
+    num = setting.placements[first:].count("trained")
+    found = []
+    if s.lora and first < s.layers:
+        found.append(term(what, params=s.lora, layers=s.layers - first, **share))
+    if num:
+        found.append(term(f"whole layers: {what}", params=s.whole, layers=num, **share))
+    if s.trained_root:
+        found.append(term(f"embedding, head: {what}", params=s.trained_root, **share))
+    return found
 
 
 def _states(s: Sizes, setting: Setting) -> Rows:
@@ -87,12 +117,15 @@ def _states(s: Sizes, setting: Setting) -> Rows:
         for placement, ranks in (("sharded", setting.num_ranks), ("resident", 1)):
             if layers := setting.count(placement):
                 found[row].append(term(placement, layers=layers, bytes=nbytes, per_ranks=ranks))
-    share = {"bytes": s.item, "per_ranks": setting.shares}
+    share, num_whole = {"bytes": s.item, "per_ranks": setting.shares}, setting.count("trained")
     found[rows.UNQUANTISED] = [
-        term("embedding, head, last norm", params=s.root, **share),
-        term("norms and biases", params=s.small, layers=s.layers, **share),
+        term("embedding, head, last norm", params=s.root - s.trained_root, **share),
+        term("norms and biases", params=s.small, layers=s.layers - num_whole, **share),
     ]
-    found[rows.ADAPTERS] = [_trained("float32", s, setting, 4)]
+    if s.magnitudes:
+        lengths = term("row lengths of DoRA", rows=s.magnitudes, layers=s.layers, bytes=4)
+        found[rows.UNQUANTISED].append(lengths)
+    found[rows.ADAPTERS] = _trained("master copy", s, setting, s.master)
     found[rows.BUFFERS] = []
     layer_bytes = s.packed + s.constants
     if streamed := setting.count("streamed"):
@@ -101,6 +134,17 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     if s.root < 2 * s.head and setting.shares > 1:  # tied: gathered once for both ends
         found[rows.BUFFERS] += [term("tied embedding", params=s.head, bytes=s.item)]
     return found
+
+
+def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
+    """What layers leave on the card: their graphs, or the small layer that was last at work."""
+    if graphs.are_used(s, cfg, setting, kind):
+        return graphs.held(s, cfg, setting)
+    return {rows.SCRATCH: at_work(s, cfg)} if is_kept_whole(s, cfg) else {}
+
+
+def _without(found: Rows, *names: str) -> Rows:
+    return {row: terms for row, terms in found.items() if row not in names}
 
 
 def _loading(s: Sizes, received: int) -> list[Term]:
@@ -114,7 +158,7 @@ def _loading(s: Sizes, received: int) -> list[Term]:
 def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     """Gathered FSDP groups around the layer at work."""
     num = setting.count("sharded", "offloaded")
-    held = s.layers if setting.strategy == "shard_grad_op" else min(num, 2)
+    held = s.layers if setting.keeps_gathered else min(num, 2)
     held = min(held, num)
     terms = []
     if setting.num_ranks == 1:
@@ -122,12 +166,28 @@ def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     if held:
         what = "gathered: this layer and the next" if held == 2 else "gathered layers"
         terms.append(term(what, layers=held, bytes=s.packed + s.constants))
-    if setting.strategy == "shard_grad_op":
+    if held and setting.num_ranks > 1:  # FSDP copies what was gathered into the parameter
+        terms.append(term("one more, as gathered", bytes=s.packed + s.constants))
+    if setting.keeps_gathered:
         terms.append(term("embedding and head, kept gathered", params=s.root, bytes=s.item))
-    if s.lora and setting.shares > 1:
+    if s.lora and _is_one_group(s):
+        what = "gathered adapters of all layers"
+        terms.append(term(what, params=s.lora, layers=s.layers, bytes=s.item))
+    elif s.lora and setting.shares > 1:
         what = "gathered adapters in 16 bit (two layers), their gradients (16, 32 bit, reduced)"
         terms.append(term(what, params=s.lora, bytes=2 * 2 + 2 + 4 + 4))
+    nbytes = 2 * s.item + s.item + 4 + 4 * (setting.shares > 1)
+    if setting.count("trained"):
+        what = "gathered whole layers (two), gradients (as gathered, 32 bit, reduced)"
+        terms.append(term(what, params=s.whole, bytes=nbytes))
+    if s.trained_root:
+        terms.append(term("gathered embedding, its gradients", params=s.head, bytes=nbytes))
     return terms
+
+
+def _is_one_group(s: Sizes) -> bool:
+    """Whether adapters are so small that all layers' are gathered and reduced at once."""
+    return s.lora * s.layers * s.item <= ONE_GROUP_BYTES
 
 
 def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
@@ -143,11 +203,22 @@ def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
             rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels[: at + 1], kind),
             rows.BUFFERS: _buffers(s, setting),
         }
-        if done:
-            share = {"bytes": 4, "per_ranks": setting.shares}
-            common[rows.GRADIENTS] = [term("of layers done", params=s.lora, layers=done, **share)]
-        for own in layer_moments(s, cfg, tokens, setting.levels[at], kind):
-            moments.append(merged([common, own]))
+        if done or s.trained_root:
+            first = s.layers - done
+            common[rows.GRADIENTS] = _trained(
+                "of layers done", s, _unreduced(cfg, setting), s.master, first
+            )
+        if at == 0 and _is_one_group(s) and s.lora:
+            what, nbytes = "their gradients: 16 bit, 32 bit", s.item + 4
+            reduced = [term(what, params=s.lora, layers=s.layers, bytes=nbytes)]
+            moments.append(merged([_without(common, rows.KEPT), {rows.BUFFERS: reduced}]))
+        owns = layer_moments(s, cfg, tokens, setting.levels[at], kind)
+        if setting.levels[at] == "full" and graphs.are_used(s, cfg, setting, kind):
+            wide = {"tokens": tokens, "hidden": s.hidden, "bytes": s.item}
+            owns = [{rows.LAYER: [term("gradients of input and output", n=2, **wide)]}]
+        elif is_kept_whole(s, cfg):  # it stays, see _staying
+            owns = [_without(own, rows.SCRATCH) for own in owns]
+        moments += [merged([common, own]) for own in owns]
     return moments
 
 
@@ -157,23 +228,26 @@ def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
     wide = {"tokens": tokens, "bytes": s.item}
     kept: Rows = {rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels, kind)}
     if setting.accumulation > 1:
-        kept[rows.GRADIENTS] = [_trained("of earlier micro-batches", s, setting, 4)]
+        kept[rows.GRADIENTS] = _trained(
+            "of earlier micro-batches", s, _unreduced(cfg, setting), s.master
+        )
     chunk = max(16, CHUNK_BYTES // (4 * s.vocab))
-    what, nbytes = "logits: float32, their exponentials", 4 + 4
-    if tokens > chunk:
-        what, nbytes = "logits: float32 of two chunks, 16 bit", 4 + 4 + s.item
+    what = "logits: float32, 16 bit"
+    loss = [term(what, tokens=min(tokens, chunk), vocab=s.vocab, bytes=4 + s.item)]
+    if s.trained_root:
+        what = "gradient of the head: float32, of a chunk"
+        loss.append(term(what, params=s.head, bytes=4 + s.item))
     head: Rows = {
-        rows.LOSS: [term(what, tokens=min(tokens, chunk), vocab=s.vocab, bytes=nbytes)],
+        rows.LOSS: loss,
         rows.LAYER: [
             term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=4, **wide)
         ],
         rows.BUFFERS: _head_gathered(s, setting),
     }
-    fmt = FORMATS[cfg.format_name]
     width = 2 * s.hidden + s.gates + s.product
     layer: Rows = {
         rows.LAYER: [term("residual, norm, gates, product", features=width, **wide)],
-        rows.SCRATCH: [term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes)],
+        rows.SCRATCH: [] if is_kept_whole(s, cfg) else at_work(s, cfg),
         rows.BUFFERS: _buffers(s, setting),
     }
     return [merged([kept, head]), merged([kept, layer])]
@@ -181,9 +255,11 @@ def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
 
 def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
     """The head while it is at work: as gathered, and copied out of that."""
-    held, copies = [], 2
-    if setting.strategy == "shard_grad_op":
+    held, copies = list[Term](), 2
+    if setting.keeps_gathered:
         held, copies = _buffers(s, setting), 1
+    elif s.lora and _is_one_group(s):
+        held = [term("gathered adapters", params=s.lora, layers=s.layers, bytes=s.item)]
     if setting.shares == 1 or s.root < 2 * s.head:
         return held
     return [*held, term("gathered head", copies=copies, params=s.head, bytes=s.item)]
@@ -204,8 +280,7 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
     """What the allocator holds beyond what is in use: one rule for all.
 
     Blocks are not shared between streams, so the stream of the gathers keeps room for the largest
-    thing it ever gathered; what comes and goes in a step leaves holes; and slices that stay on the
-    card lie between the leftovers of the load.
+    thing it ever gathered; and what comes and goes in a step leaves holes.
     """
     passing = (rows.LAYER, rows.SCRATCH) if kind == "cuda" else (rows.KEPT, rows.LAYER)
     most = max(total_bytes({row: found.get(row, []) for row in passing}) for found in moments)
@@ -219,6 +294,4 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
         terms.append(
             term("slice on its way to the card", bytes=nbytes, per_ranks=setting.num_ranks)
         )
-    if setting.count("sharded", "resident"):
-        terms.append(term("left by the load", bytes=total_bytes({rows.LOADING: _loading(s, 1)})))
     return terms

@@ -41,8 +41,10 @@ SYSTEM = "other programs, system"
 PROCESSES = "processes"
 DATA = "data"
 SAVING = "adapters being saved"
+WAITING = "kept activations, pinned"
 RANKS = "models of the CPU ranks"
-HOST_ROWS: tuple[str, ...] = (HOSTED, FILES, SYSTEM, PROCESSES, LOADING, DATA, SAVING, RANKS)
+HOST_ROWS: tuple[str, ...] = (HOSTED, FILES, SYSTEM, PROCESSES, LOADING, DATA, WAITING)
+HOST_ROWS += (SAVING, RANKS)
 REST = "not told apart"  # measured only: what comes and goes where nobody looked closer
 
 

@@ -14,7 +14,7 @@ from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.plan import cards, fit, show
 from fsdp_qlora.plan.cards import Card, Machine
 from fsdp_qlora.plan.fit import Outcome
-from fsdp_qlora.plan.sizes import applied, setting_of
+from fsdp_qlora.plan.sizes import applied, setting_for
 
 ENV = (
     "FSDP_QLORA_PLAN"  # what the supervisor tells its ranks, so that they plan for the same machine
@@ -114,15 +114,16 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_cards: int) -> Mach
     """
     if ENV in env:
         told = json.loads(env[ENV])["machine"]
-        return Machine(**told | {"cards": tuple(Card(**card) for card in told["cards"])})
-    found: list[Card] = []
+        found = [Card(**card) for card in told["cards"]]
+        return Machine(**told | {"cards": tuple(found), "cpu": Card(**told["cpu"])})
+    found = []
     if num_cards:
         found = cards.here(env.get("CUDA_VISIBLE_DEVICES"))
         found = cards.with_measured(found, cards.machine_file(), None)
         found = (found + [UNKNOWN] * num_ranks)[:num_ranks] if found else [UNKNOWN] * num_ranks
     cgroup = host_memory.find_cgroup()
     limit_gib, used_gib = host_memory.limit_gib(cgroup), host_memory.used_gib(cgroup)
-    return Machine(tuple(found), limit_gib, num_ranks, used_gib)
+    return Machine(tuple(found), limit_gib, num_ranks, used_gib, cards.measured_cpu())
 
 
 def notch_of(env: Mapping[str, str]) -> int:
@@ -149,7 +150,24 @@ def make(
     Returns:
         The plan; a run that does not fit is planned as it is.
     """
-    own = fit.evaluate(info, cfg, setting_of(cfg, info.num_layers, machine.num_ranks), machine)
+    cfg, why = _with_precision(cfg, given, machine)
+    found = _make(info, cfg, given, machine, notch)
+    return dataclasses.replace(found, note="; ".join(filter(None, [found.note, why])))
+
+
+def _with_precision(cfg: Config, given: frozenset[str], machine: Machine) -> tuple[Config, str]:
+    """Cards without bfloat16 compute in float16, unless the user says otherwise."""
+    lacking = [card.name for card in machine.cards if not card.has_bf16]
+    if not lacking or "precision" in given or cfg.compute_dtype != "bfloat16":
+        return cfg, ""
+    why = f"precision fp16_autocast, as a {lacking[0]} has no bfloat16"
+    return dataclasses.replace(cfg, precision="fp16_autocast"), why
+
+
+def _make(
+    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, notch: int
+) -> RunPlan:
+    own = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
     refusal = _not_fitted(cfg, given, machine)
     if refusal:
         return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal)

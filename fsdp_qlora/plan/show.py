@@ -5,8 +5,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from fsdp_qlora import arch
+from fsdp_qlora import arch, trained
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes
 from fsdp_qlora.plan import fit, rows, speed
@@ -41,7 +42,7 @@ def as_dict(info: ModelInfo, cfg: Config, machine: Machine, found: Outcome) -> d
     if best is not None and found.fits and best.speed.step_s * WORTH > guess.step_s:
         best = None
     to_fit = [] if found.fits else fit.changes(info, cfg, machine)
-    num_trained = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    num_trained = trained.count(info, cfg)
     return {
         "model": cfg.model_name,
         "format": cfg.format_name,
@@ -125,6 +126,17 @@ def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, lis
     }
 
 
+def _trained(cfg: Config) -> str:
+    """What is trained, for people."""
+    words = {
+        "lora": f"adapter   LoRA r {cfg.lora_rank}",
+        "dora": f"adapter   DoRA r {cfg.lora_rank}",
+        "llama_pro": "trained   new layers",
+        "full": "trained   all weights",
+    }
+    return words[TRAIN_TYPES[cfg.train_type].adapter]
+
+
 def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], full: bool) -> str:
     """The plan for a terminal.
 
@@ -139,7 +151,7 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
     lines = [
         f"model     {values['model']}: {values['num_params']:,} parameters, "
         f"{len(found.setting.levels)} layers in {values['format']}",
-        f"adapter   LoRA r {cfg.lora_rank}: {values['num_trained']:,} trained parameters",
+        f"{_trained(cfg)}: {values['num_trained']:,} trained parameters",
         f"step      ranks {values['num_ranks']} x micro-batches {values['accumulation']} x rows "
         f"{values['batch_size']} x tokens {values['context_length']}",
         f"layers    {counts(values['placements'])}; checkpointing {counts(values['levels'])}",

@@ -8,47 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch
+from fsdp_qlora import arch, trained
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.choices import STRATEGIES
 from fsdp_qlora.config import Config
+from fsdp_qlora.plan.formats import FORMATS, ITEM_BYTES
 
 GIB = 1024**3
 ALIGN_BYTES = 256  # see model/layout.py
-GROUP = 64  # weights that share one constant
-NESTED = 256  # constants that share one constant of the second level
-PLACEMENTS = ("sharded", "offloaded", "streamed", "resident")
+PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
 LEVELS = ("full", "selective", "none")
 IN_MEMORY = ("/dev/shm/", "/run/")
+GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-
-
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """How a frozen weight is stored; tests compare every row with model/quantize.py.
-
-    Args:
-        weight_bits: bits of a packed weight.
-        fields: constants as (bytes of one, weights that share it, their number's multiple).
-        scratch_bytes: held per weight of a linear while it is unpacked.
-        constant_bytes: held per group of the layer at work, once its constants are usable.
-    """
-
-    weight_bits: int
-    fields: tuple[tuple[int, int, int], ...] = ()
-    scratch_bytes: int = 2
-    constant_bytes: int = 0
-
-
-_NESTED = ((1, GROUP, NESTED), (4, GROUP * NESTED, 1), (4, GROUP * NESTED, 1))
-_HQQ = ((2, GROUP, 1), (2, GROUP, 1))
-FORMATS = {
-    "nf4": Format(4, ((4, GROUP, 1),)),
-    "nf4_dq": Format(4, _NESTED, constant_bytes=4),
-    "fp4": Format(4, ((4, GROUP, 1),)),
-    "fp4_dq": Format(4, _NESTED, constant_bytes=4),
-    "hqq4": Format(4, _HQQ, scratch_bytes=3),
-    "bf16": Format(16, scratch_bytes=0),
-}
 
 
 def packed_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
@@ -62,13 +34,9 @@ def packed_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[i
         (packed weights, quantisation constants), each with its padding to ALIGN_BYTES.
     """
     fmt = FORMATS[format_name]
-    counts = [out_features * in_features for out_features, in_features in shapes]
-    weights = sum(_up(-(-count * fmt.weight_bits // 8), ALIGN_BYTES) for count in counts)
-    constants = 0
-    for item_bytes, share, multiple in fmt.fields:
-        items = sum(_up(-(-count // share), multiple) for count in counts)
-        constants += _up(items * item_bytes, ALIGN_BYTES)
-    return weights, constants
+    weights = sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in shapes)
+    fields = [(ITEM_BYTES[f.dtype] * sum(map(f.num_elements, shapes))) for f in fmt.fields]
+    return weights, sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
 
 
 def _up(value: int, multiple: int) -> int:
@@ -98,7 +66,13 @@ class Setting:
     @property
     def shares(self) -> int:
         """Ranks that share what is sharded: 1 when every rank keeps everything."""
-        return 1 if self.strategy == "ddp" else self.num_ranks
+        return 1 if STRATEGIES[self.strategy].replicates else self.num_ranks
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether layers that are sharded stay gathered between forward and backward."""
+        row = STRATEGIES[self.strategy]
+        return not (row.reshards or row.replicates)
 
     def count(self, *names: str) -> int:
         """Count the decoder layers in some placements (or on some levels)."""
@@ -129,27 +103,45 @@ def place(num_layers: int, rest: str, num_resident: int) -> tuple[str, ...]:
     )
 
 
-def setting_of(cfg: Config, num_layers: int, num_ranks: int) -> Setting:
+def with_trained(packed: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]:
+    """Add the layers that are trained themselves to the placements of all others.
+
+    Args:
+        packed: placements of the others, in order.
+        whole: numbers of those layers.
+    """
+    rest = iter(packed)
+    return tuple("trained" if i in whole else next(rest) for i in range(len(packed) + len(whole)))
+
+
+def setting_of(cfg: Config, num_layers: int, num_ranks: int, whole: Sequence[int] = ()) -> Setting:
     """What a command line sets.
 
     Args:
         cfg: the run.
         num_layers: decoder layers of its model.
         num_ranks: cards, or CPU ranks.
+        whole: layers that are trained themselves.
 
     Returns:
         The setting; `--offload_impl auto` means streamed, as on one host.
     """
     hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
     num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
+    num_packed, rest = num_layers - len(whole), hosted if cfg.use_cpu_offload else "sharded"
     return Setting(
         num_ranks=num_ranks,
         batch_size=cfg.batch_size,
         accumulation=cfg.gradient_accumulation_steps,
-        placements=place(num_layers, hosted if cfg.use_cpu_offload else "sharded", num_resident),
+        placements=with_trained(place(num_packed, rest, num_resident), whole),
         levels=cfg.levels(num_layers),
         strategy=cfg.sharding_strategy,
     )
+
+
+def setting_for(info: ModelInfo, cfg: Config, num_ranks: int) -> Setting:
+    """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
+    return setting_of(cfg, info.num_layers, num_ranks, trained.whole(info, cfg).layers)
 
 
 def applied(cfg: Config, setting: Setting) -> Config:
@@ -168,11 +160,12 @@ def applied(cfg: Config, setting: Setting) -> Config:
         "gradient_accumulation_steps": setting.accumulation,
         "sharding_strategy": setting.strategy,
     }
-    own = setting_of(cfg, num_layers, setting.num_ranks)
+    whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
+    own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):
         num_resident = setting.count("resident") if setting.strategy != "ddp" else 0
         is_fsdp = setting.count("offloaded") > 0
-        is_sharded = setting.count("sharded") == num_layers
+        is_sharded = setting.count("sharded", "trained") == num_layers
         changed["use_cpu_offload"] = not is_sharded and setting.strategy != "ddp"
         changed |= {"resident_layers": num_resident, "offload_impl": "fsdp" if is_fsdp else "auto"}
     if own.levels != setting.levels:
@@ -197,16 +190,20 @@ class Sizes:
         head_norms: features that pass through norms of the head size (Qwen 3, Gemma 3).
         weights: frozen weights of a layer's linears.
         largest: weights of its largest linear.
-        last: weights of its last linear, whose product a recomputation leaves out.
+        active: weights that one token passes: of a mixture, those of its experts.
+        last: weights of its last linear, whose product a recomputation leaves out; 0 with experts.
         packed, constants: bytes of a layer's linears as stored.
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
-        lora, lora_ranks: trained parameters of a layer, and the ranks of all its adapters.
+        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
+        magnitudes: features whose products DoRA scales.
+        whole, trained_root: parameters of a layer; those outside the layers that are trained.
         input_features: features that the adapted linears read and keep: each input once.
         dropped_features: the same for every adapted linear by itself.
         item: bytes of an activation.
         is_eager: attention is not fused.
         file_bytes: of the model's files, where they lie in memory.
+        master: bytes of a trained weight.
     """
 
     layers: int
@@ -221,6 +218,7 @@ class Sizes:
     head_norms: int
     weights: int
     largest: int
+    active: int
     last: int
     packed: int
     constants: int
@@ -229,11 +227,15 @@ class Sizes:
     head: int
     lora: int
     lora_ranks: int
+    magnitudes: int
+    whole: int
+    trained_root: int
     input_features: int
     dropped_features: int
     item: int
     is_eager: bool
     file_bytes: int
+    master: int
 
 
 def sizes(info: ModelInfo, cfg: Config) -> Sizes:
@@ -253,43 +255,48 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
     counts = [linear.out_features * linear.in_features for linear in linears]
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
     packed, constants = packed_bytes(shapes, cfg.format_name)
-    adapted = arch.select_linears(info, cfg.lora_target_modules)
-    o_proj = next((n for n in linears if n.name.endswith("o_proj")), linears[0])
-    vectors = [
-        (name, shape[0]) for name, shape in info.layer_params if name.endswith("norm.weight")
-    ]
-    gates = [n for n in linears[:-1] if n.name.rpartition(".")[2].startswith(("gate", "up"))]
+    targets = cfg.lora_target_modules if trained.has_adapters(cfg) else "all"
+    adapted = arch.select_linears(info, targets)
+    read_by_token, num_experts = arch.active_linears(info)
+    o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
+    norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
+    gates = [n for n in read_by_token if n.name.rpartition(".")[2].startswith(GATES)]
     qkv = linears[: linears.index(o_proj)]
     # Attention keeps its own output; the other inputs are norms' outputs and the last product.
     readers = {"qkv": qkv, "mlp": gates, "last": linears[-1:]}
     read = [group[0].in_features for group in readers.values() if set(group) & set(adapted)]
-    has_head_norms = any(width != info.hidden_size for _, width in vectors)
+    has_head_norms = any(width != info.hidden_size for width in norms)
     return Sizes(
         layers=info.num_layers,
         hidden=info.hidden_size,
         vocab=info.vocab_size,
         heads=info.config.get("num_attention_heads", 1),
-        outs=sum(linear.out_features for linear in linears[:-1]),
+        outs=sum(linear.out_features for linear in read_by_token[:-1]),
         attention=o_proj.in_features,
         gates=sum(linear.out_features for linear in gates),
-        product=linears[-1].in_features,
-        norms=sum(width == info.hidden_size for _, width in vectors),
+        product=read_by_token[-1].in_features * num_experts,
+        norms=sum(width == info.hidden_size for width in norms),
         head_norms=sum(n.out_features for n in qkv[:2]) if has_head_norms else 0,
         weights=sum(counts),
         largest=max(counts),
-        last=counts[-1],
+        active=sum(n.out_features * n.in_features for n in read_by_token),
+        last=counts[-1] if len(read_by_token) == len(linears) else 0,
         packed=packed,
         constants=constants,
         root=sum(math.prod(shape) for _, shape in info.root_params),
         small=sum(math.prod(shape) for _, shape in info.layer_params),
         head=info.vocab_size * info.hidden_size,
-        lora=sum(cfg.lora_rank * (n.in_features + n.out_features) for n in adapted),
-        lora_ranks=cfg.lora_rank * len(adapted),
+        lora=trained.adapter_params(info, cfg),
+        lora_ranks=cfg.lora_rank * len(adapted) * trained.has_adapters(cfg),
+        magnitudes=trained.magnitudes(info, cfg),
+        whole=trained.layer_params(info),
+        trained_root=trained.root_params(info, cfg),
         input_features=sum(read),
         dropped_features=sum(linear.in_features for linear in adapted),
         item=DTYPE_BYTES[cfg.compute_dtype],
         is_eager=cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention),
         file_bytes=_bytes_in_memory(info.path),
+        master=DTYPE_BYTES[cfg.master_dtype],
     )
 
 

@@ -5,13 +5,16 @@ were measured on two H200 (recipes/*.md).
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.plan.activations import num_offloaded
 from fsdp_qlora.plan.cards import Card
-from fsdp_qlora.plan.sizes import FORMATS, Setting, Sizes
+from fsdp_qlora.plan.formats import FORMATS
+from fsdp_qlora.plan.sizes import Setting, Sizes
 
 PRODUCTS = "compute"
 DEQUANTISE = "dequantisation"
@@ -84,17 +87,18 @@ def _passes(
     s: Sizes, cfg: Config, setting: Setting, card: Card, tokens: int
 ) -> list[dict[str, float]]:
     """Seconds of forward and backward of one micro-batch, by what they are spent on."""
-    products = 2.0 * s.weights * s.layers * tokens
+    products = 2.0 * s.active * s.layers * tokens
     attention = 2.0 * s.layers * s.attention * cfg.context_length * tokens
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora * s.layers * tokens
+    weight_grads = 2.0 * _trained(s, setting) * tokens - lora  # of what is trained itself
     num_full, num_selective = setting.count("full"), setting.count("selective")
     # A non-reentrant recomputation stops before the last product.
-    left_out = 0 if cfg.reentrant_checkpointing else s.last / s.weights
+    left_out = 0 if cfg.reentrant_checkpointing else s.last / s.active
     again = (products * (1 - left_out) + attention + lora) * num_full / s.layers
     rates = {"item": s.item / 2, "flops": card.bf16_tflops * 1e12}
     forward_s = (products + attention + 2 * head + lora) * rates["item"] / rates["flops"]
-    backward = products + 2.5 * attention + 2 * lora + again
+    backward = products + 2.5 * attention + 2 * lora + weight_grads + again
     backward_s = backward * rates["item"] / rates["flops"]
     # What selective layers recompute is elementwise: norms, rotary embedding, activation.
     features = 6 * s.hidden + s.gates + s.product
@@ -109,6 +113,8 @@ def _passes(
     for is_backward, product_s in ((False, forward_s), (True, backward_s)):
         num = 1 + num_full / s.layers if is_backward else 1.0
         host_s, card_s = _copies(s, setting, card, is_backward)
+        inputs = num_offloaded(cfg, setting.levels) * tokens * s.hidden * s.item
+        host_s += inputs / (card.host_link_gbs * 1e9)
         parts = (product_s, unpack_s * num, host_s, card_s, launch_s * num)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
@@ -120,12 +126,12 @@ def _copies(s: Sizes, setting: Setting, card: Card, is_backward: bool) -> tuple[
     host_bytes_s, ranks = card.host_link_gbs * 1e9, setting.num_ranks
     peer_bytes_s = (card.card_link_gbs or card.host_link_gbs) * 1e9
     others = 1 - 1 / ranks
-    is_kept = is_backward and setting.strategy == "shard_grad_op"
+    is_kept = is_backward and setting.keeps_gathered
     grouped = 0 if is_kept else setting.count("sharded", "offloaded")
     sliced = 0 if is_kept else setting.count("offloaded")
     gathered = grouped * layer_bytes * others
     if setting.shares > 1:
-        adapters = s.lora * s.layers * (2 + 4 * is_backward)  # gathered in 16 bit, reduced in 32
+        adapters = _trained(s, setting) * (2 + 4 * is_backward)  # gathered in 16 bit, reduced in 32
         ends = (1 if is_backward else 2) * s.head * s.item  # the embedding takes no part backwards
         gathered += (adapters + ends) * others
     host_s = setting.count("streamed") * layer_bytes / (STREAM_SHARE * host_bytes_s)
@@ -138,9 +144,15 @@ def _copies(s: Sizes, setting: Setting, card: Card, is_backward: bool) -> tuple[
     return (total_s, 0.0) if host_s > card_s else (0.0, total_s)
 
 
+def _trained(s: Sizes, setting: Setting) -> int:
+    return s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
+
+
 def _optimizer_s(s: Sizes, setting: Setting, card: Card) -> float:
     """AdamW reads and writes weights, gradients and two moments once."""
-    return 28.0 * s.lora * s.layers / setting.shares / (ELEMENTWISE_SHARE * card.memory_gbs * 1e9)
+    return (
+        28.0 * _trained(s, setting) / setting.shares / (ELEMENTWISE_SHARE * card.memory_gbs * 1e9)
+    )
 
 
 def num_rows(cfg: Config) -> int | None:
@@ -154,8 +166,9 @@ def num_rows(cfg: Config) -> int | None:
     """
     if cfg.dataset in ("dummy", "alpaca_sample", "orca_math"):
         return cfg.dataset_samples
-    path = Path(cfg.dataset).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > MAX_COUNTED_BYTES:
+    path = Path(os.path.expanduser(cfg.dataset))  # unlike pathlib's these raise nothing
+    is_jsonl = path.suffix == ".jsonl" and os.path.isfile(path)
+    if not is_jsonl or path.stat().st_size > MAX_COUNTED_BYTES:
         return KNOWN_ROWS.get(cfg.dataset)
     return sum(1 for line in path.read_bytes().splitlines() if line.strip())
 

@@ -1,4 +1,6 @@
-"""A LoRA adapter in peft's format, read without torch, and the record of its base that it carries.
+"""What a run has saved over its base, read without torch, and the record of that base.
+
+That is a LoRA or DoRA adapter in peft's format, or the new layers of LLaMA-Pro.
 
 The record lies in the header of the weights, so that it goes wherever they go: the format that the
 base was quantised to, the dtype it computed in, and a digest that tells one base from another.
@@ -23,15 +25,17 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora saves
 RECORD_KEY = "fsdp_qlora"
-PAIR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files
+SIDES = r"(?P<side>A|B|magnitude_vector)"
+PAIR_NAME = re.compile(rf"base_model\.model\.(?P<module>.+)\.lora_{SIDES}(\.weight)?")
 # Keys of adapter_config.json that may say anything, because the tensors tell it, or because it is
 # looked at here; every other one must be absent, false or empty.
 KNOWN_KEYS = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
     *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
-    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type"),
-    *("peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
-    *("target_modules", "task_type", "use_rslora"),
+    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save"),
+    *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+    *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
 SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
@@ -46,28 +50,32 @@ class Pair:
         a: [R, I].
         b: [O, R].
         scale: alpha / R, or alpha / sqrt(R).
+        magnitude: [O], of DoRA: the length that each row then gets; None for LoRA.
     """
 
     a: TensorRef
     b: TensorRef
     scale: float
+    magnitude: TensorRef | None = None
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter on disk.
+    """An adapter on disk.
 
     Args:
         path: its directory.
         base_name: directory or hub name of its base, as adapter_config.json has it.
         pairs: linear in the model ("model.layers.0.self_attn.q_proj") -> its matrices.
         record: what this program wrote about the base; empty for an adapter made elsewhere.
+        replaced: tensor of the model ("lm_head.weight") -> what stands for it.
     """
 
     path: Path
     base_name: str
     pairs: dict[str, Pair]
     record: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[str, TensorRef] = field(default_factory=dict)
 
     @property
     def ranks(self) -> list[int]:
@@ -79,7 +87,7 @@ def read(path: Path) -> Adapter:
     """Read an adapter.
 
     Args:
-        path: directory with adapter_config.json and adapter_model.safetensors.
+        path: directory of an adapter in peft's format, or of the new layers of LLaMA-Pro.
 
     Returns:
         What it holds; no weight is read.
@@ -87,27 +95,72 @@ def read(path: Path) -> Adapter:
     Raises:
         UserError: it is none, is not plain LoRA (code 2), or its files disagree (code 5).
     """
+    if (path / LAYERS_NAME).is_file():
+        record = _read_record(path / LAYERS_NAME)
+        return Adapter(
+            path, str(record.get("base", "")), {}, record, read_header(path / LAYERS_NAME)
+        )
     config = _read_config(path)
     file = path / WEIGHTS_NAME
     if not file.exists() and (path / "adapter_model.bin").exists():
         rule = "is pickled, which can run code and is never read"
         raise UserError(str(path / "adapter_model.bin"), rule, "save it as safetensors with peft")
     found: dict[str, dict[str, TensorRef]] = {}
-    unknown = []
+    dims = {"A": 2, "B": 2} | ({"magnitude_vector": 1} if config.get("use_dora") else {})
+    unknown, replaced, saved = [], {}, config.get("modules_to_save") or []
     for name, ref in read_header(file).items():
         match = PAIR_NAME.fullmatch(name)
-        if match is None or len(ref.shape) != 2:
+        if name.removesuffix(".weight").rpartition(".")[2] in saved:
+            replaced[name.removeprefix("base_model.model.")] = ref
+        elif match is None or len(ref.shape) != dims.get(match["side"]):
             unknown.append(name)
         else:
             found.setdefault(match["module"], {})[match["side"]] = ref
     if unknown:
         raise UserError(f"{describe(unknown)} in {file}", "is no LoRA matrix of a linear", BY_PEFT)
+    lacking = [name for name in saved if not any(name in key.split(".") for key in replaced)]
+    if lacking:
+        got, rule = (
+            f"modules_to_save {lacking[0]} in {path / CONFIG_NAME}",
+            f"is not in {file.name}",
+        )
+        raise UserError(got, rule, "take both files from the same place", INTEGRITY)
     if not found:
         rule = "holds no LoRA matrices"
         raise UserError(str(file), rule, "give the directory of a trained adapter", INTEGRITY)
     pairs = {name: _pair(name, sides, config, file) for name, sides in found.items()}
     base_name = str(config.get("base_model_name_or_path") or "")
-    return Adapter(path, base_name, pairs, _read_record(path))
+    return Adapter(path, base_name, pairs, _read_record(file), replaced)
+
+
+def options(adapter: Adapter) -> dict[str, Any]:
+    """Collect what the files of an adapter tell of the run that made it.
+
+    Args:
+        adapter: what `read` found.
+
+    Returns:
+        Options of train.py by name: those of run_config.json, where it is there, below what
+        adapter_config.json says.
+
+    Raises:
+        UserError: a file is damaged (code 5).
+    """
+    config = read_json(adapter.path / CONFIG_NAME)
+    known: dict[str, Any] = {}
+    if (adapter.path / "run_config.json").is_file():
+        known = vars(run_config(adapter.path))
+    targets = config.get("target_modules") or "all"
+    return {
+        "model_name": adapter.base_name,
+        "train_type": "bnb_dora" if config.get("use_dora") else "qlora",
+        **known,
+        "lora_rank": config["r"],
+        "lora_alpha": config["lora_alpha"],
+        "use_rslora": config.get("use_rslora", False),
+        "modules_to_save": ",".join(config.get("modules_to_save") or ()) or None,
+        "lora_target_modules": targets if isinstance(targets, str) else ",".join(targets),
+    }
 
 
 def check(adapter: Adapter, info: ModelInfo) -> None:
@@ -130,6 +183,11 @@ def check(adapter: Adapter, info: ModelInfo) -> None:
         if shape != info.tensors[f"{name}.weight"].shape:
             rule = f"is {list(info.tensors[f'{name}.weight'].shape)} in {info.path}"
             raise UserError(f"adapter for {name} {list(shape)}", rule, remedy, INTEGRITY)
+    for name, ref in adapter.replaced.items():
+        is_copy = info.is_tied and name == "lm_head.weight"
+        if not is_copy and (name not in info.tensors or ref.shape != info.tensors[name].shape):
+            rule = f"is not so in {info.path}"
+            raise UserError(f"{name} {list(ref.shape)}", rule, remedy, INTEGRITY)
 
 
 def record_of(info: ModelInfo, cfg: Config) -> dict[str, Any]:
@@ -217,8 +275,12 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _pair(name: str, sides: dict[str, TensorRef], config: dict[str, Any], file: Path) -> Pair:
-    if sides.keys() != {"A", "B"} or sides["A"].shape[0] != sides["B"].shape[1]:
-        raise UserError(f"{name} in {file}", "has no pair of LoRA matrices", "save it again", 5)
+    needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
+    if sides.keys() != needed or sides["A"].shape[0] != sides["B"].shape[1]:
+        rule = f"must have {' and '.join(sorted(needed))}"
+        raise UserError(
+            f"{name} in {file}", f"has no pair of LoRA matrices: {rule}", "save it again", 5
+        )
     rank = sides["A"].shape[0]
     expected = _by_pattern(config, "rank_pattern", "r", name)
     if rank != expected:
@@ -228,7 +290,7 @@ def _pair(name: str, sides: dict[str, TensorRef], config: dict[str, Any], file: 
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"lora_alpha {alpha!r} for {name}", "must be a number", "correct it")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Pair(sides["A"], sides["B"], alpha / divisor)
+    return Pair(sides["A"], sides["B"], alpha / divisor, sides.get("magnitude_vector"))
 
 
 def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
@@ -248,9 +310,10 @@ def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) 
     return config.get(default)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(weights: Path) -> dict[str, Any]:
     """The record in the header; without one, what run_config.json beside it tells."""
-    with (path / WEIGHTS_NAME).open("rb") as file:
+    path = weights.parent
+    with weights.open("rb") as file:
         raw = file.read(int.from_bytes(file.read(8), "little"))
     text = json.loads(raw).get("__metadata__", {}).get(RECORD_KEY)
     if text is not None:
@@ -260,7 +323,7 @@ def _read_record(path: Path) -> dict[str, Any]:
             record = None
         if not isinstance(record, dict):
             rule = "has a damaged record of its base"
-            raise UserError(str(path / WEIGHTS_NAME), rule, "copy it again", INTEGRITY)
+            raise UserError(str(weights), rule, "copy it again", INTEGRITY)
         return record
     if not (path / "run_config.json").is_file():
         return {}

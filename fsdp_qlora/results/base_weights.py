@@ -4,16 +4,18 @@ Shape letters: I in features, O out features, R LoRA rank.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.cache import PackedCache, key
-from fsdp_qlora.model.layout import Layout, build_layout, pack_linear
+from fsdp_qlora.model.layout import Layout, build_layout, put_linear
 from fsdp_qlora.model.packed import LayerCache, LayerStore
+from fsdp_qlora.model.quantize import FORMATS, Fields
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 from fsdp_qlora.results.adapter_files import Pair
 from fsdp_qlora.weights_files import TensorRef, read_json
@@ -78,10 +80,14 @@ class AsTrained:
             self._layout = build_layout(shapes, format_name)
             self.kept = find_kept(info, self._layout, quant_cache)
             self.note = f"from {self.kept.directory}" if self.kept else self.note
+        self._stored = Weights(info) if info.packed else None
+        if self._stored is not None and format_name != info.stored_format:
+            rule = f"is stored as {info.stored_format}, not {format_name or 'in 16 bit'}"
+            raise UserError(str(info.path), rule, "use --base auto, or take the 16-bit original")
 
     def needs(self, name: str) -> bool:
         """Whether the weight in the files is needed to make what training saw of it."""
-        return self.kept is None or name not in self._linears
+        return name not in self._linears or (self.kept is None and self._stored is None)
 
     def __call__(
         self, name: str, weight: torch.Tensor | None, device: torch.device
@@ -100,15 +106,23 @@ class AsTrained:
         Raises:
             UserError: a kept layer is damaged (code 5).
         """
+        if weight is None and self._stored is not None:
+            packed = self._stored.read_packed([name], device)
+            assert packed is not None
+            return self._unpacked(next(packed), self._stored.info.tensors[name].shape, device)
         if weight is None:
             return self._from_kept(name, device)
         if self.format_name is None:
             return weight
         if name not in self._linears:
             return weight.to(self.dtype)
-        layout = build_layout([(weight.shape[0], weight.shape[1])], self.format_name)
-        flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=weight.device)
-        pack_linear(flat, layout, 0, weight)
+        fields = FORMATS[self.format_name].pack(weight)
+        return self._unpacked(fields, weight.shape, weight.device)
+
+    def _unpacked(self, fields: Fields, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+        layout = build_layout([(shape[0], shape[1])], str(self.format_name))
+        flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        put_linear(flat, layout, 0, fields)
         return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
 
     def _from_kept(self, name: str, device: torch.device) -> torch.Tensor:
@@ -150,13 +164,19 @@ def find_kept(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache 
     return PackedCache(directory, "", layout.nbytes, True, dict(enumerate(digests)))
 
 
-def read_from(info: ModelInfo, device: torch.device, rounding: AsTrained | None = None) -> Reader:
+def read_from(
+    info: ModelInfo,
+    device: torch.device,
+    rounding: AsTrained | None = None,
+    replaced: Mapping[str, TensorRef] = MappingProxyType({}),
+) -> Reader:
     """Make a function that reads a weight by name.
 
     Args:
         info: with the places of its tensors.
         device: where they go.
         rounding: what becomes of them; None leaves them as stored.
+        replaced: by name, what is read in place of them.
 
     Returns:
         Name -> weight.
@@ -164,6 +184,8 @@ def read_from(info: ModelInfo, device: torch.device, rounding: AsTrained | None 
     source = Weights(info)
 
     def read(name: str) -> torch.Tensor:
+        if name in replaced:
+            return load(replaced[name], device)
         if rounding is not None and not rounding.needs(name):
             return rounding(name, None, device)
         (weight,) = source.read_ahead([name], device)
@@ -185,10 +207,29 @@ def load_pair(pair: Pair, device: torch.device) -> tuple[torch.Tensor, torch.Ten
     Raises:
         UserError: the file ends too early (code 5).
     """
-    return _read(pair.a, device), _read(pair.b, device)
+    return load(pair.a, device), load(pair.b, device)
 
 
-def _read(ref: TensorRef, device: torch.device) -> torch.Tensor:
+def add_pair(weight_OI: torch.Tensor, pair: Pair, device: torch.device) -> torch.Tensor:
+    """Add LoRA matrices to a weight; of DoRA, give its rows their lengths then.
+
+    Args:
+        weight_OI: of the base.
+        pair: of this linear.
+        device: where it is computed.
+
+    Returns:
+        The sum, float32.
+    """
+    a_RI, b_OR = load_pair(pair, device)
+    weight_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=pair.scale)
+    if pair.magnitude is not None:
+        weight_OI *= (load(pair.magnitude, device) / weight_OI.norm(dim=1)).unsqueeze(1)
+    return weight_OI
+
+
+def load(ref: TensorRef, device: torch.device) -> torch.Tensor:
+    """Read a tensor, float32."""
     raw = torch.empty(ref.nbytes, dtype=torch.uint8)
     read_file(ref.file, ref.start, raw)
     return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)

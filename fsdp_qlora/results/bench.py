@@ -17,18 +17,18 @@ import shlex
 import signal
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch
-from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
-from fsdp_qlora.results import bench_report, bench_run
-from fsdp_qlora.results.bench_arms import ARMS, Arm, Workload, obstacle
+from fsdp_qlora.results import bench_report, bench_series
+from fsdp_qlora.results.bench_arms import ARMS, Arm, Workload
+from fsdp_qlora.results.bench_attempt import attempt, environment
+from fsdp_qlora.results.bench_cases import KINDS
 from fsdp_qlora.results.bench_machine import PLACE, checkpoint, commit, machine, versions
-from fsdp_qlora.train.ranks import count_gpus, wishes
+from fsdp_qlora.train.ranks import count_gpus
 
 MAX_CPU_PARAMS = 1e9
 CPU_NOTE = (
@@ -83,6 +83,8 @@ def main(argv: list[str]) -> int:
         UserError: the arguments cannot be used, or the weights cannot be written.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop ends the running arm too
+    if argv[:1] and argv[0] in KINDS:
+        return bench_series.main(argv)
     plan = _plan(argv)
     began_s = time.perf_counter()
     runs: list[dict[str, Any]] = []
@@ -117,42 +119,9 @@ def measure(plan: Plan, arm: Arm, p2p: str, number: int) -> dict[str, Any]:
         The run as peers.json holds it; an arm that fails is a run with a reason.
     """
     out = plan.out / "runs" / f"{p2p}-{number}-{arm.name}"
-    out.mkdir(parents=True)
     record = {"arm": arm.name, "what": arm.what, "is_ours": arm.is_ours, "p2p": p2p}
-    record |= {"round": number, "state": "failed", "command": ""}
-    reason = obstacle(arm, plan.work)
-    if reason is not None:
-        return {**record, "reason": reason}
-    launch, log = arm.launch(plan.work, out), out / "log.txt"
     env = environment(os.environ, p2p, plan.work.num_ranks)
-    milestone = out / arm.milestone if arm.milestone else None
-    ran = bench_run.run(launch, env, log, plan.timeout_s, milestone)
-    record |= {"command": shlex.join(launch.argv), "log": str(log), "wall_s": ran.wall_s}
-    record |= {"host_before_gib": ran.host_before_gib, "host_peak_gib": ran.host_peak_gib}
-    record |= {"host_added_gib": ran.host_peak_gib - ran.host_before_gib}
-    if ran.code != DONE:
-        how = f"no end after {plan.timeout_s:.0f} s" if ran.code is None else f"code {ran.code}"
-        return {**record, "reason": f"{how}: {bench_run.last_word(ran.lines)} (log: {log})"}
-    try:
-        measured = arm.read(plan.work, out, ran)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {**record, "reason": f"its record cannot be read: {error!r} (log: {log})"}
-    return {**record, "state": "measured", "reason": None, **asdict(measured)}
-
-
-def environment(env: Mapping[str, str], p2p: str, num_ranks: int) -> dict[str, str]:
-    """Return the environment of every arm: threads and allocator alike, our modules at hand.
-
-    Args:
-        env: of this process.
-        p2p: setting; "off" disables peer access of NCCL, the others leave it alone.
-        num_ranks: processes of an arm.
-    """
-    paths = [str(PROJECT_DIR), *filter(None, [env.get("PYTHONPATH")])]
-    ours = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    ours |= {"NCCL_P2P_DISABLE": "1"} if p2p == "off" else {}
-    kept = {name: text for name, text in env.items() if name != "NCCL_P2P_DISABLE"}
-    return {**kept, **wishes(env, num_ranks), **ours}
+    return {**record, "round": number, **attempt(arm, plan.work, out, env, plan.timeout_s)}
 
 
 def write(plan: Plan, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -280,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m fsdp_qlora bench", description=__doc__, formatter_class=form
     )
-    parser.add_argument("what", choices=["peers"], help="what to measure")
+    parser.add_argument("what", choices=["peers", *KINDS], help="7b --help tells of the others")
     add = parser.add_argument
     add("--model_name", default="llama-2-7b", help="known shape (random weights) or directory")
     add("--batch_size", type=int, default=4, help="rows per rank and step [4]")

@@ -22,13 +22,14 @@ LORA_RANK = LORA_ALPHA = 16
 PEERS_DIR = PROJECT_DIR / "recipes" / "peers"
 PEERS = "pip install 'fsdp_qlora[peers]'"
 REMEDIES = {"liger_kernel": "pip install liger-kernel"}
-OURS = (
+COMMON = (
     *("--train_type=qlora", "--quant_type=nf4", "--double_quant=true", "--precision=bf16"),
     *(f"--lora_rank={LORA_RANK}", f"--lora_alpha={LORA_ALPHA}", "--lora_dropout=0"),
     *("--lora_target_modules=all", f"--lr={LR}", "--lr_scheduler=constant", "--wd=0"),
-    *("--apply_gradient_clipping=false", "--use_gradient_checkpointing=true"),
-    *("--quant_cache=off", "--save_model=false", "--log_to=stdout"),
+    *("--apply_gradient_clipping=false", "--quant_cache=off", "--save_model=false"),
+    "--log_to=stdout",
 )
+OURS = (*COMMON, "--use_gradient_checkpointing=true")
 # tqdm's line in the reference: "Epoch 0, Loss 11.190, LR 1.00e-04:   8%|#   | 1/13 [00:03<..."
 REFERENCE_STEP = re.compile(r"Loss (\d+\.\d+).*\| (\d+)/(\d+) \[")
 REFERENCE_PEAK = re.compile(r"Peak (allocated|reserved) memory: +(\d+\.\d+) GiB")
@@ -48,6 +49,7 @@ class Workload:
         extra: further flags of train.py for our arms.
         best: flags of train.py that make `ours_best`.
         reference: checkout of the reference, or None.
+        accumulation: micro-batches of a step.
     """
 
     model: Path
@@ -60,17 +62,18 @@ class Workload:
     extra: tuple[str, ...] = ()
     best: tuple[str, ...] = ()
     reference: Path | None = None
+    accumulation: int = 1
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a step of all ranks."""
-        return self.batch_size * self.context_length * self.num_ranks
+        return self.batch_size * self.accumulation * self.context_length * self.num_ranks
 
     @property
     def data_flags(self) -> list[str]:
         """Flags of train.py that give the rows."""
         shape = (self.batch_size, self.context_length, self.max_steps, self.num_ranks)
-        return data_flags(*shape, SEED)
+        return data_flags(*shape, SEED, self.accumulation)
 
 
 @dataclass(frozen=True)
@@ -140,17 +143,25 @@ def obstacle(arm: Arm, work: Workload) -> str | None:
     return None
 
 
-def _ours(flags: Callable[[Workload], tuple[str, ...]]) -> Callable[[Workload, Path], Launch]:
-    def launch(work: Workload, out: Path) -> Launch:
-        argv = [
-            *(sys.executable, str(PROJECT_DIR / "train.py"), f"--model_name={work.model}"),
-            *(*OURS, *work.data_flags, f"--world_size={work.num_ranks}"),
-            *(f"--gpu_budget_gib={work.gpu_budget_gib}", *flags(work), *work.extra),
-            f"--output_dir={out / 'run'}",
-        ]
-        return Launch(argv, PROJECT_DIR)
+def launch_ours(flags: tuple[str, ...], work: Workload, out: Path) -> Launch:
+    """Say how train.py is started.
 
-    return launch
+    Args:
+        flags: besides those of the work.
+        work: what it trains.
+        out: directory of the arm; the run is in run/.
+    """
+    argv = [
+        *(sys.executable, str(PROJECT_DIR / "train.py"), f"--model_name={work.model}"),
+        *(*flags, *work.data_flags, f"--world_size={work.num_ranks}"),
+        *(f"--gpu_budget_gib={work.gpu_budget_gib}", *work.extra),
+        f"--output_dir={out / 'run'}",
+    ]
+    return Launch(argv, PROJECT_DIR)
+
+
+def _ours(flags: Callable[[Workload], tuple[str, ...]]) -> Callable[[Workload, Path], Launch]:
+    return lambda work, out: launch_ours((*OURS, *flags(work)), work, out)
 
 
 def read_ours(work: Workload, out: Path, ran: Ran) -> Measured:

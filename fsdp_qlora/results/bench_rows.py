@@ -1,26 +1,33 @@
 """The rows of a bench: every arm trains on the same token ids, per rank and per step."""
 
-DUMMY_FLAGS = ("--dataset=dummy", "--gradient_accumulation_steps=1", "--eval_samples=0")
+DUMMY_FLAGS = ("--dataset=dummy", "--eval_samples=0")
 
 
 def data_flags(
-    batch_size: int, context_length: int, num_steps: int, num_ranks: int, seed: int
+    batch_size: int,
+    context_length: int,
+    num_steps: int,
+    num_ranks: int,
+    seed: int,
+    accumulation: int = 1,
 ) -> list[str]:
     """Say to train.py what an arm trains on: as many random rows as the steps take.
 
     Args:
-        batch_size: rows per rank and step.
+        batch_size: rows per rank and micro-batch.
         context_length: tokens of each row.
         num_steps: optimizer steps.
         num_ranks: ranks.
         seed: of the ids and of their order.
+        accumulation: micro-batches of a step.
 
     Returns:
         Flags of train.py.
     """
     return [
         *DUMMY_FLAGS,
-        f"--dataset_samples={num_steps * batch_size * num_ranks}",
+        f"--dataset_samples={num_steps * accumulation * batch_size * num_ranks}",
+        f"--gradient_accumulation_steps={accumulation}",
         f"--batch_size={batch_size}",
         f"--context_length={context_length}",
         f"--max_steps={num_steps}",

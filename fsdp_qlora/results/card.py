@@ -8,34 +8,39 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch
+from fsdp_qlora import arch, trained
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.redaction import SECRETS, redact
 from fsdp_qlora.results import report_record
 from fsdp_qlora.results.report_record import Run, highest
 
 CARD_NAME = "README.md"
-BLOT = "[secret]"
-SECRETS = (
+# A card is shown to all: here also what only may be a secret is blotted out.
+MAYBE_SECRETS = (
     re.compile(r"\b(hf|sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}"),
-    re.compile(r"\bgithub_pat_\w{8,}|\bAKIA[A-Z0-9]{12,}|\bAIza[\w-]{20,}"),
     re.compile(r"\b[0-9a-f]{40}\b"),
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),
     re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
 )
-SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY")
-LEAST_SECRET_CHARS = 8
 OWN_PATHS = ("output_dir", "overwrite", "recipe")
 SETTINGS = (
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
     *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
     *("optimizer", "lr", "lr_scheduler", "warmup_ratio", "wd", "precision", "seed"),
 )
+_ADAPTER = " adapter for {base}, trained with fsdp_qlora over a base in {form}, in peft's format."
+_INTROS = {
+    "lora": "A LoRA" + _ADAPTER,
+    "dora": "A DoRA" + _ADAPTER,
+    "llama_pro": "The new layers of {base}, trained with fsdp_qlora between layers in {form}.",
+    "full": "All weights of {base}, trained with fsdp_qlora.",
+}
 
 
 def write(directory: Path, cfg: Config, info: ModelInfo) -> Path:
@@ -50,7 +55,7 @@ def write(directory: Path, cfg: Config, info: ModelInfo) -> Path:
         Path of the card.
     """
     path = directory / CARD_NAME
-    card = redact(text(cfg, info, _record(directory)), os.environ)
+    card = redact(text(cfg, info, _record(directory)), os.environ, (*MAYBE_SECRETS, *SECRETS))
     path.write_text(card, encoding="utf-8")
     return path
 
@@ -74,13 +79,12 @@ def text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
     Returns:
         Markdown, with the header that the hub reads.
     """
-    name = cfg.resolved_output_dir.name
+    name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
     parts = [
         "\n".join(_front_matter(cfg)),
         f"# {one_line(name)}",
-        f"A LoRA adapter for `{_code(cfg.model_name)}`, trained with fsdp_qlora over a base in "
-        f"`{cfg.format_name}`. It is in peft's format.",
-        _usage(name),
+        _INTROS[kind].format(base=f"`{_code(cfg.model_name)}`", form=f"`{cfg.format_name}`"),
+        _usage(name, kind),
         "## Training",
         _table(_facts(cfg, info, run)),
     ]
@@ -111,34 +115,16 @@ def command(cfg: Config) -> str:
     return one_line(shlex.join(words))
 
 
-def redact(words: str, environment: Mapping[str, str]) -> str:
-    """Blot out what looks like a secret, and the values of variables that are named like one.
-
-    Args:
-        words: any text.
-        environment: variables of the process.
-
-    Returns:
-        The text without them.
-    """
-    values = [value for name, value in environment.items() if SECRET_NAMES.search(name.upper())]
-    for value in sorted(values, key=len, reverse=True):
-        if len(value) >= LEAST_SECRET_CHARS:
-            words = words.replace(value, BLOT)
-    for pattern in SECRETS:
-        words = pattern.sub(BLOT, words)
-    return words
-
-
 def _front_matter(cfg: Config) -> Iterator[str]:
     yield "---"
     if _is_hub_name(cfg.model_name):
         yield f"base_model: {cfg.model_name}"
-    yield "library_name: peft"
+    kind = TRAIN_TYPES[cfg.train_type].adapter
+    yield f"library_name: {'peft' if kind in ('lora', 'dora') else 'transformers'}"
     yield "pipeline_tag: text-generation"
     if _is_hub_name(cfg.dataset):
         yield f"datasets: [{cfg.dataset.partition(':')[0]}]"
-    yield f"tags: [lora, fsdp_qlora, {cfg.train_type}]"
+    yield f"tags: [{kind}, fsdp_qlora, {cfg.train_type}]"
     yield "---"
 
 
@@ -149,10 +135,17 @@ def _is_hub_name(name: str) -> bool:
     return is_form and not Path(name).expanduser().exists()
 
 
-def _usage(name: str) -> str:
-    return (
+def _usage(name: str, kind: str) -> str:
+    if kind == "full":
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})\n```"
+        )
+    load = (
         "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
         f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})\n```\n\n"
+    )
+    return load * (kind != "llama_pro") + (
         "To make a plain model of base and adapter, with the difference measured:\n\n"
         f"```bash\npython -m fsdp_qlora merge --adapter {shlex.quote(name)} "
         f"--out {shlex.quote(name + '-merged')}\n```"
@@ -161,10 +154,10 @@ def _usage(name: str) -> str:
 
 def _facts(cfg: Config, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
     total = arch.num_params(info)
-    trained = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    num_trained = trained.count(info, cfg)
     yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
     yield "base in training", cfg.format_name
-    yield "trained parameters", f"{trained:,} ({trained / total:.2%})"
+    yield "trained parameters", f"{num_trained:,} ({num_trained / total:.2%})"
     yield "data set", cfg.dataset
     for line in "\n".join(run.facts.get("lines", []) if run else []).splitlines():
         if line.startswith("data "):

@@ -17,9 +17,10 @@ from torch import nn
 from fsdp_qlora import host_memory
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.results.adapter_files import Adapter, Pair
-from fsdp_qlora.results.base_weights import AsTrained, Reader, load_pair, read_from
+from fsdp_qlora.results.base_weights import AsTrained, Reader, load, load_pair, read_from
 from fsdp_qlora.results.evidence_rows import Rows, choose
 from fsdp_qlora.results.verbs import MergeOptions
+from fsdp_qlora.stored_names import expert_matrices, stored_name
 
 GIB = 2**30
 CHUNK_TOKENS = 64  # compared at once
@@ -59,7 +60,9 @@ def collect(
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
     rows = choose(options, adapter, info)
-    trained = logits(info, read_from(info, device, seen), adapter.pairs, rows.ids, device)
+    trained = logits(
+        info, read_from(info, device, seen, adapter.replaced), adapter.pairs, rows.ids, device
+    )
     merged = logits(result, read_from(result, device), {}, rows.ids, device)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
     return {"rows": rows.note, "base_of_adapter": base} | compare(trained, merged, rows)
@@ -67,6 +70,7 @@ def collect(
 
 def _need_bytes(options: MergeOptions, info: ModelInfo) -> int:
     largest = max(ref.nbytes for ref in info.tensors.values())
+    largest *= max(sum(linear.expert is not None for linear in info.linears), 1)
     num_logits = options.evidence_rows * options.evidence_tokens * info.vocab_size
     return largest * WEIGHT_BYTES // 2 + num_logits * 4 * LOGITS_COPIES
 
@@ -109,7 +113,7 @@ def logits(
         if info.is_tied and own.get("weight") == "lm_head.weight":
             own["weight"] = f"{embedded}.weight"
         if own:
-            module.register_forward_pre_hook(partial(_bring, own, read))
+            module.register_forward_pre_hook(partial(_bring, own, partial(_read, info, read)))
             module.register_forward_hook(_drop)
     batch_BT = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
     for row, tokens in zip(batch_BT, ids, strict=True):
@@ -132,6 +136,14 @@ def _build(info: ModelInfo) -> Any:
         )
 
 
+def _read(info: ModelInfo, read: Reader, name: str) -> torch.Tensor:
+    """A parameter by its name in the model: experts lie one by one in the files."""
+    matrices = expert_matrices(info, name)
+    if not matrices:
+        return read(stored_name(info, name))
+    return torch.stack([torch.cat([read(part) for part in parts]) for parts in matrices])
+
+
 def _bring(own: dict[str, str], read: Reader, module: nn.Module, args: tuple) -> None:
     for key, name in own.items():
         module._parameters[key] = nn.Parameter(read(name).float(), requires_grad=False)
@@ -145,7 +157,13 @@ def _drop(module: nn.Module, args: tuple, output: Any) -> None:
 
 def _add_product(pair: Pair, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     a_RI, b_OR = load_pair(pair, output.device)
-    return output + pair.scale * (args[0] @ a_RI.t() @ b_OR.t())
+    output = output + pair.scale * (args[0] @ a_RI.t() @ b_OR.t())
+    if pair.magnitude is None:
+        return output
+    weight_OI, bias_O = module.get_parameter("weight"), module._parameters.get("bias")
+    norm_O = (weight_OI + pair.scale * b_OR @ a_RI).norm(dim=1)
+    own_O = torch.zeros_like(norm_O) if bias_O is None else bias_O.detach()
+    return (output - own_O) * (load(pair.magnitude, output.device) / norm_O) + own_O
 
 
 def compare(trained_NV: torch.Tensor, merged_NV: torch.Tensor, rows: Rows) -> dict[str, Any]:

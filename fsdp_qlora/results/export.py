@@ -1,4 +1,4 @@
-"""The adapter on disk, in peft's format."""
+"""What was trained, on disk: an adapter in peft's format, new layers, or a whole model."""
 
 import os
 from pathlib import Path
@@ -7,19 +7,28 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from fsdp_qlora import trained
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.results import adapter_files, card
+from fsdp_qlora.results.merge import DTYPES, copy_beside
+from fsdp_qlora.results.shards import Shards
+
+MAX_SHARD_BYTES = 5 * 2**30
 
 
 def save(
     model: torch.nn.Module, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
 ) -> Path:
-    """Write adapter_config.json, adapter_model.safetensors, the tokenizer and a model card.
+    """Write what was trained, the tokenizer and a model card.
 
-    The weights are read back and compared; in their header lies what `merge` must know of the base.
+    LoRA and DoRA become adapter_config.json and adapter_model.safetensors, LLaMA-Pro the new layers
+    alone, full training a model of transformers. All but the last are read back and compared; in
+    their header lies what `merge` must know of the base.
 
     Args:
         model: the sharded model; all ranks must call.
@@ -29,34 +38,28 @@ def save(
         is_writer: this rank writes.
 
     Returns:
-        Path of the weights.
+        Path of the weights; of a whole model, its directory.
 
     Raises:
         UserError: what was read back is not what was written (code 5).
     """
+    assert isinstance(model, PackedModel)
     directory = cfg.resolved_output_dir
-    path = directory / "adapter_model.safetensors"
-    flats = shard.whole_lora(model, is_writer)
+    kind = TRAIN_TYPES[cfg.train_type].adapter
+    if kind == "full":
+        return _save_model(model, info, cfg, tokenizer, is_writer)
+    is_new = kind == "llama_pro"
+    path = directory / (adapter_files.LAYERS_NAME if is_new else adapter_files.WEIGHTS_NAME)
+    own = trained.whole(info, cfg)
+    prefixes = tuple(f"{info.layers_prefix}.{index}." for index in own.layers)
+    names = [name for name in model.tensors if name in own.root or name.startswith(prefixes)]
+    tensors = {n: t for n, t in shard.whole_parameters(model, names, is_writer) if is_writer}
+    flats = [] if is_new else shard.whole_lora(model, is_writer)
     if not is_writer:
         return path
-    import peft
-
-    tensors = {
-        name: tensor.contiguous()
-        for name, tensor in adapters.named_pairs(model, flats, info.layers_prefix)
-    }
-    slots = next(shard.blocks(model)).body.slots
-    config = peft.LoraConfig(
-        r=slots[0].rank,
-        lora_alpha=round(slots[0].alpha),
-        use_rslora=slots[0].use_rslora,
-        lora_dropout=slots[0].dropout,
-        target_modules=sorted({slot.name.rpartition(".")[2] for slot in slots}),
-        base_model_name_or_path=str(info.path or cfg.model_name),
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    config.save_pretrained(str(directory))
+    if not is_new:
+        tensors = _adapter_tensors(model, info, flats, tensors)
+        _save_config(model, info, cfg)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     record = adapter_files.record_of(info, cfg)
@@ -67,6 +70,63 @@ def save(
     _compare(path, tensors)
     card.write(directory, cfg, info)
     return path
+
+
+def _adapter_tensors(
+    model: PackedModel,
+    info: ModelInfo,
+    flats: list[torch.Tensor],
+    saved: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """By peft's names; a tied embedding stands for the head, too."""
+    adapters.shift_magnitudes(model, flats, 1)
+    pairs = adapters.named_pairs(model, flats, info.layers_prefix)
+    tensors = {name: tensor.contiguous() for name, tensor in pairs}
+    for name, tensor in saved.items():
+        tensors[f"base_model.model.{name}"] = tensor.contiguous()
+        if info.is_tied:
+            tensors["base_model.model.lm_head.weight"] = tensor.clone()
+    return tensors
+
+
+def _save_config(model: PackedModel, info: ModelInfo, cfg: Config) -> None:
+    import peft
+
+    saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
+    slots = next(shard.blocks(model)).body.slots
+    config = peft.LoraConfig(
+        r=slots[0].rank,
+        lora_alpha=round(slots[0].alpha),
+        use_rslora=slots[0].use_rslora,
+        use_dora=slots[0].has_magnitude,
+        lora_dropout=slots[0].dropout,
+        target_modules=sorted({slot.name.rpartition(".")[2] for slot in slots}),
+        base_model_name_or_path=str(info.path or cfg.model_name),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        modules_to_save=sorted(saved | ({"lm_head"} if saved and info.is_tied else set())) or None,
+    )
+    config.save_pretrained(str(cfg.resolved_output_dir))
+
+
+def _save_model(
+    model: PackedModel, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
+) -> Path:
+    directory = cfg.resolved_output_dir
+    names, dtype = list(model.tensors), getattr(torch, cfg.compute_dtype)
+    tensors = shard.whole_parameters(model, names, is_writer)
+    if not is_writer:
+        for _ in tensors:  # the others gather with the writer
+            pass
+        return directory
+    with Shards(directory, names, MAX_SHARD_BYTES) as shards:
+        for name, tensor in tensors:
+            shards.add(name, tensor.to(dtype))
+    copy_beside(directory, info, next(key for key, own in DTYPES.items() if own == dtype))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    card.write(directory, cfg, info)
+    return directory
 
 
 def _umask() -> int:

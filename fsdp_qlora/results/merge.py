@@ -25,11 +25,12 @@ from fsdp_qlora.results.new_directory import new_directory
 from fsdp_qlora.results.shards import Shards, write_json
 from fsdp_qlora.results.verbs import MergeOptions
 from fsdp_qlora.train.versions import versions
+from fsdp_qlora.trained import NEW_LAYERS
 from fsdp_qlora.weights_files import read_tensors
 
 GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BESIDE = (*TOKENIZER_FILES, "added_tokens.json")
+BESIDE = (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json")
 DEFAULT_COMPUTE = "bfloat16"
 
 
@@ -53,8 +54,7 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
     added_to = seen if is_dequantized else AsTrained(info, None, seen.dtype, "off")
     four_bit = f"{seen.format_name} dequantized, as training saw it, {seen.note}"
     kind = four_bit if is_dequantized else "its 16-bit weights"
-    ranks = ", ".join(map(str, adapter.ranks))
-    print(f"adapter   {adapter.path}: rank {ranks} on {len(adapter.pairs)} linears")
+    print(f"adapter   {adapter.path}: {_describe(adapter)}")
     print(f"base      {info.path}: {kind}", flush=True)
     facts: dict[str, Any] = {
         "adapter": str(adapter.path),
@@ -65,6 +65,7 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
         "packed_bytes": seen.note,
         "dtype": options.dtype,
         "num_merged": len(adapter.pairs),
+        "num_replaced": len(adapter.replaced),
         "device": device.type,
     }
     out = Path(str(options.out))
@@ -80,7 +81,7 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
             "written_s": time.perf_counter() - began_s,
             "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
-        result = dataclasses.replace(info, tensors=read_tensors(draft))
+        result = dataclasses.replace(info, tensors=read_tensors(draft), packed={})
         facts["evidence"] = evidence.collect(options, adapter, info, seen, result, device)
         facts["versions"] = versions(device)
         write_json(draft / "merge.json", facts)
@@ -89,6 +90,12 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
         f"{facts['written_s']:.1f} s; at most {facts['host_peak_gib']:.2f} GiB of host memory"
     )
     print("\n".join(evidence.lines(facts["evidence"])))
+
+
+def _describe(adapter: Adapter) -> str:
+    ranks = ", ".join(map(str, adapter.ranks))
+    parts = [f"rank {ranks} on {len(adapter.pairs)} linears"] * bool(adapter.pairs)
+    return ", ".join(parts + [f"{len(adapter.replaced)} whole tensors"] * bool(adapter.replaced))
 
 
 def merged(
@@ -109,13 +116,16 @@ def merged(
     Raises:
         UserError: a result is not finite (code 5).
     """
-    read = Weights(info).read_ahead(list(filter(rounding.needs, info.tensors)), device)
+    kept = [name for name in info.tensors if name not in adapter.replaced]
+    read = Weights(info).read_ahead(list(filter(rounding.needs, kept)), device)
     for name in info.tensors:
-        weight = rounding(name, next(read) if rounding.needs(name) else None, device)
+        if name in adapter.replaced:
+            weight = base_weights.load(adapter.replaced[name], device)
+        else:
+            weight = rounding(name, next(read) if rounding.needs(name) else None, device)
         pair = adapter.pairs.get(name.removesuffix(".weight"))
         if pair is not None:
-            a_RI, b_OR = base_weights.load_pair(pair, device)
-            weight = torch.addmm(weight.float(), b_OR, a_RI, alpha=pair.scale)
+            weight = base_weights.add_pair(weight, pair, device)
         result = weight.to(dtype)
         if not result.sum(dtype=torch.float32).isfinite():
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
@@ -132,15 +142,12 @@ def copy_beside(draft: Path, info: ModelInfo, dtype: str | None, *others: Path) 
         dtype: key of DTYPES, for config.json; None leaves it as it is.
         others: directories whose tokenizer stands above that of the base.
     """
-    assert info.path is not None, "a model without files was read"
-    config = dict(info.config)
+    config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(DTYPES[dtype]).removeprefix("torch.")
     write_json(draft / "config.json", config)
-    if (info.path / "generation_config.json").is_file():
-        shutil.copyfile(info.path / "generation_config.json", draft / "generation_config.json")
-    for place in (info.path, *others):
+    for place in (info.path, *others) if info.path is not None else others:
         for path in {path for pattern in BESIDE for path in place.glob(pattern)}:
             shutil.copyfile(path, draft / path.name)
 

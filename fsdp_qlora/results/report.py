@@ -7,6 +7,7 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.results import (
     report_browser,
     report_curves,
+    report_data,
     report_html,
     report_markdown,
     report_memory,
@@ -27,22 +28,6 @@ TERMS = (
     "driver counts the CUDA context besides. GiB of the host count all programs, page cache not. "
     "RSS counts every page a process uses, PSS a page that n processes share as an n-th of it.",
 )
-
-
-def render(run_dir: str | Path) -> Path:
-    """Draw the record of a run, finished or not.
-
-    Args:
-        run_dir: output directory of the run, with metrics.jsonl.
-
-    Returns:
-        Path of the picture, report.svg in the same directory.
-
-    Raises:
-        UserError: no record, no step in it, a line that cannot be read, a full disk.
-    """
-    picture = report_picture.draw([read(Path(run_dir))])
-    return _write(Path(run_dir) / "report.svg", picture.encode())
 
 
 def write(run_dirs: list[Path], out: Path, has_png: bool = True) -> tuple[list[Path], str]:
@@ -112,6 +97,7 @@ def sections(runs: list[Run]) -> list[Section]:
         Section("Memory", report_memory.parts(runs)),
         Section("Predicted and measured", report_plan.chapter(runs)),
         Section("Answers", report_settings.answers(runs)),
+        Section("Data", report_data.parts(runs)),
         Section("Settings", report_settings.settings(runs)),
         Section("What ran", report_settings.facts(runs)),
         Section("Environment", report_settings.machine(runs)),

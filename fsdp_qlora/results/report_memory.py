@@ -248,6 +248,7 @@ def _peaks(run: Run, has_name: bool) -> Grid:
         "host PSS": "host_pss_gib",
         "pinned": "host_pinned_gib",
         "swapped": "host_swap_gib",
+        "CPU cores busy": "cpu_cores",
     }
     peaks = {
         head: [
@@ -261,6 +262,6 @@ def _peaks(run: Run, has_name: bool) -> Grid:
         (f"rank {rank}", [gib(values[rank]) for values in kept.values()])
         for rank in range(run.num_ranks)
     ]
-    title = "Peaks of every rank, GiB" + f": {run.name}" * has_name
+    title = "Peaks of every rank, GiB and cores" + f": {run.name}" * has_name
     is_folded = run.num_ranks > MAX_DRAWN
     return Grid(title, ["", *kept], rows, is_folded=is_folded, is_tight=True)

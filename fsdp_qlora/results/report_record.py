@@ -37,7 +37,7 @@ class Run:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the last step."""
+        """Ranks of every step; where there were fewer, the last ones have zeros."""
         return len(self.steps[-1]["ranks"])
 
     @property
@@ -94,9 +94,20 @@ def read(run_dir: Path) -> Run:
         run = _event(run, row) if "event" in row else _step(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
+    most = max(len(step["ranks"]) for step in run.steps)  # it may have gone on with fewer
+    run.steps[:] = [
+        step | {"ranks": (step["ranks"] + [_absent(step["ranks"][0])] * most)[:most]}
+        for step in run.steps
+    ]
     summary = _summary(directory / "summary.json")
     config = run.config or summary.get("config", {})
     return replace(run, config=config, facts=run.facts | summary)
+
+
+def _absent(rank: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a rank that a step did without: nothing, on a card like that of another."""
+    nothing = {name: 0.0 for name, value in rank.items() if isinstance(value, int | float)}
+    return {**rank, **nothing, "device_rows": {}, "device_total_gib": rank.get("device_total_gib")}
 
 
 def _step(run: Run, row: dict) -> Run:

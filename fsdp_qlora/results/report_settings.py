@@ -149,20 +149,28 @@ def _by_run(runs: list[Run], facts_of: list[dict[str, str]]) -> Grid:
 
 
 def answers(runs: list[Run]) -> list[Part]:
-    """The prompt of each run, answered before and after.
+    """The prompts of each run, answered before and after.
 
     Args:
         runs: the records.
 
     Returns:
-        A table per run; nothing when no prompt was given.
+        A table per run, a row a prompt; nothing when none was asked.
     """
     found: list[Part] = []
     for run in runs:
-        rows = [("prompt", [Cell(str(sample.get("prompt", "")))]) for sample in run.samples[:1]]
+        whens = list(dict.fromkeys(str(sample.get("when")) for sample in run.samples))
+        by_prompt: dict[str, dict[str, str]] = {}
         for sample in run.samples:
-            when = sample.get("when") or f"step {sample.get('step', '')}"
-            rows.append((str(when), [Cell(str(sample.get("answer", "")))]))
+            answered = by_prompt.setdefault(str(sample.get("prompt", "")), {})
+            answered[str(sample.get("when"))] = str(sample.get("answer", ""))
+            if sample.get("expected"):
+                answered["the data"] = str(sample["expected"])
+        whens += ["the data"] * any("the data" in answered for answered in by_prompt.values())
+        rows = [
+            (prompt, [Cell(answered.get(when, UNKNOWN)) for when in whens])
+            for prompt, answered in by_prompt.items()
+        ]
         title = run.name if len(runs) > 1 else ""
-        found += [Grid(title, ["", "one prompt and its answers"], rows)] if rows else []
+        found += [Grid(title, ["prompt", *whens], rows)] if rows else []
     return found

@@ -1,27 +1,26 @@
-"""What the user sees of a run besides its metrics: its facts, and the model before and after."""
+"""What the user sees of a run besides its metrics: its facts, and where the results are."""
 
-import math
+import json
 import mmap
 import resource
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fsdp_qlora.arch import ModelInfo, lora_params, num_params
+from fsdp_qlora import trained
+from fsdp_qlora.arch import ModelInfo, num_params, unquantised
+from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes
 from fsdp_qlora.data import Data
-from fsdp_qlora.errors import one_line
 from fsdp_qlora.model.build import Built
-from fsdp_qlora.results.generate import answer
-from fsdp_qlora.train import loop
-from fsdp_qlora.train.ledger import Recorder
 from fsdp_qlora.train.memory import Peak
 from fsdp_qlora.train.rows import Account
 
 GIB = 2**30
+SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
+SAVED |= {"llama_pro": "new layers (merge makes a model of them)", "full": "the model"}
 
 
 def describe(
@@ -42,14 +41,16 @@ def describe(
     Returns:
         For the record, by name; `lines` are what the console shows.
     """
-    trainable = lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    trainable = trained.count(info, cfg)
     total, load_peaks = num_params(info), _load_peaks(account)
     model, chosen, cache = built.model, built.chosen, built.cache
     placed, loaded = built.placed, built.loaded
-    packed_gib = model.layout.nbytes * info.num_layers / GIB
+    num_packed = info.num_layers - len(trained.whole(info, cfg).layers)
+    packed_gib = model.layout.nbytes * num_packed / GIB
     lines = [
         f"model     {cfg.model_name}: {total:,} parameters, {info.num_layers} layers in "
         f"{cfg.format_name} ({packed_gib:.2f} GiB packed)",
+        f"          not packed, in 16 bit: {_unpacked(info)}",
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
         f"kernels   {chosen.note}",
         f"placement {placed.note}",
@@ -73,8 +74,17 @@ def describe(
         "kernels": chosen.note,
         "placement": placed.note,
         "quant_cache": cache.note,
+        "data": data.audit.facts,
         "lines": lines,
     }
+
+
+def _unpacked(info: ModelInfo) -> str:
+    """The matrices that no format packs, with their sizes."""
+    found = unquantised(info).items()
+    return ", ".join(
+        f"{name.removesuffix('.weight')} {2 * num / GIB:.2f} GiB" for name, num in found
+    )
 
 
 def _load_peaks(account: Account) -> dict[str, float]:
@@ -99,73 +109,22 @@ def nbytes(data: Data) -> int:
     return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
-@dataclass
-class Look:
-    """Held-out loss and the answer to one prompt, at the start and at the end of a run.
-
-    Attributes:
-        trained: what is looked at.
-        data: held_out batches and sample_prompt, either of which may be empty.
-        cfg: sample_prompt as the user wrote it, sample_tokens.
-        recorder: gets the events and the lines.
-        seen: "before" or "after" -> (loss, answer), None where not looked at.
-    """
-
-    trained: loop.Trained
-    data: Data
-    cfg: Config
-    recorder: Recorder
-    seen: dict[str, tuple[float | None, str | None]] = field(default_factory=dict)
-
-    def __call__(self, when: str) -> None:
-        """Look at the model; every rank must call.
-
-        Args:
-            when: "before" or "after".
-        """
-        loss = text = None
-        if self.data.held_out:
-            loss = loop.evaluate(self.trained.model, self.data.held_out, self.trained.world)
-            self.recorder.event("eval", {"when": when, "loss": loss, "perplexity": math.exp(loss)})
-        if self.data.sample_prompt:
-            text = answer(
-                self.trained.model,
-                self.data.tokenizer,
-                self.data.sample_prompt,
-                self.cfg.sample_tokens,
-                self.trained.world.device,
-            )
-            prompt = {"prompt": self.cfg.sample_prompt, "answer": text}
-            self.recorder.event("sample", {"when": when, **prompt})
-        self.seen[when] = (loss, text)
-        if when == "after":
-            self._compare()
-        self.recorder.clock.restart()
-
-    def _compare(self) -> None:
-        (loss, text), (new_loss, new_text) = self.seen["before"], self.seen["after"]
-        if loss is not None and new_loss is not None:
-            self.recorder.say(
-                f"held-out  loss {loss:.3f} -> {new_loss:.3f}, "
-                f"perplexity {math.exp(loss):.2f} -> {math.exp(new_loss):.2f}"
-            )
-        if text is not None:
-            rows = {"prompt": self.cfg.sample_prompt, "before": text, "after": new_text}
-            for name, words in rows.items():
-                self.recorder.say(f"{name:<9} {one_line(str(words))}")
-
-
 def farewell(cfg: Config) -> str:
-    """Say where the results are, and what to try next.
+    """Say how long the training took, where the results are, and what to try next.
 
     Args:
-        cfg: gives the directory.
+        cfg: gives the directory, with summary.json.
 
     Returns:
-        Two lines for the console.
+        Three lines for the console.
     """
     out = Path(cfg.resolved_output_dir)
+    done = json.loads((out / "summary.json").read_text())
+    what = SAVED[TRAIN_TYPES[cfg.train_type].adapter]
     return (
-        f"saved     {out}: adapter in peft's format, metrics.jsonl, summary.json, report.svg\n"
+        f"trained   {done['num_steps']:,} steps of {done['num_tokens']:,} tokens in all in "
+        f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
+        f"{done['tokens_per_s']:,.0f} tok/s\n"
+        f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html\n"
         f"next      python train.py --model_name {cfg.model_name} --dataset YOUR_ROWS.jsonl"
     )

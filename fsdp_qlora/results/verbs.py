@@ -16,7 +16,7 @@ from fsdp_qlora.errors import DONE, SIGTERM, UserError, join
 from fsdp_qlora.results import adapter_files, new_directory
 
 OptionsT = TypeVar("OptionsT")
-FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4", "bf16")
+FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
 DTYPES = any_of("bf16", "fp16", "fp32")
 DEVICES = any_of("auto", "cpu", "cuda")
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -34,6 +34,12 @@ QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out
 
 Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
 Tensor by tensor: the host holds no more than a few of them."""
+EXPAND_USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
+
+Writes the model with new layers between its own, which change nothing until they are trained: by
+train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR. With --add_tokens, its
+tokenizer and embeddings get new tokens, to be trained with --modules_to_save embed_tokens,lm_head.
+Tensor by tensor."""
 CONVERT_USAGE = """usage: python -m fsdp_qlora convert --state_dict FILE --model_name NAME --out DIR
 
 Makes a PEFT adapter of model_state_dict.safetensors as AnswerDotAI/fsdp_qlora saves it after
@@ -71,6 +77,19 @@ class QuantizeOptions:
     dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", DTYPES)
     max_shard_gib: float = flag(5.0, "quantize", SHARD_HELP, rule="> 0")
     device: str = flag("auto", "quantize", "where it is computed", DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandOptions:
+    """Options of `expand`."""
+
+    model_name: str | None = flag(None, "expand", "directory or hub name of a 16-bit model")
+    expansion_rate: float | None = flag(
+        None, "expand", "new layers for each layer [0.1; 0 with add_tokens]", rule=">= 0"
+    )
+    add_tokens: str | None = flag(None, "expand", "new tokens: a,b or a FILE, one a line")
+    out: str | None = flag(None, "expand", "directory [MODEL_blk_exp-OLD-NEW, or MODEL_tokens]")
+    max_shard_gib: float = flag(5.0, "expand", SHARD_HELP, rule="> 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +194,9 @@ def quantize(argv: list[str]) -> int:
     """
     options = parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
     info = arch.read(str(options.model_name), need_weights=True)
+    if info.stored_format:
+        rule = f"is quantised already, as {info.stored_format}"
+        raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
     num_linear = arch.num_linear_params(info)
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
     item_bytes = ITEM_BYTES.get(str(options.dtype), 4)
@@ -184,6 +206,43 @@ def quantize(argv: list[str]) -> int:
 
     with stoppable():
         quantized.run(options, info, need_bytes)
+    return DONE
+
+
+def expand(argv: list[str]) -> int:
+    """Write a block-expanded model.
+
+    Args:
+        argv: see EXPAND_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
+    """
+    options = parse(argv, ExpandOptions, EXPAND_USAGE, ("model_name",))
+    info = arch.read(str(options.model_name), need_weights=True)
+    rate = options.expansion_rate
+    if rate is None:
+        rate = 0.0 if options.add_tokens else 0.1
+    num_new = int(info.num_layers * rate)
+    if not 0 < num_new <= info.num_layers and (rate or not options.add_tokens):
+        got, rule = f"--expansion_rate {rate:g}", "makes no new layer of"
+        rule = rule if num_new < 1 else "makes more than one new layer for each of"
+        remedy = f"take from {1 / info.num_layers:.3g} to 1"
+        raise UserError(got, f"{rule} {info.num_layers} layers", remedy)
+    assert info.path is not None
+    usual = f"{info.path.name}_blk_exp-{info.num_layers}-{info.num_layers + num_new}"
+    usual = usual if num_new else f"{info.path.name}_tokens"
+    out = Path(options.out or usual)
+    nbytes = sum(ref.nbytes for ref in info.tensors.values())
+    need_bytes = round(nbytes * (1 + num_new / info.num_layers))
+    new_directory.check(out, need_bytes)
+    from fsdp_qlora.results import expand as expanding
+
+    with stoppable():
+        expanding.run(options, info, num_new, out, need_bytes)
     return DONE
 
 

@@ -111,6 +111,7 @@ class Book:
             names.FILES: self.files_gib,
             names.SYSTEM: max(system_gib - self.files_gib, 0.0),
             names.DATA: data_gib,
+            names.WAITING: sum(share.waiting_gib for share in shares),
         }
         if phase == "save":
             found[names.SAVING] = sum(max(s.save_peak_gib - s.save_gib, 0.0) for s in shares)
@@ -122,7 +123,7 @@ class Book:
         else:
             found[names.PROCESSES] = base_gib - data_gib
             own = sum(_own_gib(phase, share) - share.base_gib for share in shares)
-            found[names.RANKS] = max(own, 0.0)
+            found[names.RANKS] = max(own - found[names.WAITING], 0.0)
         return {row: gib for row, gib in found.items() if gib > 0}
 
     def to_dict(self) -> dict[str, Any]:

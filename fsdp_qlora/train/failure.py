@@ -3,26 +3,26 @@
 import dataclasses
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from fsdp_qlora import host_memory
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import RUN_FAILED, UserError, classify, one_line
 from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.rows import Table
 from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.redaction import redact
+from fsdp_qlora.train import heartbeat
 from fsdp_qlora.train.ranks import is_supervised
 
 LOGS = "logs"
 METRICS = "metrics.jsonl"
 MOST_ROWS = 4
 MAX_LINES = 10
+MEMORY, LINK = "memory", "link"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 Rows = Mapping[str, float]
 
@@ -36,14 +36,18 @@ class RankError:
         code: exit code of the command.
         line: what the user is told.
         more: lines that follow it.
-        is_memory: it failed for want of memory.
+        kind: what a new start could answer: MEMORY ran out, LINK between cards does not work.
     """
 
     rank: int
     code: int
     line: str
     more: Sequence[str] = ()
-    is_memory: bool = False
+    kind: str = ""
+
+
+class LinkError(RuntimeError):
+    """What one rank sends does not reach the others, or not whole."""
 
 
 def is_memory(error: BaseException) -> bool:
@@ -84,12 +88,17 @@ class Scene:
                 f"predicted {sum(rows.values()):.2f} GiB on {place} in the {self.known_phase}; at "
                 f"the peak ({peak}) {sum(self.predicted[peak].values()):.2f}"
             )
-        lines += [f"there     {self.there}", f"largest   {_largest(self.measured, rows)}"]
+        lines += [f"there     {self.there}", f"largest   {largest(self.measured, rows)}"]
         return lines
 
 
-def _largest(measured: Rows, predicted: Rows) -> str:
-    """The largest rows, measured beside predicted."""
+def largest(measured: Rows, predicted: Rows) -> str:
+    """Return the largest rows in words, measured beside predicted.
+
+    Args:
+        measured: GiB by row; none: the predicted ones are named.
+        predicted: GiB by row.
+    """
     known = measured or predicted
     names = sorted(known, key=lambda name: -known[name])[:MOST_ROWS]
     parts = []
@@ -114,7 +123,7 @@ def fail(error: Exception, cfg: Config, plan: RunPlan | None = None) -> NoReturn
     """
     cfg = plan.cfg if plan is not None else cfg
     rank, logs = int(os.environ["RANK"]), cfg.resolved_output_dir / LOGS
-    found = RankError(rank, RUN_FAILED, str(error))
+    found = RankError(rank, RUN_FAILED, str(error), getattr(error, "__notes__", ()))
     if isinstance(error, UserError):
         found = dataclasses.replace(found, code=error.code)
     else:
@@ -122,7 +131,8 @@ def fail(error: Exception, cfg: Config, plan: RunPlan | None = None) -> NoReturn
         found = _word(error, rank, str(log) if logs.is_dir() else "above")
         with suppress(OSError), ExitStack() as stack:
             file = stack.enter_context(log.open("a")) if logs.is_dir() else None
-            traceback.print_exception(error, file=file)
+            trace = "".join(traceback.format_exception(error))
+            print(redact(trace, os.environ), end="", file=file or sys.stderr)
     if is_supervised(os.environ):
         with suppress(OSError):
             write_error(cfg.resolved_output_dir, **vars(found))
@@ -134,14 +144,18 @@ def fail(error: Exception, cfg: Config, plan: RunPlan | None = None) -> NoReturn
 
 def _word(error: Exception, rank: int, trace: str) -> RankError:
     """What to say of an error that is not the user's; one for want of memory has been explained."""
-    code, line = classify(error, rank, trace)
+    sign = heartbeat.mine(os.environ)
+    who = f"rank {rank}{sign if sign is not None and sign.point else ''}"
+    code, line = classify(error, who, trace)
     notes: list[str] = getattr(error, "__notes__", [])
     if not is_memory(error):
-        return RankError(rank, code, line)
+        is_cuda = isinstance(error, RuntimeError) and "CUDA error" in str(error)
+        line += "; dmesg (lines with Xid) tells whether the card failed" if is_cuda else ""
+        return RankError(rank, code, line, kind=LINK if isinstance(error, LinkError) else "")
     reason = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)[:120]
     place = notes[0] if notes else "out of memory"
     line = f"rank {rank}: {place} ({reason}); the trace is in {trace}"
-    return RankError(rank, RUN_FAILED, line, tuple(notes[1:]), True)
+    return RankError(rank, RUN_FAILED, line, tuple(notes[1:]), MEMORY)
 
 
 def told(found: RankError, plan: RunPlan | None) -> list[str]:
@@ -152,7 +166,7 @@ def told(found: RankError, plan: RunPlan | None) -> list[str]:
         plan: of the run, for what to change.
     """
     lines = [f"error: {one_line(found.line)}", *found.more]
-    advice = plans.next_change(plan) if plan is not None and found.is_memory else ""
+    advice = plans.next_change(plan) if plan is not None and found.kind == MEMORY else ""
     if advice:
         lines.append(f"next      {advice}")
     return lines[:MAX_LINES]
@@ -175,7 +189,7 @@ def write_error(
     code: int,
     line: str,
     more: Sequence[str] = (),
-    is_memory: bool = False,
+    kind: str = "",
 ) -> None:
     """Leave word of a failure for the supervisor.
 
@@ -185,12 +199,12 @@ def write_error(
         code: exit code that the command shall have.
         line: what the user is told, without "error: ".
         more: lines that follow it.
-        is_memory: it failed for want of memory.
+        kind: see RankError.
     """
     path = Path(output_dir) / LOGS / f"rank{rank}.error"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    safe = RankError(rank, code, one_line(line), [one_line(text) for text in more], is_memory)
+    safe = RankError(rank, code, one_line(line), [one_line(text) for text in more], kind)
     part.write_text(json.dumps(dataclasses.asdict(safe)))
     part.replace(path)
 
@@ -223,76 +237,3 @@ def has_begun(output_dir: Path) -> bool:
         output_dir: directory of the run.
     """
     return (output_dir / METRICS).exists()
-
-
-def killed(
-    rank: int, code: int, output_dir: Path, num_kills: int, plan: RunPlan | None
-) -> list[str]:
-    """The lines that tell of a rank that ended and left no word.
-
-    Args:
-        rank: its number.
-        code: as Popen gives it, negative for a signal.
-        output_dir: directory of the run.
-        num_kills: processes that the kernel has killed meanwhile, because memory ran out.
-        plan: of the run, if it was made.
-    """
-    log = "see the lines above" if rank == 0 else f"see {output_dir}/{LOGS}/rank{rank}.log"
-    if code > 0:
-        return [f"error: {UserError(f'rank {rank}', f'ended with code {code}', log, code)}"]
-    name, is_kill = signal.Signals(-code).name, -code == signal.SIGKILL
-    if not is_kill or not num_kills:
-        remedy = "dmesg tells whether host memory ran out" if is_kill else log
-        return [f"error: {UserError(f'rank {rank}', f'was killed by {name}', remedy)}"]
-    line, step = _last_record(output_dir)
-    phase = "backward" if has_begun(output_dir) else "load"
-    where = f"training; {step} steps are recorded" if has_begun(output_dir) else phase
-    rule = f"was killed by the kernel ({name}): host memory ran out in the {where}"
-    remedy = "free host memory or keep less in it"
-    lines = [f"error: {UserError(f'rank {rank}', rule, remedy)}"]
-    return [*lines, *_host_scene(line, phase, plan)][:MAX_LINES]
-
-
-def _host_scene(line: dict[str, Any], phase: str, plan: RunPlan | None) -> list[str]:
-    """What the host had, at the last record and by the plan."""
-    found, lines = (plan.found if plan is not None else None), []
-    limit_gib = host_memory.limit_gib()
-    if found is not None:
-        table: Table = found.host
-        lines.append(
-            f"predicted {table.total_gib(phase):.2f} GiB on the host in the {phase}, all programs; "
-            f"at the peak ({table.peak_phase}) {table.peak_gib:.2f}"
-        )
-    host = line.get("host", {})
-    used = f", {host['host_used_gib']:.2f} in use at the last record" if host else ""
-    lines.append(f"there     {limit_gib or 0:.2f} GiB may be used here{used}")
-    predicted = found.host.to_dict()[phase] if found is not None else {}
-    measured = host.get("host_rows") or {}
-    if measured or predicted:
-        lines.append(f"largest   {_largest(measured, predicted)}")
-    advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
-    if found is not None and plan is not None and plan.machine.cards:
-        advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
-        if found.setting.count("offloaded", "streamed"):
-            advice = "--resident_layers N keeps N layers on the cards, --use_cpu_offload false all"
-    return [*lines, f"next      {advice}"]
-
-
-def _last_record(output_dir: Path) -> tuple[dict[str, Any], int]:
-    """The last line of the record that tells of a step, and its number; {} and 0 without one."""
-    try:
-        text = (output_dir / METRICS).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}, 0
-    for line in map(_read_line, reversed(text.splitlines())):
-        if "step" in line and "event" not in line:
-            return line, int(line["step"])
-    return {}, 0
-
-
-def _read_line(text: str) -> dict[str, Any]:
-    """A line of the record; {} for one that was not written to its end."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}

@@ -1,62 +1,82 @@
 """One process per GPU: start the ranks, watch over them, end them together, say what went wrong."""
 
-import ctypes
 import dataclasses
-import math
 import os
-import signal
-import subprocess
+import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fsdp_qlora import host_memory
 from fsdp_qlora.config import PROJECT_DIR, Config
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, RUN_FAILED, UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train import failure
-from fsdp_qlora.train.failure import LOGS
-from fsdp_qlora.train.ranks import child_env, find_port, plan_ranks
+from fsdp_qlora.train import failure, faults, heartbeat, processes, resume, verdict
+from fsdp_qlora.train.failure import LINK, LOGS, MEMORY
+from fsdp_qlora.train.heartbeat import Watch
+from fsdp_qlora.train.processes import Rank, Task
+from fsdp_qlora.train.ranks import LISTENER, child_env, open_listener, plan_ranks
 from fsdp_qlora.train.ranks import is_rank as is_rank
 from fsdp_qlora.train.ranks import is_supervised as is_supervised
 from fsdp_qlora.train.ranks import rank_env as rank_env
+from fsdp_qlora.train.verdict import Verdict
 
 if TYPE_CHECKING:
     from fsdp_qlora.train.world import World
 
-GRACE_S = 4.0
-STOP_GRACE_S = 10.0
-POLL_S = 0.05
-PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
-OWN_FAULTS = (INPUT, ENVIRONMENT, INTEGRITY)
-RUN_FILES = ("run_config.json", "metrics.jsonl", "summary.json", "report.svg", f"{LOGS}/rank*.*")
+REPORTS = ("report.html", "report.md", "report.png", "report.svg")
+RUN_FILES = ("run_config.json", "metrics.jsonl", "summary.json", *REPORTS, f"{LOGS}/rank*.*")
+LAST_WORDS = ("summary.json", f"{LOGS}/rank*.error")  # of a run that goes on, to be said anew
+NO_P2P = {"NCCL_P2P_DISABLE": "1"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the ranks are started with.
+
+    Attributes:
+        argv: arguments of every rank.
+        plan: of the run.
+        env: what they find in their environment besides.
+        num_restarts: how often they were started again after a crash.
+    """
+
+    argv: Sequence[str]
+    plan: RunPlan | None
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_restarts: int = 0
 
 
 def claim_output_dir(cfg: Config) -> Path:
-    """Make the output directory ready for a new run; one process does this, before any writes.
+    """Make the output directory ready for a run; one process does this, before any writes.
+
+    It is this process's until it ends.
 
     Args:
         cfg: the run.
 
     Returns:
-        The directory, with an empty `logs` in it and no records of an earlier run.
+        The directory, with `logs` in it; without records of an earlier run, if none is resumed.
 
     Raises:
-        UserError: it holds files and `overwrite` is false, or it cannot be written to.
+        UserError: another run is at work there; it holds files, and neither `overwrite` nor
+            `resume` is given; it cannot be written to.
     """
     path = cfg.resolved_output_dir
     try:
-        if path.is_dir() and any(path.iterdir()) and not cfg.overwrite:
-            remedy = "give another --output_dir, or --overwrite true"
-            raise UserError(f"--output_dir {path}", "holds files already", remedy)
-        (path / LOGS).mkdir(parents=True, exist_ok=True)
-        for old in [found for pattern in RUN_FILES for found in path.glob(pattern)]:
+        if (path / resume.LOCK).exists():
+            resume.lock(path)
+        _refuse_files(path, cfg)
+        resume.lock(path)
+        _refuse_files(path, cfg)  # those of a run that was faster
+        (path / LOGS).mkdir(exist_ok=True)
+        if cfg.resume is None:
+            shutil.rmtree(path / resume.CHECKPOINTS, ignore_errors=True)
+        patterns = RUN_FILES if cfg.resume is None else LAST_WORDS
+        for old in [found for pattern in patterns for found in path.glob(pattern)]:
             old.unlink()
         probe = path / LOGS / ".probe"
         probe.touch()
@@ -65,6 +85,16 @@ def claim_output_dir(cfg: Config) -> Path:
         reason = f"cannot be written to ({error.strerror})"
         raise UserError(f"--output_dir {path}", reason, "give another", ENVIRONMENT) from error
     return path
+
+
+def _refuse_files(path: Path, cfg: Config) -> None:
+    if cfg.overwrite or cfg.resume is not None or not path.is_dir():
+        return
+    if any(entry.name != resume.LOCK for entry in path.iterdir()):
+        has_more = bool(resume.files.steps(path))
+        remedy = "give another --output_dir, or --overwrite true"
+        remedy += ", or --resume to go on" if has_more else ""
+        raise UserError(f"--output_dir {path}", "holds files already", remedy)
 
 
 def agree(cfg: Config, world: "World") -> Config:
@@ -104,12 +134,14 @@ def supervise(
     argv: Sequence[str],
     script: str | os.PathLike[str] = PROJECT_DIR / "train.py",
     plan: RunPlan | None = None,
+    start: Callable[[Task], Rank] = processes.start,
 ) -> int:
     """Run a script once per rank and wait for all of them.
 
-    Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails, the others
-    are ended within 5 seconds. When one runs out of memory before the training has begun and the
-    plan knows a setting that needs less, all of them are started again with that.
+    Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails or hangs,
+    the others are ended within 5 seconds, and all are started again where that can help: a notch
+    lower when memory ran out before the training had begun, without peer-to-peer copies when the
+    cards cannot exchange a megabyte, and `max_restarts` times from the last checkpoint.
     SIGINT and SIGTERM are passed on once; a second one ends all ranks,
     and so do 10 seconds after the first rank has obeyed: the others may wait for it on the card.
     Ranks do not outlive this process, however it dies.
@@ -119,176 +151,96 @@ def supervise(
         argv: arguments of every rank.
         script: Python file that every rank runs.
         plan: of the run.
+        start: starts a rank.
 
     Returns:
-        Exit code of the command: 0 when all ranks ended with 0; the code a failed rank left with
-        `write_error`; 4 when a rank was killed; 130 or 143 after SIGINT or SIGTERM.
+        Exit code of the command: 0 when all ranks came to their end; the code a failed rank left
+        with `write_error`; 4 when a rank was killed or hung; 130 or 143 after SIGINT or SIGTERM.
 
     Raises:
         UserError: the ranks cannot be started.
     """
-    num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
-    port = find_port(cfg.master_port)
+    open_listener(cfg.master_port).close()  # if it is not free, nothing is written
+    is_new = not os.path.lexists(cfg.resolved_output_dir)
     output_dir = claim_output_dir(cfg)
-    command = [sys.executable, os.fspath(script), *argv, f"--output_dir={output_dir}"]
-    cgroup = host_memory.find_cgroup()
-    num_kills = host_memory.oom_kills(cgroup)
-    while True:
-        told = {**os.environ, **(plan.env if plan is not None else {})}
-        envs = [child_env(told, rank, num_ranks, port) for rank in range(num_ranks)]
-        codes, ended, stop = _run(command, envs, output_dir)
-        lower = _step_down(plan, output_dir, stop) if any(codes) else None
-        if lower is None:
-            num_kills = host_memory.oom_kills(cgroup) - num_kills
-            return _conclude(codes, ended, stop, output_dir, num_kills, plan)
-        plan, port = lower, find_port(cfg.master_port)
+    program = [sys.executable, os.fspath(script)]
+    attempt = Attempt([*argv, f"--output_dir={output_dir}"], plan)
+    with processes.caught_signals() as stops:
+        found = _run(cfg, program, attempt, start, stops)
+        while not stops and (again := _again(found, attempt, cfg)) is not None:
+            attempt = again
+            failure.clear_errors(output_dir)
+            found = _run(cfg, program, attempt, start, stops)
+    is_own = found.code in verdict.OWN_FAULTS and not found.has_begun
+    if is_new and is_own and not any(f"{output_dir}/" in line for line in found.lines):
+        shutil.rmtree(output_dir, ignore_errors=True)  # nothing came of it, nothing is left
+    for line in found.lines:
+        print(line, file=sys.stderr)
+    return found.code
 
 
 def _run(
-    command: list[str], envs: Sequence[dict[str, str]], output_dir: Path
-) -> tuple[list[int], frozenset[int], int | None]:
-    """Start all ranks and wait; return their exit codes and what `_watch` says."""
-    with ExitStack() as stack:
-        stops = stack.enter_context(_caught_signals())
-        ranks: list[subprocess.Popen] = []
-        stack.callback(_kill, ranks)
-        for rank, env in enumerate(envs):
-            ranks.append(_start(command, env, output_dir / LOGS / f"rank{rank}.log", rank))
-        ended, stop = _watch(ranks, stops)
-    return [rank.returncode for rank in ranks], ended, stop
+    cfg: Config,
+    program: Sequence[str],
+    attempt: Attempt,
+    start: Callable[[Task], Rank],
+    stops: Sequence[int],
+) -> Verdict:
+    """Start all ranks, wait for their end, and say what it was."""
+    output_dir, plan = cfg.resolved_output_dir, attempt.plan
+    num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
+    cgroup = host_memory.find_cgroup()
+    num_kills = host_memory.oom_kills(cgroup)
+    with open_listener(cfg.master_port) as listener, heartbeat.open_board() as board:
+        files = {LISTENER: listener.fileno(), heartbeat.BOARD: board.fileno()}
+        told = {
+            **(os.environ | (plan.env if plan is not None else {}) | attempt.env),
+            **{name: str(number) for name, number in files.items()},
+            faults.RESTARTS: str(attempt.num_restarts),
+        }
+        port = listener.getsockname()[1]
+        tasks = [
+            Task(
+                rank,
+                [*program, *attempt.argv],
+                child_env(told, rank, num_ranks, port),
+                output_dir / LOGS / f"rank{rank}.log" if rank else None,
+                tuple(files.values()),
+            )
+            for rank in range(num_ranks)
+        ]
+        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS, cfg.hang_timeout)
+        ending = processes.run(tasks, start, stops, watch)
+    saved = None if ending.is_done else resume.latest(output_dir)
+    way_on = f"continue with --resume {output_dir}" if saved is not None else ""
+    num_kills = host_memory.oom_kills(cgroup) - num_kills
+    return verdict.judge(ending, output_dir, way_on, num_kills, plan)
 
 
-def _step_down(plan: RunPlan | None, output_dir: Path, stop: int | None) -> RunPlan | None:
-    """The next lower setting, if that is the answer to what ended the ranks; says so."""
-    lower = plan.lower if plan is not None else None
-    short = [error for error in failure.read_errors(output_dir) if error.is_memory]
-    if plan is None or lower is None or stop is not None or not short:
+def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:
+    """What to start after a failure; says so. None: nothing that could help."""
+    output_dir, plan = cfg.resolved_output_dir, attempt.plan
+    if found.is_final:
         return None
-    if failure.has_begun(output_dir):
+    cause = found.lines[0].removeprefix("error: ").partition("; ")[0]
+    if found.kind == LINK and not NO_P2P.items() <= {**os.environ, **attempt.env}.items():
+        print(f"links     {cause}; again with NCCL_P2P_DISABLE=1, which is slower", flush=True)
+        return dataclasses.replace(attempt, env=attempt.env | NO_P2P)
+    flags = ""
+    if found.kind == MEMORY:
+        lower = plan.lower if plan is not None else None
+        if plan is None or lower is None:
+            return None
+        flags, plan = plans.flags_of(plan.cfg, lower.cfg), lower
+        if not found.has_begun:
+            place = cause.partition(" (")[0]
+            print(f"memory    {place}; nothing is lost, a notch lower: {flags}", flush=True)
+            return dataclasses.replace(attempt, plan=plan)
+    if attempt.num_restarts >= cfg.max_restarts:
         return None
-    failure.clear_errors(output_dir)
-    place = short[0].line.partition(" (")[0]
-    flags = plans.flags_of(plan.cfg, lower.cfg)
-    print(f"memory    {place}; nothing is lost, a notch lower: {flags}", flush=True)
-    return lower
-
-
-@contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of them."""
-    stops: list[int] = []
-    before = {
-        number: signal.signal(number, lambda caught, _: stops.append(caught))
-        for number in STOP_SIGNALS
-    }
-    try:
-        yield stops
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _start(command: list[str], env: dict[str, str], log: Path, rank: int) -> subprocess.Popen:
-    """Start one rank in a session of its own, so that Ctrl-C reaches only the supervisor."""
-    with ExitStack() as stack:
-        output = stack.enter_context(log.open("ab")) if rank else None
-        return subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=_tied_to_parent(),
-        )
-
-
-def _tied_to_parent() -> Callable[[], None] | None:
-    """Return what a child runs before its program, so that it is killed when we die."""
-    if sys.platform != "linux":
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def tie() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:
-            os._exit(RUN_FAILED)
-
-    return tie
-
-
-def _watch(
-    ranks: Sequence[subprocess.Popen], stops: Sequence[int]
-) -> tuple[frozenset[int], int | None]:
-    """Wait for all ranks.
-
-    Returns:
-        The numbers of the ranks that had to be ended, and the signal that stopped the run before
-        any rank failed.
-    """
-    ended: frozenset[int] = frozenset()
-    stop: int | None = None
-    num_passed, deadline_s = 0, math.inf
-    while None in [rank.poll() for rank in ranks]:
-        if num_passed < len(stops):
-            _send(ranks, stops[0] if num_passed == 0 else signal.SIGKILL)
-            num_passed = len(stops)
-            stop = stop if ended else stops[0]
-        orderly = {None, DONE, *(128 + number for number in stops)}
-        if not ended and any(rank.returncode not in orderly for rank in ranks):
-            ended = frozenset(i for i, rank in enumerate(ranks) if rank.returncode is None)
-            deadline_s = time.monotonic() + GRACE_S
-            _send(ranks, signal.SIGTERM)
-        elif num_passed and any(rank.returncode is not None for rank in ranks):
-            deadline_s = min(deadline_s, time.monotonic() + STOP_GRACE_S)
-        if time.monotonic() > deadline_s:
-            _send(ranks, signal.SIGKILL)
-        time.sleep(POLL_S)
-    return ended, stop
-
-
-def _send(ranks: Sequence[subprocess.Popen], number: int) -> None:
-    """Signal every running rank; SIGKILL also reaches the processes it has started."""
-    for rank in ranks:
-        if rank.poll() is None and number == signal.SIGKILL:
-            os.killpg(rank.pid, number)
-        elif rank.returncode is None:
-            rank.send_signal(number)
-
-
-def _kill(ranks: Sequence[subprocess.Popen]) -> None:
-    """Leave no rank behind."""
-    _send(ranks, signal.SIGKILL)
-    for rank in ranks:
-        rank.wait()
-
-
-def _conclude(
-    codes: Sequence[int],
-    ended: frozenset[int],
-    stop: int | None,
-    output_dir: Path,
-    num_kills: int,
-    plan: RunPlan | None,
-) -> int:
-    """Print the line that says why the run ended, if it failed, and return its exit code.
-
-    Where memory was short, a few lines follow that say where it went.
-    """
-    if not any(codes):
-        return DONE
-    if stop is not None:
-        name = signal.Signals(stop).name
-        print(f"stopped by {name}; what was recorded is in {output_dir}", file=sys.stderr)
-        return 128 + stop
-    errors = failure.read_errors(output_dir)
-    failed = [rank for rank, code in enumerate(codes) if code and rank not in ended]
-    sudden = [rank for rank in failed if codes[rank] < 0 and -codes[rank] not in AFTERMATH]
-    causes = [e for e in errors if e.code in OWN_FAULTS] or ([] if sudden else errors)
-    rank = (sudden or failed)[0]
-    lines = failure.killed(rank, codes[rank], output_dir, num_kills, plan)
-    if causes:
-        lines = failure.told(causes[0], plan)
-    for line in lines:
-        print(line, file=sys.stderr)
-    return causes[0].code if causes else max(codes[rank], 0) or RUN_FAILED
+    number, saved = attempt.num_restarts + 1, resume.latest(output_dir)
+    where = "from the beginning" if saved is None else f"after step {saved.step}"
+    words = f", a notch lower: {flags}" if flags else ""
+    print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)
+    argv = [*attempt.argv, f"--resume={saved.path if saved else 'none'}"]
+    return Attempt(argv, plan, attempt.env, number)

@@ -9,6 +9,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -20,7 +21,8 @@ from fsdp_qlora.plan import compare
 from fsdp_qlora.train import book, memory, screen
 from fsdp_qlora.train.clock import Clock, Lap
 from fsdp_qlora.train.rows import STEP_PHASES, Account
-from fsdp_qlora.train.totals import Totals, raise_to
+from fsdp_qlora.train.totals import Resumed, Totals, raise_to
+from fsdp_qlora.train.usage import CpuUse, num_cores
 from fsdp_qlora.train.versions import versions
 
 COUNTS = ("num_trained_tokens", "num_tokens")
@@ -65,6 +67,7 @@ class Recorder:
         num_registered_bytes: int = 0,
         has_bar: bool = True,
         account: Account | None = None,
+        resumed: Resumed | None = None,
     ) -> None:
         """Describe the run; nothing is written before the `with` block.
 
@@ -77,6 +80,7 @@ class Recorder:
                 torch's pinned allocator.
             has_bar: False prints plain lines on a terminal too.
             account: of this rank's memory by row, its model loaded; None: no rows are recorded.
+            resumed: the record that this one goes on with, on the rank that writes.
         """
         self.clock = Clock(world.device)
         if account is not None:
@@ -92,11 +96,14 @@ class Recorder:
         self._registered_gib = num_registered_bytes / memory.GIB
         self._sampler = memory.HostSampler()
         self._cgroup = memory.find_cgroup()
+        self._cpu = CpuUse()
         self._totals = Totals()
         self._pending: tuple[dict[str, Any], Lap] | None = None
         self._file: Any = None
+        self._unwritten = b""
         self._bar: Any = None
-        self._began_s = time.perf_counter()
+        self._resumed = resumed or Resumed()
+        self._began_s = time.perf_counter() - self._resumed.seconds
 
     def __enter__(self) -> "Recorder":
         """Open the files, write the `run` event, start the clock."""
@@ -104,10 +111,14 @@ class Recorder:
         if self._world.rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             path = self._output_dir / "metrics.jsonl"
-            self._file = path.open("w", encoding="utf-8", buffering=1)
-            self._bar = screen.build_bar(self._num_steps, self._has_bar)
+            self._file = path.open("ab" if self._resumed.lines else "wb", buffering=0)
+            for line in self._resumed.lines:
+                self._totals.repeat(line)
+            num_done = len(self._totals.step_s)
+            self._bar = screen.build_bar(self._num_steps, self._has_bar, num_done)
         info = {"num_ranks": self._world.size, "versions": versions(self._world.device)}
-        self.event("run", {**info, **self._run_info})
+        is_first = not self._resumed.lines
+        self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
         self.collect("load")
         return self
 
@@ -122,7 +133,7 @@ class Recorder:
             self._account.explain(error, self._where())
         self.close(is_complete=kind is None)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
         """Record one optimizer step: write the line of the step before, keep this one for later.
 
         Args:
@@ -130,13 +141,20 @@ class Recorder:
                 global batch as numbers or 0-d tensors, read one step later: do not write into
                 them meanwhile; num_trained_tokens and num_tokens of THIS rank, summed here.
                 More fields are written as they are.
+            wishes: numbers that the ranks shall agree on, as many on every rank.
+
+        Returns:
+            The highest of each wish over all ranks.
         """
         self.clock.mark("other")
         lap = self.clock.lap()
         mine = memory.process_memory(self._world.device, self._sampler)
         mine["host_pinned_gib"] += self._registered_gib
+        mine["cpu_cores"], cores = self._cpu.take()
         values = [*(float(record[name]) for name in COUNTS), *self._by_row(mine)]
-        rows = self._world.gather([*mine.values(), *values])
+        every = self._world.gather([*wishes, *mine.values(), *values])
+        agreed = [max(row[i] for row in every) for i in range(len(wishes))]
+        rows = [row[len(wishes) :] for row in every]
         self._step = record["step"]
         if self._world.rank == 0:
             self._write_pending()
@@ -144,13 +162,24 @@ class Recorder:
                 name: int(sum(row[i] for row in rows)) for i, name in enumerate(COUNTS, len(mine))
             }
             ranks = [dict(zip(mine, row, strict=False)) for row in rows]
-            host = {**memory.machine_memory(self._cgroup)}
+            host = {**memory.machine_memory(self._cgroup), "cpu_cores": cores}
+            host["num_cpu_cores"] = num_cores()
             host["host_peak_used_gib"] = max(
                 self._sampler.peak_used_gib, host["host_used_gib"] or 0
             )
             self._enter(rows, ranks, host)
             self._pending = ({**record, **sums, "ranks": ranks, "host": host}, lap)
         self.clock.mark("record")
+        return agreed
+
+    def flush(self) -> None:
+        """Write the last step; waits for its loss."""
+        if self._world.rank == 0:
+            self._write_pending()
+
+    def total_s(self) -> float:
+        """Seconds since the run began, without those between an end and a resume."""
+        return time.perf_counter() - self._began_s
 
     def _where(self) -> str:
         """What is under way, in words."""
@@ -241,7 +270,7 @@ class Recorder:
         raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
         summary = {
             "is_complete": is_complete,
-            "total_s": time.perf_counter() - self._began_s,
+            "total_s": self.total_s(),
             **self._totals.summary(),
             "num_ranks": self._world.size,
             "versions": versions(self._world.device),
@@ -274,7 +303,15 @@ class Recorder:
         screen.show(self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:]))
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        """Write a line; what a full disk does not take is tried again with the next one."""
+        was_full = bool(self._unwritten)
+        self._unwritten += json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not was_full:
+                tqdm.write(f"warning   metrics.jsonl lags behind: {error.strerror}")
 
 
 def _plain(value: Any) -> Any:

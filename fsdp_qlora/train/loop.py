@@ -4,22 +4,30 @@ It knows batches, a model and an optimizer; nothing of quantisation or files, an
 that `shard` hands over the gradients.
 """
 
+import contextlib
+import dataclasses
 import gc
+import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fsdp_qlora.config import Config
 from fsdp_qlora.data.batches import Batch, Batches
-from fsdp_qlora.model import shard
+from fsdp_qlora.data.packed_batches import PackedBatches
+from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.rows import Rows
+from fsdp_qlora.train import faults, heartbeat, optim
+from fsdp_qlora.train.checkpoint import Keeper
 from fsdp_qlora.train.clock import Clock
+from fsdp_qlora.train.guard import Guard
 from fsdp_qlora.train.ledger import Recorder
-from fsdp_qlora.train.world import World, clip_grad_norm
+from fsdp_qlora.train.world import World
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Trained:
         optimizer, schedule: over `params`.
         max_norm: global gradient norm to clip to, or None.
         world: the ranks.
+        guard: skips steps whose loss or gradient is not finite.
+        is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
     """
 
     model: nn.Module
@@ -40,6 +50,34 @@ class Trained:
     schedule: LRScheduler
     max_norm: float | None
     world: World
+    guard: Guard = field(default_factory=Guard)
+    is_reduced_once: bool = False
+
+
+def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trained:
+    """Make a model ready to be trained.
+
+    Args:
+        model: sharded and filled.
+        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync.
+        num_steps: optimizer steps of the run.
+        world: the ranks.
+    """
+    params = shard.local_parameters(model)
+    optimizer, schedule = optim.build(params, cfg, num_steps, shard.trained_names(model))
+    if cfg.loraplus_ratio != 1:
+        slices = adapters.b_slices(model, params)
+        optim.scale_updates(optimizer, slices, cfg.loraplus_ratio)
+    return Trained(
+        model,
+        params,
+        optimizer,
+        schedule,
+        cfg.grad_norm if cfg.apply_gradient_clipping else None,
+        world,
+        Guard(model, cfg.compute_dtype, cfg.max_skipped_steps),
+        cfg.no_sync,
+    )
 
 
 def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -62,7 +100,7 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def train_step(
-    trained: Trained, micro_batches: list[Batch], clock: Clock
+    trained: Trained, micro_batches: list[Batch], clock: Clock, step: int = 0
 ) -> dict[str, torch.Tensor]:
     """One optimizer step; every trained token of the global batch weighs the same.
 
@@ -70,64 +108,125 @@ def train_step(
         trained: model, parameters, optimizer.
         micro_batches: this rank's, as many on every rank.
         clock: told when each phase ends.
+        step: its number, from 1; 0: the guard is not told of it.
 
     Returns:
-        loss (mean over the trained tokens of all ranks) and grad_norm (before clipping), 0-d
-        float32 on the device.
+        loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
+        (the step was not taken) and, where there is one, the loss scale, 0-d on the device.
     """
-    world = trained.world
+    world, guard = trained.world, trained.guard
+    guard.begin()
+    faults.reach("pre-forward", world.rank, step)
     num_tokens = max(world.sum(sum(b.num_trained_tokens for b in micro_batches)), 1.0)
     loss_sum = torch.zeros((), device=world.device)
     clock.mark("data")
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, 1):
+        if trained.is_reduced_once:
+            shard.reduce_gradients(trained.model, number == len(micro_batches))
         loss = token_loss_sum(trained.model, batch, world.device)
+        loss = loss * faults.factor("post-forward", world.rank, step)
         clock.mark("forward")
-        (loss * (world.size / num_tokens)).backward()  # FSDP averages gradients over ranks: undo it
+        faults.reach("post-forward", world.rank, step)
+        # FSDP averages gradients over ranks: undo it
+        guard.scaled(loss * (world.size / num_tokens)).backward()
         loss_sum += loss.detach()
         clock.mark("backward")
-    are_slices = shard.collect_gradients(trained.model, trained.params)
+        faults.reach("post-backward", world.rank, step)
+    num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
-    grad_norm = clip_grad_norm(grads, trained.max_norm, world, are_slices)
-    trained.optimizer.step()
+    verdict = guard.judge(grads, loss_sum, num_tokens, num_copies, world)
+    optim.clip(grads, verdict.grad_norm, trained.max_norm, guard.scale)
+    faults.reach("pre-optimizer", world.rank, step)
+    optim.step(trained.optimizer, verdict.is_bad)
+    faults.reach("post-optimizer", world.rank, step)
     trained.schedule.step()
     trained.optimizer.zero_grad()
-    loss_mean = world.sum_(loss_sum) / num_tokens
+    guard.finish(step, verdict)
     clock.mark("optimizer")
-    return {"loss": loss_mean, "grad_norm": grad_norm}
+    results = {"loss": verdict.loss, "grad_norm": verdict.grad_norm, "skipped": verdict.is_bad > 0}
+    return results if guard.scale is None else results | {"loss_scale": verdict.facts[2]}
 
 
 def fit(
     trained: Trained,
-    batches: Batches,
+    batches: Batches | PackedBatches,
     recorder: Recorder,
     after_step: Callable[[], None] = lambda: None,
+    keeper: Keeper | None = None,
+    first_step: int = 0,
+    seed: int = 0,
 ) -> None:
-    """Take every optimizer step of the run.
+    """Take every optimizer step of the run, or those that are left.
+
+    Nothing that a step needs comes from the steps before it but weights, moments and step number:
+    rows and dropout follow from seed, step and rank.
 
     Args:
         trained: model, parameters, optimizer.
         batches: this rank's, of all steps.
         recorder: gets a line per step.
         after_step: called when a step is recorded.
+        keeper: saves checkpoints; None: nothing is saved, and no signal waited for.
+        first_step: steps that were taken before.
+        seed: of dropout.
+
+    Raises:
+        Stopped: a signal has come; what was trained is saved.
     """
     trained.model.train()
     gc.collect()
     gc.freeze()  # else Python walks every module and tensor now and then: 0.2 s of a step at 7B
-    for step in range(batches.num_steps):
-        micro_batches = batches.step(step)
-        learning_rate = trained.schedule.get_last_lr()[0]
-        results = train_step(trained, micro_batches, recorder.clock)
-        recorder.step(
-            {
-                "step": step + 1,
-                "epoch": batches.epoch(step),
-                "learning_rate": learning_rate,
-                "num_trained_tokens": sum(b.num_trained_tokens for b in micro_batches),
-                "num_tokens": sum(b.num_tokens for b in micro_batches),
-                **results,
-            }
-        )
-        after_step()
+    world = trained.world
+    with keeper.stop.deferred() if keeper is not None else contextlib.nullcontext():
+        for step in range(first_step, batches.num_steps):
+            micro_batches = batches.step(step)
+            torch.manual_seed(dropout_seed(seed, step, world.rank))
+            learning_rate = trained.schedule.get_last_lr()[0]
+            results = train_step(trained, micro_batches, recorder.clock, step + 1)
+            agreed = recorder.step(
+                {
+                    "step": step + 1,
+                    "epoch": batches.epoch(step),
+                    "learning_rate": learning_rate,
+                    "num_trained_tokens": sum(b.num_trained_tokens for b in micro_batches),
+                    "num_tokens": sum(b.num_tokens for b in micro_batches),
+                    **results,
+                },
+                keeper.wishes(step + 1) if keeper is not None else (),
+            )
+            faults.reach("post-record", world.rank, step + 1)
+            _note_skipped(trained, batches, recorder)
+            heartbeat.beat("look", world.rank, step + 1)  # a profiler's trace takes its time
+            after_step()
+            if keeper is not None and keeper.wants(agreed):
+                _note_skipped(trained, batches, recorder, is_last=True)
+                keeper.after_step(step + 1, agreed)
+        _note_skipped(trained, batches, recorder, is_last=True)
+        if keeper is not None:
+            keeper.finish(batches.num_steps)
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of a step's dropout, so that no random state need be kept.
+
+    Args:
+        seed: of the run.
+        step: 0-based.
+        rank: another one draws other numbers.
+    """
+    digest = hashlib.sha256(f"dropout:{seed}:{step}:{rank}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _note_skipped(
+    trained: Trained,
+    batches: Batches | PackedBatches,
+    recorder: Recorder,
+    is_last: bool = False,
+) -> None:
+    for skipped in trained.guard.check(batches, is_last):
+        recorder.event("skipped", dataclasses.asdict(skipped))
+        recorder.say(str(skipped))
 
 
 @torch.no_grad()
@@ -144,8 +243,10 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World) -> float:
     """
     was_training = model.training
     model.eval()
-    loss_sum, num_tokens = torch.zeros((), device=world.device), 0
+    # In float64, so that the sum is the same however the rows are cut into batches.
+    loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for batch in batches:
+        faults.reach("eval", world.rank)
         loss_sum += token_loss_sum(model, batch, world.device)
         num_tokens += batch.num_trained_tokens
     model.train(was_training)

@@ -1,12 +1,19 @@
-"""Optimizer and learning rate schedule of the adapters."""
+"""Optimizer and learning rate schedule of what is trained."""
 
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fsdp_qlora.choices import OPTIMIZERS
 from fsdp_qlora.config import Config
+from fsdp_qlora.conflicts import check_optimizer
+
+# Last parts of names that no weight decay pulls on: there is nothing small about a good norm.
+NO_DECAY = (".bias", "norm.weight", "magnitude")
 
 
 def _constant(progress: float) -> float:
@@ -23,6 +30,7 @@ def _cosine(progress: float) -> float:
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": _constant,
+    "constant_with_warmup": _constant,
     "linear": _linear,
     "cosine": _cosine,
 }
@@ -48,20 +56,113 @@ def factor(name: str, step: int, num_steps: int, warmup_ratio: float) -> float:
     return SCHEDULES[name]((step - warmup) / max(num_steps - warmup, 1))
 
 
+# Module, class, options. A fused kernel reads on the device whether the step is to be skipped.
+KINDS: dict[str, tuple[str, str, dict[str, bool]]] = {
+    "adamw": ("torch.optim", "AdamW", {"fused": True}),
+    "adam": ("torch.optim", "Adam", {"fused": True}),
+    "sgd": ("torch.optim", "SGD", {"fused": True}),
+    "adadelta": ("torch.optim", "Adadelta", {}),
+    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
+    "paged_adamw": ("bitsandbytes.optim", "PagedAdamW", {}),
+    "paged_adamw_8bit": ("bitsandbytes.optim", "PagedAdamW8bit", {}),
+}
+
+
 def build(
-    params: list[torch.nn.Parameter], cfg: Config, num_steps: int
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW over this rank's slices of the adapters (one fused kernel), and its schedule.
+    params: list[torch.nn.Parameter], cfg: Config, num_steps: int, names: Sequence[str] = ()
+) -> tuple[Optimizer, LambdaLR]:
+    """The optimizer over this rank's slices of what is trained, and its schedule.
 
     Args:
         params: this rank's slices, float32.
-        cfg: lr, wd, lr_scheduler, warmup_ratio.
+        cfg: optimizer, lr, wd, lr_scheduler, warmup_ratio.
         num_steps: optimizer steps of the run.
+        names: of `params` in the model, for what NO_DECAY leaves alone; none: all decay.
 
     Returns:
         (optimizer, schedule to step after it).
+
+    Raises:
+        UserError: the optimizer needs a CUDA card (code 3).
     """
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, weight_decay=cfg.wd, fused=True)
+    check_optimizer(cfg.optimizer, params[0].device.type == "cuda")
+    wd = cfg.wd if OPTIMIZERS[cfg.optimizer].decays else 0.0
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for param, name in zip(params, names or [""] * len(params), strict=True):
+        groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
+    module, kind, options = KINDS[cfg.optimizer]
+    optimizer: Optimizer = getattr(importlib.import_module(module), kind)(
+        [{"params": own, "weight_decay": decay} for decay, own in groups.items()],
+        lr=cfg.lr,
+        **options,
+    )
     return optimizer, LambdaLR(
         optimizer, lambda step: factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_ratio)
     )
+
+
+def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: float) -> None:
+    """Let some elements of the parameters move `ratio` times as far: a learning rate of their own.
+
+    Every optimizer here moves an element by lr times something that no other element's lr enters.
+
+    Args:
+        optimizer: from `build`.
+        slices: views of its parameters.
+        ratio: of the learning rates.
+
+    Source: LoRA+, arXiv 2402.12354, section 4.
+    """
+    before: list[torch.Tensor] = []
+
+    def keep(*_) -> None:
+        before[:] = [part.clone() for part in slices]
+
+    def scale(*_) -> None:
+        torch._foreach_lerp_(before, list(slices), ratio)
+        torch._foreach_copy_(list(slices), before)
+        before.clear()
+
+    if slices:
+        optimizer.register_step_pre_hook(keep)
+        optimizer.register_step_post_hook(scale)
+
+
+def clip(
+    grads: Sequence[torch.Tensor],
+    norm: torch.Tensor,
+    max_norm: float | None,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Undo the loss scale, and scale gradients so that their global norm is at most `max_norm`.
+
+    Args:
+        grads: this rank's, changed in place.
+        norm: of the whole gradient without the loss scale, 0-d on its device.
+        max_norm: None: as they are.
+        scale: of the loss, 0-d; None: 1.
+
+    Source: torch.nn.utils.clip_grad_norm_, the 1e-6 included.
+    """
+    share = torch.ones_like(norm)
+    if max_norm is not None:
+        share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if scale is not None:
+        share = share / scale
+    if max_norm is not None or scale is not None:
+        torch._foreach_mul_(list(grads), share)
+
+
+def step(optimizer: Optimizer, is_bad: torch.Tensor) -> None:
+    """Take a step, or none: parameters and moments then stay as they are, bit for bit.
+
+    Args:
+        optimizer: from `build`, with gradients.
+        is_bad: 1 for none, else 0; 0-d float32. Fused kernels read it on the device (the way of
+            torch.amp.GradScaler); for the other optimizers the host waits for it.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+    elif is_bad.item():
+        return
+    optimizer.step()

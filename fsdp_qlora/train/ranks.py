@@ -11,6 +11,15 @@ from pathlib import Path
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
+LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
+LOOPBACK = "lo"
+
+
+PLACES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"),
+)
+
 
 def count_gpus(env: Mapping[str, str]) -> int:
     """Return how many GPUs a CUDA program started with `env` sees, without asking torch.
@@ -70,6 +79,10 @@ def is_rank(env: Mapping[str, str]) -> bool:
     Args:
         env: the environment.
     """
+    for name in PLACES:
+        if not env.get(name, "0").isdecimal():
+            remedy = "unset it, or start the ranks with torchrun or srun"
+            raise UserError(f"{name}={env[name]}", "must be a whole number", remedy, ENVIRONMENT)
     if "RANK" in env and "WORLD_SIZE" in env:
         return True
     return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
@@ -148,14 +161,29 @@ def find_port(wanted: int | None) -> int:
     Raises:
         UserError: the wanted port is taken.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted or 0))
-        except OSError as error:
-            got, remedy = f"--master_port {wanted}", "leave it out for a free one"
-            raise UserError(got, f"is not free ({error.strerror})", remedy, ENVIRONMENT) from error
+    with open_listener(wanted) as probe:
         return probe.getsockname()[1]
+
+
+def open_listener(wanted: int | None) -> socket.socket:
+    """Return a socket that listens on 127.0.0.1 only: where ranks meet, from the start to the end.
+
+    Args:
+        wanted: the port the user asked for; None or 0 for any.
+
+    Raises:
+        UserError: the wanted port is taken.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", wanted or 0))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        got, remedy = f"--master_port {wanted}", "leave it out for a free one"
+        raise UserError(got, f"is not free ({error.strerror})", remedy, ENVIRONMENT) from error
+    return listener
 
 
 def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -176,4 +204,7 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
         "MASTER_PORT": str(port),
         "FSDP_QLORA_SUPERVISOR": str(os.getpid()),
     }
-    return dict(env) | wishes(env, num_ranks) | place
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # else they listen on the network
+    has_loopback = LOOPBACK in (name for _, name in socket.if_nameindex())
+    links = {name: LOOPBACK for name in names if has_loopback and name not in env}
+    return dict(env) | wishes(env, num_ranks) | links | place

@@ -81,8 +81,9 @@ def rehearse(
     with account.phase("dry run"), _random_numbers_kept(world.device):
         moments = [allocate(param) for param in trained.params for _ in range(2)]
         with tracing.traced(world.device) as trace:
-            for _ in range(_num_passes(model, cfg)):
-                _pass(trained, batch, cfg.gradient_accumulation_steps > 1)
+            num_passes = _num_passes(model, cfg)
+            for number in range(1, num_passes + 1):
+                _pass(trained, batch, cfg.gradient_accumulation_steps > 1, number == num_passes)
             _drop_gradients(trained)
             tracing.boundary(world.device)
         del moments
@@ -100,8 +101,10 @@ def rehearse(
     return words + (f": {peak_gib:.2f} GiB in tensors" if account.is_cuda else "")
 
 
-def _pass(trained: Trained, batch: Batch, keeps_gradients: bool) -> None:
+def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) -> None:
     """Forward and backward, with marks at their ends."""
+    if trained.is_reduced_once:
+        shard.reduce_gradients(trained.model, is_last or not keeps_gradients)
     device = trained.world.device
     loss = token_loss_sum(trained.model, batch, device)
     tracing.boundary(device)

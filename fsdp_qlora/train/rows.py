@@ -51,6 +51,7 @@ class HostShare:
         slices_gib: of the packed layers, in memory of its own.
         load_gib: at the end of the load; `load_peak_gib` at its peak.
         save_gib, save_peak_gib: before and in the save.
+        waiting_gib: of inputs of layers, for the backward pass.
         peaks_gib: in STEP_PHASES.
     """
 
@@ -61,6 +62,7 @@ class HostShare:
     load_peak_gib: float = 0.0
     save_gib: float = 0.0
     save_peak_gib: float = 0.0
+    waiting_gib: float = 0.0
     peaks_gib: tuple[float, ...] = (0.0,) * len(STEP_PHASES)
 
 
@@ -98,6 +100,7 @@ class Account:
         self.share = HostShare(process_peak().left_gib, data_bytes / GIB)
         self._device = device
         self._params: list[nn.Parameter] = []
+        self._model: PackedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
         self._context_gib = 0.0  # what the card holds beside torch's allocator, when last looked at
@@ -142,12 +145,12 @@ class Account:
             model: filled, and not run since.
             placed: where its packed layers lie.
         """
-        layout = model.layout
+        self._model, layout = model, model.layout
         weights_share = layout.weights[-1][1] / layout.nbytes
         layers = {id(block.packed): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
         self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
-        for name, tensor, nbytes in _tensors(model):
+        for tensor, nbytes in _tensors(model):
             gib = nbytes / GIB
             if id(tensor) in layers:
                 if placed.rows[layers[id(tensor)]].is_on_host:
@@ -157,7 +160,7 @@ class Account:
                 self.held[names.PACKED] += gib * weights_share
                 self.held[names.CONSTANTS] += gib * (1 - weights_share)
             else:
-                row = names.ADAPTERS if name.endswith(".lora") else names.UNQUANTISED
+                row = names.ADAPTERS if tensor.requires_grad else names.UNQUANTISED
                 self.held[row] += gib
         if placed.streamer is not None:
             self.held[names.BUFFERS] = sum(slot.nbytes for slot in placed.streamer.slots) / GIB
@@ -257,6 +260,9 @@ class Account:
                 moments = now_gib if phase == "optimizer" else self._moments_gib
                 found[phase] = self.device_rows(phase, taken[phase], moments)
         self._moments_gib = now_gib
+        offload = next(blocks(self._model)).offload if self._model is not None else None
+        waiting_gib = offload.nbytes / GIB if offload is not None else 0.0
+        self.share = _replace(self.share, waiting_gib=waiting_gib)
         highest = Peak()
         for peak in taken.values():
             highest = highest.highest(peak)
@@ -304,14 +310,14 @@ def _replace(share: HostShare, **changes: Any) -> HostShare:
     return HostShare(**{**vars(share), **changes})
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, int]]:
-    """(name, itself, bytes on this rank) of every parameter and buffer, shared ones once."""
+def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
+    """(itself, bytes on this rank) of every parameter and buffer, shared ones once."""
     seen = set()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for tensor in (*model.parameters(), *model.buffers()):
         local = tensor.detach()
         local = local.to_local() if hasattr(local, "to_local") else local
         if local.data_ptr() not in seen:
-            yield name, tensor, local.nbytes
+            yield tensor, local.nbytes
         seen.add(local.data_ptr())
 
 

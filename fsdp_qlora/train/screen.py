@@ -10,16 +10,18 @@ from tqdm import tqdm
 MIN_PLAIN_LINES = 20
 
 
-def build_bar(num_steps: int, has_bar: bool) -> tqdm:
+def build_bar(num_steps: int, has_bar: bool, num_done: int = 0) -> tqdm:
     """A progress bar on the terminal; disabled (plain lines instead) elsewhere.
 
     Args:
         num_steps: optimizer steps of the run.
         has_bar: False for plain lines on a terminal too.
+        num_done: steps that a run which goes on has taken.
     """
     is_live = has_bar and sys.stderr.isatty() and "NO_COLOR" not in os.environ
     form = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
-    return tqdm(total=num_steps, dynamic_ncols=True, bar_format=form, disable=not is_live)
+    rest = {"dynamic_ncols": True, "bar_format": form, "disable": not is_live}
+    return tqdm(total=num_steps, initial=num_done, **rest)
 
 
 def show(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: float) -> None:

@@ -1,6 +1,7 @@
 """The totals of a run, kept up to date line by line of its record."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ class Totals:
         peaks: largest memory figures per rank, in GiB.
         host_peaks: largest memory figures of the machine, in GiB.
         events: the lines that are not steps.
+        num_skipped: steps that were not taken, because loss or gradient was not finite.
     """
 
     step_s: list[float] = field(default_factory=list)
@@ -29,6 +31,7 @@ class Totals:
     peaks: list[dict[str, float]] = field(default_factory=list)
     host_peaks: dict[str, float] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0
 
     def add(self, line: dict[str, Any]) -> None:
         """Count one line of metrics.jsonl."""
@@ -38,10 +41,18 @@ class Totals:
         self.num_trained_tokens += line["num_trained_tokens"]
         self.loss_first = line["loss"] if len(self.step_s) == 1 else self.loss_first
         self.loss_last = line["loss"]
-        self.peaks = self.peaks or [{} for _ in line["ranks"]]
-        for peak, rank in zip(self.peaks, line["ranks"], strict=True):
+        self.num_skipped += bool(line.get("skipped"))
+        self.peaks += [{} for _ in line["ranks"][len(self.peaks) :]]  # a resumed run may have more
+        for peak, rank in zip(self.peaks, line["ranks"], strict=False):
             raise_to(peak, rank)
         raise_to(self.host_peaks, line["host"])
+
+    def repeat(self, line: dict[str, Any]) -> None:
+        """Count a line, step or event, of a record that goes on."""
+        if "event" not in line:
+            self.add(line)
+        elif line["event"] != "run":
+            self.events.append(line)
 
     def summary(self) -> dict[str, Any]:
         """The totals by name; the median speed leaves out the first steps, which warm up."""
@@ -57,9 +68,23 @@ class Totals:
             "num_trained_tokens": self.num_trained_tokens,
             "loss_first": self.loss_first,
             "loss_last": self.loss_last,
+            "num_skipped_steps": self.num_skipped,
             "peaks": {"ranks": self.peaks, "host": self.host_peaks},
             "events": self.events,
         }
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The record of a run that goes on.
+
+    Args:
+        lines: of metrics.jsonl, up to the checkpoint.
+        seconds: that the run had taken.
+    """
+
+    lines: Sequence[dict[str, Any]] = ()
+    seconds: float = 0.0
 
 
 def raise_to(peaks: dict[str, float], values: dict[str, Any]) -> None:

@@ -3,11 +3,15 @@
 import datetime
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from fsdp_qlora.train.failure import LinkError
+from fsdp_qlora.train.ranks import LISTENER
 
 
 @dataclass(frozen=True)
@@ -140,43 +144,62 @@ def join(gpu_budget_gib: float | None, seed: int, timeout_s: float = 1800.0) -> 
             total_bytes = torch.cuda.get_device_properties(device).total_memory
             fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
             torch.cuda.set_per_process_memory_fraction(fraction)
+    limit = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+        store=_store(env, limit),
         rank=env["RANK"],
         world_size=env["WORLD_SIZE"],
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=limit,
         device_id=device if has_gpu else None,
     )
-    return World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
+    world = World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
+    if has_gpu and world.size > 1:
+        check_links(world)
+    return world
+
+
+def _store(env: dict[str, int], limit: datetime.timedelta) -> dist.Store | None:
+    """Where supervised ranks meet: a port of 127.0.0.1 that the supervisor has opened.
+
+    torch itself would listen on all addresses of the machine, on a port that may be taken by now.
+    """
+    listener = os.environ.get(LISTENER)
+    if listener is None:
+        return None
+    is_host = env["RANK"] == 0
+    port, opened = int(os.environ["MASTER_PORT"]), int(listener) if is_host else None
+    return dist.TCPStore(
+        "127.0.0.1", port, env["WORLD_SIZE"], is_host, limit, master_listen_fd=opened
+    )
+
+
+def check_links(world: World, timeout_s: float = 20.0) -> None:
+    """Sum a megabyte over the ranks and look at the result.
+
+    Between some consumer cards peer-to-peer copies are offered and do not work: the first
+    collective hangs, or gives wrong numbers.
+
+    Args:
+        world: the ranks; all must call.
+        timeout_s: for the answer.
+
+    Raises:
+        LinkError: there is none, or it is wrong.
+    """
+    numbers = torch.full((2**18,), float(world.rank + 1), device=world.device)
+    work = dist.all_reduce(numbers, async_op=True)
+    limit_s = time.monotonic() + timeout_s
+    while not work.is_completed():
+        if time.monotonic() > limit_s:
+            raise LinkError(f"no answer from the other ranks in {timeout_s:.0f} s")
+        time.sleep(0.001)
+    work.wait()
+    if not bool((numbers == world.size * (world.size + 1) / 2).all()):
+        raise LinkError("numbers arrive wrong at the other ranks")
 
 
 def leave() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def clip_grad_norm(
-    grads: list[torch.Tensor], max_norm: float | None, world: World, are_slices: bool
-) -> torch.Tensor:
-    """Scale gradients in place so that their global L2 norm is at most `max_norm`.
-
-    Args:
-        grads: this rank's gradients, float32, on one device.
-        max_norm: None measures only.
-        world: the ranks; all must call.
-        are_slices: the ranks hold different slices (sum of squares over ranks) or all the same.
-
-    Returns:
-        The norm before clipping, 0-d float32 on the device of the gradients; the host never waits.
-
-    Source: torch.nn.utils.clip_grad_norm_, the 1e-6 included.
-    """
-    norms = torch.stack(torch._foreach_norm(grads))
-    total = norms.square().sum()
-    if are_slices:
-        world.sum_(total)
-    norm = total.sqrt()
-    if max_norm is not None:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm

@@ -25,8 +25,8 @@ from fsdp_qlora.train.doctor import device as one
 from fsdp_qlora.train.doctor import together
 from fsdp_qlora.train.doctor.findings import Finding, problem, softly, warning
 from fsdp_qlora.train.doctor.together import NO_P2P, Rank
-from fsdp_qlora.train.launch import PR_SET_PDEATHSIG
 from fsdp_qlora.train.memory import GIB, machine_memory
+from fsdp_qlora.train.processes import PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)

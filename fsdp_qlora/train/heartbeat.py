@@ -1,0 +1,198 @@
+"""Signs of life: each rank says how far it is, the supervisor sees which one has stopped."""
+
+import faulthandler
+import os
+import signal
+import struct
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
+DUMP = signal.SIGUSR2
+DONE = "done"
+SLOT = struct.Struct("<qq32s")
+START_S = 300.0
+SHORTEST_S = 60.0
+SLOWEST_TIMES = 10.0
+NUM_RECENT = 50
+LIFE_SHARE = 0.001
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The last that was heard of a rank.
+
+    Attributes:
+        at_s: when, on the monotonic clock; 0: nothing yet.
+        step: optimizer step that is under way, from 1; 0: none.
+        point: the last named point that it reached.
+    """
+
+    at_s: float = 0.0
+    step: int = 0
+    point: str = ""
+
+    def __str__(self) -> str:
+        """Where the rank was, in words that follow "...was killed"."""
+        step = f" at step {self.step}" if self.step else ""
+        return f"{step} ({self.point})" if self.point else " before it had begun"
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the rank has come to its end."""
+        return self.point == DONE
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since then."""
+        return time.monotonic() - self.at_s
+
+
+def beat(point: str, rank: int, step: int = 0) -> None:
+    """Show the supervisor a sign of life; nothing without one, or from a thread beside the run's.
+
+    Args:
+        point: where the run is.
+        rank: of the caller.
+        step: optimizer step under way, from 1; 0: as before.
+    """
+    board = os.environ.get(BOARD)
+    if board is not None and threading.current_thread() is threading.main_thread():
+        with suppress(OSError):
+            step = step or read(int(board), rank).step
+            slot = SLOT.pack(time.monotonic_ns(), step, point.encode()[:32])
+            os.pwrite(int(board), slot, rank * SLOT.size)
+
+
+def listen(log: Path) -> None:
+    """Write the stacks of all threads into `log` when this process crashes, or when told to.
+
+    Without a supervisor nobody tells it to, and nothing is done.
+
+    Args:
+        log: file to append to; its directory exists.
+    """
+    if BOARD not in os.environ:
+        return
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    faulthandler.enable(file)
+    faulthandler.register(DUMP, file)
+
+
+def open_board() -> BinaryIO:
+    """Return a file without a name that the supervisor hands to its ranks."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("heartbeat"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def read(board: int, rank: int) -> Sign:
+    """Return the last sign of a rank.
+
+    Args:
+        board: number of the file.
+        rank: whose.
+    """
+    slot = os.pread(board, SLOT.size, rank * SLOT.size)
+    if len(slot) < SLOT.size:
+        return Sign()
+    at_ns, step, point = SLOT.unpack(slot)
+    return Sign(at_ns / 1e9, step, point.rstrip(b"\0").decode())
+
+
+def mine(env: Mapping[str, str]) -> Sign | None:
+    """Return the last sign that this rank itself has given, if there is a supervisor.
+
+    Args:
+        env: the environment.
+    """
+    with suppress(OSError):
+        return read(int(env[BOARD]), int(env["RANK"])) if BOARD in env else None
+    return None
+
+
+@dataclass
+class Watch:
+    """Finds out whether ranks hang.
+
+    In a step a rank is given 10 times as long as the slowest recent step, 60 s at least. Outside
+    (loading, the first step, evaluating, saving) 300 s, and as long as the ranks compute.
+
+    Attributes:
+        board: number of the file the ranks write to.
+        points: names of all points, in their order.
+        steady: those that follow each other in every step.
+        limit_s: a limit for both instead, of the user; 0: no rank ever hangs.
+    """
+
+    board: int
+    points: Sequence[str]
+    steady: Sequence[str]
+    limit_s: float | None = None
+    began_s: float = field(default_factory=time.monotonic)
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    last: Sign = Sign()
+    used_s: float = 0.0
+
+    def stuck(self, pids: Mapping[int, int]) -> list[int]:
+        """Return the ranks that hang: the stopped ones, else those that are least far.
+
+        Args:
+            pids: rank -> process, of the ranks that run.
+        """
+        signs = {rank: read(self.board, rank) for rank in pids}
+        if not signs or self.limit_s == 0:
+            return []
+        self._learn(max(signs.values(), key=lambda sign: sign.step))
+        first = min(signs.values(), key=lambda sign: sign.at_s)
+        silent_s = time.monotonic() - max(first.at_s, self.began_s)
+        is_steady = first.point in self.steady and bool(self.steps_s)
+        if silent_s <= self._limit_s(is_steady):
+            return []
+        stopped = [rank for rank, pid in pids.items() if _life(pid)[0] == "T"]
+        if not is_steady and not stopped and self._is_busy(list(pids.values())):
+            return []
+        least = min(map(self._place, signs.values()))
+        return stopped or [rank for rank, sign in signs.items() if self._place(sign) == least]
+
+    def _place(self, sign: Sign) -> tuple[int, int]:
+        """How far a rank is: the step, and the point in it."""
+        order = self.points.index(sign.point) if sign.point in self.points else len(self.points)
+        return sign.step, order if sign.point else -1
+
+    def _learn(self, sign: Sign) -> None:
+        """Note how long a step took."""
+        if sign.step == self.last.step:
+            return
+        if self.last.step and sign.step == self.last.step + 1:
+            self.steps_s.append(sign.at_s - self.last.at_s)
+        self.last = sign
+
+    def _limit_s(self, is_steady: bool) -> float:
+        if self.limit_s is not None:
+            return self.limit_s
+        slowest_s = SLOWEST_TIMES * max(self.steps_s, default=0.0)
+        return max(SHORTEST_S if is_steady else START_S, slowest_s)
+
+    def _is_busy(self, pids: Sequence[int]) -> bool:
+        """Whether the ranks have computed since they were last asked; they are given more time."""
+        used_s, now_s = sum(_life(pid)[1] for pid in pids), time.monotonic()
+        is_busy = used_s - self.used_s > LIFE_SHARE * (now_s - self.began_s)
+        self.used_s, self.began_s = used_s, now_s
+        return is_busy
+
+
+def _life(pid: int) -> tuple[str, float]:
+    """State of a process ("T": stopped) and the seconds of a core it has used; Linux only."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,81 @@
+"""What can be seen to be wrong before a rank is started: libraries, cards, tokenizer, all rows.
+
+Nothing here imports torch, so that the user knows within a second or two, and no directory has
+been made by then.
+"""
+
+import importlib.util
+
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.choices import TRACKERS, TRAIN_TYPES
+from fsdp_qlora.config import Config
+from fsdp_qlora.conflicts import check_optimizer
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.plan.run import RunPlan
+
+ALWAYS = ("torch", "transformers", "safetensors", "tokenizers", "tqdm")
+BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
+
+
+def check(plan: RunPlan) -> None:
+    """Check all that a run needs besides its model, which has been read.
+
+    Rows are read and tokenized here, into the cache of tokens where it is in use, so that the
+    ranks find them there. Functions of the user's own, and files too large to be tokenized twice
+    where nothing is kept, are left to the ranks.
+
+    Args:
+        plan: of the run.
+
+    Raises:
+        UserError: a library is not installed, or a card is too old (code 3); no such data, a bad
+            row, no usable tokenizer, nothing left to train on.
+    """
+    check_optimizer(plan.cfg.optimizer, bool(plan.machine.cards))
+    _check_libraries(plan.cfg)
+    _check_cards(plan)
+    _check_data(plan.cfg, plan.info)
+
+
+def _check_libraries(cfg: Config) -> None:
+    flash = "flash_attn" if cfg.attn == "flash_attention_2" else "torch"
+    for name in (*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash):
+        if importlib.util.find_spec(name) is None:
+            got = f"--train_type {cfg.train_type} --attn {cfg.attn}"
+            remedy = f"pip install {name.replace('_', '-')}"
+            raise UserError(got, f"needs {name}, which is not installed", remedy, ENVIRONMENT)
+    if cfg.log_to in TRACKERS and importlib.util.find_spec(cfg.log_to) is None:
+        rule, remedy = "is not installed", f"pip install {cfg.log_to}"
+        raise UserError(f"--log_to {cfg.log_to}", rule, remedy, ENVIRONMENT)
+
+
+def _check_cards(plan: RunPlan) -> None:
+    """A card without bf16 computes it all the same, many times slower: torch does not say so."""
+    lacking = [card.name for card in plan.machine.cards if not card.has_bf16]
+    if lacking and plan.cfg.compute_dtype == "bfloat16":
+        got = f"--precision {plan.cfg.precision} on a {lacking[0]}"
+        remedy = "leave --precision out, or use fp16_autocast"
+        raise UserError(got, "it has no bfloat16", remedy, ENVIRONMENT)
+
+
+def _check_data(cfg: Config, info: ModelInfo) -> None:
+    from fsdp_qlora import data
+    from fsdp_qlora.data import prepare, prompts, sources, tokenizer
+
+    if cfg.dataset == sources.DUMMY and not prompts.are_named(cfg):
+        return
+    path = data.tokenizer_directory(info)
+    if not (path / "tokenizer.json").exists():
+        return  # transformers makes a fast one of it, in the ranks
+    light = tokenizer.read(path)
+    names = [name for name in (cfg.dataset, cfg.eval_split) if name is not None]
+    own = [name for name in names if any(map(sources.OWN_CODE.fullmatch, name.split(",")))]
+    for name in own:
+        sources.find(name, sources.Wanted())
+    if own:
+        return
+    with data.progress(rank=0) as progress:
+        ready = prepare.prepare_early(cfg, light, info.vocab_size, progress.update)
+    if ready is not None:
+        ready.check()
+        prompts.choose(cfg, ready, light)

@@ -1,0 +1,233 @@
+"""Going on from a checkpoint: which one, by which options, where its record ends; no torch."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import cli
+from fsdp_qlora.choices import ALIASES
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.train import checkpoint_files as files
+from fsdp_qlora.train.checkpoint_files import CHECKPOINTS, MANIFEST, Saved
+
+LATEST, AUTO = "latest", "auto"  # a bare --resume; the same, or a fresh start if there is none
+METRICS = "metrics.jsonl"
+LOCK = ".lock"
+STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
+PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
+
+
+def latest(output_dir: Path, say: Callable[[str], None] = lambda line: None) -> Saved | None:
+    """Return the latest checkpoint of a run that is whole, falling back past damaged ones.
+
+    Args:
+        output_dir: of the run.
+        say: is told of every damaged one, in a line.
+    """
+    for step in files.steps(output_dir):
+        try:
+            return files.read(output_dir / CHECKPOINTS / f"step-{step}")
+        except (UserError, OSError) as error:
+            what = f"{error.got} {error.rule}" if isinstance(error, UserError) else str(error)
+            say(f"resume    step {step} is passed over: {what}")
+    return None
+
+
+def latest_valid(output_dir: Path) -> Path | None:
+    """Return the directory of `latest`, or None."""
+    saved = latest(Path(output_dir))
+    return None if saved is None else saved.path
+
+
+def expand(
+    argv: Sequence[str], say: Callable[[str], None] = lambda line: None
+) -> tuple[list[str], Saved | None]:
+    """Replace --resume in a command line by all that it stands for.
+
+    The options that the user gave to the run stand below those of this command line.
+
+    Args:
+        argv: arguments without the program's name.
+        say: is told what is passed over.
+
+    Returns:
+        A whole command line, with the checkpoint's own directory behind --resume and the run's
+        behind --output_dir; and the checkpoint. Without --resume: `argv`, None.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged (code 5).
+    """
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
+            words[i] = f"--resume={LATEST}"
+    given, _ = cli.read_argv(words, typing.get_type_hints(Config), ALIASES)
+    if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
+        return words, None
+    wanted = given["resume"].text
+    output_dir = given["output_dir"].text if "output_dir" in given else None
+    saved = _find(wanted, output_dir, say)
+    if saved is None:
+        fresh = ["--resume=none"]
+        if output_dir is not None and _is_barren(Path(output_dir)):
+            fresh.append("--overwrite=true")
+        return [word for word in words if word != f"--resume={AUTO}"] + fresh, None
+    if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
+        rule = f"is not where {wanted} was made"
+        raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
+    config, names = saved.state["config"], saved.state["given"]
+    below = [
+        f"--{name}={cli.to_text(config[name])}"
+        for name in sorted({*names, *PINNED} - {"recipe", "resume", "output_dir", "overwrite"})
+        if name in config and name in Config.__dataclass_fields__
+    ]
+    return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
+
+
+def _is_barren(place: Path) -> bool:
+    """Whether a directory holds a run of which nothing came: it ended before it could save."""
+    return os.path.exists(place / LOCK) and not (place / "adapter_model.safetensors").exists()
+
+
+def _find(wanted: str, output_dir: str | None, say: Callable[[str], None]) -> Saved | None:
+    """The checkpoint that --resume means; None: there is none, and `auto` does not mind."""
+    if wanted in (LATEST, AUTO) and output_dir is None:
+        remedy = "give --output_dir of the run too, or --resume DIR"
+        raise UserError("--resume", "does not say which run shall go on", remedy)
+    place = Path(str(output_dir) if wanted in (LATEST, AUTO) else wanted)
+    is_one = os.path.exists(place / MANIFEST) or files.STEP_NAME.fullmatch(place.name)
+    saved = files.read(place.absolute()) if is_one else latest(place.absolute(), say)
+    if saved is None and wanted != AUTO:
+        rule = "holds no whole checkpoint"
+        raise UserError(f"--resume {place}", rule, "start anew without --resume", INTEGRITY)
+    if saved is None:
+        say(f"resume    no whole checkpoint in {place}: a fresh start")
+    return None if saved is None else _checked(saved)
+
+
+def _checked(saved: Saved) -> Saved:
+    """A checkpoint that was written by a trainer like this one."""
+    state = saved.state
+    wrong = [name for name, kind in STATE_TYPES.items() if not isinstance(state.get(name), kind)]
+    wrong += [] if wrong or all(isinstance(n, str) for n in state["given"]) else ["given"]
+    wrong += ["version"] if state["version"] != files.VERSION else []
+    if wrong:
+        rule = f"is not what this version of the trainer writes ({', '.join(wrong)})"
+        remedy = "go on with the version that wrote it"
+        raise UserError(str(saved.path / files.STATE), rule, remedy, INTEGRITY)
+    return saved
+
+
+def settle(output_dir: Path, step: int) -> list[int]:
+    """Remove what came after a checkpoint that is gone on from, and what was left half-done.
+
+    Args:
+        output_dir: of the run.
+        step: of the checkpoint.
+
+    Returns:
+        The steps of the checkpoints that were removed.
+    """
+    files.sweep(output_dir)
+    later = [number for number in files.steps(output_dir) if number > step]
+    for number in later:
+        files.remove(output_dir / CHECKPOINTS / f"step-{number}")
+    return later
+
+
+def cut_record(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut a record after a step, and after what is told of that step.
+
+    The look at the finished model is cut off too: it is taken again. A torn last line is no line.
+
+    Args:
+        path: metrics.jsonl.
+        step: the last one that stays.
+
+    Returns:
+        The lines that stay.
+    """
+    kept: list[dict[str, Any]] = []
+    end = 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for raw in file:
+            line = _line(raw)
+            is_beyond = "event" not in line and line.get("step", step + 1) > step
+            if is_beyond or line.get("when") == "after":
+                break
+            kept.append(line)
+            end += len(raw)
+        os.truncate(path, end)
+    return kept
+
+
+def _line(raw: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(raw) if raw.endswith(b"\n") else {}
+        return line if isinstance(line, dict) else {}
+    except ValueError:
+        return {}
+
+
+def lock(output_dir: Path) -> None:
+    """Hold a directory until this process ends, so that no second run writes there.
+
+    Args:
+        output_dir: of the run; it is made.
+
+    Raises:
+        OSError: it cannot be written to.
+        UserError: another process holds it (code 2).
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    number = os.open(output_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # stays open on purpose
+    try:
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        who = os.pread(number, 200, 0).decode("utf-8", "replace").strip()
+        os.close(number)
+        rule = f"is in use by another run ({who or 'just starting'})"
+        remedy = "wait for it, or give another --output_dir"
+        raise UserError(f"--output_dir {output_dir}", rule, remedy) from None
+    who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n"
+    with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
+        os.ftruncate(number, 0)
+        os.pwrite(number, who.encode(), 0)
+
+
+def saved_of(cfg: Config) -> Saved | None:
+    """The checkpoint that a rank goes on from; its bytes were checked when it was chosen.
+
+    Args:
+        cfg: resume, as `expand` leaves it.
+    """
+    if cfg.resume is None:
+        return None
+    path = Path(cfg.resume)
+    state = json.loads((path / files.STATE).read_bytes())
+    return Saved(path, int(state["step"]), state)
+
+
+def is_done(saved: Saved, cfg: Config) -> bool:
+    """Whether the run of a checkpoint has come to its end, and is asked for no more than that.
+
+    Args:
+        saved: its last one.
+        cfg: the run as it shall go on.
+    """
+    was = saved.state.get("config", {})
+    if (was.get("max_steps"), was.get("num_epochs")) != (cfg.max_steps, cfg.num_epochs):
+        return False
+    try:
+        summary = json.loads((saved.run_dir / "summary.json").read_bytes())
+        return bool(summary["is_complete"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,138 @@
+"""What a run trains: adapters, whole decoder layers, tensors outside the layers; and how much."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.choices import TRAIN_TYPES
+from fsdp_qlora.config import Config
+from fsdp_qlora.errors import UserError
+
+NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
+REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference names its result
+ENDS = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is trained itself, without adapters, unquantised.
+
+    Args:
+        layers: numbers of decoder layers.
+        root: full names of parameters outside the layers.
+    """
+
+    layers: tuple[int, ...] = ()
+    root: tuple[str, ...] = ()
+
+
+NOTHING = Whole()
+
+
+def has_adapters(cfg: Config) -> bool:
+    """Whether a run trains adapters of linears."""
+    return TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
+
+
+def whole(info: ModelInfo, cfg: Config) -> Whole:
+    """Find what a run trains whole.
+
+    Args:
+        info: the model.
+        cfg: train_type, modules_to_save.
+
+    Raises:
+        UserError: the model has no new layers, or no such module (code 2).
+    """
+    kind = TRAIN_TYPES[cfg.train_type].adapter
+    if kind in ("full", "llama_pro") and any(linear.expert is not None for linear in info.linears):
+        rule = "trains whole layers, and those with experts can have adapters only"
+        raise UserError(f"--train_type {cfg.train_type}", rule, "use --train_type qlora or lora")
+    if kind == "full":
+        return Whole(tuple(range(info.num_layers)), tuple(name for name, _ in info.root_params))
+    layers = _new_layers(info) if kind == "llama_pro" else ()
+    return Whole(layers, _saved(info, cfg.modules_to_save))
+
+
+def new_layers(num_layers: int, num_new: int) -> tuple[int, ...]:
+    """Numbers of the new layers in a block-expanded model.
+
+    One stands behind each of the first `num_new` groups of num_layers // num_new old layers.
+
+    Args:
+        num_layers: of the old model.
+        num_new: how many there are.
+
+    Source: LLaMA Pro, arXiv 2401.02415, section 3.2; AnswerDotAI/fsdp_qlora, train.py.
+    """
+    group = num_layers // num_new
+    return tuple(group + (group + 1) * number for number in range(num_new))
+
+
+def count(info: ModelInfo, cfg: Config) -> int:
+    """Count the trained parameters.
+
+    Args:
+        info: the model.
+        cfg: the run.
+
+    Raises:
+        UserError: see `whole` and arch.select_linears.
+    """
+    num = adapter_params(info, cfg) * info.num_layers
+    return num + layer_params(info) * len(whole(info, cfg).layers) + root_params(info, cfg)
+
+
+def root_params(info: ModelInfo, cfg: Config) -> int:
+    """Count the trained parameters outside the decoder layers."""
+    root = dict(info.root_params)
+    return sum(math.prod(root[name]) for name in whole(info, cfg).root)
+
+
+def magnitudes(info: ModelInfo, cfg: Config) -> int:
+    """Count the rows of one decoder layer whose length DoRA learns."""
+    adapted = arch.select_linears(info, cfg.lora_target_modules)
+    is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+    return sum(linear.out_features for linear in adapted) * is_dora
+
+
+def adapter_params(info: ModelInfo, cfg: Config) -> int:
+    """Count the parameters of the adapters of one decoder layer."""
+    if not has_adapters(cfg):
+        return 0
+    adapted = arch.select_linears(info, cfg.lora_target_modules)
+    num = sum(cfg.lora_rank * (n.in_features + n.out_features) for n in adapted)
+    return num + magnitudes(info, cfg)
+
+
+def layer_params(info: ModelInfo) -> int:
+    """Count all parameters of one decoder layer."""
+    others = sum(math.prod(shape) for _, shape in info.layer_params)
+    return sum(n.in_features * n.out_features for n in info.linears) + others
+
+
+def _new_layers(info: ModelInfo) -> tuple[int, ...]:
+    if NEW_LAYERS in info.config:
+        return tuple(info.config[NEW_LAYERS])
+    match = REFERENCE_DIRECTORY.fullmatch((info.path or Path()).name)
+    numbers = tuple(map(int, match.groups())) if match else (0, 0)
+    if not 0 < numbers[1] - numbers[0] <= numbers[0] or numbers[1] != info.num_layers:
+        rule = "has no new blocks to train"
+        remedy = "make them with python -m fsdp_qlora expand, give the result as --llama_pro_path"
+        raise UserError(str(info.path or info.model_type), rule, remedy)
+    return new_layers(numbers[0], numbers[1] - numbers[0])
+
+
+def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
+    names = {name.strip() for name in (modules or "").split(",")} - {""}
+    if unknown := sorted(names - set(ENDS)):
+        remedy = f"use some of {','.join(ENDS)}"
+        raise UserError(f"modules_to_save {unknown[0]!r}", "cannot be trained whole", remedy)
+    if info.is_tied and names:
+        names = {ENDS[0]}  # one parameter for both
+    found = [name for name, _ in info.root_params if name.split(".")[-2] in names]
+    assert len(found) == len(names), "embedding and head are named otherwise"
+    return tuple(found)

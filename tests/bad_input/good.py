@@ -1,0 +1,5 @@
+"""Nothing is wrong: this run would start."""
+
+from tests.bad_input.case import Case
+
+CASES = [Case("nothing is wrong", "")]

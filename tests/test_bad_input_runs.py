@@ -1,0 +1,142 @@
+"""What only the ranks can find, secrets in a run that crashes, and who can reach the ranks."""
+
+import re
+import socket
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fsdp_qlora.errors import BUG, INPUT, INTEGRITY
+from tests import warm
+
+CANARIES = {
+    "HF_TOKEN": "hf_" + "canaryAcanaryAcanaryAcanary",
+    "WANDB_API_KEY": "0123456789abcdefcafe0123456789abcdefcafe",
+    "AWS_SECRET_ACCESS_KEY": "canary/B+canary/B+canary/B",
+    "HTTPS_PROXY": "http://alice:canary-C-password@127.0.0.1:9",
+}
+IN_FILE = "hf_" + "canaryDcanaryDcanaryDcanary"  # as `hf auth login` leaves it
+IN_ADDRESS = "canaryEcanaryE"
+SECRETS = [*CANARIES.values(), "canary-C-password", IN_FILE, IN_ADDRESS]
+OWN = (
+    "def rows(config, tokenizer, split):\n    yield {'text': 'a'}\n    raise KeyError('no more')\n"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model, its tokenizer and rows."""
+    directory = tmp_path_factory.mktemp("runs")
+    warm.call(warm.make_model, directory)
+    return directory
+
+
+def argv_of(place: Path, out: Path, *more: str) -> list[str]:
+    """Two steps on two ranks."""
+    return [
+        *(f"--model_name={place / 'model'}", f"--dataset={place / 'data.jsonl'}"),
+        *(f"--quant_cache={out}-cache", f"--token_cache={out}-tokens", "--eval_samples=4"),
+        *("--world_size=2", "--max_steps=2", "--context_length=64", "--lora_rank=4"),
+        *("--save_every=1", f"--output_dir={out}", *more),
+    ]
+
+
+def leaky(argv: list[str], start) -> int:
+    """train.py, whose run ends in an error that tells all it knows (the ranks are forked)."""
+    import os
+
+    import train
+
+    whole = train.run
+
+    def run(*args) -> None:
+        whole(*args)
+        known = [f"{name}={os.environ[name]}" for name in CANARIES]
+        known += [Path(os.environ["HF_HOME"], "token").read_text()]
+        raise LookupError(f"no https://x.org/rows?token={IN_ADDRESS} {' '.join(known)}")
+
+    train.run = run
+    return train.main(argv, start=start)
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Addresses at which these processes can be reached, by the kernel's tables."""
+    found = set()
+    for pid in pids:
+        try:
+            links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            tables = [Path(f"/proc/{pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        except OSError:  # it has just ended
+            continue
+        for line in "".join(tables).splitlines():
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in links:
+                found.add(_address(fields[1].partition(":")[0]))
+    return found
+
+
+def _address(digits: str) -> str:
+    words = [int(digits[i : i + 8], 16) for i in range(0, len(digits), 8)]
+    family = socket.AF_INET if len(words) == 1 else socket.AF_INET6
+    return socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words))
+
+
+def test_no_secret_is_written_and_nobody_else_can_reach_the_ranks(place: Path):
+    """Six canaries, a whole record, then a crash that tells all: every byte is looked through."""
+    out, home = place / "leaky", place / "hf"
+    home.mkdir()
+    (home / "token").write_text(IN_FILE)
+    run = warm.start(argv_of(place, out), place, leaky, HF_HOME=str(home), **CANARIES)
+    addresses: set[str] = set()
+    while run.process.is_alive():
+        addresses |= listening(run.orphans())
+        run.process.join(0.05)
+    assert run.wait() == BUG and run.orphans() == []
+    assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert run.err.count("\n") == 1 and "LookupError: no https://x.org/rows?" in run.err
+    trace = "".join(path.read_text() for path in (out / "logs").glob("rank*.log"))
+    assert trace.count("[secret]") >= len(CANARIES) + 2 and "raise LookupError" in trace
+    files = [
+        p for part in (out, Path(f"{out}-cache"), Path(f"{out}-tokens")) for p in part.rglob("*")
+    ]
+    written = {path: path.read_bytes() for path in files if path.is_file()}
+    assert {"summary.json", "metrics.jsonl", "run_config.json", "README.md"} <= {
+        path.name for path in written
+    }
+    written |= {run.out_file: run.out.encode(), run.err_file: run.err.encode()}
+    found = [
+        (path, secret)
+        for path, data in written.items()
+        for secret in SECRETS
+        if secret.encode() in data
+    ]
+    assert found == []
+
+
+def test_rows_that_only_the_ranks_can_make_fail_in_one_line_and_leave_nothing(place: Path):
+    """A function of the user's own is called by the ranks, with the tokenizer that they load."""
+    (place / "own.py").write_text(OWN)
+    out = place / "own"
+    run = warm.start(argv_of(place, out, f"--dataset={place / 'own.py'}:rows"), place)
+    assert run.wait() == INPUT and run.orphans() == []
+    assert re.fullmatch(r"error: \S+own\.py:3: KeyError: 'no more'; correct it; .*\n", run.err)
+    assert not out.exists()
+
+
+def test_weights_that_are_not_numbers_are_named(place: Path):
+    """One of a million is enough; it is found when it is read, before a step."""
+    out, path = place / "nan", place / "model" / "model.safetensors"
+    good = path.read_bytes()
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 5] = np.nan
+    save_file(tensors, path)
+    run = warm.start(argv_of(place, out), place)
+    assert run.wait() == INTEGRITY and run.orphans() == []
+    assert run.err.startswith(f"error: {name} in {path}: holds numbers that are not finite")
+    assert run.err.count("\n") == 1 and not out.exists()
+    path.write_bytes(good)

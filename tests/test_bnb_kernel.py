@@ -1,0 +1,53 @@
+"""The Triton kernels of bitsandbytes' 4-bit formats have the bits of bitsandbytes itself."""
+
+import itertools
+
+import pytest
+import torch
+
+from fsdp_qlora.model.quantize import GROUP_SIZE, dynamic_map, import_bitsandbytes, values_of
+from tests import tiny
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """On a card as it is; elsewhere by Triton's interpreter, where Triton is installed."""
+    if tiny.DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    from fsdp_qlora.model import bnb_kernel
+
+    return bnb_kernel
+
+
+def test_weights_have_the_bits_of_bitsandbytes(kernel):
+    """Whole and broken last programs; the interpreter cuts a bfloat16 off, so not in that dtype."""
+    import_bitsandbytes()
+    torch.manual_seed(0)
+    dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * (tiny.DEVICE == "cuda")
+    for quant_type, dtype, rows in itertools.product(("nf4", "fp4"), dtypes, (64, 67)):
+        shape = (rows, 128)
+        num = rows * 128
+        packed = torch.randint(0, 256, (num // 2, 1), dtype=torch.uint8, device=tiny.DEVICE)
+        absmax = torch.rand(num // GROUP_SIZE, device=tiny.DEVICE)
+        expected = torch.ops.bitsandbytes.dequantize_4bit(
+            packed, absmax, GROUP_SIZE, quant_type, shape, dtype
+        )
+        out = torch.full_like(expected, float("nan"))
+        table = values_of(quant_type, packed.device)
+        kernel.unpack(packed.view(-1), absmax, table, out, GROUP_SIZE)
+        assert torch.equal(out, expected), (quant_type, dtype, rows)
+
+
+def test_constants_have_the_bits_of_bitsandbytes(kernel):
+    """Product and sum are rounded one after the other."""
+    import_bitsandbytes()
+    torch.manual_seed(0)
+    quantised = torch.randint(0, 256, (256 * 9,), dtype=torch.uint8, device=tiny.DEVICE)
+    nested, offset = (torch.rand(9, device=tiny.DEVICE) for _ in range(2))
+    code = dynamic_map(nested.device)
+    expected = torch.ops.bitsandbytes.dequantize_blockwise(
+        quantised, nested, code, 256, torch.float32
+    )
+    expected.view(-1, 256).add_(offset.unsqueeze(1))
+    assert torch.equal(kernel.expand(quantised, nested, offset, code, 256), expected)

@@ -1,0 +1,220 @@
+"""Ranks that leave early, hang, crash or lose each other; a terminal that goes away.
+
+The ranks are tiny scripts without torch, as in test_launch.py.
+"""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.errors import RUN_FAILED
+from fsdp_qlora.train import faults, heartbeat
+from fsdp_qlora.train.heartbeat import Sign, Watch
+from tests.test_launch import is_alive, run, start, wait_for_ranks
+
+STEPS = """
+import threading
+heartbeat.listen(out / "logs" / f"rank{rank}.log")
+meet()
+def take(first, last):
+    for step in range(first, last):
+        for point in faults.STEP_POINTS:
+            faults.reach(point, rank, step)
+            time.sleep(0.005)
+"""
+
+
+def test_a_rank_that_leaves_with_0_before_its_end_is_a_failure(tmp_path: Path):
+    """Its peers would wait for it; nobody has asked it to leave."""
+    body = STEPS + "take(1, 4)\ntime.sleep(60 * (1 - rank))"
+    code, out, err = run(tmp_path, body, FSDP_QLORA_FAULT="exit0:1:post-backward:2")
+    log = f"{tmp_path}/out/logs/rank1.log"
+    line = f"rank 1: ended with code 0 at step 2 (post-backward), before its end; see {log}"
+    assert (code, out, err) == (RUN_FAILED, "", f"error: {line}\n")
+
+
+@pytest.mark.parametrize("kind", ["stop", "hang"])
+def test_a_rank_that_hangs_is_found_and_every_stack_written_down(tmp_path: Path, kind: str):
+    """One that was stopped, one that waits; its peer waits for it. Nobody is left."""
+    body = STEPS + "take(1, 4)\nif rank == 0: time.sleep(60)\n"
+    body = body.replace("faults.reach(", "step == 4 or faults.reach(")
+    begin_s = time.monotonic()
+    fault = f"{kind}:1:post-forward:3"
+    code, _, err = run(tmp_path, body, "--hang_timeout=2", FSDP_QLORA_FAULT=fault)
+    assert time.monotonic() - begin_s < 2 + 10  # two starts of Python included
+    line = r"error: rank 1: hung at step 3 \(post-forward\): no sign of life for [234] s; "
+    assert code == RUN_FAILED and re.fullmatch(
+        f"{line}the stacks of all ranks are in .*/logs\n", err
+    )
+    for rank in range(2):
+        log = (tmp_path / f"out/logs/rank{rank}.log").read_text()
+        assert "most recent call first" in log and "rank.py" in log
+    assert "_hang" in log or kind == "stop"
+    assert not any(map(is_alive, wait_for_ranks(tmp_path)))
+
+
+def test_a_crash_is_answered_by_as_many_new_starts_as_were_asked_for(tmp_path: Path):
+    """The second start goes well; the fault happens once. Without a checkpoint, from the start."""
+    body = STEPS + "take(1, 4)"
+    fault = {"FSDP_QLORA_FAULT": "kill:1:post-record:2"}
+    code, out, err = run(tmp_path, body, "--max_restarts=1", **fault)
+    words = "rank 1: was killed by SIGKILL at step 2 (post-record)"
+    assert (code, out, err) == (0, f"restart   1/1 from the beginning: {words}\n", "")
+
+
+def test_restarts_end_at_their_number_and_at_faults_of_the_user(tmp_path: Path):
+    """The last failure is the one that is told."""
+    code, out, err = run(tmp_path, "meet()\nsys.exit(7 if rank else time.sleep(60))", "--max_restarts=2")
+    assert code == 7 and [line[:13] for line in out.splitlines()] == [
+        "restart   1/2",
+        "restart   2/2",
+    ]
+    assert err.startswith("error: rank 1: ended with code 7") and err.count("\n") == 1
+    for own in (2, 3, 5):
+        body = f"meet()\nwrite_error(out, rank, {own}, 'bad; repair it')\nsys.exit({own})"
+        said = run(tmp_path, body, "--max_restarts=2", "--overwrite")
+        assert said == (own, "", "error: bad; repair it\n")
+
+
+def test_cards_that_cannot_exchange_a_megabyte_do_without_peer_to_peer(tmp_path: Path):
+    """Once, and it is said; if that does not help either, the run ends."""
+    body = """
+meet()
+if os.environ.get("NCCL_P2P_DISABLE") != ANSWER and rank:
+    write_error(out, rank, 4, f"rank {rank}: LinkError: no answer; see", kind="link")
+    sys.exit(4)
+"""
+    words = "rank 1: LinkError: no answer"
+    line = f"links     {words}; again with NCCL_P2P_DISABLE=1, which is slower\n"
+    assert run(tmp_path, body.replace("ANSWER", "'1'")) == (0, line, "")
+    failed = run(tmp_path, body.replace("ANSWER", "'2'"), "--overwrite")
+    assert failed == (RUN_FAILED, line, f"error: {words}; see\n")
+
+
+def test_ranks_meet_on_a_port_that_only_this_machine_can_reach(tmp_path: Path):
+    """The supervisor's own, open before the ranks start: nobody can take it from them."""
+    body = """
+import socket
+number = int(os.environ["FSDP_QLORA_LISTENER"])
+print(socket.socket(fileno=number).getsockname() == ("127.0.0.1", int(os.environ["MASTER_PORT"])))
+print(os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"])
+"""
+    code, out, err = run(tmp_path, body, num_ranks=1)
+    assert (code, out, err) == (0, "True\nlo lo\n", "")
+
+
+def test_a_terminal_that_hangs_up_stops_nothing(tmp_path: Path):
+    """SIGHUP, and every write to the terminal fails from then on."""
+    body = (
+        STEPS
+        + """
+sys.path.insert(0, PROJECT)
+from fsdp_qlora.train import terminal
+with terminal.kept():
+    while not (out / "gone").exists():
+        time.sleep(0.01)
+    for _ in range(3):
+        print("still here", flush=True)
+    (out / f"end{rank}").touch()
+"""
+    )
+    ours, theirs = pty.openpty()
+    parent = start(tmp_path, body.replace("PROJECT", repr(str(PROJECT_DIR))), stdout=theirs)
+    os.close(theirs)
+    wait_for_ranks(tmp_path)
+    os.close(ours)
+    parent.send_signal(signal.SIGHUP)
+    (tmp_path / "out" / "gone").touch()
+    assert parent.wait(30) == 0
+    assert {path.name for path in (tmp_path / "out").glob("end*")} == {"end0", "end1"}
+
+
+def test_a_reader_that_has_seen_enough_stops_nothing(tmp_path: Path):
+    """train.py | head -1: the rest is printed into nowhere, and the end is reached."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(PROJECT_DIR)!r})
+from fsdp_qlora.train import terminal
+with terminal.kept():
+    for number in range(20000):
+        print("line", number)
+    open({str(tmp_path / "end")!r}, "w").close()
+"""
+    script = tmp_path / "prints.py"
+    script.write_text(program)
+    command = f"{sys.executable} {script} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "")
+    assert (tmp_path / "end").exists()
+
+
+def test_a_step_is_given_ten_times_the_slowest_and_the_start_five_minutes(monkeypatch):
+    """By the monotonic clock: a day that the wall clock jumps changes nothing."""
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: int(now_s * 1e9))
+    monkeypatch.setattr(time, "time", lambda: now_s - 86400)
+    with heartbeat.open_board() as board:
+        monkeypatch.setenv(heartbeat.BOARD, str(board.fileno()))
+        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS, began_s=now_s)
+        pids = {0: 2**22 + 1, 1: 2**22 + 2}  # nobody's: they use no processor time
+
+        def both(point: str, step: int, after_s: float) -> list[int]:
+            nonlocal now_s
+            now_s += after_s
+            for rank in pids:
+                heartbeat.beat(point, rank, step)
+            return watch.stuck(pids)
+
+        assert both("load", 0, 299) == []
+        now_s += 301
+        assert watch.stuck(pids) == [0, 1]
+        for step, seconds in ((1, 200), (2, 3), (3, 20), (4, 3)):
+            assert both("pre-forward", step, seconds) == []
+        now_s += 199
+        heartbeat.beat("post-forward", 1, 4)
+        assert watch.stuck(pids) == []  # 10 times 20 s
+        now_s += 2
+        assert watch.stuck(pids) == [0]  # rank 1 is farther
+        assert both("eval", 0, 1) == [] and heartbeat.read(board.fileno(), 0).step == 4
+        now_s += 299
+        assert watch.stuck(pids) == []
+
+
+def test_ranks_that_compute_before_the_first_step_do_not_hang(monkeypatch):
+    """Tokens of ten million rows take longer than five minutes; a step may not."""
+    with heartbeat.open_board() as board:
+        monkeypatch.setenv(heartbeat.BOARD, str(board.fileno()))
+        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS, limit_s=0.001)
+        pids = {0: os.getpid()}
+        for step in (0, 1, 2):
+            sum(range(10**6))
+            time.sleep(0.002)
+            assert watch.stuck(pids) == []
+            heartbeat.beat("pre-forward" if step else "load", 0, step)
+            watch.stuck(pids)
+        time.sleep(0.002)
+        assert watch.stuck(pids) == [0]
+
+
+def test_the_last_sign_is_read_as_it_was_written(monkeypatch):
+    """By rank; without a board nothing is written, and a number of no open file is no error."""
+    monkeypatch.delenv(heartbeat.BOARD, raising=False)
+    heartbeat.beat("load", 0)
+    monkeypatch.setenv(heartbeat.BOARD, "9999")
+    heartbeat.beat("load", 0, 3)
+    with heartbeat.open_board() as board:
+        monkeypatch.setenv(heartbeat.BOARD, str(board.fileno()))
+        heartbeat.beat("load", 2, 3)
+        assert heartbeat.read(board.fileno(), 0) == heartbeat.read(board.fileno(), 3)
+        sign = heartbeat.read(board.fileno(), 2)
+        assert str(sign) == " at step 3 (load)" and sign.silent_s < 1
+    assert str(Sign()) == " before it had begun"
