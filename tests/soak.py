@@ -39,8 +39,13 @@ def strike(run: warm.Run, generator: random.Random, number: int) -> tuple[str, i
     return who, -signal.SIGKILL if who == "supervisor" else RUN_FAILED
 
 
-def broken(place: Path, out: Path, more: list[str], every_s: float, seed: int) -> Counter[str]:
-    """Make a run under fire; return how often whom was hit. Every other end is a failure."""
+def broken(
+    place: Path, out: Path, more: list[str], every_s: float, seed: int, num_before: int
+) -> Counter[str]:
+    """Make a run under fire, the `num_before` starts of former rounds counted on for SIGTERM.
+
+    Returns how often whom was hit. Every other end is a failure.
+    """
     generator, hits = random.Random(seed), Counter[str]()
     while True:
         run = warm.start(argv_of(place, out, "--resume=auto", *more), place)
@@ -50,7 +55,7 @@ def broken(place: Path, out: Path, more: list[str], every_s: float, seed: int) -
             assert run.wait() == DONE, run.err
             return hits
         try:
-            who, code = strike(run, generator, hits["starts"])
+            who, code = strike(run, generator, num_before + hits["starts"])
         except ProcessLookupError:  # it came to its end meanwhile
             who, code = "too late", DONE
         found = run.wait()
@@ -79,7 +84,7 @@ def main() -> None:
     hits, rounds, begin_s = Counter[str](), 0, time.monotonic()
     while time.monotonic() - begin_s < 60 * args.minutes:
         out = place / f"round-{rounds}"
-        hits += broken(place, out, more, args.every, seed=rounds)
+        hits += broken(place, out, more, args.every, rounds, hits["starts"])
         assert result(out, args.steps) == unbroken, f"round {rounds}: {out} is not {place}/unbroken"
         shutil.rmtree(out)
         rounds += 1

@@ -72,7 +72,9 @@ def test_a_crash_is_answered_by_as_many_new_starts_as_were_asked_for(tmp_path: P
 
 def test_restarts_end_at_their_number_and_at_faults_of_the_user(tmp_path: Path):
     """The last failure is the one that is told."""
-    code, out, err = run(tmp_path, "meet()\nsys.exit(7 if rank else time.sleep(60))", "--max_restarts=2")
+    code, out, err = run(
+        tmp_path, "meet()\nsys.exit(7 if rank else time.sleep(60))", "--max_restarts=2"
+    )
     assert code == 7 and [line[:13] for line in out.splitlines()] == [
         "restart   1/2",
         "restart   2/2",
