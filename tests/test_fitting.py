@@ -1,14 +1,20 @@
 """train.py goes by the plan: refusals before torch, a notch lower, plan against ledger."""
 
+import functools
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from fsdp_qlora import arch, config
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT
+from fsdp_qlora.plan import cards, fit
 from fsdp_qlora.plan import rows as names
+from fsdp_qlora.plan import run as plans
+from tests import warm
 from tests.test_run import run
 
 TRAIN = str(PROJECT_DIR / "train.py")
@@ -29,36 +35,38 @@ WIDE = {
     "torch_dtype": "bfloat16",
 }
 
-# As train.py on two cards of 24 GB, whose ranks compute on the CPU; the second finds no room in
-# the dry run for what the optimizer keeps, until it has stepped down. Any setting that needs less
-# is a notch: the rows of a tiny model are lost beside the context of a card.
-SHORT = """
-import functools, os, sys
-sys.path.insert(0, {project!r})
-import train
-from fsdp_qlora import arch, config
-from fsdp_qlora.plan import cards, fit
-from fsdp_qlora.plan import run as plans
-from fsdp_qlora.train import launch
 
-fit.NOTCH = 0.9999999
-
-def room(tensor):
+def no_room(tensor):
+    """Memory for what the optimizer keeps; rank 1 has none until it has stepped down."""
     import torch
+
     if os.environ["RANK"] == "1" and plans.notch_of(os.environ) == 0:
         raise torch.OutOfMemoryError("no room")
     return torch.empty_like(tensor)
 
-train.run = functools.partial(train.run, allocate=room)
-argv = sys.argv[1:]
-if launch.is_rank(os.environ):
-    sys.exit(train.main(argv))
-cfg, given = config.parse(argv), config.given(argv)
-machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
-plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
-plans.tell(plan, print)
-sys.exit(launch.supervise(cfg, argv, __file__, plan))
-"""
+
+def on_two_cards(argv: list[str], start) -> int:
+    """As train.py on two cards of 24 GB, whose ranks compute on the CPU.
+
+    Any setting that needs less is a notch: the rows of a tiny model are lost beside the context of
+    a card. In a process of its own, so what is changed here stays there.
+    """
+    import train
+    from fsdp_qlora.train import launch
+
+    fit.NOTCH, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)
+    cfg, given = config.parse(argv), config.given(argv)
+    machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+    plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
+    plans.tell(plan, print)
+    return launch.supervise(cfg, argv, plan=plan, start=start)
+
+
+def tiny_model(directory: Path) -> None:
+    """Write one, where torch is imported."""
+    from tests import tiny
+
+    tiny.save_model(directory, vocab_size=384)
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +101,14 @@ def test_what_cannot_fit_is_refused_before_torch_is_imported(tmp_path: Path, mod
 
 def test_ranks_that_run_out_in_the_dry_run_train_a_notch_lower(tmp_path: Path):
     """Real ranks, real models: built twice, with one line between; the record tells of it."""
-    from tests import tiny
-
-    model = tiny.save_model(tmp_path / "model", vocab_size=384)
-    script, out_dir = tmp_path / "short.py", tmp_path / "out"
-    script.write_text(SHORT.format(project=str(PROJECT_DIR)))
+    warm.call(tiny_model, tmp_path / "model")
+    model, out_dir = tmp_path / "model", tmp_path / "out"
     more = ("--batch_size=4", "--context_length=64", "--max_steps=3", "--dry_run=on")
-    code, out, err = run(tmp_path, str(script), *flags(model, out_dir, *more))
-    assert (code, err) == (DONE, "")
-    lines = out.splitlines()
+    graphs = "--cuda_graphs=off"  # of a tiny model they need more than what recomputing saves
+    argv = flags(model, out_dir, graphs, *more)
+    found = warm.start(argv, tmp_path, main=on_two_cards)
+    assert (found.wait(), found.err) == (DONE, "")
+    lines = found.out.splitlines()
     (fit,) = [line for line in lines if line.startswith("fit ")]
     (memory,) = [line for line in lines if "a notch lower" in line]
     start = "memory    rank 1: out of memory in the dry run; nothing is lost, a notch lower: --"

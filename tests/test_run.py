@@ -3,19 +3,16 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.errors import BUG, DONE, INPUT, INTEGRITY, SIGINT
-from tests import tiny
-from tests.test_launch import is_alive
+from fsdp_qlora.errors import BUG, DONE, INPUT, INTEGRITY
+from tests import tiny, warm
 
 NUM_STEPS = 12
 QUESTION = "What is 5?"
@@ -36,6 +33,7 @@ RANK_FIELDS = {
     *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
     *("device_peak_reserved_gib", "device_used_gib", "device_total_gib"),
     *("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "device_rows"),
+    "cpu_cores",
 }
 HOST_FIELDS = {"host_total_gib", "host_available_gib", "cgroup_limit_gib", "host_rows"}
 SUMMARY_FIELDS = {
@@ -224,43 +222,19 @@ def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
     assert log.read_text().count("Traceback") == 1 and "broken.py" in log.read_text()
 
 
-def test_a_damaged_cache_stops_both_ranks_with_one_line(place: Path):
+def test_a_damaged_cache_stops_both_ranks_with_one_line(place: Path, tmp_path: Path):
     """Only one of them reads the damaged file."""
-    short = ("--max_steps=1", "--save_model=false", f"--quant_cache={place / 'damaged'}")
-    assert train(place, place / "first", *short)[0] == DONE
-    (file,) = (place / "damaged").glob("*/layer-00001.safetensors")
+    short = ("--world_size=2", "--max_steps=1", "--save_model=false")
+    argv = flags(place, *short, f"--quant_cache={tmp_path / 'kept'}")
+    assert warm.start([*argv, f"--output_dir={tmp_path / 'first'}"], tmp_path).wait() == DONE
+    (file,) = (tmp_path / "kept").glob("*/layer-00001.safetensors")
     content = bytearray(file.read_bytes())
     content[-1000] ^= 1
     file.write_bytes(content)
-    code, out, err = train(place, place / "second", *short)
-    assert (code, err.count("\n")) == (INTEGRITY, 1)
-    assert [line.split()[0] for line in out.splitlines()] == ["fits", "fit"]  # of the plan
-    assert err.startswith("error: ") and file.name in err
-
-
-def children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def test_ctrl_c_ends_all_ranks_with_one_line(place: Path):
-    """What was recorded stays, marked as incomplete."""
-    out_dir = place / "stopped"
-    argv = flags(place, "--world_size=2", f"--output_dir={out_dir}", "--max_steps=100000")
-    parent = start(place, str(PROJECT_DIR / "train.py"), *argv)
-    limit_s = time.monotonic() + 60
-    while not (out_dir / "metrics.jsonl").exists() or len(steps_of(out_dir)) < 3:
-        assert time.monotonic() < limit_s and parent.poll() is None
-        time.sleep(0.1)
-    ranks = children(parent.pid)
-    assert len(ranks) == 2 and all(map(is_alive, ranks))
-    parent.send_signal(signal.SIGINT)
-    _, err = parent.communicate(timeout=20)
-    line = rf"stopped by SIGINT at step \d+; continue with --resume {re.escape(str(out_dir))}\n"
-    assert parent.returncode == SIGINT and re.fullmatch(line, err)
-    assert not any(map(is_alive, ranks))
-    assert (out_dir / "logs" / "rank1.log").read_text() == ""
-    assert len(steps_of(out_dir)) >= 3
+    second = warm.start([*argv, f"--output_dir={tmp_path / 'second'}"], tmp_path)
+    assert (second.wait(), second.err.count("\n")) == (INTEGRITY, 1)
+    assert [line.split()[0] for line in second.out.splitlines()] == ["fits", "fit"]  # of the plan
+    assert second.err.startswith("error: ") and file.name in second.err
 
 
 @pytest.mark.parametrize(

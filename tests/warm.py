@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fsdp_qlora.train.processes import Task, tied_to_parent
+from tests.ranks import PRELOAD
 
-PRELOAD = ["tests.preload", "tests.preload_run"]
 PR_SET_NAME = 15
 TIMEOUT_S = 120
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.train.checkpoint_files import sync
 
 GIB = 2**30
 SPARE = 1.01  # of the disk: what lies beside the weights
@@ -68,7 +69,7 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
         yield draft
         _settle(draft)
         draft.rename(out)
-        _sync(out.parent)
+        sync(out.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         place = str(out if draft is None or error.errno in IS_FULL else error.filename or out)
@@ -104,16 +105,8 @@ def _sweep(out: Path) -> None:
 def _settle(draft: Path) -> None:
     """Bring everything to the disk; give the directory the mode that others have."""
     for path in draft.rglob("*"):
-        _sync(path)
+        sync(path)
     mask = os.umask(0)
     os.umask(mask)
     draft.chmod(0o777 & ~mask)
-    _sync(draft)
-
-
-def _sync(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    sync(draft)
