@@ -3,14 +3,14 @@
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import memory, rows
 from fsdp_qlora.plan.activations import num_offloaded
-from fsdp_qlora.plan.rows import Rows, Table, Term, term
+from fsdp_qlora.plan.rows import Rows, Table, Term, term, total_bytes
 from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
 
 # Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
-NUM_COPIES = 3  # see train/checkpoint.py
+MOST_TOUCHED_BYTES = 4 * GIB  # see train/checkpoint.py
 READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
 
 
@@ -60,8 +60,10 @@ def host(
         nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
         loading[rows.LOADING] = [term("linears read ahead", linears=READ_AHEAD, **nbytes)]
     phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
-    for phase in rows.PHASES[1:]:
-        phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + _copies(s, cfg, setting)
+    copies = _copies(s, cfg, setting)
+    is_early = total_bytes({rows.SAVING: copies}) <= MOST_TOUCHED_BYTES
+    for phase in rows.PHASES[1:] if is_early else ("save",):
+        phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
     phases["load"] |= loading
     if cfg.save_model:
         phases["save"] |= {rows.SAVING: _saving(s, setting)}
@@ -78,8 +80,8 @@ def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
     if set(cfg.save_every) <= set("0m"):
         return []
     params = s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
-    what = "copies for checkpoints: weights, two moments"
-    return [term(what, params=params, n=NUM_COPIES, bytes=s.master)]
+    nbytes = s.master + memory.moment_bytes(cfg)
+    return [term("copies for checkpoints: weights, moments", params=params, bytes=nbytes)]
 
 
 def _saving(s: Sizes, setting: Setting) -> list[Term]:

@@ -13,7 +13,7 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.plan import graphs, rows
 from fsdp_qlora.plan.activations import at_work, is_kept_whole, kept_by_level, layer_moments
 from fsdp_qlora.plan.rows import Rows, Table, Term, merged, term, total_bytes
-from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
+from fsdp_qlora.plan.sizes import DTYPE_BYTES, GIB, Setting, Sizes
 
 CHUNK_BYTES = 256 * 2**20  # see model/head.py
 NUM_SLOTS = 2  # see model/placement.py
@@ -47,10 +47,7 @@ def device(
     """
     states = _states(s, setting)
     unreduced = _unreduced(cfg, setting)
-    state_bytes = OPTIMIZERS[cfg.optimizer].state_bytes
-    if OPTIMIZERS[cfg.optimizer].on_cpu:  # torch's: as wide as what is trained
-        state_bytes = state_bytes * s.master // 4
-    trained = {rows.OPTIMIZER: _trained("moments", s, setting, state_bytes)}
+    trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(cfg))}
     grads = _trained("of all layers, summed over micro-batches", s, unreduced, s.master)
     saved = term("a gathered adapter", params=s.lora, bytes=4)
     if setting.count("trained") or s.trained_root:
@@ -88,6 +85,17 @@ def device(
             for phase, parts in moments.items()
         }
     )
+
+
+def moment_bytes(cfg: Config) -> int:
+    """Bytes that the optimizer keeps for a trained parameter.
+
+    Args:
+        cfg: optimizer, precision.
+    """
+    row = OPTIMIZERS[cfg.optimizer]
+    is_torchs = row.on_cpu  # as wide as what is trained
+    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if is_torchs else row.state_bytes
 
 
 def _unreduced(cfg: Config, setting: Setting) -> Setting:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
+from fsdp_qlora.plan.memory import moment_bytes
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train import faults, heartbeat, snapshot
 from fsdp_qlora.train.checkpoint_files import CHECKPOINTS
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from fsdp_qlora.train.ledger import Recorder
     from fsdp_qlora.train.loop import Trained
 
-NUM_COPIES = 3  # of what is trained that are saved, by most optimizers: weights and two moments
 MOST_TOUCHED_BYTES = 4 * 2**30  # more is not taken from the host before the first checkpoint
 SECONDS = 60.0
 SIGN_S = 2.0  # from one sign of life to the next
@@ -113,8 +113,8 @@ class Keeper:
         self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
         self._has_new_best = False
         params = shard.trained_parameters(trained.model)
-        whole_bytes = sum(p.numel() * p.element_size() for p in params)
-        room_bytes = NUM_COPIES * whole_bytes * (self._is_on and self._is_writer)
+        whole_bytes = sum(p.numel() * (p.element_size() + moment_bytes(cfg)) for p in params)
+        room_bytes = whole_bytes * (self._is_on and self._is_writer)
         self._copies = HostCopies(room_bytes)
         if room_bytes <= MOST_TOUCHED_BYTES:
             self._start(self._copies.touch)
