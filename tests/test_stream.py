@@ -139,10 +139,15 @@ def _mappings(name: str) -> list[int]:
     return pids
 
 
+def _named() -> list[str]:
+    """Shared memory with a name; semaphores of other tests come and go."""
+    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-"))
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 def test_kill_9_of_all_ranks_leaves_no_shared_memory(tmp_path):
     path = tiny.save_model(tmp_path / "model")
-    before = sorted(os.listdir("/dev/shm")), set(_mappings("memfd:fsdp_qlora"))
+    before = _named(), set(_mappings("memfd:fsdp_qlora"))
     flags = ["--offload_impl=stream", "--dataset=dummy", "--dataset_samples=4000", "--world_size=2"]
     flags += [f"--model_name={path}", f"--output_dir={tmp_path / 'out'}", "--context_length=64"]
     process = subprocess.Popen(
@@ -161,4 +166,4 @@ def test_kill_9_of_all_ranks_leaves_no_shared_memory(tmp_path):
     for pid in own:
         os.kill(pid, signal.SIGKILL)
     process.wait(60)
-    assert (sorted(os.listdir("/dev/shm")), set(_mappings("memfd:fsdp_qlora"))) == before
+    assert (_named(), set(_mappings("memfd:fsdp_qlora"))) == before

@@ -178,6 +178,7 @@ def fit(
     gc.freeze()  # else Python walks every module and tensor now and then: 0.2 s of a step at 7B
     world = trained.world
     with keeper.stop.deferred() if keeper is not None else contextlib.nullcontext():
+        world.sum(0)  # no rank takes a step that another could still leave at once for a signal
         for step in range(first_step, batches.num_steps):
             micro_batches = batches.step(step)
             torch.manual_seed(dropout_seed(seed, step, world.rank))
