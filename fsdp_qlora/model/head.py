@@ -81,7 +81,7 @@ def _loss_and_gradient(
     grad = powers.div_(total)
     grad.scatter_add_(1, target_N1, grad.new_full(target_N1.shape, -1.0))
     if squashed is not None:
-        grad.mul_(1 - squashed.square())
+        grad.mul_(squashed.square_().neg_().add_(1))
     return loss, grad.to(dtype)
 
 

@@ -240,8 +240,10 @@ def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
             "of earlier micro-batches", s, _unreduced(cfg, setting), s.master
         )
     chunk = max(16, CHUNK_BYTES // (4 * s.vocab))
-    what = "logits: float32, 16 bit"
-    loss = [term(what, tokens=min(tokens, chunk), vocab=s.vocab, bytes=4 + s.item)]
+    what, nbytes = "logits: float32, 16 bit", 4 + s.item
+    if s.caps_logits:
+        what, nbytes = "logits: float32, before and after their cap, 16 bit", 4 + 4 + s.item
+    loss = [term(what, tokens=min(tokens, chunk), vocab=s.vocab, bytes=nbytes)]
     if s.trained_root:
         what = "gradient of the head: float32, of a chunk"
         loss.append(term(what, params=s.head, bytes=4 + s.item))

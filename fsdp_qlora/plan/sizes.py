@@ -202,6 +202,7 @@ class Sizes:
         dropped_features: the same for every adapted linear by itself.
         item: bytes of an activation.
         is_eager: attention is not fused.
+        caps_logits: the loss keeps the logits before their cap too (Gemma 2).
         file_bytes: of the model's files, where they lie in memory.
         master: bytes of a trained weight.
     """
@@ -234,6 +235,7 @@ class Sizes:
     dropped_features: int
     item: int
     is_eager: bool
+    caps_logits: bool
     file_bytes: int
     master: int
 
@@ -244,9 +246,6 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
     Args:
         info: the model.
         cfg: lora_rank, lora_target_modules, format_name, compute_dtype.
-
-    Returns:
-        The numbers.
 
     Raises:
         UserError: an adapter's name matches no linear (code 2).
@@ -263,8 +262,8 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
     gates = [n for n in read_by_token if n.name.rpartition(".")[2].startswith(GATES)]
     qkv = linears[: linears.index(o_proj)]
     # Attention keeps its own output; the other inputs are norms' outputs and the last product.
-    readers = {"qkv": qkv, "mlp": gates, "last": linears[-1:]}
-    read = [group[0].in_features for group in readers.values() if set(group) & set(adapted)]
+    readers = (qkv, gates, linears[-1:])
+    read = [group[0].in_features for group in readers if set(group) & set(adapted)]
     has_head_norms = any(width != info.hidden_size for width in norms)
     return Sizes(
         layers=info.num_layers,
@@ -295,6 +294,7 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
         dropped_features=sum(linear.in_features for linear in adapted),
         item=DTYPE_BYTES[cfg.compute_dtype],
         is_eager=cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention),
+        caps_logits=bool(info.config.get("final_logit_softcapping")),
         file_bytes=_bytes_in_memory(info.path),
         master=DTYPE_BYTES[cfg.master_dtype],
     )
