@@ -209,6 +209,11 @@ class Config:
         return ("full",) * num_full + ("selective",) * num_selective + ("none",) * num_none
 
     @property
+    def saves_checkpoints(self) -> bool:
+        """Whether the run writes checkpoints: `save_every` is neither 0 steps nor 0 minutes."""
+        return int(self.save_every.removesuffix("m")) > 0
+
+    @property
     def resolved_output_dir(self) -> Path:
         """Directory of the run; `parse` has put its name, with the time of the start, in here."""
         name = self.output_dir or default_output_dir(self.model_name, self.train_type)

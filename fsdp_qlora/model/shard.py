@@ -219,9 +219,7 @@ def whole_parameters(
     Yields:
         Name and the whole parameter on the host; empty where it is not wanted.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):  # an evaluation may have left it gathered
-            module.reshard()
+    settle(model)
     for name in names:
         module, attribute = model.tensors[name]
         param = getattr(module, attribute).detach()

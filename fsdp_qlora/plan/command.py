@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-import typing
 from collections.abc import Sequence
+from pathlib import Path
 
 from fsdp_qlora import arch, cli, config, host_memory, prequantized
 from fsdp_qlora.cli import flag
@@ -46,16 +46,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, Options, USAGE)
-    fields = {field.name: field for field in dataclasses.fields(Options)}
-    types = typing.get_type_hints(Options)
-    own, rest = _split(argv, set(fields))
-    given, faults = cli.read_argv(own, types, {})
-    values: dict[str, typing.Any] = {}
-    for name, entry in given.items():
-        try:
-            values[name] = cli.convert(entry, fields[name], types[name])
-        except UserError as fault:
-            faults.append(fault)
+    own, rest = _split(argv, {field.name for field in dataclasses.fields(Options)})
+    values, faults = cli.read(own, Options, {}, Path())
     options, cfg, machine = Options(**values), Config(), Machine(())
     try:
         cfg = config.parse(rest)

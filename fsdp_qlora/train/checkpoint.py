@@ -10,7 +10,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.config import Config
@@ -104,7 +103,7 @@ class Keeper:
         self._trained, self._recorder, self._facts, self._cfg = trained, recorder, facts, cfg
         self._output_dir = output_dir = cfg.resolved_output_dir
         self._num_steps, self._seconds = period(cfg.save_every)
-        self._is_on = bool(self._num_steps) or math.isfinite(self._seconds)
+        self._is_on = cfg.saves_checkpoints
         self._is_writer = trained.world.rank == 0
         self._saved_s = time.monotonic()
         self._writer: Writer | None = None
@@ -269,7 +268,8 @@ class Keeper:
         self._writer.join()
         writer, self._writer = self._writer, None
         if isinstance(writer.error, OSError | UserError):
-            left = "none" if (last := _last(self._output_dir)) is None else f"of step {last}"
+            last = files.last_step(self._output_dir)
+            left = "none" if last is None else f"of step {last}"
             reason = getattr(writer.error, "strerror", None) or str(writer.error)
             self._recorder.say(
                 f"warning   the checkpoint of step {writer.step} could not be written ({reason}); "
@@ -277,8 +277,3 @@ class Keeper:
             )
         elif writer.error is not None:
             raise writer.error
-
-
-def _last(output_dir: Path) -> int | None:
-    """Step of the last checkpoint, as far as its name tells."""
-    return next(iter(files.steps(output_dir)), None)

@@ -230,6 +230,11 @@ def steps(run_dir: Path) -> list[int]:
     return sorted((int(match[1]) for match in found), reverse=True)
 
 
+def last_step(run_dir: Path) -> int | None:
+    """The step of the last checkpoint, as far as its name tells; None: there is none."""
+    return next(iter(steps(run_dir)), None)
+
+
 def best_of(run_dir: Path) -> dict[str, Any] | None:
     """What was marked as the best checkpoint: step and loss; None for nothing."""
     try:

@@ -12,7 +12,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.choices import OPTIMIZERS
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
-from fsdp_qlora.train.checkpoint_files import steps
+from fsdp_qlora.train.checkpoint_files import last_step, steps
 
 GIB = 2**30
 WEIGHT_BYTES = 4  # of a trained parameter: float32
@@ -31,10 +31,12 @@ def check_room(cfg: Config, info: ModelInfo) -> None:
         UserError: there is not enough room (code 3).
     """
     num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
-    is_on = cfg.save_every not in ("0", "0m")
     num_left = cfg.keep_checkpoints + 2 - (len(steps(place)) if cfg.resume else 0)  # best, new one
     one_bytes = num_params * (WEIGHT_BYTES + OPTIMIZERS[cfg.optimizer].state_bytes)
-    need_bytes = is_on * max(num_left, 1) * one_bytes + cfg.save_model * num_params * WEIGHT_BYTES
+    need_bytes = (
+        cfg.saves_checkpoints * max(num_left, 1) * one_bytes
+        + cfg.save_model * num_params * WEIGHT_BYTES
+    )
     while not os.path.exists(place):  # unlike pathlib's it bears names that are too long
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
@@ -61,7 +63,7 @@ def told(cfg: Config) -> Iterator[None]:
         is_full = isinstance(error, OSError) and error.errno in IS_FULL
         if not is_full and not FULL_TEXT.search(str(error)):
             raise
-        saved = next(iter(steps(cfg.resolved_output_dir)), None)
+        saved = last_step(cfg.resolved_output_dir)
         rest = f"then --resume {cfg.resolved_output_dir} goes on"
         what = f"is full; what was trained is saved up to step {saved}" if saved else "is full"
         raise UserError(

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import sys
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -61,15 +60,7 @@ def parse(argv: Sequence[str]) -> Options:
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, Options, USAGE)
-    fields = {field.name: field for field in dataclasses.fields(Options)}
-    types = typing.get_type_hints(Options)
-    given, faults = cli.read_argv(argv, types, {})
-    values = {}
-    for name, entry in given.items():
-        try:
-            values[name] = cli.convert(entry, fields[name], types[name])
-        except UserError as fault:
-            faults.append(fault)
+    values, faults = cli.read(argv, Options, {}, Path())
     if faults:
         raise join(faults)
     return Options(**values)
