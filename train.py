@@ -40,7 +40,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     """
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.results import course, export, report, session
+    from fsdp_qlora.results import course, export, session
+    from fsdp_qlora.results.report import command as report
     from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0

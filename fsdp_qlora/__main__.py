@@ -6,7 +6,11 @@ import sys
 from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
-    "bench": ("fsdp_qlora.results.bench", "main", "measure each setting, or ours and its peers"),
+    "bench": (
+        "fsdp_qlora.results.bench.command",
+        "main",
+        "measure each setting, or ours and its peers",
+    ),
     "convert": ("fsdp_qlora.results.verbs", "convert", "make an adapter of the reference's file"),
     "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
     "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
@@ -31,7 +35,7 @@ VERBS = {
         "main",
         "write a 16-bit checkpoint of a known shape, random weights, to measure with",
     ),
-    "report": ("fsdp_qlora.results.report", "main", "draw a run, or several side by side"),
+    "report": ("fsdp_qlora.results.report.command", "main", "draw a run, or several side by side"),
 }
 
 

@@ -28,7 +28,7 @@ for name in (
     "fsdp_qlora.model.skeleton",
     "fsdp_qlora.results.export",
     "fsdp_qlora.results.look",
-    "fsdp_qlora.results.report",
+    "fsdp_qlora.results.report.command",
     "fsdp_qlora.results.session",
     "fsdp_qlora.train.checkpoint",
     "fsdp_qlora.train.going_on",

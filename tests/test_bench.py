@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.results import bench, bench_report, bench_run
+from fsdp_qlora.results.bench import attempt, process, report
 from tests.model_files import write_model
 
 HAS_TRL = importlib.util.find_spec("trl") is not None
@@ -193,7 +193,8 @@ def test_what_cannot_be_measured_is_refused_at_once(model, tmp_path, words, rule
 
 
 def test_the_bench_itself_loads_nothing_heavy_beside_its_arms():
-    code = "import sys, fsdp_qlora.results.bench; print({'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, fsdp_qlora.results.bench.command\n"
+    code += "print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True)
     assert done.stdout == b"set()\n"
 
@@ -202,8 +203,8 @@ def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):
     code = "import subprocess, sys; print('begun', flush=True);"
     code += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     began_s = time.monotonic()
-    launch = bench_run.Launch([sys.executable, "-c", code], tmp_path)
-    ran = bench_run.run(launch, dict(os.environ), tmp_path / "log", timeout_s=1.0)
+    launch = process.Launch([sys.executable, "-c", code], tmp_path)
+    ran = process.run(launch, dict(os.environ), tmp_path / "log", timeout_s=1.0)
     assert ran.code is None and time.monotonic() - began_s < 10
     assert [text for _, text in ran.lines] == ["begun"]
     assert (tmp_path / "log").read_text() == "begun\n"
@@ -211,15 +212,15 @@ def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):
 
 def test_the_last_word_is_the_error_and_not_what_launchers_make_of_it():
     said = ["step 1", "[rank1]: ValueError: no bf16", "x.ChildFailedError: ", "====="]
-    assert bench_run.last_word([(0.0, text) for text in said]) == "[rank1]: ValueError: no bf16"
-    assert bench_run.last_word([(0.0, "a"), (1.0, "Killed")]) == "Killed"
-    assert bench_run.last_word([]) == "it said nothing"
+    assert process.last_word([(0.0, text) for text in said]) == "[rank1]: ValueError: no bf16"
+    assert process.last_word([(0.0, "a"), (1.0, "Killed")]) == "Killed"
+    assert process.last_word([]) == "it said nothing"
 
 
 def test_peer_access_is_a_setting_of_the_environment_of_every_arm():
     env = {"NCCL_P2P_DISABLE": "1", "PYTHONPATH": "x"}
-    assert bench.environment(env, "off", 2)["NCCL_P2P_DISABLE"] == "1"
-    found = bench.environment(env, "on", 2)
+    assert attempt.environment(env, "off", 2)["NCCL_P2P_DISABLE"] == "1"
+    found = attempt.environment(env, "on", 2)
     assert "NCCL_P2P_DISABLE" not in found
     assert found["PYTHONPATH"].split(os.pathsep) == [str(PROJECT_DIR), "x"]
 
@@ -229,11 +230,11 @@ def test_every_rank_of_a_peer_sees_the_rows_that_ours_sees_at_that_step(model):
     from accelerate.data_loader import BatchSamplerShard
     from torch.utils.data import BatchSampler, SequentialSampler
 
-    from fsdp_qlora.results import bench_rows
+    from fsdp_qlora.results.bench.rows import dealt_in_turn, rows_of_rank
 
     shape = {"batch_size": 2, "context_length": 16, "num_steps": 4, "num_ranks": 3, "seed": 42}
-    by_rank = [bench_rows.rows_of_rank(str(model), **shape, rank=rank) for rank in range(3)]
-    rows = bench_rows.dealt_in_turn(by_rank)
+    by_rank = [rows_of_rank(str(model), **shape, rank=rank) for rank in range(3)]
+    rows = dealt_in_turn(by_rank)
     assert len({tuple(row) for row in rows}) == 4 * 3 * 2 and len(rows[0]) == 16
     batches = BatchSampler(SequentialSampler(rows), 2, drop_last=False)
     for rank in range(3):
@@ -252,7 +253,7 @@ def run_of(arm: str, number: int, step_s: float, losses=(11.0, 10.8), **more) ->
 
 
 def judged(*runs: dict) -> dict[str, dict]:
-    return {row["arm"]: row for row in bench_report.rows_of(bench_report.judge([*runs]), 1000)}
+    return {row["arm"]: row for row in report.rows_of(report.judge([*runs]), 1000)}
 
 
 def test_ratios_come_from_paired_rounds_so_that_a_slowing_machine_cancels_out():
@@ -295,7 +296,7 @@ def test_other_rows_void_a_row_whatever_its_losses():
 
 def test_the_spread_leaves_out_the_steps_that_warm_up():
     seconds = [float(i) for i in range(1, 12)]
-    found = bench_report.spread(seconds)
+    found = report.spread(seconds)
     assert found == {"median": 6.0, "min": 1.0, "max": 11.0, "p90": 10.0, "num": 11}
     assert found["median"] == statistics.median(seconds)
-    assert max(bench_report.steady(run_of("ours", 1, 0.5))) < 9.0
+    assert max(report.steady(run_of("ours", 1, 0.5))) < 9.0

@@ -12,8 +12,8 @@ import pytest
 from fsdp_qlora import config
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import bench_cases, bench_series, bench_series_page
-from fsdp_qlora.results.bench_arms import COMMON
+from fsdp_qlora.results.bench import cases, series, series_page
+from fsdp_qlora.results.bench.arms import COMMON
 
 ROW = "4x64-one_card"
 
@@ -91,21 +91,21 @@ def test_a_former_bench_of_another_machine_is_not_written_over(tmp_path, monkeyp
     former = {"rows": [row(where="2 x NVIDIA H200, 580.1")]}
     (tmp_path / "bench-small.json").write_text(json.dumps(former))
     with pytest.raises(UserError, match=r"is of 2 x NVIDIA H200, 580\.1, this is .*another dir"):
-        bench_series.main(["small", f"--out={tmp_path}"])
+        series.main(["small", f"--out={tmp_path}"])
 
 
 def test_the_rows_are_those_that_the_issue_names_and_every_one_is_a_command_line():
-    names = [case.name for case in bench_cases.KINDS["7b"].cases]
+    names = [case.name for case in cases.KINDS["7b"].cases]
     places = ("one_card", "ddp", "full_shard", "offload")
     assert names[:8] == [f"4x{length}-{place}" for length in (512, 2048) for place in places]
     assert names[8:] == [
         *("4x2048-fit", "8x2x512-full_shard", "8x2x512-offload"),
         *("8x2x2048-full_shard", "8x2x2048-offload"),
     ]
-    names = [case.name for case in bench_cases.KINDS["70b"].cases]
+    names = [case.name for case in cases.KINDS["70b"].cases]
     wanted = [f"{size}x{length}-offload" for length in (512, 2048) for size in (1, 2, 4)]
     assert names == [*wanted, "2x2048-fit"]
-    for place in bench_cases.PLACES.values():
+    for place in cases.PLACES.values():
         cfg = config.parse(["--model_name=llama-2-7b", *COMMON, *place.flags])
         assert (cfg.fit == "auto") == place.is_fitted and not cfg.save_model
         given = config.given(["--model_name=llama-2-7b", *COMMON, *place.flags])
@@ -115,7 +115,7 @@ def test_the_rows_are_those_that_the_issue_names_and_every_one_is_a_command_line
 
 def row(place="full_shard", **more) -> dict:
     """A row of two cards as the JSON file has it."""
-    case = bench_cases.Case(place, 4, 2048, seed=bench_cases.SEEDS.get(place))
+    case = cases.Case(place, 4, 2048, seed=cases.SEEDS.get(place))
     found = {"name": case.name, "shape": case.shape, "place": place, "state": "measured"}
     found |= {"what": "", "num_ranks": 2, "weights": "random", "p2p": "on", "reason": None}
     found |= {"date": "2026-11-22", "commit": "abc", "where": "2 x NVIDIA H200, 580.1"}
@@ -130,9 +130,9 @@ def row(place="full_shard", **more) -> dict:
 def test_moves_are_told_past_one_per_cent_of_memory_and_fifteen_of_speed():
     old = {"4x2048-full_shard": row(), "4x2048-ddp": row("ddp")}
     same = row(peak_reserved_gib=6.5 * 1.009, tokens_per_s=20000 * 0.86, host_added_gib=5.19)
-    assert bench_series_page.moved(old, {"4x2048-full_shard": same}) == []
+    assert series_page.moved(old, {"4x2048-full_shard": same}) == []
     other = row(peak_reserved_gib=6.5 * 1.011, tokens_per_s=20000 * 0.84, host_added_gib=5.21)
-    found = bench_series_page.moved(old, {"4x2048-full_shard": other, "new": row()})
+    found = series_page.moved(old, {"4x2048-full_shard": other, "new": row()})
     assert found == [
         "4x2048-full_shard: GiB reserved 6.50 -> 6.57 (+1.1% since 2026-11-22, abc)",
         "4x2048-full_shard: GiB on the host 5.00 -> 5.21 (+4.2% since 2026-11-22, abc)",
@@ -140,7 +140,7 @@ def test_moves_are_told_past_one_per_cent_of_memory_and_fifteen_of_speed():
     ]
     broken = row(state="failed", reason="out of memory")
     real = row(weights="real, from /m", tokens_per_s=1.0)
-    found = bench_series_page.moved(old, {"4x2048-full_shard": broken, "4x2048-ddp": real})
+    found = series_page.moved(old, {"4x2048-full_shard": broken, "4x2048-ddp": real})
     assert found == [
         "4x2048-full_shard: failed, was measured",
         "4x2048-ddp: not compared: weights random, now real, from /m",
@@ -155,7 +155,7 @@ def test_the_page_holds_the_rows_against_their_plan_the_seed_and_what_was_asked(
     bench |= {"machine": here | {"platform": "Linux"}, "versions": {"torch": "2.11"}}
     bench |= {"commit": "abc", "command": "bench 7b", "weights": "random", "model": "llama-2-7b"}
     bench |= {"gpu_budget_gib": 24.0, "least_gain": 1.12, "moved": ["x: failed, was measured"]}
-    bench_series_page.write(tmp_path / "bench-7b", bench)
+    series_page.write(tmp_path / "bench-7b", bench)
     page = (tmp_path / "bench-7b.md").read_text()
     for part in (
         "| 5.50 / 6.50 / 8.20 (+2.5%) | 5.0 / 11.00 (+10.0%) |",
@@ -171,4 +171,4 @@ def test_the_page_holds_the_rows_against_their_plan_the_seed_and_what_was_asked(
     assert "6.5  (7 GB with FSDP and offload, batch 4)" in svg and "left out" in svg
     assert json.loads((tmp_path / "bench-7b.json").read_text()) == bench
     slow = [row(), row("fit", tokens_per_s=22000.0)]
-    assert "MISSED" in bench_series_page.gains(bench | {"rows": slow})[0]
+    assert "MISSED" in series_page.gains(bench | {"rows": slow})[0]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.results import card, report_record
+from fsdp_qlora.results import card
+from fsdp_qlora.results.report import record
 
 RECORD = Path(__file__).parent / "report_run"
 CANARIES = {
@@ -94,7 +95,7 @@ def test_no_planted_secret_comes_through(run_dir: Path, monkeypatch: pytest.Monk
     event = json.loads(first)
     event["lines"] = [f"data      {CANARIES['github']} of {CANARIES['wandb']}, 12 rows"]
     path.write_text("\n".join([json.dumps(event), *rest]) + "\n")
-    raw = card.text(cfg, arch.read("llama-2-7b", need_weights=False), report_record.read(run_dir))
+    raw = card.text(cfg, arch.read("llama-2-7b", need_weights=False), record.read(run_dir))
     planted = [name for name, secret in CANARIES.items() if secret in raw]
     assert planted == [name for name in CANARIES if name != "hf"]  # the environment is not told
     text = write(cfg)

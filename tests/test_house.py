@@ -29,7 +29,7 @@ LIGHT_ROOMS = ("base", "plan", "top")
 LIGHT_MODULES = (
     "data.templates",
     "data.sources",
-    "results.report",
+    "results.report.command",
     "train.launch",
     "train.fitting",
 )
@@ -267,7 +267,7 @@ def test_the_checks_find_what_they_forbid():
     assert not_allowed("model.shard", ast.parse("from torch.distributed import fsdp")) == []
     later = imported(ast.walk(ast.parse("from fsdp_qlora.train import ledger")))
     assert backward("data.tokens", later) == ["data.tokens (data) imports train.ledger (train)"]
-    assert backward("results.report", later) == []
+    assert backward("results.report.command", later) == []
     lazy = ast.parse("import json\ndef f():\n import torch")
     assert imported(walk_at_import(lazy)) == {"json"}
     assert "torch" in at_import("train.ledger")

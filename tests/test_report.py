@@ -10,7 +10,8 @@ import pytest
 
 from fsdp_qlora.__main__ import VERBS
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import report
+from fsdp_qlora.results.report import command as report
+from fsdp_qlora.results.report import record
 from tests.report_runs import CONFIG, REAL, Page, step_line, steps_of, write_run
 
 
@@ -70,32 +71,32 @@ def test_a_loss_that_is_not_a_number_is_counted_and_left_out(tmp_path):
 
 
 def test_held_out_losses_stand_at_the_step_after_which_they_were_taken(run_dir):
-    assert report.read(run_dir).evals == [(0, 3.25), (12, 1.875)]
+    assert record.read(run_dir).evals == [(0, 3.25), (12, 1.875)]
 
 
 def test_a_last_line_still_being_written_is_left_out(run_dir):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
-    assert len(report.read(run_dir).steps) == 12
+    assert len(record.read(run_dir).steps) == 12
 
 
 def test_steps_taken_again_after_a_resume_count_once(tmp_path):
     steps = [step_line(i, 3.0) for i in (1, 2, 3, 4)] + [step_line(i, 2.0) for i in (3, 4, 5)]
-    run = report.read(write_run(tmp_path / "run", steps))
+    run = record.read(write_run(tmp_path / "run", steps))
     assert [(s["step"], s["loss"]) for s in run.steps] == [(1, 3), (2, 3), (3, 2), (4, 2), (5, 2)]
     assert run.num_redone == 2
 
 
 def test_the_summary_tells_how_a_run_ended(tmp_path):
-    assert report.read(REAL).state == "finished"
+    assert record.read(REAL).state == "finished"
     steps = [step_line(1, 3.0)]
-    assert report.read(write_run(tmp_path / "a", steps)).state == "still running"
+    assert record.read(write_run(tmp_path / "a", steps)).state == "still running"
     stopped = write_run(tmp_path / "b", steps, summary={"is_complete": False})
-    assert report.read(stopped).state == "stopped early"
+    assert record.read(stopped).state == "stopped early"
 
 
 def test_the_real_record_is_read_whole():
-    run = report.read(REAL)
+    run = record.read(REAL)
     assert run.steps == steps_of(REAL) and len(run.steps) == 8
     assert [step for step, _ in run.evals] == [0, 8]
 
@@ -181,6 +182,6 @@ def test_an_unknown_verb_names_the_known_and_no_verb_lists_them():
 
 def test_the_report_imports_nothing_heavy():
     heavy = "('torch', 'numpy', 'transformers', 'peft', 'bitsandbytes')"
-    code = "import sys, fsdp_qlora.__main__, fsdp_qlora.results.report\n"
+    code = "import sys, fsdp_qlora.__main__, fsdp_qlora.results.report.command\n"
     done = verb(code=code + f"print([name for name in {heavy} if name in sys.modules])")
     assert done.stdout == "[]\n"

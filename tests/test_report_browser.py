@@ -10,10 +10,11 @@ import tempfile
 import pytest
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import report, report_browser
+from fsdp_qlora.results.report import browser
+from fsdp_qlora.results.report import command as report
 from tests.report_runs import CONFIG, REAL, card_facts, card_step, write_run
 
-BROWSER = report_browser.find()
+BROWSER = browser.find()
 SCREENS = list(itertools.product((1280, 390), (False, True)))
 
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine")
@@ -43,7 +44,7 @@ def page(tmp_path_factory):
     run = write_run(out / "a-run-with-a-rather-long-name-of-its-own", steps, (3, 2), config, {})
     run = write_run(run, steps, (3, 2), config, card_facts())
     report.write([run, REAL], out, has_png=False)
-    with report_browser.opened(BROWSER, out / "report.html") as opened:
+    with browser.opened(BROWSER, out / "report.html") as opened:
         yield opened
 
 
@@ -89,7 +90,7 @@ def test_the_picture_is_the_whole_page(page):
     png = page.shoot(1280)
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, tall = struct.unpack(">II", png[16:24])
-    scale = min(2.0, report_browser.MAX_PIXELS / height)
+    scale = min(2.0, browser.MAX_PIXELS / height)
     assert abs(width - 1280 * scale) <= 1 and abs(tall - height * scale) <= 1
 
 
@@ -106,7 +107,7 @@ def test_a_browser_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     (tmp_path / "x.html").write_text("<p>x")
-    with report_browser.opened(BROWSER, tmp_path / "x.html") as opened:
+    with browser.opened(BROWSER, tmp_path / "x.html") as opened:
         (profile,) = (tmp_path / "temporary").iterdir()
         assert str(profile) in " ".join(map(str, opened.process.args))
     assert opened.process.poll() is not None
@@ -116,6 +117,6 @@ def test_a_browser_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_a_program_that_is_no_browser_is_an_error_in_one_line(tmp_path):
     with (
         pytest.raises(UserError, match="headless Chromium: it ended early"),
-        report_browser.opened("/bin/true", tmp_path / "x.html"),
+        browser.opened("/bin/true", tmp_path / "x.html"),
     ):
         pass

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from fsdp_qlora.results import chart_web
 from fsdp_qlora.results.chart import Panel, Series
-from fsdp_qlora.results.report_parts import Plot
+from fsdp_qlora.results.report import chart_web
+from fsdp_qlora.results.report.parts import Plot
 
 
 def draw(*lines, areas=(), **options):

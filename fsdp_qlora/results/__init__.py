@@ -1,1 +1,1 @@
-"""What came out of a run: report (a picture of its record)."""
+"""What came out of a run: exported, merged, asked, scored, measured, drawn."""

@@ -18,8 +18,8 @@ from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.errors import UserError, one_line
 from fsdp_qlora.redaction import SECRETS, redact
-from fsdp_qlora.results import report_record
-from fsdp_qlora.results.report_record import Run, highest
+from fsdp_qlora.results.report import record
+from fsdp_qlora.results.report.record import Run, highest
 
 CARD_NAME = "README.md"
 # A card is shown to all: here also what only may be a secret is blotted out.
@@ -63,7 +63,7 @@ def write(directory: Path, cfg: Config, info: ModelInfo) -> Path:
 def _record(directory: Path) -> Run | None:
     """The record; an adapter that is saved already does not fail for want of its figures."""
     try:
-        return report_record.read(directory)
+        return record.read(directory)
     except UserError:
         return None
 

@@ -29,7 +29,7 @@ import transformers
 import trl
 
 from fsdp_qlora.model import adapters
-from fsdp_qlora.results import bench_rows
+from fsdp_qlora.results.bench.rows import dealt_in_turn, rows_of_rank
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
@@ -172,8 +172,8 @@ def main():
         torch.cuda.set_per_process_memory_fraction(fraction)
     training = settings(args)
     shape = (args.batch_size, args.context_length, args.max_steps, num_ranks, args.seed)
-    by_rank = [bench_rows.rows_of_rank(args.model, *shape, rank) for rank in range(num_ranks)]
-    ids = bench_rows.dealt_in_turn(by_rank)
+    by_rank = [rows_of_rank(args.model, *shape, rank) for rank in range(num_ranks)]
+    ids = dealt_in_turn(by_rank)
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
     model, load_s = load(args)
     lora = peft.LoraConfig(

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from fsdp_qlora.results import chart_web
-from fsdp_qlora.results.report_parts import (
+from fsdp_qlora.results.report import chart_web
+from fsdp_qlora.results.report.parts import (
     Beside,
     Cell,
     Code,
@@ -17,7 +17,7 @@ from fsdp_qlora.results.report_parts import (
     Title,
     Words,
 )
-from fsdp_qlora.results.report_style import CSS, SCRIPT
+from fsdp_qlora.results.report.style import CSS, SCRIPT
 
 # The browser itself refuses whatever would be fetched.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import chart, report_browser
-from fsdp_qlora.results.bench_report import FAILED, OURS, PEER
+from fsdp_qlora.results import chart
+from fsdp_qlora.results.bench.report import FAILED, OURS, PEER
 from fsdp_qlora.results.chart import Bar, Bars
+from fsdp_qlora.results.report import browser
 
 MIN_STEPS = 8
 LEAST_GIB = 0.2  # the host's memory moves by less while other programs run
@@ -141,14 +142,14 @@ def shoot(stem: Path) -> str:
     Returns:
         ".png", or why there is none.
     """
-    browser = report_browser.find()
-    if browser is None:
+    found = browser.find()
+    if found is None:
         return "(no .png: no Chromium or Chrome found)"
     page = stem.with_name(f".{stem.name}.html")
     svg = stem.with_suffix(".svg").read_text(encoding="utf-8")
     page.write_text(f'<!doctype html><meta charset="utf-8"><style>body{{margin:0}}</style>{svg}')
     try:
-        with report_browser.opened(browser, page) as opened:
+        with browser.opened(found, page) as opened:
             stem.with_suffix(".png").write_bytes(opened.shoot(chart.WIDTH))
     except UserError as error:
         return f"(no .png: {error})"

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from fsdp_qlora.plan import rows as names
-from fsdp_qlora.results import chart, report_plan
+from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Panel, Points, Series
-from fsdp_qlora.results.report_parts import Beside, Grid, Part, Plot, Plots, Words, digits_for, gib
-from fsdp_qlora.results.report_record import Run, highest
+from fsdp_qlora.results.report import plan
+from fsdp_qlora.results.report.parts import Beside, Grid, Part, Plot, Plots, Words, digits_for, gib
+from fsdp_qlora.results.report.record import Run, highest
 
 MAX_DRAWN = 4  # ranks; of more only the highest and the lowest are drawn
 MAX_POINTS = 300
@@ -224,7 +225,7 @@ def _plot(
     tops = [sum(ys) for ys in zip(*([y or 0.0 for _, y in s.points] for s in areas), strict=True)]
     peak_gib = highest([*tops, *(y for s in lines for _, y in s.points)]) or 0.0
     last, notes = run.steps[-1]["step"], []
-    marks = (("plan: peak", report_plan.peak_gib(run, place), PLAN), (*limit, LIMIT))
+    marks = (("plan: peak", plan.peak_gib(run, place), PLAN), (*limit, LIMIT))
     for word, level, colour in marks:
         if not level:
             continue

@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.results import chart, report_curves
+from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Panel, Series
-from fsdp_qlora.results.report_parts import duration
-from fsdp_qlora.results.report_record import Run
+from fsdp_qlora.results.report import curves
+from fsdp_qlora.results.report.parts import duration
+from fsdp_qlora.results.report.record import Run
 
 # Colours that also the colour-blind tell apart; one kind of thing, one hue.
 LOSS, HELD_OUT, HOST, LIMIT = "#0072b2", "#c44e00", "#57606a", "#8c959f"
@@ -26,7 +27,7 @@ def draw(runs: list[Run]) -> str:
     """
     if len(runs) == 1:
         return chart.draw(runs[0].name, headlines(runs[0]), _panels(runs[0]), "optimizer step")
-    plots = report_curves.plots(runs)
+    plots = curves.plots(runs)
     panels = [_short(plot.panel) for plot in plots if plot.x_title == "optimizer step"]
     lines = [f"{run.name}: {headlines(run)[-1]}" for run in runs] if len(runs) == 2 else []
     title = f"{len(runs)} runs: {'  ·  '.join(run.name for run in runs)}"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fsdp_qlora.results.report_parts import UNKNOWN, Cell, Grid, Part, Words
-from fsdp_qlora.results.report_record import Run
+from fsdp_qlora.results.report.parts import UNKNOWN, Cell, Grid, Part, Words
+from fsdp_qlora.results.report.record import Run
 
 COUNTS = {
     "rows": "num_rows",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from fsdp_qlora.results.report_parts import (
+from fsdp_qlora.results.report.parts import (
     Beside,
     Cell,
     Code,

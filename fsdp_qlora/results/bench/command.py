@@ -23,11 +23,11 @@ from typing import Any
 
 from fsdp_qlora import arch
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
-from fsdp_qlora.results import bench_report, bench_series
-from fsdp_qlora.results.bench_arms import ARMS, Arm, Workload
-from fsdp_qlora.results.bench_attempt import attempt, environment
-from fsdp_qlora.results.bench_cases import KINDS
-from fsdp_qlora.results.bench_machine import PLACE, checkpoint, commit, machine, versions
+from fsdp_qlora.results.bench import report, series
+from fsdp_qlora.results.bench.arms import ARMS, Arm, Workload
+from fsdp_qlora.results.bench.attempt import attempt, environment
+from fsdp_qlora.results.bench.cases import KINDS
+from fsdp_qlora.results.bench.machine import PLACE, checkpoint, commit, machine, versions
 from fsdp_qlora.train.ranks import count_gpus
 
 MAX_CPU_PARAMS = 1e9
@@ -53,7 +53,7 @@ class Plan:
         work: what all arms train.
         model: name of the model, as it was given.
         arms: in the order in which they run.
-        p2p: settings of `bench_report.SETTINGS`.
+        p2p: settings of `report.SETTINGS`.
         num_rounds: rounds per setting.
         timeout_s: of each run.
         out: directory of all results.
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop ends the running arm too
     if argv[:1] and argv[0] in KINDS:
-        return bench_series.main(argv)
+        return series.main(argv)
     plan = _plan(argv)
     began_s = time.perf_counter()
     runs: list[dict[str, Any]] = []
@@ -134,9 +134,9 @@ def write(plan: Plan, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         The rows of the table.
     """
-    judged = bench_report.judge(runs)
+    judged = report.judge(runs)
     num_wanted = len(plan.p2p) * plan.num_rounds * len(plan.arms)
-    rows = bench_report.rows_of(judged, plan.work.tokens_per_step)
+    rows = report.rows_of(judged, plan.work.tokens_per_step)
     bench = {
         "model": plan.model,
         "date": datetime.date.today().isoformat(),
@@ -154,15 +154,15 @@ def write(plan: Plan, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "runs": judged,
     }
     (plan.out / "peers.json").write_text(json.dumps(bench, indent=1) + "\n", encoding="utf-8")
-    (plan.out / "peers.md").write_text(bench_report.markdown(bench), encoding="utf-8")
-    (plan.out / "peers.svg").write_text(bench_report.picture(bench), encoding="utf-8")
+    (plan.out / "peers.md").write_text(report.markdown(bench), encoding="utf-8")
+    (plan.out / "peers.svg").write_text(report.picture(bench), encoding="utf-8")
     return rows
 
 
 def _notes(plan: Plan) -> list[str]:
-    num_steps = (plan.work.max_steps - bench_report.NUM_WARMUP_STEPS) * plan.num_rounds
+    num_steps = (plan.work.max_steps - report.NUM_WARMUP_STEPS) * plan.num_rounds
     notes = [] if plan.work.has_gpu else [CPU_NOTE]
-    if plan.work.max_steps - bench_report.NUM_WARMUP_STEPS < bench_report.MIN_STEPS:
+    if plan.work.max_steps - report.NUM_WARMUP_STEPS < report.MIN_STEPS:
         notes.append(f"only {num_steps} steps counted: a trial, no measurement")
     return notes
 
@@ -171,7 +171,7 @@ def _line(run: dict[str, Any], work: Workload) -> str:
     head = f"round {run['round']}, p2p {run['p2p']}: {run['arm']:<16}"
     if run["state"] == "failed":
         return f"{head} failed: {run['reason']}"
-    step_s = statistics.median(bench_report.steady(run))
+    step_s = statistics.median(report.steady(run))
     return (
         f"{head} step {step_s:.3f} s, {work.tokens_per_step / step_s:,.0f} tokens/s, "
         f"{run['peak_reserved_gib']:.2f} GiB ({run['wall_s']:.0f} s in all)"
@@ -189,8 +189,8 @@ def _plan(argv: list[str]) -> Plan:
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise UserError(f"--arms {','.join(unknown)}", "no such arm", f"use {' '.join(names)}")
-    if args.max_steps <= bench_report.NUM_WARMUP_STEPS:
-        rule = f"the first {bench_report.NUM_WARMUP_STEPS} steps warm up"
+    if args.max_steps <= report.NUM_WARMUP_STEPS:
+        rule = f"the first {report.NUM_WARMUP_STEPS} steps warm up"
         raise UserError(f"--max_steps {args.max_steps}", rule, "use 13 or more")
     if args.reference and not (args.reference / "train.py").is_file():
         remedy = "give a checkout of AnswerDotAI/fsdp_qlora"

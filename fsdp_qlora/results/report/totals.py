@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fsdp_qlora.results.report_parts import (
+from fsdp_qlora.results.report.parts import (
     UNKNOWN,
     Beside,
     Cell,
@@ -15,7 +15,7 @@ from fsdp_qlora.results.report_parts import (
     Words,
     duration,
 )
-from fsdp_qlora.results.report_record import Run, highest
+from fsdp_qlora.results.report.record import Run, highest
 
 NUM_WARMUP_STEPS = 3  # as summary.json has it
 LAST_SHARE = 0.1

@@ -9,8 +9,8 @@ from typing import Any
 
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE
-from fsdp_qlora.results import bench_run
-from fsdp_qlora.results.bench_arms import Arm, Workload, obstacle
+from fsdp_qlora.results.bench import process
+from fsdp_qlora.results.bench.arms import Arm, Workload, obstacle
 from fsdp_qlora.train.ranks import wishes
 
 
@@ -37,13 +37,13 @@ def attempt(
         return {**record, "reason": reason}
     launch, log = arm.launch(work, out), out / "log.txt"
     milestone = out / arm.milestone if arm.milestone else None
-    ran = bench_run.run(launch, env, log, timeout_s, milestone)
+    ran = process.run(launch, env, log, timeout_s, milestone)
     record |= {"command": shlex.join(launch.argv), "log": str(log), "wall_s": ran.wall_s}
     record |= {"host_before_gib": ran.host_before_gib, "host_peak_gib": ran.host_peak_gib}
     record |= {"host_added_gib": ran.host_peak_gib - ran.host_before_gib}
     if ran.code != DONE:
         how = f"no end after {timeout_s:.0f} s" if ran.code is None else f"code {ran.code}"
-        return {**record, "reason": f"{how}: {bench_run.last_word(ran.lines)} (log: {log})"}
+        return {**record, "reason": f"{how}: {process.last_word(ran.lines)} (log: {log})"}
     try:
         measured = arm.read(work, out, ran)
     except (OSError, ValueError, KeyError, TypeError) as error:

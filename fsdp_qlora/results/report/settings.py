@@ -4,8 +4,8 @@ import shlex
 from typing import Any
 
 from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.results.report_parts import UNKNOWN, Cell, Code, Grid, Part, Words
-from fsdp_qlora.results.report_record import Run
+from fsdp_qlora.results.report.parts import UNKNOWN, Cell, Code, Grid, Part, Words
+from fsdp_qlora.results.report.record import Run
 
 OWN = ("output_dir", "overwrite", "recipe")  # these say where a run lies, not what it is
 

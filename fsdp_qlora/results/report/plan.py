@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS, PHASES
-from fsdp_qlora.results.report_parts import (
+from fsdp_qlora.results.report.parts import (
     UNKNOWN,
     Beside,
     Cell,
@@ -15,7 +15,7 @@ from fsdp_qlora.results.report_parts import (
     digits_for,
     gib,
 )
-from fsdp_qlora.results.report_record import Run, highest
+from fsdp_qlora.results.report.record import Run, highest
 
 # How far measured figures may lie from the plan's, as a share of them.
 ROW_AIM, PEAK_AIM, CPU_HOST_AIM = 0.10, 0.05, 0.15

@@ -4,21 +4,20 @@ import argparse
 from pathlib import Path
 
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
-from fsdp_qlora.results import (
-    report_browser,
-    report_curves,
-    report_data,
-    report_html,
-    report_markdown,
-    report_memory,
-    report_picture,
-    report_plan,
-    report_settings,
-    report_totals,
+from fsdp_qlora.results.report import (
+    browser,
+    curves,
+    data,
+    html,
+    markdown,
+    memory,
+    picture,
+    plan,
+    settings,
+    totals,
 )
-from fsdp_qlora.results.report_parts import Plots, Section, Words
-from fsdp_qlora.results.report_record import Run, name_apart
-from fsdp_qlora.results.report_record import read as read
+from fsdp_qlora.results.report.parts import Plots, Section, Words
+from fsdp_qlora.results.report.record import Run, name_apart, read
 
 WIDTH = 1280  # of report.png, in CSS pixels
 TERMS = (
@@ -50,13 +49,13 @@ def write(run_dirs: list[Path], out: Path, has_png: bool = True) -> tuple[list[P
     lines = headlines(runs)
     parts = sections(runs)
     paths = [
-        _write(out / "report.html", report_html.page(title, lines, parts).encode()),
-        _write(out / "report.svg", report_picture.draw(runs).encode()),
+        _write(out / "report.html", html.page(title, lines, parts).encode()),
+        _write(out / "report.svg", picture.draw(runs).encode()),
     ]
     missing = _shoot(out) if has_png else "no report.png: not asked for"
     paths += [] if missing else [out / "report.png"]
-    picture = "report.svg" if missing else "report.png"
-    text = report_markdown.text(title, lines, parts, picture)
+    chart = "report.svg" if missing else "report.png"
+    text = markdown.text(title, lines, parts, chart)
     return [paths[0], _write(out / "report.md", text.encode()), *paths[1:]], missing
 
 
@@ -70,8 +69,8 @@ def headlines(runs: list[Run]) -> list[str]:
         A line or two a run.
     """
     if len(runs) > 1:
-        return [f"{run.name} ({run.state}): {report_picture.headlines(run)[0]}" for run in runs]
-    words = report_picture.headlines(runs[0])
+        return [f"{run.name} ({run.state}): {picture.headlines(run)[0]}" for run in runs]
+    words = picture.headlines(runs[0])
     return [f"{words[0]}  ·  {runs[0].state}", *words[1:], str(runs[0].directory)]
 
 
@@ -84,23 +83,23 @@ def sections(runs: list[Run]) -> list[Section]:
     Returns:
         Figures, curves, memory, plan against measured, settings, environment.
     """
-    figures = report_totals.parts(runs)
+    figures = totals.parts(runs)
     figures += [
         Words(f"{run.name}: {run.num_redone} steps were taken again after a resume.")
         for run in runs
         if run.num_redone
     ]
     chapters = [
-        Section("", [report_totals.tiles(runs[0])] if len(runs) == 1 else []),
+        Section("", [totals.tiles(runs[0])] if len(runs) == 1 else []),
         Section("Figures", figures),
-        Section("Curves", [Plots(report_curves.plots(runs))]),
-        Section("Memory", report_memory.parts(runs)),
-        Section("Predicted and measured", report_plan.chapter(runs)),
-        Section("Answers", report_settings.answers(runs)),
-        Section("Data", report_data.parts(runs)),
-        Section("Settings", report_settings.settings(runs)),
-        Section("What ran", report_settings.facts(runs)),
-        Section("Environment", report_settings.machine(runs)),
+        Section("Curves", [Plots(curves.plots(runs))]),
+        Section("Memory", memory.parts(runs)),
+        Section("Predicted and measured", plan.chapter(runs)),
+        Section("Answers", settings.answers(runs)),
+        Section("Data", data.parts(runs)),
+        Section("Settings", settings.settings(runs)),
+        Section("What ran", settings.facts(runs)),
+        Section("Environment", settings.machine(runs)),
         Section("Terms", [Words(text) for text in TERMS]),
     ]
     return [section for section in chapters if section.parts]
@@ -108,12 +107,12 @@ def sections(runs: list[Run]) -> list[Section]:
 
 def _shoot(out: Path) -> str:
     """Draw report.png by a browser; return why not, or nothing."""
-    browser = report_browser.find()
+    found = browser.find()
     (out / "report.png").unlink(missing_ok=True)  # of a former report
-    if browser is None:
+    if found is None:
         return "no report.png: no Chromium or Chrome found (apt-get install chromium)"
     try:
-        with report_browser.opened(browser, out / "report.html") as page:
+        with browser.opened(found, out / "report.html") as page:
             _write(out / "report.png", page.shoot(WIDTH))
     except UserError as error:
         return f"no report.png: {error}"

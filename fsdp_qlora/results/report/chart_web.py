@@ -6,7 +6,7 @@ from html import escape
 
 from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Points, Series
-from fsdp_qlora.results.report_parts import Plot
+from fsdp_qlora.results.report.parts import Plot
 
 SIDE = 1000  # of the square that is stretched
 

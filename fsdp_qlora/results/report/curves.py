@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Panel, Points, Series
-from fsdp_qlora.results.report_parts import Plot
-from fsdp_qlora.results.report_record import Run, highest
+from fsdp_qlora.results.report.parts import Plot
+from fsdp_qlora.results.report.record import Run, highest
 
 # Colours that also the colour-blind tell apart.
 COLOURS = ("#0072b2", "#c44e00", "#00795a", "#8250df", "#bf3989", "#8a9a2b")

@@ -1,0 +1,1 @@
+"""`python -m fsdp_qlora bench`: what a setting takes, and ours against its peers, measured."""
