@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fsdp_qlora.data.batches import NOT_TRAINED, Batches, collate, flatten
+from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.packed_batches import PackedBatches
 from fsdp_qlora.data.store import Sample, of_samples
 from fsdp_qlora.model import shard
@@ -47,7 +48,7 @@ def rows_of(batch):
 def test_every_epoch_shows_every_row_once_and_ranks_stay_in_step(num, batch, accumulation, world):
     samples = numbered(num)
     ranks = [
-        PackedBatches(samples, CONTEXT, batch, accumulation, world, rank, 42, 2, -1)
+        PackedBatches(samples, CONTEXT, Dealing(batch, accumulation, world, rank, 42, 2, -1))
         for rank in range(world)
     ]
     per_epoch = ranks[0].steps_per_epoch
@@ -126,8 +127,8 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(tmp_path, model_t
 
 def test_flat_batches_show_the_rows_of_padded_ones():
     samples = of_samples(make_samples(40), "x")
-    shape = (3, 2, 2, 1, 42, 1, -1)
-    flat, padded = Batches(samples, *shape, is_flat=True), Batches(samples, *shape)
+    dealing = Dealing(3, 2, 2, 1, 42, 1, -1)
+    flat, padded = Batches(samples, dealing, is_flat=True), Batches(samples, dealing)
     for step in range(flat.num_steps):
         for one, other in zip(flat.step(step), padded.step(step), strict=True):
             assert one.num_trained_tokens == other.num_trained_tokens

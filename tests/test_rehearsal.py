@@ -1,5 +1,6 @@
 """The dry run leaves no trace, and tells rows apart (train/rehearsal.py, tracing.py)."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.data.batches import Batches
+from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.packed_batches import PackedBatches
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.train import rehearsal, tracing
@@ -49,7 +51,7 @@ def _train(world, path, cases, is_rehearsed):
         optimizer, schedule = optim.build(params, cfg, 3)
         trained = loop.Trained(built.model, params, optimizer, schedule, 1.0, world)
         num_micro = cfg.gradient_accumulation_steps
-        batches = Batches(make_samples(60), 2, num_micro, world.size, world.rank, 42, 1, 3)
+        batches = Batches(make_samples(60), Dealing(2, num_micro, world.size, world.rank, 42, 1, 3))
         if is_rehearsed:
             words = rehearsal.rehearse(trained, batches, cfg, account)
             assert words == f"dry run   {2 * batches.longest:,} tokens at once fit"
@@ -88,7 +90,7 @@ def _no_room(world, path):
     account.hold(built.model, built.placed)
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
-    batches = Batches(make_samples(9), 2, 1, world.size, world.rank, 42, 1, 1)
+    batches = Batches(make_samples(9), Dealing(2, 1, world.size, world.rank, 42, 1, 1))
 
     def refuse(tensor):
         raise torch.OutOfMemoryError(f"no room for {tensor.numel()}")
@@ -110,12 +112,12 @@ def test_a_dry_run_that_does_not_fit_says_what_was_there(tmp_path):
 def test_the_longest_batch_is_as_large_as_any_of_the_run():
     """Padded, laid flat, or packed to the context; every token but the first is trained."""
     samples, cfg = make_samples(40), config.parse(["--batch_size=3", "--context_length=64"])
-    rest = (2, 1, 0, 42, 1, -1)  # accumulation, world size, rank, seed, epochs, steps
+    dealing = Dealing(3, 2, 1, 0, 42, 1, -1)
     for batches in (
-        Batches(samples, 3, *rest),
-        Batches(samples, 3, *rest, 64),
-        Batches(samples, 3, *rest, 8, True),
-        PackedBatches(samples, 64, 3, *rest),
+        Batches(samples, dealing),
+        Batches(samples, dataclasses.replace(dealing, pad_multiple=64)),
+        Batches(samples, dealing, is_flat=True),
+        PackedBatches(samples, 64, dealing),
     ):
         found = rehearsal.longest_batch(batches, cfg, 256)
         micro = [batch for step in range(batches.num_steps) for batch in batches.step(step)]
@@ -125,7 +127,7 @@ def test_the_longest_batch_is_as_large_as_any_of_the_run():
         assert int(found.input_ids.max()) < 256
         num_rows = 3
         assert found.num_trained_tokens == found.num_tokens - num_rows
-    assert rehearsal.longest_batch(PackedBatches(samples, 64, 3, *rest), cfg, 256).num_tokens == 192
+    assert rehearsal.longest_batch(PackedBatches(samples, 64, dealing), cfg, 256).num_tokens == 192
 
 
 def test_a_dry_run_is_for_cards_unless_asked_for():
@@ -227,7 +229,7 @@ def _told(world, path):
     held_gib = sum(account.held.values())
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
-    batches = Batches(make_samples(60), 8, 1, world.size, world.rank, 42, 1, 3)
+    batches = Batches(make_samples(60), Dealing(8, 1, world.size, world.rank, 42, 1, 3))
     words = rehearsal.rehearse(trained, batches, plan.cfg, account)
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
     return words, account.peak_of("dry run").allocated_gib, held_gib + moments_gib, account.passing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
-from fsdp_qlora.data import audit, prepare, prompts, sources, tokenizer
+from fsdp_qlora.data import audit, order, prepare, prompts, sources, tokenizer
 from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.errors import UserError
 
@@ -72,15 +72,23 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
         if source != text_tokenizer.chat_template:
             full.chat_template = source  # it is saved with the adapter
     found = audit.of(cfg, ready, world.size, pad_multiple)
-    sizes = cfg.batch_size, cfg.gradient_accumulation_steps, world.size, world.rank, cfg.seed
-    rest = *sizes, cfg.num_epochs, cfg.max_steps, pad_multiple
+    dealing = order.Dealing(
+        batch_size=cfg.batch_size,
+        accumulation=cfg.gradient_accumulation_steps,
+        world_size=world.size,
+        rank=world.rank,
+        seed=cfg.seed,
+        num_epochs=cfg.num_epochs,
+        max_steps=cfg.max_steps,
+        pad_multiple=pad_multiple,
+    )
     train: Batches | PackedBatches
     if cfg.packing == "on":
-        train = packed_batches.PackedBatches(ready.train, cfg.context_length, *rest)
+        train = packed_batches.PackedBatches(ready.train, cfg.context_length, dealing)
     else:
         is_flat = cfg.packing == "auto" and world.device.type == "cuda"
         is_flat = is_flat and found.facts["padding_share"]["batches"] > MOST_PADDING
-        train = batches.Batches(ready.train, *rest, is_flat)
+        train = batches.Batches(ready.train, dealing, is_flat)
     return Data(
         train=train,
         held_out=batches.held_out(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from fsdp_qlora.data import order
+from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.store import Part, Sample
 
 NOT_TRAINED = -100
@@ -48,46 +49,25 @@ class Batches:
 
     Args:
         samples: all training samples, the same on every rank.
-        batch_size: rows of a micro-batch.
-        accumulation: micro-batches of an optimizer step.
-        world_size: ranks.
-        rank: this rank.
-        seed: seed of the orders.
-        num_epochs: passes over the rows, if `max_steps` is not positive.
-        max_steps: optimizer steps in all, if positive.
-        pad_multiple: T is a multiple of this, up to the longest row.
+        dealing: of the rows; T is a multiple of its `pad_multiple`, up to the longest row.
         is_flat: the rows of a micro-batch lie one after the other instead of being padded.
     """
 
-    def __init__(
-        self,
-        samples: Part,
-        batch_size: int,
-        accumulation: int,
-        world_size: int,
-        rank: int,
-        seed: int,
-        num_epochs: int,
-        max_steps: int,
-        pad_multiple: int = 8,
-        is_flat: bool = False,
-    ) -> None:
-        assert len(samples) and 0 <= rank < world_size
-        self.samples, self.is_flat = samples, is_flat
-        self.rows_per_micro = batch_size * world_size
-        self.rows_per_step = self.rows_per_micro * accumulation
-        self.world_size, self.rank = world_size, rank
-        self.seed, self.pad_multiple = seed, pad_multiple
+    def __init__(self, samples: Part, dealing: Dealing, is_flat: bool = False) -> None:
+        assert len(samples)
+        self.samples, self.dealing, self.is_flat = samples, dealing, is_flat
+        self.rows_per_micro = dealing.batch_size * dealing.world_size
+        self.rows_per_step = self.rows_per_micro * dealing.accumulation
         self.longest = int(samples.lengths.max())
         self.steps_per_epoch = order.num_steps(len(samples), self.rows_per_step)
-        self.num_steps = max_steps if max_steps > 0 else num_epochs * self.steps_per_epoch
+        self.num_steps = dealing.num_steps(self.steps_per_epoch)
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the order last used
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of the samples that all ranks together see at optimizer step `step`."""
         number, part = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != number:
-            dealt = order.epoch(self.samples.lengths, self.rows_per_step, self.seed, number)
+            dealt = order.epoch(self.samples.lengths, self.rows_per_step, self.dealing.seed, number)
             self._epoch = (number, dealt)
         return self._epoch[1][part]
 
@@ -101,15 +81,15 @@ class Batches:
             As many batches on every rank; a rank left without a row gets a batch of one row of
             padding, in which nothing is trained.
         """
-        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.world_size)
-        mine = ([self.samples[int(i)] for i in parts[self.rank]] for parts in dealt)
+        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.dealing.world_size)
+        mine = ([self.samples[int(i)] for i in parts[self.dealing.rank]] for parts in dealt)
         if self.is_flat:
-            return [flatten(samples, self.pad_multiple) for samples in mine]
-        return [collate(samples, self.pad_multiple, self.longest) for samples in mine]
+            return [flatten(samples, self.dealing.pad_multiple) for samples in mine]
+        return [collate(samples, self.dealing.pad_multiple, self.longest) for samples in mine]
 
     def places(self, step: int, rank: int) -> list[str]:
         """Where the rows stand that `rank` sees at optimizer step `step`."""
-        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.world_size)
+        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.dealing.world_size)
         return [str(self.samples.place(int(i))) for parts in dealt for i in parts[rank]]
 
     def epoch(self, step: int) -> float:
@@ -191,8 +171,7 @@ def held_out(
     """
     if not len(samples):
         return []
-    batches = Batches(
-        samples,
+    once = Dealing(
         batch_size,
         1,
         world_size,
@@ -202,4 +181,5 @@ def held_out(
         max_steps=0,
         pad_multiple=pad_multiple,
     )
+    batches = Batches(samples, once)
     return [batch for step in range(batches.num_steps) for batch in batches.step(step)]

@@ -1,8 +1,42 @@
 """Which rows meet in an optimizer step: a function of seed and step, the same on every rank."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 WINDOW_STEPS = 64  # steps whose rows are sorted by length together
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How rows are dealt to optimizer steps, micro-batches and ranks, and which rank this is.
+
+    Args:
+        batch_size: rows, or packed sequences, of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        world_size: ranks.
+        rank: this rank.
+        seed: of the orders or packings.
+        num_epochs: passes over the rows, if `max_steps` is not positive.
+        max_steps: optimizer steps in all, if positive.
+        pad_multiple: tokens of a row, or of rows laid one after the other, are a multiple of this.
+    """
+
+    batch_size: int
+    accumulation: int
+    world_size: int
+    rank: int
+    seed: int
+    num_epochs: int
+    max_steps: int
+    pad_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of the run."""
+        return self.max_steps if self.max_steps > 0 else self.num_epochs * steps_per_epoch
 
 
 def num_steps(num_rows: int, rows_per_step: int) -> int:

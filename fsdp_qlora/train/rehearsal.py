@@ -45,8 +45,8 @@ def longest_batch(batches: Batches | PackedBatches, cfg: Config, vocab_size: int
     ids = np.arange(longest, dtype=np.int32) % vocab_size
     rows = [Sample(ids, np.ones(longest, bool))] * cfg.batch_size
     if is_flat:
-        return flatten(rows, batches.pad_multiple)
-    return collate(rows, batches.pad_multiple, longest)
+        return flatten(rows, batches.dealing.pad_multiple)
+    return collate(rows, batches.dealing.pad_multiple, longest)
 
 
 def rehearse(
