@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -88,12 +87,7 @@ class SafetensorsFile:
         """The file itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the file; after an error it is left as it is, without a header."""
         if kind is None:
             self.close()
@@ -164,17 +158,12 @@ class Shards:
         """The writer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the files; after an error they are left as they are."""
         if kind is None:
             self.close()
         elif self._open is not None:
-            self._open.__exit__(kind, error, trace)
+            self._open.__exit__(kind)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
