@@ -84,10 +84,7 @@ def _tile(name: str, cell: Cell) -> str:
 
 def _grid(grid: Grid) -> str:
     """A table in a box of its own, which scrolls where the table is wider than the screen."""
-    is_number = [
-        any(cells[i].value is not None for _, cells in grid.rows if cells)
-        for i in range(len(grid.heads) - 1)
-    ]
+    is_number = grid.is_number
     kinds = ["", *(' class="n"' if number else "" for number in is_number)]
     heads = "".join(
         f'<th scope="col"{kind}>{escape(head)}</th>'

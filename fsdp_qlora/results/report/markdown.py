@@ -60,16 +60,12 @@ def _part(part: Part) -> list[str]:
 
 
 def _grid(grid: Grid) -> list[str]:
-    is_number = [
-        any(cells[i].value is not None for _, cells in grid.rows if cells)
-        for i in range(len(grid.heads) - 1)
-    ]
-    rules = ["---", *("---:" if number else "---" for number in is_number)]
+    rules = ["---", *("---:" if number else "---" for number in grid.is_number)]
     rows = [_row(map(_escape, grid.heads)), _row(rules)]
     for name, cells in grid.rows:
         is_bold = name == grid.total or not cells
         name = f"**{_escape(name)}**" if is_bold else _escape(name)
-        rows.append(_row([name, *(map(_cell, cells) if cells else [""] * len(is_number))]))
+        rows.append(_row([name, *(map(_cell, cells) if cells else [""] * (len(grid.heads) - 1))]))
     title = [f"### {_escape(grid.title)}"] if grid.title else []
     return [*title, "\n".join(rows)]
 

@@ -46,6 +46,14 @@ class Grid:
     is_folded: bool = False
     is_tight: bool = False
 
+    @property
+    def is_number(self) -> list[bool]:
+        """Of each column but the first, whether numbers stand in it."""
+        return [
+            any(cells[i].value is not None for _, cells in self.rows if cells)
+            for i in range(len(self.heads) - 1)
+        ]
+
 
 @dataclass(frozen=True)
 class Beside:
