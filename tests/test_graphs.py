@@ -19,12 +19,13 @@ class Alike(nn.Module):
 def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone():
     card = torch.device("cuda", 0)
     alike = [Alike(i) for i in range(3)]
-    assert graphs.choose("auto", alike, card) is not None
-    assert graphs.choose("off", alike, card) is None
-    assert graphs.choose("auto", alike, torch.device("cpu")) is None
-    assert graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card) is None
+    assert graphs.choose("auto", alike, card, 1e9) is not None
+    assert graphs.choose("auto", alike, card, 1e12) is None
+    assert graphs.choose("off", alike, card, 1e9) is None
+    assert graphs.choose("auto", alike, torch.device("cpu"), 1e9) is None
+    assert graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card, 1e9) is None
     alike[1].norm = nn.Identity()
-    assert graphs.choose("auto", alike, card) is None
+    assert graphs.choose("auto", alike, card, 1e9) is None
 
 
 def _train(world, path, cases):

@@ -270,3 +270,15 @@ def test_visible_cards_are_those_cuda_would_use(visible: str | None, names: list
         if "3090" in card.name:
             assert card.memory_gib == pytest.approx(24 * 0.985 - 1, abs=0.1)
     assert cards.listed("NVIDIA GB10, [N/A], [N/A], GPU-ee\n", None) == []
+
+
+def test_nccl_told_to_leave_peer_access_alone_is_planned_without(tmp_path, monkeypatch):
+    """It then holds 0.8 GiB of each card less."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat <<END\n{LISTING}END\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    only = {"CUDA_VISIBLE_DEVICES": "2"}
+    assert run.find_machine(only, 1, 1).has_peer
+    assert run.find_machine(only | {"NCCL_P2P_DISABLE": "0"}, 1, 1).has_peer
+    assert not run.find_machine(only | {"NCCL_P2P_DISABLE": "1"}, 1, 1).has_peer

@@ -111,6 +111,23 @@ def test_rows_of_a_step_sum_up_to_its_peak_and_the_rest_is_dealt_as_the_dry_run_
     assert sum(rows.values()) == pytest.approx(3.05)
 
 
+def test_paged_moments_are_told_apart_from_what_torch_holds(tmp_path):
+    """The driver has them, not the allocator: they add to its peak and to nothing else."""
+    account = Account(plan_of(tiny.save_model(tmp_path / "model")), CPU)
+    account.held = {names.PACKED: 2.0}
+    param = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.Adam([param])
+    moments = {name: torch.zeros(2**26) for name in ("state1", "state2")}
+    optimizer.state[param] = moments
+    account.watch([param], optimizer)
+    peak = Peak(account.share.base_gib + 3.0, 0.0, 0.0)
+    expected = {names.PACKED: 2.0, names.OPTIMIZER: 0.5}
+    assert account.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 0.5})
+    for tensor in moments.values():
+        tensor.is_paged = True  # as bitsandbytes marks them
+    assert account.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 1.0})
+
+
 def test_numbers_of_a_rank_survive_the_gather():
     """Rows of nothing are left out; as many numbers on every rank."""
     phases = {"load": {names.PACKED: 1.5}, "backward": {names.REST: 0.25, names.CONTEXT: 1.0}}

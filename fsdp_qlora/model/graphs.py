@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-# Weights of a layer times tokens of a micro-batch: with more work the GPU is busy as it is, and a
-# graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is bound by
-# the host, 70B at 1024 is not).
+# Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
+# and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
+# bound by the host, 70B at 1024 is not).
 MAX_WORK = 5e11
 MAX_SHAPES = 8  # a graph keeps the memory of a layer's pass
 NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
@@ -52,6 +52,7 @@ class Graphs:
 
     passes: dict[tuple, Pass | None] = field(default_factory=dict)
     failure: str = ""
+    _weights: Sequence[torch.Tensor] = ()  # inputs that the graphs of every shape have in common
     _pool: Any = None
     _first_body: Any = None  # who meets a shape first captures its graphs
 
@@ -94,9 +95,10 @@ class Graphs:
     def _capture(self, body, hidden, args, kwargs) -> Pass | None:
         try:
             with torch.no_grad():
-                inputs = [
-                    t.detach().clone() for t in _inputs(body, hidden, body.lora, args, kwargs)
-                ]
+                found = [t.detach() for t in _inputs(body, hidden, body.lora, args, kwargs)]
+                others = 3 + len(list(body.layer.parameters()))
+                self._weights = self._weights or [t.clone() for t in found[1:others]]
+                inputs = [found[0].clone(), *self._weights, *(t.clone() for t in found[others:])]
             with _Template(body, inputs, args, kwargs) as run:
                 return self._record(run, inputs)
         except RuntimeError as error:
@@ -136,19 +138,23 @@ class Graphs:
         return Pass(inputs, results[0], grad_out, results[1], *graphs)
 
 
-def choose(setting: str, layers: Sequence[nn.Module], device: torch.device) -> Graphs | None:
+def choose(
+    setting: str, layers: Sequence[nn.Module], device: torch.device, work: float
+) -> Graphs | None:
     """Graphs for a model whose layers differ in nothing but their weights.
 
     Args:
         setting: "auto" or "off".
         layers: the decoder layers as the model's author wrote them.
         device: of the rank.
+        work: weights of a layer times tokens of a full micro-batch; where these are too many for
+            graphs, shorter batches get none either, so that memory is what the plan says.
 
     Returns:
-        None on a CPU, when off, or when a plain attribute differs between layers (other windows,
-        layers without rotary embedding).
+        None on a CPU, when off, with more work than MAX_WORK, or when a plain attribute differs
+        between layers (other windows, layers without rotary embedding).
     """
-    if setting == "off" or device.type != "cuda":
+    if setting == "off" or device.type != "cuda" or work > MAX_WORK:
         return None
     first, *others = map(_facts, layers)
     return Graphs() if all(facts == first for facts in others) else None

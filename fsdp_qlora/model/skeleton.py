@@ -73,7 +73,9 @@ class PackedModel(nn.Module):
             isinstance(m, experts.PackedExperts) for m in self.modules()
         )
         setting = cfg.cuda_graphs if is_plain else "off"
-        graphs = choose_graphs(setting, [body.layer for body in bodies], device)
+        weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
+        work = weights * cfg.batch_size * cfg.context_length
+        graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs

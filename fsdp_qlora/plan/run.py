@@ -121,6 +121,8 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_cards: int) -> Mach
         found = cards.here(env.get("CUDA_VISIBLE_DEVICES"))
         found = cards.with_measured(found, cards.machine_file(), None)
         found = (found + [UNKNOWN] * num_ranks)[:num_ranks] if found else [UNKNOWN] * num_ranks
+        if env.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
+            found = [dataclasses.replace(card, card_link_gbs=0.0) for card in found]
     cgroup = host_memory.find_cgroup()
     limit_gib, used_gib = host_memory.limit_gib(cgroup), host_memory.used_gib(cgroup)
     return Machine(tuple(found), limit_gib, num_ranks, used_gib, cards.measured_cpu())

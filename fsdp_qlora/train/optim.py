@@ -166,3 +166,18 @@ def step(optimizer: Optimizer, is_bad: torch.Tensor) -> None:
     elif is_bad.item():
         return
     optimizer.step()
+
+
+def state_gib(optimizer: Optimizer | None, only_paged: bool = False) -> float:
+    """What an optimizer keeps, tensor by tensor.
+
+    Args:
+        optimizer: None: nothing yet.
+        only_paged: what bitsandbytes lets the driver move to the host and back; torch's allocator
+            does not know of it.
+    """
+    states = optimizer.state.values() if optimizer is not None else ()
+    found = [v for values in states for v in values.values() if isinstance(v, torch.Tensor)]
+    if only_paged:
+        found = [tensor for tensor in found if getattr(tensor, "is_paged", False)]
+    return sum(tensor.nbytes for tensor in found if tensor.dim()) / 2**30

@@ -20,7 +20,7 @@ from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.plan.sizes import sizes
-from fsdp_qlora.train import failure
+from fsdp_qlora.train import failure, optim
 from fsdp_qlora.train.memory import GIB, HostSampler, Peak, PhasePeaks, process_peak
 
 STEP_PHASES = ("forward", "backward", "optimizer")
@@ -207,7 +207,10 @@ class Account:
         if self.is_cuda:
             free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
             reserved_bytes = torch.cuda.memory_reserved(self._device)
-            self._context_gib = max(total_bytes - free_bytes - reserved_bytes, 0) / GIB
+            outside_gib = (total_bytes - free_bytes - reserved_bytes) / GIB
+            self._context_gib = max(
+                outside_gib - optim.state_gib(self._optimizer, only_paged=True), 0.0
+            )
 
     def _beside(self, peak: Peak) -> Rows:
         """What the card holds beside tensors."""
@@ -228,22 +231,19 @@ class Account:
             GiB by row, zeros left out; they sum up to the peak.
         """
         found = dict(self.held)
-        found[names.OPTIMIZER] = self.moments_gib() if moments_gib is None else moments_gib
+        found[names.OPTIMIZER] = (
+            optim.state_gib(self._optimizer) if moments_gib is None else moments_gib
+        )
         passing = self.passing.get(phase)
         has_all_gradients = passing is None and self.plan.cfg.gradient_accumulation_steps > 1
         if phase == "optimizer" or (has_all_gradients and phase in STEP_PHASES):
             found[names.GRADIENTS] = sum(p.nbytes for p in self._params) / GIB
-        rest = max(self._own(peak) - sum(found.values()), 0.0)
+        paged_gib = min(optim.state_gib(self._optimizer, only_paged=True), found[names.OPTIMIZER])
+        rest = max(self._own(peak) + paged_gib - sum(found.values()), 0.0)
         for row, gib in _spread(rest, passing).items():
             found[row] = found.get(row, 0.0) + gib
         found |= self._beside(peak)
         return {row: gib for row, gib in found.items() if gib > 0}
-
-    def moments_gib(self) -> float:
-        """What the optimizer keeps, tensor by tensor."""
-        state = self._optimizer.state.values() if self._optimizer else ()
-        tensors = (value for values in state for value in values.values())
-        return sum(v.nbytes for v in tensors if isinstance(v, torch.Tensor) and v.dim()) / GIB
 
     def step(self) -> tuple[dict[str, Rows], Peak]:
         """Account for an optimizer step that is over.
@@ -252,7 +252,7 @@ class Account:
             Rows at the peak of each of STEP_PHASES, and the highest peak since the last step.
         """
         taken = self.peaks.take()
-        now_gib = self.moments_gib()
+        now_gib = optim.state_gib(self._optimizer)
         self._look_outside()
         found = {}
         for phase in STEP_PHASES:
