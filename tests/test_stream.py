@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -127,27 +128,47 @@ def test_an_epoch_has_the_same_losses_bit_for_bit_wherever_the_bytes_lie(tmp_pat
             assert len(set(by_place[0])) == 4
 
 
-def _mappings(name: str) -> list[int]:
+def _mappings(name: str) -> set[int]:
     """Processes that map shared memory of this name."""
-    pids = []
+    pids = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             if name in maps.read_text():
-                pids.append(int(maps.parent.name))
+                pids.add(int(maps.parent.name))
         except OSError:  # it ended, or belongs to someone else
             continue
     return pids
 
 
-def _named() -> list[str]:
+def _copies(pids: set[int]) -> set[str]:
+    """The shared copies that these processes map, each by its device and inode."""
+    lines = [
+        line.split()
+        for pid in pids
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if "memfd:fsdp_qlora" in line
+    ]
+    return {f"{fields[3]} {fields[4]} " for fields in lines}
+
+
+def _named() -> set[str]:
     """Shared memory with a name; semaphores of other tests come and go."""
-    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-"))
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+
+
+def _left(before: set[str], within_s: float = 10.0) -> set[str]:
+    """New names that stay although nobody maps them; those of other tests go with these."""
+    limit_s, stay = time.monotonic() + within_s, _named() - before
+    while stay and time.monotonic() < limit_s:
+        time.sleep(0.2)
+        stay = {name for name in stay & _named() if not _mappings(f"/dev/shm/{name}")}
+    return stay
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux only")
 def test_kill_9_of_all_ranks_leaves_no_shared_memory(tmp_path):
     path = tiny.save_model(tmp_path / "model")
-    before = _named(), set(_mappings("memfd:fsdp_qlora"))
+    before = _named()
     flags = ["--offload_impl=stream", "--dataset=dummy", "--dataset_samples=4000", "--world_size=2"]
     flags += [f"--model_name={path}", f"--output_dir={tmp_path / 'out'}", "--context_length=64"]
     process = subprocess.Popen(
@@ -161,9 +182,11 @@ def test_kill_9_of_all_ranks_leaves_no_shared_memory(tmp_path):
     while not (metrics.exists() and '"step": 2' in metrics.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    own = set(_mappings("memfd:fsdp_qlora")) - before[1]
-    assert len(own) == 2  # both ranks map the one copy
+    own = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    own &= _mappings("memfd:fsdp_qlora")  # other tests stream too
+    copies = _copies(own)
+    assert len(own) == 2 and len(copies) == 1  # both ranks map the one copy
     for pid in own:
         os.kill(pid, signal.SIGKILL)
     process.wait(60)
-    assert (_named(), set(_mappings("memfd:fsdp_qlora"))) == before
+    assert _mappings(copies.pop()) == set() and _left(before) == set()
