@@ -94,15 +94,16 @@ def test_the_loss_of_a_step_is_read_only_when_the_next_step_is_launched(tmp_path
 
 
 def test_phases_add_up_over_micro_batches_and_make_the_step():
-    clock = Clock(CPU)
+    clock, slept = Clock(CPU), {"forward": 0.0, "backward": 0.0}
     for _ in range(2):
-        time.sleep(0.02)
-        clock.mark("forward")
-        time.sleep(0.04)
-        clock.mark("backward")
+        for phase, seconds in (("forward", 0.02), ("backward", 0.04)):
+            began = time.perf_counter()
+            time.sleep(seconds)  # or longer, on a busy machine
+            slept[phase] += time.perf_counter() - began
+            clock.mark(phase)
     seconds = clock.lap().seconds()
     assert list(seconds) == ["forward", "backward"]
-    assert 0.04 <= seconds["forward"] < 0.08 <= seconds["backward"] < 0.16
+    assert seconds == pytest.approx(slept, abs=0.015) and slept["backward"] >= 0.08
     time.sleep(0.02)
     clock.mark("record")
     assert clock.lap().seconds()["record"] >= 0.02
@@ -123,7 +124,7 @@ def test_step_seconds_cover_the_whole_time_except_what_an_event_tells_of(tmp_pat
     written = steps(tmp_path)
     assert sum(line["step_s"] for line in written[:3]) == pytest.approx(wall_s, abs=0.05)
     assert all(line["forward_s"] >= 0.05 and line["other_s"] >= 0.01 for line in written[:3])
-    assert written[3]["step_s"] < 0.1
+    assert written[3]["step_s"] < 0.3  # the event is not in it
     assert "record_s" in written[1]
 
 

@@ -116,7 +116,7 @@ def test_a_tracker_that_hangs_delays_neither_the_run_nor_its_end(stub, tmp_path)
     )
     said, run_s, end_s = done.stdout.strip().split("|")
     assert "wandb has not taken all of it yet: metrics.jsonl has it" in said
-    assert float(run_s) < 1 and 0.2 <= float(end_s) < 2
+    assert float(run_s) < 5 and 0.2 <= float(end_s) < 5  # the tracker would wait for 60
     assert (done.returncode, done.stderr) == (0, "") and time.monotonic() - began_s < 30
 
 
