@@ -210,6 +210,20 @@ def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):
     assert (tmp_path / "log").read_text() == "begun\n"
 
 
+def test_the_host_memory_of_a_program_is_the_most_in_use_while_it_ran(tmp_path, monkeypatch):
+    """Of all programs, and other tests run too: here the readings are given, and one is checked."""
+    readings = iter([3.0, 3.5, 5.25])
+    with monkeypatch.context() as given:
+        given.setattr(process, "used_gib", lambda: next(readings, 4.0))
+        launch = process.Launch([sys.executable, "-c", "import time; time.sleep(1.5)"], tmp_path)
+        ran = process.run(launch, dict(os.environ), tmp_path / "log", timeout_s=60.0)
+    assert (ran.host_before_gib, ran.host_peak_gib) == (3.0, 5.25)
+    lines = map(str.split, Path("/proc/meminfo").read_text().splitlines())
+    kib = {line[0]: int(line[1]) for line in lines}
+    used_gib = (kib["MemTotal:"] - kib["MemAvailable:"]) / 2**20
+    assert process.used_gib() == pytest.approx(used_gib, abs=0.1)
+
+
 def test_the_last_word_is_the_error_and_not_what_launchers_make_of_it():
     said = ["step 1", "[rank1]: ValueError: no bf16", "x.ChildFailedError: ", "====="]
     assert process.last_word([(0.0, text) for text in said]) == "[rank1]: ValueError: no bf16"
