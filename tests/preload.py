@@ -20,12 +20,14 @@ for name in (
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
+    "tests.warm",
     "train",
     "fsdp_qlora.data",
     "fsdp_qlora.model.attention",
     "fsdp_qlora.model.load",
     "fsdp_qlora.model.shard",
     "fsdp_qlora.model.skeleton",
+    "fsdp_qlora.results.course",
     "fsdp_qlora.results.export",
     "fsdp_qlora.results.look",
     "fsdp_qlora.results.report.command",
@@ -35,6 +37,7 @@ for name in (
     "fsdp_qlora.train.loop",
     "fsdp_qlora.train.profiler",
     "fsdp_qlora.train.rehearsal",
+    "fsdp_qlora.train.trackers",
     "fsdp_qlora.train.versions",
 ):
     importlib.import_module(name)

@@ -40,7 +40,7 @@ def argv_of(place: Path, out: Path, *more: str) -> list[str]:
         *(f"--model_name={place / 'model'}", f"--dataset={place / 'data.jsonl'}"),
         *(f"--quant_cache={out}-cache", f"--token_cache={out}-tokens", "--eval_samples=4"),
         *("--world_size=2", "--max_steps=2", "--context_length=64", "--lora_rank=4"),
-        *("--save_every=1", f"--output_dir={out}", *more),
+        *("--save_every=1", "--sample_tokens=2", f"--output_dir={out}", *more),
     ]
 
 

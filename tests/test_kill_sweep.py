@@ -38,7 +38,8 @@ def argv_of(place: Path, out: Path, *more: str) -> list[str]:
         *(f"--quant_cache={place / 'cache'}", f"--token_cache={place / 'tokens'}"),
         *("--world_size=2", f"--max_steps={NUM_STEPS}", "--context_length=64", "--lora_rank=4"),
         *("--batch_size=1", "--gradient_accumulation_steps=2", "--lr=0.01", "--save_every=1"),
-        *("--eval_samples=4", "--lora_dropout=0.1", f"--output_dir={out}", *more),
+        *("--eval_samples=4", "--sample_tokens=2", "--lora_dropout=0.1"),
+        *(f"--output_dir={out}", *more),
     ]
 
 

@@ -25,6 +25,7 @@ COMMON = (
     "--save_every=1",
     "--keep_checkpoints=100",
     "--token_cache=off",
+    "--sample_tokens=2",
     "--log_to=stdout",
 )
 EDGES = (1, 5, 6, 7)  # around the end of an epoch

@@ -91,6 +91,7 @@ def flags(place: Path, *more: str) -> list[str]:
         "--lora_rank=8",
         "--batch_size=4",
         "--lr=0.01",
+        "--sample_tokens=4",
         *more,
     ]
 

@@ -271,7 +271,7 @@ def test_every_type_runs_two_steps_by_the_command_of_the_reference(tmp_path):
         "--world_size 2 --master_port 12356 --gradient_accumulation_steps 2 --batch_size 8 "
         "--context_length 512 --precision bf16 --use_gradient_checkpointing true "
         "--use_cpu_offload false --use_activation_cpu_offload false --log_to stdout --max_steps 2 "
-        f"--model_name {model} --dataset {data} --quant_cache off --lora_rank 8"
+        f"--model_name {model} --dataset {data} --quant_cache off --lora_rank 8 --sample_tokens 2"
     ).split()
     more = {"qlora": ["--reentrant_checkpointing", "true"]}
     for name in ("bnb_llama_pro", "hqq_llama_pro"):
