@@ -10,6 +10,7 @@
 #
 # PYTHON=python3.12       the Python that makes the environment (3.11 or newer)
 # TORCH_INDEX=URL         where to look for torch besides the default index; empty: nowhere else
+# JOBS=2                  how many tests run at a time; 0: one, as where there is a card
 # REQUIRE_HQQ=1           fail when hqq cannot be installed
 
 PYTHON ?= python3
@@ -18,6 +19,7 @@ BIN := $(VENV)/bin
 PINS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(PINS)
 ARGS ?=
+JOBS ?= $(if $(HAS_CARD),0,2)
 
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -51,7 +53,7 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@touch $@
 
 test: venv
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 check: venv
 	@$(BIN)/ruff check .
