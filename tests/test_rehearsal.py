@@ -194,14 +194,16 @@ def test_allocations_are_told_apart_by_place_and_life():
 
 
 def test_of_two_passes_the_higher_counts():
-    """The second finds the gradients of the first; a graph's memory is a layer's."""
-    second = [step.replace("+reduced gather 0.75", "+sum gather 0.75") for step in PASS]
+    """The second finds gradients of the first; of a graph the output is kept, the rest stays."""
+    changes = {"+reduced gather 0.75": "+sum gather 0.75", "+kept2 layer 2": "+kept2 graph 2"}
+    second = [changes.get(step, step) for step in PASS]
     extra = ("+pool graph 5",)
     events = history(*PASS, *extra, *second, "-reduced", "-sum", "|", "-pool")
     found, stays_gib = tracing.told_apart(events)
     assert stays_gib == 0.125
     assert found["forward"].fixed == {names.BUFFERS: 0.5, names.GRADIENTS: 0.75}
     assert found["forward"].scaled[names.LAYER] == 5.375
+    assert found["forward"].scaled[names.KEPT] == 4.0
     with pytest.raises(ValueError, match="2 boundaries"):
         tracing.told_apart(history("|", "+a layer 1", "|"))
 

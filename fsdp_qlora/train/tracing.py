@@ -171,6 +171,8 @@ def _row(block: _Block, ends: Sequence[int]) -> str:
         return names.GRADIENTS
     if block.place == names.LOSS and is_kept:
         return names.LAYER
+    if block.place == names.LAYER and is_kept and not is_left:  # a graph's output, handed on
+        return names.KEPT
     if block.place:
         return block.place
     return names.KEPT if is_kept else names.LAYER
