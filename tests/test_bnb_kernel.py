@@ -10,10 +10,8 @@ from tests import tiny
 
 
 @pytest.fixture
-def kernel(monkeypatch):
+def kernel():
     """On a card as it is; elsewhere by Triton's interpreter, where Triton is installed."""
-    if tiny.DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     from fsdp_qlora.model import bnb_kernel
 

@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_the_first_line_names_config_versions_and_ranks(tmp_path):
     assert first["event"] == "run"
     assert first["config"] == {"seed": 42}
     assert first["num_ranks"] == 1
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == metadata.version("torch")
     assert first["versions"]["python"].startswith("3.")
 
 

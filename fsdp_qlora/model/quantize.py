@@ -53,11 +53,13 @@ class Format:
 
 
 def import_bitsandbytes():
-    """bitsandbytes.functional, imported without the warning of its CPU kernels.
+    """bitsandbytes.functional, without warnings that mean nothing here.
 
-    ("Failed to load CPU gemm_4bit_forward" is harmless: that kernel is not used.)
+    (It does not find a CPU kernel that is not used; and where it compiles one, a torch made for
+    CUDA looks for a card.)
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import bitsandbytes.functional as bnb
 
     return bnb
