@@ -162,6 +162,8 @@ def test_host_memory_is_what_was_measured(run, placement, files_gib, load_gib, p
 def test_cpu_ranks_need_what_was_measured():
     """SmolLM2-135M's shape, 4 x 256, nothing recomputed, two gloo ranks: 3.69 GiB in all.
 
+    By a torch for the CPU; one made for cards takes more.
+
     Measured on two cores with 23.5 GiB, 2026-11-22:
     train.py --model_name smollm2-135m --weights random --dataset dummy --context_length 256
     --batch_size 4 --world_size 2 --use_cpu_offload false --use_gradient_checkpointing false
@@ -172,7 +174,8 @@ def test_cpu_ranks_need_what_was_measured():
     cfg = config.parse([*argv, "--use_cpu_offload=false", "--use_gradient_checkpointing=false"])
     info = arch.read(cfg.model_name, need_weights=False)
     table = host.host(sizes(info, cfg), cfg, setting_of(cfg, 30, 2), "cpu")
-    assert near(table.peak_gib, 3.69, 0.15), table.peak_gib
+    more_gib = 2 * host.has_cuda_build() * host.CUDA_BUILD_BYTES / GIB
+    assert near(table.peak_gib, 3.69 + more_gib, 0.15), table.peak_gib
 
 
 def test_rows_of_the_7b_are_this_arithmetic():

@@ -52,6 +52,7 @@ class Forked:
 def fork(task: Task) -> Forked:
     """Start one rank (see processes.start)."""
     tie = tied_to_parent()
+    sys.stdout.flush()  # or the child says again what is waiting there
     pid = os.fork()
     if pid == 0:
         os.setsid()

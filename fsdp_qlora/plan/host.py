@@ -1,5 +1,10 @@
 """GiB of host memory by row and phase."""
 
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import memory, rows
 from fsdp_qlora.plan.activations import num_offloaded
@@ -10,6 +15,7 @@ from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
+CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for cards
 MOST_TOUCHED_BYTES = 4 * GIB  # see train/checkpoint.py
 READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
 
@@ -36,7 +42,7 @@ def host(
         HOST_ROWS by phase.
     """
     ranks = setting.num_ranks
-    process_bytes = PROCESS_BYTES[kind]
+    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_cuda_build()) * CUDA_BUILD_BYTES
     system_bytes = SYSTEM_BYTES
     if system_gib is not None:
         system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
@@ -73,6 +79,16 @@ def host(
             needed = table.total_gib(phase) * GIB
             own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
     return Table(phases)
+
+
+@functools.cache
+def has_cuda_build() -> bool:
+    """Whether the torch that is installed was made for cards; found without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    text = (Path(found.origin).parent / "version.py").read_text()
+    return re.search(r"^cuda\b.*= '", text, re.MULTILINE) is not None
 
 
 def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
