@@ -52,7 +52,6 @@ class Graphs:
 
     passes: dict[tuple, Pass | None] = field(default_factory=dict)
     failure: str = ""
-    _weights: Sequence[torch.Tensor] = ()  # inputs that the graphs of every shape have in common
     _pool: Any = None
     _first_body: Any = None  # who meets a shape first captures its graphs
 
@@ -95,10 +94,9 @@ class Graphs:
     def _capture(self, body, hidden, args, kwargs) -> Pass | None:
         try:
             with torch.no_grad():
-                found = [t.detach() for t in _inputs(body, hidden, body.lora, args, kwargs)]
-                others = 3 + len(list(body.layer.parameters()))
-                self._weights = self._weights or [t.clone() for t in found[1:others]]
-                inputs = [found[0].clone(), *self._weights, *(t.clone() for t in found[others:])]
+                inputs = [
+                    t.detach().clone() for t in _inputs(body, hidden, body.lora, args, kwargs)
+                ]
             with _Template(body, inputs, args, kwargs) as run:
                 return self._record(run, inputs)
         except RuntimeError as error:
