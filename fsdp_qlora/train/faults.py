@@ -9,7 +9,6 @@ a run that the supervisor has started again is spared; only numbers are spoilt e
 import errno
 import os
 import signal
-import sys
 import time
 from typing import NoReturn
 
@@ -126,6 +125,10 @@ def _signal_parent(number: int) -> None:
     time.sleep(PASSED_ON_S)
 
 
+def _note(point: str, step: int) -> None:
+    os.write(2, f"reached {point} {step}\n".encode())  # at once: another thread may write too
+
+
 KINDS = {
     "exc": _raise,
     "cuda": _cuda_error,
@@ -139,5 +142,5 @@ KINDS = {
     "term": lambda point, step: _signal_parent(signal.SIGTERM),  # as a scheduler ends a job
     "int": lambda point, step: _signal_parent(signal.SIGINT),
     "kill-parent": lambda point, step: _signal_parent(signal.SIGKILL),
-    "note": lambda point, step: print("reached", point, step, file=sys.stderr, flush=True),
+    "note": _note,
 }
