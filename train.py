@@ -94,7 +94,7 @@ def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
     try:
         from fsdp_qlora.train import world as ranks
 
-        world = ranks.join(cfg.gpu_budget_gib, cfg.seed)
+        world = ranks.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
         plan = fitting.agree(launch.agree(cfg, world), given, world)
         run(plan, world, given)
         ranks.leave()

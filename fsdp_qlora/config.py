@@ -111,6 +111,7 @@ class Config:
         3, "training", "steps in a row without a finite loss, then stop", rule=">= 1"
     )
     seed: int = flag(42, "training", "data order, adapters, dropout", rule="from 0 to 2**32 - 1")
+    deterministic: bool = flag(False, "training", "equal bits from run to run, on cards too")
 
     world_size: int = flag(-1, "sharding", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag(

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from tests import tiny
 
 PRELOAD = ["tests.preload"]
@@ -47,8 +49,11 @@ def _serve(function, rank, world_size, store, results, args):
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Run function(world, *args) on ranks and return what each returned, by rank.
 
-    The function must be importable (module level) and its results picklable.
+    The function must be importable (module level) and its results picklable. Skips the calling test
+    on a machine with cards, but too few of them.
     """
+    if 0 < tiny.NUM_CARDS < world_size:
+        pytest.skip(f"needs {world_size} cards")
     context = multiprocessing.get_context("spawn" if tiny.DEVICE == "cuda" else "forkserver")
     context.set_forkserver_preload(PRELOAD)
     results = context.Queue()

@@ -87,6 +87,12 @@ def unbroken(place: Path) -> dict[str, object]:
     return found[0]
 
 
+def test_deterministic_kernels_leave_the_bits_of_cpu_ranks(place: Path, unbroken: dict):
+    """Their kernels are as they are; and no operation of a run is refused."""
+    assert go(place, place / "same", "--deterministic=true")[::2] == (DONE, "")
+    assert result(place / "same") == unbroken
+
+
 def steps_kept(out: Path) -> list[int]:
     """The whole checkpoints of a run; the latest is what `--resume` takes."""
     latest = resume.latest_valid(out)

@@ -12,7 +12,8 @@ from fsdp_qlora.model import build as building
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.train.world import World
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where ranks compute
+NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+DEVICE = "cuda" if NUM_CARDS else "cpu"  # where ranks compute
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 320,

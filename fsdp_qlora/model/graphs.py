@@ -52,7 +52,9 @@ class Graphs:
 
     passes: dict[tuple, Pass | None] = field(default_factory=dict)
     failure: str = ""
+    _weights: Sequence[torch.Tensor] = ()  # inputs that the graphs of every shape have in common
     _pool: Any = None
+    _stream: Any = None  # one for all: cuBLAS keeps scratch memory for each that it has seen
     _first_body: Any = None  # who meets a shape first captures its graphs
 
     def find(self, body, hidden: torch.Tensor, args: tuple, kwargs: dict) -> "Pass | None":
@@ -94,10 +96,12 @@ class Graphs:
     def _capture(self, body, hidden, args, kwargs) -> Pass | None:
         try:
             with torch.no_grad():
-                inputs = [
-                    t.detach().clone() for t in _inputs(body, hidden, body.lora, args, kwargs)
-                ]
-            with _Template(body, inputs, args, kwargs) as run:
+                found = [t.detach() for t in _inputs(body, hidden, body.lora, args, kwargs)]
+                others = 3 + len(list(body.layer.parameters()))
+                self._weights = self._weights or [t.clone() for t in found[1:others]]
+                inputs = [found[0].clone(), *self._weights, *(t.clone() for t in found[others:])]
+            here = torch.cuda.stream(torch.cuda.current_stream())  # also after a failed capture
+            with here, _Template(body, inputs, args, kwargs) as run:
                 return self._record(run, inputs)
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
@@ -115,20 +119,20 @@ class Graphs:
             with torch.enable_grad():
                 return torch.autograd.grad(run(True), leaves, grad_out)
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream = self._stream or torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(NUM_WARMUPS):
                 forward()
                 backward()
-        torch.cuda.current_stream().wait_stream(side)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        torch.cuda.current_stream().wait_stream(self._stream)
         graphs: list[torch.cuda.CUDAGraph] = []
         results: list[Any] = []
         for work in (forward, backward):
             graph = torch.cuda.CUDAGraph()
             # NCCL's watchdog asks for events from its own thread meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
                 results.append(work())
             graphs.append(graph)
         for leaf in leaves:

@@ -17,7 +17,7 @@ def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
 
     Args:
         s: numbers of the model and its adapters.
-        cfg: cuda_graphs, dropout, packing, data.
+        cfg: cuda_graphs, no_sync, dropout, packing, data.
         setting: batch, levels.
         kind: "cuda" or "cpu".
     """
@@ -28,6 +28,7 @@ def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
     return (
         kind == "cuda"
         and cfg.cuda_graphs == "auto"
+        and not cfg.no_sync
         and is_plain
         and cfg.lora_dropout == 0
         and not cfg.reentrant_checkpointing
@@ -41,8 +42,9 @@ def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
 def held(s: Sizes, cfg: Config, setting: Setting) -> Rows:
     """What the graphs hold from the second step to the end.
 
-    Tensors of their own, which a layer's are copied into, once a shape of batch; and a pool that
-    all of them share, as large as the fullest moment of a layer, which nothing else may use.
+    Tensors that a layer's are copied into, of weights once, of the rest once a shape of batch; and
+    a pool that all shapes share, as large as the fullest moment of a layer, which nothing else may
+    use.
 
     Args:
         s, cfg, setting: see `are_used`.
@@ -51,14 +53,13 @@ def held(s: Sizes, cfg: Config, setting: Setting) -> Rows:
     shapes = min(MAX_SHAPES, -(-cfg.context_length // PADDED))
     shapes = 1 if cfg.dataset == "dummy" else shapes
     moments = layer_moments(s, cfg, tokens, "full", "cuda")
-    layer_bytes = s.packed + s.constants + (2 * s.lora + s.small) * s.item
+    layer_bytes = s.packed + s.constants + (s.lora + s.small) * s.item
+    wide = {"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item}
     return {
         LAYER: [
-            term("graphs: bytes, adapters, norms, gradients", shapes=shapes, bytes=layer_bytes),
-            term(
-                "graphs: input, output, their gradients",
-                **{"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item},
-            ),
+            term("graphs: bytes, adapters, norms", bytes=layer_bytes),
+            term("graphs: gradients of adapters", shapes=shapes, params=s.lora, bytes=s.item),
+            term("graphs: input, output, their gradients", shapes=shapes, **wide),
         ],
         SLACK: [
             term("graphs: their pool", bytes=max(map(total_bytes, moments))),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.utils import deterministic
 
 from fsdp_qlora.train.failure import LinkError
 from fsdp_qlora.train.ranks import LISTENER
@@ -112,7 +113,12 @@ class World:
         self.sum(0.0)
 
 
-def join(gpu_budget_gib: float | None, seed: int, timeout_s: float = 1800.0) -> World:
+def join(
+    gpu_budget_gib: float | None,
+    seed: int,
+    timeout_s: float = 1800.0,
+    is_deterministic: bool = False,
+) -> World:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Uses NCCL for tensors on GPUs and gloo for tensors on the host, both in one group: host numbers
@@ -123,6 +129,8 @@ def join(gpu_budget_gib: float | None, seed: int, timeout_s: float = 1800.0) -> 
         gpu_budget_gib: cap of this rank's allocator, GiB.
         seed: of dropout, different on every rank; adapters and data have their own generators.
         timeout_s: after which a collective fails.
+        is_deterministic: let every kernel sum in the same order each time; on cards the backward
+            passes of attention do not by themselves, CPU ranks always do.
 
     Returns:
         This process among the ranks.
@@ -138,6 +146,8 @@ def join(gpu_budget_gib: float | None, seed: int, timeout_s: float = 1800.0) -> 
         # srun --gpus-per-task=1 shows each rank one device, whatever its LOCAL_RANK.
         device = torch.device("cuda", env["LOCAL_RANK"] % torch.cuda.device_count())
     torch.manual_seed(seed + env["RANK"])
+    if is_deterministic:
+        _be_deterministic()
     if has_gpu:
         torch.cuda.set_device(device)
         if gpu_budget_gib is not None:
@@ -157,6 +167,13 @@ def join(gpu_budget_gib: float | None, seed: int, timeout_s: float = 1800.0) -> 
     if has_gpu and world.size > 1:
         check_links(world)
     return world
+
+
+def _be_deterministic() -> None:
+    torch.use_deterministic_algorithms(True)  # warn_only would leave attention as it is
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # never read
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers, for flash-attn
 
 
 def _store(env: dict[str, int], limit: datetime.timedelta) -> dist.Store | None:
