@@ -176,14 +176,17 @@ def test_a_directory_of_a_run_is_kept_or_emptied_of_checkpoints(tmp_path: Path, 
     assert files.steps(out) == [] and not (out / "metrics.jsonl").exists()
 
 
-def test_a_disk_without_room_is_refused_before_the_run(tmp_path: Path, model: Path, monkeypatch):
+@pytest.mark.parametrize(("precision", "weight_bytes"), [("bf16", 4), ("bf16_pure", 2)])
+def test_a_disk_without_room_is_refused_before_the_run(
+    tmp_path: Path, model: Path, monkeypatch, precision: str, weight_bytes: int
+):
     """And one that fills meanwhile says how to go on."""
-    cfg = config.parse(flags(model, tmp_path / "out", "--save_every=5", "--keep_checkpoints=3"))
+    saving = ("--save_every=5", "--keep_checkpoints=3", f"--precision={precision}")
+    cfg = config.parse(flags(model, tmp_path / "out", *saving))
     info = arch.read(cfg.model_name, need_weights=False)
     num_params = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
-    need_bytes = (
-        5 * 12 * num_params + 4 * num_params
-    )  # 3 that stay, the best, a new one; the result
+    checkpoint, result = 3 * weight_bytes, weight_bytes  # with two moments
+    need_bytes = (5 * checkpoint + result) * num_params  # 3 that stay, the best, a new one
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need_bytes))
     disk.check_room(cfg, info)

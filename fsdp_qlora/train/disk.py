@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from fsdp_qlora import trained
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.choices import OPTIMIZERS
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
+from fsdp_qlora.plan.memory import moment_bytes
+from fsdp_qlora.plan.sizes import DTYPE_BYTES
 from fsdp_qlora.train.checkpoint_files import last_step, steps
 
 GIB = 2**30
-WEIGHT_BYTES = 4  # of a trained parameter: float32
 IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
 
@@ -32,10 +32,10 @@ def check_room(cfg: Config, info: ModelInfo) -> None:
     """
     num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
     num_left = cfg.keep_checkpoints + 2 - (len(steps(place)) if cfg.resume else 0)  # best, new one
-    one_bytes = num_params * (WEIGHT_BYTES + OPTIMIZERS[cfg.optimizer].state_bytes)
-    need_bytes = (
-        cfg.saves_checkpoints * max(num_left, 1) * one_bytes
-        + cfg.save_model * num_params * WEIGHT_BYTES
+    weight_bytes = DTYPE_BYTES[cfg.master_dtype]
+    num_checkpoints = cfg.saves_checkpoints * max(num_left, 1)
+    need_bytes = num_params * (
+        num_checkpoints * (weight_bytes + moment_bytes(cfg)) + cfg.save_model * weight_bytes
     )
     while not os.path.exists(place):  # unlike pathlib's it bears names that are too long
         place = place.parent
