@@ -104,8 +104,12 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     assert graphs.are_used(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
     assert not graphs.are_used(found, cfg, large, "cuda")
     assert not graphs.are_used(found, cfg, setting, "cpu")
-    changes = {"lora_dropout": 0.1, "packing": "on", "reentrant_checkpointing": True}
-    for change in ({name: value} for name, value in {**changes, "no_sync": True}.items()):
+    for change in (
+        {"lora_dropout": 0.1},
+        {"packing": "on"},
+        {"reentrant_checkpointing": True},
+        {"no_sync": True},
+    ):
         assert not graphs.are_used(found, dataclasses.replace(cfg, **change), setting, "cuda")
     rows_of_users = dataclasses.replace(cfg, dataset="rows.jsonl")
     two = dataclasses.replace(setting, batch_size=2)

@@ -132,7 +132,9 @@ class Graphs:
         for work in (forward, backward):
             graph = torch.cuda.CUDAGraph()
             # NCCL's watchdog asks for events from its own thread meanwhile
-            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
+            with torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            ):
                 results.append(work())
             graphs.append(graph)
         for leaf in leaves:
