@@ -187,8 +187,6 @@ def cfg_notes(cfg: "Config") -> list[str]:
         notes.append(words)
     if cfg.no_sync and cfg.gradient_accumulation_steps == 1:
         notes.append("--no_sync has no effect: --gradient_accumulation_steps is 1")
-    elif cfg.no_sync and cfg.lora_dropout == 0:
-        notes.append("CUDA graphs are off: they do not go together with --no_sync")
     if cfg.sharding_strategy == "ddp":
         notes.append("cpu offload is off: ddp keeps the whole base on each card")
     elif not cfg.use_cpu_offload and cfg.offload_impl != "auto":

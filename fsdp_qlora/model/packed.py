@@ -258,7 +258,8 @@ class TrainedLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
-        if self.level == "none" or not torch.is_grad_enabled():
+        is_frozen = not self.slots and not self.is_whole and not hidden.requires_grad
+        if self.level == "none" or is_frozen or not torch.is_grad_enabled():
             return self.run(None, hidden, self.lora, args, kwargs)
         has_dropout = any(slot.dropout for slot in self.slots)
         if self.graphs is not None and self.level == "full" and not has_dropout:

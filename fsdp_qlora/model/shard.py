@@ -96,6 +96,26 @@ def apply(
             fully_shard(module, mp_policy=mixed, **common)
     # A tied embedding is needed at both ends of forward and backward: gather it once.
     fully_shard(model, mp_policy=mixed, **{**common, "reshard_after_forward": False})
+    for module in _only_run_forward(model):
+        if isinstance(module, FSDPModule):
+            module.set_unshard_in_backward(False)
+
+
+def _only_run_forward(model: PackedModel) -> Iterator[nn.Module]:
+    """What no backward pass reads: the input embedding, and layers before all that is trained.
+
+    FSDP would gather one of them for nothing at the end of each backward pass, and on a card give
+    its memory away while it still arrives (finalize_backward of torch 2.11 and 2.13): where no
+    reduction of gradients follows, the next pass would read overwritten weights.
+    """
+    if not model.is_tied:
+        yield model.embedding
+    is_trained = any(p.requires_grad for p in model.embedding.parameters())
+    for block in blocks(model):
+        is_trained = is_trained or bool(block.body.slots) or block.body.is_whole
+        if is_trained:
+            return
+        yield block
 
 
 def blocks(model: nn.Module) -> Iterator[DecoderBlock]:

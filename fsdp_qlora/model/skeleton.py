@@ -59,7 +59,7 @@ class PackedModel(nn.Module):
         """Choose what decoder layers keep for the backward pass; the rest is made again.
 
         Args:
-            cfg: `levels` of the layers; reentrant_checkpointing; cuda_graphs; no_sync;
+            cfg: `levels` of the layers; reentrant_checkpointing; cuda_graphs;
                 use_activation_cpu_offload.
             device: of the rank.
         """
@@ -72,8 +72,7 @@ class PackedModel(nn.Module):
         is_plain = is_plain and not any(
             isinstance(m, experts.PackedExperts) for m in self.modules()
         )
-        # With --no_sync gradients came out wrong on two cards; the cause is not known yet.
-        setting = cfg.cuda_graphs if is_plain and not cfg.no_sync else "off"
+        setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)

@@ -17,7 +17,7 @@ def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
 
     Args:
         s: numbers of the model and its adapters.
-        cfg: cuda_graphs, no_sync, dropout, packing, data.
+        cfg: cuda_graphs, dropout, packing, data.
         setting: batch, levels.
         kind: "cuda" or "cpu".
     """
@@ -28,7 +28,6 @@ def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
     return (
         kind == "cuda"
         and cfg.cuda_graphs == "auto"
-        and not cfg.no_sync
         and is_plain
         and cfg.lora_dropout == 0
         and not cfg.reentrant_checkpointing
