@@ -104,12 +104,7 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     assert graphs.are_used(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
     assert not graphs.are_used(found, cfg, large, "cuda")
     assert not graphs.are_used(found, cfg, setting, "cpu")
-    for change in (
-        {"lora_dropout": 0.1},
-        {"packing": "on"},
-        {"reentrant_checkpointing": True},
-        {"no_sync": True},
-    ):
+    for change in ({"lora_dropout": 0.1}, {"packing": "on"}, {"reentrant_checkpointing": True}):
         assert not graphs.are_used(found, dataclasses.replace(cfg, **change), setting, "cuda")
     rows_of_users = dataclasses.replace(cfg, dataset="rows.jsonl")
     two = dataclasses.replace(setting, batch_size=2)
