@@ -16,8 +16,9 @@ import pytest
 
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import RUN_FAILED
-from fsdp_qlora.train import faults, heartbeat
+from fsdp_qlora.train import faults, heartbeat, processes
 from fsdp_qlora.train.heartbeat import Sign, Watch
+from fsdp_qlora.train.processes import Task
 from tests.test_launch import is_alive, run, start, wait_for_ranks
 
 STEPS = """
@@ -30,6 +31,38 @@ def take(first, last):
             faults.reach(point, rank, step)
             time.sleep(0.005)
 """
+
+
+class Late:
+    """A process whose end is known a second later: its card gave back its memory first."""
+
+    def __init__(self, task: Task):
+        self._process, self._end_s = processes.start(task), 0.0
+        self.pid, self.returncode = self._process.pid, None
+        self.wait, self.send_signal = self._process.wait, self._process.send_signal
+
+    def poll(self) -> int | None:
+        if self._process.poll() is not None:
+            self._end_s = self._end_s or time.monotonic()
+            if time.monotonic() > self._end_s + 1:
+                self.returncode = self._process.returncode
+        return self.returncode
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_killed_rank_is_the_cause_even_if_its_peer_is_seen_to_fail_before(first: int):
+    """One that had to be ended, by SIGTERM, is none."""
+    scripts = {first: "sleep 0.1; kill -9 $$", 1 - first: "sleep 0.3; exit 1"}
+    tasks = [Task(rank, ["sh", "-c", scripts[rank]], dict(os.environ), None, ()) for rank in (0, 1)]
+    with heartbeat.open_board() as board:
+        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS)
+        late = processes.run(
+            tasks, lambda t: (Late if t.rank == first else processes.start)(t), [], watch
+        )
+        tasks[first] = Task(first, ["sh", "-c", "exec sleep 60"], dict(os.environ), None, ())
+        slow = processes.run(tasks, processes.start, [], watch)
+    assert (late.codes[first], late.codes[1 - first], late.ended) == (-9, 1, frozenset())
+    assert (slow.codes[first], slow.codes[1 - first], slow.ended) == (-15, 1, {first})
 
 
 def test_a_rank_that_leaves_with_0_before_its_end_is_a_failure(tmp_path: Path):

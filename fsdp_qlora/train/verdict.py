@@ -96,7 +96,9 @@ def _told(found: RankError, way_on: str, plan: RunPlan | None) -> Verdict:
     is_final = found.code in OWN_FAULTS
     first, *rest = failure.told(found, plan)
     if way_on and not is_final:
-        first = f"{first[: MAX_LINE_CHARS - len(way_on) - 2]}; {way_on}"
+        cause, _, remedy = first.rpartition("; ")
+        rest = _joined(remedy, way_on)
+        first = f"{cause[: max(MAX_LINE_CHARS - len(rest) - 2, 40)]}; {rest}"
     return Verdict(found.code, [first, *rest], found.kind, is_final)
 
 
