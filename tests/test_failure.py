@@ -147,6 +147,16 @@ def test_the_last_record_says_what_was_there(tmp_path: Path):
     assert only == f"error: rank 1: was killed by SIGKILL at step 7 (done); {remedy}"
 
 
+def test_of_a_long_line_the_cause_is_cut_and_the_way_on_stays(tmp_path: Path):
+    (tmp_path / failure.LOGS).mkdir()
+    trace, way_on, more = f"the trace is in {tmp_path}", f"continue with {tmp_path}", ["there  5"]
+    failure.write_error(tmp_path, 1, RUN_FAILED, f"rank 1: {'long ' * 80}; {trace}", more)
+    ending = Ending((0, RUN_FAILED), (Sign(1.0, 7, heartbeat.DONE),) * 2)
+    first, *rest = verdict.judge(ending, tmp_path, way_on, 0, None).lines
+    assert first.startswith("error: rank 1: long ") and first.endswith(f"; {trace}; {way_on}")
+    assert rest == more and len(first) <= 300
+
+
 def test_kills_are_counted_in_the_group_or_else_on_the_machine(tmp_path: Path):
     """Version 1, version 2, and no group at all."""
     events = tmp_path / "memory.events"

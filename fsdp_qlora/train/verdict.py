@@ -97,8 +97,8 @@ def _told(found: RankError, way_on: str, plan: RunPlan | None) -> Verdict:
     first, *rest = failure.told(found, plan)
     if way_on and not is_final:
         cause, _, remedy = first.rpartition("; ")
-        rest = _joined(remedy, way_on)
-        first = f"{cause[: max(MAX_LINE_CHARS - len(rest) - 2, 40)]}; {rest}"
+        remedies = _joined(remedy, way_on)
+        first = f"{cause[: max(MAX_LINE_CHARS - len(remedies) - 2, 40)]}; {remedies}"
     return Verdict(found.code, [first, *rest], found.kind, is_final)
 
 
