@@ -125,7 +125,7 @@ def _all_gradients(world, cases):
         finalize(group)
 
     with patch.object(FSDPParamGroup, "finalize_backward", all_read):
-        return [gradients(world, path, flags, more) for _, path, flags, more in cases]
+        return [gradients(world, *case) for _, *case in cases]
 
 
 def test_every_type_has_the_gradients_of_one_process(tmp_path):

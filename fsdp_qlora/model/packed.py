@@ -155,6 +155,11 @@ class TrainedLayer(nn.Module):
         self._keepers: list[Any] = [*self._groups[:-1], *attentions]
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it has adapters, or is trained whole."""
+        return self.is_whole or bool(self.slots)
+
+    @property
     def num_lora(self) -> int:
         """Elements of `lora` that are no padding."""
         return sum(self._sizes)
@@ -258,8 +263,8 @@ class TrainedLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
-        is_frozen = not self.slots and not self.is_whole and not hidden.requires_grad
-        if self.level == "none" or is_frozen or not torch.is_grad_enabled():
+        has_gradient = torch.is_grad_enabled() and (self.is_trained or hidden.requires_grad)
+        if self.level == "none" or not has_gradient:
             return self.run(None, hidden, self.lora, args, kwargs)
         has_dropout = any(slot.dropout for slot in self.slots)
         if self.graphs is not None and self.level == "full" and not has_dropout:

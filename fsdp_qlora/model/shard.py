@@ -5,6 +5,7 @@ mixed precision), and its packed bytes (`DecoderBlock`, no cast ever: a cast wou
 input embedding; output head; the rest. Only this module knows FSDP.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -78,7 +79,7 @@ def apply(
     }
     mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     pinned = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    trained = [b.body for b, _ in layers if b.body.slots or b.body.is_whole]
+    trained = [block.body for block, _ in layers if block.body.is_trained]
     bodies: list[Any] = trained if row.replicates else [block.body for block, _ in layers]
     light = [body for body in bodies if not body.is_whole]
     lora_bytes = sum(body.lora.numel() for body in light if body.slots) * compute_dtype.itemsize
@@ -110,12 +111,8 @@ def _only_run_forward(model: PackedModel) -> Iterator[nn.Module]:
     """
     if not model.is_tied:
         yield model.embedding
-    is_trained = any(p.requires_grad for p in model.embedding.parameters())
-    for block in blocks(model):
-        is_trained = is_trained or bool(block.body.slots) or block.body.is_whole
-        if is_trained:
-            return
-        yield block
+    if not any(p.requires_grad for p in model.embedding.parameters()):
+        yield from itertools.takewhile(lambda block: not block.body.is_trained, blocks(model))
 
 
 def blocks(model: nn.Module) -> Iterator[DecoderBlock]:

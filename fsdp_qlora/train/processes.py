@@ -165,7 +165,7 @@ class _Guard:
         self._ranks, self._stops, self._watch = ranks, stops, watch
         self._num_passed, self._deadline_s = 0, math.inf
         self._ended: frozenset[int] = frozenset()
-        self._has_killed = False
+        self._sent: set[int] = set()
         self._stop: int | None = None
         self._hung: list[int] = []
         self._signs: Sequence[Sign] = ()
@@ -179,16 +179,16 @@ class _Guard:
                 self._deadline_s = min(self._deadline_s, time.monotonic() + STOP_GRACE_S)
             self._look_for_the_hung()
             if time.monotonic() > self._deadline_s:
-                self._kill()
+                self._send(signal.SIGKILL)
             time.sleep(POLL_S)
         codes = [rank.returncode or DONE for rank in self._ranks]
-        if not self._has_killed:  # then one was killed before, and was long in dying
+        if signal.SIGKILL not in self._sent:  # then one was killed before, and was long in dying
             self._ended -= {i for i, code in enumerate(codes) if code == -signal.SIGKILL}
         return Ending(codes, self._signs or self._read(), self._ended, self._stop, self._hung)
 
-    def _kill(self) -> None:
-        self._has_killed = True
-        _send(self._ranks, signal.SIGKILL)
+    def _send(self, number: int) -> None:
+        self._sent.add(number)
+        _send(self._ranks, number)
 
     def _read(self) -> list[Sign]:
         return [heartbeat.read(self._watch.board, rank) for rank in range(len(self._ranks))]
@@ -197,10 +197,7 @@ class _Guard:
         """Pass the first signal on; the second ends all."""
         if self._num_passed == len(self._stops):
             return
-        if self._num_passed:
-            self._kill()
-        else:
-            _send(self._ranks, self._stops[0])
+        self._send(self._stops[0] if self._num_passed == 0 else signal.SIGKILL)
         self._num_passed = len(self._stops)
         self._stop = self._stop if self._ended else self._stops[0]
 
@@ -220,13 +217,13 @@ class _Guard:
         if self._hung:
             self._signs = self._read()  # before a stopped one goes on
             self._end(DUMP_S, heartbeat.DUMP)
-            _send(self._ranks, signal.SIGCONT)  # a stopped one hears nothing else
+            self._send(signal.SIGCONT)  # a stopped one hears nothing else
 
     def _end(self, grace_s: float, number: int) -> None:
         running = [i for i, rank in enumerate(self._ranks) if rank.poll() is None]
         self._ended = frozenset(running)
         self._deadline_s = time.monotonic() + grace_s
-        _send(self._ranks, number)
+        self._send(number)
 
 
 def _send(ranks: Sequence[Rank], number: int) -> None:

@@ -97,8 +97,8 @@ def _told(found: RankError, way_on: str, plan: RunPlan | None) -> Verdict:
     first, *rest = failure.told(found, plan)
     if way_on and not is_final:
         cause, _, remedy = first.rpartition("; ")
-        remedies = _joined(remedy, way_on)
-        first = f"{cause[: max(MAX_LINE_CHARS - len(remedies) - 2, 40)]}; {remedies}"
+        room = MAX_LINE_CHARS - len(_joined(remedy, way_on)) - 2
+        first = _joined(cause[: max(room, 40)], remedy, way_on)
     return Verdict(found.code, [first, *rest], found.kind, is_final)
 
 

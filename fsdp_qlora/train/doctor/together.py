@@ -136,7 +136,7 @@ def gather(rank: Rank) -> Iterator[Finding]:
 class _Body(nn.Module):
     """Stands for what FSDP shards beside the packed bytes."""
 
-    slots, is_whole = (), False
+    slots, is_whole, is_trained = (), False, False
 
     def __init__(self) -> None:
         super().__init__()
