@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,32 +35,40 @@ def take(first, last):
 
 
 class Late:
-    """A process whose end is known a second later: its card gave back its memory first."""
+    """A process seen to end some looks after its peer: its card gave back its memory first."""
 
-    def __init__(self, task: Task):
-        self._process, self._end_s = processes.start(task), 0.0
-        self.pid, self.returncode = self._process.pid, None
-        self.wait, self.send_signal = self._process.wait, self._process.send_signal
+    def __init__(self, process: processes.Rank, peer: Callable[[], processes.Rank]):
+        self._process, self._peer, self._num_looks = process, peer, 0
+        self.pid, self.returncode = process.pid, None
+        self.wait, self.send_signal = process.wait, process.send_signal
 
     def poll(self) -> int | None:
-        if self._process.poll() is not None:
-            self._end_s = self._end_s or time.monotonic()
-            if time.monotonic() > self._end_s + 1:
-                self.returncode = self._process.returncode
+        self._num_looks += self._peer().returncode is not None
+        if self._num_looks > 10:
+            self.returncode = self._process.poll()
         return self.returncode
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_killed_rank_is_the_cause_even_if_its_peer_is_seen_to_fail_before(first: int):
+def test_a_killed_rank_is_the_cause_even_if_its_peer_is_seen_to_fail_before(
+    first: int, tmp_path: Path
+):
     """One that had to be ended, by SIGTERM, is none."""
-    scripts = {first: "sleep 0.1; kill -9 $$", 1 - first: "sleep 0.3; exit 1"}
+    pipe, ranks = tmp_path / "pipe", {}
+    os.mkfifo(pipe)  # its reader goes on when its writer has died
+    scripts = {first: f"exec 9>{pipe}; kill -9 $$", 1 - first: f"cat {pipe}; exit 1"}
     tasks = [Task(rank, ["sh", "-c", scripts[rank]], dict(os.environ), None, ()) for rank in (0, 1)]
+
+    def start_one_late(task: Task) -> processes.Rank:
+        rank = processes.start(task)
+        ranks[task.rank] = Late(rank, lambda: ranks[1 - first]) if task.rank == first else rank
+        return ranks[task.rank]
+
     with heartbeat.open_board() as board:
         watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS)
-        late = processes.run(
-            tasks, lambda t: (Late if t.rank == first else processes.start)(t), [], watch
-        )
-        tasks[first] = Task(first, ["sh", "-c", "exec sleep 60"], dict(os.environ), None, ())
+        late = processes.run(tasks, start_one_late, [], watch)
+        for rank, script in (first, "exec sleep 60"), (1 - first, "exit 1"):
+            tasks[rank] = Task(rank, ["sh", "-c", script], dict(os.environ), None, ())
         slow = processes.run(tasks, processes.start, [], watch)
     assert (late.codes[first], late.codes[1 - first], late.ended) == (-9, 1, frozenset())
     assert (slow.codes[first], slow.codes[1 - first], slow.ended) == (-15, 1, {first})
