@@ -50,6 +50,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     num_steps = dataset.train.num_steps
     begin = going_on.find(cfg, given, info, adapter_files.digest(info), dataset, world)
 
+    if not rehearsal.is_wanted(cfg, world.device):  # it would take as many as the data can bring
+        plan = plan.for_rows(dataset.train.most_tokens)
     account = rows.Account(plan, world.device, session.nbytes(dataset))
     with account.phase("load"):
         built = build(cfg, info, world)

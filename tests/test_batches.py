@@ -178,9 +178,12 @@ def test_the_padding_that_is_foretold_is_what_batches_have():
             for rank in range(world)
         ]
         steps = range(ranks[0].num_steps)
-        made = sum(m.input_ids.numel() for b in ranks for step in steps for m in b.step(step))
+        made = [m.input_ids.numel() for b in ranks for step in steps for m in b.step(step)]
         shape = (batch, accumulation, world)
-        assert made == order.num_padded_tokens(samples.lengths, *shape, 42, multiple)
+        told = order.padded_tokens(samples.lengths, *shape, 42, multiple)
+        assert sum(made) == sum(told) and max(made) == max(told) == ranks[0].most_tokens
+    one, whole = (Batches(samples, Dealing(4, 2, 2, 0, 1, 1, steps)) for steps in (1, -1))
+    assert max(m.input_ids.numel() for m in one.step(0)) == one.most_tokens < whole.most_tokens
 
 
 def test_held_out_rows_come_once_over_all_ranks_in_as_many_batches_on_each():

@@ -91,6 +91,26 @@ def test_cpu_ranks_run_as_asked_for():
     assert said(plan)[0][-1] == "fit       CPU ranks run as asked for"
 
 
+def test_rows_shorter_than_the_context_are_planned_as_they_are():
+    """Once the data is read; what is done, and what would be done instead, stays."""
+    plan = plan_of("--batch_size=4", names="none")
+    asked = plan_of("--batch_size=4", "--context_length=300", names="none")
+    found = plan.for_rows(4 * 300)
+    assert found.to_dict()["host"] == asked.to_dict()["host"]
+    assert (
+        found.cfg == plan.cfg
+        and found.env == plan.env
+        and "1,200 tokens" in found.to_dict()["note"]
+    )
+    assert plan.for_rows(4 * 2048) is plan
+    lower = plan_of("--batch_size=4").lower
+    assert lower is not None and lower.found is not None
+    short = lower.for_rows(4 * 300)
+    assert short.notch == 1 and short.ladder[0] == lower.ladder[0]
+    assert short.found is not None and short.found.setting == lower.found.setting
+    assert short.found.device.peak_gib < lower.found.device.peak_gib
+
+
 def test_the_speed_of_a_processor_that_doctor_measured_is_planned_with(tmp_path, monkeypatch):
     """Twice the table's products and memory: half its seconds; the ranks are told the same."""
     monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))

@@ -197,7 +197,7 @@ def _padding(
     if len(lengths) > MOST_SIMULATED_ROWS:
         lengths = np.random.default_rng(cfg.seed).choice(lengths, MOST_SIMULATED_ROWS, False)
     shape = (cfg.batch_size, cfg.gradient_accumulation_steps, world_size)
-    in_batches = order.num_padded_tokens(lengths, *shape, cfg.seed, pad_multiple)
+    in_batches = sum(order.padded_tokens(lengths, *shape, cfg.seed, pad_multiple))
     packed = packing.pack(lengths, cfg.context_length, world_size, cfg.seed, 0)
     return {
         "batches": 1 - int(lengths.sum()) / in_batches,

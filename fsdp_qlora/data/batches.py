@@ -63,6 +63,13 @@ class Batches:
         self.num_steps = dealing.num_steps(self.steps_per_epoch)
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the order last used
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a micro-batch of any rank, its padding counted; later epochs may differ a little."""
+        deal = self.dealing
+        shape = (deal.batch_size, deal.accumulation, deal.world_size, deal.seed, deal.pad_multiple)
+        return max(order.padded_tokens(self.samples.lengths, *shape, self.num_steps))
+
     def rows(self, step: int) -> np.ndarray:
         """Indices of the samples that all ranks together see at optimizer step `step`."""
         number, part = divmod(step, self.steps_per_epoch)

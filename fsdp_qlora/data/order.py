@@ -114,15 +114,16 @@ def padded_width(longest: int, multiple: int, most: int) -> int:
     return min(-(-max(longest, 1) // multiple) * multiple, ceiling)
 
 
-def num_padded_tokens(
+def padded_tokens(
     lengths: np.ndarray,
     batch_size: int,
     accumulation: int,
     world_size: int,
     seed: int,
     multiple: int,
-) -> int:
-    """Return the tokens of the first epoch with its padding, on all ranks together.
+    num_steps: int | None = None,
+) -> list[int]:
+    """Return the tokens of every micro-batch of the first epoch with its padding, of all ranks.
 
     Args:
         lengths: int [rows], tokens of each.
@@ -131,11 +132,12 @@ def num_padded_tokens(
         world_size: ranks.
         seed: of the run.
         multiple: of the width of a batch.
+        num_steps: of the run, where it may end before the epoch.
     """
-    per_micro, most, total = batch_size * world_size, int(lengths.max()), 0
-    for rows in epoch(lengths, per_micro * accumulation, seed, 0):
+    per_micro, most, found = batch_size * world_size, int(lengths.max()), []
+    for rows in epoch(lengths, per_micro * accumulation, seed, 0)[:num_steps]:
         for parts in micro_batches(rows, per_micro, world_size):
             for mine in parts:
                 longest = int(lengths[mine].max()) if len(mine) else 1
-                total += max(len(mine), 1) * padded_width(longest, multiple, most)
-    return total
+                found.append(max(len(mine), 1) * padded_width(longest, multiple, most))
+    return found

@@ -30,6 +30,11 @@ class PackedBatches:
         self.steps_per_epoch = max(len(self._turns(0)) // turns_per_step, 1)
         self.num_steps = dealing.num_steps(self.steps_per_epoch)
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a micro-batch of any rank."""
+        return self.dealing.batch_size * self.context_length
+
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run
     def _turns(self, epoch: int) -> list[list[list[int]]]:
         """Turns of all ranks: for each, the rows of every rank's sequence."""

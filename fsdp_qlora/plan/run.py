@@ -36,6 +36,7 @@ class RunPlan:
             where nothing is planned.
         notch: the step of the ladder that is taken.
         note: what was chosen, and why.
+        rows_note: for which rows it was predicted, if not for full ones.
     """
 
     cfg: Config
@@ -45,6 +46,7 @@ class RunPlan:
     ladder: tuple[Outcome, ...]
     notch: int
     note: str
+    rows_note: str = ""
 
     @property
     def found(self) -> Outcome | None:
@@ -60,6 +62,22 @@ class RunPlan:
         taken = self.ladder[notch]
         cfg, note = applied(self.asked, taken.setting), _note(taken, taken, notch)
         return dataclasses.replace(self, cfg=cfg, notch=notch, note=note)
+
+    def for_rows(self, most_tokens: int) -> "RunPlan":
+        """The same run, predicted for its rows, which may be shorter than the context.
+
+        Args:
+            most_tokens: of a micro-batch of a rank.
+        """
+        found, cfg = self.found, self.cfg
+        length = -(-most_tokens // cfg.batch_size)
+        if found is None or length >= cfg.context_length:
+            return self
+        shorter = dataclasses.replace(cfg, context_length=length)
+        outcome = fit.evaluate(self.info, shorter, found.setting, self.machine)
+        ladder = (*self.ladder[: self.notch], outcome, *self.ladder[self.notch + 1 :])
+        words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
+        return dataclasses.replace(self, ladder=ladder, rows_note=words)
 
     @property
     def lines(self) -> list[str]:
@@ -90,7 +108,7 @@ class RunPlan:
             "host_limit_gib": found.host_limit_gib,
             "step_s": found.speed.step_s,
             "notch": self.notch,
-            "note": self.note,
+            "note": "; ".join(filter(None, [self.note, self.rows_note])),
         }
 
 

@@ -15,6 +15,7 @@ from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes
 from fsdp_qlora.data import Data
 from fsdp_qlora.model.build import Built
+from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.train.memory import Peak
 from fsdp_qlora.train.rows import Account
 
@@ -59,6 +60,7 @@ def describe(
         f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a card",
         f"cache     {cache.note}",
         f"data      {data.audit}",
+        *_planned_again(account.plan),
         *(f"note      {note}" for note in cfg_notes(cfg)),
     ]
     return {
@@ -77,6 +79,14 @@ def describe(
         "data": data.audit.facts,
         "lines": lines,
     }
+
+
+def _planned_again(plan: RunPlan) -> list[str]:
+    """What the plan says now that the rows are known."""
+    found = plan.found
+    if found is None or not plan.rows_note:
+        return []
+    return [f"plan      {plan.rows_note}: {found.host.peak_gib:.1f} GiB on the host"]
 
 
 def _unpacked(info: ModelInfo) -> str:
