@@ -55,16 +55,27 @@ def test_rows_off_by_more_than_the_aim_stand_out_and_are_counted(cards):
 def test_rows_of_nothing_count_as_nothing_and_small_ones_are_put_together(tmp_path):
     facts = card_facts(1)
     ledger = facts["ledger"]["ranks"][0]["device"]["load"]
-    ledger[names.REST] = 0.75
     ledger |= {names.ADAPTERS: 0.001, names.GRADIENTS: 0.002}
     del ledger[names.CONTEXT]
     page = page_of(write_run(tmp_path / "run", [card_step(1, 1)], summary=facts), out=tmp_path)
     table = page.tables["card, load"]
-    assert [value for _, value in table[names.REST]] == [0.0, 0.75, 0.75]
     assert [value for _, value in table[names.CONTEXT]] == [1.25, 0.0, -1.25]
     assert [value for _, value in table["2 rows below 0.01"]] == [0.0, 0.003, 0.003]
     assert names.ADAPTERS not in table
-    assert "Of 11 rows over 0.5 GiB, counted in every phase, 7 are within" in page.words
+    assert "Of 10 rows over 0.5 GiB, counted in every phase, 7 are within" in page.words
+
+
+def test_rows_that_no_dry_run_told_apart_stay_open(tmp_path):
+    facts = card_facts(1)
+    ledger = facts["ledger"]["ranks"][0]["device"]["load"]
+    ledger[names.REST] = ledger.pop(names.CONTEXT)
+    page = page_of(write_run(tmp_path / "run", [card_step(1, 1)], summary=facts), out=tmp_path)
+    table = page.tables["card, load"]
+    assert [value for _, value in table[names.CONTEXT]] == [1.25, None, None]
+    assert [value for _, value in table[names.REST]] == [None, 1.3125, None]
+    assert [value for _, value in table["total"]] == [2.75, 2.8125, 0.0625]
+    assert "Of 9 rows over 0.5 GiB, counted in every phase, 7 are within" in page.words
+    assert page.words.count("(--dry_run on) would have told its rows apart") == 1
 
 
 def test_what_was_not_measured_stays_open(tmp_path):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS, PHASES
+from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
 from fsdp_qlora.results.report.parts import (
     UNKNOWN,
     Beside,
@@ -148,11 +148,14 @@ def _measured(place: Place, phase: str) -> dict[str, float]:
 
 
 def _pair(place: Place, phase: str, row: str) -> tuple[float | None, float | None]:
-    """Predicted and measured; both leave out rows of nothing in a phase that they tell of."""
+    """Predicted and measured; both leave out rows of nothing in a phase that they tell of.
+
+    Where some was not told apart, it is not known how much of a row that was not measured there is.
+    """
     predicted, measured = place.plan.get(phase), _measured(place, phase)
     return (
-        predicted.get(row, 0.0) if predicted is not None else None,
-        measured.get(row, 0.0) if measured else None,
+        predicted.get(row, None if row == REST else 0.0) if predicted is not None else None,
+        measured.get(row, None if REST in measured else 0.0) if measured else None,
     )
 
 
@@ -190,6 +193,8 @@ def verdict(place: Place) -> str:
     if large:
         text += f" Of {len(large)} rows over {LARGE_GIB} GiB, counted in every phase, {len(good)} "
         text += f"{'is' if len(good) == 1 else 'are'} within {place.row_aim:.0%}."
+    if any(REST in _measured(place, phase) for phase in _phases(place)):
+        text += " A dry run (--dry_run on) would have told its rows apart."
     return text
 
 
@@ -222,10 +227,8 @@ def _grid(place: Place, phase: str) -> Grid:
 
 def _sums(pairs: list[tuple[float | None, float | None]]) -> tuple[float | None, float | None]:
     """Of what was predicted, and of what was measured; None where nothing is known."""
-    found = [[pair[i] for pair in pairs] for i in (0, 1)]
-    predicted, measured = (
-        None if None in values else sum(v or 0.0 for v in values) for values in found
-    )
+    found = [[pair[i] for pair in pairs if pair[i] is not None] for i in (0, 1)]
+    predicted, measured = (sum(v or 0.0 for v in values) if values else None for values in found)
     return predicted, measured
 
 
