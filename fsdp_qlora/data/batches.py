@@ -14,6 +14,7 @@ from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.store import Part, Sample
 
 NOT_TRAINED = -100
+MOST_SIMULATED_STEPS = 10_000
 # Any valid id would do: padding stands right of the text, where a causal model never looks from
 # the text, and its labels are masked by length. So a row's own end-of-text keeps its label.
 PAD_ID = 0
@@ -65,10 +66,11 @@ class Batches:
 
     @property
     def most_tokens(self) -> int:
-        """Of a micro-batch of any rank, its padding counted; later epochs may differ a little."""
+        """Of a micro-batch of any rank, its padding counted; later steps may differ a little."""
         deal = self.dealing
         shape = (deal.batch_size, deal.accumulation, deal.world_size, deal.seed, deal.pad_multiple)
-        return max(order.padded_tokens(self.samples.lengths, *shape, self.num_steps))
+        num_steps = min(self.num_steps, MOST_SIMULATED_STEPS)
+        return max(order.padded_tokens(self.samples.lengths, *shape, num_steps))
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of the samples that all ranks together see at optimizer step `step`."""

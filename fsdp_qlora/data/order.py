@@ -132,7 +132,7 @@ def padded_tokens(
         world_size: ranks.
         seed: of the run.
         multiple: of the width of a batch.
-        num_steps: of the run, where it may end before the epoch.
+        num_steps: steps to look at; None: all of the epoch.
     """
     per_micro, most, found = batch_size * world_size, int(lengths.max()), []
     for rows in epoch(lengths, per_micro * accumulation, seed, 0)[:num_steps]:
