@@ -166,7 +166,7 @@ def test_the_references_progress_bar_is_read_and_its_other_rows_void_it(model, t
     code, _, _, found = verb(tmp_path / "out", model, *WORK, *flags)
     (run,), (row,) = found["runs"], found["rows"]
     assert run["losses"] == [5.5, 5.4, 5.3, 5.2, 5.1]
-    assert statistics.median(run["step_s"]) == pytest.approx(0.3, abs=0.15)
+    assert run["step_s"] == pytest.approx([0.3] * 5, abs=0.15)
     assert (run["peak_allocated_gib"], run["peak_reserved_gib"]) == (6.5, 8.25)
     assert run["load_s"] == 1.25
     assert code == 4 and row["state"] == "void" and "other rows" in row["reason"]
@@ -204,7 +204,7 @@ def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):
     code += "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     began_s = time.monotonic()
     launch = process.Launch([sys.executable, "-c", code], tmp_path)
-    ran = process.run(launch, dict(os.environ), tmp_path / "log", timeout_s=3.0)
+    ran = process.run(launch, dict(os.environ), tmp_path / "log", timeout_s=1.0)
     assert ran.code is None and time.monotonic() - began_s < 10
     assert [text for _, text in ran.lines] == ["begun"]
     assert (tmp_path / "log").read_text() == "begun\n"
@@ -221,7 +221,7 @@ def test_the_host_memory_of_a_program_is_the_most_in_use_while_it_ran(tmp_path, 
     lines = map(str.split, Path("/proc/meminfo").read_text().splitlines())
     kib = {line[0]: int(line[1]) for line in lines}
     used_gib = (kib["MemTotal:"] - kib["MemAvailable:"]) / 2**20
-    assert process.used_gib() == pytest.approx(used_gib, abs=0.5)
+    assert process.used_gib() == pytest.approx(used_gib, abs=0.1)
 
 
 def test_the_last_word_is_the_error_and_not_what_launchers_make_of_it():

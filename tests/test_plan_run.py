@@ -97,11 +97,8 @@ def test_rows_shorter_than_the_context_are_planned_as_they_are():
     asked = plan_of("--batch_size=4", "--context_length=300", names="none")
     found = plan.for_rows(4 * 300)
     assert found.to_dict()["host"] == asked.to_dict()["host"]
-    assert (
-        found.cfg == plan.cfg
-        and found.env == plan.env
-        and "1,200 tokens" in found.to_dict()["note"]
-    )
+    assert found.cfg == plan.cfg and found.env == plan.env
+    assert "1,200 tokens" in found.to_dict()["note"]
     assert plan.for_rows(4 * 2048) is plan
     lower = plan_of("--batch_size=4").lower
     assert lower is not None and lower.found is not None
