@@ -111,11 +111,12 @@ def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
 def main(argv: list[str], start=processes.start) -> int:
     """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
     try:
-        saved = None
+        saved, lines = None, list[str]()
         if not launch.is_supervised(os.environ):
-            is_speaker = os.environ.get("RANK", "0") == "0"
-            argv, saved = resume.expand(argv, lambda line: print(line) if is_speaker else None)
-        cfg, given = config.parse(argv), config.given(argv)
+            argv, saved = resume.expand(argv, lines.append)
+        cfg, given = config.parse(argv, say=lines.append), config.given(argv)
+        if not launch.is_supervised(os.environ) and os.environ.get("RANK", "0") == "0":
+            print("".join(f"{line}\n" for line in lines), end="", flush=True)
         if saved is not None and resume.is_done(saved, cfg):
             print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
             return errors.DONE

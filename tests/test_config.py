@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import cli, config
-from fsdp_qlora.config import Config, parse
-from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.config import Config, cfg_notes, parse
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, join
 from tests import timing
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fsdp_qlora.choices import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
+from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
 
 GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level

@@ -10,8 +10,7 @@ from typing import Any
 
 from fsdp_qlora import arch, trained
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.choices import STRATEGIES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import STRATEGIES, Config
 from fsdp_qlora.plan.formats import FORMATS, ITEM_BYTES
 
 GIB = 1024**3

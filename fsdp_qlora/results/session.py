@@ -10,9 +10,7 @@ import numpy as np
 
 from fsdp_qlora import trained
 from fsdp_qlora.arch import ModelInfo, num_params, unquantised
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.model.build import Built
 from fsdp_qlora.plan.run import RunPlan

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from fsdp_qlora.config import Config
-from fsdp_qlora.errors import RUN_FAILED, UserError, classify, one_line
+from fsdp_qlora.errors import RUN_FAILED, UserError, classify, one_line, redact
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.redaction import redact
 from fsdp_qlora.train import heartbeat
 from fsdp_qlora.train.ranks import is_supervised
 

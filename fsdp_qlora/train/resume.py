@@ -6,14 +6,12 @@ import json
 import os
 import socket
 import time
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import cli
-from fsdp_qlora.choices import ALIASES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import ALIASES, RECIPES_DIR, Config
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train.checkpoint_files import CHECKPOINTS, MANIFEST, Saved
@@ -69,7 +67,7 @@ def expand(
     for i, word in enumerate(words):
         if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = f"--resume={LATEST}"
-    given, _ = cli.read_argv(words, typing.get_type_hints(Config), ALIASES)
+    given = cli.Reader(Config, ALIASES, RECIPES_DIR).read_argv(words)
     if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
         return words, None
     wanted = given["resume"].text
