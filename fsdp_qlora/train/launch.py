@@ -71,7 +71,7 @@ def claim_output_dir(cfg: Config) -> Path:
             resume.lock(path)
         is_new = cfg.resume in (None, resume.AUTO)
         _refuse_files(path, cfg)
-        is_known = resume.is_run(path)
+        is_known = path.is_dir() and resume.is_run(path)
         resume.lock(path)
         _refuse_files(path, cfg)  # those of a run that was faster
         if is_new and cfg.overwrite and is_known:
