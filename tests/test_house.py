@@ -130,7 +130,7 @@ def is_part(name: str, package: str) -> bool:
 
 def room(module: str) -> str:
     first, _, rest = module.partition(".")
-    if first.startswith(TOPS):
+    if first.startswith((*TOPS, "fetch_")):
         return "top"
     if first == "train" and rest.split(".")[0] in RANKS:
         return "ranks"
