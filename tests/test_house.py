@@ -130,7 +130,9 @@ def is_part(name: str, package: str) -> bool:
 
 def room(module: str) -> str:
     first, _, rest = module.partition(".")
-    if first.startswith((*TOPS, "fetch_")):
+    if first.startswith("fetch"):
+        return "fetch"
+    if first.startswith(TOPS):
         return "top"
     if first == "train" and rest.split(".")[0] in RANKS:
         return "ranks"
