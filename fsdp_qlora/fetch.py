@@ -148,9 +148,10 @@ def unpacked(package: str) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = download(package, Path(folder))
-        is_wheel = file.suffix == ".whl"
-        options = {"format": "zip"} if is_wheel else {"format": "gztar", "filter": "data"}
-        shutil.unpack_archive(file, folder, **options)
+        if file.suffix == ".whl":
+            shutil.unpack_archive(file, folder, "zip")
+        else:
+            shutil.unpack_archive(file, folder, "gztar", filter="data")
         yield Path(folder)
 
 
