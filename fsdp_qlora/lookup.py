@@ -144,5 +144,8 @@ def _download(hub_name: str, files: list[str]) -> Path:
         why = REFUSALS.get(status, "hub out of reach")
         rule = f"no such directory, not in the hub cache, {why} ({status or type(error).__name__})"
         remedy = f"give a local directory, or run hf download {hub_name} where there is a network"
+        if files == CONFIG_FILES:  # no weights are wanted: a model of the same size will do
+            near = get_close_matches(hub_name.partition("/")[2].lower(), known_shapes(), 1, 0.6)
+            remedy += f", or take the shape {near[0]}" if near else ""
         remedy = "run hf auth login, or give a local directory" if status == NO_TOKEN else remedy
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error

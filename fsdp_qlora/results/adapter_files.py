@@ -252,7 +252,7 @@ def digest(info: ModelInfo) -> str | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if (path / REFERENCE_NAME).exists() and not (path / CONFIG_NAME).exists():
-        remedy = "convert it first: python -m fsdp_qlora convert --state_dict FILE"
+        remedy = "rename its tensors as the README shows (the reference's state dict)"
         raise UserError(str(path), "holds a state dict of AnswerDotAI/fsdp_qlora", remedy)
     if not (path / CONFIG_NAME).is_file():
         remedy = "give the output directory of a run"

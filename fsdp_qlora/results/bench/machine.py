@@ -21,6 +21,7 @@ from fsdp_qlora.train.ranks import count_gpus
 
 SHARED_MEMORY = Path("/dev/shm")
 PLACE = "fsdp_qlora-bench"
+RANDOM = PROJECT_DIR / "recipes" / "peers" / "random_checkpoint.py"
 PACKAGES = (
     *("torch", "transformers", "bitsandbytes", "peft", "accelerate", "trl"),
     *("liger-kernel", "flash-attn", "datasets"),
@@ -82,7 +83,7 @@ def checkpoint(model_name: str, out: Path) -> Path:
     draft = place.with_name(place.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     print(f"writing random weights ({need_bytes / GIB:.1f} GiB) to {place}", flush=True)
-    argv = [sys.executable, "-m", "fsdp_qlora", "random", "--model_name", model_name]
+    argv = [sys.executable, str(RANDOM), "--model_name", model_name]
     argv += ["--out", str(draft)]
     done = subprocess.run(argv, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     if done.returncode:
