@@ -74,7 +74,7 @@ class Alias(NamedTuple):
 
     def changes(self, text: str) -> bool:
         """Whether a value is another than the usual one, however true and false are spelled."""
-        return _plain(text) != _plain(self.usual)
+        return plain(text) != plain(self.usual)
 
 
 def flag(
@@ -331,8 +331,8 @@ def _typed(text: str, kinds: Sequence[type]) -> Any:
     return math.nan
 
 
-def _plain(text: str) -> str:
-    """A text, all spellings of true and false made the same."""
+def plain(text: str) -> str:
+    """Return a text, every spelling of true and false made the same."""
     return to_text(value) if isinstance(value := _typed(text, (bool, str)), bool) else text
 
 

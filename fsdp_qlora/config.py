@@ -391,8 +391,9 @@ def parse(
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, TrainConfig, USAGE)
-    values, reader = _read(argv)
-    cfg, faults = None, reader.faults
+    reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
+    values, faults = reader.read(argv)
+    cfg = None
     try:
         cfg = TrainConfig(**({} if stored is None else vars(stored)) | values)
         faults += _written(cfg, values)
@@ -411,19 +412,22 @@ def given(argv: Sequence[str]) -> frozenset[str]:
     Args:
         argv: arguments without the program's name, see `parse`.
     """
-    return frozenset(_read(argv)[0])
+    return frozenset(_Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)[0])
 
 
-def _read(argv: Sequence[str]) -> tuple[dict[str, Any], cli.Reader]:
-    """The values that the user gave, and the reader with its faults and notes."""
-    reader = cli.Reader(TrainConfig, ALIASES, RECIPES_DIR)
-    values, _ = reader.read(argv)
-    steps = values.get("warmup_steps")
-    if values.get("profile") and type(steps) is int and steps > 0:  # as in the reference
-        values["profile"] = values.pop("warmup_steps")
-        rule = "--warmup_ratio is the learning rate's"
-        reader.notes.append(f"--warmup_steps {steps} is the profiler's, as --profile is on; {rule}")
-    return values, reader
+class _Reader(cli.Reader):
+    """Reads --warmup_steps N beside --profile as the profiler's, as the reference does."""
+
+    def rename(self, given: Mapping[str, Given]) -> dict[str, Given]:
+        """As cli.Reader; all that is in `given` stands on one command line, or in one recipe."""
+        steps, profile = given.get("warmup_steps"), given.get("profile")
+        is_on = profile is not None and cli.plain(profile.text) == "true"
+        if steps is None or not is_on or not steps.text.isdecimal() or not steps.text.strip("0"):
+            return super().rename(given)
+        why = "is the profiler's, as --profile is on; the learning rate's is --warmup_ratio"
+        self.notes.append(f"--warmup_steps {steps.text} {why}")
+        others = {name: entry for name, entry in given.items() if name != "warmup_steps"}
+        return super().rename(others | {"profile": steps})
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]]:

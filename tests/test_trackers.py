@@ -150,4 +150,4 @@ def test_flags_of_wandb_without_it_are_told_to_have_no_effect():
     cfg = config.parse(["--model_name=x", "--entity=me", "--log_to=tensorboard"])
     from fsdp_qlora.config import cfg_notes
 
-    assert "--entity has no effect: --log_to is not wandb" in cfg_notes(cfg)
+    assert "--tracker_args has no effect: --log_to is not wandb" in cfg_notes(cfg)
