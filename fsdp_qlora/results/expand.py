@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results.merge import copy_beside
-from fsdp_qlora.results.new_directory import new_directory
 from fsdp_qlora.results.shards import Shards, edit_json
 from fsdp_qlora.results.verbs import ExpandOptions
 from fsdp_qlora.results.vocabulary import Vocabulary, add
