@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.weights_files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 
 DTYPE_NAMES = {
     torch.float64: "F64",
