@@ -38,6 +38,7 @@ LIGHT_MODULES = (
     "results.report.command",
     "train.launch",
     "train.fitting",
+    "run",
 )
 WITHOUT_NUMPY = ("config", "conflicts", "cli", "errors", "train.launch")
 
@@ -51,8 +52,8 @@ ORDER = {
 RANKS = {"ranks", "world", "launch", "failure", "memory", "clock", "versions"}
 RANKS |= {"resume", "checkpoint_files"}  # the supervisor restarts from what they find
 # Points of faults lie in data and model too.
-RANKS |= {"processes", "verdict", "terminal", "faults", "heartbeat"}
-TOPS = ("__main__",)
+RANKS |= {"processes", "verdict", "faults", "heartbeat"}
+TOPS = ("__main__", "run")
 
 DISTRIBUTED = "torch.distributed"
 TORCH_METHODS = {"forward", "backward", "setup_context", "extra_repr"}  # torch says what they are

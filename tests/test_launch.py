@@ -25,7 +25,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.train.launch import supervise
 script, argv = sys.argv[1], sys.argv[2:]
 try:
-    sys.exit(supervise(parse(argv), argv, script))
+    sys.exit(supervise(parse(argv), argv, [sys.executable, script]))
 except UserError as fault:
     print(f"error: {fault}", file=sys.stderr)
     sys.exit(fault.code)

@@ -90,6 +90,17 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
     assert config.parse(bare).resume == str(saved.path)
 
 
+def test_python_that_only_a_checkpoint_names_never_runs(tmp_path: Path, model: Path):
+    """The command line must name it again; the line says how."""
+    for flag in ("dataset", "eval_split"):
+        saved = save([*flags(model, tmp_path / "out"), f"--{flag}=own.py:rows"])
+        with pytest.raises(UserError, match=f"add --{flag} own.py:rows$"):
+            resume.expand([f"--resume={saved.path}", "--lr=0.25"])
+        argv, _ = resume.expand([f"--resume={saved.path}", f"--{flag}=own.py:rows"])
+        assert getattr(config.parse(argv), flag) == "own.py:rows"
+        assert resume.expand(argv)[0][-2:] == argv[-2:]
+
+
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path):
     said: list[str] = []
     argv = ["--resume=auto", f"--output_dir={tmp_path / 'none'}"]

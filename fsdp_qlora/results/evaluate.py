@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora import config
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.results import reopen, tasks
 
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
     if args.tasks is not None:
         tasks.require()
     cfg = reopen.config_of(args.adapter, flags)
+    if args.tasks is None:
+        config.check_own_code(vars(cfg), config.given(flags), args.adapter)
     if reopen.is_parent(cfg):
         return reopen.spread("evaluate", argv, cfg)
     opened = reopen.open_run(args.adapter, cfg)

@@ -31,6 +31,7 @@ REPORTS = ("report.html", "report.md", "report.png", "report.svg")
 RUN_FILES = ("run_config.json", "metrics.jsonl", "summary.json", *REPORTS, f"{LOGS}/rank*.*")
 LAST_WORDS = ("summary.json", f"{LOGS}/rank*.error")  # of a run that goes on, to be said anew
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
+PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ def agree(cfg: Config, world: "World") -> Config:
 def supervise(
     cfg: Config,
     argv: Sequence[str],
-    script: str | os.PathLike[str] = PROJECT_DIR / "train.py",
+    program: Sequence[str] = PROGRAM,
     plan: RunPlan | None = None,
     start: Callable[[Task], Rank] = processes.start,
 ) -> int:
-    """Run a script once per rank and wait for all of them.
+    """Run a program once per rank and wait for all of them.
 
     Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails or hangs,
     the others are ended within 5 seconds, and all are started again where that can help: a notch
@@ -149,7 +150,7 @@ def supervise(
     Args:
         cfg: the run.
         argv: arguments of every rank.
-        script: Python file that every rank runs.
+        program: what every rank runs, in front of `argv`.
         plan: of the run.
         start: starts a rank.
 
@@ -163,7 +164,6 @@ def supervise(
     open_listener(cfg.master_port).close()  # if it is not free, nothing is written
     is_new = not os.path.lexists(cfg.resolved_output_dir)
     output_dir = claim_output_dir(cfg)
-    program = [sys.executable, os.fspath(script)]
     attempt = Attempt([*argv, f"--output_dir={output_dir}"], plan)
     with processes.caught_signals() as stops:
         found = _run(cfg, program, attempt, start, stops)
@@ -194,7 +194,7 @@ def _run(
     with open_listener(cfg.master_port) as listener, heartbeat.open_board() as board:
         files = {LISTENER: listener.fileno(), heartbeat.BOARD: board.fileno()}
         told = {
-            **(os.environ | (plan.env if plan is not None else {}) | attempt.env),
+            **(os.environ | (plan.env if plan is not None else {}) | attempt.env | _import_path()),
             **{name: str(number) for name, number in files.items()},
             faults.RESTARTS: str(attempt.num_restarts),
         }
@@ -215,6 +215,14 @@ def _run(
     way_on = f"continue with --resume {output_dir}" if saved is not None else ""
     num_kills = host_memory.oom_kills(cgroup) - num_kills
     return verdict.judge(ending, output_dir, way_on, num_kills, plan)
+
+
+def _import_path() -> dict[str, str]:
+    """What makes ranks import the package from where this process has it, installed or not."""
+    if PROJECT_DIR.name in ("site-packages", "dist-packages"):
+        return {}
+    paths = [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:

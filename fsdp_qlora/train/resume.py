@@ -13,7 +13,7 @@ from typing import Any
 
 from fsdp_qlora import cli
 from fsdp_qlora.choices import ALIASES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import Config, check_own_code
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train.checkpoint_files import CHECKPOINTS, MANIFEST, Saved
@@ -63,7 +63,8 @@ def expand(
         behind --output_dir; and the checkpoint. Without --resume: `argv`, None.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged (code 5).
+        UserError: there is no such checkpoint, or it is damaged (code 5); its rows come from Python
+            that this command line does not name (code 2).
     """
     words = list(argv)
     for i, word in enumerate(words):
@@ -84,6 +85,7 @@ def expand(
         rule = f"is not where {wanted} was made"
         raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
     config, names = saved.state["config"], saved.state["given"]
+    check_own_code(config, given, saved.path)
     below = [
         f"--{name}={cli.to_text(config[name])}"
         for name in sorted({*names, *PINNED} - {"recipe", "resume", "output_dir", "overwrite"})
