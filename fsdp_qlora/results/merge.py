@@ -16,14 +16,14 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TOKENIZER_FILES, read_tensors
 from fsdp_qlora.arch.trained import NEW_LAYERS
+from fsdp_qlora.atomic import new_directory, write_json
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results import adapter_files, base_weights, evidence
 from fsdp_qlora.results.adapter_files import Adapter
 from fsdp_qlora.results.base_weights import AsTrained
-from fsdp_qlora.results.new_directory import new_directory
-from fsdp_qlora.results.shards import Shards, write_json
+from fsdp_qlora.results.shards import Shards
 from fsdp_qlora.results.verbs import MergeOptions
 from fsdp_qlora.train.versions import versions
 
