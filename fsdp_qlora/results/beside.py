@@ -14,11 +14,11 @@ import torch
 
 from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TOKENIZER_FILES
+from fsdp_qlora.arch.trained import NEW_LAYERS
 from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.data.tokenizer import CHAT_FILE, TextTokenizer
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.lookup import TOKENIZER_FILES
-from fsdp_qlora.trained import NEW_LAYERS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OF_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "chat_template.json", "*.model")

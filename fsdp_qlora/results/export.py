@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdp_qlora import trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import read_tensors
 from fsdp_qlora.atomic import new_directory, write_json
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.quantize import FORMATS
@@ -24,7 +25,6 @@ from fsdp_qlora.results.beside import DTYPES, copy_beside
 from fsdp_qlora.results.shards import Shards
 from fsdp_qlora.results.verbs import MergeOptions
 from fsdp_qlora.train.versions import versions
-from fsdp_qlora.weights_files import read_tensors
 
 GIB = 2**30
 DEFAULT_COMPUTE = "bfloat16"
@@ -77,7 +77,7 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
             "written_s": time.perf_counter() - began_s,
             "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
-        result = dataclasses.replace(info, tensors=read_tensors(draft), packed={})
+        result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
         facts["evidence"] = evidence.collect(options, adapter, info, seen, result, device)
         facts["versions"] = versions(device)
         write_json(draft / "merge.json", facts)

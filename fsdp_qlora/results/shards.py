@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.atomic import write_json
-from fsdp_qlora.weights_files import INDEX_NAME, SINGLE_NAME
 
 DTYPE_NAMES = {
     torch.float64: "F64",
