@@ -1,7 +1,6 @@
 """Every option of a run, once: name, type, default, meaning, values, and what goes with what."""
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fsdp_qlora import cli
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
@@ -482,10 +481,7 @@ def save(cfg: TrainConfig, path: str | os.PathLike[str], versions: Mapping[str, 
         path: file to write; its directory exists.
         versions: name -> version.
     """
-    part = Path(f"{path}.part")
-    table = to_dict(cfg) | {"versions": dict(versions)}
-    part.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    atomic.write_json(Path(path), to_dict(cfg) | {"versions": dict(versions)})
 
 
 def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Path | str) -> None:

@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from fsdp_qlora import arch, trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.plan import fit, rows, speed
 from fsdp_qlora.plan.cards import Machine

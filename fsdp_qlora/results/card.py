@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch, trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
 from fsdp_qlora.errors import SECRETS, UserError, one_line, redact
 from fsdp_qlora.results.report import record

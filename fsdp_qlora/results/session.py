@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_qlora import trained
-from fsdp_qlora.arch import ModelInfo, num_params, unquantised
+from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.model.build import Built
@@ -89,7 +88,7 @@ def _planned_again(plan: RunPlan) -> list[str]:
 
 def _unpacked(info: ModelInfo) -> str:
     """The matrices that no format packs, with their sizes."""
-    found = unquantised(info).items()
+    found = unquantized(info).items()
     return ", ".join(
         f"{name.removesuffix('.weight')} {2 * num / GIB:.2f} GiB" for name, num in found
     )
