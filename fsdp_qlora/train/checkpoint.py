@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
+from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.plan.memory import moment_bytes
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train import faults, heartbeat, snapshot
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from fsdp_qlora.train.ledger import Recorder
     from fsdp_qlora.train.loop import Trained
 
-MOST_TOUCHED_BYTES = 4 * 2**30  # more is not taken from the host before the first checkpoint
 SECONDS = 60.0
 SIGN_S = 2.0  # from one sign of life to the next
 
