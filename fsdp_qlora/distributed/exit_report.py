@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import host_memory
+from fsdp_qlora import atomic, host_memory
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.env import is_supervised
@@ -221,10 +221,8 @@ def write_error(
     """
     path = Path(output_dir) / LOGS / f"rank{rank}.error"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     safe = RankError(rank, code, one_line(line), [one_line(text) for text in more], kind)
-    part.write_text(json.dumps(dataclasses.asdict(safe)))
-    part.replace(path)
+    atomic.write_json(path, dataclasses.asdict(safe))
 
 
 def read_errors(output_dir: str | os.PathLike[str]) -> list[RankError]:
