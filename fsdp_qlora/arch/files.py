@@ -152,9 +152,11 @@ def _download(hub_name: str, files: list[str]) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     name, _, revision = hub_name.partition("@")
-    patterns = {"allow_patterns": files, "ignore_patterns": LEFT_OUT}
     try:
-        return Path(snapshot_download(name, revision=revision or None, **patterns))
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
+        )
+        return Path(found)
     except HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
         raise UserError(hub_name, "is no directory and no hub name", remedy, INPUT) from None
