@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 from fsdp_qlora import arch, prequantized
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train.ranks import count_gpus, is_supervised, plan_ranks
+from fsdp_qlora.train.ranks import is_supervised, plan_ranks
 
 if TYPE_CHECKING:
     from fsdp_qlora.train.world import World

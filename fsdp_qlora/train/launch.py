@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsdp_qlora import host_memory
+from fsdp_qlora import hardware
 from fsdp_qlora.config import PROJECT_DIR, Config
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.plan import run as plans
@@ -197,8 +197,8 @@ def _run(
     """Start all ranks, wait for their end, and say what it was."""
     output_dir, plan = cfg.resolved_output_dir, attempt.plan
     num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
-    cgroup = host_memory.find_cgroup()
-    num_kills = host_memory.oom_kills(cgroup)
+    cgroup = hardware.find_cgroup()
+    num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, heartbeat.open_board() as board:
         files = {LISTENER: listener.fileno(), heartbeat.BOARD: board.fileno()}
         told = {
@@ -221,7 +221,7 @@ def _run(
         ending = processes.run(tasks, start, stops, watch)
     saved = None if ending.is_done else resume.latest(output_dir)
     way_on = f"continue with --resume {output_dir}" if saved is not None else ""
-    num_kills = host_memory.oom_kills(cgroup) - num_kills
+    num_kills = hardware.oom_kills(cgroup) - num_kills
     return verdict.judge(ending, output_dir, way_on, num_kills, plan)
 
 
