@@ -63,9 +63,8 @@ def test_a_machine_is_looked_at_and_measured_for_the_plan(
     table = json.loads(path.read_text())["cards"]
     assert table["RTX 3090"] == {"memory_gbs": 900}
     assert table["CPU"] == values["cards"]["CPU"]
-    measured, known = hardware.with_measured(
-        [hardware.CPU, *hardware.parse_gpus("3090")], path, None
-    )
+    listed = [hardware.CPU, *hardware.parse_gpus("3090")]
+    measured, known = hardware.with_measured(listed, path, None)
     assert measured.is_measured and known.memory_gbs == 900
     for key in ("bf16_tflops", "memory_gbs", "card_link_gbs"):
         assert getattr(measured, hardware.SPEEDS[key]) == table["CPU"][key] > 0

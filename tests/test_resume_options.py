@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.results import adapter_files
 from fsdp_qlora.train import checkpoint_files as files
-from fsdp_qlora.train import disk, fingerprint, launch, resume
+from fsdp_qlora.train import disk, fingerprint, resume
 from tests.model_files import write_model
 
 STEP = 20
@@ -284,7 +286,7 @@ def test_a_disk_without_room_is_refused_before_the_run(
     saving = ("--save_every=5", "--keep_checkpoints=3", f"--precision={precision}")
     cfg = config.parse(flags(model, tmp_path / "out", *saving))
     info = arch.read(cfg.model_name, need_weights=False)
-    num_params = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    num_params = trained.count(info, cfg)
     checkpoint, result = 3 * weight_bytes, weight_bytes  # with two moments
     need_bytes = (5 * checkpoint + result) * num_params  # 3 that stay, the best, a new one
     usage = shutil.disk_usage(tmp_path)
