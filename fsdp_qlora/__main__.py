@@ -11,7 +11,6 @@ VERBS = {
         "main",
         "measure each setting, or ours and its peers",
     ),
-    "convert": ("fsdp_qlora.results.verbs", "convert", "make an adapter of the reference's file"),
     "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
     "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
@@ -21,7 +20,6 @@ VERBS = {
         "main",
         "held-out loss of a base with and without its adapter",
     ),
-    "formats": ("fsdp_qlora.model.format_errors", "main", "measure every base format on a model"),
     "generate": (
         "fsdp_qlora.results.generate",
         "main",
@@ -30,11 +28,7 @@ VERBS = {
     "merge": ("fsdp_qlora.results.verbs", "merge", "add an adapter to its base, and compare"),
     "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
     "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
-    "random": (
-        "fsdp_qlora.model.random_checkpoint",
-        "main",
-        "write a 16-bit checkpoint of a known shape, random weights, to measure with",
-    ),
+    "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
     "report": ("fsdp_qlora.results.report.command", "main", "draw a run, or several side by side"),
 }
 

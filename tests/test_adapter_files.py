@@ -131,7 +131,7 @@ def test_files_that_are_no_adapter_are_one_line(place: Path):
     (place / "adapter" / "adapter_config.json").unlink()
     refuse(place, INPUT, "holds no adapter_config.json")
     (place / "adapter" / "model_state_dict.safetensors").write_bytes(b"x")
-    refuse(place, INPUT, "python -m fsdp_qlora convert")
+    refuse(place, INPUT, "rename its tensors")
 
 
 def test_all_faults_of_the_command_line_come_at_once(place: Path):
@@ -143,7 +143,7 @@ def test_all_faults_of_the_command_line_come_at_once(place: Path):
     assert "did you mean --dtype?" in str(caught.value) and "--out" in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", ["merge", "quantize", "convert"])
+@pytest.mark.parametrize("verb", ["merge", "quantize", "expand"])
 def test_help_and_wrong_words_need_no_torch(tmp_path: Path, verb: str):
     """They are answered at once."""
     program = """

@@ -17,9 +17,9 @@ from typing import Any
 
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TensorRef, describe, read_header, read_json
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.weights_files import TensorRef, describe, read_header, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -252,7 +252,7 @@ def digest(info: ModelInfo) -> str | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if (path / REFERENCE_NAME).exists() and not (path / CONFIG_NAME).exists():
-        remedy = "convert it first: python -m fsdp_qlora convert --state_dict FILE"
+        remedy = "rename its tensors as the README shows (the reference's state dict)"
         raise UserError(str(path), "holds a state dict of AnswerDotAI/fsdp_qlora", remedy)
     if not (path / CONFIG_NAME).is_file():
         remedy = "give the output directory of a run"

@@ -1,4 +1,4 @@
-"""The verbs that make files of a model: merge, quantize, convert. Checked before torch is there."""
+"""The verbs that make files of a model: merge, quantize, expand. Checked before torch is there."""
 
 import contextlib
 import dataclasses
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsdp_qlora import arch, cli
+from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.choices import TEXT
 from fsdp_qlora.cli import any_of, flag
 from fsdp_qlora.errors import DONE, SIGTERM, UserError, join
-from fsdp_qlora.results import adapter_files, new_directory
+from fsdp_qlora.results import adapter_files
 
 OptionsT = TypeVar("OptionsT")
 FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
@@ -40,10 +40,6 @@ Writes the model with new layers between its own, which change nothing until the
 train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR. With --add_tokens, its
 tokenizer and embeddings get new tokens, to be trained with --modules_to_save embed_tokens,lm_head.
 Tensor by tensor."""
-CONVERT_USAGE = """usage: python -m fsdp_qlora convert --state_dict FILE --model_name NAME --out DIR
-
-Makes a PEFT adapter of model_state_dict.safetensors as AnswerDotAI/fsdp_qlora saves it after
-LoRA training (lora, qlora, custom_lora, custom_qlora, hqq_lora)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,23 +86,6 @@ class ExpandOptions:
     add_tokens: str | None = flag(None, "expand", "new tokens: a,b or a FILE, one a line")
     out: str | None = flag(None, "expand", "directory [MODEL_blk_exp-OLD-NEW, or MODEL_tokens]")
     max_shard_gib: float = flag(5.0, "expand", SHARD_HELP, rule="> 0")
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvertOptions:
-    """Options of `convert`."""
-
-    state_dict: str | None = flag(None, "convert", "model_state_dict.safetensors")
-    model_name: str | None = flag(None, "convert", "the base it was trained on")
-    out: str | None = flag(None, "convert", "directory to be made")
-    lora_alpha: int = flag(16, "convert", "as in training: the file does not tell", rule=">= 1")
-    lora_dropout: float = flag(0.1, "convert", "for the record", rule="from 0 to below 1")
-    train_type: str | None = flag(
-        None,
-        "convert",
-        "as in training, so that merge knows the base",
-        any_of("lora", "qlora", "custom_lora", "custom_qlora", "hqq_lora"),
-    )
 
 
 def parse(argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str]) -> OptionsT:
@@ -172,7 +151,7 @@ def merge(argv: list[str]) -> int:
     adapter_files.check(adapter, info)
     num_weights = sum(math.prod(ref.shape) for ref in info.tensors.values())
     need_bytes = num_weights * ITEM_BYTES[options.dtype]
-    new_directory.check(Path(str(options.out)), need_bytes)
+    atomic.check(Path(str(options.out)), need_bytes)
     from fsdp_qlora.results import merge as merging
 
     with stoppable():
@@ -195,13 +174,13 @@ def quantize(argv: list[str]) -> int:
     options = parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
     info = arch.read(str(options.model_name), need_weights=True)
     if info.stored_format:
-        rule = f"is quantised already, as {info.stored_format}"
+        rule = f"is quantized already, as {info.stored_format}"
         raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
     num_linear = arch.num_linear_params(info)
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
     item_bytes = ITEM_BYTES.get(str(options.dtype), 4)
     need_bytes = round(num_linear * QUANTISED_BYTES) + num_others * item_bytes
-    new_directory.check(Path(str(options.out)), need_bytes)
+    atomic.check(Path(str(options.out)), need_bytes)
     from fsdp_qlora.results import quantized
 
     with stoppable():
@@ -238,31 +217,9 @@ def expand(argv: list[str]) -> int:
     out = Path(options.out or usual)
     nbytes = sum(ref.nbytes for ref in info.tensors.values())
     need_bytes = round(nbytes * (1 + num_new / info.num_layers))
-    new_directory.check(out, need_bytes)
+    atomic.check(out, need_bytes)
     from fsdp_qlora.results import expand as expanding
 
     with stoppable():
         expanding.run(options, info, num_new, out, need_bytes)
-    return DONE
-
-
-def convert(argv: list[str]) -> int:
-    """Make an adapter of the reference's state dict.
-
-    Args:
-        argv: see CONVERT_USAGE.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        UserError: a wrong option, a file that is none (code 2, 5), a full disk (code 3).
-    """
-    options = parse(argv, ConvertOptions, CONVERT_USAGE, ("state_dict", "model_name", "out"))
-    info = arch.read(str(options.model_name), need_weights=False)
-    new_directory.check(Path(str(options.out)), 0)
-    from fsdp_qlora.results import convert as converting
-
-    with stoppable():
-        converting.run(options, info)
     return DONE

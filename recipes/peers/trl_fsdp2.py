@@ -4,7 +4,7 @@
 
 runs this script for you. By hand:
 
-    python -m fsdp_qlora random --model_name llama-2-7b --out /tmp/llama-2-7b
+    python recipes/peers/random_checkpoint.py --model_name llama-2-7b --out /tmp/llama-2-7b
     accelerate launch --config_file recipes/peers/accelerate_fsdp2.yaml recipes/peers/trl_fsdp2.py \
         --model /tmp/llama-2-7b --batch_size 4 --context_length 2048 --gpu_budget_gib 24
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from fsdp_qlora import arch, lookup
+from fsdp_qlora import arch
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.results.bench.process import GIB, last_word
@@ -21,6 +22,7 @@ from fsdp_qlora.train.ranks import count_gpus
 
 SHARED_MEMORY = Path("/dev/shm")
 PLACE = "fsdp_qlora-bench"
+RANDOM = PROJECT_DIR / "recipes" / "peers" / "random_checkpoint.py"
 PACKAGES = (
     *("torch", "transformers", "bitsandbytes", "peft", "accelerate", "trl"),
     *("liger-kernel", "flash-attn", "datasets"),
@@ -71,8 +73,8 @@ def checkpoint(model_name: str, out: Path) -> Path:
     path = Path(model_name).expanduser()
     if (path / "config.json").is_file():
         return path.resolve()
-    if model_name not in lookup.known_shapes():
-        remedy = f"give a directory, or one of {', '.join(lookup.known_shapes())}"
+    if model_name not in files.known_shapes():
+        remedy = f"give a directory, or one of {', '.join(files.known_shapes())}"
         raise UserError(f"--model_name {model_name}", "is no model directory or shape", remedy)
     need_bytes = 2 * arch.num_params(arch.read(model_name, need_weights=False))
     kept = SHARED_MEMORY / PLACE / model_name
@@ -82,7 +84,7 @@ def checkpoint(model_name: str, out: Path) -> Path:
     draft = place.with_name(place.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     print(f"writing random weights ({need_bytes / GIB:.1f} GiB) to {place}", flush=True)
-    argv = [sys.executable, "-m", "fsdp_qlora", "random", "--model_name", model_name]
+    argv = [sys.executable, str(RANDOM), "--model_name", model_name]
     argv += ["--out", str(draft)]
     done = subprocess.run(argv, cwd=PROJECT_DIR, capture_output=True, text=True, check=False)
     if done.returncode:

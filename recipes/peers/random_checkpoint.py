@@ -78,12 +78,14 @@ def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[list[str]]:
         yield names
 
 
-def main(argv: list[str]) -> int:
-    """The verb `random`."""
-    parser = argparse.ArgumentParser(prog="python -m fsdp_qlora random", description=__doc__)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_name", required=True, help="a known shape, or a directory")
     parser.add_argument("--out", type=Path, required=True, help="new directory")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     nbytes = write(args.model_name, args.out)
     print(f"{args.out}: {nbytes / 2**30:.1f} GiB")
-    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,24 @@
 """Model names: directories, shapes, and the real hub client against a hub on this machine."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from fsdp_qlora import arch
+from fsdp_qlora.arch import files
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 from tests.model_files import write_model
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -99,12 +104,25 @@ def read_in_new_process(names: list[str], **environment: str) -> list:
     done = subprocess.run(
         [sys.executable, "-c", READ_ALL, *names],
         env=os.environ | environment,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@contextlib.contextmanager
+def fake_hub(files: dict[str, bytes], cache: Path) -> Iterator[dict[str, str]]:
+    """Serve org/model; the environment that sends the real client there."""
+    handler = type("Handler", (FakeHub,), {"files": files})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache)}
+    place |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"}
+    yield place | {"HF_HUB_OFFLINE": "0"}
+    server.shutdown()
+    server.server_close()
 
 
 def test_the_hub_gives_weights_once_and_its_refusals_in_one_line(tmp_path: Path) -> None:
@@ -113,23 +131,61 @@ def test_the_hub_gives_weights_once_and_its_refusals_in_one_line(tmp_path: Path)
     files = {path.name: path.read_bytes() for path in model.iterdir()}
     wanted = sorted(files)
     unwanted = ["consolidated.safetensors", "pytorch_model.bin", "original/params.json", "a.py"]
-    handler = type("Handler", (FakeHub,), {"files": files | dict.fromkeys(unwanted, b"no")})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    place |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"}
-    names = ["org/model", "org/gated", "org/absent"]
-    found, gated, absent = read_in_new_process(names, HF_HUB_OFFLINE="0", **place)
-    server.shutdown()
-    server.server_close()
+    with fake_hub(files | dict.fromkeys(unwanted, b"no"), tmp_path / "hf") as place:
+        names = ["org/model", "org/gated", "org/absent"]
+        found, gated, absent = read_in_new_process(names, **place)
     assert found == [0, wanted]
     assert gated[0] == absent[0] == ENVIRONMENT
     assert "accept them at https://huggingface.co/org/gated" in gated[1]
     assert "no such public model on the hub" in absent[1]
-    cached, missing = read_in_new_process(["org/model", "org/other"], HF_HUB_OFFLINE="1", **place)
+    place["HF_HUB_OFFLINE"] = "1"
+    cached, missing = read_in_new_process(["org/model", "org/other"], **place)
     assert cached == [0, wanted]
     assert missing[0] == ENVIRONMENT
     assert "hf download org/other" in missing[1]
+
+
+def test_every_shape_file_is_complete() -> None:
+    """It names the model on the hub that it describes, once, and all the sizes that are read."""
+    hub_names = []
+    for name in files.known_shapes():
+        config = json.loads((files.SHAPES_DIRECTORY / f"{name}.json").read_text())
+        hub_names.append(config["_name_or_path"].lower())
+        assert hub_names[-1].count("/") == 1 and config["architectures"] and config["rms_norm_eps"]
+        for hub_name in (name, config["_name_or_path"]):
+            info = arch.read(hub_name, need_weights=False)
+            assert arch.num_params(info) > 1e8 and info.config["max_position_embeddings"] > 1000
+    assert len(set(hub_names)) == len(hub_names)
+
+
+COMMANDS = {
+    "plan": ["-m", "fsdp_qlora", "plan", "--cards", "2x24"],
+    "data": ["-m", "fsdp_qlora", "data"],
+    "train": ["train.py", "--weights", "random", "--max_steps", "1", "--world_size", "1"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_hub_name_that_is_no_shape_is_asked_of_the_hub(command: str, tmp_path: Path) -> None:
+    """In every command that needs no weights; a hub that cannot be reached is one line."""
+    options = ["--dataset", "dummy", "--dataset_samples", "4", "--context_length", "16"]
+    options += ["--output_dir", str(tmp_path / "run")] if command == "train" else []
+
+    def run(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *COMMANDS[command], "--model_name", name, *options],
+            env=os.environ | environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+
+    config = (write_model(tmp_path / "model") / "config.json").read_bytes()
+    with fake_hub({"config.json": config}, tmp_path / "hf") as place:
+        found = run("org/model", **place)
+    assert (found.returncode, "Traceback" in found.stderr) == (0, False), found.stderr
+    away = run("meta-llama/Llama-3.1-8B-Instruct", **place)
+    assert away.returncode == ENVIRONMENT and away.stderr.count("\n") == 1
+    assert away.stderr.startswith("error: meta-llama/Llama-3.1-8B-Instruct: no such directory")
+    assert "hf download meta-llama/Llama-3.1-8B-Instruct" in away.stderr
+    assert "llama-3.1-8b" in away.stderr, "the shape that is nearest"
