@@ -229,7 +229,7 @@ def _marks_x(scale: _Scale) -> str:
     values = [v for v in values if scale.x_max < 5 or v == int(v)]
     places = [(scale.x(value) / SIDE, mark(value)) for value in values]
     return "".join(
-        f'<span{" class=end" * (place > 0.96)} style="left:{place:.2%}">{text}</span>'
+        f'<span class="{"end" * (place > 0.96)}" style="left:{place:.2%}">{text}</span>'
         for place, text in places
     )
 

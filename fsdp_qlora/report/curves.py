@@ -4,8 +4,8 @@ import itertools
 from typing import Any
 
 from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS
+from fsdp_qlora.record import Run, highest
 from fsdp_qlora.report.charts import COLOURS, MAX_POINTS, Chart, Points, Series, smooth, thin
-from fsdp_qlora.report.record import Run, highest
 
 MIN_TREND = 10  # points from which a smoothed line is drawn over the bare one
 MAX_DRAWN = 4  # GPUs; of more only the fullest and the emptiest are drawn

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from fsdp_qlora import atomic
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.record import Run, distinct, read
 from fsdp_qlora.report import tables
 from fsdp_qlora.report.charts import Chart, draw
 from fsdp_qlora.report.curves import curves, memory
-from fsdp_qlora.report.record import Run, distinct, read
 from fsdp_qlora.report.tables import Table
 
 NO_PLAN = "No plan was recorded, so nothing is predicted here."
@@ -39,11 +40,9 @@ def write(run_dirs: list[Path], out: Path) -> Path:
         UserError: no record, a line that cannot be read, a directory that cannot be written.
     """
     page, path = text(distinct([read(run_dir) for run_dir in run_dirs])), out / "report.html"
-    draft = path.with_name(f".{path.name}.part")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(path)
+        atomic.write(path, page)
     except OSError as error:
         reason = error.strerror or str(error)
         remedy = "make room or check permissions"

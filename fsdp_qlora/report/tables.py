@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
-from fsdp_qlora.report.record import Run, highest
+from fsdp_qlora.record import Run, highest
 
 UNKNOWN = "–"
 OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
@@ -173,9 +173,9 @@ def figures(runs: list[Run]) -> list[Table]:
             values = [find(run) for run in runs]
             cells = [cell(value, form, _note(name, value)) for value in values]
             if values[0] and ("median" in name or "GiB" in name):
-                ratios = [value and f"{value / values[0]:.2f} ×" for value in values[1:]]
                 cells[1:] = [
-                    c._replace(note=r or "") for c, r in zip(cells[1:], ratios, strict=True)
+                    c if c.value is None else c._replace(note=f"{c.value / values[0]:.2f} ×")
+                    for c in cells[1:]
                 ]
             rows += [(name, cells)] if highest(values) is not None else []
         tables.append(Table(group, _heads(runs), rows))
@@ -253,9 +253,10 @@ def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
             tables.append(Table(f"{prefix}{name}, total of every rank", known, rows))
         top = highest(_total(rows) for rank in held for rows in rank.values())
         p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
-        aimed = f", {'OUTSIDE' if off.is_off else 'within'} the aim of {aim:.0%}" * bool(off.note)
+        is_large = max(p.value or 0, m.value or 0) > LARGE_GIB
+        aimed = f", {'OUTSIDE' if off.is_off else 'within'} the aim of {aim:.0%}" * is_large
         line = f"{prefix}{name}, peak: predicted {p.text} GiB, measured {m.text} GiB"
-        words += [f"{line} ({off.note}{aimed})." if aimed else f"{line}."] if known else []
+        words += [f"{line} ({off.note}{aimed})." if off.note else f"{line}."] if known else []
     return tables, words
 
 
