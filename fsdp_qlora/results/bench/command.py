@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch
+from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.results.bench import report, series
 from fsdp_qlora.results.bench.arms import ARMS, Arm, Workload
 from fsdp_qlora.results.bench.attempt import attempt, environment
 from fsdp_qlora.results.bench.cases import KINDS
 from fsdp_qlora.results.bench.machine import PLACE, checkpoint, commit, machine, versions
-from fsdp_qlora.train.ranks import count_gpus
 
 MAX_CPU_PARAMS = 1e9
 CPU_NOTE = (

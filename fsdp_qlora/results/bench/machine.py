@@ -16,9 +16,9 @@ import psutil
 from fsdp_qlora import arch
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.results.bench.process import GIB, last_word
-from fsdp_qlora.train.ranks import count_gpus
 
 SHARED_MEMORY = Path("/dev/shm")
 PLACE = "fsdp_qlora-bench"
