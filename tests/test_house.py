@@ -131,6 +131,8 @@ def room(module: str) -> str:
     first, _, rest = module.partition(".")
     if first.startswith("fetch"):
         return "fetch"
+    if module.startswith("results.bench"):
+        return "bench"  # until it has its own directory
     if first.startswith(TOPS):
         return "top"
     if first == "train" and rest.split(".")[0] in RANKS:
