@@ -24,8 +24,8 @@ from fsdp_qlora.train.checkpoint_files import CHECKPOINTS
 from fsdp_qlora.train.snapshot import HostCopies, Snapshot
 
 if TYPE_CHECKING:
-    from fsdp_qlora.train.ledger import Recorder
-    from fsdp_qlora.train.loop import Trained
+    from fsdp_qlora.training.loop import Trained
+    from fsdp_qlora.training.metrics import Recorder
 
 MOST_TOUCHED_BYTES = 4 * 2**30  # more is not taken from the host before the first checkpoint
 SECONDS = 60.0

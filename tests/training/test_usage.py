@@ -3,7 +3,7 @@
 import threading
 import time
 
-from fsdp_qlora.train.usage import CpuUse, num_cores
+from fsdp_qlora.training.metrics import CpuUse, num_cores
 
 
 def test_a_process_that_computes_is_busy_and_one_that_waits_is_not():

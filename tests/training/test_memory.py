@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fsdp_qlora import host_memory
-from fsdp_qlora.train import memory
+from fsdp_qlora.training import memory
 
 CPU = torch.device("cpu")
 
