@@ -24,10 +24,7 @@ import torch
 from torch import nn
 
 from fsdp_qlora.distributed import exit_report
-from fsdp_qlora.host_memory import GIB as GIB
-from fsdp_qlora.host_memory import Cgroup as Cgroup
-from fsdp_qlora.host_memory import find_cgroup as find_cgroup
-from fsdp_qlora.host_memory import read_kib as read_kib
+from fsdp_qlora.hardware import GIB, machine_memory, pss_gib, read_kib
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import PackedModel
@@ -56,13 +53,6 @@ PROCESS_FIELDS = (
     "host_swap_gib",
 )
 PROCESS_KEYS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")  # of /proc/self/status
-MACHINE_FIELDS = (
-    "host_total_gib",
-    "host_available_gib",
-    "host_used_gib",
-    "cgroup_limit_gib",
-    "cgroup_used_gib",
-)
 
 
 def device_memory(device: torch.device) -> dict[str, float]:
@@ -185,38 +175,6 @@ def pinned_gib(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) / GIB
-
-
-def pss_gib(proc: Path = Path("/proc/self")) -> float:
-    """Proportional set size of this process in GiB: pages shared by N processes count 1/N.
-
-    The sum over ranks is what the run really holds. The kernel walks every page for it (tenths of
-    a second for tens of GiB), so it does not belong in a step: see HostSampler.
-    """
-    return read_kib(proc / "smaps_rollup", "Pss") * 1024 / GIB
-
-
-def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
-    """Memory of the machine, all processes together.
-
-    Args:
-        cgroup: from find_cgroup (looked up when None).
-
-    Returns:
-        MACHINE_FIELDS in GiB; used = total - available, so shared memory and pinned pages count
-        and page cache does not. The cgroup fields are None where there is no limit.
-    """
-    cgroup = find_cgroup() if cgroup is None else cgroup
-    machine = psutil.virtual_memory()
-    total_gib, available_gib = machine.total / GIB, machine.available / GIB
-    sizes = (
-        total_gib,
-        available_gib,
-        total_gib - available_gib,
-        cgroup.limit_gib,
-        cgroup.used_gib(),
-    )
-    return dict(zip(MACHINE_FIELDS, sizes, strict=True))
 
 
 def process_memory(device: torch.device, sampler: "HostSampler | None" = None) -> dict[str, float]:

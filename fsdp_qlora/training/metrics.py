@@ -21,7 +21,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, hardware
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.plan import compare
 from fsdp_qlora.train.totals import Resumed, Totals, raise_to
@@ -226,7 +226,7 @@ class Recorder:
         self._run_info = run_info
         self._registered_gib = num_registered_bytes / memory.GIB
         self._sampler = memory.HostSampler()
-        self._cgroup = memory.find_cgroup()
+        self._cgroup = hardware.find_cgroup()
         self._cpu = CpuUse()
         self._totals = Totals()
         self._pending: tuple[dict[str, Any], Lap] | None = None
@@ -293,7 +293,7 @@ class Recorder:
                 name: int(sum(row[i] for row in rows)) for i, name in enumerate(COUNTS, len(mine))
             }
             ranks = [dict(zip(mine, row, strict=False)) for row in rows]
-            host = {**memory.machine_memory(self._cgroup), "cpu_cores": cores}
+            host = {**hardware.machine_memory(self._cgroup), "cpu_cores": cores}
             host["num_cpu_cores"] = os.cpu_count() or 1
             host["host_peak_used_gib"] = max(
                 self._sampler.peak_used_gib, host["host_used_gib"] or 0

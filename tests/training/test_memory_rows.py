@@ -12,11 +12,10 @@ import torch
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.distributed import exit_report
+from fsdp_qlora.hardware import Machine
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.cards import Machine
 from fsdp_qlora.training import memory
-from fsdp_qlora.training import memory as ledger_rows
 from fsdp_qlora.training.memory import HostShare, MemoryTracker, Peak, Transients
 from tests import tiny
 from tests.ranks import run_ranks
@@ -242,6 +241,6 @@ def test_a_run_that_finds_no_memory_leaves_its_record_and_says_where(tmp_path):
     steps = [line for line in lines if "event" not in line]
     for line in steps:
         assert line["ranks"][0]["device_rows"] and line["host"]["host_rows"]
-        assert set(line["ranks"][0]["device_rows"]) <= set(ledger_rows.DEVICE_ROWS)
+        assert set(line["ranks"][0]["device_rows"]) <= set(memory.DEVICE_ROWS)
     assert len(notes) + 2 <= exit_report.MAX_LINES
     assert cost_s < 0.003

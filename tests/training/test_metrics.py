@@ -8,6 +8,7 @@ import select
 import statistics
 import sys
 import termios
+import threading
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fsdp_qlora import hardware
 from fsdp_qlora.training import memory, metrics
-from fsdp_qlora.training.metrics import Clock
+from fsdp_qlora.training.metrics import Clock, CpuUse
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -76,7 +78,7 @@ def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
         assert {name: line[name] for name in expected} == expected
         assert set(line["ranks"][0]) == {*memory.PROCESS_FIELDS, "cpu_cores"}
         others = {"host_peak_used_gib", "cpu_cores", "num_cpu_cores"}
-        assert set(line["host"]) == {*memory.MACHINE_FIELDS, *others}
+        assert set(line["host"]) == {*hardware.MACHINE_FIELDS, *others}
         assert line["ranks"][0]["host_rss_gib"] > 0.05
         assert line["tokens_per_s"] == pytest.approx(100 / line["step_s"])
 
@@ -256,3 +258,19 @@ def test_cuda_phases_are_the_time_of_the_device_and_reading_them_is_late():
     lap = clock.lap()
     assert time.perf_counter() - began < 0.2
     assert lap.seconds()["forward"] > 0.3
+
+
+def test_a_process_that_computes_is_busy_and_one_that_waits_is_not():
+    use = CpuUse()
+    waiting = threading.Event()
+    began_s = time.process_time()
+    waiting.wait(0.3)
+    idle, _ = use.take()
+    assert idle < 0.3
+    began_s, wall_s = time.process_time(), time.monotonic()
+    while time.process_time() - began_s < 0.4:
+        sum(range(2000))
+    wall_s = time.monotonic() - wall_s
+    own, everyone = use.take()
+    assert abs(own - 0.4 / wall_s) < 0.15 and own <= (os.cpu_count() or 1) + 0.1
+    assert everyone > own / 2  # the machine's clock is coarse, and counts this process too

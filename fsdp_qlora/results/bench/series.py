@@ -23,8 +23,8 @@ from typing import Any
 from fsdp_qlora import arch
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import RECIPES_DIR
-from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.plan import compare
 from fsdp_qlora.results.bench import series_page as page
 from fsdp_qlora.results.bench.arms import COMMON, Arm, Workload, launch_ours, read_ours
