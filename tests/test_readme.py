@@ -134,6 +134,6 @@ def test_the_checks_find_what_is_wrong():
         "fsdp_qlora/",
         "fsdp_qlora/config.py",
         "fsdp_qlora/train/",
-        "fsdp_qlora/training/loop.py",
+        "fsdp_qlora/train/loop.py",
         "recipes/",
     ]
