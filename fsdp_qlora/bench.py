@@ -31,7 +31,8 @@ from typing import Any
 
 import psutil
 
-from fsdp_qlora import arch, lookup
+from fsdp_qlora import arch, atomic
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.plan import cards, compare
@@ -424,12 +425,9 @@ def write(stem: Path, bench: Row) -> None:
         stem: path of the files without their endings.
         bench: what the JSON file holds.
     """
-    page = markdown(bench, f"{stem.name}.svg")
-    texts = {".json": json.dumps(bench, indent=1) + "\n", ".svg": picture(bench), ".md": page}
-    for ending, text in texts.items():
-        draft = stem.with_name(f".{stem.name}{ending}.part")
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(stem.with_suffix(ending))
+    atomic.write_json(stem.with_suffix(".json"), bench)
+    atomic.write(stem.with_suffix(".svg"), picture(bench))
+    atomic.write(stem.with_suffix(".md"), markdown(bench, f"{stem.name}.svg"))
 
 
 def _facts(args: argparse.Namespace, rows: list[Row], old: list[Row]) -> Row:
@@ -514,7 +512,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args.p2p = "off" if os.environ.get("NCCL_P2P_DISABLE") == "1" else "on"
     args.world_size = args.world_size or args.num_gpus or 2
     args.model_name, args.weights = args.model_name or KINDS[args.kind][1], "random"
-    if args.model_name.lower() not in (*lookup.known_shapes(), KINDS[SMALL][1].lower()):
+    if args.model_name.lower() not in (*files.known_shapes(), KINDS[SMALL][1].lower()):
         args.weights = f"real, from {arch.read(args.model_name, need_weights=True).path}"
     args.command = shlex.join(["python", "-m", "fsdp_qlora", "bench", *argv])
     return args

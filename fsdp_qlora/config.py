@@ -1,7 +1,6 @@
 """Every option of a run, once: name, type, default, meaning and the values it may take."""
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -10,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import cli
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.choices import (
     ALIASES,
     ATTENTIONS,
@@ -280,10 +279,7 @@ def save(cfg: Config, path: str | os.PathLike[str], versions: Mapping[str, str])
         path: file to write; its directory exists.
         versions: name -> version.
     """
-    part = Path(f"{path}.part")
-    table = to_dict(cfg) | {"versions": dict(versions)}
-    part.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    atomic.write_json(Path(path), to_dict(cfg) | {"versions": dict(versions)})
 
 
 def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Path | str) -> None:

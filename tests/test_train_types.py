@@ -74,7 +74,8 @@ def reference(path, flags, values, accumulation):
     """Gradients of transformers and peft on one process, float32, frozen linears quantised."""
     from transformers import AutoModelForCausalLM
 
-    from fsdp_qlora import arch, trained
+    from fsdp_qlora import arch
+    from fsdp_qlora.arch import trained
 
     cfg = config.parse([f"--model_name={path}", *LORA, *flags])
     info = arch.read(cfg.model_name, need_weights=True)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fsdp_qlora import atomic
 from fsdp_qlora.data.rows import Place
 
 VERSION = 1  # of what the files mean; raise it when that or the way rows become tokens changes
@@ -255,7 +256,7 @@ def keep(directory: Path, build: Callable[[Builder], Store]) -> Store:
             made = build(Builder(draft))
             if made.facts.get("num_bad"):  # mapped files live on until they are closed
                 return _with_note(made, "not kept: there are bad rows")
-            draft.rename(directory)
+            atomic.commit(draft, directory)
             return _with_note(made, str(directory))
     except OSError as error:  # a full disk, or one that cannot be written or locked
         store = build(Builder(None))

@@ -1,11 +1,10 @@
 """The verb `evaluate`: held-out loss, and tasks of lm-eval, of a base with and without adapter."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import config
+from fsdp_qlora import atomic, config
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.results import reopen, tasks
 
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
     else:
         found = _held_out(opened)
     if opened.is_writer:
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        atomic.write_json(path, found)
         print(path)
     return DONE
 

@@ -1,21 +1,19 @@
 """What was trained, on disk: an adapter in peft's format, new layers, or a whole model."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdp_qlora import trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.atomic import new_file
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.results import adapter_files, card
-from fsdp_qlora.results.merge import DTYPES, copy_beside
+from fsdp_qlora.results import adapter_files, beside, card
 from fsdp_qlora.results.shards import Shards
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -61,12 +59,10 @@ def save(
         tensors = _adapter_tensors(model, info, flats, tensors)
         _save_config(model, info, cfg)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        beside.write_tokenizer(directory, info, tokenizer)
     record = adapter_files.record_of(info, cfg)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=adapter_files.metadata(record))
-    os.chmod(temporary, 0o666 & ~_umask())
-    os.replace(temporary, path)
+    with new_file(path) as draft:
+        save_file(tensors, draft, metadata=adapter_files.metadata(record))
     _compare(path, tensors)
     card.write(directory, cfg, info)
     return path
@@ -122,17 +118,12 @@ def _save_model(
     with Shards(directory, names, MAX_SHARD_BYTES) as shards:
         for name, tensor in tensors:
             shards.add(name, tensor.to(dtype))
-    copy_beside(directory, info, next(key for key, own in DTYPES.items() if own == dtype))
+    name = next(key for key, own in beside.DTYPES.items() if own == dtype)
+    beside.copy_beside(directory, info, name)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        beside.write_tokenizer(directory, info, tokenizer)
     card.write(directory, cfg, info)
     return directory
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _compare(path: Path, tensors: dict[str, torch.Tensor]) -> None:

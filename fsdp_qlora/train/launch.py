@@ -1,8 +1,8 @@
 """One process per GPU: start the ranks, watch over them, end them together, say what went wrong."""
 
+import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,6 @@ from fsdp_qlora.train.verdict import Verdict
 if TYPE_CHECKING:
     from fsdp_qlora.train.world import World
 
-REPORTS = ("report.html", "report.md", "report.png", "report.svg")
-RUN_FILES = ("run_config.json", "metrics.jsonl", "summary.json", *REPORTS, f"{LOGS}/rank*.*")
 LAST_WORDS = ("summary.json", f"{LOGS}/rank*.error")  # of a run that goes on, to be said anew
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
@@ -60,7 +58,9 @@ def claim_output_dir(cfg: Config) -> Path:
         cfg: the run.
 
     Returns:
-        The directory, with `logs` in it; without records of an earlier run, if none is resumed.
+        The directory, with `logs` in it. The record and the checkpoints of an earlier run are
+        removed only with `overwrite`; after `--resume auto` without a checkpoint, the record of
+        what could not save one is set aside.
 
     Raises:
         UserError: another run is at work there; it holds files, and neither `overwrite` nor
@@ -70,14 +70,17 @@ def claim_output_dir(cfg: Config) -> Path:
     try:
         if (path / resume.LOCK).exists():
             resume.lock(path)
+        is_new = cfg.resume in (None, resume.AUTO)
         _refuse_files(path, cfg)
+        is_known = path.is_dir() and resume.is_run(path)
         resume.lock(path)
         _refuse_files(path, cfg)  # those of a run that was faster
+        if is_new and cfg.overwrite and is_known:
+            resume.clear(path)
+        elif is_new and (cfg.overwrite or (path / resume.METRICS).exists()):
+            resume.set_record_aside(path)
         (path / LOGS).mkdir(exist_ok=True)
-        if cfg.resume is None:
-            shutil.rmtree(path / resume.CHECKPOINTS, ignore_errors=True)
-        patterns = RUN_FILES if cfg.resume is None else LAST_WORDS
-        for old in [found for pattern in patterns for found in path.glob(pattern)]:
+        for old in [found for pattern in LAST_WORDS for found in path.glob(pattern)]:
             old.unlink()
         probe = path / LOGS / ".probe"
         probe.touch()
@@ -89,13 +92,8 @@ def claim_output_dir(cfg: Config) -> Path:
 
 
 def _refuse_files(path: Path, cfg: Config) -> None:
-    if cfg.overwrite or cfg.resume is not None or not path.is_dir():
-        return
-    if any(entry.name != resume.LOCK for entry in path.iterdir()):
-        has_more = bool(resume.files.steps(path))
-        remedy = "give another --output_dir, or --overwrite true"
-        remedy += ", or --resume to go on" if has_more else ""
-        raise UserError(f"--output_dir {path}", "holds files already", remedy)
+    if cfg.resume in (None, resume.AUTO):
+        resume.refuse_files(path, cfg.overwrite, cfg.resume == resume.AUTO)
 
 
 def agree(cfg: Config, world: "World") -> Config:
@@ -173,10 +171,20 @@ def supervise(
             found = _run(cfg, program, attempt, start, stops)
     is_own = found.code in verdict.OWN_FAULTS and not found.has_begun
     if is_new and is_own and not any(f"{output_dir}/" in line for line in found.lines):
-        shutil.rmtree(output_dir, ignore_errors=True)  # nothing came of it, nothing is left
+        _leave(output_dir)
     for line in found.lines:
         print(line, file=sys.stderr)
     return found.code
+
+
+def _leave(output_dir: Path) -> None:
+    """Remove a directory of which nothing came, unless somebody else has put something there."""
+    resume.clear(output_dir)
+    (output_dir / resume.LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (output_dir / LOGS).rmdir()
+    with contextlib.suppress(OSError):
+        output_dir.rmdir()
 
 
 def _run(
@@ -247,6 +255,8 @@ def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:
     if attempt.num_restarts >= cfg.max_restarts:
         return None
     number, saved = attempt.num_restarts + 1, resume.latest(output_dir)
+    if saved is None and resume.files.may_hold_any(output_dir):
+        return None  # a new start would write over what cannot be read now
     where = "from the beginning" if saved is None else f"after step {saved.step}"
     words = f", a notch lower: {flags}" if flags else ""
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)

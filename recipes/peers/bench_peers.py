@@ -26,7 +26,8 @@ from pathlib import Path
 
 import psutil
 
-from fsdp_qlora import arch, bench, lookup
+from fsdp_qlora import arch, bench
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.results import chart
@@ -266,8 +267,8 @@ def checkpoint(model_name, out):
     path = Path(model_name).expanduser()
     if (path / "config.json").is_file():
         return path.resolve()
-    if model_name not in lookup.known_shapes():
-        remedy = f"give a directory, or one of {', '.join(lookup.known_shapes())}"
+    if model_name not in files.known_shapes():
+        remedy = f"give a directory, or one of {', '.join(files.known_shapes())}"
         raise UserError(f"--model_name {model_name}", "is no model directory or shape", remedy)
     need_bytes = 2 * arch.num_params(arch.read(model_name, need_weights=False))
     kept = SHARED_MEMORY / "fsdp_qlora-bench" / model_name
@@ -322,7 +323,7 @@ def parse(argv):
     args.out = (args.out or Path(f"output/bench-peers-{time.strftime('%Y%m%d-%H%M%S')}")).resolve()
     if args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"--out {args.out}", "holds files already", "give another directory")
-    is_known = Path(args.model_name).exists() or args.model_name in lookup.known_shapes()
+    is_known = Path(args.model_name).exists() or args.model_name in files.known_shapes()
     if is_known and not args.num_gpus:
         num_params = arch.num_params(arch.read(args.model_name, need_weights=False))
         if num_params > MAX_CPU_PARAMS:
