@@ -34,11 +34,11 @@ import psutil
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
+from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.plan import cards, compare
 from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Bar, Bars
-from fsdp_qlora.train.ranks import count_gpus
 
 GIB = 2**30
 POLL_S, GRACE_S = 0.1, 15.0

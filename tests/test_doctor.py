@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model import host
 from fsdp_qlora.model.quantize import FORMATS
@@ -21,7 +22,6 @@ from fsdp_qlora.plan import cards
 from fsdp_qlora.train.doctor import command, device, jobs, machine, together
 from fsdp_qlora.train.doctor.findings import OK, PROBLEM, WARNING, Finding, ok, softly
 from fsdp_qlora.train.doctor.jobs import Job
-from fsdp_qlora.train.ranks import count_gpus
 from tests.tiny import require
 
 CPU = torch.device("cpu")

@@ -52,7 +52,7 @@ def on_two_cards(argv: list[str], start) -> int:
     a card. In a process of its own, so what is changed here stays there.
     """
     from fsdp_qlora import run as train
-    from fsdp_qlora.train import launch
+    from fsdp_qlora.distributed import launch
 
     fit.NOTCH, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)
     cfg, given = config.parse(argv), config.given(argv)

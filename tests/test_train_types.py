@@ -21,7 +21,6 @@ from fsdp_qlora.plan.cards import Card, Machine
 from fsdp_qlora.plan.sizes import setting_for
 from fsdp_qlora.results import verbs
 from fsdp_qlora.train import loop
-from fsdp_qlora.train.clock import Clock
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches
@@ -232,7 +231,7 @@ def _two_rates(world, path):
     model, _, cfg = tiny.build(path, world, *LORA, *flags)
     flats = tiny.fill_lora(model)
     trained = loop.prepare(model, cfg, 1, world)
-    loop.train_step(trained, micro_batches(world.rank, world.size, 1), Clock(world.device))
+    loop.train_step(trained, micro_batches(world.rank, world.size, 1))
     return [
         {name: tensor.numpy() for name, tensor in tiny.lora_dict(model, whole).items()}
         for whole in (flats, shard.whole_lora(model))

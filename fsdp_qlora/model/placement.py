@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import host
 from fsdp_qlora.model.cache import PackedCache
@@ -14,7 +15,6 @@ from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.stream import Streamer
 from fsdp_qlora.plan.sizes import setting_of
 from fsdp_qlora.train.memory import GIB, machine_memory, pss_gib
-from fsdp_qlora.train.world import World
 
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 

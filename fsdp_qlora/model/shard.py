@@ -23,10 +23,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_qlora.choices import STRATEGIES
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.train.world import World
 
 # Adapters of this size (all of them, in the compute dtype) are gathered and reduced together.
 ONE_GROUP_BYTES = 256 * 2**20

@@ -29,8 +29,8 @@ import transformers
 import trl
 
 from fsdp_qlora import arch, bench, config, data
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters
-from fsdp_qlora.train.world import World
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import flag
+from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import DONE, UserError, join
 from fsdp_qlora.plan import cards
 from fsdp_qlora.train.doctor import jobs, machine
@@ -22,7 +23,6 @@ from fsdp_qlora.train.doctor.findings import (
     warning,
 )
 from fsdp_qlora.train.doctor.jobs import Job
-from fsdp_qlora.train.ranks import count_gpus
 
 USAGE = """usage: python -m fsdp_qlora doctor [options]
 

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdp_qlora.distributed import world as worlds
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY
 from fsdp_qlora.model import host, load, shard
 from fsdp_qlora.model.layout import Layout, build_layout
 from fsdp_qlora.model.packed import DecoderBlock, LayerCache
 from fsdp_qlora.model.placement import Placed
-from fsdp_qlora.train import world as worlds
 from fsdp_qlora.train.doctor import device as one
 from fsdp_qlora.train.doctor.findings import Finding, ok, problem, warning
-from fsdp_qlora.train.world import World
 
 COLLECTIVE_S = 60.0
 SHARED_BYTES = 64 * 2**20

@@ -1,12 +1,12 @@
-"""Which processes make a run: fsdp_qlora/train/ranks.py."""
+"""Which processes make a run: fsdp_qlora/distributed/env.py."""
 
 from pathlib import Path
 
 import pytest
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.distributed import env
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.train import ranks
 
 
 def fake_machine(tmp_path: Path, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,21 +36,21 @@ def test_gpus_are_counted_as_cuda_counts_them(
 ):
     """CUDA_VISIBLE_DEVICES ends at its first bad entry."""
     fake_machine(tmp_path, 3, monkeypatch)
-    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert ranks.count_gpus(env) == num_gpus
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert env.count_gpus(variables) == num_gpus
 
 
 def test_ranks_are_planned_by_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One per GPU by default, never more; on the CPU as many as asked for."""
     fake_machine(tmp_path, 2, monkeypatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert ranks.plan_ranks(Config()) == 2
-    assert ranks.plan_ranks(Config(world_size=1)) == 1
+    assert env.plan_ranks(Config()) == 2
+    assert env.plan_ranks(Config(world_size=1)) == 1
     with pytest.raises(UserError, match="has 2 GPU") as caught:
-        ranks.plan_ranks(Config(world_size=4))
+        env.plan_ranks(Config(world_size=4))
     assert caught.value.code == ENVIRONMENT
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert [ranks.plan_ranks(Config(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
+    assert [env.plan_ranks(Config(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
 
 
 def test_ranks_of_torchrun_and_srun_are_recognised():
@@ -61,24 +61,24 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
     step["SLURM_STEP_NUM_NODES"] = "2"
     step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
-    assert ranks.is_rank(torchrun) and ranks.is_rank(step)
-    assert not ranks.is_rank({}) and not ranks.is_rank(batch)
-    assert not ranks.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
-    found = ranks.rank_env(torchrun, Config())
+    assert env.is_rank(torchrun) and env.is_rank(step)
+    assert not env.is_rank({}) and not env.is_rank(batch)
+    assert not env.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    found = env.rank_env(torchrun, Config())
     assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
     place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
     place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
-    assert place.items() <= ranks.rank_env(step, Config()).items()
-    assert ranks.rank_env(step, Config(master_port=99))["MASTER_PORT"] == "99"
+    assert place.items() <= env.rank_env(step, Config()).items()
+    assert env.rank_env(step, Config(master_port=99))["MASTER_PORT"] == "99"
 
 
 def test_settings_of_libraries_are_wishes_the_user_may_overrule():
     """The ranks of torchrun get them as ours do."""
     torchrun = {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "9"}
-    found = ranks.rank_env(torchrun, Config())
+    found = env.rank_env(torchrun, Config())
     assert "OMP_NUM_THREADS" not in found and found["OMP_WAIT_POLICY"] == "passive"
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    found = ranks.rank_env(torchrun | {"PYTORCH_ALLOC_CONF": "x"}, Config())
+    found = env.rank_env(torchrun | {"PYTORCH_ALLOC_CONF": "x"}, Config())
     assert "PYTORCH_CUDA_ALLOC_CONF" not in found
 
 
@@ -88,4 +88,4 @@ def test_settings_of_libraries_are_wishes_the_user_may_overrule():
 )
 def test_first_host_of_a_slurm_list(hosts: str, first: str):
     """Ranges, lists, leading zeros and suffixes."""
-    assert ranks.first_host(hosts) == first
+    assert env.first_host(hosts) == first
