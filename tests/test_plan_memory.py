@@ -6,8 +6,9 @@ import pytest
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.plan import activations, graphs, host, memory, rows
+from fsdp_qlora.plan.limits import GIB
 from fsdp_qlora.plan.rows import Table
-from fsdp_qlora.plan.sizes import GIB, Setting, Sizes, packed_bytes, place, setting_of, sizes
+from fsdp_qlora.plan.sizes import Setting, Sizes, packed_bytes, place, setting_of, sizes
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
@@ -110,16 +111,6 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     two = dataclasses.replace(setting, batch_size=2)
     assert not graphs.are_used(found, rows_of_users, two, "cuda")
     assert graphs.are_used(found, rows_of_users, setting, "cuda")
-
-
-def test_what_the_plan_knows_of_the_model_is_what_the_model_does():
-    from fsdp_qlora.model import graphs as model_graphs
-    from fsdp_qlora.model import head, packed, shard
-
-    assert activations.WHOLE_LAYER_BYTES == packed.WHOLE_LAYER_BYTES
-    assert (graphs.MAX_WORK, graphs.MAX_SHAPES) == (model_graphs.MAX_WORK, model_graphs.MAX_SHAPES)
-    assert memory.ONE_GROUP_BYTES == shard.ONE_GROUP_BYTES
-    assert memory.CHUNK_BYTES == head.CHUNK_BYTES
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():

@@ -8,16 +8,15 @@ from pathlib import Path
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import memory, rows
 from fsdp_qlora.plan.activations import num_offloaded
+from fsdp_qlora.plan.limits import GIB, MOST_TOUCHED_BYTES, NUM_READ_AHEAD
 from fsdp_qlora.plan.rows import Rows, Table, Term, term, total_bytes
-from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
+from fsdp_qlora.plan.sizes import Setting, Sizes
 
 # Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
 CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for cards
-MOST_TOUCHED_BYTES = 4 * GIB  # see train/checkpoint.py
-READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
 
 
 def host(
@@ -64,7 +63,7 @@ def host(
     loading: Rows = {}
     if cfg.weights == "load":
         nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
-        loading[rows.LOADING] = [term("linears read ahead", linears=READ_AHEAD, **nbytes)]
+        loading[rows.LOADING] = [term("linears read ahead", linears=1 + NUM_READ_AHEAD, **nbytes)]
     phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
     copies = _copies(s, cfg, setting)
     is_early = total_bytes({rows.SAVING: copies}) <= MOST_TOUCHED_BYTES

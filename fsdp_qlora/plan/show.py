@@ -13,8 +13,9 @@ from fsdp_qlora.conflicts import cfg_notes
 from fsdp_qlora.plan import fit, rows, speed
 from fsdp_qlora.plan.cards import Machine
 from fsdp_qlora.plan.fit import Outcome
+from fsdp_qlora.plan.limits import GIB
 from fsdp_qlora.plan.rows import Table, Term
-from fsdp_qlora.plan.sizes import GIB, applied
+from fsdp_qlora.plan.sizes import applied
 
 WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster

@@ -13,7 +13,7 @@ from pathlib import Path
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan.activations import num_offloaded
 from fsdp_qlora.plan.cards import Card
-from fsdp_qlora.plan.formats import FORMATS
+from fsdp_qlora.plan.limits import FORMATS
 from fsdp_qlora.plan.sizes import Setting, Sizes
 
 PRODUCTS = "compute"

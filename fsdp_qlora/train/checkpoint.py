@@ -17,6 +17,7 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.hooks import StopFlag, Stopped
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
+from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.plan.memory import moment_bytes
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train import snapshot
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from fsdp_qlora.train.ledger import Recorder
     from fsdp_qlora.train.loop import Trained
 
-MOST_TOUCHED_BYTES = 4 * 2**30  # more is not taken from the host before the first checkpoint
 SECONDS = 60.0
 SIGN_S = 2.0  # from one sign of life to the next
 
