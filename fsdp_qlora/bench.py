@@ -34,9 +34,9 @@ import psutil
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
-from fsdp_qlora.distributed.env import count_gpus
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
-from fsdp_qlora.plan import cards, compare
+from fsdp_qlora.hardware import count_gpus, find_gpus
+from fsdp_qlora.plan import compare
 from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Bar, Bars
 
@@ -263,7 +263,7 @@ def spread_of(steps_s: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Return what the bench runs on: GPUs, processor, cores, host memory in GiB, system."""
-    names = [card.name for card in cards.here(os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    names = [gpu.name for gpu in find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {

@@ -198,13 +198,13 @@ def test_a_run_that_restarts_itself_comes_to_the_same(place: Path, unbroken: dic
 
 def on_two_cards(argv: list[str], start) -> int:
     """As train.main on two cards of 24 GB, whose ranks compute on the CPU (see test_fitting.py)."""
-    from fsdp_qlora import arch, config
+    from fsdp_qlora import arch, config, hardware
     from fsdp_qlora.distributed import launch
-    from fsdp_qlora.plan import cards, fit, run
+    from fsdp_qlora.plan import fit, run
 
     fit.NOTCH = 0.9999999
     cfg, given = config.parse(argv), config.given(argv)
-    machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+    machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = run.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
     return launch.supervise(cfg, argv, plan=plan, start=start)
 

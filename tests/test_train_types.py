@@ -14,10 +14,10 @@ from fsdp_qlora import arch, config
 from fsdp_qlora import run as train_run
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
+from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.plan import fit
 from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.cards import Card, Machine
 from fsdp_qlora.plan.sizes import setting_for
 from fsdp_qlora.results import verbs
 from fsdp_qlora.train import loop
@@ -319,7 +319,7 @@ def test_a_small_model_trained_in_full_fits_a_card_of_8_gb_by_plan():
             ["--model_name=qwen2.5-0.5b", "--train_type=full", f"--optimizer={optimizer}"]
         )
         info = arch.read(cfg.model_name, need_weights=False)
-        card = Card("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0)
+        card = Device("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0)
         found = fit.evaluate(info, cfg, setting_for(info, cfg, 1), Machine((card,), 64.0))
         fits[optimizer] = found.fits
         assert found.device.gib("load", "packed weights") == 0

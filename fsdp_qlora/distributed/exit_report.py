@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import atomic, host_memory
+from fsdp_qlora import atomic, hardware
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.env import is_supervised
@@ -374,7 +374,7 @@ def _left(
 def _host_scene(line: dict[str, Any], phase: str, plan: RunPlan | None) -> list[str]:
     """What the host had, at the last record and by the plan."""
     found, lines = (plan.found if plan is not None else None), []
-    limit_gib = host_memory.limit_gib()
+    limit_gib = hardware.host_limit_gib()
     if found is not None:
         table: Table = found.host
         lines.append(
@@ -389,7 +389,7 @@ def _host_scene(line: dict[str, Any], phase: str, plan: RunPlan | None) -> list[
     if measured or predicted:
         lines.append(f"largest   {largest(measured, predicted)}")
     advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
-    if found is not None and plan is not None and plan.machine.cards:
+    if found is not None and plan is not None and plan.machine.gpus:
         advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
         if found.setting.count("offloaded", "streamed"):
             advice = "--resident_layers N keeps N layers on the cards, --use_cpu_offload false all"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsdp_qlora import arch, host_memory
+from fsdp_qlora import arch, hardware
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import PROJECT_DIR, Config
 from fsdp_qlora.distributed import exit_report, hooks
@@ -17,7 +17,6 @@ from fsdp_qlora.distributed import supervise as processes
 from fsdp_qlora.distributed.env import (
     LISTENER,
     child_env,
-    count_gpus,
     is_supervised,
     open_listener,
     plan_ranks,
@@ -26,6 +25,7 @@ from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport
 from fsdp_qlora.distributed.hooks import Watch
 from fsdp_qlora.distributed.supervise import Rank, RankSpec
 from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.train import resume
@@ -203,8 +203,8 @@ def _run(
     """Start all ranks, wait for their end, and say what it was."""
     output_dir, plan = cfg.resolved_output_dir, attempt.plan
     num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
-    cgroup = host_memory.find_cgroup()
-    num_kills = host_memory.oom_kills(cgroup)
+    cgroup = hardware.find_cgroup()
+    num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
         files = {LISTENER: listener.fileno(), hooks.BOARD: board.fileno()}
         told = {
@@ -227,7 +227,7 @@ def _run(
         ended = processes.run(specs, start, stops, watch)
     saved = None if ended.is_done else resume.latest(output_dir)
     how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
-    num_kills = host_memory.oom_kills(cgroup) - num_kills
+    num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 
 

@@ -1,11 +1,7 @@
 """GiB of host memory by row and phase."""
 
-import functools
-import importlib.util
-import re
-from pathlib import Path
-
 from fsdp_qlora.config import Config
+from fsdp_qlora.hardware import has_gpu_build
 from fsdp_qlora.plan import memory, rows
 from fsdp_qlora.plan.activations import num_offloaded
 from fsdp_qlora.plan.limits import GIB, MOST_TOUCHED_BYTES, NUM_READ_AHEAD
@@ -41,7 +37,7 @@ def host(
         HOST_ROWS by phase.
     """
     ranks = setting.num_ranks
-    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_cuda_build()) * CUDA_BUILD_BYTES
+    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
     system_bytes = SYSTEM_BYTES
     if system_gib is not None:
         system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
@@ -78,16 +74,6 @@ def host(
             needed = table.total_gib(phase) * GIB
             own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
     return Table(phases)
-
-
-@functools.cache
-def has_cuda_build() -> bool:
-    """Whether the torch that is installed was made for cards; found without importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return False
-    text = (Path(found.origin).parent / "version.py").read_text()
-    return re.search(r"^cuda\b.*= '", text, re.MULTILINE) is not None
 
 
 def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:

@@ -1,48 +1,19 @@
 """Which processes make a run: fsdp_qlora/distributed/env.py."""
 
-from pathlib import Path
+import sys
 
 import pytest
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import env
 from fsdp_qlora.errors import ENVIRONMENT, UserError
+from tests import fake_nvml
 
 
-def fake_machine(tmp_path: Path, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put an nvidia-smi on the PATH that lists `num_gpus` cards."""
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    lines = "".join(f"echo 'GPU {i}: NVIDIA (UUID: GPU-{i})'\n" for i in range(num_gpus))
-    tool.write_text("#!/bin/sh\n" + lines)
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
-
-
-@pytest.mark.parametrize(
-    ("visible", "num_gpus"),
-    [
-        (None, 3),
-        ("0,2", 2),
-        ("", 0),
-        ("-1", 0),
-        ("0,7,1", 1),
-        ("GPU-0,GPU-2", 2),
-        ("NoDevFiles", 0),
-    ],
-)
-def test_gpus_are_counted_as_cuda_counts_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, num_gpus: int
-):
-    """CUDA_VISIBLE_DEVICES ends at its first bad entry."""
-    fake_machine(tmp_path, 3, monkeypatch)
-    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert env.count_gpus(variables) == num_gpus
-
-
-def test_ranks_are_planned_by_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_are_planned_by_the_gpus(monkeypatch: pytest.MonkeyPatch):
     """One per GPU by default, never more; on the CPU as many as asked for."""
-    fake_machine(tmp_path, 2, monkeypatch)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA A", "NVIDIA B"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert env.plan_ranks(Config()) == 2
     assert env.plan_ranks(Config(world_size=1)) == 1

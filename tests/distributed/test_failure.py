@@ -11,25 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, config, host_memory
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.hooks import Heartbeat
 from fsdp_qlora.distributed.supervise import RanksExit
 from fsdp_qlora.errors import BUG, INPUT, RUN_FAILED, UserError
-from fsdp_qlora.plan import cards, run
-from fsdp_qlora.plan.cards import Machine
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.plan import run
 from tests.distributed.test_launch import RANK
 
 PARENT = """
 import sys
 from fsdp_qlora import arch
 from fsdp_qlora.config import given, parse
-from fsdp_qlora.plan import cards, run
+from fsdp_qlora import hardware
+from fsdp_qlora.plan import run
 from fsdp_qlora.distributed.launch import supervise
 program, argv = [sys.executable, sys.argv[1]], sys.argv[2:]
 info = arch.read("llama-2-7b", need_weights=False)
-machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
 sys.exit(supervise(parse(argv), argv, program, run.make(info, parse(argv), given(argv), machine)))
 """
 SHORT = """
@@ -48,7 +49,7 @@ def plan_of(names: str) -> run.RunPlan:
     """A 7B, 4 x 2048."""
     argv = ["--model_name=llama-2-7b", "--batch_size=4", "--context_length=2048"]
     info = arch.read("llama-2-7b", need_weights=False)
-    machine = Machine(tuple(cards.parse(names)), 64, 2)
+    machine = Machine(tuple(hardware.parse_gpus(names)), 64, 2)
     return run.make(info, config.parse(argv), frozenset({"batch_size"}), machine)
 
 
@@ -157,19 +158,6 @@ def test_of_a_long_line_the_cause_is_cut_and_the_way_on_stays(tmp_path: Path):
     first, *rest = exit_report.diagnose_exit(ending, tmp_path, way_on, 0, None).lines
     assert first.startswith("error: rank 1: long ") and first.endswith(f"; {trace}; {way_on}")
     assert rest == more and len(first) <= 300
-
-
-def test_kills_are_counted_in_the_group_or_else_on_the_machine(tmp_path: Path):
-    """Version 1, version 2, and no group at all."""
-    events = tmp_path / "memory.events"
-    events.write_text("low 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 5\n")
-    vmstat = tmp_path / "vmstat"
-    vmstat.write_text("pgfault 9\noom_kill 7\n")
-    assert host_memory.oom_kills(host_memory.Cgroup(events_path=events), vmstat) == 2
-    events.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
-    assert host_memory.oom_kills(host_memory.Cgroup(events_path=events), vmstat) == 4
-    assert host_memory.oom_kills(host_memory.Cgroup(), vmstat) == 7
-    assert host_memory.oom_kills(host_memory.Cgroup(), tmp_path / "none") == 0
 
 
 def test_errors_for_want_of_memory_are_known_by_type_or_text():

@@ -127,7 +127,7 @@ def gather(rank: Rank) -> Iterator[Finding]:
     if not has_peers:
         value += ", through the host (no peer access)"
     if all(row[0] for row in every):
-        link_gbs = gbs if has_peers else 0.0  # as plan.cards has it
+        link_gbs = gbs if has_peers else 0.0  # as hardware has it
         yield ok(name, value, one.card_name(rank.device), card_link_gbs=link_gbs)
     else:
         yield problem(name, f"what was gathered is wrong; {value}", NO_P2P, INTEGRITY)
