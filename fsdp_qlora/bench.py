@@ -37,8 +37,7 @@ from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import count_gpus, find_gpus
 from fsdp_qlora.plan import compare
-from fsdp_qlora.results import chart
-from fsdp_qlora.results.chart import Bar, Bars
+from fsdp_qlora.report.charts import Bar, Bars, draw_bars
 
 GIB = 2**30
 POLL_S, GRACE_S = 0.1, 15.0
@@ -408,14 +407,17 @@ def picture(bench: Row) -> str:
     bars = {key: [_bar(row, key) for row in bench["rows"]] for key in FIGURES}
     shown = [key for key in FIGURES if any(bar.value for bar in bars[key])]
     groups = [Bars(*FIGURES[key][:2], bars[key]) for key in shown]
-    return chart.draw_bars(bench["title"], lines, groups)
+    return draw_bars(bench["title"], lines, groups)
 
 
 def _bar(row: Row, key: str) -> Bar:
     if row["state"] != "measured":
         return Bar(row["name"], RED, None, row["state"])
     colour, value = GREY if row["place"] == "fit" else GREEN, max(row[key], 0.0)
-    return Bar(row["name"], colour, value, f"{value:,.{0 if key == 'tokens_per_s' else 1}f}")
+    if key != "tokens_per_s":
+        return Bar(row["name"], colour, value, f"{value:.1f}")
+    slowest, fastest = (value * row["step_s"]["median"] / row["step_s"][k] for k in ("max", "min"))
+    return Bar(row["name"], colour, value, f"{value:,.0f}", (slowest, fastest))
 
 
 def write(stem: Path, bench: Row) -> None:

@@ -32,7 +32,7 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed.env import find_port, wishes
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.hardware import count_gpus
-from fsdp_qlora.results import chart
+from fsdp_qlora.report import charts
 
 HERE = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")
@@ -243,21 +243,21 @@ def picture(facts):
             title, unit, *_ = bench.FIGURES[name]
             bars = [_bar(row, name) for row in rows]
             groups += (
-                [chart.Bars(f"{title} · {P2P[p2p]}", unit, bars)]
+                [charts.Bars(f"{title} · {P2P[p2p]}", unit, bars)]
                 if any(b.value for b in bars)
                 else []
             )
     lines = [f"{facts['machine']['cards']}  ·  {facts['date']}", *facts["notes"][:1]]
-    return chart.draw_bars(facts["title"], lines, groups)
+    return charts.draw_bars(facts["title"], lines, groups)
 
 
 def _bar(row, name):
     if row["state"] == "failed":
-        return chart.Bar(row["arm"], bench.RED, None, "failed")
+        return charts.Bar(row["arm"], bench.RED, None, "failed")
     colour = bench.GREEN if row["arm"] in OURS else bench.GREY
     text = f"{row[name]:,.{0 if name == 'tokens_per_s' else 1}f}"
     is_good = row["state"] == "measured"
-    return chart.Bar(row["arm"], colour if is_good else bench.RED, row[name], text)
+    return charts.Bar(row["arm"], colour if is_good else bench.RED, row[name], text)
 
 
 def checkpoint(model_name, out):
