@@ -40,7 +40,7 @@ LIGHT_MODULES = (
     "distributed.launch",
     "run",
 )
-WITHOUT_NUMPY = ("config", "conflicts", "cli", "errors", "distributed.launch")
+WITHOUT_NUMPY = ("config", "cli", "errors", "distributed.launch")
 
 # A room imports from the rooms before it, never after; data and model know nothing of each other.
 ORDER = {
