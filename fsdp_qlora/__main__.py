@@ -1,62 +1,53 @@
-"""The verbs beside training: `python -m fsdp_qlora VERB ...`."""
+"""The commands: `python -m fsdp_qlora COMMAND ...`."""
 
 import importlib
 import sys
 
 from fsdp_qlora.errors import DONE, SIGINT, UserError
 
-VERBS = {
-    "bench": ("fsdp_qlora.bench", "main", "measure what each setting needs and how fast it is"),
-    "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
-    "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
-    "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
-    "expand": ("fsdp_qlora.results.verbs", "expand", "add new layers that change nothing yet"),
-    "evaluate": (
-        "fsdp_qlora.results.evaluate",
-        "main",
-        "held-out loss of a base with and without its adapter",
-    ),
-    "generate": (
-        "fsdp_qlora.results.generate",
-        "main",
-        "answer a prompt, or converse, with a base and its adapter",
-    ),
-    "merge": ("fsdp_qlora.results.verbs", "merge", "add an adapter to its base, and compare"),
-    "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
-    "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
-    "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
-    "report": ("fsdp_qlora.report.page", "main", "show a run, or several side by side"),
+# Name -> where its function is, what it does; in the order of the work.
+COMMANDS = {
+    "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
+    "plan": ("fsdp_qlora.plan.command:main", "tell how much memory and time a run needs"),
+    "data": ("fsdp_qlora.data.verb:main", "inspect the data of a run, without a GPU"),
+    "doctor": ("fsdp_qlora.train.doctor.command:main", "check what works here, and how fast it is"),
+    "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
+    "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
+    "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
+    "evaluate": ("fsdp_qlora.results.evaluate:main", "held-out loss with and without an adapter"),
+    "generate": ("fsdp_qlora.results.generate:main", "answer a prompt, or chat, with an adapter"),
+    "merge": ("fsdp_qlora.results.verbs:merge", "add an adapter to its base model"),
+    "quantize": ("fsdp_qlora.results.verbs:quantize", "write a 4-bit model for transformers"),
+    "expand": ("fsdp_qlora.results.verbs:expand", "add layers or tokens to a model, to train them"),
 }
 
 
 def usage() -> str:
-    """Say which verbs there are.
-
-    Returns:
-        A few lines of text.
-    """
-    rows = [f"  {verb:<8} {words}" for verb, (_, _, words) in VERBS.items()]
-    return "\n".join(["usage: python -m fsdp_qlora VERB ...  (VERB --help tells more)", "", *rows])
+    """Return the list of the commands, a few lines of text."""
+    rows = [f"  {name:<9} {words}" for name, (_, words) in COMMANDS.items()]
+    head = "usage: python -m fsdp_qlora COMMAND ...  (COMMAND --help tells more)"
+    return "\n".join([head, "", *rows])
 
 
 def main(argv: list[str]) -> int:
-    """Run a verb; only its own module is imported.
+    """Run a command; only its own module is imported.
 
     Args:
-        argv: the verb and its arguments.
+        argv: the command and its arguments.
 
     Returns:
         Exit code.
 
     Raises:
-        UserError: there is no such verb.
+        UserError: there is no such command.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return DONE
-    if argv[0] not in VERBS:
-        raise UserError(argv[0], f"want one of {' '.join(VERBS)}", "python -m fsdp_qlora --help")
-    module, function, _ = VERBS[argv[0]]
+    if argv[0] not in COMMANDS:
+        rule = f"is no command; there are {' '.join(COMMANDS)}"
+        raise UserError(argv[0], rule, "see python -m fsdp_qlora --help")
+    module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 
 

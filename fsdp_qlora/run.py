@@ -32,8 +32,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
     from fsdp_qlora.results import course, export, session
-    from fsdp_qlora.train import going_on, profiler, trackers
-    from fsdp_qlora.training import loop, memory, memory_probe, metrics
+    from fsdp_qlora.train import going_on, trackers
+    from fsdp_qlora.training import loop, memory, memory_probe, metrics, profiler
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir

@@ -35,7 +35,7 @@ for name in (
     "fsdp_qlora.train.checkpoint",
     "fsdp_qlora.train.going_on",
     "fsdp_qlora.training.loop",
-    "fsdp_qlora.train.profiler",
+    "fsdp_qlora.training.profiler",
     "fsdp_qlora.training.memory_probe",
     "fsdp_qlora.train.trackers",
     "fsdp_qlora.train.versions",
