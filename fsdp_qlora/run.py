@@ -18,15 +18,14 @@ from fsdp_qlora.train import (
     disk,
     failure,
     faults,
-    fingerprint,
     fitting,
     heartbeat,
     launch,
     preflight,
     processes,
-    resume,
     stop,
 )
+from fsdp_qlora.training import resume
 
 
 def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
@@ -42,13 +41,14 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora.model.build import build
     from fsdp_qlora.results import course, export, session
     from fsdp_qlora.results.report import command as report
-    from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
+    from fsdp_qlora.train import ledger, loop, profiler, rehearsal, rows, trackers
+    from fsdp_qlora.training import checkpoint
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
-    begin = going_on.find(cfg, given, info, adapter_files.digest(info), dataset, world)
+    resumed = checkpoint.load(cfg, given, info, adapter_files.digest(info), dataset, world)
 
     if not rehearsal.is_wanted(cfg, world.device):  # it would take as many as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
@@ -62,20 +62,20 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     record = session.describe(cfg, info, dataset, built, account)
     if rehearsal.is_wanted(cfg, world.device):
         record["lines"].append(rehearsal.rehearse(trained, dataset.train, cfg, account, **dry_run))
-    begin.restore(trained)
-    kept, signals = begin.record(out_dir, is_writer), stop.StopFlag()
+    resumed.restore(trained)
+    kept, signals = resumed.record(out_dir, is_writer), stop.StopFlag()
     pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
     signals.install()  # from here on a stop is recorded
     with (
-        disk.told(cfg),
+        disk.explain_disk_full(cfg),
         ledger.Recorder(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, account, kept
         ) as recorder,
         profiler.watched(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.followed(cfg, out_dir, is_writer),
     ):
-        recorder.say("\n".join([*record["lines"], *begin.lines]))
-        course.take(trained, dataset, plan, recorder, account, begin, signals, after_step)
+        recorder.say("\n".join([*record["lines"], *resumed.lines]))
+        course.take(trained, dataset, plan, recorder, account, resumed, signals, after_step)
         if cfg.save_model:
             faults.reach("export", world.rank)
             with account.phase("save"):
@@ -171,7 +171,7 @@ def main(argv: list[str], start=processes.start) -> int:
             rank_main(cfg, given)
             return errors.DONE
         plan = fitting.plan(cfg, given)
-        fingerprint.check_early(saved, plan, adapter_files.digest(plan.info))
+        resume.check_early(saved, plan, adapter_files.digest(plan.info))
         disk.check_room(plan.cfg, plan.info)
         preflight.check(plan)
         publish.check(cfg.push_to_hub)

@@ -6,11 +6,10 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.results.look import Look
 from fsdp_qlora.train import loop
-from fsdp_qlora.train.checkpoint import Keeper
-from fsdp_qlora.train.going_on import Start
 from fsdp_qlora.train.ledger import Recorder
 from fsdp_qlora.train.rows import Account
 from fsdp_qlora.train.stop import StopFlag
+from fsdp_qlora.training.checkpoint import Checkpointer, ResumeState
 
 
 def take(
@@ -19,7 +18,7 @@ def take(
     plan: RunPlan,
     recorder: Recorder,
     account: Account,
-    begin: Start,
+    resumed: ResumeState,
     signals: StopFlag,
     after_step: Callable[[], None],
 ) -> None:
@@ -30,7 +29,7 @@ def take(
         data: what is learned.
         plan: of the run.
         recorder, account: of this rank.
-        begin: where the run starts.
+        resumed: where the run starts.
         signals: SIGTERM and SIGINT.
         after_step: called when a step is recorded.
 
@@ -38,16 +37,16 @@ def take(
         Stopped: a signal has come; what was trained is saved.
     """
     cfg = plan.cfg
-    keeper = Keeper(trained, recorder, cfg, begin.facts, begin.step, signals)
-    look = Look(trained, data, cfg, plan.info, recorder, account, begin.step)
+    checkpointer = Checkpointer(trained, recorder, cfg, resumed, signals)
+    look = Look(trained, data, cfg, plan.info, recorder, account, resumed.step)
 
     def watch() -> None:
         after_step()
         look.after_step()
-        keeper.mark_best(look.best)
+        checkpointer.mark_best(look.best)
 
     look.begin()
-    loop.fit(trained, data.train, recorder, watch, keeper, begin.step, cfg.seed)
+    loop.fit(trained, data.train, recorder, watch, checkpointer, resumed.step, cfg.seed)
     look.end()
-    keeper.mark_best(look.best)
-    keeper.wait()
+    checkpointer.mark_best(look.best)
+    checkpointer.wait()

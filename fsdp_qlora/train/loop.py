@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -23,11 +24,29 @@ from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.rows import Rows
 from fsdp_qlora.train import faults, heartbeat, optim
-from fsdp_qlora.train.checkpoint import Keeper
 from fsdp_qlora.train.clock import Clock
 from fsdp_qlora.train.guard import Guard
 from fsdp_qlora.train.ledger import Recorder
+from fsdp_qlora.train.stop import StopFlag
 from fsdp_qlora.train.world import World
+
+
+class Checkpointing(Protocol):
+    """What the loop needs of the one that saves: training.checkpoint.Checkpointer."""
+
+    stop: StopFlag
+
+    def poll(self, step: int) -> list[float]:
+        """What this rank asks for after a step."""
+
+    def should_save(self, polled: Sequence[float]) -> bool:
+        """Whether `after_step` must be called."""
+
+    def after_step(self, step: int, polled: Sequence[float]) -> None:
+        """Save; leave, if a signal has come."""
+
+    def finish(self, step: int) -> None:
+        """Save what the run has ended with."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +171,7 @@ def fit(
     batches: Batches | PackedBatches,
     recorder: Recorder,
     after_step: Callable[[], None] = lambda: None,
-    keeper: Keeper | None = None,
+    checkpointer: Checkpointing | None = None,
     first_step: int = 0,
     seed: int = 0,
 ) -> None:
@@ -166,7 +185,7 @@ def fit(
         batches: this rank's, of all steps.
         recorder: gets a line per step.
         after_step: called when a step is recorded.
-        keeper: saves checkpoints; None: nothing is saved, and no signal waited for.
+        checkpointer: saves checkpoints; None: nothing is saved, and no signal waited for.
         first_step: steps that were taken before.
         seed: of dropout.
 
@@ -177,7 +196,7 @@ def fit(
     gc.collect()
     gc.freeze()  # else Python walks every module and tensor now and then: 0.2 s of a step at 7B
     world = trained.world
-    with keeper.stop.deferred() if keeper is not None else contextlib.nullcontext():
+    with checkpointer.stop.deferred() if checkpointer is not None else contextlib.nullcontext():
         world.sum(0)  # no rank takes a step that another could still leave at once for a signal
         for step in range(first_step, batches.num_steps):
             micro_batches = batches.step(step)
@@ -193,18 +212,18 @@ def fit(
                     "num_tokens": sum(b.num_tokens for b in micro_batches),
                     **results,
                 },
-                keeper.wishes(step + 1) if keeper is not None else (),
+                checkpointer.poll(step + 1) if checkpointer is not None else (),
             )
             faults.reach("post-record", world.rank, step + 1)
             _note_skipped(trained, batches, recorder)
             heartbeat.beat("look", world.rank, step + 1)  # a profiler's trace takes its time
             after_step()
-            if keeper is not None and keeper.wants(agreed):
+            if checkpointer is not None and checkpointer.should_save(agreed):
                 _note_skipped(trained, batches, recorder, is_last=True)
-                keeper.after_step(step + 1, agreed)
+                checkpointer.after_step(step + 1, agreed)
         _note_skipped(trained, batches, recorder, is_last=True)
-        if keeper is not None:
-            keeper.finish(batches.num_steps)
+        if checkpointer is not None:
+            checkpointer.finish(batches.num_steps)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

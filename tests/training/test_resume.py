@@ -74,7 +74,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     from fsdp_qlora import arch, config
     from fsdp_qlora import run as train
     from fsdp_qlora.plan import run as plans
-    from fsdp_qlora.train import resume
+    from fsdp_qlora.training import resume
 
     argv = [
         f"--model_name={place / 'model'}",
