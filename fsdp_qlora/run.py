@@ -39,7 +39,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     """
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.results import course, export, session
+    from fsdp_qlora.results import export, look, session
     from fsdp_qlora.results.report import command as report
     from fsdp_qlora.train import ledger, loop, profiler, rehearsal, rows, trackers
     from fsdp_qlora.training import checkpoint
@@ -75,7 +75,9 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         trackers.followed(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
-        course.take(trained, dataset, plan, recorder, account, resumed, signals, after_step)
+        checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
+        evaluator = look.Look(trained, dataset, cfg, info, recorder, account, resumed.step)
+        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, after_step)
         if cfg.save_model:
             faults.reach("export", world.rank)
             with account.phase("save"):

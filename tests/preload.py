@@ -27,7 +27,6 @@ for name in (
     "fsdp_qlora.model.load",
     "fsdp_qlora.model.shard",
     "fsdp_qlora.model.skeleton",
-    "fsdp_qlora.results.course",
     "fsdp_qlora.results.export",
     "fsdp_qlora.results.look",
     "fsdp_qlora.results.report.command",

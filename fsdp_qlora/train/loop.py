@@ -34,6 +34,7 @@ from fsdp_qlora.train.world import World
 class Checkpointing(Protocol):
     """What the loop needs of the one that saves: training.checkpoint.Checkpointer."""
 
+    step: int
     stop: StopFlag
 
     def poll(self, step: int) -> list[float]:
@@ -48,6 +49,27 @@ class Checkpointing(Protocol):
     def finish(self, step: int) -> None:
         """Save what the run has ended with."""
 
+    def mark_best(self, best: tuple[float, int] | None) -> None:
+        """Keep the checkpoint of the best evaluation: its loss, and the step it came after."""
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk."""
+
+
+class Evaluating(Protocol):
+    """What the loop needs of the one that measures held-out loss: results.look.Look."""
+
+    best: tuple[float, int] | None
+
+    def begin(self) -> None:
+        """Evaluate the model before the first step."""
+
+    def after_step(self) -> None:
+        """Evaluate the model after a step, if that is due."""
+
+    def end(self) -> None:
+        """Evaluate the model after the last step."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -61,6 +83,7 @@ class Trained:
         world: the ranks.
         guard: skips steps whose loss or gradient is not finite.
         is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
+        seed: of dropout.
     """
 
     model: nn.Module
@@ -71,6 +94,7 @@ class Trained:
     world: World
     guard: Guard = field(default_factory=Guard)
     is_reduced_once: bool = False
+    seed: int = 0
 
 
 def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trained:
@@ -78,7 +102,7 @@ def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trai
 
     Args:
         model: sharded and filled.
-        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync.
+        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync, seed.
         num_steps: optimizer steps of the run.
         world: the ranks.
     """
@@ -96,6 +120,7 @@ def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trai
         world,
         Guard(model, cfg.compute_dtype, cfg.max_skipped_steps),
         cfg.no_sync,
+        cfg.seed,
     )
 
 
@@ -166,14 +191,46 @@ def train_step(
     return results if guard.scale is None else results | {"loss_scale": verdict.facts[2]}
 
 
+def train(
+    trained: Trained,
+    batches: Batches | PackedBatches,
+    recorder: Recorder,
+    checkpointer: Checkpointing,
+    evaluator: Evaluating,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Train from the step that the checkpointer resumes; every rank must call.
+
+    Args:
+        trained: model, parameters, optimizer, restored.
+        batches: this rank's, of all steps.
+        recorder: gets a line per step.
+        checkpointer: saves, also the best evaluation.
+        evaluator: measures before, between and after the steps.
+        after_step: called when a step is recorded.
+
+    Raises:
+        Stopped: a signal has come; what was trained is saved.
+    """
+
+    def evaluate_step() -> None:
+        after_step()
+        evaluator.after_step()
+        checkpointer.mark_best(evaluator.best)
+
+    evaluator.begin()
+    fit(trained, batches, recorder, evaluate_step, checkpointer)
+    evaluator.end()
+    checkpointer.mark_best(evaluator.best)
+    checkpointer.wait()
+
+
 def fit(
     trained: Trained,
     batches: Batches | PackedBatches,
     recorder: Recorder,
     after_step: Callable[[], None] = lambda: None,
     checkpointer: Checkpointing | None = None,
-    first_step: int = 0,
-    seed: int = 0,
 ) -> None:
     """Take every optimizer step of the run, or those that are left.
 
@@ -185,9 +242,8 @@ def fit(
         batches: this rank's, of all steps.
         recorder: gets a line per step.
         after_step: called when a step is recorded.
-        checkpointer: saves checkpoints; None: nothing is saved, and no signal waited for.
-        first_step: steps that were taken before.
-        seed: of dropout.
+        checkpointer: saves checkpoints, and knows how many steps were taken before; None: nothing
+            is saved, and no signal waited for.
 
     Raises:
         Stopped: a signal has come; what was trained is saved.
@@ -196,11 +252,12 @@ def fit(
     gc.collect()
     gc.freeze()  # else Python walks every module and tensor now and then: 0.2 s of a step at 7B
     world = trained.world
+    first_step = checkpointer.step if checkpointer is not None else 0
     with checkpointer.stop.deferred() if checkpointer is not None else contextlib.nullcontext():
         world.sum(0)  # no rank takes a step that another could still leave at once for a signal
         for step in range(first_step, batches.num_steps):
             micro_batches = batches.step(step)
-            torch.manual_seed(dropout_seed(seed, step, world.rank))
+            torch.manual_seed(dropout_seed(trained.seed, step, world.rank))
             learning_rate = trained.schedule.get_last_lr()[0]
             results = train_step(trained, micro_batches, recorder.clock, step + 1)
             agreed = recorder.step(
