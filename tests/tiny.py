@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model import build as building
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.train.world import World
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 DEVICE = "cuda" if NUM_CARDS else "cpu"  # where ranks compute

@@ -13,13 +13,13 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.data import audit, order, prepare, prompts, sources, tokenizer
 from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.plan.limits import PAD_MULTIPLES
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.batches import Batch, Batches
     from fsdp_qlora.data.packed_batches import PackedBatches
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
-PAD_MULTIPLES = {"cuda": 64}  # fewer shapes, so that the allocator finds its blocks again
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     with progress(world.rank) as bar:
         ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, bar.update)
     ready.check()
-    pad_multiple = PAD_MULTIPLES.get(world.device.type, 8)
+    pad_multiple = PAD_MULTIPLES[world.device.type]
     if full is not None and text_tokenizer is not None and ready.writer and ready.uses_chat:
         source = ready.writer.chat.template.source
         if source != text_tokenizer.chat_template:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import audit, prepare, sources, tokenizer
@@ -17,7 +17,6 @@ from fsdp_qlora.data.prepare import Prepared
 from fsdp_qlora.data.store import Sample
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import DONE, UserError, one_line
-from fsdp_qlora.train import ranks
 
 USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
 
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
             lambda: tokenizer.load(path),
             lambda n: progress.update(n),
         )
-    num_cards = ranks.count_gpus(os.environ)
+    num_cards = hardware.count_gpus(os.environ)
     world_size = cfg.world_size if cfg.world_size > 0 else max(num_cards, 1)
     found = audit.of(cfg, ready, world_size, 64 if num_cards else 8)
     if as_json:

@@ -117,8 +117,8 @@ def command(cfg: Config) -> str:
 
 def _front_matter(cfg: Config) -> Iterator[str]:
     yield "---"
-    if _is_hub_name(cfg.model_name):
-        yield f"base_model: {cfg.model_name}"
+    if _is_hub_name(cfg.model_name.partition("@")[0]):
+        yield f"base_model: {cfg.model_name.partition('@')[0]}"
     kind = TRAIN_TYPES[cfg.train_type].adapter
     yield f"library_name: {'peft' if kind in ('lora', 'dora') else 'transformers'}"
     yield "pipeline_tag: text-generation"

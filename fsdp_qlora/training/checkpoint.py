@@ -22,18 +22,18 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoint
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Data
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.hooks import StopFlag, Stopped
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
+from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.plan.memory import moment_bytes
-from fsdp_qlora.train import faults, heartbeat
 from fsdp_qlora.train.ledger import Recorder, Resumed
 from fsdp_qlora.train.loop import Trained
-from fsdp_qlora.train.stop import StopFlag, Stopped
 from fsdp_qlora.train.versions import versions
-from fsdp_qlora.train.world import World
 from fsdp_qlora.training import resume
 
-MAX_TOUCHED_BYTES = 4 * 2**30  # more is not taken from the host before the first checkpoint
 HEARTBEAT_S = 2.0
 DTYPES = {
     **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
@@ -390,7 +390,7 @@ class Checkpointer:
         nbytes = sum(p.numel() * (p.element_size() + moment_bytes(cfg)) for p in params)
         nbytes *= self._is_on and self._is_writer
         self._buffer = HostBuffer(nbytes)
-        if nbytes <= MAX_TOUCHED_BYTES:
+        if nbytes <= MOST_TOUCHED_BYTES:
             self._start(self._buffer.touch)
 
     def _read_best(self) -> list[float]:
@@ -483,7 +483,7 @@ class Checkpointer:
         """
         if not self._is_on or step == self.step:
             return
-        heartbeat.beat("save", self._trained.world.rank, step)
+        hooks.beat("save", self._trained.world.rank, step)
         self._recorder.flush()
         begin_s = time.monotonic()
         self.wait()
@@ -501,9 +501,9 @@ class Checkpointer:
         }
         self._start(lambda: self._write(step, shot, state, best))
         if not self._is_writer:
-            for point in faults.SAVE_POINTS:  # only kills and the like matter to those that wait
+            for point in hooks.SAVE_POINTS:  # only kills and the like matter to those that wait
                 with contextlib.suppress(OSError):
-                    faults.reach(point, trained.world.rank, step)
+                    hooks.reach(point, trained.world.rank, step)
         self._recorder.event("checkpoint", {"step": step, "blocked_s": time.monotonic() - begin_s})
 
     def wait(self) -> None:
@@ -512,7 +512,7 @@ class Checkpointer:
         while is_busy:
             if self._writer is not None:
                 self._writer.join(HEARTBEAT_S)
-            heartbeat.beat("save", world.rank, self.step)  # a slow disk is no hang
+            hooks.beat("save", world.rank, self.step)  # a slow disk is no hang
             is_busy = world.sum(self._writer is not None and self._writer.is_alive()) > 0
         self._join()
 
@@ -522,7 +522,7 @@ class Checkpointer:
         """Write one checkpoint and remove those that it makes needless; in the thread."""
 
         def reach(point: str) -> None:
-            faults.reach(point, 0, step)
+            hooks.reach(point, 0, step)
 
         with contextlib.suppress(FileNotFoundError):
             atomic.sync(self._output_dir / checkpoint_store.METRICS)

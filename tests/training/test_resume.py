@@ -1,4 +1,4 @@
-"""A run that goes on is the unbroken run, bit for bit (train/checkpoint.py, snapshot.py, loop.fit).
+"""A run that goes on is the unbroken run, bit for bit (training/checkpoint.py, loop.fit).
 
 The runs are those of train.py on two gloo ranks, without its supervisor; test_resume_run.py has it.
 """
