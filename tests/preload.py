@@ -29,7 +29,7 @@ for name in (
     "fsdp_qlora.model.skeleton",
     "fsdp_qlora.results.export",
     "fsdp_qlora.results.look",
-    "fsdp_qlora.results.report.command",
+    "fsdp_qlora.report.page",
     "fsdp_qlora.results.session",
     "fsdp_qlora.train.loop",
     "fsdp_qlora.train.profiler",

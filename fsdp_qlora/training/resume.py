@@ -6,7 +6,6 @@ No torch: the command and the supervisor decide it before any rank is started.
 import hashlib
 import json
 import os
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora import checkpoint_store, cli
 from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
-from fsdp_qlora.choices import ALIASES, TRAIN_TYPES
-from fsdp_qlora.config import Config, check_own_code
+from fsdp_qlora.config import (
+    ALIASES,
+    RECIPES_DIR,
+    TRAIN_TYPES,
+    Config,
+    check_own_code,
+    from_record,
+)
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
+from fsdp_qlora.plan import fit
 from fsdp_qlora.plan.run import RunPlan
 
 if TYPE_CHECKING:
@@ -40,7 +46,7 @@ def expand(
 ) -> tuple[list[str], SavedCheckpoint | None]:
     """Replace --resume in a command line by all that it stands for.
 
-    The options that the user gave to the run stand below those of this command line.
+    What is not on this command line is as the checkpoint has it, never a default of today.
 
     Args:
         argv: arguments without the program's name.
@@ -59,7 +65,7 @@ def expand(
     for i, word in enumerate(words):
         if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = f"--resume={LATEST}"
-    given, _ = cli.read_argv(words, typing.get_type_hints(Config), ALIASES)
+    given = cli.Reader(Config, ALIASES, RECIPES_DIR).read_argv(words)
     if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
         return words, None
     wanted = given["resume"].text
@@ -70,12 +76,17 @@ def expand(
     if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
         rule = f"is not where {wanted} was made"
         raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
-    config, names = saved.state["config"], saved.state["given"]
-    check_own_code(config, given, saved.path)
+    stored, removed = from_record(saved.state["config"])
+    check_own_code(vars(stored), given, saved.path)
+    if removed:
+        notify(f"resume    options that are no more, and were set: {', '.join(removed)}")
+    left_open = {"resume", "output_dir", "overwrite"}
+    if stored.fit != "off":
+        left_open |= (fit.PLACING | fit.KEEPING) - {*saved.state["given"]}  # the plan chooses anew
     below = [
-        f"--{name}={cli.to_text(config[name])}"
-        for name in sorted({*names, *PINNED} - {"recipe", "resume", "output_dir", "overwrite"})
-        if name in config and name in Config.__dataclass_fields__
+        f"--{name}={cli.to_text(value)}"
+        for name, value in vars(stored).items()
+        if name in PINNED or (name not in left_open and value != getattr(Config(), name))
     ]
     return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
 
