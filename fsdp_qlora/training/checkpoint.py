@@ -29,10 +29,10 @@ from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.plan.memory import moment_bytes
-from fsdp_qlora.train.ledger import Recorder, Resumed
-from fsdp_qlora.train.loop import Trained
 from fsdp_qlora.train.versions import versions
 from fsdp_qlora.training import resume
+from fsdp_qlora.training.loop import Trained
+from fsdp_qlora.training.metrics import Recorder, Resumed
 
 HEARTBEAT_S = 2.0
 DTYPES = {
