@@ -1,7 +1,7 @@
 """Data sets out of packages: what their files become."""
 
 from fsdp_qlora import fetch_sets
-from fsdp_qlora.data import shapes
+from fsdp_qlora.data import row_formats
 
 DIALOGUES = """
 categories:
@@ -35,4 +35,4 @@ def test_tagged_words_become_a_sentence_and_its_names():
         "text": "The Fulton County jury said Ivan Allen Jr. and Pye's aide (Ed) left.",
         "label": {"name": ["Fulton", "Ivan Allen Jr.", "Pye", "Ed"]},
     }
-    assert shapes.problem(row) is None and shapes.match(row).name == "label"
+    assert row_formats.problem(row) is None and row_formats.match(row).name == "label"

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fsdp_qlora.data import templates, tokenizer, tokens
+from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.chat import Chat, Refused, Template, Text
-from fsdp_qlora.data.rows import Place
-from fsdp_qlora.data.store import Builder, Part
+from fsdp_qlora.data.readers import Place
+from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import MARKED, conversations
@@ -31,11 +31,11 @@ def places(tmp_path_factory):
 def samples(text_tokenizer, chats, template=None, **how):
     """Samples of conversations, as (ids, learned)."""
     chat = text_tokenizer.chat()
-    writer = templates.choose(template, chat, text_tokenizer.names, **how)
+    formatter = row_formats.choose(template, chat, text_tokenizer.names, **how)
     rows = ((Place("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
-    store = tokens.fill(Builder(None), rows, writer, text_tokenizer, 4096)
+    store = tokens.tokenize(StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
     assert store.facts["bad"] == []
-    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in Part(store)]
+    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in TokenDataset(store)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
