@@ -27,7 +27,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
 LIGHT_ROOMS = ("base", "plan", "top")
 LIGHT_MODULES = (
-    "data.templates",
+    "data.row_formats",
     "data.sources",
     "results.report.command",
     "train.launch",

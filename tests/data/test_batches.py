@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsdp_qlora.data import batches as order
+from fsdp_qlora.data import batches as batches_of
 from fsdp_qlora.data.batches import NOT_TRAINED, Batches, SamplerConfig, collate, held_out
 from fsdp_qlora.data.token_dataset import Sample, of_samples
 
@@ -87,9 +87,9 @@ def test_a_step_has_the_same_rows_however_ranks_and_micro_batches_share_it(shape
 
 def test_steps_of_an_epoch_are_those_of_the_users_example():
     """10,748 rows, 8 on each card, 3 epochs: floor, and the rest joins the steps."""
-    assert [3 * order.steps_per_epoch(10_748, 8 * cards) for cards in (1, 2)] == [4029, 2013]
-    assert order.steps_per_epoch(3, 8) == 1
-    sizes = Counter(len(rows) for rows in order.epoch_order(np.full(10_748, 5), 16, 0, 0))
+    assert [3 * batches_of.steps_per_epoch(10_748, 8 * cards) for cards in (1, 2)] == [4029, 2013]
+    assert batches_of.steps_per_epoch(3, 8) == 1
+    sizes = Counter(len(rows) for rows in batches_of.epoch_order(np.full(10_748, 5), 16, 0, 0))
     assert sizes == {16: 659, 17: 12}
 
 
@@ -151,15 +151,15 @@ def test_rows_are_padded_to_a_multiple_and_not_to_the_context(length, multiple, 
 def test_rows_of_like_length_meet_and_little_is_padded():
     """Lengths as real data have them (log-normal, median 200, cut at 2048)."""
     lengths = np.random.default_rng(0).lognormal(np.log(200), 0.9, 6000).astype(int).clip(4, 2048)
-    shares = {}
-    for by_length in (True, False):
-        steps = order.epoch_order(lengths, 16, 42, 0, by_length)
-        assert sorted(np.concatenate(steps).tolist()) == list(range(6000))
-        assert all((np.diff(lengths[rows]) <= 0).all() for rows in steps)
-        padded = sum(len(rows) * int(lengths[rows].max()) for rows in steps)
-        shares[by_length] = 1 - lengths.sum() / padded
-    assert shares[True] < 0.1 and shares[False] > 0.5
-    firsts = [lengths[rows].max() for rows in order.epoch_order(lengths, 16, 42, 0)[:64]]
+    shuffled = np.random.default_rng(1).permutation(6000)
+    chance, ours = np.split(shuffled, 375), batches_of.epoch_order(lengths, 16, 42, 0)
+    assert sorted(np.concatenate(ours).tolist()) == list(range(6000))
+    assert all((np.diff(lengths[rows]) <= 0).all() for rows in ours)
+    padded = [
+        sum(len(rows) * int(lengths[rows].max()) for rows in steps) for steps in (ours, chance)
+    ]
+    assert 1 - lengths.sum() / padded[0] < 0.1 and 1 - lengths.sum() / padded[1] > 0.5
+    firsts = [lengths[rows].max() for rows in batches_of.epoch_order(lengths, 16, 42, 0)[:64]]
     assert firsts != sorted(firsts) and firsts != sorted(firsts, reverse=True)
 
 
@@ -180,8 +180,7 @@ def test_the_padding_that_is_foretold_is_what_batches_have():
         ]
         steps = range(ranks[0].num_steps)
         made = [m.input_ids.numel() for b in ranks for step in steps for m in b.step(step)]
-        shape = (batch, accumulation, world)
-        told = order.padded_tokens(samples.lengths, *shape, 42, multiple)
+        told = batches_of.padded_tokens(samples.lengths, ranks[0].sampler)
         assert sum(made) == sum(told) and max(made) == max(told) == ranks[0].most_tokens
     one, whole = (Batches(samples, SamplerConfig(4, 2, 2, 0, 1, 1, steps)) for steps in (1, -1))
     assert max(m.input_ids.numel() for m in one.step(0)) == one.most_tokens < whole.most_tokens

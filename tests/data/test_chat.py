@@ -195,13 +195,13 @@ def learned(texts: list[Text]) -> list[tuple[str, list[str]]]:
 )
 def test_an_answer_is_learned_in_the_text_that_the_model_will_see(source, expected):
     chat = Chat(Template(source, NAMES, "t"))
-    assert learned(chat.write(PAIR, [1, 3])) == expected
+    assert learned(chat.render(PAIR, [1, 3])) == expected
 
 
 def test_a_conversation_may_begin_with_the_assistant():
     chat = Chat(Template("{{ messages[0].role[:0] }}" + ENDING, NAMES, "t"))
     messages = [{"role": "assistant", "content": "Hello."}, *PAIR[:2]]
-    ((_, spans),) = learned(chat.write(messages, [0, 2]))
+    ((_, spans),) = learned(chat.render(messages, [0, 2]))
     assert spans == ["Hello.|", "<think>why</think>A|</s>"]
 
 
@@ -225,12 +225,11 @@ def test_a_broken_template_is_named_with_its_line(source, words):
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ range(10**9) | list }}",
-        "{% generation %}a{% endgeneration %}\ufdd0",
     ],
 )
 def test_what_a_template_raises_or_may_not_do_is_a_refusal(source):
     with pytest.raises(Refused):
-        Chat(Template(source, NAMES, "t")).write(PAIR, [1])
+        Chat(Template(source, NAMES, "t")).render(PAIR, [1])
 
 
 def test_a_template_sees_what_transformers_gives_it():

@@ -176,13 +176,13 @@ def test_a_jinja_file_over_columns_learns_what_is_marked_or_all(choose, tmp_path
     path = tmp_path / "t.jinja"
     path.write_text("Q {{ q }}{% generation %} A {{ a }}{% endgeneration %}.")
     assert written(choose(str(path)), {"q": 1, "a": "x"}) == ("Q 1 A x.", [" A x"])
-    assert choose(str(path)).write({"q": 1, "a": "x"})[0].has_markup is False
+    assert choose(str(path)).render({"q": 1, "a": "x"})[0].has_markup is False
     path.write_text("{{ bos_token }}{{ q }}")
-    (text,) = choose(str(path)).write({"q": "x"})
+    (text,) = choose(str(path)).render({"q": "x"})
     assert text == ("<|endoftext|>x", ((0, 14),), True)
     for row in ({"p": 1}, {}):
         with pytest.raises(Refused, match="'q' is undefined"):
-            choose(str(path)).write(row)
+            choose(str(path)).render(row)
     path.write_text("{{ messages[0].content }}{% if add_generation_prompt %}A{% endif %}")
     assert choose(str(path)).format_name == "chat"
     assert choose(str(path)).ask("Hi", ALPACA) == "HiA"
@@ -286,6 +286,6 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
     for tools in ([{"name": "f"}], '[{"name": "f"}]'):
-        assert choose(str(path)).write(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
+        assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
-        choose(str(path)).write(CHAT | {"tools": "[oops"})
+        choose(str(path)).render(CHAT | {"tools": "[oops"})

@@ -60,9 +60,9 @@ def test_a_json_file_gives_all_its_rows_in_order_whatever_its_form(tmp_path, nam
 
 def csv_text(separator=","):
     file = io.StringIO()
-    formatter = csv.DictWriter(file, ROWS[0], delimiter=separator)
-    formatter.writeheader()
-    formatter.formatterows([*ROWS[:-1], {"question": 'a "b",\nc;d', "answer": "\te"}])
+    writer = csv.DictWriter(file, ROWS[0], delimiter=separator)
+    writer.writeheader()
+    writer.writerows([*ROWS[:-1], {"question": 'a "b",\nc;d', "answer": "\te"}])
     return file.getvalue()
 
 

@@ -22,7 +22,7 @@ def build(builder: StoreBuilder):
     return builder.finish({"num_rows": 5})
 
 
-def check(found: token_dataset.Store):
+def check(found: token_dataset.TokenStore):
     part = TokenDataset(found)
     assert [s.input_ids.tolist() for s in part] == [[5, 6, 7], [1, 2, 3], [4], [], [5, 6, 7]]
     assert part[1].is_trained.tolist() == [False, False, True]

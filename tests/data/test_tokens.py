@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import fetch
-from fsdp_qlora.data import readers, row_formats, token_dataset, tokens
+from fsdp_qlora.data import readers, row_formats, tokens
 from fsdp_qlora.data.chat import Refused
 from fsdp_qlora.data.readers import BadRow, Place, TextPiece
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
@@ -251,4 +251,4 @@ def test_ten_thousand_mutated_rows_give_a_sample_or_one_line_with_their_place(tm
     assert number == 10_001 and num_bad > 3000 and len(good) > 1000
     found = tokens.tokenize(StoreBuilder(None), good, formatter, tokenizer, 256)
     assert found.facts["num_bad"] == 0 and found.facts["num_rows"] == len(good)
-    assert len(found.starts) > 1000 and token_dataset.TokenDataset(found).num_trained.min() > 0
+    assert len(found) > 1000 and TokenDataset(found).num_trained.min() > 0
