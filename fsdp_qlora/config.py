@@ -1,15 +1,15 @@
 """Every option of a run, once: name, type, default, meaning and the values it may take."""
 
 import dataclasses
-import json
 import os
 import re
+import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import cli
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.choices import (
     ALIASES,
     ATTENTIONS,
@@ -42,7 +42,7 @@ from fsdp_qlora.choices import (
 )
 from fsdp_qlora.cli import any_of, flag, idle
 from fsdp_qlora.conflicts import find_conflicts
-from fsdp_qlora.errors import join
+from fsdp_qlora.errors import UserError, join
 
 USAGE = """usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]
 
@@ -50,6 +50,8 @@ Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machi
 --option true and a bare --option are the same; a recipe stands below the command line."""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 RECIPES_DIR = PROJECT_DIR / "recipes"
+OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
+DATA_OPTIONS = ("dataset", "eval_split")  # those that may name one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,7 +279,28 @@ def save(cfg: Config, path: str | os.PathLike[str], versions: Mapping[str, str])
         path: file to write; its directory exists.
         versions: name -> version.
     """
-    part = Path(f"{path}.part")
-    table = to_dict(cfg) | {"versions": dict(versions)}
-    part.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    atomic.write_json(Path(path), to_dict(cfg) | {"versions": dict(versions)})
+
+
+def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Path | str) -> None:
+    """Refuse Python that only a directory names: it runs when the command line names it, too.
+
+    Args:
+        stored: options as an adapter or a checkpoint keeps them, by name.
+        given: names of the options that the user's own command line sets.
+        place: the directory, for the error.
+
+    Raises:
+        UserError: `dataset` or `eval_split` is `file.py[:function]` and was not given (code 2).
+    """
+    values = {key: str(stored.get(key) or "") for key in DATA_OPTIONS if key not in given}
+    code = {
+        key: value
+        for key, value in values.items()
+        if any(OWN_CODE.fullmatch(name.strip()) for name in (value, *value.split(",")))
+    }
+    if code:
+        got = ", ".join(f"{key} {value}" for key, value in code.items())
+        flags = " ".join(f"--{key} {shlex.quote(value)}" for key, value in code.items())
+        rule = f"is Python that only {place} names, which never runs"
+        raise UserError(got, rule, f"if you trust it, add {flags}")

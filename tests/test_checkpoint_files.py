@@ -202,8 +202,56 @@ def test_the_latest_whole_one_is_found_and_damaged_ones_are_named(tmp_path: Path
     assert saved is not None and saved.step == 10
     assert [line.split()[1:3] for line in said] == [["step", "13"], ["step", "11"]]
     assert files.WEIGHTS in said[1] and "0 bytes" in said[1]
+    before = content(path)
     assert resume.settle(tmp_path, 10) == [13, 11]
-    assert {p.name for p in path.parent.iterdir()} == {"step-9", "step-10"}
+    aside = {"step-11.aside-1", "step-13.aside-1"}
+    assert {p.name for p in path.parent.iterdir()} == {"step-9", "step-10", *aside}
+    assert content(path.with_name("step-11.aside-1")) == before
+
+
+def test_nothing_is_removed_while_nobody_knows_which_is_the_best(tmp_path: Path):
+    """One wrong byte in best.json made it forgotten, and the best checkpoint was removed."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / files.CHECKPOINTS / files.BEST).write_text('{"step": 1, "loss": 0.5\0')
+    assert files.prune(tmp_path, 1) == []
+    with pytest.raises(UserError, match=r"best\.json"):
+        files.best_of(tmp_path)
+    files.set_best(tmp_path, 1, 0.5)
+    assert files.prune(tmp_path, 1) == [2] and files.steps(tmp_path) == [3, 1]
+
+
+def test_a_checkpoint_of_the_same_step_is_set_aside(tmp_path: Path):
+    before = content(save(tmp_path, 1, is_finite=False))
+    path = save(tmp_path, 1)
+    assert content(path.with_name("step-1.aside-1")) == before and files.read(path)
+
+
+def test_a_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, monkeypatch):
+    """A passing error of the disk: code 5, and a restart does not begin anew."""
+    save(tmp_path, 1)
+
+    def fail(path: Path) -> list[str]:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "listdir", fail)
+        assert files.may_hold_any(tmp_path) and resume.latest(tmp_path) is None
+        for wanted in (resume.AUTO, resume.LATEST):
+            with pytest.raises(UserError, match="Input/output error") as caught:
+                resume.expand([f"--resume={wanted}", f"--output_dir={tmp_path}"])
+            assert caught.value.code == INTEGRITY
+    assert resume.latest_valid(tmp_path) == tmp_path / files.CHECKPOINTS / "step-1"
+
+
+def test_a_damaged_line_does_not_cost_the_rest_of_the_record(tmp_path: Path):
+    """It cut the record at the first wrong byte."""
+    path = tmp_path / "metrics.jsonl"
+    raw = b'{"event": "run"}\n{"step": 1}\n{"step"\0 2}\n{"step": 3}\n{"step": 4}\n'
+    path.write_bytes(raw)
+    assert resume.cut_record(path, 3) == [{"event": "run"}, {"step": 1}, {"step": 3}]
+    assert path.read_bytes() == b'{"event": "run"}\n{"step": 1}\n{"step": 3}\n'
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == raw
 
 
 def test_the_record_is_cut_behind_the_checkpoint(tmp_path: Path):

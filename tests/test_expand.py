@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora import arch, trained
+from fsdp_qlora import arch
+from fsdp_qlora.arch import trained
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.results import verbs
 from tests import tiny

@@ -27,10 +27,10 @@ from fsdp_qlora import arch
 from fsdp_qlora.config import given, parse
 from fsdp_qlora.plan import cards, run
 from fsdp_qlora.train.launch import supervise
-script, argv = sys.argv[1], sys.argv[2:]
+program, argv = [sys.executable, sys.argv[1]], sys.argv[2:]
 info = arch.read("llama-2-7b", need_weights=False)
 machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
-sys.exit(supervise(parse(argv), argv, script, run.make(info, parse(argv), given(argv), machine)))
+sys.exit(supervise(parse(argv), argv, program, run.make(info, parse(argv), given(argv), machine)))
 """
 SHORT = """
 from fsdp_qlora.plan.run import notch_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, fetch
-from fsdp_qlora.data import readers
+from fsdp_qlora.data import readers, row_formats
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from tests import small_tokenizers
 
@@ -31,10 +31,29 @@ class Outer:
     def twice(self, value): pass
 raise RuntimeError("must not be run")
 '''
+DIALOGUES = """
+categories:
+- science
+conversations:
+- - What is light?
+  - A wave, and a particle.
+  - Both?
+- - Only asked
+- - 7
+  - is no text
+"""
+BROWN = """
+\tThe/at Fulton/np-tl County/nn-tl jury/nn said/vbd Ivan/np Allen/np Jr./np and/cc Pye's/np$ \
+aide/nn (/( Ed/np )/) left/vbd ./.
+
+\tNo/at evidence/nn ''/'' ./.
+"""
+# Of the tensors that two other readers of GGUF gave, transformers' and one of our own, bit for bit.
+SMOLLM2_WEIGHTS = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fetch.Package:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A wheel on this machine as the whole package index."""
     folder = tmp_path / "index"
     folder.mkdir()
@@ -50,24 +69,23 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fetch.Package:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    return fetch.Package("tinything==1.0", sha256, "tinything/data.txt")
+    return f"tinything==1.0 {sha256}"
 
 
-def test_a_package_is_brought_when_its_hash_is_the_known_one(
-    package: fetch.Package, tmp_path: Path
-) -> None:
+def test_a_package_is_unpacked_when_its_hash_is_the_known_one(package: str, tmp_path: Path) -> None:
     """Real pip; another hash or another name is refused, each with its own code."""
-    for name in ("good", "other", "absent"):
-        (tmp_path / name).mkdir()
-    path = fetch.download(package, tmp_path / "good")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == package.sha256
-    with pytest.raises(UserError, match="is not the file that this program knows") as other:
-        fetch.download(fetch.Package(package.requirement, "0" * 64, ""), tmp_path / "other")
-    assert other.value.code == INTEGRITY
-    with pytest.raises(UserError, match="No matching distribution") as absent:
-        fetch.download(fetch.Package("absent-thing==1.0", "0" * 64, ""), tmp_path / "absent")
-    assert absent.value.code == ENVIRONMENT
-    assert not list((tmp_path / "other").iterdir())
+    with fetch.unpacked(package) as folder:
+        assert (folder / "tinything" / "data.txt").read_text() == "content"
+    assert not folder.exists()
+    for requirement, words, code in (
+        ("tinything==1.0", "is not the file that this program knows", INTEGRITY),
+        ("absent-thing==1.0", "No matching distribution", ENVIRONMENT),
+    ):
+        (tmp_path / requirement).mkdir()
+        with pytest.raises(UserError, match=words) as caught:
+            fetch.download(f"{requirement} {'0' * 64}", tmp_path / requirement)
+        assert caught.value.code == code
+        assert not list((tmp_path / requirement).iterdir())
 
 
 def test_docstrings_are_read_without_running_the_module() -> None:
@@ -104,25 +122,30 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     path.write_text("mine")
     assert fetch.main(["alpaca", "--out", str(path)]) == DONE
     assert path.read_text() == "mine"
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
 
 
-def test_a_failed_fetch_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Neither a draft nor the target, for a file and for a directory."""
+def test_a_failed_fetch_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a draft nor the target, for a file and for a directory; a library is named."""
 
-    def fail(make) -> None:
-        with fetch.new_path(tmp_path / "out") as draft:
+    def fail(make, error: Exception):
+        def save(draft: Path) -> None:
             make(draft)
-            raise UserError("x", "y", "z")
+            raise error
+
+        return save
 
     for make in (Path.touch, Path.mkdir):
+        monkeypatch.setattr(fetch, "save_smollm2", fail(make, UserError("x", "y", "z")))
         with pytest.raises(UserError, match="x: y; z"):
-            fail(make)
+            fetch.main(["smollm2", "--out", str(tmp_path / "out")])
         assert not list(tmp_path.iterdir())
-    with fetch.new_path(tmp_path / "out") as draft:
-        draft.write_text("whole")
-        assert not (tmp_path / "out").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    monkeypatch.setattr(fetch, "save_dialogues", fail(Path.touch, ImportError(name="pyarrow")))
+    with pytest.raises(UserError, match="dialogues: needs pyarrow; pip install pyarrow") as caught:
+        fetch.main(["dialogues", "--out", str(tmp_path / "out")])
+    assert caught.value.code == ENVIRONMENT and not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_the_environment(tmp_path: Path) -> None:
@@ -158,6 +181,8 @@ def test_smollm2_answers_and_is_the_known_model(tmp_path: Path) -> None:
 
     path = tmp_path / "model"
     reachable("smollm2", path)
+    weights = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    assert weights == SMOLLM2_WEIGHTS
     info = arch.read(str(path), need_weights=True)
     shape = arch.read("smollm2-135m", need_weights=False)
     assert arch.num_params(info) == arch.num_params(shape) == 134_515_008
@@ -182,3 +207,21 @@ def test_alpaca_has_its_999_rows(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "alpaca.jsonl").open(encoding="utf-8")]
     assert len(rows) == 999
     assert all({"instruction", "input", "output"} <= row.keys() for row in rows)
+
+
+def test_a_conversation_becomes_description_patient_and_doctor() -> None:
+    """Of more than two turns the first two count; one without an answer in text is left out."""
+    assert list(fetch.dialogues(DIALOGUES)) == [
+        {"Description": "science", "Patient": "What is light?", "Doctor": "A wave, and a particle."}
+    ]
+
+
+def test_tagged_words_become_a_sentence_and_its_names() -> None:
+    """Names of several words are joined; sentences without one are left out."""
+    (row,) = fetch.tagged_names(BROWN)
+    assert row == {
+        "text": "The Fulton County jury said Ivan Allen Jr. and Pye's aide (Ed) left.",
+        "label": {"name": ["Fulton", "Ivan Allen Jr.", "Pye", "Ed"]},
+    }
+    found = row_formats.match(row)
+    assert found is not None and found.problem(row) is None and found.name == "label"

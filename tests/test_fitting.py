@@ -51,7 +51,7 @@ def on_two_cards(argv: list[str], start) -> int:
     Any setting that needs less is a notch: the rows of a tiny model are lost beside the context of
     a card. In a process of its own, so what is changed here stays there.
     """
-    import train
+    from fsdp_qlora import run as train
     from fsdp_qlora.train import launch
 
     fit.NOTCH, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)

@@ -5,8 +5,10 @@ A budget moves only by editing this file, with the reason beside it.
 
 import ast
 import functools
+import io
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,41 +18,42 @@ from tests import timing
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 480  # code lines: no docstrings, comments, blanks
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 3
 MAX_HELP_S = 1.0
 
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.AsyncFor, ast.AsyncWith)
+NO_CODE = (
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    tokenize.ENDMARKER,
+)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
-LIGHT_ROOMS = ("base", "plan", "top")
+LIGHT_ROOMS = ("base", "plan", "planning", "checkpoint_store", "top")
 LIGHT_MODULES = (
     "data.row_formats",
     "data.sources",
     "results.report.command",
     "train.launch",
     "train.fitting",
+    "run",
 )
 WITHOUT_NUMPY = ("config", "conflicts", "cli", "errors", "train.launch")
 
 # A room imports from the rooms before it, never after; data and model know nothing of each other.
 ORDER = {
-    "base": 0,
-    "plan": 1,
-    "ranks": 2,
-    "data": 3,
-    "model": 3,
-    "train": 4,
-    "results": 5,
-    "top": 6,
+    **{"base": 0, "plan": 1, "planning": 1, "checkpoint_store": 2, "ranks": 2, "distributed": 2},
+    **{"data": 3, "model": 3, "train": 4, "training": 4},
+    **{"results": 5, "export": 5, "inference": 5, "report": 6, "bench": 7, "doctor": 7},
+    **{"fetch": 7, "run": 8, "top": 9},
 }
 RANKS = {"ranks", "world", "launch", "failure", "memory", "clock", "versions"}
 RANKS |= {"resume", "checkpoint_files"}  # the supervisor restarts from what they find
 # Points of faults lie in data and model too.
-RANKS |= {"processes", "verdict", "terminal", "faults", "heartbeat"}
-TOPS = ("__main__", "fetch")
+RANKS |= {"processes", "verdict", "faults", "heartbeat"}
+TOPS = ("__main__", "run")
 
 DISTRIBUTED = "torch.distributed"
 TORCH_METHODS = {"forward", "backward", "setup_context", "extra_repr"}  # torch says what they are
@@ -128,6 +131,8 @@ def is_part(name: str, package: str) -> bool:
 
 def room(module: str) -> str:
     first, _, rest = module.partition(".")
+    if first.startswith("fetch"):
+        return "fetch"
     if first.startswith(TOPS):
         return "top"
     if first == "train" and rest.split(".")[0] in RANKS:
@@ -165,12 +170,30 @@ def branches(statement: ast.stmt) -> list[list[ast.stmt]]:
     return [branch for branch in [*lists, *(part.body for part in parts)] if branch]
 
 
+def count_code(source: str) -> int:
+    """Lines of Python that are no docstring, no comment and not blank."""
+    tree = ast.parse(source)
+    owners = (ast.Module, ast.ClassDef, *FUNCTIONS)
+    texts = [node.body[0] for node in ast.walk(tree) if isinstance(node, owners) and node.body]
+    docstrings = {
+        line
+        for text in texts
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        for line in range(text.lineno, (text.end_lineno or text.lineno) + 1)
+    }
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docstrings)
+
+
 def over_budget(name: str, source: str) -> list[str]:
     """The files and functions that are too long or too deep."""
     faults = []
-    num_lines = len(source.splitlines())
+    num_lines = count_code(source)
     if num_lines > MAX_FILE_LINES:
-        faults.append(f"{name}: {num_lines} lines, at most {MAX_FILE_LINES}")
+        faults.append(f"{name}: {num_lines} code lines, at most {MAX_FILE_LINES}")
     for function in functions(ast.parse(source)):
         num_lines = (function.end_lineno or 0) - function.lineno + 1
         if num_lines > MAX_FUNCTION_LINES:
@@ -252,7 +275,7 @@ def test_the_checks_find_what_they_forbid():
     )
     assert over_budget("x", deep) == ["x: f: nesting 4, at most 3"]
     assert over_budget("x", deep.replace("while d:\n     pass", "d()")) == []
-    assert len(over_budget("x", "def f():\n" + " pass\n" * 60 + "#\n" * 290)) == 2
+    assert len(over_budget("x", "def f():\n" + " pass\n" * 480)) == 2
     bare = ast.parse("class A:\n def f(self): pass\n def _g(self): pass\ndef h(): pass")
     assert undocumented("x", bare) == ["x: module", "x: A", "x: h", "x: f"]
     assert patched("x", ast.parse("import torch\ntorch.nn.Linear = 1")) == [

@@ -25,7 +25,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.train.launch import supervise
 script, argv = sys.argv[1], sys.argv[2:]
 try:
-    sys.exit(supervise(parse(argv), argv, script))
+    sys.exit(supervise(parse(argv), argv, [sys.executable, script]))
 except UserError as fault:
     print(f"error: {fault}", file=sys.stderr)
     sys.exit(fault.code)
@@ -281,6 +281,14 @@ def test_a_directory_with_files_is_kept_unless_overwrite_is_given(tmp_path: Path
     assert run(tmp_path, "pass", "--overwrite") == (0, "", "")
     assert (out / "mine.txt").exists()
     assert not (out / "metrics.jsonl").exists() and not (out / "logs/rank7.error").exists()
+
+
+def test_a_run_of_which_nothing_came_takes_only_its_own_files_along(tmp_path: Path):
+    """A cache in a new output directory stays when the run is refused."""
+    body = "write_error(out, rank, 2, 'bad; repair it')\nsys.exit(2)"
+    assert run(tmp_path, body)[0] == INPUT
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} <= {"pid0", "pid1"} and list(out.iterdir())
 
 
 def test_an_output_dir_that_cannot_be_made_is_an_error_of_the_machine(tmp_path: Path):

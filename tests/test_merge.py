@@ -222,10 +222,30 @@ def test_held_out_rows_of_the_run_are_used(places, tmp_path: Path):
     assert found["evidence"]["rows"] == f"3 held-out rows of {data}"
     assert found["evidence"]["num_rows"] == 3 and found["evidence"]["loss_merged"] > 1
     assert (tmp_path / "one" / "tokenizer.json").exists()
+    evil = write_evil(adapter)
+    asked = merge(adapter, tmp_path / "asked", "--device=cpu", "--evidence_rows=1")["evidence"]
+    assert "random tokens" in asked["rows"] and f"add --dataset {evil}:rows" in asked["rows"]
+    assert not (adapter / "ran").exists()
+    merge(adapter, tmp_path / "named", "--evidence_rows=1", f"--dataset={evil}:rows")
+    assert (adapter / "ran").exists()
+    config.save(config.parse([*argv, f"--output_dir={adapter}"]), adapter / "run_config.json", {})
     data.unlink()
     lost = merge(adapter, tmp_path / "two", "--device=cpu")["evidence"]
     assert "random tokens" in lost["rows"] and str(data.name) in lost["rows"]
     assert "loss_merged" not in lost
+
+
+def write_evil(adapter: Path) -> Path:
+    """Python in the directory, named as the data of the run; running it leaves the file `ran`."""
+    evil = adapter / "evil.py"
+    evil.write_text(
+        f"open({str(adapter / 'ran')!r}, 'w')\n"
+        "def rows(*_):\n    return [{'instruction': 'What is 5?', 'output': 'It is 5.'}] * 4\n"
+    )
+    table = json.loads((adapter / "run_config.json").read_text())
+    table |= {"dataset": f"{evil}:rows", "eval_split": None, "eval_samples": 0}
+    (adapter / "run_config.json").write_text(json.dumps(table))
+    return evil
 
 
 def edit(adapter: Path, out: Path, **values) -> Path:

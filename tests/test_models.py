@@ -135,7 +135,7 @@ def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
     kept = {key for key, ref in info.tensors.items() if len(ref.shape) > 1 and key not in packed}
     assert kept == results[name][4]
     assert sum(linear.expert is not None for linear in info.linears) == 4 * 3
-    listed = arch.unquantised(info)
+    listed = arch.unquantized(info)
     assert sum(listed.values()) == sum(
         ref.shape[0] * ref.shape[1] for key, ref in info.tensors.items() if key in kept
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from fsdp_qlora import arch, config, prequantized
+from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.arch.trained import adopt_format
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.layout import view_fields
@@ -114,9 +115,9 @@ def test_the_format_is_that_of_the_files_and_another_is_refused(flags: str, word
     cfg = config.parse(flags.split())
     if words:
         with pytest.raises(UserError, match=words):
-            prequantized.adopt(cfg, "nf4_dq", config.given(flags.split()))
+            adopt_format(cfg, "nf4_dq", config.given(flags.split()))
     else:
-        cfg = prequantized.adopt(cfg, "fp4" if not flags else "nf4", config.given(flags.split()))
+        cfg = adopt_format(cfg, "fp4" if not flags else "nf4", config.given(flags.split()))
         assert cfg.format_name == ("nf4" if flags else "fp4")
 
 
@@ -131,7 +132,7 @@ def test_what_is_quantised_otherwise_is_refused_in_one_line(stored, tmp_path: Pa
         (other / "config.json").write_text(json.dumps(text | {"quantization_config": change}))
         with pytest.raises(UserError, match=words):
             arch.read(str(other), need_weights=False)
-    with pytest.raises(UserError, match="is quantised already, as fp4"):
+    with pytest.raises(UserError, match="is quantized already, as fp4"):
         main(["quantize", f"--model_name={stored['fp4']}", f"--out={tmp_path / 'out'}"])
     # Written as another type than its files have: no byte may be read by the wrong code.
     text["quantization_config"]["bnb_4bit_quant_type"] = "nf4"

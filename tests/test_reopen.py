@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -66,6 +67,37 @@ def test_evaluate_finds_the_losses_of_the_run(finished):
     assert found["base"]["loss"] == pytest.approx(losses["before"], rel=1e-5)
     assert found["adapter"]["loss"] == pytest.approx(losses["after"], rel=1e-5)
     assert losses["after"] < losses["before"] - 0.5
+
+
+def test_python_that_only_the_adapter_names_never_runs(finished):
+    """`evaluate` says how to name it, and runs it then; `generate` needs no rows."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "run_config.json"):
+        (finished.parent / "evil").mkdir(exist_ok=True)
+        shutil.copy(finished / name, finished.parent / "evil")
+    place = finished.parent / "evil"
+    table = json.loads((place / "run_config.json").read_text())
+    rows = f"{place / 'evil.py'}:rows"
+    for flag in ("dataset", "eval_split"):
+        changed = json.dumps(table | {flag: f"x.jsonl, {rows}" if flag == "dataset" else rows})
+        (place / "run_config.json").write_text(changed)
+        (place / "evil.py").write_text(f"open({str(place / 'ran')!r}, 'w')\nrows = 1 / 0\n")
+        for rest in ((), ("--eval_samples=2",), ("--world_size=2",)):
+            with pytest.raises(UserError, match="if you trust it, add --" + flag) as caught:
+                evaluate.main(["--adapter", str(place), *rest])
+            assert rows in str(caught.value)
+    flags = ("--adapter", str(place), "--prompt", ASKED, "--num_tokens", "6", "--raw")
+    assert run("-m", "fsdp_qlora", "generate", *flags).stdout.strip() == answer_of(finished)
+    assert not (place / "ran").exists()
+    done = run(
+        "-m",
+        "fsdp_qlora",
+        "evaluate",
+        "--adapter",
+        str(place),
+        "--eval_samples=0",
+        f"--eval_split={rows}",
+    )
+    assert "division by zero" in done.stderr and (place / "ran").exists()
 
 
 def answer_of(finished):

@@ -72,8 +72,8 @@ def place(tmp_path_factory) -> Path:
 
 def run(world, place: Path, out: Path, *flags: str) -> None:
     """Train as a rank of train.py does."""
-    import train
     from fsdp_qlora import arch, config
+    from fsdp_qlora import run as train
     from fsdp_qlora.plan import run as plans
     from fsdp_qlora.train import resume
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.results import adapter_files
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train import disk, fingerprint, launch, resume
@@ -89,11 +90,24 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
     assert config.parse(bare).resume == str(saved.path)
 
 
+def test_python_that_only_a_checkpoint_names_never_runs(tmp_path: Path, model: Path):
+    """The command line must name it again; the line says how."""
+    for flag in ("dataset", "eval_split"):
+        saved = save([*flags(model, tmp_path / "out"), f"--{flag}=own.py:rows"])
+        with pytest.raises(UserError, match=f"add --{flag} own.py:rows$"):
+            resume.expand([f"--resume={saved.path}", "--lr=0.25"])
+        argv, _ = resume.expand([f"--resume={saved.path}", f"--{flag}=own.py:rows"])
+        assert getattr(config.parse(argv), flag) == "own.py:rows"
+        assert resume.expand(argv)[0][-2:] == argv[-2:]
+
+
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path):
     said: list[str] = []
     argv = ["--resume=auto", f"--output_dir={tmp_path / 'none'}"]
     words, saved = resume.expand(argv, said.append)
-    assert saved is None and config.parse(words).resume is None and "fresh start" in said[0]
+    assert (
+        saved is None and resume.saved_of(config.parse(words)) is None and "fresh start" in said[0]
+    )
     assert resume.expand(["--lr=1"]) == (["--lr=1"], None)
     with pytest.raises(UserError, match="does not say which run"):
         resume.expand(["--resume"])
@@ -164,16 +178,103 @@ def test_a_directory_belongs_to_one_run_at_a_time(tmp_path: Path):
     assert launch.claim_output_dir(config.parse([f"--output_dir={out}"])) == out
 
 
+def whole(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
+def claim(*argv: str) -> Path:
+    return launch.claim_output_dir(config.parse(resume.expand(argv)[0]))
+
+
 def test_a_directory_of_a_run_is_kept_or_emptied_of_checkpoints(tmp_path: Path, model: Path):
     out = tmp_path / "out"
     save(flags(model, out))
+    files.set_aside(save(flags(model, out)).path)
+    save(flags(model, out))
     (out / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"holds files already; .*--resume to go on"):
-        launch.claim_output_dir(config.parse([f"--output_dir={out}"]))
-    launch.claim_output_dir(config.parse(resume.expand([f"--resume={out}"])[0]))
+        claim(f"--output_dir={out}")
+    claim(f"--resume={out}")
     assert files.steps(out) == [STEP] and (out / "metrics.jsonl").exists()
-    launch.claim_output_dir(config.parse([f"--output_dir={out}", "--overwrite"]))
-    assert files.steps(out) == [] and not (out / "metrics.jsonl").exists()
+    claim(f"--output_dir={out}", "--overwrite")
+    assert {path.name for path in out.iterdir()} == {resume.LOCK, "logs"}
+
+
+def test_auto_removes_nothing_when_no_checkpoint_is_readable(tmp_path: Path, model: Path):
+    """One wrong byte in every state.json: code 5 and the way on; all was removed before."""
+    out = tmp_path / "out"
+    argv = flags(model, out)
+    cfg = config.parse(argv)
+    saved = save(argv)
+    files.write(saved.path.parent, STEP + 1, {}, {})
+    for path in out.rglob(files.STATE):
+        path.write_bytes(path.read_bytes().replace(b"step", b"stop", 1))
+    (out / resume.LOCK).touch()
+    config.save(cfg, out / "run_config.json", {})
+    (out / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = whole(out)
+    for more in ((), ("--overwrite=true",)):
+        code, said, err = call(*argv, "--resume=auto", *more)
+        assert code == INTEGRITY and "2 damaged" in err and "--overwrite" in err
+        assert said.count("is passed over") == 2
+        assert whole(out) == before
+    claim(*argv, "--overwrite=true")
+    assert whole(out) == {resume.LOCK: (out / resume.LOCK).read_bytes()}
+
+
+def test_auto_keeps_the_record_of_a_run_that_could_not_save(tmp_path: Path):
+    """It starts anew there; what was recorded lies beside. A result is no such run."""
+    out, argv = tmp_path / "out", ("--resume=auto", f"--output_dir={tmp_path / 'out'}")
+    for number in (1, 2):
+        claim(*argv)
+        files_before = {
+            "metrics.jsonl": f"{number}",
+            "logs/rank1.log": "x",
+            "run_config.json": "{}",
+        }
+        for name, text in files_before.items():
+            (out / name).write_text(text)
+    claim(*argv)
+    assert (out / "earlier-1" / "metrics.jsonl").read_text() == "1"
+    assert {str(p.relative_to(out / "earlier-2")) for p in (out / "earlier-2").rglob("*.*")} == set(
+        files_before
+    )
+    assert {p.name for p in out.iterdir()} == {resume.LOCK, "logs", "earlier-1", "earlier-2"}
+    (out / "adapter_model.safetensors").touch()
+    with pytest.raises(UserError, match="holds files already"):
+        claim(*argv)
+
+
+def test_overwrite_removes_only_what_a_run_of_ours_wrote(tmp_path: Path, model: Path):
+    """Before, it removed any tree called checkpoints and any file that is called as ours are."""
+    out = tmp_path / "out"
+    over = (f"--output_dir={out}", "--overwrite")
+    theirs = {"checkpoints/model.pt": "a", "checkpoints/step-x/b": "b", "checkpoints/.tmp-c": "c"}
+    theirs |= {"logs/rank_list.txt": "d", "mine.txt": "e"}
+    for name, text in (theirs | {"metrics.jsonl": "theirs"}).items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    claim(*over)
+    assert (out / "earlier-1" / "metrics.jsonl").read_text() == "theirs"
+    path = save(flags(model, out)).path
+    (out / "metrics.jsonl").write_text("ours")
+    claim(*over)
+    assert not path.exists() and not (out / "metrics.jsonl").exists()
+    kept = whole(out)
+    assert {name: text for name, text in theirs.items() if kept[name] == text.encode()} == theirs
+    for name in ("checkpoints/step-7/weights.safetensors", f"checkpoints/{path.name}/notes.txt"):
+        path = save(flags(model, out)).path
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("theirs")
+        before = whole(out)
+        with pytest.raises(UserError, match="which no run of this trainer wrote") as caught:
+            claim(*over)
+        assert caught.value.code == INPUT and whole(out) == before
+        shutil.rmtree((out / name).parent)
+    with pytest.raises(UserError, match=r"holds (model|config)"):
+        claim(f"--output_dir={model}", "--overwrite")
 
 
 @pytest.mark.parametrize(("precision", "weight_bytes"), [("bf16", 4), ("bf16_pure", 2)])
@@ -184,7 +285,7 @@ def test_a_disk_without_room_is_refused_before_the_run(
     saving = ("--save_every=5", "--keep_checkpoints=3", f"--precision={precision}")
     cfg = config.parse(flags(model, tmp_path / "out", *saving))
     info = arch.read(cfg.model_name, need_weights=False)
-    num_params = arch.lora_params(info, cfg.lora_rank, cfg.lora_target_modules)
+    num_params = trained.count(info, cfg)
     checkpoint, result = 3 * weight_bytes, weight_bytes  # with two moments
     need_bytes = (5 * checkpoint + result) * num_params  # 3 that stay, the best, a new one
     usage = shutil.disk_usage(tmp_path)

@@ -47,8 +47,7 @@ NOISE = re.compile(r"Warning|Traceback|warn|it/s\]|\r|\x1b|deprecat|Failed to lo
 BROKEN = """
 import os, sys
 sys.path.insert(0, {project!r})
-import train
-from fsdp_qlora import config
+from fsdp_qlora import config, run as train
 from fsdp_qlora.train import launch
 
 def broken(plan, world, *more, run=train.run):
@@ -59,7 +58,7 @@ def broken(plan, world, *more, run=train.run):
 train.run = broken
 if launch.is_rank(os.environ):
     sys.exit(train.main(sys.argv[1:]))
-sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], __file__))
+sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], [sys.executable, __file__]))
 """
 
 

@@ -162,8 +162,8 @@ def test_a_terminal_that_hangs_up_stops_nothing(tmp_path: Path):
         STEPS
         + """
 sys.path.insert(0, PROJECT)
-from fsdp_qlora.train import terminal
-with terminal.kept():
+from fsdp_qlora.run import ignore_broken_pipe
+with ignore_broken_pipe():
     while not (out / "gone").exists():
         time.sleep(0.01)
     for _ in range(3):
@@ -187,8 +187,8 @@ def test_a_reader_that_has_seen_enough_stops_nothing(tmp_path: Path):
     program = f"""
 import sys
 sys.path.insert(0, {str(PROJECT_DIR)!r})
-from fsdp_qlora.train import terminal
-with terminal.kept():
+from fsdp_qlora.run import ignore_broken_pipe
+with ignore_broken_pipe():
     for number in range(20000):
         print("line", number)
     open({str(tmp_path / "end")!r}, "w").close()

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-import train
 from fsdp_qlora import arch, config
+from fsdp_qlora import run as train_run
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.model import adapters, shard
@@ -74,7 +74,8 @@ def reference(path, flags, values, accumulation):
     """Gradients of transformers and peft on one process, float32, frozen linears quantised."""
     from transformers import AutoModelForCausalLM
 
-    from fsdp_qlora import arch, trained
+    from fsdp_qlora import arch
+    from fsdp_qlora.arch import trained
 
     cfg = config.parse([f"--model_name={path}", *LORA, *flags])
     info = arch.read(cfg.model_name, need_weights=True)
@@ -259,7 +260,7 @@ def _commands(world, lines):
         cfg.resolved_output_dir.mkdir(parents=True, exist_ok=True)
         machine = Machine((), None, world.size)
         plan = plans.make(info, cfg, config.given(argv), machine)
-        train.run(plan, world, config.given(argv))
+        train_run.run(plan, world, config.given(argv))
         text = (cfg.resolved_output_dir / "metrics.jsonl").read_text()
         steps = [json.loads(line) for line in text.splitlines()]
         steps = [step for step in steps if "event" not in step]

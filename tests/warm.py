@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fsdp_qlora import run as train_run
+from fsdp_qlora.train import launch
 from fsdp_qlora.train.processes import Task, tied_to_parent
 from tests.ranks import PRELOAD
 
@@ -57,7 +59,7 @@ def fork(task: Task) -> Forked:
     if pid == 0:
         os.setsid()
         tie()
-        _become(task.command[2:], task.env, task.log, task.log)
+        _become(task.command[len(launch.PROGRAM) :], task.env, task.log, task.log)
     while os.getpgid(pid) != pid:
         time.sleep(0.001)
     return Forked(pid)
@@ -83,9 +85,7 @@ def _become(
                 os.dup2(file, stream)
         os.environ.clear()
         os.environ.update(env)
-        import train
-
-        code = (main or train.main)(list(argv), **more)
+        code = (main or train_run.main)(list(argv), **more)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     except BaseException:

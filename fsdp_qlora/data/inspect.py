@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_qlora import arch, config, lookup
+from fsdp_qlora import arch, config
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.prepare import PreparedData
@@ -327,7 +328,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
         return info.path
     if Path(model_name).expanduser().is_dir() or "/" not in model_name:
         tokenizer.require_files(Path(model_name))
-    return lookup.fetch_tokenizer(model_name)
+    return files.fetch_tokenizer(model_name)
 
 
 def _shown(

@@ -13,13 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from fsdp_qlora.config import OWN_CODE
 from fsdp_qlora.data import readers
 from fsdp_qlora.data.readers import Place, PlacedRows
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
-OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")
 OWN_FUNCTION = "get_custom_dataset"
 MOST_HASHED_BYTES = 2**28  # larger files are told by size and time, as their hash would take long
 MOST_NAMES = 50_000  # in a directory of rows and below it; `/` holds millions

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fsdp_qlora import atomic
 from fsdp_qlora.config import Config
 from fsdp_qlora.data.readers import Place
 from fsdp_qlora.errors import UserError
@@ -237,7 +238,7 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
             made = build(StoreBuilder(draft))
             if made.facts.get("num_bad"):  # mapped files live on until they are closed
                 return replace(made, note="not kept: there are bad rows")
-            draft.rename(directory)
+            atomic.commit(draft, directory)
             return replace(made, note=str(directory))
     except OSError as error:  # a full disk, or one that cannot be written or locked
         note = f"not kept: {directory.parent}: {error.strerror or error}"

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fsdp_qlora import arch, trained
+from fsdp_qlora import arch
+from fsdp_qlora.arch import trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
 from fsdp_qlora.model.cache import PackedCache

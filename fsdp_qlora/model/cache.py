@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fsdp_qlora import __version__
+from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.layout import Layout
@@ -133,8 +133,7 @@ class PackedCache:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             save_file({TENSOR: host}, path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            atomic.sync(path)
         except (OSError, SafetensorError) as error:  # a full disk: train without the cache
             self.failure = f"not written: {path}: {error}"
 
@@ -162,8 +161,7 @@ class PackedCache:
         if world.rank == 0:
             manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
             (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            shutil.rmtree(self.directory, ignore_errors=True)
-            self.temporary.rename(self.directory)
+            atomic.commit(self.temporary, self.directory)
         self.is_complete = True
         world.barrier()
 

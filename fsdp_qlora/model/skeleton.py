@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.info import stored_name
+from fsdp_qlora.arch.trained import NOTHING, Whole
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import experts, kernels
@@ -18,8 +20,6 @@ from fsdp_qlora.model.linear import PackedLinear, group_linears
 from fsdp_qlora.model.offload import Offload
 from fsdp_qlora.model.packed import DecoderBlock, LayerCache, TrainedLayer
 from fsdp_qlora.model.rows import Rows
-from fsdp_qlora.stored_names import stored_name
-from fsdp_qlora.trained import NOTHING, Whole
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel

@@ -40,7 +40,7 @@ class Weights:
     def __init__(self, info: ModelInfo) -> None:
         self.info = info
         self.read_bytes = 0
-        if info.packed:
+        if info.quantized:
             self.source = f"files, in {info.stored_format} as stored,"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -121,13 +121,13 @@ class Weights:
         Raises:
             UserError: another code than that of the format, or the file ends too early (code 5).
         """
-        if not self.info.packed:
+        if not self.info.quantized:
             return None
         fields = look_ahead(self._read_fields, names)
         return ({key: part.to(device) for key, part in found.items()} for found in fields)
 
     def _read_fields(self, name: str) -> Fields:
-        stored, parts = self.info.packed[name], {}
+        stored, parts = self.info.quantized[name], {}
         for part, ref in stored.refs.items():
             raw = torch.empty(ref.nbytes, dtype=torch.uint8)
             self._read(ref, 0, raw)

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fsdp_qlora import arch, cli, config, host_memory, prequantized
+from fsdp_qlora import arch, cli, config, host_memory
+from fsdp_qlora.arch import trained
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, machine = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    cfg = prequantized.adopt(cfg, info.stored_format)
+    cfg = trained.adopt_format(cfg, info.stored_format)
     setting = setting_for(info, cfg, machine.num_ranks)
     found = fit.evaluate(info, cfg, setting, machine)
     values = show.as_dict(info, cfg, machine, found)

@@ -7,10 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.choices import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
 
-GROUP = 64  # weights that share one constant
-NESTED = 256  # constants that share one constant of the second level
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 PER_WORD = 10  # values of 3 bits in an int32
 

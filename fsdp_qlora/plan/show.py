@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from fsdp_qlora import arch, trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes

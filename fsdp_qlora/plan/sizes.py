@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch, trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.choices import STRATEGIES
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan.formats import FORMATS, ITEM_BYTES

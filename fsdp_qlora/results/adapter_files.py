@@ -17,9 +17,9 @@ from typing import Any
 
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TensorRef, describe, read_header, read_json
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.weights_files import TensorRef, describe, read_header, read_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

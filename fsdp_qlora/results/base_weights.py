@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.cache import PackedCache, key
 from fsdp_qlora.model.layout import Layout, build_layout, put_linear
@@ -18,7 +19,6 @@ from fsdp_qlora.model.packed import LayerCache, LayerStore
 from fsdp_qlora.model.quantize import FORMATS, Fields
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 from fsdp_qlora.results.adapter_files import Pair
-from fsdp_qlora.weights_files import TensorRef, read_json
 
 Reader = Callable[[str], torch.Tensor]
 
@@ -80,7 +80,7 @@ class AsTrained:
             self._layout = build_layout(shapes, format_name)
             self.kept = find_kept(info, self._layout, quant_cache)
             self.note = f"from {self.kept.directory}" if self.kept else self.note
-        self._stored = Weights(info) if info.packed else None
+        self._stored = Weights(info) if info.quantized else None
         if self._stored is not None and format_name != info.stored_format:
             rule = f"is stored as {info.stored_format}, not {format_name or 'in 16 bit'}"
             raise UserError(str(info.path), rule, "use --base auto, or take the 16-bit original")

@@ -1,10 +1,10 @@
 """The verb `evaluate`: held-out loss, and tasks of lm-eval, of a base with and without adapter."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora import atomic, config
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.results import reopen, tasks
 
@@ -27,6 +27,8 @@ def main(argv: list[str]) -> int:
     if args.tasks is not None:
         tasks.require()
     cfg = reopen.config_of(args.adapter, flags)
+    if args.tasks is None:
+        config.check_own_code(vars(cfg), config.given(flags), args.adapter)
     if reopen.is_parent(cfg):
         return reopen.spread("evaluate", argv, cfg)
     opened = reopen.open_run(args.adapter, cfg)
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     else:
         found = _held_out(opened)
     if opened.is_writer:
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        atomic.write_json(path, found)
         print(path)
     return DONE
 

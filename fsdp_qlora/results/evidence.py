@@ -16,11 +16,11 @@ from torch import nn
 
 from fsdp_qlora import host_memory
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.info import expert_matrices, stored_name
 from fsdp_qlora.results.adapter_files import Adapter, Pair
 from fsdp_qlora.results.base_weights import AsTrained, Reader, load, load_pair, read_from
 from fsdp_qlora.results.evidence_rows import Rows, choose
 from fsdp_qlora.results.verbs import MergeOptions
-from fsdp_qlora.stored_names import expert_matrices, stored_name
 
 GIB = 2**30
 CHUNK_TOKENS = 64  # compared at once

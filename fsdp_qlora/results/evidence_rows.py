@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import Config, check_own_code
 from fsdp_qlora.data import prepare, sources, tokenizer
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.results.adapter_files import Adapter, run_config
@@ -51,7 +51,9 @@ def choose(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> Rows:
     if not (adapter.path / "run_config.json").is_file():
         return _random(options, info, "no run_config.json beside the adapter")
     try:
-        return _of_data(options, run_config(adapter.path), adapter, info)
+        cfg = run_config(adapter.path)
+        check_own_code(vars(cfg), (), adapter.path)
+        return _of_data(options, cfg, adapter, info)
     except UserError as error:
         return _random(options, info, f"the run's rows are not at hand: {error}")
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.trained import NEW_LAYERS, new_layers
+from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results.merge import copy_beside
-from fsdp_qlora.results.new_directory import new_directory
 from fsdp_qlora.results.shards import Shards, edit_json
 from fsdp_qlora.results.verbs import ExpandOptions
 from fsdp_qlora.results.vocabulary import Vocabulary, add
-from fsdp_qlora.trained import NEW_LAYERS, new_layers
 
 GIB = 2**30
 # What writes into the residual stream, by its name in Llama, GPT-NeoX, GPT-2, Mixtral and kin.

@@ -1,14 +1,13 @@
 """What was trained, on disk: an adapter in peft's format, new layers, or a whole model."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsdp_qlora import trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.atomic import new_file
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
@@ -63,10 +62,8 @@ def save(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     record = adapter_files.record_of(info, cfg)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata=adapter_files.metadata(record))
-    os.chmod(temporary, 0o666 & ~_umask())
-    os.replace(temporary, path)
+    with new_file(path) as draft:
+        save_file(tensors, draft, metadata=adapter_files.metadata(record))
     _compare(path, tensors)
     card.write(directory, cfg, info)
     return path
@@ -127,12 +124,6 @@ def _save_model(
         tokenizer.save_pretrained(directory)
     card.write(directory, cfg, info)
     return directory
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _compare(path: Path, tensors: dict[str, torch.Tensor]) -> None:

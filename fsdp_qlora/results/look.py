@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Data
@@ -123,7 +124,7 @@ class Look:
             shutil.copy(place.parent / "run_config.json", place)
         export.save(self.trained.model, self.info, cfg, self.data.tokenizer, is_writer)
         if is_writer:
-            (place / EVALUATION).write_text(json.dumps(values, indent=2) + "\n")
+            atomic.write_json(place / EVALUATION, values)
 
     @property
     def _best_dir(self) -> Path:

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TOKENIZER_FILES, read_tensors
+from fsdp_qlora.arch.trained import NEW_LAYERS
+from fsdp_qlora.atomic import new_directory, write_json
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.lookup import TOKENIZER_FILES
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results import adapter_files, base_weights, evidence
 from fsdp_qlora.results.adapter_files import Adapter
 from fsdp_qlora.results.base_weights import AsTrained
-from fsdp_qlora.results.new_directory import new_directory
-from fsdp_qlora.results.shards import Shards, write_json
+from fsdp_qlora.results.shards import Shards
 from fsdp_qlora.results.verbs import MergeOptions
 from fsdp_qlora.train.versions import versions
-from fsdp_qlora.trained import NEW_LAYERS
-from fsdp_qlora.weights_files import read_tensors
 
 GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -81,7 +80,7 @@ def run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: in
             "written_s": time.perf_counter() - began_s,
             "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
-        result = dataclasses.replace(info, tensors=read_tensors(draft), packed={})
+        result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
         facts["evidence"] = evidence.collect(options, adapter, info, seen, result, device)
         facts["versions"] = versions(device)
         write_json(draft / "merge.json", facts)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch, config, prequantized
+from fsdp_qlora import arch, config
+from fsdp_qlora.arch import trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import DONE
 from fsdp_qlora.results import adapter_files
@@ -134,7 +135,7 @@ def open_run(adapter: Path | None, cfg: Config) -> Opened:
         UserError: see arch.read and model.build.
     """
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    cfg = prequantized.adopt(cfg, info.stored_format, frozenset())
+    cfg = trained.adopt_format(cfg, info.stored_format, frozenset())
     if is_rank(os.environ):
         os.environ.update(rank_env(os.environ, cfg))
     else:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_qlora import trained
-from fsdp_qlora.arch import ModelInfo, num_params, unquantised
+from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes
@@ -91,7 +90,7 @@ def _planned_again(plan: RunPlan) -> list[str]:
 
 def _unpacked(info: ModelInfo) -> str:
     """The matrices that no format packs, with their sizes."""
-    found = unquantised(info).items()
+    found = unquantized(info).items()
     return ", ".join(
         f"{name.removesuffix('.weight')} {2 * num / GIB:.2f} GiB" for name, num in found
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.weights_files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.atomic import write_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -164,16 +165,6 @@ class Shards:
             self.close()
         elif self._open is not None:
             self._open.__exit__(kind)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON object for people, too.
-
-    Args:
-        path: of the file.
-        values: what it holds.
-    """
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def edit_json(path: Path, values: dict[str, Any]) -> None:

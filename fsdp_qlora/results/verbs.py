@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsdp_qlora import arch, cli
+from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.choices import TEXT
 from fsdp_qlora.cli import any_of, flag
 from fsdp_qlora.errors import DONE, SIGTERM, UserError, join
-from fsdp_qlora.results import adapter_files, new_directory
+from fsdp_qlora.results import adapter_files
 
 OptionsT = TypeVar("OptionsT")
 FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
@@ -151,7 +151,7 @@ def merge(argv: list[str]) -> int:
     adapter_files.check(adapter, info)
     num_weights = sum(math.prod(ref.shape) for ref in info.tensors.values())
     need_bytes = num_weights * ITEM_BYTES[options.dtype]
-    new_directory.check(Path(str(options.out)), need_bytes)
+    atomic.check(Path(str(options.out)), need_bytes)
     from fsdp_qlora.results import merge as merging
 
     with stoppable():
@@ -174,13 +174,13 @@ def quantize(argv: list[str]) -> int:
     options = parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
     info = arch.read(str(options.model_name), need_weights=True)
     if info.stored_format:
-        rule = f"is quantised already, as {info.stored_format}"
+        rule = f"is quantized already, as {info.stored_format}"
         raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
     num_linear = arch.num_linear_params(info)
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
     item_bytes = ITEM_BYTES.get(str(options.dtype), 4)
     need_bytes = round(num_linear * QUANTISED_BYTES) + num_others * item_bytes
-    new_directory.check(Path(str(options.out)), need_bytes)
+    atomic.check(Path(str(options.out)), need_bytes)
     from fsdp_qlora.results import quantized
 
     with stoppable():
@@ -217,7 +217,7 @@ def expand(argv: list[str]) -> int:
     out = Path(options.out or usual)
     nbytes = sum(ref.nbytes for ref in info.tensors.values())
     need_bytes = round(nbytes * (1 + num_new / info.num_layers))
-    new_directory.check(out, need_bytes)
+    atomic.check(out, need_bytes)
     from fsdp_qlora.results import expand as expanding
 
     with stoppable():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.data import load_tokenizer
 from fsdp_qlora.errors import UserError
 
 MULTIPLE = 8  # of embedding rows: tensor cores want it
@@ -53,13 +54,11 @@ def add(info: ModelInfo, text: str) -> Vocabulary:
     Raises:
         UserError: there are none, or a token is known already (code 2).
     """
-    from transformers import AutoTokenizer
-
     path = Path(text).expanduser()
     is_file = len(text) < 256 and path.is_file()
     parts = path.read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
     tokens = [part.strip() for part in parts if part.strip()]
-    tokenizer = AutoTokenizer.from_pretrained(info.path)
+    tokenizer = load_tokenizer(info)
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     if known or not tokens:
         rule = f"{known[0]!r} is in the tokenizer already" if known else "names no token"

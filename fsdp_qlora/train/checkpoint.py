@@ -101,13 +101,13 @@ class Keeper:
         self.step = self._taken = step
         self.stop = stop or StopFlag()
         self._trained, self._recorder, self._facts, self._cfg = trained, recorder, facts, cfg
-        self._output_dir = output_dir = cfg.resolved_output_dir
+        self._output_dir = cfg.resolved_output_dir
         self._num_steps, self._seconds = period(cfg.save_every)
         self._is_on = cfg.saves_checkpoints
         self._is_writer = trained.world.rank == 0
         self._saved_s = time.monotonic()
         self._writer: Writer | None = None
-        found = files.best_of(output_dir) or {"step": 0, "loss": math.inf}
+        found = self._marked_best()
         best_step, loss = trained.world.gather([float(found["step"]), float(found["loss"])])[0]
         self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
         self._has_new_best = False
@@ -117,6 +117,14 @@ class Keeper:
         self._copies = HostCopies(room_bytes)
         if room_bytes <= MOST_TOUCHED_BYTES:
             self._start(self._copies.touch)
+
+    def _marked_best(self) -> dict[str, Any]:
+        """The best checkpoint as this rank reads it; step 0: there is none."""
+        try:
+            return files.best_of(self._output_dir) or {"step": 0, "loss": math.inf}
+        except UserError as error:
+            self._recorder.say(f"warning   {error}")
+            return {"step": 0, "loss": math.inf}
 
     def mark_best(self, found: tuple[float, int] | None) -> None:
         """Keep the checkpoint of the best evaluation; every rank must call.

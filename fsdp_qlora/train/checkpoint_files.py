@@ -6,7 +6,9 @@ They are written to `.tmp-step-N`, brought to the disk, named with size and SHA-
 read back, and only then renamed. A checkpoint counts when every byte is what its manifest says.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +29,9 @@ VERSION = 1
 CHUNK_BYTES = 8 * 2**20
 STEP_NAME = re.compile(r"step-(\d+)")
 TEMPORARY = ".tmp-"
+DRAFT_NAME = re.compile(r"\.tmp-(step-\d+|best\.json)")
+ASIDE_NAME = re.compile(r"step-\d+\.aside-\d+")
+OWN_NAMES = frozenset((WEIGHTS, OPTIMIZER, STATE, MANIFEST))
 
 
 class Array(NamedTuple):
@@ -74,7 +79,7 @@ def write(
 
     Args:
         root: directory of the checkpoints of a run.
-        step: names it; one of that name is replaced.
+        step: names it; one of that name is set aside.
         tensors: file name -> tensors by name.
         state: everything else, as JSON can hold it.
         at: told which point of the work is reached, see train/faults.py.
@@ -104,7 +109,8 @@ def write(
         sync(draft)
         read(draft, step)
         at("save-rename")
-        shutil.rmtree(final, ignore_errors=True)
+        if os.path.lexists(final):
+            set_aside(final)
         draft.rename(final)
         at("save-dir-fsync")
         sync(root)
@@ -221,27 +227,59 @@ def _fault(path: Path, said: dict[str, Any] | None) -> str:
 
 
 def steps(run_dir: Path) -> list[int]:
-    """The steps of which there is a checkpoint, valid or not, the latest first."""
+    """The steps of which there is a checkpoint, valid or not, the latest first.
+
+    Args:
+        run_dir: output directory of the run.
+
+    Raises:
+        UserError: their directory cannot be read, so that nobody knows (code 5).
+    """
+    place = run_dir / CHECKPOINTS
     try:
-        names = os.listdir(run_dir / CHECKPOINTS)
-    except OSError:
+        names = os.listdir(place)
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        rule = f"cannot be read ({error.strerror})"
+        raise UserError(str(place), rule, "see to the disk, then try again", INTEGRITY) from error
     found = [match for match in map(STEP_NAME.fullmatch, names) if match]
     return sorted((int(match[1]) for match in found), reverse=True)
 
 
+def may_hold_any(run_dir: Path) -> bool:
+    """Whether a run has checkpoints, whole or not; where that cannot be read, it may have."""
+    try:
+        return bool(steps(run_dir))
+    except UserError:
+        return True
+
+
 def last_step(run_dir: Path) -> int | None:
-    """The step of the last checkpoint, as far as its name tells; None: there is none."""
-    return next(iter(steps(run_dir)), None)
+    """The step of the last checkpoint, as far as its name tells; None: none is known."""
+    try:
+        return next(iter(steps(run_dir)), None)
+    except UserError:
+        return None
 
 
 def best_of(run_dir: Path) -> dict[str, Any] | None:
-    """What was marked as the best checkpoint: step and loss; None for nothing."""
+    """What was marked as the best checkpoint: step and loss; None: nothing was.
+
+    Raises:
+        UserError: the mark is there and cannot be read (code 5).
+    """
+    path = run_dir / CHECKPOINTS / BEST
     try:
-        best = json.loads((run_dir / CHECKPOINTS / BEST).read_bytes())
-        return best if isinstance(best["step"], int) and best["loss"] == best["loss"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        best = json.loads(path.read_bytes())
+        if isinstance(best["step"], int) and best["loss"] == best["loss"]:
+            return best
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    rule = "does not say which checkpoint is the best, so none is removed"
+    raise UserError(str(path), rule, "the next best evaluation writes it anew", INTEGRITY)
 
 
 def set_best(run_dir: Path, step: int, loss: float) -> None:
@@ -269,9 +307,13 @@ def prune(
         at: see `write`.
 
     Returns:
-        The steps whose checkpoints were removed. None is removed while fewer valid ones are there.
+        The steps whose checkpoints were removed. None is removed while fewer valid ones are there,
+        or while it cannot be read which one is the best.
     """
-    best = best_of(run_dir) or {}
+    try:
+        best = best_of(run_dir) or {}
+    except UserError:
+        return []
     kept: list[Saved] = []
     has_finite = False
     for step in steps(run_dir):
@@ -284,7 +326,8 @@ def prune(
             has_finite = has_finite or is_finite
     stays = {saved.step for saved in kept} | {best.get("step")}
     last = kept[0].step if len(kept) >= num_kept else 0
-    gone = [step for step in steps(run_dir) if step < last and step not in stays]
+    old = [step for step in steps(run_dir) if step < last and step not in stays]
+    gone = [step for step in old if is_ours(run_dir / CHECKPOINTS / f"step-{step}")]
     at("prune-before")
     for step in gone:
         remove(run_dir / CHECKPOINTS / f"step-{step}")
@@ -299,6 +342,46 @@ def _valid(path: Path) -> Saved | None:
         return None
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a directory is a checkpoint that this trainer wrote, whole or damaged.
+
+    Args:
+        path: any directory.
+
+    Returns:
+        True when it holds no other files than those of a checkpoint, and its manifest or its state
+        is of our form.
+    """
+    try:
+        has_others = bool(set(os.listdir(path)) - OWN_NAMES)
+    except OSError:
+        return False
+    return not has_others and any(_has_mark(path / name) for name in (MANIFEST, STATE))
+
+
+def _has_mark(path: Path) -> bool:
+    try:
+        table = json.loads(path.read_bytes())
+        return isinstance(table["step"], int) and isinstance(table["version"], int)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint, so that it counts no more and nothing of it is lost.
+
+    Args:
+        path: its directory.
+
+    Returns:
+        Its new path, "step-N.aside-1" or a higher number.
+    """
+    names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    path.rename(aside)
+    return aside
+
+
 def remove(path: Path) -> None:
     """Remove a checkpoint; killed half-way it leaves nothing that looks like one."""
     draft = path.with_name(f"{TEMPORARY}{path.name}")
@@ -310,7 +393,22 @@ def remove(path: Path) -> None:
 def sweep(run_dir: Path) -> None:
     """Remove what a killed run has left half-done."""
     for path in (run_dir / CHECKPOINTS).glob(f"{TEMPORARY}*"):
+        if not DRAFT_NAME.fullmatch(path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_all(run_dir: Path) -> None:
+    """Remove every checkpoint that this trainer wrote, those set aside too, and nothing else."""
+    root = run_dir / CHECKPOINTS
+    sweep(run_dir)
+    for path in list(root.glob("step-*")):
+        is_named = STEP_NAME.fullmatch(path.name) or ASIDE_NAME.fullmatch(path.name)
+        if is_named and is_ours(path):
+            remove(path)
+    (root / BEST).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else lies there, and stays
+        root.rmdir()

@@ -7,8 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 
-from fsdp_qlora import trained
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 from fsdp_qlora.plan.memory import moment_bytes

@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from fsdp_qlora import atomic
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import RUN_FAILED, UserError, classify, one_line
 from fsdp_qlora.plan import run as plans
@@ -203,10 +204,8 @@ def write_error(
     """
     path = Path(output_dir) / LOGS / f"rank{rank}.error"
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     safe = RankError(rank, code, one_line(line), [one_line(text) for text in more], kind)
-    part.write_text(json.dumps(dataclasses.asdict(safe)))
-    part.replace(path)
+    atomic.write_json(path, dataclasses.asdict(safe))
 
 
 def read_errors(output_dir: str | os.PathLike[str]) -> list[RankError]:

@@ -3,8 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from fsdp_qlora import arch, prequantized
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
@@ -28,7 +28,7 @@ def plan(cfg: Config, given: frozenset[str]) -> RunPlan:
         UserError: no such model, more ranks than cards, or it does not fit (code 3).
     """
     info = _read(cfg)
-    cfg = prequantized.adopt(cfg, info.stored_format, given)
+    cfg = trained.adopt_format(cfg, info.stored_format, given)
     num_cards = count_gpus(os.environ)
     machine = plans.find_machine(os.environ, plan_ranks(cfg, num_cards), num_cards)
     found = plans.make(info, cfg, given, machine)
@@ -57,7 +57,7 @@ def agree(cfg: Config, given: frozenset[str], world: "World") -> RunPlan:
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
     info = _read(cfg)
-    cfg = prequantized.adopt(cfg, info.stored_format, given)
+    cfg = trained.adopt_format(cfg, info.stored_format, given)
     if world.size != world.local_size:
         note = "off: a plan is made for one machine, and these ranks are on several"
         return plans.unplanned(info, cfg, note)

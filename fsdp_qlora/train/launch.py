@@ -1,8 +1,8 @@
 """One process per GPU: start the ranks, watch over them, end them together, say what went wrong."""
 
+import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,10 +27,9 @@ from fsdp_qlora.train.verdict import Verdict
 if TYPE_CHECKING:
     from fsdp_qlora.train.world import World
 
-REPORTS = ("report.html", "report.md", "report.png", "report.svg")
-RUN_FILES = ("run_config.json", "metrics.jsonl", "summary.json", *REPORTS, f"{LOGS}/rank*.*")
 LAST_WORDS = ("summary.json", f"{LOGS}/rank*.error")  # of a run that goes on, to be said anew
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
+PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,9 @@ def claim_output_dir(cfg: Config) -> Path:
         cfg: the run.
 
     Returns:
-        The directory, with `logs` in it; without records of an earlier run, if none is resumed.
+        The directory, with `logs` in it. The record and the checkpoints of an earlier run are
+        removed only with `overwrite`; after `--resume auto` without a checkpoint, the record of
+        what could not save one is set aside.
 
     Raises:
         UserError: another run is at work there; it holds files, and neither `overwrite` nor
@@ -69,14 +70,17 @@ def claim_output_dir(cfg: Config) -> Path:
     try:
         if (path / resume.LOCK).exists():
             resume.lock(path)
+        is_new = cfg.resume in (None, resume.AUTO)
         _refuse_files(path, cfg)
+        is_known = path.is_dir() and resume.is_run(path)
         resume.lock(path)
         _refuse_files(path, cfg)  # those of a run that was faster
+        if is_new and cfg.overwrite and is_known:
+            resume.clear(path)
+        elif is_new and (cfg.overwrite or (path / resume.METRICS).exists()):
+            resume.set_record_aside(path)
         (path / LOGS).mkdir(exist_ok=True)
-        if cfg.resume is None:
-            shutil.rmtree(path / resume.CHECKPOINTS, ignore_errors=True)
-        patterns = RUN_FILES if cfg.resume is None else LAST_WORDS
-        for old in [found for pattern in patterns for found in path.glob(pattern)]:
+        for old in [found for pattern in LAST_WORDS for found in path.glob(pattern)]:
             old.unlink()
         probe = path / LOGS / ".probe"
         probe.touch()
@@ -88,13 +92,8 @@ def claim_output_dir(cfg: Config) -> Path:
 
 
 def _refuse_files(path: Path, cfg: Config) -> None:
-    if cfg.overwrite or cfg.resume is not None or not path.is_dir():
-        return
-    if any(entry.name != resume.LOCK for entry in path.iterdir()):
-        has_more = bool(resume.files.steps(path))
-        remedy = "give another --output_dir, or --overwrite true"
-        remedy += ", or --resume to go on" if has_more else ""
-        raise UserError(f"--output_dir {path}", "holds files already", remedy)
+    if cfg.resume in (None, resume.AUTO):
+        resume.refuse_files(path, cfg.overwrite, cfg.resume == resume.AUTO)
 
 
 def agree(cfg: Config, world: "World") -> Config:
@@ -132,11 +131,11 @@ def agree(cfg: Config, world: "World") -> Config:
 def supervise(
     cfg: Config,
     argv: Sequence[str],
-    script: str | os.PathLike[str] = PROJECT_DIR / "train.py",
+    program: Sequence[str] = PROGRAM,
     plan: RunPlan | None = None,
     start: Callable[[Task], Rank] = processes.start,
 ) -> int:
-    """Run a script once per rank and wait for all of them.
+    """Run a program once per rank and wait for all of them.
 
     Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails or hangs,
     the others are ended within 5 seconds, and all are started again where that can help: a notch
@@ -149,7 +148,7 @@ def supervise(
     Args:
         cfg: the run.
         argv: arguments of every rank.
-        script: Python file that every rank runs.
+        program: what every rank runs, in front of `argv`.
         plan: of the run.
         start: starts a rank.
 
@@ -163,7 +162,6 @@ def supervise(
     open_listener(cfg.master_port).close()  # if it is not free, nothing is written
     is_new = not os.path.lexists(cfg.resolved_output_dir)
     output_dir = claim_output_dir(cfg)
-    program = [sys.executable, os.fspath(script)]
     attempt = Attempt([*argv, f"--output_dir={output_dir}"], plan)
     with processes.caught_signals() as stops:
         found = _run(cfg, program, attempt, start, stops)
@@ -173,10 +171,20 @@ def supervise(
             found = _run(cfg, program, attempt, start, stops)
     is_own = found.code in verdict.OWN_FAULTS and not found.has_begun
     if is_new and is_own and not any(f"{output_dir}/" in line for line in found.lines):
-        shutil.rmtree(output_dir, ignore_errors=True)  # nothing came of it, nothing is left
+        _leave(output_dir)
     for line in found.lines:
         print(line, file=sys.stderr)
     return found.code
+
+
+def _leave(output_dir: Path) -> None:
+    """Remove a directory of which nothing came, unless somebody else has put something there."""
+    resume.clear(output_dir)
+    (output_dir / resume.LOCK).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (output_dir / LOGS).rmdir()
+    with contextlib.suppress(OSError):
+        output_dir.rmdir()
 
 
 def _run(
@@ -194,7 +202,7 @@ def _run(
     with open_listener(cfg.master_port) as listener, heartbeat.open_board() as board:
         files = {LISTENER: listener.fileno(), heartbeat.BOARD: board.fileno()}
         told = {
-            **(os.environ | (plan.env if plan is not None else {}) | attempt.env),
+            **(os.environ | (plan.env if plan is not None else {}) | attempt.env | _import_path()),
             **{name: str(number) for name, number in files.items()},
             faults.RESTARTS: str(attempt.num_restarts),
         }
@@ -215,6 +223,14 @@ def _run(
     way_on = f"continue with --resume {output_dir}" if saved is not None else ""
     num_kills = host_memory.oom_kills(cgroup) - num_kills
     return verdict.judge(ending, output_dir, way_on, num_kills, plan)
+
+
+def _import_path() -> dict[str, str]:
+    """What makes ranks import the package from where this process has it, installed or not."""
+    if PROJECT_DIR.name in ("site-packages", "dist-packages"):
+        return {}
+    paths = [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:
@@ -239,6 +255,8 @@ def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:
     if attempt.num_restarts >= cfg.max_restarts:
         return None
     number, saved = attempt.num_restarts + 1, resume.latest(output_dir)
+    if saved is None and resume.files.may_hold_any(output_dir):
+        return None  # a new start would write over what cannot be read now
     where = "from the beginning" if saved is None else f"after step {saved.step}"
     words = f", a notch lower: {flags}" if flags else ""
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)

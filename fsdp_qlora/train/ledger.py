@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
+from fsdp_qlora import atomic
 from fsdp_qlora.plan import compare
 from fsdp_qlora.train import book, memory, screen
 from fsdp_qlora.train.clock import Clock, Lap
@@ -277,7 +278,7 @@ class Recorder:
             "ledger": self._book.to_dict() if self._book is not None else {},
             **self._run_info,
         }
-        _write_json(self._output_dir / "summary.json", _plain(summary))
+        atomic.write_json(self._output_dir / "summary.json", _plain(summary))
         self._bar.close()
         self._file.close()
         self._file = None
@@ -325,10 +326,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, int | float | bool | None) else str(value)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, lookup
+from fsdp_qlora import arch
+from fsdp_qlora.arch import files
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 from tests.model_files import write_model
 
@@ -147,8 +148,8 @@ def test_the_hub_gives_weights_once_and_its_refusals_in_one_line(tmp_path: Path)
 def test_every_shape_file_is_complete() -> None:
     """It names the model on the hub that it describes, once, and all the sizes that are read."""
     hub_names = []
-    for name in lookup.known_shapes():
-        config = json.loads((lookup.SHAPES_DIRECTORY / f"{name}.json").read_text())
+    for name in files.known_shapes():
+        config = json.loads((files.SHAPES_DIRECTORY / f"{name}.json").read_text())
         hub_names.append(config["_name_or_path"].lower())
         assert hub_names[-1].count("/") == 1 and config["architectures"] and config["rms_norm_eps"]
         for hub_name in (name, config["_name_or_path"]):

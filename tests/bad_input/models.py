@@ -6,9 +6,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from fsdp_qlora import weights_files
+from fsdp_qlora.arch import files
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
-from tests import test_weights_files as damages
+from tests.arch import test_files as damages
 from tests.bad_input.case import Case, Place
 from tests.model_files import edit_json, write_header
 
@@ -20,7 +20,7 @@ PAYLOAD = "import os\nopen({!r}, 'w').close()\nos.system('touch {}')\n"
 
 
 def on_model(damage: Callable[[Path], object]) -> Callable[[Place], object]:
-    """A damage of test_weights_files."""
+    """A damage of test_files."""
     return lambda place: damage(place.model)
 
 
@@ -53,10 +53,10 @@ def index(**weight_map: object):
     """Write an index of a file a.safetensors, which is the weights under another name."""
 
     def damage(place: Place) -> None:
-        names = weights_files.read_header(place.model / "model.safetensors")
+        names = files.read_header(place.model / "model.safetensors")
         (place.model / "model.safetensors").rename(place.model / "a.safetensors")
         table = dict.fromkeys(names, "a.safetensors") | weight_map
-        text(weights_files.INDEX_NAME, json.dumps({"weight_map": table}))(place)
+        text(files.INDEX_NAME, json.dumps({"weight_map": table}))(place)
 
     return damage
 
@@ -188,7 +188,7 @@ CASES = [
     Case("id as text", "must be a whole number", make=config(bos_token_id="x")),
     Case("pad beyond the rows", "has 640 rows", make=config(pad_token_id=9999)),
     Case("multi-modal", "is multi-modal", make=config(vision_config={})),
-    Case("quantised already", "is quantised already", make=config(quantization_config={})),
+    Case("quantised already", "is quantized already", make=config(quantization_config={})),
     Case("own code", "wants its own code run", make=own_code),
     Case("experts", "is no linear", make=experts),
     Case("pickle .bin", "which can run code", make=pickled("pytorch_model.bin")),
@@ -216,9 +216,9 @@ CASES = [
     Case("weights a pipe", "no regular", (), in_place_of(WEIGHTS, os.mkfifo), INTEGRITY),
     Case("weights a link to itself", "no regular", (), in_place_of(WEIGHTS, loop), INTEGRITY),
     Case("tensors twice", "of another file", (), copy_shard, INTEGRITY),
-    Case("index cut off", "no valid JSON", (), text(weights_files.INDEX_NAME, "{"), INTEGRITY),
-    Case("index a pointer", "git lfs", (), text(weights_files.INDEX_NAME, POINTER), INTEGRITY),
-    Case("index of nothing", "no weight_map", (), text(weights_files.INDEX_NAME, "{}"), INTEGRITY),
+    Case("index cut off", "no valid JSON", (), text(files.INDEX_NAME, "{"), INTEGRITY),
+    Case("index a pointer", "git lfs", (), text(files.INDEX_NAME, POINTER), INTEGRITY),
+    Case("index of nothing", "no weight_map", (), text(files.INDEX_NAME, "{}"), INTEGRITY),
     Case("shard lost", "and absent", (), index(x="b.safetensors"), INTEGRITY),
     Case("index of others", "not in the file", (), index(x="a.safetensors"), INTEGRITY),
     Case("index outside", "no plain file name", (), index(x="../a.safetensors"), INTEGRITY),

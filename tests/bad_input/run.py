@@ -22,7 +22,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import train
+from fsdp_qlora import run as train_run
 from tests.bad_input.case import Case, Place, write_place
 
 LIMIT_S = 60
@@ -108,7 +108,7 @@ def run(case: Case, place: Place, watch: Watch) -> dict[str, Any]:
     with setting(case, place.root), redirect_stdout(out), redirect_stderr(err):
         watch.is_on = True
         try:
-            code = train.main(argv)
+            code = train_run.main(argv)
         except BaseException:
             trace = traceback.format_exc()
         finally:

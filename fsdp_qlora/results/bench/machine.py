@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 
-from fsdp_qlora import arch, lookup
+from fsdp_qlora import arch
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.results.bench.process import GIB, last_word
@@ -72,8 +73,8 @@ def checkpoint(model_name: str, out: Path) -> Path:
     path = Path(model_name).expanduser()
     if (path / "config.json").is_file():
         return path.resolve()
-    if model_name not in lookup.known_shapes():
-        remedy = f"give a directory, or one of {', '.join(lookup.known_shapes())}"
+    if model_name not in files.known_shapes():
+        remedy = f"give a directory, or one of {', '.join(files.known_shapes())}"
         raise UserError(f"--model_name {model_name}", "is no model directory or shape", remedy)
     need_bytes = 2 * arch.num_params(arch.read(model_name, need_weights=False))
     kept = SHARED_MEMORY / PLACE / model_name

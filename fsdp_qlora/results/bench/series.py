@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch, lookup
+from fsdp_qlora import arch
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.plan import compare
@@ -247,7 +248,7 @@ def _model(model_name: str | None, kind: str, out: Path) -> tuple[str, str]:
     if kind == SMALL:
         directory = out / "model"
         directory.mkdir(exist_ok=True)
-        shape = lookup.SHAPES_DIRECTORY / f"{KINDS[SMALL].model}.json"
+        shape = files.SHAPES_DIRECTORY / f"{KINDS[SMALL].model}.json"
         config = json.loads(shape.read_text(encoding="utf-8")) | SMALL_SHAPE
         (directory / "config.json").write_text(json.dumps(config, indent=1))
         return str(directory), "random"
@@ -255,7 +256,7 @@ def _model(model_name: str | None, kind: str, out: Path) -> tuple[str, str]:
         cached = _cached(KINDS[kind].hub_name)
         name = KINDS[kind].model
         return (name, "random") if cached is None else (str(cached), f"real, from {cached}")
-    if model_name.lower() in lookup.known_shapes():
+    if model_name.lower() in files.known_shapes():
         return model_name, "random"
     return model_name, f"real, from {arch.read(model_name, need_weights=True).path}"
 

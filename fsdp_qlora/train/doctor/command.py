@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fsdp_qlora import cli
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import flag
 from fsdp_qlora.errors import DONE, UserError, join
 from fsdp_qlora.plan import cards
@@ -164,16 +164,10 @@ def keep(table: Mapping[str, Mapping[str, float]], path: Path) -> Finding:
     except UserError:
         value += " (what was there could not be read)"
     rows = {card: {**known.get(card, {}), **speeds} for card, speeds in table.items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8") as file:
-            json.dump({"cards": {**known, **rows}}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        atomic.write_json(path, {"cards": {**known, **rows}})
     except OSError as error:
-        part.unlink(missing_ok=True)
         return warning(
             name, f"{path}: {error.strerror}", "choose another with FSDP_QLORA_CACHE=DIR"
         )

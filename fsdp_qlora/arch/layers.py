@@ -1,21 +1,54 @@
-"""Which parameters a model has: names and shapes, from config.json or from the names in its files.
+"""The parameters of a decoder layer and of a model: names and shapes, linears, experts.
 
 LAYOUTS has one row per model type. A row says what the sizes in config.json leave open: which
-projections have a bias, whether they are fused, which norms a decoder layer has. tests/test_arch.py
-compares every row with the model that transformers builds.
+projections have a bias, whether they are fused, which norms a decoder layer has. tests/arch
+compares every row with the model that transformers builds. Other types are read from the names of
+the tensors in their files.
 """
 
 import re
 from dataclasses import dataclass, replace
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.stored_names import expert_part
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
+EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
+EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
+EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a decoder layer, to be quantized.
+
+    Args:
+        name: inside the layer, "self_attn.q_proj".
+        out_features: rows of its weight.
+        in_features: columns of its weight.
+        has_bias: a bias of out_features exists; it is not quantized.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+    @property
+    def last_name(self) -> str:
+        """Last part of its name, "q_proj"."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def expert(self) -> tuple[str, int, int] | None:
+        """Which matrix of which expert it is, see expert_part; None for a linear."""
+        return expert_part(f"{self.name}.weight")
 
 
 @dataclass(frozen=True)
@@ -198,3 +231,52 @@ def _root_shapes(config: dict) -> Shapes:
     hidden, vocab = size(config, "hidden_size"), size(config, "vocab_size")
     shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
     return shapes if is_tied(config) else shapes | {"lm_head.weight": (vocab, hidden)}
+
+
+def expert_part(name: str) -> tuple[str, int, int] | None:
+    """Tell an expert's matrix by its name.
+
+    Args:
+        name: of a tensor inside a decoder layer.
+
+    Returns:
+        (path of the mixture, number of the expert, 0 for gate, 1 for up or 2 for down); None when
+        it is something else.
+    """
+    match = EXPERT.fullmatch(name)
+    for parts in EXPERT_PARTS:
+        if match and match["part"] in parts:
+            return match["block"], int(match["index"]), parts.index(match["part"])
+    return None
+
+
+def linears(layer: Shapes) -> tuple[Linear, ...]:
+    """Find the linears of a decoder layer.
+
+    Args:
+        layer: parameters of one decoder layer, by the name inside it.
+
+    Returns:
+        The linears, in the order in which the layer computes; routers of experts are none.
+
+    Raises:
+        UserError: a matrix that is no linear (code 2).
+    """
+    found = []
+    mixtures = {part[0] for name in layer if (part := expert_part(name))}
+    routers = {f"{block}.gate.weight" for block in mixtures}  # small, and they choose: 16 bit
+    for name, shape in layer.items():
+        if len(shape) != 2 or name in routers:
+            continue
+        module = name.removesuffix(".weight")
+        bias = layer.get(f"{module}.bias")
+        if module == name or bias not in (None, shape[:1]):
+            rule = f"shape {list(shape)} with bias {bias} is no linear of [out, in]"
+            raise UserError(name, rule, "take a model whose decoder layers are linears and norms")
+        found.append(Linear(module, shape[0], shape[1], bias is not None))
+    return tuple(sorted(found, key=_execution_key))
+
+
+def _execution_key(linear: Linear) -> tuple[int, str]:
+    order = [*EXECUTION_ORDER, linear.last_name]
+    return order.index(linear.last_name), linear.name

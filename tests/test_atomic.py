@@ -20,10 +20,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from fsdp_qlora import atomic
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
 from fsdp_qlora.results import merge  # noqa: F401 (once, not in every fork)
-from fsdp_qlora.results.new_directory import new_directory
 from fsdp_qlora.results.shards import SafetensorsFile, Shards
 from tests.model_files import write_model
 from tests.test_adapter_files import write_adapter
@@ -216,3 +217,37 @@ def test_shards_hold_no_more_than_they_may(tmp_path: Path):
     assert files == [{"a", "b"}, {"c"}, {"d", "e"}] and shards.num_files == 3
     assert index["metadata"]["total_size"] == 160 * 4
     assert index["weight_map"]["c"] == "model-00002-of-00003.safetensors"
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path):
+    """An error in the writer, or a full disk, leaves the former content and nothing beside it."""
+    place = tmp_path / "x.json"
+    atomic.write_json(place, {"a": 1})
+    assert json.loads(place.read_text()) == {"a": 1}
+    assert place.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    with pytest.raises(ValueError, match="compliant"):
+        atomic.write_json(place, {"a": float("nan")})
+    with pytest.raises(KeyError), atomic.new_file(place) as draft:
+        draft.write_bytes(b"half")
+        raise KeyError
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            atomic.write(place, b"x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert json.loads(place.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [place]
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "final").mkdir()
+    (tmp_path / "draft" / "new").write_text("new")
+    (tmp_path / "final" / "old").write_text("old")
+    atomic.commit(tmp_path / "draft", tmp_path / "final")
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["new"]
+    assert not (tmp_path / "draft").exists()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

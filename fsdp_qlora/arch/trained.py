@@ -1,12 +1,12 @@
 """What a run trains: adapters, whole decoder layers, tensors outside the layers; and how much."""
 
+import dataclasses
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.info import ModelInfo, select_linears
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
@@ -16,7 +16,7 @@ REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference 
 ENDS = ("embed_tokens", "lm_head")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Whole:
     """What is trained itself, without adapters, unquantised.
 
@@ -80,7 +80,7 @@ def count(info: ModelInfo, cfg: Config) -> int:
         cfg: the run.
 
     Raises:
-        UserError: see `whole` and arch.select_linears.
+        UserError: see `whole` and select_linears.
     """
     num = adapter_params(info, cfg) * info.num_layers
     return num + layer_params(info) * len(whole(info, cfg).layers) + root_params(info, cfg)
@@ -94,7 +94,7 @@ def root_params(info: ModelInfo, cfg: Config) -> int:
 
 def magnitudes(info: ModelInfo, cfg: Config) -> int:
     """Count the rows of one decoder layer whose length DoRA learns."""
-    adapted = arch.select_linears(info, cfg.lora_target_modules)
+    adapted = select_linears(info, cfg.lora_target_modules)
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
     return sum(linear.out_features for linear in adapted) * is_dora
 
@@ -103,7 +103,7 @@ def adapter_params(info: ModelInfo, cfg: Config) -> int:
     """Count the parameters of the adapters of one decoder layer."""
     if not has_adapters(cfg):
         return 0
-    adapted = arch.select_linears(info, cfg.lora_target_modules)
+    adapted = select_linears(info, cfg.lora_target_modules)
     num = sum(cfg.lora_rank * (n.in_features + n.out_features) for n in adapted)
     return num + magnitudes(info, cfg)
 
@@ -136,3 +136,35 @@ def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
     found = [name for name, _ in info.root_params if name.split(".")[-2] in names]
     assert len(found) == len(names), "embedding and head are named otherwise"
     return tuple(found)
+
+
+def adopt_format(cfg: Config, stored: str | None, given: frozenset[str] | None = None) -> Config:
+    """Take the format of the base from its files, where they are in 4 bit.
+
+    Args:
+        cfg: the run.
+        stored: format of the files, or None.
+        given: names of the options that the user wrote; None: those that are not as usual.
+
+    Returns:
+        The run with the format of the files.
+
+    Raises:
+        UserError: an option asks for another format (code 2).
+    """
+    if stored is None or cfg.format_name == stored:
+        return cfg
+    rule = f"the model is stored as {stored}, whose bytes are kept"
+    if given is None:
+        given = frozenset(
+            f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default
+        )
+    own: dict[str, Any] = {"quant_type": stored.removesuffix("_dq")}
+    own["double_quant"] = stored.endswith("_dq")
+    if TRAIN_TYPES[cfg.train_type].base != "bnb":
+        own["train_type"] = "qlora"
+    for name, value in own.items():
+        if name in given and getattr(cfg, name) != value:
+            got = f"--{name} {str(getattr(cfg, name)).lower()}"
+            raise UserError(got, rule, "leave it out, or take the 16-bit original")
+    return dataclasses.replace(cfg, **own)

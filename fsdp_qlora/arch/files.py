@@ -1,0 +1,486 @@
+"""The files of a model: where they lie, what their headers hold, and linears stored in 4 bit.
+
+Only headers are read (a few MB even for a 70B). Every byte of a file must belong to exactly one
+tensor, so that a truncated download is found before anything else starts. A local directory never
+reaches the hub. Of models in 4 bit those of bitsandbytes are read: a linear is "X.weight" (codes),
+"X.weight.absmax", "X.weight.quant_map", with double quantization also "nested_absmax" and
+"nested_quant_map", and JSON under "quant_state...".
+
+Source: the format's README, section "Format", github.com/huggingface/safetensors; bitsandbytes,
+functional.py, QuantState.as_dict.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError
+
+SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
+CONFIG_FILES = ["config.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+NO_TOKEN = 401
+REFUSALS = {NO_TOKEN: "the hub refuses your access token", 429: "the hub wants fewer requests"}
+REFUSALS |= dict.fromkeys((500, 502, 503, 504), "the hub is down")
+# Sub-directories hold other formats, and consolidated* is a second copy of the same weights.
+LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+QUANTIZED_ITEM_BYTES = ITEM_BYTES | {"U8": 1}  # of a model stored in 4 bit
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in another format
+PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
+GROUP = 64  # weights that share one constant
+NESTED = 256  # constants that share one constant of the second level
+STATE = ".quant_state.bitsandbytes__"
+ORIGINAL = "take the 16-bit original of this model"
+
+
+def known_shapes() -> list[str]:
+    """List the models whose shape can be used by name, without their files.
+
+    Returns:
+        Names such as "llama-2-7b", sorted.
+    """
+    return sorted(path.stem for path in SHAPES_DIRECTORY.glob("*.json"))
+
+
+def locate(model_name: str, need_weights: bool) -> Path:
+    """Find the config.json of a model, and its weights beside it when they are needed.
+
+    Args:
+        model_name: a local directory, one of known_shapes(), or a hub name ("Qwen/Qwen2.5-7B").
+        need_weights: find or download the weight files too; a shape has none.
+
+    Returns:
+        A directory, or the .json file of a shape. A hub name that is known as a shape needs no
+        network when no weights are wanted.
+
+    Raises:
+        UserError: no such model (code 2), or gated, unknown or out of reach on the hub (code 3).
+    """
+    try:
+        path = Path(model_name).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        remedy = "give a directory, or ORGANISATION/MODEL"
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(model_name, f"is no usable path ({reason})", remedy, INPUT) from None
+    if is_directory:
+        return _without_metas_files(path)
+    is_hub_name = model_name.count("/") == 1 and not model_name.startswith((".", "/", "~"))
+    if exists or ("/" in model_name and not is_hub_name):
+        remedy = "give the directory that holds config.json"
+        raise UserError(model_name, "is no model directory", remedy, INPUT)
+    if is_hub_name and need_weights:
+        return _without_metas_files(_download(model_name, MODEL_FILES))
+    if is_hub_name:
+        return (
+            _find_cached(model_name) or _shape_of(model_name) or _download(model_name, CONFIG_FILES)
+        )
+    if model_name.lower() not in known_shapes():
+        near = get_close_matches(model_name.lower(), known_shapes(), 3, 0.5) or known_shapes()[:3]
+        remedy = f"give a directory, a hub name ORGANISATION/MODEL, or a shape ({', '.join(near)})"
+        raise UserError(model_name, "is no directory and no known shape", remedy, INPUT)
+    if need_weights:
+        remedy = "add --weights random to measure, or give a model directory or hub name"
+        raise UserError(model_name, "is a shape without weights", remedy, INPUT)
+    return SHAPES_DIRECTORY / f"{model_name.lower()}.json"
+
+
+def fetch_tokenizer(hub_name: str) -> Path:
+    """Find the tokenizer of a model on the hub, without its weights.
+
+    Args:
+        hub_name: ORGANISATION/MODEL.
+
+    Returns:
+        A directory with its files.
+
+    Raises:
+        UserError: gated, unknown or out of reach (code 3).
+    """
+    return _download(hub_name, [*CONFIG_FILES, *TOKENIZER_FILES])
+
+
+def _without_metas_files(path: Path) -> Path:
+    """Refuse a directory with Llama as Meta hands it out, and say how it is converted."""
+    has_metas = (path / "params.json").exists() or any(path.glob("consolidated.*.pth"))
+    if not has_metas or (path / "config.json").exists():
+        return path
+    rule = "holds Meta's original files (params.json, consolidated.*.pth)"
+    if (path.parent / "config.json").exists():
+        raise UserError(str(path), rule, f"give the directory above it, {path.parent}", INPUT)
+    script = "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir"
+    remedy = f"convert them with transformers below 5: {script} DIR --output_dir NEW, see README"
+    raise UserError(str(path), rule, remedy, INPUT)
+
+
+def _shape_of(hub_name: str) -> Path | None:
+    for path in sorted(SHAPES_DIRECTORY.glob("*.json")):
+        if json.loads(path.read_text())["_name_or_path"].lower() == hub_name.lower():
+            return path
+    return None
+
+
+def _find_cached(hub_name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(hub_name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _download(hub_name: str, files: list[str]) -> Path:
+    """Bring files into the hub cache, or find them there when the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_name, allow_patterns=files, ignore_patterns=LEFT_OUT))
+    except HFValidationError:
+        remedy = "give a directory, or ORGANISATION/MODEL"
+        raise UserError(hub_name, "is no directory and no hub name", remedy, INPUT) from None
+    except GatedRepoError as error:
+        rule = "the hub refuses it until you accept the model's terms"
+        remedy = f"accept them at https://huggingface.co/{hub_name}, then run hf auth login"
+        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
+    except RepositoryNotFoundError as error:
+        rule = "no such directory here, and no such public model on the hub"
+        remedy = "check the spelling; for a private model run hf auth login"
+        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
+    except (
+        Exception
+    ) as error:  # the transport's own errors differ between releases of huggingface_hub
+        answers = [getattr(found, "response", None) for found in (error, error.__cause__)]
+        status = next((answer.status_code for answer in answers if answer is not None), 0)
+        why = REFUSALS.get(status, "hub out of reach")
+        rule = f"no such directory, not in the hub cache, {why} ({status or type(error).__name__})"
+        remedy = f"give a local directory, or run hf download {hub_name} where there is a network"
+        if files == CONFIG_FILES:  # no weights are wanted: a model of the same size will do
+            near = get_close_matches(hub_name.partition("/")[2].lower(), known_shapes(), 1, 0.6)
+            remedy += f", or take the shape {near[0]}" if near else ""
+        remedy = "run hf auth login, or give a local directory" if status == NO_TOKEN else remedy
+        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where the bytes of one tensor lie.
+
+    Args:
+        file: the safetensors file.
+        dtype: its name in safetensors: "BF16", "F16", "F32" or "F64".
+        shape: as stored, row major.
+        start: absolute offset of the first byte in the file.
+        nbytes: length in bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object, and name the file when it is not one.
+
+    Args:
+        path: for example the config.json of a model.
+
+    Returns:
+        The object.
+
+    Raises:
+        UserError: absent (code 2); a git-lfs pointer, an HTML page, no JSON object (code 5).
+    """
+    if not path.is_file():
+        raise UserError(str(path), "is needed, and absent", "give a complete model directory")
+    raw = path.read_bytes()
+    _refuse_stand_in(path, raw[:64])
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"is no valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise _damaged(path, "must hold a JSON object")
+    return value
+
+
+def read_tensors(
+    directory: Path, item_bytes: Mapping[str, int] = ITEM_BYTES
+) -> dict[str, TensorRef]:
+    """Read the headers of all weight files of a model.
+
+    Args:
+        directory: holds an index and the files that it names, or model.safetensors, or loose
+            *.safetensors files.
+        item_bytes: dtypes that may occur, with their sizes.
+
+    Returns:
+        Tensor name -> where its bytes lie, in file order.
+
+    Raises:
+        UserError: no safetensors files (code 2); one absent, cut off, unlike the index (code 5).
+    """
+    index = _read_index(directory / INDEX_NAME)
+    tensors: dict[str, TensorRef] = {}
+    for name in sorted(set(index.values())) or _list_files(directory):
+        header = read_header(directory / name, item_bytes)
+        twice = sorted(header.keys() & tensors.keys())
+        if twice:
+            raise _damaged(directory / name, f"repeats {describe(twice)} of another file")
+        tensors |= header
+    lost = [name for name in index if name not in tensors or tensors[name].file.name != index[name]]
+    if lost:
+        raise _damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
+    return tensors
+
+
+def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[str, TensorRef]:
+    """Read and check the header of one safetensors file.
+
+    Args:
+        path: the file.
+        item_bytes: dtypes that may occur, with their sizes.
+
+    Returns:
+        Tensor name -> where its bytes lie, in file order.
+
+    Raises:
+        UserError: not floating point of 16 to 64 bits (code 2); absent, a git-lfs pointer, an HTML
+            page, truncated, damaged (code 5).
+    """
+    if not path.is_file():
+        what = (
+            "is no regular file" if os.path.lexists(path) else "is named by the index, and absent"
+        )
+        raise _damaged(path, what)
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(64)
+        _refuse_stand_in(path, head)
+        header_bytes = int.from_bytes(head[:8], "little")
+        data_start = 8 + header_bytes
+        if header_bytes > MAX_HEADER_BYTES or data_start > file_bytes:
+            raise _damaged(path, f"{file_bytes} bytes are no whole safetensors file")
+        file.seek(8)
+        raw = file.read(header_bytes)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        refs = [
+            (name, _tensor_ref(path, data_start, item_bytes, **entries[name])) for name in entries
+        ]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise _damaged(path, "has a damaged safetensors header") from None
+    refs.sort(key=lambda item: (item[1].start, item[1].nbytes))
+    end = data_start
+    for name, ref in refs:
+        if ref.start != end:
+            raise _damaged(path, f"tensor {name} overlaps the one before it, or leaves a gap")
+        end += ref.nbytes
+    if end != file_bytes:
+        raise _damaged(path, f"has {file_bytes} bytes where its header announces {end}")
+    return dict(refs)
+
+
+def describe(names: list[str]) -> str:
+    """Name the first three tensors of a list, and count all.
+
+    Args:
+        names: at least one name.
+
+    Returns:
+        For example "2 tensors (a, b)" or "12 tensors (a, b, c, ...)".
+    """
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _damaged(path, "has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise _damaged(path, f"weight_map names {name!r}, which is no plain file name")
+    return weight_map
+
+
+def _list_files(directory: Path) -> list[str]:
+    if (directory / SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    weights = [name for name in names if not name.startswith(NOT_WEIGHTS)]
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
+    if pickled and not weights:
+        rule = f"only pickled weights ({pickled[0]}), which can run code and are never read"
+        raise UserError(str(directory), rule, "convert them to safetensors")
+    if not weights:
+        remedy = "add the *.safetensors files, or --weights random to measure without them"
+        raise UserError(str(directory), "holds no safetensors weights", remedy)
+    return weights
+
+
+def _tensor_ref(
+    path: Path,
+    data_start: int,
+    item_bytes: Mapping[str, int],
+    dtype: str,
+    shape: list[int],
+    data_offsets: list[int],
+) -> TensorRef:
+    if dtype not in item_bytes:
+        rule = f"holds {dtype} tensors; a base is {', '.join(ITEM_BYTES)}"
+        raise UserError(str(path), rule, "take the 16-bit original of this model")
+    begin, end = data_offsets
+    nbytes = math.prod(shape) * item_bytes[dtype]
+    if begin < 0 or end - begin != nbytes or any(size < 0 for size in shape):
+        raise ValueError(f"offsets {data_offsets} do not fit shape {shape}")
+    return TensorRef(path, dtype, tuple(shape), data_start + begin, nbytes)
+
+
+def _refuse_stand_in(path: Path, head: bytes) -> None:
+    if head.startswith(b"version https://git-lfs"):
+        raise _damaged(path, "is a git-lfs pointer, not the file", "run git lfs pull there")
+    if head.lstrip()[:5].lower() in {b"<!doc", b"<html"}:
+        raise _damaged(path, "is an HTML page, not the file", "download the raw file")
+
+
+def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
+    return UserError(str(path), rule, remedy, INTEGRITY)
+
+
+@dataclass(frozen=True)
+class QuantizedRef:
+    """Where a linear that is stored in 4 bit lies.
+
+    Args:
+        refs: "weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map" -> place.
+        offset: of the constants, with double quantization.
+    """
+
+    refs: dict[str, TensorRef]
+    offset: float | None
+
+
+def stored_format(config: dict, model_name: str) -> str | None:
+    """Say in which format a model lies on disk.
+
+    Args:
+        config: content of config.json.
+        model_name: for the message.
+
+    Returns:
+        "nf4", "nf4_dq", "fp4" or "fp4_dq"; None for 16 or 32 bit.
+
+    Raises:
+        UserError: it is quantized in another way (code 2).
+    """
+    found = config.get("quantization_config")
+    if found is None:
+        return None
+    found = found if isinstance(found, dict) else {}
+    name = (
+        f"{found.get('bnb_4bit_quant_type')}{'_dq' * bool(found.get('bnb_4bit_use_double_quant'))}"
+    )
+    if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
+        return name
+    method = found.get("quant_method") or "unknown"
+    method += " in 8 bit" if found.get("load_in_8bit") else ""
+    rule = f"is quantized already ({method}); of such models only bitsandbytes in 4 bit is read"
+    raise UserError(model_name, rule, ORIGINAL)
+
+
+def fold(
+    tensors: dict[str, TensorRef], format_name: str, model_name: str
+) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """Make one entry of the parts of each quantized linear.
+
+    Args:
+        tensors: of the files.
+        format_name: of `stored_format`.
+        model_name: for the message.
+
+    Returns:
+        The tensors, those of quantized weights in their true shape; and the places of the parts.
+
+    Raises:
+        UserError: another block size or type, or parts that do not fit (code 5).
+    """
+    states = {name: name.partition(STATE)[0] for name in tensors if STATE in name}
+    folded, quantized = dict(tensors), {}
+    for state_name, name in states.items():
+        state = _read_state(tensors[state_name], state_name)
+        refs = {"weight": tensors[name]} if name in tensors else {}
+        for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
+            if f"{name}.{part}" in tensors:
+                refs[part] = folded.pop(f"{name}.{part}")
+        del folded[state_name]
+        _check(f"{name} in {model_name}", state, refs, format_name)
+        quantized[name] = QuantizedRef(refs, state.get("nested_offset"))
+        folded[name] = dataclasses.replace(refs["weight"], shape=tuple(state["shape"]))
+    return folded, quantized
+
+
+def _read_state(ref: TensorRef, name: str) -> dict:
+    try:
+        with ref.file.open("rb") as file:
+            file.seek(ref.start)
+            state = json.loads(file.read(ref.nbytes))
+        if [type(size) for size in state["shape"]] != [int, int]:
+            raise ValueError("no shape of two sizes")
+    except (ValueError, KeyError, TypeError) as error:
+        rule = f"is no quantization state ({error})"
+        raise UserError(name, rule, "fetch the model again", INTEGRITY) from None
+    return state
+
+
+def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str) -> None:
+    num_weights, is_double = math.prod(state["shape"]), format_name.endswith("_dq")
+    num_blocks = -(-num_weights // GROUP)
+    sizes = {"weight": -(-num_weights // 2), "quant_map": 16 * 4}
+    sizes["absmax"] = num_blocks * (1 if is_double else 4)
+    if is_double:
+        sizes |= {"nested_absmax": -(-num_blocks // NESTED) * 4, "nested_quant_map": 256 * 4}
+    found = {part: ref.nbytes for part, ref in refs.items()}
+    own = (state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize"))
+    wanted = (format_name.removesuffix("_dq"), GROUP, NESTED if is_double else None)
+    is_good = found == sizes and own == wanted
+    if not is_good or is_double != isinstance(state.get("nested_offset"), float):
+        rule = f"type and block sizes {own}, want {wanted} and the parts {', '.join(sizes)}"
+        raise UserError(where, rule, ORIGINAL, INTEGRITY)
+
+
+def check_quantized(quantized: dict[str, QuantizedRef], linears: set[str], model_name: str) -> None:
+    """All linears of the decoder layers must be quantized, and nothing else.
+
+    Args:
+        quantized: of `fold`.
+        linears: names of the weights of all decoder layers' linears.
+        model_name: for the message.
+
+    Raises:
+        UserError: some are not (code 2).
+    """
+    faults = {
+        "not in 4 bit, where others are": sorted(linears - quantized.keys()),
+        "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - linears),
+    }
+    for rule, names in faults.items():
+        if names:
+            raise UserError(f"{describe(names)} in {model_name}", rule, ORIGINAL)

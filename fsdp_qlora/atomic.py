@@ -1,0 +1,207 @@
+"""Files and directories that are there whole or not at all: the one writer of the program.
+
+Everything is written under a hidden name beside its own, brought to the disk, and renamed.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+
+GIB = 2**30
+SPARE = 1.01  # of the disk: what lies beside the weights
+IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems whose directories take no fsync
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk.
+
+    Args:
+        path: of what is there.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC or not path.is_dir():
+            raise
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file under a hidden name; a file of its own name stays until it is whole.
+
+    Args:
+        path: its own name; its directory exists.
+
+    Yields:
+        The path to write to, an empty file with the mode that others have.
+
+    Raises:
+        OSError: the disk does not take it; nothing of it is left.
+    """
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        draft.write_bytes(b"")
+        mode = draft.stat().st_mode
+        yield draft
+        draft.chmod(mode)
+        sync(draft)
+        draft.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a file whole or not at all.
+
+    Args:
+        path: its name; its directory exists.
+        content: text is written as UTF-8.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the disk does not take it; what was there is left as it was.
+    """
+    with new_file(path) as draft:
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_json(path: Path, values: Any) -> Path:
+    """Write JSON, for people too, whole or not at all.
+
+    Args:
+        path: see `write`.
+        values: what JSON can hold; NaN and infinity are refused.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: see `write`.
+        ValueError: a number is not finite.
+    """
+    return write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def commit(draft: Path, final: Path) -> None:
+    """Give a directory its name, in place of one that is there.
+
+    Args:
+        draft: on the same file system, its files written and closed.
+        final: its own name.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    for path in (*draft.rglob("*"), draft):
+        sync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    draft.rename(final)
+    sync(final.parent)
+
+
+def check(out: Path, need_bytes: int) -> None:
+    """Refuse a place that cannot take a new directory, before any work is done.
+
+    Args:
+        out: directory to be made.
+        need_bytes: what it will hold.
+
+    Raises:
+        UserError: something lies there (code 2), or there is not enough room (code 3).
+    """
+    place = out.absolute()
+    if place.is_dir() and not any(place.iterdir()):
+        place = place.parent
+    elif os.path.lexists(place):
+        rule = "exists, and nothing is written over it"
+        raise UserError(f"--out {out}", rule, "remove it, or give another --out")
+    while not place.exists():
+        place = place.parent
+    free_gib, need_gib = shutil.disk_usage(place).free / GIB, need_bytes * SPARE / GIB
+    if free_gib < need_gib:
+        rule = f"needs {need_gib:,.2f} GiB, and {place} has {free_gib:,.2f} GiB free"
+        raise UserError(f"--out {out}", rule, "make room, or give another --out", ENVIRONMENT)
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
+    """Make a directory under a hidden name beside its own; rename it when it is whole.
+
+    What a killed process has left beside `out` is removed first: a lock, which ends with its
+    process, tells it from what another one is writing.
+
+    Args:
+        out: its own name.
+        need_bytes: what it will hold.
+
+    Yields:
+        The directory to write to.
+
+    Raises:
+        UserError: see `check`; the disk is full, read-only or damaged (code 3).
+    """
+    check(out, need_bytes)
+    out, draft, lock = out.absolute(), None, None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        draft = out.with_name(f"{_prefix(out)}{os.getpid()}")
+        draft.mkdir()
+        lock = os.open(draft, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield draft
+        for path in (*draft.rglob("*"), draft):
+            sync(path)
+        draft.rename(out)
+        sync(out.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        place = str(out if draft is None or error.errno in IS_FULL else error.filename or out)
+        remedy = "make room, or give another --out"
+        if error.errno in IS_FULL:
+            reason = f"{reason}; {need_bytes / GIB:,.2f} GiB are needed, nothing is left behind"
+        raise UserError(place, reason, remedy, ENVIRONMENT) from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _prefix(out: Path) -> str:
+    return f".{out.name}.draft-"
+
+
+def _sweep(out: Path) -> None:
+    """Remove the drafts whose process is gone."""
+    drafts = [path for path in out.parent.iterdir() if path.name.startswith(_prefix(out))]
+    for draft in drafts:
+        lock = os.open(draft, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft)
+        except BlockingIOError:
+            continue  # somebody writes there
+        finally:
+            os.close(lock)

@@ -1,0 +1,190 @@
+"""The run on one screen: parse, plan, launch; or, as one of the ranks, build, train and save.
+
+Started plainly it plans the run, then starts one rank per GPU; under torchrun or srun it is one of
+the ranks.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO, cast
+
+from fsdp_qlora import config, errors
+from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.results import adapter_files, publish
+from fsdp_qlora.train import (
+    disk,
+    failure,
+    faults,
+    fingerprint,
+    fitting,
+    heartbeat,
+    launch,
+    preflight,
+    processes,
+    resume,
+    stop,
+)
+
+
+def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
+    """Train as one of the ranks.
+
+    Args:
+        plan: the run, with what was chosen for it; its output directory is there.
+        world: this process among the ranks (train/world.py).
+        given: names of the options that the user wrote.
+        dry_run: further arguments of train.rehearsal.rehearse.
+    """
+    from fsdp_qlora import data
+    from fsdp_qlora.model.build import build
+    from fsdp_qlora.results import course, export, session
+    from fsdp_qlora.results.report import command as report
+    from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
+
+    cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
+    out_dir = cfg.resolved_output_dir
+    dataset = data.build(cfg, info, world)
+    num_steps = dataset.train.num_steps
+    begin = going_on.find(cfg, given, info, adapter_files.digest(info), dataset, world)
+
+    if not rehearsal.is_wanted(cfg, world.device):  # it would take as many as the data can bring
+        plan = plan.for_rows(dataset.train.most_tokens)
+    account = rows.Account(plan, world.device, session.nbytes(dataset))
+    with account.phase("load"):
+        built = build(cfg, info, world)
+    account.hold(built.model, built.placed)
+    trained = loop.prepare(built.model, cfg, num_steps, world)
+    account.watch(trained.params, trained.optimizer)
+
+    record = session.describe(cfg, info, dataset, built, account)
+    if rehearsal.is_wanted(cfg, world.device):
+        record["lines"].append(rehearsal.rehearse(trained, dataset.train, cfg, account, **dry_run))
+    begin.restore(trained)
+    kept, signals = begin.record(out_dir, is_writer), stop.StopFlag()
+    pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
+    signals.install()  # from here on a stop is recorded
+    with (
+        disk.told(cfg),
+        ledger.Recorder(
+            out_dir, world, num_steps, record, pinned_bytes, has_bar, account, kept
+        ) as recorder,
+        profiler.watched(cfg, world.rank, world.device, recorder.say) as after_step,
+        trackers.followed(cfg, out_dir, is_writer),
+    ):
+        recorder.say("\n".join([*record["lines"], *begin.lines]))
+        course.take(trained, dataset, plan, recorder, account, begin, signals, after_step)
+        if cfg.save_model:
+            faults.reach("export", world.rank)
+            with account.phase("save"):
+                export.save(built.model, info, cfg, dataset.tokenizer, is_writer)
+            recorder.collect("save")
+        recorder.say("\n".join(recorder.compared()))
+    if cfg.save_model and is_writer:
+        report.write([out_dir], out_dir, has_png=False)
+        print(session.farewell(cfg), flush=True)
+
+
+def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
+    """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
+    # No KeyboardInterrupt while libraries are imported: some of them swallow it.
+    signal.signal(signal.SIGINT, lambda *_: failure.leave(errors.SIGINT))
+    plan, rank = None, int(os.environ["RANK"])
+    heartbeat.listen(cfg.resolved_output_dir / failure.LOGS / f"rank{rank}.log")
+    try:
+        from fsdp_qlora.train import world as ranks
+
+        world = ranks.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
+        plan = fitting.agree(launch.agree(cfg, world), given, world)
+        run(plan, world, given)
+        ranks.leave()
+        heartbeat.beat(heartbeat.DONE, rank)
+        if rank == 0 and not launch.is_supervised(os.environ):
+            publish.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
+    except Exception as error:
+        failure.fail(error, cfg, plan)
+
+
+class _SteadyStream:
+    """A text stream that prints into nowhere once its reader has gone (EPIPE, EIO).
+
+    Args:
+        stream: stdout or stderr of this process.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, as the stream does."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush, as the stream does."""
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's."""
+        return getattr(self._stream, name)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def ignore_broken_pipe() -> Iterator[None]:
+    """Let the run outlive its terminal: once nobody reads what it prints, it goes on in silence.
+
+    A decorator too.
+    """
+    out, err = cast(TextIO, _SteadyStream(sys.stdout)), cast(TextIO, _SteadyStream(sys.stderr))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
+
+
+@ignore_broken_pipe()
+def main(argv: list[str], start=processes.start) -> int:
+    """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
+    try:
+        saved = None
+        if not launch.is_supervised(os.environ):
+            is_speaker = os.environ.get("RANK", "0") == "0"
+            argv, saved = resume.expand(argv, lambda line: print(line) if is_speaker else None)
+        cfg, given = config.parse(argv), config.given(argv)
+        if saved is not None and resume.is_done(saved, cfg):
+            print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
+            return errors.DONE
+        if launch.is_rank(os.environ):
+            os.environ.update(launch.rank_env(os.environ, cfg))
+            rank_main(cfg, given)
+            return errors.DONE
+        plan = fitting.plan(cfg, given)
+        fingerprint.check_early(saved, plan, adapter_files.digest(plan.info))
+        disk.check_room(plan.cfg, plan.info)
+        preflight.check(plan)
+        publish.check(cfg.push_to_hub)
+        code = launch.supervise(cfg, argv, plan=plan, start=start)
+        if code == errors.DONE:
+            publish.push(cfg.resolved_output_dir, cfg.push_to_hub)
+        return code
+    except errors.UserError as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        return error.code
+    except stop.Stopped as stopped:
+        if not launch.is_supervised(os.environ) and os.environ.get("RANK") == "0":
+            print(stopped, file=sys.stderr)
+        failure.leave(stopped.code)
+    except KeyboardInterrupt:
+        failure.leave(errors.SIGINT)
