@@ -1,5 +1,6 @@
 # make quickstart   install, fetch a small model and data, fine-tune it
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
+# make test-system  the tests that need the network or more than Python
 # make check        style, format and types
 # make soak         kill a run at random for ten minutes, and compare (ARGS="--minutes 60")
 # make bench-peers  measure ours against TRL + PEFT + accelerate, in turn (ARGS="--arms ours,trl_fsdp2")
@@ -31,7 +32,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 endif
 
-.PHONY: help venv test check lint quickstart bench-peers bench-7b bench-70b bench-small soak clean
+.PHONY: help venv test test-system check lint quickstart bench-peers bench-7b bench-70b bench-small soak clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -53,7 +54,10 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@touch $@
 
 test: venv
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not system" $(ARGS)
+
+test-system: venv
+	@$(BIN)/python -m pytest -n 0 -m system $(ARGS)
 
 check: venv
 	@$(BIN)/ruff check .

@@ -12,21 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
+from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.results import adapter_files, publish
-from fsdp_qlora.train import (
-    disk,
-    failure,
-    faults,
-    fingerprint,
-    fitting,
-    heartbeat,
-    launch,
-    preflight,
-    processes,
-    resume,
-    stop,
-)
+from fsdp_qlora.train import disk, fingerprint, preflight, resume
 
 
 def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
@@ -63,7 +52,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     if rehearsal.is_wanted(cfg, world.device):
         record["lines"].append(rehearsal.rehearse(trained, dataset.train, cfg, account, **dry_run))
     begin.restore(trained)
-    kept, signals = begin.record(out_dir, is_writer), stop.StopFlag()
+    kept, signals = begin.record(out_dir, is_writer), hooks.StopFlag()
     pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
     signals.install()  # from here on a stop is recorded
     with (
@@ -77,7 +66,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         recorder.say("\n".join([*record["lines"], *begin.lines]))
         course.take(trained, dataset, plan, recorder, account, begin, signals, after_step)
         if cfg.save_model:
-            faults.reach("export", world.rank)
+            hooks.reach("export", world.rank)
             with account.phase("save"):
                 export.save(built.model, info, cfg, dataset.tokenizer, is_writer)
             recorder.collect("save")
@@ -90,21 +79,21 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
 def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
     """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
     # No KeyboardInterrupt while libraries are imported: some of them swallow it.
-    signal.signal(signal.SIGINT, lambda *_: failure.leave(errors.SIGINT))
+    signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
     plan, rank = None, int(os.environ["RANK"])
-    heartbeat.listen(cfg.resolved_output_dir / failure.LOGS / f"rank{rank}.log")
+    hooks.enable_stack_dumps(cfg.resolved_output_dir / exit_report.LOGS / f"rank{rank}.log")
     try:
-        from fsdp_qlora.train import world as ranks
+        from fsdp_qlora.distributed import world as ranks
 
         world = ranks.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
-        plan = fitting.agree(launch.agree(cfg, world), given, world)
+        plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
         run(plan, world, given)
         ranks.leave()
-        heartbeat.beat(heartbeat.DONE, rank)
-        if rank == 0 and not launch.is_supervised(os.environ):
+        hooks.beat(hooks.DONE, rank)
+        if rank == 0 and not env.is_supervised(os.environ):
             publish.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
     except Exception as error:
-        failure.fail(error, cfg, plan)
+        exit_report.fail(error, cfg, plan)
 
 
 class _SteadyStream:
@@ -155,22 +144,22 @@ def ignore_broken_pipe() -> Iterator[None]:
 
 
 @ignore_broken_pipe()
-def main(argv: list[str], start=processes.start) -> int:
+def main(argv: list[str], start=supervise.start) -> int:
     """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
     try:
         saved = None
-        if not launch.is_supervised(os.environ):
+        if not env.is_supervised(os.environ):
             is_speaker = os.environ.get("RANK", "0") == "0"
             argv, saved = resume.expand(argv, lambda line: print(line) if is_speaker else None)
         cfg, given = config.parse(argv), config.given(argv)
         if saved is not None and resume.is_done(saved, cfg):
             print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
             return errors.DONE
-        if launch.is_rank(os.environ):
-            os.environ.update(launch.rank_env(os.environ, cfg))
+        if env.is_rank(os.environ):
+            os.environ.update(env.rank_env(os.environ, cfg))
             rank_main(cfg, given)
             return errors.DONE
-        plan = fitting.plan(cfg, given)
+        plan = launch.plan_run(cfg, given)
         fingerprint.check_early(saved, plan, adapter_files.digest(plan.info))
         disk.check_room(plan.cfg, plan.info)
         preflight.check(plan)
@@ -182,9 +171,9 @@ def main(argv: list[str], start=processes.start) -> int:
     except errors.UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.code
-    except stop.Stopped as stopped:
-        if not launch.is_supervised(os.environ) and os.environ.get("RANK") == "0":
+    except hooks.Stopped as stopped:
+        if not env.is_supervised(os.environ) and os.environ.get("RANK") == "0":
             print(stopped, file=sys.stderr)
-        failure.leave(stopped.code)
+        exit_report.leave(stopped.code)
     except KeyboardInterrupt:
-        failure.leave(errors.SIGINT)
+        exit_report.leave(errors.SIGINT)

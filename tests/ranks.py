@@ -22,7 +22,7 @@ TIMEOUT_S = 240
 def _serve(function, rank, world_size, store, results, args):
     import torch
 
-    from fsdp_qlora.train.world import World
+    from fsdp_qlora.distributed.world import World
 
     torch.set_num_threads(1)
     has_gpus = tiny.DEVICE == "cuda"

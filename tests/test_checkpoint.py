@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import INPUT, UserError
+from tests import faults
 from tests.ranks import run_ranks
 from tests.test_resume import COMMON, make_place, run
 
@@ -73,6 +74,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_ranks(place: Path):
 
 def _with_fault(world, place: Path, out: Path, fault: str, *flags: str) -> str:
     os.environ["FSDP_QLORA_FAULT"] = fault
+    faults.install()
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(world, place, out, *FLAGS, *flags)
     return said.getvalue()

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.train import checkpoint_files as files
-from fsdp_qlora.train import faults, resume
+from fsdp_qlora.train import resume
+from tests import faults
 
 NUM_FLIPS = 250  # of single bits, in every file
 HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>\n"
@@ -117,7 +119,7 @@ def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path):
         files.read(path.with_name("step-8"))
 
 
-@pytest.mark.parametrize("point", faults.SAVE_POINTS)
+@pytest.mark.parametrize("point", hooks.SAVE_POINTS)
 def test_a_full_disk_leaves_the_one_before_and_nothing_half_done(
     tmp_path: Path, point: str, monkeypatch
 ):
@@ -127,7 +129,7 @@ def test_a_full_disk_leaves_the_one_before_and_nothing_half_done(
     root, is_there = tmp_path / files.CHECKPOINTS, point == "save-dir-fsync"
 
     def at(name: str) -> None:
-        faults.reach(name, 0, 2)
+        faults.meet(name, 0, 2)
 
     if point.startswith("prune"):
         save(tmp_path, 2)

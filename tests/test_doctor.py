@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from fsdp_qlora import hardware
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.model import host
 from fsdp_qlora.model.quantize import FORMATS
-from fsdp_qlora.plan import cards
 from fsdp_qlora.train.doctor import command, device, jobs, machine, together
 from fsdp_qlora.train.doctor.findings import OK, PROBLEM, WARNING, Finding, ok, softly
 from fsdp_qlora.train.doctor.jobs import Job
-from fsdp_qlora.train.ranks import count_gpus
+from tests import fake_nvml
 from tests.tiny import require
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def test_a_machine_is_looked_at_and_measured_for_the_plan(
         pytest.skip("written for a machine without cards")
     monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    path = cards.machine_file()
+    path = hardware.machine_file()
     path.parent.mkdir()
     path.write_text(json.dumps({"cards": {"RTX 3090": {"memory_gbs": 900}, "CPU": {}}}))
     code = main(["doctor", "--json", f"--output_dir={tmp_path / 'runs'}"])
@@ -62,10 +63,11 @@ def test_a_machine_is_looked_at_and_measured_for_the_plan(
     table = json.loads(path.read_text())["cards"]
     assert table["RTX 3090"] == {"memory_gbs": 900}
     assert table["CPU"] == values["cards"]["CPU"]
-    measured, known = cards.with_measured([cards.CPU, *cards.parse("3090")], path, None)
+    listed = [hardware.CPU, *hardware.parse_gpus("3090")]
+    measured, known = hardware.with_measured(listed, path, None)
     assert measured.is_measured and known.memory_gbs == 900
     for key in ("bf16_tflops", "memory_gbs", "card_link_gbs"):
-        assert getattr(measured, key) == table["CPU"][key] > 0
+        assert getattr(measured, hardware.SPEEDS[key]) == table["CPU"][key] > 0
     assert SECRET not in text and "a token is set" in one(found, "hub").value
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["cache", "machine.json"]
 
@@ -153,11 +155,8 @@ def test_a_card_that_torch_cannot_see_is_named(
     """The driver lists one, this torch sees none: code 3; --quick writes no figures."""
     if torch.cuda.is_available():
         pytest.skip("torch sees a card")
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA (UUID: GPU-0)'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/bin:/usr/bin")
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA GeForce RTX 3090"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path / "cache"))
     assert main(["doctor", "--quick"]) == ENVIRONMENT

@@ -50,6 +50,7 @@ def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
 
     path, out = tiny.save_model(tmp_path / "model", vocab_size=386), tmp_path / "more"
     tiny.save_tokenizer(path, ["What is 5? It is a number."] * 9)
+    kept = tiny.keep_as_on_the_hub(path)
     num_known = len(AutoTokenizer.from_pretrained(path))
     file = tmp_path / "tokens.txt"
     file.write_text("<|tool|>\n<|end_tool|>\n")
@@ -57,6 +58,12 @@ def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("<|tool|>5<|end_tool|>", add_special_tokens=False).input_ids
     assert (ids[0], ids[-1], len(ids)) == (num_known, num_known + 1, 3)
+    assert (out / "tokenizer_config.json").read_bytes() == kept["tokenizer_config.json"]
+    table, old = (
+        json.loads(text) for text in ((out / "tokenizer.json").read_bytes(), kept["tokenizer.json"])
+    )
+    added = table.pop("added_tokens")
+    assert added[:-2] == old.pop("added_tokens") and table == old
     assert json.loads((out / "config.json").read_text())["vocab_size"] == 392
     before, after = load_file(path / "model.safetensors"), load_file(out / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

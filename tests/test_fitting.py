@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT
-from fsdp_qlora.plan import cards, fit
+from fsdp_qlora.plan import fit
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.plan import run as plans
 from tests import warm
@@ -52,11 +52,11 @@ def on_two_cards(argv: list[str], start) -> int:
     a card. In a process of its own, so what is changed here stays there.
     """
     from fsdp_qlora import run as train
-    from fsdp_qlora.train import launch
+    from fsdp_qlora.distributed import launch
 
     fit.NOTCH, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)
     cfg, given = config.parse(argv), config.given(argv)
-    machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+    machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
     plans.tell(plan, print)
     return launch.supervise(cfg, argv, plan=plan, start=start)

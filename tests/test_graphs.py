@@ -33,7 +33,6 @@ def _train(world, path, cases):
     from fsdp_qlora.data.batches import collate
     from fsdp_qlora.model import shard
     from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.clock import Clock
     from tests.test_shard import make_samples
 
     rows = make_samples(2 * world.size)
@@ -44,9 +43,7 @@ def _train(world, path, cases):
         tiny.fill_lora(model)
         params = shard.local_parameters(model)
         trained = loop.Trained(model, params, *optim.build(params, cfg, 9), 1.0, world)
-        steps = [
-            loop.train_step(trained, [collate(batch)], Clock(world.device)) for batch in shapes * 3
-        ]
+        steps = [loop.train_step(trained, [collate(batch)]) for batch in shapes * 3]
         bodies = [block.body for block in shard.blocks(model)]
         passes = bodies[0].graphs.passes.values() if bodies[0].graphs else []
         failure = bodies[0].graphs.failure if bodies[0].graphs else ""

@@ -14,7 +14,6 @@ from fsdp_qlora.data.batches import Batches, SamplerConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.train import guard, loop
-from fsdp_qlora.train.clock import Clock
 from fsdp_qlora.train.ledger import Recorder
 from tests import tiny
 from tests.ranks import run_ranks
@@ -56,7 +55,7 @@ def state_hash(trained):
 def step(trained, number, num_micro=2):
     world = trained.world
     batches = micro_batches(world.rank, world.size, num_micro)
-    return loop.train_step(trained, batches, Clock(world.device), number)
+    return loop.train_step(trained, batches, number)
 
 
 def inject(world, path, optimizer):
@@ -165,7 +164,7 @@ def masked(world, path):
             labels = torch.full_like(second.labels, -100)
             second = dataclasses.replace(second, labels=labels, num_trained_tokens=0)
         batches = [second] if len(silent) == 2 else [first, second]
-        results = loop.train_step(trained, batches, Clock(world.device))
+        results = loop.train_step(trained, batches)
         num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
         found.append(({name: value.item() for name, value in results.items()}, num_tokens))
     return found

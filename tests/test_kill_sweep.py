@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, RUN_FAILED, SIGINT, SIGTERM
-from fsdp_qlora.train import faults, resume
-from tests import warm
+from fsdp_qlora.train import resume
+from tests import faults, warm
 
 NUM_STEPS = 6
 FAULT = faults.VARIABLE
@@ -82,7 +83,7 @@ def unbroken(place: Path) -> dict[str, object]:
         found.append(result(place / name))
         if name == "first":
             reached = set(re.findall(r"^reached (\S+)", err, re.MULTILINE))
-            assert reached == set(faults.POINTS), "a point that is never reached proves nothing"
+            assert reached == set(hooks.POINTS), "a point that is never reached proves nothing"
     assert found[0] == found[1], "the run itself is not deterministic"
     return found[0]
 
@@ -106,7 +107,7 @@ def kills_at(point: str) -> list[str]:
     return [f"kill:{who}:{point}:{step}" for step, who in enumerate(WHO, 3)]
 
 
-@pytest.mark.parametrize("point", faults.POINTS)
+@pytest.mark.parametrize("point", hooks.POINTS)
 def test_a_kill_costs_no_bit(place: Path, unbroken: dict[str, object], point: str):
     """18 points x {rank 0, rank 1, both}: code 4, one line, no orphan, the same result."""
     out, is_begun = place / f"kill-{point}", False
@@ -168,7 +169,7 @@ def test_ranks_die_with_a_killed_supervisor_wherever_they_are(
 ):
     """kill -9 of train.py, ten times: nobody is left after two seconds, and the run goes on."""
     out = place / "parents"
-    points = ("load", *faults.STEP_POINTS, "save-before-file", "save-rename", "export")
+    points = ("load", *hooks.STEP_POINTS, "save-before-file", "save-rename", "export")
     for i, point in enumerate(points):
         fault = f"kill-parent:{i % 2}:{point}:{1 + i // 2}"
         run = warm.start(argv_of(place, out, "--resume=auto"), place, **{FAULT: fault})
@@ -197,13 +198,13 @@ def test_a_run_that_restarts_itself_comes_to_the_same(place: Path, unbroken: dic
 
 def on_two_cards(argv: list[str], start) -> int:
     """As train.main on two cards of 24 GB, whose ranks compute on the CPU (see test_fitting.py)."""
-    from fsdp_qlora import arch, config
-    from fsdp_qlora.plan import cards, fit, run
-    from fsdp_qlora.train import launch
+    from fsdp_qlora import arch, config, hardware
+    from fsdp_qlora.distributed import launch
+    from fsdp_qlora.plan import fit, run
 
     fit.NOTCH = 0.9999999
     cfg, given = config.parse(argv), config.given(argv)
-    machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+    machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = run.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
     return launch.supervise(cfg, argv, plan=plan, start=start)
 

@@ -3,8 +3,8 @@
 import dataclasses
 import time
 
-from fsdp_qlora.train import world as ranks
-from fsdp_qlora.train.failure import LinkError
+from fsdp_qlora.distributed import world as ranks
+from fsdp_qlora.distributed.exit_report import LinkError
 from tests.ranks import run_ranks
 
 SHORT_S = 0.3

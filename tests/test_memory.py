@@ -1,14 +1,12 @@
 """Device and host memory (train/memory.py)."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
-from fsdp_qlora import host_memory
 from fsdp_qlora.train import memory
 
 CPU = torch.device("cpu")
@@ -42,49 +40,6 @@ def test_the_sampler_keeps_a_peak_that_is_gone_at_the_next_step():
     assert sampler.pss_gib == pytest.approx(memory.pss_gib(), rel=0.1)
 
 
-def group(folder: Path, text: str, files: dict[str, str]) -> memory.Cgroup:
-    (folder / "proc").mkdir()
-    (folder / "proc" / "cgroup").write_text(text)
-    for name, content in files.items():
-        path = folder / "sys" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return memory.find_cgroup(folder / "proc", folder / "sys")
-
-
-def test_the_tightest_cgroup_limit_above_this_process_counts(tmp_path):
-    files = {
-        "job/step/memory.max": "max\n",
-        "job/step/memory.current": f"{3 * 2**30}\n",
-        "job/step/memory.stat": f"anon 1\ninactive_file {2**30}\n",
-        "job/memory.max": f"{8 * 2**30}\n",
-        "job/memory.current": f"{5 * 2**30}\n",
-    }
-    found = group(tmp_path, "0::/job/step\n", files)
-    assert found.limit_gib == 8.0
-    assert found.used_gib() == 2.0
-
-
-def test_a_version_one_cgroup_is_read_at_the_mount_when_its_own_path_is_hidden(tmp_path):
-    files = {
-        "memory/memory.limit_in_bytes": f"{6 * 2**30}\n",
-        "memory/memory.usage_in_bytes": f"{4 * 2**30}\n",
-        "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {2**30}\n",
-    }
-    found = group(tmp_path, "4:cpu,memory:/docker/abc\n0::/\n", files)
-    assert found.limit_gib == 6.0
-    assert found.used_gib() == pytest.approx(4.0, abs=1e-6)
-
-
-def test_no_cgroup_and_no_limit_are_none(tmp_path):
-    assert memory.find_cgroup(tmp_path, tmp_path).used_gib() is None
-    files = {
-        "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
-        "memory/memory.usage_in_bytes": "0",
-    }
-    assert group(tmp_path, "1:memory:/\n", files).limit_gib is None
-
-
 def test_phase_peaks_of_a_cpu_rank_are_its_own_pages_phase_by_phase():
     """What came and went between two marks is seen; what stays is seen in every later phase."""
     peaks = memory.PhasePeaks(CPU)
@@ -104,17 +59,6 @@ def test_phase_peaks_of_a_cpu_rank_are_its_own_pages_phase_by_phase():
     peaks.mark("forward")
     peaks.mark("forward")
     assert list(peaks.take()) == ["forward"]  # the higher of two
-
-
-def test_a_control_group_or_the_machine_sets_the_limit():
-    """What is in use is counted where the limit is."""
-    machine_gib = host_memory.limit_gib(memory.Cgroup())
-    assert machine_gib == pytest.approx(psutil.virtual_memory().total / memory.GIB)
-    assert host_memory.limit_gib(memory.Cgroup(limit_gib=0.5)) == 0.5
-    assert host_memory.limit_gib(memory.Cgroup(limit_gib=1e9)) == machine_gib
-    used_gib = host_memory.used_gib(memory.Cgroup())
-    assert used_gib == pytest.approx(memory.machine_memory()["host_used_gib"], abs=0.3)
-    assert host_memory.used_gib(memory.Cgroup(limit_gib=0.5)) is None
 
 
 @pytest.mark.gpu

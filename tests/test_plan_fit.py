@@ -5,9 +5,9 @@ import itertools
 
 import pytest
 
-from fsdp_qlora import arch, config
-from fsdp_qlora.plan import cards, fit, rows
-from fsdp_qlora.plan.cards import Machine
+from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.plan import fit, rows
 from fsdp_qlora.plan.fit import Outcome
 from fsdp_qlora.plan.sizes import Setting, applied, place, setting_of
 
@@ -24,7 +24,7 @@ def run_of(size: str, *argv: str) -> tuple[arch.ModelInfo, config.Config]:
 
 def machine_of(names: str, host_gib: float | None) -> Machine:
     """Cards of the table."""
-    return Machine(tuple(cards.parse(names)), host_gib)
+    return Machine(tuple(hardware.parse_gpus(names)), host_gib)
 
 
 def chosen(size: str, names: str, host_gib: float) -> Outcome | None:
@@ -107,7 +107,7 @@ def test_fit_turns_free_memory_into_the_speed_that_the_issue_asks_for():
 def test_slow_links_keep_layers_on_the_card():
     """70B, one row of 512 tokens: copies rule, so layers go to the card as long as they fit."""
     info, cfg = run_of("70b", "--context_length=512", "--batch_size=1", "--dataset=dummy")
-    slow = dataclasses.replace(cards.CARDS["3090"], host_link_gbs=6)
+    slow = dataclasses.replace(hardware.GPUS["3090"], host_link_gbs=6)
     best = fit.choose(fit.explore(info, cfg, Machine((slow, slow), 64)))
     assert best is not None
     assert best.setting.count("resident") >= 30

@@ -1,24 +1,22 @@
 """The plan's seconds against measured steps, and the cards they are estimated for."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan import cards, speed
-from fsdp_qlora.plan.cards import CARDS, Card
+from fsdp_qlora.hardware import GPUS, Device
+from fsdp_qlora.plan import speed
 from fsdp_qlora.plan.sizes import Setting, setting_of, sizes
 from tests.test_plan_memory import plan
 
-H200 = CARDS["H200"]
+H200 = GPUS["H200"]
 # As with NCCL_P2P_DISABLE=1: facts.md measured 50 GB/s from card to card through the host.
-NO_PEER = dataclasses.replace(H200, card_link_gbs=50)
+NO_PEER = dataclasses.replace(H200, peer_gbs=50)
 
 
-def seconds(run: str, placement: str, card: Card, levels: tuple[str, ...] = ()) -> speed.Speed:
+def seconds(run: str, placement: str, card: Device, levels: tuple[str, ...] = ()) -> speed.Speed:
     """Estimate of one of test_plan_memory's runs on two cards."""
     return speed.estimate(*plan(run, placement, levels), [card] * 2)
 
@@ -62,7 +60,7 @@ def test_short_rows_wait_for_launches_and_slow_links_for_copies():
     assert guess.bound == speed.LAUNCHES
     assert abs(guess.step_s / 0.42 - 1) < 0.2
     hosted = Setting(2, 1, 1, ("streamed",) * 32, own.levels)
-    slow = dataclasses.replace(CARDS["4090"], host_link_gbs=3)
+    slow = dataclasses.replace(GPUS["4090"], host_link_gbs=3)
     guess = speed.estimate(found, cfg, hosted, [slow] * 2)
     assert guess.bound == speed.HOST_LINK
     # 3.34 GB twice at 95 % of 3 GB/s; half of the adapters (2 + 2 + 4 bytes of 40 M), of the
@@ -75,58 +73,8 @@ def test_short_rows_wait_for_launches_and_slow_links_for_copies():
 def test_the_slowest_card_sets_the_pace():
     """Ranks march in step."""
     args = plan("7B 4x2048", "streamed")
-    pair = speed.estimate(*args, [CARDS["3090"], CARDS["4060Ti-16G"]])
-    assert pair == speed.estimate(*args, [CARDS["4060Ti-16G"]] * 2)
-
-
-def test_cards_are_read_from_a_list():
-    """Names of the table in any spelling, sizes in GB, none."""
-    assert [card.name for card in cards.parse("2x3090, 4060 ti-16g")] == [
-        *("3090", "3090", "4060Ti-16G"),
-    ]
-    assert cards.parse("NVIDIA GeForce RTX 4090") == [CARDS["4090"]]
-    (small,) = cards.parse("8GB")
-    assert (small.memory_gib, small.bf16_tflops) == (7.8, CARDS["3060-12G"].bf16_tflops)
-    assert cards.parse("24")[0].memory_gbs == CARDS["3090"].memory_gbs
-    assert cards.parse("none") == []
-    for wrong, words in {"3091": "did you mean 3090", "0x24": "no list", "9999": "known"}.items():
-        with pytest.raises(UserError, match=words):
-            cards.parse(wrong)
-
-
-@pytest.mark.parametrize(
-    ("name", "total_gib", "like"),
-    [
-        ("NVIDIA GeForce RTX 3090", 24.0, "3090"),
-        ("NVIDIA GeForce RTX 3080", 20.0, "3080-20G"),
-        ("NVIDIA A100-SXM4-80GB", 80.0, "A100-80"),
-        ("NVIDIA A100-PCIE-40GB", 40.0, "A100-40"),
-        ("NVIDIA H200", 140.4, "H200"),
-        ("Tesla V100-SXM2-32GB", 32.0, "V100-32"),
-        ("NVIDIA Something New", 25.0, "3090"),
-    ],
-)
-def test_the_drivers_names_find_their_row(name: str, total_gib: float, like: str):
-    """An unknown one is taken for the nearest in memory that is not larger."""
-    found = cards.from_driver(name, total_gib)
-    assert found.bf16_tflops == CARDS[like].bf16_tflops
-    assert found.memory_gib == pytest.approx(total_gib, rel=0.02)
-
-
-def test_measured_speeds_stand_in_for_the_table(tmp_path: Path):
-    """What doctor writes wins over the table, --link over both; a broken file is named."""
-    path = tmp_path / "machine.json"
-    (same,) = cards.with_measured(cards.parse("3090"), path, None)
-    assert same == CARDS["3090"]
-    row = {"bf16_tflops": 55.5, "host_link_gbs": 13}
-    path.write_text(json.dumps({"cards": {"NVIDIA GeForce RTX 3090": row}}))
-    (found,) = cards.with_measured(cards.parse("3090"), path, None)
-    assert found.is_measured
-    assert (found.bf16_tflops, found.host_link_gbs, found.memory_gbs) == (55.5, 13, 936)
-    assert cards.with_measured(cards.parse("3090"), path, 5.0)[0].host_link_gbs == 5
-    path.write_text("[]")
-    with pytest.raises(UserError, match="not what doctor writes"):
-        cards.with_measured(cards.parse("3090"), path, None)
+    pair = speed.estimate(*args, [GPUS["3090"], GPUS["4060Ti-16G"]])
+    assert pair == speed.estimate(*args, [GPUS["4060Ti-16G"]] * 2)
 
 
 def test_steps_are_known_where_rows_are_counted_cheaply(tmp_path: Path):

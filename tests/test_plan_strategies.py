@@ -2,10 +2,10 @@
 
 import pytest
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan import cards, rows, run
-from fsdp_qlora.plan.cards import Machine
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.plan import rows, run
 from fsdp_qlora.train import preflight
 
 SHAPE = ["--model_name=llama-2-7b", "--context_length=1024", "--batch_size=2", "--output_dir=o"]
@@ -15,7 +15,7 @@ TOKENS, WIDTH = 2 * 1024, 4096
 def plan_of(*argv, names="2x24"):
     words = [*SHAPE, *argv]
     cfg = config.parse(words)
-    machine = Machine(tuple(cards.parse(names)), 256.0, 2)
+    machine = Machine(tuple(hardware.parse_gpus(names)), 256.0, 2)
     info = arch.read(cfg.model_name, need_weights=False)
     return run.make(info, cfg, config.given(words), machine)
 
@@ -85,11 +85,3 @@ def test_cards_without_bfloat16_get_float16_unless_the_user_says_otherwise():
     assert plan_of("--precision=fp32", names="2xT4").cfg.precision == "fp32"
     assert plan_of(names="3090,T4").cfg.precision == "fp16_autocast"
     assert plan_of().cfg.precision == "bf16"
-
-
-def test_the_driver_tells_what_a_name_does_not():
-    """A 2080 Ti is in no table; its memory is near that of cards that have bfloat16."""
-    row = "NVIDIA GeForce RTX 2080 Ti, 11264, 0, GPU-a\nNVIDIA RTX 3090, 24576, 0, GPU-b\n"
-    old, new = cards.listed(row, None, {"GPU-a": 7.5, "GPU-b": 8.6})
-    assert (old.has_bf16, new.has_bf16) == (False, True)
-    assert [card.has_bf16 for card in cards.listed(row, None)] == [True, True]

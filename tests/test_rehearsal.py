@@ -36,7 +36,6 @@ def _train(world, path, cases, is_rehearsed):
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
     from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.clock import Clock
     from fsdp_qlora.train.rows import Account
 
     results = []
@@ -58,7 +57,7 @@ def _train(world, path, cases, is_rehearsed):
             assert account.peak_of("dry run").allocated_gib > 0
         found = [digest([torch.get_rng_state(), *params]), len(optimizer.state)]
         for step in range(3):
-            done = loop.train_step(trained, batches.step(step), Clock(world.device))
+            done = loop.train_step(trained, batches.step(step))
             found += [done["loss"].item().hex(), done["grad_norm"].item().hex()]
         moments = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
         found.append(digest([torch.get_rng_state(), *params, *moments]))

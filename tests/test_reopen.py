@@ -45,6 +45,7 @@ def finished(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     model = tiny.save_model(directory / "model", vocab_size=384, initializer_range=0.1)
     tiny.save_tokenizer(model, [row["prompt"] + row["completion"] for row in ROWS])
+    tiny.keep_as_on_the_hub(model)
     rows = directory / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
     done = run(
@@ -55,6 +56,13 @@ def finished(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return directory / "out"
+
+
+def tokenizer_files(directory):
+    """By name, with the chat template of the run."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    files = [directory / name for name in (*names, "chat_template.jinja")]
+    return {file.name: file.read_bytes() for file in files if file.exists()}
 
 
 def test_evaluate_finds_the_losses_of_the_run(finished):
@@ -127,6 +135,8 @@ def test_a_merged_model_answers_as_base_and_adapter(finished):
     merged = finished.parent / "merged"
     flags = ("--adapter", str(finished), "--out", str(merged), "--dtype=fp32", "--evidence_rows=0")
     assert verbs.merge(list(flags)) == DONE
+    base = tokenizer_files(finished.parent / "model")
+    assert len(base) > 1 and tokenizer_files(finished) == tokenizer_files(merged) == base
     flags = ("--model_name", str(merged), "--precision=fp32", "--prompt", ASKED, "--raw")
     done = run("-m", "fsdp_qlora", "generate", *flags, "--num_tokens=6")
     assert done.returncode == 0, done.stderr

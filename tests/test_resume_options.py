@@ -12,10 +12,11 @@ import pytest
 from fsdp_qlora import arch, config
 from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.results import adapter_files
 from fsdp_qlora.train import checkpoint_files as files
-from fsdp_qlora.train import disk, fingerprint, launch, resume
+from fsdp_qlora.train import disk, fingerprint, resume
 from tests.model_files import write_model
 
 STEP = 20

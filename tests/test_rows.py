@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.distributed import exit_report
+from fsdp_qlora.hardware import Machine
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.cards import Machine
-from fsdp_qlora.train import book, failure
+from fsdp_qlora.train import book
 from fsdp_qlora.train import rows as ledger_rows
 from fsdp_qlora.train.memory import Peak
 from fsdp_qlora.train.rows import Account, HostShare, Passing
@@ -45,7 +46,7 @@ def _accounts(world, path, cases):
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
     from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.clock import Clock
+    from fsdp_qlora.train.clock import Clock, StepHook
     from tests.test_shard import micro_batches
 
     found = []
@@ -61,7 +62,9 @@ def _accounts(world, path, cases):
         trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
         clock = Clock(world.device, account.peaks.mark)
         for _ in range(2):
-            loop.train_step(trained, micro_batches(world.rank, world.size, 1), clock)
+            loop.train_step(
+                trained, micro_batches(world.rank, world.size, 1), 1, StepHook(clock, 0, 1)
+            )
             steps, _ = account.step()
         found.append((account.phases | steps, account.share, account.shared_gib, account.held))
     return found
@@ -240,5 +243,5 @@ def test_a_run_that_finds_no_memory_leaves_its_record_and_says_where(tmp_path):
     for line in steps:
         assert line["ranks"][0]["device_rows"] and line["host"]["host_rows"]
         assert set(line["ranks"][0]["device_rows"]) <= set(ledger_rows.DEVICE_ROWS)
-    assert len(notes) + 2 <= failure.MAX_LINES
+    assert len(notes) + 2 <= exit_report.MAX_LINES
     assert cost_s < 0.003

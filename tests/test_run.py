@@ -48,7 +48,7 @@ BROKEN = """
 import os, sys
 sys.path.insert(0, {project!r})
 from fsdp_qlora import config, run as train
-from fsdp_qlora.train import launch
+from fsdp_qlora.distributed import env, launch
 
 def broken(plan, world, *more, run=train.run):
     if world.rank == 1:
@@ -56,7 +56,7 @@ def broken(plan, world, *more, run=train.run):
     run(plan, world, *more)
 
 train.run = broken
-if launch.is_rank(os.environ):
+if env.is_rank(os.environ):
     sys.exit(train.main(sys.argv[1:]))
 sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], [sys.executable, __file__]))
 """

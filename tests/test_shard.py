@@ -13,7 +13,6 @@ from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.results import export
 from fsdp_qlora.train import loop, optim
-from fsdp_qlora.train.clock import Clock
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -245,8 +244,7 @@ def _train(world, path, out, steps, flags):
     optimizer, schedule = optim.build(params, cfg, steps)
     trained = loop.Trained(model, params, optimizer, schedule, 1.0, world)
     losses = [
-        loop.train_step(trained, micro_batches(world.rank, world.size, 1), Clock(world.device))
-        for _ in range(steps)
+        loop.train_step(trained, micro_batches(world.rank, world.size, 1)) for _ in range(steps)
     ]
     cfg.resolved_output_dir.mkdir(parents=True, exist_ok=True)
     export.save(model, info, cfg, None, is_writer=world.rank == 0)

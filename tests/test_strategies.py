@@ -17,7 +17,6 @@ from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard
 from fsdp_qlora.train import loop
-from fsdp_qlora.train.clock import Clock
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import FLAGS, build_lora, make_samples
@@ -43,7 +42,7 @@ def trained_on(world, path, num_micro, *flags):
     rows = make_samples(NUM_ROWS)[world.rank :: world.size]
     size = len(rows) // num_micro
     batches = [collate(rows[i * size : (i + 1) * size]) for i in range(num_micro)]
-    results = loop.train_step(trained, batches, Clock(world.device))
+    results = loop.train_step(trained, batches)
     assert not results["skipped"]
     grads = [old - new for old, new in zip(before, shard.whole_lora(model), strict=True)]
     named = {name: grad.numpy() for name, grad in tiny.lora_dict(model, grads).items()}
@@ -77,7 +76,7 @@ def is_bfloat16_throughout(world, path):
     model, _, cfg = tiny.build(path, world, *FLAGS[1:], "--precision=bf16_pure", "--lr=0.01")
     trained = loop.prepare(model, cfg, 3, world)
     batch = collate(make_samples(4))
-    results = [loop.train_step(trained, [batch], Clock(world.device)) for _ in range(3)]
+    results = [loop.train_step(trained, [batch]) for _ in range(3)]
     assert results[2]["loss"] < results[0]["loss"]
     moments = [trained.optimizer.state[trained.params[0]][name] for name in MOMENTS]
     assert {t.dtype for t in (*trained.params, *moments)} == {torch.bfloat16}
@@ -164,7 +163,7 @@ def kept_on_the_host(world, path):
             losses = []
             for step in range(2):  # the second micro-batch is the longer one
                 batches = [collate(make_samples(2 + 2 * step)), collate(make_samples(9))]
-                loss = loop.train_step(trained, batches, Clock(world.device))["loss"]
+                loss = loop.train_step(trained, batches)["loss"]
                 losses.append(loss.item().hex())
             losses.append(loop.evaluate(model, [collate(make_samples(3))], world).hex())
             digest = sum(load.fingerprint(flat) for flat in shard.whole_lora(model))

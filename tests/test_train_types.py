@@ -14,14 +14,13 @@ from fsdp_qlora import arch, config
 from fsdp_qlora import run as train_run
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
+from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.plan import fit
 from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.cards import Card, Machine
 from fsdp_qlora.plan.sizes import setting_for
 from fsdp_qlora.results import verbs
 from fsdp_qlora.train import loop
-from fsdp_qlora.train.clock import Clock
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches
@@ -232,7 +231,7 @@ def _two_rates(world, path):
     model, _, cfg = tiny.build(path, world, *LORA, *flags)
     flats = tiny.fill_lora(model)
     trained = loop.prepare(model, cfg, 1, world)
-    loop.train_step(trained, micro_batches(world.rank, world.size, 1), Clock(world.device))
+    loop.train_step(trained, micro_batches(world.rank, world.size, 1))
     return [
         {name: tensor.numpy() for name, tensor in tiny.lora_dict(model, whole).items()}
         for whole in (flats, shard.whole_lora(model))
@@ -320,7 +319,7 @@ def test_a_small_model_trained_in_full_fits_a_card_of_8_gb_by_plan():
             ["--model_name=qwen2.5-0.5b", "--train_type=full", f"--optimizer={optimizer}"]
         )
         info = arch.read(cfg.model_name, need_weights=False)
-        card = Card("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0)
+        card = Device("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0)
         found = fit.evaluate(info, cfg, setting_for(info, cfg, 1), Machine((card,), 64.0))
         fits[optimizer] = found.fits
         assert found.device.gib("load", "packed weights") == 0

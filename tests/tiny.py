@@ -1,5 +1,6 @@
 """Tiny models of real architectures, on disk and as the trainer builds them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model import build as building
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.train.world import World
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 DEVICE = "cuda" if NUM_CARDS else "cpu"  # where ranks compute
@@ -152,6 +153,17 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
     for name, param in named.items():
         param.data = lora[name].clone()
     return model, named
+
+
+def keep_as_on_the_hub(directory: Path) -> dict[str, bytes]:
+    """Name what was saved as older transformers did; return the files of the tokenizer by name."""
+    path = directory / "tokenizer_config.json"
+    table = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for key in ("backend", "is_local", "local_files_only"):
+        table.pop(key, None)
+    path.write_text(json.dumps(table))
+    files = directory.glob("tokenizer*")
+    return {file.name: file.read_bytes() for file in files}
 
 
 def save_tokenizer(directory: Path, texts: list[str], vocab_size: int = 384) -> None:

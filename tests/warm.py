@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fsdp_qlora import run as train_run
-from fsdp_qlora.train import launch
-from fsdp_qlora.train.processes import Task, tied_to_parent
+from fsdp_qlora.distributed import launch
+from fsdp_qlora.distributed.supervise import RankSpec, tied_to_parent
+from tests import faults
 from tests.ranks import PRELOAD
 
 PR_SET_NAME = 15
@@ -51,7 +52,7 @@ class Forked:
         return self.returncode
 
 
-def fork(task: Task) -> Forked:
+def fork(task: RankSpec) -> Forked:
     """Start one rank (see processes.start)."""
     tie = tied_to_parent()
     sys.stdout.flush()  # or the child says again what is waiting there
@@ -85,6 +86,7 @@ def _become(
                 os.dup2(file, stream)
         os.environ.clear()
         os.environ.update(env)
+        faults.install()
         code = (main or train_run.main)(list(argv), **more)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1

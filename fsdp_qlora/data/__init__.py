@@ -12,9 +12,9 @@ from fsdp_qlora.data import batches, inspect, prepare, prompts, sources, tokeniz
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.inspect import Audit
 from fsdp_qlora.data.prompts import Prompt
+from fsdp_qlora.plan.limits import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
-PAD_MULTIPLES = {"cuda": 64}  # fewer shapes, so that the allocator finds its blocks again
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
     ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, world.rank == 0)
     ready.check()
-    pad_multiple = PAD_MULTIPLES.get(world.device.type, 8)
+    pad_multiple = PAD_MULTIPLES[world.device.type]
     if full is not None and text_tokenizer is not None and ready.formatter and ready.uses_chat:
         source = ready.formatter.chat.template.source
         if source != text_tokenizer.chat_template:

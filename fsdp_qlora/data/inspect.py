@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import batches, prepare, sources, tokenizer
@@ -22,7 +22,7 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.token_dataset import Sample, TokenDataset
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import DONE, UserError, one_line
-from fsdp_qlora.train import ranks
+from fsdp_qlora.plan.limits import PAD_MULTIPLES
 
 USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
 
@@ -294,9 +294,9 @@ def main(argv: list[str]) -> int:
     ready = prepare.prepare(
         cfg, text_tokenizer, info.vocab_size, lambda: tokenizer.load(path), shows_progress=True
     )
-    num_gpus = ranks.count_gpus(os.environ)
+    num_gpus = hardware.count_gpus(os.environ)
     world_size = cfg.world_size if cfg.world_size > 0 else max(num_gpus, 1)
-    found = audit(cfg, ready, world_size, 64 if num_gpus else 8)
+    found = audit(cfg, ready, world_size, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])
     if as_json:
         print(json.dumps(found.facts, indent=1))
     else:

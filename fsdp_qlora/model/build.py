@@ -7,13 +7,13 @@ import torch
 from fsdp_qlora import arch
 from fsdp_qlora.arch import trained
 from fsdp_qlora.config import Config
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, cache, kernels, load, placement, shard, skeleton, weights
 from fsdp_qlora.model.cache import PackedCache
 from fsdp_qlora.model.kernels import Choice
 from fsdp_qlora.model.load import LoadReport
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.train.world import World
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.layout import Layout
 from fsdp_qlora.model.weights import look_ahead, read_file
-from fsdp_qlora.train.world import World
 
 LAYOUT_VERSION = 1  # of the bytes; raise it when packed.build_layout changes
 TENSOR = "packed"

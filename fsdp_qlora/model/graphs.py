@@ -14,11 +14,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-# Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
-# and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
-# bound by the host, 70B at 1024 is not).
-MAX_WORK = 5e11
-MAX_SHAPES = 8  # a graph keeps the memory of a layer's pass
+from fsdp_qlora.plan.limits import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
+
 NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
 
 
@@ -70,10 +67,10 @@ class Graphs:
         num_tokens = hidden.shape[0] * hidden.shape[1]
         num_weights = body.store.layout.num_weights
         has_rows = "cu_seq_lens_q" in kwargs  # bounds of rows differ from batch to batch
-        if self.failure or has_rows or num_weights * num_tokens > MAX_WORK:
+        if self.failure or has_rows or num_weights * num_tokens > MAX_GRAPH_WORK:
             return None
         key = tuple(hidden.shape)
-        if key not in self.passes and len(self.passes) < MAX_SHAPES:
+        if key not in self.passes and len(self.passes) < MAX_GRAPH_SHAPES:
             self.passes[key] = None
             self._first_body = body
             return None
@@ -155,10 +152,10 @@ def choose(
             graphs, shorter batches get none either, so that memory is what the plan says.
 
     Returns:
-        None on a CPU, when off, with more work than MAX_WORK, or when a plain attribute differs
+        None on a CPU, when off, with more work than MAX_GRAPH_WORK, or when an attribute differs
         between layers (other windows, layers without rotary embedding).
     """
-    if setting == "off" or device.type != "cuda" or work > MAX_WORK:
+    if setting == "off" or device.type != "cuda" or work > MAX_GRAPH_WORK:
         return None
     first, *others = map(_facts, layers)
     return Graphs() if all(facts == first for facts in others) else None

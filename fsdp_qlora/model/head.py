@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-CHUNK_BYTES = 256 * 2**20  # float32 logits held at once
+from fsdp_qlora.plan.limits import LOGITS_BYTES
+
 IGNORE = -100  # label of a token that is not trained
 
 
@@ -31,7 +32,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NH, weight_VH, targets_N, softcap):
-        chunk = max(16, CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        chunk = max(16, LOGITS_BYTES // (4 * weight_VH.shape[0]))
         grad_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         grad_VH = None
         if ctx.needs_input_grad[1]:  # summed in float32 over the chunks

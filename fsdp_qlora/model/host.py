@@ -9,9 +9,9 @@ import weakref
 
 import torch
 
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.train.memory import GIB
-from fsdp_qlora.train.world import World
 
 
 class HostBytes:

@@ -13,8 +13,7 @@ from functools import cached_property
 import torch
 
 from fsdp_qlora.model.quantize import FORMATS, Fields
-
-ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
+from fsdp_qlora.plan.limits import ALIGN_BYTES
 
 
 def _round_up(value: int, multiple: int) -> int:

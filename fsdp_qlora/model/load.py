@@ -15,6 +15,8 @@ from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, host, shard
 from fsdp_qlora.model.cache import PackedCache
@@ -24,8 +26,6 @@ from fsdp_qlora.model.placement import PLACEMENTS, Placed
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.model.weights import Weights
-from fsdp_qlora.train import faults
-from fsdp_qlora.train.world import World
 
 
 @dataclass
@@ -139,7 +139,7 @@ def _fill_packed(
     keep = _Keep(blocks, placed, slice_bytes, world)
     report.pinned_bytes = keep.pinned_bytes
     for name, layers in rounds:
-        faults.reach("load", world.rank)
+        hooks.reach("load", world.rank)
         if world.rank < len(layers):
             flat = next(made)
             report.fingerprints[layers[world.rank]] = fingerprint(flat[:layer_bytes])

@@ -20,11 +20,11 @@ from fsdp_qlora.model.linear import Adapter, InputGroup, LoraSlot
 from fsdp_qlora.model.offload import Offload
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.recompute import Kept, Recomputed, saves_after
+from fsdp_qlora.plan.limits import WHOLE_LAYER_BYTES
 
 # What a layer keeps for its backward: its input alone; also what is dear to make again (attention,
 # products); everything.
 LEVELS = ("full", "selective", "none")
-WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantised at once, for all its products
 
 
 class LayerCache:

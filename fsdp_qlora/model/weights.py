@@ -14,6 +14,7 @@ from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.quantize import Fields, from_stored
+from fsdp_qlora.plan.limits import NUM_READ_AHEAD
 
 T = TypeVar("T")
 DTYPES = {
@@ -202,7 +203,9 @@ class RandomWeights(Weights):
         return weight.normal_(0.0, 0.02, generator=generator)
 
 
-def look_ahead(read: Callable[[Any], T], items: Sequence[Any], depth: int = 2) -> Iterator[T]:
+def look_ahead(
+    read: Callable[[Any], T], items: Sequence[Any], depth: int = NUM_READ_AHEAD
+) -> Iterator[T]:
     """Yield read(item) in order while the next `depth` items are being read in threads.
 
     Args:

@@ -3,15 +3,14 @@
 import functools
 from collections.abc import Sequence
 
+from fsdp_qlora.arch.files import GROUP
 from fsdp_qlora.config import Config
-from fsdp_qlora.plan.formats import FORMATS, GROUP
+from fsdp_qlora.plan.limits import FORMATS, WHOLE_LAYER_BYTES
 from fsdp_qlora.plan.rows import LAYER, SCRATCH, Rows, Term, term
 from fsdp_qlora.plan.sizes import Sizes
 
 INPUT = "layer's input"
 AT_WORK = 2  # of the inputs that wait on the host, back on the card: one in use, one on its way
-
-WHOLE_LAYER_BYTES = 512 * 2**20  # see model/packed.py
 
 
 @functools.lru_cache

@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fsdp_qlora import arch, cli, config, host_memory
+from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import trained
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
-from fsdp_qlora.plan import cards, fit, show
-from fsdp_qlora.plan.cards import Machine
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.plan import fit, show
 from fsdp_qlora.plan.sizes import setting_for
 
 USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
@@ -86,17 +86,17 @@ def machine_of(options: Options, cfg: Config) -> Machine:
     """
     found, host_gib = [], options.host
     if options.cards == "auto":
-        found = cards.here(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        found = hardware.find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
         if found and host_gib is None:
-            host_gib = host_memory.limit_gib()
+            host_gib = hardware.host_limit_gib()
     if not found:
-        found = cards.parse(IMAGINED if options.cards == "auto" else options.cards)
+        found = hardware.parse_gpus(IMAGINED if options.cards == "auto" else options.cards)
     if found and cfg.world_size > len(found):
         rule = f"there are {len(found)} cards, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
-    measured = cards.with_measured(found[:num], cards.machine_file(), options.link)
-    return Machine(tuple(measured), host_gib, num, cpu=cards.measured_cpu())
+    measured = hardware.with_measured(found[:num], hardware.machine_file(), options.link)
+    return Machine(tuple(measured), host_gib, num, cpu=hardware.measured_cpu())
 
 
 def main(argv: list[str]) -> int:

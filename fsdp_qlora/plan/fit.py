@@ -7,8 +7,8 @@ from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
+from fsdp_qlora.hardware import Machine
 from fsdp_qlora.plan import host, memory, speed
-from fsdp_qlora.plan.cards import Machine
 from fsdp_qlora.plan.rows import CONTEXT, FILES, SYSTEM, Table
 from fsdp_qlora.plan.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
 from fsdp_qlora.plan.speed import Speed
@@ -84,8 +84,8 @@ def _evaluate(
     s: Sizes, cfg: Config, setting: Setting, machine: Machine, num_rows: int | None
 ) -> Outcome:
     device = memory.device(s, cfg, setting, machine.kind, machine.has_peer)
-    card_limits = [card.memory_gib for card in machine.cards]
-    if machine.cards and cfg.gpu_budget_gib is not None:
+    card_limits = [card.memory_gib for card in machine.gpus]
+    if machine.gpus and cfg.gpu_budget_gib is not None:
         outside_gib = device.gib(device.peak_phase, CONTEXT)
         card_limits.append(cfg.gpu_budget_gib + outside_gib)
     memory_of_host = host.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib)
@@ -97,7 +97,7 @@ def _evaluate(
         setting,
         device,
         memory_of_host,
-        speed.estimate(s, cfg, setting, machine.cards or (machine.cpu,)),
+        speed.estimate(s, cfg, setting, machine.gpus or (machine.cpu,)),
         min(card_limits, default=None),
         min(host_limits, default=None),
     )
@@ -121,7 +121,7 @@ def explore(
     s, num_rows = sizes(info, cfg), speed.num_rows(cfg)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the cards gains nothing
-    for rising in _settings(own, fixed, bool(machine.cards)):
+    for rising in _settings(own, fixed, bool(machine.gpus)):
         batch = rising[0].batch_size
         if batch in hidden_batches and rising[0].count("resident"):
             continue

@@ -2,12 +2,9 @@
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan.activations import at_work, layer_moments
+from fsdp_qlora.plan.limits import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK, PAD_MULTIPLES
 from fsdp_qlora.plan.rows import LAYER, SLACK, Rows, term, total_bytes
 from fsdp_qlora.plan.sizes import Setting, Sizes
-
-MAX_WORK = 5e11  # see model/graphs.py
-MAX_SHAPES = 8
-PADDED = 64  # see data: lengths of a batch are multiples of it
 
 
 def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
@@ -34,7 +31,7 @@ def are_used(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
         and setting.count("full") > 0
         and cfg.packing != "on"
         and has_one_length
-        and s.weights * tokens <= MAX_WORK
+        and s.weights * tokens <= MAX_GRAPH_WORK
     )
 
 
@@ -49,7 +46,7 @@ def held(s: Sizes, cfg: Config, setting: Setting) -> Rows:
         s, cfg, setting: see `are_used`.
     """
     tokens = setting.batch_size * cfg.context_length
-    shapes = min(MAX_SHAPES, -(-cfg.context_length // PADDED))
+    shapes = min(MAX_GRAPH_SHAPES, -(-cfg.context_length // PAD_MULTIPLES["cuda"]))
     shapes = 1 if cfg.dataset == "dummy" else shapes
     moments = layer_moments(s, cfg, tokens, "full", "cuda")
     layer_bytes = s.packed + s.constants + (s.lora + s.small) * s.item

@@ -1,23 +1,18 @@
 """GiB of host memory by row and phase."""
 
-import functools
-import importlib.util
-import re
-from pathlib import Path
-
 from fsdp_qlora.config import Config
+from fsdp_qlora.hardware import has_gpu_build
 from fsdp_qlora.plan import memory, rows
 from fsdp_qlora.plan.activations import num_offloaded
+from fsdp_qlora.plan.limits import GIB, MOST_TOUCHED_BYTES, NUM_READ_AHEAD
 from fsdp_qlora.plan.rows import Rows, Table, Term, term, total_bytes
-from fsdp_qlora.plan.sizes import GIB, Setting, Sizes
+from fsdp_qlora.plan.sizes import Setting, Sizes
 
 # Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
 CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for cards
-MOST_TOUCHED_BYTES = 4 * GIB  # see train/checkpoint.py
-READ_AHEAD = 3  # linears in 16 bit on the host: one at work, two being read (model/load.py)
 
 
 def host(
@@ -42,7 +37,7 @@ def host(
         HOST_ROWS by phase.
     """
     ranks = setting.num_ranks
-    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_cuda_build()) * CUDA_BUILD_BYTES
+    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
     system_bytes = SYSTEM_BYTES
     if system_gib is not None:
         system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
@@ -64,7 +59,7 @@ def host(
     loading: Rows = {}
     if cfg.weights == "load":
         nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
-        loading[rows.LOADING] = [term("linears read ahead", linears=READ_AHEAD, **nbytes)]
+        loading[rows.LOADING] = [term("linears read ahead", linears=1 + NUM_READ_AHEAD, **nbytes)]
     phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
     copies = _copies(s, cfg, setting)
     is_early = total_bytes({rows.SAVING: copies}) <= MOST_TOUCHED_BYTES
@@ -79,16 +74,6 @@ def host(
             needed = table.total_gib(phase) * GIB
             own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
     return Table(phases)
-
-
-@functools.cache
-def has_cuda_build() -> bool:
-    """Whether the torch that is installed was made for cards; found without importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
-        return False
-    text = (Path(found.origin).parent / "version.py").read_text()
-    return re.search(r"^cuda\b.*= '", text, re.MULTILINE) is not None
 
 
 def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:

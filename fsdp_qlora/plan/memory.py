@@ -12,12 +12,10 @@ from fsdp_qlora.choices import OPTIMIZERS
 from fsdp_qlora.config import Config
 from fsdp_qlora.plan import graphs, rows
 from fsdp_qlora.plan.activations import at_work, is_kept_whole, kept_by_level, layer_moments
+from fsdp_qlora.plan.limits import GIB, LOGITS_BYTES, NUM_SLOTS, ONE_GROUP_BYTES
 from fsdp_qlora.plan.rows import Rows, Table, Term, merged, term, total_bytes
-from fsdp_qlora.plan.sizes import DTYPE_BYTES, GIB, Setting, Sizes
+from fsdp_qlora.plan.sizes import DTYPE_BYTES, Setting, Sizes
 
-CHUNK_BYTES = 256 * 2**20  # see model/head.py
-NUM_SLOTS = 2  # see model/placement.py
-ONE_GROUP_BYTES = 256 * 2**20  # see model/shard.py
 # Driver less allocator, measured on two H200 (recipes/*.md): one card; a card of several without
 # peer access, 1.13 to 1.19; more with it, 1.95 to 2.0 in all, but 1.6 where only adapters,
 # embedding and head travel.
@@ -242,7 +240,7 @@ def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
         kept[rows.GRADIENTS] = _trained(
             "of earlier micro-batches", s, _unreduced(cfg, setting), s.master
         )
-    chunk = max(16, CHUNK_BYTES // (4 * s.vocab))
+    chunk = max(16, LOGITS_BYTES // (4 * s.vocab))
     what, nbytes = "logits: float32, 16 bit", 4 + s.item
     if s.caps_logits:
         what, nbytes = "logits: float32, before and after their cap, 16 bit", 4 + 4 + s.item

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from fsdp_qlora.plan.sizes import GIB
+from fsdp_qlora.plan.limits import GIB
 
 PHASES = ("load", "forward", "backward", "optimizer", "save")
 

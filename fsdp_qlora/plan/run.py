@@ -7,12 +7,12 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fsdp_qlora import host_memory
+from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.plan import cards, fit, show
-from fsdp_qlora.plan.cards import Card, Machine
+from fsdp_qlora.hardware import Device, Machine
+from fsdp_qlora.plan import fit, show
 from fsdp_qlora.plan.fit import Outcome
 from fsdp_qlora.plan.sizes import applied, setting_for
 
@@ -20,7 +20,7 @@ ENV = (
     "FSDP_QLORA_PLAN"  # what the supervisor tells its ranks, so that they plan for the same machine
 )
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
-UNKNOWN = dataclasses.replace(cards.CARDS["3090"], name="unknown card", memory_gib=math.inf)
+UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +132,18 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_cards: int) -> Mach
     """
     if ENV in env:
         told = json.loads(env[ENV])["machine"]
-        found = [Card(**card) for card in told["cards"]]
-        return Machine(**told | {"cards": tuple(found), "cpu": Card(**told["cpu"])})
+        found = [Device(**gpu) for gpu in told["gpus"]]
+        return Machine(**told | {"gpus": tuple(found), "cpu": Device(**told["cpu"])})
     found = []
     if num_cards:
-        found = cards.here(env.get("CUDA_VISIBLE_DEVICES"))
-        found = cards.with_measured(found, cards.machine_file(), None)
-        found = (found + [UNKNOWN] * num_ranks)[:num_ranks] if found else [UNKNOWN] * num_ranks
+        found = hardware.find_gpus(env.get("CUDA_VISIBLE_DEVICES"))
+        found = hardware.with_measured(found, hardware.machine_file(), None)
+        found = (found + [UNKNOWN] * num_ranks)[:num_ranks]
         if env.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
-            found = [dataclasses.replace(card, card_link_gbs=0.0) for card in found]
-    cgroup = host_memory.find_cgroup()
-    limit_gib, used_gib = host_memory.limit_gib(cgroup), host_memory.used_gib(cgroup)
-    return Machine(tuple(found), limit_gib, num_ranks, used_gib, cards.measured_cpu())
+            found = [dataclasses.replace(card, peer_gbs=0.0) for card in found]
+    cgroup = hardware.find_cgroup()
+    limit_gib, used_gib = hardware.host_limit_gib(cgroup), hardware.host_used_gib(cgroup)
+    return Machine(tuple(found), limit_gib, num_ranks, used_gib, hardware.measured_cpu())
 
 
 def notch_of(env: Mapping[str, str]) -> int:
@@ -177,7 +177,7 @@ def make(
 
 def _with_precision(cfg: Config, given: frozenset[str], machine: Machine) -> tuple[Config, str]:
     """Cards without bfloat16 compute in float16, unless the user says otherwise."""
-    lacking = [card.name for card in machine.cards if not card.has_bf16]
+    lacking = [card.name for card in machine.gpus if not card.has_bf16]
     if not lacking or "precision" in given or cfg.compute_dtype != "bfloat16":
         return cfg, ""
     why = f"precision fp16_autocast, as a {lacking[0]} has no bfloat16"
@@ -219,10 +219,10 @@ def _not_fitted(cfg: Config, given: frozenset[str], machine: Machine) -> str:
     """Why nothing is chosen, or ""."""
     if cfg.fit == "off":
         return "off: everything as asked for"
-    if not machine.cards:
+    if not machine.gpus:
         return "CPU ranks run as asked for"
-    if any(math.isinf(card.memory_gib) for card in machine.cards):
-        return "off: nobody tells the memory of the cards (is nvidia-smi there?)"
+    if any(math.isinf(card.memory_gib) for card in machine.gpus):
+        return "off: the driver does not report the memory of the GPUs"
     if all(given & names for names in GROUPS.values()):
         return f"as asked for: {', '.join(GROUPS)} are given"
     return ""
@@ -303,7 +303,7 @@ def next_change(plan: RunPlan) -> str:
     if found is None:
         return ""
     outcomes: Sequence[Outcome] = plan.ladder[plan.notch + 1 :]
-    if not outcomes and plan.machine.cards:
+    if not outcomes and plan.machine.gpus:
         outcomes = fit.notches(fit.explore(plan.info, plan.cfg, plan.machine), found)
     if not outcomes:
         return "a smaller --context_length or --lora_rank: no other setting needs less"

@@ -10,11 +10,12 @@ from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.hardware import Machine
 from fsdp_qlora.plan import fit, rows, speed
-from fsdp_qlora.plan.cards import Machine
 from fsdp_qlora.plan.fit import Outcome
+from fsdp_qlora.plan.limits import GIB
 from fsdp_qlora.plan.rows import Table, Term
-from fsdp_qlora.plan.sizes import GIB, applied
+from fsdp_qlora.plan.sizes import applied
 
 WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
@@ -48,7 +49,7 @@ def as_dict(info: ModelInfo, cfg: Config, machine: Machine, found: Outcome) -> d
         "format": cfg.format_name,
         "num_params": arch.num_params(info),
         "num_trained": num_trained,
-        "cards": [card.name for card in machine.cards],
+        "cards": [card.name for card in machine.gpus],
         "num_ranks": machine.num_ranks,
         "batch_size": setting.batch_size,
         "accumulation": setting.accumulation,
@@ -176,7 +177,7 @@ def counts(found: dict[str, int]) -> str:
 
 
 def _cards(machine: Machine) -> str:
-    names = [card.name for card in machine.cards]
+    names = [card.name for card in machine.gpus]
     kinds = {name: f"{names.count(name)} x " * (names.count(name) > 1) + name for name in names}
     if not names:
         return f"each of {machine.num_ranks} CPU ranks"
@@ -232,7 +233,7 @@ def brief(machine: Machine, found: Outcome) -> list[tuple[str, str]]:
         (name, words) of each line: does it fit, and on cards how long a step takes.
     """
     lines = [_verdict(machine, found)]
-    if machine.cards:
+    if machine.gpus:
         guess = found.speed
         words = f"about {_number(guess.step_s)} s a step, {guess.tokens_per_s:,.0f} tokens/s in all"
         lines.append(("time", f"{words}, were every row full length; {guess.bound} rules"))
@@ -266,7 +267,7 @@ def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any
         lines.append(("to fit", f"{words}host by {flags(nearest) or 'what was asked for'}"))
     lines += [
         ("note", f"a {card.name} has no bfloat16 products: several times slower than in float16")
-        for card in dict.fromkeys(machine.cards)
+        for card in dict.fromkeys(machine.gpus)
         if not card.has_bf16 and cfg.compute_dtype == "bfloat16"
     ]
     lines += [("note", note) for note in cfg_notes(cfg)]
@@ -281,8 +282,8 @@ def flags(item: dict[str, Any]) -> str:
 
 def _verdict(machine: Machine, found: Outcome) -> tuple[str, str]:
     places = [("the host", found.host, found.host_limit_gib, found.host_free_gib)]
-    if machine.cards:
-        smallest = min(machine.cards, key=lambda card: card.memory_gib).name
+    if machine.gpus:
+        smallest = min(machine.gpus, key=lambda card: card.memory_gib).name
         place = (f"a {smallest}", found.device, found.card_limit_gib, found.card_free_gib)
         places.insert(0, place)
     parts = []
@@ -300,7 +301,7 @@ def _verdict(machine: Machine, found: Outcome) -> tuple[str, str]:
 def _time(machine: Machine, values: dict[str, Any]) -> list[tuple[str, str]]:
     parts = sorted(values["parts_s"].items(), key=lambda item: -item[1])
     alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
-    is_measured = machine.cards and all(card.is_measured for card in machine.cards)
+    is_measured = machine.gpus and all(card.is_measured for card in machine.gpus)
     lines = [
         (
             "time",

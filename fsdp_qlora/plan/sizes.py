@@ -12,10 +12,8 @@ from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.choices import STRATEGIES
 from fsdp_qlora.config import Config
-from fsdp_qlora.plan.formats import FORMATS, ITEM_BYTES
+from fsdp_qlora.plan.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
 
-GIB = 1024**3
-ALIGN_BYTES = 256  # see model/layout.py
 PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
 LEVELS = ("full", "selective", "none")
 IN_MEMORY = ("/dev/shm/", "/run/")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.hardware import Device
 from fsdp_qlora.plan.activations import num_offloaded
-from fsdp_qlora.plan.cards import Card
-from fsdp_qlora.plan.formats import FORMATS
+from fsdp_qlora.plan.limits import FORMATS
 from fsdp_qlora.plan.sizes import Setting, Sizes
 
 PRODUCTS = "compute"
@@ -49,7 +49,7 @@ class Speed:
     parts_s: dict[str, float]
 
 
-def estimate(s: Sizes, cfg: Config, setting: Setting, cards: Sequence[Card]) -> Speed:
+def estimate(s: Sizes, cfg: Config, setting: Setting, cards: Sequence[Device]) -> Speed:
     """Estimate the time of an optimizer step; the slowest card sets the pace.
 
     Args:
@@ -84,7 +84,7 @@ def estimate(s: Sizes, cfg: Config, setting: Setting, cards: Sequence[Card]) -> 
 
 
 def _passes(
-    s: Sizes, cfg: Config, setting: Setting, card: Card, tokens: int
+    s: Sizes, cfg: Config, setting: Setting, card: Device, tokens: int
 ) -> list[dict[str, float]]:
     """Seconds of forward and backward of one micro-batch, by what they are spent on."""
     products = 2.0 * s.active * s.layers * tokens
@@ -120,11 +120,11 @@ def _passes(
     return rows
 
 
-def _copies(s: Sizes, setting: Setting, card: Card, is_backward: bool) -> tuple[float, float]:
+def _copies(s: Sizes, setting: Setting, card: Device, is_backward: bool) -> tuple[float, float]:
     """Seconds of one pass on the link to the host, and on the link between cards."""
     layer_bytes = s.packed + s.constants
     host_bytes_s, ranks = card.host_link_gbs * 1e9, setting.num_ranks
-    peer_bytes_s = (card.card_link_gbs or card.host_link_gbs) * 1e9
+    peer_bytes_s = (card.peer_gbs or card.host_link_gbs) * 1e9
     others = 1 - 1 / ranks
     is_kept = is_backward and setting.keeps_gathered
     grouped = 0 if is_kept else setting.count("sharded", "offloaded")
@@ -138,7 +138,7 @@ def _copies(s: Sizes, setting: Setting, card: Card, is_backward: bool) -> tuple[
     slice_s = sliced * layer_bytes / ranks / host_bytes_s / GATHER_SHARE
     card_s = gathered / peer_bytes_s / GATHER_SHARE
     host_s += slice_s + (card_s if sliced else 0.0)  # a layer's slices come before its gather
-    if card.card_link_gbs:
+    if card.peer_gbs:
         return host_s, card_s
     total_s = host_s + (0.0 if sliced else card_s)  # all cross the one link
     return (total_s, 0.0) if host_s > card_s else (0.0, total_s)
@@ -148,7 +148,7 @@ def _trained(s: Sizes, setting: Setting) -> int:
     return s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
 
 
-def _optimizer_s(s: Sizes, setting: Setting, card: Card) -> float:
+def _optimizer_s(s: Sizes, setting: Setting, card: Device) -> float:
     """AdamW reads and writes weights, gradients and two moments once."""
     return (
         28.0 * _trained(s, setting) / setting.shares / (ELEMENTWISE_SHARE * card.memory_gbs * 1e9)

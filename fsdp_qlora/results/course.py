@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from fsdp_qlora.data import Data
+from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.results.look import Look
 from fsdp_qlora.train import loop
@@ -10,7 +11,6 @@ from fsdp_qlora.train.checkpoint import Keeper
 from fsdp_qlora.train.going_on import Start
 from fsdp_qlora.train.ledger import Recorder
 from fsdp_qlora.train.rows import Account
-from fsdp_qlora.train.stop import StopFlag
 
 
 def take(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsdp_qlora import host_memory
+from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.info import expert_matrices, stored_name
 from fsdp_qlora.results.adapter_files import Adapter, Pair
@@ -78,7 +78,7 @@ def _need_bytes(options: MergeOptions, info: ModelInfo) -> int:
 def _free_gib(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GIB
-    limit_gib, used_gib = host_memory.limit_gib(), host_memory.used_gib()
+    limit_gib, used_gib = hardware.host_limit_gib(), hardware.host_used_gib()
     return None if limit_gib is None or used_gib is None else limit_gib - used_gib
 
 

@@ -17,7 +17,7 @@ from fsdp_qlora.arch.trained import NEW_LAYERS, new_layers
 from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.weights import Weights
-from fsdp_qlora.results.merge import copy_beside
+from fsdp_qlora.results.beside import copy_beside, write_tokens
 from fsdp_qlora.results.shards import Shards, edit_json
 from fsdp_qlora.results.verbs import ExpandOptions
 from fsdp_qlora.results.vocabulary import Vocabulary, add
@@ -56,13 +56,13 @@ def run(options: ExpandOptions, info: ModelInfo, num_new: int, out: Path, need_b
         edit_json(draft / "config.json", _changes(info, added))
         if vocabulary is not None:
             edit_json(draft / "config.json", {"vocab_size": vocabulary.num_rows})
-            vocabulary.tokenizer.save_pretrained(draft)
+            write_tokens(draft, vocabulary.core)
     flags = f"--train_type qlora --model_name {out} --modules_to_save embed_tokens,lm_head"
     if added:
         flags = f"--train_type bnb_llama_pro --llama_pro_path {out}"
         print(f"layers    {info.num_layers} and {num_new} new ones, numbers {added}")
     if vocabulary is not None:
-        num_tokens = len(vocabulary.tokenizer)
+        num_tokens = vocabulary.core.get_vocab_size()
         print(f"tokens    {num_tokens:,}, embeddings of {vocabulary.num_rows:,} rows")
     print(f"written   {out}\nnext      python train.py {flags} --dataset YOUR_ROWS.jsonl")
 

@@ -13,8 +13,7 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.results import adapter_files, card
-from fsdp_qlora.results.merge import DTYPES, copy_beside
+from fsdp_qlora.results import adapter_files, beside, card
 from fsdp_qlora.results.shards import Shards
 
 MAX_SHARD_BYTES = 5 * 2**30
@@ -60,7 +59,7 @@ def save(
         tensors = _adapter_tensors(model, info, flats, tensors)
         _save_config(model, info, cfg)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        beside.write_tokenizer(directory, info, tokenizer)
     record = adapter_files.record_of(info, cfg)
     with new_file(path) as draft:
         save_file(tensors, draft, metadata=adapter_files.metadata(record))
@@ -119,9 +118,10 @@ def _save_model(
     with Shards(directory, names, MAX_SHARD_BYTES) as shards:
         for name, tensor in tensors:
             shards.add(name, tensor.to(dtype))
-    copy_beside(directory, info, next(key for key, own in DTYPES.items() if own == dtype))
+    name = next(key for key, own in beside.DTYPES.items() if own == dtype)
+    beside.copy_beside(directory, info, name)
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        beside.write_tokenizer(directory, info, tokenizer)
     card.write(directory, cfg, info)
     return directory
 

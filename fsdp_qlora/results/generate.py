@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.results import reopen
-from fsdp_qlora.train import heartbeat
 
 
 def pieces(
@@ -44,7 +44,7 @@ def pieces(
     generator = torch.Generator().manual_seed(seed)
     cache, answer_ids, shown = DynamicCache(), [], ""
     for _ in range(num_tokens):
-        heartbeat.beat("generate", world.rank)
+        hooks.beat("generate", world.rank)
         with torch.no_grad():
             logits = model(ids, past_key_values=cache)[0, -1]
         if temperature:

@@ -5,7 +5,6 @@ Shape letters: I in features, O out features, R LoRA rank.
 
 import dataclasses
 import resource
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import TOKENIZER_FILES, read_tensors
-from fsdp_qlora.arch.trained import NEW_LAYERS
+from fsdp_qlora.arch.files import read_tensors
 from fsdp_qlora.atomic import new_directory, write_json
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.quantize import FORMATS
@@ -23,13 +21,12 @@ from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results import adapter_files, base_weights, evidence
 from fsdp_qlora.results.adapter_files import Adapter
 from fsdp_qlora.results.base_weights import AsTrained
+from fsdp_qlora.results.beside import DTYPES, copy_beside
 from fsdp_qlora.results.shards import Shards
 from fsdp_qlora.results.verbs import MergeOptions
 from fsdp_qlora.train.versions import versions
 
 GIB = 2**30
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-BESIDE = (*TOKENIZER_FILES, "added_tokens.json", "generation_config.json")
 DEFAULT_COMPUTE = "bfloat16"
 
 
@@ -130,25 +127,6 @@ def merged(
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
             raise UserError(name, f"is not finite in {dtype}", remedy, INTEGRITY)
         yield name, result
-
-
-def copy_beside(draft: Path, info: ModelInfo, dtype: str | None, *others: Path) -> None:
-    """Put the files beside the weights: config.json, tokenizer, generation_config.json.
-
-    Args:
-        draft: directory of the result.
-        info: the base.
-        dtype: key of DTYPES, for config.json; None leaves it as it is.
-        others: directories whose tokenizer stands above that of the base.
-    """
-    config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
-    if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(DTYPES[dtype]).removeprefix("torch.")
-    write_json(draft / "config.json", config)
-    for place in (info.path, *others) if info.path is not None else others:
-        for path in {path for pattern in BESIDE for path in place.glob(pattern)}:
-            shutil.copyfile(path, draft / path.name)
 
 
 def _check_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> str | None:

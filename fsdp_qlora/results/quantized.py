@@ -16,7 +16,8 @@ from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.model.quantize import GROUP_SIZE, import_bitsandbytes
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results import base_weights
-from fsdp_qlora.results.merge import DTYPES, GIB, copy_beside
+from fsdp_qlora.results.beside import DTYPES, copy_beside
+from fsdp_qlora.results.merge import GIB
 from fsdp_qlora.results.shards import Shards, edit_json
 from fsdp_qlora.results.verbs import QuantizeOptions
 

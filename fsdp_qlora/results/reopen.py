@@ -13,9 +13,9 @@ from typing import Any
 from fsdp_qlora import arch, config
 from fsdp_qlora.arch import trained
 from fsdp_qlora.config import Config
+from fsdp_qlora.distributed.env import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE
 from fsdp_qlora.results import adapter_files
-from fsdp_qlora.train.ranks import child_env, find_port, is_rank, plan_ranks, rank_env
 
 POLL_S = 0.1
 
@@ -140,8 +140,8 @@ def open_run(adapter: Path | None, cfg: Config) -> Opened:
         os.environ.update(rank_env(os.environ, cfg))
     else:
         os.environ.update(child_env({}, 0, 1, find_port(None)))
+    from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import world as worlds
 
     world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data import load_tokenizer
+from fsdp_qlora.data import tokenizer, tokenizer_directory
 from fsdp_qlora.errors import UserError
 
 MULTIPLE = 8  # of embedding rows: tensor cores want it
@@ -19,12 +19,12 @@ class Vocabulary:
     """A tokenizer with new tokens.
 
     Args:
-        tokenizer: of transformers.
+        core: `tokenizers.Tokenizer`.
         num_known: ids that meant something before; what follows has no trained row.
         num_rows: of the embeddings now.
     """
 
-    tokenizer: Any
+    core: Any
     num_known: int
     num_rows: int
 
@@ -58,12 +58,12 @@ def add(info: ModelInfo, text: str) -> Vocabulary:
     is_file = len(text) < 256 and path.is_file()
     parts = path.read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
     tokens = [part.strip() for part in parts if part.strip()]
-    tokenizer = load_tokenizer(info)
-    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    core = tokenizer.read(tokenizer_directory(info)).core
+    known = [token for token in tokens if core.token_to_id(token) is not None]
     if known or not tokens:
         rule = f"{known[0]!r} is in the tokenizer already" if known else "names no token"
         raise UserError(f"--add_tokens {text}", rule, "give new tokens, as a,b or one a line")
-    num_known = min(len(tokenizer), info.vocab_size)
-    tokenizer.add_tokens(tokens, special_tokens=True)
-    num_rows = max(len(tokenizer), info.vocab_size)
-    return Vocabulary(tokenizer, num_known, math.ceil(num_rows / MULTIPLE) * MULTIPLE)
+    num_known = min(core.get_vocab_size(), info.vocab_size)
+    core.add_special_tokens(tokens)
+    num_rows = max(core.get_vocab_size(), info.vocab_size)
+    return Vocabulary(core, num_known, math.ceil(num_rows / MULTIPLE) * MULTIPLE)

@@ -13,20 +13,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.hooks import StopFlag, Stopped
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
+from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.plan.memory import moment_bytes
 from fsdp_qlora.train import checkpoint_files as files
-from fsdp_qlora.train import faults, heartbeat, snapshot
+from fsdp_qlora.train import snapshot
 from fsdp_qlora.train.checkpoint_files import CHECKPOINTS
 from fsdp_qlora.train.snapshot import HostCopies, Snapshot
-from fsdp_qlora.train.stop import StopFlag, Stopped
 
 if TYPE_CHECKING:
     from fsdp_qlora.train.ledger import Recorder
     from fsdp_qlora.train.loop import Trained
 
-MOST_TOUCHED_BYTES = 4 * 2**30  # more is not taken from the host before the first checkpoint
 SECONDS = 60.0
 SIGN_S = 2.0  # from one sign of life to the next
 
@@ -207,7 +208,7 @@ class Keeper:
         """
         if not self._is_on or step == self.step:
             return
-        heartbeat.beat("save", self._trained.world.rank, step)
+        hooks.beat("save", self._trained.world.rank, step)
         self._recorder.flush()
         begin_s = time.monotonic()
         self.wait()
@@ -225,9 +226,9 @@ class Keeper:
         }
         self._start(lambda: self._write(step, shot, state, best))
         if not self._is_writer:
-            for point in faults.SAVE_POINTS:  # only kills and the like matter to those that wait
+            for point in hooks.SAVE_POINTS:  # only kills and the like matter to those that wait
                 with contextlib.suppress(OSError):
-                    faults.reach(point, trained.world.rank, step)
+                    hooks.reach(point, trained.world.rank, step)
         self._recorder.event("checkpoint", {"step": step, "blocked_s": time.monotonic() - begin_s})
 
     def wait(self) -> None:
@@ -236,7 +237,7 @@ class Keeper:
         while is_busy:
             if self._writer is not None:
                 self._writer.join(SIGN_S)
-            heartbeat.beat("save", world.rank, self.step)  # a slow disk is no hang
+            hooks.beat("save", world.rank, self.step)  # a slow disk is no hang
             is_busy = world.sum(self._writer is not None and self._writer.is_alive()) > 0
         self._join()
 
@@ -250,7 +251,7 @@ class Keeper:
         """Write one checkpoint and remove those that it makes needless; in the thread."""
 
         def at(point: str) -> None:
-            faults.reach(point, 0, step)
+            hooks.reach(point, 0, step)
 
         with contextlib.suppress(FileNotFoundError):
             files.sync(self._output_dir / "metrics.jsonl")  # a record never ends before

@@ -7,6 +7,16 @@ from typing import Any
 
 import torch
 
+from fsdp_qlora.distributed import hooks
+
+# The phase of the clock that ends at a point of a step.
+PHASES = {
+    "data": "data",
+    "post-forward": "forward",
+    "post-backward": "backward",
+    "post-optimizer": "optimizer",
+}
+
 
 @dataclass(frozen=True)
 class Lap:
@@ -76,3 +86,23 @@ class Clock:
     def restart(self) -> None:
         """Forget the time since the last lap (after an evaluation, say)."""
         self._marks = [("", self._now())]
+
+
+class StepHook:
+    """The one hook of an optimizer step: ends phases of the clock, shows signs of life.
+
+    Args:
+        clock: whose marks are those of memory too.
+        rank: of this process.
+        step: that is under way, from 1.
+    """
+
+    def __init__(self, clock: Clock, rank: int, step: int) -> None:
+        self._clock, self._rank, self._step = clock, rank, step
+
+    def __call__(self, point: str) -> None:
+        """Be at a point of the step: one of PHASES or of hooks.STEP_POINTS."""
+        if point in PHASES:
+            self._clock.mark(PHASES[point])
+        if point in hooks.STEP_POINTS:
+            hooks.reach(point, self._rank, self._step)

@@ -8,12 +8,12 @@ from fsdp_qlora import config
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Data
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.train import fingerprint, resume, snapshot
 from fsdp_qlora.train.checkpoint_files import Saved
 from fsdp_qlora.train.loop import Trained
 from fsdp_qlora.train.totals import Resumed
 from fsdp_qlora.train.versions import versions
-from fsdp_qlora.train.world import World
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.train.world import World
 
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000  # those of torch.amp
 LEAST_SCALE = 1.0

@@ -18,15 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.rows import Rows
-from fsdp_qlora.train import faults, heartbeat, optim
+from fsdp_qlora.train import optim
 from fsdp_qlora.train.checkpoint import Keeper
-from fsdp_qlora.train.clock import Clock
+from fsdp_qlora.train.clock import StepHook
 from fsdp_qlora.train.guard import Guard
 from fsdp_qlora.train.ledger import Recorder
-from fsdp_qlora.train.world import World
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,18 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def train_step(
-    trained: Trained, micro_batches: list[Batch], clock: Clock, step: int = 0
+    trained: Trained,
+    micro_batches: list[Batch],
+    step: int = 0,
+    hook: Callable[[str], None] = lambda point: None,
 ) -> dict[str, torch.Tensor]:
     """One optimizer step; every trained token of the global batch weighs the same.
 
     Args:
         trained: model, parameters, optimizer.
         micro_batches: this rank's, as many on every rank.
-        clock: told when each phase ends.
         step: its number, from 1; 0: the guard is not told of it.
+        hook: told of every point of the step, see clock.StepHook.
 
     Returns:
         loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
@@ -115,33 +119,29 @@ def train_step(
     """
     world, guard = trained.world, trained.guard
     guard.begin()
-    faults.reach("pre-forward", world.rank, step)
+    hook("pre-forward")
     num_tokens = max(world.sum(sum(b.num_trained_tokens for b in micro_batches)), 1.0)
     loss_sum = torch.zeros((), device=world.device)
-    clock.mark("data")
+    hook("data")
     for number, batch in enumerate(micro_batches, 1):
         if trained.is_reduced_once:
             shard.reduce_gradients(trained.model, number == len(micro_batches))
         loss = token_loss_sum(trained.model, batch, world.device)
-        loss = loss * faults.factor("post-forward", world.rank, step)
-        clock.mark("forward")
-        faults.reach("post-forward", world.rank, step)
+        hook("post-forward")
         # FSDP averages gradients over ranks: undo it
         guard.scaled(loss * (world.size / num_tokens)).backward()
         loss_sum += loss.detach()
-        clock.mark("backward")
-        faults.reach("post-backward", world.rank, step)
+        hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
     verdict = guard.judge(grads, loss_sum, num_tokens, num_copies, world)
     optim.clip(grads, verdict.grad_norm, trained.max_norm, guard.scale)
-    faults.reach("pre-optimizer", world.rank, step)
+    hook("pre-optimizer")
     optim.step(trained.optimizer, verdict.is_bad)
-    faults.reach("post-optimizer", world.rank, step)
     trained.schedule.step()
     trained.optimizer.zero_grad()
     guard.finish(step, verdict)
-    clock.mark("optimizer")
+    hook("post-optimizer")
     results = {"loss": verdict.loss, "grad_norm": verdict.grad_norm, "skipped": verdict.is_bad > 0}
     return results if guard.scale is None else results | {"loss_scale": verdict.facts[2]}
 
@@ -182,7 +182,8 @@ def fit(
             micro_batches = batches.step(step)
             torch.manual_seed(dropout_seed(seed, step, world.rank))
             learning_rate = trained.schedule.get_last_lr()[0]
-            results = train_step(trained, micro_batches, recorder.clock, step + 1)
+            hook = StepHook(recorder.clock, world.rank, step + 1)
+            results = train_step(trained, micro_batches, step + 1, hook)
             agreed = recorder.step(
                 {
                     "step": step + 1,
@@ -194,9 +195,9 @@ def fit(
                 },
                 keeper.wishes(step + 1) if keeper is not None else (),
             )
-            faults.reach("post-record", world.rank, step + 1)
+            hooks.reach("post-record", world.rank, step + 1)
             _note_skipped(trained, batches, recorder)
-            heartbeat.beat("look", world.rank, step + 1)  # a profiler's trace takes its time
+            hooks.beat("look", world.rank, step + 1)  # a profiler's trace takes its time
             after_step()
             if keeper is not None and keeper.wants(agreed):
                 _note_skipped(trained, batches, recorder, is_last=True)
@@ -246,7 +247,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World) -> float:
     # In float64, so that the sum is the same however the rows are cut into batches.
     loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
     for batch in batches:
-        faults.reach("eval", world.rank)
+        hooks.reach("eval", world.rank)
         loss_sum += token_loss_sum(model, batch, world.device)
         num_tokens += batch.num_trained_tokens
     model.train(was_training)

@@ -14,10 +14,10 @@ from types import TracebackType
 import psutil
 import torch
 
-from fsdp_qlora.host_memory import GIB as GIB
-from fsdp_qlora.host_memory import Cgroup as Cgroup
-from fsdp_qlora.host_memory import find_cgroup as find_cgroup
-from fsdp_qlora.host_memory import read_kib as read_kib
+from fsdp_qlora.hardware import GIB as GIB
+from fsdp_qlora.hardware import Cgroup as Cgroup
+from fsdp_qlora.hardware import find_cgroup as find_cgroup
+from fsdp_qlora.hardware import read_kib as read_kib
 
 DEVICE_FIELDS = (
     "device_allocated_gib",

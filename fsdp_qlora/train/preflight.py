@@ -31,7 +31,7 @@ def check(plan: RunPlan) -> None:
         UserError: a library is not installed, or a card is too old (code 3); no such data, a bad
             row, no usable tokenizer, nothing left to train on.
     """
-    check_optimizer(plan.cfg.optimizer, bool(plan.machine.cards))
+    check_optimizer(plan.cfg.optimizer, bool(plan.machine.gpus))
     _check_libraries(plan.cfg)
     _check_cards(plan)
     _check_data(plan.cfg, plan.info)
@@ -51,7 +51,7 @@ def _check_libraries(cfg: Config) -> None:
 
 def _check_cards(plan: RunPlan) -> None:
     """A card without bf16 computes it all the same, many times slower: torch does not say so."""
-    lacking = [card.name for card in plan.machine.cards if not card.has_bf16]
+    lacking = [card.name for card in plan.machine.gpus if not card.has_bf16]
     if lacking and plan.cfg.compute_dtype == "bfloat16":
         got = f"--precision {plan.cfg.precision} on a {lacking[0]}"
         remedy = "leave --precision out, or use fp16_autocast"

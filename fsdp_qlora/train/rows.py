@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.plan.sizes import sizes
-from fsdp_qlora.train import failure, optim
+from fsdp_qlora.train import optim
 from fsdp_qlora.train.memory import GIB, HostSampler, Peak, PhasePeaks, process_peak
 
 STEP_PHASES = ("forward", "backward", "optimizer")
@@ -289,12 +290,12 @@ class Account:
             error: gets the lines as notes; any other error stays as it is.
             phase: that was under way, as people call it; its first word is looked up in the plan.
         """
-        if not failure.is_memory(error):
+        if not exit_report.is_memory(error):
             return
         known = phase.split()[0] if phase.split()[0] in names.PHASES else "backward"
         self._look_outside()
         peak = self.peaks.now()
-        scene = failure.Scene(
+        scene = exit_report.Scene(
             phase=phase,
             predicted=self.plan.to_dict().get("device" if self.is_cuda else "host", {}),
             known_phase=known,

@@ -6,33 +6,8 @@ import socket
 from pathlib import Path
 
 from fsdp_qlora.errors import ENVIRONMENT
+from tests import fake_nvml
 from tests.bad_input.case import Case, Place
-
-TOOL = """#!/bin/sh
-case "$*" in
-*-L*) printf '%s' '{listed}' ;;
-*) printf '%s' '{rows}' ;;
-esac
-exit {code}
-"""
-
-
-def cards(*names: str, gib: float = 24, code: int = 0):
-    """A driver that tells of such cards."""
-    ids = [f"GPU-{i}" for i in range(len(names))]
-    table = {
-        "listed": "".join(f"GPU {i}: {name} (UUID: {ids[i]})\n" for i, name in enumerate(names)),
-        "rows": "".join(f"{n}, {int(gib * 1024)}, 0, {ids[i]}\n" for i, n in enumerate(names)),
-        "code": code,
-    }
-
-    def make(place: Place) -> None:
-        tool = place.root / "bin" / "nvidia-smi"
-        tool.parent.mkdir()
-        tool.write_text(TOOL.format(**table))
-        tool.chmod(0o755)
-
-    return make
 
 
 def output(make):
@@ -52,7 +27,6 @@ def write_machine(text: str):
     def make(place: Place) -> None:
         (place.root / "cache").mkdir()
         (place.root / "cache" / "machine.json").write_text(text)
-        cards("NVIDIA GeForce RTX 3090")(place)
 
     return make
 
@@ -65,21 +39,34 @@ def taken_port() -> str:
     return str(os.dup(listener.fileno()) and listener.getsockname()[1])
 
 
-PATH = {"PATH": "{root}/bin:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0,1"}
 OUT = "--output_dir="
-GATED = "NVIDIA GeForce RTX 3090"
+GPU = "NVIDIA GeForce RTX 3090"
+
+
+def driver(text: str) -> dict[str, str]:
+    """The environment of a machine with such GPUs."""
+    return {"FAKE_GPUS": text, "CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+ONE_GPU = driver(fake_nvml.gpus(GPU))
+OLD_GPU = driver(fake_nvml.gpus("Tesla T4", capability=None))
 CASES = [
-    Case("more ranks than cards", "has 1 GPU(s)", ("--world_size=2",), cards(GATED), 3, PATH),
+    Case("more ranks than cards", "has 1 GPU(s)", ("--world_size=2",), None, 3, ONE_GPU),
     Case("port taken", "is not free", (f"--master_port={taken_port()}",), code=ENVIRONMENT),
-    Case("small card", "it does not fit", (), cards(GATED, gib=0.01), 3, PATH),
-    Case("old card", "has no bfloat16", ("--precision=bf16",), cards("Tesla T4"), 3, PATH),
-    Case("driver fails", "gives no list of cards", (), cards(GATED, code=9), 3, PATH),
-    Case("measurements cut off", "not what doctor writes", (), write_machine("{"), 3, PATH),
-    Case("measurements odd", "not what", (), write_machine(json.dumps({"cards": 7})), 3, PATH),
-    Case("no host memory", "it does not fit", ("--host_budget_gib=0.001",), code=ENVIRONMENT),
+    Case("small card", "it does not fit", (), None, 3, driver(fake_nvml.gpus(GPU, gib=0.01))),
     Case(
-        "no room on a card", "it does not fit", ("--gpu_budget_gib=0.001",), cards(GATED), 3, PATH
+        "old card",
+        "has no bfloat16",
+        ("--precision=bf16",),
+        None,
+        3,
+        OLD_GPU,
     ),
+    Case("driver fails", "gives no list of GPUs", (), None, 3, driver(fake_nvml.broken(18))),
+    Case("measurements cut off", "not what doctor writes", (), write_machine("{"), 3, ONE_GPU),
+    Case("measurements odd", "not what", (), write_machine(json.dumps({"cards": 7})), 3, ONE_GPU),
+    Case("no host memory", "it does not fit", ("--host_budget_gib=0.001",), code=ENVIRONMENT),
+    Case("no room on a card", "it does not fit", ("--gpu_budget_gib=0.001",), None, 3, ONE_GPU),
     Case("output is a file", "cannot be written", (), output(Path.touch), ENVIRONMENT),
     Case("output below a file", "cannot be written", (OUT + "{root}/rows.jsonl/out",), code=3),
     Case("output name too long", "cannot be written", (OUT + "{root}/" + "x" * 300,), code=3),

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed.env import find_port
 from fsdp_qlora.results.bench.process import Launch, Lines, Ran
 from fsdp_qlora.results.bench.rows import data_flags
-from fsdp_qlora.train.ranks import find_port
 
 SEED = 42
 LR = 1e-4

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed.env import wishes
 from fsdp_qlora.errors import DONE
 from fsdp_qlora.results.bench import process
 from fsdp_qlora.results.bench.arms import Arm, Workload, obstacle
-from fsdp_qlora.train.ranks import wishes
 
 
 def attempt(

@@ -23,12 +23,12 @@ from typing import Any
 
 from fsdp_qlora import arch
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.results.bench import report, series
 from fsdp_qlora.results.bench.arms import ARMS, Arm, Workload
 from fsdp_qlora.results.bench.attempt import attempt, environment
 from fsdp_qlora.results.bench.cases import KINDS
 from fsdp_qlora.results.bench.machine import PLACE, checkpoint, commit, machine, versions
-from fsdp_qlora.train.ranks import count_gpus
 
 MAX_CPU_PARAMS = 1e9
 CPU_NOTE = (
@@ -38,7 +38,7 @@ CPU_NOTE = (
 TERMS = (
     "Medians and spread of the steps after the third of all rounds; x = speed as a multiple of a "
     "peer's in the same round, median (least - most). Ours counts whole steps, fetching and "
-    "recording included; TRL's seconds leave out fetching and logging. Card memory: torch's "
+    "recording included; TRL's seconds leave out fetching and logging. Device memory: torch's "
     "allocator in training, largest rank. Host memory: all programs, peak while the arm ran, and "
     "what it added. A row is void when its first or mean loss is more than 0.5 % from ours, or its "
     "rows are not the same."

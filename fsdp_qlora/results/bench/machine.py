@@ -17,8 +17,8 @@ from fsdp_qlora import arch
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import RUN_FAILED, UserError
+from fsdp_qlora.hardware import driver_version, find_gpus
 from fsdp_qlora.results.bench.process import GIB, last_word
-from fsdp_qlora.train.ranks import count_gpus
 
 SHARED_MEMORY = Path("/dev/shm")
 PLACE = "fsdp_qlora-bench"
@@ -30,10 +30,10 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """What the bench runs on: cards with their driver, processor, cores, host memory, system."""
-    query = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    cards = _output_of(*query).splitlines() if count_gpus(os.environ) else []
-    names = [f"{cards.count(card)} x {card}" for card in dict.fromkeys(cards)]
+    """What the bench runs on: GPUs with their driver, processor, cores, host memory, system."""
+    gpus = [gpu.name for gpu in find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    driver = driver_version() or "unknown driver"
+    names = [f"{gpus.count(gpu)} x {gpu}, {driver}" for gpu in dict.fromkeys(gpus)]
     return {
         "cards": "; ".join(names) or "no GPU",
         "cpu": _cpu_name(),

@@ -57,7 +57,7 @@ def rows_of_rank(
     import torch
 
     from fsdp_qlora import arch, config, data
-    from fsdp_qlora.train.world import World
+    from fsdp_qlora.distributed.world import World
 
     flags = data_flags(batch_size, context_length, num_steps, num_ranks, seed)
     cfg = config.parse([f"--model_name={model_name}", *flags])

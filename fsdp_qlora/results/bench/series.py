@@ -24,6 +24,7 @@ from fsdp_qlora import arch
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.plan import compare
 from fsdp_qlora.results.bench import series_page as page
 from fsdp_qlora.results.bench.arms import COMMON, Arm, Workload, launch_ours, read_ours
@@ -31,7 +32,6 @@ from fsdp_qlora.results.bench.attempt import attempt, environment
 from fsdp_qlora.results.bench.cases import KINDS, PLACES, SMALL_SHAPE, Case, pick, scaled
 from fsdp_qlora.results.bench.machine import commit, machine, versions
 from fsdp_qlora.results.bench.report import NUM_WARMUP_STEPS, spread, steady
-from fsdp_qlora.train.ranks import count_gpus
 
 SMALL = "small"
 CPU_NOTE = (

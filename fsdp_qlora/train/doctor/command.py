@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fsdp_qlora import atomic, cli
+from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
 from fsdp_qlora.errors import DONE, UserError, join
-from fsdp_qlora.plan import cards
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.train.doctor import jobs, machine
 from fsdp_qlora.train.doctor.findings import (
     OK,
@@ -22,7 +22,6 @@ from fsdp_qlora.train.doctor.findings import (
     warning,
 )
 from fsdp_qlora.train.doctor.jobs import Job
-from fsdp_qlora.train.ranks import count_gpus
 
 USAGE = """usage: python -m fsdp_qlora doctor [options]
 
@@ -131,7 +130,7 @@ def measured(found: Iterable[Finding]) -> dict[str, dict[str, float]]:
         found: findings.
 
     Returns:
-        As plan.cards.machine_file has it: card -> speeds.
+        As hardware.machine_file has it: card -> speeds.
     """
     table: dict[str, dict[str, float]] = {}
     for finding in found:
@@ -147,7 +146,7 @@ def keep(table: Mapping[str, Mapping[str, float]], path: Path) -> Finding:
 
     Args:
         table: see `measured`.
-        path: of plan.cards.machine_file.
+        path: of hardware.machine_file.
 
     Returns:
         What was written, or why nothing was.
@@ -159,7 +158,7 @@ def keep(table: Mapping[str, Mapping[str, float]], path: Path) -> Finding:
     value = f"of {', '.join(table)} are in {path}, where plan finds them"
     try:
         if path.is_file():
-            cards.with_measured([], path, None)
+            hardware.with_measured([], path, None)
             known = json.loads(path.read_text(encoding="utf-8"))["cards"]
     except UserError:
         value += " (what was there could not be read)"
@@ -199,7 +198,7 @@ def main(argv: list[str]) -> int:
     for finding in examine(options):
         tell(finding)
     table = measured(found)
-    tell(keep(table, cards.machine_file()))
+    tell(keep(table, hardware.machine_file()))
     counts = {status: sum(f.status == status for f in found) for status in (PROBLEM, WARNING, OK)}
     code = max(finding.code for finding in found)
     if options.json:

@@ -12,11 +12,11 @@ from functools import partial
 
 import torch
 
+from fsdp_qlora import hardware
 from fsdp_qlora.choices import PRECISIONS
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
 from fsdp_qlora.model import host
 from fsdp_qlora.model.quantize import FORMATS, GROUP_SIZE, NESTED_BLOCK, Fields, Format, dynamic_map
-from fsdp_qlora.plan import cards
 from fsdp_qlora.train.doctor.findings import Finding, first_line, ok, problem, warning
 from fsdp_qlora.train.memory import GIB
 from fsdp_qlora.train.versions import versions
@@ -27,7 +27,7 @@ PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 512 * MIB, "cpu": 256 * MIB}
 PIN_BYTES, LINK_BYTES, PEER_BYTES = GIB, 256 * MIB, 64 * MIB
 MIN_S = 0.3
-# Of a large product, over a whole step: H200, 490 of 790 TFLOP/s (see plan.cards).
+# Of a large product, over a whole step: H200, 490 of 790 TFLOP/s (see hardware).
 SUSTAINED_SHARE = 0.62
 FREE_SHARE = 0.85  # of a card that nothing else uses; the rest is the driver's
 MAX_WEIGHT_ERROR = 1e-5  # of the largest weight, in float32
@@ -54,8 +54,8 @@ def label(device: torch.device) -> str:
 
 
 def card_name(device: torch.device) -> str:
-    """The name under which plan.cards looks for the speeds of a device."""
-    return cards.CPU.name if device.type == "cpu" else torch.cuda.get_device_name(device)
+    """The name under which hardware looks for the speeds of a device."""
+    return hardware.CPU.name if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

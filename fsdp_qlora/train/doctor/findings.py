@@ -19,7 +19,7 @@ class Finding:
         remedy: what to do about it; "" when it is OK.
         code: exit code of the command, where this keeps training from working as it is.
         card: whose speeds were measured, as the driver calls it; "" = none.
-        speeds: some of plan.cards.SPEEDS, of that card.
+        speeds: some of hardware.SPEEDS, of that card.
     """
 
     name: str
@@ -43,7 +43,7 @@ def ok(name: str, value: str, card: str = "", **speeds: float) -> Finding:
         name: what was looked at.
         value: what was found.
         card: whose speeds follow.
-        speeds: some of plan.cards.SPEEDS.
+        speeds: some of hardware.SPEEDS.
     """
     return Finding(name, OK, value, card=card, speeds=speeds)
 

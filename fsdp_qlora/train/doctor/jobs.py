@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed.env import child_env, find_port
 from fsdp_qlora.errors import ENVIRONMENT
 from fsdp_qlora.train.doctor.findings import Finding, problem
-from fsdp_qlora.train.ranks import child_env, find_port
 
 PROGRAM = "fsdp_qlora.train.doctor.probe"
 GRACE_S = 10.0  # for the other ranks, once one has crashed

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from fsdp_qlora import hardware
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
-from fsdp_qlora.host_memory import find_cgroup
-from fsdp_qlora.plan import cards
+from fsdp_qlora.hardware import find_cgroup
 from fsdp_qlora.train.doctor.findings import Finding, ok, problem, warning
 
 if TYPE_CHECKING:
@@ -252,7 +252,7 @@ def disks(output_dir: Path) -> Iterator[Finding]:
     Args:
         output_dir: of the runs to come.
     """
-    caches = ("cache", cards.machine_file().parent, "FSDP_QLORA_CACHE=DIR")
+    caches = ("cache", hardware.machine_file().parent, "FSDP_QLORA_CACHE=DIR")
     outputs = ("output", output_dir, "--output_dir DIR")
     seen: dict[int, str] = {}
     for name, wanted, option in (caches, outputs):

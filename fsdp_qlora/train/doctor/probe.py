@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 import torch
 
+from fsdp_qlora.distributed.supervise import PR_SET_PDEATHSIG
 from fsdp_qlora.errors import DONE, ENVIRONMENT
 from fsdp_qlora.model import host
 from fsdp_qlora.train.doctor import device as one
@@ -26,7 +27,6 @@ from fsdp_qlora.train.doctor import together
 from fsdp_qlora.train.doctor.findings import Finding, problem, softly, warning
 from fsdp_qlora.train.doctor.together import NO_P2P, Rank
 from fsdp_qlora.train.memory import GIB, machine_memory
-from fsdp_qlora.train.processes import PR_SET_PDEATHSIG
 
 
 @dataclass(frozen=True)

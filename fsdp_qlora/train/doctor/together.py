@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdp_qlora.distributed import world as worlds
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY
 from fsdp_qlora.model import host, load, shard
 from fsdp_qlora.model.layout import Layout, build_layout
 from fsdp_qlora.model.packed import DecoderBlock, LayerCache
 from fsdp_qlora.model.placement import Placed
-from fsdp_qlora.train import world as worlds
 from fsdp_qlora.train.doctor import device as one
 from fsdp_qlora.train.doctor.findings import Finding, ok, problem, warning
-from fsdp_qlora.train.world import World
 
 COLLECTIVE_S = 60.0
 SHARED_BYTES = 64 * 2**20
@@ -127,7 +127,7 @@ def gather(rank: Rank) -> Iterator[Finding]:
     if not has_peers:
         value += ", through the host (no peer access)"
     if all(row[0] for row in every):
-        link_gbs = gbs if has_peers else 0.0  # as plan.cards has it
+        link_gbs = gbs if has_peers else 0.0  # as hardware has it
         yield ok(name, value, one.card_name(rank.device), card_link_gbs=link_gbs)
     else:
         yield problem(name, f"what was gathered is wrong; {value}", NO_P2P, INTEGRITY)

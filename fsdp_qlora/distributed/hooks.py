@@ -1,5 +1,6 @@
-"""Signs of life: each rank says how far it is, the supervisor sees which one has stopped."""
+"""What a rank shows and hears while it runs: signs of life at named points, stop signals."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -8,13 +9,35 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
+RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
+STEP_POINTS = (
+    "pre-forward",
+    "post-forward",
+    "post-backward",
+    "pre-optimizer",
+    "post-optimizer",
+    "post-record",
+)
+SAVE_POINTS = (
+    "save-mkdir",
+    "save-before-file",
+    "save-after-file",
+    "save-manifest",
+    "save-fsync",
+    "save-rename",
+    "save-dir-fsync",
+    "prune-before",
+    "prune-after",
+)
+POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq32s")
@@ -23,10 +46,12 @@ SHORTEST_S = 60.0
 SLOWEST_TIMES = 10.0
 NUM_RECENT = 50
 LIFE_SHARE = 0.001
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALED = 128  # exit code of a command that a signal ended, less the signal's number
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """The last that was heard of a rank.
 
     Attributes:
@@ -71,7 +96,21 @@ def beat(point: str, rank: int, step: int = 0) -> None:
             os.pwrite(int(board), slot, rank * SLOT.size)
 
 
-def listen(log: Path) -> None:
+def reach(point: str, rank: int, step: int = 0) -> None:
+    """Be at a named point of the run; the supervisor sees it, and tests make their faults here.
+
+    A rank that has no part in a point (only one writes files) reaches it all the same, before it
+    waits for the others.
+
+    Args:
+        point: one of POINTS.
+        rank: of the caller.
+        step: optimizer step, from 1; 0 where there is none.
+    """
+    beat(point, rank, step)
+
+
+def enable_stack_dumps(log: Path) -> None:
     """Write the stacks of all threads into `log` when this process crashes, or when told to.
 
     Without a supervisor nobody tells it to, and nothing is done.
@@ -93,7 +132,7 @@ def open_board() -> BinaryIO:
     return tempfile.TemporaryFile(buffering=0)
 
 
-def read(board: int, rank: int) -> Sign:
+def read(board: int, rank: int) -> Heartbeat:
     """Return the last sign of a rank.
 
     Args:
@@ -102,12 +141,12 @@ def read(board: int, rank: int) -> Sign:
     """
     slot = os.pread(board, SLOT.size, rank * SLOT.size)
     if len(slot) < SLOT.size:
-        return Sign()
+        return Heartbeat()
     at_ns, step, point = SLOT.unpack(slot)
-    return Sign(at_ns / 1e9, step, point.rstrip(b"\0").decode())
+    return Heartbeat(at_ns / 1e9, step, point.rstrip(b"\0").decode())
 
 
-def mine(env: Mapping[str, str]) -> Sign | None:
+def own_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
     """Return the last sign that this rank itself has given, if there is a supervisor.
 
     Args:
@@ -138,10 +177,10 @@ class Watch:
     limit_s: float | None = None
     began_s: float = field(default_factory=time.monotonic)
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
-    last: Sign = Sign()
+    last: Heartbeat = Heartbeat()
     used_s: float = 0.0
 
-    def stuck(self, pids: Mapping[int, int]) -> list[int]:
+    def find_hung(self, pids: Mapping[int, int]) -> list[int]:
         """Return the ranks that hang: the stopped ones, else those that are least far.
 
         Args:
@@ -162,12 +201,12 @@ class Watch:
         least = min(map(self._place, signs.values()))
         return stopped or [rank for rank, sign in signs.items() if self._place(sign) == least]
 
-    def _place(self, sign: Sign) -> tuple[int, int]:
+    def _place(self, sign: Heartbeat) -> tuple[int, int]:
         """How far a rank is: the step, and the point in it."""
         order = self.points.index(sign.point) if sign.point in self.points else len(self.points)
         return sign.step, order if sign.point else -1
 
-    def _learn(self, sign: Sign) -> None:
+    def _learn(self, sign: Heartbeat) -> None:
         """Note how long a step took."""
         if sign.step == self.last.step:
             return
@@ -196,3 +235,59 @@ def _life(pid: int) -> tuple[str, float]:
     except OSError:
         return "", 0.0
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Stopped(KeyboardInterrupt):
+    """A rank leaves because a signal asked for it.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        return f"stopped by {signal.Signals(self.number).name}; --resume DIR goes on"
+
+    @property
+    def code(self) -> int:
+        """Exit code of the command."""
+        return SIGNALED + self.number
+
+
+class StopFlag:
+    """What the handlers of a rank leave for the loop.
+
+    Outside `deferred` a signal raises Stopped at once: nothing would be lost.
+
+    Attributes:
+        number: of the first signal; 0 = none came.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._is_deferred = False
+
+    def install(self) -> None:
+        """Take over both signals."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number and self._is_deferred:
+            os._exit(SIGNALED + number)  # asked twice: the checkpoint before stays as it is
+        self.number = self.number or number
+        if not self._is_deferred:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While steps are taken, a signal waits for the end of the step."""
+        self._is_deferred = True
+        try:
+            yield
+        finally:
+            self._is_deferred = False

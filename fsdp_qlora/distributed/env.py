@@ -1,15 +1,13 @@
-"""Which processes make a run: GPUs counted without torch, ranks recognised, their environment."""
+"""Which processes make a run: how many ranks, how they are recognised, their environment."""
 
 import os
 import re
-import shutil
 import socket
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.hardware import count_gpus
 
 LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
 LOOPBACK = "lo"
@@ -19,35 +17,6 @@ PLACES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"),
 )
-
-
-def count_gpus(env: Mapping[str, str]) -> int:
-    """Return how many GPUs a CUDA program started with `env` sees, without asking torch.
-
-    Args:
-        env: environment; CUDA_VISIBLE_DEVICES hides devices, and ends at the first bad index.
-    """
-    num_present = _count_present_gpus()
-    if "CUDA_VISIBLE_DEVICES" not in env:
-        return num_present
-    num_visible = 0
-    for entry in env["CUDA_VISIBLE_DEVICES"].split(","):
-        is_index = entry.strip().isdigit() and int(entry) < num_present
-        if not is_index and not entry.strip().startswith(("GPU-", "MIG-")):
-            break
-        num_visible += 1
-    return num_visible if num_present else 0
-
-
-def _count_present_gpus() -> int:
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        try:
-            listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20)
-            return len(re.findall(r"^GPU \d+:", listing.stdout, re.MULTILINE))
-        except (OSError, subprocess.TimeoutExpired):
-            pass
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def plan_ranks(cfg: Config, num_gpus: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Ranks are started, watched and ended together: fsdp_qlora/train/launch.py.
+"""Ranks are started, watched and ended together: fsdp_qlora/distributed/launch.py.
 
 The ranks are tiny scripts without torch; `supervise` is run as a user runs it, in a process.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR, Config
+from fsdp_qlora.distributed import env, exit_report, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
-from fsdp_qlora.train import failure, launch, ranks
 
 PARENT = """
 import sys
 from fsdp_qlora.config import parse
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.train.launch import supervise
+from fsdp_qlora.distributed.launch import supervise
 script, argv = sys.argv[1], sys.argv[2:]
 try:
     sys.exit(supervise(parse(argv), argv, [sys.executable, script]))
@@ -34,8 +34,10 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {project!r})
-from fsdp_qlora.train import faults, heartbeat
-from fsdp_qlora.train.failure import write_error
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.exit_report import write_error
+from tests import faults
+faults.install()
 rank = int(os.environ["RANK"])
 out = Path([word for word in sys.argv if word.startswith("--output_dir=")][-1].split("=", 1)[1])
 (out / f"pid{{rank}}").write_text(str(os.getpid()))
@@ -55,7 +57,7 @@ def stop_cleanly():
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
 {body}
-heartbeat.beat(heartbeat.DONE, rank)
+hooks.beat(hooks.DONE, rank)
 """
 
 
@@ -306,18 +308,18 @@ def test_a_port_in_use_is_refused_and_two_free_ones_differ(tmp_path: Path):
         port = taken.getsockname()[1]
         code, _, err = run(tmp_path, "pass", "--master_port", str(port))
         assert code == ENVIRONMENT and f"--master_port {port}: is not free" in err
-        assert ranks.find_port(0) != port
-    assert ranks.find_port(port) == port
+        assert env.find_port(0) != port
+    assert env.find_port(port) == port
 
 
 def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
     """Not in the order of ranks."""
     for rank in (3, 0, 1):
-        failure.write_error(tmp_path, rank, rank + 1, f"line\n{rank}")
+        exit_report.write_error(tmp_path, rank, rank + 1, f"line\n{rank}")
         time.sleep(0.02)
-    found = [(error.rank, error.code, error.line) for error in failure.read_errors(tmp_path)]
+    found = [(error.rank, error.code, error.line) for error in exit_report.read_errors(tmp_path)]
     assert found == [(3, 4, "line\\n3"), (0, 1, "line\\n0"), (1, 2, "line\\n1")]
-    assert failure.read_errors(tmp_path / "nowhere") == []
+    assert exit_report.read_errors(tmp_path / "nowhere") == []
 
 
 @dataclasses.dataclass
@@ -338,12 +340,12 @@ def test_ranks_of_torchrun_settle_on_the_directory_of_rank_0(tmp_path: Path, mon
     monkeypatch.delenv("FSDP_QLORA_SUPERVISOR", raising=False)
     words: list = []
     mine = [Config(output_dir=str(tmp_path / name), seed=7) for name in ("run-01", "run-02")]
-    agreed = [launch.agree(cfg, FakeWorld(rank, words)) for rank, cfg in enumerate(mine)]
+    agreed = [launch.agree_output_dir(cfg, FakeWorld(rank, words)) for rank, cfg in enumerate(mine)]
     assert agreed == [mine[0], mine[0]]
     assert {path.name for path in tmp_path.rglob("*")} == {"run-01", "logs", ".lock"}
     words.clear()
     for rank in (0, 1):
         with pytest.raises(UserError, match="run-01: holds files already"):
-            launch.agree(mine[0], FakeWorld(rank, words))
+            launch.agree_output_dir(mine[0], FakeWorld(rank, words))
     monkeypatch.setenv("FSDP_QLORA_SUPERVISOR", "1")
-    assert launch.agree(mine[1], FakeWorld(1, [])) is mine[1]
+    assert launch.agree_output_dir(mine[1], FakeWorld(1, [])) is mine[1]

@@ -11,25 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, config, host_memory
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed import exit_report, hooks
+from fsdp_qlora.distributed.hooks import Heartbeat
+from fsdp_qlora.distributed.supervise import RanksExit
 from fsdp_qlora.errors import BUG, INPUT, RUN_FAILED, UserError
-from fsdp_qlora.plan import cards, run
-from fsdp_qlora.plan.cards import Machine
-from fsdp_qlora.train import failure, heartbeat, verdict
-from fsdp_qlora.train.heartbeat import Sign
-from fsdp_qlora.train.processes import Ending
-from tests.test_launch import RANK
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.plan import run
+from tests.distributed.test_launch import RANK
 
 PARENT = """
 import sys
 from fsdp_qlora import arch
 from fsdp_qlora.config import given, parse
-from fsdp_qlora.plan import cards, run
-from fsdp_qlora.train.launch import supervise
+from fsdp_qlora import hardware
+from fsdp_qlora.plan import run
+from fsdp_qlora.distributed.launch import supervise
 program, argv = [sys.executable, sys.argv[1]], sys.argv[2:]
 info = arch.read("llama-2-7b", need_weights=False)
-machine = cards.Machine(tuple(cards.parse("2x24")), 64, 2)
+machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
 sys.exit(supervise(parse(argv), argv, program, run.make(info, parse(argv), given(argv), machine)))
 """
 SHORT = """
@@ -48,7 +49,7 @@ def plan_of(names: str) -> run.RunPlan:
     """A 7B, 4 x 2048."""
     argv = ["--model_name=llama-2-7b", "--batch_size=4", "--context_length=2048"]
     info = arch.read("llama-2-7b", need_weights=False)
-    machine = Machine(tuple(cards.parse(names)), 64, 2)
+    machine = Machine(tuple(hardware.parse_gpus(names)), 64, 2)
     return run.make(info, config.parse(argv), frozenset({"batch_size"}), machine)
 
 
@@ -76,7 +77,7 @@ def test_ranks_short_of_memory_before_the_training_start_again_a_notch_lower(tmp
     assert len(set(lines)) == 2
     tried = {path.name for path in (tmp_path / "out").glob("tried*")}
     assert tried >= {"tried0.2", *(f"tried1.{notch}" for notch in range(3))}
-    assert failure.read_errors(tmp_path / "out") == []
+    assert exit_report.read_errors(tmp_path / "out") == []
 
 
 def test_without_a_lower_notch_the_lines_of_the_rank_and_advice_end_the_run(tmp_path: Path):
@@ -91,7 +92,7 @@ def test_without_a_lower_notch_the_lines_of_the_rank_and_advice_end_the_run(tmp_
 
 def test_once_the_training_has_begun_nothing_starts_again(tmp_path: Path):
     """Steps would be lost."""
-    body = "faults.reach('pre-forward', rank, 1)\n" + SHORT.replace("NOTCHES", "1")
+    body = "hooks.reach('pre-forward', rank, 1)\n" + SHORT.replace("NOTCHES", "1")
     code, out, err = supervised(tmp_path, body)
     assert (code, out) == (RUN_FAILED, "") and err.startswith("error: rank 1: out of memory")
 
@@ -127,7 +128,7 @@ def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_apart(tmp_path
     assert rest[0].startswith("predicted ") and "GiB on the host in the load" in rest[0]
     assert rest[1] == "there     0.29 GiB may be used here"
     assert rest[2].startswith("largest   ") and rest[3].startswith("next      ")
-    assert len(err.splitlines()) <= failure.MAX_LINES
+    assert len(err.splitlines()) <= exit_report.MAX_LINES
 
 
 def test_the_last_record_says_what_was_there(tmp_path: Path):
@@ -136,38 +137,27 @@ def test_the_last_record_says_what_was_there(tmp_path: Path):
     lines = [{"event": "run"}, {"step": 7, "host": {"host_used_gib": 9.5, "host_rows": rows}}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "ho'
     (tmp_path / "metrics.jsonl").write_text(text)
-    ending, plan = Ending((0, -9), (Sign(1.0, 7, heartbeat.DONE),) * 2), plan_of("2x12")
-    said = verdict.judge(ending, tmp_path, "", 1, plan).lines
+    ending, plan = RanksExit((0, -9), (Heartbeat(1.0, 7, hooks.DONE),) * 2), plan_of("2x12")
+    said = exit_report.diagnose_exit(ending, tmp_path, "", 1, plan).lines
     assert "training; 7 steps are recorded" in said[0]
     assert "9.50 in use at the last record" in said[2]
     assert re.search(r"processes 4\.00 \(predicted \d\.\d\d\), packed layers 3\.25", said[3])
-    assert 4 <= len(said) <= failure.MAX_LINES
-    (only,) = verdict.judge(ending, tmp_path, "go on", 0, plan).lines  # nobody counted a kill
+    assert 4 <= len(said) <= exit_report.MAX_LINES
+    (only,) = exit_report.diagnose_exit(
+        ending, tmp_path, "go on", 0, plan
+    ).lines  # nobody counted a kill
     remedy = "dmesg tells whether host memory ran out; go on"
     assert only == f"error: rank 1: was killed by SIGKILL at step 7 (done); {remedy}"
 
 
 def test_of_a_long_line_the_cause_is_cut_and_the_way_on_stays(tmp_path: Path):
-    (tmp_path / failure.LOGS).mkdir()
+    (tmp_path / exit_report.LOGS).mkdir()
     trace, way_on, more = f"the trace is in {tmp_path}", f"continue with {tmp_path}", ["there  5"]
-    failure.write_error(tmp_path, 1, RUN_FAILED, f"rank 1: {'long ' * 80}; {trace}", more)
-    ending = Ending((0, RUN_FAILED), (Sign(1.0, 7, heartbeat.DONE),) * 2)
-    first, *rest = verdict.judge(ending, tmp_path, way_on, 0, None).lines
+    exit_report.write_error(tmp_path, 1, RUN_FAILED, f"rank 1: {'long ' * 80}; {trace}", more)
+    ending = RanksExit((0, RUN_FAILED), (Heartbeat(1.0, 7, hooks.DONE),) * 2)
+    first, *rest = exit_report.diagnose_exit(ending, tmp_path, way_on, 0, None).lines
     assert first.startswith("error: rank 1: long ") and first.endswith(f"; {trace}; {way_on}")
     assert rest == more and len(first) <= 300
-
-
-def test_kills_are_counted_in_the_group_or_else_on_the_machine(tmp_path: Path):
-    """Version 1, version 2, and no group at all."""
-    events = tmp_path / "memory.events"
-    events.write_text("low 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 5\n")
-    vmstat = tmp_path / "vmstat"
-    vmstat.write_text("pgfault 9\noom_kill 7\n")
-    assert host_memory.oom_kills(host_memory.Cgroup(events_path=events), vmstat) == 2
-    events.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
-    assert host_memory.oom_kills(host_memory.Cgroup(events_path=events), vmstat) == 4
-    assert host_memory.oom_kills(host_memory.Cgroup(), vmstat) == 7
-    assert host_memory.oom_kills(host_memory.Cgroup(), tmp_path / "none") == 0
 
 
 def test_errors_for_want_of_memory_are_known_by_type_or_text():
@@ -181,23 +171,25 @@ def test_errors_for_want_of_memory_are_known_by_type_or_text():
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         RuntimeError("ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
     ):
-        assert failure.is_memory(error), error
+        assert exit_report.is_memory(error), error
     for other in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("x")):
-        assert not failure.is_memory(other), other
+        assert not exit_report.is_memory(other), other
 
 
 def test_a_scene_is_a_few_lines_with_the_largest_rows_first():
     """Predicted and measured side by side."""
     predicted = {"forward": {"kept": 3.0, "packed": 2.0}, "backward": {"kept": 9.0, "packed": 2.0}}
-    scene = failure.Scene("forward of step 3", "forward", predicted, {"packed": 2.0, "kept": 4.0},
-                          True, "24 GiB on the card")  # fmt: skip
+    measured = {"packed": 2.0, "kept": 4.0}
+    scene = exit_report.Scene(
+        "forward of step 3", "forward", predicted, measured, True, "24 GiB on the card"
+    )
     assert scene.lines() == [
         "out of memory in the forward of step 3",
         "predicted 5.00 GiB on a card in the forward; at the peak (backward) 11.00",
         "there     24 GiB on the card",
         "largest   kept 4.00 (predicted 3.00), packed 2.00 (predicted 2.00) GiB",
     ]
-    bare = failure.Scene("load", "load", {}, {"packed": 1.0}, False, "no more")
+    bare = exit_report.Scene("load", "load", {}, {"packed": 1.0}, False, "no more")
     assert [line.split()[0] for line in bare.lines()] == ["out", "there", "largest"]
 
 
@@ -216,17 +208,17 @@ def test_an_explained_error_is_told_with_its_scene_and_any_other_in_one_line(
         short.add_note(note)
     cuda = RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
     bad = UserError("x", "is bad", "take y", INPUT)
-    for error in (short, LookupError("where?"), bad, cuda, failure.LinkError("no answer")):
-        failure.fail(error, cfg)
-        (found,) = failure.read_errors(tmp_path)
-        failure.clear_errors(tmp_path)
+    for error in (short, LookupError("where?"), bad, cuda, exit_report.LinkError("no answer")):
+        exit_report.fail(error, cfg)
+        (found,) = exit_report.read_errors(tmp_path)
+        exit_report.clear_errors(tmp_path)
         log = tmp_path / "logs" / "rank2.log"
         if error is short:
             line = f"rank 2: out of memory in the load (no room); the trace is in {log}"
             assert (found.line, list(found.more)) == (line, ["there     5 GiB"])
             assert "MemoryError: no room" in log.read_text()
         else:
-            kind = failure.LINK if isinstance(error, failure.LinkError) else ""
+            kind = exit_report.LINK if isinstance(error, exit_report.LinkError) else ""
             assert (list(found.more), found.kind) == ([], kind)
         if error is cuda:
             line = "rank 2: RuntimeError: CUDA error: unspecified launch failure; the trace is in "
@@ -236,11 +228,11 @@ def test_an_explained_error_is_told_with_its_scene_and_any_other_in_one_line(
 
 def test_words_of_a_rank_survive_the_file(tmp_path: Path):
     """Lines, not only one; line breaks and terminal codes escaped."""
-    failure.write_error(tmp_path, 3, 4, "a\nb", ["c\x1b[31m", "d"], "memory")
-    (found,) = failure.read_errors(tmp_path)
+    exit_report.write_error(tmp_path, 3, 4, "a\nb", ["c\x1b[31m", "d"], "memory")
+    (found,) = exit_report.read_errors(tmp_path)
     assert (found.rank, found.code, found.line, found.kind) == (3, 4, "a\\nb", "memory")
     assert list(found.more) == ["c\\x1b[31m", "d"]
-    lines = failure.told(found, plan_of("2x24"))
+    lines = exit_report.told(found, plan_of("2x24"))
     assert lines[0] == "error: a\\nb" and lines[-1].startswith("next      --")
-    failure.clear_errors(tmp_path)
-    assert failure.read_errors(tmp_path) == []
+    exit_report.clear_errors(tmp_path)
+    assert exit_report.read_errors(tmp_path) == []

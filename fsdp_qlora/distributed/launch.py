@@ -9,23 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsdp_qlora import host_memory
+from fsdp_qlora import arch, hardware
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import PROJECT_DIR, Config
+from fsdp_qlora.distributed import exit_report, hooks
+from fsdp_qlora.distributed import supervise as processes
+from fsdp_qlora.distributed.env import (
+    LISTENER,
+    child_env,
+    is_supervised,
+    open_listener,
+    plan_ranks,
+)
+from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport
+from fsdp_qlora.distributed.hooks import Watch
+from fsdp_qlora.distributed.supervise import Rank, RankSpec
 from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train import failure, faults, heartbeat, processes, resume, verdict
-from fsdp_qlora.train.failure import LINK, LOGS, MEMORY
-from fsdp_qlora.train.heartbeat import Watch
-from fsdp_qlora.train.processes import Rank, Task
-from fsdp_qlora.train.ranks import LISTENER, child_env, open_listener, plan_ranks
-from fsdp_qlora.train.ranks import is_rank as is_rank
-from fsdp_qlora.train.ranks import is_supervised as is_supervised
-from fsdp_qlora.train.ranks import rank_env as rank_env
-from fsdp_qlora.train.verdict import Verdict
+from fsdp_qlora.train import resume
 
 if TYPE_CHECKING:
-    from fsdp_qlora.train.world import World
+    from fsdp_qlora.distributed.world import World
 
 LAST_WORDS = ("summary.json", f"{LOGS}/rank*.error")  # of a run that goes on, to be said anew
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
@@ -96,7 +102,7 @@ def _refuse_files(path: Path, cfg: Config) -> None:
         resume.refuse_files(path, cfg.overwrite, cfg.resume == resume.AUTO)
 
 
-def agree(cfg: Config, world: "World") -> Config:
+def agree_output_dir(cfg: Config, world: "World") -> Config:
     """Settle on one output directory among the ranks of torchrun or srun, and claim it.
 
     Each of them has read the command line by itself, so their default directories may bear
@@ -133,7 +139,7 @@ def supervise(
     argv: Sequence[str],
     program: Sequence[str] = PROGRAM,
     plan: RunPlan | None = None,
-    start: Callable[[Task], Rank] = processes.start,
+    start: Callable[[RankSpec], Rank] = processes.start,
 ) -> int:
     """Run a program once per rank and wait for all of them.
 
@@ -167,9 +173,9 @@ def supervise(
         found = _run(cfg, program, attempt, start, stops)
         while not stops and (again := _again(found, attempt, cfg)) is not None:
             attempt = again
-            failure.clear_errors(output_dir)
+            exit_report.clear_errors(output_dir)
             found = _run(cfg, program, attempt, start, stops)
-    is_own = found.code in verdict.OWN_FAULTS and not found.has_begun
+    is_own = found.code in exit_report.OWN_FAULTS and not found.has_begun
     if is_new and is_own and not any(f"{output_dir}/" in line for line in found.lines):
         _leave(output_dir)
     for line in found.lines:
@@ -191,24 +197,24 @@ def _run(
     cfg: Config,
     program: Sequence[str],
     attempt: Attempt,
-    start: Callable[[Task], Rank],
+    start: Callable[[RankSpec], Rank],
     stops: Sequence[int],
-) -> Verdict:
+) -> ExitReport:
     """Start all ranks, wait for their end, and say what it was."""
     output_dir, plan = cfg.resolved_output_dir, attempt.plan
     num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
-    cgroup = host_memory.find_cgroup()
-    num_kills = host_memory.oom_kills(cgroup)
-    with open_listener(cfg.master_port) as listener, heartbeat.open_board() as board:
-        files = {LISTENER: listener.fileno(), heartbeat.BOARD: board.fileno()}
+    cgroup = hardware.find_cgroup()
+    num_kills = hardware.oom_kills(cgroup)
+    with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
+        files = {LISTENER: listener.fileno(), hooks.BOARD: board.fileno()}
         told = {
             **(os.environ | (plan.env if plan is not None else {}) | attempt.env | _import_path()),
             **{name: str(number) for name, number in files.items()},
-            faults.RESTARTS: str(attempt.num_restarts),
+            hooks.RESTARTS: str(attempt.num_restarts),
         }
         port = listener.getsockname()[1]
-        tasks = [
-            Task(
+        specs = [
+            RankSpec(
                 rank,
                 [*program, *attempt.argv],
                 child_env(told, rank, num_ranks, port),
@@ -217,12 +223,12 @@ def _run(
             )
             for rank in range(num_ranks)
         ]
-        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS, cfg.hang_timeout)
-        ending = processes.run(tasks, start, stops, watch)
-    saved = None if ending.is_done else resume.latest(output_dir)
-    way_on = f"continue with --resume {output_dir}" if saved is not None else ""
-    num_kills = host_memory.oom_kills(cgroup) - num_kills
-    return verdict.judge(ending, output_dir, way_on, num_kills, plan)
+        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, cfg.hang_timeout)
+        ended = processes.run(specs, start, stops, watch)
+    saved = None if ended.is_done else resume.latest(output_dir)
+    how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
+    num_kills = hardware.oom_kills(cgroup) - num_kills
+    return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 
 
 def _import_path() -> dict[str, str]:
@@ -233,7 +239,7 @@ def _import_path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:
+def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
     """What to start after a failure; says so. None: nothing that could help."""
     output_dir, plan = cfg.resolved_output_dir, attempt.plan
     if found.is_final:
@@ -262,3 +268,60 @@ def _again(found: Verdict, attempt: Attempt, cfg: Config) -> Attempt | None:
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)
     argv = [*attempt.argv, f"--resume={saved.path if saved else 'none'}"]
     return Attempt(argv, plan, attempt.env, number)
+
+
+def plan_run(cfg: Config, given: frozenset[str]) -> RunPlan:
+    """Make the plan of a run on this machine, and say it; no torch.
+
+    Args:
+        cfg: the run as the user gave it.
+        given: names of the options that the user wrote.
+
+    Returns:
+        The plan, of which the ranks will be told.
+
+    Raises:
+        UserError: no such model, more ranks than cards, or it does not fit (code 3).
+    """
+    info = _read(cfg)
+    cfg = trained.adopt_format(cfg, info.stored_format, given)
+    num_cards = count_gpus(os.environ)
+    machine = plans.find_machine(os.environ, plan_ranks(cfg, num_cards), num_cards)
+    found = plans.make(info, cfg, given, machine)
+    plans.tell(found, lambda line: print(line, flush=True))
+    return found
+
+
+def _read(cfg: Config) -> ModelInfo:
+    info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
+    arch.select_linears(info, cfg.lora_target_modules)
+    return info
+
+
+def broadcast_plan(cfg: Config, given: frozenset[str], world: "World") -> RunPlan:
+    """Make the plan of a run on one of its ranks: that of the supervisor, or of rank 0.
+
+    Args:
+        cfg: the run as the user gave it, its output directory agreed on.
+        given: names of the options that the user wrote.
+        world: the ranks; all of them must call.
+
+    Returns:
+        The plan, the same on every rank.
+
+    Raises:
+        UserError: it does not fit, or there is no such model; raised on every rank.
+    """
+    info = _read(cfg)
+    cfg = trained.adopt_format(cfg, info.stored_format, given)
+    if world.size != world.local_size:
+        note = "off: a plan is made for one machine, and these ranks are on several"
+        return plans.unplanned(info, cfg, note)
+    num_cards = world.local_size if world.device.type == "cuda" else 0
+    machine = plans.find_machine(os.environ, world.size, num_cards)
+    machine = world.gather_objects(machine)[0]  # they have looked one after the other
+    found = plans.make(info, cfg, given, machine, plans.notch_of(os.environ))
+    if not is_supervised(os.environ):
+        is_speaker = world.rank == 0
+        plans.tell(found, lambda line: print(line, flush=True) if is_speaker else None)
+    return found

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils import deterministic
 
-from fsdp_qlora.train.failure import LinkError
-from fsdp_qlora.train.ranks import LISTENER
+from fsdp_qlora.distributed.env import LISTENER
+from fsdp_qlora.distributed.exit_report import LinkError
 
 
 @dataclass(frozen=True)

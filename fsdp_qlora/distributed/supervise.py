@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.hooks import STOP_SIGNALS, Heartbeat, Watch
 from fsdp_qlora.errors import DONE, RUN_FAILED
-from fsdp_qlora.train import heartbeat
-from fsdp_qlora.train.heartbeat import Sign, Watch
 
 GRACE_S = 4.0
 STOP_GRACE_S = 10.0
 DUMP_S = 1.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Rank(Protocol):
@@ -47,7 +46,7 @@ class Rank(Protocol):
 
 
 @dataclass(frozen=True)
-class Task:
+class RankSpec:
     """What a rank is started with.
 
     Attributes:
@@ -66,7 +65,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Ending:
+class RanksExit:
     """How the ranks ended.
 
     Attributes:
@@ -78,7 +77,7 @@ class Ending:
     """
 
     codes: Sequence[int]
-    signs: Sequence[Sign]
+    signs: Sequence[Heartbeat]
     ended: frozenset[int] = frozenset()
     stop: int | None = None
     hung: Sequence[int] = ()
@@ -105,22 +104,22 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def start(task: Task) -> Rank:
+def start(spec: RankSpec) -> Rank:
     """Start one rank in a session of its own, so that Ctrl-C reaches only the supervisor.
 
     Args:
-        task: the rank.
+        spec: the rank.
     """
     with ExitStack() as stack:
-        output = stack.enter_context(task.log.open("ab")) if task.log is not None else None
+        output = stack.enter_context(spec.log.open("ab")) if spec.log is not None else None
         return subprocess.Popen(
-            task.command,
-            env=task.env,
+            spec.command,
+            env=spec.env,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            pass_fds=task.files,
+            pass_fds=spec.files,
             preexec_fn=tied_to_parent(),
         )
 
@@ -140,12 +139,12 @@ def tied_to_parent() -> Callable[[], None] | None:
 
 
 def run(
-    tasks: Sequence[Task], start: Callable[[Task], Rank], stops: Sequence[int], watch: Watch
-) -> Ending:
+    specs: Sequence[RankSpec], start: Callable[[RankSpec], Rank], stops: Sequence[int], watch: Watch
+) -> RanksExit:
     """Start all ranks and wait until none is left.
 
     Args:
-        tasks: by rank.
+        specs: by rank.
         start: starts one.
         stops: signals that this process has caught, as they come.
         watch: tells which ranks hang.
@@ -153,12 +152,12 @@ def run(
     with ExitStack() as stack:
         ranks: list[Rank] = []
         stack.callback(_kill, ranks)
-        for task in tasks:
-            ranks.append(start(task))
-        return _Guard(ranks, stops, watch).wait()
+        for spec in specs:
+            ranks.append(start(spec))
+        return _Supervisor(ranks, stops, watch).wait()
 
 
-class _Guard:
+class _Supervisor:
     """Waits for ranks, and ends them when one fails, when one hangs, or when told to stop."""
 
     def __init__(self, ranks: Sequence[Rank], stops: Sequence[int], watch: Watch) -> None:
@@ -168,9 +167,9 @@ class _Guard:
         self._sent: set[int] = set()
         self._stop: int | None = None
         self._hung: list[int] = []
-        self._signs: Sequence[Sign] = ()
+        self._signs: Sequence[Heartbeat] = ()
 
-    def wait(self) -> Ending:
+    def wait(self) -> RanksExit:
         while None in [rank.poll() for rank in self._ranks]:
             self._obey()
             if not self._ended and any(map(self._has_failed, range(len(self._ranks)))):
@@ -184,14 +183,14 @@ class _Guard:
         codes = [rank.returncode or DONE for rank in self._ranks]
         if signal.SIGKILL not in self._sent:  # then one was killed before, and was long in dying
             self._ended -= {i for i, code in enumerate(codes) if code == -signal.SIGKILL}
-        return Ending(codes, self._signs or self._read(), self._ended, self._stop, self._hung)
+        return RanksExit(codes, self._signs or self._read(), self._ended, self._stop, self._hung)
 
     def _send(self, number: int) -> None:
         self._sent.add(number)
         _send(self._ranks, number)
 
-    def _read(self) -> list[Sign]:
-        return [heartbeat.read(self._watch.board, rank) for rank in range(len(self._ranks))]
+    def _read(self) -> list[Heartbeat]:
+        return [hooks.read(self._watch.board, rank) for rank in range(len(self._ranks))]
 
     def _obey(self) -> None:
         """Pass the first signal on; the second ends all."""
@@ -205,7 +204,7 @@ class _Guard:
         """Whether a rank has left otherwise than it should; 0 is right at the end only."""
         code = self._ranks[number].returncode
         if code == DONE and self._stop is None:
-            return not heartbeat.read(self._watch.board, number).is_last
+            return not hooks.read(self._watch.board, number).is_last
         return code not in {None, DONE, *(128 + stop for stop in self._stops)}
 
     def _look_for_the_hung(self) -> None:
@@ -213,10 +212,10 @@ class _Guard:
         if self._ended:
             return
         runs = {i: rank.pid for i, rank in enumerate(self._ranks) if rank.returncode is None}
-        self._hung = self._watch.stuck(runs)
+        self._hung = self._watch.find_hung(runs)
         if self._hung:
             self._signs = self._read()  # before a stopped one goes on
-            self._end(DUMP_S, heartbeat.DUMP)
+            self._end(DUMP_S, hooks.DUMP)
             self._send(signal.SIGCONT)  # a stopped one hears nothing else
 
     def _end(self, grace_s: float, number: int) -> None:

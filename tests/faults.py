@@ -1,96 +1,77 @@
 """Named points of a run: a sign of life at each, and faults made on purpose, to see what follows.
 
-    FSDP_QLORA_FAULT="kind:rank:point[:step]" python train.py ...        kill:1:post-backward:3
+    FSDP_QLORA_FAULT="kind:rank:point[:step]" python -m tests.faults ...    kill:1:post-backward:3
 
 rank is a number, or `all`; without a step the first time counts. It happens once in a process, and
 a run that the supervisor has started again is spared; only numbers are spoilt every time.
 """
 
+import dataclasses
 import errno
 import os
 import signal
+import sys
 import time
 from typing import NoReturn
 
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.train import heartbeat
 
 VARIABLE = "FSDP_QLORA_FAULT"
-RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
-STEP_POINTS = (
-    "pre-forward",
-    "post-forward",
-    "post-backward",
-    "pre-optimizer",
-    "post-optimizer",
-    "post-record",
-)
-SAVE_POINTS = (
-    "save-mkdir",
-    "save-before-file",
-    "save-after-file",
-    "save-manifest",
-    "save-fsync",
-    "save-rename",
-    "save-dir-fsync",
-    "prune-before",
-    "prune-after",
-)
-POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 FACTORS = {"nan": float("nan"), "inf": float("inf")}
 SLOW_S = 3.0
 PASSED_ON_S = 0.3  # by then the supervisor has passed a signal on
 
 
-def reach(point: str, rank: int, step: int = 0) -> None:
-    """Be at a named point of the run: show it, and meet the fault that was asked for, if any.
-
-    A rank that has no part in a point (only one writes files) reaches it all the same, before it
-    waits for the others.
-
-    Args:
-        point: one of POINTS.
-        rank: of the caller.
-        step: optimizer step, from 1; 0 where there is none.
-
-    Raises:
-        UserError: the variable cannot be read.
-    """
-    heartbeat.beat(point, rank, step)
+def install() -> None:
+    """Make the faults that the environment asks for happen in this process and in its ranks."""
     if VARIABLE not in os.environ:
         return
-    kind = _due(point, rank, step)
+    show = hooks.reach
+
+    def reach(point: str, rank: int, step: int = 0) -> None:
+        show(point, rank, step)
+        meet(point, rank, step)
+
+    hooks.reach = reach
+    if os.environ[VARIABLE].startswith(tuple(FACTORS)):
+        _spoil_losses()
+
+
+def meet(point: str, rank: int, step: int) -> None:
+    """Meet the fault of a point, if one is due."""
+    kind = _due(point, rank, step) if VARIABLE in os.environ else ""
     if kind and kind not in FACTORS:
         if kind != "note":
             os.environ.pop(VARIABLE)  # once is enough
         KINDS[kind](point, step)
 
 
-def factor(point: str, rank: int, step: int = 0) -> float:
-    """Return what a number has to be multiplied with at a named point: 1, or NaN or infinity.
+def _spoil_losses() -> None:
+    from fsdp_qlora.train import loop
 
-    Args:
-        point: one of POINTS.
-        rank: of the caller.
-        step: optimizer step, from 1.
+    whole = loop.token_loss_sum
 
-    Raises:
-        UserError: the variable cannot be read.
-    """
-    return FACTORS.get(_due(point, rank, step), 1.0) if VARIABLE in os.environ else 1.0
+    def token_loss_sum(*args):
+        here = hooks.own_heartbeat(os.environ)
+        is_step = here.point in ("pre-forward", "post-backward")
+        kind = _due("post-forward", int(os.environ["RANK"]), here.step) if is_step else ""
+        return whole(*args) * FACTORS.get(kind, 1.0)
+
+    loop.token_loss_sum = token_loss_sum
 
 
 def _due(point: str, rank: int, step: int) -> str:
     """The kind of fault that shall happen here; "" for none."""
     text = os.environ[VARIABLE]
     kind, who, where, at = [*text.split(":"), "", "", "", ""][:4]
-    is_known = kind in {*KINDS, *FACTORS} and where in {*POINTS, "any"}
+    is_known = kind in {*KINDS, *FACTORS} and where in {*hooks.POINTS, "any"}
     if not is_known or not (who in ("all", "both") or who.isdigit()) or not (at + "0").isdigit():
         rule = f"is not kind:rank:point[:step], kinds {', '.join([*KINDS, *FACTORS])}"
-        raise UserError(f"{VARIABLE}={text}", rule, f"points are {', '.join(POINTS)}")
+        raise UserError(f"{VARIABLE}={text}", rule, f"points are {', '.join(hooks.POINTS)}")
     is_here = where in (point, "any") and who in (str(rank), "all", "both")
     is_now = not at or not step or step == int(at)
-    return kind if is_here and is_now and os.environ.get(RESTARTS, "0") == "0" else ""
+    return kind if is_here and is_now and os.environ.get(hooks.RESTARTS, "0") == "0" else ""
 
 
 def _raise(point: str, step: int) -> NoReturn:
@@ -144,3 +125,16 @@ KINDS = {
     "kill-parent": lambda point, step: _signal_parent(signal.SIGKILL),
     "note": _note,
 }
+
+
+if __name__ == "__main__":  # as train.py, its ranks too
+    from fsdp_qlora import run
+    from fsdp_qlora.distributed import launch, supervise
+
+    def start(spec: supervise.RankSpec) -> supervise.Rank:
+        own = (sys.executable, "-m", "tests.faults")
+        command = [*own, *spec.command[len(launch.PROGRAM) :]]
+        return supervise.start(dataclasses.replace(spec, command=command))
+
+    install()
+    sys.exit(run.main(sys.argv[1:], start=start))

@@ -16,20 +16,20 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.distributed import hooks, supervise
+from fsdp_qlora.distributed.hooks import Heartbeat, Watch
+from fsdp_qlora.distributed.supervise import RankSpec
 from fsdp_qlora.errors import RUN_FAILED
-from fsdp_qlora.train import faults, heartbeat, processes
-from fsdp_qlora.train.heartbeat import Sign, Watch
-from fsdp_qlora.train.processes import Task
-from tests.test_launch import is_alive, run, start, wait_for_ranks
+from tests.distributed.test_launch import is_alive, run, start, wait_for_ranks
 
 STEPS = """
 import threading
-heartbeat.listen(out / "logs" / f"rank{rank}.log")
+hooks.enable_stack_dumps(out / "logs" / f"rank{rank}.log")
 meet()
 def take(first, last):
     for step in range(first, last):
-        for point in faults.STEP_POINTS:
-            faults.reach(point, rank, step)
+        for point in hooks.STEP_POINTS:
+            hooks.reach(point, rank, step)
             time.sleep(0.005)
 """
 
@@ -37,7 +37,7 @@ def take(first, last):
 class Late:
     """A process seen to end some looks after its peer: its card gave back its memory first."""
 
-    def __init__(self, process: processes.Rank, peer: Callable[[], processes.Rank]):
+    def __init__(self, process: supervise.Rank, peer: Callable[[], supervise.Rank]):
         self._process, self._peer, self._num_looks = process, peer, 0
         self.pid, self.returncode = process.pid, None
         self.wait, self.send_signal = process.wait, process.send_signal
@@ -57,19 +57,21 @@ def test_a_killed_rank_is_the_cause_even_if_its_peer_is_seen_to_fail_before(
     pipe, ranks = tmp_path / "pipe", {}
     os.mkfifo(pipe)  # its reader goes on when its writer has died
     scripts = {first: f"exec 9>{pipe}; kill -9 $$", 1 - first: f"cat {pipe}; exit 1"}
-    tasks = [Task(rank, ["sh", "-c", scripts[rank]], dict(os.environ), None, ()) for rank in (0, 1)]
+    tasks = [
+        RankSpec(rank, ["sh", "-c", scripts[rank]], dict(os.environ), None, ()) for rank in (0, 1)
+    ]
 
-    def start_one_late(task: Task) -> processes.Rank:
-        rank = processes.start(task)
+    def start_one_late(task: RankSpec) -> supervise.Rank:
+        rank = supervise.start(task)
         ranks[task.rank] = Late(rank, lambda: ranks[1 - first]) if task.rank == first else rank
         return ranks[task.rank]
 
-    with heartbeat.open_board() as board:
-        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS)
-        late = processes.run(tasks, start_one_late, [], watch)
+    with hooks.open_board() as board:
+        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS)
+        late = supervise.run(tasks, start_one_late, [], watch)
         for rank, script in (first, "exec sleep 60"), (1 - first, "exit 1"):
-            tasks[rank] = Task(rank, ["sh", "-c", script], dict(os.environ), None, ())
-        slow = processes.run(tasks, processes.start, [], watch)
+            tasks[rank] = RankSpec(rank, ["sh", "-c", script], dict(os.environ), None, ())
+        slow = supervise.run(tasks, supervise.start, [], watch)
     assert (late.codes[first], late.codes[1 - first], late.ended) == (-9, 1, frozenset())
     assert (slow.codes[first], slow.codes[1 - first], slow.ended) == (-15, 1, {first})
 
@@ -87,7 +89,7 @@ def test_a_rank_that_leaves_with_0_before_its_end_is_a_failure(tmp_path: Path):
 def test_a_rank_that_hangs_is_found_and_every_stack_written_down(tmp_path: Path, kind: str):
     """One that was stopped, one that waits; its peer waits for it. Nobody is left."""
     body = STEPS + "take(1, 4)\nif rank == 0: time.sleep(60)\n"
-    body = body.replace("faults.reach(", "step == 4 or faults.reach(")
+    body = body.replace("hooks.reach(", "step == 4 or hooks.reach(")
     begin_s = time.monotonic()
     fault = f"{kind}:1:post-forward:3"
     code, _, err = run(tmp_path, body, "--hang_timeout=2", FSDP_QLORA_FAULT=fault)
@@ -207,59 +209,59 @@ def test_a_step_is_given_ten_times_the_slowest_and_the_start_five_minutes(monkey
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     monkeypatch.setattr(time, "monotonic_ns", lambda: int(now_s * 1e9))
     monkeypatch.setattr(time, "time", lambda: now_s - 86400)
-    with heartbeat.open_board() as board:
-        monkeypatch.setenv(heartbeat.BOARD, str(board.fileno()))
-        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS, began_s=now_s)
+    with hooks.open_board() as board:
+        monkeypatch.setenv(hooks.BOARD, str(board.fileno()))
+        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, began_s=now_s)
         pids = {0: 2**22 + 1, 1: 2**22 + 2}  # nobody's: they use no processor time
 
         def both(point: str, step: int, after_s: float) -> list[int]:
             nonlocal now_s
             now_s += after_s
             for rank in pids:
-                heartbeat.beat(point, rank, step)
-            return watch.stuck(pids)
+                hooks.beat(point, rank, step)
+            return watch.find_hung(pids)
 
         assert both("load", 0, 299) == []
         now_s += 301
-        assert watch.stuck(pids) == [0, 1]
+        assert watch.find_hung(pids) == [0, 1]
         for step, seconds in ((1, 200), (2, 3), (3, 20), (4, 3)):
             assert both("pre-forward", step, seconds) == []
         now_s += 199
-        heartbeat.beat("post-forward", 1, 4)
-        assert watch.stuck(pids) == []  # 10 times 20 s
+        hooks.beat("post-forward", 1, 4)
+        assert watch.find_hung(pids) == []  # 10 times 20 s
         now_s += 2
-        assert watch.stuck(pids) == [0]  # rank 1 is farther
-        assert both("eval", 0, 1) == [] and heartbeat.read(board.fileno(), 0).step == 4
+        assert watch.find_hung(pids) == [0]  # rank 1 is farther
+        assert both("eval", 0, 1) == [] and hooks.read(board.fileno(), 0).step == 4
         now_s += 299
-        assert watch.stuck(pids) == []
+        assert watch.find_hung(pids) == []
 
 
 def test_ranks_that_compute_before_the_first_step_do_not_hang(monkeypatch):
     """Tokens of ten million rows take longer than five minutes; a step may not."""
-    with heartbeat.open_board() as board:
-        monkeypatch.setenv(heartbeat.BOARD, str(board.fileno()))
-        watch = Watch(board.fileno(), faults.POINTS, faults.STEP_POINTS, limit_s=0.001)
+    with hooks.open_board() as board:
+        monkeypatch.setenv(hooks.BOARD, str(board.fileno()))
+        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, limit_s=0.001)
         pids = {0: os.getpid()}
         for step in (0, 1, 2):
             sum(range(10**6))
             time.sleep(0.002)
-            assert watch.stuck(pids) == []
-            heartbeat.beat("pre-forward" if step else "load", 0, step)
-            watch.stuck(pids)
+            assert watch.find_hung(pids) == []
+            hooks.beat("pre-forward" if step else "load", 0, step)
+            watch.find_hung(pids)
         time.sleep(0.002)
-        assert watch.stuck(pids) == [0]
+        assert watch.find_hung(pids) == [0]
 
 
 def test_the_last_sign_is_read_as_it_was_written(monkeypatch):
     """By rank; without a board nothing is written, and a number of no open file is no error."""
-    monkeypatch.delenv(heartbeat.BOARD, raising=False)
-    heartbeat.beat("load", 0)
-    monkeypatch.setenv(heartbeat.BOARD, "9999")
-    heartbeat.beat("load", 0, 3)
-    with heartbeat.open_board() as board:
-        monkeypatch.setenv(heartbeat.BOARD, str(board.fileno()))
-        heartbeat.beat("load", 2, 3)
-        assert heartbeat.read(board.fileno(), 0) == heartbeat.read(board.fileno(), 3)
-        sign = heartbeat.read(board.fileno(), 2)
+    monkeypatch.delenv(hooks.BOARD, raising=False)
+    hooks.beat("load", 0)
+    monkeypatch.setenv(hooks.BOARD, "9999")
+    hooks.beat("load", 0, 3)
+    with hooks.open_board() as board:
+        monkeypatch.setenv(hooks.BOARD, str(board.fileno()))
+        hooks.beat("load", 2, 3)
+        assert hooks.read(board.fileno(), 0) == hooks.read(board.fileno(), 3)
+        sign = hooks.read(board.fileno(), 2)
         assert str(sign) == " at step 3 (load)" and sign.silent_s < 1
-    assert str(Sign()) == " before it had begun"
+    assert str(Heartbeat()) == " before it had begun"

@@ -1,6 +1,6 @@
-"""How many bytes each base format stores: the table that plan and model share, without torch.
+"""What the plan and the model share, without torch: limits, and the bytes of each base format.
 
-model/quantize.py adds to every row how a weight is packed and unpacked.
+model/quantize.py adds to every format how a weight is quantized and dequantized.
 """
 
 import math
@@ -10,6 +10,20 @@ from dataclasses import dataclass
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.choices import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
 
+GIB = 1024**3
+WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
+LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
+NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
+ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
+ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
+NUM_READ_AHEAD = 2  # linears being read while one is at work
+# Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
+# and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
+# bound by the host, 70B at 1024 is not).
+MAX_GRAPH_WORK = 5e11
+MAX_GRAPH_SHAPES = 8  # a graph keeps the memory of a layer's pass
+MOST_TOUCHED_BYTES = 4 * GIB  # copies for checkpoints: more is not taken before the first of them
+PAD_MULTIPLES = {"cuda": 64, "cpu": 8}  # of a batch's length: fewer shapes, blocks are found again
 ITEM_BYTES = {"uint8": 1, "bfloat16": 2, "float32": 4}
 PER_WORD = 10  # values of 3 bits in an int32
 

@@ -1,0 +1,505 @@
+"""What this machine has: GPUs with their speeds, host memory and the limits on it. No torch."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+
+GIB = 1024**3
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One GPU, or the share of the processor that a CPU rank has.
+
+    Attributes:
+        name: as in GPUS, or as the driver calls it.
+        memory_gib: that torch can use; inf where the driver does not report it.
+        bf16_tflops: sustained over a whole training step, well below the data sheet.
+        memory_gbs: bandwidth of its memory, GB/s.
+        host_link_gbs: from the host, GB/s, all GPUs at once.
+        peer_gbs: from another GPU, GB/s; 0: through the host.
+        is_measured: the speeds are from `machine_file`.
+        has_bf16: matmuls of bfloat16 run on its tensor cores.
+    """
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    memory_gbs: float
+    host_link_gbs: float
+    peer_gbs: float = 0.0
+    is_measured: bool = False
+    has_bf16: bool = True
+
+
+# Memory as torch reports it. Matmuls: H200 measured (recipes/llama-2-7b.md: 3.2e14 operations in
+# 0.65 s); 3090, 4090, 5090 estimates, the others in the same ratio to their data sheet.
+# Bandwidths: data sheets; links: PCIe 3, 4, 5 as they are measured in practice.
+_TABLE = (
+    Device("3060-12G", 11.6, 18, 360, 24),
+    Device("3080-20G", 19.6, 42, 760, 24),
+    Device("3090", 23.6, 50, 936, 24),
+    Device("4060Ti-16G", 15.6, 30, 288, 12),
+    Device("4090", 23.6, 120, 1008, 25),
+    Device("5090", 31.4, 160, 1792, 52),
+    Device("A6000", 47.4, 100, 768, 24),
+    Device("A100-40", 39.4, 200, 1555, 24, 200),
+    Device("A100-80", 79.2, 210, 2039, 24, 200),
+    Device("H100", 79.1, 450, 3350, 55, 350),
+    Device("H200", 139.8, 490, 4800, 55, 475),
+    Device("T4", 14.6, 15, 320, 12, has_bf16=False),
+    Device("V100", 15.8, 40, 900, 12, 100, has_bf16=False),
+    Device("V100-32", 31.7, 40, 900, 12, 100, has_bf16=False),
+)
+GPUS = {gpu.name: gpu for gpu in _TABLE}
+# What "24" means: the slower of the common GPUs of that size; smaller ones as the smallest.
+_BY_SIZE = {12: "3060-12G", 16: "4060Ti-16G", 20: "3080-20G", 24: "3090", 32: "5090"}
+_BY_SIZE |= {40: "A100-40", 48: "A6000", 80: "A100-80", 141: "H200"}
+MIN_GB, MAX_GB = 4, 512
+USABLE_OF_NOMINAL = 0.975  # of a GPU's nominal GB, as torch reports it
+USABLE_OF_REPORTED = 0.985  # of what the driver reports
+CPU = Device("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step of 1,024 tokens
+ENTRY = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
+FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and silently
+# Key of the file -> field of Device.
+SPEEDS = {key: key for key in ("bf16_tflops", "memory_gbs", "host_link_gbs")}
+SPEEDS |= {"card_link_gbs": "peer_gbs"}
+DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
+ASK_TORCH = """
+import json, torch
+num = torch.cuda.device_count() if torch.cuda.is_available() else 0
+found = [torch.cuda.get_device_properties(i) for i in range(num)]
+print(json.dumps([(gpu.name, gpu.total_memory, gpu.major >= 8) for gpu in found]))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a run may use.
+
+    Attributes:
+        gpus: one entry a rank; none: CPU ranks.
+        host_gib: of memory; None: not known, and then no limit.
+        num_cpu_ranks: ranks where there is no GPU.
+        system_gib: of host memory in use without the run; None: as measured elsewhere.
+        cpu: speeds of a CPU rank.
+    """
+
+    gpus: tuple[Device, ...]
+    host_gib: float | None = None
+    num_cpu_ranks: int = 1
+    system_gib: float | None = None
+    cpu: Device = CPU
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the run."""
+        return len(self.gpus) or self.num_cpu_ranks
+
+    @property
+    def kind(self) -> str:
+        """Where the ranks compute: "cuda" or "cpu"."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def has_peer(self) -> bool:
+        """Whether the GPUs read each other's memory."""
+        return all(gpu.peer_gbs > 0 for gpu in self.gpus)
+
+
+def parse_gpus(text: str) -> list[Device]:
+    """Read a list of GPUs.
+
+    Args:
+        text: "2x24", "2x3090", "3090,4060Ti-16G", or "none" for CPU ranks.
+
+    Returns:
+        One entry a GPU, with the speeds of the table; none for "none".
+
+    Raises:
+        UserError: an unknown GPU.
+    """
+    if text.strip().lower() in ("none", "cpu"):
+        return []
+    gpus = []
+    for entry in text.split(","):
+        match = ENTRY.fullmatch(entry.strip())
+        if match is None or not 1 <= int(match["count"] or 1) <= 64:
+            raise UserError(f"--cards {text}", "is no list of GPUs", "write 2x24 or 2x3090,1x4090")
+        gpus += [_named(match["name"].strip())] * int(match["count"] or 1)
+    return gpus
+
+
+def _named(name: str) -> Device:
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB?|GiB)?", name, re.IGNORECASE)
+    if size and name not in GPUS and MIN_GB <= float(size[1]) <= MAX_GB:
+        nominal = float(size[1])
+        like = GPUS[_BY_SIZE[max((n for n in _BY_SIZE if n <= nominal), default=12)]]
+        label = f"{nominal:g} GB (speed of a {like.name})"
+        memory_gib = round(nominal * USABLE_OF_NOMINAL, 1)
+        return dataclasses.replace(like, name=label, memory_gib=memory_gib)
+    by_plain = {_plain(known): gpu for known, gpu in GPUS.items()}
+    if gpu := by_plain.get(_plain(name)):
+        return gpu
+    near = difflib.get_close_matches(_plain(name), by_plain, 1, 0.5)
+    words = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(GPUS)}"
+    raise UserError(f"--cards {name}", "no such GPU", f"{words}; or its GB, as in 2x24")
+
+
+def _plain(name: str) -> str:
+    """A name without maker, series and signs: "NVIDIA GeForce RTX 4060 Ti" is 4060ti."""
+    words = r"nvidia|geforce|rtx|tesla|quadro|gpu|sxm\d?|pcie|nvl|hbm\de?|\W|_"
+    return re.sub(words, "", name.lower())
+
+
+def gpu_like(name: str, memory_gib: float) -> Device:
+    """A GPU by the driver's name: speeds of the nearest in the table, its memory as it is.
+
+    Args:
+        name: "NVIDIA GeForce RTX 3090".
+        memory_gib: total; inf: not known.
+    """
+    plain = _plain(name)
+    alike = [gpu for gpu in GPUS.values() if plain.startswith(_plain(gpu.name.split("-")[0]))]
+    sized = alike or [gpu for gpu in GPUS.values() if gpu.memory_gib <= memory_gib] or [*_TABLE]
+    near = min(sized, key=lambda gpu: abs(gpu.memory_gib - memory_gib))
+    if math.isinf(memory_gib):
+        near = alike[0] if alike else GPUS["3090"]
+    usable_gib = round(memory_gib * USABLE_OF_REPORTED, 1)
+    return dataclasses.replace(near, name=name, memory_gib=usable_gib)
+
+
+def count_gpus(env: Mapping[str, str]) -> int:
+    """How many GPUs a CUDA program started with `env` sees.
+
+    Args:
+        env: environment; CUDA_VISIBLE_DEVICES hides devices.
+
+    Raises:
+        UserError: the driver does not answer (code 3).
+    """
+    return len(find_gpus(env.get("CUDA_VISIBLE_DEVICES")))
+
+
+def find_gpus(visible: str | None = None) -> list[Device]:
+    """The GPUs that a CUDA program sees, less what other programs hold of them.
+
+    NVIDIA's driver is asked through its library (NVML). Without it (AMD, some containers) torch is
+    asked, in another process, where it is a build for GPUs and a driver is loaded.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES; None: all. A wrong number ends the list, as in CUDA.
+
+    Returns:
+        The GPUs in the order of the ranks; none without a driver.
+
+    Raises:
+        UserError: the driver, or torch, does not answer (code 3).
+    """
+    if visible is not None and visible.strip() in ("", "-1"):
+        return []
+    try:
+        import pynvml as nvml
+    except ImportError:
+        return _torch_gpus(visible)
+    try:
+        nvml.nvmlInit()
+        return [_nvml_gpu(nvml, handle) for handle in _nvml_handles(nvml, visible)]
+    except nvml.NVMLError as error:
+        if error.value in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
+            return _torch_gpus(visible)
+        remedy = "repair the driver (after an update: reboot), or hide it: CUDA_VISIBLE_DEVICES="
+        raise UserError(
+            "NVIDIA driver", f"gives no list of GPUs ({error})", remedy, ENVIRONMENT
+        ) from error
+
+
+def _nvml_handles(nvml: Any, visible: str | None) -> list[Any]:
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    if visible is None:
+        return handles
+    by_uuid = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
+    chosen: list[Any] = []
+    for entry in (word.strip() for word in visible.split(",")):
+        matches = handles[int(entry) : int(entry) + 1] if entry.isdigit() else []
+        if entry.startswith("GPU-"):
+            matches = [handle for uuid, handle in by_uuid.items() if uuid.startswith(entry)]
+        if entry.startswith("MIG-"):  # a part of a GPU
+            with contextlib.suppress(nvml.NVMLError):
+                matches = [nvml.nvmlDeviceGetHandleByUUID(entry)]
+        if not matches:
+            break
+        chosen.append(matches[0])
+    return chosen
+
+
+def _nvml_gpu(nvml: Any, handle: Any) -> Device:
+    def ask(query: Any, *args: Any) -> Any:
+        try:
+            return query(handle, *args)
+        except nvml.NVMLError:  # an old driver, or a GPU that shares the host's memory
+            return None
+
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo, nvml.nvmlMemory_v2)
+    memory = memory or ask(nvml.nvmlDeviceGetMemoryInfo)
+    total_gib, used_gib = (memory.total / GIB, memory.used / GIB) if memory else (math.inf, 0.0)
+    gpu = gpu_like(nvml.nvmlDeviceGetName(handle), total_gib)
+    capability = ask(nvml.nvmlDeviceGetCudaComputeCapability)
+    has_bf16 = tuple(capability) >= FIRST_WITH_BF16 if capability else gpu.has_bf16
+    free_gib = round(gpu.memory_gib - used_gib, 1)
+    return dataclasses.replace(gpu, memory_gib=free_gib, has_bf16=has_bf16)
+
+
+@functools.cache
+def _torch_gpus(visible: str | None) -> list[Device]:
+    if not has_gpu_build() or not any(Path(path).exists() for path in DRIVERS):
+        return []
+    env = {**os.environ} if visible is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+    command = [sys.executable, "-c", ASK_TORCH]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
+        rows = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        remedy = "see what `python -c 'import torch'` says"
+        raise UserError(
+            "torch", f"lists no GPUs ({type(error).__name__})", remedy, ENVIRONMENT
+        ) from error
+    return [
+        dataclasses.replace(gpu_like(name, nbytes / GIB), has_bf16=has_bf16)
+        for name, nbytes, has_bf16 in rows
+    ]
+
+
+@functools.cache
+def has_gpu_build() -> bool:
+    """Whether the installed torch was built for GPUs (CUDA, ROCm), without importing it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    text = (Path(found.origin).parent / "version.py").read_text()
+    return re.search(r"^(cuda|hip)\b.*= '", text, re.MULTILINE) is not None
+
+
+def driver_version() -> str | None:
+    """Version of NVIDIA's driver; None without one."""
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        return nvml.nvmlSystemGetDriverVersion()
+    except ImportError:
+        return None
+    except nvml.NVMLError:
+        return None
+
+
+def machine_file() -> Path:
+    """Where `doctor` leaves what it measured.
+
+    Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
+    """
+    root = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
+    return Path(root).expanduser() / "machine.json"
+
+
+def measured_cpu() -> Device:
+    """The processor as `doctor` has measured it, else as in the table."""
+    return with_measured([CPU], machine_file(), None)[0]
+
+
+def with_measured(devices: list[Device], path: Path, link_gbs: float | None) -> list[Device]:
+    """Replace the speeds of the table by measured ones.
+
+    Args:
+        devices: from `parse_gpus` or `find_gpus`.
+        path: of `machine_file`; absent: nothing was measured.
+        link_gbs: speed of the link to the host, given by the user; it stands above both.
+
+    Returns:
+        The devices.
+
+    Raises:
+        UserError: the file is not what `doctor` writes (code 3).
+    """
+    measured: dict[str, dict[str, float]] = {}
+    if path.is_file():
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))["cards"]
+            measured = {
+                _plain(name): {SPEEDS[key]: float(row[key]) for key in SPEEDS if key in row}
+                for name, row in table.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            rule = f"is not what doctor writes ({type(error).__name__}: {error})"
+            remedy = "delete it, or run python -m fsdp_qlora doctor"
+            raise UserError(str(path), rule, remedy, ENVIRONMENT) from error
+    given = {} if link_gbs is None else {"host_link_gbs": link_gbs}
+    replaced = []
+    for device in devices:
+        speeds = measured.get(_plain(device.name), {})
+        changes: dict[str, Any] = {**speeds, **given, "is_measured": bool(speeds)}
+        replaced.append(dataclasses.replace(device, **changes))
+    return replaced
+
+
+def read_kib(path: Path, key: str) -> int:
+    """The value of one `Key:  N kB` line of a /proc file.
+
+    Args:
+        path: file such as /proc/self/status or /proc/self/smaps_rollup.
+        key: the word before the colon.
+
+    Returns:
+        N in KiB; 0 where the file or the line is missing (other systems, old kernels).
+    """
+    try:
+        text = path.read_text()
+    except OSError:
+        return 0
+    found = re.search(rf"^{re.escape(key)}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cgroup:
+    """The control group that bounds this process (a container, a Slurm job), v1 or v2.
+
+    Attributes:
+        limit_gib: the tightest limit from the group up to the root; None when there is none.
+        used_path: file with the bytes the group uses, page cache included; None when not found.
+        stat_path: file with the page cache among them.
+        events_path: file that counts the processes killed for want of memory.
+    """
+
+    limit_gib: float | None = None
+    used_path: Path | None = None
+    stat_path: Path | None = None
+    events_path: Path | None = None
+
+    def used_gib(self) -> float | None:
+        """GiB in use less the page cache that the kernel would drop first; None without a group."""
+        if self.used_path is None or self.stat_path is None:
+            return None
+        try:
+            used_bytes = int(self.used_path.read_text())
+            stat = self.stat_path.read_text()
+        except (OSError, ValueError):
+            return None
+        cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
+        return max(0, used_bytes - (int(cache[1]) if cache else 0)) / GIB
+
+
+def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgroup")) -> Cgroup:
+    """Find the memory control group of this process.
+
+    Inside a container the group's own path is often not mounted: then the nearest parent that is
+    speaks for it, at last the root of the mount.
+
+    Args:
+        proc: the process's directory under /proc.
+        root: where control groups are mounted.
+
+    Returns:
+        The group, or an empty Cgroup on systems without one.
+    """
+    try:
+        lines = (proc / "cgroup").read_text().splitlines()
+    except OSError:
+        return Cgroup()
+    rows = [line.split(":", 2) for line in lines if line.count(":") >= 2]
+    for controllers, mount, limit_name, used_name, events_name in (
+        (
+            *("memory", root / "memory", "memory.limit_in_bytes"),
+            *("memory.usage_in_bytes", "memory.oom_control"),
+        ),
+        ("", root, "memory.max", "memory.current", "memory.events"),
+    ):
+        paths = [path for _, names, path in rows if controllers in names.split(",")]
+        if not paths:
+            continue
+        group = mount / paths[0].strip("/")
+        groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
+        used = [place for place in groups if (place / used_name).is_file()]
+        limits = [read_limit_gib(place / limit_name) for place in groups]
+        if used:
+            limit_gib = min((limit for limit in limits if limit is not None), default=None)
+            place = used[0]
+            files = (place / used_name, place / "memory.stat", place / events_name)
+            return Cgroup(limit_gib, *files)
+    return Cgroup()
+
+
+def read_limit_gib(path: Path) -> float | None:
+    """A control group's limit in GiB; None for "max", v1's huge number, or a missing file."""
+    try:
+        limit = path.read_text().strip()
+    except OSError:
+        return None
+    is_limit = limit.isdigit() and int(limit) < 2**60
+    return int(limit) / GIB if is_limit else None
+
+
+def oom_kills(cgroup: Cgroup, vmstat: Path = Path("/proc/vmstat")) -> int:
+    """How many processes the kernel has killed because memory ran out.
+
+    Args:
+        cgroup: whose processes count; those of the whole machine where it does not say.
+        vmstat: the machine's counters.
+
+    Returns:
+        Their number since the group, or the machine, began; 0 where nobody counts.
+    """
+    for path in (cgroup.events_path, vmstat):
+        try:
+            text = path.read_text() if path else ""
+        except OSError:
+            continue
+        found = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+        if found:
+            return int(found[1])
+    return 0
+
+
+def host_limit_gib(cgroup: Cgroup | None = None) -> float | None:
+    """GiB that this process and all others here may use together.
+
+    Args:
+        cgroup: from find_cgroup (looked up when None).
+
+    Returns:
+        Memory of the machine, or the tighter limit of the control group; None: not known.
+    """
+    cgroup = find_cgroup() if cgroup is None else cgroup
+    total_gib = read_kib(Path("/proc/meminfo"), "MemTotal") / 1024**2
+    limits = [limit for limit in (total_gib, cgroup.limit_gib) if limit]
+    return min(limits, default=None)
+
+
+def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
+    """GiB that are in use now, page cache left out, where `host_limit_gib` is the limit.
+
+    Args:
+        cgroup: from find_cgroup (looked up when None).
+
+    Returns:
+        Of the machine, or of the control group if that has the tighter limit; None: not known.
+    """
+    cgroup = find_cgroup() if cgroup is None else cgroup
+    meminfo = Path("/proc/meminfo")
+    total_kib, free_kib = (read_kib(meminfo, key) for key in ("MemTotal", "MemAvailable"))
+    if cgroup.limit_gib is not None and cgroup.limit_gib < total_kib / 1024**2:
+        return cgroup.used_gib()
+    return (total_kib - free_kib) / 1024**2 if total_kib else None

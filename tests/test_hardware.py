@@ -1,0 +1,242 @@
+"""What this machine has: fsdp_qlora/hardware.py."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fsdp_qlora import hardware
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.hardware import GIB, GPUS, Cgroup
+from tests import fake_nvml
+
+RTX = "NVIDIA GeForce RTX 3090"
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch):
+    """Put a driver that lists such GPUs in the place of NVIDIA's library."""
+
+    def set_gpus(text: str) -> None:
+        monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+        monkeypatch.setenv("FAKE_GPUS", text)
+
+    return set_gpus
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["3090", "4060 Ti", "H200 NVL"]),
+        ("1,0", ["4060 Ti", "3090"]),
+        ("GPU-2,0", ["H200 NVL", "3090"]),
+        ("0,7,1", ["3090"]),
+        ("MIG-dd44,0", []),
+        ("NoDevFiles", []),
+        ("-1", []),
+        ("", []),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_use(driver, visible: str | None, names: list[str]):
+    """In its order; CUDA_VISIBLE_DEVICES ends at its first bad entry."""
+    driver(fake_nvml.gpus(RTX, "NVIDIA GeForce RTX 4060 Ti", "NVIDIA H200 NVL"))
+    found = hardware.find_gpus(visible)
+    assert [gpu.name.rpartition("RTX ")[2].rpartition("NVIDIA ")[2] for gpu in found] == names
+    env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert hardware.count_gpus(env) == len(names)
+    assert hardware.driver_version() == "580.0"
+
+
+def test_the_driver_reports_what_a_name_does_not(driver):
+    """What other programs hold, bfloat16 of a GPU in no table, memory shared with the host."""
+    driver(fake_nvml.gpus(RTX, used_gib=1))
+    (gpu,) = hardware.find_gpus()
+    assert gpu.memory_gib == pytest.approx(24 * 0.985 - 1, abs=0.1)
+    for capability, has_bf16 in (((7, 5), False), ((8, 6), True), (None, True)):
+        driver(fake_nvml.gpus("NVIDIA GeForce RTX 2080 Ti", gib=11, capability=capability))
+        assert hardware.find_gpus()[0].has_bf16 == has_bf16
+    driver(fake_nvml.gpus("NVIDIA GB10", gib=None))
+    assert [math.isinf(gpu.memory_gib) for gpu in hardware.find_gpus()] == [True]
+
+
+def test_a_machine_without_a_driver_has_no_gpu_and_a_broken_driver_is_named(driver, monkeypatch):
+    """No library, no driver, no pynvml: nothing is said. A driver that does not answer: code 3."""
+    monkeypatch.setattr(hardware, "DRIVERS", ())
+    for value in (fake_nvml.NVML_ERROR_LIBRARY_NOT_FOUND, fake_nvml.NVML_ERROR_DRIVER_NOT_LOADED):
+        driver(fake_nvml.broken(value))
+        assert hardware.find_gpus() == []
+    driver(fake_nvml.broken(fake_nvml.VERSION_MISMATCH))
+    with pytest.raises(UserError, match="gives no list of GPUs") as caught:
+        hardware.find_gpus()
+    assert caught.value.code == ENVIRONMENT
+    assert hardware.find_gpus("") == [] and hardware.driver_version() is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert hardware.find_gpus() == [] and hardware.driver_version() is None
+
+
+def test_without_the_library_torch_is_asked_where_a_driver_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """AMD, and containers without NVML; a torch that cannot be imported is named."""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(hardware, "DRIVERS", (str(tmp_path),))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    text = """
+class cuda:
+    is_available = staticmethod(lambda: True)
+    device_count = staticmethod(lambda: 2)
+    class get_device_properties:
+        name, total_memory, major = "AMD Instinct MI210", 64 * 2**30, 9
+        def __init__(self, index): pass
+"""
+    (tmp_path / "torch.py").write_text(text)
+    monkeypatch.setattr(hardware, "has_gpu_build", lambda: False)
+    hardware._torch_gpus.cache_clear()
+    assert hardware.find_gpus() == []
+    monkeypatch.setattr(hardware, "has_gpu_build", lambda: True)
+    hardware._torch_gpus.cache_clear()
+    found = hardware.find_gpus()
+    assert [(gpu.name, gpu.has_bf16) for gpu in found] == [("AMD Instinct MI210", True)] * 2
+    assert found[0].memory_gib == pytest.approx(63, abs=0.1)
+    (tmp_path / "torch.py").write_text("import missing\n")
+    hardware._torch_gpus.cache_clear()
+    with pytest.raises(UserError, match=r"lists no GPUs.*import torch") as caught:
+        hardware.find_gpus()
+    assert caught.value.code == ENVIRONMENT
+    hardware._torch_gpus.cache_clear()
+
+
+def test_gpus_of_this_machine_are_those_of_torch():
+    """The real library, in a process of its own; torch is not loaded for it."""
+    program = """
+import os, sys
+from fsdp_qlora import hardware
+found = [gpu.name for gpu in hardware.find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
+assert "torch" not in sys.modules
+import torch
+num = torch.cuda.device_count() if torch.cuda.is_available() else 0
+assert found == [torch.cuda.get_device_name(i) for i in range(num)], found
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_gpus_are_read_from_a_list():
+    """Names of the table in any spelling, sizes in GB, none."""
+    names = [gpu.name for gpu in hardware.parse_gpus("2x3090, 4060 ti-16g")]
+    assert names == ["3090", "3090", "4060Ti-16G"]
+    assert hardware.parse_gpus("NVIDIA GeForce RTX 4090") == [GPUS["4090"]]
+    (small,) = hardware.parse_gpus("8GB")
+    assert (small.memory_gib, small.bf16_tflops) == (7.8, GPUS["3060-12G"].bf16_tflops)
+    assert hardware.parse_gpus("24")[0].memory_gbs == GPUS["3090"].memory_gbs
+    assert hardware.parse_gpus("none") == []
+    for wrong, words in {"3091": "did you mean 3090", "0x24": "no list", "9999": "known"}.items():
+        with pytest.raises(UserError, match=words):
+            hardware.parse_gpus(wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "total_gib", "like"),
+    [
+        (RTX, 24.0, "3090"),
+        ("NVIDIA GeForce RTX 3080", 20.0, "3080-20G"),
+        ("NVIDIA A100-SXM4-80GB", 80.0, "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", 40.0, "A100-40"),
+        ("NVIDIA H200", 140.4, "H200"),
+        ("Tesla V100-SXM2-32GB", 32.0, "V100-32"),
+        ("NVIDIA Something New", 25.0, "3090"),
+    ],
+)
+def test_the_drivers_names_find_their_row(name: str, total_gib: float, like: str):
+    """An unknown one is taken for the nearest in memory that is not larger."""
+    found = hardware.gpu_like(name, total_gib)
+    assert found.bf16_tflops == GPUS[like].bf16_tflops
+    assert found.memory_gib == pytest.approx(total_gib, rel=0.02)
+
+
+def test_measured_speeds_replace_those_of_the_table(tmp_path: Path):
+    """What doctor writes stands above the table, --link above both; a broken file is named."""
+    path = tmp_path / "machine.json"
+    listed = hardware.parse_gpus("3090")
+    assert hardware.with_measured(listed, path, None) == [GPUS["3090"]]
+    row = {"bf16_tflops": 55.5, "host_link_gbs": 13, "card_link_gbs": 7}
+    path.write_text(json.dumps({"cards": {RTX: row}}))
+    (found,) = hardware.with_measured(listed, path, None)
+    assert found.is_measured and (found.bf16_tflops, found.host_link_gbs) == (55.5, 13)
+    assert (found.peer_gbs, found.memory_gbs) == (7, 936)
+    assert hardware.with_measured(listed, path, 5.0)[0].host_link_gbs == 5
+    path.write_text("[]")
+    with pytest.raises(UserError, match="not what doctor writes"):
+        hardware.with_measured(listed, path, None)
+
+
+def group(folder: Path, text: str, files: dict[str, str]) -> Cgroup:
+    """The group that such files describe."""
+    (folder / "proc").mkdir()
+    (folder / "proc" / "cgroup").write_text(text)
+    for name, content in files.items():
+        path = folder / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return hardware.find_cgroup(folder / "proc", folder / "sys")
+
+
+def test_the_tightest_cgroup_limit_above_this_process_counts(tmp_path: Path):
+    files = {
+        "job/step/memory.max": "max\n",
+        "job/step/memory.current": f"{3 * GIB}\n",
+        "job/step/memory.stat": f"anon 1\ninactive_file {GIB}\n",
+        "job/memory.max": f"{8 * GIB}\n",
+        "job/memory.current": f"{5 * GIB}\n",
+    }
+    found = group(tmp_path, "0::/job/step\n", files)
+    assert (found.limit_gib, found.used_gib()) == (8.0, 2.0)
+
+
+def test_a_version_one_cgroup_is_read_at_the_mount_when_its_own_path_is_hidden(tmp_path: Path):
+    files = {
+        "memory/memory.limit_in_bytes": f"{6 * GIB}\n",
+        "memory/memory.usage_in_bytes": f"{4 * GIB}\n",
+        "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {GIB}\n",
+    }
+    found = group(tmp_path, "4:cpu,memory:/docker/abc\n0::/\n", files)
+    assert found.limit_gib == 6.0
+    assert found.used_gib() == pytest.approx(4.0, abs=1e-6)
+
+
+def test_no_cgroup_and_no_limit_are_none(tmp_path: Path):
+    assert hardware.find_cgroup(tmp_path, tmp_path).used_gib() is None
+    files = {
+        "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n",
+        "memory/memory.usage_in_bytes": "0",
+    }
+    assert group(tmp_path, "1:memory:/\n", files).limit_gib is None
+
+
+def test_a_control_group_or_the_machine_sets_the_limit():
+    """What is in use is counted where the limit is."""
+    machine_gib = hardware.host_limit_gib(Cgroup())
+    now = psutil.virtual_memory()
+    assert machine_gib == pytest.approx(now.total / GIB)
+    assert hardware.host_limit_gib(Cgroup(limit_gib=0.5)) == 0.5
+    assert hardware.host_limit_gib(Cgroup(limit_gib=1e9)) == machine_gib
+    used_gib = (now.total - now.available) / GIB
+    assert hardware.host_used_gib(Cgroup()) == pytest.approx(used_gib, abs=0.3)
+    assert hardware.host_used_gib(Cgroup(limit_gib=0.5)) is None
+
+
+def test_kills_are_counted_in_the_group_or_else_on_the_machine(tmp_path: Path):
+    """Version 1, version 2, and no group at all."""
+    events = tmp_path / "memory.events"
+    events.write_text("low 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 5\n")
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("pgfault 9\noom_kill 7\n")
+    assert hardware.oom_kills(Cgroup(events_path=events), vmstat) == 2
+    events.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 4\n")
+    assert hardware.oom_kills(Cgroup(events_path=events), vmstat) == 4
+    assert hardware.oom_kills(Cgroup(), vmstat) == 7
+    assert hardware.oom_kills(Cgroup(), tmp_path / "none") == 0
