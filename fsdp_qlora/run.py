@@ -29,8 +29,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     """
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
+    from fsdp_qlora.report import page
     from fsdp_qlora.results import course, export, session
-    from fsdp_qlora.results.report import command as report
     from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
@@ -72,7 +72,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
-        report.write([out_dir], out_dir, has_png=False)
+        page.write([out_dir], out_dir)
         print(session.farewell(cfg), flush=True)
 
 

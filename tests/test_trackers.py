@@ -1,7 +1,7 @@
 """What a tracker is told (train/trackers.py), and that it can neither stop nor delay a run.
 
 The tracker is a stub with the calls of wandb 0.31 that are used, so that it can fail and hang.
-With the real packages: tensorboard 2.21 and wandb 0.31 (offline) took tests/report_run, 8 steps and
+With the real packages: tensorboard 2.21 and wandb 0.31 (offline) took tests/report/run, 8 steps and
 two held-out losses, and tensorboard's own reader found the same numbers (2026-11-22).
 """
 
@@ -18,7 +18,7 @@ from fsdp_qlora import config
 from fsdp_qlora.choices import TRACKERS
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.train import trackers
-from tests.report_runs import REAL
+from tests.report.runs import REAL
 
 STUB = """
 import json, os, threading
