@@ -13,7 +13,7 @@ from fsdp_qlora.conflicts import check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.plan.run import RunPlan
 
-ALWAYS = ("torch", "transformers", "safetensors", "tokenizers", "tqdm")
+ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
