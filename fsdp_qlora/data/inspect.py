@@ -286,7 +286,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return DONE
     num_rows, as_json, run_argv = _own_options(argv)
-    cfg = config.parse(run_argv)
+    cfg = config.parse(run_argv, say=lambda line: print(line, file=sys.stderr))
     info = arch.read(cfg.model_name, need_weights=False)
     is_dummy = cfg.dataset == sources.DUMMY
     path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)

@@ -121,7 +121,7 @@ def prepare(
         train, held_out, num_test = train_test_split(whole, cfg)
         good = (row for _, row in sources.read(found) if formatter.problem(row) is None)
         example, stores = next(good, None), [whole.store]
-        eval_name = split_name(cfg.eval_split)
+        eval_name = None if cfg.eval_samples else split_name(cfg.eval_split)
         if eval_name is not None:
             more = _find_eval(cfg, eval_name, options)
             held_out, found = make(more), [*found, *more]

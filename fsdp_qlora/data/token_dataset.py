@@ -275,14 +275,13 @@ def train_test_split(whole: TokenDataset, cfg: Config) -> tuple[TokenDataset, To
     Raises:
         UserError: a part would be empty, or the shares are more than the whole.
     """
-    learn, hold = split_share(cfg.train_split), split_share(cfg.eval_split)
+    learn = split_share(cfg.train_split)
     if cfg.eval_samples:
-        both = "eval" if cfg.eval_split is not None else "train" if learn is not None else None
-        if both is not None:
-            got = f"--eval_samples with --{both}_split {getattr(cfg, f'{both}_split')}"
-            rule = "both name the held-out rows" if both == "eval" else "both split the rows"
-            raise UserError(got, rule, "give --eval_split in place of a number, or a number alone")
+        if learn is not None:
+            got = f"--eval_split {cfg.eval_split} with --train_split {cfg.train_split}"
+            raise UserError(got, "both split the rows", "give a share (0.1) as --eval_split")
         return (*_hold_out(whole, cfg.eval_samples, cfg.seed), 0)
+    hold = split_share(cfg.eval_split)
     if learn is None and hold is None:
         return whole, TokenDataset(whole.store, whole.indices[:0]), 0
     has_file = split_name(cfg.eval_split) is not None

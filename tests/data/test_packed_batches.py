@@ -17,7 +17,7 @@ from fsdp_qlora.data.batches import (
 )
 from fsdp_qlora.data.token_dataset import Sample, of_samples
 from fsdp_qlora.model import shard
-from fsdp_qlora.train import loop
+from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks
 
