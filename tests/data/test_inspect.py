@@ -173,7 +173,7 @@ def test_the_command_needs_no_torch_and_shows_what_is_learned(place):
     began = time.monotonic()
     path = REAL_ROWS / "chitchat.jsonl"
     code, out, err, modules = run(place, f"--dataset={path}", "--rows=1", "--context_length=999")
-    assert (code, err) == (0, "") and time.monotonic() - began < 10
+    assert (code, err) == (0, "") and time.monotonic() - began < 30
     assert "json" in modules and not modules & {"torch", "datasets", "pyarrow"}
     assert out.startswith(f"rows      6 of {path} (6 chat)\n")
     shown = out[out.index(f"{path}:") :].partition("\n")[2].partition("\n\n")[0]
