@@ -392,30 +392,43 @@ def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]
     Raises:
         UserError: a value that its option cannot have (code 5).
     """
+    values, removed = renamed(record)
+    try:
+        return TrainConfig(**values), removed
+    except UserError as fault:
+        raise join([fault], INTEGRITY) from None
+
+
+def renamed(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Put the options of today in the place of those of an older version; see `from_record`.
+
+    Args:
+        record: option -> value; any part of a configuration.
+
+    Returns:
+        The same by options of today; and the names of options that are no more and were set.
+
+    Raises:
+        UserError: a value that its option cannot have (code 5).
+    """
     reader, options, held = cli.Reader(TrainConfig, ALIASES), cli.options(TrainConfig), dict(record)
     if "warmup_ratio" in held:  # written when warmup_steps was the profiler's
         held.pop("warmup_steps", None)
     if "llama_pro" not in str(held.get("train_type")):
         held.pop("llama_pro_path", None)  # it had no effect
     texts, removed = {}, []
-    values: dict[str, Any] = {}
     for name, value in held.items():
         text = cli.to_text(value)
         is_option = name in options or bool(name in ALIASES and ALIASES[name].option)
         if is_option and value is not None:
             texts[name] = Given(text, f"{name} = {text} of the stored run")
-        elif name in options:
-            values[name] = None
         elif not is_option and name not in ("versions", "recipe"):
             removed += [name] * (name not in ALIASES or ALIASES[name].changes(text))
+    values = {name: None for name in held if name in options and held[name] is None}
     values |= reader.convert(reader.rename(texts))
-    try:
-        cfg = TrainConfig(**values)
-    except UserError as fault:
-        reader.faults.append(fault)
     if reader.faults:
         raise join(reader.faults, INTEGRITY)
-    return cfg, tuple(removed)
+    return values, tuple(removed)
 
 
 def to_dict(cfg: TrainConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The record of a run: metrics.jsonl, and summary.json once the run has ended."""
 
+import contextlib
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.config import renamed
 from fsdp_qlora.errors import UserError
 
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
@@ -115,6 +117,9 @@ def read(run_dir: Path) -> Run:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
     summary = _summary(directory / "summary.json")
     config = run.config or summary.get("config") or {}
+    with contextlib.suppress(UserError):  # what no version has written is shown as it stands
+        values, removed = renamed(config)
+        config = values | {name: config[name] for name in removed}
     return replace(run, config=config, facts=run.facts | summary)
 
 
