@@ -8,13 +8,13 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 COMMANDS = {
     "bench": ("fsdp_qlora.bench", "main", "measure what each setting needs and how fast it is"),
     "data": (
-        "fsdp_qlora.data.command",
+        "fsdp_qlora.data.inspect",
         "main",
         "look at the data of a run before the GPU is rented",
     ),
     "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
-    "expand": ("fsdp_qlora.results.commands", "expand", "add new layers that change nothing yet"),
+    "expand": ("fsdp_qlora.results.verbs", "expand", "add new layers that change nothing yet"),
     "evaluate": (
         "fsdp_qlora.results.evaluate",
         "main",
@@ -25,9 +25,9 @@ COMMANDS = {
         "main",
         "answer a prompt, or converse, with a base and its adapter",
     ),
-    "merge": ("fsdp_qlora.results.commands", "merge", "add an adapter to its base, and compare"),
+    "merge": ("fsdp_qlora.results.verbs", "merge", "add an adapter to its base, and compare"),
     "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
-    "quantize": ("fsdp_qlora.results.commands", "quantize", "write a 4-bit model for transformers"),
+    "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
     "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
     "report": ("fsdp_qlora.report.page", "main", "show a run, or several side by side"),
 }
