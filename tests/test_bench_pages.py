@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.plan import memory
-from fsdp_qlora.plan.sizes import setting_for, sizes
+from fsdp_qlora.planning import memory
+from fsdp_qlora.planning.sizes import setting_for, sizes
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 ROWS = [

@@ -11,7 +11,7 @@ from fsdp_qlora import config
 from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.packed_batches import PackedBatches
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.train import rehearsal, tracing
 from tests import tiny
 from tests.ranks import run_ranks

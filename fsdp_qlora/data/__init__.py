@@ -13,7 +13,7 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.data import audit, order, prepare, prompts, sources, tokenizer
 from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan.limits import PAD_MULTIPLES
+from fsdp_qlora.planning.limits import PAD_MULTIPLES
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.batches import Batch, Batches

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed.hooks import StopFlag
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.results.look import Look
 from fsdp_qlora.train import loop
 from fsdp_qlora.train.checkpoint import Keeper

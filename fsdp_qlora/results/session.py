@@ -14,7 +14,7 @@ from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.conflicts import cfg_notes
 from fsdp_qlora.data import Data
 from fsdp_qlora.model.build import Built
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.train.memory import Peak
 from fsdp_qlora.train.rows import Account
 

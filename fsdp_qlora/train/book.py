@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from fsdp_qlora.plan import rows as names
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.train.rows import DEVICE_ROWS, STEP_PHASES, Account, HostShare, Rows
 
 Phases = dict[str, Rows]

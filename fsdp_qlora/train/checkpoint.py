@@ -17,8 +17,8 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.hooks import StopFlag, Stopped
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
-from fsdp_qlora.plan.memory import moment_bytes
+from fsdp_qlora.planning.limits import MOST_TOUCHED_BYTES
+from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train import snapshot
 from fsdp_qlora.train.checkpoint_files import CHECKPOINTS

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
-from fsdp_qlora.plan.limits import GIB
-from fsdp_qlora.plan.memory import moment_bytes
-from fsdp_qlora.plan.sizes import DTYPE_BYTES
+from fsdp_qlora.hardware import GIB
+from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.planning.sizes import DTYPE_BYTES
 from fsdp_qlora.train.checkpoint_files import last_step, steps
 
 IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

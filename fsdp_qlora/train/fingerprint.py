@@ -9,7 +9,7 @@ from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError, one_line
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.train.checkpoint_files import Saved
 
 if TYPE_CHECKING:

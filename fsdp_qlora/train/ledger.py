@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from fsdp_qlora import atomic
-from fsdp_qlora.plan import compare
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.train import book, memory, screen
 from fsdp_qlora.train.clock import Clock, Lap
 from fsdp_qlora.train.rows import STEP_PHASES, Account
@@ -245,7 +245,7 @@ class Recorder:
         if self._book is None or self._account is None:
             return []
         plan = self._account.plan.to_dict()
-        return compare.lines(plan, self._book.to_dict(), self._account.is_cuda)
+        return names.comparison(plan, self._book.to_dict(), self._account.is_cuda)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""

@@ -11,7 +11,7 @@ from fsdp_qlora.choices import TRACKERS, TRAIN_TYPES
 from fsdp_qlora.config import Config
 from fsdp_qlora.conflicts import check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 
 ALWAYS = ("torch", "transformers", "safetensors", "tokenizers", "tqdm")
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}

@@ -18,9 +18,9 @@ from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.plan import rows as names
-from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.plan.sizes import sizes
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import sizes
 from fsdp_qlora.train import optim
 from fsdp_qlora.train.memory import GIB, HostSampler, Peak, PhasePeaks, process_peak
 

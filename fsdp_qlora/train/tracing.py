@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.train.rows import Passing
 
 MAX_EVENTS = 2_000_000

@@ -25,7 +25,7 @@ from fsdp_qlora.arch import files
 from fsdp_qlora.config import RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.hardware import count_gpus
-from fsdp_qlora.plan import compare
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.results.bench import series_page as page
 from fsdp_qlora.results.bench.arms import COMMON, Arm, Workload, launch_ours, read_ours
 from fsdp_qlora.results.bench.attempt import attempt, environment
@@ -156,8 +156,8 @@ def _of_record(path: Path, has_gpu: bool) -> dict[str, Any]:
     summary = json.loads(path.read_text(encoding="utf-8"))
     plan, ledger = summary.get("plan", {}), summary.get("ledger", {})
     return {
-        "peaks": compare.peaks(plan, ledger, has_gpu),
-        "table": compare.lines(plan, ledger, has_gpu),
+        "peaks": names.peaks(plan, ledger, has_gpu),
+        "table": names.comparison(plan, ledger, has_gpu),
         "plan_note": plan.get("note", ""),
         "predicted_step_s": plan.get("step_s"),
         "placement": summary.get("placement", ""),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.results import chart
 from fsdp_qlora.results.chart import Panel, Points, Series
 from fsdp_qlora.results.report import plan

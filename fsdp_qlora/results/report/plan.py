@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
 from fsdp_qlora.results.report.parts import (
     UNKNOWN,
     Beside,
