@@ -29,7 +29,7 @@ VERBS = {
     "plan": ("fsdp_qlora.planning.show", "main", "say what a run needs, whether it fits, how long"),
     "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
     "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
-    "report": ("fsdp_qlora.results.report.command", "main", "draw a run, or several side by side"),
+    "report": ("fsdp_qlora.report.page", "main", "show a run, or several side by side"),
 }
 
 

@@ -5,6 +5,7 @@ the ranks.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -29,8 +30,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     """
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
+    from fsdp_qlora.report import page
     from fsdp_qlora.results import course, export, session
-    from fsdp_qlora.results.report import command as report
     from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
@@ -60,7 +61,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         ledger.Recorder(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, account, kept
         ) as recorder,
-        profiler.watched(cfg, world.rank, world.device, recorder.say) as after_step,
+        profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.followed(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *begin.lines]))
@@ -72,7 +73,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
-        report.write([out_dir], out_dir, has_png=False)
+        page.write([out_dir], out_dir)
         print(session.farewell(cfg), flush=True)
 
 
@@ -147,11 +148,12 @@ def ignore_broken_pipe() -> Iterator[None]:
 def main(argv: list[str], start=supervise.start) -> int:
     """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
     try:
-        saved = None
-        if not env.is_supervised(os.environ):
-            is_speaker = os.environ.get("RANK", "0") == "0"
-            argv, saved = resume.expand(argv, lambda line: print(line) if is_speaker else None)
-        cfg, given = config.parse(argv), config.given(argv)
+        saved, is_supervised = None, env.is_supervised(os.environ)
+        is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
+        say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
+        if not is_supervised:
+            argv, saved = resume.expand(argv, say)
+        cfg, given = config.parse(argv, say=say), config.given(argv)
         if saved is not None and resume.is_done(saved, cfg):
             print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
             return errors.DONE

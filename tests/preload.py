@@ -30,7 +30,7 @@ for name in (
     "fsdp_qlora.results.course",
     "fsdp_qlora.results.export",
     "fsdp_qlora.results.look",
-    "fsdp_qlora.results.report.command",
+    "fsdp_qlora.report.page",
     "fsdp_qlora.results.session",
     "fsdp_qlora.train.checkpoint",
     "fsdp_qlora.train.going_on",

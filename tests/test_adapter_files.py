@@ -62,7 +62,7 @@ def rewrite(adapter: Path, **changes) -> None:
     save_file(kept, adapter / "adapter_model.safetensors")
 
 
-def test_pairs_scales_and_record_are_read(place: Path):
+def test_pairs_scales_and_record_are_read(place: Path, monkeypatch: pytest.MonkeyPatch):
     """The record travels in the weights; without it run_config.json tells the same."""
     adapter = adapter_files.read(place / "adapter")
     assert len(adapter.pairs) == 6 and adapter.ranks == [RANK] and adapter.record == {}
@@ -70,9 +70,11 @@ def test_pairs_scales_and_record_are_read(place: Path):
     argv = [f"--model_name={place / 'model'}", "--quant_type=fp4", "--output_dir=x"]
     cfg = config.parse(argv)
     config.save(cfg, place / "adapter" / "run_config.json", {"torch": "2"})
-    told = {"base": cfg.model_name, "format": "fp4_dq", "compute_dtype": "bfloat16"}
+    told = {"base": str(place / "model"), "format": "fp4_dq", "compute_dtype": "bfloat16"}
     assert adapter_files.read(place / "adapter").record == told
-    info = arch.read(cfg.model_name, need_weights=True)
+    monkeypatch.chdir(place)  # a relative path is no name of a base
+    info = arch.read("model", need_weights=True)
+    assert adapter_files.base_name(info, cfg) == (str(place / "model"), None)
     record = adapter_files.record_of(info, cfg)
     shutil.rmtree(place / "adapter")
     adapter = adapter_files.read(write_adapter(place / "adapter", place / "model", record))

@@ -65,9 +65,9 @@ def test_a_run_goes_on_with_more_and_with_fewer_ranks(place: Path):
         for name in ("loss", "grad_norm"):
             assert mine[name] == pytest.approx(other[name], rel=1e-4), (mine["step"], name)
     assert run_ranks(_leg, 1, place, out, "--batch_size=3", "--resume=latest") == [INPUT]
-    from fsdp_qlora.results.report import command as report
+    from fsdp_qlora.report import page
 
-    report.write([out], out, has_png=False)
+    page.write([out], out)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["num_steps"] == NUM_STEPS and len(summary["peaks"]["ranks"]) == 3
 

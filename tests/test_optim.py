@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.choices import OPTIMIZERS, SCHEDULERS
+from fsdp_qlora.config import OPTIMIZERS, SCHEDULERS
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.train import optim
 

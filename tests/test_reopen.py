@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
-from fsdp_qlora.results import evaluate, reopen, verbs
+from fsdp_qlora.results import adapter_files, evaluate, reopen, verbs
 from tests import tiny
 
 TASK = """
@@ -26,36 +27,65 @@ doc_to_target: "{{{{target}}}}"
 target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+BASE, REVISION = "tests/tiny", "0123456789" * 4
 WORDS = ("la", "lo", "li", "lu")
 ROWS = [{"prompt": f"say {w}:", "completion": f" {w} {w} {w}."} for w in WORDS] * 6
 ASKED = "say la:"
 
 
-def run(*words, text=""):
-    command = [sys.executable, *words]
+def run(*words, text="", cwd=PROJECT_DIR):
+    env = {**os.environ, "PYTHONPATH": str(PROJECT_DIR)}
     return subprocess.run(
-        command, cwd=PROJECT_DIR, env=ENV, capture_output=True, text=True, input=text
+        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, input=text
     )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A tiny model trained on few rows by train.py."""
+    """A tiny model, known by its name on the hub, trained on few rows by train.py."""
     directory = tmp_path_factory.mktemp("run")
-    model = tiny.save_model(directory / "model", vocab_size=384, initializer_range=0.1)
+    cache = directory / "models--tests--tiny"
+    model = cache / "snapshots" / REVISION
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(REVISION)
+    tiny.save_model(model, vocab_size=384, initializer_range=0.1)
     tiny.save_tokenizer(model, [row["prompt"] + row["completion"] for row in ROWS])
     tiny.keep_as_on_the_hub(model)
     rows = directory / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_CACHE", str(directory))
+    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(directory))
     done = run(
-        *("train.py", f"--model_name={model}", f"--dataset={rows}", "--eval_samples=4"),
+        *("train.py", f"--model_name={BASE}", f"--dataset={rows}", "--eval_samples=4"),
         *("--world_size=1", "--precision=fp32", "--lora_rank=4", "--lora_dropout=0", "--lr=0.02"),
         *("--batch_size=4", "--num_epochs=6", "--quant_cache=off"),
         *(f"--output_dir={directory / 'out'}", f"--sample_prompt={ASKED}", "--sample_tokens=6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return directory / "out"
+    yield directory / "out"
+    patch.undo()
+
+
+def test_the_base_is_named_as_the_hub_knows_it(finished, tmp_path, monkeypatch):
+    """So that peft and generate find it from any directory, on another machine too."""
+    from peft import AutoPeftModelForCausalLM
+
+    table = json.loads((finished / "adapter_config.json").read_text())
+    assert (table["base_model_name_or_path"], table["revision"]) == (BASE, REVISION)
+    adapter = adapter_files.read(finished)
+    assert adapter.base_name == adapter.record["base"] == f"{BASE}@{REVISION}"
+    monkeypatch.chdir(tmp_path)
+    assert len(list(AutoPeftModelForCausalLM.from_pretrained(finished).parameters())) > 9
+    place = Path("elsewhere")
+    shutil.copytree(finished, place)
+    old = f"/home/x/hub/models--tests--tiny/snapshots/{REVISION}"  # what older versions wrote
+    changed = table | {"base_model_name_or_path": old, "revision": None}
+    (place / "adapter_config.json").write_text(json.dumps(changed))
+    assert reopen.config_of(place, []).model_name == f"{BASE}@{REVISION}"
+    flags = ("--adapter", str(place), "--prompt", ASKED, "--num_tokens", "6", "--raw")
+    done = run("-m", "fsdp_qlora", "generate", *flags, cwd=tmp_path)
+    assert done.stdout.strip() == answer_of(finished), done.stderr
 
 
 def tokenizer_files(directory):
@@ -89,7 +119,7 @@ def test_python_that_only_the_adapter_names_never_runs(finished):
         changed = json.dumps(table | {flag: f"x.jsonl, {rows}" if flag == "dataset" else rows})
         (place / "run_config.json").write_text(changed)
         (place / "evil.py").write_text(f"open({str(place / 'ran')!r}, 'w')\nrows = 1 / 0\n")
-        for rest in ((), ("--eval_samples=2",), ("--world_size=2",)):
+        for rest in ((), ("--batch_size=2",), ("--world_size=2",)):
             with pytest.raises(UserError, match="if you trust it, add --" + flag) as caught:
                 evaluate.main(["--adapter", str(place), *rest])
             assert rows in str(caught.value)
@@ -135,7 +165,7 @@ def test_a_merged_model_answers_as_base_and_adapter(finished):
     merged = finished.parent / "merged"
     flags = ("--adapter", str(finished), "--out", str(merged), "--dtype=fp32", "--evidence_rows=0")
     assert verbs.merge(list(flags)) == DONE
-    base = tokenizer_files(finished.parent / "model")
+    base = tokenizer_files(finished.parent / "models--tests--tiny" / "snapshots" / REVISION)
     assert len(base) > 1 and tokenizer_files(finished) == tokenizer_files(merged) == base
     flags = ("--model_name", str(merged), "--precision=fp32", "--prompt", ASKED, "--raw")
     done = run("-m", "fsdp_qlora", "generate", *flags, "--num_tokens=6")

@@ -175,7 +175,7 @@ def test_two_ranks_from_end_to_end(place: Path):
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
         *("tokenizer_config.json", "run_config.json", "metrics.jsonl", "summary.json"),
-        *("README.md", "report.html", "report.md", "report.svg", "logs"),
+        *("README.md", "report.html", "logs"),
         *("checkpoints", ".lock"),
     }
     assert (out_dir / "logs" / "rank1.log").read_text() == ""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.choices import STRATEGIES
+from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard

@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fsdp_qlora import arch, config
 from fsdp_qlora import run as train_run
-from fsdp_qlora.choices import TRAIN_TYPES
+from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard

@@ -56,7 +56,8 @@ def locate(model_name: str, need_weights: bool) -> Path:
     """Find the config.json of a model, and its weights beside it when they are needed.
 
     Args:
-        model_name: a local directory, one of known_shapes(), or a hub name ("Qwen/Qwen2.5-7B").
+        model_name: a local directory, one of known_shapes(), or a hub name ("Qwen/Qwen2.5-7B"),
+            with @REVISION behind it or without.
         need_weights: find or download the weight files too; a shape has none.
 
     Returns:
@@ -125,7 +126,10 @@ def _without_metas_files(path: Path) -> Path:
 
 def _shape_of(hub_name: str) -> Path | None:
     for path in sorted(SHAPES_DIRECTORY.glob("*.json")):
-        if json.loads(path.read_text())["_name_or_path"].lower() == hub_name.lower():
+        if (
+            json.loads(path.read_text())["_name_or_path"].lower()
+            == hub_name.partition("@")[0].lower()
+        ):
             return path
     return None
 
@@ -134,8 +138,9 @@ def _find_cached(hub_name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
+    name, _, revision = hub_name.partition("@")
     try:
-        found = try_to_load_from_cache(hub_name, "config.json")
+        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
     except HFValidationError:
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -146,8 +151,12 @@ def _download(hub_name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    name, _, revision = hub_name.partition("@")
     try:
-        return Path(snapshot_download(hub_name, allow_patterns=files, ignore_patterns=LEFT_OUT))
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
+        )
+        return Path(found)
     except HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
         raise UserError(hub_name, "is no directory and no hub name", remedy, INPUT) from None

@@ -8,8 +8,7 @@ much the allocator holds beyond what is in use, and what processes and drivers n
 import dataclasses
 from itertools import pairwise
 
-from fsdp_qlora.choices import OPTIMIZERS
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import OPTIMIZERS, Config
 from fsdp_qlora.hardware import GIB, has_gpu_build
 from fsdp_qlora.planning import rows
 from fsdp_qlora.planning.activations import (

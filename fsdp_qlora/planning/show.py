@@ -3,17 +3,15 @@
 import dataclasses
 import json
 import os
+import sys
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.choices import TRAIN_TYPES
 from fsdp_qlora.cli import flag
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Machine
 from fsdp_qlora.planning import fit, rows, speed
@@ -58,18 +56,18 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
     """
     cli.show_help_if_asked(argv, Options, USAGE)
     own, rest = _split(argv, {field.name for field in dataclasses.fields(Options)})
-    values, faults = cli.read(own, Options, {}, Path())
+    values, faults = cli.Reader(Options).read(own)
     options, cfg, machine = Options(**values), Config(), Machine(())
     try:
-        cfg = config.parse(rest)
+        cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     except UserError as fault:
-        faults += [fault, *fault.others]
+        faults.append(fault)
     try:
         machine = machine_of(options, cfg)
     except UserError as fault:
         faults.append(fault)
     if faults:
-        raise join([UserError(f.got, f.rule, f.remedy, f.code) for f in faults])
+        raise join(faults)
     return options, cfg, machine
 
 

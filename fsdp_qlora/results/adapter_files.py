@@ -18,7 +18,7 @@ from typing import Any
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, describe, read_header, read_json
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import Config, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 
 CONFIG_NAME = "adapter_config.json"
@@ -39,6 +39,7 @@ KNOWN_KEYS = {
 }
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
 SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
+SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 BY_PEFT = "merge it with peft's merge_and_unload"
 
 
@@ -65,7 +66,7 @@ class Adapter:
 
     Args:
         path: its directory.
-        base_name: directory or hub name of its base, as adapter_config.json has it.
+        base_name: directory, or hub name with @revision, of its base.
         pairs: linear in the model ("model.layers.0.self_attn.q_proj") -> its matrices.
         record: what this program wrote about the base; empty for an adapter made elsewhere.
         replaced: tensor of the model ("lm_head.weight") -> what stands for it.
@@ -129,8 +130,7 @@ def read(path: Path) -> Adapter:
         rule = "holds no LoRA matrices"
         raise UserError(str(file), rule, "give the directory of a trained adapter", INTEGRITY)
     pairs = {name: _pair(name, sides, config, file) for name, sides in found.items()}
-    base_name = str(config.get("base_model_name_or_path") or "")
-    return Adapter(path, base_name, pairs, _read_record(file), replaced)
+    return Adapter(path, _base_of(config), pairs, _read_record(file), replaced)
 
 
 def options(adapter: Adapter) -> dict[str, Any]:
@@ -152,9 +152,9 @@ def options(adapter: Adapter) -> dict[str, Any]:
         known = vars(run_config(adapter.path))
     targets = config.get("target_modules") or "all"
     return {
-        "model_name": adapter.base_name,
         "train_type": "bnb_dora" if config.get("use_dora") else "qlora",
         **known,
+        **({"model_name": adapter.base_name} if adapter.base_name else {}),
         "lora_rank": config["r"],
         "lora_alpha": config["lora_alpha"],
         "use_rslora": config.get("use_rslora", False),
@@ -190,6 +190,33 @@ def check(adapter: Adapter, info: ModelInfo) -> None:
             raise UserError(f"{name} {list(ref.shape)}", rule, remedy, INTEGRITY)
 
 
+def base_name(info: ModelInfo, cfg: Config) -> tuple[str, str | None]:
+    """Name the base of a run so that it is found from any directory, on other machines too.
+
+    Args:
+        info: the base.
+        cfg: of the run.
+
+    Returns:
+        Name on the hub and revision, or the absolute path of a directory and None.
+    """
+    if info.path is None:
+        return cfg.model_name, None
+    path = info.path.absolute()
+    match = SNAPSHOT.fullmatch(str(path))
+    return (f"{match[1]}/{match[2]}", match[3]) if match else (str(path), None)
+
+
+def _base_of(config: dict[str, Any]) -> str:
+    """The base in adapter_config.json, with its revision, as arch.read takes it."""
+    name, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
+    if not name or Path(name).expanduser().is_dir():
+        return name
+    if match := SNAPSHOT.fullmatch(name):  # of another machine's cache
+        name, revision = f"{match[1]}/{match[2]}", match[3]
+    return f"{name}@{revision}" if revision and name.count("/") == 1 else name
+
+
 def record_of(info: ModelInfo, cfg: Config) -> dict[str, Any]:
     """What an adapter must say of its base, so that it can be merged as it was trained.
 
@@ -202,7 +229,7 @@ def record_of(info: ModelInfo, cfg: Config) -> dict[str, Any]:
     """
     return {
         "version": __version__,
-        "base": cfg.model_name,
+        "base": "@".join(filter(None, base_name(info, cfg))),
         "format": cfg.format_name,
         "compute_dtype": cfg.compute_dtype,
         "digest": digest(info),
@@ -344,5 +371,4 @@ def run_config(path: Path) -> Config:
         UserError: it is absent (code 2) or damaged (code 5).
     """
     table = read_json(path / "run_config.json")
-    known = {key: table[key] for key in table if key in Config.__dataclass_fields__}
-    return Config(**known)
+    return from_record(table)[0]

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import PackedModel
@@ -89,6 +88,7 @@ def _save_config(model: PackedModel, info: ModelInfo, cfg: Config) -> None:
     import peft
 
     saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
+    name, revision = adapter_files.base_name(info, cfg)
     slots = next(shard.blocks(model)).body.slots
     config = peft.LoraConfig(
         r=slots[0].rank,
@@ -97,7 +97,8 @@ def _save_config(model: PackedModel, info: ModelInfo, cfg: Config) -> None:
         use_dora=slots[0].has_magnitude,
         lora_dropout=slots[0].dropout,
         target_modules=sorted({slot.name.rpartition(".")[2] for slot in slots}),
-        base_model_name_or_path=str(info.path or cfg.model_name),
+        base_model_name_or_path=name,
+        revision=revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
         modules_to_save=sorted(saved | ({"lm_head"} if saved and info.is_tied else set())) or None,

@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.model.build import Built
 from fsdp_qlora.planning.run import RunPlan

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from fsdp_qlora.results import chart
-from fsdp_qlora.results.chart import Bar, Bars
+from fsdp_qlora.report import charts
+from fsdp_qlora.report.charts import Bar, Bars
 
 NUM_WARMUP_STEPS = 3
 MIN_STEPS = 10
@@ -257,7 +257,7 @@ def picture(bench: dict[str, Any]) -> str:
             if any(row.get(name) for row in rows):
                 bars = [_bar(row, name, bench["tokens_per_step"]) for row in rows]
                 groups.append(Bars(f"{title} · {SETTINGS[p2p]}", unit, bars))
-    return chart.draw_bars(headline(bench), lines, groups)
+    return charts.draw_bars(headline(bench), lines, groups)
 
 
 def _bar(row: Row, name: str, tokens_per_step: int) -> Bar:

@@ -4,8 +4,8 @@
     python -m fsdp_qlora bench 70b --rows '*x2048-*' --steps 12 --out recipes
 
 Random weights of the real shape, unless --model_name names real ones or the hub's cache has them;
-random tokens, LoRA r 16 on all linears. Leaves bench-7b.json, .md, .svg and .png (where there is a
-browser) in --out, written after every row; rows that are not run again stay as they were. Without a
+random tokens, LoRA r 16 on all linears. Leaves bench-7b.json, .md and .svg in
+--out, written after every row; rows that are not run again stay as they were. Without a
 GPU a scaled model trains on CPU ranks instead: bench-small.
 """
 
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     minutes = (time.perf_counter() - began_s) / 60
     stem = series.out / f"bench-{series.kind}"
     print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}")
-    print(f"{minutes:.1f} minutes; {stem}.json .md .svg {page.shoot(stem)}")
+    print(f"{minutes:.1f} minutes; {stem}.json .md .svg")
     states = {rows[case.name]["state"] for case in series.cases}
     return DONE if states <= {"measured", "left out"} else RUN_FAILED
 
@@ -290,7 +290,7 @@ def _redraw(args: argparse.Namespace) -> int:
     if not path.is_file():
         raise UserError(str(path), "is not there", "run the bench first, or give --out")
     page.write(stem, json.loads(path.read_text(encoding="utf-8")))
-    print(f"{stem}.md .svg {page.shoot(stem)}")
+    print(f"{stem}.md .svg")
     return DONE
 
 

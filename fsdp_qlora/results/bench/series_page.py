@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import chart
+from fsdp_qlora.report import charts
+from fsdp_qlora.report.charts import Bar, Bars
 from fsdp_qlora.results.bench.report import FAILED, OURS, PEER
-from fsdp_qlora.results.chart import Bar, Bars
-from fsdp_qlora.results.report import browser
 
 MIN_STEPS = 8
 LEAST_GIB = 0.2  # the host's memory moves by less while other programs run
@@ -133,31 +131,6 @@ def write(stem: Path, bench: dict[str, Any]) -> None:
         draft.replace(stem.with_suffix(ending))
 
 
-def shoot(stem: Path) -> str:
-    """Draw the bars as PNG too.
-
-    Args:
-        stem: path of the files without their endings.
-
-    Returns:
-        ".png", or why there is none.
-    """
-    found = browser.find()
-    if found is None:
-        return "(no .png: no Chromium or Chrome found)"
-    page = stem.with_name(f".{stem.name}.html")
-    svg = stem.with_suffix(".svg").read_text(encoding="utf-8")
-    page.write_text(f'<!doctype html><meta charset="utf-8"><style>body{{margin:0}}</style>{svg}')
-    try:
-        with browser.opened(found, page) as opened:
-            stem.with_suffix(".png").write_bytes(opened.shoot(chart.WIDTH))
-    except UserError as error:
-        return f"(no .png: {error})"
-    finally:
-        page.unlink()
-    return ".png"
-
-
 def markdown(bench: dict[str, Any], stem: Path) -> str:
     """The page: where, the table, what moved, each row beside its plan, the command lines.
 
@@ -247,7 +220,7 @@ def picture(bench: dict[str, Any]) -> str:
         bars = [bar for row in rows for bar in _bars(row, name, seed)]
         if any(bar.value for bar in bars):
             groups.append(Bars(title, unit, bars))
-    return chart.draw_bars(bench["title"], lines, groups)
+    return charts.draw_bars(bench["title"], lines, groups)
 
 
 def _bars(row: Row, name: str, seed: str) -> list[Bar]:

@@ -6,14 +6,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.results.report import command as report
+from fsdp_qlora.report import page
 
 # As train.py left it: two CPU ranks, 8 steps of a tiny model, held-out loss before and after.
-REAL = Path(__file__).parent / "report_run"
+REAL = Path(__file__).parent / "run"
 VOID = {"meta", "link", "path", "polygon", "polyline"}
 CONFIG = {"model_name": "models/SmolLM2", "train_type": "qlora", "gpu_budget_gib": None}
 
-# GiB of a card by row, about those of a 7B model; the ledger is off by what OFF says.
+# GiB of a GPU by row, about those of a 7B model; the ledger is off by what OFF says.
 DEVICE = {
     "load": {names.PACKED: 1.5, names.CONTEXT: 1.25},
     "forward": {names.PACKED: 1.5, names.KEPT: 2.0, names.SLACK: 0.75, names.CONTEXT: 1.25},
@@ -31,8 +31,8 @@ def measured(phases, rank=0):
     }
 
 
-def card_facts(num_ranks=2):
-    """`plan` and `ledger` of a run on cards, as summary.json has them."""
+def gpu_facts(num_ranks=2):
+    """`plan` and `ledger` of a run on GPUs, as summary.json has them."""
     return {
         "plan": {"device": DEVICE, "host": HOST, "peak_device_gib": 6.5, "peak_host_gib": 7.0},
         "ledger": {
@@ -42,8 +42,8 @@ def card_facts(num_ranks=2):
     }
 
 
-def card_step(step, num_ranks=2, has_rows=True, seed=0):
-    """A step of a run on 24 GiB cards; step 1 is the same in every call."""
+def gpu_step(step, num_ranks=2, has_rows=True, seed=0):
+    """A step of a run on 24 GiB GPUs; step 1 is the same in every call."""
     chance = random.Random(step + seed)
     ranks = []
     for rank in range(num_ranks):
@@ -80,9 +80,9 @@ def card_step(step, num_ranks=2, has_rows=True, seed=0):
     }
 
 
-def step_line(step, loss, num_ranks=2, card_gib=0.0):
+def step_line(step, loss, num_ranks=2, gpu_gib=0.0):
     """A step of an early version: few fields."""
-    rank = {"device_peak_reserved_gib": card_gib, "device_total_gib": 24.0 * bool(card_gib)}
+    rank = {"device_peak_reserved_gib": gpu_gib, "device_total_gib": 24.0 * bool(gpu_gib)}
     return {
         "step": step,
         "epoch": step / 10,
@@ -107,19 +107,17 @@ def write_run(path, steps, evals=(), config=CONFIG, summary=None):
     return path
 
 
-def write_cards(path):
-    """A finished run on two cards with plan and ledger."""
-    steps = [card_step(i) for i in range(1, 31)]
-    summary = card_facts() | {"is_complete": True}
-    summary["load_peaks"] = {"device_peak_reserved_gib": 1.25}
+def write_gpus(path):
+    """A finished run on two GPUs with plan and ledger."""
+    steps = [gpu_step(i) for i in range(1, 31)]
+    summary = gpu_facts() | {"is_complete": True}
     config = CONFIG | {"max_steps": 30, "batch_size": 4}
     return write_run(path, steps, (3.0, 2.0), config, summary)
 
 
 def page_of(*run_dirs, out):
     """Write the report of some runs, and read its page."""
-    report.write([*run_dirs], out, has_png=False)
-    return Page((out / "report.html").read_text())
+    return Page(page.write([*run_dirs], out).read_text())
 
 
 def steps_of(path):
@@ -179,7 +177,7 @@ class Page(HTMLParser):
             self._title += text
         elif here == "th" and self._row is not None:
             self._row += text
-        elif "td" in self._path and here != "small" and self._cells:
+        elif "td" in self._path and "small" not in self._path and self._cells:
             old, value = self._cells[-1]
             self._cells[-1] = (old + text, value)
 
