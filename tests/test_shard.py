@@ -12,7 +12,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.results import export
-from fsdp_qlora.train import loop, optim
+from fsdp_qlora.training import loop, optim
 from tests import tiny
 from tests.ranks import run_ranks
 

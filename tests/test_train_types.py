@@ -20,7 +20,7 @@ from fsdp_qlora.planning import fit
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import setting_for
 from fsdp_qlora.results import verbs
-from fsdp_qlora.train import loop
+from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches

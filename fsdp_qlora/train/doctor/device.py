@@ -18,8 +18,8 @@ from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
 from fsdp_qlora.model import host
 from fsdp_qlora.model.quantize import FORMATS, GROUP_SIZE, NESTED_BLOCK, Fields, Format, dynamic_map
 from fsdp_qlora.train.doctor.findings import Finding, first_line, ok, problem, warning
-from fsdp_qlora.train.memory import GIB
 from fsdp_qlora.train.versions import versions
+from fsdp_qlora.training.memory import GIB
 
 MIB = 2**20
 BF16_CAPABILITY = (8, 0)
