@@ -1,4 +1,4 @@
-"""A run that goes on is the unbroken run, bit for bit (train/checkpoint.py, snapshot.py, loop.fit).
+"""A run that goes on is the unbroken run, bit for bit (training/checkpoint.py, loop.fit).
 
 The runs are those of train.py on two gloo ranks, without its supervisor; test_resume_run.py has it.
 """
@@ -74,7 +74,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     from fsdp_qlora import arch, config
     from fsdp_qlora import run as train
     from fsdp_qlora.planning import run as plans
-    from fsdp_qlora.train import resume
+    from fsdp_qlora.training import resume
 
     argv = [
         f"--model_name={place / 'model'}",

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
+from fsdp_qlora import checkpoint_store as store
 from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.results import adapter_files
-from fsdp_qlora.train import checkpoint_files as files
-from fsdp_qlora.train import disk, fingerprint, resume
+from fsdp_qlora.train import disk
+from fsdp_qlora.training import resume
 from tests.model_files import write_model
 
 STEP = 20
@@ -44,8 +45,8 @@ OTHER_DATA = {
 HOLD = """
 import sys, time
 from pathlib import Path
-from fsdp_qlora.train import resume
-resume.lock(Path(sys.argv[1]))
+from fsdp_qlora import checkpoint_store
+checkpoint_store.lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -63,17 +64,17 @@ def flags(model: Path, out: Path, *more: str) -> list[str]:
 def found_in(argv: list[str]) -> dict:
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=True)
-    return fingerprint.of_config(cfg, info, adapter_files.digest(info), 2)
+    return resume.fingerprint(cfg, info, adapter_files.digest(info), 2)
 
 
-def save(argv: list[str], **more) -> files.Saved:
+def save(argv: list[str], **more) -> store.SavedCheckpoint:
     """A checkpoint as a run with these flags writes it."""
     cfg, given = config.parse(argv), sorted(config.given(argv))
     state = {"config": config.to_dict(cfg), "given": given, "fingerprint": found_in(argv)}
-    array = files.Array("F32", (2,), memoryview(bytes(8)))
-    tensors = {name: {"a": array} for name in (files.WEIGHTS, files.OPTIMIZER)}
-    root = cfg.resolved_output_dir / files.CHECKPOINTS
-    return files.read(files.write(root, STEP, tensors, {**state, "total_s": 1.0, **more}))
+    array = store.Array("F32", (2,), memoryview(bytes(8)))
+    tensors = {name: {"a": array} for name in (store.WEIGHTS, store.OPTIMIZER)}
+    root = cfg.resolved_output_dir / store.CHECKPOINTS
+    return store.read(store.write(root, STEP, tensors, {**state, "total_s": 1.0, **more}))
 
 
 def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path):
@@ -122,21 +123,21 @@ def test_every_field_that_differs_is_refused_with_a_table(tmp_path: Path, model:
         now = found_in([*common, flag])
         assert [key for key in saved if saved[key] != now[key]] == [name]
         with pytest.raises(UserError, match=name) as caught:
-            fingerprint.check(saved, now, allow_data_change=False)
+            resume.check(saved, now, allow_data_change=False)
         assert caught.value.code == INPUT
         head, row = caught.value.__notes__
         assert "checkpoint" in head and row.split()[0] == name
         if name in OTHER_DATA.values():
-            assert len(fingerprint.check(saved, now, allow_data_change=True)) == 1
+            assert len(resume.check(saved, now, allow_data_change=True)) == 1
         else:
             with pytest.raises(UserError):
-                fingerprint.check(saved, now, allow_data_change=True)
+                resume.check(saved, now, allow_data_change=True)
     write_model(tmp_path / "model", vocab_size=97)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="another base, tokenizer"):
-        fingerprint.check(saved, found_in(common), allow_data_change=False)
-    assert fingerprint.check(saved, saved, allow_data_change=False) == []
-    assert fingerprint.library_notes({"torch": "1", "x": "2"}, {"torch": "2"}) == [
+        resume.check(saved, found_in(common), allow_data_change=False)
+    assert resume.check(saved, saved, allow_data_change=False) == []
+    assert resume.library_notes({"torch": "1", "x": "2"}, {"torch": "2"}) == [
         "warning   torch was 1, now 2"
     ]
 
@@ -173,7 +174,7 @@ def test_a_directory_belongs_to_one_run_at_a_time(tmp_path: Path):
     cfg = config.parse([f"--output_dir={out}", "--overwrite"])
     with pytest.raises(UserError, match=f"in use by another run .pid {first.pid} on ") as caught:
         launch.claim_output_dir(cfg)
-    assert caught.value.code == INPUT and [p.name for p in out.iterdir()] == [resume.LOCK]
+    assert caught.value.code == INPUT and [p.name for p in out.iterdir()] == [store.LOCK]
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert launch.claim_output_dir(config.parse([f"--output_dir={out}"])) == out
@@ -192,15 +193,15 @@ def claim(*argv: str) -> Path:
 def test_a_directory_of_a_run_is_kept_or_emptied_of_checkpoints(tmp_path: Path, model: Path):
     out = tmp_path / "out"
     save(flags(model, out))
-    files.set_aside(save(flags(model, out)).path)
+    store.set_aside(save(flags(model, out)).path)
     save(flags(model, out))
     (out / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"holds files already; .*--resume to go on"):
         claim(f"--output_dir={out}")
     claim(f"--resume={out}")
-    assert files.steps(out) == [STEP] and (out / "metrics.jsonl").exists()
+    assert store.steps(out) == [STEP] and (out / "metrics.jsonl").exists()
     claim(f"--output_dir={out}", "--overwrite")
-    assert {path.name for path in out.iterdir()} == {resume.LOCK, "logs"}
+    assert {path.name for path in out.iterdir()} == {store.LOCK, "logs"}
 
 
 def test_auto_removes_nothing_when_no_checkpoint_is_readable(tmp_path: Path, model: Path):
@@ -209,10 +210,10 @@ def test_auto_removes_nothing_when_no_checkpoint_is_readable(tmp_path: Path, mod
     argv = flags(model, out)
     cfg = config.parse(argv)
     saved = save(argv)
-    files.write(saved.path.parent, STEP + 1, {}, {})
-    for path in out.rglob(files.STATE):
+    store.write(saved.path.parent, STEP + 1, {}, {})
+    for path in out.rglob(store.STATE):
         path.write_bytes(path.read_bytes().replace(b"step", b"stop", 1))
-    (out / resume.LOCK).touch()
+    (out / store.LOCK).touch()
     config.save(cfg, out / "run_config.json", {})
     (out / "metrics.jsonl").write_text('{"step": 1}\n')
     before = whole(out)
@@ -222,7 +223,7 @@ def test_auto_removes_nothing_when_no_checkpoint_is_readable(tmp_path: Path, mod
         assert said.count("is passed over") == 2
         assert whole(out) == before
     claim(*argv, "--overwrite=true")
-    assert whole(out) == {resume.LOCK: (out / resume.LOCK).read_bytes()}
+    assert whole(out) == {store.LOCK: (out / store.LOCK).read_bytes()}
 
 
 def test_auto_keeps_the_record_of_a_run_that_could_not_save(tmp_path: Path):
@@ -242,7 +243,7 @@ def test_auto_keeps_the_record_of_a_run_that_could_not_save(tmp_path: Path):
     assert {str(p.relative_to(out / "earlier-2")) for p in (out / "earlier-2").rglob("*.*")} == set(
         files_before
     )
-    assert {p.name for p in out.iterdir()} == {resume.LOCK, "logs", "earlier-1", "earlier-2"}
+    assert {p.name for p in out.iterdir()} == {store.LOCK, "logs", "earlier-1", "earlier-2"}
     (out / "adapter_model.safetensors").touch()
     with pytest.raises(UserError, match="holds files already"):
         claim(*argv)
@@ -298,7 +299,10 @@ def test_a_disk_without_room_is_refused_before_the_run(
     assert caught.value.code == ENVIRONMENT
     save(flags(model, tmp_path / "out"))
     for error in (OSError(28, "No space left on device"), ValueError("I/O (os error 28)")):
-        with pytest.raises(UserError, match=f"saved up to step {STEP}; .*--resume"), disk.told(cfg):
+        with (
+            pytest.raises(UserError, match=f"saved up to step {STEP}; .*--resume"),
+            disk.explain_disk_full(cfg),
+        ):
             raise error
-    with pytest.raises(KeyError), disk.told(cfg):
+    with pytest.raises(KeyError), disk.explain_disk_full(cfg):
         raise KeyError("28")

@@ -12,7 +12,7 @@ import pytest
 from fsdp_qlora.errors import INPUT, UserError
 from tests import faults
 from tests.ranks import run_ranks
-from tests.test_resume import COMMON, make_place, run
+from tests.training.test_resume import COMMON, make_place, run
 
 # The rates are constant, since they follow from the number of steps, which grows here.
 FLAGS = (*COMMON, "--precision=fp32", "--lora_dropout=0", "--lora_target_modules=q_proj")
@@ -113,7 +113,7 @@ def test_the_checkpoint_of_the_best_evaluation_stays(place: Path):
 
 
 def test_periods_are_steps_or_minutes():
-    from fsdp_qlora.train.checkpoint import period
+    from fsdp_qlora.training.checkpoint import period
 
     assert period("50") == (50, math.inf) and period("30m") == (0, 1800.0)
     assert period("0") == period("0m") == (0, math.inf)
