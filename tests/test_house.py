@@ -33,7 +33,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
 LIGHT_ROOMS = ("base", "planning", "checkpoint_store", "top")
 LIGHT_MODULES = (
-    "data.templates",
+    "data.row_formats",
     "data.sources",
     "report.page",
     "report.charts",

@@ -9,16 +9,16 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from fsdp_qlora.data import hub, sources
-from fsdp_qlora.data.sources import Wanted
+from fsdp_qlora.data import sources
+from fsdp_qlora.data.sources import SourceOptions
 from fsdp_qlora.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = [{"question": f"q{i} é", "answer": f"a{i}"} for i in range(5)]
 
 
 def read(path, **wanted):
-    return [row for _, row in sources.read(str(path), Wanted(**wanted))]
+    return [row for _, row in sources.read(sources.find(str(path), SourceOptions(**wanted)))]
 
 
 def test_a_named_set_that_cannot_be_fetched_is_an_error_of_the_environment(tmp_path):
@@ -26,7 +26,7 @@ def test_a_named_set_that_cannot_be_fetched_is_an_error_of_the_environment(tmp_p
     code = (
         "from fsdp_qlora.data import sources\n"
         "from fsdp_qlora.errors import UserError\n"
-        "try: list(sources.read('alpaca', sources.Wanted()))\n"
+        "try: list(sources.read(sources.find('alpaca', sources.SourceOptions())))\n"
         "except UserError as error: print(error.code, error)\n"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -62,19 +62,20 @@ def test_names_of_the_hub_have_configurations_and_splits(tmp_path):
     """The real library, its cache filled by hand, in a process that has no network."""
     numbered = [{"text": str(i)} for i in range(1010)]
     fill_hub_cache(tmp_path, "org/set", "small", {"train": ROWS, "test": ROWS[:2]})
-    fill_hub_cache(tmp_path, hub.HUB_SETS["alpaca"].repo, "default", {"train": ROWS})
-    fill_hub_cache(tmp_path, hub.HUB_SETS["sql"].repo, "default", {"validation": numbered})
+    fill_hub_cache(tmp_path, sources.HUB_SETS["alpaca"].repo, "default", {"train": ROWS})
+    fill_hub_cache(tmp_path, sources.HUB_SETS["sql"].repo, "default", {"validation": numbered})
     code = """
 import json, sys
 from fsdp_qlora.data import sources
-from fsdp_qlora.data.sources import Wanted
+from fsdp_qlora.data.sources import SourceOptions
 out = []
 for name, wanted in [
-    ("org/set:small", Wanted()), ("org/set:small:test", Wanted()),
-    ("org/set::train[1:3]", Wanted()), ("org/set:small", Wanted(split="test")),
-    ("alpaca_sample", Wanted(num_samples=3)), ("alpaca", Wanted(num_samples=3)),
-    ("sql", Wanted(seed=1)), ("sql", Wanted(seed=2)),
-    ("org/set:small:test,org/set:small", Wanted()), ("org/set:small:train", Wanted(split="test")),
+    ("org/set:small", SourceOptions()), ("org/set:small:test", SourceOptions()),
+    ("org/set::train[1:3]", SourceOptions()), ("org/set:small", SourceOptions(split="test")),
+    ("alpaca_sample", SourceOptions(num_samples=3)), ("alpaca", SourceOptions(num_samples=3)),
+    ("sql", SourceOptions(seed=1)), ("sql", SourceOptions(seed=2)),
+    ("org/set:small:test,org/set:small", SourceOptions()),
+    ("org/set:small:train", SourceOptions(split="test")),
 ]:
     found = sources.find(name, wanted)
     prints = [source.fingerprint() for source in found]
@@ -124,7 +125,7 @@ def test_a_function_of_the_users_own_is_called_as_llama_recipes_does(tmp_path):
     assert row["split"] == "mine"
     assert read(f"{path}:mine") == [{"input_ids": [3, 4]}, 7]
     assert type(read(f"{path}:mine")[0]["input_ids"]) is list
-    assert sources.find(f"{path}:mine", Wanted())[0].fingerprint() is None
+    assert sources.find(f"{path}:mine", SourceOptions())[0].fingerprint() is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Write tests/rows/trl_masks.json: what TRL learns of real chats, for tests without TRL.
+"""Write tests/data/rows/trl_masks.json: what TRL learns of real chats, for tests without TRL.
 
-pip install trl==1.16.0 && python -m tests.trl_masks
+pip install trl==1.16.0 && python -m tests.data.trl_masks
 """
 
 import json

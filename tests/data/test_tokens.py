@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import fetch
-from fsdp_qlora.data import sources, store, templates, tokens
+from fsdp_qlora.data import readers, row_formats, tokens
 from fsdp_qlora.data.chat import Refused
-from fsdp_qlora.data.rows import Bad, Piece, Place
-from fsdp_qlora.data.store import Builder, Part
+from fsdp_qlora.data.readers import BadRow, Place, TextPiece
+from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import conversations
@@ -33,11 +33,13 @@ def with_bos(tmp_path_factory):
     return small_tokenizers.make(tmp_path_factory.mktemp("bos"), adds_bos=True)
 
 
-def fill(rows, tokenizer, context_length=512, template=None, **how) -> Part:
+def fill(rows, tokenizer, context_length=512, template=None, **how) -> TokenDataset:
     """Samples of rows; their places are lines of x."""
-    writer = templates.choose(template, tokenizer.chat(), tokenizer.names, **how)
+    formatter = row_formats.choose(template, tokenizer.chat(), tokenizer.names, **how)
     placed = ((Place("x", number), row) for number, row in enumerate(rows, 1))
-    return Part(tokens.fill(Builder(None), placed, writer, tokenizer, context_length))
+    return TokenDataset(
+        tokens.tokenize(StoreBuilder(None), placed, formatter, tokenizer, context_length)
+    )
 
 
 def learned(part, tokenizer):
@@ -59,7 +61,7 @@ def test_what_is_trained_reads_as_the_completion_and_the_end(start, tokenizer, w
     assert facts["num_rows"] == len(part) == 3 and facts["num_cut"] == facts["num_empty"] == 0
     assert facts["num_learning_end"] == facts["num_with_end"] == 3
     assert learned(part, chosen) == [
-        (start + templates.render(row)[0], row["output"] + END) for row in ROWS
+        (start + small_tokenizers.pair(row)[0], row["output"] + END) for row in ROWS
     ]
 
 
@@ -99,7 +101,7 @@ def test_rows_with_nothing_to_learn_are_left_out_counted_and_named(tokenizer):
     facts = fill(rows, tokenizer).store.facts
     assert (facts["num_rows"], facts["num_empty"], facts["num_beyond"]) == (5, 4, 0)
     assert facts["examples"] == {"empty": ["x:2", "x:3", "x:4", "x:5"]}
-    prompt_tokens = len(tokenizer.core.encode(templates.render(ROWS[0])[0]).ids)
+    prompt_tokens = len(tokenizer.core.encode(small_tokenizers.pair(ROWS[0])[0]).ids)
     facts = fill(ROWS[:1], tokenizer, prompt_tokens).store.facts
     assert (facts["num_empty"], facts["num_beyond"], facts["num_cut"]) == (0, 1, 0)
 
@@ -118,7 +120,7 @@ def test_running_text_becomes_blocks_that_together_are_the_text(tokenizer, with_
         ]
         for rows in (
             [{"text": page} for page in pages],
-            [Piece(page, True) for page in pages],
+            [TextPiece(page, True) for page in pages],
         ):
             size = 129 if len(ids) % 128 == 1 else 128  # a token alone has nothing to learn
             part = fill(rows, chosen, size)
@@ -138,7 +140,7 @@ def test_a_text_file_read_in_pieces_gives_the_tokens_of_the_whole(tmp_path, toke
 
     text = "".join(topics.values()).replace("\r", "")[:200_000]
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
-    pieces = [row for _, row in sources.read(str(tmp_path / "x.txt"), sources.Wanted())]
+    pieces = [row for _, row in readers.read_file(tmp_path / "x.txt")]
     assert len(pieces) > 2
     found = np.concatenate([sample.input_ids for sample in fill(pieces, tokenizer)])
     (whole,) = tokenizer.encode([text + END], adds_special=False)
@@ -148,8 +150,8 @@ def test_a_text_file_read_in_pieces_gives_the_tokens_of_the_whole(tmp_path, toke
 def test_rows_that_are_lines_of_a_text_run_on_until_the_source_ends(tokenizer):
     lines = ["", " = Title = \n", "", " Once upon a time\n", " there was.\n"]
     placed = [(Place(name, i), {"text": t}) for name in "ab" for i, t in enumerate(lines, 1)]
-    writer = templates.choose(None, tokenizer.chat(), tokenizer.names)
-    part = Part(tokens.fill(Builder(None), placed, writer, tokenizer, 512))
+    formatter = row_formats.choose(None, tokenizer.chat(), tokenizer.names)
+    part = TokenDataset(tokens.tokenize(StoreBuilder(None), placed, formatter, tokenizer, 512))
     text = "".join(lines) + END
     assert learned(part, tokenizer) == [("", text * 2)]
     assert part.store.facts["kinds"] == {"blocks": 10}
@@ -175,12 +177,6 @@ def test_a_tokenizer_without_eos_is_an_error(tmp_path):
     bare = small_tokenizers.make(tmp_path, eos_token=None, pad_token=None, chat_template="x")
     with pytest.raises(UserError, match="has no end-of-text token"):
         fill(ROWS, bare)
-
-
-def test_an_id_outside_the_embedding_is_an_error():
-    tokens.check_ids(511, 512)
-    with pytest.raises(UserError, match=r"token id 512: the model's embedding has 512 rows"):
-        tokens.check_ids(512, 512)
 
 
 def test_many_rows_keep_their_order_and_places(tokenizer):
@@ -237,13 +233,13 @@ def test_ten_thousand_mutated_rows_give_a_sample_or_one_line_with_their_place(tm
     path.write_bytes(
         b"\n".join([first, *(mutated(chance.choice(lines), chance) for _ in range(10_000))])
     )
-    writer = templates.choose(None, tokenizer.chat(), tokenizer.names)
+    formatter = row_formats.choose(None, tokenizer.chat(), tokenizer.names)
     good, num_bad = [], 0
-    for number, (place, row) in enumerate(sources.read(str(path), sources.Wanted()), 1):
+    for number, (place, row) in enumerate(readers.read_file(path), 1):
         assert str(place) == f"{path}:{number}"
-        fault = row.words if isinstance(row, Bad) else writer.problem(row)
+        fault = row.fault if isinstance(row, BadRow) else formatter.problem(row)
         try:
-            _ = fault or writer.is_block(row) or writer.is_ids(row) or writer.write(row)
+            _ = fault or formatter.is_block(row) or formatter.is_ids(row) or formatter.render(row)
         except Refused as refusal:
             fault = str(refusal)
         if fault:
@@ -253,6 +249,6 @@ def test_ten_thousand_mutated_rows_give_a_sample_or_one_line_with_their_place(tm
         else:
             good.append((place, row))
     assert number == 10_001 and num_bad > 3000 and len(good) > 1000
-    found = tokens.fill(Builder(None), good, writer, tokenizer, 256)
+    found = tokens.tokenize(StoreBuilder(None), good, formatter, tokenizer, 256)
     assert found.facts["num_bad"] == 0 and found.facts["num_rows"] == len(good)
-    assert len(found.starts) > 1000 and store.Part(found).num_trained.min() > 0
+    assert len(found) > 1000 and TokenDataset(found).num_trained.min() > 0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fsdp_qlora.data import tokenizer
-from tests import trl_masks
+from tests.data import trl_masks
+from tests.data.test_chat import samples
 from tests.small_tokenizers import conversations
-from tests.test_chat import samples
 
 STORED = json.loads(trl_masks.FILE.read_text(encoding="utf-8"))
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fsdp_qlora.data import templates, tokenizer, tokens
+from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.chat import Chat, Refused, Template, Text
-from fsdp_qlora.data.rows import Place
-from fsdp_qlora.data.store import Builder, Part
+from fsdp_qlora.data.readers import Place
+from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import MARKED, conversations
@@ -31,11 +31,11 @@ def places(tmp_path_factory):
 def samples(text_tokenizer, chats, template=None, **how):
     """Samples of conversations, as (ids, learned)."""
     chat = text_tokenizer.chat()
-    writer = templates.choose(template, chat, text_tokenizer.names, **how)
+    formatter = row_formats.choose(template, chat, text_tokenizer.names, **how)
     rows = ((Place("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
-    store = tokens.fill(Builder(None), rows, writer, text_tokenizer, 4096)
+    store = tokens.tokenize(StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
     assert store.facts["bad"] == []
-    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in Part(store)]
+    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in TokenDataset(store)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,13 +195,13 @@ def learned(texts: list[Text]) -> list[tuple[str, list[str]]]:
 )
 def test_an_answer_is_learned_in_the_text_that_the_model_will_see(source, expected):
     chat = Chat(Template(source, NAMES, "t"))
-    assert learned(chat.write(PAIR, [1, 3])) == expected
+    assert learned(chat.render(PAIR, [1, 3])) == expected
 
 
 def test_a_conversation_may_begin_with_the_assistant():
     chat = Chat(Template("{{ messages[0].role[:0] }}" + ENDING, NAMES, "t"))
     messages = [{"role": "assistant", "content": "Hello."}, *PAIR[:2]]
-    ((_, spans),) = learned(chat.write(messages, [0, 2]))
+    ((_, spans),) = learned(chat.render(messages, [0, 2]))
     assert spans == ["Hello.|", "<think>why</think>A|</s>"]
 
 
@@ -225,12 +225,11 @@ def test_a_broken_template_is_named_with_its_line(source, words):
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ range(10**9) | list }}",
-        "{% generation %}a{% endgeneration %}\ufdd0",
     ],
 )
 def test_what_a_template_raises_or_may_not_do_is_a_refusal(source):
     with pytest.raises(Refused):
-        Chat(Template(source, NAMES, "t")).write(PAIR, [1])
+        Chat(Template(source, NAMES, "t")).render(PAIR, [1])
 
 
 def test_a_template_sees_what_transformers_gives_it():

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from fsdp_qlora import fetch
-from fsdp_qlora.data import shapes, templates
+from fsdp_qlora.data import row_formats
 from fsdp_qlora.data.chat import Refused
-from fsdp_qlora.data.rows import Piece
+from fsdp_qlora.data.readers import TextPiece
+from fsdp_qlora.data.row_formats import LABEL_PROMPT
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import conversations
@@ -32,42 +33,42 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def choose(tokenizer):
-    """--template, --train_on and --system_prompt to a writer."""
+    """--template, --train_on and --system_prompt to a formatter."""
 
     def choose(template=None, **how):
-        return templates.choose(template, tokenizer.chat(), tokenizer.names, **how)
+        return row_formats.choose(template, tokenizer.chat(), tokenizer.names, **how)
 
     return choose
 
 
-def written(writer, row):
+def written(formatter, row):
     """(text, learned parts) of a row of one text."""
-    assert writer.problem(row) is None
-    (text,) = writer.write(row)
+    assert formatter.problem(row) is None
+    (text,) = formatter.render(row)
     return text.text, [text.text[a:b] for a, b in text.spans]
 
 
 def test_an_alpaca_row_puts_instruction_and_input_into_the_prompt_and_output_into_the_completion():
-    prompt, completion = templates.render(ALPACA)
+    prompt, completion = small_tokenizers.pair(ALPACA)
     assert "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n" in prompt
     assert completion == "2"
 
 
 @pytest.mark.parametrize("row", [ALPACA | {"input": ""}, ALPACA | {"input": None}])
 def test_an_alpaca_row_without_input_has_no_input_section(row):
-    prompt, _ = templates.render(row)
+    prompt, _ = small_tokenizers.pair(row)
     assert "Input" not in prompt and "paired with" not in prompt
 
 
 def test_a_question_row_shows_its_context_only_if_there_is_one():
     row = {"question": "Who?", "answer": "Ada"}
-    assert templates.render(row) == ("###Question:\nWho?\n###Answer:\n", "Ada")
-    prompt, _ = templates.render(row | {"context": "a table"})
+    assert small_tokenizers.pair(row) == ("###Question:\nWho?\n###Answer:\n", "Ada")
+    prompt, _ = small_tokenizers.pair(row | {"context": "a table"})
     assert prompt == "###Context:\na table\n###Question:\nWho?\n###Answer:\n"
 
 
 def test_prompt_and_completion_are_taken_as_they_stand():
-    assert templates.render({"prompt": "a ", "completion": " b"}) == ("a ", " b")
+    assert small_tokenizers.pair({"prompt": "a ", "completion": " b"}) == ("a ", " b")
 
 
 def test_a_guanaco_dialogue_is_learned_from_the_first_answer_on(choose):
@@ -80,7 +81,7 @@ def test_real_rows_of_every_kind_are_learned_where_they_answer(choose):
     """Docstrings of the standard library as each shape; chats of students."""
     docs = {name: text for name, text in fetch.builtin_docs() if len(text) > 40}
     assert len(docs) > 150
-    writer = choose()
+    formatter = choose()
     for name, text in docs.items():
         question = f"What does {name} do?"
         label = {"name": {name: [[0, len(name)]]}}
@@ -92,24 +93,24 @@ def test_real_rows_of_every_kind_are_learned_where_they_answer(choose):
             ({"text": text, "label": label}, shown + "<|im_end|>\n"),
             ({"text": text, "label": shown}, shown + "<|im_end|>\n"),
         ):
-            whole, learned = written(writer, row)
+            whole, learned = written(formatter, row)
             assert learned == [answer] and whole.endswith(answer) and len(whole) > len(answer)
     for messages in conversations():
         said = [f"{m['content']}<|im_end|>\n" for m in messages if m["role"] == "assistant"]
-        assert written(writer, {"messages": messages})[1] == said
+        assert written(formatter, {"messages": messages})[1] == said
 
 
 def test_labels_are_asked_for_with_a_system_prompt(choose):
     row = {"text": "Ada wrote.", "label": {"name": {"Ada": [[0, 2]], "é": []}}}
     text, learned = written(choose(), row)
-    assert text.startswith(f"<|im_start|>system\n{shapes.LABEL_PROMPT}<|im_end|>\n<|im_start|>user")
+    assert text.startswith(f"<|im_start|>system\n{LABEL_PROMPT}<|im_end|>\n<|im_start|>user")
     assert learned == ['{"name": {"Ada": [[0, 2]], "é": []}}<|im_end|>\n']
     text, _ = written(choose(system="Find names."), row)
     assert text.startswith("<|im_start|>system\nFind names.<|im_end|>\n")
 
 
 def test_sharegpt_rows_become_messages(choose):
-    assert [m["role"] for m in shapes.conversation(SHAREGPT)] == [
+    assert [m["role"] for m in row_formats.conversation(SHAREGPT)] == [
         *("system", "user", "assistant", "tool", "assistant")
     ]
     text, learned = written(choose(), SHAREGPT)
@@ -136,22 +137,22 @@ def test_any_question_and_answer_goes_through_the_chat_template_if_asked(choose,
         f"<|im_start|>assistant\n{learned}"
     )
     assert learned in ("2<|im_end|>\n", "Oh.<|im_end|>\n")
-    writer = choose("chat")
-    assert writer.name(row) in ("chat", f"{shapes.match(row).name} as chat")
-    assert writer.ask("Hi", row) == writer.chat.prompt([{"role": "user", "content": "Hi"}])
+    formatter = choose("chat")
+    assert formatter.name(row) in ("chat", f"{row_formats.match(row).name} as chat")
+    assert formatter.ask("Hi", row) == formatter.chat.prompt([{"role": "user", "content": "Hi"}])
 
 
 def test_a_format_string_learns_its_last_column(choose):
     row = {"Description": "Cough", "Patient": "I cough.", "Doctor": "Rest.", "age": 7}
     form = "Description: {Description}\\nPatient ({age}): {Patient} Doctor: {Doctor}!"
-    writer = choose(form)
-    text, learned = written(writer, row)
+    formatter = choose(form)
+    text, learned = written(formatter, row)
     assert text == "Description: Cough\nPatient (7): I cough. Doctor: Rest.!"
     assert learned == ["Rest.!"]
     assert written(choose(form, train_on="all"), row)[1] == [text]
-    assert 'no field "Doctor"' in writer.problem({"Description": "a", "Patient": "b", "age": 1})
-    assert 'field "age" is null' in writer.problem(row | {"age": None})
-    assert "is a list" in writer.problem([])
+    assert 'no field "Doctor"' in formatter.problem({"Description": "a", "Patient": "b", "age": 1})
+    assert 'field "age" is null' in formatter.problem(row | {"age": None})
+    assert "is a list" in formatter.problem([])
 
 
 @pytest.mark.parametrize(
@@ -175,25 +176,27 @@ def test_a_jinja_file_over_columns_learns_what_is_marked_or_all(choose, tmp_path
     path = tmp_path / "t.jinja"
     path.write_text("Q {{ q }}{% generation %} A {{ a }}{% endgeneration %}.")
     assert written(choose(str(path)), {"q": 1, "a": "x"}) == ("Q 1 A x.", [" A x"])
-    assert choose(str(path)).write({"q": 1, "a": "x"})[0].has_markup is False
+    assert choose(str(path)).render({"q": 1, "a": "x"})[0].has_markup is False
     path.write_text("{{ bos_token }}{{ q }}")
-    (text,) = choose(str(path)).write({"q": "x"})
+    (text,) = choose(str(path)).render({"q": "x"})
     assert text == ("<|endoftext|>x", ((0, 14),), True)
     for row in ({"p": 1}, {}):
         with pytest.raises(Refused, match="'q' is undefined"):
-            choose(str(path)).write(row)
+            choose(str(path)).render(row)
     path.write_text("{{ messages[0].content }}{% if add_generation_prompt %}A{% endif %}")
-    assert choose(str(path)).shape_name == "chat"
+    assert choose(str(path)).format_name == "chat"
     assert choose(str(path)).ask("Hi", ALPACA) == "HiA"
 
 
 def test_a_system_prompt_stands_before_every_kind(choose):
-    writer = choose(system="S")
-    text, learned = written(writer, {"prompt": "a ", "completion": "b"})
+    formatter = choose(system="S")
+    text, learned = written(formatter, {"prompt": "a ", "completion": "b"})
     assert (text, learned) == ("S\n\na b", ["b"])
-    assert writer.ask("a ", {"prompt": "x", "completion": "y"}) == "S\n\na "
+    assert formatter.ask("a ", {"prompt": "x", "completion": "y"}) == "S\n\na "
     for row in (CHAT, SHAREGPT):
-        assert written(writer, row)[0].startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>u")
+        assert written(formatter, row)[0].startswith(
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>u"
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,16 +209,16 @@ def test_a_system_prompt_stands_before_every_kind(choose):
     ],
 )
 def test_a_question_asked_like_the_rows_gives_the_prompt_such_a_row_would_have(row, choose):
-    assert choose().ask("Q", row) == templates.render(row)[0]
+    assert choose().ask("Q", row) == small_tokenizers.pair(row)[0]
 
 
 def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
-    for row in ({"text": "anything"}, {"input_ids": [1]}, Piece("a", True), None):
+    for row in ({"text": "anything"}, {"input_ids": [1]}, TextPiece("a", True), None):
         assert choose().ask("Once", row) == "Once"
     prompt = "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
     assert choose().ask("Q", CHAT) == prompt + "<|im_start|>assistant\n"
     asked = choose().ask("Q", {"text": "a", "label": []})
-    assert shapes.LABEL_PROMPT in asked and asked.endswith("Q<|im_end|>\n<|im_start|>assistant\n")
+    assert LABEL_PROMPT in asked and asked.endswith("Q<|im_end|>\n<|im_start|>assistant\n")
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_a_bad_row_is_described_by_its_field(row, words, choose):
         ("text", ALPACA, "(want text)"),
         ("chat", {"text": "a"}, "is no conversation (want messages, or an answer)"),
         ("chat", {"a": 1}, "has fields a"),
-        ("chat", Piece("a", True), "is running text"),
+        ("chat", TextPiece("a", True), "is running text"),
     ],
 )
 def test_a_row_of_another_kind_than_asked_for_is_refused(template, row, words, choose):
@@ -283,6 +286,6 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
     for tools in ([{"name": "f"}], '[{"name": "f"}]'):
-        assert choose(str(path)).write(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
+        assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
-        choose(str(path)).write(CHAT | {"tools": "[oops"})
+        choose(str(path)).render(CHAT | {"tools": "[oops"})

@@ -10,8 +10,8 @@ from fsdp_qlora import config
 from fsdp_qlora.data import build
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
+from tests.data.test_tokens import ROWS
 from tests.small_tokenizers import ROWS as REAL_ROWS
-from tests.test_tokens import ROWS
 
 CPU = torch.device("cpu")
 

@@ -16,18 +16,18 @@ import pytest
 from pyarrow import parquet
 
 from fsdp_qlora.data import sources
-from fsdp_qlora.data.rows import Bad, Piece, Place
-from fsdp_qlora.data.sources import Wanted
+from fsdp_qlora.data.readers import BadRow, Place, TextPiece
+from fsdp_qlora.data.sources import SourceOptions
 from fsdp_qlora.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ROWS = [{"question": f"q{i} é", "answer": f"a{i}"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
 def found(path, **wanted):
     """Places and rows."""
-    return list(sources.read(str(path), Wanted(**wanted)))
+    return list(sources.read(sources.find(str(path), SourceOptions(**wanted))))
 
 
 def read(path, **wanted):
@@ -35,7 +35,7 @@ def read(path, **wanted):
 
 
 def faults(path):
-    return [f"{place}: {row.words}" for place, row in found(path) if isinstance(row, Bad)]
+    return [f"{place}: {row.fault}" for place, row in found(path) if isinstance(row, BadRow)]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_text_comes_in_pieces_that_together_are_the_text(tmp_path):
     text = "".join(topics.values()).replace("\r", "")
     (tmp_path / "x.txt").write_bytes(text.replace("\n", "\r\n").encode())
     pieces = read(tmp_path / "x.txt")
-    assert len(pieces) > 5 and all(isinstance(piece, Piece) for piece in pieces)
+    assert len(pieces) > 5 and all(isinstance(piece, TextPiece) for piece in pieces)
     assert "".join(piece.text for piece in pieces) == text
     assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(piece.text[-1] == "\n" and not piece.text[0].isspace() for piece in pieces[1:-1])
@@ -136,7 +136,7 @@ def test_arrow_files_give_all_their_rows_in_order(tmp_path):
 def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path):
     text = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
-    assert read(tmp_path / "x.parquet") == [{"text": "a"}, Bad("is not UTF-8"), {"text": "c"}]
+    assert read(tmp_path / "x.parquet") == [{"text": "a"}, BadRow("is not UTF-8"), {"text": "c"}]
 
 
 def test_several_files_and_directories_are_read_in_order(tmp_path):
@@ -256,7 +256,7 @@ def test_reading_rows_needs_neither_torch_nor_transformers():
 
 
 def test_mutated_files_of_every_format_give_rows_or_one_line(tmp_path):
-    """Only UserError and Bad may come out, whatever 600 damaged files hold."""
+    """Only UserError and BadRow may come out, whatever 600 damaged files hold."""
     table = pyarrow.Table.from_pylist(ROWS)
     parquet.write_table(table, tmp_path / "good.parquet")
     with pyarrow.ipc.new_stream(str(tmp_path / "good.arrow"), table.schema) as file:
@@ -290,7 +290,7 @@ def test_mutated_files_of_every_format_give_rows_or_one_line(tmp_path):
 def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_its_time(tmp_path, monkeypatch):
     def fingerprint(text):
         (tmp_path / "x.jsonl").write_text(text)
-        return sources.find(str(tmp_path / "x.jsonl"), Wanted())[0].fingerprint()
+        return sources.find(str(tmp_path / "x.jsonl"), SourceOptions())[0].fingerprint()
 
     assert fingerprint(LINES) == fingerprint(LINES) != fingerprint(LINES[:-1] + " ")
     monkeypatch.setattr(sources, "MOST_HASHED_BYTES", 10)

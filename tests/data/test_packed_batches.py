@@ -7,10 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fsdp_qlora.data.batches import NOT_TRAINED, Batches, collate, flatten
-from fsdp_qlora.data.order import Dealing
-from fsdp_qlora.data.packed_batches import PackedBatches
-from fsdp_qlora.data.store import Sample, of_samples
+from fsdp_qlora.data.batches import (
+    NOT_TRAINED,
+    Batches,
+    PackedBatches,
+    SamplerConfig,
+    collate,
+    flatten,
+)
+from fsdp_qlora.data.token_dataset import Sample, of_samples
 from fsdp_qlora.model import shard
 from fsdp_qlora.training import loop
 from tests import tiny
@@ -48,7 +53,7 @@ def rows_of(batch):
 def test_every_epoch_shows_every_row_once_and_ranks_stay_in_step(num, batch, accumulation, world):
     samples = numbered(num)
     ranks = [
-        PackedBatches(samples, CONTEXT, Dealing(batch, accumulation, world, rank, 42, 2, -1))
+        PackedBatches(samples, CONTEXT, SamplerConfig(batch, accumulation, world, rank, 42, 2, -1))
         for rank in range(world)
     ]
     per_epoch = ranks[0].steps_per_epoch
@@ -127,7 +132,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(tmp_path, model_t
 
 def test_flat_batches_show_the_rows_of_padded_ones():
     samples = of_samples(make_samples(40), "x")
-    dealing = Dealing(3, 2, 2, 1, 42, 1, -1)
+    dealing = SamplerConfig(3, 2, 2, 1, 42, 1, -1)
     flat, padded = Batches(samples, dealing, is_flat=True), Batches(samples, dealing)
     for step in range(flat.num_steps):
         for one, other in zip(flat.step(step), padded.step(step), strict=True):
