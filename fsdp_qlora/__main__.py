@@ -26,7 +26,7 @@ COMMANDS = {
         "answer a prompt, or converse, with a base and its adapter",
     ),
     "merge": ("fsdp_qlora.results.verbs", "merge", "add an adapter to its base, and compare"),
-    "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
+    "plan": ("fsdp_qlora.planning.show", "main", "say what a run needs, whether it fits, how long"),
     "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
     "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
     "report": ("fsdp_qlora.report.page", "main", "show a run, or several side by side"),
