@@ -1,4 +1,4 @@
-"""Wheel, sdist and editable install train outside the repository, each in an environment of its own."""
+"""Wheel, sdist and editable install train outside the repository, each in its own environment."""
 
 import os
 import shutil
