@@ -1,4 +1,4 @@
-"""The commands: `python -m fsdp_qlora COMMAND ...`."""
+"""The commands: `fsdp-qlora COMMAND ...`, or `python -m fsdp_qlora COMMAND ...`."""
 
 import importlib
 import sys
@@ -8,7 +8,7 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 # Name -> where its function is, what it does; in the order of the work.
 COMMANDS = {
     "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
-    "plan": ("fsdp_qlora.plan.command:main", "tell how much memory and time a run needs"),
+    "plan": ("fsdp_qlora.planning.show:main", "tell how much memory and time a run needs"),
     "data": ("fsdp_qlora.data.inspect:main", "inspect the data of a run, without a GPU"),
     "doctor": ("fsdp_qlora.train.doctor.command:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
@@ -23,10 +23,13 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """Return the list of the commands, a few lines of text."""
-    rows = [f"  {name:<9} {words}" for name, (_, words) in COMMANDS.items()]
-    head = "usage: python -m fsdp_qlora COMMAND ...  (COMMAND --help tells more)"
-    return "\n".join([head, "", *rows])
+    """Say which commands there are.
+
+    Returns:
+        A few lines of text.
+    """
+    rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
+    return "\n".join(["usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)", "", *rows])
 
 
 def main(argv: list[str]) -> int:
@@ -45,17 +48,25 @@ def main(argv: list[str]) -> int:
         print(usage())
         return DONE
     if argv[0] not in COMMANDS:
-        rule = f"is no command; there are {' '.join(COMMANDS)}"
-        raise UserError(argv[0], rule, "see python -m fsdp_qlora --help")
+        raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")
     module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 
 
-if __name__ == "__main__":
+def console() -> int:
+    """Run the command of this process's command line: `fsdp-qlora`, `python -m fsdp_qlora`.
+
+    Returns:
+        Exit code; a UserError is one line on stderr.
+    """
     try:
-        sys.exit(main(sys.argv[1:]))
+        return main(sys.argv[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        return error.code
     except KeyboardInterrupt:
-        sys.exit(SIGINT)
+        return SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(console())

@@ -48,7 +48,7 @@ def fault(words: list[str]) -> str | None:
     if "train.py" in words:
         return fault_of_training(words[words.index("train.py") + 1 :])
     if words[1:3] == ["-m", "fsdp_qlora"]:
-        return fault_of_command(words[3:])
+        return fault_of_verb(words[3:])
     if program == "make":
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
@@ -66,16 +66,16 @@ def fault_of_training(argv: list[str]) -> str | None:
     return None
 
 
-TRAIN_COMMANDS = ("data", "plan", "train")  # take the flags of train.py too
+TRAIN_VERBS = ("data", "plan")  # take the flags of train.py too
 
 
-def fault_of_command(argv: list[str]) -> str | None:
+def fault_of_verb(argv: list[str]) -> str | None:
     if not argv or argv[0] not in {*COMMANDS, "--help"}:
-        return f"no command {argv[:1]}"
+        return f"no verb {argv[:1]}"
     command = [sys.executable, "-m", "fsdp_qlora", argv[0], "--help"]
     help_text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    if argv[0] in TRAIN_COMMANDS:
+    if argv[0] in TRAIN_VERBS:
         names = [*cli.options(config.TrainConfig), *config.ALIASES, "recipe"]
         help_text += " ".join(f"--{name}" for name in names)
     unknown = [flag for flag in flags if flag not in help_text and flag != "--help"]
