@@ -43,7 +43,7 @@ def test_steps_taken_again_after_a_resume_count_once_and_ranks_may_change(tmp_pa
     assert [len(step) > 0 for step in run.rank(1)] == [True, True, False, False, False]
     page = page_of(tmp_path / "run", out=tmp_path)
     assert "2 steps were taken again after a resume" in page.words
-    assert [v for _, v in page.tables["Peaks of every rank, GiB and cores"]["rank 1"]] == [2.0]
+    assert [v for _, v in page.tables["Peaks of every rank"]["rank 1"]] == [2.0]
 
 
 def test_the_summary_tells_how_a_run_ended(tmp_path):
