@@ -34,9 +34,9 @@ for name in (
     "fsdp_qlora.results.session",
     "fsdp_qlora.train.checkpoint",
     "fsdp_qlora.train.going_on",
-    "fsdp_qlora.train.loop",
+    "fsdp_qlora.training.loop",
     "fsdp_qlora.train.profiler",
-    "fsdp_qlora.train.rehearsal",
+    "fsdp_qlora.training.memory_probe",
     "fsdp_qlora.train.trackers",
     "fsdp_qlora.train.versions",
 ):

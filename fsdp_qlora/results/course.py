@@ -6,11 +6,11 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.results.look import Look
-from fsdp_qlora.train import loop
 from fsdp_qlora.train.checkpoint import Keeper
 from fsdp_qlora.train.going_on import Start
-from fsdp_qlora.train.ledger import Recorder
-from fsdp_qlora.train.rows import Account
+from fsdp_qlora.training import loop
+from fsdp_qlora.training.memory import MemoryTracker
+from fsdp_qlora.training.metrics import Recorder
 
 
 def take(
@@ -18,7 +18,7 @@ def take(
     data: Data,
     plan: RunPlan,
     recorder: Recorder,
-    account: Account,
+    tracker: MemoryTracker,
     begin: Start,
     signals: StopFlag,
     after_step: Callable[[], None],
@@ -29,7 +29,7 @@ def take(
         trained: what is trained, restored.
         data: what is learned.
         plan: of the run.
-        recorder, account: of this rank.
+        recorder, tracker: of this rank.
         begin: where the run starts.
         signals: SIGTERM and SIGINT.
         after_step: called when a step is recorded.
@@ -39,7 +39,7 @@ def take(
     """
     cfg = plan.cfg
     keeper = Keeper(trained, recorder, cfg, begin.facts, begin.step, signals)
-    look = Look(trained, data, cfg, plan.info, recorder, account, begin.step)
+    look = Look(trained, data, cfg, plan.info, recorder, tracker, begin.step)
 
     def watch() -> None:
         after_step()

@@ -25,8 +25,8 @@ from fsdp_qlora.train.checkpoint_files import CHECKPOINTS
 from fsdp_qlora.train.snapshot import HostCopies, Snapshot
 
 if TYPE_CHECKING:
-    from fsdp_qlora.train.ledger import Recorder
-    from fsdp_qlora.train.loop import Trained
+    from fsdp_qlora.training.loop import Trained
+    from fsdp_qlora.training.metrics import Recorder
 
 SECONDS = 60.0
 SIGN_S = 2.0  # from one sign of life to the next

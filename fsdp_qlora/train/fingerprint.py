@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.arch import ModelInfo, select_linears
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError, one_line
 from fsdp_qlora.plan.run import RunPlan
 from fsdp_qlora.train.checkpoint_files import Saved

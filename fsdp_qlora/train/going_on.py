@@ -11,9 +11,9 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.train import fingerprint, resume, snapshot
 from fsdp_qlora.train.checkpoint_files import Saved
-from fsdp_qlora.train.loop import Trained
 from fsdp_qlora.train.totals import Resumed
 from fsdp_qlora.train.versions import versions
+from fsdp_qlora.training.loop import Trained
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ import os
 import re
 import socket
 import time
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import cli
-from fsdp_qlora.choices import ALIASES
-from fsdp_qlora.config import Config, check_own_code
+from fsdp_qlora.config import ALIASES, RECIPES_DIR, Config, check_own_code, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.plan import fit
 from fsdp_qlora.train import checkpoint_files as files
 from fsdp_qlora.train.checkpoint_files import CHECKPOINTS, MANIFEST, Saved
 
@@ -68,7 +67,7 @@ def expand(
 ) -> tuple[list[str], Saved | None]:
     """Replace --resume in a command line by all that it stands for.
 
-    The options that the user gave to the run stand below those of this command line.
+    What is not on this command line is as the checkpoint has it, never a default of today.
 
     Args:
         argv: arguments without the program's name.
@@ -87,7 +86,7 @@ def expand(
     for i, word in enumerate(words):
         if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = f"--resume={LATEST}"
-    given, _ = cli.read_argv(words, typing.get_type_hints(Config), ALIASES)
+    given = cli.Reader(Config, ALIASES, RECIPES_DIR).read_argv(words)
     if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
         return words, None
     wanted = given["resume"].text
@@ -98,12 +97,16 @@ def expand(
     if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
         rule = f"is not where {wanted} was made"
         raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
-    config, names = saved.state["config"], saved.state["given"]
-    check_own_code(config, given, saved.path)
+    stored, removed = from_record(saved.state["config"])
+    check_own_code(vars(stored), given, saved.path)
+    if removed:
+        say(f"resume    options that are no more, and were set: {', '.join(removed)}")
+    left_open = (fit.PLACING | fit.KEEPING) - {*saved.state["given"]}  # the plan chose them
+    left_open |= {"resume", "output_dir", "overwrite"}
     below = [
-        f"--{name}={cli.to_text(config[name])}"
-        for name in sorted({*names, *PINNED} - {"recipe", "resume", "output_dir", "overwrite"})
-        if name in config and name in Config.__dataclass_fields__
+        f"--{name}={cli.to_text(value)}"
+        for name, value in vars(stored).items()
+        if name in PINNED or (name not in left_open and value != getattr(Config(), name))
     ]
     return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
 

@@ -15,7 +15,7 @@ from fsdp_qlora.model import shard
 from fsdp_qlora.train.checkpoint_files import OPTIMIZER, WEIGHTS, Array, Saved
 
 if TYPE_CHECKING:
-    from fsdp_qlora.train.loop import Trained
+    from fsdp_qlora.training.loop import Trained
 
 DTYPES = {
     torch.float32: "F32",

@@ -18,10 +18,10 @@ from fsdp_qlora.model import shard
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000  # those of torch.amp
 LEAST_SCALE = 1.0
 MOST_PLACES = 3  # rows named on the screen; the record has them all
-NUM_FACTS = 3  # of a verdict, before the flags of the ranks
+NUM_FACTS = 3  # of a status, before the flags of the ranks
 
 
-class Verdict(NamedTuple):
+class StepStatus(NamedTuple):
     """What all ranks together know of a step before the optimizer; 0-d float32 on the device.
 
     Attributes:
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     facts: torch.Tensor
 
 
-class Rows(Protocol):
+class PlacesOfRows(Protocol):
     """What the guard needs to know of the batches: see data/batches.py."""
 
     def places(self, step: int, rank: int) -> list[str]:
@@ -73,7 +73,7 @@ class Skipped:
         return f"step {self.step} skipped: {what} not finite{where}{scale} (rows {rows})"
 
 
-class Guard:
+class NonFiniteGuard:
     """Judges every step, counts those that are skipped, and ends a run that skips too many.
 
     Attributes:
@@ -123,14 +123,14 @@ class Guard:
         """The loss as the backward pass shall see it."""
         return loss if self.scale is None else loss * self.scale
 
-    def judge(
+    def check(
         self,
         grads: Sequence[torch.Tensor],
         loss_sum: torch.Tensor,
         num_tokens: float,
         num_copies: int,
         world: World,
-    ) -> Verdict:
+    ) -> StepStatus:
         """Norm and loss of all ranks, in one collective.
 
         Args:
@@ -152,35 +152,35 @@ class Guard:
         norm, loss = (facts[0] / num_copies).sqrt() / scale, facts[1] / num_tokens
         is_bad = (~(norm.isfinite() & loss.isfinite())).float()
         told = torch.cat([torch.stack([is_bad, (~loss.isfinite()).float(), scale]), facts[2:]])
-        return Verdict(loss, norm, is_bad, told)
+        return StepStatus(loss, norm, is_bad, told)
 
-    def finish(self, step: int, verdict: Verdict) -> None:
-        """Adapt the loss scale to a step that is over, and send its verdict to the host.
+    def finish(self, step: int, status: StepStatus) -> None:
+        """Adapt the loss scale to a step that is over, and send its status to the host.
 
         Args:
             step: from 1; 0: the host is not told.
-            verdict: of it.
+            status: of it.
 
         Source: torch.amp.GradScaler.update.
         """
         if self.scale is not None:
-            args = (verdict.is_bad, GROWTH, BACKOFF, GROWTH_STEPS)
+            args = (status.is_bad, GROWTH, BACKOFF, GROWTH_STEPS)
             torch._amp_update_scale_(self.scale, self._growth, *args)
         if not step:
             return
-        facts, done = verdict.facts, None
+        facts, done = status.facts, None
         if facts.device.type == "cuda":
             pinned = torch.empty(facts.shape, pin_memory=True)
             facts, done = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()
             done.record()
         self._pending.append((step, facts, done))
 
-    def check(self, rows: Rows, is_last: bool = False) -> Iterator[Skipped]:
+    def skipped_steps(self, rows: PlacesOfRows, is_last: bool = False) -> Iterator[Skipped]:
         """Yield the steps that are known to be skipped since the last call; call it once a step.
 
         Args:
             rows: of the run, to name those of a skipped step.
-            is_last: read all; else the newest verdict is left for the next call.
+            is_last: read all; else the newest status is left for the next call.
 
         Raises:
             UserError: too many steps in a row, or the loss scale has fallen too low (code 4), on

@@ -14,8 +14,8 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.train import guard, loop
-from fsdp_qlora.train.ledger import Recorder
+from fsdp_qlora.training import loop, nonfinite
+from fsdp_qlora.training.metrics import Recorder
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import FLAGS, make_samples, micro_batches
@@ -73,7 +73,7 @@ def inject(world, path, optimizer):
         results = step(trained, number)
         found.append((bool(results["skipped"]), before == state_hash(trained)))
     hashes.append(state_hash(trained))
-    skipped = list(trained.guard.check(NoRows(), is_last=True))
+    skipped = list(trained.guard.skipped_steps(NoRows(), is_last=True))
     return found, [(s.step, s.ranks, s.is_loss) for s in skipped], hashes
 
 
@@ -196,7 +196,7 @@ def scales(world, path):
     model, _, cfg = tiny.build(path, world, *FLAGS[1:], "--precision=fp16_autocast", "--lr=0.01")
     trained = loop.prepare(model, cfg, 30, world)
     injector = Injector(model)
-    theirs = torch.amp.GradScaler(world.device.type, growth_interval=guard.GROWTH_STEPS)
+    theirs = torch.amp.GradScaler(world.device.type, growth_interval=nonfinite.GROWTH_STEPS)
     param = torch.nn.Parameter(torch.zeros(2, device=world.device))
     sgd, found = torch.optim.SGD([param], lr=0.0), []
     bad = (0, 1, 2, 3, 7)
@@ -204,15 +204,15 @@ def scales(world, path):
     for number in range(12):
         injector.where = "backward" if number in bad and world.rank == 1 else ""
         injector.value = math.inf
-        trained.guard._growth.fill_(guard.GROWTH_STEPS - 1) if number == 10 else None
-        theirs._growth_tracker.fill_(guard.GROWTH_STEPS - 1) if number == 10 else None
+        trained.guard._growth.fill_(nonfinite.GROWTH_STEPS - 1) if number == 10 else None
+        theirs._growth_tracker.fill_(nonfinite.GROWTH_STEPS - 1) if number == 10 else None
         results = step(trained, number + 1)
         param.grad = theirs.scale(torch.full_like(param, math.inf if number in bad else 0.1))
         theirs.step(sgd)
         theirs.update()
         scale = (trained.guard.scale.item(), theirs.get_scale())
         found.append((bool(results["skipped"]), *scale, results["loss"].item()))
-    num_skipped = len(list(trained.guard.check(NoRows(), is_last=True)))
+    num_skipped = len(list(trained.guard.skipped_steps(NoRows(), is_last=True)))
     return found, num_skipped, trained.guard.num_in_a_row
 
 

@@ -7,7 +7,8 @@ import psutil
 import pytest
 import torch
 
-from fsdp_qlora.train import memory
+from fsdp_qlora import hardware
+from fsdp_qlora.training import memory
 
 CPU = torch.device("cpu")
 
@@ -16,7 +17,7 @@ def test_process_memory_sees_what_this_process_allocates():
     before = memory.memory_now(CPU)
     ballast = bytearray(b"x" * (256 * 2**20))
     after = memory.memory_now(CPU)
-    assert set(after) == {*memory.PROCESS_FIELDS, *memory.MACHINE_FIELDS}
+    assert set(after) == {*memory.PROCESS_FIELDS, *hardware.MACHINE_FIELDS}
     for name in ("host_rss_gib", "host_pss_gib"):
         assert after[name] - before[name] == pytest.approx(len(ballast) / memory.GIB, abs=0.02)
     assert after["host_rss_gib"] == pytest.approx(
@@ -33,11 +34,11 @@ def test_process_memory_sees_what_this_process_allocates():
 def test_the_sampler_keeps_a_peak_that_is_gone_at_the_next_step():
     with memory.HostSampler(interval_s=0.01) as sampler:
         ballast = bytearray(b"x" * (512 * 2**20))
-        used_gib = memory.machine_memory()["host_used_gib"]
+        used_gib = hardware.machine_memory()["host_used_gib"]
         time.sleep(0.2)
         del ballast
     assert sampler.peak_used_gib >= used_gib - 0.1
-    assert sampler.pss_gib == pytest.approx(memory.pss_gib(), rel=0.1)
+    assert sampler.pss_gib == pytest.approx(hardware.pss_gib(), rel=0.1)
 
 
 def test_phase_peaks_of_a_cpu_rank_are_its_own_pages_phase_by_phase():

@@ -1,4 +1,4 @@
-"""The dry run leaves no trace, and tells rows apart (train/rehearsal.py, tracing.py)."""
+"""The dry run leaves no trace, and tells rows apart (train/rehearsal.py, memory_probe.py)."""
 
 import dataclasses
 import hashlib
@@ -12,11 +12,11 @@ from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.packed_batches import PackedBatches
 from fsdp_qlora.plan import rows as names
-from fsdp_qlora.train import rehearsal, tracing
+from fsdp_qlora.training import memory_probe
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_batches import make_samples
-from tests.test_rows import plan_of
+from tests.training.test_memory_rows import plan_of
 
 CPU = torch.device("cpu")
 CASES = (
@@ -37,14 +37,14 @@ def _train(world, path, cases, is_rehearsed):
     """Three steps under every case; everything that a step could depend on, bit for bit."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.rows import Account
+    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training.memory import MemoryTracker
 
     results = []
     for flags in cases:
         torch.manual_seed(7 + world.rank)
         plan = plan_of(path, *flags, "--lr=0.01")
-        cfg, account = plan.cfg, Account(plan, world.device)
+        cfg, tracker = plan.cfg, MemoryTracker(plan, world.device)
         built = build(cfg, plan.info, world)
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, cfg, 3)
@@ -52,9 +52,9 @@ def _train(world, path, cases, is_rehearsed):
         num_micro = cfg.gradient_accumulation_steps
         batches = Batches(make_samples(60), Dealing(2, num_micro, world.size, world.rank, 42, 1, 3))
         if is_rehearsed:
-            words = rehearsal.rehearse(trained, batches, cfg, account)
+            words = memory_probe.run(trained, batches, cfg, tracker)
             assert words == f"dry run   {2 * batches.longest:,} tokens at once fit"
-            assert account.peak_of("dry run").allocated_gib > 0
+            assert tracker.peak_of("dry run").allocated_gib > 0
         found = [digest([torch.get_rng_state(), *params]), len(optimizer.state)]
         for step in range(3):
             done = loop.train_step(trained, batches.step(step))
@@ -79,14 +79,14 @@ def _no_room(world, path):
     """The error of a dry run that finds no room for the moments, and what it leaves."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.rows import Account
+    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training.memory import MemoryTracker
 
     plan = plan_of(path)
-    account = Account(plan, world.device)
-    with account.phase("load"):
+    tracker = MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    account.hold(built.model, built.placed)
+    tracker.record_model(built.model, built.placed)
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(9), Dealing(2, 1, world.size, world.rank, 42, 1, 1))
@@ -95,7 +95,7 @@ def _no_room(world, path):
         raise torch.OutOfMemoryError(f"no room for {tensor.numel()}")
 
     try:
-        rehearsal.rehearse(trained, batches, plan.cfg, account, allocate=refuse)
+        memory_probe.run(trained, batches, plan.cfg, tracker, allocate=refuse)
     except torch.OutOfMemoryError as error:
         return error.__notes__
     return []
@@ -118,7 +118,7 @@ def test_the_longest_batch_is_as_large_as_any_of_the_run():
         Batches(samples, dealing, is_flat=True),
         PackedBatches(samples, 64, dealing),
     ):
-        found = rehearsal.longest_batch(batches, cfg, 256)
+        found = memory_probe.longest_batch(batches, cfg, 256)
         micro = [batch for step in range(batches.num_steps) for batch in batches.step(step)]
         assert found.input_ids.numel() >= max(batch.input_ids.numel() for batch in micro)
         assert found.input_ids.dim() == micro[0].input_ids.dim()
@@ -126,15 +126,17 @@ def test_the_longest_batch_is_as_large_as_any_of_the_run():
         assert int(found.input_ids.max()) < 256
         num_rows = 3
         assert found.num_trained_tokens == found.num_tokens - num_rows
-    assert rehearsal.longest_batch(PackedBatches(samples, 64, dealing), cfg, 256).num_tokens == 192
+    assert (
+        memory_probe.longest_batch(PackedBatches(samples, 64, dealing), cfg, 256).num_tokens == 192
+    )
 
 
 def test_a_dry_run_is_for_cards_unless_asked_for():
     """On a CPU memory is not lost to an allocator that has to be proven."""
     for word, on_cpu, on_card in (("auto", 0, 1), ("on", 1, 1), ("off", 0, 0)):
         cfg = config.parse([f"--dry_run={word}"])
-        assert rehearsal.is_wanted(cfg, CPU) == on_cpu
-        assert rehearsal.is_wanted(cfg, torch.device("cuda", 0)) == on_card
+        assert memory_probe.is_wanted(cfg, CPU) == on_cpu
+        assert memory_probe.is_wanted(cfg, torch.device("cuda", 0)) == on_card
 
 
 PLACES = {
@@ -181,7 +183,7 @@ PASS = (
 
 def test_allocations_are_told_apart_by_place_and_life():
     """Worked out by hand: what is alive at the highest moment of each phase."""
-    found, stays_gib = tracing.told_apart(history(*PASS, "-reduced", "|"))
+    found, stays_gib = memory_probe.told_apart(history(*PASS, "-reduced", "|"))
     assert stays_gib == 0.0625  # the workspace
     forward, backward = found["forward"], found["backward"]
     # at the logits: 2 + 2 kept, adapters, x, logits; with the gradient that the loss keeps
@@ -198,42 +200,47 @@ def test_of_two_passes_the_higher_counts():
     second = [changes.get(step, step) for step in PASS]
     extra = ("+pool graph 5",)
     events = history(*PASS, *extra, *second, "-reduced", "-sum", "|", "-pool")
-    found, stays_gib = tracing.told_apart(events)
+    found, stays_gib = memory_probe.told_apart(events)
     assert stays_gib == 0.125
     assert found["forward"].fixed == {names.BUFFERS: 0.5, names.GRADIENTS: 0.75}
     assert found["forward"].scaled[names.LAYER] == 5.375
     assert found["forward"].scaled[names.KEPT] == 4.0
     with pytest.raises(ValueError, match="2 boundaries"):
-        tracing.told_apart(history("|", "+a layer 1", "|"))
+        memory_probe.told_apart(history("|", "+a layer 1", "|"))
 
 
 def test_a_cpu_keeps_no_history():
     """Rows stay untold, and that is no fault."""
-    with tracing.traced(CPU) as trace:
-        tracing.boundary(CPU)
+    with memory_probe._traced(CPU) as trace:
+        memory_probe._boundary(CPU)
         np.ones(3)
-    assert trace.passing == {} and trace.failure == ""
+    assert trace.transients == {} and trace.failure == ""
 
 
 def _told(world, path):
     """A dry run on a card: what it says, the peak, and the rows that should make it."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.rows import Account
+    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training.memory import MemoryTracker
 
     plan = plan_of(path, "--use_cpu_offload=false", "--batch_size=8")
-    account = Account(plan, world.device)
-    with account.phase("load"):
+    tracker = MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    account.hold(built.model, built.placed)
-    held_gib = sum(account.held.values())
+    tracker.record_model(built.model, built.placed)
+    held_gib = sum(tracker.held.values())
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(60), Dealing(8, 1, world.size, world.rank, 42, 1, 3))
-    words = rehearsal.rehearse(trained, batches, plan.cfg, account)
+    words = memory_probe.run(trained, batches, plan.cfg, tracker)
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
-    return words, account.peak_of("dry run").allocated_gib, held_gib + moments_gib, account.passing
+    return (
+        words,
+        tracker.peak_of("dry run").allocated_gib,
+        held_gib + moments_gib,
+        tracker.transients,
+    )
 
 
 @pytest.mark.gpu

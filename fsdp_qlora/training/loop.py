@@ -24,11 +24,10 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.rows import Rows
-from fsdp_qlora.train import optim
 from fsdp_qlora.train.checkpoint import Keeper
-from fsdp_qlora.train.clock import StepHook
-from fsdp_qlora.train.guard import Guard
-from fsdp_qlora.train.ledger import Recorder
+from fsdp_qlora.training import optim
+from fsdp_qlora.training.metrics import Recorder, StepHook
+from fsdp_qlora.training.nonfinite import NonFiniteGuard
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Trained:
     schedule: LRScheduler
     max_norm: float | None
     world: World
-    guard: Guard = field(default_factory=Guard)
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
     is_reduced_once: bool = False
 
 
@@ -76,7 +75,7 @@ def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trai
         schedule,
         cfg.grad_norm if cfg.apply_gradient_clipping else None,
         world,
-        Guard(model, cfg.compute_dtype, cfg.max_skipped_steps),
+        NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps),
         cfg.no_sync,
     )
 
@@ -135,16 +134,16 @@ def train_step(
         hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
-    verdict = guard.judge(grads, loss_sum, num_tokens, num_copies, world)
-    optim.clip(grads, verdict.grad_norm, trained.max_norm, guard.scale)
+    status = guard.check(grads, loss_sum, num_tokens, num_copies, world)
+    optim.clip(grads, status.grad_norm, trained.max_norm, guard.scale)
     hook("pre-optimizer")
-    optim.step(trained.optimizer, verdict.is_bad)
+    optim.step(trained.optimizer, status.is_bad)
     trained.schedule.step()
     trained.optimizer.zero_grad()
-    guard.finish(step, verdict)
+    guard.finish(step, status)
     hook("post-optimizer")
-    results = {"loss": verdict.loss, "grad_norm": verdict.grad_norm, "skipped": verdict.is_bad > 0}
-    return results if guard.scale is None else results | {"loss_scale": verdict.facts[2]}
+    results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
+    return results if guard.scale is None else results | {"loss_scale": status.facts[2]}
 
 
 def fit(
@@ -226,7 +225,7 @@ def _note_skipped(
     recorder: Recorder,
     is_last: bool = False,
 ) -> None:
-    for skipped in trained.guard.check(batches, is_last):
+    for skipped in trained.guard.skipped_steps(batches, is_last):
         recorder.event("skipped", dataclasses.asdict(skipped))
         recorder.say(str(skipped))
 

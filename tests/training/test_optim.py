@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.choices import OPTIMIZERS, SCHEDULERS
+from fsdp_qlora.config import OPTIMIZERS, SCHEDULERS
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.train import optim
+from fsdp_qlora.training import optim
 
 NAMES = [
     "layers.0.body.lora",

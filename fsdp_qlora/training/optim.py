@@ -8,9 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fsdp_qlora.choices import OPTIMIZERS
-from fsdp_qlora.config import Config
-from fsdp_qlora.conflicts import check_optimizer
+from fsdp_qlora.config import OPTIMIZERS, Config, check_optimizer
 
 # Last parts of names that no weight decay pulls on: there is nothing small about a good norm.
 NO_DECAY = (".bias", "norm.weight", "magnitude")
@@ -36,21 +34,24 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def factor(name: str, step: int, num_steps: int, warmup_ratio: float) -> float:
+def factor(name: str, step: int, num_steps: int, warmup: int | float) -> float:
     """Share of the highest learning rate at optimizer step `step` (0-based).
 
-    The rate rises linearly over the first `warmup_ratio` of the steps (never from zero); "constant"
-    has no warmup, as in the reference.
+    The rate rises linearly over the warmup (never from zero); "constant" has none, as in the
+    reference.
 
     Args:
         name: row of SCHEDULES.
         step, num_steps: position and length of the run in optimizer steps.
-        warmup_ratio: share of `num_steps`.
+        warmup: steps; a float is a share of `num_steps`.
 
     Returns:
         Factor of the learning rate, 0 to 1.
     """
-    warmup = 0 if name == "constant" else math.ceil(warmup_ratio * num_steps)
+    if name == "constant":
+        warmup = 0
+    elif isinstance(warmup, float):
+        warmup = math.ceil(warmup * num_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return SCHEDULES[name]((step - warmup) / max(num_steps - warmup, 1))
@@ -75,7 +76,7 @@ def build(
 
     Args:
         params: this rank's slices, float32.
-        cfg: optimizer, lr, wd, lr_scheduler, warmup_ratio.
+        cfg: optimizer, lr, wd, lr_scheduler, warmup_steps.
         num_steps: optimizer steps of the run.
         names: of `params` in the model, for what NO_DECAY leaves alone; none: all decay.
 
@@ -97,7 +98,7 @@ def build(
         **options,
     )
     return optimizer, LambdaLR(
-        optimizer, lambda step: factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_ratio)
+        optimizer, lambda step: factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
     )
 
 

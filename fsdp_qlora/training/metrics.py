@@ -7,26 +7,156 @@ step N + 1 has been launched.
 import contextlib
 import json
 import math
+import os
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, hardware
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.plan import compare
-from fsdp_qlora.train import book, memory, screen
-from fsdp_qlora.train.clock import Clock, Lap
-from fsdp_qlora.train.rows import STEP_PHASES, Account
 from fsdp_qlora.train.totals import Resumed, Totals, raise_to
-from fsdp_qlora.train.usage import CpuUse, num_cores
 from fsdp_qlora.train.versions import versions
+from fsdp_qlora.training import memory
+from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker
 
+# The phase of the clock that ends at a point of a step.
+PHASES = {
+    "data": "data",
+    "post-forward": "forward",
+    "post-backward": "backward",
+    "post-optimizer": "optimizer",
+}
+
+IDLE = ("idle", "iowait")  # guest time is a part of user time already
+NOT_COUNTED = (*IDLE, "guest", "guest_nice")
+
+MIN_PLAIN_LINES = 20
 COUNTS = ("num_trained_tokens", "num_tokens")
+
+
+@dataclass(frozen=True)
+class Lap:
+    """The marks of one step, read later so that nothing waits for the GPU now.
+
+    Attributes:
+        marks: (phase, end of it) in order; CUDA events, or seconds of perf_counter. The first
+            one only says where the lap begins.
+    """
+
+    marks: tuple[tuple[str, Any], ...]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every phase, summed over its marks; waits for the last CUDA event."""
+        if isinstance(self.marks[-1][1], torch.cuda.Event):
+            self.marks[-1][1].synchronize()
+        totals: dict[str, float] = {}
+        for (_, began), (phase, ended) in zip(self.marks, self.marks[1:], strict=False):
+            totals[phase] = totals.get(phase, 0.0) + _seconds_between(began, ended)
+        return totals
+
+
+def _seconds_between(began: Any, ended: Any) -> float:
+    if isinstance(began, torch.cuda.Event):
+        return began.elapsed_time(ended) / 1e3
+    return ended - began
+
+
+class Clock:
+    """Seconds of each phase of a step, on the device's own time line.
+
+    Every moment belongs to the phase marked at its end, so the phases of a lap sum up to its
+    wall time. On a GPU a phase is the time that the GPU spent on it or waited for it.
+    """
+
+    def __init__(
+        self, device: torch.device, at_mark: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        """Start counting.
+
+        Args:
+            device: the device whose current stream is timed; a CPU is timed by perf_counter.
+            at_mark: told the name of every phase that ends, by the host's own time.
+        """
+        self._is_cuda = device.type == "cuda"
+        self._at_mark = at_mark
+        self._marks = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, phase: str) -> None:
+        """End `phase`: the time since the last mark belongs to it (and adds up within a lap)."""
+        self._marks.append((phase, self._now()))
+        self._at_mark(phase)
+
+    def lap(self) -> Lap:
+        """The marks since the last lap; the next one begins at the last mark."""
+        lap = Lap(tuple(self._marks))
+        self._marks = self._marks[-1:]
+        return lap
+
+    def restart(self) -> None:
+        """Forget the time since the last lap (after an evaluation, say)."""
+        self._marks = [("", self._now())]
+
+
+class StepHook:
+    """The one hook of an optimizer step: ends phases of the clock, shows signs of life.
+
+    Args:
+        clock: whose marks are those of memory too.
+        rank: of this process.
+        step: that is under way, from 1.
+    """
+
+    def __init__(self, clock: Clock, rank: int, step: int) -> None:
+        self._clock, self._rank, self._step = clock, rank, step
+
+    def __call__(self, point: str) -> None:
+        """Be at a point of the step: one of PHASES or of hooks.STEP_POINTS."""
+        if point in PHASES:
+            self._clock.mark(PHASES[point])
+        if point in hooks.STEP_POINTS:
+            hooks.reach(point, self._rank, self._step)
+
+
+class CpuUse:
+    """Cores that this process, and all programs together, keep busy between two looks."""
+
+    def __init__(self) -> None:
+        """Look for the first time."""
+        self._process = psutil.Process()
+        self._last = self._read()
+
+    def take(self) -> tuple[float, float]:
+        """Cores busy since the last call: 2.5 means that on average two and a half computed.
+
+        Returns:
+            Of this process with all its threads, and of the machine.
+        """
+        last, self._last = self._last, self._read()
+        wall_s, own_s, all_s = (new - old for new, old in zip(self._last, last, strict=True))
+        wall_s = max(wall_s, 1e-9)
+        return max(own_s, 0.0) / wall_s, max(all_s, 0.0) / wall_s
+
+    def _read(self) -> tuple[float, float, float]:
+        own, machine = self._process.cpu_times(), psutil.cpu_times()._asdict()
+        busy_s = sum(seconds for name, seconds in machine.items() if name not in NOT_COUNTED)
+        return time.monotonic(), own.user + own.system, busy_s
 
 
 class Ranks(Protocol):
@@ -67,7 +197,7 @@ class Recorder:
         run_info: dict[str, Any],
         num_registered_bytes: int = 0,
         has_bar: bool = True,
-        account: Account | None = None,
+        tracker: MemoryTracker | None = None,
         resumed: Resumed | None = None,
     ) -> None:
         """Describe the run; nothing is written before the `with` block.
@@ -80,14 +210,14 @@ class Recorder:
             num_registered_bytes: host bytes that this rank page-locked itself, unknown to
                 torch's pinned allocator.
             has_bar: False prints plain lines on a terminal too.
-            account: of this rank's memory by row, its model loaded; None: no rows are recorded.
+            tracker: of this rank's memory by row, its model loaded; None: no rows are recorded.
             resumed: the record that this one goes on with, on the rank that writes.
         """
         self.clock = Clock(world.device)
-        if account is not None:
-            self.clock = Clock(world.device, account.peaks.mark)
-        self._account = account
-        self._book = None if account is None else book.Book.of(account)
+        if tracker is not None:
+            self.clock = Clock(world.device, tracker.peaks.mark)
+        self._tracker = tracker
+        self._ledger = None if tracker is None else MemoryLedger.of(tracker)
         self._step = 0
         self._output_dir = Path(output_dir)
         self._world = world
@@ -96,7 +226,7 @@ class Recorder:
         self._run_info = run_info
         self._registered_gib = num_registered_bytes / memory.GIB
         self._sampler = memory.HostSampler()
-        self._cgroup = memory.find_cgroup()
+        self._cgroup = hardware.find_cgroup()
         self._cpu = CpuUse()
         self._totals = Totals()
         self._pending: tuple[dict[str, Any], Lap] | None = None
@@ -116,7 +246,7 @@ class Recorder:
             for line in self._resumed.lines:
                 self._totals.repeat(line)
             num_done = len(self._totals.step_s)
-            self._bar = screen.build_bar(self._num_steps, self._has_bar, num_done)
+            self._bar = _progress_bar(self._num_steps, self._has_bar, num_done)
         info = {"num_ranks": self._world.size, "versions": versions(self._world.device)}
         is_first = not self._resumed.lines
         self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
@@ -130,8 +260,8 @@ class Recorder:
         trace: TracebackType | None,
     ) -> None:
         """Write the last step and the summary, also when the run failed; say where memory went."""
-        if error is not None and self._account is not None and not hasattr(error, "__notes__"):
-            self._account.explain(error, self._where())
+        if error is not None and self._tracker is not None and not hasattr(error, "__notes__"):
+            self._tracker.annotate_oom(error, self._where())
         self.close(is_complete=kind is None)
 
     def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
@@ -163,8 +293,8 @@ class Recorder:
                 name: int(sum(row[i] for row in rows)) for i, name in enumerate(COUNTS, len(mine))
             }
             ranks = [dict(zip(mine, row, strict=False)) for row in rows]
-            host = {**memory.machine_memory(self._cgroup), "cpu_cores": cores}
-            host["num_cpu_cores"] = num_cores()
+            host = {**hardware.machine_memory(self._cgroup), "cpu_cores": cores}
+            host["num_cpu_cores"] = os.cpu_count() or 1
             host["host_peak_used_gib"] = max(
                 self._sampler.peak_used_gib, host["host_used_gib"] or 0
             )
@@ -184,31 +314,31 @@ class Recorder:
 
     def _where(self) -> str:
         """What is under way, in words."""
-        running = self._account.running if self._account is not None else ""
+        running = self._tracker.running if self._tracker is not None else ""
         if self._step >= self._num_steps:
             return "work after the last step"
         words = f"{running} of" if running else "work before"
         return f"{words} step {self._step + 1}"
 
     def _by_row(self, mine: dict[str, float]) -> list[float]:
-        """This rank's account of the step, as numbers; corrects peaks that its marks have taken."""
-        if self._account is None:
+        """This rank's tracker of the step, as numbers; corrects peaks that its marks have taken."""
+        if self._tracker is None:
             return []
-        phases, highest = self._account.step()
-        if self._account.is_cuda:
+        phases, highest = self._tracker.step()
+        if self._tracker.is_cuda:
             mine["device_peak_allocated_gib"] = highest.allocated_gib
             mine["device_peak_reserved_gib"] = highest.reserved_gib
-        return book.encode(phases, self._account.share)
+        return memory.encode(phases, self._tracker.share)
 
     def _enter(self, rows: list[list[float]], ranks: list[dict], host: dict[str, Any]) -> None:
-        """Put the rows of a step into the book and the line."""
-        if self._book is None:
+        """Put the rows of a step into the ledger and the line."""
+        if self._ledger is None:
             return
-        values = [row[-book.NUM_VALUES :] for row in rows]
+        values = [row[-memory.NUM_VALUES :] for row in rows]
         limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
         is_group = limit_gib is not None and limit_gib < total_gib
         used_gib = host["cgroup_used_gib" if is_group else "host_used_gib"]
-        tops, host["host_rows"] = self._book.enter(values, used_gib, STEP_PHASES)
+        tops, host["host_rows"] = self._ledger.update(values, used_gib, STEP_PHASES)
         for rank, top in zip(ranks, tops, strict=True):
             rank["device_rows"] = top
 
@@ -218,10 +348,10 @@ class Recorder:
         Args:
             phase: "load" or "save".
         """
-        if self._account is None or self._book is None:
+        if self._tracker is None or self._ledger is None:
             return
-        values = self._world.gather(book.encode(self._account.phases, self._account.share))
-        self._book.enter(values, self._account.used_gib[phase], (phase,))
+        values = self._world.gather(memory.encode(self._tracker.phases, self._tracker.share))
+        self._ledger.update(values, self._tracker.used_gib[phase], (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -242,10 +372,10 @@ class Recorder:
 
     def compared(self) -> list[str]:
         """What was predicted beside what was measured, on the rank that writes; else nothing."""
-        if self._book is None or self._account is None:
+        if self._ledger is None or self._tracker is None:
             return []
-        plan = self._account.plan.to_dict()
-        return compare.lines(plan, self._book.to_dict(), self._account.is_cuda)
+        plan = self._tracker.plan.to_dict()
+        return compare.lines(plan, self._ledger.to_dict(), self._tracker.is_cuda)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""
@@ -275,7 +405,7 @@ class Recorder:
             **self._totals.summary(),
             "num_ranks": self._world.size,
             "versions": versions(self._world.device),
-            "ledger": self._book.to_dict() if self._book is not None else {},
+            "ledger": self._ledger.to_dict() if self._ledger is not None else {},
             **self._run_info,
         }
         atomic.write_json(self._output_dir / "summary.json", _plain(summary))
@@ -301,7 +431,9 @@ class Recorder:
         line |= _plain(memories)
         self._write(line)
         self._totals.add(line)
-        screen.show(self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:]))
+        _show_progress(
+            self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:])
+        )
 
     def _write(self, line: dict[str, Any]) -> None:
         """Write a line; what a full disk does not take is tried again with the next one."""
@@ -326,3 +458,42 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, int | float | bool | None) else str(value)
+
+
+def _progress_bar(num_steps: int, has_bar: bool, num_done: int = 0) -> tqdm:
+    """A progress bar on the terminal; disabled (plain lines instead) elsewhere.
+
+    Args:
+        num_steps: optimizer steps of the run.
+        has_bar: False for plain lines on a terminal too.
+        num_done: steps that a run which goes on has taken.
+    """
+    is_live = has_bar and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    form = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
+    rest = {"dynamic_ncols": True, "bar_format": form, "disable": not is_live}
+    return tqdm(total=num_steps, initial=num_done, **rest)
+
+
+def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: float) -> None:
+    """Move the bar on, or print a line now and then when nobody watches.
+
+    Args:
+        bar: of `_progress_bar`.
+        line: of metrics.jsonl.
+        num_steps: optimizer steps of the run.
+        step_s: seconds of a step, for the time that is left.
+    """
+    loss = math.nan if line["loss"] is None else line["loss"]
+    text = f"loss {loss:.3f} {line['tokens_per_s']:,.0f} tok/s"
+    gpu = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
+    if gpu["device_total_gib"]:
+        text += f" GPU {gpu['device_peak_reserved_gib']:.1f}/{gpu['device_total_gib']:.0f} GiB"
+    text += f" host {line['host']['host_used_gib']:.1f}/{line['host']['host_total_gib']:.0f} GiB"
+    if not bar.disable:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(1)
+        return
+    step, every = line["step"], max(1, num_steps // MIN_PLAIN_LINES)
+    if step % every == 0 or step in (1, num_steps):
+        eta = tqdm.format_interval((num_steps - step) * step_s)
+        print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)

@@ -1,4 +1,4 @@
-"""The ledger by row (train/rows.py, book.py): real models on two ranks, and its arithmetic."""
+"""The ledger by row (train/rows.py, memory.py): real models on two ranks, and its arithmetic."""
 
 import dataclasses
 import itertools
@@ -15,10 +15,8 @@ from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.plan import rows as names
 from fsdp_qlora.plan import run as plans
-from fsdp_qlora.train import book
-from fsdp_qlora.train import rows as ledger_rows
-from fsdp_qlora.train.memory import Peak
-from fsdp_qlora.train.rows import Account, HostShare, Passing
+from fsdp_qlora.training import memory
+from fsdp_qlora.training.memory import HostShare, MemoryTracker, Peak, Transients
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -45,28 +43,28 @@ def _accounts(world, path, cases):
     """Load and take two steps under every case; rows and host shares by case."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import loop, optim
-    from fsdp_qlora.train.clock import Clock, StepHook
+    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training.metrics import Clock, StepHook
     from tests.test_shard import micro_batches
 
     found = []
     for flags in cases:
         plan = plan_of(path, *flags)
-        account = Account(plan, world.device)
-        with account.phase("load"):
+        tracker = MemoryTracker(plan, world.device)
+        with tracker.phase("load"):
             built = build(plan.cfg, plan.info, world)
-        account.hold(built.model, built.placed)
+        tracker.record_model(built.model, built.placed)
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, plan.cfg, 2)
-        account.watch(params, optimizer)
+        tracker.record_optimizer(params, optimizer)
         trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
-        clock = Clock(world.device, account.peaks.mark)
+        clock = Clock(world.device, tracker.peaks.mark)
         for _ in range(2):
             loop.train_step(
                 trained, micro_batches(world.rank, world.size, 1), 1, StepHook(clock, 0, 1)
             )
-            steps, _ = account.step()
-        found.append((account.phases | steps, account.share, account.shared_gib, account.held))
+            steps, _ = tracker.step()
+        found.append((tracker.phases | steps, tracker.share, tracker.shared_gib, tracker.held))
     return found
 
 
@@ -97,55 +95,55 @@ def test_what_lies_on_a_rank_is_counted_tensor_by_tensor_and_is_what_was_planned
 
 def test_rows_of_a_step_sum_up_to_its_peak_and_the_rest_is_dealt_as_the_dry_run_found_it(tmp_path):
     """Fixed rows keep their size, the others share what is left; without a dry run nobody knows."""
-    account = Account(plan_of(tiny.save_model(tmp_path / "model")), CPU)
-    account.held = {names.PACKED: 2.0, names.ADAPTERS: 0.5}
-    base_gib = account.share.base_gib
+    tracker = MemoryTracker(plan_of(tiny.save_model(tmp_path / "model")), CPU)
+    tracker.held = {names.PACKED: 2.0, names.ADAPTERS: 0.5}
+    base_gib = tracker.share.base_gib
     peak = Peak(base_gib + 10.0, base_gib + 10.0, base_gib)
-    assert account.device_rows("forward", peak) == pytest.approx(account.held | {names.REST: 7.5})
+    assert tracker.device_rows("forward", peak) == pytest.approx(tracker.held | {names.REST: 7.5})
     fixed, scaled = {names.SCRATCH: 1.0}, {names.KEPT: 8.0, names.LAYER: 2.0}
-    account.passing = {"forward": Passing(fixed, scaled)}
-    rows = account.device_rows("forward", peak)
-    expected = account.held | {names.SCRATCH: 1.0, names.KEPT: 5.2, names.LAYER: 1.3}
+    tracker.transients = {"forward": Transients(fixed, scaled)}
+    rows = tracker.device_rows("forward", peak)
+    expected = tracker.held | {names.SCRATCH: 1.0, names.KEPT: 5.2, names.LAYER: 1.3}
     assert rows == pytest.approx(expected)
     low = Peak(base_gib + 3.05, 0.0, 0.0)  # less than what is fixed: all shrink alike
-    rows = account.device_rows("forward", low)
-    assert rows == pytest.approx(account.held | {"dequantised weight": 0.05} | {
+    rows = tracker.device_rows("forward", low)
+    assert rows == pytest.approx(tracker.held | {"dequantised weight": 0.05} | {
         names.KEPT: 0.4, names.LAYER: 0.1})  # fmt: skip
     assert sum(rows.values()) == pytest.approx(3.05)
 
 
 def test_paged_moments_are_told_apart_from_what_torch_holds(tmp_path):
     """The driver has them, not the allocator: they add to its peak and to nothing else."""
-    account = Account(plan_of(tiny.save_model(tmp_path / "model")), CPU)
-    account.held = {names.PACKED: 2.0}
+    tracker = MemoryTracker(plan_of(tiny.save_model(tmp_path / "model")), CPU)
+    tracker.held = {names.PACKED: 2.0}
     param = torch.nn.Parameter(torch.zeros(4))
     optimizer = torch.optim.Adam([param])
     moments = {name: torch.zeros(2**26) for name in ("state1", "state2")}
     optimizer.state[param] = moments
-    account.watch([param], optimizer)
-    peak = Peak(account.share.base_gib + 3.0, 0.0, 0.0)
+    tracker.record_optimizer([param], optimizer)
+    peak = Peak(tracker.share.base_gib + 3.0, 0.0, 0.0)
     expected = {names.PACKED: 2.0, names.OPTIMIZER: 0.5}
-    assert account.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 0.5})
+    assert tracker.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 0.5})
     for tensor in moments.values():
         tensor.is_paged = True  # as bitsandbytes marks them
-    assert account.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 1.0})
+    assert tracker.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 1.0})
 
 
 def test_numbers_of_a_rank_survive_the_gather():
     """Rows of nothing are left out; as many numbers on every rank."""
     phases = {"load": {names.PACKED: 1.5}, "backward": {names.REST: 0.25, names.CONTEXT: 1.0}}
     share = HostShare(0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, (1.0, 2.0, 3.0))
-    values = book.encode(phases, share)
-    assert len(values) == book.NUM_VALUES == len(book.encode({}, HostShare()))
-    assert book.decode(values) == (phases, share)
+    values = memory.encode(phases, share)
+    assert len(values) == memory.NUM_VALUES == len(memory.encode({}, HostShare()))
+    assert memory.decode(values) == (phases, share)
 
 
-def book_of(kind: str, system_gib: float | None = 1.5) -> book.Book:
+def book_of(kind: str, system_gib: float | None = 1.5) -> memory.MemoryLedger:
     """An empty book of two ranks, 4 GiB of layers shared on the host, 0.5 of files in memory."""
     info = arch.read("llama-2-7b", need_weights=False)
     machine = Machine((), 64, 2, system_gib)
     plan = dataclasses.replace(plans.unplanned(info, config.Config(), ""), machine=machine)
-    return book.Book(plan, kind == "cuda", shared_gib=4.0, files_gib=0.5)
+    return memory.MemoryLedger(plan, kind == "cuda", shared_gib=4.0, files_gib=0.5)
 
 
 def test_host_rows_of_cards_leave_the_rest_to_the_processes():
@@ -177,8 +175,8 @@ def test_the_book_keeps_the_rows_of_the_highest_step():
     kept = book_of("cpu")
     for packed, other in ((1.0, 5.0), (2.0, 1.0)):
         phases = {"forward": {names.PACKED: packed, names.REST: other}}
-        values = [book.encode(phases, HostShare())] * 2
-        tops, host = kept.enter(values, None, ("forward",))
+        values = [memory.encode(phases, HostShare())] * 2
+        tops, host = kept.update(values, None, ("forward",))
         assert tops == [phases["forward"]] * 2 and host[names.HOSTED] == 4.0
     assert kept.to_dict()["ranks"][1]["device"]["forward"] == {names.PACKED: 1.0, names.REST: 5.0}
 
@@ -189,17 +187,17 @@ def _short_of_memory(world, path, out):
     from fsdp_qlora.data.order import Dealing
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import ledger, loop, optim
+    from fsdp_qlora.training import loop, metrics, optim
     from tests.test_batches import make_samples
 
     plan = plan_of(path, "--use_cpu_offload=false")
-    account = Account(plan, world.device)
-    with account.phase("load"):
+    tracker = MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    account.hold(built.model, built.placed)
+    tracker.record_model(built.model, built.placed)
     params = shard.local_parameters(built.model)
     optimizer, schedule = optim.build(params, plan.cfg, 9)
-    account.watch(params, optimizer)
+    tracker.record_optimizer(params, optimizer)
     trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
     batches = Batches(make_samples(40), Dealing(2, 1, 1, 0, 42, 1, 9))
     calls = []
@@ -214,7 +212,7 @@ def _short_of_memory(world, path, out):
     info = {"plan": plan.to_dict()}
     notes = []
     try:
-        with ledger.Recorder(out, world, 9, info, has_bar=False, account=account) as recorder:
+        with metrics.Recorder(out, world, 9, info, has_bar=False, tracker=tracker) as recorder:
             loop.fit(trained, batches, recorder)
     except torch.OutOfMemoryError as error:
         notes = error.__notes__
@@ -222,14 +220,14 @@ def _short_of_memory(world, path, out):
     for _ in range(20):
         began_s = time.perf_counter()
         for phase in ("data", "forward", "backward", "optimizer", "other"):
-            account.peaks.mark(phase)
-        book.encode(account.step()[0], account.share)
+            tracker.peaks.mark(phase)
+        memory.encode(tracker.step()[0], tracker.share)
         costs.append(time.perf_counter() - began_s)
     return notes, statistics.median(costs)
 
 
 def test_a_run_that_finds_no_memory_leaves_its_record_and_says_where(tmp_path):
-    """In the forward of a step; rows in every line; and what the account costs a step."""
+    """In the forward of a step; rows in every line; and what the tracker costs a step."""
     path = tiny.save_model(tmp_path / "model")
     ((notes, cost_s),) = run_ranks(_short_of_memory, 1, path, tmp_path)
     words = [note.split()[0] for note in notes]
@@ -243,6 +241,6 @@ def test_a_run_that_finds_no_memory_leaves_its_record_and_says_where(tmp_path):
     steps = [line for line in lines if "event" not in line]
     for line in steps:
         assert line["ranks"][0]["device_rows"] and line["host"]["host_rows"]
-        assert set(line["ranks"][0]["device_rows"]) <= set(ledger_rows.DEVICE_ROWS)
+        assert set(line["ranks"][0]["device_rows"]) <= set(memory.DEVICE_ROWS)
     assert len(notes) + 2 <= exit_report.MAX_LINES
     assert cost_s < 0.003

@@ -1,18 +1,27 @@
-"""Which row every allocation of a pass belongs to: torch's own history of the allocator, read back.
+"""The memory probe before step 1: a pass over the longest rows shows that they fit, and how.
 
-An allocation is known by the place in the program that made it, and by how long it lives. At the
-peak of a phase the rows then are what was alive, byte for byte.
+It leaves no trace. Every allocation of the pass is known by the place in the program that made it
+and by how long it lives, from the history of torch's own allocator. At the peak of a phase the rows
+then are what was alive, byte for byte.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
+from fsdp_qlora.config import Config
+from fsdp_qlora.data.batches import Batch, Batches, collate, flatten
+from fsdp_qlora.data.packed_batches import PackedBatches
+from fsdp_qlora.data.store import Sample
+from fsdp_qlora.model import shard
+from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.plan import rows as names
-from fsdp_qlora.train.rows import Passing
+from fsdp_qlora.training.loop import Trained, token_loss_sum
+from fsdp_qlora.training.memory import MemoryTracker, Transients
 
 MAX_EVENTS = 2_000_000
 GIB = 2**30
@@ -29,17 +38,134 @@ PASS = ("forward", "backward")
 Event = dict[str, Any]
 
 
+def is_wanted(cfg: Config, device: torch.device) -> bool:
+    """Return whether a run begins with a dry run.
+
+    Args:
+        cfg: dry_run.
+        device: of this rank.
+    """
+    return cfg.dry_run == "on" or (cfg.dry_run == "auto" and device.type == "cuda")
+
+
+def longest_batch(batches: Batches | PackedBatches, cfg: Config, vocab_size: int) -> Batch:
+    """A micro-batch as large as any that the data can bring, every token trained.
+
+    Args:
+        batches: this rank's.
+        cfg: batch_size; context_length, to which packed sequences are filled up.
+        vocab_size: rows of the embedding.
+
+    Returns:
+        The batch, on the host.
+    """
+    if isinstance(batches, PackedBatches):
+        longest, is_flat = cfg.context_length, True
+    else:
+        longest, is_flat = batches.longest, batches.is_flat
+    ids = np.arange(longest, dtype=np.int32) % vocab_size
+    rows = [Sample(ids, np.ones(longest, bool))] * cfg.batch_size
+    if is_flat:
+        return flatten(rows, batches.dealing.pad_multiple)
+    return collate(rows, batches.dealing.pad_multiple, longest)
+
+
+def run(
+    trained: Trained,
+    batches: Batches | PackedBatches,
+    cfg: Config,
+    tracker: MemoryTracker,
+    allocate: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+) -> str:
+    """Prove that the longest rows fit, and learn what comes and goes in a pass.
+
+    Model, optimizer, random numbers and data are afterwards as if it had not been.
+
+    Args:
+        trained: what will be trained; all ranks must call.
+        batches: this rank's.
+        cfg: batch_size, how layers are recomputed.
+        tracker: gets what comes and goes.
+        allocate: makes room as large as a tensor, for what the optimizer will keep.
+
+    Returns:
+        One line for the user.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    model, world = trained.model, trained.world
+    assert isinstance(model, PackedModel)
+    batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
+    was_training = model.training
+    model.train()
+    with tracker.phase("dry run"), _random_numbers_kept(world.device):
+        moments = [allocate(param) for param in trained.params for _ in range(2)]
+        with _traced(world.device) as trace:
+            num_passes = _num_passes(model, cfg)
+            for number in range(1, num_passes + 1):
+                _pass(trained, batch, cfg.gradient_accumulation_steps > 1, number == num_passes)
+            _drop_gradients(trained)
+            _boundary(world.device)
+        del moments
+        world.barrier()  # no rank goes on before all have come through
+    model.train(was_training)
+    model.set_checkpointing(cfg, world.device)  # CUDA graphs are captured anew
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tracker.set_transients(trace.transients, trace.stays_gib)
+    num_tokens = batch.num_tokens
+    peak_gib = tracker.peak_of("dry run").allocated_gib
+    words = f"dry run   {num_tokens:,} tokens at once fit"
+    if trace.failure:
+        words += f" (rows are not told apart: {trace.failure})"
+    return words + (f": {peak_gib:.2f} GiB in tensors" if tracker.is_cuda else "")
+
+
+def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) -> None:
+    """Forward and backward, with marks at their ends."""
+    if trained.is_reduced_once:
+        shard.reduce_gradients(trained.model, is_last or not keeps_gradients)
+    device = trained.world.device
+    loss = token_loss_sum(trained.model, batch, device)
+    _boundary(device)
+    loss.backward()
+    _boundary(device)
+    if not keeps_gradients:
+        _drop_gradients(trained)
+
+
+def _num_passes(model: PackedModel, cfg: Config) -> int:
+    """Two where the second finds gradients of the first, or graphs that it captures."""
+    has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
+    return 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
+
+
+def _drop_gradients(trained: Trained) -> None:
+    if any(param.grad is not None for param in shard.trained_parameters(trained.model)):
+        shard.collect_gradients(trained.model, trained.params)
+    for param in trained.params:
+        param.grad = None
+
+
+@contextlib.contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Dropout draws the same numbers after the block as it would have without it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
 @dataclass
-class Trace:
+class _Trace:
     """What was found.
 
     Attributes:
-        passing: phase -> what came and went at its peak; empty without a card.
+        transients: phase -> what came and went at its peak; empty without a card.
         stays_gib: what libraries have made and keep.
         failure: why nothing was found, or "".
     """
 
-    passing: dict[str, Passing] = field(default_factory=dict)
+    transients: dict[str, Transients] = field(default_factory=dict)
     stays_gib: float = 0.0
     failure: str = ""
 
@@ -60,14 +186,14 @@ class _Block:
     stop: int
 
 
-def boundary(device: torch.device) -> None:
+def _boundary(device: torch.device) -> None:
     """Mark the end of a phase in the history: an allocation that bears this function's name."""
     if device.type == "cuda":
         torch.empty(1, dtype=torch.uint8, device=device)
 
 
 @contextlib.contextmanager
-def traced(device: torch.device) -> Iterator[Trace]:
+def _traced(device: torch.device) -> Iterator[_Trace]:
     """Record the allocations of the block and tell them apart at its end.
 
     Args:
@@ -76,7 +202,7 @@ def traced(device: torch.device) -> Iterator[Trace]:
     Yields:
         The trace, which is filled at the end.
     """
-    trace = Trace()
+    trace = _Trace()
     if device.type != "cuda":
         yield trace
         return
@@ -89,12 +215,12 @@ def traced(device: torch.device) -> Iterator[Trace]:
         record(None, device=device)
     try:
         events = next(events for events in history if events)
-        trace.passing, trace.stays_gib = told_apart(events)
+        trace.transients, trace.stays_gib = told_apart(events)
     except (KeyError, ValueError, StopIteration) as error:  # another torch, another form
         trace.failure = f"{type(error).__name__}: {error}"
 
 
-def told_apart(events: Sequence[Event]) -> tuple[dict[str, Passing], float]:
+def told_apart(events: Sequence[Event]) -> tuple[dict[str, Transients], float]:
     """The rows at the peak of each phase.
 
     Args:
@@ -122,14 +248,14 @@ def told_apart(events: Sequence[Event]) -> tuple[dict[str, Passing], float]:
             rows[row] = rows.get(row, 0.0) + block.nbytes / GIB
         if sum(rows.values()) >= sum(found.get(phase, {}).values()):
             found[phase] = rows
-    passing = {
-        phase: Passing(
+    transients = {
+        phase: Transients(
             {row: gib for row, gib in rows.items() if row in FIXED},
             {row: gib for row, gib in rows.items() if row not in FIXED},
         )
         for phase, rows in found.items()
     }
-    return passing, sum(block.nbytes for block in stays) / GIB
+    return transients, sum(block.nbytes for block in stays) / GIB
 
 
 def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:

@@ -8,6 +8,7 @@ import select
 import statistics
 import sys
 import termios
+import threading
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora.train import ledger, memory
-from fsdp_qlora.train.clock import Clock
+from fsdp_qlora import hardware
+from fsdp_qlora.training import memory, metrics
+from fsdp_qlora.training.metrics import Clock, CpuUse
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -61,7 +63,7 @@ def summary(folder: Path) -> dict:
 
 
 def run_steps(folder: Path, num_steps: int, **changes) -> None:
-    with ledger.Recorder(folder, Alone(), num_steps, {"config": {"seed": 42}}) as recorder:
+    with metrics.Recorder(folder, Alone(), num_steps, {"config": {"seed": 42}}) as recorder:
         for step in range(1, num_steps + 1):
             recorder.clock.mark("forward")
             recorder.step(record(step, **changes))
@@ -76,7 +78,7 @@ def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
         assert {name: line[name] for name in expected} == expected
         assert set(line["ranks"][0]) == {*memory.PROCESS_FIELDS, "cpu_cores"}
         others = {"host_peak_used_gib", "cpu_cores", "num_cpu_cores"}
-        assert set(line["host"]) == {*memory.MACHINE_FIELDS, *others}
+        assert set(line["host"]) == {*hardware.MACHINE_FIELDS, *others}
         assert line["ranks"][0]["host_rss_gib"] > 0.05
         assert line["tokens_per_s"] == pytest.approx(100 / line["step_s"])
 
@@ -92,7 +94,7 @@ def test_the_first_line_names_config_versions_and_ranks(tmp_path):
 
 
 def test_the_loss_of_a_step_is_read_only_when_the_next_step_is_launched(tmp_path):
-    with ledger.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+    with metrics.Recorder(tmp_path, Alone(), 2, {}) as recorder:
         loss = torch.tensor(9.0)
         recorder.step(record(1, loss=loss, grad_norm=torch.tensor(0.25)))
         assert steps(tmp_path) == []
@@ -116,7 +118,7 @@ def test_phases_add_up_over_micro_batches_and_make_the_step(pass_s):
 
 
 def test_step_seconds_cover_the_whole_time_except_what_an_event_tells_of(tmp_path, pass_s):
-    with ledger.Recorder(tmp_path, Alone(), 3, {}) as recorder:
+    with metrics.Recorder(tmp_path, Alone(), 3, {}) as recorder:
         for step in (1, 2, 3):
             pass_s(0.5)
             recorder.clock.mark("forward")
@@ -137,7 +139,7 @@ def test_recording_costs_milliseconds(tmp_path):
 
 
 def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three_steps(tmp_path):
-    with ledger.Recorder(tmp_path, Alone(), 5, {"config": {"lr": 1e-5}}) as recorder:
+    with metrics.Recorder(tmp_path, Alone(), 5, {"config": {"lr": 1e-5}}) as recorder:
         recorder.event("load", {"load_s": 1.5})
         for step in range(1, 6):
             time.sleep(0.2 if step <= 3 else 0.01)
@@ -162,7 +164,7 @@ def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three
 
 
 def test_a_failed_run_keeps_its_last_step_and_says_that_it_is_incomplete(tmp_path):
-    with pytest.raises(ZeroDivisionError), ledger.Recorder(tmp_path, Alone(), 9, {}) as recorder:
+    with pytest.raises(ZeroDivisionError), metrics.Recorder(tmp_path, Alone(), 9, {}) as recorder:
         recorder.step(record(1))
         recorder.step(record(2))
         raise ZeroDivisionError
@@ -172,7 +174,7 @@ def test_a_failed_run_keeps_its_last_step_and_says_that_it_is_incomplete(tmp_pat
 
 
 def test_a_loss_that_is_not_a_number_is_null_and_named(tmp_path):
-    with ledger.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+    with metrics.Recorder(tmp_path, Alone(), 2, {}) as recorder:
         recorder.step(record(1, loss=torch.tensor(float("nan")), grad_norm=float("inf")))
         recorder.step(record(2, grad_norm=None))
     first, second = steps(tmp_path)
@@ -183,7 +185,7 @@ def test_a_loss_that_is_not_a_number_is_null_and_named(tmp_path):
 
 
 def test_events_stand_between_the_steps_they_happened_between(tmp_path):
-    with ledger.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+    with metrics.Recorder(tmp_path, Alone(), 2, {}) as recorder:
         recorder.step(record(1))
         recorder.event("eval", {"loss": torch.tensor(2.5)})
         recorder.step(record(2))
@@ -204,7 +206,7 @@ def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, 
 
 
 def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
-    with ledger.Recorder(tmp_path, Alone(), 1, {}) as recorder:
+    with metrics.Recorder(tmp_path, Alone(), 1, {}) as recorder:
         recorder.say("begin")
         recorder.step(record(1))
         recorder.say("saved")
@@ -230,7 +232,7 @@ def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monke
 
 def record_with_ballast(world, folder: str) -> None:
     ballast = bytearray(b"x" * (world.rank * 400 * 2**20))
-    with ledger.Recorder(folder, world, 2, {}) as recorder:
+    with metrics.Recorder(folder, world, 2, {}) as recorder:
         for step in (1, 2):
             recorder.step(record(step, num_trained_tokens=10 + world.rank, num_tokens=100 * step))
     del ballast
@@ -256,3 +258,19 @@ def test_cuda_phases_are_the_time_of_the_device_and_reading_them_is_late():
     lap = clock.lap()
     assert time.perf_counter() - began < 0.2
     assert lap.seconds()["forward"] > 0.3
+
+
+def test_a_process_that_computes_is_busy_and_one_that_waits_is_not():
+    use = CpuUse()
+    waiting = threading.Event()
+    began_s = time.process_time()
+    waiting.wait(0.3)
+    idle, _ = use.take()
+    assert idle < 0.3
+    began_s, wall_s = time.process_time(), time.monotonic()
+    while time.process_time() - began_s < 0.4:
+        sum(range(2000))
+    wall_s = time.monotonic() - wall_s
+    own, everyone = use.take()
+    assert abs(own - 0.4 / wall_s) < 0.15 and own <= (os.cpu_count() or 1) + 0.1
+    assert everyone > own / 2  # the machine's clock is coarse, and counts this process too
