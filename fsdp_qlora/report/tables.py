@@ -77,7 +77,7 @@ def _left_s(run: Run) -> float | None:
     """Seconds until the last step, at the median speed."""
     planned, last = run.config.get("max_steps") or -1, run.steps[-1]
     if planned < 0 and last.get("epoch") and run.config.get("num_epochs"):
-        planned = round(run.config["num_epochs"] * last["step"] / last["epoch"])
+        planned = run.config["num_epochs"] * last["step"] / last["epoch"]
     left = max(planned - last["step"], 0) * (run.median("step_s") or 0.0)
     return left if planned > 0 and run.state != "finished" else None
 
@@ -119,10 +119,10 @@ def held_out(run: Run, is_after: bool) -> float | None:
 # Table -> rows: name, format, and where it is found in a record; None where it is not.
 FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
     "Time": [
-        ("steps", ",d", lambda run: len(run.steps)),
+        ("steps", ",.0f", lambda run: len(run.steps)),
         ("epochs", ",.3f", lambda run: run.steps[-1].get("epoch")),
-        ("tokens", ",d", lambda run: _sum(run, "num_tokens")),
-        ("trained tokens", ",d", lambda run: _sum(run, "num_trained_tokens")),
+        ("tokens", ",.0f", lambda run: _sum(run, "num_tokens")),
+        ("trained tokens", ",.0f", lambda run: _sum(run, "num_trained_tokens")),
         ("seconds of training", ",.1f", lambda run: _sum(run, "step_s")),
         ("seconds in total", ",.1f", lambda run: run.facts.get("total_s")),
         ("seconds of loading", ",.1f", lambda run: run.facts.get("load_s")),
@@ -138,10 +138,14 @@ FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
         ("CPU cores busy, mean", ",.2f", _cpu_cores),
     ],
     "Loss": [
-        ("trained parameters", ",d", lambda run: run.facts.get("num_trainable_params")),
+        ("trained parameters", ",.0f", lambda run: run.facts.get("num_trainable_params")),
         ("training loss, first step", ",.4f", lambda run: run.steps[0].get("loss")),
         ("training loss, last step", ",.4f", lambda run: run.steps[-1].get("loss")),
-        ("losses that are not a number", ",d", lambda run: run.values("loss").count(None) or None),
+        (
+            "losses that are not a number",
+            ",.0f",
+            lambda run: run.values("loss").count(None) or None,
+        ),
         ("held-out loss before", ",.4f", lambda run: held_out(run, False)),
         ("held-out loss after", ",.4f", lambda run: held_out(run, True)),
     ],
@@ -182,7 +186,7 @@ def _heads(runs: list[Run]) -> list[str]:
 def _note(name: str, value: float | None) -> str:
     if name.startswith("held-out") and value is not None and value < 100:
         return f"perplexity {math.exp(value):,.2f}"
-    is_long = name.startswith("seconds") and value is not None and value >= 120
+    is_long = name.startswith("seconds") and value is not None and 120 <= value < 1e9
     return str(datetime.timedelta(seconds=round(value or 0))) if is_long else ""
 
 

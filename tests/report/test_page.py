@@ -11,6 +11,7 @@ import pytest
 
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.plan import rows as names
+from fsdp_qlora.report import tables
 from tests.report.runs import (
     CONFIG,
     REAL,
@@ -243,7 +244,7 @@ def test_one_run_shows_what_differs_from_the_defaults_and_a_command_that_says_so
         json.loads((REAL / "summary.json").read_text())["config"],
     )
     defaults = to_dict(Config())
-    changed = {k for k in config if config[k] != defaults.get(k, "")} - {"output_dir", "overwrite"}
+    changed = {k for k in config if config[k] != defaults.get(k, "")} - {*tables.OWN_FLAGS}
     assert set(page.tables["Flags that differ from the defaults"]) == changed
     assert "python train.py --model_name models/tiny" in page.words
     assert page.tables["Machine and versions"]["torch"] == [("2.13.0+cpu", None)]
