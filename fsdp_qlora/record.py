@@ -2,13 +2,14 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 
+RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 STATES = {True: "finished", False: "stopped early", None: "still running"}
 NUMBERS = ["step", "step_s", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s"]
@@ -81,6 +82,22 @@ class Run:
         return statistics.median(known[NUM_WARMUP_STEPS:] or known) if known else None
 
 
+def check_format(table: Mapping[str, Any], place: str) -> None:
+    """Refuse what a newer version of the trainer has written.
+
+    Args:
+        table: an event of a record, or the state of a checkpoint.
+        place: where it stands.
+
+    Raises:
+        UserError: it is of a run format that this version does not know (code 5).
+    """
+    number = table.get("run_format", 1)
+    if not isinstance(number, int) or number > RUN_FORMAT:
+        rule = f"is of run format {number}, and this version reads up to {RUN_FORMAT}"
+        raise UserError(place, rule, "use the version that wrote it", INTEGRITY)
+
+
 def read(run_dir: Path) -> Run:
     """Read the record of a run; a last line that is still being written is left out.
 
@@ -91,7 +108,7 @@ def read(run_dir: Path) -> Run:
         The record, with at least one step.
 
     Raises:
-        UserError: no record, no step in it, or a line that cannot be read.
+        UserError: no record, no step in it, a line that cannot be read, or a newer run format.
     """
     path, directory = run_dir / "metrics.jsonl", run_dir.resolve()
     try:
@@ -110,6 +127,7 @@ def read(run_dir: Path) -> Run:
         if "event" not in row and not _is_step(row):
             rule = "is neither a step nor an event of a run"
             raise UserError(place, rule, "give the output directory of a run")
+        check_format(row, place)
         run = _event(run, row) if "event" in row else _step(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
