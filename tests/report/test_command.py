@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import record
-from fsdp_qlora.__main__ import VERBS
+from fsdp_qlora.__main__ import COMMANDS
 from fsdp_qlora.errors import UserError
 from tests.report.runs import REAL, Page, page_of, step_line, steps_of, write_run
 
@@ -128,7 +128,7 @@ def test_a_fault_is_one_line_and_its_exit_code(run_dir, tmp_path):
 
 def test_an_unknown_command_names_the_known_and_no_command_lists_them():
     done = run_command("reprot")
-    assert done.returncode == 2 and f"want one of {' '.join(VERBS)};" in done.stderr
+    assert done.returncode == 2 and f"want one of {' '.join(COMMANDS)};" in done.stderr
     listed = run_command()
     assert listed.returncode == 0 and {"bench", "fetch", "report"} <= set(listed.stdout.split())
 

@@ -88,7 +88,7 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
         assert (cfg.lora_rank, cfg.batch_size, cfg.packing, cfg.lr) == (4, 3, "off", 0.25)
         assert (cfg.model_name, cfg.output_dir) == (str(model), str(out))
         assert resume.expand(argv)[0][-2:] == argv[-2:]  # the ranks read the same
-    other, _ = resume.expand([f"--resume={out}", "--eval_samples=7", "--learning_rate=3"])  # aliases
+    other, _ = resume.expand([f"--resume={out}", "--eval_samples=7", "--learning_rate=3"])
     assert (config.parse(other).eval_split, config.parse(other).lr) == ("7", 3)
     bare, _ = resume.expand([f"--output_dir={out}", "--resume"])
     assert config.parse(bare).resume == str(saved.path)
