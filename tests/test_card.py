@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, record
 from fsdp_qlora.results import card
-from fsdp_qlora.results.report import record
 
-RECORD = Path(__file__).parent / "report_run"
+RECORD = Path(__file__).parent / "report" / "run"
 CANARIES = {
     "hf": "hf_CanaryCanaryCanaryCanary01",
     "openai": "sk-canarycanarycanary02",

@@ -12,7 +12,7 @@ from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE
 from fsdp_qlora.model.quantize import import_bitsandbytes
 from fsdp_qlora.results import merge, quantized  # noqa: F401 (once, not in every fork)
-from fsdp_qlora.train import memory
+from fsdp_qlora.training import memory
 from tests import tiny
 from tests.model_files import write_model
 from tests.test_adapter_files import write_adapter

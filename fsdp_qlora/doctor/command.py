@@ -25,7 +25,7 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import supervise
 from fsdp_qlora.distributed.env import child_env, find_port
 from fsdp_qlora.distributed.supervise import RankSpec
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, join, one_line
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
 from fsdp_qlora.hardware import GIB
 
 USAGE = """usage: python -m fsdp_qlora doctor [options]
@@ -100,11 +100,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: bad options, all at once.
     """
-    cli.show_help_if_asked(argv, Options, USAGE)
-    values, faults = cli.read(argv, Options, {}, Path())
-    if faults:
-        raise join(faults)
-    options, findings = Options(**values), []
+    options, findings = cli.parse(argv, Options, USAGE), []
     if not options.json and not options.quick and sys.stderr.isatty():
         print("measuring, about a minute ...", file=sys.stderr)
     for finding in examine(options):

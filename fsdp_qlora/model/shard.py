@@ -22,12 +22,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from fsdp_qlora.choices import STRATEGIES
+from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.plan.limits import ONE_GROUP_BYTES
+from fsdp_qlora.planning.limits import ONE_GROUP_BYTES
 
 # Adapters of this size (all of them, in the compute dtype) are gathered and reduced together.
 

@@ -12,14 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch
+from fsdp_qlora import arch, record
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.errors import UserError, one_line
-from fsdp_qlora.redaction import SECRETS, redact
-from fsdp_qlora.results.report import record
-from fsdp_qlora.results.report.record import Run, highest
+from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
+from fsdp_qlora.errors import SECRETS, UserError, one_line, redact
+from fsdp_qlora.record import Run, highest
 
 CARD_NAME = "README.md"
 # A card is shown to all: here also what only may be a secret is blotted out.
@@ -32,7 +29,7 @@ OWN_PATHS = ("output_dir", "overwrite", "recipe")
 SETTINGS = (
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
     *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
-    *("optimizer", "lr", "lr_scheduler", "warmup_ratio", "wd", "precision", "seed"),
+    *("optimizer", "lr", "lr_scheduler", "warmup_steps", "wd", "precision", "seed"),
 )
 _ADAPTER = " adapter for {base}, trained with fsdp_qlora over a base in {form}, in peft's format."
 _INTROS = {
@@ -184,7 +181,7 @@ def _results(run: Run) -> Iterator[tuple[str, str]]:
         f"{seconds / 60:.1f} minutes, {num_tokens / max(seconds, 1e-9):,.0f} tokens/s",
     )
     every = "device_peak_reserved_gib", "device_total_gib"
-    peak, size = (highest(v for row in run.ranks(name) for v in row) for name in every)
+    peak, size = (highest(run.peaks(name)) for name in every)
     if size:
         yield "peak memory of a card", f"{peak or 0:.2f} GiB reserved of {size:.1f}"
     host = highest(run.host("host_peak_used_gib"))

@@ -47,7 +47,7 @@ def _held_out(opened: reopen.Opened) -> dict[str, Any]:
     """Loss and perplexity over all held-out rows of all ranks."""
     from fsdp_qlora import data
     from fsdp_qlora.results.look import perplexity
-    from fsdp_qlora.train import loop
+    from fsdp_qlora.training import loop
 
     rows = data.build(opened.cfg, opened.info, opened.world).held_out
     if not rows:

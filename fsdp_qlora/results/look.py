@@ -15,9 +15,9 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.errors import one_line
 from fsdp_qlora.results import export
 from fsdp_qlora.results.generate import answer
-from fsdp_qlora.train import loop
-from fsdp_qlora.train.ledger import Recorder
-from fsdp_qlora.train.rows import Account
+from fsdp_qlora.training import loop
+from fsdp_qlora.training.memory import MemoryTracker
+from fsdp_qlora.training.metrics import Recorder
 
 BEST = "best"
 EVALUATION = "evaluation.json"
@@ -47,7 +47,7 @@ class Look:
         cfg: eval_every, sample_tokens, save_model, the directory.
         info: the base.
         recorder: gets the events and the lines.
-        account: of this rank's memory.
+        tracker: of this rank's memory.
         num_done: steps that are done; not 0 after a resume.
         losses: held-out loss by step, 0 being before the first.
         answers: of all prompts, by step.
@@ -59,7 +59,7 @@ class Look:
     cfg: Config
     info: ModelInfo
     recorder: Recorder
-    account: Account
+    tracker: MemoryTracker
     num_done: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     answers: dict[int, list[str]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Look:
         if self.num_done:
             self._recall()
             return
-        with self.account.phase("evaluation"):
+        with self.tracker.phase("evaluation"):
             self._evaluate("before")
             self._ask("before")
 
@@ -86,7 +86,7 @@ class Look:
         self.num_done += 1
         is_last = self.num_done == self.data.train.num_steps
         if self.every and self.num_done % self.every == 0 and not is_last:
-            with self.account.phase("evaluation"):
+            with self.tracker.phase("evaluation"):
                 self._evaluate("step")
             loss = self.losses[self.num_done]
             words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
@@ -94,7 +94,7 @@ class Look:
 
     def end(self) -> None:
         """Look at the trained model and compare."""
-        with self.account.phase("evaluation"):
+        with self.tracker.phase("evaluation"):
             self._evaluate("after")
             self._ask("after")
         for line in self._compared():

@@ -71,7 +71,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> Config:
         known = adapter_files.options(adapter_files.read(adapter))
     given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
-    known |= {"recipe": None, "output_dir": str(adapter or "output"), "fit": "off"}
+    known |= {"output_dir": str(adapter or "output"), "fit": "off"}
     known["world_size"] = max(given.world_size, 1)
     return dataclasses.replace(config.parse([]), **known)
 

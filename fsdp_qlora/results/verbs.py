@@ -5,20 +5,20 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.choices import TEXT
-from fsdp_qlora.cli import any_of, flag
-from fsdp_qlora.errors import DONE, SIGTERM, UserError, join
+from fsdp_qlora import arch, atomic
+from fsdp_qlora.cli import flag, parse
+from fsdp_qlora.config import TEXT
+from fsdp_qlora.errors import DONE, SIGTERM, UserError
 from fsdp_qlora.results import adapter_files
 
 OptionsT = TypeVar("OptionsT")
-FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
-DTYPES = any_of("bf16", "fp16", "fp32")
-DEVICES = any_of("auto", "cpu", "cuda")
+FORMATS = ("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
+DTYPES = ("bf16", "fp16", "fp32")
+DEVICES = ("auto", "cpu", "cuda")
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 QUANTISED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
 SHARD_HELP = "largest output file in GiB"
@@ -49,7 +49,7 @@ class MergeOptions:
     adapter: str | None = flag(None, "merge", "directory of the adapter")
     out: str | None = flag(None, "merge", "directory to be made")
     model_name: str | None = flag(None, "merge", "its base [as adapter_config.json has it]")
-    base: str = flag("auto", "merge", BASE_HELP, any_of("auto", "16bit", "dequantized"))
+    base: str = flag("auto", "merge", BASE_HELP, ("auto", "16bit", "dequantized"))
     format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
     quant_cache: str = flag("auto", "merge", "where training kept its 4-bit bytes", rule=TEXT)
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
@@ -68,7 +68,7 @@ class QuantizeOptions:
 
     model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
     out: str | None = flag(None, "quantize", "directory to be made")
-    quant_type: str = flag("nf4", "quantize", "4-bit code", any_of("nf4", "fp4"))
+    quant_type: str = flag("nf4", "quantize", "4-bit code", ("nf4", "fp4"))
     double_quant: bool = flag(True, "quantize", "quantise the block scales too")
     dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", DTYPES)
     max_shard_gib: float = flag(5.0, "quantize", SHARD_HELP, rule="> 0")
@@ -86,33 +86,6 @@ class ExpandOptions:
     add_tokens: str | None = flag(None, "expand", "new tokens: a,b or a FILE, one a line")
     out: str | None = flag(None, "expand", "directory [MODEL_blk_exp-OLD-NEW, or MODEL_tokens]")
     max_shard_gib: float = flag(5.0, "expand", SHARD_HELP, rule="> 0")
-
-
-def parse(argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str]) -> OptionsT:
-    """Read the command line of a verb.
-
-    Args:
-        argv: arguments without the verb.
-        cls: dataclass of its options.
-        usage: the lines above the options in the help.
-        needed: options that have no default.
-
-    Returns:
-        The options.
-
-    Raises:
-        UserError: every fault at once.
-        SystemExit: code 0 after printing the help.
-    """
-    cli.show_help_if_asked(argv, cls, usage)
-    values, faults = cli.read(argv, cls, {"model_name_or_path": "model_name"}, Path())
-    said = " ".join(fault.got for fault in faults)
-    for name in needed:
-        if values.get(name) is None and f"--{name}" not in said:
-            faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
-    if faults:
-        raise join(faults)
-    return cls(**values)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,192 @@
+"""The record of a run: metrics.jsonl, and summary.json once the run has ended."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.errors import UserError
+
+NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
+STATES = {True: "finished", False: "stopped early", None: "still running"}
+NUMBERS = ["step", "step_s", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of a run.
+
+    Args:
+        name: of its directory.
+        directory: absolute.
+        steps: lines of metrics.jsonl that are optimizer steps, by rising number.
+        evals: (step, held-out loss); step 0 is before the first.
+        config: the run's configuration by flag, as far as it is recorded.
+        facts: everything else in its first line and in summary.json, by name.
+        samples: events "sample": when, prompt, answer.
+        num_redone: steps taken again after a resume; their first attempt is left out.
+    """
+
+    name: str
+    directory: Path
+    steps: list[dict[str, Any]]
+    evals: list[tuple[float, float | None]]
+    config: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    num_redone: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        """The most ranks of any step: a resumed run may have fewer."""
+        return max(len(step["ranks"]) for step in self.steps)
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether the ranks had GPU memory of their own."""
+        return any(rank.get("device_total_gib") for rank in self.steps[-1]["ranks"])
+
+    @property
+    def state(self) -> str:
+        """One of "finished", "stopped early" and, without a summary, "still running"."""
+        return STATES.get(self.facts.get("is_complete"), "still running")
+
+    def values(self, name: str) -> list[Any]:
+        """A field of the steps: one value per step."""
+        return [step.get(name) for step in self.steps]
+
+    def host(self, name: str) -> list[Any]:
+        """A field of the host: one value per step."""
+        return [step["host"].get(name) for step in self.steps]
+
+    def rank(self, rank: int) -> list[dict[str, Any]]:
+        """What a rank recorded: one table per step, empty for a step that had fewer ranks."""
+        return [(step["ranks"][rank : rank + 1] or [{}])[0] for step in self.steps]
+
+    def peaks(self, name: str) -> list[float | None]:
+        """The largest value of a field: one per rank."""
+        ranks = map(self.rank, range(self.num_ranks))
+        return [highest(step.get(name) for step in steps) for steps in ranks]
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A fact that is a table by itself, such as "plan"; empty where it is not recorded."""
+        found = self.facts.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def median(self, name: str) -> float | None:
+        """Median of a field of the steps, without the first steps, which warm up."""
+        known = [value for value in self.values(name) if value is not None]
+        return statistics.median(known[NUM_WARMUP_STEPS:] or known) if known else None
+
+
+def read(run_dir: Path) -> Run:
+    """Read the record of a run; a last line that is still being written is left out.
+
+    Args:
+        run_dir: output directory of the run.
+
+    Returns:
+        The record, with at least one step.
+
+    Raises:
+        UserError: no record, no step in it, or a line that cannot be read.
+    """
+    path, directory = run_dir / "metrics.jsonl", run_dir.resolve()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(str(path), reason, "give the output directory of a run") from error
+    run = Run(directory.name, directory, [], [])
+    for number, line in enumerate(lines, 1):
+        row = _parse(line)
+        if row is None and number == len(lines):
+            break
+        place = f"{path}:{number}"
+        if row is None:
+            raise UserError(place, "is not a JSON object", "remove the line")
+        if "event" not in row and not _is_step(row):
+            rule = "is neither a step nor an event of a run"
+            raise UserError(place, rule, "give the output directory of a run")
+        run = _event(run, row) if "event" in row else _step(run, row)
+    if not run.steps:
+        raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
+    summary = _summary(directory / "summary.json")
+    config = run.config or summary.get("config") or {}
+    return replace(run, config=config, facts=run.facts | summary)
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """A JSON object, NaN and infinity read as null; None for anything else."""
+    try:
+        found = json.loads(text, parse_constant=lambda _: None)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    """What summary.json holds; nothing while the run goes on."""
+    try:
+        found = _parse(path.read_bytes()) if path.exists() else {}
+    except OSError:
+        found = None
+    if found is None:
+        raise UserError(str(path), "cannot be read", "remove it: metrics.jsonl is enough")
+    return found
+
+
+def _is_step(row: dict[str, Any]) -> bool:
+    ranks, numbers = row.get("ranks"), [row.get(name) for name in NUMBERS]
+    return (
+        isinstance(ranks, list)
+        and len(ranks) > 0
+        and all(isinstance(part, dict) for part in (*ranks, row.get("host")))
+        and all(isinstance(number, int | float | None) for number in numbers)
+        and None not in numbers[:2]
+    )
+
+
+def _step(run: Run, row: dict[str, Any]) -> Run:
+    """Add a step; one taken before (the run was resumed) replaces its first attempt."""
+    num_redone = run.num_redone
+    while run.steps and run.steps[-1]["step"] >= row["step"]:
+        run.steps.pop()
+        num_redone += 1
+    run.steps.append(row)
+    if num_redone == run.num_redone:
+        return run
+    evals = [entry for entry in run.evals if entry[0] < row["step"]]
+    return replace(run, evals=evals, num_redone=num_redone)
+
+
+def _event(run: Run, row: dict[str, Any]) -> Run:
+    if row["event"] == "eval":
+        last = run.steps[-1]["step"] if run.steps else 0
+        run.evals.append((row.get("step", last), row.get("loss")))
+    elif row["event"] == "sample":
+        run.samples.append(row)
+    elif row["event"] == "run":
+        facts = {name: value for name, value in row.items() if name not in ("event", "config")}
+        return replace(run, config=row.get("config") or {}, facts=facts)
+    return run
+
+
+def distinct(runs: Sequence[Run]) -> list[Run]:
+    """Name runs of one name by their whole path.
+
+    Args:
+        runs: of different directories.
+
+    Returns:
+        The same in their order, each with a name of its own.
+    """
+    names = [run.name for run in runs]
+    return [replace(r, name=str(r.directory)) if names.count(r.name) > 1 else r for r in runs]
+
+
+def highest(values: Iterable[float | None]) -> float | None:
+    """The largest of the values that are known; None when none is."""
+    return max((value for value in values if value is not None), default=None)

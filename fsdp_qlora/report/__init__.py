@@ -1,0 +1,1 @@
+"""Records of runs as one page: `python -m fsdp_qlora report RUN ...`."""

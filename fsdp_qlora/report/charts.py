@@ -1,0 +1,340 @@
+"""Charts as SVG: lines and stacked areas for a page, bars as a file of their own.
+
+On a page the drawing stretches to the width there is, while its text is HTML and keeps its size;
+page.html.j2 holds the styles and shows values under the pointer.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from html import escape
+from typing import NamedTuple
+
+SIDE = 1000  # of the square that is stretched
+MAX_POINTS = 400
+LEAST, MOST = 1e-300, 1e300  # smaller values are drawn as 0, larger ones as gaps
+FLAT = 1e-4  # a range below this share of its values is drawn as a constant
+# Also the colour-blind tell the first six apart; seen on a light and on a dark ground.
+COLOURS = ["#0072b2", "#c44e00", "#00795a", "#8250df", "#bf3989", "#8a9a2b", "#56a0d3", "#e69a3c"]
+COLOURS += ["#5fb08f", "#b79af0", "#d88ab8", "#2b5f9e", "#7d8590", "#b0b7bf", "#6e7781"]
+
+Points = list[tuple[float, float | None]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart, or one area.
+
+    Args:
+        label: its name; "" for a line that is not named.
+        colour: CSS colour.
+        points: (x, y) with rising x; a gap where y is None or not finite.
+        style: "line", "faint", "dash", "dots" (dashes with dots), or "area": areas are stacked, the
+            first at the bottom, and all have the same x.
+        figure: a number shown behind the label.
+    """
+
+    label: str
+    colour: str
+    points: Points
+    style: str = "line"
+    figure: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of a page.
+
+    Args:
+        title: what is shown.
+        unit: of the vertical axis.
+        series: later ones lie on top of earlier ones.
+        has_zero: the vertical axis begins at 0; the horizontal one always does.
+    """
+
+    title: str
+    unit: str
+    series: list[Series]
+    has_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One horizontal bar.
+
+    Args:
+        label: in front of it.
+        colour: CSS colour.
+        value: its length; None for no bar.
+        text: behind it.
+        ends: least and greatest value that were seen, drawn as a thin line, or None.
+    """
+
+    label: str
+    colour: str
+    value: float | None
+    text: str
+    ends: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars with one scale.
+
+    Args:
+        title: what is shown.
+        unit: of the values.
+        bars: from top to bottom.
+    """
+
+    title: str
+    unit: str
+    bars: list[Bar]
+
+
+class _Scale(NamedTuple):
+    """From values to the square: 0 stands at its left, the first tick at its bottom."""
+
+    x_max: float
+    ticks: list[float]
+
+    def x(self, value: float) -> float:
+        return value / self.x_max * SIDE
+
+    def y(self, value: float) -> float:
+        low, high = self.ticks[0], self.ticks[-1]
+        return SIDE - (value - low) / (high - low) * SIDE
+
+    def places(self, points: Points) -> list[str]:
+        return [f"{self.x(x):.1f},{self.y(y or 0.0):.1f}" for x, y in points]
+
+
+def draw(chart: Chart) -> str:
+    """Draw lines and areas.
+
+    Args:
+        chart: any values, none at all too.
+
+    Returns:
+        An HTML <figure>: caption, axes, SVG, legend, note.
+    """
+    series = [replace(s, points=[(x, _known(y)) for x, y in s.points]) for s in chart.series]
+    areas = _stack([s for s in series if s.style == "area"])
+    lines = [s for s in series if s.style != "area"]
+    points = [point for s in (*areas, *lines) for point in s.points]
+    scale = _scale(points, chart.has_zero)
+    shapes = [f'<path class="grid" d="M0 {scale.y(v):.1f}h{SIDE}"/>' for v in scale.ticks]
+    shapes += [_area(area, scale) for area in reversed(areas)]
+    shapes += [_line(line, scale) for line in lines]
+    named = [s for s in (*lines, *reversed(areas)) if s.label]
+    keys = [
+        f'<li><i class="{s.style}" style="color:{s.colour}"></i>{escape(s.label)} '
+        f"<b>{escape(s.figure)}</b></li>"
+        for s in named
+    ]
+    words = escape(", ".join(f"{s.label} {s.figure}".strip() for s in named))
+    title, tall = escape(chart.title), " tall" * bool(areas)
+    unit = chart.unit if any(y is not None for _, y in points) else "no finite value was recorded"
+    return (
+        f'<figure class="plot{tall}"><figcaption><b>{title}</b> <span>{escape(unit)}</span>'
+        f'</figcaption><div class="frame"><div class="ys">{_marks_y(scale)}</div>'
+        f'<div class="view"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{title}: {words}" data-x="{scale.x_max:g}" '
+        f'data-low="{scale.ticks[0]:g}" data-high="{scale.ticks[-1]:g}">{"".join(shapes)}</svg>'
+        f'</div><div class="xs">{_marks_x(scale)}</div></div><p class="axis">optimizer step</p>'
+        f'<ul class="key">{"".join(keys)}</ul></figure>'
+    )
+
+
+def _known(y: float | None) -> float | None:
+    if y is None or not abs(y) < MOST:  # NaN compares as false
+        return None
+    return y if abs(y) > LEAST else 0.0
+
+
+def _stack(areas: list[Series]) -> list[Series]:
+    """Each area as its upper edge, on top of those below it."""
+    below, stacked = [0.0] * max((len(area.points) for area in areas), default=0), []
+    for area in areas:
+        below = [low + (y or 0.0) for low, (_, y) in zip(below, area.points, strict=True)]
+        edge: Points = [(x, y) for (x, _), y in zip(area.points, below, strict=True)]
+        # Its first value holds from 0 on, unless the record begins late.
+        if edge and (len(edge) == 1 or edge[0][0] <= 2 * (edge[1][0] - edge[0][0])):
+            edge.insert(0, (0.0, edge[0][1]))
+        stacked.append(replace(area, points=edge))
+    return stacked
+
+
+def _scale(points: Points, has_zero: bool) -> _Scale:
+    values = [y for _, y in points if y is not None] or [0.0]
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.04
+    low = min(low, 0.0) if has_zero else low - margin
+    return _Scale(max((x for x, _ in points), default=0) or 1.0, ticks(low, high + margin))
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Choose round numbers (1, 2 or 5 times a power of ten apart) that span a range.
+
+    Args:
+        low: least value.
+        high: greatest value; where it is hardly above `low`, the range is widened.
+        count: about how many steps to make.
+
+    Returns:
+        At least two rising numbers; the first is at most `low`, the last at least `high`.
+    """
+    if not high - low > FLAT * max(abs(low), abs(high)):
+        half = 0.1 * abs(high)
+        low, high = (low - half, high + half) if half else (0.0, 1.0)
+    raw = (high - low) / count
+    power = math.floor(math.log10(raw))
+    step = next(m for m in (1, 2, 5, 10) if m * 10.0**power >= raw * 0.999)
+    unit = step * 10.0**power
+    first, last = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
+    return [float(f"{i * step}e{power}") for i in range(first, last + 1)]
+
+
+def _area(area: Series, scale: _Scale) -> str:
+    """From its upper edge down to the ground; what lies below is drawn over it."""
+    (left, _), (right, _) = area.points[0], area.points[-1]
+    ground = f"{scale.x(right):.1f},{SIDE} {scale.x(left):.1f},{SIDE}"
+    path = " ".join([*scale.places(area.points), ground])
+    return f'<polygon points="{path}" fill="{area.colour}" data-name="{escape(area.label)}"/>'
+
+
+def _line(line: Series, scale: _Scale) -> str:
+    """A line with its gaps; dots are lines of no length, since circles would be stretched."""
+    name = f' data-name="{escape(line.label)}"' if line.label else ""
+    shapes = []
+    for is_known, group in itertools.groupby(line.points, lambda point: point[1] is not None):
+        places = scale.places(list(group)) if is_known else []
+        path, look = " ".join(places), f'class="{line.style}" stroke="{line.colour}"'
+        if len(places) > 1:
+            shapes.append(f'<polyline class="halo" points="{path}"/>')
+            shapes.append(f'<polyline points="{path}" {look}{name}/>')
+        if len(places) == 1 or line.style == "dots":
+            dots = "".join(f"M{place.replace(',', ' ')}h0" for place in places)
+            shapes.append(f'<path class="dot" d="{dots}" stroke="{line.colour}"/>')
+    return "".join(shapes)
+
+
+def _marks_y(scale: _Scale) -> str:
+    marks = [(scale.y(value) / SIDE, mark(value)) for value in scale.ticks]
+    return "".join(f'<span style="top:{place:.2%}">{text}</span>' for place, text in marks)
+
+
+def _marks_x(scale: _Scale) -> str:
+    values = [v for v in ticks(0.0, scale.x_max) if v <= scale.x_max * 1.001]
+    values = [v for v in values if scale.x_max < 5 or v == int(v)]
+    places = [(scale.x(value) / SIDE, mark(value)) for value in values]
+    return "".join(
+        f'<span class="{"end" * (place > 0.96)}" style="left:{place:.2%}">{text}</span>'
+        for place, text in places
+    )
+
+
+def mark(value: float) -> str:
+    """Write a number of an axis.
+
+    Args:
+        value: a round number.
+
+    Returns:
+        Short text: thousands separated, very small and very large values by power of ten.
+    """
+    size = abs(value)
+    return f"{value:g}" if size < 1000 or size >= 1e7 else f"{value:,.0f}"
+
+
+def thin(points: Points, limit: int = MAX_POINTS) -> Points:
+    """Bring a long line to few points, each the mean of neighbours.
+
+    Args:
+        points: (x, y).
+        limit: most points that are kept.
+
+    Returns:
+        The points themselves if they are few enough; x is that of the last of the neighbours.
+    """
+    size = math.ceil(len(points) / limit) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(group[-1][0], _mean(group)) for group in groups]
+
+
+def smooth(points: Points) -> Points:
+    """Average each point with its neighbours, over 1/20 of the line or three points at least.
+
+    Args:
+        points: (x, y) at even distances.
+
+    Returns:
+        As many points; a gap only where no neighbour is known.
+    """
+    reach = max(len(points) // 40, 1)
+    return [
+        (x, _mean(points[max(i - reach, 0) : i + reach + 1])) for i, (x, _) in enumerate(points)
+    ]
+
+
+def _mean(points: Points) -> float | None:
+    known = [value for _, y in points if (value := _known(y)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+WIDTH, LEFT, BAR_LEFT, BAR_WIDTH, BAR_HEIGHT = 1000, 72, 190, 480, 18  # of a picture of bars
+INK, FAINT, BOLD = "#1f2328", "#656d76", 'font-weight="600"'
+
+
+def draw_bars(title: str, lines: list[str], groups: list[Bars]) -> str:
+    """Draw groups of horizontal bars, each group with a scale of its own that begins at 0.
+
+    Args:
+        title: heading of the picture.
+        lines: one or two lines of text below it.
+        groups: each with at least one bar.
+
+    Returns:
+        A whole SVG document on a white ground.
+    """
+    parts = [_text(LEFT, 34, title, look='font-size="20" font-weight="600"')]
+    parts += [_text(LEFT, 58 + 19 * i, line, FAINT) for i, line in enumerate(lines)]
+    top = 94.0
+    for group in groups:
+        parts.append(_text(LEFT, top + 16, f"{group.title}  ({group.unit})", look=BOLD))
+        top += 28
+        ends = [max(_known(v) or 0.0 for v in (b.value, *(b.ends or ()))) for b in group.bars]
+        scale = BAR_WIDTH / (max(ends) or 1.0)
+        for bar in group.bars:
+            parts += _bar(bar, top, scale)
+            top += BAR_HEIGHT + 8
+        top += 22
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {math.ceil(top)}" '
+            f'width="{WIDTH}" height="{math.ceil(top)}" font-size="13" '
+            "font-family=\"system-ui, 'Segoe UI', Helvetica, 'DejaVu Sans', Arial, sans-serif\">",
+            f'<rect width="{WIDTH}" height="{math.ceil(top)}" fill="#ffffff"/>',
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+def _bar(bar: Bar, top: float, scale: float) -> list[str]:
+    middle = top + BAR_HEIGHT / 2
+    right = BAR_LEFT + (_known(bar.value) or 0.0) * scale
+    parts = [
+        _text(BAR_LEFT - 10, middle + 4.5, bar.label, look='text-anchor="end"'),
+        f'<rect x="{BAR_LEFT}" y="{top:.1f}" width="{right - BAR_LEFT:.1f}" '
+        f'height="{BAR_HEIGHT}" fill="{bar.colour}"/>',
+    ]
+    if bar.ends is not None:
+        low, high = (BAR_LEFT + (_known(end) or 0.0) * scale for end in bar.ends)
+        parts.append(f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="{INK}"/>')
+        right = max(right, high)
+    return [*parts, _text(right + 10, middle + 4.5, bar.text, bar.colour, BOLD)]
+
+
+def _text(x: float, y: float, text: str, fill: str = INK, look: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" {look}>{escape(text)}</text>'

@@ -1,0 +1,410 @@
+"""The tables of the page: figures, predicted beside measured memory, data, settings, answers."""
+
+import itertools
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fsdp_qlora.config import Config, to_dict
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
+from fsdp_qlora.record import Run, highest
+
+UNKNOWN = "–"
+OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
+# How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
+ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
+LEAST_GIB = 0.0005  # smaller rows are counted in the total only
+PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
+PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
+MACHINE = ("host_total_gib", "cgroup_limit_gib", "num_cpu_cores")
+
+Rows = dict[str, float]
+
+
+class Cell(NamedTuple):
+    """One entry of a table.
+
+    Args:
+        text: what is read.
+        value: the exact number behind it, as the run's files have it; None for words.
+        note: small print behind it.
+        is_off: stands out, because it is further away than it should be.
+    """
+
+    text: str
+    value: float | None = None
+    note: str = ""
+    is_off: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        title: above it.
+        heads: of the columns behind the first, which holds the names of the rows.
+        rows: (name, cells), as many cells as there are heads.
+        kind: "numbers", "words", or "fold" for words that are shown when they are asked for.
+    """
+
+    title: str
+    heads: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    kind: str = "numbers"
+
+
+def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
+    """Write a number.
+
+    Args:
+        value: None when it is not known.
+        form: format.
+        note: small print.
+    """
+    return Cell(UNKNOWN) if value is None else Cell(format(value, form), value, note)
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as people say them: "24 s", "2 min 28 s", "3 h 05 min".
+
+    Args:
+        seconds: at least 0.
+    """
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = f"{whole // 60} min {whole % 60:02d} s"
+    return minutes if whole < 3600 else f"{whole // 3600:,} h {whole // 60 % 60:02d} min"
+
+
+def _sum(run: Run, name: str) -> float | None:
+    known = [value for value in run.values(name) if value is not None]
+    return sum(known) if known else None
+
+
+def _left_s(run: Run) -> float | None:
+    """Seconds until the last step, at the median speed."""
+    planned, last = run.config.get("max_steps") or -1, run.steps[-1]
+    if planned < 0 and last.get("epoch") and run.config.get("num_epochs"):
+        planned = round(run.config["num_epochs"] * last["step"] / last["epoch"])
+    left = max(planned - last["step"], 0) * (run.median("step_s") or 0.0)
+    return left if planned > 0 and run.state != "finished" else None
+
+
+def _gpu_peak(run: Run) -> float | None:
+    return highest(run.peaks("device_peak_reserved_gib")) if run.has_gpus else None
+
+
+def _host_peak(run: Run) -> float | None:
+    recorded = run.table("peaks").get("host", {}).get("host_peak_used_gib")
+    return highest([recorded, *run.host("host_peak_used_gib"), *run.host("host_used_gib")])
+
+
+def _cpu_cores(run: Run) -> float | None:
+    known = [cores for cores in run.host("cpu_cores") if cores is not None]
+    return sum(known) / len(known) if known else None
+
+
+def held_out(run: Run, is_after: bool) -> float | None:
+    """Held-out loss before the first step, or the latest after it.
+
+    Args:
+        run: the record.
+        is_after: the latest.
+    """
+    known = [loss for step, loss in run.evals if loss is not None and (step > 0) == is_after]
+    return known[-is_after] if known else None
+
+
+# Table -> rows: name, format, and where it is found in a record; None where it is not.
+FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
+    "Time": [
+        ("steps", ",d", lambda run: len(run.steps)),
+        ("epochs", ",.3f", lambda run: run.steps[-1].get("epoch")),
+        ("tokens", ",d", lambda run: _sum(run, "num_tokens")),
+        ("trained tokens", ",d", lambda run: _sum(run, "num_trained_tokens")),
+        ("seconds of training", ",.1f", lambda run: _sum(run, "step_s")),
+        ("seconds in total", ",.1f", lambda run: run.facts.get("total_s")),
+        ("seconds of loading", ",.1f", lambda run: run.facts.get("load_s")),
+        ("seconds left", ",.0f", _left_s),
+        ("seconds a step, median", ",.3f", lambda run: run.median("step_s")),
+        ("seconds a step, predicted", ",.3f", lambda run: run.table("plan").get("step_s")),
+        ("tokens/s, median", ",.0f", lambda run: run.median("tokens_per_s")),
+    ],
+    "Memory and processors": [
+        ("GiB per GPU, peak reserved", ",.2f", _gpu_peak),
+        ("GiB of the host, peak", ",.2f", _host_peak),
+        (
+            "GiB of the host while loading",
+            ",.2f",
+            lambda run: run.table("load_peaks").get("host_peak_used_gib"),
+        ),
+        ("CPU cores busy, mean", ",.2f", _cpu_cores),
+    ],
+    "Loss": [
+        ("trained parameters", ",d", lambda run: run.facts.get("num_trainable_params")),
+        ("training loss, first step", ",.4f", lambda run: run.steps[0].get("loss")),
+        ("training loss, last step", ",.4f", lambda run: run.steps[-1].get("loss")),
+        ("losses that are not a number", ",d", lambda run: run.values("loss").count(None) or None),
+        ("held-out loss before", ",.4f", lambda run: held_out(run, False)),
+        ("held-out loss after", ",.4f", lambda run: held_out(run, True)),
+    ],
+}
+TILES = ["steps", "seconds of training", "tokens/s, median", "GiB per GPU, peak reserved"]
+TILES += ["GiB of the host, peak", "training loss, last step", "held-out loss after"]
+
+
+def figures(runs: list[Run]) -> list[Table]:
+    """The figures that people put side by side.
+
+    Args:
+        runs: one column each; times and memory also as a multiple of the first run's.
+
+    Returns:
+        Tables of what at least one run recorded.
+    """
+    tables = []
+    for group, measures in FIGURES.items():
+        rows = []
+        for name, form, find in measures:
+            values = [find(run) for run in runs]
+            cells = [cell(value, form, _note(name, value)) for value in values]
+            if values[0] and ("median" in name or "GiB" in name):
+                cells[1:] = [
+                    c if c.value is None else c._replace(note=f"{c.value / values[0]:.2f} ×")
+                    for c in cells[1:]
+                ]
+            rows += [(name, cells)] if highest(values) is not None else []
+        tables.append(Table(group, _heads(runs), rows))
+    return tables
+
+
+def _heads(runs: list[Run]) -> list[str]:
+    return [run.name for run in runs] if len(runs) > 1 else [""]
+
+
+def _note(name: str, value: float | None) -> str:
+    if name.startswith("held-out") and value is not None and value < 100:
+        return f"perplexity {math.exp(value):,.2f}"
+    return duration(value) if name.startswith("seconds") and value and value >= 120 else ""
+
+
+def tiles(run: Run) -> list[tuple[str, Cell]]:
+    """The figures of one run that are looked for first.
+
+    Args:
+        run: the record.
+
+    Returns:
+        (name, value) of those that it has.
+    """
+    rows = {name: cells[0] for table in figures([run]) for name, cells in table.rows}
+    return [(name, rows[name]) for name in TILES if name in rows]
+
+
+def peaks(run: Run, prefix: str) -> Table:
+    """The largest figures of every rank.
+
+    Args:
+        run: the record.
+        prefix: of the title.
+    """
+    known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
+    rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
+    heads = [name.removesuffix("_gib").replace("_", " ") for name in known]
+    return Table(f"{prefix}Peaks of every rank, GiB and cores", heads, rows, "wide numbers")
+
+
+def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
+    """Predicted, measured, difference by row, a table a phase; then every rank by phase.
+
+    Args:
+        run: the record.
+        prefix: of titles and sentences.
+
+    Returns:
+        Tables of its GPUs and its host (of many ranks the one that holds most in a phase), and a
+        sentence on the peak of each.
+    """
+    plan, ledger, tables, words = run.table("plan"), run.table("ledger"), [], []
+    gpu, aim = ("GPU", PEAK_AIM) if run.has_gpus else ("Rank", CPU_AIM)
+    ranks = [rank["device"] for rank in ledger.get("ranks", []) if rank.get("device")]
+    host = [ledger["host"]] if ledger.get("host") else []
+    for name, place, order, held in (
+        (gpu, "device", DEVICE_ROWS, ranks),
+        ("Host", "host", HOST_ROWS, host),
+    ):
+        planned = plan.get(place, {}) if run.has_gpus or held else {}
+        known = [phase for phase in PHASES if any(phase in part for part in (planned, *held))]
+        for phase in known:
+            sums = [sum(rank.get(phase, {}).values()) for rank in held] or [0.0]
+            who = sums.index(max(sums))
+            title = f"{prefix}{name}, {phase}" + f" (rank {who}, the highest)" * (len(sums) > 1)
+            measured = held[who].get(phase, {}) if held else {}
+            tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))
+        parts = {f"rank {i}": rank for i, rank in enumerate(held)} | {"plan": planned}
+        if len(held) > 1:
+            rows = [
+                (who, [cell(_total(part.get(p, {}))) for p in known]) for who, part in parts.items()
+            ]
+            tables.append(Table(f"{prefix}{name}, total of every rank", known, rows))
+        top = highest(_total(rows) for rank in held for rows in rank.values())
+        p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
+        is_large = max(p.value or 0, m.value or 0) > LARGE_GIB
+        aimed = f", {'OUTSIDE' if off.is_off else 'within'} the aim of {aim:.0%}" * is_large
+        line = f"{prefix}{name}, peak: predicted {p.text} GiB, measured {m.text} GiB"
+        words += [f"{line} ({off.note}{aimed})." if off.note else f"{line}."] if known else []
+    return tables, words
+
+
+def _total(rows: Rows) -> float | None:
+    return sum(rows.values()) if rows else None
+
+
+def _compared(title: str, order: tuple[str, ...], plan: Rows, measured: Rows, aim: float) -> Table:
+    """A phase; where some memory was not told apart, it is not known how much of a row there is."""
+    known, rows = {**plan, **measured}, []
+    for row in dict.fromkeys([*order, *known]):
+        p = plan.get(row, 0.0) if plan and row != REST else None
+        m = measured.get(row, None if REST in measured else 0.0) if measured else None
+        if (highest([p, m]) or 0.0) >= LEAST_GIB:
+            rows.append((row, _difference(p, m, max(aim, ROW_AIM))))
+    rows.append(("total", _difference(_total(plan), _total(measured), aim)))
+    return Table(title, ["predicted", "measured", "difference"], rows)
+
+
+def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
+    """Predicted, measured, difference; what is large and further off than the aim stands out."""
+    if p is None or m is None:
+        return [cell(p), cell(m), Cell(UNKNOWN)]
+    share = f"{m / p - 1:+.1%}" if p >= LEAST_GIB else ""
+    is_off = max(p, m) > LARGE_GIB and abs(m - p) > aim * p
+    return [cell(p), cell(m), Cell(f"{m - p:+,.3f}", m - p, share, is_off)]
+
+
+def data(runs: list[Run]) -> tuple[list[str], list[Table]]:
+    """What became of the rows: the audit that runs keep in their record.
+
+    Args:
+        runs: the records.
+
+    Returns:
+        What the user should look at, and a table for all runs that have an audit.
+    """
+    known, columns, notes = [run for run in runs if run.table("data")], [], []
+    for run in known:
+        audit = run.table("data")
+        counts = {name: n for name, n in audit.items() if isinstance(n, int) and n}
+        column = {"sources": Cell(", ".join(map(str, audit.get("sources", ()))))}
+        column |= {_plain(name): cell(number, ",") for name, number in counts.items()}
+        shares = audit.get("padding_share", {}).items()
+        columns.append(column | {f"padding, {name}": cell(share, ".1%") for name, share in shares})
+        notes += [f"{run.name}: {note}" for note in audit.get("notes", ())]
+        for name, places in audit.get("examples", {}).items():
+            notes += [f"{run.name}: {name}: {', '.join(map(str, places))}"] if places else []
+    return notes, [_beside("", known, columns, "numbers")]
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("num_").replace("_gib", ", GiB").replace("_", " ")
+
+
+def _beside(title: str, runs: list[Run], columns: list[dict[str, Cell]], kind: str) -> Table:
+    """A column a run, a row for each name that any of them has."""
+    names = dict.fromkeys(itertools.chain(*columns))
+    rows = [(name, [column.get(name, Cell(UNKNOWN)) for column in columns]) for name in names]
+    return Table(title, _heads(runs), rows, kind)
+
+
+def answers(run: Run, prefix: str) -> Table:
+    """The prompts of a run, a row each, answered before and after.
+
+    Args:
+        run: the record.
+        prefix: of the title.
+    """
+    prompts: dict[str, dict[str, Cell]] = {}
+    for sample in run.samples:
+        row = prompts.setdefault(str(sample.get("prompt", "")), {})
+        row[str(sample.get("when"))] = Cell(str(sample.get("answer", "")))
+        if sample.get("expected"):
+            row["the data"] = Cell(str(sample["expected"]))
+    whens = [*dict.fromkeys(itertools.chain(*prompts.values()))]
+    whens.sort(key="the data".__eq__)
+    rows = [(p, [row.get(when, Cell(UNKNOWN)) for when in whens]) for p, row in prompts.items()]
+    return Table(prefix, whens, rows, "words")
+
+
+def settings(runs: list[Run]) -> list[Table]:
+    """The flags in which runs differ, or one run from the defaults; then all flags.
+
+    Args:
+        runs: the records.
+
+    Returns:
+        Two tables, the second folded.
+    """
+    columns = {run.name: run.config for run in runs}
+    if len(runs) == 1:
+        columns = {"default": to_dict(Config())} | columns
+    flags = dict.fromkeys(flag for run in runs for flag in run.config)
+    rows = [(f, [Cell(_word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
+    differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]
+    title = f"Flags that differ {'from the defaults' if len(runs) == 1 else 'between the runs'}"
+    return [Table(title, [*columns], differ, "words"), Table("All flags", [*columns], rows, "fold")]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "not set" if value is None else str(value)
+
+
+def environment(runs: list[Run]) -> list[Table]:
+    """What ran, on what: the console's lines from the start; command, hardware, versions.
+
+    Args:
+        runs: the records.
+
+    Returns:
+        Two tables, one column a run.
+    """
+    machines = []
+    for run in runs:
+        gpu_gib = run.steps[-1]["ranks"][0].get("device_total_gib")
+        sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
+        sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
+        facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
+        facts |= {"command": command(run)} | run.table("versions")
+        machines.append({name: Cell(str(value)) for name, value in facts.items()})
+    lines = [_console(run) for run in runs]
+    return [
+        _beside("What ran", runs, lines, "words"),
+        _beside("Machine and versions", runs, machines, "words"),
+    ]
+
+
+def _console(run: Run) -> dict[str, Cell]:
+    """The console's lines by their first word; a line that goes on below is joined."""
+    found: dict[str, Cell] = {}
+    name = ""
+    for line in "\n".join(run.facts.get("lines") or []).splitlines():
+        name, words = line[:10].strip() or name, line[10:].strip()
+        found[name] = Cell(f"{found[name].text}; {words}" if name in found else words)
+    return found
+
+
+def command(run: Run) -> str:
+    """The command line of a run, from the flags that differ from the defaults.
+
+    Args:
+        run: with its configuration.
+    """
+    words, defaults = ["python", "train.py"], to_dict(Config())
+    for flag, value in run.config.items():
+        if value is not None and value != defaults.get(flag, value):
+            words += [f"--{flag}", _word(value)]
+    return shlex.join(words)

@@ -1,0 +1,312 @@
+"""The page of a report: every number is that of the run's files, and nothing else is needed."""
+
+import json
+import math
+import re
+import shutil
+import statistics
+import time
+
+import pytest
+
+from fsdp_qlora.config import Config, to_dict
+from fsdp_qlora.planning import rows as names
+from tests.report.runs import (
+    CONFIG,
+    REAL,
+    gpu_facts,
+    gpu_step,
+    page_of,
+    step_line,
+    steps_of,
+    write_gpus,
+    write_run,
+)
+
+MAX_PAGE_BYTES = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory):
+    """A finished run on two GPUs with plan and ledger, and its page."""
+    path = write_gpus(tmp_path_factory.mktemp("runs") / "gpus")
+    return path, page_of(path, out=path)
+
+
+def test_every_figure_of_a_real_run_is_that_of_its_files(tmp_path):
+    page = page_of(REAL, out=tmp_path)
+    summary, steps = json.loads((REAL / "summary.json").read_text()), steps_of(REAL)
+    found = {
+        name: cells[0][1]
+        for title in ("Time", "Memory and processors", "Loss")
+        for name, cells in page.tables[title].items()
+    }
+    evals = [event["loss"] for event in summary["events"]]
+    assert found == {
+        "steps": summary["num_steps"],
+        "epochs": steps[-1]["epoch"],
+        "tokens": summary["num_tokens"],
+        "trained tokens": summary["num_trained_tokens"],
+        "seconds of training": summary["train_s"],
+        "seconds in total": summary["total_s"],
+        "seconds of loading": summary["load_s"],
+        "seconds a step, median": statistics.median(step["step_s"] for step in steps[3:]),
+        "tokens/s, median": summary["tokens_per_s_median"],
+        "GiB of the host, peak": summary["peaks"]["host"]["host_peak_used_gib"],
+        "GiB of the host while loading": summary["load_peaks"]["host_peak_used_gib"],
+        "trained parameters": summary["num_trainable_params"],
+        "training loss, first step": summary["loss_first"],
+        "training loss, last step": summary["loss_last"],
+        "held-out loss before": evals[0],
+        "held-out loss after": evals[1],
+    }
+    assert f"perplexity {math.exp(evals[1]):.2f}" in page.words
+    tiles = [attrs for tag, attrs in page.tags if tag == "dt"]
+    assert (
+        len(tiles) == 6 and f"tokens/s, median {summary['tokens_per_s_median']:.0f}" in page.words
+    )
+
+
+def test_what_is_read_is_the_rounded_number_everywhere(gpus):
+    cells = [
+        cell
+        for table in gpus[1].tables.values()
+        for row in table.values()
+        for cell in row
+        if cell[1] is not None
+    ]
+    assert len(cells) > 60
+    for text, value in cells:
+        plain = text.replace(",", "").replace("+", "")
+        digits = len(plain.partition(".")[2])
+        assert float(plain) == pytest.approx(value, abs=0.5001 * 10**-digits), text
+
+
+def test_peaks_of_every_rank_are_the_largest_of_its_steps(gpus):
+    path, page = gpus
+    for rank in (0, 1):
+        peaks = [
+            max(step["ranks"][rank][f"device_{name}_gib"] for step in steps_of(path))
+            for name in ("peak_allocated", "peak_reserved", "used")
+        ]
+        assert page.row("Peaks of every rank, GiB and cores", f"rank {rank}")[:3] == peaks
+
+
+def shapes(page, title):
+    """Drawn values by name, of the chart whose label begins with `title`: name -> [(x, y)]."""
+    found, scale = {}, None
+    for tag, attrs in page.tags:
+        if tag == "svg":
+            is_it = attrs["aria-label"].startswith(title)
+            scale = [float(attrs[f"data-{n}"]) for n in ("x", "low", "high")] if is_it else None
+        elif scale and "data-name" in attrs:
+            x_max, low, high = scale
+            pairs = [tuple(map(float, pair.split(","))) for pair in attrs["points"].split()]
+            pairs = pairs[:-2] if tag == "polygon" else pairs
+            found[attrs["data-name"]] = [
+                (x / 1000 * x_max, low + (1000 - y) / 1000 * (high - low)) for x, y in pairs
+            ]
+    return found
+
+
+def test_memory_is_stacked_by_row_below_the_plan_and_the_limit(gpus):
+    path, page = gpus
+    drawn, last = shapes(page, "GPU of rank 1"), steps_of(path)[-1]["ranks"][1]
+    order = [row for row in names.DEVICE_ROWS if row in last["device_rows"]]
+    assert [name for name in drawn if name in order] == order[::-1]  # the highest edge first
+    height = 0.0
+    for row in order:
+        height += last["device_rows"][row]
+        assert drawn[row][-1] == (pytest.approx(30), pytest.approx(height, abs=0.01))
+    assert {round(y, 2) for _, y in drawn["plan: peak"]} == {6.5}
+    assert {round(y, 2) for _, y in drawn["GPU has"]} == {24.0}
+    assert drawn["reserved by torch, peak"][-1][1] == pytest.approx(
+        last["device_peak_reserved_gib"], abs=0.02
+    )
+    host = shapes(page, "Host, all programs")
+    assert {round(y, 2) for _, y in host["plan: peak"]} == {7.0}
+    assert {round(y, 2) for _, y in host["machine has"]} == {16.0}
+
+
+def test_the_budget_takes_the_place_of_the_gpu_and_a_far_limit_is_told_in_words(tmp_path):
+    steps = [gpu_step(i) for i in (1, 2)]
+    run = write_run(tmp_path / "run", steps, config=CONFIG | {"gpu_budget_gib": 12.0})
+    assert {round(y, 1) for _, y in shapes(page_of(run, out=run), "GPU of rank 0")["budget"]} == {
+        12.0
+    }
+    write_run(run, steps, config=CONFIG | {"gpu_budget_gib": 80.0})
+    page = page_of(run, out=run)
+    assert "budget" not in shapes(page, "GPU of rank 0")
+    assert "GiB; budget 80.0, far above" in page.words
+
+
+def test_curves_run_through_the_recorded_values(gpus):
+    path, page = gpus
+    steps = steps_of(path)
+    rate = shapes(page, "Learning rate")["learning rate"]
+    assert [y for _, y in rate] == pytest.approx([s["learning_rate"] for s in steps], abs=2e-8)
+    assert {"Loss", "Speed", "Gradient norm"} <= {
+        attrs["aria-label"].partition(":")[0] for tag, attrs in page.tags if tag == "svg"
+    }
+
+
+def test_nothing_refers_to_the_network(gpus, tmp_path):
+    path, page = gpus
+    html = (path / "report.html").read_text()
+    links = [attrs[n] for _, attrs in page.tags for n in ("href", "src") if n in attrs]
+    assert links and all(link.startswith("#") or link == "data:," for link in links)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|fetch\(|XMLHttp|import\(", html)
+    anchors = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {link[1:] for link in links if link.startswith("#")} == anchors
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv"))
+    assert policy.startswith("default-src 'none'")
+
+
+def test_ten_thousand_steps_of_four_ranks_stay_below_a_megabyte_and_keep_their_peak(tmp_path):
+    steps = [gpu_step(i, num_ranks=4) for i in range(1, 21)]
+    many = [steps[i % 20] | {"step": i + 1} for i in range(10_000)]
+    spike = json.loads(json.dumps(many[4321]))
+    spike["ranks"][2]["device_rows"][names.KEPT] = 9.0
+    many[4321] = spike
+    run = write_run(tmp_path / "long", many, summary=gpu_facts(4))
+    began = time.process_time()
+    page = page_of(run, out=run)
+    assert time.process_time() - began < 20
+    assert (run / "report.html").stat().st_size < MAX_PAGE_BYTES
+    edge = shapes(page, "GPU of rank 2")[names.KEPT]
+    top = max(edge, key=lambda point: point[1])
+    assert top[1] == pytest.approx(spike["ranks"][2]["device_rows"][names.PACKED] + 9.0, abs=0.02)
+    assert top[0] == pytest.approx(4322, abs=34)
+
+
+def test_a_run_of_an_early_version_is_shown_and_what_it_lacks_is_said(tmp_path):
+    run = write_run(tmp_path / "old", [step_line(i, 2.0, gpu_gib=10.0) for i in (1, 2, 3)])
+    page = page_of(run, out=run)
+    assert page.row("Memory and processors", "GiB per GPU, peak reserved") == [10.0]
+    assert "No plan was recorded" in page.words and "tokens" not in page.tables["Time"]
+    drawn = shapes(page, "GPU of rank 0")
+    assert {*drawn} == {"reserved by torch, peak", "GPU has"}
+    assert {*shapes(page, "Host")} == {"in use by all programs", "machine has"}
+
+
+def test_a_run_that_goes_on_tells_what_is_left(tmp_path):
+    run = write_run(
+        tmp_path / "run",
+        [step_line(i, 2.0) for i in range(1, 6)],
+        config=CONFIG | {"max_steps": 45, "num_epochs": 3},
+    )
+    page = page_of(run, out=run)
+    assert "still running" in page.words
+    assert page.row("Time", "seconds left") == [40 * 2.0]
+    steps = [step_line(i, 2.0) for i in range(1, 6)]
+    run = write_run(tmp_path / "run", steps, config=CONFIG | {"num_epochs": 3})
+    assert page_of(run, out=run).row("Time", "seconds left") == [25 * 2.0]
+
+
+def test_many_ranks_show_the_fullest_and_the_emptiest_gpu(tmp_path):
+    run = write_run(tmp_path / "run", [gpu_step(i, num_ranks=8) for i in (1, 2)])
+    page = page_of(run, out=run)
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert len([label for label in labels if label.startswith("GPU of rank")]) == 2
+    assert len(page.tables["Peaks of every rank, GiB and cores"]) == 8
+
+
+def test_runs_side_by_side_show_ratios_and_the_flags_that_differ(gpus, tmp_path):
+    config = CONFIG | {"max_steps": 30, "batch_size": 8, "output_dir": "x"}
+    other = write_run(tmp_path / "other", [gpu_step(i, seed=7) for i in range(1, 31)], (), config)
+    page = page_of(gpus[0], other, out=tmp_path)
+    speeds = [
+        statistics.median(step["tokens_per_s"] for step in steps_of(path)[3:])
+        for path in (gpus[0], other)
+    ]
+    assert page.row("Time", "tokens/s, median") == speeds
+    assert f"{speeds[1] / speeds[0]:.2f} ×" in page.words
+    assert page.row("Memory and processors", "CPU cores busy, mean") == pytest.approx([2.5, 2.5])
+    flags = page.tables["Flags that differ between the runs"]
+    assert flags == {"batch_size": [("4", None), ("8", None)]}
+    drawn = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
+    assert any(label.startswith("Loss: gpus, smoothed") for label in drawn)
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copytree(REAL, tmp_path / name / "run")
+    page = page_of(tmp_path / "a" / "run", tmp_path / "b" / "run", out=tmp_path)
+    assert "a/run" in page.words and "b/run" in page.words
+    assert "Flags that differ between the runs" not in page.tables
+
+
+def test_one_run_shows_what_differs_from_the_defaults_and_a_command_that_says_so(tmp_path):
+    page, config = (
+        page_of(REAL, out=tmp_path),
+        json.loads((REAL / "summary.json").read_text())["config"],
+    )
+    defaults = to_dict(Config())
+    changed = {k for k in config if config[k] != defaults.get(k, "")} - {"output_dir", "overwrite"}
+    assert set(page.tables["Flags that differ from the defaults"]) == changed
+    assert "python train.py --model_name models/tiny" in page.words
+    assert page.tables["Machine and versions"]["torch"] == [("2.13.0+cpu", None)]
+
+
+def test_names_and_answers_cannot_break_out_of_their_place(tmp_path):
+    bad = "<script>alert(1)</script> & | `x`"
+    config = CONFIG | {"sample_prompt": bad, "max_steps": 1}
+    run = write_run(tmp_path / "a<b>&", [step_line(1, 2.0)], config=config)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "sample", "when": "before", "prompt": bad, "answer": bad}))
+        file.write("\n")
+    page = page_of(run, out=run)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "a<b>&" in page.words and page.tables["Answers"][bad] == [(bad, None)]
+
+
+AUDIT = {
+    "sources": ["a<b>.jsonl"],
+    "num_rows": 1200,
+    "num_cut": 3,
+    "num_empty": 0,
+    "epoch_tokens": 54_321,
+    "padding_share": {"batches": 0.125, "packed": 0.01},
+    "examples": {"cut": ["a<b>.jsonl:7", "a<b>.jsonl:9"], "empty": []},
+    "notes": ["the end of text is never learned"],
+}
+
+
+def test_the_audit_stands_in_the_report_with_the_places_of_what_is_lost(tmp_path):
+    run = write_run(tmp_path / "run", [step_line(1, 2.0)], summary={"data": AUDIT})
+    old = write_run(tmp_path / "old", [step_line(1, 2.0)])
+    page = page_of(run, old, out=tmp_path / "both")
+    assert page.tables["Data"] == {
+        "sources": [("a<b>.jsonl", None)],
+        "rows": [("1,200", 1200)],
+        "cut": [("3", 3)],
+        "epoch tokens": [("54,321", 54_321)],
+        "padding, batches": [("12.5%", 0.125)],
+        "padding, packed": [("1.0%", 0.01)],
+    }
+    assert "run: the end of text is never learned" in page.words
+    assert "run: cut: a<b>.jsonl:7, a<b>.jsonl:9" in page.words and "empty:" not in page.words
+    assert "Data" not in page_of(old, out=tmp_path / "one").tables
+
+
+def test_every_prompt_has_a_row_with_its_answers(tmp_path):
+    run = write_run(tmp_path / "run", [step_line(1, 2.0)], config=CONFIG)
+    with (run / "metrics.jsonl").open("a") as file:
+        for when in ("before", "after"):
+            for name, expected in (("p", "the truth"), ("q", None)):
+                values = {"prompt": name, "answer": f"{name} {when}", "expected": expected}
+                file.write(json.dumps({"event": "sample", "when": when, **values}) + "\n")
+    found = page_of(run, out=run).tables["Answers"]
+    assert [text for text, _ in found["p"]] == ["p before", "p after", "the truth"]
+    assert [text for text, _ in found["q"]] == ["q before", "q after", "–"]
+
+
+def test_a_single_step_and_a_constant_run_are_shown(tmp_path):
+    """A constant range once ended a finished run with exit code 1."""
+    one = write_run(tmp_path / "one", [step_line(1, 2.0)])
+    steps = [gpu_step(1) | {"step": i, "loss": 1e-14, "learning_rate": 0.0} for i in range(1, 13)]
+    flat = write_run(tmp_path / "flat", steps, (1e-14, 1e-14), summary=gpu_facts())
+    page = page_of(one, flat, out=tmp_path)
+    assert page.row("Time", "steps") == [1, 12]
+    assert len(shapes(page, "Loss")["flat, smoothed"]) == 12
