@@ -7,7 +7,11 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
     "bench": ("fsdp_qlora.bench", "main", "measure what each setting needs and how fast it is"),
-    "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
+    "data": (
+        "fsdp_qlora.data.inspect",
+        "main",
+        "look at the data of a run before the GPU is rented",
+    ),
     "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
     "expand": ("fsdp_qlora.results.verbs", "expand", "add new layers that change nothing yet"),
@@ -22,7 +26,7 @@ VERBS = {
         "answer a prompt, or converse, with a base and its adapter",
     ),
     "merge": ("fsdp_qlora.results.verbs", "merge", "add an adapter to its base, and compare"),
-    "plan": ("fsdp_qlora.plan.command", "main", "say what a run needs, whether it fits, how long"),
+    "plan": ("fsdp_qlora.planning.show", "main", "say what a run needs, whether it fits, how long"),
     "quantize": ("fsdp_qlora.results.verbs", "quantize", "write a 4-bit model for transformers"),
     "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
     "report": ("fsdp_qlora.report.page", "main", "show a run, or several side by side"),

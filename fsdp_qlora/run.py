@@ -14,9 +14,10 @@ from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.results import adapter_files, publish
-from fsdp_qlora.train import disk, fingerprint, preflight, resume
+from fsdp_qlora.train import disk, preflight
+from fsdp_qlora.training import resume
 
 
 def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
@@ -31,15 +32,15 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
-    from fsdp_qlora.results import course, export, session
-    from fsdp_qlora.train import going_on, profiler
-    from fsdp_qlora.training import loop, memory, memory_probe, metrics, trackers
+    from fsdp_qlora.results import export, look, session
+    from fsdp_qlora.train import profiler
+    from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
-    begin = going_on.find(cfg, given, info, adapter_files.digest(info), dataset, world)
+    resumed = checkpoint.load(cfg, given, info, adapter_files.digest(info), dataset, world)
 
     if not memory_probe.is_wanted(cfg, world.device):  # it would take as many as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
@@ -53,20 +54,22 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     record = session.describe(cfg, info, dataset, built, tracker)
     if memory_probe.is_wanted(cfg, world.device):
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **dry_run))
-    begin.restore(trained)
-    kept, signals = begin.record(out_dir, is_writer), hooks.StopFlag()
+    resumed.restore(trained)
+    kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     pinned_bytes, has_bar = built.loaded.pinned_bytes, "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
     with (
-        disk.told(cfg),
+        disk.explain_disk_full(cfg),
         metrics.Recorder(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
         profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.attach(cfg, out_dir, is_writer),
     ):
-        recorder.say("\n".join([*record["lines"], *begin.lines]))
-        course.take(trained, dataset, plan, recorder, tracker, begin, signals, after_step)
+        recorder.say("\n".join([*record["lines"], *resumed.lines]))
+        checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
+        evaluator = look.Look(trained, dataset, cfg, info, recorder, tracker, resumed.step)
+        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, after_step)
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with tracker.phase("save"):
@@ -163,7 +166,7 @@ def main(argv: list[str], start=supervise.start) -> int:
             rank_main(cfg, given)
             return errors.DONE
         plan = launch.plan_run(cfg, given)
-        fingerprint.check_early(saved, plan, adapter_files.digest(plan.info))
+        resume.check_early(saved, plan, adapter_files.digest(plan.info))
         disk.check_room(plan.cfg, plan.info)
         preflight.check(plan)
         publish.check(cfg.push_to_hub)

@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS
 from fsdp_qlora.record import Run, highest
 from fsdp_qlora.report.charts import COLOURS, MAX_POINTS, Chart, Points, Series, smooth, thin
 

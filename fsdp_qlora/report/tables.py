@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.plan.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
 from fsdp_qlora.record import Run, highest
 
 UNKNOWN = "–"

@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,17 +18,55 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsdp_qlora.config import Config
-from fsdp_qlora.data.batches import Batch, Batches
-from fsdp_qlora.data.packed_batches import PackedBatches
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.rows import Rows
-from fsdp_qlora.train.checkpoint import Keeper
 from fsdp_qlora.training import optim
 from fsdp_qlora.training.metrics import Recorder, StepHook
 from fsdp_qlora.training.nonfinite import NonFiniteGuard
+
+
+class Checkpointing(Protocol):
+    """What the loop needs of the one that saves: training.checkpoint.Checkpointer."""
+
+    step: int
+    stop: hooks.StopFlag
+
+    def poll(self, step: int) -> list[float]:
+        """What this rank asks for after a step."""
+
+    def should_save(self, polled: Sequence[float]) -> bool:
+        """Whether `after_step` must be called."""
+
+    def after_step(self, step: int, polled: Sequence[float]) -> None:
+        """Save; leave, if a signal has come."""
+
+    def finish(self, step: int) -> None:
+        """Save what the run has ended with."""
+
+    def mark_best(self, best: tuple[float, int] | None) -> None:
+        """Keep the checkpoint of the best evaluation: its loss, and the step it came after."""
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk."""
+
+
+class Evaluating(Protocol):
+    """What the loop needs of the one that measures held-out loss: results.look.Look."""
+
+    best: tuple[float, int] | None
+
+    def begin(self) -> None:
+        """Evaluate the model before the first step."""
+
+    def after_step(self) -> None:
+        """Evaluate the model after a step, if that is due."""
+
+    def end(self) -> None:
+        """Evaluate the model after the last step."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +81,7 @@ class Trained:
         world: the ranks.
         guard: skips steps whose loss or gradient is not finite.
         is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
+        seed: of dropout.
     """
 
     model: nn.Module
@@ -52,6 +92,7 @@ class Trained:
     world: World
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
     is_reduced_once: bool = False
+    seed: int = 0
 
 
 def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trained:
@@ -59,7 +100,7 @@ def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trai
 
     Args:
         model: sharded and filled.
-        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync.
+        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync, seed.
         num_steps: optimizer steps of the run.
         world: the ranks.
     """
@@ -77,6 +118,7 @@ def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trai
         world,
         NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps),
         cfg.no_sync,
+        cfg.seed,
     )
 
 
@@ -146,14 +188,46 @@ def train_step(
     return results if guard.scale is None else results | {"loss_scale": status.facts[2]}
 
 
+def train(
+    trained: Trained,
+    batches: Batches | PackedBatches,
+    recorder: Recorder,
+    checkpointer: Checkpointing,
+    evaluator: Evaluating,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """Train from the step that the checkpointer resumes; every rank must call.
+
+    Args:
+        trained: model, parameters, optimizer, restored.
+        batches: this rank's, of all steps.
+        recorder: gets a line per step.
+        checkpointer: saves, also the best evaluation.
+        evaluator: measures before, between and after the steps.
+        after_step: called when a step is recorded.
+
+    Raises:
+        Stopped: a signal has come; what was trained is saved.
+    """
+
+    def evaluate_step() -> None:
+        after_step()
+        evaluator.after_step()
+        checkpointer.mark_best(evaluator.best)
+
+    evaluator.begin()
+    fit(trained, batches, recorder, evaluate_step, checkpointer)
+    evaluator.end()
+    checkpointer.mark_best(evaluator.best)
+    checkpointer.wait()
+
+
 def fit(
     trained: Trained,
     batches: Batches | PackedBatches,
     recorder: Recorder,
     after_step: Callable[[], None] = lambda: None,
-    keeper: Keeper | None = None,
-    first_step: int = 0,
-    seed: int = 0,
+    checkpointer: Checkpointing | None = None,
 ) -> None:
     """Take every optimizer step of the run, or those that are left.
 
@@ -165,9 +239,8 @@ def fit(
         batches: this rank's, of all steps.
         recorder: gets a line per step.
         after_step: called when a step is recorded.
-        keeper: saves checkpoints; None: nothing is saved, and no signal waited for.
-        first_step: steps that were taken before.
-        seed: of dropout.
+        checkpointer: saves checkpoints, and knows how many steps were taken before; None: nothing
+            is saved, and no signal waited for.
 
     Raises:
         Stopped: a signal has come; what was trained is saved.
@@ -176,11 +249,12 @@ def fit(
     gc.collect()
     gc.freeze()  # else Python walks every module and tensor now and then: 0.2 s of a step at 7B
     world = trained.world
-    with keeper.stop.deferred() if keeper is not None else contextlib.nullcontext():
+    first_step = checkpointer.step if checkpointer is not None else 0
+    with checkpointer.stop.deferred() if checkpointer is not None else contextlib.nullcontext():
         world.sum(0)  # no rank takes a step that another could still leave at once for a signal
         for step in range(first_step, batches.num_steps):
             micro_batches = batches.step(step)
-            torch.manual_seed(dropout_seed(seed, step, world.rank))
+            torch.manual_seed(dropout_seed(trained.seed, step, world.rank))
             learning_rate = trained.schedule.get_last_lr()[0]
             hook = StepHook(recorder.clock, world.rank, step + 1)
             results = train_step(trained, micro_batches, step + 1, hook)
@@ -193,18 +267,18 @@ def fit(
                     "num_tokens": sum(b.num_tokens for b in micro_batches),
                     **results,
                 },
-                keeper.wishes(step + 1) if keeper is not None else (),
+                checkpointer.poll(step + 1) if checkpointer is not None else (),
             )
             hooks.reach("post-record", world.rank, step + 1)
             _note_skipped(trained, batches, recorder)
             hooks.beat("look", world.rank, step + 1)  # a profiler's trace takes its time
             after_step()
-            if keeper is not None and keeper.wants(agreed):
+            if checkpointer is not None and checkpointer.should_save(agreed):
                 _note_skipped(trained, batches, recorder, is_last=True)
-                keeper.after_step(step + 1, agreed)
+                checkpointer.after_step(step + 1, agreed)
         _note_skipped(trained, batches, recorder, is_last=True)
-        if keeper is not None:
-            keeper.finish(batches.num_steps)
+        if checkpointer is not None:
+            checkpointer.finish(batches.num_steps)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

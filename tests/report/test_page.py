@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from tests.report.runs import (
     CONFIG,
     REAL,
