@@ -158,23 +158,20 @@ def attach(
         threads[name] = threading.Thread(
             target=follower.run, args=arguments, name=name, daemon=True
         )
-    try:
-        with contextlib.redirect_stdout(quiet):
+    with contextlib.redirect_stdout(quiet):
+        for thread in threads.values():
+            thread.start()
+        try:
+            yield
+            wait_s = patience_s
+        finally:
+            stop.set()
             for thread in threads.values():
-                thread.start()
-            try:
-                yield
-                wait_s = patience_s
-            finally:
-                stop.set()
-                for thread in threads.values():
-                    thread.join(wait_s)
-    finally:
-        slow = [name for name, thread in threads.items() if thread.is_alive()]
-        if slow:
-            names = " and ".join(slow)
-            tell(f"note      {names} has not taken all of it yet: metrics.jsonl has it")
-            atexit.register(_end)  # before what the tracker wants to do at the end: it would wait
+                thread.join(wait_s)
+            slow = " and ".join(name for name, thread in threads.items() if thread.is_alive())
+            if slow:
+                tell(f"note      {slow} has not taken all of it yet: metrics.jsonl has it")
+                atexit.register(_end)  # before what the tracker wants to do at the end, and waits
 
 
 def _end() -> None:
