@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import UserError, join
 
+OptionsT = typing.TypeVar("OptionsT")
 BOOL_WORDS = {
     **dict.fromkeys(("true", "1", "yes", "on"), True),
     **dict.fromkeys(("false", "0", "no", "off"), False),
@@ -317,3 +318,30 @@ def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(render_help(cls, usage))
         raise SystemExit(0)
+
+
+def parse(argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str]) -> OptionsT:
+    """Read the command line of a command with options of its own.
+
+    Args:
+        argv: arguments without the command.
+        cls: dataclass of its options, made of `flag` fields.
+        usage: the lines above the options in the help.
+        needed: options that have no default.
+
+    Returns:
+        The options.
+
+    Raises:
+        UserError: every fault at once.
+        SystemExit: code 0 after printing the help.
+    """
+    show_help_if_asked(argv, cls, usage)
+    values, faults = read(argv, cls, {"model_name_or_path": "model_name"}, Path())
+    shown = " ".join(fault.got for fault in faults)
+    for name in needed:
+        if values.get(name) is None and f"--{name}" not in shown:
+            faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
+    if faults:
+        raise join(faults)
+    return cls(**values)

@@ -13,8 +13,8 @@ from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
+from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.results import adapter_files, publish
 from fsdp_qlora.train import disk, fingerprint, preflight, resume
 
 
@@ -30,14 +30,14 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
-    from fsdp_qlora.results import course, export, session
+    from fsdp_qlora.results import course, session
     from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
+    from fsdp_qlora.train.checkpoint import Keeper
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
-    num_steps = dataset.train.num_steps
-    begin = going_on.find(cfg, given, info, adapter_files.digest(info), dataset, world)
+    begin = going_on.find(cfg, given, info, adapter.digest(info), dataset, world)
 
     if not rehearsal.is_wanted(cfg, world.device):  # it would take as many as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
@@ -45,7 +45,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     with account.phase("load"):
         built = build(cfg, info, world)
     account.hold(built.model, built.placed)
-    trained = loop.prepare(built.model, cfg, num_steps, world)
+    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
     account.watch(trained.params, trained.optimizer)
 
     record = session.describe(cfg, info, dataset, built, account)
@@ -58,22 +58,41 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     with (
         disk.told(cfg),
         ledger.Recorder(
-            out_dir, world, num_steps, record, pinned_bytes, has_bar, account, kept
+            out_dir, world, dataset.train.num_steps, record, pinned_bytes, has_bar, account, kept
         ) as recorder,
         profiler.watched(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.followed(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *begin.lines]))
-        course.take(trained, dataset, plan, recorder, account, begin, signals, after_step)
+        evaluator = _evaluator(trained, dataset, plan, recorder, account)
+        keeper = Keeper(trained, recorder, cfg, begin.facts, begin.step, signals)
+        course.take(trained, dataset, recorder, evaluator, keeper, begin.step, after_step)
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with account.phase("save"):
-                export.save(built.model, info, cfg, dataset.tokenizer, is_writer)
+                evaluator.save(cfg)
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
         page.write([out_dir], out_dir)
         print(session.farewell(cfg), flush=True)
+
+
+def _evaluator(trained, dataset, plan: RunPlan, recorder, account) -> Any:
+    """What measures a run: it answers prompts and saves the best adapter."""
+    from fsdp_qlora import inference
+    from fsdp_qlora.export.save import save
+    from fsdp_qlora.train.evaluate import Evaluator
+
+    model, world, tokenizer = trained.model, trained.world, dataset.tokenizer
+
+    def answer(prompt) -> str:
+        return inference.answer(model, tokenizer, prompt.ids, plan.cfg.sample_tokens, world)
+
+    def save_as(cfg: config.Config) -> None:
+        save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
+
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, account)
 
 
 def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
@@ -91,7 +110,7 @@ def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
         ranks.leave()
         hooks.beat(hooks.DONE, rank)
         if rank == 0 and not env.is_supervised(os.environ):
-            publish.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
+            hub.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
     except Exception as error:
         exit_report.fail(error, cfg, plan)
 
@@ -160,13 +179,13 @@ def main(argv: list[str], start=supervise.start) -> int:
             rank_main(cfg, given)
             return errors.DONE
         plan = launch.plan_run(cfg, given)
-        fingerprint.check_early(saved, plan, adapter_files.digest(plan.info))
+        fingerprint.check_early(saved, plan, adapter.digest(plan.info))
         disk.check_room(plan.cfg, plan.info)
         preflight.check(plan)
-        publish.check(cfg.push_to_hub)
+        hub.check(cfg.push_to_hub)
         code = launch.supervise(cfg, argv, plan=plan, start=start)
         if code == errors.DONE:
-            publish.push(cfg.resolved_output_dir, cfg.push_to_hub)
+            hub.push(cfg.resolved_output_dir, cfg.push_to_hub)
         return code
     except errors.UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)

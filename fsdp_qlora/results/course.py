@@ -1,26 +1,21 @@
-"""The training with all that belongs to it: looked at before, while and after, saved as it goes."""
+"""The steps of a run: evaluated before, while and after, saved as it goes."""
 
 from collections.abc import Callable
 
 from fsdp_qlora.data import Data
-from fsdp_qlora.distributed.hooks import StopFlag
-from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.results.look import Look
 from fsdp_qlora.train import loop
 from fsdp_qlora.train.checkpoint import Keeper
-from fsdp_qlora.train.going_on import Start
+from fsdp_qlora.train.evaluate import Evaluator
 from fsdp_qlora.train.ledger import Recorder
-from fsdp_qlora.train.rows import Account
 
 
 def take(
     trained: loop.Trained,
     data: Data,
-    plan: RunPlan,
     recorder: Recorder,
-    account: Account,
-    begin: Start,
-    signals: StopFlag,
+    evaluator: Evaluator,
+    keeper: Keeper,
+    first: int,
     after_step: Callable[[], None],
 ) -> None:
     """Take the steps of a run that are left; every rank must call.
@@ -28,26 +23,24 @@ def take(
     Args:
         trained: what is trained, restored.
         data: what is learned.
-        plan: of the run.
-        recorder, account: of this rank.
-        begin: where the run starts.
-        signals: SIGTERM and SIGINT.
+        recorder: of this rank.
+        evaluator: measures it.
+        keeper: saves it.
+        first: steps that were taken before.
         after_step: called when a step is recorded.
 
     Raises:
         Stopped: a signal has come; what was trained is saved.
     """
-    cfg = plan.cfg
-    keeper = Keeper(trained, recorder, cfg, begin.facts, begin.step, signals)
-    look = Look(trained, data, cfg, plan.info, recorder, account, begin.step)
 
     def watch() -> None:
         after_step()
-        look.after_step()
-        keeper.mark_best(look.best)
+        evaluator.after_step()
+        keeper.mark_best(evaluator.best)
 
-    look.begin()
-    loop.fit(trained, data.train, recorder, watch, keeper, begin.step, cfg.seed)
-    look.end()
-    keeper.mark_best(look.best)
+    evaluator.num_done = first
+    evaluator.begin()
+    loop.fit(trained, data.train, recorder, watch, keeper, first, evaluator.cfg.seed)
+    evaluator.end()
+    keeper.mark_best(evaluator.best)
     keeper.wait()

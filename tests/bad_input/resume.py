@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.errors import INTEGRITY
-from fsdp_qlora.results import adapter_files
+from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.train import checkpoint_files, fingerprint
 from fsdp_qlora.train.checkpoint_files import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
 from tests import small_tokenizers
