@@ -78,7 +78,7 @@ soak: venv
 
 bench-peers: venv
 	@$(PIP) --editable '.[peers]'
-	$(BIN)/python -m fsdp_qlora bench peers $(ARGS)
+	$(BIN)/python recipes/peers/bench_peers.py $(ARGS)
 
 bench-7b bench-70b bench-small: bench-%: venv
 	$(BIN)/python -m fsdp_qlora bench $* $(ARGS)

@@ -6,11 +6,7 @@ import sys
 from fsdp_qlora.errors import DONE, SIGINT, UserError
 
 VERBS = {
-    "bench": (
-        "fsdp_qlora.results.bench.command",
-        "main",
-        "measure each setting, or ours and its peers",
-    ),
+    "bench": ("fsdp_qlora.bench", "main", "measure what each setting needs and how fast it is"),
     "data": ("fsdp_qlora.data.verb", "main", "look at the data of a run before the GPU is rented"),
     "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),

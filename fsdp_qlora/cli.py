@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import shutil
@@ -10,18 +11,19 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, SimpleNamespace
+from typing import Any, NamedTuple, TypeVar
+
+from fastcore.basics import str2bool  # it reads the reference's command lines too
 
 from fsdp_qlora.errors import UserError, join
 
-OptionsT = typing.TypeVar("OptionsT")
-BOOL_WORDS = {
-    **dict.fromkeys(("true", "1", "yes", "on"), True),
-    **dict.fromkeys(("false", "0", "no", "off"), False),
-}
+OptionsT = TypeVar("OptionsT")
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+PERIOD = re.compile(r"\d{1,9}m?")
+EVERY = re.compile(r"epoch|[1-9][0-9]{0,8}")
 RULES: dict[str, Callable[[Any], bool]] = {
     "> 0": lambda value: value > 0,
     ">= 0": lambda value: value >= 0,
@@ -32,16 +34,14 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
     "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
-    "epoch or >= 1": lambda value: re.fullmatch(r"epoch|[1-9][0-9]{0,8}", value) is not None,
-    "a number of steps, or minutes as in 30m": lambda value: (
-        re.fullmatch(r"\d{1,9}m?", value) is not None
-    ),
+    "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
+    "epoch or >= 1": lambda value: EVERY.fullmatch(value) is not None,
+    "a number of steps, or minutes as in 30m": lambda value: PERIOD.fullmatch(value) is not None,
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """One value as the user wrote it.
 
     Args:
@@ -53,13 +53,36 @@ class Given:
     place: str
 
 
+class Alias(NamedTuple):
+    """Another name of an option, or a name that is no option any more; `--help` shows neither.
+
+    Args:
+        option: the option that it means; "": none.
+        write: form of its value as that of the option.
+        when_both: when the option is given too: "refuse", "replace" it, or "add" to it.
+        usual: its default of old, which changes nothing.
+        reason: why the name has no effect.
+        is_refused: any other value than the usual one is a fault.
+    """
+
+    option: str = ""
+    write: Callable[[str], str] = str
+    when_both: str = "refuse"
+    usual: str = ""
+    reason: str = ""
+    is_refused: bool = False
+
+    def changes(self, text: str) -> bool:
+        """Whether a value is another than the usual one, however true and false are spelled."""
+        return plain(text) != plain(self.usual)
+
+
 def flag(
     default: Any,
     group: str,
     meaning: str,
-    choices: Mapping[Any, bool] | None = None,
+    choices: Iterable[Any] | None = None,
     rule: str | None = None,
-    idle: str | None = None,
 ) -> Any:
     """Declare one option of a dataclass.
 
@@ -67,163 +90,223 @@ def flag(
         default: value when the user gives none.
         group: heading under which `--help` shows the option.
         meaning: one line of help.
-        choices: allowed values; a value mapped to False is known but not built yet.
-        rule: key of `RULES` that numbers must obey.
-        idle: why the option has no effect here; None for one that has.
+        choices: allowed values.
+        rule: key of RULES that values must obey.
 
     Returns:
         A dataclass field that carries all this as metadata.
     """
     assert rule is None or rule in RULES
-    metadata = {"group": group, "help": meaning, "choices": choices, "rule": rule, "idle": idle}
+    allowed = None if choices is None else tuple(choices)
+    metadata = {"group": group, "help": meaning, "choices": allowed, "rule": rule}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def idle(default: Any, reason: str) -> Any:
-    """Declare an option of older command lines that is accepted without effect.
+@functools.cache
+def options(cls: type) -> dict[str, SimpleNamespace]:
+    """Return the options of a dataclass made of `flag` fields.
 
     Args:
-        default: value when the user gives none.
-        reason: why it has none; printed once when the option is set.
-    """
-    return flag(default, "accepted, without effect", reason, idle=reason)
-
-
-def any_of(*names: str) -> dict[str, bool]:
-    """Return choices that are all built."""
-    return dict.fromkeys(names, True)
-
-
-def read(
-    argv: Sequence[str], cls: type, aliases: Mapping[str, str], recipes_dir: Path
-) -> tuple[dict[str, Any], list[UserError]]:
-    """Read the command line, and below it the recipe it names, into values for `cls`.
-
-    Args:
-        argv: arguments without the program's name.
-        cls: dataclass made of `flag` fields, one of them called `recipe`.
-        aliases: other spelling -> field name.
-        recipes_dir: where a bare recipe name is looked up.
+        cls: the dataclass.
 
     Returns:
-        The values the user gave, by field name, and every fault found.
+        Name -> default, group, help, choices, rule (see `flag`), kinds (types of a value, in the
+        order they are tried) and is_optional (None is a value too).
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    types = typing.get_type_hints(cls)
-    given, faults = read_argv(argv, types, aliases)
-    if "recipe" in given:
-        try:
-            from_recipe, recipe_faults = read_recipe(
-                given["recipe"].text, recipes_dir, types, aliases
-            )
-        except UserError as fault:
-            from_recipe, recipe_faults = {}, [fault]
-        given = from_recipe | given
-        faults += recipe_faults
-    values = {}
-    for name, entry in given.items():
-        try:
-            values[name] = convert(entry, fields[name], types[name])
-        except UserError as fault:
-            faults.append(fault)
-    return values, faults
+    hints, found = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        own = {"kinds": [kind for kind in kinds if kind is not NoneType]}
+        found[field.name] = SimpleNamespace(
+            default=field.default, is_optional=NoneType in kinds, **own, **field.metadata
+        )
+    return found
 
 
-def read_argv(
-    argv: Sequence[str], types: Mapping[str, Any], aliases: Mapping[str, str]
-) -> tuple[dict[str, Given], list[UserError]]:
-    """Split a command line into values by field name; the last one of a repeated flag counts.
+def parse(
+    argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str] = ()
+) -> OptionsT:
+    """Read the command line of a command that has options of its own.
 
     Args:
-        argv: `--flag value`, `--flag=value`, for booleans bare `--flag`; `-` is as good as `_`.
-        types: field name -> type.
-        aliases: other spelling -> field name.
+        argv: arguments without the command.
+        cls: dataclass of its options.
+        usage: the lines above the options in the help.
+        needed: options that have no default.
 
     Returns:
-        The values and the faults: unknown flags, missing values, words that belong to no flag.
-    """
-    given: dict[str, Given] = {}
-    faults = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        shown, has_value, text = word.partition("=")
-        if not word.startswith("--"):
-            faults.append(UserError(word, "belongs to no flag", "write --flag value"))
-            continue
-        name = find_name(shown[2:], types, aliases)
-        if not has_value and words and not words[0].startswith("--"):
-            has_value, text = "yes", words.pop(0)
-        elif not has_value and name is not None and types[name] is bool:
-            has_value, text = "yes", "true"
-        if name is None:
-            faults.append(unknown(shown, shown[2:], types, aliases))
-        elif not has_value:
-            faults.append(UserError(shown, "has no value", f"write {shown}=VALUE"))
-        else:
-            given[name] = Given(text, f"{shown} {text}")
-    return given, faults
-
-
-def find_name(spelling: str, names: Mapping[str, Any], aliases: Mapping[str, str]) -> str | None:
-    """Return the field that `spelling` means, or None."""
-    name = spelling.replace("-", "_")
-    name = aliases.get(name, name)
-    return name if name in names else None
-
-
-def unknown(
-    shown: str, spelling: str, names: Mapping[str, Any], aliases: Mapping[str, str]
-) -> UserError:
-    """Return the error for a name that is no option, with the nearest one."""
-    plain = spelling.replace("-", "_").lower()
-    near = difflib.get_close_matches(plain, [*names, *aliases], n=1)
-    remedy = f"did you mean --{near[0]}?" if near else "--help lists all"
-    return UserError(shown, "no such option", remedy)
-
-
-def read_recipe(
-    name: str, recipes_dir: Path, types: Mapping[str, Any], aliases: Mapping[str, str]
-) -> tuple[dict[str, Given], list[UserError]]:
-    """Read a TOML file of `option = value` lines.
-
-    Args:
-        name: a path, or the bare name of a file in `recipes_dir`.
-        recipes_dir: directory of the recipes that come with the project.
-        types: field name -> type.
-        aliases: other spelling -> field name.
-
-    Returns:
-        The values and the faults: unknown names, values that are tables or dates.
+        The options.
 
     Raises:
-        UserError: the file is absent or no TOML.
+        UserError: every fault at once.
+        SystemExit: code 0 after printing the help.
     """
-    path = find_recipe(name, recipes_dir)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(str(path), f"not a TOML file: {error}", "repair the file") from error
-    given: dict[str, Given] = {}
-    faults = []
-    for key, value in table.items():
-        field_name = find_name(key, types, aliases)
-        place = f"{key} = {value} in {path}"
-        if field_name is None or field_name == "recipe":
-            faults.append(unknown(f"{key} in {path}", key, types, aliases))
-        elif isinstance(value, bool | int | float | str | list):
-            given[field_name] = Given(to_text(value), place)
-        else:
-            faults.append(UserError(place, "must be text, number or true/false", "rewrite it"))
-    return given, faults
+    show_help_if_asked(argv, cls, usage)
+    values, faults = Reader(cls, {"model_name_or_path": Alias("model_name")}).read(argv)
+    reported = " ".join(fault.got for fault in faults)
+    for name in needed:
+        if values.get(name) is None and f"--{name}" not in reported:
+            faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
+    if faults:
+        raise join(faults)
+    return cls(**values)
 
 
-def find_recipe(name: str, recipes_dir: Path) -> Path:
-    """Return the path of a recipe given by path or bare name.
+@dataclasses.dataclass
+class Reader:
+    """Reads command lines and recipes for one dataclass of options.
 
-    Raises:
-        UserError: there is no such file; names the recipes that exist.
+    Args:
+        cls: dataclass made of `flag` fields.
+        aliases: other names.
+        recipes_dir: where the bare name behind --recipe is looked up; None: there are no recipes.
+        faults: every fault found.
+        notes: what is to be said of names without effect.
     """
+
+    cls: type
+    aliases: Mapping[str, Alias] = dataclasses.field(default_factory=dict)
+    recipes_dir: Path | None = None
+    faults: list[UserError] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[UserError]]:
+        """Read the command line, and below it the recipe it names.
+
+        Args:
+            argv: arguments without the program's name.
+
+        Returns:
+            The values the user gave, by field name, and every fault found.
+        """
+        given = self.read_argv(argv)
+        recipe = given.pop("recipe", None)
+        below = {} if recipe is None else self._read_recipe(recipe.text)
+        return self.convert(below | given), self.faults
+
+    def read_argv(self, argv: Sequence[str]) -> dict[str, Given]:
+        """Split a command line into values by field name; the last one of a repeated flag counts.
+
+        Args:
+            argv: `--flag value`, `--flag=value`, for booleans bare `--flag`; `-` is as good as `_`.
+
+        Returns:
+            The values; faults are unknown flags, missing values, words that belong to no flag.
+        """
+        given: dict[str, Given] = {}
+        words = list(argv)
+        while words:
+            word = words.pop(0)
+            shown, has_value, text = word.partition("=")
+            if not word.startswith("--"):
+                self.faults.append(UserError(word, "belongs to no flag", "write --flag value"))
+                continue
+            name = self._find(shown[2:])
+            if not has_value and words and not words[0].startswith("--"):
+                has_value, text = "yes", words.pop(0)
+            elif not has_value and self._is_switch(name):
+                has_value, text = "yes", "true"
+            if name is None:
+                self._refuse_name(shown, shown[2:])
+            elif not has_value:
+                self.faults.append(UserError(shown, "has no value", f"write {shown}=VALUE"))
+            else:
+                given[name] = Given(text, f"{shown} {text}")
+        return self.rename(given)
+
+    def _read_recipe(self, name: str) -> dict[str, Given]:
+        """The `option = value` lines of a TOML file, given by path or bare name."""
+        try:
+            path = _find_recipe(name, self.recipes_dir or Path())
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except UserError as fault:
+            self.faults.append(fault)
+            return {}
+        except (OSError, ValueError) as error:
+            rule = f"not a TOML file: {error}"
+            self.faults.append(UserError(str(path), rule, "repair the file"))
+            return {}
+        given = {}
+        for key, value in table.items():
+            field_name, place = self._find(key), f"{key} = {value} in {path}"
+            if field_name is None or field_name == "recipe":
+                self._refuse_name(f"{key} in {path}", key)
+            elif isinstance(value, bool | int | float | str | list):
+                given[field_name] = Given(to_text(value), place)
+            else:
+                rule = "must be text, number or true/false"
+                self.faults.append(UserError(place, rule, "rewrite it"))
+        return self.rename(given)
+
+    def _find(self, spelling: str) -> str | None:
+        """The option or other name that `spelling` means, or None."""
+        name = spelling.replace("-", "_")
+        has_recipe = name == "recipe" and self.recipes_dir is not None
+        return name if name in options(self.cls) or name in self.aliases or has_recipe else None
+
+    def _is_switch(self, name: str | None) -> bool:
+        alias = self.aliases.get(name or "", Alias(name or ""))
+        option = options(self.cls).get(alias.option)
+        return alias.usual in ("true", "false") if option is None else bool in option.kinds
+
+    def _refuse_name(self, shown: str, spelling: str) -> None:
+        """Note a name that is no option, with the nearest one."""
+        plain = spelling.replace("-", "_").lower()
+        near = difflib.get_close_matches(plain, [*options(self.cls), *self.aliases], n=1)
+        remedy = f"did you mean --{near[0]}?" if near else "--help lists all"
+        self.faults.append(UserError(shown, "no such option", remedy))
+
+    def rename(self, given: Mapping[str, Given]) -> dict[str, Given]:
+        """Put options in the place of other names; note those that are refused or without effect.
+
+        Args:
+            given: values by option or other name.
+
+        Returns:
+            The values by option.
+        """
+        found = {name: entry for name, entry in given.items() if name not in self.aliases}
+        for name, alias in ((name, self.aliases[name]) for name in given if name in self.aliases):
+            entry, before = given[name], found.get(alias.option)
+            is_usual = not alias.changes(entry.text)
+            if is_usual and (before or not alias.option or alias.when_both != "refuse"):
+                continue
+            if alias.is_refused:
+                self.faults.append(UserError(entry.place, alias.reason, "leave it out"))
+            elif not alias.option:
+                self.notes.append(f"--{name} has no effect: {alias.reason}")
+            elif before is not None and alias.when_both == "refuse":
+                rule = f"--{alias.option} {before.text} is given too, and means the same"
+                self.faults.append(UserError(entry.place, rule, "give one of them"))
+            else:
+                prefix = f"{before.text}," if before and alias.when_both == "add" else ""
+                found[alias.option] = Given(prefix + alias.write(entry.text), entry.place)
+        return found
+
+    def convert(self, given: Mapping[str, Given]) -> dict[str, Any]:
+        """Turn texts into values.
+
+        Args:
+            given: what the user wrote, by field name.
+
+        Returns:
+            The values that obey choices and rules; the others are faults.
+        """
+        values = {}
+        for name, (text, place) in given.items():
+            option = options(self.cls)[name]
+            nothing = ("none", "null") if str in option.kinds else ("none", "null", "auto")
+            is_none = option.is_optional and text.lower() in nothing
+            value = None if is_none else _typed(text, option.kinds)
+            fault = find_fault(value, option, place)
+            if fault is None:
+                values[name] = value
+            else:
+                self.faults.append(fault)
+        return values
+
+
+def _find_recipe(name: str, recipes_dir: Path) -> Path:
     is_path = name.endswith(".toml") or "/" in name
     path = Path(name) if is_path else recipes_dir / f"{name}.toml"
     with contextlib.suppress(OSError, ValueError):
@@ -234,46 +317,46 @@ def find_recipe(name: str, recipes_dir: Path) -> Path:
 
 
 def to_text(value: Any) -> str:
-    """Return a TOML value as it would be written on the command line."""
+    """Return a value as it would be written on the command line."""
     if isinstance(value, list):
         return ",".join(to_text(item) for item in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def convert(entry: Given, field: dataclasses.Field, hint: Any) -> Any:
-    """Turn a text into the value of a field.
+def _typed(text: str, kinds: Sequence[type]) -> Any:
+    """The value of the first type that can read the text; NaN: of none."""
+    for kind in kinds:
+        with contextlib.suppress(ValueError, TypeError):
+            return str2bool(text or "?") if kind is bool else kind(text)
+    return math.nan
+
+
+def plain(text: str) -> str:
+    """Return a text, every spelling of true and false made the same."""
+    return to_text(value) if isinstance(value := _typed(text, (bool, str)), bool) else text
+
+
+def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | None:
+    """Return what is wrong with the value of an option, if anything.
 
     Args:
-        entry: what the user wrote.
-        field: a field made by `flag`.
-        hint: its type: bool, int, float or str, or one of these with None.
-
-    Returns:
-        The value, which obeys the field's choices and rule.
-
-    Raises:
-        UserError: it is of another type, no choice, not built yet, or out of range.
+        value: of any type.
+        option: row of `options`.
+        place: how to show it in the error.
     """
-    kinds = typing.get_args(hint) or (hint,)
-    kind = kinds[0]
-    nothing = ("none", "null") if kind is str else ("none", "null", "auto")
-    if type(None) in kinds and entry.text.lower() in nothing:
+    if value is None and option.is_optional:
         return None
-    default = "leave it out" if field.default is None else f"default is {to_text(field.default)}"
-    try:
-        value = BOOL_WORDS[entry.text.lower()] if kind is bool else kind(entry.text)
-    except (KeyError, ValueError):
-        value = math.nan
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(entry.place, f"must be {TYPE_WORDS[kind]}", default)
-    choices, rule = field.metadata["choices"], field.metadata["rule"]
-    if choices is not None and not choices.get(value, False):
-        built = ", ".join(to_text(choice) for choice, is_built in choices.items() if is_built)
-        problem = "not built yet" if value in choices else "no such choice"
-        raise UserError(entry.place, problem, f"use {built}")
-    if rule is not None and not RULES[rule](value):
-        raise UserError(entry.place, f"must be {rule}", default)
-    return value
+    usual = option.default
+    remedy = "leave it out" if usual is None else f"default is {to_text(usual)}"
+    is_typed = type(value) in option.kinds or (type(value) is int and float in option.kinds)
+    if not is_typed or (isinstance(value, float) and not math.isfinite(value)):
+        kinds = " or ".join(TYPE_WORDS[kind] for kind in option.kinds)
+        return UserError(place, f"must be {kinds}", remedy)
+    if option.choices is not None and value not in option.choices:
+        return UserError(place, "no such choice", f"use {', '.join(map(to_text, option.choices))}")
+    if option.rule is not None and not RULES[option.rule](value):
+        return UserError(place, f"must be {option.rule}", remedy)
+    return None
 
 
 def render_help(cls: type, usage: str) -> str:
@@ -288,18 +371,15 @@ def render_help(cls: type, usage: str) -> str:
     """
     groups: dict[str, list[str]] = {}
     width = min(shutil.get_terminal_size().columns, 100)
-    for field in dataclasses.fields(cls):
-        meta = field.metadata
-        built = [
-            to_text(choice) for choice, is_built in (meta["choices"] or {}).items() if is_built
-        ]
-        parts = [meta["help"], f"({' | '.join(built)})" if len(built) > 1 else ""]
-        parts += [f"[{to_text(field.default)}]" if field.default is not None else ""]
+    for name, option in options(cls).items():
+        choices = " | ".join(map(to_text, option.choices or ()))
+        parts = [option.help, f"({choices})" if choices else ""]
+        parts += [f"[{to_text(option.default)}]" if option.default is not None else ""]
         text = " ".join(part for part in parts if part)
-        head = f"  --{field.name} "
         body = textwrap.wrap(text, max(width - 33, 20), break_on_hyphens=False)
+        head = f"  --{name} "
         lines = [head.ljust(33) + body[0]] if len(head) <= 33 else [head, " " * 33 + body[0]]
-        groups.setdefault(meta["group"], []).extend(lines + [" " * 33 + more for more in body[1:]])
+        groups.setdefault(option.group, []).extend(lines + [" " * 33 + more for more in body[1:]])
     sections = [f"{group}\n" + "\n".join(lines) for group, lines in groups.items()]
     return "\n\n".join([usage, *sections]) + "\n"
 
@@ -318,30 +398,3 @@ def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
     if "--help" in argv or "-h" in argv:
         sys.stdout.write(render_help(cls, usage))
         raise SystemExit(0)
-
-
-def parse(argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str]) -> OptionsT:
-    """Read the command line of a command with options of its own.
-
-    Args:
-        argv: arguments without the command.
-        cls: dataclass of its options, made of `flag` fields.
-        usage: the lines above the options in the help.
-        needed: options that have no default.
-
-    Returns:
-        The options.
-
-    Raises:
-        UserError: every fault at once.
-        SystemExit: code 0 after printing the help.
-    """
-    show_help_if_asked(argv, cls, usage)
-    values, faults = read(argv, cls, {"model_name_or_path": "model_name"}, Path())
-    shown = " ".join(fault.got for fault in faults)
-    for name in needed:
-        if values.get(name) is None and f"--{name}" not in shown:
-            faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
-    if faults:
-        raise join(faults)
-    return cls(**values)

@@ -1,182 +1,304 @@
-"""Every option of a run, once: name, type, default, meaning and the values it may take."""
+"""Every option of a run, once: name, type, default, meaning, values, and what goes with what."""
 
 import dataclasses
 import os
 import re
 import shlex
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from fsdp_qlora import atomic, cli
-from fsdp_qlora.choices import (
-    ALIASES,
-    ATTENTIONS,
-    COUNT,
-    DATASET_HELP,
-    EVERY,
-    FITS,
-    GROUP_SIZES,
-    HQQ_AXES,
-    HQQ_BITS,
-    INITS,
-    LOGS,
-    OFFLOADS,
-    OPTIMIZERS,
-    PACKINGS,
-    PERIOD,
-    PLANS,
-    PRECISIONS,
-    PROMPTS_HELP,
-    QUANT_TYPES,
-    RESUME_HELP,
-    RUNS,
-    SCHEDULERS,
-    STRATEGIES,
-    TEXT,
-    TRAIN_TYPES,
-    TRAINED,
-    built,
-    hqq_name,
-)
-from fsdp_qlora.cli import any_of, flag, idle
-from fsdp_qlora.conflicts import find_conflicts
-from fsdp_qlora.errors import UserError, join
+from fsdp_qlora.cli import Alias, Given, flag
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
 USAGE = """usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]
 
 Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machine.
---option true and a bare --option are the same; a recipe stands below the command line."""
+--option true and a bare --option are the same; --recipe reads options from a TOML file, and the
+command line overrides it."""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 RECIPES_DIR = PROJECT_DIR / "recipes"
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
 DATA_OPTIONS = ("dataset", "eval_split")  # those that may name one
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All options of a run. Fields are the flags of train.py; `--help` prints their meanings."""
+class TrainType(NamedTuple):
+    """A train_type: how the frozen base weights are stored, and what is trained on top."""
 
-    recipe: str | None = flag(None, "model", "recipe name or TOML file; flags stand above it")
+    base: Literal["bnb", "hqq", "none"]
+    adapter: Literal["lora", "dora", "llama_pro", "full"]
+
+
+class Precision(NamedTuple):
+    """A precision: torch names of the dtypes of the activations and of the trained weights."""
+
+    compute: str
+    master: str
+
+
+class Strategy(NamedTuple):
+    """A sharding_strategy: how the ranks share the weights.
+
+    Args:
+        replicates: every rank keeps everything; only gradients are exchanged.
+        is_hybrid: sharded over the ranks of a machine, replicated over machines.
+        reshards: gathered layers are freed between forward and backward.
+    """
+
+    replicates: bool = False
+    is_hybrid: bool = False
+    reshards: bool = True
+
+
+class Optimizer(NamedTuple):
+    """An optimizer.
+
+    Args:
+        decays: weight decay is part of its method.
+        state_bytes: of a trained parameter on the GPU; paged state can leave it.
+        on_cpu: it runs on CPU ranks too.
+    """
+
+    decays: bool
+    state_bytes: int
+    on_cpu: bool = True
+
+
+TRAIN_TYPES = {
+    **dict.fromkeys(("qlora", "custom_qlora"), TrainType("bnb", "lora")),
+    "hqq_lora": TrainType("hqq", "lora"),
+    **dict.fromkeys(("lora", "custom_lora"), TrainType("none", "lora")),
+    "full": TrainType("none", "full"),
+    "dora": TrainType("none", "dora"),
+    "bnb_dora": TrainType("bnb", "dora"),
+    "hqq_dora": TrainType("hqq", "dora"),
+    "bnb_llama_pro": TrainType("bnb", "llama_pro"),
+    "hqq_llama_pro": TrainType("hqq", "llama_pro"),
+}
+BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
+PRECISIONS = {
+    **dict.fromkeys(BF16, Precision("bfloat16", "float32")),
+    "bf16_pure": Precision("bfloat16", "bfloat16"),
+    "fp32": Precision("float32", "float32"),
+    "fp16_autocast": Precision("float16", "float32"),
+}
+STRATEGIES = {
+    "full_shard": Strategy(),
+    "shard_grad_op": Strategy(reshards=False),
+    "ddp": Strategy(replicates=True, reshards=False),
+    "hybrid_full_shard": Strategy(is_hybrid=True),
+    "hybrid_shard_grad_op": Strategy(is_hybrid=True, reshards=False),
+}
+OPTIMIZERS = {
+    "adamw": Optimizer(True, 8),
+    "adam": Optimizer(False, 8),
+    "sgd": Optimizer(False, 0),
+    "adadelta": Optimizer(False, 8),
+    "adamw_8bit": Optimizer(True, 2, on_cpu=False),
+    "paged_adamw": Optimizer(True, 8, on_cpu=False),
+    "paged_adamw_8bit": Optimizer(True, 2, on_cpu=False),
+}
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
+TRACKERS = ("wandb", "tensorboard")  # packages of the same names
+QUANT_TYPES = ("nf4", "fp4", "int8")
+HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
+ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
+TRAINED = ("assistant", "completion", "last", "all")
+ON_OFF = ("auto", "on", "off")
+HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
+TEXT, COUNT = "printable text", "-1 or >= 1"
+PERIOD = "a number of steps, or minutes as in 30m"
+WARMUP = "a number of steps, or from 0.0 to 1.0"
+DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
+DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
+SYNONYMS = """model_name_or_path=model_name learning_rate=lr weight_decay=wd max_grad_norm=grad_norm
+num_train_epochs=num_epochs lora_r=lora_rank max_seq_length=context_length report_to=log_to
+per_device_train_batch_size=batch_size"""
+TRACED = "--profile writes one trace of three steps, with shapes, into profiles/ of the run"
+PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 active_steps=4 repeat=0
+export_trace=true with_stack=false with_shapes=false"""
+BASE = "it changes the base, so that the adapter would fit no base that others quantize"
+
+
+def _pairs(text: str) -> list[list[str]]:
+    return [pair.split("=") for pair in text.split()]
+
+
+# Names that are no options (any more): read from command lines, recipes and records of old runs.
+ALIASES: dict[str, Alias] = {
+    **{name: Alias(option) for name, option in _pairs(SYNONYMS)},
+    **{name: Alias(usual=usual, reason=TRACED) for name, usual in _pairs(PROFILER)},
+    "export_memory_timeline": Alias("profile_memory", when_both="replace", usual="false"),
+    "warmup_ratio": Alias("warmup_steps", lambda text: text + ".0" * text.isdecimal()),
+    "eval_samples": Alias("eval_split", lambda text: text if text != "0" else "none", usual="0"),
+    "llama_pro_path": Alias("model_name", when_both="replace", usual="none"),
+    "name": Alias("tracker_args", "name={}".format, "add", "none"),
+    "group": Alias("tracker_args", "group={}".format, "add", "none"),
+    "entity": Alias("tracker_args", "entity={}".format, "add", "none"),
+    "low_memory": Alias(usual="true", reason="weights are always loaded layer by layer"),
+    "loading_workers": Alias(usual="-1", reason="the ranks share the loading"),
+    "verbose": Alias(usual="false", reason="what matters is always printed"),
+    "master_addr": Alias(usual="localhost", reason="ranks of one machine meet on 127.0.0.1"),
+    "verify_bytes": Alias(usual="true", reason="the 4-bit bytes are always checked"),
+    "init_lora": Alias(usual="default", reason=f"no such option any more: {BASE}", is_refused=True),
+    "compile": Alias(
+        usual="false",
+        reason="no such option any more: Dynamo cannot trace weights that are gathered as they are "
+        "read, and CUDA graphs run small batches",
+        is_refused=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All options of a run. Fields are the flags of train.py; `--help` prints their meanings.
+
+    Raises:
+        UserError: a value of the wrong type or out of range, or options that exclude each other.
+    """
+
     model_name: str = flag("meta-llama/Llama-2-7b-hf", "model", "directory or hub name", rule=TEXT)
-    train_type: str = flag("qlora", "model", "base and adapter", built(TRAIN_TYPES))
-    precision: str = flag("bf16", "model", "dtype of products; adapters fp32", built(PRECISIONS))
-    quant_type: str = flag("nf4", "model", "code of a bitsandbytes weight", QUANT_TYPES)
-    double_quant: bool = flag(True, "model", "quantise the block scales too (bitsandbytes)")
+    train_type: str = flag("qlora", "model", "frozen base and adapter", TRAIN_TYPES)
+    precision: str = flag("bf16", "model", "dtype of matmuls; adapters are fp32", PRECISIONS)
+    quant_type: str = flag("nf4", "model", "bitsandbytes format", QUANT_TYPES)
+    double_quant: bool = flag(True, "model", "quantize the block scales too (bitsandbytes)")
     n_bits: int = flag(4, "model", "bits of an HQQ weight", HQQ_BITS)
     group_size: int = flag(64, "model", "HQQ weights that share a scale", GROUP_SIZES)
     hqq_axis: int = flag(1, "model", "1: groups lie in a row; 0: across rows", HQQ_AXES)
-    quant_cache: str = flag("auto", "model", "kept 4-bit bytes: auto, off or DIR", rule=TEXT)
-    weights: str = flag("load", "model", "random: only the shape is real", any_of("load", "random"))
+    quant_cache: str = flag(
+        "auto", "model", "cache of quantized weights: auto, off or DIR", rule=TEXT
+    )
+    weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
-    liger: str = flag("auto", "model", "Liger kernels, if installed", any_of("auto", "off"))
+    liger: str = flag("auto", "model", "Liger kernels, when installed", ("auto", "off"))
 
     lora_rank: int = flag(64, "adapter", "rank r of the LoRA matrices", rule=">= 1")
     lora_alpha: int = flag(16, "adapter", "scale is alpha / r", rule=">= 1")
     lora_dropout: float = flag(0.1, "adapter", "on the adapter's input", rule="from 0 to below 1")
     lora_target_modules: str = flag("all", "adapter", "all linears, or a,comma,list", rule=TEXT)
     use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
-    init_lora: str = flag("default", "adapter", "start: A random, B zero", INITS)
     loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
-    modules_to_save: str | None = flag(None, "adapter", "trained whole: embed_tokens,lm_head")
-    llama_pro_path: str | None = flag(None, "adapter", "block-expanded model, see expand")
+    modules_to_save: str | None = flag(None, "adapter", "trained in full: embed_tokens,lm_head")
 
     dataset: str = flag("alpaca_sample", "data", DATASET_HELP, rule=TEXT)
     dataset_samples: int = flag(512, "data", "rows of dummy, *_sample and orca_math", rule=">= 1")
-    train_split: str | None = flag(None, "data", "split to learn, or share of the rows (0.8)")
-    eval_split: str | None = flag(None, "data", "held out: share of the rows (0.1), split or file")
-    eval_samples: int = flag(0, "data", "rows held out for loss before and after", rule=">= 0")
-    template: str | None = flag(None, "data", "kind of rows, x.jinja, or text with {columns}")
-    train_on: str = flag("assistant", "data", "what is learned: answers, the last, all", TRAINED)
+    train_split: str | None = flag(None, "data", "split to train on, or share of the rows (0.8)")
+    eval_split: str | None = flag(None, "data", "held out: rows (200), share (0.1), split or file")
+    template: str | None = flag(None, "data", "row format, x.jinja, or text with {columns}")
+    train_on: str = flag("assistant", "data", "trained: answers, the last one, all", TRAINED)
     system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
-    packing: str = flag("auto", "data", "on: fill context_length with several rows", PACKINGS)
+    packing: str = flag("auto", "data", "on: fill context_length with several rows", ON_OFF)
     context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
-    token_cache: str = flag("auto", "data", "kept tokens: auto, off or DIR", rule=TEXT)
-    eval_every: str | None = flag(None, "data", "steps from loss to loss, or epoch", rule=EVERY)
+    token_cache: str = flag("auto", "data", "cache of tokens: auto, off or DIR", rule=TEXT)
+    eval_every: str | None = flag(
+        None, "data", "steps between losses, or epoch", rule="epoch or >= 1"
+    )
     sample_prompt: str | None = flag(None, "data", "prompt answered before and after training")
-    sample_prompts: str = flag("auto", "data", PROMPTS_HELP, rule=TEXT)
+    sample_prompts: str = flag(
+        "auto", "data", "FILE with more, off, or auto: three held-out rows", rule=TEXT
+    )
     sample_tokens: int = flag(48, "data", "longest such answer in tokens", rule=">= 1")
 
     batch_size: int = flag(1, "training", "rows per rank and micro-batch", rule=">= 1")
     gradient_accumulation_steps: int = flag(1, "training", "micro-batches per step", rule=">= 1")
     num_epochs: int = flag(1, "training", "passes over the data", rule=">= 1")
-    max_steps: int = flag(-1, "training", "optimizer steps in all; -1: by epochs", rule=COUNT)
+    max_steps: int = flag(-1, "training", "optimizer steps in total; -1: by epochs", rule=COUNT)
     lr: float = flag(1e-5, "training", "highest learning rate", rule="> 0")
     lr_scheduler: str = flag("constant", "training", "learning rate over time", SCHEDULERS)
-    warmup_ratio: float = flag(0.1, "training", "share of steps to warm up", rule="from 0 to 1")
-    optimizer: str = flag("adamw", "training", "optimizer of the adapters", any_of(*OPTIMIZERS))
+    warmup_steps: int | float = flag(0.1, "training", "steps, or share, to warm up", rule=WARMUP)
+    optimizer: str = flag("adamw", "training", "optimizer of what is trained", OPTIMIZERS)
     wd: float = flag(0.1, "training", "weight decay", rule=">= 0")
     apply_gradient_clipping: bool = flag(False, "training", "clip the global gradient norm")
     grad_norm: float = flag(0.3, "training", "largest norm when clipping", rule="> 0")
     max_skipped_steps: int = flag(
-        3, "training", "steps in a row without a finite loss, then stop", rule=">= 1"
+        3, "training", "non-finite steps in a row, then stop", rule=">= 1"
     )
     seed: int = flag(42, "training", "data order, adapters, dropout", rule="from 0 to 2**32 - 1")
-    deterministic: bool = flag(False, "training", "equal bits from run to run, on cards too")
+    deterministic: bool = flag(False, "training", "equal bits from run to run, on GPUs too")
 
-    world_size: int = flag(-1, "sharding", "ranks; -1: one per GPU", rule=COUNT)
+    world_size: int = flag(-1, "GPUs and memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag(
-        "full_shard", "sharding", "ZeRO-3, ZeRO-2 or DDP; hybrid: per machine", any_of(*STRATEGIES)
+        "full_shard", "GPUs and memory", "ZeRO-3, ZeRO-2, DDP; hybrid: per machine", STRATEGIES
     )
-    no_sync: bool = flag(False, "sharding", "reduce gradients once a step, not a micro-batch")
-    use_cpu_offload: bool = flag(True, "sharding", "frozen base on the host")
-    offload_impl: str = flag("auto", "sharding", "how it comes from there", OFFLOADS)
-    resident_layers: int = flag(0, "sharding", "layers kept whole on each card", rule=">= 0")
-    use_gradient_checkpointing: bool = flag(True, "sharding", "recompute layers in backward")
-    reentrant_checkpointing: bool = flag(False, "sharding", "the older way of recomputing")
+    no_sync: bool = flag(
+        False, "GPUs and memory", "reduce gradients once a step, not a micro-batch"
+    )
+    use_cpu_offload: bool = flag(True, "GPUs and memory", "keep the frozen base on the host")
+    offload_impl: str = flag(
+        "auto", "GPUs and memory", "how it is copied", ("auto", "fsdp", "stream")
+    )
+    resident_layers: int = flag(0, "GPUs and memory", "layers kept whole on each GPU", rule=">= 0")
+    use_gradient_checkpointing: bool = flag(True, "GPUs and memory", "recompute layers in backward")
+    reentrant_checkpointing: bool = flag(
+        False, "GPUs and memory", "by torch's older implementation"
+    )
     selective_layers: int = flag(
-        0, "sharding", "layers that keep attention and products", rule=">= 0"
+        0, "GPUs and memory", "layers that keep attention and matmuls", rule=">= 0"
     )
-    uncheckpointed_layers: int = flag(0, "sharding", "layers that keep everything", rule=">= 0")
-    compile: bool = flag(False, "sharding", "torch.compile per layer: says why not")
-    cuda_graphs: str = flag("auto", "sharding", "small batches by graph", any_of("auto", "off"))
-    use_activation_cpu_offload: bool = flag(False, "sharding", "inputs of layers on the host")
-    fit: str = flag("auto", "sharding", "the plan chooses what you leave open", FITS)
-    plan: str = flag("check", "sharding", "ignore: run what should not fit", PLANS)
+    uncheckpointed_layers: int = flag(
+        0, "GPUs and memory", "layers that keep everything", rule=">= 0"
+    )
+    cuda_graphs: str = flag(
+        "auto", "GPUs and memory", "CUDA graphs for small batches", ("auto", "off")
+    )
+    use_activation_cpu_offload: bool = flag(
+        False, "GPUs and memory", "inputs of layers on the host"
+    )
+    fit: str = flag(
+        "auto", "GPUs and memory", "the plan chooses what you leave open", ("auto", "off")
+    )
+    plan: str = flag(
+        "check", "GPUs and memory", "ignore: run what should not fit", ("check", "ignore")
+    )
     dry_run: str = flag(
-        "auto", "sharding", "longest rows once, before step 1; auto: on cards", RUNS
+        "auto", "GPUs and memory", "longest rows once before step 1; auto: on GPUs", ON_OFF
     )
-    gpu_budget_gib: float | None = flag(None, "sharding", "cap per card in GiB", rule="> 0")
+    gpu_budget_gib: float | None = flag(None, "GPUs and memory", "limit per GPU in GiB", rule="> 0")
     host_budget_gib: float | None = flag(
-        None, "sharding", "host memory of all ranks in GiB", rule="> 0"
+        None, "GPUs and memory", "host memory of all ranks in GiB", rule="> 0"
     )
-    verify_bytes: bool = flag(True, "sharding", "check 4-bit bytes at the start")
-    master_port: int | None = flag(None, "sharding", "0: a free one", rule="from 0 to 65535")
-    hang_timeout: float | None = flag(None, "sharding", "s without a sign; 0: never", rule=">= 0")
-    max_restarts: int = flag(0, "sharding", "new starts after a crash or a hang", rule=">= 0")
+    master_port: int | None = flag(None, "GPUs and memory", "0: a free one", rule="from 0 to 65535")
 
     output_dir: str | None = flag(None, "output", "[output/MODEL-TYPE-TIME]", rule=TEXT)
     overwrite: bool = flag(False, "output", "write into a directory that holds a run")
     save_model: bool = flag(True, "output", "save the adapter at the end")
-    save_every: str = flag("30m", "output", "checkpoints: steps, or minutes; 0: none", rule=PERIOD)
-    keep_checkpoints: int = flag(2, "output", "last ones that stay, besides the best", rule=">= 1")
-    resume: str | None = flag(None, "output", RESUME_HELP, rule=TEXT)
-    allow_data_change: bool = flag(False, "output", "resume with other rows, seed or batch")
-    push_to_hub: str | None = flag(None, "output", "OWNER/NAME the adapter is sent to", rule=TEXT)
-    log_to: str = flag("tqdm", "output", "bar, plain lines, or bar and a tracker", LOGS)
+    push_to_hub: str | None = flag(None, "output", "OWNER/NAME to upload the adapter to", rule=TEXT)
+    log_to: str = flag(
+        "tqdm", "output", "bar, plain lines, or a tracker", ("tqdm", "stdout", *TRACKERS)
+    )
+    project_name: str = flag("fsdp_qlora", "output", "project of the tracker", rule=TEXT)
+    tracker_args: str | None = flag(None, "output", "for wandb: name=N,group=G,entity=E", rule=TEXT)
+    profile: bool | int = flag(
+        False, "output", "trace three steps; N: after N steps of warmup", rule=">= 0"
+    )
+    profile_memory: bool = flag(False, "output", "write torch's memory snapshot of a GPU")
 
-    profile: bool = flag(False, "profiler", "write traces of torch.profiler")
-    profiling_output: str = flag("profiles", "profiler", "their directory, in that of the run")
-    profiling_frequency: int = flag(10, "profiler", "steps from trace to trace", rule=">= 1")
-    wait_steps: int = flag(1, "profiler", "of a cycle, left out, if repeat is given", rule=">= 0")
-    warmup_steps: int = flag(1, "profiler", "of a cycle, watched but not kept", rule=">= 0")
-    active_steps: int = flag(4, "profiler", "of a cycle, in the trace", rule=">= 1")
-    repeat: int = flag(0, "profiler", "cycles; 0: to the end", rule=">= 0")
-    export_trace: bool = flag(True, "profiler", "write the time line, for Perfetto")
-    export_memory_timeline: bool = flag(False, "profiler", "write allocations over time")
-    with_stack: bool = flag(False, "profiler", "record where in the program")
-    with_shapes: bool = flag(False, "profiler", "record shapes of the operands")
-    profile_memory: bool = flag(False, "profiler", "write torch's memory snapshot of a card")
+    save_every: str = flag("30m", "checkpoints", "steps, or minutes; 0: none", rule=PERIOD)
+    keep_checkpoints: int = flag(
+        2, "checkpoints", "last ones to keep, besides the best", rule=">= 1"
+    )
+    resume: str | None = flag(
+        None, "checkpoints", "DIR of a run or checkpoint; bare: latest of --output_dir", rule=TEXT
+    )
+    allow_data_change: bool = flag(False, "checkpoints", "resume with other rows, seed or batch")
+    max_restarts: int = flag(0, "checkpoints", "restarts after a crash or a hang", rule=">= 0")
+    hang_timeout: float | None = flag(
+        None, "checkpoints", "seconds without progress; 0: never", rule=">= 0"
+    )
 
-    low_memory: bool = idle(True, "weights are always streamed layer by layer")
-    loading_workers: int = idle(-1, "the ranks share the loading")
-    verbose: bool = idle(False, "what matters is always printed")
-    master_addr: str = idle("localhost", "ranks of this machine meet on 127.0.0.1")
-    project_name: str = flag("fsdp_qlora", "wandb", "project of the run there", rule=TEXT)
-    name: str | None = flag(None, "wandb", "of the run there [its directory]", rule=TEXT)
-    group: str | None = flag(None, "wandb", "group of runs there", rule=TEXT)
-    entity: str | None = flag(None, "wandb", "user or team there", rule=TEXT)
+    def __post_init__(self) -> None:
+        """Check every value, and the values together."""
+        rows = [(name, getattr(self, name), row) for name, row in cli.options(TrainConfig).items()]
+        found = [cli.find_fault(value, row, f"{name} = {value!r}") for name, value, row in rows]
+        faults = [fault for fault in found if fault is not None] or find_conflicts(self)
+        if faults:
+            raise join(faults)
+        if self.sharding_strategy == "ddp":
+            object.__setattr__(self, "use_cpu_offload", False)
 
     @property
     def format_name(self) -> str:
@@ -188,13 +310,24 @@ class Config:
 
     @property
     def compute_dtype(self) -> str:
-        """Torch name of the dtype of products and activations."""
+        """Torch name of the dtype of matmuls and activations."""
         return PRECISIONS[self.precision].compute
 
     @property
     def master_dtype(self) -> str:
         """Torch name of the dtype of adapters and optimizer states."""
         return PRECISIONS[self.precision].master
+
+    @property
+    def eval_samples(self) -> int:
+        """Number of rows held out, where `eval_split` is one; else 0."""
+        return int(self.eval_split) if self.eval_split and self.eval_split.isdecimal() else 0
+
+    @property
+    def tracker_options(self) -> dict[str, Any]:
+        """Name -> value of what `tracker_args` has for the tracker."""
+        pairs = re.split(r",(?=\w+=)", self.tracker_args or "")
+        return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
     def levels(self, num_layers: int) -> tuple[str, ...]:
         """What each decoder layer keeps for the backward pass, rows of packed.LEVELS.
@@ -223,17 +356,31 @@ class Config:
         return Path(os.path.expanduser(name))
 
 
+Config = TrainConfig  # name in the rooms that are not renamed yet
+
+
+def hqq_name(bits: int, group_size: int, axis: int) -> str:
+    """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
+    group = "" if group_size == 64 else f"_g{group_size}"
+    return f"hqq{bits}{group}" + ("" if axis else "_a0")
+
+
 def default_output_dir(model_name: str, train_type: str) -> str:
     """Return output/<model>-<train_type>-<yyyymmdd-hhmmss> for a run that starts now."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name).strip(".-") or "model"
     return f"output/{model}-{train_type}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def parse(argv: Sequence[str]) -> Config:
+def parse(
+    argv: Sequence[str], stored: TrainConfig | None = None, say: Callable[[str], Any] = str
+) -> TrainConfig:
     """Return the resolved configuration of a command line.
 
     Args:
         argv: arguments without the program's name.
+        stored: the configuration of a run that is resumed; every option that is neither on the
+            command line nor in the recipe it names is taken from here. None: the defaults.
+        say: is told, in a line each, of names that have no effect.
 
     Returns:
         A configuration that obeys all rules, with its output directory filled in.
@@ -242,19 +389,20 @@ def parse(argv: Sequence[str]) -> Config:
         UserError: every fault of names, types, choices, ranges and combinations, at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, Config, USAGE)
-    values, faults = cli.read(argv, Config, ALIASES, RECIPES_DIR)
-    cfg = Config(**values)
-    faults += find_conflicts(cfg, frozenset(values))
-    if faults:
+    cli.show_help_if_asked(argv, TrainConfig, USAGE)
+    reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
+    values, faults = reader.read(argv)
+    cfg = None
+    try:
+        cfg = TrainConfig(**({} if stored is None else vars(stored)) | values)
+        faults += _written(cfg, values)
+    except UserError as fault:
+        faults.append(fault)
+    if cfg is None or faults:
         raise join(faults)
-    is_expanded = cfg.llama_pro_path and TRAIN_TYPES[cfg.train_type].adapter == "llama_pro"
-    return dataclasses.replace(
-        cfg,
-        model_name=str(cfg.llama_pro_path) if is_expanded else cfg.model_name,
-        use_cpu_offload=cfg.use_cpu_offload and cfg.sharding_strategy != "ddp",
-        output_dir=str(cfg.resolved_output_dir),
-    )
+    for note in reader.notes:
+        say(f"note      {note}")
+    return dataclasses.replace(cfg, output_dir=str(cfg.resolved_output_dir))
 
 
 def given(argv: Sequence[str]) -> frozenset[str]:
@@ -263,15 +411,69 @@ def given(argv: Sequence[str]) -> frozenset[str]:
     Args:
         argv: arguments without the program's name, see `parse`.
     """
-    return frozenset(cli.read(argv, Config, ALIASES, RECIPES_DIR)[0])
+    return frozenset(_Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)[0])
 
 
-def to_dict(cfg: Config) -> dict[str, Any]:
+class _Reader(cli.Reader):
+    """Reads --warmup_steps N beside --profile as the profiler's, as the reference does."""
+
+    def rename(self, given: Mapping[str, Given]) -> dict[str, Given]:
+        """As cli.Reader; all that is in `given` stands on one command line, or in one recipe."""
+        steps, profile = given.get("warmup_steps"), given.get("profile")
+        is_on = profile is not None and cli.plain(profile.text) == "true"
+        if steps is None or not is_on or not steps.text.isdecimal() or not steps.text.strip("0"):
+            return super().rename(given)
+        why = "is the profiler's, as --profile is on; the learning rate's is --warmup_ratio"
+        self.notes.append(f"--warmup_steps {steps.text} {why}")
+        others = {name: entry for name, entry in given.items() if name != "warmup_steps"}
+        return super().rename(others | {"profile": steps})
+
+
+def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]]:
+    """Return the configuration that a run has stored, whatever version of the trainer wrote it.
+
+    Args:
+        record: option -> value as `to_dict` or `save` wrote it.
+
+    Returns:
+        The configuration; and the names of options that do not exist any more and were set to
+        something other than their default, to be reported.
+
+    Raises:
+        UserError: a value that its option cannot have (code 5).
+    """
+    reader, options, held = cli.Reader(TrainConfig, ALIASES), cli.options(TrainConfig), dict(record)
+    if "warmup_ratio" in held:  # written when warmup_steps was the profiler's
+        held.pop("warmup_steps", None)
+    if "llama_pro" not in str(held.get("train_type")):
+        held.pop("llama_pro_path", None)  # it had no effect
+    texts, removed = {}, []
+    values: dict[str, Any] = {}
+    for name, value in held.items():
+        text = cli.to_text(value)
+        is_option = name in options or bool(name in ALIASES and ALIASES[name].option)
+        if is_option and value is not None:
+            texts[name] = Given(text, f"{name} = {text} of the stored run")
+        elif name in options:
+            values[name] = None
+        elif not is_option and name not in ("versions", "recipe"):
+            removed += [name] * (name not in ALIASES or ALIASES[name].changes(text))
+    values |= reader.convert(reader.rename(texts))
+    try:
+        cfg = TrainConfig(**values)
+    except UserError as fault:
+        reader.faults.append(fault)
+    if reader.faults:
+        raise join(reader.faults, INTEGRITY)
+    return cfg, tuple(removed)
+
+
+def to_dict(cfg: TrainConfig) -> dict[str, Any]:
     """Return every option by name, in the order of the help."""
     return dataclasses.asdict(cfg)
 
 
-def save(cfg: Config, path: str | os.PathLike[str], versions: Mapping[str, str]) -> None:
+def save(cfg: TrainConfig, path: str | os.PathLike[str], versions: Mapping[str, str]) -> None:
     """Write every option, and under "versions" what the run runs on, as JSON, whole or not at all.
 
     Args:
@@ -304,3 +506,119 @@ def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Pat
         flags = " ".join(f"--{key} {shlex.quote(value)}" for key, value in code.items())
         rule = f"is Python that only {place} names, which never runs"
         raise UserError(got, rule, f"if you trust it, add {flags}")
+
+
+def find_conflicts(cfg: TrainConfig) -> list[UserError]:
+    """Return the combinations of options that cannot work.
+
+    Args:
+        cfg: options, each valid by itself.
+
+    Returns:
+        One error per conflict, with the remedy.
+    """
+    base, faults = TRAIN_TYPES[cfg.train_type].base, []
+    bnb = ("belongs to a bitsandbytes base", "use --train_type qlora, or leave it out")
+    hqq = ("belongs to an HQQ base", "use --train_type hqq_lora, or leave it out")
+    owners = {"quant_type": "bnb", "double_quant": "bnb"}
+    for name, owner in (
+        owners | dict.fromkeys(("n_bits", "group_size", "hqq_axis"), "hqq")
+    ).items():
+        if base != owner and getattr(cfg, name) != cli.options(TrainConfig)[name].default:
+            got = f"--{name} {cli.to_text(getattr(cfg, name))} with --train_type {cfg.train_type}"
+            faults.append(UserError(got, *(bnb if owner == "bnb" else hqq)))
+    if cfg.push_to_hub is not None and not cfg.save_model:
+        got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
+        faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
+    if cfg.reentrant_checkpointing and not cfg.use_gradient_checkpointing:
+        rule = "needs --use_gradient_checkpointing true"
+        faults.append(UserError("--reentrant_checkpointing true", rule, "set both or none"))
+    if cfg.use_activation_cpu_offload and not cfg.use_gradient_checkpointing:
+        got, rule = "--use_activation_cpu_offload true", "moves the inputs of recomputed layers"
+        faults.append(UserError(got, rule, "set --use_gradient_checkpointing true"))
+    if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
+        got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
+        faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))
+    return faults
+
+
+def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
+    """Faults of what the user wrote: what this run overrides, a home of nobody, a secret."""
+    faults = []
+    if values.get("use_cpu_offload") and cfg.sharding_strategy == "ddp":
+        got, rule = (
+            "--use_cpu_offload true with --sharding_strategy ddp",
+            "ddp keeps the whole base",
+        )
+        faults.append(UserError(got, f"{rule} on each GPU", "use full_shard, or leave offload out"))
+    if values.get("double_quant") and cfg.quant_type == "int8":
+        got, rule = "--double_quant true with --quant_type int8", "int8 has no block scales"
+        faults.append(UserError(got, rule, "leave --double_quant out"))
+    for name, text in values.items():
+        if not isinstance(text, str):
+            continue
+        if text.startswith("~") and os.path.expanduser(text) == text:
+            fault = UserError(f"--{name} {text}", "no such home directory", "give another path")
+            faults += [fault] * (name in (*HOME_PATHS, "sample_prompts"))
+        if redact(text, os.environ) != text:  # every option stands in the record of the run
+            rule = "looks like a secret, and would be stored in the record of the run"
+            remedy = "set HF_TOKEN, or run hf auth login"
+            faults.append(UserError(f"--{name} {text}", rule, remedy))
+    return faults
+
+
+def check_optimizer(name: str, has_gpus: bool) -> None:
+    """Refuse an optimizer that the ranks cannot run.
+
+    Args:
+        name: row of OPTIMIZERS.
+        has_gpus: they compute on CUDA GPUs.
+
+    Raises:
+        UserError: it needs a GPU (code 3).
+    """
+    if not (has_gpus or OPTIMIZERS[name].on_cpu):
+        rule = "is a kernel of bitsandbytes for CUDA GPUs, and the ranks compute on the CPU"
+        raise UserError(f"--optimizer {name}", rule, "use adamw", ENVIRONMENT)
+
+
+def cfg_notes(cfg: TrainConfig) -> list[str]:
+    """Return one line for every option that is set but has no effect in this run.
+
+    Args:
+        cfg: a configuration.
+
+    Returns:
+        Lines to print once, on one rank.
+    """
+    kind, notes = TRAIN_TYPES[cfg.train_type].adapter, []
+    if cfg.precision in BF16[1:]:
+        notes.append(
+            f"--precision {cfg.precision} is bf16: rotary tables are float32 in all of them"
+        )
+    if cfg.no_sync and cfg.gradient_accumulation_steps == 1:
+        notes.append("--no_sync has no effect: --gradient_accumulation_steps is 1")
+    if cfg.sharding_strategy == "ddp":
+        notes.append("cpu offload is off: ddp keeps the whole base on each GPU")
+    elif not cfg.use_cpu_offload and cfg.offload_impl != "auto":
+        notes.append("--offload_impl has no effect: --use_cpu_offload is false")
+    if not cfg.use_gradient_checkpointing and (cfg.selective_layers or cfg.uncheckpointed_layers):
+        notes.append("without gradient checkpointing every layer keeps everything")
+    if kind == "dora":
+        notes.append("CUDA graphs are off: they have no inputs for the row lengths of DoRA")
+        notes += ["--lora_dropout doubles DoRA's frozen matmuls"] * (cfg.lora_dropout > 0)
+    elif kind != "lora" and cfg.loraplus_ratio != 1:
+        notes.append("--loraplus_ratio has no effect: nothing has an adapter")
+    if kind == "full":
+        notes += ["--modules_to_save has no effect: all is trained"] * bool(cfg.modules_to_save)
+        notes += ["cpu offload has no effect: nothing is frozen"] * cfg.use_cpu_offload
+    defaults = {name: row.default for name, row in cli.options(TrainConfig).items()}
+    for is_used, name, why in (
+        (cfg.apply_gradient_clipping, "grad_norm", "--apply_gradient_clipping is false"),
+        (cfg.lr_scheduler != "constant", "warmup_steps", "--lr_scheduler is constant"),
+        (cfg.log_to == "wandb", "project_name", "--log_to is not wandb"),
+        (cfg.log_to == "wandb", "tracker_args", "--log_to is not wandb"),
+    ):
+        is_changed = getattr(cfg, name) != defaults[name]
+        notes += [f"--{name} has no effect: {why}"] * (is_changed and not is_used)
+    return notes

@@ -1,20 +1,48 @@
-"""What a user is told when something is wrong, and the exit codes of every command."""
+"""What a user is told when something is wrong, the exit codes of every command, and no secrets."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
-from fsdp_qlora.redaction import redact
-
-DONE = 0
-BUG = 1
-INPUT = 2
-ENVIRONMENT = 3
-RUN_FAILED = 4
-INTEGRITY = 5
-SIGINT = 130
-SIGTERM = 143
+DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
+SIGINT, SIGTERM = 130, 143
 
 MAX_LINE_CHARS = 300
+Faults = Sequence["UserError"]
+REDACTED = "[secret]"
+# A name may begin like a token: only what is as long as one and has no word in it counts.
+SECRETS = (
+    re.compile(r"\b(?:hf_|sk-|gh[po]_|glpat-)[A-Za-z0-9]{16,}"),
+    re.compile(r"\bgithub_pat_\w{8,}|\bAKIA[A-Z0-9]{12,}|\bAIza[\w-]{20,}"),
+    re.compile(r"(?<=://)[^/\s@]+(?=@)"),
+    re.compile(r"(?i)(?<=[?&])[a-z_]*(token|key|secret|password)=[^\s&'\"]+"),
+)
+SECRET_NAMES = re.compile(
+    r"TOKEN(?!IZER|S)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY"
+)
+MIN_SECRET_CHARS = 8
+
+
+def redact(
+    text: str, environment: Mapping[str, str], patterns: Sequence[re.Pattern] = SECRETS
+) -> str:
+    """Replace what looks like a secret, and the values of variables that are named like one.
+
+    Args:
+        text: any text.
+        environment: variables of the process.
+        patterns: what a secret looks like.
+
+    Returns:
+        The text with REDACTED in their place.
+    """
+    values = [value for name, value in environment.items() if SECRET_NAMES.search(name.upper())]
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= MIN_SECRET_CHARS and not value.startswith("/"):  # a file with a token
+            text = text.replace(value, REDACTED)
+    for pattern in patterns:
+        text = pattern.sub(REDACTED, text)
+    return text
 
 
 def one_line(text: str) -> str:
@@ -31,17 +59,12 @@ def one_line(text: str) -> str:
     )
 
 
-def said(text: str) -> str:
-    """Return `text` as one safe line, without secrets (redaction.py).
-
-    Args:
-        text: of a fault; it may hold what the user wrote, or what a library said.
-    """
+def _printable(text: str) -> str:
     return one_line(redact(text, os.environ))
 
 
 class UserError(Exception):
-    """A fault the user can repair; printed as one line "got: rule; remedy", never as a traceback.
+    """Something a user can put right: one line with value, rule and remedy, never a traceback.
 
     Args:
         got: the offending value, with its place (flag, file:line, row).
@@ -52,12 +75,7 @@ class UserError(Exception):
     """
 
     def __init__(
-        self,
-        got: str,
-        rule: str,
-        remedy: str,
-        code: int = INPUT,
-        others: Sequence["UserError"] = (),
+        self, got: str, rule: str, remedy: str, code: int = INPUT, others: Faults = ()
     ) -> None:
         super().__init__(got, rule, remedy, code, others)
         self.got, self.rule, self.remedy, self.code = got, rule, remedy, code
@@ -65,7 +83,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Return the fault in at most 300 characters, then " | " and the next one, if any."""
-        got, rest = said(self.got), said(f": {self.rule}; {self.remedy}")
+        got, rest = _printable(self.got), _printable(f": {self.rule}; {self.remedy}")
         space = max(MAX_LINE_CHARS - len(rest), 40)
         if len(got) > space:  # of a path the end counts, of a value the beginning
             got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"
@@ -74,17 +92,19 @@ class UserError(Exception):
         return " | ".join([line, *map(str, self.others)])
 
 
-def join(faults: Sequence[UserError]) -> UserError:
-    """Return one error that tells all `faults` at once.
+def join(faults: Faults, code: int | None = None) -> UserError:
+    """Return one error that reports all `faults` at once.
 
     Args:
         faults: at least one error; the first gives the exit code.
+        code: exit code in place of that one.
 
     Returns:
         An error whose text is the texts of all faults, separated by " | ".
     """
-    first = faults[0]
-    return UserError(first.got, first.rule, first.remedy, first.code, faults[1:])
+    every = [fault for one in faults for fault in (one, *one.others)]
+    first, *rest = [UserError(one.got, one.rule, one.remedy, one.code) for one in every]
+    return UserError(first.got, first.rule, first.remedy, code or first.code, rest)
 
 
 def classify(error: Exception, who: str, trace: str) -> tuple[int, str]:
@@ -98,6 +118,7 @@ def classify(error: Exception, who: str, trace: str) -> tuple[int, str]:
     Returns:
         One of the codes above, and what the user is told.
     """
-    text = said(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")[:160]
+    first = str(error).splitlines()[0] if str(error) else ""
+    text = _printable(f"{type(error).__name__}: {first}")[:160]
     line = f"{who}: {text}; the trace is in {trace}"
     return (RUN_FAILED if isinstance(error, RuntimeError | OSError) else BUG), line

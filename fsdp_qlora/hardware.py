@@ -15,9 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 GIB = 1024**3
+MACHINE_FIELDS = (
+    "host_total_gib",
+    "host_available_gib",
+    "host_used_gib",
+    "cgroup_limit_gib",
+    "cgroup_used_gib",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -503,3 +512,35 @@ def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
     if cgroup.limit_gib is not None and cgroup.limit_gib < total_kib / 1024**2:
         return cgroup.used_gib()
     return (total_kib - free_kib) / 1024**2 if total_kib else None
+
+
+def pss_gib(proc: Path = Path("/proc/self")) -> float:
+    """Proportional set size of this process in GiB: pages shared by N processes count 1/N.
+
+    The sum over ranks is what the run really holds. The kernel walks every page for it (tenths of
+    a second for tens of GiB), so it does not belong in a step: see training.memory.HostSampler.
+    """
+    return read_kib(proc / "smaps_rollup", "Pss") * 1024 / GIB
+
+
+def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
+    """Memory of the machine, all processes together.
+
+    Args:
+        cgroup: from find_cgroup (looked up when None).
+
+    Returns:
+        MACHINE_FIELDS in GiB; used = total - available, so shared memory and pinned pages count
+        and page cache does not. The cgroup fields are None where there is no limit.
+    """
+    cgroup = find_cgroup() if cgroup is None else cgroup
+    machine = psutil.virtual_memory()
+    total_gib, available_gib = machine.total / GIB, machine.available / GIB
+    sizes = (
+        total_gib,
+        available_gib,
+        total_gib - available_gib,
+        cgroup.limit_gib,
+        cgroup.used_gib(),
+    )
+    return dict(zip(MACHINE_FIELDS, sizes, strict=True))

@@ -78,7 +78,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> Config:
         known = adapter_files.options(adapter_files.read(adapter))
     given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
-    known |= {"recipe": None, "output_dir": str(adapter or "output"), "fit": "off"}
+    known |= {"output_dir": str(adapter or "output"), "fit": "off"}
     known["world_size"] = max(given.world_size, 1)
     return dataclasses.replace(config.parse([]), **known)
 
@@ -334,8 +334,8 @@ def evaluate(argv: list[str]) -> int:
 def _held_out(opened: Opened) -> dict[str, Any]:
     """Loss and perplexity over all held-out rows of all ranks."""
     from fsdp_qlora import data
-    from fsdp_qlora.train import loop
-    from fsdp_qlora.train.evaluate import perplexity
+    from fsdp_qlora.training import loop
+    from fsdp_qlora.training.evaluate import perplexity
 
     rows = data.build(opened.cfg, opened.info, opened.world).held_out
     if not rows:

@@ -5,6 +5,7 @@ the ranks.
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -15,7 +16,8 @@ from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train import disk, fingerprint, preflight, resume
+from fsdp_qlora.train import disk, preflight
+from fsdp_qlora.training import resume
 
 
 def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
@@ -30,46 +32,48 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora import data
     from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
-    from fsdp_qlora.results import course, session
-    from fsdp_qlora.train import going_on, ledger, loop, profiler, rehearsal, rows, trackers
-    from fsdp_qlora.train.checkpoint import Keeper
+    from fsdp_qlora.results import session
+    from fsdp_qlora.train import profiler, trackers
+    from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
-    begin = going_on.find(cfg, given, info, adapter.digest(info), dataset, world)
+    num_steps = dataset.train.num_steps
+    resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
 
-    if not rehearsal.is_wanted(cfg, world.device):  # it would take as many as the data can bring
+    if not memory_probe.is_wanted(cfg, world.device):  # it would take as many as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
-    account = rows.Account(plan, world.device, session.nbytes(dataset))
-    with account.phase("load"):
+    tracker = memory.MemoryTracker(plan, world.device, session.nbytes(dataset))
+    with tracker.phase("load"):
         built = build(cfg, info, world)
-    account.hold(built.model, built.placed)
-    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
-    account.watch(trained.params, trained.optimizer)
+    tracker.record_model(built.model, built.placed)
+    trained = loop.prepare(built.model, cfg, num_steps, world)
+    tracker.record_optimizer(trained.params, trained.optimizer)
 
-    record = session.describe(cfg, info, dataset, built, account)
-    if rehearsal.is_wanted(cfg, world.device):
-        record["lines"].append(rehearsal.rehearse(trained, dataset.train, cfg, account, **dry_run))
-    begin.restore(trained)
-    kept, signals = begin.record(out_dir, is_writer), hooks.StopFlag()
+    record = session.describe(cfg, info, dataset, built, tracker)
+    if memory_probe.is_wanted(cfg, world.device):
+        record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **dry_run))
+    resumed.restore(trained)
+    kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
     signals.install()  # from here on a stop is recorded
     with (
-        disk.told(cfg),
-        ledger.Recorder(
-            out_dir, world, dataset.train.num_steps, record, pinned_bytes, has_bar, account, kept
+        disk.explain_disk_full(cfg),
+        metrics.Recorder(
+            out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
-        profiler.watched(cfg, world.rank, world.device, recorder.say) as after_step,
+        profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.followed(cfg, out_dir, is_writer),
     ):
-        recorder.say("\n".join([*record["lines"], *begin.lines]))
-        evaluator = _evaluator(trained, dataset, plan, recorder, account)
-        keeper = Keeper(trained, recorder, cfg, begin.facts, begin.step, signals)
-        course.take(trained, dataset, recorder, evaluator, keeper, begin.step, after_step)
+        recorder.say("\n".join([*record["lines"], *resumed.lines]))
+        checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
+        evaluator = _evaluator(trained, dataset, plan, recorder, tracker)
+        evaluator.num_done = resumed.step
+        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, after_step)
         if cfg.save_model:
             hooks.reach("export", world.rank)
-            with account.phase("save"):
+            with tracker.phase("save"):
                 evaluator.save(cfg)
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
@@ -78,11 +82,11 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         print(session.farewell(cfg), flush=True)
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, account) -> Any:
+def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.save import save
-    from fsdp_qlora.train.evaluate import Evaluator
+    from fsdp_qlora.training.evaluate import Evaluator
 
     model, world, tokenizer = trained.model, trained.world, dataset.tokenizer
 
@@ -92,7 +96,7 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, account) -> Any:
     def save_as(cfg: config.Config) -> None:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
-    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, account)
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
 
 
 def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
@@ -166,11 +170,12 @@ def ignore_broken_pipe() -> Iterator[None]:
 def main(argv: list[str], start=supervise.start) -> int:
     """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
     try:
-        saved = None
-        if not env.is_supervised(os.environ):
-            is_speaker = os.environ.get("RANK", "0") == "0"
-            argv, saved = resume.expand(argv, lambda line: print(line) if is_speaker else None)
-        cfg, given = config.parse(argv), config.given(argv)
+        saved, is_supervised = None, env.is_supervised(os.environ)
+        is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
+        say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
+        if not is_supervised:
+            argv, saved = resume.expand(argv, say)
+        cfg, given = config.parse(argv, say=say), config.given(argv)
         if saved is not None and resume.is_done(saved, cfg):
             print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
             return errors.DONE
@@ -179,7 +184,7 @@ def main(argv: list[str], start=supervise.start) -> int:
             rank_main(cfg, given)
             return errors.DONE
         plan = launch.plan_run(cfg, given)
-        fingerprint.check_early(saved, plan, adapter.digest(plan.info))
+        resume.check_early(saved, plan, adapter.digest(plan.info))
         disk.check_room(plan.cfg, plan.info)
         preflight.check(plan)
         hub.check(cfg.push_to_hub)

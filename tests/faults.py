@@ -48,7 +48,7 @@ def meet(point: str, rank: int, step: int) -> None:
 
 
 def _spoil_losses() -> None:
-    from fsdp_qlora.train import loop
+    from fsdp_qlora.training import loop
 
     whole = loop.token_loss_sum
 

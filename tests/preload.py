@@ -27,19 +27,17 @@ for name in (
     "fsdp_qlora.model.load",
     "fsdp_qlora.model.shard",
     "fsdp_qlora.model.skeleton",
-    "fsdp_qlora.results.course",
     "fsdp_qlora.export.save",
     "fsdp_qlora.inference",
-    "fsdp_qlora.train.evaluate",
+    "fsdp_qlora.training.evaluate",
     "fsdp_qlora.report.page",
     "fsdp_qlora.results.session",
-    "fsdp_qlora.train.checkpoint",
-    "fsdp_qlora.train.going_on",
-    "fsdp_qlora.train.loop",
+    "fsdp_qlora.training.loop",
     "fsdp_qlora.train.profiler",
-    "fsdp_qlora.train.rehearsal",
+    "fsdp_qlora.training.memory_probe",
     "fsdp_qlora.train.trackers",
     "fsdp_qlora.train.versions",
+    "fsdp_qlora.training.checkpoint",
 ):
     importlib.import_module(name)
 quantize.import_bitsandbytes()

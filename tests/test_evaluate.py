@@ -10,10 +10,10 @@ import pytest
 from fsdp_qlora import config
 from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.data.store import Sample, of_samples
-from fsdp_qlora.train.evaluate import Evaluator
+from fsdp_qlora.training.evaluate import Evaluator
 from tests import tiny
 from tests.ranks import run_ranks
-from tests.test_rows import plan_of
+from tests.training.test_memory_rows import plan_of
 
 NUM_STEPS = 6
 PROMPTS = (Prompt("ask", (5, 6, 7), "said"), Prompt("other", (9, 8)))
@@ -30,17 +30,17 @@ def samples(num, seed):
 
 def build(world, path, *flags):
     from fsdp_qlora.model.build import build
-    from fsdp_qlora.train import loop
-    from fsdp_qlora.train.rows import Account
+    from fsdp_qlora.training import loop
+    from fsdp_qlora.training.memory import MemoryTracker
 
     plan = plan_of(path, "--lora_dropout=0.3", "--lr=0.05", "--eval_samples=9", *flags)
-    account = Account(plan, world.device)
-    with account.phase("load"):
+    tracker = MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    account.hold(built.model, built.placed)
+    tracker.record_model(built.model, built.placed)
     trained = loop.prepare(built.model, plan.cfg, NUM_STEPS, world)
-    account.watch(trained.params, trained.optimizer)
-    return plan, account, trained
+    tracker.record_optimizer(trained.params, trained.optimizer)
+    return plan, tracker, trained
 
 
 def run(world, path, out, is_evaluated):
@@ -51,10 +51,10 @@ def run(world, path, out, is_evaluated):
     from fsdp_qlora.data.batches import Batches, held_out
     from fsdp_qlora.data.order import Dealing
     from fsdp_qlora.export import save
-    from fsdp_qlora.train import ledger, loop
+    from fsdp_qlora.training import loop, metrics
 
     flags = ("--eval_every=2", f"--output_dir={out}", "--sample_tokens=5") if is_evaluated else ()
-    plan, account, trained = build(world, path, *flags)
+    plan, tracker, trained = build(world, path, *flags)
     train = Batches(samples(40, 0), Dealing(2, 1, world.size, world.rank, 42, 1, NUM_STEPS))
     rest = held_out(samples(9, 1), 2, world.size, world.rank)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -62,7 +62,7 @@ def run(world, path, out, is_evaluated):
     if is_evaluated and world.rank == 0:
         out.mkdir()
         config.save(plan.cfg, out / "run_config.json", {})
-    with ledger.Recorder(out, world, NUM_STEPS, {}, has_bar=False, account=account) as recorder:
+    with metrics.Recorder(out, world, NUM_STEPS, {}, has_bar=False, tracker=tracker) as recorder:
         evaluator = Evaluator(
             trained,
             data,
@@ -70,7 +70,7 @@ def run(world, path, out, is_evaluated):
             lambda prompt: inference.answer(trained.model, tokenizer, prompt.ids, 5, world),
             lambda cfg: save.save(trained.model, plan.info, cfg, tokenizer, world.rank == 0),
             recorder,
-            account,
+            tracker,
         )
         if not is_evaluated:
             loop.fit(trained, train, recorder)
@@ -84,7 +84,7 @@ def run(world, path, out, is_evaluated):
 def _compare(world, path, out):
     """Without and with evaluation; then the same rows in other batches."""
     from fsdp_qlora.data.batches import held_out
-    from fsdp_qlora.train import loop
+    from fsdp_qlora.training import loop
 
     run(world, path, out / "without", is_evaluated=False)
     found = run(world, path, out / "with", is_evaluated=True)
@@ -99,7 +99,7 @@ def _compare(world, path, out):
 def _cuts(world, path):
     """Held-out loss of one adapter, by batch size."""
     from fsdp_qlora.data.batches import held_out
-    from fsdp_qlora.train import loop
+    from fsdp_qlora.training import loop
 
     _, _, trained = build(world, path, "--precision=fp32")
     tiny.fill_lora(trained.model)
@@ -159,7 +159,7 @@ def test_every_second_step_is_evaluated_and_the_best_adapter_is_kept(looked):
 def _reload(world, path):
     from fsdp_qlora.data.batches import held_out
     from fsdp_qlora.model import adapters
-    from fsdp_qlora.train import loop
+    from fsdp_qlora.training import loop
 
     plan, _, trained = build(world, path.parent / "model")
     file = path / "best" / "adapter_model.safetensors"

@@ -32,7 +32,7 @@ def _train(world, path, cases):
     """Losses, gradient norms and failures of six steps over three shapes, twice each."""
     from fsdp_qlora.data.batches import collate
     from fsdp_qlora.model import shard
-    from fsdp_qlora.train import loop, optim
+    from fsdp_qlora.training import loop, optim
     from tests.test_shard import make_samples
 
     rows = make_samples(2 * world.size)

@@ -121,7 +121,7 @@ def test_python_that_only_the_adapter_names_never_runs(finished):
         changed = json.dumps(table | {flag: f"x.jsonl, {rows}" if flag == "dataset" else rows})
         (place / "run_config.json").write_text(changed)
         (place / "evil.py").write_text(f"open({str(place / 'ran')!r}, 'w')\nrows = 1 / 0\n")
-        for rest in ((), ("--eval_samples=2",), ("--world_size=2",)):
+        for rest in ((), ("--batch_size=2",), ("--world_size=2",)):
             with pytest.raises(UserError, match="if you trust it, add --" + flag) as caught:
                 inference.evaluate(["--adapter", str(place), *rest])
             assert rows in str(caught.value)

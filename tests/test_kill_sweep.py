@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora import checkpoint_store
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, RUN_FAILED, SIGINT, SIGTERM
-from fsdp_qlora.train import resume
 from tests import faults, warm
 
 NUM_STEPS = 6
@@ -96,8 +96,8 @@ def test_deterministic_kernels_leave_the_bits_of_cpu_ranks(place: Path, unbroken
 
 def steps_kept(out: Path) -> list[int]:
     """The whole checkpoints of a run; the latest is what `--resume` takes."""
-    latest = resume.latest_valid(out)
-    return [] if latest is None else [int(latest.name.removeprefix("step-"))]
+    latest = checkpoint_store.latest(out)
+    return [] if latest is None else [latest.step]
 
 
 def kills_at(point: str) -> list[str]:

@@ -13,7 +13,7 @@ from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import save as export
 from fsdp_qlora.model import adapters, shard
-from fsdp_qlora.train import loop
+from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import make_samples, micro_batches

@@ -12,7 +12,7 @@ from fsdp_qlora.data.order import Dealing
 from fsdp_qlora.data.packed_batches import PackedBatches
 from fsdp_qlora.data.store import Sample, of_samples
 from fsdp_qlora.model import shard
-from fsdp_qlora.train import loop
+from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks
 

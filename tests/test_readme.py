@@ -1,6 +1,5 @@
 """What the README says can be typed, and the files it names are there."""
 
-import dataclasses
 import itertools
 import re
 import shlex
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import config
+from fsdp_qlora import cli, config
 from fsdp_qlora.__main__ import VERBS
 from fsdp_qlora.errors import UserError
 
@@ -77,7 +76,8 @@ def fault_of_verb(argv: list[str]) -> str | None:
     help_text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     if argv[0] in TRAIN_VERBS:
-        help_text += " ".join(f"--{field.name}" for field in dataclasses.fields(config.Config))
+        names = [*cli.options(config.TrainConfig), *config.ALIASES, "recipe"]
+        help_text += " ".join(f"--{name}" for name in names)
     unknown = [flag for flag in flags if flag not in help_text and flag != "--help"]
     return f"no options {unknown}" if unknown else None
 

@@ -12,7 +12,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import save as export
 from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.model.head import Targets
-from fsdp_qlora.train import loop, optim
+from fsdp_qlora.training import loop, optim
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -192,7 +192,7 @@ def _plant_nan_patterns(world, path):
     """Overwrite the bytes with NaN patterns of every float type; count wrong ones by placement."""
     num_wrong = {}
     for place, place_flags in PLACES.items():
-        flags = (*FLAGS, *place_flags, "--verify_bytes=false")
+        flags = (*FLAGS, *place_flags)
         model, info, cfg, packed_cache, placed = tiny.shape(path, world, *flags)
         load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
         planted, streamed = [], placed.layers("streamed")

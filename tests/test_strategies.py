@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.choices import STRATEGIES
+from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard
-from fsdp_qlora.train import loop
+from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import FLAGS, build_lora, make_samples

@@ -93,7 +93,7 @@ def test_no_room_on_the_host_is_said_before_the_load(tmp_path):
 def _losses(world, path, cases):
     """Losses of one epoch, 3 steps of 2 micro-batches, and the held-out loss, bit for bit."""
     from fsdp_qlora.model import shard
-    from fsdp_qlora.train import loop, optim
+    from fsdp_qlora.training import loop, optim
     from tests.test_shard import FLAGS, micro_batches
 
     results = []

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.choices import TRACKERS
-from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.config import PROJECT_DIR, TRACKERS
 from fsdp_qlora.train import trackers
 from tests.report.runs import REAL
 
@@ -149,6 +148,6 @@ def test_a_tracker_that_is_not_installed_is_told_before_anything_starts(name, tm
 
 def test_flags_of_wandb_without_it_are_told_to_have_no_effect():
     cfg = config.parse(["--model_name=x", "--entity=me", "--log_to=tensorboard"])
-    from fsdp_qlora.conflicts import cfg_notes
+    from fsdp_qlora.config import cfg_notes
 
-    assert "--entity has no effect: --log_to is not wandb" in cfg_notes(cfg)
+    assert "--tracker_args has no effect: --log_to is not wandb" in cfg_notes(cfg)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fsdp_qlora import arch, config
 from fsdp_qlora import run as train_run
-from fsdp_qlora.choices import TRAIN_TYPES
+from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.export import merge
 from fsdp_qlora.export.expand import main as expand_main
@@ -21,7 +21,7 @@ from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.plan import fit
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.sizes import setting_for
-from fsdp_qlora.train import loop
+from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.arch.info import ModelInfo, select_linears
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
 
 NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`

@@ -115,7 +115,7 @@ def prepare(
     found = sources.find(cfg.dataset, wanted)
     whole = make(found)
     example = next((row for _, row in _good_rows(found, writer)), None)
-    eval_name = _name(cfg.eval_split)
+    eval_name = None if cfg.eval_samples else _name(cfg.eval_split)
     if eval_name is None:
         train, held_out, num_test = part(whole, cfg)
         stores: tuple[Store, ...] = (whole.store,)
@@ -233,15 +233,13 @@ def part(whole: Part, cfg: Config) -> tuple[Part, Part, int]:
     Raises:
         UserError: a part would be empty, or the shares are more than the whole.
     """
-    learn, hold = _share(cfg.train_split), _share(cfg.eval_split)
-    if cfg.eval_samples and cfg.eval_split is not None:
-        got = f"--eval_samples with --eval_split {cfg.eval_split}"
-        raise UserError(got, "both name the held-out rows", "give one of them")
+    learn = _share(cfg.train_split)
     if cfg.eval_samples:
         if cfg.train_split is not None and learn is not None:
-            got = f"--eval_samples with --train_split {cfg.train_split}"
-            raise UserError(got, "both part the rows", "give --eval_split in place of a number")
+            got = f"--eval_split {cfg.eval_split} with --train_split {cfg.train_split}"
+            raise UserError(got, "both split the rows", "give a share (0.1) as --eval_split")
         return (*_hold_out(whole, cfg.eval_samples, cfg.seed), 0)
+    hold = _share(cfg.eval_split)
     if learn is None and hold is None:
         return whole, Part(whole.store, whole.indices[:0]), 0
     has_file = hold is None and _name(cfg.eval_split) is not None

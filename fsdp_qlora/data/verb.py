@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return DONE
     num_rows, as_json, rest = _own_options(argv)
-    cfg = config.parse(rest)
+    cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     info = arch.read(cfg.model_name, need_weights=False)
     is_dummy = cfg.dataset == sources.DUMMY
     path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)

@@ -27,11 +27,11 @@ from fsdp_qlora.errors import (
     UserError,
     classify,
     one_line,
+    redact,
 )
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.rows import Table
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.redaction import redact
 
 LOGS = "logs"
 METRICS = "metrics.jsonl"

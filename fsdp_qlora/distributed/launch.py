@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsdp_qlora import arch, hardware
+from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import PROJECT_DIR, Config
 from fsdp_qlora.distributed import exit_report, hooks
@@ -28,7 +28,6 @@ from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.plan import run as plans
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train import resume
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -74,17 +73,17 @@ def claim_output_dir(cfg: Config) -> Path:
     """
     path = cfg.resolved_output_dir
     try:
-        if (path / resume.LOCK).exists():
-            resume.lock(path)
-        is_new = cfg.resume in (None, resume.AUTO)
+        if (path / checkpoint_store.LOCK).exists():
+            checkpoint_store.lock(path)
+        is_new = cfg.resume in (None, checkpoint_store.AUTO)
         _refuse_files(path, cfg)
-        is_known = path.is_dir() and resume.is_run(path)
-        resume.lock(path)
+        is_known = path.is_dir() and checkpoint_store.is_run(path)
+        checkpoint_store.lock(path)
         _refuse_files(path, cfg)  # those of a run that was faster
         if is_new and cfg.overwrite and is_known:
-            resume.clear(path)
-        elif is_new and (cfg.overwrite or (path / resume.METRICS).exists()):
-            resume.set_record_aside(path)
+            checkpoint_store.clear(path)
+        elif is_new and (cfg.overwrite or (path / checkpoint_store.METRICS).exists()):
+            checkpoint_store.set_record_aside(path)
         (path / LOGS).mkdir(exist_ok=True)
         for old in [found for pattern in LAST_WORDS for found in path.glob(pattern)]:
             old.unlink()
@@ -98,8 +97,8 @@ def claim_output_dir(cfg: Config) -> Path:
 
 
 def _refuse_files(path: Path, cfg: Config) -> None:
-    if cfg.resume in (None, resume.AUTO):
-        resume.refuse_files(path, cfg.overwrite, cfg.resume == resume.AUTO)
+    if cfg.resume in (None, checkpoint_store.AUTO):
+        checkpoint_store.refuse_files(path, cfg.overwrite, cfg.resume == checkpoint_store.AUTO)
 
 
 def agree_output_dir(cfg: Config, world: "World") -> Config:
@@ -185,8 +184,8 @@ def supervise(
 
 def _leave(output_dir: Path) -> None:
     """Remove a directory of which nothing came, unless somebody else has put something there."""
-    resume.clear(output_dir)
-    (output_dir / resume.LOCK).unlink(missing_ok=True)
+    checkpoint_store.clear(output_dir)
+    (output_dir / checkpoint_store.LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         (output_dir / LOGS).rmdir()
     with contextlib.suppress(OSError):
@@ -225,7 +224,7 @@ def _run(
         ]
         watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, cfg.hang_timeout)
         ended = processes.run(specs, start, stops, watch)
-    saved = None if ended.is_done else resume.latest(output_dir)
+    saved = None if ended.is_done else checkpoint_store.latest(output_dir)
     how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
     num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
@@ -260,8 +259,8 @@ def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
             return dataclasses.replace(attempt, plan=plan)
     if attempt.num_restarts >= cfg.max_restarts:
         return None
-    number, saved = attempt.num_restarts + 1, resume.latest(output_dir)
-    if saved is None and resume.files.may_hold_any(output_dir):
+    number, saved = attempt.num_restarts + 1, checkpoint_store.latest(output_dir)
+    if saved is None and checkpoint_store.may_hold_any(output_dir):
         return None  # a new start would write over what cannot be read now
     where = "from the beginning" if saved is None else f"after step {saved.step}"
     words = f", a notch lower: {flags}" if flags else ""

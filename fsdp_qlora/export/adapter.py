@@ -18,7 +18,7 @@ from typing import Any
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, describe, read_header, read_json
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import Config, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 
 CONFIG_NAME = "adapter_config.json"
@@ -377,5 +377,4 @@ def run_config(path: Path) -> Config:
         UserError: it is absent (code 2) or damaged (code 5).
     """
     table = read_json(path / "run_config.json")
-    known = {key: table[key] for key in table if key in Config.__dataclass_fields__}
-    return Config(**known)
+    return from_record(table)[0]

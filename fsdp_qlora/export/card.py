@@ -14,11 +14,9 @@ from typing import Any
 
 from fsdp_qlora import arch, record
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
+from fsdp_qlora.errors import SECRETS, UserError, one_line, redact
 from fsdp_qlora.record import Run, highest
-from fsdp_qlora.redaction import SECRETS, redact
 
 CARD_NAME = "README.md"
 # A card is shown to all: here also what only may be a secret is removed.
@@ -31,7 +29,7 @@ OWN_PATHS = ("output_dir", "overwrite", "recipe")
 SETTINGS = (
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
     *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
-    *("optimizer", "lr", "lr_scheduler", "warmup_ratio", "wd", "precision", "seed"),
+    *("optimizer", "lr", "lr_scheduler", "warmup_steps", "wd", "precision", "seed"),
 )
 _ADAPTER = " adapter for {base}, trained with fsdp_qlora over a base in {form}, in peft's format."
 _INTROS = {

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
-from fsdp_qlora.choices import TEXT
-from fsdp_qlora.cli import any_of, flag
+from fsdp_qlora.cli import flag
+from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export.adapter import Adapter
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fsdp_qlora.export.base import TrainedBase
 
 GIB = 2**30
-FORMATS = any_of("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
-DEVICES = any_of("auto", "cpu", "cuda")
+FORMATS = ("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
 BASE_HELP = "what the adapter is added to; auto: what training saw, if the adapter tells"
 CHECK_HELP = "rows on which base + adapter and the result are compared; 0: none"
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -49,11 +49,11 @@ class MergeOptions:
     adapter: str | None = flag(None, "merge", "directory of the adapter")
     out: str | None = flag(None, "merge", "directory to be made")
     model_name: str | None = flag(None, "merge", "its base [as adapter_config.json has it]")
-    base: str = flag("auto", "merge", BASE_HELP, any_of("auto", "16bit", "dequantized"))
+    base: str = flag("auto", "merge", BASE_HELP, ("auto", "16bit", "dequantized"))
     format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
     quant_cache: str = flag("auto", "merge", CACHE_HELP, rule=TEXT)
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
-    dtype: str = flag("bf16", "merge", "of the weights that are written", any_of(*DTYPES))
+    dtype: str = flag("bf16", "merge", "of the weights that are written", tuple(DTYPES))
     max_shard_gib: float = flag(5.0, "merge", SHARD_HELP, rule="> 0")
     device: str = flag("auto", "merge", "where it is computed", DEVICES)
 

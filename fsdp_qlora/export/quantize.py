@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.cli import any_of, flag
+from fsdp_qlora.cli import flag
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export.beside import DTYPES, SHARD_HELP, copy_beside
 from fsdp_qlora.export.merge import DEVICES, GIB, ITEM_BYTES
@@ -36,9 +36,9 @@ class QuantizeOptions:
 
     model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
     out: str | None = flag(None, "quantize", "directory to be made")
-    quant_type: str = flag("nf4", "quantize", "4-bit code", any_of("nf4", "fp4"))
+    quant_type: str = flag("nf4", "quantize", "4-bit code", ("nf4", "fp4"))
     double_quant: bool = flag(True, "quantize", "quantise the block scales too")
-    dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", any_of(*DTYPES))
+    dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", tuple(DTYPES))
     max_shard_gib: float = flag(5.0, "quantize", SHARD_HELP, rule="> 0")
     device: str = flag("auto", "quantize", "where it is computed", DEVICES)
 

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import adapter, beside, card
 from fsdp_qlora.export.shards import Shards

@@ -14,8 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from fsdp_qlora.arch import Linear
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.dora import row_squares
 from fsdp_qlora.model.linear import LoraSlot, PackedLinear

@@ -11,7 +11,7 @@ import torch
 
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.train.memory import GIB
+from fsdp_qlora.hardware import GIB
 
 
 class HostBytes:

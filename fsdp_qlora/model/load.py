@@ -74,8 +74,7 @@ def fill(
         weights: where 16-bit tensors come from.
         cache: where packed layers are kept between runs.
         placed: where packed layers lie.
-        cfg: seed (of the adapters' starting values), verify_bytes (gather every layer once and
-            compare its bytes with what was packed).
+        cfg: seed (of the adapters' starting values).
         world: the ranks; all must call.
 
     Returns:
@@ -98,8 +97,7 @@ def fill(
         model.head.weight = model.embedding.get_parameter("weight")
     _move_buffers(model, world.device)
     adapters.initialise(model, cfg.seed, world.device)
-    if cfg.verify_bytes:
-        report.num_verified = verify_bytes(model, report.fingerprints, world)
+    report.num_verified = verify_bytes(model, report.fingerprints, world)
     report.read_bytes = weights.read_bytes + cache.read_bytes
     report.seconds = time.monotonic() - start
     return report

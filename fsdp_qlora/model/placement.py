@@ -8,6 +8,7 @@ from functools import partial
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
 from fsdp_qlora.model import host
 from fsdp_qlora.model.cache import PackedCache
 from fsdp_qlora.model.layout import Layout
@@ -15,7 +16,6 @@ from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.stream import Streamer
 from fsdp_qlora.plan.limits import NUM_SLOTS
 from fsdp_qlora.plan.sizes import setting_of
-from fsdp_qlora.train.memory import GIB, machine_memory, pss_gib
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard
 
-from fsdp_qlora.choices import STRATEGIES
+from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.placement import Placed

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import trained
@@ -48,18 +48,18 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
     """
     cli.show_help_if_asked(argv, Options, USAGE)
     own, rest = _split(argv, {field.name for field in dataclasses.fields(Options)})
-    values, faults = cli.read(own, Options, {}, Path())
+    values, faults = cli.Reader(Options).read(own)
     options, cfg, machine = Options(**values), Config(), Machine(())
     try:
-        cfg = config.parse(rest)
+        cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     except UserError as fault:
-        faults += [fault, *fault.others]
+        faults.append(fault)
     try:
         machine = machine_of(options, cfg)
     except UserError as fault:
         faults.append(fault)
     if faults:
-        raise join([UserError(f.got, f.rule, f.remedy, f.code) for f in faults])
+        raise join(faults)
     return options, cfg, machine
 
 

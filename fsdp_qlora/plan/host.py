@@ -77,7 +77,7 @@ def host(
 
 
 def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
-    """What is trained, as rank 0 writes it beside the training (train/checkpoint.py)."""
+    """What is trained, as rank 0 writes it beside the training (training/checkpoint.py)."""
     if not cfg.saves_checkpoints:
         return []
     params = s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fsdp_qlora.arch.files import GROUP, NESTED
-from fsdp_qlora.choices import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
+from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
 
 GIB = 1024**3
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls

@@ -8,8 +8,7 @@ much the allocator holds beyond what is in use, and what processes and drivers n
 import dataclasses
 from itertools import pairwise
 
-from fsdp_qlora.choices import OPTIMIZERS
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import OPTIMIZERS, Config
 from fsdp_qlora.plan import graphs, rows
 from fsdp_qlora.plan.activations import at_work, is_kept_whole, kept_by_level, layer_moments
 from fsdp_qlora.plan.limits import GIB, LOGITS_BYTES, NUM_SLOTS, ONE_GROUP_BYTES

@@ -7,9 +7,7 @@ from typing import Any
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.plan import fit, rows, speed
 from fsdp_qlora.plan.fit import Outcome

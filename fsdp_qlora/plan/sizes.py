@@ -10,8 +10,7 @@ from typing import Any
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.choices import STRATEGIES
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import STRATEGIES, Config
 from fsdp_qlora.plan.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
 
 PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
-from fsdp_qlora.choices import TRAIN_TYPES
-from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.conflicts import cfg_notes
+from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.model.build import Built
 from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.train.memory import Peak
-from fsdp_qlora.train.rows import Account
+from fsdp_qlora.training.memory import MemoryTracker, Peak
 
 GIB = 2**30
 SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
@@ -28,7 +25,7 @@ def describe(
     info: ModelInfo,
     data: Data,
     built: Built,
-    account: Account,
+    tracker: MemoryTracker,
 ) -> dict[str, Any]:
     """Collect the facts of a run.
 
@@ -36,13 +33,13 @@ def describe(
         cfg: the run.
         info, built: what is trained, and how it came to lie where it does.
         data: on what.
-        account: of this rank's memory, its model loaded.
+        tracker: of this rank's memory, its model loaded.
 
     Returns:
         For the record, by name; `lines` are what the console shows.
     """
     trainable = trained.count(info, cfg)
-    total, load_peaks = num_params(info), _load_peaks(account)
+    total, load_peaks = num_params(info), _load_peaks(tracker)
     model, chosen, cache = built.model, built.chosen, built.cache
     placed, loaded = built.placed, built.loaded
     num_packed = info.num_layers - len(trained.whole(info, cfg).layers)
@@ -59,12 +56,12 @@ def describe(
         f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a card",
         f"cache     {cache.note}",
         f"data      {data.audit}",
-        *_planned_again(account.plan),
+        *_planned_again(tracker.plan),
         *(f"note      {note}" for note in cfg_notes(cfg)),
     ]
     return {
         "config": to_dict(cfg),
-        "plan": account.plan.to_dict(),
+        "plan": tracker.plan.to_dict(),
         "model_type": info.model_type,
         "num_params": total,
         "num_trainable_params": trainable,
@@ -96,14 +93,14 @@ def _unpacked(info: ModelInfo) -> str:
     )
 
 
-def _load_peaks(account: Account) -> dict[str, float]:
+def _load_peaks(tracker: MemoryTracker) -> dict[str, float]:
     """Peaks of memory in the load, GiB: of the rank's card and process, and of the whole host."""
-    peak = account.peak_of("load") if account.is_cuda else Peak()
+    peak = tracker.peak_of("load") if tracker.is_cuda else Peak()
     return {
         "device_peak_allocated_gib": peak.allocated_gib,
         "device_peak_reserved_gib": peak.reserved_gib,
         "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "host_peak_used_gib": account.used_gib["load"],
+        "host_peak_used_gib": tracker.used_gib["load"],
     }
 
 

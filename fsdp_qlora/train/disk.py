@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Iterator
 
 from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.checkpoint_store import last_step, steps
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 from fsdp_qlora.plan.limits import GIB
 from fsdp_qlora.plan.memory import moment_bytes
 from fsdp_qlora.plan.sizes import DTYPE_BYTES
-from fsdp_qlora.train.checkpoint_files import last_step, steps
 
 IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
@@ -47,7 +47,7 @@ def check_room(cfg: Config, info: ModelInfo) -> None:
 
 
 @contextlib.contextmanager
-def told(cfg: Config) -> Iterator[None]:
+def explain_disk_full(cfg: Config) -> Iterator[None]:
     """Say in one line that the disk is full, and how to go on.
 
     Args:

@@ -7,9 +7,7 @@ been made by then.
 import importlib.util
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.choices import TRACKERS, TRAIN_TYPES
-from fsdp_qlora.config import Config
-from fsdp_qlora.conflicts import check_optimizer
+from fsdp_qlora.config import TRACKERS, TRAIN_TYPES, Config, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.plan.run import RunPlan
 

@@ -18,8 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fsdp_qlora.choices import TRACKERS
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TRACKERS, Config
 from fsdp_qlora.errors import DONE, one_line
 
 FIGURES = (
@@ -30,7 +29,7 @@ HELD_OUT = ("loss", "perplexity")
 SETTINGS = (
     *("train_type", "precision", "quant_type", "double_quant", "n_bits", "lora_rank", "lora_alpha"),
     *("lora_dropout", "use_rslora", "context_length", "packing", "batch_size", "num_epochs"),
-    *("gradient_accumulation_steps", "max_steps", "lr", "lr_scheduler", "warmup_ratio", "wd"),
+    *("gradient_accumulation_steps", "max_steps", "lr", "lr_scheduler", "warmup_steps", "wd"),
     *("optimizer", "apply_gradient_clipping", "grad_norm", "seed", "world_size"),
     *("sharding_strategy", "use_cpu_offload", "use_gradient_checkpointing"),
 )
@@ -189,9 +188,7 @@ def _wandb(cfg: Config, out_dir: Path) -> Sink:
     quiet = wandb.Settings(**{name: value for name, value in QUIET.items() if name in known})
     run = wandb.init(
         project=cfg.project_name,
-        name=cfg.name or out_dir.name,
-        group=cfg.group,
-        entity=cfg.entity,
+        **{"name": out_dir.name, **cfg.tracker_options},
         dir=str(out_dir),
         config=settings(cfg),
         settings=quiet,

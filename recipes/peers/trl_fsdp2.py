@@ -1,6 +1,6 @@
-"""TRL + PEFT + accelerate on FSDP2: the shape, batch, rows and LoRA of ours, for `bench peers`.
+"""TRL + PEFT + accelerate on FSDP2: the shape, batch, rows and LoRA of ours, for bench_peers.py.
 
-    python -m fsdp_qlora bench peers --arms ours,trl_fsdp2
+    python recipes/peers/bench_peers.py --arms ours,trl_fsdp2
 
 runs this script for you. By hand:
 
@@ -28,12 +28,36 @@ import torch
 import transformers
 import trl
 
+from fsdp_qlora import arch, bench, config, data
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters
-from fsdp_qlora.results.bench.rows import dealt_in_turn, rows_of_rank
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GIB = 2**30
 HAS_GPU = torch.cuda.is_available()
+
+
+def rows_of_rank(args, num_ranks, rank):
+    """What one of our ranks sees, by the code of our runs: ids, [steps][batch_size][length]."""
+    case = bench.Case("full_shard", args.batch_size, args.context_length)
+    flags = [f"--seed={args.seed}"]
+    argv = bench.train_command(args.model, flags, case, args.max_steps, num_ranks, "unused")
+    cfg = config.parse([word for word in argv if word.startswith("--")])
+    world = World(rank, num_ranks, rank, num_ranks, torch.device("cpu"))
+    train = data.build(cfg, arch.read(args.model, need_weights=False), world).train
+    steps = [train.step(step) for step in range(train.num_steps)]
+    return [batch.input_ids[:, : args.context_length].tolist() for (batch,) in steps]
+
+
+def dealt_in_turn(by_rank):
+    """Order rows for a trainer that deals whole batches to its ranks in turn.
+
+    accelerate gives batch i of a sequential sampler to rank i modulo the number of ranks; then
+    every rank sees at every step what it sees in a run of ours.
+
+    Source: huggingface/accelerate, src/accelerate/data_loader.py, BatchSamplerShard.
+    """
+    return [row for ranks in zip(*by_rank, strict=True) for batch in ranks for row in batch]
 
 
 def synchronize():
@@ -54,18 +78,18 @@ class StepTimes(transformers.TrainerCallback):
     """Seconds of each optimizer step, the GPU's work included; fetching and logging are not."""
 
     def __init__(self):
-        self.seconds, self.began, self.first_step_unix_s, self.load_peaks = [], 0.0, None, None
+        self.seconds, self.began, self.has_begun = [], 0.0, False
 
     def on_step_begin(self, *args, **kwargs):
         synchronize()
-        if self.load_peaks is None:  # loading and sharding end here
-            self.load_peaks = peaks_gib()
+        if not self.has_begun:  # loading and sharding end here
+            peaks_gib()
+        self.has_begun = True
         self.began = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs):
         synchronize()
         self.seconds.append(time.perf_counter() - self.began)
-        self.first_step_unix_s = self.first_step_unix_s or time.time()
 
 
 class Trainer(trl.SFTTrainer):
@@ -171,8 +195,7 @@ def main():
         fraction = min(args.gpu_budget_gib * GIB / total_bytes, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction)
     training = settings(args)
-    shape = (args.batch_size, args.context_length, args.max_steps, num_ranks, args.seed)
-    by_rank = [rows_of_rank(args.model, *shape, rank) for rank in range(num_ranks)]
+    by_rank = [rows_of_rank(args, num_ranks, rank) for rank in range(num_ranks)]
     ids = dealt_in_turn(by_rank)
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
     model, load_s = load(args)
@@ -192,16 +215,14 @@ def main():
     trainer.train()
     mine = by_rank[trainer.accelerator.process_index]
     seen = [batch.tolist() for batch in trainer.seen]
-    here = {"peaks": peaks_gib(), "load_peaks": times.load_peaks, "has_same_rows": seen == mine}
+    here = {"peaks": peaks_gib(), "has_same_rows": seen == mine}
     ranks = accelerate.utils.gather_object([here])
     result = {
-        "step_s": times.seconds,
+        "steps_s": times.seconds,
         "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
         "peak_allocated_gib": max(rank["peaks"][0] for rank in ranks),
         "peak_reserved_gib": max(rank["peaks"][1] for rank in ranks),
-        "load_peak_reserved_gib": max(rank["load_peaks"][1] for rank in ranks),
         "load_s": load_s,
-        "first_step_unix_s": times.first_step_unix_s,
         "has_same_rows": all(rank["has_same_rows"] for rank in ranks),
     }
     if trainer.accelerator.is_main_process and args.out:

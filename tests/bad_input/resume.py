@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, checkpoint_store, config
+from fsdp_qlora.checkpoint_store import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
 from fsdp_qlora.errors import INTEGRITY
 from fsdp_qlora.export import adapter as adapter_files
-from fsdp_qlora.train import checkpoint_files, fingerprint
-from fsdp_qlora.train.checkpoint_files import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
+from fsdp_qlora.training.resume import fingerprint
 from tests import small_tokenizers
 from tests.bad_input.case import VOCAB_SIZE, Case, Place
 from tests.bad_input.models import PAGE, POINTER, loop
@@ -26,14 +26,14 @@ def save(place: Place, **changes: object) -> Path:
     argv = place.flags()
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=True)
-    found = fingerprint.of_config(cfg, info, adapter_files.digest(info), 1)
+    found = fingerprint(cfg, info, adapter_files.digest(info), 1)
     state = {"config": config.to_dict(cfg), "given": sorted(config.given(argv))}
     state |= {"fingerprint": found} | changes
     data = Array("F32", (64,), memoryview(bytearray(range(256))))
     tensors = {WEIGHTS: {"a": data}, OPTIMIZER: {"a.exp_avg": data}}
     root = place.out / "checkpoints"
     for step in (10, 20):
-        checkpoint_files.write(root, step, tensors, state)
+        checkpoint_store.write(root, step, tensors, state)
     return root / "step-20"
 
 

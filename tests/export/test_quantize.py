@@ -12,7 +12,7 @@ from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE
 from fsdp_qlora.export import base, quantize  # noqa: F401 (once, not in every fork)
 from fsdp_qlora.model.quantize import import_bitsandbytes
-from fsdp_qlora.train import memory
+from fsdp_qlora.training import memory
 from tests import tiny
 from tests.export.test_adapter import write_adapter
 from tests.export.test_merge import logits

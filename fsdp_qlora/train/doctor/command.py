@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
-from fsdp_qlora.errors import DONE, UserError, join
+from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.hardware import count_gpus
 from fsdp_qlora.train.doctor import jobs, machine
 from fsdp_qlora.train.doctor.findings import (
@@ -58,11 +58,7 @@ def parse(argv: Sequence[str]) -> Options:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, Options, USAGE)
-    values, faults = cli.read(argv, Options, {}, Path())
-    if faults:
-        raise join(faults)
-    return Options(**values)
+    return cli.parse(argv, Options, USAGE)
 
 
 def examine(options: Options) -> Iterator[Finding]:

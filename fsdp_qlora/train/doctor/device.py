@@ -13,13 +13,13 @@ from functools import partial
 import torch
 
 from fsdp_qlora import hardware
-from fsdp_qlora.choices import PRECISIONS
+from fsdp_qlora.config import PRECISIONS
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
 from fsdp_qlora.model import host
 from fsdp_qlora.model.quantize import FORMATS, GROUP_SIZE, NESTED_BLOCK, Fields, Format, dynamic_map
 from fsdp_qlora.train.doctor.findings import Finding, first_line, ok, problem, warning
-from fsdp_qlora.train.memory import GIB
 from fsdp_qlora.train.versions import versions
+from fsdp_qlora.training.memory import GIB
 
 MIB = 2**20
 BF16_CAPABILITY = (8, 0)
@@ -85,7 +85,7 @@ def describe(device: torch.device) -> Iterator[Finding]:
         remedy += "https://download.pytorch.org/whl/cu126 (older cards; pytorch.org lists all)"
         yield problem(name, value, remedy, ENVIRONMENT)
     if (major, minor) < BF16_CAPABILITY:
-        usable = [word for word, row in PRECISIONS.items() if row.built and "bf16" not in word]
+        usable = [word for word in PRECISIONS if "bf16" not in word]
         yield warning(f"{name} bf16", "has no products of it", f"--precision {' or '.join(usable)}")
 
 

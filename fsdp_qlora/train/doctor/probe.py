@@ -26,7 +26,7 @@ from fsdp_qlora.train.doctor import device as one
 from fsdp_qlora.train.doctor import together
 from fsdp_qlora.train.doctor.findings import Finding, problem, softly, warning
 from fsdp_qlora.train.doctor.together import NO_P2P, Rank
-from fsdp_qlora.train.memory import GIB, machine_memory
+from fsdp_qlora.training.memory import GIB, machine_memory
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,520 @@
+"""Measure the rows of a table, each a run of train.py, beside its plan and an earlier bench.
+
+    python -m fsdp_qlora bench 7b --out recipes
+    python -m fsdp_qlora bench 70b --rows '*x2048-*' --steps 12 --out recipes
+
+Random weights of the real shape, unless --model_name names real ones; random tokens, LoRA r 16 on
+all linears. Writes bench-7b.json, .md and .svg into --out after every row; rows that are not run
+again stay as they were. NCCL_P2P_DISABLE=1 measures without peer access. Without a GPU a scaled
+model trains on CPU ranks instead: bench-small. recipes/peers/bench_peers.py measures other trainers
+on the same work.
+"""
+
+import argparse
+import datetime
+import fnmatch
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fsdp_qlora import arch, atomic
+from fsdp_qlora.arch import files
+from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
+from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
+from fsdp_qlora.hardware import count_gpus, find_gpus
+from fsdp_qlora.plan import compare
+from fsdp_qlora.report.charts import Bar, Bars, draw_bars
+
+GIB = 2**30
+POLL_S, GRACE_S = 0.1, 15.0
+NUM_WARMUP_STEPS, MIN_STEPS = 3, 8
+LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed
+FAULT = re.compile(rf"(\[rank\d+\]: ?)?(?!{LAUNCHER})([\w.]*(Error|Exception)|error): ")
+COMMON = (
+    *("--train_type=qlora", "--quant_type=nf4", "--double_quant=true", "--precision=bf16"),
+    *("--lora_rank=16", "--lora_alpha=16", "--lora_dropout=0", "--lora_target_modules=all"),
+    *("--lr=0.0001", "--lr_scheduler=constant", "--wd=0", "--apply_gradient_clipping=false"),
+    *("--quant_cache=off", "--save_model=false", "--log_to=stdout", "--seed=42"),
+)
+RECOMPUTED = ("--fit=off", "--use_gradient_checkpointing=true")
+SHARDED = (*RECOMPUTED, "--sharding_strategy=full_shard")
+COPIED = (*RECOMPUTED, "--sharding_strategy=ddp", "--use_cpu_offload=false")
+# Title, unit, and the moves that are reported: share of the earlier figure, least difference (the
+# host's memory moves by less than 0.2 GiB while other programs run).
+FIGURES = {
+    "peak_allocated_gib": ("GPU memory allocated", "GiB", 0.01, 0.0),
+    "peak_reserved_gib": ("GPU memory reserved", "GiB", 0.01, 0.0),
+    "host_added_gib": ("host memory added", "GiB", 0.01, 0.2),
+    "tokens_per_s": ("speed of all ranks", "tokens/s", 0.15, 0.0),
+}
+CONDITIONS = ("num_ranks", "p2p", "weights")
+GREEN, GREY, RED = "#00795a", "#57606a", "#a40e26"
+TERMS = """Speed: median (least - most) of the steps after the third, all ranks together. GPU: the
+rank with most; allocated and reserved by torch, then the total of the ledger with CUDA context and
+collectives, and how far it is from the plan. Host: what the run added at its peak; then the total
+of all programs, and how far it is from the plan. To be beaten at 7B, batch 4: 22 GB a GPU without
+FSDP, 7 GB a GPU and 18 GB host with FSDP and offload."""
+SMALL = "small"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the base lies.
+
+    Args:
+        what: in a few words.
+        flags: of train.py.
+        min_ranks: with fewer GPUs it is another row of the table.
+        max_ranks: it uses no more.
+    """
+
+    what: str
+    flags: tuple[str, ...]
+    min_ranks: int = 1
+    max_ranks: int = 1_000
+
+
+PLACES = {
+    "one_card": Place("one GPU, nothing sharded", COPIED, 1, 1),
+    "ddp": Place("the whole base on every GPU", COPIED, 2),
+    "full_shard": Place("base sharded over the GPUs", (*SHARDED, "--use_cpu_offload=false"), 2),
+    "offload": Place("base on the host", (*SHARDED, "--use_cpu_offload=true")),
+    "fit": Place("the plan chooses: --fit auto", ("--fit=auto",)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a bench.
+
+    Args:
+        place: row of PLACES.
+        batch_size: rows per rank and micro-batch.
+        context_length: tokens of a row.
+        accumulation: micro-batches of a step.
+    """
+
+    place: str
+    batch_size: int
+    context_length: int
+    accumulation: int = 1
+
+    @property
+    def name(self) -> str:
+        """Batch, accumulation, context and place: "4x2048-ddp", "8x2x512-offload"."""
+        batch = [self.batch_size, *[self.accumulation] * (self.accumulation > 1)]
+        return "x".join(map(str, [*batch, self.context_length])) + f"-{self.place}"
+
+
+PLAIN = ("one_card", "ddp", "full_shard", "offload")
+CASES_7B = (
+    *(Case(place, 4, length) for length in (512, 2048) for place in PLAIN),
+    Case("fit", 4, 2048),
+    *(Case(place, 8, length, 2) for length in (512, 2048) for place in PLAIN[2:]),
+)
+CASES_70B = (*(Case("offload", n, length) for length in (512, 2048) for n in (1, 2, 4)),)
+CASES_SMALL = tuple(replace(case, context_length=case.context_length // 8) for case in CASES_7B)
+KINDS = {  # title, known shape, rows in the order in which they run
+    "7b": ("Llama-2 7B", "llama-2-7b", CASES_7B),
+    "70b": ("Llama-2 70B", "llama-2-70b", (*CASES_70B, Case("fit", 2, 2048))),
+    SMALL: ("scaled Llama-2", str(RECIPES_DIR / "bench-small"), CASES_SMALL),
+}
+
+
+def train_command(
+    model: str, flags: Sequence[str], case: Case, num_steps: int, num_ranks: int, run_dir: Path
+) -> list[str]:
+    """Return the command line of a run of ours.
+
+    Args:
+        model: as --model_name.
+        flags: of train.py besides those of the other arguments.
+        case: its shape; as many random rows are made as the steps take.
+        num_steps: optimizer steps.
+        num_ranks: ranks.
+        run_dir: its output directory.
+    """
+    num_rows = num_steps * case.accumulation * case.batch_size * num_ranks
+    return [
+        *(sys.executable, "-m", "fsdp_qlora", "train", f"--model_name={model}", *flags),
+        *("--dataset=dummy", "--eval_samples=0", f"--dataset_samples={num_rows}"),
+        *(f"--gradient_accumulation_steps={case.accumulation}", f"--batch_size={case.batch_size}"),
+        *(f"--context_length={case.context_length}", f"--max_steps={num_steps}"),
+        *(f"--world_size={num_ranks}", f"--output_dir={run_dir}"),
+    ]
+
+
+def used_gib() -> float:
+    """Host memory in use by all programs, GiB: shared memory counts, page cache does not."""
+    host = psutil.virtual_memory()
+    return (host.total - host.available) / GIB
+
+
+def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: float) -> Row:
+    """Run a program to its end; end it when its time is over or this process is stopped.
+
+    Args:
+        argv: program and arguments.
+        env: its environment.
+        log: gets all its output.
+        timeout_s: after which it is ended, with all processes it has started.
+
+    Returns:
+        command, log, wall_s, host_peak_gib, host_added_gib, and reason: why it failed, or None.
+    """
+    before_gib = peak_gib = used_gib()
+    began_s = time.perf_counter()
+    with log.open("wb") as file:
+        # A session of its own: Ctrl-C reaches this process only, which ends that one.
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = psutil.Popen(argv, env=env, start_new_session=True, **streams)
+        try:
+            while process.poll() is None and time.perf_counter() - began_s < timeout_s:
+                peak_gib = max(peak_gib, used_gib())
+                time.sleep(POLL_S)
+            code = process.poll()
+        finally:
+            _end(process)
+    how = f"no end after {timeout_s:.0f} s" if code is None else f"code {code}"
+    return {
+        **{"command": shlex.join(argv), "log": str(log), "wall_s": time.perf_counter() - began_s},
+        **{"host_peak_gib": peak_gib, "host_added_gib": peak_gib - before_gib},
+        "reason": None if code == DONE else f"{how}: {last_error(log)} (log: {log})",
+    }
+
+
+def _end(process: psutil.Popen) -> None:
+    """End a program and what it has started, if it still runs: SIGTERM, then SIGKILL."""
+    if process.poll() is None:
+        family = [process, *process.children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        with suppress(psutil.TimeoutExpired):
+            process.wait(GRACE_S)
+        for each in family:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def last_error(log: Path) -> str:
+    """Return the last line of a log that names an error, else the last line; 200 characters."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    faults = [line for line in lines if FAULT.match(line)]
+    return one_line([*lines, *faults][-1])[:200] if lines else "it printed nothing"
+
+
+def read_run(run_dir: Path) -> Row:
+    """Read the record of a run of train.py.
+
+    Args:
+        run_dir: its output directory.
+
+    Returns:
+        steps_s and losses of each step; step_s: their spread; tokens_per_s; peak_allocated_gib,
+        peak_reserved_gib (training, largest rank); versions; and beside the plan: peaks (GiB,
+        predicted and measured), table (its lines), plan_note.
+
+    Raises:
+        OSError, ValueError, KeyError: the record is not whole.
+    """
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [line for line in map(json.loads, lines) if "event" not in line]
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    plan, ledger = summary.get("plan", {}), summary.get("ledger", {})
+    ranks, has_gpu = summary["peaks"]["ranks"], "card" in summary["versions"]
+    spread = spread_of([step["step_s"] for step in steps])
+    return {
+        "steps_s": [step["step_s"] for step in steps],
+        "losses": [step["loss"] for step in steps],
+        "step_s": spread,
+        "tokens_per_s": summary["num_tokens"] / summary["num_steps"] / spread["median"],
+        "peak_allocated_gib": max(rank["device_peak_allocated_gib"] for rank in ranks),
+        "peak_reserved_gib": max(rank["device_peak_reserved_gib"] for rank in ranks),
+        "versions": summary["versions"],
+        "peaks": compare.peaks(plan, ledger, has_gpu),
+        "table": compare.lines(plan, ledger, has_gpu),
+        "plan_note": plan.get("note", ""),
+    }
+
+
+def spread_of(steps_s: Sequence[float]) -> dict[str, float]:
+    """Return median, min, max and num of the seconds of steps after those that warm up."""
+    steady = steps_s[NUM_WARMUP_STEPS:] or steps_s[-1:]
+    ends = {"min": min(steady), "max": max(steady), "num": len(steady)}
+    return {"median": statistics.median(steady), **ends}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the bench runs on: GPUs, processor, cores, host memory in GiB, system."""
+    names = [gpu.name for gpu in find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return {
+        "cards": "; ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "no GPU",
+        "cpu": found[1] if found else platform.processor(),
+        "host_total_gib": psutil.virtual_memory().total / GIB,
+        **{"num_cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+    }
+
+
+def commit() -> str:
+    """Return the commit of this project; "unknown" where git does not know it."""
+    argv = ["git", "-C", str(PROJECT_DIR), "describe", "--always", "--dirty"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def measure(args: argparse.Namespace, case: Case) -> Row:
+    """Run a row.
+
+    Args:
+        args: the command line, as `_parse` completes it.
+        case: the row.
+
+    Returns:
+        The row as the JSON file holds it; one that failed or was left out has a reason.
+    """
+    place, out = PLACES[case.place], args.out / "runs" / f"{case.name}-{time.time():.0f}"
+    num_ranks = min(args.world_size, place.max_ranks)
+    row: Row = {"name": case.name, "what": place.what, **asdict(case), "num_ranks": num_ranks}
+    row |= {"weights": args.weights, "p2p": args.p2p, "num_steps": args.steps, "command": ""}
+    row |= {"date": str(datetime.date.today()), "commit": commit(), "where": args.where}
+    if num_ranks < place.min_ranks:
+        return {**row, "state": "left out", "reason": f"needs {place.min_ranks} GPUs"}
+    out.mkdir(parents=True)
+    flags = [*COMMON, *place.flags, *["--weights=random"] * (args.weights == "random")]
+    flags += [f"--gpu_budget_gib={args.gpu_budget_gib}"]
+    shape = (case, args.steps + NUM_WARMUP_STEPS, num_ranks)
+    argv = train_command(args.model_name, flags, *shape, out / "run")
+    row |= {"state": "failed", **run_program(argv, os.environ, out / "log.txt", args.timeout_s)}
+    if row["reason"]:
+        return row
+    try:
+        return row | read_run(out / "run") | {"state": "measured"}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {**row, "reason": f"its record cannot be read: {error!r} (log: {row['log']})"}
+
+
+def moved(old: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """List what is not as it was.
+
+    Args:
+        old: rows of an earlier bench.
+        rows: of this one.
+
+    Returns:
+        A line for each figure that moved (memory by more than 1 %, speed by more than 15 %), each
+        row that failed or no longer does, and each that was measured under other conditions.
+    """
+    found, stored = [], {row["name"]: row for row in old}
+    for row in rows:
+        name, before = row["name"], stored.get(row["name"], row)
+        if row["state"] != before["state"] and "left out" not in (row["state"], before["state"]):
+            found.append(f"{name}: {row['state']}, was {before['state']}")
+        elif row["state"] == before["state"] == "measured":
+            found += [f"{name}: {words}" for words in _moves(before, row)]
+    return found
+
+
+def _moves(old: Row, row: Row) -> list[str]:
+    others = [key for key in CONDITIONS if row[key] != old[key]]
+    changes = {key: row[key] / old[key] - 1 if old[key] > 0 else 0.0 for key in FIGURES}
+    return [f"not compared: {key} {old[key]}, now {row[key]}" for key in others] or [
+        f"{what} {old[key]:,.2f} -> {row[key]:,.2f} {unit} ({changes[key]:+.1%})"
+        for key, (what, unit, share, least) in FIGURES.items()
+        if abs(changes[key]) > share and abs(row[key] - old[key]) >= least
+    ]
+
+
+def markdown(bench: Row, picture_name: str) -> str:
+    """Return the page: where, the table, what moved, each row beside its plan, the command lines.
+
+    Args:
+        bench: what the JSON file holds.
+        picture_name: name of the SVG file beside it.
+    """
+    here, rows, budget = bench["machine"], bench["rows"], bench["gpu_budget_gib"]
+    versions = ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform")
+    capped = f"each GPU's allocator capped at {budget:g} GiB; " if budget else ""
+    heads = ["row", "ranks", "step s", "tokens/s", "GPU: allocated / reserved / total (to plan)"]
+    heads += ["host: added / total (to plan)", "loss", "measured"]
+    cells = [heads, ["---"] * len(heads), *map(_cells, rows)]
+    details = [bench["command"]]
+    for row in rows:
+        texts = [f"# {row['name']}. {row['reason'] or row['plan_note']}", row["command"]]
+        details.append("\n".join(filter(None, [*texts, *row.get("table", ())])))
+    parts = [
+        f"# {bench['title']}: what each setting needs and how fast it is",
+        *(f"**{note}.**" for note in bench["notes"]),
+        f"{bench['date']}. Machine: {here['cards']}; {here['cpu']}, {here['num_cores']} cores, "
+        f"{here['host_total_gib']:.0f} GiB; {here['platform']}. {versions}; fsdp_qlora at "
+        f"{bench['commit']}. Weights: {bench['weights']}; random tokens; {capped}LoRA r 16 on all "
+        "linears, NF4 with double quantization, every layer recomputed unless the plan chose.",
+        TERMS.replace("\n", " "),
+        "\n".join(f"| {' | '.join(row)} |" for row in cells),
+        f"![bars]({picture_name})",
+    ]
+    if bench["moved"]:
+        parts.append("## Moved since the stored bench\n\n- " + "\n- ".join(bench["moved"]))
+    parts.append("## Commands, and the plan beside what was measured\n\n```text")
+    parts[-1] += "\n" + "\n\n".join(details) + "\n```"
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    head = [f"{row['name']}: {PLACES[row['place']].what}", str(row["num_ranks"])]
+    when = f"{row['date']} {row['commit']}"
+    if row["state"] != "measured":
+        return [*head, row["state"], *[""] * 4, when]
+    step, losses = row["step_s"], [f"{loss:.3f}" for loss in row["losses"] if loss is not None]
+    gpu, host = (
+        f"{pair[1]:.2f} ({pair[1] / pair[0] - 1:+.1%})" if pair else ""
+        for pair in map(row["peaks"].get, ("card", "host"))
+    )
+    return [
+        *(*head, f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})"),
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['peak_allocated_gib']:.2f} / {row['peak_reserved_gib']:.2f} / {gpu}",
+        f"{row['host_added_gib']:.1f} / {host}",
+        *(" - ".join(losses[:: len(losses) - 1 or 1]) or "none", when),
+    ]
+
+
+def picture(bench: Row) -> str:
+    """Return the rows as bars (memory of a GPU and of the host, speed), an SVG document.
+
+    Args:
+        bench: what the JSON file holds.
+    """
+    lines = [f"{bench['machine']['cards']}  ·  {bench['date']}", *bench["notes"][:1]]
+    bars = {key: [_bar(row, key) for row in bench["rows"]] for key in FIGURES}
+    shown = [key for key in FIGURES if any(bar.value for bar in bars[key])]
+    groups = [Bars(*FIGURES[key][:2], bars[key]) for key in shown]
+    return draw_bars(bench["title"], lines, groups)
+
+
+def _bar(row: Row, key: str) -> Bar:
+    if row["state"] != "measured":
+        return Bar(row["name"], RED, None, row["state"])
+    colour, value = GREY if row["place"] == "fit" else GREEN, max(row[key], 0.0)
+    if key != "tokens_per_s":
+        return Bar(row["name"], colour, value, f"{value:.1f}")
+    slowest, fastest = (value * row["step_s"]["median"] / row["step_s"][k] for k in ("max", "min"))
+    return Bar(row["name"], colour, value, f"{value:,.0f}", (slowest, fastest))
+
+
+def write(stem: Path, bench: Row) -> None:
+    """Write the JSON file, the page and the bars, each whole or not at all.
+
+    Args:
+        stem: path of the files without their endings.
+        bench: what the JSON file holds.
+    """
+    atomic.write_json(stem.with_suffix(".json"), bench)
+    atomic.write(stem.with_suffix(".svg"), picture(bench))
+    atomic.write(stem.with_suffix(".md"), markdown(bench, f"{stem.name}.svg"))
+
+
+def _facts(args: argparse.Namespace, rows: list[Row], old: list[Row]) -> Row:
+    """What the JSON file holds."""
+    title, _, cases = KINDS[args.kind]
+    order = [case.name for case in cases]
+    versions = [row["versions"] for row in rows if "versions" in row]
+    is_scaled, is_trial = args.kind == SMALL, args.steps < MIN_STEPS
+    notes = ["A scaled model: the bench works, nothing is said about the real one"] * is_scaled
+    notes += [f"{args.steps} steps counted a row: a trial, no measurement"] * is_trial
+    return {
+        **{"kind": args.kind, "title": title, "date": str(datetime.date.today()), "notes": notes},
+        **{"machine": machine(), "versions": versions[-1] if versions else {}, "commit": commit()},
+        **{"command": args.command, "model": args.model_name, "weights": args.weights},
+        "gpu_budget_gib": args.gpu_budget_gib if args.num_gpus else None,
+        "rows": sorted(rows, key=lambda row: order.index(row["name"])),
+        "moved": moved(old, rows),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Run the command `bench`.
+
+    Args:
+        argv: the kind and its options.
+
+    Returns:
+        Exit code: 0 when every row was measured or left out.
+
+    Raises:
+        UserError: the arguments cannot be used, or no such model.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop ends the running row too
+    args = _parse(argv)
+    stem = args.out / f"bench-{args.kind}"
+    former, every = _stored(stem), {case.name: case for case in KINDS[args.kind][2]}
+    names = [name for text in args.rows.split(",") for name in fnmatch.filter(every, text)]
+    if not names:
+        raise UserError(f"--rows {args.rows}", "no such row", f"use {' '.join(every)}")
+    if any(row["where"] != args.where for row in former):
+        rule = f"is of {former[0]['where']}, this is {args.where}"
+        raise UserError(f"{stem}.json", rule, "give another directory with --out")
+    earlier = [*_stored(RECIPES_DIR / stem.name), *former]
+    old = [row for row in earlier if row["where"] == args.where]
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = {row["name"]: row for row in former}
+    for name in names:
+        row = rows[name] = measure(args, every[name])
+        print(row["name"], row["reason"] or " | ".join(_cells(row)[2:6]), sep=": ", flush=True)
+        write(stem, _facts(args, [*rows.values()], old))
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .svg")
+    states = {rows[name]["state"] for name in names}
+    return DONE if states <= {"measured", "left out"} else RUN_FAILED
+
+
+def _stored(stem: Path) -> list[Row]:
+    """Rows of an earlier bench, which wrote its file whole or not at all."""
+    path = stem.with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line, and add what follows from it; a CPU takes kind small."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("fsdp_qlora bench", description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("kind", choices=[*KINDS], help="which table")
+    add("--rows", default="*", help="names or patterns of rows, separated by commas [all]")
+    add("--steps", type=int, default=8, help="steps that count, after 3 that warm up [8]")
+    add("--model_name", help="directory or hub name of real weights, or a known shape")
+    add("--gpu_budget_gib", type=float, default=24.0, help="cap of each GPU's allocator [24]")
+    add("--world_size", type=int, help="ranks [one per GPU; 2 on a CPU]")
+    add("--timeout_s", type=float, default=150.0, help="longest a row may take [150]")
+    add("--out", type=Path, help="directory of the results [output/bench-KIND]")
+    args = parser.parse_args(argv)
+    args.num_gpus = count_gpus(os.environ)
+    if not args.num_gpus and args.kind != SMALL:
+        print(f"no GPU: a scaled model on CPU ranks instead of {args.kind} (bench-small)")
+        args.kind = SMALL
+    args.out = (args.out or Path(f"output/bench-{args.kind}")).resolve()
+    args.where = machine()["cards" if args.num_gpus else "cpu"]
+    args.p2p = "off" if os.environ.get("NCCL_P2P_DISABLE") == "1" else "on"
+    args.world_size = args.world_size or args.num_gpus or 2
+    args.model_name, args.weights = args.model_name or KINDS[args.kind][1], "random"
+    if args.model_name.lower() not in (*files.known_shapes(), KINDS[SMALL][1].lower()):
+        args.weights = f"real, from {arch.read(args.model_name, need_weights=True).path}"
+    args.command = shlex.join(["python", "-m", "fsdp_qlora", "bench", *argv])
+    return args

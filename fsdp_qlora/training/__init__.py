@@ -1,0 +1,1 @@
+"""The training: steps, losses, optimizer, checkpoints, metrics."""

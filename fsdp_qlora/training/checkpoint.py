@@ -1,0 +1,562 @@
+"""Checkpoints of a run: taken while the training goes on, and loaded to resume it.
+
+Everything trained is gathered whole, without padding, into rank 0's host memory: that is all the
+training waits for. A thread writes it (checkpoint_store). Any number of ranks can resume from it.
+No random state is saved: rows and dropout of a step follow from seed, step and rank (loop.fit).
+"""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+
+from fsdp_qlora import atomic, checkpoint_store, config
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoint
+from fsdp_qlora.config import Config
+from fsdp_qlora.data import Data
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.hooks import StopFlag, Stopped
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.model import shard
+from fsdp_qlora.plan.limits import MOST_TOUCHED_BYTES
+from fsdp_qlora.plan.memory import moment_bytes
+from fsdp_qlora.train.versions import versions
+from fsdp_qlora.training import resume
+from fsdp_qlora.training.loop import Trained
+from fsdp_qlora.training.metrics import Recorder, Resumed
+
+HEARTBEAT_S = 2.0
+DTYPES = {
+    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
+    **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"},
+}
+BY_RANK = "@ranks"  # ends the name of what the ranks keep for blocks of their slices
+
+
+class HostBuffer:
+    """Host memory for a snapshot, touched before it is needed: the first touch takes longest."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Reserve the memory.
+
+        Args:
+            nbytes: expected; what goes beyond gets memory of its own.
+        """
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8)
+        self._end = 0
+
+    def touch(self) -> None:
+        """Make the system give the memory."""
+        self._buffer.zero_()
+
+    def clear(self) -> None:
+        """Forget the copies."""
+        self._end = 0
+
+    def copy(self, tensor: torch.Tensor) -> Array:
+        """Copy a tensor.
+
+        Args:
+            tensor: of a dtype in DTYPES, on any device.
+        """
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        start, end = self._end, self._end + flat.numel()
+        self._end = end
+        fits = end <= self._buffer.numel()
+        copy = self._buffer[start:end] if fits else torch.empty_like(flat, device="cpu")
+        copy.copy_(flat)
+        return Array(DTYPES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
+
+
+class Snapshot(NamedTuple):
+    """Everything that is trained.
+
+    Attributes:
+        tensors: file -> tensors by name, on the host of the rank that writes; empty elsewhere.
+        numbers: plain numbers of the optimizer, by name of the parameter.
+        is_finite: the weights are.
+    """
+
+    tensors: dict[str, dict[str, Array]]
+    numbers: dict[str, dict[str, float]]
+    is_finite: bool
+
+
+def snapshot(trained: Trained, buffer: HostBuffer, is_writer: bool) -> Snapshot:
+    """Copy everything that is trained; every rank must call.
+
+    Args:
+        trained: between two steps.
+        buffer: where to, on the rank that writes; cleared first.
+        is_writer: this rank does.
+    """
+    buffer.clear()
+    shard.settle(trained.model)
+    weights: dict[str, Array] = {}
+    moments: dict[str, Array] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    sums: list[torch.Tensor] = []
+    for name, param, local, rows in _named(trained):
+        whole = shard.whole(param, local.data)
+        if is_writer:
+            weights[name] = buffer.copy(whole[:rows])
+            sums.append(whole.sum(dtype=torch.float64))
+        state = trained.optimizer.state.get(local, {})
+        numbers[name] = {k: v for k, v in state.items() if isinstance(v, int | float)}
+    for name, value, slice_of, rows in _states(trained):
+        if slice_of is not None:
+            value = shard.whole(slice_of, value)[:rows]
+        elif name.endswith(BY_RANK):
+            value = _of_all_ranks(value, trained.world)
+        if is_writer:
+            moments[name] = buffer.copy(value)
+    is_finite = bool(torch.stack(sums).isfinite().all()) if sums else True
+    numbers = {name: values for name, values in numbers.items() if values}
+    return Snapshot({WEIGHTS: weights, OPTIMIZER: moments}, numbers, is_finite)
+
+
+def _named(trained: Trained) -> Iterator[tuple[str, torch.Tensor, torch.nn.Parameter, int]]:
+    """Name, parameter of the model, this rank's slice of it, rows that are no padding."""
+    model = trained.model
+    params, names = shard.trained_parameters(model), shard.trained_names(model)
+    yield from zip(names, params, trained.params, shard.num_rows(model), strict=True)
+
+
+def _states(trained: Trained) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None, int]]:
+    """Tensors of the optimizer: "NAME.KEY", the tensor, the parameter it is a slice like, rows."""
+    for name, param, local, rows in _named(trained):
+        for key, value in sorted(trained.optimizer.state.get(local, {}).items()):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if value.shape == local.shape:
+                yield f"{name}.{key}", value, param, rows
+            else:
+                yield f"{name}.{key}{BY_RANK if value.ndim else ''}", value, None, 0
+
+
+def _of_all_ranks(value: torch.Tensor, world: World) -> torch.Tensor:
+    """[ranks, longest]: what belongs to blocks of a slice, and so to the number of ranks."""
+    lengths = world.gather([float(value.numel())])
+    padded = value.new_zeros(int(max(length for (length,) in lengths)))
+    padded[: value.numel()] = value.reshape(-1)
+    return world.share(padded)
+
+
+def restore(trained: Trained, saved: SavedCheckpoint) -> None:
+    """Put a checkpoint into a model and its optimizer: every rank reads its own slices.
+
+    Args:
+        trained: built as for a new run.
+        saved: of any number of ranks; its fingerprint has been compared.
+
+    Raises:
+        UserError: it does not have the tensors of this model (code 5).
+    """
+    shard.settle(trained.model)
+    optimizer, schedule, state = trained.optimizer, trained.schedule, saved.state
+    with safe_open(saved.path / WEIGHTS, framework="pt") as file:
+        names = [name for name, *_ in _named(trained)]
+        if sorted(file.keys()) != sorted(names):
+            other = sorted(set(file.keys()) ^ set(names))[:3]
+            rule = f"does not have what this run trains ({', '.join(other)})"
+            raise UserError(str(saved.path / WEIGHTS), rule, "start a new run", INTEGRITY)
+        for name, param, local, rows in _named(trained):
+            local.data.copy_(_slice(file, name, param, local, rows))
+    by_param = dict(_read_states(trained, saved))
+    groups = optimizer.state_dict()["param_groups"]
+    order = [param for group in optimizer.param_groups for param in group["params"]]
+    numbered = {i: by_param[param] for i, param in enumerate(order) if by_param[param]}
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    trained.guard.restore(state["guard"])
+    if state["num_scheduled"]:  # the rates follow from the step alone
+        schedule.last_epoch, schedule._step_count = state["num_scheduled"] - 1, 2
+        schedule.step()
+
+
+def _read_states(
+    trained: Trained, saved: SavedCheckpoint
+) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
+    """What the optimizer keeps of each slice: all of `_states`, and the numbers."""
+    world, num_ranks = trained.world, saved.state["num_ranks"]
+    with safe_open(saved.path / OPTIMIZER, framework="pt") as file:
+        by_owner: dict[str, list[str]] = {}
+        for full_name in file.keys():  # noqa: SIM118 - it is no mapping
+            by_owner.setdefault(full_name.rpartition(".")[0], []).append(full_name)
+            if full_name.endswith(BY_RANK) and num_ranks != world.size:
+                got = f"{type(trained.optimizer).__name__} on {world.size} ranks"
+                raise UserError(got, f"was saved by {num_ranks}, blockwise", "start as many")
+        for name, param, local, rows in _named(trained):
+            own: dict[str, Any] = dict(saved.state["optimizer"].get(name, {}))
+            for full_name in by_owner.get(name, ()):
+                key = full_name.rpartition(".")[2].removesuffix(BY_RANK)
+                own[key] = _state(file, full_name, param, local, rows, world.rank)
+            yield local, own
+
+
+def _state(
+    file: Any, name: str, param: torch.Tensor, local: torch.Tensor, rows: int, rank: int
+) -> torch.Tensor:
+    if name.endswith(BY_RANK):
+        return file.get_tensor(name)[rank]
+    is_slice = bool(file.get_slice(name).get_shape())
+    return _slice(file, name, param, local, rows) if is_slice else file.get_tensor(name)
+
+
+def _slice(
+    file: Any, name: str, param: torch.Tensor, local: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """This rank's slice of a saved tensor, padded with zeros."""
+    start, stop = shard.local_range(param)
+    stored = file.get_slice(name)
+    if stored.get_shape() != [rows, *local.shape[1:]]:
+        rule = f"is {stored.get_shape()}, and this run has {[rows, *local.shape[1:]]}"
+        raise UserError(f"{name} of the checkpoint", rule, "start a new run", INTEGRITY)
+    values = stored[start : min(stop, rows)] if start < rows else None
+    padded = torch.zeros(local.shape, dtype=local.dtype if values is None else values.dtype)
+    if values is not None:
+        padded[: values.shape[0]] = values
+    return padded
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """Where a run starts: anew, or after a checkpoint.
+
+    Attributes:
+        facts: of the run, for every checkpoint.
+        saved: the checkpoint; None: it starts anew.
+        lines: for the user.
+    """
+
+    facts: dict[str, Any]
+    saved: SavedCheckpoint | None = None
+    lines: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were taken before."""
+        return 0 if self.saved is None else self.saved.step
+
+    def restore(self, trained: Trained) -> None:
+        """Put what was saved into a model and its optimizer, built as for a new run."""
+        if self.saved is not None:
+            restore(trained, self.saved)
+
+    def record(self, output_dir: Path, is_writer: bool) -> Resumed:
+        """Cut what was recorded after the checkpoint, on the rank that writes.
+
+        Args:
+            output_dir: of the run.
+            is_writer: this rank does.
+
+        Returns:
+            What the record goes on with.
+        """
+        if self.saved is None or not is_writer:
+            return Resumed()
+        checkpoint_store.go_back(output_dir, self.step)
+        lines = checkpoint_store.cut_record(output_dir / checkpoint_store.METRICS, self.step)
+        return Resumed(lines, self.saved.state.get("total_s", 0.0))
+
+
+def load(
+    cfg: Config, given: frozenset[str], info: ModelInfo, base: str | None, data: Data, world: World
+) -> ResumeState:
+    """Find where a run starts, check that it is the same run, and write its configuration.
+
+    Args:
+        cfg: the run, with what was chosen for it.
+        given: names of the options that the user wrote.
+        info: the model.
+        base: digest of its files.
+        data: what is learned.
+        world: the ranks; all must call.
+
+    Raises:
+        UserError: base, adapter or data are not those of the checkpoint (code 2); the ranks do not
+            read the same checkpoint (code 5).
+    """
+    current = resume.fingerprint(cfg, info, base, world.size) | resume.data_fingerprint(data)
+    libraries, num_steps = versions(world.device), data.train.num_steps
+    saved, lines = resume.saved_of(cfg), []
+    at_steps = world.gather([float(saved.step if saved is not None else 0)])
+    if any(step != at_steps[0] for step in at_steps):
+        rule = f"is read differently by the ranks (steps {[int(step) for (step,) in at_steps]})"
+        raise UserError(f"--resume {cfg.resume}", rule, "see to the disk", INTEGRITY)
+    if saved is not None:
+        lines = [f"resume    {saved.path}: {saved.step} of {num_steps} steps are done"]
+        lines += resume.check(saved.state["fingerprint"], current, cfg.allow_data_change)
+        lines += resume.library_notes(saved.state.get("versions", {}), libraries)
+        if saved.state["num_ranks"] != world.size:
+            ranks = f"{saved.state['num_ranks']} ranks, now {world.size}"
+            lines.append(f"resume    {ranks}: the same steps to rounding, not bit for bit")
+    if world.rank == 0:
+        config.save(cfg, cfg.resolved_output_dir / checkpoint_store.CONFIG, libraries)
+    facts = {
+        "num_steps": num_steps,
+        "config": config.to_dict(cfg),
+        "given": sorted(given),
+        "fingerprint": current,
+        "versions": libraries,
+    }
+    return ResumeState(facts, saved, tuple(lines))
+
+
+def period(save_every: str) -> tuple[int, float]:
+    """Read --save_every.
+
+    Args:
+        save_every: "50" steps, "30m" minutes, "0" for never.
+
+    Returns:
+        (steps, seconds) from checkpoint to checkpoint; 0 and infinity for the one not meant.
+    """
+    if save_every.endswith("m"):
+        return 0, int(save_every[:-1]) * 60.0 or math.inf
+    return int(save_every), math.inf
+
+
+class Writer(threading.Thread):
+    """Writes one checkpoint beside the training.
+
+    Attributes:
+        step: of the checkpoint.
+        error: what went wrong, or None.
+    """
+
+    error: Exception | None
+
+    def __init__(self, step: int, work: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.step, self.error, self._work = step, None, work
+        self.start()
+
+    def run(self) -> None:
+        """Work; an error is left for the training to see."""
+        try:
+            self._work()
+        except Exception as error:
+            self.error = error
+
+
+class Checkpointer:
+    """Saves the checkpoints of a run; every rank has one and calls it in the same order.
+
+    Attributes:
+        step: of the latest checkpoint that was begun, or resumed.
+        best: (step, held-out loss) of the best one, or None.
+        stop: what signals leave.
+    """
+
+    def __init__(
+        self,
+        trained: Trained,
+        recorder: Recorder,
+        cfg: Config,
+        resumed: ResumeState,
+        stop: StopFlag | None = None,
+    ) -> None:
+        """Prepare; nothing is written before the first checkpoint is due.
+
+        Args:
+            trained: what is saved.
+            recorder: of the run, which must not lag behind a checkpoint.
+            cfg: save_every, keep_checkpoints, save_model (at the end too), the directory.
+            resumed: where the run starts; its facts go into every checkpoint.
+            stop: installed already; None: signals are ignored.
+        """
+        self.step = self._taken = resumed.step
+        self.stop = stop or StopFlag()
+        self._trained, self._recorder, self._cfg = trained, recorder, cfg
+        self._facts, self._output_dir = resumed.facts, cfg.resolved_output_dir
+        self._num_steps, self._seconds = period(cfg.save_every)
+        self._is_on = cfg.saves_checkpoints
+        self._is_writer = trained.world.rank == 0
+        self._saved_s = time.monotonic()
+        self._writer: Writer | None = None
+        best_step, loss = trained.world.gather(self._read_best())[0]
+        self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
+        self._has_new_best = False
+        params = shard.trained_parameters(trained.model)
+        nbytes = sum(p.numel() * (p.element_size() + moment_bytes(cfg)) for p in params)
+        nbytes *= self._is_on and self._is_writer
+        self._buffer = HostBuffer(nbytes)
+        if nbytes <= MOST_TOUCHED_BYTES:
+            self._start(self._buffer.touch)
+
+    def _read_best(self) -> list[float]:
+        """Step and loss of the best checkpoint as this rank reads them; step 0: there is none."""
+        try:
+            best = checkpoint_store.best_of(self._output_dir) or {"step": 0, "loss": math.inf}
+            return [float(best["step"]), float(best["loss"])]
+        except UserError as error:
+            self._recorder.say(f"warning   {error}")
+            return [0.0, math.inf]
+
+    def mark_best(self, best: tuple[float, int] | None) -> None:
+        """Keep the checkpoint of the best evaluation; every rank must call.
+
+        Args:
+            best: lowest held-out loss, the same on every rank, and the step it was measured after:
+                at the latest the last one taken. If that has no checkpoint yet, it gets one.
+        """
+        if best is None or not self._is_on or not best[0] < (self.best or (0, math.inf))[1]:
+            return
+        loss, step = best
+        if step != self._taken:
+            return  # known from before a resume
+        self.best, self._has_new_best = (step, loss), step != self.step
+        if step == self.step:
+            marked = self.best
+            self._join()
+            self._start(lambda: self._tidy(marked))
+
+    def poll(self, step: int) -> list[float]:
+        """What this rank asks for after a step; the highest of each number over the ranks counts.
+
+        Args:
+            step: that is being recorded, from 1.
+
+        Returns:
+            Number of the signal that has come, or 0; whether a checkpoint is due.
+        """
+        self._taken = step
+        is_due = self._num_steps > 0 and step % self._num_steps == 0
+        is_late = self._is_writer and time.monotonic() - self._saved_s >= self._seconds
+        return [float(self.stop.number), float(is_due or is_late)]
+
+    def should_save(self, polled: Sequence[float]) -> bool:
+        """Whether `after_step` must be called after a step; also ends a write that is done.
+
+        Args:
+            polled: `poll` of all ranks.
+        """
+        if self._is_writer and self._writer is not None and not self._writer.is_alive():
+            self._join()
+        return any(polled) or self._has_new_best
+
+    def after_step(self, step: int, polled: Sequence[float]) -> None:
+        """Save; leave, if a signal has come.
+
+        Args:
+            step: that is over, from 1.
+            polled: `poll` of all ranks.
+
+        Raises:
+            Stopped: after a signal; what was trained is saved.
+        """
+        self.save(step)
+        if polled[0]:
+            self.wait()
+            raise Stopped(int(polled[0]))
+
+    def finish(self, step: int) -> None:
+        """Save what a run has ended with, and wait until it is on the disk; every rank must call.
+
+        Args:
+            step: the last one.
+
+        Raises:
+            Stopped: a signal came meanwhile.
+        """
+        with self.stop.deferred():
+            if self._cfg.save_model:
+                self.save(step)
+            self.wait()
+        if self.stop.number:
+            raise Stopped(self.stop.number)
+
+    def save(self, step: int) -> None:
+        """Begin a checkpoint; returns when the training may go on. Every rank must call.
+
+        Args:
+            step: the last one taken.
+        """
+        if not self._is_on or step == self.step:
+            return
+        hooks.beat("save", self._trained.world.rank, step)
+        self._recorder.flush()
+        begin_s = time.monotonic()
+        self.wait()
+        shot = snapshot(self._trained, self._buffer, self._is_writer)
+        best, self._has_new_best = self.best if self._has_new_best else None, False
+        trained, self.step, self._saved_s = self._trained, step, time.monotonic()
+        state = {
+            **self._facts,
+            "is_finite": shot.is_finite,
+            "num_ranks": trained.world.size,
+            "num_scheduled": trained.schedule.last_epoch,
+            "optimizer": shot.numbers,
+            "guard": trained.guard.state(),
+            "total_s": self._recorder.total_s(),
+        }
+        self._start(lambda: self._write(step, shot, state, best))
+        if not self._is_writer:
+            for point in hooks.SAVE_POINTS:  # only kills and the like matter to those that wait
+                with contextlib.suppress(OSError):
+                    hooks.reach(point, trained.world.rank, step)
+        self._recorder.event("checkpoint", {"step": step, "blocked_s": time.monotonic() - begin_s})
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk; every rank must call."""
+        world, is_busy = self._trained.world, True
+        while is_busy:
+            if self._writer is not None:
+                self._writer.join(HEARTBEAT_S)
+            hooks.beat("save", world.rank, self.step)  # a slow disk is no hang
+            is_busy = world.sum(self._writer is not None and self._writer.is_alive()) > 0
+        self._join()
+
+    def _write(
+        self, step: int, shot: Snapshot, state: dict[str, Any], best: tuple[int, float] | None
+    ) -> None:
+        """Write one checkpoint and remove those that it makes needless; in the thread."""
+
+        def reach(point: str) -> None:
+            hooks.reach(point, 0, step)
+
+        with contextlib.suppress(FileNotFoundError):
+            atomic.sync(self._output_dir / checkpoint_store.METRICS)
+        root = self._output_dir / checkpoint_store.CHECKPOINTS
+        checkpoint_store.write(root, step, shot.tensors, state, reach)
+        self._tidy(best, reach)
+
+    def _tidy(
+        self,
+        best: tuple[int, float] | None,
+        reach: Callable[[str], None] = checkpoint_store.ignore,
+    ) -> None:
+        """Mark the best checkpoint, if it is there, and remove those that nobody needs."""
+        if best is not None and best[0] in checkpoint_store.steps(self._output_dir):
+            checkpoint_store.set_best(self._output_dir, *best)
+        checkpoint_store.prune(self._output_dir, self._cfg.keep_checkpoints, reach)
+
+    def _start(self, work: Callable[[], None]) -> None:
+        if self._is_writer:
+            self._writer = Writer(self.step, work)
+
+    def _join(self) -> None:
+        """Wait for the thread, and report what went wrong; the training goes on."""
+        if self._writer is None:
+            return
+        self._writer.join()
+        writer, self._writer = self._writer, None
+        if isinstance(writer.error, OSError | UserError):
+            last = checkpoint_store.last_step(self._output_dir)
+            left = "none" if last is None else f"of step {last}"
+            reason = getattr(writer.error, "strerror", None) or str(writer.error)
+            self._recorder.say(
+                f"warning   the checkpoint of step {writer.step} could not be written ({reason}); "
+                f"the training goes on; the last one there: {left}"
+            )
+        elif writer.error is not None:
+            raise writer.error

@@ -1,0 +1,175 @@
+"""Evaluation before, while and after a model is trained: held-out loss, answers, the best."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import atomic
+from fsdp_qlora.config import Config
+from fsdp_qlora.data import Data
+from fsdp_qlora.data.prompts import Prompt
+from fsdp_qlora.errors import one_line
+from fsdp_qlora.training import loop
+from fsdp_qlora.training.memory import MemoryTracker
+from fsdp_qlora.training.metrics import Recorder
+
+BEST = "best"
+EVALUATION = "evaluation.json"
+LARGEST_EXPONENT = 700.0
+MOST_CHARS = 160  # of a prompt on the console: its end is what asks
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), a number even where that is out of bounds.
+
+    Args:
+        loss: nats per token.
+    """
+    return math.exp(min(loss, LARGEST_EXPONENT))
+
+
+@dataclass
+class Evaluator:
+    """Held-out loss and answers of a run; the adapter with the lowest loss is kept.
+
+    Nothing here draws from torch's generators or leaves a trace in the model: with and without it
+    the steps of training are the same bit for bit. Every rank must call all of it.
+
+    Attributes:
+        trained: what is evaluated.
+        data: held_out batches and prompts, either of which may be empty.
+        cfg: eval_every, sample_tokens, save_model, the directory.
+        answer: gives the continuation of a prompt.
+        save: writes what was trained into the directory of a configuration.
+        recorder: gets the events and the lines.
+        tracker: of this rank's memory.
+        num_done: steps that are done; not 0 after a resume.
+        losses: held-out loss by step, 0 being before the first.
+        answers: of all prompts, by step.
+        best: loss and step of the adapter in `best`, or None.
+    """
+
+    trained: loop.Trained
+    data: Data
+    cfg: Config
+    answer: Callable[[Prompt], str]
+    save: Callable[[Config], object]
+    recorder: Recorder
+    tracker: MemoryTracker
+    num_done: int = 0
+    losses: dict[int, float] = field(default_factory=dict)
+    answers: dict[int, list[str]] = field(default_factory=dict)
+    best: tuple[float, int] | None = None
+
+    @property
+    def every(self) -> int:
+        """Steps from one evaluation to the next; 0: only before and after."""
+        if self.cfg.eval_every == "epoch":
+            return self.data.train.steps_per_epoch
+        return int(self.cfg.eval_every or 0)
+
+    def begin(self) -> None:
+        """Evaluate the untrained model; after a resume, read what was seen of it."""
+        if self.num_done:
+            self._recall()
+            return
+        with self.tracker.phase("evaluation"):
+            self._evaluate("before")
+            self._ask("before")
+
+    def after_step(self) -> None:
+        """Count a step, and evaluate when it is time; the last step is left to `end`."""
+        self.num_done += 1
+        is_last = self.num_done == self.data.train.num_steps
+        if self.every and self.num_done % self.every == 0 and not is_last:
+            with self.tracker.phase("evaluation"):
+                self._evaluate("step")
+            loss = self.losses[self.num_done]
+            words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
+            self.recorder.say(f"step {self.num_done} {words}")
+
+    def end(self) -> None:
+        """Evaluate the trained model and compare."""
+        with self.tracker.phase("evaluation"):
+            self._evaluate("after")
+            self._ask("after")
+        for line in self._compared():
+            self.recorder.say(line)
+
+    def _evaluate(self, when: str) -> None:
+        if not self.data.held_out:
+            return
+        loss = loop.evaluate(self.trained.model, self.data.held_out, self.trained.world)
+        self.losses[self.num_done] = loss
+        is_best = self.every > 0 and self.num_done > 0
+        is_best = is_best and loss < (self.best[0] if self.best else math.inf)
+        values = {"step": self.num_done, "loss": loss, "perplexity": perplexity(loss)}
+        if is_best:
+            self.best = (loss, self.num_done)
+            if self.cfg.save_model:
+                self._keep(values)
+        self.recorder.event("eval", {"when": when, **values, "is_best": is_best})
+
+    def _keep(self, values: dict[str, Any]) -> None:
+        """Save the adapter as the best, with what `generate` and `evaluate` need."""
+        place = self._best_dir
+        cfg = dataclasses.replace(self.cfg, output_dir=str(place))
+        is_writer = self.trained.world.rank == 0
+        if is_writer:
+            place.mkdir(exist_ok=True)
+            shutil.copy(place.parent / "run_config.json", place)
+        self.save(cfg)
+        if is_writer:
+            atomic.write_json(place / EVALUATION, values)
+
+    @property
+    def _best_dir(self) -> Path:
+        return Path(self.cfg.resolved_output_dir) / BEST
+
+    def _ask(self, when: str) -> None:
+        found = []
+        for prompt in self.data.prompts:
+            text = self.answer(prompt)
+            values = {"prompt": prompt.shown, "answer": text, "expected": prompt.expected}
+            self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
+            found.append(text)
+        self.answers[self.num_done] = found
+
+    def _recall(self) -> None:
+        """What the run saw before it was stopped; the record of a run that goes on is there."""
+        place = self._best_dir / EVALUATION
+        if place.is_file():
+            found = json.loads(place.read_text())
+            self.best = (found["loss"], found["step"])
+        record = self._best_dir.parent / "metrics.jsonl"
+        lines = record.read_text().splitlines() if record.is_file() else []
+        for line in map(json.loads, (line for line in lines if '"event"' in line)):
+            if line["event"] == "eval" and line.get("when") == "before":
+                self.losses[0] = line["loss"]
+            elif line["event"] == "sample" and line.get("when") == "before":
+                self.answers.setdefault(0, []).append(line["answer"])
+
+    def _compared(self) -> list[str]:
+        lines = []
+        if {0, self.num_done} <= self.losses.keys():
+            before, after = self.losses[0], self.losses[self.num_done]
+            words = f"loss {before:.3f} -> {after:.3f}, perplexity "
+            words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
+            if self.best is not None and self.best[1] != self.num_done:
+                words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
+                words += f", kept in {self._best_dir}" if self.cfg.save_model else ""
+            lines.append(f"held-out  {words}")
+        before_all = self.answers.get(0, [""] * len(self.data.prompts))
+        rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)
+        for prompt, old, new in rows:
+            shown = one_line(prompt.shown)
+            shown = shown if len(shown) <= MOST_CHARS else f"… {shown[-MOST_CHARS:]}"
+            lines += [f"prompt    {shown}", f"before    {one_line(old)}"]
+            lines += [f"after     {one_line(new)}"]
+            lines += [f"the data  {one_line(prompt.expected)}"] if prompt.expected else []
+        return lines

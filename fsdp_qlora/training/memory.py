@@ -1,0 +1,720 @@
+"""Where the GiB are: what this process and its machine hold, in the rows of the plan.
+
+All sizes are GiB (1024**3 bytes). Everything that is read at each step costs well under a
+millisecond; what is slow (PSS) or must be watched between steps (the machine's peak) is read by
+`HostSampler` in the background.
+
+What lies on a GPU from the load to the end is counted tensor by tensor, once. What comes and goes
+is the peak of a phase less that; which rows it is made of is found by the memory probe and taken
+over from there. What nobody has told apart stands in a row of its own.
+"""
+
+import contextlib
+import importlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from fsdp_qlora.distributed import exit_report
+from fsdp_qlora.hardware import GIB, machine_memory, pss_gib, read_kib
+from fsdp_qlora.model.placement import Placed
+from fsdp_qlora.model.shard import blocks
+from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.plan import rows as names
+from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.plan.sizes import sizes
+from fsdp_qlora.training import optim
+
+STEP_PHASES = ("forward", "backward", "optimizer")
+DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
+GibByRow = dict[str, float]
+Phases = dict[str, GibByRow]
+DEVICE_FIELDS = (
+    "device_allocated_gib",
+    "device_reserved_gib",
+    "device_peak_allocated_gib",
+    "device_peak_reserved_gib",
+    "device_used_gib",
+    "device_total_gib",
+)
+PROCESS_FIELDS = (
+    *DEVICE_FIELDS,
+    "host_rss_gib",
+    "host_pss_gib",
+    "host_pinned_gib",
+    "host_swap_gib",
+)
+PROCESS_KEYS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")  # of /proc/self/status
+
+
+def device_memory(device: torch.device) -> dict[str, float]:
+    """Device memory of this process since the last call, and start the next peak.
+
+    Args:
+        device: the card of this rank; a CPU device has no memory of its own.
+
+    Returns:
+        DEVICE_FIELDS in GiB: what torch's allocator holds now (allocated, reserved), its peaks
+        since the last call, and the whole card as the driver sees it (used by every process,
+        total). Zeros on a CPU.
+    """
+    if device.type != "cuda":
+        return dict.fromkeys(DEVICE_FIELDS, 0.0)
+    stats = torch.cuda.memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    sizes_bytes = (
+        stats.get("allocated_bytes.all.current", 0),
+        stats.get("reserved_bytes.all.current", 0),
+        stats.get("allocated_bytes.all.peak", 0),
+        stats.get("reserved_bytes.all.peak", 0),
+        total_bytes - free_bytes,
+        total_bytes,
+    )
+    return {name: size / GIB for name, size in zip(DEVICE_FIELDS, sizes_bytes, strict=True)}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What was held in one phase, GiB; of a CPU rank what its process has for itself alone.
+
+    Attributes:
+        allocated_gib: the most that tensors took.
+        reserved_gib: the most that torch's allocator held; on a CPU the same as allocated.
+        left_gib: what tensors took at its end.
+    """
+
+    allocated_gib: float = 0.0
+    reserved_gib: float = 0.0
+    left_gib: float = 0.0
+
+    def highest(self, other: "Peak") -> "Peak":
+        """The higher figures of two."""
+        return Peak(
+            max(self.allocated_gib, other.allocated_gib),
+            max(self.reserved_gib, other.reserved_gib),
+            max(self.left_gib, other.left_gib),
+        )
+
+
+class PhasePeaks:
+    """The most that was held in each phase, from mark to mark, exactly: nothing is sampled.
+
+    Attributes:
+        marks: the phases that have ended since the last `take`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Begin the first phase.
+
+        Args:
+            device: of this rank; of a CPU rank the process's own memory is watched.
+        """
+        self.marks: list[str] = []
+        self._device = device
+        self._peaks: dict[str, Peak] = {}
+        self._read()
+
+    def mark(self, phase: str) -> None:
+        """End `phase`: what was held since the last mark belongs to it."""
+        peak = self._read()
+        self.marks.append(phase)
+        self._peaks[phase] = peak.highest(self._peaks.get(phase, peak))
+
+    def take(self) -> dict[str, Peak]:
+        """The peaks by phase since the last call."""
+        peaks, self._peaks = self._peaks, {}
+        self.marks.clear()
+        return peaks
+
+    def now(self) -> Peak:
+        """Of the phase that has not ended; a peak that is read here is not in its mark."""
+        return self._read()
+
+    def _read(self) -> Peak:
+        if self._device.type != "cuda":
+            return process_peak()
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        if "allocated_bytes" not in stats:  # nothing was allocated yet
+            return Peak()
+        allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
+        return Peak(allocated["peak"] / GIB, reserved["peak"] / GIB, allocated["current"] / GIB)
+
+
+def process_peak(proc: Path = Path("/proc/self")) -> Peak:
+    """Of this process's own pages since the last call, libraries and shared memory left out."""
+    try:
+        lines = (proc / "status").read_text().splitlines()
+    except OSError:
+        return Peak()
+    words = {line.partition(":")[0]: line.split() for line in lines if line.endswith("kB")}
+    kib = {name: int(words[name][1]) for name in PROCESS_KEYS if name in words}
+    if len(kib) < len(PROCESS_KEYS):  # old kernels do not tell pages of files from others
+        return Peak()
+    shared = kib["RssFile"] + kib["RssShmem"]
+    peak = kib["VmHWM"] - shared
+    try:
+        (proc / "clear_refs").write_text("5")  # the highest mark starts anew
+    except OSError:
+        peak = kib["RssAnon"]
+    peak_gib = max(peak, kib["RssAnon"]) / 1024**2
+    return Peak(peak_gib, peak_gib, kib["RssAnon"] / 1024**2)
+
+
+def pinned_gib(device: torch.device) -> float:
+    """GiB of page-locked host memory that torch's own pinned allocator holds in this process."""
+    if device.type != "cuda":
+        return 0.0
+    return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) / GIB
+
+
+def process_memory(device: torch.device, sampler: "HostSampler | None" = None) -> dict[str, float]:
+    """Device and host memory of this process; starts the next device peak.
+
+    Args:
+        device: the device of this rank.
+        sampler: where PSS was measured last; without one it is measured now (slow).
+
+    Returns:
+        PROCESS_FIELDS in GiB.
+    """
+    return {
+        **device_memory(device),
+        "host_rss_gib": psutil.Process().memory_info().rss / GIB,
+        "host_pss_gib": pss_gib() if sampler is None else sampler.pss_gib,
+        "host_pinned_gib": pinned_gib(device),
+        "host_swap_gib": read_kib(Path("/proc/self/status"), "VmSwap") * 1024 / GIB,
+    }
+
+
+def memory_now(device: torch.device) -> dict[str, float | None]:
+    """PROCESS_FIELDS and MACHINE_FIELDS in GiB, all measured now; starts the next device peak."""
+    return {**process_memory(device), **machine_memory()}
+
+
+@dataclass
+class HostSampler:
+    """Watches host memory from a thread: this process's PSS, and the machine's peak use.
+
+    Use as a context manager, around the load and around the training, so that no peak between
+    two steps is missed.
+
+    Attributes:
+        interval_s: seconds between two looks at the machine.
+        pss_share: most of the time that measuring PSS may take, as a share of one core.
+        pss_gib: PSS of this process when it was measured last.
+        peak_used_gib: the most host memory that all processes used together since the start.
+    """
+
+    interval_s: float = 0.5
+    pss_share: float = 0.005
+    pss_gib: float = 0.0
+    peak_used_gib: float = 0.0
+    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
+    _thread: threading.Thread | None = field(default=None, repr=False)
+    _next_pss_s: float = 0.0
+
+    def __enter__(self) -> "HostSampler":
+        """Take the first sample, then go on in the background."""
+        self.sample()
+        self._thread = threading.Thread(target=self._watch, name="host-memory", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Take the last sample and end the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._next_pss_s = 0.0
+        self.sample()
+
+    def sample(self) -> None:
+        """Look once: the machine always, PSS when its share of the time allows it."""
+        machine = psutil.virtual_memory()
+        self.peak_used_gib = max(self.peak_used_gib, (machine.total - machine.available) / GIB)
+        began_s = time.monotonic()
+        if began_s < self._next_pss_s:
+            return
+        self.pss_gib = pss_gib()
+        ended_s = time.monotonic()
+        self._next_pss_s = ended_s + max(4.0, (ended_s - began_s) / self.pss_share)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval_s):
+            self.sample()
+
+
+@dataclass(frozen=True)
+class Transients:
+    """What comes and goes in a phase, as it was told apart in the dry run, GiB by row.
+
+    Attributes:
+        fixed: what a shorter batch needs as well.
+        scaled: what grows with the tokens.
+    """
+
+    fixed: GibByRow = field(default_factory=dict)
+    scaled: GibByRow = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HostShare:
+    """What one rank has of the host, GiB; shared memory and files left out.
+
+    Attributes:
+        base_gib: before the model: Python, libraries, data.
+        data_gib: of it the tokens.
+        slices_gib: of the packed layers, in memory of its own.
+        load_gib: at the end of the load; `load_peak_gib` at its peak.
+        save_gib, save_peak_gib: before and in the save.
+        waiting_gib: of inputs of layers, for the backward pass.
+        peaks_gib: in STEP_PHASES.
+    """
+
+    base_gib: float = 0.0
+    data_gib: float = 0.0
+    slices_gib: float = 0.0
+    load_gib: float = 0.0
+    load_peak_gib: float = 0.0
+    save_gib: float = 0.0
+    save_peak_gib: float = 0.0
+    waiting_gib: float = 0.0
+    peaks_gib: tuple[float, ...] = (0.0,) * len(STEP_PHASES)
+
+
+class MemoryTracker:
+    """The memory of this rank by row.
+
+    Attributes:
+        plan: what was predicted.
+        peaks: of the phases; whoever begins or ends one marks it here.
+        held: GiB that lie on the device of the rank, by row; filled by `record_model`.
+        transients: phase -> what comes and goes in it; filled by `set_transients`.
+        phases: phase -> rows at its peak, of the phases that happen once.
+        used_gib: phase -> most of the host in use by all programs, of the same phases.
+        shared_gib: packed layers on the host, one copy for all ranks.
+        files_gib: the model's own files, where they lie in memory.
+    """
+
+    def __init__(self, plan: RunPlan, device: torch.device, data_bytes: int = 0) -> None:
+        """Look at this process before it has a model.
+
+        Args:
+            plan: of the run.
+            device: of this rank.
+            data_bytes: of the tokens that this process holds.
+        """
+        self.plan, self.is_cuda = plan, device.type == "cuda"
+        self.peaks = PhasePeaks(device)
+        self.held: GibByRow = {}
+        self.transients: dict[str, Transients] = {}
+        self.phases: dict[str, GibByRow] = {}
+        self.used_gib: dict[str, float] = {}
+        self.shared_gib = 0.0
+        self.files_gib = sizes(plan.info, plan.cfg).file_bytes / GIB
+        importlib.import_module("transformers.modeling_utils")  # a library, not the model
+        self.share = HostShare(process_peak().left_gib, data_bytes / GIB)
+        self._device = device
+        self._params: list[nn.Parameter] = []
+        self._model: PackedModel | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._moments_gib = 0.0  # of the optimizer, when the last step began
+        self._context_gib = 0.0  # what the card holds beside torch's allocator, when last looked at
+        self._taken: dict[str, Peak] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Watch a phase that happens once; an error for want of memory leaves it explained.
+
+        Args:
+            name: "load", "dry run" or "save".
+        """
+        self.peaks.take()
+        self.peaks.mark("before")
+        before, sampler = process_peak(), HostSampler()
+        try:
+            with sampler:
+                yield
+        except Exception as error:
+            self.annotate_oom(error, name)
+            raise
+        self.peaks.mark(name)
+        peak = self.peaks.take()[name]
+        host = process_peak() if self.is_cuda else peak
+        self._taken[name], self.used_gib[name] = peak, sampler.peak_used_gib
+        self._look_outside()
+        own = {"load": ("load_gib", host.left_gib), "save": ("save_gib", before.left_gib)}.get(name)
+        if own is not None:
+            changed = {own[0]: own[1], own[0].replace("_gib", "_peak_gib"): host.allocated_gib}
+            self.share = _replace(self.share, **changed)
+        if name == "save":
+            self.phases[name] = self.device_rows(names.PHASES[-1], peak)
+
+    def peak_of(self, name: str) -> Peak:
+        """What `phase` has measured."""
+        return self._taken[name]
+
+    def record_model(self, model: PackedModel, placed: Placed) -> None:
+        """Count what the load has left on the device, tensor by tensor.
+
+        Args:
+            model: filled, and not run since.
+            placed: where its packed layers lie.
+        """
+        self._model, layout = model, model.layout
+        weights_share = layout.weights[-1][1] / layout.nbytes
+        layers = {id(block.packed): number for number, block in enumerate(blocks(model))}
+        on_host = 0.0
+        self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
+        for tensor, nbytes in _tensors(model):
+            gib = nbytes / GIB
+            if id(tensor) in layers:
+                if placed.rows[layers[id(tensor)]].is_on_host:
+                    on_host += gib
+                    continue
+                # A slice is whatever bytes fall to the rank: it counts as a part of both.
+                self.held[names.PACKED] += gib * weights_share
+                self.held[names.CONSTANTS] += gib * (1 - weights_share)
+            else:
+                row = names.ADAPTERS if tensor.requires_grad else names.UNQUANTISED
+                self.held[row] += gib
+        if placed.streamer is not None:
+            self.held[names.BUFFERS] = sum(slot.nbytes for slot in placed.streamer.slots) / GIB
+        if placed.memory is not None:
+            self.shared_gib = placed.memory.bytes.nbytes / GIB
+        self.share = _replace(self.share, slices_gib=on_host)
+        peak = self._taken["load"]
+        if self.is_cuda:  # what else stays, such as the workspace of a library
+            rest = peak.left_gib - sum(self.held.values())
+            self.held[names.LIBRARIES] = max(rest, 0.0)
+        load = dict(self.held)
+        if peak.allocated_gib > peak.left_gib:  # the packed layers come first, see plan/memory.py
+            load |= {names.UNQUANTISED: 0.0, names.ADAPTERS: 0.0}
+        load[names.LOADING] = max(self._own(peak) - sum(load.values()), 0.0)
+        load |= self._beside(peak)
+        self.phases["load"] = {row: gib for row, gib in load.items() if gib > 0}
+
+    def set_transients(self, transients: dict[str, Transients], stays_gib: float) -> None:
+        """Take over what the dry run has told apart.
+
+        Args:
+            transients: phase -> what comes and goes in it.
+            stays_gib: of workspaces that libraries have made on first use.
+        """
+        self.transients = transients
+        if stays_gib:
+            self.held[names.LIBRARIES] = self.held.get(names.LIBRARIES, 0.0) + stays_gib
+
+    def record_optimizer(
+        self, params: list[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Say what is trained, so that gradients and moments are known.
+
+        Args:
+            params: this rank's slices of the trained parameters.
+            optimizer: over them.
+        """
+        self._params, self._optimizer = params, optimizer
+
+    def _own(self, peak: Peak) -> float:
+        """What tensors took at a peak; of a CPU rank all but what it was before the model."""
+        return peak.allocated_gib - (0.0 if self.is_cuda else self.share.base_gib)
+
+    def _look_outside(self) -> None:
+        """Ask the driver, once a step: it takes its time."""
+        if self.is_cuda:
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+            reserved_bytes = torch.cuda.memory_reserved(self._device)
+            outside_gib = (total_bytes - free_bytes - reserved_bytes) / GIB
+            self._context_gib = max(
+                outside_gib - optim.state_gib(self._optimizer, only_paged=True), 0.0
+            )
+
+    def _beside(self, peak: Peak) -> GibByRow:
+        """What the card holds beside tensors."""
+        if not self.is_cuda:
+            return {}
+        slack_gib = max(peak.reserved_gib - peak.allocated_gib, 0.0)
+        return {names.SLACK: slack_gib, names.CONTEXT: self._context_gib}
+
+    def device_rows(self, phase: str, peak: Peak, moments_gib: float | None = None) -> GibByRow:
+        """What the device of the rank holds at the peak of a phase.
+
+        Args:
+            phase: row of plan.rows.PHASES.
+            peak: of it.
+            moments_gib: of the optimizer; None: as they are now.
+
+        Returns:
+            GiB by row, zeros left out; they sum up to the peak.
+        """
+        found = dict(self.held)
+        found[names.OPTIMIZER] = (
+            optim.state_gib(self._optimizer) if moments_gib is None else moments_gib
+        )
+        transients = self.transients.get(phase)
+        has_all_gradients = transients is None and self.plan.cfg.gradient_accumulation_steps > 1
+        if phase == "optimizer" or (has_all_gradients and phase in STEP_PHASES):
+            found[names.GRADIENTS] = sum(p.nbytes for p in self._params) / GIB
+        paged_gib = min(optim.state_gib(self._optimizer, only_paged=True), found[names.OPTIMIZER])
+        rest = max(self._own(peak) + paged_gib - sum(found.values()), 0.0)
+        for row, gib in _spread(rest, transients).items():
+            found[row] = found.get(row, 0.0) + gib
+        found |= self._beside(peak)
+        return {row: gib for row, gib in found.items() if gib > 0}
+
+    def step(self) -> tuple[dict[str, GibByRow], Peak]:
+        """MemoryTracker for an optimizer step that is over.
+
+        Returns:
+            GibByRow at the peak of each of STEP_PHASES, and the highest peak since the last step.
+        """
+        taken = self.peaks.take()
+        now_gib = optim.state_gib(self._optimizer)
+        self._look_outside()
+        found = {}
+        for phase in STEP_PHASES:
+            if phase in taken:
+                moments = now_gib if phase == "optimizer" else self._moments_gib
+                found[phase] = self.device_rows(phase, taken[phase], moments)
+        self._moments_gib = now_gib
+        offload = next(blocks(self._model)).offload if self._model is not None else None
+        waiting_gib = offload.nbytes / GIB if offload is not None else 0.0
+        self.share = _replace(self.share, waiting_gib=waiting_gib)
+        highest = Peak()
+        for peak in taken.values():
+            highest = highest.highest(peak)
+        if self.is_cuda:
+            self.share = _replace(self.share, peaks_gib=(process_peak().allocated_gib,) * 3)
+        else:
+            peaks = tuple(taken.get(phase, Peak()).allocated_gib for phase in STEP_PHASES)
+            self.share = _replace(self.share, peaks_gib=peaks)
+        return found, highest
+
+    @property
+    def running(self) -> str:
+        """The phase of a step that has begun and has not ended; "" between two steps."""
+        marks = self.peaks.marks
+        num_left = self.plan.cfg.gradient_accumulation_steps - marks.count("backward")
+        after_backward = "forward" if num_left > 0 else "optimizer"
+        after = {"data": "forward", "forward": "backward", "backward": after_backward}
+        return after.get(marks[-1], "") if marks else ""
+
+    def annotate_oom(self, error: BaseException, phase: str) -> None:
+        """Add to an error for want of memory what was predicted and what was there.
+
+        Args:
+            error: gets the lines as notes; any other error stays as it is.
+            phase: that was under way, as people call it; its first word is looked up in the plan.
+        """
+        if not exit_report.is_memory(error):
+            return
+        known = phase.split()[0] if phase.split()[0] in names.PHASES else "backward"
+        self._look_outside()
+        peak = self.peaks.now()
+        scene = exit_report.Scene(
+            phase=phase,
+            predicted=self.plan.to_dict().get("device" if self.is_cuda else "host", {}),
+            known_phase=known,
+            measured=self.device_rows(known, peak),
+            is_cuda=self.is_cuda,
+            there=_what_is_there(self._device, peak),
+        )
+        for line in scene.lines():
+            error.add_note(line)
+
+
+def _replace(share: HostShare, **changes: Any) -> HostShare:
+    return HostShare(**{**vars(share), **changes})
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
+    """(itself, bytes on this rank) of every parameter and buffer, shared ones once."""
+    seen = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        local = tensor.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local
+        if local.data_ptr() not in seen:
+            yield tensor, local.nbytes
+        seen.add(local.data_ptr())
+
+
+def _spread(rest_gib: float, transients: Transients | None) -> GibByRow:
+    """Deal what comes and goes to its rows."""
+    if transients is None:
+        return {names.REST: rest_gib}
+    fixed, scaled = sum(transients.fixed.values()), sum(transients.scaled.values())
+    if rest_gib < fixed or not scaled:  # less than the dry run saw: all rows in proportion
+        share = rest_gib / (fixed + scaled) if fixed + scaled else 0.0
+        pairs = [*transients.fixed.items(), *transients.scaled.items()]
+        return {row: gib * share for row, gib in pairs}
+    share = (rest_gib - fixed) / scaled
+    return transients.fixed | {row: gib * share for row, gib in transients.scaled.items()}
+
+
+def _what_is_there(device: torch.device, peak: Peak) -> str:
+    """The memory of the device in words."""
+    if device.type != "cuda":
+        return f"this rank held {peak.allocated_gib:.2f} GiB of its own at its highest"
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    reserved_gib = torch.cuda.memory_reserved(device) / GIB
+    outside_gib = (total_bytes - free_bytes) / GIB - reserved_gib
+    return (
+        f"{total_bytes / GIB:.1f} GiB on the card: {peak.left_gib:.2f} in tensors, "
+        f"{reserved_gib - peak.left_gib:.2f} reserved beside them, {outside_gib:.2f} of context "
+        f"and other programs, {free_bytes / GIB:.2f} free"
+    )
+
+
+def encode(phases: Phases, share: HostShare) -> list[float]:
+    """One rank's tracker as numbers, as many on every rank, for a gather.
+
+    Args:
+        phases: GiB by phase and row.
+        share: of the host.
+    """
+    values = [phases.get(p, {}).get(row, 0.0) for p in names.PHASES for row in DEVICE_ROWS]
+    plain = [getattr(share, item.name) for item in fields(share)]
+    return [*values, *plain[:-1], *plain[-1]]
+
+
+NUM_VALUES = len(encode({}, HostShare()))
+
+
+def decode(values: Sequence[float]) -> tuple[Phases, HostShare]:
+    """What `encode` was given; rows of nothing are left out.
+
+    Args:
+        values: of one rank.
+    """
+    numbers = iter(values)
+    found = {p: {row: next(numbers) for row in DEVICE_ROWS} for p in names.PHASES}
+    phases = {p: {row: gib for row, gib in rows.items() if gib} for p, rows in found.items()}
+    plain: dict[str, Any] = {item.name: next(numbers) for item in fields(HostShare)[:-1]}
+    share = HostShare(**plain, peaks_gib=tuple(numbers))
+    return {p: rows for p, rows in phases.items() if rows}, share
+
+
+@dataclass
+class MemoryLedger:
+    """The highest rows of each phase, kept on the rank that writes.
+
+    Attributes:
+        plan: what was predicted.
+        is_cuda: the ranks compute on cards.
+        shared_gib, files_gib: of the tracker of this rank: the same for all.
+        ranks: of each rank, by phase.
+        host: by phase.
+    """
+
+    plan: RunPlan
+    is_cuda: bool
+    shared_gib: float
+    files_gib: float
+    ranks: list[Phases] = field(default_factory=list)
+    host: Phases = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tracker: MemoryTracker) -> "MemoryLedger":
+        """An empty book for the run of an tracker whose model is loaded."""
+        return cls(tracker.plan, tracker.is_cuda, tracker.shared_gib, tracker.files_gib)
+
+    def update(
+        self, values: Sequence[Sequence[float]], used_gib: float | None, phases: Sequence[str]
+    ) -> tuple[list[GibByRow], GibByRow]:
+        """Keep what the ranks have gathered.
+
+        Args:
+            values: `encode` of every rank.
+            used_gib: of the host by all programs; None: not known.
+            phases: that the values tell of.
+
+        Returns:
+            The rows of each rank's device, and of the host, at the highest of these phases.
+        """
+        decoded = [decode(row) for row in values]
+        self.ranks = self.ranks or [{} for _ in decoded]
+        shares = [share for _, share in decoded]
+        tops: list[GibByRow] = []
+        for kept, (found, _) in zip(self.ranks, decoded, strict=True):
+            found = {phase: rows for phase, rows in found.items() if phase in phases}
+            _keep_highest(kept, found)
+            tops.append(max(found.values(), key=_total, default={}))
+        host = {phase: self.host_rows(phase, shares, used_gib) for phase in phases}
+        _keep_highest(self.host, host)
+        return tops, max(host.values(), key=_total)
+
+    def host_rows(
+        self, phase: str, shares: Sequence[HostShare], used_gib: float | None
+    ) -> GibByRow:
+        """What the host holds in a phase.
+
+        What other programs and the system use is as it was before the run. On a machine with cards
+        all the rest that is in use belongs to the processes, drivers included; of CPU ranks
+        their models are what they have beyond what they had before it.
+
+        Args:
+            phase: row of plan.rows.PHASES.
+            shares: of the ranks.
+            used_gib: in all; None: not known.
+
+        Returns:
+            GiB by row, zeros left out.
+        """
+        data_gib, base_gib = (sum(getattr(s, n) for s in shares) for n in ("data_gib", "base_gib"))
+        system_gib = self.plan.machine.system_gib or 0.0
+        found = {
+            names.HOSTED: self.shared_gib + sum(share.slices_gib for share in shares),
+            names.FILES: self.files_gib,
+            names.SYSTEM: max(system_gib - self.files_gib, 0.0),
+            names.DATA: data_gib,
+            names.WAITING: sum(share.waiting_gib for share in shares),
+        }
+        if phase == "save":
+            found[names.SAVING] = sum(max(s.save_peak_gib - s.save_gib, 0.0) for s in shares)
+        if self.is_cuda and phase == "load":
+            found[names.LOADING] = sum(max(s.load_peak_gib - s.load_gib, 0.0) for s in shares)
+        if self.is_cuda:
+            rest = (used_gib or 0.0) - sum(found.values())
+            found[names.PROCESSES] = max(rest, 0.0)
+        else:
+            found[names.PROCESSES] = base_gib - data_gib
+            own = sum(_own_gib(phase, share) - share.base_gib for share in shares)
+            found[names.RANKS] = max(own - found[names.WAITING], 0.0)
+        return {row: gib for row, gib in found.items() if gib > 0}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As summary.json has it."""
+        return {"ranks": [{"device": phases} for phases in self.ranks], "host": self.host}
+
+
+def _own_gib(phase: str, share: HostShare) -> float:
+    """What a CPU rank had for itself at the peak of a phase."""
+    if phase in STEP_PHASES:
+        return share.peaks_gib[STEP_PHASES.index(phase)]
+    return share.load_peak_gib if phase == "load" else share.save_gib
+
+
+def _keep_highest(kept: Phases, found: Phases) -> None:
+    for phase, rows in found.items():
+        if _total(rows) > _total(kept.get(phase, {})):
+            kept[phase] = rows
+
+
+def _total(rows: GibByRow) -> float:
+    return sum(rows.values())

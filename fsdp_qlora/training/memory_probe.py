@@ -1,0 +1,322 @@
+"""The memory probe before step 1: a pass over the longest rows shows that they fit, and how.
+
+It leaves no trace. Every allocation of the pass is known by the place in the program that made it
+and by how long it lives, from the history of torch's own allocator. At the peak of a phase the rows
+then are what was alive, byte for byte.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from fsdp_qlora.config import Config
+from fsdp_qlora.data.batches import Batch, Batches, collate, flatten
+from fsdp_qlora.data.packed_batches import PackedBatches
+from fsdp_qlora.data.store import Sample
+from fsdp_qlora.model import shard
+from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.plan import rows as names
+from fsdp_qlora.training.loop import Trained, token_loss_sum
+from fsdp_qlora.training.memory import MemoryTracker, Transients
+
+MAX_EVENTS = 2_000_000
+GIB = 2**30
+# Where an allocation was made -> its row; the innermost place that is known counts.
+PLACES = (
+    ("fsdp_qlora/model/graphs.py", names.LAYER),
+    ("fsdp_qlora/model/quantize.py", names.SCRATCH),
+    ("fsdp_qlora/model/head.py", names.LOSS),
+    ("torch/distributed/fsdp/", names.BUFFERS),
+)
+FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
+# `boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
+PASS = ("forward", "backward")
+Event = dict[str, Any]
+
+
+def is_wanted(cfg: Config, device: torch.device) -> bool:
+    """Return whether a run begins with a dry run.
+
+    Args:
+        cfg: dry_run.
+        device: of this rank.
+    """
+    return cfg.dry_run == "on" or (cfg.dry_run == "auto" and device.type == "cuda")
+
+
+def longest_batch(batches: Batches | PackedBatches, cfg: Config, vocab_size: int) -> Batch:
+    """A micro-batch as large as any that the data can bring, every token trained.
+
+    Args:
+        batches: this rank's.
+        cfg: batch_size; context_length, to which packed sequences are filled up.
+        vocab_size: rows of the embedding.
+
+    Returns:
+        The batch, on the host.
+    """
+    if isinstance(batches, PackedBatches):
+        longest, is_flat = cfg.context_length, True
+    else:
+        longest, is_flat = batches.longest, batches.is_flat
+    ids = np.arange(longest, dtype=np.int32) % vocab_size
+    rows = [Sample(ids, np.ones(longest, bool))] * cfg.batch_size
+    if is_flat:
+        return flatten(rows, batches.dealing.pad_multiple)
+    return collate(rows, batches.dealing.pad_multiple, longest)
+
+
+def run(
+    trained: Trained,
+    batches: Batches | PackedBatches,
+    cfg: Config,
+    tracker: MemoryTracker,
+    allocate: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
+) -> str:
+    """Prove that the longest rows fit, and learn what comes and goes in a pass.
+
+    Model, optimizer, random numbers and data are afterwards as if it had not been.
+
+    Args:
+        trained: what will be trained; all ranks must call.
+        batches: this rank's.
+        cfg: batch_size, how layers are recomputed.
+        tracker: gets what comes and goes.
+        allocate: makes room as large as a tensor, for what the optimizer will keep.
+
+    Returns:
+        One line for the user.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+    model, world = trained.model, trained.world
+    assert isinstance(model, PackedModel)
+    batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
+    was_training = model.training
+    model.train()
+    with tracker.phase("dry run"), _random_numbers_kept(world.device):
+        moments = [allocate(param) for param in trained.params for _ in range(2)]
+        with _traced(world.device) as trace:
+            num_passes = _num_passes(model, cfg)
+            for number in range(1, num_passes + 1):
+                _pass(trained, batch, cfg.gradient_accumulation_steps > 1, number == num_passes)
+            _drop_gradients(trained)
+            _boundary(world.device)
+        del moments
+        world.barrier()  # no rank goes on before all have come through
+    model.train(was_training)
+    model.set_checkpointing(cfg, world.device)  # CUDA graphs are captured anew
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    tracker.set_transients(trace.transients, trace.stays_gib)
+    num_tokens = batch.num_tokens
+    peak_gib = tracker.peak_of("dry run").allocated_gib
+    words = f"dry run   {num_tokens:,} tokens at once fit"
+    if trace.failure:
+        words += f" (rows are not told apart: {trace.failure})"
+    return words + (f": {peak_gib:.2f} GiB in tensors" if tracker.is_cuda else "")
+
+
+def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) -> None:
+    """Forward and backward, with marks at their ends."""
+    if trained.is_reduced_once:
+        shard.reduce_gradients(trained.model, is_last or not keeps_gradients)
+    device = trained.world.device
+    loss = token_loss_sum(trained.model, batch, device)
+    _boundary(device)
+    loss.backward()
+    _boundary(device)
+    if not keeps_gradients:
+        _drop_gradients(trained)
+
+
+def _num_passes(model: PackedModel, cfg: Config) -> int:
+    """Two where the second finds gradients of the first, or graphs that it captures."""
+    has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
+    return 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
+
+
+def _drop_gradients(trained: Trained) -> None:
+    if any(param.grad is not None for param in shard.trained_parameters(trained.model)):
+        shard.collect_gradients(trained.model, trained.params)
+    for param in trained.params:
+        param.grad = None
+
+
+@contextlib.contextmanager
+def _random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Dropout draws the same numbers after the block as it would have without it."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@dataclass
+class _Trace:
+    """What was found.
+
+    Attributes:
+        transients: phase -> what came and went at its peak; empty without a card.
+        stays_gib: what libraries have made and keep.
+        failure: why nothing was found, or "".
+    """
+
+    transients: dict[str, Transients] = field(default_factory=dict)
+    stays_gib: float = 0.0
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One allocation.
+
+    Attributes:
+        nbytes: of it.
+        place: row by where it was made, or "".
+        start, stop: index of the event that made and freed it; `stop` is large for one that stays.
+    """
+
+    nbytes: int
+    place: str
+    start: int
+    stop: int
+
+
+def _boundary(device: torch.device) -> None:
+    """Mark the end of a phase in the history: an allocation that bears this function's name."""
+    if device.type == "cuda":
+        torch.empty(1, dtype=torch.uint8, device=device)
+
+
+@contextlib.contextmanager
+def _traced(device: torch.device) -> Iterator[_Trace]:
+    """Record the allocations of the block and tell them apart at its end.
+
+    Args:
+        device: of this rank; a CPU keeps no history.
+
+    Yields:
+        The trace, which is filled at the end.
+    """
+    trace = _Trace()
+    if device.type != "cuda":
+        yield trace
+        return
+    record = torch.cuda.memory._record_memory_history
+    record("all", context="alloc", stacks="python", max_entries=MAX_EVENTS, device=device)
+    try:
+        yield trace
+        history = torch.cuda.memory._snapshot(device)["device_traces"]
+    finally:
+        record(None, device=device)
+    try:
+        events = next(events for events in history if events)
+        trace.transients, trace.stays_gib = told_apart(events)
+    except (KeyError, ValueError, StopIteration) as error:  # another torch, another form
+        trace.failure = f"{type(error).__name__}: {error}"
+
+
+def told_apart(events: Sequence[Event]) -> tuple[dict[str, Transients], float]:
+    """The rows at the peak of each phase.
+
+    Args:
+        events: of one device, in order: dicts of action, addr, size and frames (innermost first).
+
+    Returns:
+        (phase -> what was alive at its highest moment and was made since the events began, GiB
+        that nobody of ours has made and that stay).
+
+    Raises:
+        ValueError: the boundaries are not those of whole passes.
+    """
+    blocks, ends = _blocks(events)
+    if len(ends) < 3 or len(ends) % 2 == 0:
+        raise ValueError(f"{len(ends)} boundaries in {len(events)} events")
+    found: dict[str, dict[str, float]] = {}
+    stays = [block for block in blocks if block.stop > ends[-1] and not block.place]
+    blocks = [block for block in blocks if block.stop <= ends[-1] or block.place]
+    for number, end in enumerate(ends[:-1]):
+        phase, start = PASS[number % 2], ends[number - 1] if number else 0
+        alive = _alive_at_peak(blocks, start, end)
+        rows: dict[str, float] = {}
+        for block in alive:
+            row = _row(block, ends)
+            rows[row] = rows.get(row, 0.0) + block.nbytes / GIB
+        if sum(rows.values()) >= sum(found.get(phase, {}).values()):
+            found[phase] = rows
+    transients = {
+        phase: Transients(
+            {row: gib for row, gib in rows.items() if row in FIXED},
+            {row: gib for row, gib in rows.items() if row not in FIXED},
+        )
+        for phase, rows in found.items()
+    }
+    return transients, sum(block.nbytes for block in stays) / GIB
+
+
+def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
+    """The allocations, and the indices of the boundaries."""
+    open_blocks: dict[int, tuple[int, str, int]] = {}
+    blocks, ends = [], []
+    for index, event in enumerate(events):
+        action, address = event["action"], event.get("addr", 0)  # no address: an error, a snapshot
+        if action == "alloc":
+            frames = event.get("frames", ())  # none: no Python was under way
+            if any(frame["name"] == "boundary" for frame in frames[:2]):
+                ends.append(index)
+                continue
+            open_blocks[address] = (event["size"], _place(frames), index)
+        elif action == "free_requested" and address in open_blocks:
+            nbytes, place, start = open_blocks.pop(address)
+            blocks.append(_Block(nbytes, place, start, index))
+    stays = len(events)
+    blocks += [_Block(nbytes, place, start, stays) for nbytes, place, start in open_blocks.values()]
+    return blocks, ends
+
+
+def _place(frames: Sequence[dict[str, Any]]) -> str:
+    """Row by the innermost known place; of the head only what its own function makes."""
+    for frame, caller in zip(frames, [*frames[1:], {"filename": ""}], strict=False):
+        for part, row in PLACES:
+            is_loss = row != names.LOSS or caller["filename"].endswith("autograd/function.py")
+            if part in frame["filename"] and is_loss:
+                return row
+    return ""
+
+
+def _row(block: _Block, ends: Sequence[int]) -> str:
+    """By where it was made, else by how long it lives."""
+    is_kept, is_left = (
+        any(block.start < end < block.stop for end in ends[number:-1:2]) for number in (0, 1)
+    )  # beyond a forward, beyond a backward
+    if block.place == names.BUFFERS and is_left:
+        return names.GRADIENTS
+    if block.place == names.LOSS and is_kept:
+        return names.LAYER
+    if block.place == names.LAYER and is_kept and not is_left:  # a graph's output, handed on
+        return names.KEPT
+    if block.place:
+        return block.place
+    return names.KEPT if is_kept else names.LAYER
+
+
+def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Block]:
+    """The allocations that are alive when most is, between two events."""
+    changes: dict[int, int] = {}
+    held = 0
+    for block in blocks:
+        if block.start < start < block.stop:
+            held += block.nbytes
+        for index, nbytes in ((block.start, block.nbytes), (block.stop, -block.nbytes)):
+            if start <= index <= end:
+                changes[index] = changes.get(index, 0) + nbytes
+    peak, at = held, start
+    for index in sorted(changes):
+        held += changes[index]
+        if held > peak:
+            peak, at = held, index
+    return [block for block in blocks if block.start <= at < block.stop]

@@ -1,0 +1,590 @@
+"""The record of a run: one line per optimizer step in metrics.jsonl, totals in summary.json.
+
+Recording never makes the GPU wait: times are CUDA events, and the loss of step N is read when
+step N + 1 has been launched.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from fsdp_qlora import atomic, hardware
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.plan import compare
+from fsdp_qlora.train.versions import versions
+from fsdp_qlora.training import memory
+from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker
+
+# The phase of the clock that ends at a point of a step.
+PHASES = {
+    "data": "data",
+    "post-forward": "forward",
+    "post-backward": "backward",
+    "post-optimizer": "optimizer",
+}
+
+IDLE = ("idle", "iowait")  # guest time is a part of user time already
+NOT_COUNTED = (*IDLE, "guest", "guest_nice")
+
+MIN_PLAIN_LINES = 20
+COUNTS = ("num_trained_tokens", "num_tokens")
+NUM_WARMUP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Lap:
+    """The marks of one step, read later so that nothing waits for the GPU now.
+
+    Attributes:
+        marks: (phase, end of it) in order; CUDA events, or seconds of perf_counter. The first
+            one only says where the lap begins.
+    """
+
+    marks: tuple[tuple[str, Any], ...]
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every phase, summed over its marks; waits for the last CUDA event."""
+        if isinstance(self.marks[-1][1], torch.cuda.Event):
+            self.marks[-1][1].synchronize()
+        totals: dict[str, float] = {}
+        for (_, began), (phase, ended) in zip(self.marks, self.marks[1:], strict=False):
+            totals[phase] = totals.get(phase, 0.0) + _seconds_between(began, ended)
+        return totals
+
+
+def _seconds_between(began: Any, ended: Any) -> float:
+    if isinstance(began, torch.cuda.Event):
+        return began.elapsed_time(ended) / 1e3
+    return ended - began
+
+
+class Clock:
+    """Seconds of each phase of a step, on the device's own time line.
+
+    Every moment belongs to the phase marked at its end, so the phases of a lap sum up to its
+    wall time. On a GPU a phase is the time that the GPU spent on it or waited for it.
+    """
+
+    def __init__(
+        self, device: torch.device, at_mark: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        """Start counting.
+
+        Args:
+            device: the device whose current stream is timed; a CPU is timed by perf_counter.
+            at_mark: told the name of every phase that ends, by the host's own time.
+        """
+        self._is_cuda = device.type == "cuda"
+        self._at_mark = at_mark
+        self._marks = [("", self._now())]
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, phase: str) -> None:
+        """End `phase`: the time since the last mark belongs to it (and adds up within a lap)."""
+        self._marks.append((phase, self._now()))
+        self._at_mark(phase)
+
+    def lap(self) -> Lap:
+        """The marks since the last lap; the next one begins at the last mark."""
+        lap = Lap(tuple(self._marks))
+        self._marks = self._marks[-1:]
+        return lap
+
+    def restart(self) -> None:
+        """Forget the time since the last lap (after an evaluation, say)."""
+        self._marks = [("", self._now())]
+
+
+class StepHook:
+    """The one hook of an optimizer step: ends phases of the clock, shows signs of life.
+
+    Args:
+        clock: whose marks are those of memory too.
+        rank: of this process.
+        step: that is under way, from 1.
+    """
+
+    def __init__(self, clock: Clock, rank: int, step: int) -> None:
+        self._clock, self._rank, self._step = clock, rank, step
+
+    def __call__(self, point: str) -> None:
+        """Be at a point of the step: one of PHASES or of hooks.STEP_POINTS."""
+        if point in PHASES:
+            self._clock.mark(PHASES[point])
+        if point in hooks.STEP_POINTS:
+            hooks.reach(point, self._rank, self._step)
+
+
+class CpuUse:
+    """Cores that this process, and all programs together, keep busy between two looks."""
+
+    def __init__(self) -> None:
+        """Look for the first time."""
+        self._process = psutil.Process()
+        self._last = self._read()
+
+    def take(self) -> tuple[float, float]:
+        """Cores busy since the last call: 2.5 means that on average two and a half computed.
+
+        Returns:
+            Of this process with all its threads, and of the machine.
+        """
+        last, self._last = self._last, self._read()
+        wall_s, own_s, all_s = (new - old for new, old in zip(self._last, last, strict=True))
+        wall_s = max(wall_s, 1e-9)
+        return max(own_s, 0.0) / wall_s, max(all_s, 0.0) / wall_s
+
+    def _read(self) -> tuple[float, float, float]:
+        own, machine = self._process.cpu_times(), psutil.cpu_times()._asdict()
+        busy_s = sum(seconds for name, seconds in machine.items() if name not in NOT_COUNTED)
+        return time.monotonic(), own.user + own.system, busy_s
+
+
+class Ranks(Protocol):
+    """What the record needs to know of the process group: see train/world.py."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's values, in the order of ranks."""
+
+
+@dataclass
+class Totals:
+    """What summary.json is made of, kept up to date line by line.
+
+    Attributes:
+        step_s, tokens_per_s: one number per step.
+        num_tokens, num_trained_tokens: over all ranks and steps.
+        loss_first, loss_last: loss of the first and of the last recorded step.
+        peaks: largest memory figures per rank, in GiB.
+        host_peaks: largest memory figures of the machine, in GiB.
+        events: the lines that are not steps.
+        num_skipped: steps that were not taken, because loss or gradient was not finite.
+    """
+
+    step_s: list[float] = field(default_factory=list)
+    tokens_per_s: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    peaks: list[dict[str, float]] = field(default_factory=list)
+    host_peaks: dict[str, float] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Count one line of metrics.jsonl."""
+        self.step_s.append(line["step_s"])
+        self.tokens_per_s.append(line["tokens_per_s"])
+        self.num_tokens += line["num_tokens"]
+        self.num_trained_tokens += line["num_trained_tokens"]
+        self.loss_first = line["loss"] if len(self.step_s) == 1 else self.loss_first
+        self.loss_last = line["loss"]
+        self.num_skipped += bool(line.get("skipped"))
+        self.peaks += [{} for _ in line["ranks"][len(self.peaks) :]]  # a resumed run may have more
+        for peak, rank in zip(self.peaks, line["ranks"], strict=False):
+            raise_to(peak, rank)
+        raise_to(self.host_peaks, line["host"])
+
+    def repeat(self, line: dict[str, Any]) -> None:
+        """Count a line, step or event, of a record that goes on."""
+        if "event" not in line:
+            self.add(line)
+        elif line["event"] != "run":
+            self.events.append(line)
+
+    def summary(self) -> dict[str, Any]:
+        """The totals by name; the median speed leaves out the first steps, which warm up."""
+        train_s = sum(self.step_s)
+        steady = self.tokens_per_s[NUM_WARMUP_STEPS:] or self.tokens_per_s
+        return {
+            "num_steps": len(self.step_s),
+            "train_s": train_s,
+            "steps_per_s": len(self.step_s) / train_s if train_s else 0.0,
+            "tokens_per_s": self.num_tokens / train_s if train_s else 0.0,
+            "tokens_per_s_median": statistics.median(steady) if steady else 0.0,
+            "num_tokens": self.num_tokens,
+            "num_trained_tokens": self.num_trained_tokens,
+            "loss_first": self.loss_first,
+            "loss_last": self.loss_last,
+            "num_skipped_steps": self.num_skipped,
+            "peaks": {"ranks": self.peaks, "host": self.host_peaks},
+            "events": self.events,
+        }
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The record of a run that goes on.
+
+    Args:
+        lines: of metrics.jsonl, up to the checkpoint.
+        seconds: that the run had taken.
+    """
+
+    lines: Sequence[dict[str, Any]] = ()
+    seconds: float = 0.0
+
+
+def raise_to(peaks: dict[str, float], values: dict[str, Any]) -> None:
+    """Keep the higher figure of each name; what is no number is left out.
+
+    Args:
+        peaks: figures so far, changed in place.
+        values: new ones.
+    """
+    for name, value in values.items():
+        if isinstance(value, int | float):
+            peaks[name] = max(peaks.get(name, value), value)
+
+
+class Recorder:
+    """Writes the record of a run on rank 0; every rank must call it in the same order.
+
+    Use as a context manager around the training, and mark the phases of a step on its clock:
+
+        with Recorder(out, world, num_steps, {"config": ...}) as recorder:
+            ...
+            recorder.clock.mark("forward")
+            recorder.step({"step": 1, "epoch": 0.1, "loss": loss, ...})
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        world: Ranks,
+        num_steps: int,
+        run_info: dict[str, Any],
+        num_registered_bytes: int = 0,
+        has_bar: bool = True,
+        tracker: MemoryTracker | None = None,
+        resumed: Resumed | None = None,
+    ) -> None:
+        """Describe the run; nothing is written before the `with` block.
+
+        Args:
+            output_dir: directory of metrics.jsonl (a former one is replaced) and summary.json.
+            world: rank, size, device, gather.
+            num_steps: optimizer steps that this run will take.
+            run_info: what the summary repeats: the config, the plan, the model's counts.
+            num_registered_bytes: host bytes that this rank page-locked itself, unknown to
+                torch's pinned allocator.
+            has_bar: False prints plain lines on a terminal too.
+            tracker: of this rank's memory by row, its model loaded; None: no rows are recorded.
+            resumed: the record that this one goes on with, on the rank that writes.
+        """
+        self.clock = Clock(world.device)
+        if tracker is not None:
+            self.clock = Clock(world.device, tracker.peaks.mark)
+        self._tracker = tracker
+        self._ledger = None if tracker is None else MemoryLedger.of(tracker)
+        self._step = 0
+        self._output_dir = Path(output_dir)
+        self._world = world
+        self._num_steps = num_steps
+        self._has_bar = has_bar
+        self._run_info = run_info
+        self._registered_gib = num_registered_bytes / memory.GIB
+        self._sampler = memory.HostSampler()
+        self._cgroup = hardware.find_cgroup()
+        self._cpu = CpuUse()
+        self._totals = Totals()
+        self._pending: tuple[dict[str, Any], Lap] | None = None
+        self._file: Any = None
+        self._unwritten = b""
+        self._bar: Any = None
+        self._resumed = resumed or Resumed()
+        self._began_s = time.perf_counter() - self._resumed.seconds
+
+    def __enter__(self) -> "Recorder":
+        """Open the files, write the `run` event, start the clock."""
+        self._sampler.__enter__()
+        if self._world.rank == 0:
+            self._output_dir.mkdir(parents=True, exist_ok=True)
+            path = self._output_dir / "metrics.jsonl"
+            self._file = path.open("ab" if self._resumed.lines else "wb", buffering=0)
+            for line in self._resumed.lines:
+                self._totals.repeat(line)
+            num_done = len(self._totals.step_s)
+            self._bar = _progress_bar(self._num_steps, self._has_bar, num_done)
+        info = {"num_ranks": self._world.size, "versions": versions(self._world.device)}
+        is_first = not self._resumed.lines
+        self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
+        self.collect("load")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Write the last step and the summary, also when the run failed; say where memory went."""
+        if error is not None and self._tracker is not None and not hasattr(error, "__notes__"):
+            self._tracker.annotate_oom(error, self._where())
+        self.close(is_complete=kind is None)
+
+    def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
+        """Record one optimizer step: write the line of the step before, keep this one for later.
+
+        Args:
+            record: step (from 1), epoch, learning_rate as numbers; loss and grad_norm of the
+                global batch as numbers or 0-d tensors, read one step later: do not write into
+                them meanwhile; num_trained_tokens and num_tokens of THIS rank, summed here.
+                More fields are written as they are.
+            wishes: numbers that the ranks shall agree on, as many on every rank.
+
+        Returns:
+            The highest of each wish over all ranks.
+        """
+        self.clock.mark("other")
+        lap = self.clock.lap()
+        mine = memory.process_memory(self._world.device, self._sampler)
+        mine["host_pinned_gib"] += self._registered_gib
+        mine["cpu_cores"], cores = self._cpu.take()
+        values = [*(float(record[name]) for name in COUNTS), *self._by_row(mine)]
+        every = self._world.gather([*wishes, *mine.values(), *values])
+        agreed = [max(row[i] for row in every) for i in range(len(wishes))]
+        rows = [row[len(wishes) :] for row in every]
+        self._step = record["step"]
+        if self._world.rank == 0:
+            self._write_pending()
+            sums = {
+                name: int(sum(row[i] for row in rows)) for i, name in enumerate(COUNTS, len(mine))
+            }
+            ranks = [dict(zip(mine, row, strict=False)) for row in rows]
+            host = {**hardware.machine_memory(self._cgroup), "cpu_cores": cores}
+            host["num_cpu_cores"] = os.cpu_count() or 1
+            host["host_peak_used_gib"] = max(
+                self._sampler.peak_used_gib, host["host_used_gib"] or 0
+            )
+            self._enter(rows, ranks, host)
+            self._pending = ({**record, **sums, "ranks": ranks, "host": host}, lap)
+        self.clock.mark("record")
+        return agreed
+
+    def flush(self) -> None:
+        """Write the last step; waits for its loss."""
+        if self._world.rank == 0:
+            self._write_pending()
+
+    def total_s(self) -> float:
+        """Seconds since the run began, without those between an end and a resume."""
+        return time.perf_counter() - self._began_s
+
+    def _where(self) -> str:
+        """What is under way, in words."""
+        running = self._tracker.running if self._tracker is not None else ""
+        if self._step >= self._num_steps:
+            return "work after the last step"
+        words = f"{running} of" if running else "work before"
+        return f"{words} step {self._step + 1}"
+
+    def _by_row(self, mine: dict[str, float]) -> list[float]:
+        """This rank's tracker of the step, as numbers; corrects peaks that its marks have taken."""
+        if self._tracker is None:
+            return []
+        phases, highest = self._tracker.step()
+        if self._tracker.is_cuda:
+            mine["device_peak_allocated_gib"] = highest.allocated_gib
+            mine["device_peak_reserved_gib"] = highest.reserved_gib
+        return memory.encode(phases, self._tracker.share)
+
+    def _enter(self, rows: list[list[float]], ranks: list[dict], host: dict[str, Any]) -> None:
+        """Put the rows of a step into the ledger and the line."""
+        if self._ledger is None:
+            return
+        values = [row[-memory.NUM_VALUES :] for row in rows]
+        limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
+        is_group = limit_gib is not None and limit_gib < total_gib
+        used_gib = host["cgroup_used_gib" if is_group else "host_used_gib"]
+        tops, host["host_rows"] = self._ledger.update(values, used_gib, STEP_PHASES)
+        for rank, top in zip(ranks, tops, strict=True):
+            rank["device_rows"] = top
+
+    def collect(self, phase: str) -> None:
+        """Keep the rows of a phase that happens once and is over; every rank must call.
+
+        Args:
+            phase: "load" or "save".
+        """
+        if self._tracker is None or self._ledger is None:
+            return
+        values = self._world.gather(memory.encode(self._tracker.phases, self._tracker.share))
+        self._ledger.update(values, self._tracker.used_gib[phase], (phase,))
+
+    def event(self, name: str, values: dict[str, Any]) -> None:
+        """Write a line that is not a step: {"event": name, **values}.
+
+        Call it between two steps, when what it tells of is over: the time since the last step is
+        not counted to the next one.
+
+        Args:
+            name: "load", "eval", ...
+            values: numbers, text, lists and dicts; 0-d tensors are read at once.
+        """
+        if self._world.rank == 0:
+            self._write_pending()
+            line = {"event": name, **values}
+            self._write(line)
+            self._totals.events += [line] if name != "run" else []
+        self.clock.restart()
+
+    def compared(self) -> list[str]:
+        """What was predicted beside what was measured, on the rank that writes; else nothing."""
+        if self._ledger is None or self._tracker is None:
+            return []
+        plan = self._tracker.plan.to_dict()
+        return compare.lines(plan, self._ledger.to_dict(), self._tracker.is_cuda)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0, after the steps so far and without breaking the bar."""
+        if self._world.rank == 0:
+            self._write_pending()
+            tqdm.write(text)
+
+    def close(self, is_complete: bool = True) -> None:
+        """Write the pending step and summary.json, end the bar and the thread; twice is harmless.
+
+        Args:
+            is_complete: False when the run ended by an error or a signal.
+        """
+        self._sampler.__exit__(None, None, None)
+        if self._file is None:
+            return
+        if is_complete:
+            self._write_pending()
+        else:
+            # After a CUDA error the last loss cannot be read: what was written before must stand.
+            with contextlib.suppress(RuntimeError):
+                self._write_pending()
+        raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
+        summary = {
+            "is_complete": is_complete,
+            "total_s": self.total_s(),
+            **self._totals.summary(),
+            "num_ranks": self._world.size,
+            "versions": versions(self._world.device),
+            "ledger": self._ledger.to_dict() if self._ledger is not None else {},
+            **self._run_info,
+        }
+        atomic.write_json(self._output_dir / "summary.json", _plain(summary))
+        self._bar.close()
+        self._file.close()
+        self._file = None
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        (record, lap), self._pending = self._pending, None
+        phases = lap.seconds()
+        step_s = sum(phases.values())
+        times = {
+            "tokens_per_s": record["num_tokens"] / step_s if step_s else 0.0,
+            "step_s": step_s,
+            **{f"{phase}_s": seconds for phase, seconds in phases.items()},
+        }
+        memories = {name: record.pop(name) for name in ("ranks", "host")}
+        line = _plain({**record, **times})
+        nonfinite = [name for name in record if line[name] is None and record[name] is not None]
+        line |= {"nonfinite": nonfinite} if nonfinite else {}
+        line |= _plain(memories)
+        self._write(line)
+        self._totals.add(line)
+        _show_progress(
+            self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:])
+        )
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Write a line; what a full disk does not take is tried again with the next one."""
+        was_full = bool(self._unwritten)
+        self._unwritten += json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not was_full:
+                tqdm.write(f"warning   metrics.jsonl lags behind: {error.strerror}")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: tensors as numbers, NaN and infinity as None."""
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, int | float | bool | None) else str(value)
+
+
+def _progress_bar(num_steps: int, has_bar: bool, num_done: int = 0) -> tqdm:
+    """A progress bar on the terminal; disabled (plain lines instead) elsewhere.
+
+    Args:
+        num_steps: optimizer steps of the run.
+        has_bar: False for plain lines on a terminal too.
+        num_done: steps that a run which goes on has taken.
+    """
+    is_live = has_bar and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    form = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
+    rest = {"dynamic_ncols": True, "bar_format": form, "disable": not is_live}
+    return tqdm(total=num_steps, initial=num_done, **rest)
+
+
+def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: float) -> None:
+    """Move the bar on, or print a line now and then when nobody watches.
+
+    Args:
+        bar: of `_progress_bar`.
+        line: of metrics.jsonl.
+        num_steps: optimizer steps of the run.
+        step_s: seconds of a step, for the time that is left.
+    """
+    loss = math.nan if line["loss"] is None else line["loss"]
+    text = f"loss {loss:.3f} {line['tokens_per_s']:,.0f} tok/s"
+    gpu = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
+    if gpu["device_total_gib"]:
+        text += f" GPU {gpu['device_peak_reserved_gib']:.1f}/{gpu['device_total_gib']:.0f} GiB"
+    text += f" host {line['host']['host_used_gib']:.1f}/{line['host']['host_total_gib']:.0f} GiB"
+    if not bar.disable:
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(1)
+        return
+    step, every = line["step"], max(1, num_steps // MIN_PLAIN_LINES)
+    if step % every == 0 or step in (1, num_steps):
+        eta = tqdm.format_interval((num_steps - step) * step_s)
+        print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)

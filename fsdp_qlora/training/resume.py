@@ -1,0 +1,269 @@
+"""What --resume stands for: which checkpoint, with which options, and whether it is the same run.
+
+No torch: the command and the supervisor decide it before any rank is started.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsdp_qlora import checkpoint_store, cli
+from fsdp_qlora.arch import ModelInfo, select_linears
+from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
+from fsdp_qlora.config import (
+    ALIASES,
+    RECIPES_DIR,
+    TRAIN_TYPES,
+    Config,
+    check_own_code,
+    from_record,
+)
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line
+from fsdp_qlora.plan import fit
+from fsdp_qlora.plan.run import RunPlan
+
+if TYPE_CHECKING:
+    from fsdp_qlora.data import Data
+
+STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
+PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
+# Of the configuration, as it stands. DATA may change when the user says so, MODEL never.
+MODEL = (
+    *("lora_rank", "lora_alpha", "use_rslora", "lora_dropout"),
+    *("modules_to_save", "optimizer"),
+)
+DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
+MAX_CHARS = 40
+
+
+def expand(
+    argv: Sequence[str], notify: Callable[[str], None] = lambda line: None
+) -> tuple[list[str], SavedCheckpoint | None]:
+    """Replace --resume in a command line by all that it stands for.
+
+    What is not on this command line is as the checkpoint has it, never a default of today.
+
+    Args:
+        argv: arguments without the program's name.
+        notify: is told what is passed over.
+
+    Returns:
+        A whole command line, with the checkpoint's own directory behind --resume and the run's
+        behind --output_dir; and the checkpoint. Without --resume, or with `auto` where there is no
+        checkpoint: `argv`, None.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged (code 5); its rows come from Python
+            that this command line does not name (code 2).
+    """
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
+            words[i] = f"--resume={LATEST}"
+    given = cli.Reader(Config, ALIASES, RECIPES_DIR).read_argv(words)
+    if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
+        return words, None
+    wanted = given["resume"].text
+    output_dir = given["output_dir"].text if "output_dir" in given else None
+    saved = _find(wanted, output_dir, notify)
+    if saved is None:
+        return words, None
+    if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
+        rule = f"is not where {wanted} was made"
+        raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
+    stored, removed = from_record(saved.state["config"])
+    check_own_code(vars(stored), given, saved.path)
+    if removed:
+        notify(f"resume    options that are no more, and were set: {', '.join(removed)}")
+    left_open = {"resume", "output_dir", "overwrite"}
+    if stored.fit != "off":
+        left_open |= (fit.PLACING | fit.KEEPING) - {*saved.state["given"]}  # the plan chooses anew
+    below = [
+        f"--{name}={cli.to_text(value)}"
+        for name, value in vars(stored).items()
+        if name in PINNED or (name not in left_open and value != getattr(Config(), name))
+    ]
+    return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
+
+
+def _find(
+    wanted: str, output_dir: str | None, notify: Callable[[str], None]
+) -> SavedCheckpoint | None:
+    """The checkpoint that --resume means; None: there is none at all, and `auto` does not mind."""
+    if wanted in (LATEST, AUTO) and output_dir is None:
+        remedy = "give --output_dir of the run too, or --resume DIR"
+        raise UserError("--resume", "does not say which run shall go on", remedy)
+    place = Path(str(output_dir) if wanted in (LATEST, AUTO) else wanted).absolute()
+    if os.path.exists(place / MANIFEST) or checkpoint_store.STEP_NAME.fullmatch(place.name):
+        return _checked(checkpoint_store.read(place))
+    saved = checkpoint_store.latest(place, notify)
+    if saved is not None:
+        return _checked(saved)
+    number = len(checkpoint_store.steps(place))
+    if number or wanted != AUTO:
+        rule = f"holds no whole checkpoint{f' ({number} damaged)' if number else ''}"
+        remedy = "start anew without --resume"
+        if number:
+            remedy = "repair one, or give another --output_dir; --overwrite without --resume"
+            remedy += " removes them"
+        raise UserError(f"--resume {place}", rule, remedy, INTEGRITY)
+    notify(f"resume    no whole checkpoint in {place}: a fresh start")
+    return None
+
+
+def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
+    """A checkpoint that was written by a trainer like this one."""
+    state = saved.state
+    wrong = [name for name, kind in STATE_TYPES.items() if not isinstance(state.get(name), kind)]
+    wrong += [] if wrong or all(isinstance(n, str) for n in state["given"]) else ["given"]
+    wrong += ["version"] if state["version"] != checkpoint_store.VERSION else []
+    if wrong:
+        rule = f"is not what this version of the trainer writes ({', '.join(wrong)})"
+        remedy = "go on with the version that wrote it"
+        raise UserError(str(saved.path / STATE), rule, remedy, INTEGRITY)
+    return saved
+
+
+def saved_of(cfg: Config) -> SavedCheckpoint | None:
+    """The checkpoint that a rank resumes; its bytes were checked when it was chosen.
+
+    Args:
+        cfg: resume, as `expand` leaves it; `auto` means that there was none.
+    """
+    if cfg.resume in (None, AUTO):
+        return None
+    path = Path(str(cfg.resume))
+    state = json.loads((path / STATE).read_bytes())
+    return SavedCheckpoint(path, int(state["step"]), state)
+
+
+def is_done(saved: SavedCheckpoint, cfg: Config) -> bool:
+    """Whether the run of a checkpoint has come to its end, and is asked for no more than that.
+
+    Args:
+        saved: its last one.
+        cfg: the run as it shall go on.
+    """
+    stored = saved.state.get("config", {})
+    if (stored.get("max_steps"), stored.get("num_epochs")) != (cfg.max_steps, cfg.num_epochs):
+        return False
+    return checkpoint_store.is_complete(saved.run_dir)
+
+
+def fingerprint(cfg: Config, info: ModelInfo, base: str | None, num_ranks: int) -> dict[str, Any]:
+    """What a checkpoint belongs to, as far as it is known before data and model are loaded.
+
+    Args:
+        cfg: the run.
+        info: the model.
+        base: digest of its files; None for a shape without files.
+        num_ranks: of the run.
+
+    Returns:
+        Plain values by name, as JSON has them.
+    """
+    values: dict[str, Any] = {
+        "base": base or _digest(repr(sorted(info.config.items()))),
+        "format": cfg.format_name,
+        "adapter": TRAIN_TYPES[cfg.train_type].adapter,
+        "targets": sorted(linear.name for linear in select_linears(info, cfg.lora_target_modules)),
+        "compute_dtype": cfg.compute_dtype,
+        "global_batch": cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks,
+        "tokenizer": _tokenizer(info.path),
+    }
+    return values | {name: getattr(cfg, name) for name in (*MODEL, *DATA)}
+
+
+def data_fingerprint(data: "Data") -> dict[str, Any]:
+    """What the rows became.
+
+    Args:
+        data: of the run.
+
+    Returns:
+        Plain values by name: the chat template, how many rows, and a hash over the tokens of all in
+        their order (that of each is kept with it).
+    """
+    samples = data.train.samples
+    return {
+        "chat_template": _digest(str(getattr(data.tokenizer, "chat_template", None))),
+        "rows": len(samples),
+        "tokens": hashlib.sha256(samples.store.hashes[samples.indices].tobytes()).hexdigest()[:16],
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _tokenizer(path: Path | None) -> str | None:
+    for file in (path / name for name in TOKENIZER_FILES) if path is not None else ():
+        if file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return None
+
+
+def check(
+    saved: Mapping[str, Any], current: Mapping[str, Any], allow_data_change: bool
+) -> list[str]:
+    """Refuse to go on with another base, adapter or data than the checkpoint belongs to.
+
+    Args:
+        saved, current: fingerprints; what only one of them has is not compared.
+        allow_data_change: data, seed and batch may differ.
+
+    Returns:
+        A line for each difference that is allowed.
+
+    Raises:
+        UserError: something differs (code 2); its notes are a table.
+    """
+    other = [name for name in saved if name in current and saved[name] != current[name]]
+    table = [_row(name, _text(saved[name]), _text(current[name])) for name in other]
+    refused = [name for name in other if not allow_data_change or name not in MAY_CHANGE]
+    if not refused:
+        return [f"resume    {row}" for row in table]
+    only_data = all(name in MAY_CHANGE for name in refused)
+    remedy = "--allow_data_change goes on with other data" if only_data else "start a new run"
+    got = f"--resume with another {', '.join(refused)}"
+    error = UserError(got, "the checkpoint belongs to what was", remedy)
+    for row in (_row("", "checkpoint", "this run"), *table):
+        error.add_note(row)
+    raise error
+
+
+def check_early(saved: SavedCheckpoint | None, plan: RunPlan, base: str | None) -> None:
+    """As `check`, before any rank is started, of what is known by then.
+
+    Args:
+        saved: what is resumed; None: nothing.
+        plan: of the run.
+        base: digest of the model's files.
+    """
+    if saved is not None:
+        current = fingerprint(plan.cfg, plan.info, base, plan.machine.num_ranks)
+        check(saved.state["fingerprint"], current, plan.cfg.allow_data_change)
+
+
+def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """A line for each library whose version is not that of the checkpoint.
+
+    Args:
+        saved, current: name -> version.
+    """
+    both = [name for name in saved if name in current and saved[name] != current[name]]
+    return [f"warning   {name} was {saved[name]}, now {current[name]}" for name in both]
+
+
+def _row(name: str, before: str, after: str) -> str:
+    return f"{name:<16}{before:<{MAX_CHARS}}  {after}".rstrip()
+
+
+def _text(value: Any) -> str:
+    text = one_line(",".join(value) if isinstance(value, list) else str(value))
+    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 3]}..."

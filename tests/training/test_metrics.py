@@ -1,0 +1,276 @@
+"""The record of a run (train/ledger.py, clock.py, versions.py)."""
+
+import json
+import os
+import pty
+import re
+import select
+import statistics
+import sys
+import termios
+import threading
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_qlora import hardware
+from fsdp_qlora.training import memory, metrics
+from fsdp_qlora.training.metrics import Clock, CpuUse
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A process group of one rank."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return [values]
+
+
+@pytest.fixture
+def pass_s(monkeypatch):
+    """Lets seconds pass; none pass otherwise."""
+    now_s = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s[0])
+    return lambda seconds: now_s.__setitem__(0, now_s[0] + seconds)
+
+
+def record(step: int, **changes) -> dict:
+    values = {"step": step, "epoch": step / 10, "loss": 4.0 - step, "learning_rate": 1e-4}
+    return {**values, "grad_norm": 0.5, "num_trained_tokens": 90, "num_tokens": 100, **changes}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[dict]:
+    return [line for line in lines(folder) if "event" not in line]
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def run_steps(folder: Path, num_steps: int, **changes) -> None:
+    with metrics.Recorder(folder, Alone(), num_steps, {"config": {"seed": 42}}) as recorder:
+        for step in range(1, num_steps + 1):
+            recorder.clock.mark("forward")
+            recorder.step(record(step, **changes))
+
+
+def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
+    run_steps(tmp_path, 5)
+    written = steps(tmp_path)
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5]
+    for line in written:
+        expected = record(line["step"])
+        assert {name: line[name] for name in expected} == expected
+        assert set(line["ranks"][0]) == {*memory.PROCESS_FIELDS, "cpu_cores"}
+        others = {"host_peak_used_gib", "cpu_cores", "num_cpu_cores"}
+        assert set(line["host"]) == {*hardware.MACHINE_FIELDS, *others}
+        assert line["ranks"][0]["host_rss_gib"] > 0.05
+        assert line["tokens_per_s"] == pytest.approx(100 / line["step_s"])
+
+
+def test_the_first_line_names_config_versions_and_ranks(tmp_path):
+    run_steps(tmp_path, 1)
+    first = lines(tmp_path)[0]
+    assert first["event"] == "run"
+    assert first["config"] == {"seed": 42}
+    assert first["num_ranks"] == 1
+    assert first["versions"]["torch"] == metadata.version("torch")
+    assert first["versions"]["python"].startswith("3.")
+
+
+def test_the_loss_of_a_step_is_read_only_when_the_next_step_is_launched(tmp_path):
+    with metrics.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+        loss = torch.tensor(9.0)
+        recorder.step(record(1, loss=loss, grad_norm=torch.tensor(0.25)))
+        assert steps(tmp_path) == []
+        loss.fill_(7.0)  # as if the device computed it only now
+        recorder.step(record(2))
+        assert [(line["loss"], line["grad_norm"]) for line in steps(tmp_path)] == [(7.0, 0.25)]
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+
+
+def test_phases_add_up_over_micro_batches_and_make_the_step(pass_s):
+    clock = Clock(CPU)
+    for _ in range(2):
+        for phase, seconds in (("forward", 0.5), ("backward", 2.0)):
+            pass_s(seconds)
+            clock.mark(phase)
+    seconds = clock.lap().seconds()
+    assert list(seconds.items()) == [("forward", 1.0), ("backward", 4.0)]
+    pass_s(0.25)
+    clock.mark("record")
+    assert clock.lap().seconds() == {"record": 0.25}
+
+
+def test_step_seconds_cover_the_whole_time_except_what_an_event_tells_of(tmp_path, pass_s):
+    with metrics.Recorder(tmp_path, Alone(), 3, {}) as recorder:
+        for step in (1, 2, 3):
+            pass_s(0.5)
+            recorder.clock.mark("forward")
+            pass_s(0.125)
+            recorder.step(record(step))
+        pass_s(3.0)
+        recorder.event("eval", {"loss": 1.0})
+        pass_s(0.25)
+        recorder.step(record(4))
+    phases = [(line["step_s"], line.get("forward_s"), line["other_s"]) for line in steps(tmp_path)]
+    assert phases == [(0.625, 0.5, 0.125)] * 3 + [(0.25, None, 0.25)]
+    assert [line.get("record_s") for line in steps(tmp_path)] == [None, 0.0, 0.0, None]
+
+
+def test_recording_costs_milliseconds(tmp_path):
+    run_steps(tmp_path, 40)
+    assert statistics.median(line["record_s"] for line in steps(tmp_path)[1:]) < 0.005
+
+
+def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three_steps(tmp_path):
+    with metrics.Recorder(tmp_path, Alone(), 5, {"config": {"lr": 1e-5}}) as recorder:
+        recorder.event("load", {"load_s": 1.5})
+        for step in range(1, 6):
+            time.sleep(0.2 if step <= 3 else 0.01)
+            recorder.step(record(step))
+    totals, written = summary(tmp_path), steps(tmp_path)
+    assert totals["is_complete"] is True
+    assert totals["num_steps"] == 5
+    assert totals["num_tokens"] == 500
+    assert totals["num_trained_tokens"] == 450
+    assert (totals["loss_first"], totals["loss_last"]) == (3.0, -1.0)
+    assert totals["train_s"] == pytest.approx(sum(line["step_s"] for line in written))
+    assert totals["steps_per_s"] == pytest.approx(5 / totals["train_s"])
+    assert totals["tokens_per_s"] == pytest.approx(500 / totals["train_s"])
+    speeds = [line["tokens_per_s"] for line in written[3:]]
+    assert totals["tokens_per_s_median"] == pytest.approx(statistics.median(speeds))
+    assert totals["total_s"] >= totals["train_s"]
+    for name in memory.PROCESS_FIELDS:
+        assert totals["peaks"]["ranks"][0][name] == max(line["ranks"][0][name] for line in written)
+    assert totals["peaks"]["host"]["host_peak_used_gib"] > 0
+    assert totals["events"] == [{"event": "load", "load_s": 1.5}]
+    assert totals["config"] == {"lr": 1e-5}
+
+
+def test_a_failed_run_keeps_its_last_step_and_says_that_it_is_incomplete(tmp_path):
+    with pytest.raises(ZeroDivisionError), metrics.Recorder(tmp_path, Alone(), 9, {}) as recorder:
+        recorder.step(record(1))
+        recorder.step(record(2))
+        raise ZeroDivisionError
+    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+    assert summary(tmp_path)["is_complete"] is False
+    assert summary(tmp_path)["num_steps"] == 2
+
+
+def test_a_loss_that_is_not_a_number_is_null_and_named(tmp_path):
+    with metrics.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+        recorder.step(record(1, loss=torch.tensor(float("nan")), grad_norm=float("inf")))
+        recorder.step(record(2, grad_norm=None))
+    first, second = steps(tmp_path)
+    assert (first["loss"], first["grad_norm"]) == (None, None)
+    assert first["nonfinite"] == ["loss", "grad_norm"]
+    assert "nonfinite" not in second
+    assert summary(tmp_path)["loss_last"] == 2.0
+
+
+def test_events_stand_between_the_steps_they_happened_between(tmp_path):
+    with metrics.Recorder(tmp_path, Alone(), 2, {}) as recorder:
+        recorder.step(record(1))
+        recorder.event("eval", {"loss": torch.tensor(2.5)})
+        recorder.step(record(2))
+    order = [line.get("event", line.get("step")) for line in lines(tmp_path)]
+    assert order == ["run", 1, "eval", 2]
+    assert lines(tmp_path)[2]["loss"] == 2.5
+
+
+def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, capsys):
+    run_steps(tmp_path, 100)
+    printed = capsys.readouterr().out.splitlines()
+    assert 20 <= len(printed) <= 22
+    assert re.fullmatch(
+        r"step 1/100 loss 3\.000 [\d,]+ tok/s host [\d.]+/\d+ GiB ETA [\d:]+",
+        printed[0],
+    )
+    assert printed[-1].startswith("step 100/100 ")
+
+
+def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
+    with metrics.Recorder(tmp_path, Alone(), 1, {}) as recorder:
+        recorder.say("begin")
+        recorder.step(record(1))
+        recorder.say("saved")
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["begin", "step", "saved"]
+
+
+def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monkeypatch, capsys):
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    with os.fdopen(follower, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        run_steps(tmp_path, 3)
+        terminal.flush()
+        drawn = ""
+        while select.select([leader], [], [], 1.0)[0]:  # the kernel hands it over piece by piece
+            drawn += os.read(leader, 100_000).decode()
+    os.close(leader)
+    assert re.search(r"3/3 .*loss 1\.000 .*tok/s host [\d.]+/\d+ GiB", drawn)
+    assert capsys.readouterr().out == ""
+
+
+def record_with_ballast(world, folder: str) -> None:
+    ballast = bytearray(b"x" * (world.rank * 400 * 2**20))
+    with metrics.Recorder(folder, world, 2, {}) as recorder:
+        for step in (1, 2):
+            recorder.step(record(step, num_trained_tokens=10 + world.rank, num_tokens=100 * step))
+    del ballast
+
+
+def test_two_ranks_sum_their_tokens_and_show_their_memory_each(tmp_path):
+    run_ranks(record_with_ballast, 2, str(tmp_path))
+    written = steps(tmp_path)
+    assert [line["num_tokens"] for line in written] == [200, 400]
+    assert [line["num_trained_tokens"] for line in written] == [21, 21]
+    rss = [rank["host_rss_gib"] for rank in written[1]["ranks"]]
+    assert rss[1] - rss[0] == pytest.approx(400 / 1024, abs=0.1)
+    assert len(summary(tmp_path)["peaks"]["ranks"]) == 2
+
+
+@pytest.mark.gpu
+def test_cuda_phases_are_the_time_of_the_device_and_reading_them_is_late():
+    device = torch.device("cuda", 0)
+    clock = Clock(device)
+    began = time.perf_counter()
+    torch.cuda._sleep(2_000_000_000)
+    clock.mark("forward")
+    lap = clock.lap()
+    assert time.perf_counter() - began < 0.2
+    assert lap.seconds()["forward"] > 0.3
+
+
+def test_a_process_that_computes_is_busy_and_one_that_waits_is_not():
+    use = CpuUse()
+    waiting = threading.Event()
+    began_s = time.process_time()
+    waiting.wait(0.3)
+    idle, _ = use.take()
+    assert idle < 0.3
+    began_s, wall_s = time.process_time(), time.monotonic()
+    while time.process_time() - began_s < 0.4:
+        sum(range(2000))
+    wall_s = time.monotonic() - wall_s
+    own, everyone = use.take()
+    assert abs(own - 0.4 / wall_s) < 0.15 and own <= (os.cpu_count() or 1) + 0.1
+    assert everyone > own / 2  # the machine's clock is coarse, and counts this process too

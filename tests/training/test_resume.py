@@ -1,0 +1,143 @@
+"""A run that goes on is the unbroken run, bit for bit (training/checkpoint.py, loop.fit).
+
+The runs are those of train.py on two gloo ranks, without its supervisor; test_resume_run.py has it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.ranks import run_ranks
+
+NUM_ROWS = 26  # of 4 a step: 6 steps an epoch, the last ones of 5 rows
+NUM_STEPS = 8
+COMMON = (
+    "--lora_rank=4",
+    "--lr=0.01",
+    "--lr_scheduler=cosine",
+    "--apply_gradient_clipping=true",
+    f"--max_steps={NUM_STEPS}",
+    "--batch_size=2",
+    "--context_length=128",
+    "--save_every=1",
+    "--keep_checkpoints=100",
+    "--token_cache=off",
+    "--sample_tokens=2",
+    "--log_to=stdout",
+)
+EDGES = (1, 5, 6, 7)  # around the end of an epoch
+# What it is -> flags, steps after which it is broken off.
+RUNS = {
+    "nf4 streamed, dropout": (("--offload_impl=stream",), EDGES),
+    "nf4 by fsdp, accumulation": (
+        ("--offload_impl=fsdp", "--batch_size=1", "--gradient_accumulation_steps=3"),
+        (4,),
+    ),
+    "hqq on the cards, reentrant": (
+        ("--train_type=hqq_lora", "--use_cpu_offload=false", "--reentrant_checkpointing=true"),
+        (3,),
+    ),
+    "dora": (("--train_type=bnb_dora", "--optimizer=adadelta"), (3,)),
+    "everything trained": (("--train_type=full", "--lr=0.001", "--optimizer=sgd"), (3,)),
+    "selective, rest kept": (("--selective_layers=1", "--uncheckpointed_layers=1"), (6,)),
+    "nothing recomputed, packed": (
+        ("--use_gradient_checkpointing=false", "--packing=on", "--context_length=192"),
+        (2,),
+    ),
+}
+
+
+def make_place(directory: Path) -> Path:
+    """Write `model` and `data.jsonl`."""
+    rows = [
+        {"instruction": f"Say {i}", "input": "", "output": f"{'so ' * (i % 5)}{i}"}
+        for i in range(NUM_ROWS)
+    ]
+    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tiny.save_model(directory / "model", vocab_size=384, num_hidden_layers=2)
+    from fsdp_qlora.data import templates
+
+    tiny.save_tokenizer(model, [text for row in rows for text in templates.render(row)])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("resume"))
+
+
+def run(world, place: Path, out: Path, *flags: str) -> None:
+    """Train as a rank of train.py does."""
+    from fsdp_qlora import arch, config
+    from fsdp_qlora import run as train
+    from fsdp_qlora.plan import run as plans
+    from fsdp_qlora.training import resume
+
+    argv = [
+        f"--model_name={place / 'model'}",
+        f"--dataset={place / 'data.jsonl'}",
+        f"--quant_cache={place / 'cache'}",
+        "--save_model=false",
+        f"--output_dir={out}",
+        *flags,
+    ]
+    argv, _ = resume.expand(argv)
+    cfg = config.parse(argv)
+    out.mkdir(exist_ok=True)
+    info = arch.read(cfg.model_name, need_weights=True)
+    train.run(plans.unplanned(info, cfg, ""), world, config.given(argv))
+
+
+def break_off(world, whole: Path, out: Path, step: int) -> None:
+    """Make `out` what a run leaves that was killed some time after the checkpoint of a step."""
+    if world.rank == 0:
+        shutil.copytree(whole, out)
+        for path in (out / "checkpoints").glob("step-*"):
+            if int(path.name.removeprefix("step-")) > step:
+                shutil.rmtree(path)
+        (out / "checkpoints" / f".tmp-step-{step + 1}").mkdir()
+        record = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        done = [i for i, line in enumerate(record) if json.loads(line).get("step", 0) <= step]
+        torn = record[done[-1] + 1] + record[done[-1] + 1][:40]  # one step more, and half a line
+        (out / "metrics.jsonl").write_bytes(b"".join(record[: done[-1] + 1]) + torn)
+    world.barrier()
+
+
+def traces(out: Path, step: int = NUM_STEPS) -> tuple:
+    """What must be equal: every step's numbers, and the hashes of weights and moments."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "epoch", "learning_rate", "num_tokens", "num_trained_tokens")
+    steps = [line for line in lines if "event" not in line]
+    numbers = [[line[n] for n in names] for line in steps]
+    losses = [(line["loss"].hex(), line["grad_norm"].hex()) for line in steps]
+    manifest = json.loads((out / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
+    hashes = [manifest["files"][n] for n in ("weights.safetensors", "optimizer.safetensors")]
+    return numbers, losses, hashes
+
+
+def _goes_on(world, place: Path, name: str) -> None:
+    number, (flags, points) = list(RUNS).index(name), RUNS[name]
+    flags, whole = (*COMMON, *flags), place / f"whole{number}"
+    run(world, place, whole, *flags)
+    world.barrier()
+    expected = traces(whole)
+    assert [numbers[0] for numbers in expected[0]] == list(range(1, NUM_STEPS + 1))
+    for point in points:
+        out = place / f"broken{number}-{point}"
+        break_off(world, whole, out, point)
+        run(world, place, out, *flags, "--resume=latest")
+        world.barrier()
+        assert traces(out) == expected, (name, point)
+        summary = json.loads((out / "summary.json").read_text())
+        reference = json.loads((whole / "summary.json").read_text())
+        for key in ("num_steps", "num_tokens", "loss_first", "loss_last"):
+            assert summary[key] == reference[key], key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(place: Path, name: str):
+    """Losses, gradient norms, rates, rows, weights and moments; nothing recorded twice."""
+    run_ranks(_goes_on, 2, place, name)
