@@ -5,10 +5,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from fsdp_qlora.data import tokenizer
+from fsdp_qlora.data import row_formats, tokenizer
 from fsdp_qlora.data.tokenizer import TextTokenizer
 
-ROWS = Path(__file__).parent / "rows"
+ROWS = Path(__file__).parent / "data" / "rows"
 TEXTS = (ROWS / "chitchat.jsonl").read_text(encoding="utf-8").splitlines()
 
 CHATML = (
@@ -117,3 +117,8 @@ def make(directory: Path, kind: str = "plain", **options) -> TextTokenizer:
 def conversations() -> list[list[dict]]:
     """Real ones."""
     return [json.loads(line)["messages"] for line in TEXTS]
+
+
+def pair(row: dict) -> tuple[str, str]:
+    """Prompt and completion of a row, without a chat template."""
+    return row_formats.match(row).pair(row)

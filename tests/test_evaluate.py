@@ -9,7 +9,7 @@ import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora.data.prompts import Prompt
-from fsdp_qlora.data.store import Sample, of_samples
+from fsdp_qlora.data.token_dataset import Sample, of_samples
 from fsdp_qlora.training.evaluate import Evaluator
 from tests import tiny
 from tests.ranks import run_ranks
@@ -48,14 +48,13 @@ def run(world, path, out, is_evaluated):
     from transformers import AutoTokenizer
 
     from fsdp_qlora import inference
-    from fsdp_qlora.data.batches import Batches, held_out
-    from fsdp_qlora.data.order import Dealing
+    from fsdp_qlora.data.batches import Batches, SamplerConfig, held_out
     from fsdp_qlora.export import save
     from fsdp_qlora.training import loop, metrics
 
     flags = ("--eval_every=2", f"--output_dir={out}", "--sample_tokens=5") if is_evaluated else ()
     plan, tracker, trained = build(world, path, *flags)
-    train = Batches(samples(40, 0), Dealing(2, 1, world.size, world.rank, 42, 1, NUM_STEPS))
+    train = Batches(samples(40, 0), SamplerConfig(2, 1, world.size, world.rank, 42, 1, NUM_STEPS))
     rest = held_out(samples(9, 1), 2, world.size, world.rank)
     tokenizer = AutoTokenizer.from_pretrained(path)
     data = SimpleNamespace(train=train, held_out=rest, tokenizer=tokenizer, prompts=PROMPTS)

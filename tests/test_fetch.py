@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, fetch
-from fsdp_qlora.data import shapes, sources, templates
+from fsdp_qlora.data import readers, row_formats
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
+from tests import small_tokenizers
 
 SOURCE = '''
 """Module text of enough words."""
@@ -102,11 +103,11 @@ def test_docstring_rows_can_be_trained_on(tmp_path: Path) -> None:
     """Thousands of distinct questions in a fixed order, read by our own reader."""
     path = tmp_path / "docstrings.jsonl"
     assert fetch.main(["docstrings", "--out", str(path)]) == DONE
-    rows = [row for _, row in sources.read(str(path), sources.Wanted())]
+    rows = [row for _, row in readers.read_file(path)]
     questions = [row["instruction"] for row in rows]
     assert len(questions) > 3000
     assert questions == sorted(set(questions))
-    prompt, completion = templates.render(
+    prompt, completion = small_tokenizers.pair(
         rows[questions.index("What does Python's json.dumps do?")]
     )
     assert "json.dumps" in prompt
@@ -136,11 +137,13 @@ def test_a_failed_fetch_leaves_nothing_behind(
 
         return save
 
-    for make in (Path.touch, Path.mkdir):
-        monkeypatch.setattr(fetch, "save_smollm2", fail(make, UserError("x", "y", "z")))
-        with pytest.raises(UserError, match="x: y; z"):
-            fetch.main(["smollm2", "--out", str(tmp_path / "out")])
-        assert not list(tmp_path.iterdir())
+    def part(draft: Path) -> None:
+        (draft / "part").touch()
+
+    monkeypatch.setattr(fetch, "save_smollm2", fail(part, UserError("x", "y", "z")))
+    with pytest.raises(UserError, match="x: y; z"):
+        fetch.main(["smollm2", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(fetch, "save_dialogues", fail(Path.touch, ImportError(name="pyarrow")))
     with pytest.raises(UserError, match="dialogues: needs pyarrow; pip install pyarrow") as caught:
         fetch.main(["dialogues", "--out", str(tmp_path / "out")])
@@ -222,4 +225,5 @@ def test_tagged_words_become_a_sentence_and_its_names() -> None:
         "text": "The Fulton County jury said Ivan Allen Jr. and Pye's aide (Ed) left.",
         "label": {"name": ["Fulton", "Ivan Allen Jr.", "Pye", "Ed"]},
     }
-    assert shapes.problem(row) is None and shapes.match(row).name == "label"
+    found = row_formats.match(row)
+    assert found is not None and found.problem(row) is None and found.name == "label"

@@ -31,9 +31,9 @@ NO_CODE = (
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
-LIGHT_ROOMS = ("base", "plan", "planning", "checkpoint_store", "top")
+LIGHT_ROOMS = ("base", "planning", "checkpoint_store", "top")
 LIGHT_MODULES = (
-    "data.templates",
+    "data.row_formats",
     "data.sources",
     "report.page",
     "report.charts",

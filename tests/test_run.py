@@ -72,9 +72,10 @@ def place(tmp_path_factory) -> Path:
     ]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny.save_model(directory / "model", vocab_size=384)
-    from fsdp_qlora.data import templates
 
-    texts = [text for row in rows for text in templates.render(row)]
+    from tests import small_tokenizers
+
+    texts = [text for row in rows for text in small_tokenizers.pair(row)]
     tiny.save_tokenizer(model, texts)
     return directory
 

@@ -18,9 +18,9 @@ from fsdp_qlora.export import merge
 from fsdp_qlora.export.expand import main as expand_main
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard
-from fsdp_qlora.plan import fit
-from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.sizes import setting_for
+from fsdp_qlora.planning import fit
+from fsdp_qlora.planning import run as plans
+from fsdp_qlora.planning.sizes import setting_for
 from fsdp_qlora.training import loop
 from tests import tiny
 from tests.ranks import run_ranks

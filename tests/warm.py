@@ -157,7 +157,6 @@ class Run:
 
 def make_model(directory: Path) -> None:
     """Write a tiny Llama with a tokenizer (`model`) and 60 rows (`data.jsonl`)."""
-    from fsdp_qlora.data import templates
     from tests import tiny
 
     rows = [
@@ -167,7 +166,9 @@ def make_model(directory: Path) -> None:
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model = tiny.save_model(directory / "model", vocab_size=384, **sizes)
-    tiny.save_tokenizer(model, [text for row in rows for text in templates.render(row)])
+    from tests import small_tokenizers
+
+    tiny.save_tokenizer(model, [text for row in rows for text in small_tokenizers.pair(row)])
 
 
 def call(function: Callable[..., object], *args: object) -> None:

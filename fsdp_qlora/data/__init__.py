@@ -1,23 +1,18 @@
-"""Rows to batches: sources (rows), shapes and templates (text), tokens (ids), batches (tensors).
+"""Rows to batches: sources (rows), row_formats and chat (text), tokens (ids), batches (tensors).
 
 `build` goes the whole way. torch and transformers are imported by it, not with this package.
 """
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
-from fsdp_qlora.data import audit, order, prepare, prompts, sources, tokenizer
+from fsdp_qlora.data import batches, inspect, prepare, prompts, sources, tokenizer
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
+from fsdp_qlora.data.inspect import Audit
 from fsdp_qlora.data.prompts import Prompt
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan.limits import PAD_MULTIPLES
-
-if TYPE_CHECKING:
-    from fsdp_qlora.data.batches import Batch, Batches
-    from fsdp_qlora.data.packed_batches import PackedBatches
+from fsdp_qlora.planning.limits import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
 
@@ -34,10 +29,10 @@ class Data:
         prompts: what is asked before and after; may be empty.
     """
 
-    train: "Batches | PackedBatches"
-    held_out: "list[Batch]"
+    train: Batches | PackedBatches
+    held_out: list[Batch]
     tokenizer: Any
-    audit: audit.Audit
+    audit: Audit
     prompts: tuple[Prompt, ...]
 
 
@@ -58,82 +53,37 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     Raises:
         UserError: no such data, a bad row, no usable tokenizer, nothing left to train on.
     """
-    from fsdp_qlora.data import batches, packed_batches
-
-    is_dummy = cfg.dataset == sources.DUMMY
-    full = None if is_dummy and not prompts.are_named(cfg) else load_tokenizer(info)
+    needs_text = cfg.dataset != sources.DUMMY or prompts.are_named(cfg)
+    full = load_tokenizer(info) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
-    with progress(world.rank) as bar:
-        ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, bar.update)
+    ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, world.rank == 0)
     ready.check()
     pad_multiple = PAD_MULTIPLES[world.device.type]
-    if full is not None and text_tokenizer is not None and ready.writer and ready.uses_chat:
-        source = ready.writer.chat.template.source
+    if full is not None and text_tokenizer is not None and ready.formatter and ready.uses_chat:
+        source = ready.formatter.chat.template.source
         if source != text_tokenizer.chat_template:
             full.chat_template = source  # it is saved with the adapter
-    found = audit.of(cfg, ready, world.size, pad_multiple)
-    dealing = order.Dealing(
-        batch_size=cfg.batch_size,
-        accumulation=cfg.gradient_accumulation_steps,
-        world_size=world.size,
-        rank=world.rank,
-        seed=cfg.seed,
-        num_epochs=cfg.num_epochs,
-        max_steps=cfg.max_steps,
-        pad_multiple=pad_multiple,
-    )
+    audit = inspect.audit(cfg, ready, world.size, pad_multiple)
+    sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
     train: Batches | PackedBatches
     if cfg.packing == "on":
-        train = packed_batches.PackedBatches(ready.train, cfg.context_length, dealing)
+        train = PackedBatches(ready.train, cfg.context_length, sampler)
     else:
         is_flat = cfg.packing == "auto" and world.device.type == "cuda"
-        is_flat = is_flat and found.facts["padding_share"]["batches"] > MOST_PADDING
-        train = batches.Batches(ready.train, dealing, is_flat)
-    return Data(
-        train=train,
-        held_out=batches.held_out(
-            ready.held_out, cfg.batch_size, world.size, world.rank, pad_multiple
-        ),
-        tokenizer=full,
-        audit=found,
-        prompts=prompts.choose(cfg, ready, text_tokenizer),
-    )
+        is_flat = is_flat and audit.facts["padding_share"]["batches"] > MOST_PADDING
+        train = Batches(ready.train, sampler, is_flat)
+    shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
+    held_out = batches.held_out(ready.held_out, *shape)
+    return Data(train, held_out, full, audit, prompts.choose(cfg, ready, text_tokenizer))
 
 
 def load_tokenizer(info: ModelInfo) -> Any:
-    """Load the tokenizer that lies beside the model; nothing is fetched, no code is run.
+    """Load the transformers tokenizer that lies beside a model; no code is run.
 
     Args:
         info: the model.
-
-    Returns:
-        A transformers tokenizer.
 
     Raises:
         UserError: there is none, or its files cannot be read.
     """
-    return tokenizer.load(tokenizer_directory(info))
-
-
-def tokenizer_directory(info: ModelInfo) -> Path:
-    """Return where the tokenizer of a model lies.
-
-    Args:
-        info: the model.
-
-    Raises:
-        UserError: there is none.
-    """
-    if info.path is None:
-        remedy = "use --dataset dummy, or give a model directory"
-        raise UserError("a model shape without files", "has no tokenizer", remedy)
-    tokenizer.require_files(info.path)
-    return info.path
-
-
-def progress(rank: int) -> Any:
-    """Return a bar for the terminal of rank 0 while rows become tokens, if that takes seconds."""
-    from tqdm import tqdm
-
-    is_silent = rank > 0 or not sys.stderr.isatty()
-    return tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False)
+    return tokenizer.load(tokenizer.directory(info))

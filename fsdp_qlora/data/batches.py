@@ -1,23 +1,83 @@
-"""Samples to padded tensors: which rows a rank sees at which step is a function, not a state.
+"""Samples to batches: which rows a rank sees at a step is a function of seed, step and rank.
 
 Shapes: B rows of a micro-batch, T tokens of its longest row, padded to a multiple of 8 or 64.
+torch is imported by the functions that make tensors, so that the audit can do without it.
 """
 
+import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from fsdp_qlora.data import order
-from fsdp_qlora.data.order import Dealing
-from fsdp_qlora.data.store import Part, Sample
+from fsdp_qlora.config import Config
+from fsdp_qlora.data.token_dataset import Sample, TokenDataset
+
+if TYPE_CHECKING:
+    import torch
 
 NOT_TRAINED = -100
 MOST_SIMULATED_STEPS = 10_000
+SORT_WINDOW_STEPS = 64  # steps whose rows are sorted by length together
+PACK_WINDOW_SEQUENCES = 256  # rows further apart in the shuffled order never share a sequence
 # Any valid id would do: padding stands right of the text, where a causal model never looks from
 # the text, and its labels are masked by length. So a row's own end-of-text keeps its label.
 PAD_ID = 0
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How rows are shared among optimizer steps, micro-batches and ranks, and which rank this is.
+
+    Args:
+        batch_size: rows, or packed sequences, of a micro-batch.
+        accumulation: micro-batches of an optimizer step.
+        world_size: ranks.
+        rank: this rank.
+        seed: of the orders or packings.
+        num_epochs: passes over the rows, if `max_steps` is not positive.
+        max_steps: optimizer steps of the run, if positive.
+        pad_multiple: tokens of a row, or of rows laid one after the other, are a multiple of this.
+    """
+
+    batch_size: int
+    accumulation: int
+    world_size: int
+    rank: int
+    seed: int
+    num_epochs: int
+    max_steps: int
+    pad_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.world_size
+
+    @property
+    def rows_per_micro(self) -> int:
+        """Rows of a micro-batch over all ranks."""
+        return self.batch_size * self.world_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step over all ranks."""
+        return self.rows_per_micro * self.accumulation
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of the run."""
+        return self.max_steps if self.max_steps > 0 else self.num_epochs * steps_per_epoch
+
+
+def sampler_config(cfg: Config, world_size: int, rank: int, pad_multiple: int) -> SamplerConfig:
+    """Return how the rows of a run are shared.
+
+    Args:
+        cfg: the run.
+        world_size, rank, pad_multiple: as for `SamplerConfig`.
+    """
+    shape = (cfg.batch_size, cfg.gradient_accumulation_steps, world_size, rank, cfg.seed)
+    return SamplerConfig(*shape, cfg.num_epochs, cfg.max_steps, pad_multiple)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +92,8 @@ class Batch:
         row_lengths: when B is 1 and several rows lie in it, tokens of each, padding last; else ().
     """
 
-    input_ids: torch.Tensor
-    labels: torch.Tensor
+    input_ids: "torch.Tensor"
+    labels: "torch.Tensor"
     num_trained_tokens: int
     num_tokens: int
     row_lengths: tuple[int, ...] = ()
@@ -44,41 +104,45 @@ class Batches:
 
     Each epoch is a fresh order of the rows, cut into global batches of
     `batch_size * accumulation * world_size` rows, some with one more so that none are left over.
-    Within a global batch rows of like length meet in a micro-batch and are dealt to the ranks in
+    Within a global batch rows of like length meet in a micro-batch and go to the ranks in
     turn, longest first: little padding, ranks equally busy, and the same gradient, since every
     trained token of the global batch weighs the same.
 
     Args:
         samples: all training samples, the same on every rank.
-        dealing: of the rows; T is a multiple of its `pad_multiple`, up to the longest row.
+        sampler: of the rows; T is a multiple of its `pad_multiple`, up to the longest row.
         is_flat: the rows of a micro-batch lie one after the other instead of being padded.
     """
 
-    def __init__(self, samples: Part, dealing: Dealing, is_flat: bool = False) -> None:
+    def __init__(
+        self, samples: TokenDataset, sampler: SamplerConfig, is_flat: bool = False
+    ) -> None:
         assert len(samples)
-        self.samples, self.dealing, self.is_flat = samples, dealing, is_flat
-        self.rows_per_micro = dealing.batch_size * dealing.world_size
-        self.rows_per_step = self.rows_per_micro * dealing.accumulation
+        self.samples, self.sampler, self.is_flat = samples, sampler, is_flat
         self.longest = int(samples.lengths.max())
-        self.steps_per_epoch = order.num_steps(len(samples), self.rows_per_step)
-        self.num_steps = dealing.num_steps(self.steps_per_epoch)
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])  # the order last used
+        self.steps_per_epoch = steps_per_epoch(len(samples), sampler.rows_per_step)
+        self.num_steps = sampler.num_steps(self.steps_per_epoch)
 
     @property
     def most_tokens(self) -> int:
         """Of a micro-batch of any rank, its padding counted; later steps may differ a little."""
-        deal = self.dealing
-        shape = (deal.batch_size, deal.accumulation, deal.world_size, deal.seed, deal.pad_multiple)
         num_steps = min(self.num_steps, MOST_SIMULATED_STEPS)
-        return max(order.padded_tokens(self.samples.lengths, *shape, num_steps))
+        return max(padded_tokens(self.samples.lengths, self.sampler, num_steps))
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run
+    def _epoch_order(self, number: int) -> list[np.ndarray]:
+        sampler = self.sampler
+        return epoch_order(self.samples.lengths, sampler.rows_per_step, sampler.seed, number)
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of the samples that all ranks together see at optimizer step `step`."""
         number, part = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != number:
-            dealt = order.epoch(self.samples.lengths, self.rows_per_step, self.dealing.seed, number)
-            self._epoch = (number, dealt)
-        return self._epoch[1][part]
+        return self._epoch_order(number)[part]
+
+    def _rows_of(self, step: int, rank: int) -> list[np.ndarray]:
+        sampler = self.sampler
+        micros = micro_batches(self.rows(step), sampler.rows_per_micro, sampler.world_size)
+        return [by_rank[rank] for by_rank in micros]
 
     def step(self, step: int) -> list[Batch]:
         """Make this rank's micro-batches of optimizer step `step`.
@@ -90,22 +154,247 @@ class Batches:
             As many batches on every rank; a rank left without a row gets a batch of one row of
             padding, in which nothing is trained.
         """
-        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.dealing.world_size)
-        mine = ([self.samples[int(i)] for i in parts[self.dealing.rank]] for parts in dealt)
+        multiple = self.sampler.pad_multiple
+        micros = [
+            [self.samples[i] for i in rows] for rows in self._rows_of(step, self.sampler.rank)
+        ]
         if self.is_flat:
-            return [flatten(samples, self.dealing.pad_multiple) for samples in mine]
-        return [collate(samples, self.dealing.pad_multiple, self.longest) for samples in mine]
+            return [flatten(samples, multiple) for samples in micros]
+        return [collate(samples, multiple, self.longest) for samples in micros]
 
     def places(self, step: int, rank: int) -> list[str]:
         """Where the rows stand that `rank` sees at optimizer step `step`."""
-        dealt = order.micro_batches(self.rows(step), self.rows_per_micro, self.dealing.world_size)
-        return [str(self.samples.place(int(i))) for parts in dealt for i in parts[rank]]
+        return [str(self.samples.place(i)) for rows in self._rows_of(step, rank) for i in rows]
 
     def epoch(self, step: int) -> float:
         """Passes over the rows completed once optimizer step `step` is done."""
         number, part = divmod(step, self.steps_per_epoch)
         num_done = (part + 1) * len(self.samples) // self.steps_per_epoch
         return number + num_done / len(self.samples)
+
+
+class PackedBatches:
+    """The batches of one rank, by optimizer step, several rows in a sequence.
+
+    A micro-batch is `batch_size` sequences of up to `context_length` tokens, laid one after the
+    other too: nothing is padded but the end. See `pack` for which rows meet; all ranks get
+    about as many tokens.
+
+    Args:
+        samples: all training samples, the same on every rank.
+        context_length: most tokens of a sequence.
+        sampler: of the sequences; T is a multiple of its `pad_multiple`.
+    """
+
+    def __init__(self, samples: TokenDataset, context_length: int, sampler: SamplerConfig) -> None:
+        assert len(samples)
+        self.samples, self.context_length, self.sampler = samples, context_length, sampler
+        turns_per_step = sampler.batch_size * sampler.accumulation
+        self.steps_per_epoch = max(len(self._turns(0)) // turns_per_step, 1)
+        self.num_steps = sampler.num_steps(self.steps_per_epoch)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a micro-batch of any rank."""
+        return self.sampler.batch_size * self.context_length
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run
+    def _turns(self, epoch: int) -> list[list[list[int]]]:
+        """Turns of all ranks: for each, the rows of every rank's sequence."""
+        seed, size = self.sampler.seed, self.sampler.world_size
+        sequences = pack(self.samples.lengths, self.context_length, size, seed, epoch)
+        return [sequences[i : i + size] for i in range(0, len(sequences), size)]
+
+    def _rows_of(self, step: int, rank: int) -> list[list[int]]:
+        number, part = divmod(step, self.steps_per_epoch)
+        turns = self._turns(number)
+        first, last = (np.array([part, part + 1]) * len(turns) // self.steps_per_epoch).tolist()
+        return [turn[rank] for turn in turns[first:last]]
+
+    def step(self, step: int) -> list[Batch]:
+        """Make this rank's micro-batches of optimizer step `step`.
+
+        Args:
+            step: 0-based, over all epochs.
+
+        Returns:
+            As many batches on every rank, [1, T] each; a rank without rows gets one of padding.
+        """
+        sequences = self._rows_of(step, self.sampler.rank)
+        num_micro = max(-(-len(sequences) // self.sampler.batch_size), 1)
+        parts = np.array_split(np.arange(len(sequences)), num_micro)
+        micros = [[self.samples[row] for i in part for row in sequences[i]] for part in parts]
+        return [flatten(samples, self.sampler.pad_multiple) for samples in micros]
+
+    def places(self, step: int, rank: int) -> list[str]:
+        """Where the rows stand that `rank` sees at optimizer step `step`."""
+        return [str(self.samples.place(i)) for rows in self._rows_of(step, rank) for i in rows]
+
+    def epoch(self, step: int) -> float:
+        """Passes over the rows completed once optimizer step `step` is done."""
+        return (step + 1) / self.steps_per_epoch
+
+
+def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
+    """Return the optimizer steps of an epoch.
+
+    Rows that do not fill a step join the others, one each: no step is much smaller than the rest,
+    none of an epoch is left out. 10,748 rows in steps of 8 are 1,343 steps, and 671 of 16.
+
+    Args:
+        num_rows: rows of an epoch, at least one.
+        rows_per_step: rows of a step over all ranks and micro-batches.
+    """
+    return max(num_rows // rows_per_step, 1)
+
+
+def epoch_order(lengths: np.ndarray, rows_per_step: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Assign the rows of an epoch to its steps.
+
+    The rows are shuffled; then those of some steps in a row are sorted by length, so that rows of
+    like length meet in a step and little is padded; then these steps are shuffled again.
+
+    Args:
+        lengths: int [rows], tokens of each.
+        rows_per_step: rows of a step, or one more.
+        seed: of the run.
+        epoch: its number from 0; another one gives another order.
+
+    Returns:
+        Indices of the rows of every step, longest first; each row once.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths))
+    steps = steps_per_epoch(len(lengths), rows_per_step)
+    bounds = np.arange(steps + 1) * len(lengths) // steps
+    window = min(SORT_WINDOW_STEPS, max(steps // 4, 1))
+    found: list[np.ndarray] = []
+    for first in range(0, steps, window):
+        inside = bounds[first : first + window + 1]
+        rows = order[inside[0] : inside[-1]]
+        rows = rows[np.argsort(-lengths[rows], kind="stable")]
+        parts = np.split(rows, (inside - inside[0])[1:-1])
+        found += [parts[i] for i in random.permutation(len(parts))]
+    return found
+
+
+def micro_batches(rows: np.ndarray, rows_per_micro: int, world_size: int) -> list[list[np.ndarray]]:
+    """Share the rows of a step among micro-batches and ranks.
+
+    Args:
+        rows: of the step, longest first.
+        rows_per_micro: most rows of a micro-batch over all ranks.
+        world_size: ranks.
+
+    Returns:
+        For every micro-batch the rows of each rank: of like length, as many or one fewer.
+    """
+    num_parts = max(-(-len(rows) // rows_per_micro), 1)
+    parts = np.array_split(rows, num_parts)
+    return [[part[rank::world_size] for rank in range(world_size)] for part in parts]
+
+
+def padded_width(longest: int, multiple: int, most: int) -> int:
+    """Return the tokens that rows are padded to.
+
+    Args:
+        longest: tokens of the longest row of the batch.
+        multiple: the width is a multiple of this, if it fits.
+        most: tokens of the longest row of all; the width goes no further than the multiple of 8
+            that holds it.
+    """
+    ceiling = -(-max(most, 1) // 8) * 8
+    return min(-(-max(longest, 1) // multiple) * multiple, ceiling)
+
+
+def padded_tokens(
+    lengths: np.ndarray, sampler: SamplerConfig, num_steps: int | None = None
+) -> list[int]:
+    """Return the tokens of every micro-batch of the first epoch with its padding, of all ranks.
+
+    Args:
+        lengths: int [rows], tokens of each.
+        sampler: of the run; its rank does not matter.
+        num_steps: steps to look at; None: all of the epoch.
+    """
+    most, found = int(lengths.max()), []
+    for rows in epoch_order(lengths, sampler.rows_per_step, sampler.seed, 0)[:num_steps]:
+        micros = micro_batches(rows, sampler.rows_per_micro, sampler.world_size)
+        for mine in (part for by_rank in micros for part in by_rank):
+            longest = int(lengths[mine].max()) if len(mine) else 1
+            width = padded_width(longest, sampler.pad_multiple, most)
+            found.append(max(len(mine), 1) * width)
+    return found
+
+
+def pack(
+    lengths: np.ndarray, capacity: int, num_ranks: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Pack rows into sequences for a number of ranks, about as many tokens for each.
+
+    The rows are shuffled and cut into windows. In each, rows go longest first into the fullest
+    sequence with room (best-fit decreasing); what stays less than half full is packed again with
+    the next window. Then sequences of like fill go to the ranks in turn; the turns are shuffled.
+
+    Args:
+        lengths: int [rows], tokens of each, from 1 to `capacity`.
+        capacity: most tokens of a sequence.
+        num_ranks: ranks.
+        seed: of the run.
+        epoch: its number; another one gives another packing.
+
+    Returns:
+        Rows of every sequence, every row once. Sequence i is for rank i % num_ranks, so that
+        each run of `num_ranks` is one turn of all ranks; their number is a multiple of it, and
+        the last ones may be empty where there are fewer rows.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths))
+    window_tokens, ends = capacity * PACK_WINDOW_SEQUENCES, np.cumsum(lengths[order])
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, np.arange(window_tokens, total, window_tokens))
+    bins: list[list[int]] = []
+    open_bins: list[list[int]] = []
+    for window in np.split(order, cuts):
+        again = [row for rows in open_bins for row in rows]
+        fills, made = _best_fit(window.tolist() + again, lengths, capacity)
+        bins += [rows for fill, rows in zip(fills, made, strict=True) if 2 * fill >= capacity]
+        open_bins = [rows for fill, rows in zip(fills, made, strict=True) if 2 * fill < capacity]
+    bins += open_bins
+    while len(bins) % num_ranks:  # those of most rows are split, else empty ones are added
+        largest = max(bins, key=len)
+        half = len(largest) // 2
+        bins.append(largest[:half])
+        largest[:half] = []
+    bins.sort(key=lambda rows: -sum(int(lengths[row]) for row in rows))
+    turns = [bins[i : i + num_ranks] for i in range(0, len(bins), num_ranks)]
+    found: list[list[int]] = []
+    for number in random.permutation(len(turns)):
+        by = int(random.integers(num_ranks))  # no rank always has the fullest sequence
+        found += turns[number][by:] + turns[number][:by]
+    return found
+
+
+def _best_fit(
+    rows: list[int], lengths: np.ndarray, capacity: int
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens and rows of each sequence."""
+    fills: list[int] = []
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), smallest room first
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        length = int(lengths[row])
+        assert 1 <= length <= capacity, "a row does not fit a sequence"
+        at = bisect.bisect_left(rooms, (length, -1))
+        room, number = rooms.pop(at) if at < len(rooms) else (capacity, len(bins))
+        if number == len(bins):
+            bins.append([])
+            fills.append(0)
+        bins[number].append(row)
+        fills[number] += length
+        if room > length:
+            bisect.insort(rooms, (room - length, number))
+    return fills, bins
 
 
 def collate(
@@ -123,17 +412,14 @@ def collate(
         The batch, on the CPU.
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
-    width = order.padded_width(longest, pad_multiple, longest_of_all or longest + pad_multiple)
-    shape = (max(len(samples), 1), width)
-    input_ids = torch.full(shape, PAD_ID, dtype=torch.int64)
-    labels = torch.full(shape, NOT_TRAINED, dtype=torch.int64)
+    width = padded_width(longest, pad_multiple, longest_of_all or longest + pad_multiple)
+    ids = np.full((max(len(samples), 1), width), PAD_ID, np.int64)
+    labels = np.full_like(ids, NOT_TRAINED)
     for row, sample in enumerate(samples):
-        ids = torch.from_numpy(sample.input_ids).long()
-        input_ids[row, : len(ids)] = ids
-        is_trained = torch.from_numpy(sample.is_trained)
-        labels[row, : len(ids)] = ids.masked_fill(~is_trained, NOT_TRAINED)
-    num_trained = sum(sample.num_trained_tokens for sample in samples)
-    return Batch(input_ids, labels, num_trained, sum(len(s.input_ids) for s in samples))
+        length = len(sample.input_ids)
+        ids[row, :length] = sample.input_ids
+        labels[row, :length] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
+    return _batch(ids, labels, samples)
 
 
 def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
@@ -148,23 +434,31 @@ def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
     """
     lengths = [len(sample.input_ids) for sample in samples]
     width = -(-max(sum(lengths), 1) // pad_multiple) * pad_multiple
-    ids = np.full(width, PAD_ID, np.int64)
-    labels = np.full(width, NOT_TRAINED, np.int64)
+    ids = np.full((1, width), PAD_ID, np.int64)
+    labels = np.full_like(ids, NOT_TRAINED)
     start = 0
     for sample, length in zip(samples, lengths, strict=True):
         place = slice(start, start + length)
-        ids[place] = sample.input_ids
-        labels[place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
-        labels[start] = NOT_TRAINED
+        ids[0, place] = sample.input_ids
+        labels[0, place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
+        labels[0, start] = NOT_TRAINED
         start += length
-    padding = [width - start] * (width > start)
+    return _batch(ids, labels, samples, (*lengths, *[width - start] * (width > start)))
+
+
+def _batch(
+    ids: np.ndarray, labels: np.ndarray, samples: Sequence[Sample], row_lengths: tuple = ()
+) -> Batch:
+    import torch
+
     num_trained = sum(sample.num_trained_tokens for sample in samples)
-    input_ids, labels_1T = (torch.from_numpy(row).unsqueeze(0) for row in (ids, labels))
-    return Batch(input_ids, labels_1T, num_trained, sum(lengths), (*lengths, *padding))
+    num_tokens = sum(len(sample.input_ids) for sample in samples)
+    input_ids, targets = torch.from_numpy(ids), torch.from_numpy(labels)
+    return Batch(input_ids, targets, num_trained, num_tokens, row_lengths)
 
 
 def held_out(
-    samples: Part, batch_size: int, world_size: int, rank: int, pad_multiple: int = 8
+    samples: TokenDataset, batch_size: int, world_size: int, rank: int, pad_multiple: int = 8
 ) -> list[Batch]:
     """Make this rank's share of the held-out rows: every row once, as many batches on each rank.
 
@@ -180,15 +474,6 @@ def held_out(
     """
     if not len(samples):
         return []
-    once = Dealing(
-        batch_size,
-        1,
-        world_size,
-        rank,
-        seed=0,
-        num_epochs=1,
-        max_steps=0,
-        pad_multiple=pad_multiple,
-    )
+    once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, pad_multiple)
     batches = Batches(samples, once)
     return [batch for step in range(batches.num_steps) for batch in batches.step(step)]

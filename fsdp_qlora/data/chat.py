@@ -1,24 +1,16 @@
 """Jinja templates: a conversation or a row to text, and which characters of it are learned.
 
-Templates come with models from the hub: they run in Jinja's sandbox, as transformers runs them.
+Templates come with models from the hub: they run in the sandbox that transformers makes for them.
 """
 
-import datetime
-import json
-import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
 
 from fsdp_qlora.errors import UserError, one_line
 
-# Around what a `{% generation %}` block renders: Unicode keeps these two out of all texts.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-HAS_MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
 PLAIN = """{% for message in messages %}\
 {% if message['role'] == 'assistant' %}\
@@ -50,20 +42,6 @@ class Refused(Exception):
     """A template cannot render a row; the text says why."""
 
 
-class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: marks what the model is to say."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        return OPEN + caller() + CLOSE
-
-
 class Template:
     """A compiled template.
 
@@ -71,29 +49,27 @@ class Template:
         source: Jinja.
         names: texts of special tokens by name, such as {"bos_token": "<s>"}.
         place: what the user is told if it is wrong.
-        is_strict: a name that is not there is an error, not empty text.
 
     Raises:
         UserError: it is no Jinja.
     """
 
-    def __init__(
-        self, source: str, names: Mapping[str, str], place: str, is_strict: bool = False
-    ) -> None:
+    def __init__(self, source: str, names: Mapping[str, str], place: str) -> None:
+        from transformers.utils import chat_template_utils
+
         self.source, self.place, self.names = source, place, dict(names)
-        self.has_marks = HAS_MARKS.search(source) is not None
         try:
-            environment = _environment(is_strict)
-            self.compiled = environment.from_string(source)
-            tree = environment.parse(source)
+            self.compiled = chat_template_utils._compile_jinja_template(source)
+            tree = self.compiled.environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
-            raise UserError(
-                f"{place}:{line}" if line else place,
-                f"is not a Jinja template ({one_line(str(error))[:100]})",
-                "correct it",
-            ) from error
+            rule = f"is not a Jinja template ({one_line(str(error))[:100]})"
+            raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
         self.variables = meta.find_undeclared_variables(tree)
+
+    def forbid_undefined(self) -> None:
+        """Make a name that is not there an error instead of empty text."""
+        self.compiled.environment.undefined = jinja2.StrictUndefined
 
     def render(self, **values: Any) -> tuple[str, tuple[Span, ...]]:
         """Render the template.
@@ -102,26 +78,20 @@ class Template:
             values: by name.
 
         Returns:
-            The text, and the parts of it that stood in generation blocks.
+            The text, and the parts of it that stood in `{% generation %}` blocks.
 
         Raises:
             Refused: the template raises.
         """
+        blocks: list[str] = []
+        spans: list[Span] = []
         try:
-            marked = self.compiled.render(**{**self.names, **values})
+            with self.compiled.environment.activate_tracker(blocks, spans):
+                for block in self.compiled.generate({**self.names, **values}):
+                    blocks.append(block)  # the tracker counts them meanwhile
         except Exception as error:  # code of others: it may raise anything
             raise Refused(f"{type(error).__name__}: {str(error)[:100]}") from error
-        signs = [sign for sign in marked if sign in (OPEN, CLOSE)] if self.has_marks else []
-        if signs != [OPEN, CLOSE] * (len(signs) // 2):
-            raise Refused("the text holds U+FDD0 or U+FDD1, which are no characters")
-        if not signs:
-            return marked, ()
-        pieces, spans, length = re.split(f"[{OPEN}{CLOSE}]", marked), [], 0
-        for number, piece in enumerate(pieces):
-            if number % 2 and piece:
-                spans.append((length, length + len(piece)))
-            length += len(piece)
-        return "".join(pieces), tuple(spans)
+        return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
 
 
 class Chat:
@@ -142,7 +112,7 @@ class Chat:
         """Return the text of a conversation."""
         return self._render(messages, tools)[0]
 
-    def write(self, messages: list[dict], turns: list[int], tools: Any = None) -> list[Text]:
+    def render(self, messages: list[dict], turns: list[int], tools: Any = None) -> list[Text]:
         """Render a conversation and find what the assistant says in it.
 
         An answer begins where the prompt for it ends and ends where the conversation up to it
@@ -163,10 +133,9 @@ class Chat:
         """
         whole, marks = self._render(messages, tools)
         if marks:
-            num_said = sum(message["role"] == "assistant" for message in messages)
-            if len(marks) == num_said:
-                said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-                marks = tuple(marks[said.index(turn)] for turn in turns)
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            if len(marks) == len(answers):
+                marks = tuple(marks[answers.index(turn)] for turn in turns)
             return [Text(whole, marks, has_markup=True)]
         ends = [(turn, self._render(messages[: turn + 1], tools)[0]) for turn in turns]
         parts = [(self._start(messages, turn, after, tools), after) for turn, after in ends]
@@ -202,38 +171,3 @@ class Chat:
         return self.template.render(
             messages=messages, tools=tools, documents=None, add_generation_prompt=asks
         )
-
-
-def _environment(is_strict: bool) -> ImmutableSandboxedEnvironment:
-    """What transformers gives chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, "jinja2.ext.loopcontrols"],
-        undefined=jinja2.StrictUndefined if is_strict else jinja2.Undefined,
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike Jinja's own, this escapes no HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

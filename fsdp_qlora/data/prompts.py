@@ -10,8 +10,8 @@ import numpy as np
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.data.chat import Refused
-from fsdp_qlora.data.prepare import Prepared
-from fsdp_qlora.data.store import Sample
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import UserError
 
@@ -26,7 +26,7 @@ class Prompt:
 
     Args:
         shown: what the user wrote, or the text itself.
-        ids: its tokens, in the shape of the training rows.
+        ids: its tokens, in the form of the training rows.
         expected: the answer of the data, or None.
     """
 
@@ -44,7 +44,7 @@ def are_named(cfg: Config) -> bool:
     return cfg.sample_prompt is not None or cfg.sample_prompts not in ("auto", "off")
 
 
-def choose(cfg: Config, ready: Prepared, tokenizer: TextTokenizer | None) -> tuple[Prompt, ...]:
+def choose(cfg: Config, ready: PreparedData, tokenizer: TextTokenizer | None) -> tuple[Prompt, ...]:
     """Find the prompts of a run.
 
     Args:
@@ -64,7 +64,7 @@ def choose(cfg: Config, ready: Prepared, tokenizer: TextTokenizer | None) -> tup
     asked = [] if cfg.sample_prompt is None else [("--sample_prompt", cfg.sample_prompt)]
     if cfg.sample_prompts not in ("auto", "off"):
         asked += _read(Path(cfg.sample_prompts).expanduser())
-    if asked or cfg.sample_prompts == "off" or ready.writer is None:
+    if asked or cfg.sample_prompts == "off" or ready.formatter is None:
         return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
     number = min(NUM_HELD_OUT, len(ready.held_out))
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
@@ -106,16 +106,16 @@ def _parse(place: str, line: str, path: Path) -> Any:
     return value
 
 
-def _ask(place: str, question: Any, ready: Prepared, tokenizer: TextTokenizer) -> Prompt:
+def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
     """A prompt as the rows have it, less the beginning of text that the tokenizer puts there."""
     is_chat = isinstance(question, list)
     shown = str(question[-1].get("content", "")) if is_chat else question
     text = question
     try:
-        if is_chat and ready.writer is not None:
-            text = ready.writer.chat.prompt(question)
-        elif ready.writer is not None:
-            text = ready.writer.ask(question, ready.example)
+        if is_chat and ready.formatter is not None:
+            text = ready.formatter.chat.prompt(question)
+        elif ready.formatter is not None:
+            text = ready.formatter.ask(question, ready.example)
     except Refused as refusal:
         raise UserError(
             f"{place} {shown}", f"cannot be asked ({refusal})", "leave it out"

@@ -14,9 +14,8 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from fsdp_qlora.config import OWN_CODE
-from fsdp_qlora.data import hub, readers
-from fsdp_qlora.data.hub import HUB_SETS, HubSet
-from fsdp_qlora.data.rows import Place, Rows
+from fsdp_qlora.data import readers
+from fsdp_qlora.data.readers import Place, PlacedRows
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 DUMMY = "dummy"
@@ -25,6 +24,8 @@ OWN_FUNCTION = "get_custom_dataset"
 MOST_HASHED_BYTES = 2**28  # larger files are told by size and time, as their hash would take long
 MOST_NAMES = 50_000  # in a directory of rows and below it; `/` holds millions
 FORMATS = "a .jsonl, .json, .csv, .parquet or .txt file (or .gz, .zst), a directory of them"
+# What the datasets library leaves beside the rows it saves.
+LEFTOVERS = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ class Source:
     """
 
     name: str
-    read: Callable[[], Rows]
+    read: Callable[[], PlacedRows]
     fingerprint: Callable[[], str | None]
     num_bytes: int = 0
     is_file: bool = False
 
 
 @dataclass(frozen=True)
-class Wanted:
+class SourceOptions:
     """What some sources must know besides their name.
 
     Args:
@@ -64,13 +65,47 @@ class Wanted:
     load_tokenizer: Callable[[], Any] = lambda: None
 
 
-def find(dataset: str, wanted: Wanted) -> list[Source]:
+@dataclass(frozen=True)
+class HubSet:
+    """A data set of the Hugging Face hub, and which of its rows are used.
+
+    Args:
+        repo: name on the hub.
+        split: split that is read; a slice such as "train[:1%]" is one too.
+        config: one of its configurations, where it has several.
+        is_shuffled: rows are shuffled with the run's seed before any are chosen.
+        first: index of the first row used.
+        is_limited: only `dataset_samples` rows are used.
+    """
+
+    repo: str
+    split: str = "train"
+    config: str | None = None
+    is_shuffled: bool = False
+    first: int = 0
+    is_limited: bool = False
+
+    def __str__(self) -> str:
+        return ":".join([self.repo, *([self.config] if self.config else []), self.split])
+
+
+ORCA_MATH = "microsoft/orca-math-word-problems-200k"
+HUB_SETS = {
+    "alpaca": HubSet("yahma/alpaca-cleaned"),
+    "alpaca_sample": HubSet("yahma/alpaca-cleaned", is_limited=True),
+    "guanaco": HubSet("timdettmers/openassistant-guanaco"),
+    "sql": HubSet("knowrohit07/know_sql", split="validation", is_shuffled=True, first=1000),
+    "orca_math": HubSet(ORCA_MATH, is_shuffled=True, is_limited=True),
+}
+
+
+def find(dataset: str, options: SourceOptions) -> list[Source]:
     """Find what --dataset names.
 
     Args:
         dataset: path of a file or directory, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, a name in
             `HUB_SETS`, `file.py[:function]`, or several of them with commas between.
-        wanted: what some sources must know besides.
+        options: what some sources must know besides.
 
     Returns:
         At least one source, in the order given; the files of a directory by name.
@@ -82,32 +117,30 @@ def find(dataset: str, wanted: Wanted) -> list[Source]:
     names = [dataset] if is_one else [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
         _refuse_name(dataset)
-    return [source for name in names for source in _find_one(name, wanted)]
+    return [source for name in names for source in _find_one(name, options)]
 
 
-def read(dataset: str, wanted: Wanted) -> Rows:
-    """Read all rows of a data set, one at a time.
+def read(sources: list[Source]) -> PlacedRows:
+    """Read all rows of some sources, one at a time.
 
     Args:
-        dataset: as for `find`.
-        wanted: as for `find`.
+        sources: from `find`.
 
     Yields:
-        Place and row; a `rows.Bad` where a row cannot be read.
+        Place and row; a `BadRow` where a row cannot be read.
 
     Raises:
-        UserError: no such data set, or one that cannot be read.
+        UserError: one that cannot be read.
     """
-    for source in find(dataset, wanted):
-        yield from source.read()
+    return (pair for source in sources for pair in source.read())
 
 
-def _find_one(name: str, wanted: Wanted) -> list[Source]:
+def _find_one(name: str, options: SourceOptions) -> list[Source]:
     if name in HUB_SETS:
         entry = HUB_SETS[name]
-        return [_hub_source(replace(entry, split=wanted.split or entry.split), name, wanted)]
+        return [_hub_source(replace(entry, split=options.split or entry.split), name, options)]
     if match := OWN_CODE.fullmatch(name):
-        return [_own_source(Path(match[1]), match[2] or OWN_FUNCTION, wanted)]
+        return [_own_source(Path(match[1]), match[2] or OWN_FUNCTION, options)]
     try:
         path = Path(name).expanduser()
     except RuntimeError:
@@ -119,8 +152,8 @@ def _find_one(name: str, wanted: Wanted) -> list[Source]:
     match = HUB_NAME.fullmatch(name)
     if match is None or name.startswith("."):
         _refuse_name(name)
-    entry = HubSet(match[1], wanted.split or match[3] or "train", match[2] or None)
-    return [_hub_source(entry, name, wanted)]
+    entry = HubSet(match[1], options.split or match[3] or "train", match[2] or None)
+    return [_hub_source(entry, name, options)]
 
 
 def _refuse_name(dataset: str) -> NoReturn:
@@ -147,9 +180,7 @@ def _directory(path: Path) -> list[Source]:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Also what the datasets library leaves beside the rows it saves."""
-    leftovers = ("dataset_info.json", "state.json", "dataset_dict.json")
-    is_leftover = path.name in leftovers or path.name.startswith("cache-")
+    is_leftover = path.name in LEFTOVERS or path.name.startswith("cache-")
     return is_leftover or any(part.startswith(".") for part in path.parts)
 
 
@@ -159,13 +190,9 @@ def _file(path: Path) -> Source:
         raise UserError(f"dataset {path}", what, f"give {FORMATS}")
     if not readers.can_read(path):
         raise UserError(f"dataset {path}", "its name tells no format we read", f"want {FORMATS}")
-    return Source(
-        str(path),
-        functools.partial(readers.read, path),
-        functools.partial(_file_fingerprint, path),
-        os.stat(path).st_size,
-        is_file=True,
-    )
+    read = functools.partial(readers.read_file, path)
+    fingerprint = functools.partial(_file_fingerprint, path)
+    return Source(str(path), read, fingerprint, os.stat(path).st_size, is_file=True)
 
 
 def _file_fingerprint(path: Path) -> str | None:
@@ -180,63 +207,79 @@ def _file_fingerprint(path: Path) -> str | None:
     return f"{path.name} {digest}"
 
 
-def _hub_source(entry: HubSet, name: str, wanted: Wanted) -> Source:
-    table = hub.load(entry, name)
-    rest = (table, entry, wanted.num_samples, wanted.seed)
-    return Source(
-        str(entry),
-        functools.partial(hub.read, *rest),
-        functools.partial(hub.fingerprint, *rest),
-        table.data.nbytes,
-    )
+def _hub_source(entry: HubSet, name: str, options: SourceOptions) -> Source:
+    """The datasets library brings a set into its cache, or finds it there; rows stay on disk."""
+    import datasets
+
+    try:
+        table = datasets.load_dataset(entry.repo, entry.config, split=entry.split)
+    except Exception as error:  # hub, network, cache and Arrow each raise their own
+        rule = f"{entry} cannot be had ({str(error)[:120]})"
+        remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
+        raise UserError(f"dataset {name}", rule, remedy, ENVIRONMENT) from error
+    how = (table, entry, options)
+    read = functools.partial(_read_hub, *how)
+    fingerprint = functools.partial(_hub_fingerprint, *how)
+    return Source(str(entry), read, fingerprint, table.data.nbytes)
 
 
-def _own_source(path: Path, function: str, wanted: Wanted) -> Source:
+def _read_hub(table: Any, entry: HubSet, options: SourceOptions) -> PlacedRows:
+    if entry.is_shuffled:
+        table = table.shuffle(seed=options.seed)
+    stop = min(options.num_samples, len(table)) if entry.is_limited else len(table)
+    for index in range(entry.first, stop):
+        yield Place(str(entry), -index - 1), table[index]
+
+
+def _hub_fingerprint(table: Any, entry: HubSet, options: SourceOptions) -> str | None:
+    files = [file["filename"] for file in table.cache_files]
+    if not files:
+        return None
+    parts = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in files]
+    limit = options.num_samples if entry.is_limited else ""
+    seed = options.seed if entry.is_shuffled else ""
+    return f"{entry} {entry.first} {limit} {seed} {table.num_rows} {parts}"
+
+
+def _own_source(path: Path, function: str, options: SourceOptions) -> Source:
     """The user's own local file is run; nothing fetched ever is."""
     if not path.is_file():
         raise UserError(f"dataset {path}", "does not exist", "give FILE.py:FUNCTION")
-    read = functools.partial(_read_own, path, function, wanted)
+    read = functools.partial(_read_own, path, function, options)
     return Source(f"{path}:{function}", read, lambda: None)
 
 
-def _read_own(path: Path, name: str, wanted: Wanted) -> Rows:
+def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
     """Source: llama-recipes' custom data sets, `get_custom_dataset(config, tokenizer, split)`."""
-    function = _own_function(path, name)
     settings = SimpleNamespace(
         dataset="custom_dataset", file=str(path), train_split="train", test_split="validation"
     )
+    split = options.split or settings.train_split
     try:
-        table = function(settings, wanted.load_tokenizer(), wanted.split or settings.train_split)
+        table = _own_function(path, name)(settings, options.load_tokenizer(), split)
         for number, row in enumerate(table, 1):
             yield Place(f"{path}:{name}", -number), _plain(row)
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
-        raise _own_fault(path, name, error) from error
+        trace, line = error.__traceback__, 0
+        while trace is not None:
+            is_theirs = trace.tb_frame.f_code.co_filename == str(path)
+            line, trace = trace.tb_lineno if is_theirs else line, trace.tb_next
+        what = f"{type(error).__name__}: {error}"[:160]
+        remedy = f"correct it; {name} must return rows"
+        raise UserError(f"{path}:{line or name}", what, remedy) from error
 
 
 def _own_function(path: Path, name: str) -> Callable[..., Any]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
-        raise _own_fault(path, name, error) from error
+    spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
     return function
-
-
-def _own_fault(path: Path, name: str, error: Exception) -> UserError:
-    trace, line = error.__traceback__, 0
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    what = f"{type(error).__name__}: {error}"[:160]
-    return UserError(f"{path}:{line or name}", what, f"correct it; {name} must return rows")
 
 
 def _plain(row: Any) -> Any:

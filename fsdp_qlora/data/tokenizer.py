@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.data import chat
 from fsdp_qlora.errors import UserError
 
@@ -167,6 +168,27 @@ def wrap(full: Any, place: Path | str) -> TextTokenizer:
     return _make(core, names, full.chat_template, str(place))
 
 
+def has_files(path: Path) -> bool:
+    """Return whether a directory holds a tokenizer."""
+    return any((path / name).exists() for name in TOKENIZER_FILES)
+
+
+def directory(info: ModelInfo) -> Path:
+    """Return where the tokenizer of a model lies.
+
+    Args:
+        info: the model.
+
+    Raises:
+        UserError: there is none.
+    """
+    if info.path is None:
+        remedy = "use --dataset dummy, or give a model directory"
+        raise UserError("a model shape without files", "has no tokenizer", remedy)
+    require_files(info.path)
+    return info.path
+
+
 def require_files(path: Path) -> None:
     """Check that a directory has the files of a tokenizer.
 
@@ -179,7 +201,7 @@ def require_files(path: Path) -> None:
     for name in (*TOKENIZER_FILES, *SETTINGS_FILES):
         if os.path.lexists(path / name) and not os.path.isfile(path / name):  # a pipe would wait
             raise UserError(str(path / name), "is no regular file", "fetch it again")
-    if not any((path / name).exists() for name in TOKENIZER_FILES):
+    if not has_files(path):
         remedy = "put tokenizer.json there, or use --dataset dummy"
         raise UserError(str(path), "has no tokenizer", remedy)
 

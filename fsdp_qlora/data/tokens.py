@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fsdp_qlora.data.chat import Refused, Span, Text
-from fsdp_qlora.data.rows import Bad, Piece, Place
-from fsdp_qlora.data.store import Builder, Part, Sample, Store, of_samples
-from fsdp_qlora.data.templates import Writer
+from fsdp_qlora.data.readers import BadRow, Place, PlacedRows, TextPiece
+from fsdp_qlora.data.row_formats import RowFormatter
+from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, of_samples
 from fsdp_qlora.data.tokenizer import TextTokenizer
-from fsdp_qlora.errors import UserError
 
 CHUNK = 256  # texts that a thread tokenizes at once
 NUM_EXAMPLES = 5
@@ -75,14 +74,14 @@ class _Job(NamedTuple):
     starts_text: bool = False
 
 
-def fill(
-    builder: Builder,
-    rows: Iterable[tuple[Place, Any]],
-    writer: Writer,
+def tokenize(
+    builder: StoreBuilder,
+    rows: PlacedRows,
+    formatter: RowFormatter,
     tokenizer: TextTokenizer,
     context_length: int,
-    progress: Callable[[int], None] = lambda num_rows: None,
-) -> Store:
+    progress: Callable[[int], Any] = lambda num_rows: None,
+) -> TokenStore:
     """Tokenize rows: what is given masked, the end of text appended and learned.
 
     A text is tokenized as a whole, as it is when the model is used; a token is learned when a
@@ -92,10 +91,10 @@ def fill(
     Args:
         builder: gets the samples, in the order of the rows.
         rows: from `sources.read`.
-        writer: makes text of them.
+        formatter: makes text of them.
         tokenizer: makes ids of that.
         context_length: most tokens of a sample.
-        progress: told now and then how many more rows are done.
+        progress: called now and then with how many more rows are done.
 
     Returns:
         The samples; their facts are the fields of `Counts`.
@@ -104,18 +103,20 @@ def fill(
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    counts, num_told = Counts(), 0
-    maker = _Maker(builder, counts, context_length, tokenizer)
-    for done in _encoded(_jobs(rows, writer, counts), maker):
+    counts, num_reported = Counts(), 0
+    maker = _SampleMaker(builder, counts, context_length, tokenizer)
+    for done in _encoded(_jobs(rows, formatter, counts), maker):
         for job, codes in done:
             maker.take(job, codes)
-        progress(counts.num_rows - num_told)
-        num_told = counts.num_rows
+        progress(counts.num_rows - num_reported)
+        num_reported = counts.num_rows
     maker.finish()
     return builder.finish({**vars(counts), "kinds": dict(counts.kinds)})
 
 
-def _encoded(jobs: Iterator["_Job"], maker: "_Maker") -> Iterator[list[tuple["_Job", np.ndarray]]]:
+def _encoded(
+    jobs: Iterator["_Job"], maker: "_SampleMaker"
+) -> Iterator[list[tuple["_Job", np.ndarray]]]:
     """Chunks of jobs with their codes, in order; some are in the making meanwhile."""
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
     with ThreadPoolExecutor(num_threads) as pool:
@@ -131,21 +132,21 @@ def _encoded(jobs: Iterator["_Job"], maker: "_Maker") -> Iterator[list[tuple["_J
                 yield list(zip(done, future.result(), strict=True))
 
 
-def _jobs(rows: Iterable[tuple[Place, Any]], writer: Writer, counts: Counts) -> Iterator[_Job]:
+def _jobs(rows: PlacedRows, formatter: RowFormatter, counts: Counts) -> Iterator[_Job]:
     starts_text, name = True, None
     for place, row in rows:
         if not starts_text and place.name != name:
             yield _end(place)
             starts_text = True
         name = place.name
-        fault = row.words if isinstance(row, Bad) else writer.problem(row)
+        fault = row.fault if isinstance(row, BadRow) else formatter.problem(row)
         jobs: list[_Job] = []
-        if fault is None and writer.is_block(row):
+        if fault is None and formatter.is_block(row):
             jobs = [_block(place, row, starts_text)]
             starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
         elif fault is None:
             try:
-                jobs = list(_samples(place, row, writer))
+                jobs = list(_samples(place, row, formatter))
             except Refused as refusal:
                 fault = f"cannot be written as text ({refusal})"
         if fault is not None:
@@ -155,29 +156,29 @@ def _jobs(rows: Iterable[tuple[Place, Any]], writer: Writer, counts: Counts) -> 
                 return
             continue
         counts.num_rows += 1
-        counts.kinds[writer.name(row)] += 1
+        counts.kinds[formatter.name(row)] += 1
         yield from jobs
     if not starts_text and name is not None:
         yield _end(Place(name, 1))
 
 
 def _end(place: Place) -> _Job:
-    """The end of a running text whose last row did not tell."""
+    """The end of a running text whose last row did not say so."""
     return _Job(place, NO_TEXT, None, True)
 
 
 def _block(place: Place, row: Any, starts_text: bool) -> _Job:
     """A row that ends in a line break goes on in the next one (wikitext has a row a line)."""
-    text = row.text if isinstance(row, Piece) else row["text"]
-    ends = row.is_last if isinstance(row, Piece) else bool(text) and not text.endswith("\n")
+    text = row.text if isinstance(row, TextPiece) else row["text"]
+    ends = row.is_last if isinstance(row, TextPiece) else bool(text) and not text.endswith("\n")
     return _Job(place, Text(text, (), has_markup=True), None, ends, starts_text)
 
 
-def _samples(place: Place, row: dict, writer: Writer) -> Iterator[_Job]:
-    if writer.is_ids(row):
-        yield _Job(place, NO_TEXT, _codes_of_ids(row, writer.train_on == "all"))
+def _samples(place: Place, row: dict, formatter: RowFormatter) -> Iterator[_Job]:
+    if formatter.is_ids(row):
+        yield _Job(place, NO_TEXT, _codes_of_ids(row, formatter.train_on == "all"))
     else:
-        for text in writer.write(row):
+        for text in formatter.render(row):
             yield _Job(place, text)
 
 
@@ -191,7 +192,7 @@ def _codes_of_ids(row: dict, learns_all: bool) -> np.ndarray:
     return codes if mask is None else codes[np.array(mask, bool)]
 
 
-def _encode(maker: "_Maker", jobs: list[_Job]) -> list[np.ndarray]:
+def _encode(maker: "_SampleMaker", jobs: list[_Job]) -> list[np.ndarray]:
     """Codes of every job, not yet cut; runs in a thread, most of it without Python's lock."""
     found: list[np.ndarray | None] = [job.codes for job in jobs]
     for has_markup in (False, True):
@@ -203,11 +204,11 @@ def _encode(maker: "_Maker", jobs: list[_Job]) -> list[np.ndarray]:
     return [codes for codes in found if codes is not None]
 
 
-class _Maker:
+class _SampleMaker:
     """Codes to samples."""
 
     def __init__(
-        self, builder: Builder, counts: Counts, context_length: int, tokenizer: TextTokenizer
+        self, builder: StoreBuilder, counts: Counts, context_length: int, tokenizer: TextTokenizer
     ) -> None:
         self.builder, self.counts, self.context_length = builder, counts, context_length
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_id
@@ -311,7 +312,7 @@ def _holds(encoding: Any, token: int, before: int) -> bool:
     return bool(chars and chars_before and chars[0] < chars_before[1])
 
 
-def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> Part:
+def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> TokenDataset:
     """Make random rows of full length, every id trained: for measuring speed and memory.
 
     Args:
@@ -327,18 +328,3 @@ def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> 
         vocab_size, size=(num, context_length), dtype=np.int32
     )
     return of_samples([Sample(row, np.ones(context_length, bool)) for row in ids], "dummy")
-
-
-def check_ids(largest: int, vocab_size: int) -> None:
-    """Check that the model's embedding has a row for every id.
-
-    Args:
-        largest: id of all samples.
-        vocab_size: rows of the embedding.
-
-    Raises:
-        UserError: it has not.
-    """
-    if largest >= vocab_size:
-        rule = f"the model's embedding has {vocab_size} rows"
-        raise UserError(f"token id {largest}", rule, "use the tokenizer that belongs to the model")

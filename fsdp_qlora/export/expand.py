@@ -211,13 +211,13 @@ def add_tokens(info: ModelInfo, text: str) -> Vocabulary:
     Raises:
         UserError: there are none, or a token is known already (code 2).
     """
-    from fsdp_qlora.data import tokenizer, tokenizer_directory
+    from fsdp_qlora.data import tokenizer
 
     path = Path(text).expanduser()
     is_file = len(text) < 256 and path.is_file()
     parts = path.read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
     tokens = [part.strip() for part in parts if part.strip()]
-    core = tokenizer.read(tokenizer_directory(info)).core
+    core = tokenizer.read(tokenizer.directory(info)).core
     known = [token for token in tokens if core.token_to_id(token) is not None]
     if known or not tokens:
         rule = f"{known[0]!r} is in the tokenizer already" if known else "names no token"

@@ -298,7 +298,7 @@ def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelIn
 def _tokenizer_directory(adapter: Adapter, info: ModelInfo) -> Path:
     places = [adapter.path, info.path]
     for place in places:
-        if place and any((place / name).exists() for name in tokenizer.TOKENIZER_FILES):
+        if place and tokenizer.has_files(place):
             return place
     raise UserError(str(info.path), "has no tokenizer", "copy it beside the adapter")
 

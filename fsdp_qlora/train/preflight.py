@@ -9,9 +9,9 @@ import importlib.util
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TRACKERS, TRAIN_TYPES, Config, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 
-ALWAYS = ("torch", "transformers", "safetensors", "tokenizers", "tqdm")
+ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
@@ -57,23 +57,21 @@ def _check_cards(plan: RunPlan) -> None:
 
 
 def _check_data(cfg: Config, info: ModelInfo) -> None:
-    from fsdp_qlora import data
     from fsdp_qlora.data import prepare, prompts, sources, tokenizer
 
     if cfg.dataset == sources.DUMMY and not prompts.are_named(cfg):
         return
-    path = data.tokenizer_directory(info)
+    path = tokenizer.directory(info)
     if not (path / "tokenizer.json").exists():
         return  # transformers makes a fast one of it, in the ranks
     light = tokenizer.read(path)
     names = [name for name in (cfg.dataset, cfg.eval_split) if name is not None]
     own = [name for name in names if any(map(sources.OWN_CODE.fullmatch, name.split(",")))]
     for name in own:
-        sources.find(name, sources.Wanted())
+        sources.find(name, sources.SourceOptions())
     if own:
         return
-    with data.progress(rank=0) as progress:
-        ready = prepare.prepare_early(cfg, light, info.vocab_size, progress.update)
+    ready = prepare.prepare_early(cfg, light, info.vocab_size)
     if ready is not None:
         ready.check()
         prompts.choose(cfg, ready, light)

@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsdp_qlora.config import Config
-from fsdp_qlora.data.batches import Batch, Batches
-from fsdp_qlora.data.packed_batches import PackedBatches
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, shard

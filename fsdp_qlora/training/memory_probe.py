@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 from fsdp_qlora.config import Config
-from fsdp_qlora.data.batches import Batch, Batches, collate, flatten
-from fsdp_qlora.data.packed_batches import PackedBatches
-from fsdp_qlora.data.store import Sample
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
+from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training.loop import Trained, token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
 
@@ -66,8 +65,8 @@ def longest_batch(batches: Batches | PackedBatches, cfg: Config, vocab_size: int
     ids = np.arange(longest, dtype=np.int32) % vocab_size
     rows = [Sample(ids, np.ones(longest, bool))] * cfg.batch_size
     if is_flat:
-        return flatten(rows, batches.dealing.pad_multiple)
-    return collate(rows, batches.dealing.pad_multiple, longest)
+        return flatten(rows, batches.sampler.pad_multiple)
+    return collate(rows, batches.sampler.pad_multiple, longest)
 
 
 def run(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fsdp_qlora import atomic, hardware
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.plan import compare
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.train.versions import versions
 from fsdp_qlora.training import memory
 from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker
@@ -466,7 +466,7 @@ class Recorder:
         if self._ledger is None or self._tracker is None:
             return []
         plan = self._tracker.plan.to_dict()
-        return compare.lines(plan, self._ledger.to_dict(), self._tracker.is_cuda)
+        return names.comparison(plan, self._ledger.to_dict(), self._tracker.is_cuda)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""

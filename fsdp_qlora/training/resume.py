@@ -22,8 +22,8 @@ from fsdp_qlora.config import (
     from_record,
 )
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
-from fsdp_qlora.plan import fit
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning import fit
+from fsdp_qlora.planning.run import RunPlan
 
 if TYPE_CHECKING:
     from fsdp_qlora.data import Data

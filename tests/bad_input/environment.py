@@ -85,14 +85,6 @@ CASES = [
         absent=("flash_attn",),
     ),
     Case(
-        "no pyarrow",
-        "pip install pyarrow",
-        ("--dataset={root}/x.parquet",),
-        lambda place: (place.root / "x.parquet").write_bytes(b"PAR1"),
-        ENVIRONMENT,
-        absent=("pyarrow",),
-    ),
-    Case(
         "no datasets",
         "pip install datasets",
         ("--dataset=org/rows",),

@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.data.batches import Batches
-from fsdp_qlora.data.order import Dealing
-from fsdp_qlora.data.packed_batches import PackedBatches
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.data.batches import Batches, PackedBatches, SamplerConfig
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training import memory_probe
 from tests import tiny
+from tests.data.test_batches import make_samples
 from tests.ranks import run_ranks
-from tests.test_batches import make_samples
 from tests.training.test_memory_rows import plan_of
 
 CPU = torch.device("cpu")
@@ -50,7 +48,9 @@ def _train(world, path, cases, is_rehearsed):
         optimizer, schedule = optim.build(params, cfg, 3)
         trained = loop.Trained(built.model, params, optimizer, schedule, 1.0, world)
         num_micro = cfg.gradient_accumulation_steps
-        batches = Batches(make_samples(60), Dealing(2, num_micro, world.size, world.rank, 42, 1, 3))
+        batches = Batches(
+            make_samples(60), SamplerConfig(2, num_micro, world.size, world.rank, 42, 1, 3)
+        )
         if is_rehearsed:
             words = memory_probe.run(trained, batches, cfg, tracker)
             assert words == f"dry run   {2 * batches.longest:,} tokens at once fit"
@@ -89,7 +89,7 @@ def _no_room(world, path):
     tracker.record_model(built.model, built.placed)
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
-    batches = Batches(make_samples(9), Dealing(2, 1, world.size, world.rank, 42, 1, 1))
+    batches = Batches(make_samples(9), SamplerConfig(2, 1, world.size, world.rank, 42, 1, 1))
 
     def refuse(tensor):
         raise torch.OutOfMemoryError(f"no room for {tensor.numel()}")
@@ -111,7 +111,7 @@ def test_a_dry_run_that_does_not_fit_says_what_was_there(tmp_path):
 def test_the_longest_batch_is_as_large_as_any_of_the_run():
     """Padded, laid flat, or packed to the context; every token but the first is trained."""
     samples, cfg = make_samples(40), config.parse(["--batch_size=3", "--context_length=64"])
-    dealing = Dealing(3, 2, 1, 0, 42, 1, -1)
+    dealing = SamplerConfig(3, 2, 1, 0, 42, 1, -1)
     for batches in (
         Batches(samples, dealing),
         Batches(samples, dataclasses.replace(dealing, pad_multiple=64)),
@@ -232,7 +232,7 @@ def _told(world, path):
     held_gib = sum(tracker.held.values())
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
-    batches = Batches(make_samples(60), Dealing(8, 1, world.size, world.rank, 42, 1, 3))
+    batches = Batches(make_samples(60), SamplerConfig(8, 1, world.size, world.rank, 42, 1, 3))
     words = memory_probe.run(trained, batches, plan.cfg, tracker)
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
     return (

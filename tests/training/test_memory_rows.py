@@ -13,8 +13,8 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import Machine
-from fsdp_qlora.plan import rows as names
-from fsdp_qlora.plan import run as plans
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import memory
 from fsdp_qlora.training.memory import HostShare, MemoryTracker, Peak, Transients
 from tests import tiny
@@ -183,12 +183,11 @@ def test_the_book_keeps_the_rows_of_the_highest_step():
 
 def _short_of_memory(world, path, out):
     """Train until the third forward pass finds no memory; the error, its notes, a step's cost."""
-    from fsdp_qlora.data.batches import Batches
-    from fsdp_qlora.data.order import Dealing
+    from fsdp_qlora.data.batches import Batches, SamplerConfig
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.build import build
     from fsdp_qlora.training import loop, metrics, optim
-    from tests.test_batches import make_samples
+    from tests.data.test_batches import make_samples
 
     plan = plan_of(path, "--use_cpu_offload=false")
     tracker = MemoryTracker(plan, world.device)
@@ -199,7 +198,7 @@ def _short_of_memory(world, path, out):
     optimizer, schedule = optim.build(params, plan.cfg, 9)
     tracker.record_optimizer(params, optimizer)
     trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
-    batches = Batches(make_samples(40), Dealing(2, 1, 1, 0, 42, 1, 9))
+    batches = Batches(make_samples(40), SamplerConfig(2, 1, 1, 0, 42, 1, 9))
     calls = []
 
     def no_room(module, args):

@@ -9,9 +9,8 @@ import math
 import pytest
 import torch
 
-from fsdp_qlora.data import store
-from fsdp_qlora.data.batches import Batches
-from fsdp_qlora.data.order import Dealing
+from fsdp_qlora.data import token_dataset
+from fsdp_qlora.data.batches import Batches, SamplerConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.training import loop, nonfinite
@@ -102,8 +101,8 @@ def fit(world, path, out, fault, *flags):
     model, _, cfg = tiny.build(path, world, *FLAGS, *flags)
     trained = loop.prepare(model, cfg, 6, world)
     start = state_hash(trained)
-    dealing = Dealing(2, 1, world.size, world.rank, 0, 1, -1)
-    batches = Batches(store.of_samples(make_samples(24), "rows"), dealing)
+    dealing = SamplerConfig(2, 1, world.size, world.rank, 0, 1, -1)
+    batches = Batches(token_dataset.of_samples(make_samples(24), "rows"), dealing)
     injector, error, done = Injector(model), None, itertools.count(2)
 
     def next_step():

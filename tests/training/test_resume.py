@@ -58,9 +58,10 @@ def make_place(directory: Path) -> Path:
     ]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = tiny.save_model(directory / "model", vocab_size=384, num_hidden_layers=2)
-    from fsdp_qlora.data import templates
 
-    tiny.save_tokenizer(model, [text for row in rows for text in templates.render(row)])
+    from tests import small_tokenizers
+
+    tiny.save_tokenizer(model, [text for row in rows for text in small_tokenizers.pair(row)])
     return directory
 
 
@@ -73,7 +74,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     """Train as a rank of train.py does."""
     from fsdp_qlora import arch, config
     from fsdp_qlora import run as train
-    from fsdp_qlora.plan import run as plans
+    from fsdp_qlora.planning import run as plans
     from fsdp_qlora.training import resume
 
     argv = [

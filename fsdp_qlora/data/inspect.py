@@ -1,0 +1,377 @@
+"""`python -m fsdp_qlora data [options of train.py] [--rows 3] [--json]`: look before you rent.
+
+The same facts are kept in the record of every run.
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.arch import files
+from fsdp_qlora.config import Config
+from fsdp_qlora.data import batches, prepare, sources, tokenizer
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.data.token_dataset import Sample, TokenDataset
+from fsdp_qlora.data.tokenizer import TextTokenizer
+from fsdp_qlora.errors import DONE, UserError, one_line
+from fsdp_qlora.planning.limits import PAD_MULTIPLES
+
+USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
+
+Reads and tokenizes the data of a run as the run would, and says what is in it: rows, lengths
+against the context, what is cut or left out, steps, padding, and some rows with the tokens that
+are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer.
+
+  --rows N     how many rows are shown [3]
+  --json       all facts as one JSON object, no rows"""
+LEARNED, GIVEN, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+MOST_CHARS = 700  # of a stretch of text that is shown
+MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
+NUM_EXAMPLES = 3
+BAR_CHARS = 40
+TRAINED_ON = {
+    **dict.fromkeys(("assistant", "completion"), "answers"),
+    **{"last": "last answers", "all": "everything"},
+}
+COUNTS = (
+    *("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond"),
+    *("num_with_end", "num_learning_end"),
+)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Facts of the data of a run.
+
+    Args:
+        facts: by name, as JSON can hold them; `audit()` below says which.
+    """
+
+    facts: dict[str, Any]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all parts."""
+        return sum(self.facts[name] for name in ("num_train", "num_held_out", "num_test"))
+
+    def __str__(self) -> str:
+        facts = self.facts
+        held_out = f" ({facts['num_held_out']:,} held out)" if facts["num_held_out"] else ""
+        cut = f", {facts['num_cut']:,} cut at {facts['context_length']}" if facts["num_cut"] else ""
+        num_dropped = facts["num_empty"] + facts["num_beyond"]
+        dropped = f", {num_dropped:,} dropped (nothing to learn)" if num_dropped else ""
+        is_text = "blocks" in facts["kinds"]
+        rows = f"{self.num_samples:,} blocks" if is_text else f"{facts['num_rows']:,} rows"
+        return (
+            f"{rows}{held_out}{cut}{dropped}; {facts['num_tokens']:,} tokens, "
+            f"{facts['num_trained_tokens']:,} of them trained, longest row "
+            f"{facts['longest_tokens']:,}"
+        )
+
+    def lines(self) -> list[str]:
+        """Return all facts for people, a line each, and the lengths as bars."""
+        facts = self.facts
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["kinds"].items())
+        share = facts["num_trained_tokens"] / max(facts["num_tokens"], 1)
+        steps = "; ".join(
+            f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
+            f"{count['in_all']:,} in all"
+            for size, count in facts["steps"].items()
+        )
+        padding = facts["padding_share"]
+        end_share = facts["num_learning_end"] / max(self.num_samples, 1)
+        return [
+            f"rows      {facts['num_rows']:,} of {', '.join(facts['sources'])} ({kinds})",
+            f"learned   {TRAINED_ON[facts['train_on']]}: {facts['num_trained_tokens']:,} of "
+            f"{facts['num_tokens']:,} tokens ({share:.1%})",
+            f"length    median {facts['median_tokens']:,}, 95% up to {facts['p95_tokens']:,}, "
+            f"longest {facts['longest_uncut_tokens']:,}; context {facts['context_length']:,}",
+            *_bars(facts["lengths"], facts["context_length"]),
+            *_losses(facts),
+            f"end       the end of text is learned in {end_share:.1%} of the rows",
+            f"parts     {facts['num_train']:,} to learn, {facts['num_held_out']:,} held out, "
+            f"{facts['num_test']:,} left for a test",
+            f"epoch     {facts['epoch_tokens']:,} tokens, {facts['epoch_trained_tokens']:,} of "
+            "them learned",
+            f"steps     {steps}",
+            f"padding   {padding['batches']:.1%} in batches of like length, "
+            f"{padding['packed']:.1%} if rows are packed",
+            f"tokens    {facts['kept']}",
+            *(f"note      {note}" for note in facts["notes"]),
+        ]
+
+
+def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) -> Audit:
+    """Count what is worth knowing of the data of a run.
+
+    Args:
+        cfg: the run.
+        ready: its tokens.
+        world_size: ranks.
+        pad_multiple: the width of a batch is a multiple of this.
+
+    Returns:
+        The facts. Rows: num_rows, kinds, num_bad, bad. Samples: num_cut, num_empty (nothing to
+        learn), num_beyond (nothing to learn within the context), num_repeated, num_leaked (held
+        out but also learned), num_with_end, num_learning_end; examples of their places. Parts:
+        num_train, num_held_out, num_test. Tokens after cutting: num_tokens, num_trained_tokens,
+        longest_tokens, epoch_tokens, epoch_trained_tokens. Tokens before: median_tokens,
+        p95_tokens, longest_uncut_tokens, lengths (first, last, samples). Steps by world size,
+        padding_share, and notes for the user.
+    """
+    parts = (ready.train, ready.held_out)
+    tables = [store.facts for store in ready.stores]
+    examples: dict[str, list[str]] = {}
+    for what, places in (pair for table in tables for pair in table.get("examples", {}).items()):
+        examples.setdefault(what, []).extend(places[:NUM_EXAMPLES])
+    repeated = _repeated(TokenDataset(ready.stores[0]))
+    examples["repeated"] = repeated[:NUM_EXAMPLES]
+    uncut = np.concatenate([store.num_uncut for store in ready.stores])
+    lengths = np.concatenate([part.lengths for part in parts])
+    facts = {
+        "sources": list(ready.names),
+        "train_on": cfg.train_on,
+        "context_length": cfg.context_length,
+        **{name: sum(table.get(name, 0) for table in tables) for name in COUNTS},
+        "kinds": dict(sum((Counter(table.get("kinds", {})) for table in tables), Counter())),
+        "bad": [f"{place}: {fault}" for place, fault in ready.bad],
+        "examples": examples,
+        "num_repeated": len(repeated),
+        "num_leaked": int(np.isin(_hashes(ready.held_out), _hashes(ready.train)).sum()),
+        "num_train": len(ready.train),
+        "num_held_out": len(ready.held_out),
+        "num_test": ready.num_test,
+        "num_tokens": int(lengths.sum()),
+        "num_trained_tokens": int(sum(part.num_trained.sum() for part in parts)),
+        "longest_tokens": int(lengths.max(initial=0)),
+        "epoch_tokens": int(ready.train.lengths.sum()),
+        "epoch_trained_tokens": int(ready.train.num_trained.sum()),
+        "median_tokens": int(np.median(uncut)) if len(uncut) else 0,
+        "p95_tokens": int(np.percentile(uncut, 95)) if len(uncut) else 0,
+        "longest_uncut_tokens": int(uncut.max(initial=0)),
+        "num_tokens_cut": int(uncut.sum()) - sum(len(store.codes) for store in ready.stores),
+        "lengths": _histogram(uncut),
+        "steps": _steps(cfg, len(ready.train), world_size),
+        "padding_share": _padding(cfg, ready.train.lengths, world_size, pad_multiple),
+        "kept": ready.stores[0].note or "in memory only",
+    }
+    return Audit({**facts, "notes": _notes(cfg, ready, Audit(facts), world_size)})
+
+
+def _hashes(part: TokenDataset) -> np.ndarray:
+    return part.store.hashes[part.indices]
+
+
+def _repeated(whole: TokenDataset) -> list[str]:
+    """Rows that hold the same tokens as one before, as "x.jsonl:9 repeats x.jsonl:3"."""
+    _, first, inverse = np.unique(whole.store.hashes, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    again = np.nonzero(earlier != np.arange(len(whole)))[0].tolist()
+    return [f"{whole.place(i)} repeats {whole.place(int(earlier[i]))}" for i in again]
+
+
+def _histogram(lengths: np.ndarray) -> list[list[int]]:
+    """First and last length, and how many: each bar twice as wide as the one before."""
+    bars, first = [], 1
+    while len(lengths) and first <= lengths.max():
+        last = max(2 * first - 1, 15)
+        bars.append([first, last, int(((lengths >= first) & (lengths <= last)).sum())])
+        first = last + 1
+    return bars
+
+
+def _steps(cfg: Config, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
+    found = {}
+    for size in sorted({1, 2, world_size}):
+        rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * size
+        per_epoch = batches.steps_per_epoch(num_rows, rows_per_step)
+        total = cfg.max_steps if cfg.max_steps > 0 else per_epoch * cfg.num_epochs
+        found[str(size)] = {"per_epoch": per_epoch, "in_all": total}
+    return found
+
+
+def _padding(
+    cfg: Config, lengths: np.ndarray, world_size: int, pad_multiple: int
+) -> dict[str, float]:
+    """Share of the tokens of an epoch that are padding, in batches and in packed sequences."""
+    if not len(lengths):
+        return {"batches": 0.0, "packed": 0.0}
+    if len(lengths) > MOST_SIMULATED_ROWS:
+        lengths = np.random.default_rng(cfg.seed).choice(lengths, MOST_SIMULATED_ROWS, False)
+    total = int(lengths.sum())
+    num_packed = len(batches.pack(lengths, cfg.context_length, world_size, cfg.seed, 0))
+    sampler = batches.sampler_config(cfg, world_size, 0, pad_multiple)
+    num_padded = sum(batches.padded_tokens(lengths, sampler))
+    packed = 1 - total / (num_packed * cfg.context_length)
+    return {"batches": 1 - total / num_padded, "packed": packed}
+
+
+def _notes(cfg: Config, ready: PreparedData, found: Audit, world_size: int) -> list[str]:
+    """What the user should look at before the run."""
+    facts, uses_chat = found.facts, ready.formatter is not None and ready.uses_chat
+    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
+    place = ready.formatter.chat.template.place if ready.formatter is not None else ""
+    num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
+    never_ends = found.num_samples and not facts["num_learning_end"]
+    table = {
+        f"{facts['num_bad']:,} rows cannot be used: they must be corrected": facts["num_bad"],
+        "more than a tenth of the rows is cut: raise --context_length": (
+            facts["num_cut"] * 10 > found.num_samples
+        ),
+        "the end of text is never learned: answers will not stop by it": (
+            never_ends and "blocks" not in facts["kinds"]
+        ),
+        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": (
+            0 < facts["num_train"] < rows_per_step
+        ),
+        f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
+        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": (
+            uses_chat and place == tokenizer.PLAIN_PLACE
+        ),
+        f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
+        "earlier turns in another way, so each answer stands alone": (
+            uses_chat and num_texts > facts["num_rows"]
+        ),
+    }
+    return [note for note, is_so in table.items() if is_so]
+
+
+def _bars(lengths: list[list[int]], context_length: int) -> list[str]:
+    most = max((count for _, _, count in lengths), default=0)
+    lines = []
+    for first, last, count in lengths:
+        bar = "█" * -(-BAR_CHARS * count // max(most, 1))
+        mark = "  <- context" if first <= context_length <= last else ""
+        lines.append(f"          {f'{first:,}-{last:,}':>15} {bar} {count:,}{mark}")
+    return lines
+
+
+def _losses(facts: dict[str, Any]) -> list[str]:
+    """What is cut, left out or there twice, with the places of the first."""
+    words = {
+        "cut": f"rows are longer than the context and lose {facts['num_tokens_cut']:,} tokens",
+        "empty": "rows have nothing to learn and are left out",
+        "beyond": "rows have nothing to learn within the context and are left out",
+        "repeated": "rows hold the same as another",
+    }
+    return [
+        f"{what:<9} {facts[f'num_{what}']:,} {text}: {', '.join(facts['examples'].get(what, []))}"
+        for what, text in words.items()
+        if facts[f"num_{what}"]
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Audit the data of a run and print what is found.
+
+    Args:
+        argv: --rows, --json, and the options of train.py.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
+            the rest has been printed.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(USAGE)
+        return DONE
+    num_rows, as_json, run_argv = _own_options(argv)
+    cfg = config.parse(run_argv, say=lambda line: print(line, file=sys.stderr))
+    info = arch.read(cfg.model_name, need_weights=False)
+    is_dummy = cfg.dataset == sources.DUMMY
+    path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)
+    text_tokenizer = None if is_dummy else tokenizer.read(path)
+    ready = prepare.prepare(
+        cfg, text_tokenizer, info.vocab_size, lambda: tokenizer.load(path), shows_progress=True
+    )
+    num_gpus = hardware.count_gpus(os.environ)
+    world_size = cfg.world_size if cfg.world_size > 0 else max(num_gpus, 1)
+    found = audit(cfg, ready, world_size, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])
+    if as_json:
+        print(json.dumps(found.facts, indent=1))
+    else:
+        print("\n".join(map(one_line, found.lines())))
+        print("".join(_shown(cfg, ready, text_tokenizer, num_rows)), end="")
+    ready.check()
+    return DONE
+
+
+def _own_options(argv: list[str]) -> tuple[int, bool, list[str]]:
+    """The options of this command alone, and the others."""
+    others, num_rows, words = [], "3", list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--rows" and words:
+            num_rows = words.pop(0)
+        elif word.startswith("--rows="):
+            num_rows = word.partition("=")[2]
+        elif word != "--json":
+            others.append(word)
+    if not num_rows.isdecimal():
+        raise UserError(f"--rows {num_rows}", "must be a whole number", "default is 3")
+    return int(num_rows), "--json" in argv, others
+
+
+def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
+    """Where the tokenizer lies; of a model on the hub its files are brought, not its weights."""
+    if info.path is not None and tokenizer.has_files(info.path):
+        return info.path
+    if Path(model_name).expanduser().is_dir() or "/" not in model_name:
+        tokenizer.require_files(Path(model_name))
+    return files.fetch_tokenizer(model_name)
+
+
+def _shown(
+    cfg: Config, ready: PreparedData, text_tokenizer: TextTokenizer | None, num_rows: int
+) -> Iterator[str]:
+    """Some rows as the model sees them; what is learned in colour, or between ⟦ and ⟧."""
+    if text_tokenizer is None or not len(ready.train):
+        return
+    has_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    marks = (LEARNED, PLAIN, GIVEN, PLAIN) if has_colour else ("⟦", "⟧", "", "")
+    chosen = np.random.default_rng(cfg.seed).permutation(len(ready.train))[:num_rows]
+    for index in sorted(chosen.tolist()):
+        sample = ready.train[index]
+        place, num_tokens = one_line(str(ready.train.place(index))), len(sample.input_ids)
+        yield f"\n{place}: {num_tokens:,} tokens, {sample.num_trained_tokens:,} learned\n"
+        for is_learned, text in stretches(sample, text_tokenizer):
+            before, after = marks[:2] if is_learned else marks[2:]
+            yield f"{before}{_safe(text)}{after}"
+        yield "\n"
+
+
+def stretches(sample: Sample, text_tokenizer: TextTokenizer) -> Iterator[tuple[bool, str]]:
+    """Decode a sample in stretches of tokens that are all learned, or all given.
+
+    Args:
+        sample: ids.
+        text_tokenizer: made them.
+
+    Yields:
+        Whether a stretch is learned, and its text, special tokens written out.
+    """
+    is_learned = sample.is_trained.copy()
+    is_learned[:1] = False  # nothing is asked for the first token
+    edges = np.nonzero(np.diff(is_learned))[0] + 1
+    for part in np.split(np.arange(len(is_learned)), edges):
+        text = text_tokenizer.core.decode(sample.input_ids[part].tolist(), False)
+        yield bool(is_learned[part[0]]), text
+
+
+def _safe(text: str) -> str:
+    """Long text without its middle, and no terminal codes of the data's own."""
+    if len(text) > MOST_CHARS:
+        num_left_out = len(text) - MOST_CHARS
+        head, tail = text[: MOST_CHARS // 2], text[-MOST_CHARS // 2 :]
+        text = f"{head} [... {num_left_out:,} characters ...] {tail}"
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

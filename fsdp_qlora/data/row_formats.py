@@ -1,0 +1,502 @@
+"""Rows to text: by the format that a row's columns tell, a chat template, or the user's own."""
+
+import functools
+import json
+import os
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.data.chat import Chat, Refused, Template, Text
+from fsdp_qlora.data.readers import TextPiece
+from fsdp_qlora.errors import UserError, one_line
+
+ASSISTANT = "### Assistant:"
+ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response"), "tool"),
+}
+LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
+NOT_TRAINED = -100
+CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
+JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
+JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+JSON_KINDS |= {type(None): "null", list: "a list"}
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One kind of row, told by its columns.
+
+    Args:
+        name: as --template takes it.
+        required: columns that make a row of this kind; a new question goes into the first.
+        optional: columns that may be absent, null or empty.
+        pair: row -> (prompt, completion) without a chat template; None where there is no such form.
+        messages: row -> conversation; None for text that is no conversation.
+        check: row -> what is wrong with its columns, or None; None: all of them hold text.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    pair: Callable[[dict], tuple[str, str]] | None = None
+    messages: Callable[[dict], list[dict]] | None = None
+    check: Callable[[dict], str | None] | None = None
+
+    def problem(self, row: dict) -> str | None:
+        """Say what is wrong with the columns of a row that has them, or return None."""
+        if self.check is not None:
+            return self.check(row)
+        named = [(name, row.get(name)) for name in self.required + self.optional]
+        given = [(n, value) for n, value in named if value is not None or n in self.required]
+        return next(filter(None, (_check_text(f'field "{n}"', value) for n, value in given)), None)
+
+
+def match(row: dict) -> RowFormat | None:
+    """Return the first format whose columns a row has, or None."""
+    return _match(frozenset(row))
+
+
+@functools.lru_cache(1024)
+def _match(names: frozenset) -> RowFormat | None:
+    return next((found for found in ROW_FORMATS if names.issuperset(found.required)), None)
+
+
+def kind(value: object) -> str:
+    """Return what a value is, in words of people who know JSON."""
+    return JSON_KINDS.get(type(value), "an object")
+
+
+def conversation(row: dict) -> list[dict]:
+    """Return the messages of a chat row as {"role", "content", ...}.
+
+    Args:
+        row: a row of the format "chat" without a problem; `system` stands before the messages.
+    """
+    messages = [_message(entry) for entry in row.get("messages") or row["conversations"]]
+    system = row.get("system")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _message(entry: dict) -> dict:
+    """ShareGPT's from and value become role and content; empty fields of a table are left out."""
+    others = {k: v for k, v in entry.items() if v is not None and k not in ("from", "value")}
+    content = entry.get("content", entry.get("value"))
+    if isinstance(content, list):  # parts, all of them text
+        content = "".join(part["text"] for part in content)
+    role = ROLES[entry["role"] if "role" in entry else entry["from"]]
+    return {**others, "role": role, "content": "" if content is None else content}
+
+
+def _check_text(what: str, value: object) -> str | None:
+    if not isinstance(value, str):
+        return f"{what} is {kind(value)} (want text)"
+    return (
+        None if _is_unicode(value) else f"{what} holds half a surrogate pair (want valid Unicode)"
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_label(row: dict) -> str | None:
+    if row["label"] is None:
+        return 'field "label" is null (want text, a list or an object)'
+    try:
+        fault = _check_text('field "label"', json.dumps(row["label"], ensure_ascii=False))
+    except (TypeError, ValueError):
+        fault = 'field "label" cannot be written as JSON'
+    return fault or _check_text('field "text"', row["text"])
+
+
+def _check_chat(row: dict) -> str | None:
+    name = "messages" if row.get("messages") is not None else "conversations"
+    entries = row.get(name)
+    if not isinstance(entries, list) or not entries:
+        what = "an empty list" if entries == [] else kind(entries)
+        return f'field "{name}" is {what} (want a list of messages)'
+    if row.get("system") is not None and (fault := _check_text('"system"', row["system"])):
+        return fault
+    numbered = enumerate(entries, 1)
+    return next((f"message {i} {fault}" for i, e in numbered if (fault := _check_message(e))), None)
+
+
+def _check_message(entry: object) -> str | None:
+    if not isinstance(entry, dict):
+        return f"is {kind(entry)} (want an object with role and content)"
+    role = entry.get("role", entry.get("from"))
+    if not isinstance(role, str) or role not in ROLES:
+        return f"has role {one_line(str(role))[:30]} (want system, user, assistant or tool)"
+    content = entry.get("content", entry.get("value"))
+    if isinstance(content, list):
+        are_texts = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
+        content = "".join(p["text"] for p in content) if are_texts else content
+    if content is None and entry.get("tool_calls"):
+        return None
+    return _check_text("content", content)
+
+
+def _check_ids(row: dict) -> str | None:
+    ids, labels = row["input_ids"], row.get("labels")
+    for name in ("input_ids", "labels", "attention_mask"):
+        values = row.get(name)
+        if values is None and name != "input_ids":
+            continue
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            return f'field "{name}" is not a list of whole numbers'
+        if len(values) != len(ids):
+            return f'field "{name}" has {len(values)} entries and "input_ids" {len(ids)}'
+    if any(not 0 <= number < 2**31 for number in ids):
+        return 'field "input_ids" holds a number that is no token'
+    pairs = zip(ids, labels or (), strict=False)
+    if any(label not in (number, NOT_TRAINED) for number, label in pairs):
+        return f'field "labels" differs from "input_ids" (want the same number, or {NOT_TRAINED})'
+    return None
+
+
+def _alpaca(row: dict) -> tuple[str, str]:
+    """Source: the prompt format of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
+    context = row.get("input") or ""
+    paired = ", paired with an input that provides further context" if context else ""
+    prompt = (
+        f"Below is an instruction that describes a task{paired}. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{row['instruction']}\n\n"
+    )
+    if context:
+        prompt += f"### Input:\n{context}\n\n"
+    return prompt + "### Response:\n", row["output"]
+
+
+def _question(row: dict) -> tuple[str, str]:
+    context = f"###Context:\n{row['context']}\n" if row.get("context") else ""
+    return f"{context}###Question:\n{row['question']}\n###Answer:\n", row["answer"]
+
+
+def _dialogue(row: dict) -> tuple[str, str]:
+    """All of the text is learned; in a dialogue (guanaco), all after the first answer begins."""
+    before, marker, after = row["text"].partition(ASSISTANT)
+    return (before + marker, after) if marker else ("", before)
+
+
+def _prompt(row: dict) -> tuple[str, str]:
+    return row["prompt"], row["completion"]
+
+
+def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
+    """Make a function row -> conversation: the last column answers, the others are asked."""
+    *given, answer = columns
+    first = [{"role": "system", "content": system}] if system else []
+
+    def messages(row: dict) -> list[dict]:
+        said = row[answer]
+        said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+        asked = "\n\n".join(row[name] for name in given if row.get(name))
+        return [*first, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+    return messages
+
+
+ROW_FORMATS = (
+    RowFormat("tokens", ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
+    RowFormat(CHAT, ("messages",), messages=conversation, check=_check_chat),
+    RowFormat(CHAT, ("conversations",), messages=conversation, check=_check_chat),
+    RowFormat(
+        "alpaca",
+        ("instruction", "output"),
+        ("input",),
+        _alpaca,
+        _ask("instruction", "input", "output"),
+    ),
+    RowFormat(
+        "question",
+        ("question", "answer"),
+        ("context",),
+        _question,
+        _ask("context", "question", "answer"),
+    ),
+    RowFormat("prompt", ("prompt", "completion"), (), _prompt, _ask("prompt", "completion")),
+    RowFormat(
+        LABEL, ("text", "label"), (), None, _ask("text", "label", system=LABEL_PROMPT), _check_label
+    ),
+    RowFormat(TEXT, ("text",), (), _dialogue),
+)
+NAMES = tuple(dict.fromkeys([*(found.name for found in ROW_FORMATS), BLOCKS]))
+
+
+@dataclass(frozen=True)
+class RowFormatter:
+    """How the rows of a run become text.
+
+    Args:
+        chat: for conversations.
+        train_on: "all", "assistant" (or "completion": every answer) or "last" (the last answer).
+        system: stands before every conversation or prompt in place of its own; None for its own.
+        format_name: one of NAMES that every row must have; None: each row's columns tell.
+        row_template: Jinja over a row's columns; None for none.
+        parts: (text, column) pairs, the last column being what is learned; empty for none.
+    """
+
+    chat: Chat
+    train_on: str = "assistant"
+    system: str | None = None
+    format_name: str | None = None
+    row_template: Template | None = None
+    parts: tuple[tuple[str, str | None], ...] = ()
+
+    @property
+    def has_own_template(self) -> bool:
+        """Whether the user wrote how columns become text."""
+        return self.row_template is not None or bool(self.parts)
+
+    def problem(self, row: object) -> str | None:
+        """Say what keeps a value read from a file from being a row of this run.
+
+        Args:
+            row: anything that JSON or parquet can hold, or a piece of running text.
+
+        Returns:
+            None for a good row, else a few words such as 'field "output" is null (want text)'.
+        """
+        if isinstance(row, TextPiece):
+            is_text = self.format_name in (None, BLOCKS, TEXT) and not self.has_own_template
+            return None if is_text else "is running text (the template wants columns)"
+        if not isinstance(row, dict):
+            return f"is {kind(row)} (want an object with named fields)"
+        if self.has_own_template:
+            return self._problem_of_columns(row)
+        wanted = self._named()
+        found = match(row) if wanted is None else wanted
+        if found is None or any(name not in row for name in found.required):
+            kinds = " | ".join("+".join(f.required) for f in ([wanted] if wanted else ROW_FORMATS))
+            names = one_line(", ".join(map(str, row)))[:80]
+            return f"has fields {names or 'none'} (want {kinds})"
+        is_refused = self.format_name == CHAT and found.messages is None
+        fault = "is no conversation (want messages, or an answer)" if is_refused else None
+        return found.problem(row) or fault
+
+    def is_block(self, row: object) -> bool:
+        """Return whether a row is running text that is cut into blocks of the context's length."""
+        if isinstance(row, TextPiece) or not isinstance(row, dict):
+            return isinstance(row, TextPiece)
+        if self.has_own_template or self.format_name not in (None, BLOCKS):
+            return False
+        found = match(row)
+        is_text = found is not None and found.name == TEXT and ASSISTANT not in str(row["text"])
+        return self.format_name == BLOCKS or is_text
+
+    def is_ids(self, row: object) -> bool:
+        """Return whether a row holds token ids already."""
+        if not isinstance(row, dict) or self.has_own_template:
+            return False
+        return self._find(row).name == "tokens"
+
+    def name(self, row: object) -> str:
+        """Return how a row is treated, in a word or two for the user."""
+        if self.has_own_template:
+            return "own template"
+        if not isinstance(row, dict) or self.is_block(row):
+            return BLOCKS
+        name = self._find(row).name
+        return f"{name} as chat" if self._as_chat(row) and name != CHAT else name
+
+    def render(self, row: dict) -> list[Text]:
+        """Turn a row into text and say which parts of it are learned.
+
+        Args:
+            row: one without a problem that is neither a block nor ids.
+
+        Returns:
+            One text; several where a chat template writes earlier turns in another way.
+
+        Raises:
+            Refused: a template cannot render it.
+        """
+        texts = self._render(row)
+        if not all(_is_unicode(text.text) for text in texts):
+            raise Refused("it holds half a surrogate pair (want valid Unicode)")
+        if self.train_on == "all":
+            return [text._replace(spans=((0, len(text.text)),)) for text in texts]
+        return texts
+
+    def ask(self, question: str, example: object) -> str:
+        """Put a new question into the form of the rows that are trained on.
+
+        Args:
+            question: what the model is asked.
+            example: any row of the training data without a problem.
+
+        Returns:
+            The prompt whose continuation is the answer.
+
+        Raises:
+            Refused: the chat template cannot render it.
+        """
+        is_row = isinstance(example, dict) and not self.is_block(example)
+        if not is_row or self.has_own_template or self.is_ids(example):
+            return question
+        assert isinstance(example, dict)
+        found = self._find(example)
+        if self._as_chat(example):
+            first = [{"role": "system", "content": LABEL_PROMPT}] * (found.name == LABEL)
+            messages = [*first, {"role": "user", "content": question}]
+            return self.chat.prompt(self._with_system(messages))
+        assert found.pair is not None
+        text = question
+        if ASSISTANT in str(example.get("text", "")):
+            text = f"### Human: {question}\n{ASSISTANT}"
+        prompt, completion = found.pair(
+            dict.fromkeys(found.required, "") | {found.required[0]: text}
+        )
+        return self._system_text() + (prompt or completion)
+
+    def _render(self, row: dict) -> list[Text]:
+        if self.row_template is not None:
+            text, marks = self.row_template.render(**{str(key): row[key] for key in row})
+            has_markup = "bos_token" in self.row_template.variables
+            return [Text(text, marks or ((0, len(text)),), has_markup)]
+        if self.parts:
+            return [self._fill(row)]
+        if self._as_chat(row):
+            return self._render_chat(row)
+        pair = self._find(row).pair
+        assert pair is not None
+        prompt, completion = pair(row)
+        start = len(self._system_text() + prompt)
+        text = self._system_text() + prompt + completion
+        return [Text(text, ((start, len(text)),) if completion.strip() else ())]
+
+    def _render_chat(self, row: dict) -> list[Text]:
+        to_messages = self._find(row).messages
+        assert to_messages is not None
+        messages, tools = self._with_system(to_messages(row)), _tools(row)
+        answers = [
+            number
+            for number, message in enumerate(messages)
+            if message["role"] == "assistant"
+            and (message["content"].strip() or message.get("tool_calls"))
+        ]
+        turns = answers[-1:] if self.train_on == "last" else answers
+        if self.train_on == "all" or not turns:
+            return [Text(self.chat.whole(messages, tools), (), has_markup=True)]
+        return self.chat.render(messages, turns, tools)
+
+    def _fill(self, row: dict) -> Text:
+        text, start = "", 0
+        for literal, column in self.parts:
+            text, start = text + literal, len(text + literal) if column else start
+            text += str(row[column]) if column else ""
+        return Text(text, ((start, len(text)),) if text[start:].strip() else ())
+
+    def _problem_of_columns(self, row: dict) -> str | None:
+        for column in (column for _, column in self.parts if column is not None):
+            if column not in row:
+                return f'has no field "{column}", which the template names'
+            if not isinstance(row[column], str | int | float):
+                return f'field "{column}" is {kind(row[column])} (want text)'
+        return None
+
+    def _named(self) -> RowFormat | None:
+        """The format that the user named."""
+        name = TEXT if self.format_name == BLOCKS else self.format_name
+        return next((f for f in ROW_FORMATS if f.name == name != CHAT), None)
+
+    def _find(self, row: dict) -> RowFormat:
+        found = self._named() or match(row)
+        assert found is not None, f"row of no kind: {sorted(row)}"
+        return found
+
+    def _as_chat(self, row: dict) -> bool:
+        found = self._find(row)
+        return found.messages is not None and (self.format_name == CHAT or found.pair is None)
+
+    def _with_system(self, messages: list[dict]) -> list[dict]:
+        if self.system is None:
+            return messages
+        others = messages[1:] if messages[0]["role"] == "system" else messages
+        return [{"role": "system", "content": self.system}, *others]
+
+    def _system_text(self) -> str:
+        return f"{self.system}\n\n" if self.system else ""
+
+
+def choose(
+    template: str | None,
+    chat: Chat,
+    names: Mapping[str, str],
+    train_on: str = "assistant",
+    system: str | None = None,
+) -> RowFormatter:
+    """Find out what --template means.
+
+    Args:
+        template: a name in NAMES, a Jinja file, text with {columns}, or None for what fits a row.
+        chat: the tokenizer's chat template.
+        names: texts of its special tokens by name.
+        train_on: what is learned.
+        system: system prompt, or None.
+
+    Returns:
+        What turns rows into text.
+
+    Raises:
+        UserError: it is none of these, or wrong.
+    """
+    if template is None or template == "auto":
+        return RowFormatter(chat, train_on, system)
+    if template in NAMES:
+        return RowFormatter(chat, train_on, system, format_name=template)
+    if template.endswith(JINJA_SUFFIXES):
+        jinja = Template(_read(Path(template).expanduser()), names, template)
+        if "messages" in jinja.variables:
+            return RowFormatter(Chat(jinja), train_on, system, format_name=CHAT)
+        jinja.forbid_undefined()
+        return RowFormatter(chat, train_on, system, row_template=jinja)
+    if "{" in template:
+        return RowFormatter(chat, train_on, system, parts=_parse_format(template))
+    remedy = f"one of {' '.join(NAMES)}, a .jinja file, or text with {{columns}}"
+    raise UserError(f"--template {template}", "is no template", f"give {remedy}")
+
+
+def _tools(row: dict) -> Any:
+    """What a chat template shows as tools; some data sets hold them as JSON in text."""
+    tools = row.get("tools")
+    if not isinstance(tools, str) or not tools.strip():
+        return tools or None
+    try:
+        return json.loads(tools)
+    except ValueError as error:
+        raise Refused('field "tools" is not JSON') from error
+
+
+def _read(path: Path) -> str:
+    reason = "is no regular file"
+    try:
+        if not os.path.lexists(path) or os.path.isfile(path):  # a pipe would wait
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+    raise UserError(f"--template {path}", reason, "give a Jinja file")
+
+
+def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:
+    got = f"--template {template}"
+    try:
+        parts = list(string.Formatter().parse(template.replace("\\n", "\n")))
+    except ValueError as error:
+        raise UserError(got, str(error), "write {column}, and {{ for a brace") from error
+    for _, column, spec, conversion in parts:
+        if column == "" or spec or conversion or any(sign in (column or "") for sign in "[]"):
+            raise UserError(got, "want the name of a column in each pair of braces", "correct it")
+    if all(column is None for _, column, _, _ in parts):
+        raise UserError(got, "names no {column}", "write the column to learn last")
+    return tuple((literal, column) for literal, column, _, _ in parts)

@@ -1,0 +1,303 @@
+"""The numbers a plan is made of: packed bytes, widths of a layer, and what a run is set to."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import arch
+from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.config import STRATEGIES, Config
+from fsdp_qlora.planning.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
+
+PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
+LEVELS = ("full", "selective", "none")
+IN_MEMORY = ("/dev/shm/", "/run/")
+GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def packed_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
+    """Count the bytes of one decoder layer's frozen linears.
+
+    Args:
+        shapes: (out features, in features) of each linear.
+        format_name: row of FORMATS.
+
+    Returns:
+        (packed weights, quantisation constants), each with its padding to ALIGN_BYTES.
+    """
+    fmt = FORMATS[format_name]
+    weights = sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in shapes)
+    fields = [(ITEM_BYTES[f.dtype] * sum(map(f.num_elements, shapes))) for f in fmt.fields]
+    return weights, sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What may be chosen about a run without changing what it computes.
+
+    Args:
+        num_ranks: cards, or CPU ranks, of one host.
+        batch_size: rows of a micro-batch on a rank.
+        accumulation: micro-batches of an optimizer step.
+        placements: of the packed bytes of each decoder layer, see PLACEMENTS.
+        levels: what each decoder layer keeps for its backward, see LEVELS.
+        strategy: row of choices.STRATEGIES.
+    """
+
+    num_ranks: int
+    batch_size: int
+    accumulation: int
+    placements: tuple[str, ...]
+    levels: tuple[str, ...]
+    strategy: str = "full_shard"
+
+    @property
+    def shares(self) -> int:
+        """Ranks that share what is sharded: 1 when every rank keeps everything."""
+        return 1 if STRATEGIES[self.strategy].replicates else self.num_ranks
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether layers that are sharded stay gathered between forward and backward."""
+        row = STRATEGIES[self.strategy]
+        return not (row.reshards or row.replicates)
+
+    def count(self, *names: str) -> int:
+        """Count the decoder layers in some placements (or on some levels)."""
+        return sum(self._counts[name] for name in names)
+
+    @functools.cached_property
+    def _counts(self) -> collections.Counter[str]:
+        return collections.Counter((*self.placements, *self.levels))
+
+
+def place(num_layers: int, rest: str, num_resident: int) -> tuple[str, ...]:
+    """Placements with some layers whole on each card, evenly spread, and the others alike.
+
+    Args:
+        num_layers: decoder layers.
+        rest: placement of the layers that are not resident.
+        num_resident: layers that are; what is too many is cut.
+
+    Returns:
+        One placement a layer.
+    """
+    num_resident = min(num_resident, num_layers)
+    return tuple(
+        "resident"
+        if (i + 1) * num_resident // num_layers > i * num_resident // num_layers
+        else rest
+        for i in range(num_layers)
+    )
+
+
+def with_trained(packed: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]:
+    """Add the layers that are trained themselves to the placements of all others.
+
+    Args:
+        packed: placements of the others, in order.
+        whole: numbers of those layers.
+    """
+    rest = iter(packed)
+    return tuple("trained" if i in whole else next(rest) for i in range(len(packed) + len(whole)))
+
+
+def setting_of(cfg: Config, num_layers: int, num_ranks: int, whole: Sequence[int] = ()) -> Setting:
+    """What a command line sets.
+
+    Args:
+        cfg: the run.
+        num_layers: decoder layers of its model.
+        num_ranks: cards, or CPU ranks.
+        whole: layers that are trained themselves.
+
+    Returns:
+        The setting; `--offload_impl auto` means streamed, as on one host.
+    """
+    hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
+    num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
+    num_packed, rest = num_layers - len(whole), hosted if cfg.use_cpu_offload else "sharded"
+    return Setting(
+        num_ranks=num_ranks,
+        batch_size=cfg.batch_size,
+        accumulation=cfg.gradient_accumulation_steps,
+        placements=with_trained(place(num_packed, rest, num_resident), whole),
+        levels=cfg.levels(num_layers),
+        strategy=cfg.sharding_strategy,
+    )
+
+
+def setting_for(info: ModelInfo, cfg: Config, num_ranks: int) -> Setting:
+    """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
+    return setting_of(cfg, info.num_layers, num_ranks, trained.whole(info, cfg).layers)
+
+
+def applied(cfg: Config, setting: Setting) -> Config:
+    """The run that a setting makes of a run: `setting_of` the other way round.
+
+    Args:
+        cfg: the run as it was.
+        setting: chosen for it.
+
+    Returns:
+        The run with the setting's options; what they already say stays as it is.
+    """
+    num_layers = len(setting.levels)
+    changed: dict[str, Any] = {
+        "batch_size": setting.batch_size,
+        "gradient_accumulation_steps": setting.accumulation,
+        "sharding_strategy": setting.strategy,
+    }
+    whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
+    own = setting_of(cfg, num_layers, setting.num_ranks, whole)
+    if (own.placements, own.strategy) != (setting.placements, setting.strategy):
+        num_resident = setting.count("resident") if setting.strategy != "ddp" else 0
+        is_fsdp = setting.count("offloaded") > 0
+        is_sharded = setting.count("sharded", "trained") == num_layers
+        changed["use_cpu_offload"] = not is_sharded and setting.strategy != "ddp"
+        changed |= {"resident_layers": num_resident, "offload_impl": "fsdp" if is_fsdp else "auto"}
+    if own.levels != setting.levels:
+        changed["use_gradient_checkpointing"] = True
+        changed["selective_layers"] = setting.count("selective")
+        changed["uncheckpointed_layers"] = setting.count("none")
+    return dataclasses.replace(cfg, **changed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of one decoder layer and of the model, for a run's adapters and precision.
+
+    Args:
+        layers, hidden, vocab: of the model.
+        heads: attention heads.
+        outs: features of all products of a layer but the last (down_proj).
+        attention: width of the attention's output.
+        gates: features of the products that feed the activation function.
+        product: width of the activation product, which the last linear reads.
+        norms: norms over the hidden size in a layer.
+        head_norms: features that pass through norms of the head size (Qwen 3, Gemma 3).
+        weights: frozen weights of a layer's linears.
+        largest: weights of its largest linear.
+        active: weights that one token passes: of a mixture, those of its experts.
+        last: weights of its last linear, whose product a recomputation leaves out; 0 with experts.
+        packed, constants: bytes of a layer's linears as stored.
+        root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
+        head: elements of the output head.
+        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
+        magnitudes: features whose products DoRA scales.
+        whole, trained_root: parameters of a layer; those outside the layers that are trained.
+        input_features: features that the adapted linears read and keep: each input once.
+        dropped_features: the same for every adapted linear by itself.
+        item: bytes of an activation.
+        is_eager: attention is not fused.
+        caps_logits: the loss keeps the logits before their cap too (Gemma 2).
+        file_bytes: of the model's files, where they lie in memory.
+        master: bytes of a trained weight.
+    """
+
+    layers: int
+    hidden: int
+    vocab: int
+    heads: int
+    outs: int
+    attention: int
+    gates: int
+    product: int
+    norms: int
+    head_norms: int
+    weights: int
+    largest: int
+    active: int
+    last: int
+    packed: int
+    constants: int
+    root: int
+    small: int
+    head: int
+    lora: int
+    lora_ranks: int
+    magnitudes: int
+    whole: int
+    trained_root: int
+    input_features: int
+    dropped_features: int
+    item: int
+    is_eager: bool
+    caps_logits: bool
+    file_bytes: int
+    master: int
+
+
+def sizes(info: ModelInfo, cfg: Config) -> Sizes:
+    """Collect the numbers of a model and a run.
+
+    Args:
+        info: the model.
+        cfg: lora_rank, lora_target_modules, format_name, compute_dtype.
+
+    Raises:
+        UserError: an adapter's name matches no linear (code 2).
+    """
+    linears = info.linears
+    counts = [linear.out_features * linear.in_features for linear in linears]
+    shapes = [(linear.out_features, linear.in_features) for linear in linears]
+    packed, constants = packed_bytes(shapes, cfg.format_name)
+    targets = cfg.lora_target_modules if trained.has_adapters(cfg) else "all"
+    adapted = arch.select_linears(info, targets)
+    read_by_token, num_experts = arch.active_linears(info)
+    o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
+    norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
+    gates = [n for n in read_by_token if n.name.rpartition(".")[2].startswith(GATES)]
+    qkv = linears[: linears.index(o_proj)]
+    # Attention keeps its own output; the other inputs are norms' outputs and the last product.
+    readers = (qkv, gates, linears[-1:])
+    read = [group[0].in_features for group in readers if set(group) & set(adapted)]
+    has_head_norms = any(width != info.hidden_size for width in norms)
+    return Sizes(
+        layers=info.num_layers,
+        hidden=info.hidden_size,
+        vocab=info.vocab_size,
+        heads=info.config.get("num_attention_heads", 1),
+        outs=sum(linear.out_features for linear in read_by_token[:-1]),
+        attention=o_proj.in_features,
+        gates=sum(linear.out_features for linear in gates),
+        product=read_by_token[-1].in_features * num_experts,
+        norms=sum(width == info.hidden_size for width in norms),
+        head_norms=sum(n.out_features for n in qkv[:2]) if has_head_norms else 0,
+        weights=sum(counts),
+        largest=max(counts),
+        active=sum(n.out_features * n.in_features for n in read_by_token),
+        last=counts[-1] if len(read_by_token) == len(linears) else 0,
+        packed=packed,
+        constants=constants,
+        root=sum(math.prod(shape) for _, shape in info.root_params),
+        small=sum(math.prod(shape) for _, shape in info.layer_params),
+        head=info.vocab_size * info.hidden_size,
+        lora=trained.adapter_params(info, cfg),
+        lora_ranks=cfg.lora_rank * len(adapted) * trained.has_adapters(cfg),
+        magnitudes=trained.magnitudes(info, cfg),
+        whole=trained.layer_params(info),
+        trained_root=trained.root_params(info, cfg),
+        input_features=sum(read),
+        dropped_features=sum(linear.in_features for linear in adapted),
+        item=DTYPE_BYTES[cfg.compute_dtype],
+        is_eager=cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention),
+        caps_logits=bool(info.config.get("final_logit_softcapping")),
+        file_bytes=_bytes_in_memory(info.path),
+        master=DTYPE_BYTES[cfg.master_dtype],
+    )
+
+
+def _bytes_in_memory(path: Path | None) -> int:
+    if path is None or not str(path.resolve()).startswith(IN_MEMORY):
+        return 0
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

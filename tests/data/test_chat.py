@@ -1,0 +1,247 @@
+"""What the assistant says: found in every template, token by token as transformers marks it."""
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from fsdp_qlora.data import row_formats, tokenizer, tokens
+from fsdp_qlora.data.chat import Chat, Refused, Template, Text
+from fsdp_qlora.data.readers import Place
+from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
+from fsdp_qlora.errors import UserError
+from tests import small_tokenizers
+from tests.small_tokenizers import MARKED, conversations
+
+KINDS = sorted(MARKED)
+CAFE = [
+    {"role": "user", "content": "Où est le café 😀😀?"},
+    {"role": "assistant", "content": "  Là-bas 😀😀\n"},
+    {"role": "user", "content": "<|im_end|> thanks 漢字"},
+    {"role": "assistant", "content": "漢字 é"},
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Directories with a tokenizer of each kind."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {kind: small_tokenizers.save(root / kind, kind) for kind in [*KINDS, "plain"]}
+
+
+def samples(text_tokenizer, chats, template=None, **how):
+    """Samples of conversations, as (ids, learned)."""
+    chat = text_tokenizer.chat()
+    formatter = row_formats.choose(template, chat, text_tokenizer.names, **how)
+    rows = ((Place("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
+    store = tokens.tokenize(StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
+    assert store.facts["bad"] == []
+    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in TokenDataset(store)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_equal_those_of_transformers_token_by_token(places, kind):
+    """The reference has the template marked by hand; ours sees the plain one."""
+    full = AutoTokenizer.from_pretrained(places[kind])
+    chats = [*conversations(), CAFE]
+    ours = samples(tokenizer.read(places[kind]), chats)
+    assert len(ours) == len(chats) > 6
+    for chat, (ids, is_learned) in zip(chats, ours, strict=True):
+        reference = full.apply_chat_template(
+            chat,
+            chat_template=MARKED[kind],
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        assert ids == reference["input_ids"] == list(full.apply_chat_template(chat).input_ids)
+        assert is_learned == [bool(flag) for flag in reference["assistant_masks"]]
+        assert 0 < sum(is_learned) < len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_marked_template_is_believed(places, kind):
+    text_tokenizer = tokenizer.read(places[kind])
+    path = places[kind] / "marked.jinja"
+    path.write_text(MARKED[kind])
+    chats = conversations()
+    assert samples(text_tokenizer, chats, str(path)) == samples(text_tokenizer, chats)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+def test_the_light_tokenizer_gives_the_ids_of_transformers(places, kind):
+    check_light_tokenizer(places[kind])
+
+
+def check_light_tokenizer(place):
+    full = AutoTokenizer.from_pretrained(place)
+    light, wrapped = tokenizer.read(place), tokenizer.wrap(full, "x")
+    texts = [text for chat in [*conversations(), CAFE] for text in (m["content"] for m in chat)]
+    expected = full(texts)["input_ids"]
+    for ours in (light, wrapped):
+        assert [encoding.ids for encoding in ours.encode(texts, True)] == expected
+        adds_bos = full("").input_ids[:1] == [full.bos_token_id]
+        assert (ours.eos_id, ours.adds_bos) == (full.eos_token_id, adds_bos)
+        assert (ours.names, ours.chat_template) == (wrapped.names, full.chat_template)
+    assert light.fingerprint() == wrapped.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"add_bos_token": True},
+        {"add_eos_token": True, "add_bos_token": True},
+        {"add_bos_token": False},
+        {"unk_token": "<unknown>", "extra_special_tokens": {}},
+    ],
+)
+def test_the_light_tokenizer_heeds_its_configuration(tmp_path, config):
+    for kind in ("plain", "llama3"):
+        check_light_tokenizer(small_tokenizers.save(tmp_path / kind, kind, **config))
+
+
+def test_a_template_in_a_file_of_its_own_or_among_several_is_found(tmp_path):
+    check_light_tokenizer(small_tokenizers.save(tmp_path / "chatml", "chatml"))
+    place = small_tokenizers.save(tmp_path / "plain")
+    (place / "chat_template.jinja").write_text(small_tokenizers.LLAMA3)
+    check_light_tokenizer(place)
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    place = small_tokenizers.save(tmp_path / "several", chat_template=several)
+    assert tokenizer.read(place).chat_template == "d"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_is_the_last_answer_and_all_is_everything(places, kind):
+    text_tokenizer = tokenizer.read(places[kind])
+    chat = conversations()[0]
+    (ids, answers), (_, last), (_, every) = (
+        samples(text_tokenizer, [chat], train_on=how)[0] for how in ("assistant", "last", "all")
+    )
+    assert all(every) and len(every) == len(ids)
+    edges = np.nonzero(np.diff(answers))[0]
+    assert len(edges) >= 3
+    assert last == [flag and i > edges[-1 if answers[-1] else -2] for i, flag in enumerate(answers)]
+    assert samples(text_tokenizer, [chat], train_on="completion")[0][1] == answers
+
+
+def test_the_plain_template_ends_every_answer_and_starts_as_the_tokenizer_does(tmp_path, places):
+    chat = [{"role": "system", "content": "S"}, *conversations()[0][:4]]
+    for place, start in (
+        (places["plain"], ""),
+        (small_tokenizers.save(tmp_path, "plain", adds_bos=True), "<s>"),
+    ):
+        text_tokenizer = tokenizer.read(place)
+        ((ids, is_learned),) = samples(text_tokenizer, [chat])
+        text = text_tokenizer.core.decode(ids, False)
+        assert text.startswith(f"{start}### System: S\n### Human: I do not")
+        learned = [i for i, flag in zip(ids, is_learned, strict=True) if flag]
+        said = "".join(f" {m['content']}</s>\n" for m in chat if m["role"] == "assistant")
+        assert text_tokenizer.core.decode(learned, False) == said
+
+
+class _Names(dict):
+    """bos_token and eos_token."""
+
+
+NAMES = _Names(bos_token="<s>", eos_token="</s>")
+PAIR = [
+    {"role": "user", "content": "a?"},
+    {"role": "assistant", "content": "<think>why</think>A"},
+    {"role": "user", "content": "b?"},
+    {"role": "assistant", "content": "<think>how</think>B"},
+]
+REWRITING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'U:' + m.content + '\n' }}"
+    "{% elif loop.last %}{{ 'A:' + m.content + '</s>' }}"
+    "{% else %}{{ 'A:' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+)
+ENDING = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% else %}{{ eos_token }}{% endif %}"
+)
+CUE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'U:' + m.content }}"
+    "{% else %}{{ 'A:' + m.content.split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A:<think>' }}{% endif %}"
+)
+
+
+def learned(texts: list[Text]) -> list[tuple[str, list[str]]]:
+    return [(text.text, [text.text[a:b] for a, b in text.spans]) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            REWRITING,
+            [
+                ("U:a?\nA:<think>why</think>A</s>", ["<think>why</think>A</s>"]),
+                ("U:a?\nA:A</s>U:b?\nA:<think>how</think>B</s>", ["<think>how</think>B</s>"]),
+            ],
+        ),
+        (
+            ENDING,
+            [
+                (
+                    "user:a?|assistant:<think>why</think>A|user:b?|"
+                    "assistant:<think>how</think>B|</s>",
+                    ["<think>why</think>A|", "<think>how</think>B|</s>"],
+                )
+            ],
+        ),
+        (CUE, [("U:a?A:A</s>U:b?A:B</s>", ["A</s>", "B</s>"])]),
+    ],
+    ids=["earlier turns are written in another way", "the end stands once", "a cue is left out"],
+)
+def test_an_answer_is_learned_in_the_text_that_the_model_will_see(source, expected):
+    chat = Chat(Template(source, NAMES, "t"))
+    assert learned(chat.render(PAIR, [1, 3])) == expected
+
+
+def test_a_conversation_may_begin_with_the_assistant():
+    chat = Chat(Template("{{ messages[0].role[:0] }}" + ENDING, NAMES, "t"))
+    messages = [{"role": "assistant", "content": "Hello."}, *PAIR[:2]]
+    ((_, spans),) = learned(chat.render(messages, [0, 2]))
+    assert spans == ["Hello.|", "<think>why</think>A|</s>"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{% for m in messages %}", "t:1: is not a Jinja template"),
+        ("a\n{{ b", "t:2: is not a Jinja template"),
+    ],
+)
+def test_a_broken_template_is_named_with_its_line(source, words):
+    with pytest.raises(UserError, match=words):
+        Template(source, NAMES, "t")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no system role') }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ range(10**9) | list }}",
+    ],
+)
+def test_what_a_template_raises_or_may_not_do_is_a_refusal(source):
+    with pytest.raises(Refused):
+        Chat(Template(source, NAMES, "t")).render(PAIR, [1])
+
+
+def test_a_template_sees_what_transformers_gives_it():
+    """Filters, tests and functions that real templates use."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% continue %}{% endif %}\n"
+        "    {{ m | tojson }}{{ {'a': ['<é>']} | tojson(indent=1) }}\n{% endfor %}"
+        "{{ strftime_now('%Y') }}{{ bos_token }}{% if tools is none %}none{% endif %}"
+        "{{ 'x' if documents is none }}{{ namespace(a=1).a }}{{ undefined_name }}"
+    )
+    ours = Chat(Template(source, NAMES, "t")).whole(PAIR)
+    theirs, _ = render_jinja_template([PAIR], chat_template=source, **NAMES)
+    assert ours == theirs[0]

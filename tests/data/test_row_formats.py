@@ -1,0 +1,291 @@
+"""What a row's columns make of it, and what --template makes of it instead."""
+
+import json
+
+import pytest
+
+from fsdp_qlora import fetch
+from fsdp_qlora.data import row_formats
+from fsdp_qlora.data.chat import Refused
+from fsdp_qlora.data.readers import TextPiece
+from fsdp_qlora.data.row_formats import LABEL_PROMPT
+from fsdp_qlora.errors import UserError
+from tests import small_tokenizers
+from tests.small_tokenizers import conversations
+
+ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh."}]}
+SHAREGPT = {
+    "system": "S",
+    "conversations": [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Oh."},
+        {"from": "observation", "value": "42"},
+        {"from": "function_call", "value": "f()"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return small_tokenizers.make(tmp_path_factory.mktemp("tokenizer"), "chatml")
+
+
+@pytest.fixture
+def choose(tokenizer):
+    """--template, --train_on and --system_prompt to a formatter."""
+
+    def choose(template=None, **how):
+        return row_formats.choose(template, tokenizer.chat(), tokenizer.names, **how)
+
+    return choose
+
+
+def written(formatter, row):
+    """(text, learned parts) of a row of one text."""
+    assert formatter.problem(row) is None
+    (text,) = formatter.render(row)
+    return text.text, [text.text[a:b] for a, b in text.spans]
+
+
+def test_an_alpaca_row_puts_instruction_and_input_into_the_prompt_and_output_into_the_completion():
+    prompt, completion = small_tokenizers.pair(ALPACA)
+    assert "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n" in prompt
+    assert completion == "2"
+
+
+@pytest.mark.parametrize("row", [ALPACA | {"input": ""}, ALPACA | {"input": None}])
+def test_an_alpaca_row_without_input_has_no_input_section(row):
+    prompt, _ = small_tokenizers.pair(row)
+    assert "Input" not in prompt and "paired with" not in prompt
+
+
+def test_a_question_row_shows_its_context_only_if_there_is_one():
+    row = {"question": "Who?", "answer": "Ada"}
+    assert small_tokenizers.pair(row) == ("###Question:\nWho?\n###Answer:\n", "Ada")
+    prompt, _ = small_tokenizers.pair(row | {"context": "a table"})
+    assert prompt == "###Context:\na table\n###Question:\nWho?\n###Answer:\n"
+
+
+def test_prompt_and_completion_are_taken_as_they_stand():
+    assert small_tokenizers.pair({"prompt": "a ", "completion": " b"}) == ("a ", " b")
+
+
+def test_a_guanaco_dialogue_is_learned_from_the_first_answer_on(choose):
+    row = {"text": "### Human: Hi.### Assistant: Hello.### Human: Bye.### Assistant: Bye."}
+    assert written(choose(), row)[1] == [" Hello.### Human: Bye.### Assistant: Bye."]
+    assert not choose().is_block(row) and choose().is_block({"text": "Once upon"})
+
+
+def test_real_rows_of_every_kind_are_learned_where_they_answer(choose):
+    """Docstrings of the standard library as each shape; chats of students."""
+    docs = {name: text for name, text in fetch.builtin_docs() if len(text) > 40}
+    assert len(docs) > 150
+    formatter = choose()
+    for name, text in docs.items():
+        question = f"What does {name} do?"
+        label = {"name": {name: [[0, len(name)]]}}
+        shown = json.dumps(label)
+        for row, answer in (
+            ({"instruction": question, "input": "", "output": text}, text),
+            ({"question": question, "context": name, "answer": text}, text),
+            ({"prompt": question, "completion": " " + text}, " " + text),
+            ({"text": text, "label": label}, shown + "<|im_end|>\n"),
+            ({"text": text, "label": shown}, shown + "<|im_end|>\n"),
+        ):
+            whole, learned = written(formatter, row)
+            assert learned == [answer] and whole.endswith(answer) and len(whole) > len(answer)
+    for messages in conversations():
+        said = [f"{m['content']}<|im_end|>\n" for m in messages if m["role"] == "assistant"]
+        assert written(formatter, {"messages": messages})[1] == said
+
+
+def test_labels_are_asked_for_with_a_system_prompt(choose):
+    row = {"text": "Ada wrote.", "label": {"name": {"Ada": [[0, 2]], "é": []}}}
+    text, learned = written(choose(), row)
+    assert text.startswith(f"<|im_start|>system\n{LABEL_PROMPT}<|im_end|>\n<|im_start|>user")
+    assert learned == ['{"name": {"Ada": [[0, 2]], "é": []}}<|im_end|>\n']
+    text, _ = written(choose(system="Find names."), row)
+    assert text.startswith("<|im_start|>system\nFind names.<|im_end|>\n")
+
+
+def test_sharegpt_rows_become_messages(choose):
+    assert [m["role"] for m in row_formats.conversation(SHAREGPT)] == [
+        *("system", "user", "assistant", "tool", "assistant")
+    ]
+    text, learned = written(choose(), SHAREGPT)
+    assert text.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+    assert learned == ["Oh.<|im_end|>\n", "f()<|im_end|>\n"]
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": None}]
+    row = {"conversations": [{"role": "user", "content": parts}, CHAT["messages"][1]]}
+    assert written(choose(), row) == written(choose(), CHAT)
+
+
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        (ALPACA, "Add.\n\n1 + 1"),
+        ({"question": "Who?", "answer": "2", "context": "a table"}, "a table\n\nWho?"),
+        ({"prompt": "Say", "completion": "2"}, "Say"),
+        (CHAT, "Hi"),
+    ],
+)
+def test_any_question_and_answer_goes_through_the_chat_template_if_asked(choose, row, question):
+    text, (learned,) = written(choose("chat"), row)
+    assert text == (
+        f"<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+        f"<|im_start|>assistant\n{learned}"
+    )
+    assert learned in ("2<|im_end|>\n", "Oh.<|im_end|>\n")
+    formatter = choose("chat")
+    assert formatter.name(row) in ("chat", f"{row_formats.match(row).name} as chat")
+    assert formatter.ask("Hi", row) == formatter.chat.prompt([{"role": "user", "content": "Hi"}])
+
+
+def test_a_format_string_learns_its_last_column(choose):
+    row = {"Description": "Cough", "Patient": "I cough.", "Doctor": "Rest.", "age": 7}
+    form = "Description: {Description}\\nPatient ({age}): {Patient} Doctor: {Doctor}!"
+    formatter = choose(form)
+    text, learned = written(formatter, row)
+    assert text == "Description: Cough\nPatient (7): I cough. Doctor: Rest.!"
+    assert learned == ["Rest.!"]
+    assert written(choose(form, train_on="all"), row)[1] == [text]
+    assert 'no field "Doctor"' in formatter.problem({"Description": "a", "Patient": "b", "age": 1})
+    assert 'field "age" is null' in formatter.problem(row | {"age": None})
+    assert "is a list" in formatter.problem([])
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("{a", "expected '}'"),
+        ("{}", "want the name of a column"),
+        ("{a!r}", "want the name of a column"),
+        ("{a[0]}", "want the name of a column"),
+        ("{{a}}", "names no {column}"),
+        ("alpacca", "is no template"),
+        ("absent.jinja", "No such file"),
+    ],
+)
+def test_a_template_that_is_none_is_refused(choose, form, words):
+    with pytest.raises(UserError, match=words):
+        choose(form)
+
+
+def test_a_jinja_file_over_columns_learns_what_is_marked_or_all(choose, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("Q {{ q }}{% generation %} A {{ a }}{% endgeneration %}.")
+    assert written(choose(str(path)), {"q": 1, "a": "x"}) == ("Q 1 A x.", [" A x"])
+    assert choose(str(path)).render({"q": 1, "a": "x"})[0].has_markup is False
+    path.write_text("{{ bos_token }}{{ q }}")
+    (text,) = choose(str(path)).render({"q": "x"})
+    assert text == ("<|endoftext|>x", ((0, 14),), True)
+    for row in ({"p": 1}, {}):
+        with pytest.raises(Refused, match="'q' is undefined"):
+            choose(str(path)).render(row)
+    path.write_text("{{ messages[0].content }}{% if add_generation_prompt %}A{% endif %}")
+    assert choose(str(path)).format_name == "chat"
+    assert choose(str(path)).ask("Hi", ALPACA) == "HiA"
+
+
+def test_a_system_prompt_stands_before_every_kind(choose):
+    formatter = choose(system="S")
+    text, learned = written(formatter, {"prompt": "a ", "completion": "b"})
+    assert (text, learned) == ("S\n\na b", ["b"])
+    assert formatter.ask("a ", {"prompt": "x", "completion": "y"}) == "S\n\na "
+    for row in (CHAT, SHAREGPT):
+        assert written(formatter, row)[0].startswith(
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>u"
+        )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Q", "input": "", "output": ""},
+        {"question": "Q", "answer": ""},
+        {"prompt": "Q", "completion": ""},
+        {"text": "### Human: Q\n### Assistant: A"},
+    ],
+)
+def test_a_question_asked_like_the_rows_gives_the_prompt_such_a_row_would_have(row, choose):
+    assert choose().ask("Q", row) == small_tokenizers.pair(row)[0]
+
+
+def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
+    for row in ({"text": "anything"}, {"input_ids": [1]}, TextPiece("a", True), None):
+        assert choose().ask("Once", row) == "Once"
+    prompt = "<|im_start|>system\nBe helpful.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
+    assert choose().ask("Q", CHAT) == prompt + "<|im_start|>assistant\n"
+    asked = choose().ask("Q", {"text": "a", "label": []})
+    assert LABEL_PROMPT in asked and asked.endswith("Q<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([1], "is a list (want an object with named fields)"),
+        (None, "is null"),
+        ({}, "has fields none (want input_ids | messages | conversations | instruction+output |"),
+        ({"a": 1, "b\n": 2}, "has fields a, b\\n (want"),
+        (ALPACA | {"output": None}, 'field "output" is null (want text)'),
+        (ALPACA | {"output": 7}, 'field "output" is a number (want text)'),
+        (ALPACA | {"output": True}, 'field "output" is true or false (want text)'),
+        (ALPACA | {"input": ["x"]}, 'field "input" is a list (want text)'),
+        (ALPACA | {"instruction": {"a": "b"}}, 'field "instruction" is an object (want text)'),
+        ({"text": "\ud800"}, 'field "text" holds half a surrogate pair'),
+        ({"text": "a", "label": None}, 'field "label" is null'),
+        ({"text": "a", "label": ["\ud800"]}, 'field "label" holds half a surrogate pair'),
+        ({"text": 1, "label": "x"}, 'field "text" is a number'),
+        ({"messages": []}, 'field "messages" is an empty list'),
+        ({"messages": "Hi"}, 'field "messages" is text (want a list of messages)'),
+        ({"messages": None}, 'field "conversations" is null (want a list'),
+        ({"messages": [7]}, "message 1 is a number (want an object"),
+        ({"messages": [CHAT["messages"][0], {"role": "bot", "content": ""}]}, "message 2 has role"),
+        ({"messages": [{"role": [], "content": ""}]}, "message 1 has role [] (want system"),
+        ({"messages": [{"role": "user"}]}, "message 1 content is null (want text)"),
+        (
+            {"messages": [{"role": "user", "content": [{"image": 1}]}]},
+            "message 1 content is a list",
+        ),
+        ({"conversations": [{"from": "human", "value": 1}]}, "message 1 content is a number"),
+        (SHAREGPT | {"system": 1}, '"system" is a number'),
+        ({"input_ids": "1 2"}, 'field "input_ids" is not a list of whole numbers'),
+        ({"input_ids": [1, True]}, 'field "input_ids" is not a list of whole numbers'),
+        ({"input_ids": [1, 2], "labels": [1]}, 'field "labels" has 1 entries and "input_ids" 2'),
+        ({"input_ids": [-1]}, 'field "input_ids" holds a number that is no token'),
+        ({"input_ids": [1, 2], "labels": [-100, 3]}, 'field "labels" differs from "input_ids"'),
+    ],
+)
+def test_a_bad_row_is_described_by_its_field(row, words, choose):
+    assert words in choose().problem(row)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "words"),
+    [
+        ("alpaca", CHAT, "has fields messages (want instruction+output)"),
+        ("text", ALPACA, "(want text)"),
+        ("chat", {"text": "a"}, "is no conversation (want messages, or an answer)"),
+        ("chat", {"a": 1}, "has fields a"),
+        ("chat", TextPiece("a", True), "is running text"),
+    ],
+)
+def test_a_row_of_another_kind_than_asked_for_is_refused(template, row, words, choose):
+    assert words in choose(template).problem(row)
+
+
+@pytest.mark.parametrize(
+    "row", [ALPACA, ALPACA | {"input": None}, ALPACA | {"id": 3}, {"text": ""}, CHAT, SHAREGPT]
+)
+def test_a_good_row_has_no_problem(row, choose):
+    assert choose().problem(row) is None
+
+
+def test_tools_are_shown_to_the_template(choose, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
+    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
+        assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
+    with pytest.raises(Refused, match='"tools" is not JSON'):
+        choose(str(path)).render(CHAT | {"tools": "[oops"})

@@ -1,0 +1,299 @@
+"""Rows from files, and directories: in order, faults by file and line."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from fsdp_qlora.data import sources
+from fsdp_qlora.data.readers import BadRow, Place, TextPiece
+from fsdp_qlora.data.sources import SourceOptions
+from fsdp_qlora.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+ROWS = [{"question": f"q{i} é", "answer": f"a{i}"} for i in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def found(path, **wanted):
+    """Places and rows."""
+    return list(sources.read(sources.find(str(path), SourceOptions(**wanted))))
+
+
+def read(path, **wanted):
+    return [row for _, row in found(path, **wanted)]
+
+
+def faults(path):
+    return [f"{place}: {row.fault}" for place, row in found(path) if isinstance(row, BadRow)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lines.jsonl", LINES),
+        ("lines.json", LINES),
+        ("LINES.JSONL", LINES),
+        ("list.json", json.dumps(ROWS)),
+        ("indented.json", "\n " + json.dumps(ROWS, indent=2)),
+        ("crlf.jsonl", LINES.replace("\n", "\r\n")),
+        ("blank_lines.jsonl", LINES.replace("\n", "\n\n") + "  \n"),
+        ("no_final_newline.jsonl", LINES.rstrip()),
+        ("bom.jsonl", "\ufeff" + LINES),
+        ("bom.json", "\ufeff" + json.dumps(ROWS)),
+    ],
+)
+def test_a_json_file_gives_all_its_rows_in_order_whatever_its_form(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    assert read(tmp_path / name) == ROWS
+
+
+def csv_text(separator=","):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ROWS[0], delimiter=separator)
+    writer.writeheader()
+    writer.writerows([*ROWS[:-1], {"question": 'a "b",\nc;d', "answer": "\te"}])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("name", "separator"), [("x.csv", ","), ("x.csv", ";"), ("x.tsv", "\t")])
+def test_a_csv_file_gives_its_rows_with_the_line_each_begins_in(tmp_path, name, separator):
+    text = csv_text(separator).replace("\r\n", "\n") + f"last{separator}{'x' * 200_000}\n\n"
+    (tmp_path / name).write_text("\ufeff" + text)
+    rows = [*ROWS[:-1], {"question": 'a "b",\nc;d', "answer": "\te"}]
+    rows.append({"question": "last", "answer": "x" * 200_000})
+    assert read(tmp_path / name) == rows
+    assert [place.number for place, _ in found(tmp_path / name)] == [2, 3, 4, 5, 6, 8]
+
+
+def test_faults_of_a_csv_file_have_their_lines(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b'a,b\n1,2\n3\n4,"5"6\n\xff,7\n8,9\n"10,11\n')
+    assert [fault.partition("x.csv:")[2] for fault in faults(tmp_path / "x.csv")] == [
+        "3: has 1 cells (want 2, as in the first line)",
+        "4: is not CSV (',' expected after '\"')",
+        "5: is not UTF-8",
+        "7: is not CSV (unexpected end of data)",
+    ]
+    assert read(tmp_path / "x.csv")[4] == {"a": "8", "b": "9"}
+    (tmp_path / "x.csv").write_text("a,a\n")
+    with pytest.raises(UserError, match=r'x.csv:1: two columns are called "a"'):
+        read(tmp_path / "x.csv")
+
+
+def test_a_text_comes_in_pieces_that_together_are_the_text(tmp_path):
+    from pydoc_data.topics import topics
+
+    text = "".join(topics.values()).replace("\r", "")
+    (tmp_path / "x.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    pieces = read(tmp_path / "x.txt")
+    assert len(pieces) > 5 and all(isinstance(piece, TextPiece) for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(piece.text[-1] == "\n" and not piece.text[0].isspace() for piece in pieces[1:-1])
+    line = 1 + pieces[0].text.count("\n")
+    assert found(tmp_path / "x.txt")[1][0] == Place(str(tmp_path / "x.txt"), line)
+
+
+def test_a_text_of_one_long_line_is_read_and_bad_bytes_are_named(tmp_path):
+    text = "é漢" * 900_000
+    (tmp_path / "x.txt").write_text(text)
+    assert "".join(piece.text for piece in read(tmp_path / "x.txt")) == text
+    (tmp_path / "x.txt").write_bytes(b"good\nb\xffd\n")
+    assert faults(tmp_path / "x.txt") == [f"{tmp_path}/x.txt:1: is not UTF-8"]
+
+
+def test_compressed_files_are_read(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    frames = [pyarrow.compress(line.encode(), "zstd", asbytes=True) for line in LINES.splitlines(1)]
+    (tmp_path / "x.jsonl.zst").write_bytes(b"".join(frames))
+    assert read(tmp_path / "x.jsonl.gz") == read(tmp_path / "x.jsonl.zst") == ROWS
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-9])
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd no")
+    for name in ("x.jsonl.gz", "x.jsonl.zst"):
+        with pytest.raises(UserError, match="is damaged"):
+            read(tmp_path / name)
+
+
+def test_arrow_files_give_all_their_rows_in_order(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as file:
+        file.write_table(table)
+    assert read(tmp_path / "x.parquet") == read(tmp_path / "x.arrow") == ROWS
+    assert str(found(tmp_path / "x.parquet")[4][0]).endswith("x.parquet row 5")
+
+
+def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path):
+    text = pyarrow.array([b"a", b"\xff", b"c"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == [{"text": "a"}, BadRow("is not UTF-8"), {"text": "c"}]
+
+
+def test_several_files_and_directories_are_read_in_order(tmp_path):
+    parts = tmp_path / "parts"
+    (parts / "deep").mkdir(parents=True)
+    (parts / "b.jsonl").write_text(LINES)
+    (parts / "deep" / "a.json").write_text(json.dumps(ROWS[:2]))
+    for name in ("README.md", ".hidden.jsonl", "state.json", "dataset_info.json"):
+        (parts / name).write_text("{}")
+    (tmp_path / "one, two.csv").write_text("question,answer\nq,a\n")
+    assert read(parts) == [*ROWS, *ROWS[:2]]
+    assert read(f"{parts}, {parts / 'b.jsonl'}") == [*ROWS, *ROWS[:2], *ROWS]
+    assert read(tmp_path / "one, two.csv") == [{"question": "q", "answer": "a"}]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no file that can be read"):
+        read(tmp_path / "empty")
+
+
+def test_what_the_datasets_library_saves_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == ROWS
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"{", "x.jsonl:3: is not JSON (column 2"),
+        (b'{"question": "q"} {"answer": "a"}', "x.jsonl:3: is not JSON (column 19"),
+        (b'{"question": "q", "answer": NaN}', "NaN is not a JSON value"),
+        (b'{"question": "q", "answer": "a", "answer": "b"}', "a field is given twice"),
+        (b'{"question": "\xff", "answer": "a"}', "x.jsonl:3: is not UTF-8 at byte 14"),
+        (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "x.jsonl:3: is not JSON we can"),
+        (b"[" * 100_000, "x.jsonl:3: is not JSON"),
+        (b'{"question": "q\x00", "answer": "a"}', "x.jsonl:3: is not JSON"),
+        (b"<!DOCTYPE html>", "x.jsonl:3: is not JSON (column 1"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line_and_the_next_is_read(tmp_path, data, words):
+    good = LINES.encode().splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_bytes(b"".join([*good[:2], data + b"\n", *good[2:]]))
+    (fault,) = faults(tmp_path / "x.jsonl")
+    assert words in fault and len(read(tmp_path / "x.jsonl")) == 6
+    assert read(tmp_path / "x.jsonl")[3:] == ROWS[2:]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "fault"),
+    [
+        ('[{"a": 1}, 3]', [-1, -2], None),
+        ('[{"a": 1}, {"a": 1, "a": 2}, 3]', [-1, -2, -3], "row 2: is not JSON we can read (a"),
+        ('[\n{"a": 1},\n\n{"a": NaN},\n3]', [2, 4, 5], "x.json:4: is not JSON we can read (NaN"),
+        ('[\n{"a": 1},\n{"a" 2}]', [2, 3], "x.json:3: is not JSON (column 6"),
+        ('\n[\n{"a":\n 1}\n{"a": 2}]', [3, 5], "x.json:5: is not JSON (want a comma"),
+        ("[1,\n2,]", [1, 2, 2], "x.json:2: is not JSON (column 3"),
+        ("[1\n]x", [1, 2], "x.json:2: is not JSON (want a comma, or the list's end and no more"),
+        ("[1\n", [-1, 2], "x.json:2: is not JSON (want a comma"),
+        ("[" * 100_000, [1], "is not JSON"),
+        ("[]\n", [], None),
+    ],
+)
+def test_rows_of_a_list_have_their_line_or_number(tmp_path, text, numbers, fault):
+    (tmp_path / "x.json").write_text(text)
+    assert [place.number for place, _ in found(tmp_path / "x.json")] == numbers
+    assert [fault in text for text in faults(tmp_path / "x.json")] == [True] * bool(fault)
+
+
+def test_a_list_that_is_not_utf8_is_named_by_line(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\n[\n"\xff"]')
+    assert faults(tmp_path / "x.json") == [f"{tmp_path}/x.json:3: is not UTF-8 at byte 3"]
+
+
+def test_utf16_is_refused_by_name(tmp_path):
+    (tmp_path / "x.jsonl").write_text(LINES, encoding="utf-16")
+    with pytest.raises(UserError, match="UTF-16"):
+        read(tmp_path / "x.jsonl")
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        read(tmp_path / "x.parquet")
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    for name in ("pipe.jsonl", "loop.jsonl"):
+        with pytest.raises(UserError, match="is not a regular file"):
+            read(tmp_path / name)
+    with pytest.raises(UserError, match="does not exist"):
+        read(tmp_path / "absent.jsonl")
+    (tmp_path / "x.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="its name tells no format we read"):
+        read(tmp_path / "x.zip")
+
+
+def test_a_misspelt_name_is_corrected_and_a_strange_one_gets_the_list():
+    with pytest.raises(UserError, match="did you mean alpaca_sample"):
+        read("alpca_sample")
+    with pytest.raises(UserError, match="alpaca alpaca_sample guanaco sql orca_math dummy"):
+        read("my_rows.zip")
+    for name in ("a/b/c", "~nobody-here/x", "/absent/rows", "./a/b", ",", "x\0y"):
+        with pytest.raises(UserError, match=r"want a \.jsonl"):
+            read(name)
+
+
+def test_reading_rows_needs_neither_torch_nor_transformers():
+    code = (
+        "import sys, fsdp_qlora.data.sources\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_mutated_files_of_every_format_give_rows_or_one_line(tmp_path):
+    """Only UserError and BadRow may come out, whatever 600 damaged files hold."""
+    table = pyarrow.Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "good.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "good.arrow"), table.schema) as file:
+        file.write_table(table)
+    contents = {
+        "x.json": json.dumps(ROWS, indent=1).encode(),
+        "x.csv": csv_text().encode(),
+        "x.txt": LINES.encode(),
+        "x.jsonl.gz": gzip.compress(LINES.encode()),
+        "x.jsonl.zst": pyarrow.compress(LINES.encode(), "zstd", asbytes=True),
+        "x.parquet": (tmp_path / "good.parquet").read_bytes(),
+    }
+    chance, outcomes = random.Random(3), Counter()
+    for name, content in contents.items():
+        for _ in range(100):
+            changed = bytearray(content)
+            for _ in range(chance.randint(1, 4)):
+                changed[chance.randrange(len(changed))] = chance.randrange(256)
+            stop = chance.choice([None, None, chance.randrange(len(changed))])
+            (tmp_path / name).write_bytes(changed[:stop])
+            try:
+                lines = faults(tmp_path / name)
+            except UserError as error:
+                lines = [str(error)]
+            assert all(str(tmp_path / name) in line and "\n" not in line for line in lines)
+            outcomes[name, bool(lines)] += 1
+    assert sum(outcomes.values()) == 600
+    assert all(outcomes[name, True] > 10 for name in contents)
+
+
+def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_its_time(tmp_path, monkeypatch):
+    def fingerprint(text):
+        (tmp_path / "x.jsonl").write_text(text)
+        return sources.find(str(tmp_path / "x.jsonl"), SourceOptions())[0].fingerprint()
+
+    assert fingerprint(LINES) == fingerprint(LINES) != fingerprint(LINES[:-1] + " ")
+    monkeypatch.setattr(sources, "MOST_HASHED_BYTES", 10)
+    before = fingerprint(LINES)
+    os.utime(tmp_path / "x.jsonl", ns=(1, 1))
+    assert fingerprint(LINES) != before and str(tmp_path) in before

@@ -1,0 +1,273 @@
+"""The plan of a run of train.py: what is chosen, what is refused, what its ranks are told."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+
+from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.planning import fit, rows, run
+from fsdp_qlora.planning.sizes import setting_of
+from tests import fake_nvml
+
+SHAPE = ["--model_name=llama-2-7b", "--context_length=2048", "--lora_rank=16", "--lora_dropout=0"]
+GIVEN = {
+    "--batch_size=4": {"batch_size", "gradient_accumulation_steps"},
+    "--use_cpu_offload=true": fit.PLACING,
+    "--selective_layers=3": fit.KEEPING,
+}
+
+
+def plan_of(*argv: str, names: str = "2x24", host_gib: float | None = 64, **more) -> run.RunPlan:
+    """Plan a 7B on imagined cards."""
+    words = [*SHAPE, *argv, "--output_dir=o"]
+    cfg = config.parse(words)
+    info = arch.read(cfg.model_name, need_weights=False)
+    machine = Machine(tuple(hardware.parse_gpus(names)), host_gib, 2)
+    return run.make(info, cfg, config.given(words), machine, **more)
+
+
+def said(plan: run.RunPlan) -> tuple[list[str], UserError | None]:
+    """What a plan says, and the error it ends with."""
+    lines: list[str] = []
+    try:
+        run.tell(plan, lines.append)
+    except UserError as fault:
+        return lines, fault
+    return lines, None
+
+
+def test_what_is_chosen_is_faster_and_takes_the_same_global_batch():
+    """7B, a row a rank: fewer layers recomputed, and one line says so."""
+    plan = plan_of("--gradient_accumulation_steps=4", "--batch_size=1", "--fit=off")
+    left_open = plan_of("--use_cpu_offload=false")
+    assert left_open.found is not None and left_open.found.fits_safely
+    assert left_open.cfg.batch_size * left_open.cfg.gradient_accumulation_steps == 1
+    assert left_open.cfg.selective_layers + left_open.cfg.uncheckpointed_layers > 0
+    lines, fault = said(left_open)
+    fit_lines = [line for line in lines if line.startswith("fit ")]
+    assert fault is None and len(fit_lines) == 1 and "fastest that fits" in fit_lines[0]
+    assert max(map(len, lines)) <= 100
+    assert plan.cfg == plan.asked and "off: everything as asked for" in said(plan)[0][-1]
+    own = setting_of(left_open.cfg, 32, 2)
+    assert own == left_open.found.setting  # the options say what was planned
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_what_the_user_gave_stays(number: int):
+    """All sets of the three groups; with all of them given nothing is chosen."""
+    flags = [flag for i, flag in enumerate(GIVEN) if number >> i & 1]
+    plan = plan_of(*flags)
+    asked, chosen = config.to_dict(plan.asked), config.to_dict(plan.cfg)
+    changed = {name for name in asked if asked[name] != chosen[name]}
+    kept = {name for flag in flags for name in GIVEN[flag]}
+    assert not changed & kept
+    assert changed <= fit.BATCHING | fit.KEEPING | fit.PLACING
+    product = plan.cfg.batch_size * plan.cfg.gradient_accumulation_steps
+    assert product == plan.asked.batch_size * plan.asked.gradient_accumulation_steps
+    assert plan.found is not None
+    assert plan.found.setting == setting_of(plan.cfg, 32, 2)
+    if number == 7:
+        assert changed == set()
+        assert plan.note == "as asked for: batch size, checkpointing, offload are given"
+        assert plan.lower is None
+
+
+def test_values_of_a_recipe_are_given_too(tmp_path):
+    """They stand in a file that the user has named."""
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("batch-size = 2\nlearning_rate = 1e-3\n")
+    words = ["--recipe", str(recipe), "--use-cpu-offload", "false"]
+    assert config.given(words) == {"recipe", "batch_size", "lr", "use_cpu_offload"}
+
+
+def test_cpu_ranks_run_as_asked_for():
+    """What tests and the quick start compute does not depend on a plan."""
+    plan = plan_of(names="none")
+    assert plan.cfg == plan.asked and plan.lower is None
+    assert plan.found is not None and plan.machine.kind == "cpu"
+    assert said(plan)[0][-1] == "fit       CPU ranks run as asked for"
+
+
+def test_rows_shorter_than_the_context_are_planned_as_they_are():
+    """Once the data is read; what is done, and what would be done instead, stays."""
+    plan = plan_of("--batch_size=4", names="none")
+    asked = plan_of("--batch_size=4", "--context_length=300", names="none")
+    found = plan.for_rows(4 * 300)
+    assert found.to_dict()["host"] == asked.to_dict()["host"]
+    assert found.cfg == plan.cfg and found.env == plan.env
+    assert "1,200 tokens" in found.to_dict()["note"]
+    assert plan.for_rows(4 * 2048) is plan
+    lower = plan_of("--batch_size=4").lower
+    assert lower is not None and lower.found is not None
+    short = lower.for_rows(4 * 300)
+    assert short.notch == 1 and short.ladder[0] == lower.ladder[0]
+    assert short.found is not None and short.found.setting == lower.found.setting
+    assert short.found.device.peak_gib < lower.found.device.peak_gib
+
+
+def test_the_speed_of_a_processor_that_doctor_measured_is_planned_with(tmp_path, monkeypatch):
+    """Twice the table's products and memory: half its seconds; the ranks are told the same."""
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
+    argv = ["--model_name=smollm2-135m", "--world_size=2", "--output_dir=o"]
+    cfg = config.parse(argv)
+    info = arch.read(cfg.model_name, need_weights=False)
+
+    def planned() -> run.RunPlan:
+        return run.make(info, cfg, config.given(argv), run.find_machine({}, 2, 0))
+
+    table = planned()
+    fast = {key: 2 * getattr(hardware.CPU, name) for key, name in hardware.SPEEDS.items()}
+    hardware.machine_file().write_text(json.dumps({"cards": {"CPU": fast}}))
+    measured = planned()
+    assert measured.machine.cpu.is_measured and not table.machine.cpu.is_measured
+    assert measured.found.speed.step_s == pytest.approx(table.found.speed.step_s / 2)
+    hardware.machine_file().unlink()
+    assert run.find_machine(measured.env, 2, 0) == measured.machine
+
+
+def test_what_cannot_fit_is_refused_with_a_remedy_that_fits():
+    """Code 3, one line, and before it the three changes; --plan ignore goes on."""
+    words = ["--batch_size=8", "--use_gradient_checkpointing=false", "--use_cpu_offload=false"]
+    lines, fault = said(plan_of(*words, names="2x12"))
+    assert fault is not None and fault.code == ENVIRONMENT
+    assert "GiB on a card" in str(fault) and "it does not fit" in str(fault)
+    assert "--plan ignore" in str(fault) and len(str(fault)) <= 300
+    assert any("NO FIT" in line for line in lines) and any("1. " in line for line in lines)
+    flags = str(fault).split("; ")[1].split(" or --plan")[0].split()
+    pairs = [f"{name}={value}" for name, value in zip(flags[::2], flags[1::2], strict=True)]
+    again, remedied = said(plan_of(*words, *pairs, names="2x12"))
+    assert remedied is None and again[0].startswith("fits")
+    ignored, fault = said(plan_of(*words, "--plan=ignore", names="2x12"))
+    assert fault is None and ignored[0].startswith("NO FIT")
+
+
+def test_the_host_is_refused_too_and_its_budget_counts():
+    """70B: 33 GiB of packed layers streamed from a host of 24; or a budget of the user's."""
+    base = ["--model_name=llama-2-70b", "--use_cpu_offload=true", "--batch_size=1"]
+    words = [*base, "--selective_layers=0"]
+    _, fault = said(plan_of(*words, host_gib=24))
+    assert fault is not None and "on the host" in str(fault)
+    _, fault = said(plan_of(*words, "--host_budget_gib=30", host_gib=256))
+    assert fault is not None and "there are 30.5" in str(fault)  # half a GiB is not the ranks'
+    assert said(plan_of(*words, host_gib=64))[1] is None
+
+
+def test_the_smallest_card_and_its_budget_set_the_limit():
+    """Budgets cap torch's allocator: what is outside of it comes on top."""
+    mixed = plan_of(names="A100-80,3090")
+    assert mixed.found is not None
+    assert mixed.found.card_limit_gib == hardware.GPUS["3090"].memory_gib
+    capped = plan_of("--gpu_budget_gib=10", names="2xA100-80")
+    assert capped.found is not None and capped.found.device.reserved_gib <= 10
+
+
+@pytest.mark.parametrize(("names", "host_gib"), [("2x24", 64), ("24", 64), ("2x24", 40)])
+def test_the_recipe_for_70b_fits_the_machines_that_it_is_written_for(names: str, host_gib: float):
+    """What it leaves to the plan is chosen: one copy on the host, memory left over into speed."""
+    words = ["--recipe=llama-2-70b", "--model_name=llama-2-70b", "--output_dir=o"]
+    cfg = config.parse(words)
+    info = arch.read("llama-2-70b", need_weights=False)
+    machine = Machine(tuple(hardware.parse_gpus(names)), host_gib)
+    plan = run.make(info, cfg, config.given(words), machine)
+    assert plan.found is not None and plan.found.fits_safely
+    assert (plan.cfg.batch_size, plan.cfg.use_cpu_offload) == (2, True)
+    assert plan.found.setting.count("streamed") >= 70
+    assert plan.found.setting.count("selective", "none") > 0
+
+
+def test_ranks_make_the_plan_of_the_supervisor():
+    """From what they are told; a notch down is the next setting of the same ladder."""
+    plan = plan_of("--batch_size=4")
+    lower = plan.lower
+    assert lower is not None and lower.found is not None and plan.found is not None
+    assert lower.found.device.peak_gib <= fit.NOTCH * plan.found.device.peak_gib
+    for told in (plan, lower):
+        machine = run.find_machine(told.env, 99, 99)
+        assert machine == told.machine
+        same = run.make(told.info, told.asked, frozenset({"batch_size"}), machine, told.notch)
+        assert (same.cfg, same.found, same.ladder) == (told.cfg, told.found, told.ladder)
+    assert "notch 1 below" in lower.note
+    assert run.notch_of(lower.env) == 1 and run.notch_of({}) == 0
+
+
+def test_the_ladder_ends():
+    """Every notch needs less; from the last there is no way down, but a word of advice."""
+    plan: run.RunPlan | None = plan_of("--batch_size=4")
+    peaks = []
+    while plan is not None:
+        assert plan.found is not None
+        peaks.append(plan.found.device.peak_gib)
+        advice, plan = run.next_change(plan), plan.lower
+        assert advice
+    assert len(peaks) > 2 and peaks == sorted(peaks, reverse=True)
+
+
+EVERYTHING = ["--batch_size=4", "--use_cpu_offload=false", "--use_gradient_checkpointing=false"]
+
+
+@pytest.mark.parametrize("words", [EVERYTHING, EVERYTHING[:1]])
+def test_advice_after_an_out_of_memory_added_to_the_command_line_gives_what_it_says(words):
+    """Also where the user gave everything: then it is what the plan would take instead."""
+    plan = plan_of(*words, names="2xA100-40")
+    assert plan.found is not None and (plan.lower is None) == (words == EVERYTHING)
+    advice = run.next_change(plan)
+    flags = advice.partition(" (")[0].split()
+    pairs = [f"{name}={value}" for name, value in zip(flags[::2], flags[1::2], strict=True)]
+    found = plan_of(*words, *pairs, names="2xA100-40").found
+    assert pairs and found is not None
+    assert found.device.peak_gib < 0.94 * plan.found.device.peak_gib
+    assert f"({found.device.peak_gib:.1f} GiB a card" in advice
+
+
+def test_cards_of_unknown_memory_are_neither_judged_nor_fitted():
+    """Memory shared with the host: the run goes on as asked for, and says why."""
+    info = arch.read("llama-2-7b", need_weights=False)
+    cfg = config.parse([*SHAPE, "--batch_size=64", "--output_dir=o"])
+    machine = Machine((run.UNKNOWN,) * 2, 64, 2)
+    plan = run.make(info, cfg, frozenset(), machine)
+    lines, fault = said(plan)
+    assert fault is None and plan.cfg == cfg and "does not report the memory" in lines[-1]
+    assert plan.to_dict()["device_limit_gib"] is None
+    assert run.find_machine(plan.env, 2, 2) == machine
+
+
+def test_the_plan_of_the_record_has_every_row_of_every_phase():
+    """As summary.json and the report have it."""
+    plan = plan_of()
+    table = plan.to_dict()
+    assert table["device"].keys() == table["host"].keys() == set(rows.PHASES)
+    totals = {
+        place: max(sum(r.values()) for r in table[place].values())
+        for place in table
+        if place in ("device", "host")
+    }
+    assert math.isclose(totals["device"], table["peak_device_gib"])
+    assert math.isclose(totals["host"], table["peak_host_gib"])
+    several = run.unplanned(plan.info, plan.asked, "off: several machines")
+    assert several.to_dict() == {} and several.lines == ["fit       off: several machines"]
+
+
+def test_memory_in_use_before_the_run_is_part_of_the_plan():
+    """Files in /dev/shm are in use already: they are not counted twice."""
+    plan = plan_of(names="none", host_gib=32)
+    busy = dataclasses.replace(plan.machine, system_gib=7.0)
+    found = fit.evaluate(plan.info, plan.cfg, setting_of(plan.cfg, 32, 2), busy)
+    assert found.host.gib("load", rows.SYSTEM) == 7.0
+    assert plan.found is not None
+    usual_gib = plan.found.host.gib("load", rows.SYSTEM)
+    assert found.host.peak_gib - plan.found.host.peak_gib == pytest.approx(7.0 - usual_gib)
+
+
+def test_nccl_told_to_leave_peer_access_alone_is_planned_without(monkeypatch):
+    """It then holds 0.8 GiB of each card less."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA H200", gib=140))
+    only = {"CUDA_VISIBLE_DEVICES": "0"}
+    assert run.find_machine(only, 1, 1).has_peer
+    assert run.find_machine(only | {"NCCL_P2P_DISABLE": "0"}, 1, 1).has_peer
+    assert not run.find_machine(only | {"NCCL_P2P_DISABLE": "1"}, 1, 1).has_peer

@@ -1,0 +1,87 @@
+"""What strategies, precisions, optimizers and offloaded activations need, by the plan."""
+
+import pytest
+
+from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.hardware import Machine
+from fsdp_qlora.planning import rows, run
+from fsdp_qlora.train import preflight
+
+SHAPE = ["--model_name=llama-2-7b", "--context_length=1024", "--batch_size=2", "--output_dir=o"]
+TOKENS, WIDTH = 2 * 1024, 4096
+
+
+def plan_of(*argv, names="2x24"):
+    words = [*SHAPE, *argv]
+    cfg = config.parse(words)
+    machine = Machine(tuple(hardware.parse_gpus(names)), 256.0, 2)
+    info = arch.read(cfg.model_name, need_weights=False)
+    return run.make(info, cfg, config.given(words), machine)
+
+
+def found(*argv):
+    outcome = plan_of("--fit=off", *argv).found
+    assert outcome is not None
+    return outcome
+
+
+def test_hybrid_strategies_need_on_one_machine_what_plain_ones_do():
+    sharded = ("--use_cpu_offload=false",)
+    for name in ("full_shard", "shard_grad_op"):
+        plain, hybrid = (
+            found(f"--sharding_strategy={strategy}", *sharded)
+            for strategy in (name, f"hybrid_{name}")
+        )
+        assert plain.device == hybrid.device and plain.host == hybrid.host
+    kept = found("--sharding_strategy=hybrid_shard_grad_op", *sharded).device
+    freed = found("--sharding_strategy=hybrid_full_shard", *sharded).device
+    assert kept.gib("backward", rows.BUFFERS) > 2 * freed.gib("backward", rows.BUFFERS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "share"),
+    [
+        (("--optimizer=sgd",), 0.0),
+        (("--optimizer=adamw_8bit",), 0.25),
+        (("--precision=bf16_pure",), 0.5),
+        (("--optimizer=paged_adamw_8bit", "--precision=bf16_pure"), 0.25),
+    ],
+)
+def test_optimizer_state_is_as_wide_as_its_row_says(flags, share):
+    usual = found().device.gib("optimizer", rows.OPTIMIZER)
+    assert found(*flags).device.gib("optimizer", rows.OPTIMIZER) == pytest.approx(share * usual)
+
+
+def test_gradients_that_are_reduced_once_are_whole_on_every_rank():
+    flags = ("--gradient_accumulation_steps=4",)
+    usual, whole = found(*flags), found(*flags, "--no_sync=true")
+    ratio = whole.device.gib("forward", rows.GRADIENTS) / usual.device.gib(
+        "forward", rows.GRADIENTS
+    )
+    assert ratio == pytest.approx(2)
+
+
+def test_inputs_of_layers_move_to_the_host():
+    usual, moved = found(), found("--use_activation_cpu_offload=true")
+    layer_gib = TOKENS * WIDTH * 2 / 2**30
+    less = usual.device.gib("backward", rows.KEPT) - moved.device.gib("backward", rows.KEPT)
+    assert 29 * layer_gib < less <= 31 * layer_gib
+    assert moved.host.gib("backward", rows.WAITING) == pytest.approx(2 * 31 * layer_gib)
+    assert moved.host.gib("load", rows.WAITING) == usual.host.gib("backward", rows.WAITING) == 0
+    assert moved.speed.step_s >= usual.speed.step_s
+
+
+def test_cards_without_bfloat16_get_float16_unless_the_user_says_otherwise():
+    plan = plan_of(names="2xT4")
+    assert plan.cfg.precision == "fp16_autocast"
+    assert "precision fp16_autocast, as a T4 has no bfloat16" in " ".join(
+        " ".join(plan.lines).split()
+    )
+    asked = plan_of("--precision=bf16", names="2xT4")
+    assert asked.cfg.precision == "bf16"
+    with pytest.raises(UserError, match="fp16"):
+        preflight.check(asked)
+    assert plan_of("--precision=fp32", names="2xT4").cfg.precision == "fp32"
+    assert plan_of(names="3090,T4").cfg.precision == "fp16_autocast"
+    assert plan_of().cfg.precision == "bf16"
