@@ -28,6 +28,7 @@ USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any opt
 Says how many GiB a run needs on each GPU and on the host, whether it fits, how long it takes,
 and what to change. Reads config.json only. Exit code 0: it fits, 3: it does not."""
 IMAGINED = "2x24"
+ALIASES = {"gpus": cli.Alias("cards")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +56,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, Options, USAGE)
-    own, rest = _split(argv, {field.name for field in dataclasses.fields(Options)})
-    values, faults = cli.Reader(Options).read(own)
+    own, rest = _split(argv, {*cli.options(Options), *ALIASES})
+    values, faults = cli.Reader(Options, ALIASES).read(own)
     options, cfg, machine = Options(**values), Config(), Machine(())
     try:
         cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))

@@ -82,7 +82,7 @@ def test_values_of_a_recipe_are_given_too(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text("batch-size = 2\nlearning_rate = 1e-3\n")
     words = ["--recipe", str(recipe), "--use-cpu-offload", "false"]
-    assert config.given(words) == {"recipe", "batch_size", "lr", "use_cpu_offload"}
+    assert config.given(words) == {"batch_size", "lr", "use_cpu_offload"}
 
 
 def test_cpu_ranks_run_as_asked_for():

@@ -124,6 +124,7 @@ def test_all_faults_are_told_at_once():
     assert str(caught.value).count(" | ") == 3
     with pytest.raises(UserError, match="a rank needs one"):
         show.parse(["--cards=2x3090", "--world_size=3"])
+    assert show.parse(["--gpus", "2x3090"])[2] == show.parse(["--cards=2x3090"])[2]
 
 
 def test_measured_speeds_are_used_and_named(
