@@ -139,8 +139,6 @@ def room(module: str) -> str:
     first, _, rest = module.partition(".")
     if first.startswith("fetch"):
         return "fetch"
-    if module.startswith("results.bench"):
-        return "bench"  # until it has its own directory
     if first.startswith(TOPS):
         return "top"
     if first == "train":
