@@ -36,7 +36,7 @@ from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import count_gpus, find_gpus
-from fsdp_qlora.plan import compare
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report.charts import Bar, Bars, draw_bars
 
 GIB = 2**30
@@ -247,8 +247,8 @@ def read_run(run_dir: Path) -> Row:
         "peak_allocated_gib": max(rank["device_peak_allocated_gib"] for rank in ranks),
         "peak_reserved_gib": max(rank["device_peak_reserved_gib"] for rank in ranks),
         "versions": summary["versions"],
-        "peaks": compare.peaks(plan, ledger, has_gpu),
-        "table": compare.lines(plan, ledger, has_gpu),
+        "peaks": names.peaks(plan, ledger, has_gpu),
+        "table": names.comparison(plan, ledger, has_gpu),
         "plan_note": plan.get("note", ""),
     }
 

@@ -20,7 +20,7 @@ Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machi
 --option true and a bare --option are the same; --recipe reads options from a TOML file, and the
 command line overrides it."""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
-RECIPES_DIR = PROJECT_DIR / "recipes"
+RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
 DATA_OPTIONS = ("dataset", "eval_split")  # those that may name one
 

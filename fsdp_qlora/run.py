@@ -14,7 +14,7 @@ from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.results import adapter_files, publish
 from fsdp_qlora.train import disk, preflight
 from fsdp_qlora.training import resume

@@ -11,9 +11,9 @@ import pytest
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT
-from fsdp_qlora.plan import fit
-from fsdp_qlora.plan import rows as names
-from fsdp_qlora.plan import run as plans
+from fsdp_qlora.planning import fit
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning import run as plans
 from tests import warm
 from tests.test_run import run
 

@@ -31,7 +31,7 @@ NO_CODE = (
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
-LIGHT_ROOMS = ("base", "plan", "planning", "checkpoint_store", "top")
+LIGHT_ROOMS = ("base", "planning", "checkpoint_store", "top")
 LIGHT_MODULES = (
     "data.row_formats",
     "data.sources",

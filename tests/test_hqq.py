@@ -9,7 +9,7 @@ from fsdp_qlora import config
 from fsdp_qlora.model import hqq, quantize
 from fsdp_qlora.model.layout import build_layout, pack_linear
 from fsdp_qlora.model.packed import LayerCache, LayerStore
-from fsdp_qlora.plan.limits import FORMATS
+from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
 
 NAMES = [name for name in FORMATS if name.startswith("hqq")]

@@ -200,7 +200,7 @@ def on_two_cards(argv: list[str], start) -> int:
     """As train.main on two cards of 24 GB, whose ranks compute on the CPU (see test_fitting.py)."""
     from fsdp_qlora import arch, config, hardware
     from fsdp_qlora.distributed import launch
-    from fsdp_qlora.plan import fit, run
+    from fsdp_qlora.planning import fit, run
 
     fit.NOTCH = 0.9999999
     cfg, given = config.parse(argv), config.given(argv)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import cli, config
-from fsdp_qlora.__main__ import VERBS
+from fsdp_qlora.__main__ import COMMANDS
 from fsdp_qlora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -70,7 +70,7 @@ TRAIN_VERBS = ("data", "plan")  # take the flags of train.py too
 
 
 def fault_of_verb(argv: list[str]) -> str | None:
-    if not argv or argv[0] not in {*VERBS, "--help"}:
+    if not argv or argv[0] not in {*COMMANDS, "--help"}:
         return f"no verb {argv[:1]}"
     command = [sys.executable, "-m", "fsdp_qlora", argv[0], "--help"]
     help_text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

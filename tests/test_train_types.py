@@ -16,9 +16,9 @@ from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard
-from fsdp_qlora.plan import fit
-from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.sizes import setting_for
+from fsdp_qlora.planning import fit
+from fsdp_qlora.planning import run as plans
+from fsdp_qlora.planning.sizes import setting_for
 from fsdp_qlora.results import verbs
 from fsdp_qlora.training import loop
 from tests import tiny

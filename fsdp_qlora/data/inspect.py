@@ -23,7 +23,7 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.token_dataset import Sample, TokenDataset
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import DONE, UserError, one_line
-from fsdp_qlora.plan.limits import PAD_MULTIPLES
+from fsdp_qlora.planning.limits import PAD_MULTIPLES
 
 USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
 

@@ -29,9 +29,9 @@ from fsdp_qlora.errors import (
     one_line,
     redact,
 )
-from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.rows import Table
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning import run as plans
+from fsdp_qlora.planning.rows import Table
+from fsdp_qlora.planning.run import RunPlan
 
 LOGS = "logs"
 METRICS = "metrics.jsonl"

@@ -26,8 +26,8 @@ from fsdp_qlora.distributed.hooks import Watch
 from fsdp_qlora.distributed.supervise import Rank, RankSpec
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import count_gpus
-from fsdp_qlora.plan import run as plans
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning import run as plans
+from fsdp_qlora.planning.run import RunPlan
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World

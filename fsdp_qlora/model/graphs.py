@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fsdp_qlora.plan.limits import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
+from fsdp_qlora.planning.limits import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
 
 NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
 

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from fsdp_qlora.plan.limits import PER_WORD, Storage
+from fsdp_qlora.planning.limits import PER_WORD, Storage
 
 
 def unpack(

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 
 from fsdp_qlora.model.quantize import FORMATS, Fields
-from fsdp_qlora.plan.limits import ALIGN_BYTES
+from fsdp_qlora.planning.limits import ALIGN_BYTES
 
 
 def _round_up(value: int, multiple: int) -> int:

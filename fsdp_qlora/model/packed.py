@@ -20,7 +20,7 @@ from fsdp_qlora.model.linear import Adapter, InputGroup, LoraSlot
 from fsdp_qlora.model.offload import Offload
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.recompute import Kept, Recomputed, saves_after
-from fsdp_qlora.plan.limits import WHOLE_LAYER_BYTES
+from fsdp_qlora.planning.limits import WHOLE_LAYER_BYTES
 
 # What a layer keeps for its backward: its input alone; also what is dear to make again (attention,
 # products); everything.

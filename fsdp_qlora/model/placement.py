@@ -14,8 +14,8 @@ from fsdp_qlora.model.cache import PackedCache
 from fsdp_qlora.model.layout import Layout
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.stream import Streamer
-from fsdp_qlora.plan.limits import NUM_SLOTS
-from fsdp_qlora.plan.sizes import setting_of
+from fsdp_qlora.planning.limits import NUM_SLOTS
+from fsdp_qlora.planning.sizes import setting_of
 
 
 @dataclass(frozen=True)

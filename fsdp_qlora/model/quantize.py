@@ -18,8 +18,8 @@ import torch
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import hqq
-from fsdp_qlora.plan.limits import FORMATS as STORAGES
-from fsdp_qlora.plan.limits import Storage
+from fsdp_qlora.planning.limits import FORMATS as STORAGES
+from fsdp_qlora.planning.limits import Storage
 
 Fields = dict[str, torch.Tensor]
 NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantisation

@@ -27,7 +27,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.packed import DecoderBlock
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.plan.limits import ONE_GROUP_BYTES
+from fsdp_qlora.planning.limits import ONE_GROUP_BYTES
 
 # Adapters of this size (all of them, in the compute dtype) are gathered and reduced together.
 

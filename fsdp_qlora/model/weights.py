@@ -14,7 +14,7 @@ from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.quantize import Fields, from_stored
-from fsdp_qlora.plan.limits import NUM_READ_AHEAD
+from fsdp_qlora.planning.limits import NUM_READ_AHEAD
 
 T = TypeVar("T")
 DTYPES = {

@@ -11,9 +11,9 @@ from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.checkpoint_store import last_step, steps
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
-from fsdp_qlora.plan.limits import GIB
-from fsdp_qlora.plan.memory import moment_bytes
-from fsdp_qlora.plan.sizes import DTYPE_BYTES
+from fsdp_qlora.planning.limits import GIB
+from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.planning.sizes import DTYPE_BYTES
 
 IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it

@@ -9,7 +9,7 @@ import importlib.util
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TRACKERS, TRAIN_TYPES, Config, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.plan.run import RunPlan
+from fsdp_qlora.planning.run import RunPlan
 
 ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}

@@ -28,9 +28,9 @@ from fsdp_qlora.hardware import GIB, machine_memory, pss_gib, read_kib
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.plan import rows as names
-from fsdp_qlora.plan.run import RunPlan
-from fsdp_qlora.plan.sizes import sizes
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import sizes
 from fsdp_qlora.training import optim
 
 STEP_PHASES = ("forward", "backward", "optimizer")

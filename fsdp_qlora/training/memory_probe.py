@@ -18,7 +18,7 @@ from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flat
 from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training.loop import Trained, token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
 

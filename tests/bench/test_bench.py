@@ -13,8 +13,8 @@ import pytest
 from fsdp_qlora import arch, bench, config
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.plan import memory
-from fsdp_qlora.plan.sizes import setting_for, sizes
+from fsdp_qlora.planning import memory
+from fsdp_qlora.planning.sizes import setting_for, sizes
 
 ROW = "4x64-one_card"
 STORED = [

@@ -18,7 +18,7 @@ from fsdp_qlora.distributed.hooks import Heartbeat
 from fsdp_qlora.distributed.supervise import RanksExit
 from fsdp_qlora.errors import BUG, INPUT, RUN_FAILED, UserError
 from fsdp_qlora.hardware import Machine
-from fsdp_qlora.plan import run
+from fsdp_qlora.planning import run
 from tests.distributed.test_launch import RANK
 
 PARENT = """
@@ -26,7 +26,7 @@ import sys
 from fsdp_qlora import arch
 from fsdp_qlora.config import given, parse
 from fsdp_qlora import hardware
-from fsdp_qlora.plan import run
+from fsdp_qlora.planning import run
 from fsdp_qlora.distributed.launch import supervise
 program, argv = [sys.executable, sys.argv[1]], sys.argv[2:]
 info = arch.read("llama-2-7b", need_weights=False)
@@ -34,7 +34,7 @@ machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
 sys.exit(supervise(parse(argv), argv, program, run.make(info, parse(argv), given(argv), machine)))
 """
 SHORT = """
-from fsdp_qlora.plan.run import notch_of
+from fsdp_qlora.planning.run import notch_of
 meet()
 notch = notch_of(os.environ)
 (out / f"tried{rank}.{notch}").touch()

@@ -7,7 +7,7 @@ from fsdp_qlora import arch
 from fsdp_qlora.model.layout import build_layout, pack_linear
 from fsdp_qlora.model.packed import LayerCache, LayerStore
 from fsdp_qlora.model.weights import Weights
-from fsdp_qlora.plan.limits import FORMATS
+from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
 
 # Largest relative error ||dequantized - weight|| / ||weight|| of normal weights, by bits of HQQ and

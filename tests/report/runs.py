@@ -5,7 +5,7 @@ import random
 from html.parser import HTMLParser
 from pathlib import Path
 
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report import page
 
 # As train.py left it: two CPU ranks, 8 steps of a tiny model, held-out loss before and after.

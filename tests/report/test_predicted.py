@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from tests.report.runs import (
     DEVICE,
     gpu_facts,

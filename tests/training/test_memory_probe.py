@@ -9,7 +9,7 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.data.batches import Batches, PackedBatches, SamplerConfig
-from fsdp_qlora.plan import rows as names
+from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training import memory_probe
 from tests import tiny
 from tests.data.test_batches import make_samples

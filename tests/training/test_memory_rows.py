@@ -13,8 +13,8 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import Machine
-from fsdp_qlora.plan import rows as names
-from fsdp_qlora.plan import run as plans
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import memory
 from fsdp_qlora.training.memory import HostShare, MemoryTracker, Peak, Transients
 from tests import tiny

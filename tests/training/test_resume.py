@@ -74,7 +74,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     """Train as a rank of train.py does."""
     from fsdp_qlora import arch, config
     from fsdp_qlora import run as train
-    from fsdp_qlora.plan import run as plans
+    from fsdp_qlora.planning import run as plans
     from fsdp_qlora.training import resume
 
     argv = [

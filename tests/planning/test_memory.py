@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from fsdp_qlora import arch, config, hardware
-from fsdp_qlora.plan import activations, graphs, host, memory, rows
-from fsdp_qlora.plan.limits import GIB
-from fsdp_qlora.plan.rows import Table
-from fsdp_qlora.plan.sizes import Setting, Sizes, packed_bytes, place, setting_of, sizes
+from fsdp_qlora.hardware import GIB
+from fsdp_qlora.planning import activations, memory, rows
+from fsdp_qlora.planning.rows import Table
+from fsdp_qlora.planning.sizes import Setting, Sizes, packed_bytes, place, setting_of, sizes
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
@@ -87,8 +87,8 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
     found, cfg, setting = plan("7B 1x512", placement)
     off = dataclasses.replace(cfg, cuda_graphs="off")
     without = memory.device(found, off, setting, has_peer=True)
-    assert graphs.are_used(found, cfg, setting, "cuda")
-    assert not graphs.are_used(found, off, setting, "cuda")
+    assert activations.uses_graphs(found, cfg, setting, "cuda")
+    assert not activations.uses_graphs(found, off, setting, "cuda")
     layer_gib = (found.packed + found.constants) / GIB
     inputs_gib = table.gib("save", rows.LAYER) - without.gib("save", rows.LAYER)
     assert layer_gib < inputs_gib < 1.3 * layer_gib
@@ -102,15 +102,17 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     """Long batches, dropout, rows of several lengths laid one after the other, a CPU."""
     found, cfg, setting = plan("7B 1x512", "sharded")
     large = dataclasses.replace(setting, batch_size=5)
-    assert graphs.are_used(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
-    assert not graphs.are_used(found, cfg, large, "cuda")
-    assert not graphs.are_used(found, cfg, setting, "cpu")
+    assert activations.uses_graphs(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
+    assert not activations.uses_graphs(found, cfg, large, "cuda")
+    assert not activations.uses_graphs(found, cfg, setting, "cpu")
     for change in ({"lora_dropout": 0.1}, {"packing": "on"}, {"reentrant_checkpointing": True}):
-        assert not graphs.are_used(found, dataclasses.replace(cfg, **change), setting, "cuda")
+        assert not activations.uses_graphs(
+            found, dataclasses.replace(cfg, **change), setting, "cuda"
+        )
     rows_of_users = dataclasses.replace(cfg, dataset="rows.jsonl")
     two = dataclasses.replace(setting, batch_size=2)
-    assert not graphs.are_used(found, rows_of_users, two, "cuda")
-    assert graphs.are_used(found, rows_of_users, setting, "cuda")
+    assert not activations.uses_graphs(found, rows_of_users, two, "cuda")
+    assert activations.uses_graphs(found, rows_of_users, setting, "cuda")
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():
@@ -130,7 +132,7 @@ def test_the_load_of_a_16_bit_checkpoint_stays_within_what_was_measured():
     found, setting = sizes(info, cfg), setting_of(cfg, info.num_layers, 2)
     table = memory.device(found, cfg, setting, has_peer=True)
     assert near(table.total_gib("load", rows.CONTEXT), 1.90)
-    assert near(host.host(found, cfg, setting).total_gib("load"), 21.8)
+    assert near(memory.host(found, cfg, setting).total_gib("load"), 21.8)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,7 @@ def test_host_memory_is_what_was_measured(run, placement, files_gib, load_gib, p
     """Within 5 percent, operating system included."""
     found, cfg, setting = plan(run, placement)
     found = dataclasses.replace(found, file_bytes=round(files_gib * GIB))
-    table = host.host(found, cfg, setting)
+    table = memory.host(found, cfg, setting)
     assert near(table.peak_gib, peak_gib), table.peak_gib
     assert load_gib is None or near(table.total_gib("load"), load_gib)
 
@@ -164,8 +166,8 @@ def test_cpu_ranks_need_what_was_measured():
     argv += ["--context_length=256", "--batch_size=4", "--lora_dropout=0"]
     cfg = config.parse([*argv, "--use_cpu_offload=false", "--use_gradient_checkpointing=false"])
     info = arch.read(cfg.model_name, need_weights=False)
-    table = host.host(sizes(info, cfg), cfg, setting_of(cfg, 30, 2), "cpu")
-    more_gib = 2 * hardware.has_gpu_build() * host.CUDA_BUILD_BYTES / GIB
+    table = memory.host(sizes(info, cfg), cfg, setting_of(cfg, 30, 2), "cpu")
+    more_gib = 2 * hardware.has_gpu_build() * memory.CUDA_BUILD_BYTES / GIB
     assert near(table.peak_gib, 3.69 + more_gib, 0.15), table.peak_gib
 
 
@@ -201,7 +203,7 @@ def test_rows_of_the_streamed_70b_are_this_arithmetic():
     gathered = 2 * (packed + constants) + adapters_bytes  # two slots
     assert table.gib("backward", rows.BUFFERS) * GIB == gathered
     found, cfg, setting = plan("70B 2x2048", "streamed")
-    hosted = host.host(found, cfg, setting).gib("forward", rows.HOSTED)
+    hosted = memory.host(found, cfg, setting).gib("forward", rows.HOSTED)
     assert hosted * GIB == 80 * (packed + constants)  # one copy, whatever the number of ranks
 
 
@@ -245,7 +247,7 @@ def test_placements_move_bytes_between_card_and_host():
         item.gib("forward", rows.PACKED) + item.gib("forward", rows.CONSTANTS) for item in tables
     ]
     assert base == pytest.approx([0, 40 * layer_gib])
-    on_host = [host.host(found, cfg, item).gib("save", rows.HOSTED) for item in (setting, half)]
+    on_host = [memory.host(found, cfg, item).gib("save", rows.HOSTED) for item in (setting, half)]
     assert on_host == pytest.approx([80 * layer_gib, 40 * layer_gib])
     whole = dataclasses.replace(setting, placements=("resident",) * 80, strategy="ddp")
     ddp = memory.device(found, cfg, whole)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, hqq_name
+from fsdp_qlora.hardware import GIB
 
-GIB = 1024**3
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge

@@ -11,7 +11,7 @@ from typing import Any
 from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import STRATEGIES, Config
-from fsdp_qlora.plan.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
+from fsdp_qlora.planning.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
 
 PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
 LEVELS = ("full", "selective", "none")

@@ -7,9 +7,9 @@ import pytest
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.hardware import GPUS, Device
-from fsdp_qlora.plan import speed
-from fsdp_qlora.plan.sizes import Setting, setting_of, sizes
-from tests.test_plan_memory import plan
+from fsdp_qlora.planning import speed
+from fsdp_qlora.planning.sizes import Setting, setting_of, sizes
+from tests.planning.test_memory import plan
 
 H200 = GPUS["H200"]
 # As with NCCL_P2P_DISABLE=1: facts.md measured 50 GB/s from card to card through the host.
@@ -17,7 +17,7 @@ NO_PEER = dataclasses.replace(H200, peer_gbs=50)
 
 
 def seconds(run: str, placement: str, card: Device, levels: tuple[str, ...] = ()) -> speed.Speed:
-    """Estimate of one of test_plan_memory's runs on two cards."""
+    """Estimate of one of test_memory's runs on two cards."""
     return speed.estimate(*plan(run, placement, levels), [card] * 2)
 
 

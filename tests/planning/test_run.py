@@ -10,8 +10,8 @@ import pytest
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import Machine
-from fsdp_qlora.plan import fit, rows, run
-from fsdp_qlora.plan.sizes import setting_of
+from fsdp_qlora.planning import fit, rows, run
+from fsdp_qlora.planning.sizes import setting_of
 from tests import fake_nvml
 
 SHAPE = ["--model_name=llama-2-7b", "--context_length=2048", "--lora_rank=16", "--lora_dropout=0"]

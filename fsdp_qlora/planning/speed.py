@@ -12,9 +12,9 @@ from pathlib import Path
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.hardware import Device
-from fsdp_qlora.plan.activations import num_offloaded
-from fsdp_qlora.plan.limits import FORMATS
-from fsdp_qlora.plan.sizes import Setting, Sizes
+from fsdp_qlora.planning.activations import num_offloaded
+from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.sizes import Setting, Sizes
 
 PRODUCTS = "compute"
 DEQUANTISE = "dequantisation"

@@ -8,10 +8,10 @@ from typing import Any
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.hardware import Machine
-from fsdp_qlora.plan import host, memory, speed
-from fsdp_qlora.plan.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.plan.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
-from fsdp_qlora.plan.speed import Speed
+from fsdp_qlora.planning import memory, speed
+from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
+from fsdp_qlora.planning.speed import Speed
 
 MARGIN = 0.03  # of a card and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -88,7 +88,7 @@ def _evaluate(
     if machine.gpus and cfg.gpu_budget_gib is not None:
         outside_gib = device.gib(device.peak_phase, CONTEXT)
         card_limits.append(cfg.gpu_budget_gib + outside_gib)
-    memory_of_host = host.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib)
+    memory_of_host = memory.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib)
     host_limits = [] if machine.host_gib is None else [machine.host_gib]
     if cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
         outside = (memory_of_host.gib(memory_of_host.peak_phase, row) for row in (SYSTEM, FILES))

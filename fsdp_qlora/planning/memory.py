@@ -1,19 +1,34 @@
-"""GiB of a card by row and phase.
+"""GiB of a GPU and of the host by row and phase.
 
-The rows are what model/ and train/ allocate, found by reading them; two rules were measured: how
+The rows are what model/ and training/ allocate, found by reading them; two rules were measured: how
 much the allocator holds beyond what is in use, and what processes and drivers need
-(recipes/*.md). tests/test_plan_memory.py holds the whole against the measured peaks.
+(recipes/*.md). tests/planning holds the whole against the measured peaks.
 """
 
 import dataclasses
 from itertools import pairwise
 
 from fsdp_qlora.config import OPTIMIZERS, Config
-from fsdp_qlora.plan import graphs, rows
-from fsdp_qlora.plan.activations import at_work, is_kept_whole, kept_by_level, layer_moments
-from fsdp_qlora.plan.limits import GIB, LOGITS_BYTES, NUM_SLOTS, ONE_GROUP_BYTES
-from fsdp_qlora.plan.rows import Rows, Table, Term, merged, term, total_bytes
-from fsdp_qlora.plan.sizes import DTYPE_BYTES, Setting, Sizes
+from fsdp_qlora.hardware import GIB, has_gpu_build
+from fsdp_qlora.planning import rows
+from fsdp_qlora.planning.activations import (
+    at_work,
+    graph_rows,
+    is_kept_whole,
+    kept_by_level,
+    layer_moments,
+    num_offloaded,
+    uses_graphs,
+)
+from fsdp_qlora.planning.limits import (
+    LOGITS_BYTES,
+    MOST_TOUCHED_BYTES,
+    NUM_READ_AHEAD,
+    NUM_SLOTS,
+    ONE_GROUP_BYTES,
+)
+from fsdp_qlora.planning.rows import Rows, Table, Term, merged, term, total_bytes
+from fsdp_qlora.planning.sizes import DTYPE_BYTES, Setting, Sizes
 
 # Driver less allocator, measured on two H200 (recipes/*.md): one card; a card of several without
 # peer access, 1.13 to 1.19; more with it, 1.95 to 2.0 in all, but 1.6 where only adapters,
@@ -27,6 +42,11 @@ LIBRARY_BYTES = 64 * 2**20
 HOLES = 1 / 3
 # Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
 CPU_LIBRARY_BYTES = 160 * 2**20
+# Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
+# a machine of two cores.
+SYSTEM_BYTES = 0.5 * GIB
+PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
+CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for cards
 
 
 def device(
@@ -146,8 +166,8 @@ def _states(s: Sizes, setting: Setting) -> Rows:
 
 def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
     """What layers leave on the card: their graphs, or the small layer that was last at work."""
-    if graphs.are_used(s, cfg, setting, kind):
-        return graphs.held(s, cfg, setting)
+    if uses_graphs(s, cfg, setting, kind):
+        return graph_rows(s, cfg, setting)
     return {rows.SCRATCH: at_work(s, cfg)} if is_kept_whole(s, cfg) else {}
 
 
@@ -221,7 +241,7 @@ def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
             reduced = [term(what, params=s.lora, layers=s.layers, bytes=nbytes)]
             moments.append(merged([_without(common, rows.KEPT), {rows.BUFFERS: reduced}]))
         owns = layer_moments(s, cfg, tokens, setting.levels[at], kind)
-        if setting.levels[at] == "full" and graphs.are_used(s, cfg, setting, kind):
+        if setting.levels[at] == "full" and uses_graphs(s, cfg, setting, kind):
             wide = {"tokens": tokens, "hidden": s.hidden, "bytes": s.item}
             owns = [{rows.LAYER: [term("gradients of input and output", n=2, **wide)]}]
         elif is_kept_whole(s, cfg):  # it stays, see _staying
@@ -305,3 +325,97 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
             term("slice on its way to the card", bytes=nbytes, per_ranks=setting.num_ranks)
         )
     return terms
+
+
+def host(
+    s: Sizes,
+    cfg: Config,
+    setting: Setting,
+    kind: str = "cuda",
+    num_rows: int | None = None,
+    system_gib: float | None = None,
+) -> Table:
+    """Predict the memory of the machine, everything that runs on it included.
+
+    Args:
+        s: numbers of the model and its adapters.
+        cfg: context, where weights come from.
+        setting: placements, number of ranks.
+        kind: "cuda" or "cpu".
+        num_rows: rows of the data set; None when it is not known.
+        system_gib: in use before the run, files in memory included; None: as measured elsewhere.
+
+    Returns:
+        HOST_ROWS by phase.
+    """
+    ranks = setting.num_ranks
+    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
+    system_bytes = SYSTEM_BYTES
+    if system_gib is not None:
+        system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
+    always: Rows = {
+        rows.HOSTED: _hosted(s, setting),
+        rows.FILES: [term("model files in /dev/shm", bytes=s.file_bytes)] if s.file_bytes else [],
+        rows.SYSTEM: [term("in use without the run", bytes=system_bytes)],
+        rows.PROCESSES: [term("Python, torch, driver", bytes=process_bytes, ranks=ranks)],
+        rows.DATA: [
+            term(
+                "token ids of all rows at full length",
+                rows=num_rows or cfg.dataset_samples,
+                tokens=cfg.context_length,
+                bytes=4,
+                ranks=ranks,
+            )
+        ],
+    }
+    loading: Rows = {}
+    if cfg.weights == "load":
+        nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
+        loading[rows.LOADING] = [term("linears read ahead", linears=1 + NUM_READ_AHEAD, **nbytes)]
+    phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
+    copies = _copies(s, cfg, setting)
+    is_early = total_bytes({rows.SAVING: copies}) <= MOST_TOUCHED_BYTES
+    for phase in rows.PHASES[1:] if is_early else ("save",):
+        phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
+    phases["load"] |= loading
+    if cfg.save_model:
+        phases["save"] |= {rows.SAVING: _saving(s, setting)}
+    if kind == "cpu":
+        table = device(s, cfg, setting, kind)
+        for phase, own in phases.items():
+            needed = table.total_gib(phase) * GIB
+            own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
+    return Table(phases)
+
+
+def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
+    """What is trained, as rank 0 writes it beside the training (train/checkpoint.py)."""
+    if not cfg.saves_checkpoints:
+        return []
+    params = s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
+    nbytes = s.master + moment_bytes(cfg)
+    return [term("copies for checkpoints: weights, moments", params=params, bytes=nbytes)]
+
+
+def _saving(s: Sizes, setting: Setting) -> list[Term]:
+    gathered = {"params": s.lora, "layers": s.layers, "bytes": 4}
+    if setting.count("trained"):  # one after the other
+        return [term("the largest tensor", params=max(s.largest, s.head), bytes=4)]
+    return [term("gathered", **gathered, ranks=setting.num_ranks), term("read back", **gathered)]
+
+
+def _waiting(s: Sizes, cfg: Config, setting: Setting, phase: str) -> Rows:
+    """Inputs of layers that wait for the backward pass: the room for them stays."""
+    num = num_offloaded(cfg, setting.levels) * (phase != "load")
+    tokens = setting.batch_size * cfg.context_length * setting.num_ranks
+    what = "layers' inputs, of all ranks"
+    found = term(what, layers=num, tokens=tokens, hidden=s.hidden, bytes=s.item)
+    return {rows.WAITING: [found]} if num else {}
+
+
+def _hosted(s: Sizes, setting: Setting) -> list[Term]:
+    """The packed layers that lie on the host."""
+    words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
+    counts = {what: setting.count(placement) for placement, what in words.items()}
+    nbytes = s.packed + s.constants
+    return [term(what, layers=num, bytes=nbytes) for what, num in counts.items() if num]

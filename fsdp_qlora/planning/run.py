@@ -12,9 +12,9 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import Device, Machine
-from fsdp_qlora.plan import fit, show
-from fsdp_qlora.plan.fit import Outcome
-from fsdp_qlora.plan.sizes import applied, setting_for
+from fsdp_qlora.planning import fit, show
+from fsdp_qlora.planning.fit import Outcome
+from fsdp_qlora.planning.sizes import applied, setting_for
 
 ENV = (
     "FSDP_QLORA_PLAN"  # what the supervisor tells its ranks, so that they plan for the same machine

@@ -9,8 +9,9 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.model import adapters, kernels, quantize, shard, skeleton
 from fsdp_qlora.model.layout import build_layout
-from fsdp_qlora.plan import activations
-from fsdp_qlora.plan.sizes import FORMATS, packed_bytes, sizes
+from fsdp_qlora.planning import activations
+from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.sizes import packed_bytes, sizes
 
 MODELS = ["llama-2-7b", "llama-2-70b", "qwen2.5-0.5b", "phi-3-mini", "gemma-2-2b"]
 SHAPE = {

@@ -7,9 +7,9 @@ import pytest
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.hardware import Machine
-from fsdp_qlora.plan import fit, rows
-from fsdp_qlora.plan.fit import Outcome
-from fsdp_qlora.plan.sizes import Setting, applied, place, setting_of
+from fsdp_qlora.planning import fit, rows
+from fsdp_qlora.planning.fit import Outcome
+from fsdp_qlora.planning.sizes import Setting, applied, place, setting_of
 
 SIZES = {"7b": ("llama-2-7b", 4), "70b": ("llama-2-70b", 2)}
 

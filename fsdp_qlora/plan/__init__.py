@@ -1,1 +1,0 @@
-"""What will happen: GiB by row and phase, seconds by bound, the setting that fits; no torch."""

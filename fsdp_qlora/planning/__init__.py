@@ -1,0 +1,1 @@
+"""What will happen: GiB by row and phase, seconds by bottleneck, what fits; no torch."""

@@ -1,0 +1,75 @@
+"""Wheel, sdist and editable install train outside the repository, each in its own environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import warm
+
+ROOT = Path(__file__).parents[2]
+MAX_HELP_S = 1.0
+
+pytestmark = pytest.mark.system
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """What a command prints; it must succeed. It sees nothing of the repository."""
+    env = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "FSDP_QLORA_CACHE": str(cwd / "cache")}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked files (`source`), its packages (`dist`), a tiny model and rows."""
+    place = tmp_path_factory.mktemp("package")
+    (place / "source").mkdir()
+    archive = subprocess.run(["git", "-C", ROOT, "stash", "create"], capture_output=True, text=True)
+    tree = archive.stdout.strip() or "HEAD"
+    files = subprocess.run(["git", "-C", ROOT, "archive", tree], capture_output=True, check=True)
+    subprocess.run(["tar", "x", "-C", place / "source"], input=files.stdout, check=True)
+    build = ("-m", "build", "--no-isolation", "--outdir", place / "dist", place / "source")
+    run(sys.executable, *build, cwd=place)
+    run(sys.executable, "-m", "twine", "check", "--strict", *(place / "dist").iterdir(), cwd=place)
+    warm.call(warm.make_model, place)
+    return place
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
+def test_an_installed_package_trains(place: Path, kind: str):
+    """The libraries are those of this environment; fsdp_qlora is not."""
+    home = place / kind
+    run(sys.executable, "-m", "venv", "--without-pip", home, cwd=place)
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    what = {
+        "wheel": (next((place / "dist").glob("*.whl")),),
+        "sdist": (next((place / "dist").glob("*.tar.gz")),),
+        "editable": ("--editable", place / "source"),
+    }[kind]
+    pip = (sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install")
+    run(*pip, "-qq", "--no-deps", "--no-build-isolation", *what, cwd=place)
+    tool = home / "bin" / "fsdp-qlora"
+    began_s = time.monotonic()
+    assert "train" in run(tool, "--help", cwd=home)
+    assert time.monotonic() - began_s < MAX_HELP_S
+    where = run(
+        home / "bin" / "python", "-c", "import fsdp_qlora as f; print(f.__file__)", cwd=home
+    )
+    assert Path(where).is_relative_to(place / "source" if kind == "editable" else home)
+    (home / "random.py").write_text("raise SystemExit('a file of the user is no module of ours')")
+    flags = ("--recipe=text", "--world_size=2")
+    flags += (f"--model_name={place / 'model'}", f"--dataset={place / 'data.jsonl'}")
+    flags += ("--max_steps=2", "--context_length=64", "--output_dir=run", "--eval_every=2")
+    run(tool, "train", *flags, cwd=home)
+    assert (home / "run" / "adapter_model.safetensors").is_file()
+    assert (home / "run" / "report.html").is_file()
+    shutil.rmtree(home)
