@@ -2,13 +2,14 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 
+RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 STATES = {True: "finished", False: "stopped early", None: "still running"}
 # What a record holds, as far as it is read: a type, a list of what is in it, or a table by name,
@@ -103,6 +104,22 @@ class Run:
         return statistics.median(known[NUM_WARMUP_STEPS:] or known) if known else None
 
 
+def check_format(table: Mapping[str, Any], place: str) -> None:
+    """Refuse what a newer version of the trainer has written.
+
+    Args:
+        table: an event of a record, or the state of a checkpoint.
+        place: where it stands.
+
+    Raises:
+        UserError: it is of a run format that this version does not know (code 5).
+    """
+    number = table.get("run_format", 1)
+    if not isinstance(number, int) or number > RUN_FORMAT:
+        rule = f"is of run format {number}, and this version reads up to {RUN_FORMAT}"
+        raise UserError(place, rule, "use the version that wrote it", INTEGRITY)
+
+
 def read(run_dir: Path) -> Run:
     """Read the record of a run; a last line that is still being written is left out.
 
@@ -113,7 +130,7 @@ def read(run_dir: Path) -> Run:
         The record, with at least one step.
 
     Raises:
-        UserError: no record, no step in it, or a line that cannot be read.
+        UserError: no record, no step in it, a line that cannot be read, or a newer run format.
     """
     path, directory = run_dir / "metrics.jsonl", run_dir.resolve()
     end = directory / "summary.json"  # written when the run ends
@@ -130,6 +147,7 @@ def read(run_dir: Path) -> Run:
         name = row.get("event") if row is not None else None
         shape = STEP if name is None else EVENTS.get(str(name), FACTS)
         row = _checked(row, shape, f"{path}:{number}")
+        check_format(row, f"{path}:{number}")
         run = _step(run, row) if name is None else _event(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
