@@ -14,11 +14,11 @@ COMMANDS = {
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
-    "evaluate": ("fsdp_qlora.results.evaluate:main", "held-out loss with and without an adapter"),
-    "generate": ("fsdp_qlora.results.generate:main", "answer a prompt, or chat, with an adapter"),
-    "merge": ("fsdp_qlora.results.verbs:merge", "add an adapter to its base model"),
-    "quantize": ("fsdp_qlora.results.verbs:quantize", "write a 4-bit model for transformers"),
-    "expand": ("fsdp_qlora.results.verbs:expand", "add layers or tokens to a model, to train them"),
+    "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
+    "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
+    "merge": ("fsdp_qlora.export.merge:main", "add an adapter to its base model"),
+    "quantize": ("fsdp_qlora.export.quantize:main", "write a 4-bit model for transformers"),
+    "expand": ("fsdp_qlora.export.expand:main", "add layers or tokens to a model, to train them"),
 }
 
 

@@ -102,7 +102,9 @@ OPTIMIZERS = {
     "paged_adamw_8bit": Optimizer(True, 2, on_cpu=False),
 }
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRACKERS = ("wandb", "tensorboard")  # packages of the same names
+# Packages of the same names, in accelerate.tracking.
+TRACKERS: tuple[str, ...] = ("tensorboard", "wandb", "trackio", "swanlab")
+TRACKERS += ("mlflow", "comet_ml", "aim", "clearml", "dvclive")
 HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 TRAINED = ("assistant", "completion", "last", "all")
@@ -227,9 +229,9 @@ class TrainConfig:
     overwrite: bool = flag(False, "output", "write into a directory that holds a run")
     save_model: bool = flag(True, "output", "save the adapter at the end")
     push_to_hub: str | None = flag(None, "output", "OWNER/NAME to upload the adapter to", rule=TEXT)
-    log_to: str = flag("tqdm", "output", "or a tracker", ("tqdm", "stdout", *TRACKERS))
+    log_to: str = flag("tqdm", "output", f"tqdm, stdout, and {', '.join(TRACKERS)}", rule=TEXT)
     project_name: str = flag("fsdp_qlora", "output", "project of the tracker", rule=TEXT)
-    tracker_args: str | None = flag(None, "output", "for wandb: name=N,group=G,entity=E", rule=TEXT)
+    tracker_args: str | None = flag(None, "output", "for them: name=N,group=G,entity=E", rule=TEXT)
     profile: bool | int = flag(False, "output", "trace 3 steps; N: warm up N before", rule=">= 0")
     profile_memory: bool = flag(False, "output", "write torch's memory snapshot of a GPU")
 
@@ -274,8 +276,18 @@ class TrainConfig:
         return int(self.eval_split) if self.eval_split and self.eval_split.isdecimal() else 0
 
     @property
+    def log_targets(self) -> tuple[str, ...]:
+        """What `log_to` names: tqdm, stdout, and rows of TRACKERS."""
+        return tuple(dict.fromkeys(name.strip() for name in self.log_to.split(",")))
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The experiment trackers among them."""
+        return tuple(name for name in self.log_targets if name in TRACKERS)
+
+    @property
     def tracker_options(self) -> dict[str, Any]:
-        """Name -> value of what `tracker_args` has for the tracker."""
+        """Name -> value of what `tracker_args` has for the trackers."""
         pairs = re.split(r",(?=\w+=)", self.tracker_args or "")
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
@@ -490,6 +502,9 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
             got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
             remedy = f"use --train_type {type_}, or leave it out"
             faults.append(UserError(got, f"belongs to {base} base", remedy))
+    if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
+        remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
+        faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
     if cfg.push_to_hub is not None and not cfg.save_model:
         got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
         faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
@@ -554,6 +569,7 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     kind, is_ddp = TRAIN_TYPES[cfg.train_type].adapter, cfg.sharding_strategy == "ddp"
     is_fsdp_here = not cfg.use_cpu_offload and not is_ddp
     keeps_all = not cfg.use_gradient_checkpointing
+    is_local = cfg.trackers in ((), ("tensorboard",))
     table = [
         (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
         (is_ddp, "cpu offload is off: ddp keeps the whole base on each GPU"),
@@ -570,8 +586,8 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
         (kind == "full", "modules_to_save", "all is trained"),
         (not cfg.apply_gradient_clipping, "grad_norm", "--apply_gradient_clipping is false"),
         (cfg.lr_scheduler == "constant", "warmup_steps", "--lr_scheduler is constant"),
-        (cfg.log_to != "wandb", "project_name", "--log_to is not wandb"),
-        (cfg.log_to != "wandb", "tracker_args", "--log_to is not wandb"),
+        (is_local, "project_name", "--log_to has no tracker that takes it"),
+        (is_local, "tracker_args", "--log_to has no tracker that takes it"),
     ]
     usual = {name: option.default for name, option in cli.options(TrainConfig).items()}
     changed = [(name, why) for is_idle, name, why in unused if is_idle]
