@@ -136,7 +136,7 @@ def test_a_run_that_fails_does_not_wait_for_its_tracker(stub, tmp_path, monkeypa
 def test_a_tracker_that_is_not_installed_is_told_before_anything_starts(name, tmp_path):
     code = (
         "import sys; sys.modules[sys.argv[1]] = None\n"
-        "from fsdp_qlora import config; from fsdp_qlora.train import preflight\n"
+        "from fsdp_qlora import config; from fsdp_qlora.training import preflight\n"
         "from fsdp_qlora.errors import UserError\n"
         "cfg = config.parse(['--model_name=x', f'--log_to={sys.argv[1]}'])\n"
         "try: preflight._check_libraries(cfg)\n"
