@@ -33,8 +33,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
     from fsdp_qlora.results import session
-    from fsdp_qlora.train import profiler, trackers
-    from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics
+    from fsdp_qlora.train import profiler
+    from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
@@ -56,7 +56,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **dry_run))
     resumed.restore(trained)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
-    pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
+    pinned_bytes, has_bar = built.loaded.pinned_bytes, "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
     with (
         disk.explain_disk_full(cfg),
@@ -64,7 +64,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
             out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
         profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
-        trackers.followed(cfg, out_dir, is_writer),
+        trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)

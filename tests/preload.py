@@ -35,7 +35,7 @@ for name in (
     "fsdp_qlora.training.loop",
     "fsdp_qlora.train.profiler",
     "fsdp_qlora.training.memory_probe",
-    "fsdp_qlora.train.trackers",
+    "fsdp_qlora.training.trackers",
     "fsdp_qlora.train.versions",
     "fsdp_qlora.training.checkpoint",
 ):

@@ -98,7 +98,7 @@ class Audit:
         shown = {k: f"{v:,}" if isinstance(v, int) else v for k, v in facts.items()}
         steps = "; ".join(
             f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
-            f"{count['in_all']:,} in all"
+            f"{count['in_all']:,} in total"
             for size, count in facts["steps"].items()
         )
         losses = (

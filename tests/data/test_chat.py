@@ -51,10 +51,7 @@ def test_masks_equal_those_of_transformers_token_by_token(places, kind):
     assert len(ours) == len(chats) > 6
     for chat, (ids, is_learned) in zip(chats, ours, strict=True):
         reference = full.apply_chat_template(
-            chat,
-            chat_template=MARKED[kind],
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+            chat, chat_template=MARKED[kind], return_dict=True, return_assistant_tokens_mask=True
         )
         assert ids == reference["input_ids"] == list(full.apply_chat_template(chat).input_ids)
         assert is_learned == [bool(flag) for flag in reference["assistant_masks"]]
