@@ -33,8 +33,8 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
     from fsdp_qlora.results import session
-    from fsdp_qlora.train import profiler
     from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics, trackers
+    from fsdp_qlora.training.profiler import attach
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
@@ -63,7 +63,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         metrics.Recorder(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
-        profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
+        attach(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))

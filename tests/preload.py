@@ -33,7 +33,7 @@ for name in (
     "fsdp_qlora.report.page",
     "fsdp_qlora.results.session",
     "fsdp_qlora.training.loop",
-    "fsdp_qlora.train.profiler",
+    "fsdp_qlora.training.profiler",
     "fsdp_qlora.training.memory_probe",
     "fsdp_qlora.training.trackers",
     "fsdp_qlora.train.versions",

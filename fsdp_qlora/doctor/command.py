@@ -150,7 +150,9 @@ def examine(options: Options) -> Iterator[Finding]:
     if not options.quick:
         tasks = ("4-bit", *TOGETHER) if num_gpus else ON_CPU
         for finding in run_ranks("cpu", NUM_CPU_RANKS, tasks, os.environ):
-            yield dataclasses.replace(finding, code=DONE) if num_gpus else finding
+            if num_gpus:  # nothing depends on it, and the CPU is measured as a whole or not at all
+                finding = dataclasses.replace(finding, code=DONE, device="", speeds={})
+            yield finding
 
 
 def gpus(num_gpus: int, env: Mapping[str, str]) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Traces of torch.profiler on the steps asked for (train/profiler.py), on a CPU."""
+"""Traces of torch.profiler on the steps asked for (training/profiler.py), on a CPU."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.train import profiler
+from fsdp_qlora.training import profiler
 
 CPU = torch.device("cpu")
 
