@@ -8,18 +8,27 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 1024**3
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes", "peft", "hqq", "accelerate", "datasets"),
+    *("safetensors", "tokenizers", "liger-kernel", "flash-attn"),
+)
 MACHINE_FIELDS = (
     "host_total_gib",
     "host_available_gib",
@@ -544,3 +553,28 @@ def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
         cgroup.used_gib(),
     )
     return dict(zip(MACHINE_FIELDS, sizes, strict=True))
+
+
+def versions(device: "torch.device") -> dict[str, str]:
+    """What this run runs on: packages, Python, system, and the GPU with its driver.
+
+    Args:
+        device: the device of this rank.
+
+    Returns:
+        Name -> version; packages that are not installed are left out.
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    if device.type == "cuda":
+        import torch
+
+        found["cuda"] = str(torch.version.cuda)
+        found["card"] = torch.cuda.get_device_name(device)
+        found["num_cards"] = str(torch.cuda.device_count())
+        driver = Path("/proc/driver/nvidia/version")
+        number = re.search(r"\d{3,}\.\d+(\.\d+)?", driver.read_text() if driver.exists() else "")
+        found["driver"] = number[0] if number else "unknown"
+    return found

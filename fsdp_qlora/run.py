@@ -16,8 +16,7 @@ from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.train import disk, preflight
-from fsdp_qlora.training import resume
+from fsdp_qlora.training import preflight, resume
 
 
 def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
@@ -59,7 +58,7 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
     pinned_bytes, has_bar = built.loaded.pinned_bytes, "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
     with (
-        disk.explain_disk_full(cfg),
+        preflight.explain_disk_full(cfg),
         metrics.Recorder(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
@@ -185,7 +184,7 @@ def main(argv: list[str], start=supervise.start) -> int:
             return errors.DONE
         plan = launch.plan_run(cfg, given)
         resume.check_early(saved, plan, adapter.digest(plan.info))
-        disk.check_room(plan.cfg, plan.info)
+        preflight.check_room(plan.cfg, plan.info)
         preflight.check(plan)
         hub.check(cfg.push_to_hub)
         code = launch.supervise(cfg, argv, plan=plan, start=start)

@@ -36,7 +36,6 @@ for name in (
     "fsdp_qlora.training.profiler",
     "fsdp_qlora.training.memory_probe",
     "fsdp_qlora.training.trackers",
-    "fsdp_qlora.train.versions",
     "fsdp_qlora.training.checkpoint",
 ):
     importlib.import_module(name)

@@ -37,6 +37,7 @@ LIGHT_MODULES = (
     "data.sources",
     "report.page",
     "report.charts",
+    "training.preflight",
     "training.resume",
     "distributed.launch",
     "run",
@@ -58,7 +59,7 @@ ORDER = {
     **{"fetch": 7, "run": 8, "top": 9},
 }
 # Rooms of the old layout that stand in later ones' places until they are gone.
-RANKS = {"versions"}
+RANKS: set[str] = set()
 TOPS = ("__main__", "run")
 
 DISTRIBUTED = "torch.distributed"

@@ -93,7 +93,7 @@ def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: i
     """Merge, compare, and print what was done."""
     from fsdp_qlora.export import base, merge_check
     from fsdp_qlora.export.shards import Shards
-    from fsdp_qlora.train.versions import versions
+    from fsdp_qlora.hardware import versions
 
     began_s, device = time.perf_counter(), base.choose_device(options.device)
     digest = _check_base(options, adapter, info)
