@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 
 import psutil
 
+from fsdp_qlora import atomic
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 GIB = 1024**3
@@ -320,7 +323,7 @@ def machine_file() -> Path:
 
     Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
     """
-    root = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
+    root = atomic.cache_dir()
     return Path(root).expanduser() / "machine.json"
 
 
@@ -544,3 +547,41 @@ def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
         cgroup.used_gib(),
     )
     return dict(zip(MACHINE_FIELDS, sizes, strict=True))
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "hqq",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "liger-kernel",
+    "flash-attn",
+)
+
+
+def versions(device: Any) -> dict[str, str]:
+    """What this run runs on: packages, Python, system, and the GPU with its driver.
+
+    Args:
+        device: torch.device of this rank.
+
+    Returns:
+        Name -> version; packages that are not installed are left out.
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if device.type == "cuda":
+        import torch
+
+        found["cuda"] = str(torch.version.cuda)
+        found["card"] = torch.cuda.get_device_name(device)
+        found["num_cards"] = str(torch.cuda.device_count())
+        found["driver"] = driver_version() or "unknown"
+    return found

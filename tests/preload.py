@@ -32,10 +32,9 @@ for name in (
     "fsdp_qlora.report.page",
     "fsdp_qlora.results.session",
     "fsdp_qlora.training.loop",
-    "fsdp_qlora.train.profiler",
+    "fsdp_qlora.training.profiler",
     "fsdp_qlora.training.memory_probe",
     "fsdp_qlora.train.trackers",
-    "fsdp_qlora.train.versions",
     "fsdp_qlora.training.checkpoint",
 ):
     importlib.import_module(name)

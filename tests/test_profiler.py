@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.train import profiler
+from fsdp_qlora.training import profiler
 
 CPU = torch.device("cpu")
 

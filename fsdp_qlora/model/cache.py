@@ -201,11 +201,7 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> P
     """
     if setting == "off" or not info.tensors or layout.format_name == "bf16":
         return PackedCache(None, "off")
-    root = Path(
-        os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
-        if setting == "auto"
-        else setting
-    ).expanduser()
+    root = (atomic.cache_dir() if setting == "auto" else Path(setting)).expanduser()
     directory = root / key(info, layout)
     need_bytes = layout.nbytes * info.num_layers
     cache = PackedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)

@@ -3,13 +3,13 @@
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
+from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
@@ -152,7 +152,7 @@ def find_kept(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache 
     """
     if quant_cache == "off" or layout.format_name == "bf16":
         return None
-    usual = os.environ.get("FSDP_QLORA_CACHE", str(Path.home() / ".cache" / "fsdp_qlora"))
+    usual = str(atomic.cache_dir())
     root = Path(usual if quant_cache == "auto" else quant_cache).expanduser()
     directory = root / key(info, layout)
     if not (directory / "manifest.json").exists():

@@ -16,6 +16,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
 from fsdp_qlora.atomic import new_directory, write_json
 from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.hardware import versions
 from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.results import adapter_files, base_weights, evidence
@@ -24,7 +25,6 @@ from fsdp_qlora.results.base_weights import AsTrained
 from fsdp_qlora.results.beside import DTYPES, copy_beside
 from fsdp_qlora.results.shards import Shards
 from fsdp_qlora.results.verbs import MergeOptions
-from fsdp_qlora.train.versions import versions
 
 GIB = 2**30
 DEFAULT_COMPUTE = "bfloat16"

@@ -26,10 +26,10 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.hooks import StopFlag, Stopped
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
 from fsdp_qlora.planning.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.planning.memory import moment_bytes
-from fsdp_qlora.train.versions import versions
 from fsdp_qlora.training import resume
 from fsdp_qlora.training.loop import Trained
 from fsdp_qlora.training.metrics import Recorder, Resumed

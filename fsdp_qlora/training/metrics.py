@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from fsdp_qlora import atomic, hardware
 from fsdp_qlora.distributed import hooks
+from fsdp_qlora.hardware import versions
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.train.versions import versions
 from fsdp_qlora.training import memory
 from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker
 

@@ -6,7 +6,7 @@ from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import rows, run
-from fsdp_qlora.train import preflight
+from fsdp_qlora.training import preflight
 
 SHAPE = ["--model_name=llama-2-7b", "--context_length=1024", "--batch_size=2", "--output_dir=o"]
 TOKENS, WIDTH = 2 * 1024, 4096

@@ -16,8 +16,7 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.results import adapter_files
-from fsdp_qlora.train import disk
-from fsdp_qlora.training import resume
+from fsdp_qlora.training import preflight, resume
 from tests.model_files import write_model
 
 STEP = 20
@@ -292,17 +291,17 @@ def test_a_disk_without_room_is_refused_before_the_run(
     need_bytes = (5 * checkpoint + result) * num_params  # 3 that stay, the best, a new one
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need_bytes))
-    disk.check_room(cfg, info)
+    preflight.check_room(cfg, info)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need_bytes - 1))
     with pytest.raises(UserError, match="GiB for checkpoints and the result") as caught:
-        disk.check_room(cfg, info)
+        preflight.check_room(cfg, info)
     assert caught.value.code == ENVIRONMENT
     save(flags(model, tmp_path / "out"))
     for error in (OSError(28, "No space left on device"), ValueError("I/O (os error 28)")):
         with (
             pytest.raises(UserError, match=f"saved up to step {STEP}; .*--resume"),
-            disk.explain_disk_full(cfg),
+            preflight.explain_disk_full(cfg),
         ):
             raise error
-    with pytest.raises(KeyError), disk.explain_disk_full(cfg):
+    with pytest.raises(KeyError), preflight.explain_disk_full(cfg):
         raise KeyError("28")

@@ -15,10 +15,10 @@ import torch
 from fsdp_qlora import hardware
 from fsdp_qlora.config import PRECISIONS
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
+from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import host
 from fsdp_qlora.model.quantize import FORMATS, GROUP_SIZE, NESTED_BLOCK, Fields, Format, dynamic_map
 from fsdp_qlora.train.doctor.findings import Finding, first_line, ok, problem, warning
-from fsdp_qlora.train.versions import versions
 from fsdp_qlora.training.memory import GIB
 
 MIB = 2**20
