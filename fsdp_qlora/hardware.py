@@ -94,7 +94,7 @@ ASK_TORCH = """
 import json, torch
 num = torch.cuda.device_count() if torch.cuda.is_available() else 0
 found = [torch.cuda.get_device_properties(i) for i in range(num)]
-print(json.dumps([(gpu.name, gpu.total_memory, gpu.major >= 8) for gpu in found]))
+print(json.dumps([(gpu.name, gpu.total_memory / 2**30, gpu.major >= 8) for gpu in found]))
 """
 
 
@@ -290,8 +290,8 @@ def _torch_gpus(visible: str | None) -> list[Device]:
             "torch", f"lists no GPUs ({type(error).__name__})", remedy, ENVIRONMENT
         ) from error
     return [
-        dataclasses.replace(gpu_like(name, nbytes / GIB), has_bf16=has_bf16)
-        for name, nbytes, has_bf16 in rows
+        dataclasses.replace(gpu_like(name, gib), memory_gib=round(gib, 1), has_bf16=has_bf16)
+        for name, gib, has_bf16 in rows
     ]
 
 

@@ -2,16 +2,39 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 
+RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 STATES = {True: "finished", False: "stopped early", None: "still running"}
-NUMBERS = ["step", "step_s", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s"]
+# What a record holds, as far as it is read: a type, a list of what is in it, or a table by name,
+# where "*" stands for every other name. What is not named here may be anything.
+NUMBER: Any = (int, float, type(None))
+ROWS = {"*": (int, float)}
+PART = {"device_rows": ROWS, "host_rows": ROWS, "*": NUMBER}
+STEP = dict.fromkeys(["epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s"], NUMBER)
+STEP |= {"num_tokens": NUMBER, "num_trained_tokens": NUMBER}
+NEEDED = {"step": int, "step_s": (int, float), "ranks": [PART], "host": PART}
+STEP |= NEEDED
+EVENTS = {"eval": {"step": NUMBER, "loss": NUMBER}, "sample": {}}
+LIMITS = ["max_steps", "num_epochs", "grad_norm", "gpu_budget_gib", "host_budget_gib"]
+PLACES = {"device": {"*": ROWS}, "host": {"*": ROWS}}
+FACTS = {
+    "config": dict.fromkeys(LIMITS, NUMBER),
+    "plan": PLACES | dict.fromkeys(["peak_device_gib", "peak_host_gib", "step_s"], NUMBER),
+    "ledger": PLACES | {"ranks": [PLACES]},
+    "data": {"sources": list, "padding_share": ROWS, "examples": {"*": list}, "notes": list},
+    "peaks": {"host": {"*": NUMBER}},
+    "load_peaks": {"*": NUMBER},
+    "is_complete": bool,
+    "versions": dict,
+    "lines": [str],
+} | dict.fromkeys(["total_s", "load_s", "num_trainable_params"], NUMBER)
 
 
 @dataclass(frozen=True)
@@ -81,6 +104,22 @@ class Run:
         return statistics.median(known[NUM_WARMUP_STEPS:] or known) if known else None
 
 
+def check_format(table: Mapping[str, Any], place: str) -> None:
+    """Refuse what a newer version of the trainer has written.
+
+    Args:
+        table: an event of a record, or the state of a checkpoint.
+        place: where it stands.
+
+    Raises:
+        UserError: it is of a run format that this version does not know (code 5).
+    """
+    number = table.get("run_format", 1)
+    if not isinstance(number, int) or number > RUN_FORMAT:
+        rule = f"is of run format {number}, and this version reads up to {RUN_FORMAT}"
+        raise UserError(place, rule, "use the version that wrote it", INTEGRITY)
+
+
 def read(run_dir: Path) -> Run:
     """Read the record of a run; a last line that is still being written is left out.
 
@@ -91,11 +130,12 @@ def read(run_dir: Path) -> Run:
         The record, with at least one step.
 
     Raises:
-        UserError: no record, no step in it, or a line that cannot be read.
+        UserError: no record, no step in it, a line that cannot be read, or a newer run format.
     """
     path, directory = run_dir / "metrics.jsonl", run_dir.resolve()
+    end = directory / "summary.json"  # written when the run ends
     try:
-        lines = path.read_bytes().splitlines()
+        lines, ending = path.read_bytes().splitlines(), end.read_bytes() if end.exists() else b"{}"
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(str(path), reason, "give the output directory of a run") from error
@@ -104,18 +144,15 @@ def read(run_dir: Path) -> Run:
         row = _parse(line)
         if row is None and number == len(lines):
             break
-        place = f"{path}:{number}"
-        if row is None:
-            raise UserError(place, "is not a JSON object", "remove the line")
-        if "event" not in row and not _is_step(row):
-            rule = "is neither a step nor an event of a run"
-            raise UserError(place, rule, "give the output directory of a run")
-        run = _event(run, row) if "event" in row else _step(run, row)
+        name = row.get("event") if row is not None else None
+        shape = STEP if name is None else EVENTS.get(str(name), FACTS)
+        row = _checked(row, shape, f"{path}:{number}")
+        check_format(row, f"{path}:{number}")
+        run = _step(run, row) if name is None else _event(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
-    summary = _summary(directory / "summary.json")
-    config = run.config or summary.get("config") or {}
-    return replace(run, config=config, facts=run.facts | summary)
+    summary = _checked(_parse(ending), FACTS, str(end))
+    return replace(run, config=run.config or summary.get("config", {}), facts=run.facts | summary)
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:
@@ -127,26 +164,32 @@ def _parse(text: bytes) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    """What summary.json holds; nothing while the run goes on."""
-    try:
-        found = _parse(path.read_bytes()) if path.exists() else {}
-    except OSError:
-        found = None
-    if found is None:
-        raise UserError(str(path), "cannot be read", "remove it: metrics.jsonl is enough")
-    return found
+def _checked(row: dict[str, Any] | None, shape: dict[str, Any], place: str) -> dict[str, Any]:
+    """A line of the record, or summary.json; an error where it is not of its shape."""
+    if row is not None and shape is not STEP:
+        row = {name: value for name, value in row.items() if value is not None}
+    missing = [name for name in NEEDED if (row or {}).get(name) in (None, [])]
+    fault = "no JSON object" if row is None else _fault(row, shape)
+    if row is not None and shape is STEP and missing:
+        fault = f"{missing[0]} is missing"
+    if fault or row is None:
+        rule = f"is not part of the record of a run: {fault}"
+        raise UserError(place, rule, "remove it, or give the output directory of a run")
+    return row
 
 
-def _is_step(row: dict[str, Any]) -> bool:
-    ranks, numbers = row.get("ranks"), [row.get(name) for name in NUMBERS]
-    return (
-        isinstance(ranks, list)
-        and len(ranks) > 0
-        and all(isinstance(part, dict) for part in (*ranks, row.get("host")))
-        and all(isinstance(number, int | float | None) for number in numbers)
-        and None not in numbers[:2]
-    )
+def _fault(value: Any, shape: Any, place: str = "") -> str:
+    """Say where a value is not of its shape; nothing where it is."""
+    kind: Any = shape if isinstance(shape, type | tuple) else type(shape)
+    if not isinstance(value, kind):
+        return f"{place} is {value!r:.40}"
+    inner: Iterable[tuple[Any, Any, str]] = ()
+    if isinstance(shape, list):
+        inner = ((part, shape[0], f"{place}[{i}]") for i, part in enumerate(value))
+    elif isinstance(shape, dict):
+        other = shape.get("*", object)
+        inner = ((part, shape.get(name, other), f"{place} {name}") for name, part in value.items())
+    return next((fault for parts in inner if (fault := _fault(*parts))), "")
 
 
 def _step(run: Run, row: dict[str, Any]) -> Run:

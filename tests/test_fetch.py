@@ -137,11 +137,13 @@ def test_a_failed_fetch_leaves_nothing_behind(
 
         return save
 
-    for make in (Path.touch, Path.mkdir):
-        monkeypatch.setattr(fetch, "save_smollm2", fail(make, UserError("x", "y", "z")))
-        with pytest.raises(UserError, match="x: y; z"):
-            fetch.main(["smollm2", "--out", str(tmp_path / "out")])
-        assert not list(tmp_path.iterdir())
+    def part(draft: Path) -> None:
+        (draft / "part").touch()
+
+    monkeypatch.setattr(fetch, "save_smollm2", fail(part, UserError("x", "y", "z")))
+    with pytest.raises(UserError, match="x: y; z"):
+        fetch.main(["smollm2", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(fetch, "save_dialogues", fail(Path.touch, ImportError(name="pyarrow")))
     with pytest.raises(UserError, match="dialogues: needs pyarrow; pip install pyarrow") as caught:
         fetch.main(["dialogues", "--out", str(tmp_path / "out")])

@@ -225,8 +225,7 @@ def _marks_y(scale: _Scale) -> str:
 
 
 def _marks_x(scale: _Scale) -> str:
-    values = [v for v in ticks(0.0, scale.x_max) if v <= scale.x_max * 1.001]
-    values = [v for v in values if scale.x_max < 5 or v == int(v)]
+    values = [v for v in ticks(0.0, scale.x_max) if v <= scale.x_max * 1.001 and v == int(v)]
     places = [(scale.x(value) / SIDE, mark(value)) for value in values]
     return "".join(
         f'<span class="{"end" * (place > 0.96)}" style="left:{place:.2%}">{text}</span>'
@@ -272,9 +271,8 @@ def smooth(points: Points) -> Points:
         As many points; a gap only where no neighbour is known.
     """
     reach = max(len(points) // 40, 1)
-    return [
-        (x, _mean(points[max(i - reach, 0) : i + reach + 1])) for i, (x, _) in enumerate(points)
-    ]
+    near = [points[max(i - reach, 0) : i + reach + 1] for i in range(len(points))]
+    return [(x, _mean(part)) for (x, _), part in zip(points, near, strict=True)]
 
 
 def _mean(points: Points) -> float | None:
@@ -309,16 +307,11 @@ def draw_bars(title: str, lines: list[str], groups: list[Bars]) -> str:
             parts += _bar(bar, top, scale)
             top += BAR_HEIGHT + 8
         top += 22
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {math.ceil(top)}" '
-            f'width="{WIDTH}" height="{math.ceil(top)}" font-size="13" '
-            "font-family=\"system-ui, 'Segoe UI', Helvetica, 'DejaVu Sans', Arial, sans-serif\">",
-            f'<rect width="{WIDTH}" height="{math.ceil(top)}" fill="#ffffff"/>',
-            *parts,
-            "</svg>\n",
-        ]
-    )
+    size = f'width="{WIDTH}" height="{math.ceil(top)}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {math.ceil(top)}" {size}'
+    font = "system-ui, 'Segoe UI', Helvetica, 'DejaVu Sans', Arial, sans-serif"
+    head += f' font-size="13" font-family="{font}">\n<rect {size} fill="#ffffff"/>'
+    return "\n".join([head, *parts, "</svg>\n"])
 
 
 def _bar(bar: Bar, top: float, scale: float) -> list[str]:

@@ -58,18 +58,15 @@ def _curve(run: Run, field: str, look: Series, form: str, is_noisy: bool) -> lis
 
 
 def _held_out(run: Run, label: str, colour: str) -> list[Series]:
-    known = [loss for _, loss in run.evals if loss is not None]
-    if not known:
-        return []
-    return [Series(f"{label}, held out", colour, run.evals, "dots", f"{known[-1]:.3f}")]
+    figures = [f"{loss:.3f}" for _, loss in run.evals if loss is not None]
+    line = Series(f"{label}, held out", colour, run.evals, "dots", figures[-1] if figures else "")
+    return [line] if figures else []
 
 
 def _clip(run: Run) -> list[Series]:
     norm, last = run.config.get("grad_norm"), run.steps[-1]["step"]
-    is_clipped = norm and run.config.get("apply_gradient_clipping")
-    return [Series("clipped to", LIMIT, [(0, norm), (last, norm)], "dash", f"{norm}")] * bool(
-        is_clipped
-    )
+    line = Series("clipped to", LIMIT, [(0, norm), (last, norm)], "dash", f"{norm}")
+    return [line] if norm and run.config.get("apply_gradient_clipping") else []
 
 
 def memory(run: Run, prefix: str) -> list[Chart]:
@@ -116,10 +113,8 @@ def _memory(run: Run, title: str, place: str, parts: list[dict[str, Any]]) -> Ch
     if held_gib:
         points = [(x, part.get(field)) for x, part in tops]
         series.append(Series(label, MEASURED, points, figure=f"{held_gib:,.2f}"))
-    levels = {
-        "plan: peak": run.table("plan").get(f"peak_{place}_gib"),
-        "budget": run.config.get(budget),
-    }
+    planned_gib = run.table("plan").get(f"peak_{place}_gib")
+    levels = {"plan: peak": planned_gib, "budget": run.config.get(budget)}
     levels |= {} if levels["budget"] else {owner: parts[-1].get(f"{place}_total_gib")}
     unit = "GiB"
     for name, level in levels.items():

@@ -101,15 +101,11 @@ def sections(runs: list[Run]) -> list[Section]:
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
     compared = [tables.predicted(*pair) for pair in named]
     verdicts = [line for _, lines in compared for line in lines] or [NO_PLAN]
+    charts = [chart for pair in named for chart in memory(*pair)]
     found = [
         Section("Figures", [], [], tables.figures(runs)),
         Section("Curves", curves(runs), [], []),
-        Section(
-            "Memory",
-            [chart for pair in named for chart in memory(*pair)],
-            [],
-            [tables.peaks(*pair) for pair in named],
-        ),
+        Section("Memory", charts, [], [tables.peaks(*pair) for pair in named]),
         Section("Predicted and measured", [], verdicts, [t for part, _ in compared for t in part]),
         Section("Answers", [], [], [tables.answers(*pair) for pair in named]),
         Section("Data", [], *tables.data(runs)),

@@ -1,5 +1,6 @@
 """The tables of the page: figures, predicted beside measured memory, data, settings, answers."""
 
+import datetime
 import itertools
 import math
 import shlex
@@ -67,19 +68,6 @@ def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
     return Cell(UNKNOWN) if value is None else Cell(format(value, form), value, note)
 
 
-def duration(seconds: float) -> str:
-    """Write seconds as people say them: "24 s", "2 min 28 s", "3 h 05 min".
-
-    Args:
-        seconds: at least 0.
-    """
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    minutes = f"{whole // 60} min {whole % 60:02d} s"
-    return minutes if whole < 3600 else f"{whole // 3600:,} h {whole // 60 % 60:02d} min"
-
-
 def _sum(run: Run, name: str) -> float | None:
     known = [value for value in run.values(name) if value is not None]
     return sum(known) if known else None
@@ -89,7 +77,7 @@ def _left_s(run: Run) -> float | None:
     """Seconds until the last step, at the median speed."""
     planned, last = run.config.get("max_steps") or -1, run.steps[-1]
     if planned < 0 and last.get("epoch") and run.config.get("num_epochs"):
-        planned = round(run.config["num_epochs"] * last["step"] / last["epoch"])
+        planned = run.config["num_epochs"] * last["step"] / last["epoch"]
     left = max(planned - last["step"], 0) * (run.median("step_s") or 0.0)
     return left if planned > 0 and run.state != "finished" else None
 
@@ -101,6 +89,15 @@ def _gpu_peak(run: Run) -> float | None:
 def _host_peak(run: Run) -> float | None:
     recorded = run.table("peaks").get("host", {}).get("host_peak_used_gib")
     return highest([recorded, *run.host("host_peak_used_gib"), *run.host("host_used_gib")])
+
+
+def _host_loading(run: Run) -> float | None:
+    return run.table("load_peaks").get("host_peak_used_gib")
+
+
+def _planned_s(run: Run) -> float | None:
+    """The plan knows the speed of GPUs only."""
+    return run.table("plan").get("step_s") if run.has_gpus else None
 
 
 def _cpu_cores(run: Run) -> float | None:
@@ -122,33 +119,33 @@ def held_out(run: Run, is_after: bool) -> float | None:
 # Table -> rows: name, format, and where it is found in a record; None where it is not.
 FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
     "Time": [
-        ("steps", ",d", lambda run: len(run.steps)),
+        ("steps", ",.0f", lambda run: len(run.steps)),
         ("epochs", ",.3f", lambda run: run.steps[-1].get("epoch")),
-        ("tokens", ",d", lambda run: _sum(run, "num_tokens")),
-        ("trained tokens", ",d", lambda run: _sum(run, "num_trained_tokens")),
+        ("tokens", ",.0f", lambda run: _sum(run, "num_tokens")),
+        ("trained tokens", ",.0f", lambda run: _sum(run, "num_trained_tokens")),
         ("seconds of training", ",.1f", lambda run: _sum(run, "step_s")),
         ("seconds in total", ",.1f", lambda run: run.facts.get("total_s")),
         ("seconds of loading", ",.1f", lambda run: run.facts.get("load_s")),
         ("seconds left", ",.0f", _left_s),
         ("seconds a step, median", ",.3f", lambda run: run.median("step_s")),
-        ("seconds a step, predicted", ",.3f", lambda run: run.table("plan").get("step_s")),
+        ("seconds a step, predicted", ",.3f", _planned_s),
         ("tokens/s, median", ",.0f", lambda run: run.median("tokens_per_s")),
     ],
     "Memory and processors": [
         ("GiB per GPU, peak reserved", ",.2f", _gpu_peak),
         ("GiB of the host, peak", ",.2f", _host_peak),
-        (
-            "GiB of the host while loading",
-            ",.2f",
-            lambda run: run.table("load_peaks").get("host_peak_used_gib"),
-        ),
+        ("GiB of the host while loading", ",.2f", _host_loading),
         ("CPU cores busy, mean", ",.2f", _cpu_cores),
     ],
     "Loss": [
-        ("trained parameters", ",d", lambda run: run.facts.get("num_trainable_params")),
+        ("trained parameters", ",.0f", lambda run: run.facts.get("num_trainable_params")),
         ("training loss, first step", ",.4f", lambda run: run.steps[0].get("loss")),
         ("training loss, last step", ",.4f", lambda run: run.steps[-1].get("loss")),
-        ("losses that are not a number", ",d", lambda run: run.values("loss").count(None) or None),
+        (
+            "losses that are not a number",
+            ",.0f",
+            lambda run: run.values("loss").count(None) or None,
+        ),
         ("held-out loss before", ",.4f", lambda run: held_out(run, False)),
         ("held-out loss after", ",.4f", lambda run: held_out(run, True)),
     ],
@@ -189,7 +186,8 @@ def _heads(runs: list[Run]) -> list[str]:
 def _note(name: str, value: float | None) -> str:
     if name.startswith("held-out") and value is not None and value < 100:
         return f"perplexity {math.exp(value):,.2f}"
-    return duration(value) if name.startswith("seconds") and value and value >= 120 else ""
+    is_long = name.startswith("seconds") and value is not None and 120 <= value < 1e9
+    return str(datetime.timedelta(seconds=round(value or 0))) if is_long else ""
 
 
 def tiles(run: Run) -> list[tuple[str, Cell]]:
@@ -214,8 +212,8 @@ def peaks(run: Run, prefix: str) -> Table:
     """
     known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
     rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
-    heads = [name.removesuffix("_gib").replace("_", " ") for name in known]
-    return Table(f"{prefix}Peaks of every rank, GiB and cores", heads, rows, "wide numbers")
+    heads = [_plain(name) for name in known]
+    return Table(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
 
 
 def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
@@ -245,11 +243,9 @@ def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
             title = f"{prefix}{name}, {phase}" + f" (rank {who}, the highest)" * (len(sums) > 1)
             measured = held[who].get(phase, {}) if held else {}
             tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))
-        parts = {f"rank {i}": rank for i, rank in enumerate(held)} | {"plan": planned}
         if len(held) > 1:
-            rows = [
-                (who, [cell(_total(part.get(p, {}))) for p in known]) for who, part in parts.items()
-            ]
+            parts = [(f"rank {i}", rank) for i, rank in enumerate(held)] + [("plan", planned)]
+            rows = [(of, [cell(_total(part.get(p, {}))) for p in known]) for of, part in parts]
             tables.append(Table(f"{prefix}{name}, total of every rank", known, rows))
         top = highest(_total(rows) for rank in held for rows in rank.values())
         p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
@@ -380,11 +376,8 @@ def environment(runs: list[Run]) -> list[Table]:
         facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
         facts |= {"command": command(run)} | run.table("versions")
         machines.append({name: Cell(str(value)) for name, value in facts.items()})
-    lines = [_console(run) for run in runs]
-    return [
-        _beside("What ran", runs, lines, "words"),
-        _beside("Machine and versions", runs, machines, "words"),
-    ]
+    lines = _beside("What ran", runs, [_console(run) for run in runs], "words")
+    return [lines, _beside("Machine and versions", runs, machines, "words")]
 
 
 def _console(run: Run) -> dict[str, Cell]:

@@ -30,6 +30,7 @@ from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
 from fsdp_qlora.planning.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.record import RUN_FORMAT
 from fsdp_qlora.training import resume
 from fsdp_qlora.training.loop import Trained
 from fsdp_qlora.training.metrics import Recorder, Resumed
@@ -302,6 +303,7 @@ def load(
     if world.rank == 0:
         config.save(cfg, cfg.resolved_output_dir / checkpoint_store.CONFIG, libraries)
     facts = {
+        "run_format": RUN_FORMAT,
         "num_steps": num_steps,
         "config": config.to_dict(cfg),
         "given": sorted(given),

@@ -25,6 +25,7 @@ from fsdp_qlora import atomic, hardware
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
 from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker
 
@@ -41,7 +42,6 @@ NOT_COUNTED = (*IDLE, "guest", "guest_nice")
 
 MIN_PLAIN_LINES = 20
 COUNTS = ("num_trained_tokens", "num_tokens")
-NUM_WARMUP_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -338,7 +338,8 @@ class Recorder:
                 self._totals.repeat(line)
             num_done = len(self._totals.step_s)
             self._bar = _progress_bar(self._num_steps, self._has_bar, num_done)
-        info = {"num_ranks": self._world.size, "versions": versions(self._world.device)}
+        info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
+        info["versions"] = versions(self._world.device)
         is_first = not self._resumed.lines
         self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
         self.collect("load")

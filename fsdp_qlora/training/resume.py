@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import checkpoint_store, cli
+from fsdp_qlora import checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import (
@@ -24,6 +24,7 @@ from fsdp_qlora.config import (
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 from fsdp_qlora.planning import fit
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.record import check_format
 
 if TYPE_CHECKING:
     from fsdp_qlora.data import Data
@@ -80,13 +81,14 @@ def expand(
     check_own_code(vars(stored), given, saved.path)
     if removed:
         notify(f"resume    options that are no more, and were set: {', '.join(removed)}")
-    left_open = {"resume", "output_dir", "overwrite"}
+    fixed = {*saved.state["given"], *PINNED}
+    left_open = {"resume", "output_dir", "overwrite", *config.given(words)}
     if stored.fit != "off":
-        left_open |= (fit.PLACING | fit.KEEPING) - {*saved.state["given"]}  # the plan chooses anew
+        left_open |= (fit.PLACING | fit.KEEPING) - fixed  # the plan chooses anew
     below = [
         f"--{name}={cli.to_text(value)}"
         for name, value in vars(stored).items()
-        if name in PINNED or (name not in left_open and value != getattr(Config(), name))
+        if name not in left_open and (name in fixed or value != getattr(Config(), name))
     ]
     return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
 
@@ -119,6 +121,7 @@ def _find(
 def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
     """A checkpoint that was written by a trainer like this one."""
     state = saved.state
+    check_format(state, str(saved.path / STATE))
     wrong = [name for name, kind in STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     wrong += [] if wrong or all(isinstance(n, str) for n in state["given"]) else ["given"]
     wrong += ["version"] if state["version"] != checkpoint_store.VERSION else []

@@ -1,5 +1,8 @@
 """`python -m fsdp_qlora report`, and the records it reads: whole, partial, resumed and damaged."""
 
+import copy
+import functools
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +14,8 @@ import pytest
 from fsdp_qlora import record
 from fsdp_qlora.__main__ import COMMANDS
 from fsdp_qlora.errors import UserError
-from tests.report.runs import REAL, Page, page_of, step_line, steps_of, write_run
+from fsdp_qlora.report import page
+from tests.report.runs import REAL, Page, page_of, step_line, steps_of, write_gpus, write_run
 
 
 @pytest.fixture
@@ -41,9 +45,9 @@ def test_steps_taken_again_after_a_resume_count_once_and_ranks_may_change(tmp_pa
     assert [(s["step"], s["loss"]) for s in run.steps] == [(1, 3), (2, 3), (3, 2), (4, 2), (5, 2)]
     assert run.num_redone == 2 and run.num_ranks == 2
     assert [len(step) > 0 for step in run.rank(1)] == [True, True, False, False, False]
-    page = page_of(tmp_path / "run", out=tmp_path)
-    assert "2 steps were taken again after a resume" in page.words
-    assert [v for _, v in page.tables["Peaks of every rank, GiB and cores"]["rank 1"]] == [2.0]
+    shown = page_of(tmp_path / "run", out=tmp_path)
+    assert "2 steps were taken again after a resume" in shown.words
+    assert [v for _, v in shown.tables["Peaks of every rank"]["rank 1"]] == [2.0]
 
 
 def test_the_summary_tells_how_a_run_ended(tmp_path):
@@ -57,24 +61,59 @@ STEP = step_line(2, 2.0)
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "fault"),
     [
-        ('{"step": 1, "lo', "is not a JSON object"),
-        ("[1, 2]", "is not a JSON object"),
-        ('{"step": 1}', "is neither a step nor an event"),
-        (json.dumps(STEP | {"ranks": []}), "is neither a step nor an event"),
-        (json.dumps(STEP | {"ranks": [3]}), "is neither a step nor an event"),
-        (json.dumps(STEP | {"host": None}), "is neither a step nor an event"),
-        (json.dumps(STEP | {"loss": "2.0"}), "is neither a step nor an event"),
-        (json.dumps(STEP | {"step_s": None}), "is neither a step nor an event"),
+        ('{"step": 1, "lo', "no JSON object"),
+        ("[1, 2]", "no JSON object"),
+        ("{}", "step is missing"),
+        ('{"step": 1}', "step_s is missing"),
+        (json.dumps(STEP | {"ranks": []}), "ranks is missing"),
+        (json.dumps(STEP | {"ranks": [{"host_rss_gib": "3"}]}), r" ranks\[0\] host_rss_gib is '3'"),
+        (json.dumps(STEP | {"loss": "2.0"}), " loss is '2.0'"),
     ],
 )
-def test_a_damaged_line_is_an_error_with_its_place(run_dir, line, words):
+def test_a_damaged_line_is_an_error_with_its_place(run_dir, line, fault):
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:3], line, *lines[4:]]))
-    with pytest.raises(UserError, match=rf"metrics\.jsonl:4: {words}"):
+    with pytest.raises(UserError, match=rf"metrics\.jsonl:4: is not part of .*: {fault}"):
         record.read(run_dir)
+
+
+def places(part, place=()):
+    """The keys on the way to every value."""
+    for key in part if isinstance(part, dict) else range(len(part)):
+        yield (*place, key)
+        if isinstance(part[key], dict | list):
+            yield from places(part[key], (*place, key))
+
+
+def test_a_wrong_value_anywhere_is_shown_or_refused_in_one_line(tmp_path):
+    """Every value in turn is missing, or of another type."""
+    run = write_gpus(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][:4]
+    lines.append({"event": "sample", "when": "before", "prompt": "p", "answer": "a"})
+    audit = {"num_rows": 3, "padding_share": {"batches": 0.5}, "examples": {"cut": ["a:1"]}}
+    facts = json.loads((run / "summary.json").read_text()) | {"data": audit}
+    whole = {"lines": lines, "facts": facts}
+    junk = itertools.cycle(["absent", "x", None, [1], {"a": 1}, -1, 1e308, float("nan")])
+    outcomes = set()
+    for place, value in zip(list(places(whole)), junk, strict=False):
+        broken = copy.deepcopy(whole)
+        *way, last = place
+        part = functools.reduce(lambda part, key: part[key], way, broken)
+        part[last] = value
+        if value == "absent":
+            del part[last]
+        if {*broken} != {"lines", "facts"} or not isinstance(broken["lines"], list):
+            continue
+        (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in broken["lines"]))
+        (run / "summary.json").write_text(json.dumps(broken["facts"]))
+        try:
+            outcomes.add("</html>" in page.write([run], tmp_path).read_text())
+        except UserError as error:
+            outcomes.add(str(error).count("\n"))
+    assert outcomes == {True, 0}
 
 
 def test_a_directory_without_a_record_or_a_step_or_with_a_torn_summary_is_an_error(tmp_path):
@@ -84,7 +123,7 @@ def test_a_directory_without_a_record_or_a_step_or_with_a_torn_summary_is_an_err
         record.read(write_run(tmp_path / "run", []))
     run = write_run(tmp_path / "run", [step_line(1, 2.0)])
     (run / "summary.json").write_text('{"is_com')
-    with pytest.raises(UserError, match=r"summary\.json: .*metrics\.jsonl is enough"):
+    with pytest.raises(UserError, match=r"summary\.json: .*: no JSON object; remove it"):
         record.read(run)
 
 
@@ -92,9 +131,9 @@ def test_numbers_that_are_not_finite_are_no_values(tmp_path):
     """As Python's json writes them."""
     steps = [step_line(i, float("nan")) | {"grad_norm": float("inf")} for i in (1, 2)]
     steps.append(step_line(3, float("nan")) | {"tokens_per_s": None, "grad_norm": None})
-    page = page_of(write_run(tmp_path / "run", steps, (None, float("nan"))), out=tmp_path)
-    assert page.row("Loss", "losses that are not a number") == [3]
-    assert page.words.count("no finite value was recorded") == 2  # loss, gradient norm
+    shown = page_of(write_run(tmp_path / "run", steps, (None, float("nan"))), out=tmp_path)
+    assert shown.row("Loss", "losses that are not a number") == [3]
+    assert shown.words.count("no finite value was recorded") == 2  # loss, gradient norm
 
 
 def run_command(*args, code="", **changes):
@@ -111,9 +150,9 @@ def test_the_command_writes_one_page_and_prints_its_path(run_dir, tmp_path):
     assert {path.name for path in run_dir.iterdir()} == {"metrics.jsonl", "report.html"}
     both = run_command("report", run_dir, REAL, run_dir, "--out", tmp_path / "both")
     assert both.returncode == 0 and both.stdout == f"{tmp_path / 'both' / 'report.html'}\n"
-    page = Page((tmp_path / "both" / "report.html").read_text())
-    assert page.row("Time", "steps") == [12, 8]
-    assert {"my run, smoothed", "run"} <= {t.get("data-name") for _, t in page.tags}
+    shown = Page((tmp_path / "both" / "report.html").read_text())
+    assert shown.row("Time", "steps") == [12, 8]
+    assert {"my run, smoothed", "run"} <= {t.get("data-name") for _, t in shown.tags}
     assert "report.html" not in {path.name for path in REAL.iterdir()}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, record
 from fsdp_qlora import checkpoint_store as store
 from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
@@ -87,6 +87,8 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
         assert (cfg.lora_rank, cfg.batch_size, cfg.packing, cfg.lr) == (4, 3, "off", 0.25)
         assert (cfg.model_name, cfg.output_dir) == (str(model), str(out))
         assert resume.expand(argv)[0][-2:] == argv[-2:]  # the ranks read the same
+    other, _ = resume.expand([f"--resume={out}", "--eval_samples=7", "--learning_rate=3"])
+    assert (config.parse(other).eval_split, config.parse(other).lr) == ("7", 3)
     bare, _ = resume.expand([f"--output_dir={out}", "--resume"])
     assert config.parse(bare).resume == str(saved.path)
 
@@ -100,6 +102,33 @@ def test_python_that_only_a_checkpoint_names_never_runs(tmp_path: Path, model: P
         argv, _ = resume.expand([f"--resume={saved.path}", f"--{flag}=own.py:rows"])
         assert getattr(config.parse(argv), flag) == "own.py:rows"
         assert resume.expand(argv)[0][-2:] == argv[-2:]
+
+
+def test_a_default_of_today_does_not_change_a_run_of_yesterday(tmp_path: Path, model: Path):
+    """Whatever the checkpoint has counts, given or not; options that are no more are named."""
+    out, reported = tmp_path / "out", list[str]()
+    argv = [f"--model_name={model}", "--dataset=dummy", f"--output_dir={out}"]
+    yesterday = {"lr": 0.125, "lora_rank": 24, "save_every": "7", "no_such_option": 3}
+    given = ["use_cpu_offload", "no_such_option"]
+    save(argv, config=config.to_dict(config.parse(argv)) | yesterday, given=given)
+    words, _ = resume.expand([f"--resume={out}"], reported.append)
+    cfg = config.parse(words)
+    assert (cfg.lr, cfg.lora_rank, cfg.save_every) == (0.125, 24, "7")
+    assert "use_cpu_offload" in config.given(words)  # the plan must not choose it anew
+    (line,) = [line for line in reported if "no more" in line]
+    assert "no_such_option" in line
+
+
+def test_a_run_of_a_newer_format_is_refused_in_one_line(tmp_path: Path, model: Path):
+    """One without a number is of format 1."""
+    out = tmp_path / "out"
+    save(flags(model, out), run_format=record.RUN_FORMAT + 1)
+    with pytest.raises(UserError, match="run format 3, and this version reads up to 2") as caught:
+        resume.expand([f"--resume={out}"])
+    assert caught.value.code == INTEGRITY
+    (out / "metrics.jsonl").write_text('{"event": "run", "run_format": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:1: is of run format 3"):
+        record.read(out)
 
 
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path):
