@@ -37,7 +37,7 @@ def run(
         probe: further arguments of training.memory_probe.run.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.report import page
     from fsdp_qlora.results import export, look, session
     from fsdp_qlora.train import trackers

@@ -13,9 +13,8 @@ from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.model.cache import PackedCache, key
-from fsdp_qlora.model.layout import Layout, build_layout, put_linear
-from fsdp_qlora.model.packed import LayerCache, LayerStore
+from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, put_linear
+from fsdp_qlora.model.load import PackedCache, key
 from fsdp_qlora.model.quantize import FORMATS, Fields
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 from fsdp_qlora.results.adapter_files import Pair
