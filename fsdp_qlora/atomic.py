@@ -9,11 +9,14 @@ import fcntl
 import json
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, SIGTERM, UserError
 
 GIB = 2**30
 SPARE = 1.01  # of the disk: what lies beside the weights
@@ -154,7 +157,8 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
     """Make a directory under a hidden name beside its own; rename it when it is whole.
 
     What a killed process has left beside `out` is removed first: a lock, which ends with its
-    process, tells it from what another one is writing.
+    process, tells it from what another one is writing. SIGTERM unwinds the program meanwhile, so
+    that the draft is removed; the exit code tells of it.
 
     Args:
         out: its own name.
@@ -168,6 +172,10 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
     """
     check(out, need_bytes)
     out, draft, lock = out.absolute(), None, None
+    former = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
@@ -192,6 +200,8 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+        if is_main:
+            signal.signal(signal.SIGTERM, former)
 
 
 def _prefix(out: Path) -> str:

@@ -102,7 +102,9 @@ OPTIMIZERS = {
     "paged_adamw_8bit": Optimizer(True, 2, on_cpu=False),
 }
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-TRACKERS = ("wandb", "tensorboard")  # packages of the same names
+# Packages of the same names, in accelerate.tracking.
+TRACKERS: tuple[str, ...] = ("tensorboard", "wandb", "trackio", "swanlab")
+TRACKERS += ("mlflow", "comet_ml", "aim", "clearml", "dvclive")
 QUANT_TYPES = ("nf4", "fp4", "int8")
 HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
@@ -268,10 +270,10 @@ class TrainConfig:
     save_model: bool = flag(True, "output", "save the adapter at the end")
     push_to_hub: str | None = flag(None, "output", "OWNER/NAME to upload the adapter to", rule=TEXT)
     log_to: str = flag(
-        "tqdm", "output", "bar, plain lines, or a tracker", ("tqdm", "stdout", *TRACKERS)
+        "tqdm", "output", f"tqdm, stdout and any of {', '.join(TRACKERS)}", rule=TEXT
     )
     project_name: str = flag("fsdp_qlora", "output", "project of the tracker", rule=TEXT)
-    tracker_args: str | None = flag(None, "output", "for wandb: name=N,group=G,entity=E", rule=TEXT)
+    tracker_args: str | None = flag(None, "output", "for them: name=N,group=G,entity=E", rule=TEXT)
     profile: bool | int = flag(
         False, "output", "trace three steps; N: after N steps of warmup", rule=">= 0"
     )
@@ -324,8 +326,18 @@ class TrainConfig:
         return int(self.eval_split) if self.eval_split and self.eval_split.isdecimal() else 0
 
     @property
+    def log_targets(self) -> tuple[str, ...]:
+        """What `log_to` names: tqdm, stdout, and rows of TRACKERS."""
+        return tuple(dict.fromkeys(name.strip() for name in self.log_to.split(",")))
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The experiment trackers among them."""
+        return tuple(name for name in self.log_targets if name in TRACKERS)
+
+    @property
     def tracker_options(self) -> dict[str, Any]:
-        """Name -> value of what `tracker_args` has for the tracker."""
+        """Name -> value of what `tracker_args` has for the trackers."""
         pairs = re.split(r",(?=\w+=)", self.tracker_args or "")
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
@@ -527,6 +539,9 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
         if base != owner and getattr(cfg, name) != cli.options(TrainConfig)[name].default:
             got = f"--{name} {cli.to_text(getattr(cfg, name))} with --train_type {cfg.train_type}"
             faults.append(UserError(got, *(bnb if owner == "bnb" else hqq)))
+    if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
+        remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
+        faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
     if cfg.push_to_hub is not None and not cfg.save_model:
         got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
         faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
@@ -612,12 +627,13 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     if kind == "full":
         notes += ["--modules_to_save has no effect: all is trained"] * bool(cfg.modules_to_save)
         notes += ["cpu offload has no effect: nothing is frozen"] * cfg.use_cpu_offload
+    takes_names = cfg.trackers not in ((), ("tensorboard",))
     defaults = {name: row.default for name, row in cli.options(TrainConfig).items()}
     for is_used, name, why in (
         (cfg.apply_gradient_clipping, "grad_norm", "--apply_gradient_clipping is false"),
         (cfg.lr_scheduler != "constant", "warmup_steps", "--lr_scheduler is constant"),
-        (cfg.log_to == "wandb", "project_name", "--log_to is not wandb"),
-        (cfg.log_to == "wandb", "tracker_args", "--log_to is not wandb"),
+        (takes_names, "project_name", "--log_to has no tracker that takes it"),
+        (takes_names, "tracker_args", "--log_to has no tracker that takes it"),
     ):
         is_changed = getattr(cfg, name) != defaults[name]
         notes += [f"--{name} has no effect: {why}"] * (is_changed and not is_used)

@@ -14,9 +14,9 @@ from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
+from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.results import adapter_files, publish
 from fsdp_qlora.training import preflight, resume
 
 
@@ -39,15 +39,22 @@ def run(
     from fsdp_qlora import data
     from fsdp_qlora.model.load import build
     from fsdp_qlora.report import page
-    from fsdp_qlora.results import export, look, session
-    from fsdp_qlora.train import trackers
-    from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics, profiler
+    from fsdp_qlora.results import session
+    from fsdp_qlora.training import (
+        checkpoint,
+        loop,
+        memory,
+        memory_probe,
+        metrics,
+        profiler,
+        trackers,
+    )
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
-    resumed = checkpoint.load(cfg, given, info, adapter_files.digest(info), dataset, world)
+    resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
 
     if not memory_probe.is_wanted(cfg, world.device):  # it would take as many as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
@@ -63,7 +70,7 @@ def run(
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     resumed.restore(trained)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
-    pinned_bytes, has_bar = built.loaded.pinned_bytes, cfg.log_to != "stdout"
+    pinned_bytes, has_bar = built.loaded.pinned_bytes, "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
 
     def follow() -> None:
@@ -76,21 +83,39 @@ def run(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
         profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
-        trackers.followed(cfg, out_dir, is_writer),
+        trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
-        evaluator = look.Look(trained, dataset, cfg, info, recorder, tracker, resumed.step)
+        evaluator = _evaluator(trained, dataset, plan, recorder, tracker)
+        evaluator.num_done = resumed.step
         loop.train(trained, dataset.train, recorder, checkpointer, evaluator, follow)
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with tracker.phase("save"):
-                export.save(built.model, info, cfg, dataset.tokenizer, is_writer)
+                evaluator.save(cfg)
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
         page.write([out_dir], out_dir)
         print(session.farewell(cfg), flush=True)
+
+
+def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
+    """What measures a run: it answers prompts and saves the best adapter."""
+    from fsdp_qlora import inference
+    from fsdp_qlora.export.save import save
+    from fsdp_qlora.training.evaluate import Evaluator
+
+    model, world, tokenizer = trained.model, trained.world, dataset.tokenizer
+
+    def answer(prompt) -> str:
+        return inference.answer(model, tokenizer, prompt.ids, plan.cfg.sample_tokens, world)
+
+    def save_as(cfg: config.Config) -> None:
+        save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
+
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
 
 
 def join_and_run(
@@ -134,7 +159,7 @@ def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
         ranks.leave()
         hooks.beat(hooks.DONE, rank)
         if rank == 0 and not env.is_supervised(os.environ):
-            publish.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
+            hub.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
     except Exception as error:
         exit_report.fail(error, cfg, plan)
 
@@ -218,14 +243,14 @@ def launch_ranks(
         rank_main(cfg, given)
         return errors.DONE
     plan = launch.plan_run(cfg, given)
-    plans.tell(plan, say)
-    resume.check_early(saved, plan, adapter_files.digest(plan.info))
+    plans.announce(plan, say)
+    resume.check_early(saved, plan, adapter.digest(plan.info))
     preflight.check_room(plan.cfg, plan.info)
     preflight.check(plan)
-    publish.check(cfg.push_to_hub)
+    hub.check(cfg.push_to_hub)
     code = launch.supervise(cfg, argv, plan=plan, start=start, watcher=watcher)
     if code == errors.DONE:
-        publish.push(cfg.resolved_output_dir, cfg.push_to_hub)
+        hub.push(cfg.resolved_output_dir, cfg.push_to_hub)
     return code
 
 

@@ -27,14 +27,15 @@ for name in (
     "fsdp_qlora.model.load",
     "fsdp_qlora.model.shard",
     "fsdp_qlora.model.skeleton",
-    "fsdp_qlora.results.export",
-    "fsdp_qlora.results.look",
+    "fsdp_qlora.export.save",
+    "fsdp_qlora.inference",
+    "fsdp_qlora.training.evaluate",
     "fsdp_qlora.report.page",
     "fsdp_qlora.results.session",
     "fsdp_qlora.training.loop",
     "fsdp_qlora.training.profiler",
     "fsdp_qlora.training.memory_probe",
-    "fsdp_qlora.train.trackers",
+    "fsdp_qlora.training.trackers",
     "fsdp_qlora.training.checkpoint",
 ):
     importlib.import_module(name)

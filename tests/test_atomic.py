@@ -24,10 +24,10 @@ from fsdp_qlora import atomic
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
-from fsdp_qlora.results import merge  # noqa: F401 (once, not in every fork)
-from fsdp_qlora.results.shards import SafetensorsFile, Shards
+from fsdp_qlora.export import base, merge_check  # noqa: F401 (once, not in every fork)
+from fsdp_qlora.export.shards import SafetensorsFile, Shards
+from tests.export.test_adapter import write_adapter
 from tests.model_files import write_model
-from tests.test_adapter_files import write_adapter
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.chmod", "os.rmdir", "os.remove", "shutil.copyfile")
 

@@ -106,7 +106,7 @@ def test_all_faults_are_told_at_once():
         ("--lora_r 8 --lora_rank 8", "means the same"),
         ("--eval_samples 8 --eval_split 0.1", "means the same"),
         ("--precision fp8", "no such choice"),
-        ("--log_to mlflow", "no such choice"),
+        ("--log_to wandb,nowhere", "no such choice"),
         ("--n_bits 2", "belongs to an HQQ base"),
         ("--quant_type int8 --double_quant true", "no block scales"),
         ("--fit best", "no such choice"),
@@ -157,7 +157,7 @@ def test_flags_without_effect_are_noted_once_and_only_when_set():
     line = "--low_memory false --compile=off --with_stack --verbose no --loading_workers -1"
     cfg = parse([*line.split(), "--entity", "me", "--name=a,b"], say=said.append)
     assert [note.split()[1] for note in said] == ["--low_memory", "--with_stack"]
-    assert cfg_notes(cfg) == ["--tracker_args has no effect: --log_to is not wandb"]
+    assert cfg_notes(cfg) == ["--tracker_args has no effect: --log_to has no tracker that takes it"]
     assert cfg.tracker_options == {"entity": "me", "name": "a,b"}
     assert cfg_notes(parse(["--warmup_steps", "9"])) == [
         "--warmup_steps has no effect: --lr_scheduler is constant"

@@ -1,4 +1,4 @@
-"""train.py goes by the plan: refusals before torch, a notch lower, plan against ledger."""
+"""train.py goes by the plan: refusals before torch, a lower setting, plan against ledger."""
 
 import functools
 import json
@@ -40,7 +40,7 @@ def no_room(tensor):
     """Memory for what the optimizer keeps; rank 1 has none until it has stepped down."""
     import torch
 
-    if os.environ["RANK"] == "1" and plans.notch_of(os.environ) == 0:
+    if os.environ["RANK"] == "1" and plans.fallback_of(os.environ) == 0:
         raise torch.OutOfMemoryError("no room")
     return torch.empty_like(tensor)
 
@@ -54,11 +54,11 @@ def on_two_cards(argv: list[str], start) -> int:
     from fsdp_qlora import run as train
     from fsdp_qlora.distributed import launch
 
-    fit.NOTCH, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)
+    fit.FALLBACK_SHARE, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)
     cfg, given = config.parse(argv), config.given(argv)
     machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
-    plans.tell(plan, print)
+    plans.announce(plan, print)
     return launch.supervise(cfg, argv, plan=plan, start=start)
 
 
@@ -110,8 +110,8 @@ def test_ranks_that_run_out_in_the_dry_run_train_a_notch_lower(tmp_path: Path):
     assert (found.wait(), found.err) == (DONE, "")
     lines = found.out.splitlines()
     (fit,) = [line for line in lines if line.startswith("fit ")]
-    (memory,) = [line for line in lines if "a notch lower" in line]
-    start = "memory    rank 1: out of memory in the dry run; nothing is lost, a notch lower: --"
+    (memory,) = [line for line in lines if "a lower setting" in line]
+    start = "memory    rank 1: out of memory in the dry run; nothing is lost, a lower setting: --"
     assert memory.startswith(start)
     assert lines.index(memory) > lines.index(fit)
     assert len([line for line in lines if line.startswith("dry run   ")]) == 1

@@ -54,7 +54,7 @@ ORDER = {
         "distributed": 2,
     },
     **{"data": 3, "model": 3, "train": 4, "training": 4},
-    **{"results": 5, "export": 5, "inference": 5, "report": 6, "bench": 7, "doctor": 7},
+    **{"results": 5, "export": 5, "inference": 6, "report": 6, "bench": 7, "doctor": 7},
     **{"fetch": 7, "run": 8, "top": 9},
 }
 # Rooms of the old layout that stand in later ones' places until they are gone.
@@ -139,8 +139,6 @@ def room(module: str) -> str:
     first, _, rest = module.partition(".")
     if first.startswith("fetch"):
         return "fetch"
-    if module.startswith("results.bench"):
-        return "bench"  # until it has its own directory
     if first.startswith(TOPS):
         return "top"
     if first == "train":

@@ -202,7 +202,7 @@ def on_two_cards(argv: list[str], start) -> int:
     from fsdp_qlora.distributed import launch
     from fsdp_qlora.planning import fit, run
 
-    fit.NOTCH = 0.9999999
+    fit.FALLBACK_SHARE = 0.9999999
     cfg, given = config.parse(argv), config.given(argv)
     machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = run.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
@@ -215,7 +215,7 @@ def test_out_of_memory_in_a_step_is_answered_by_a_lower_notch(place: Path, unbro
     code, said, err = go(place, out, "--max_restarts=1", main=on_two_cards, **fault)
     assert (code, err) == (DONE, "")
     (line,) = [line for line in said.splitlines() if line.startswith("restart ")]
-    assert re.match(r"restart   1/1 after step [23], a notch lower: --.*: rank 1: out of ", line)
+    assert re.match(r"restart   1/1 after step [23], a lower setting: --.*: rank 1: out of ", line)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["plan"]["notch"] == 1 and summary["is_complete"]
     for mine, theirs in zip(result(out)["steps"], unbroken["steps"], strict=True):

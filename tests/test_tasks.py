@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 
 
 def _score(world, path, rows):
-    from fsdp_qlora.results.tasks import score
+    from fsdp_qlora.inference import score
 
     model, _, _ = tiny.build(path, world, "--precision=fp32", "--train_type=lora")
     model.eval()

@@ -120,8 +120,11 @@ class Batches:
         assert len(samples)
         self.samples, self.sampler, self.is_flat = samples, sampler, is_flat
         self.longest = int(samples.lengths.max())
-        self.steps_per_epoch = steps_per_epoch(len(samples), sampler.rows_per_step)
+        self.steps_per_epoch = self._steps_per_epoch()
         self.num_steps = sampler.num_steps(self.steps_per_epoch)
+
+    def _steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.samples), self.sampler.rows_per_step)
 
     @property
     def most_tokens(self) -> int:
@@ -130,19 +133,20 @@ class Batches:
         return max(padded_tokens(self.samples.lengths, self.sampler, num_steps))
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run
-    def _epoch_order(self, number: int) -> list[np.ndarray]:
+    def _epoch_order(self, epoch: int) -> list[np.ndarray]:
         sampler = self.sampler
-        return epoch_order(self.samples.lengths, sampler.rows_per_step, sampler.seed, number)
+        return epoch_order(self.samples.lengths, sampler.rows_per_step, sampler.seed, epoch)
 
     def rows(self, step: int) -> np.ndarray:
         """Indices of the samples that all ranks together see at optimizer step `step`."""
-        number, part = divmod(step, self.steps_per_epoch)
-        return self._epoch_order(number)[part]
+        epoch, part = divmod(step, self.steps_per_epoch)
+        return self._epoch_order(epoch)[part]
 
-    def _rows_of(self, step: int, rank: int) -> list[np.ndarray]:
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        """Indices of the samples of each micro-batch of a rank."""
         sampler = self.sampler
-        micros = micro_batches(self.rows(step), sampler.rows_per_micro, sampler.world_size)
-        return [by_rank[rank] for by_rank in micros]
+        found = micro_batches(self.rows(step), sampler.rows_per_micro, sampler.world_size)
+        return [by_rank[rank].tolist() for by_rank in found]
 
     def step(self, step: int) -> list[Batch]:
         """Make this rank's micro-batches of optimizer step `step`.
@@ -154,17 +158,16 @@ class Batches:
             As many batches on every rank; a rank left without a row gets a batch of one row of
             padding, in which nothing is trained.
         """
-        multiple = self.sampler.pad_multiple
-        micros = [
-            [self.samples[i] for i in rows] for rows in self._rows_of(step, self.sampler.rank)
-        ]
+        multiple, micros = self.sampler.pad_multiple, self.micro_batches(step, self.sampler.rank)
+        rows = ([self.samples[index] for index in micro] for micro in micros)
         if self.is_flat:
-            return [flatten(samples, multiple) for samples in micros]
-        return [collate(samples, multiple, self.longest) for samples in micros]
+            return [flatten(samples, multiple) for samples in rows]
+        return [collate(samples, multiple, self.longest) for samples in rows]
 
     def places(self, step: int, rank: int) -> list[str]:
         """Where the rows stand that `rank` sees at optimizer step `step`."""
-        return [str(self.samples.place(i)) for rows in self._rows_of(step, rank) for i in rows]
+        micros = self.micro_batches(step, rank)
+        return [str(self.samples.place(index)) for micro in micros for index in micro]
 
     def epoch(self, step: int) -> float:
         """Passes over the rows completed once optimizer step `step` is done."""
@@ -173,11 +176,11 @@ class Batches:
         return number + num_done / len(self.samples)
 
 
-class PackedBatches:
+class PackedBatches(Batches):
     """The batches of one rank, by optimizer step, several rows in a sequence.
 
     A micro-batch is `batch_size` sequences of up to `context_length` tokens, laid one after the
-    other too: nothing is padded but the end. See `pack` for which rows meet; all ranks get
+    other too, [1, T]: nothing is padded but the end. See `pack` for which rows meet; all ranks get
     about as many tokens.
 
     Args:
@@ -187,11 +190,12 @@ class PackedBatches:
     """
 
     def __init__(self, samples: TokenDataset, context_length: int, sampler: SamplerConfig) -> None:
-        assert len(samples)
-        self.samples, self.context_length, self.sampler = samples, context_length, sampler
-        turns_per_step = sampler.batch_size * sampler.accumulation
-        self.steps_per_epoch = max(len(self._turns(0)) // turns_per_step, 1)
-        self.num_steps = sampler.num_steps(self.steps_per_epoch)
+        self.context_length = context_length
+        super().__init__(samples, sampler, is_flat=True)
+
+    def _steps_per_epoch(self) -> int:
+        turns_per_step = self.sampler.batch_size * self.sampler.accumulation
+        return steps_per_epoch(len(self._turns(0)), turns_per_step)
 
     @property
     def most_tokens(self) -> int:
@@ -205,30 +209,15 @@ class PackedBatches:
         sequences = pack(self.samples.lengths, self.context_length, size, seed, epoch)
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
-    def _rows_of(self, step: int, rank: int) -> list[list[int]]:
+    def micro_batches(self, step: int, rank: int) -> list[list[int]]:
+        """Indices of the samples of each micro-batch of a rank."""
         number, part = divmod(step, self.steps_per_epoch)
         turns = self._turns(number)
         first, last = (np.array([part, part + 1]) * len(turns) // self.steps_per_epoch).tolist()
-        return [turn[rank] for turn in turns[first:last]]
-
-    def step(self, step: int) -> list[Batch]:
-        """Make this rank's micro-batches of optimizer step `step`.
-
-        Args:
-            step: 0-based, over all epochs.
-
-        Returns:
-            As many batches on every rank, [1, T] each; a rank without rows gets one of padding.
-        """
-        sequences = self._rows_of(step, self.sampler.rank)
+        sequences = [turn[rank] for turn in turns[first:last]]
         num_micro = max(-(-len(sequences) // self.sampler.batch_size), 1)
         parts = np.array_split(np.arange(len(sequences)), num_micro)
-        micros = [[self.samples[row] for i in part for row in sequences[i]] for part in parts]
-        return [flatten(samples, self.sampler.pad_multiple) for samples in micros]
-
-    def places(self, step: int, rank: int) -> list[str]:
-        """Where the rows stand that `rank` sees at optimizer step `step`."""
-        return [str(self.samples.place(i)) for rows in self._rows_of(step, rank) for i in rows]
+        return [[row for i in part for row in sequences[i]] for part in parts]
 
     def epoch(self, step: int) -> float:
         """Passes over the rows completed once optimizer step `step` is done."""

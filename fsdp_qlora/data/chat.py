@@ -48,7 +48,7 @@ class Template:
     Args:
         source: Jinja.
         names: texts of special tokens by name, such as {"bos_token": "<s>"}.
-        place: what the user is told if it is wrong.
+        place: named to the user if it is wrong.
 
     Raises:
         UserError: it is no Jinja.

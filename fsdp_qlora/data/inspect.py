@@ -3,6 +3,7 @@
 The same facts are kept in the record of every run.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -37,14 +38,29 @@ MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 NUM_EXAMPLES = 3
 BAR_CHARS = 40
-TRAINED_ON = {
-    **dict.fromkeys(("assistant", "completion"), "answers"),
-    **{"last": "last answers", "all": "everything"},
+TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
+COUNTS = ["num_rows", "num_bad", "num_cut", "num_empty", "num_beyond"]
+COUNTS += ["num_with_end", "num_learning_end"]
+REPORT = """\
+rows      {num_rows} of {sources} ({kinds})
+learned   {train_on}: {num_trained_tokens} of {num_tokens} tokens ({trained_share:.1%})
+length    median {median_tokens}, 95% up to {p95_tokens}, longest {longest_uncut_tokens}; \
+context {context_length}
+{bars}
+{losses}
+end       the end of text is learned in {end_share:.1%} of the rows
+parts     {num_train} to learn, {num_held_out} held out, {num_test} left for a test
+epoch     {epoch_tokens} tokens, {epoch_trained_tokens} of them learned
+steps     {steps}
+padding   {batches:.1%} in batches of like length, {packed:.1%} if rows are packed
+tokens    {kept}
+{notes}"""
+LOSSES = {
+    "cut": "rows are longer than the context and lose {num_tokens_cut} tokens",
+    "empty": "rows have nothing to learn and are left out",
+    "beyond": "rows have nothing to learn within the context and are left out",
+    "repeated": "rows hold the same as another",
 }
-COUNTS = (
-    *("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond"),
-    *("num_with_end", "num_learning_end"),
-)
 
 
 @dataclass(frozen=True)
@@ -79,34 +95,31 @@ class Audit:
     def lines(self) -> list[str]:
         """Return all facts for people, a line each, and the lengths as bars."""
         facts = self.facts
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in facts["kinds"].items())
-        share = facts["num_trained_tokens"] / max(facts["num_tokens"], 1)
+        shown = {k: f"{v:,}" if isinstance(v, int) else v for k, v in facts.items()}
         steps = "; ".join(
             f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
-            f"{count['in_all']:,} in all"
+            f"{count['in_all']:,} in total"
             for size, count in facts["steps"].items()
         )
-        padding = facts["padding_share"]
-        end_share = facts["num_learning_end"] / max(self.num_samples, 1)
-        return [
-            f"rows      {facts['num_rows']:,} of {', '.join(facts['sources'])} ({kinds})",
-            f"learned   {TRAINED_ON[facts['train_on']]}: {facts['num_trained_tokens']:,} of "
-            f"{facts['num_tokens']:,} tokens ({share:.1%})",
-            f"length    median {facts['median_tokens']:,}, 95% up to {facts['p95_tokens']:,}, "
-            f"longest {facts['longest_uncut_tokens']:,}; context {facts['context_length']:,}",
-            *_bars(facts["lengths"], facts["context_length"]),
-            *_losses(facts),
-            f"end       the end of text is learned in {end_share:.1%} of the rows",
-            f"parts     {facts['num_train']:,} to learn, {facts['num_held_out']:,} held out, "
-            f"{facts['num_test']:,} left for a test",
-            f"epoch     {facts['epoch_tokens']:,} tokens, {facts['epoch_trained_tokens']:,} of "
-            "them learned",
-            f"steps     {steps}",
-            f"padding   {padding['batches']:.1%} in batches of like length, "
-            f"{padding['packed']:.1%} if rows are packed",
-            f"tokens    {facts['kept']}",
-            *(f"note      {note}" for note in facts["notes"]),
-        ]
+        losses = (
+            f"{what:<9} {shown[f'num_{what}']} {words.format_map(shown)}: "
+            + ", ".join(facts["examples"].get(what, []))
+            for what, words in LOSSES.items()
+            if facts[f"num_{what}"]
+        )
+        shown |= facts["padding_share"] | {
+            "sources": ", ".join(facts["sources"]),
+            "kinds": ", ".join(f"{count:,} {kind}" for kind, count in facts["kinds"].items()),
+            "train_on": TRAINED_ON.get(facts["train_on"], "everything"),
+            "trained_share": facts["num_trained_tokens"] / max(facts["num_tokens"], 1),
+            "bars": _bars(facts["lengths"], facts["context_length"]),
+            "losses": "\0".join(losses),
+            "end_share": facts["num_learning_end"] / max(self.num_samples, 1),
+            "steps": steps,
+            "notes": "\0".join(f"note      {note}" for note in facts["notes"]),
+        }
+        text = REPORT.replace("\n", "\0").format_map(shown)  # a name may hold a line break
+        return [line for line in text.split("\0") if line]
 
 
 def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) -> Audit:
@@ -220,53 +233,34 @@ def _notes(cfg: Config, ready: PreparedData, found: Audit, world_size: int) -> l
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
     place = ready.formatter.chat.template.place if ready.formatter is not None else ""
     num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
-    never_ends = found.num_samples and not facts["num_learning_end"]
+    is_cut, is_few = (
+        facts["num_cut"] * 10 > found.num_samples,
+        0 < facts["num_train"] < rows_per_step,
+    )
+    is_split = uses_chat and num_texts > facts["num_rows"]
+    ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    plain = uses_chat and place == tokenizer.PLAIN_PLACE
     table = {
         f"{facts['num_bad']:,} rows cannot be used: they must be corrected": facts["num_bad"],
-        "more than a tenth of the rows is cut: raise --context_length": (
-            facts["num_cut"] * 10 > found.num_samples
-        ),
-        "the end of text is never learned: answers will not stop by it": (
-            never_ends and "blocks" not in facts["kinds"]
-        ),
-        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": (
-            0 < facts["num_train"] < rows_per_step
-        ),
+        "more than a tenth of the rows is cut: raise --context_length": is_cut,
+        "the end of text is never learned: answers will not stop by it": not ends,
+        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
-        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": (
-            uses_chat and place == tokenizer.PLAIN_PLACE
-        ),
+        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
-        "earlier turns in another way, so each answer stands alone": (
-            uses_chat and num_texts > facts["num_rows"]
-        ),
+        "earlier turns in another way, so each answer stands alone": is_split,
     }
     return [note for note, is_so in table.items() if is_so]
 
 
-def _bars(lengths: list[list[int]], context_length: int) -> list[str]:
+def _bars(lengths: list[list[int]], context_length: int) -> str:
     most = max((count for _, _, count in lengths), default=0)
     lines = []
     for first, last, count in lengths:
         bar = "█" * -(-BAR_CHARS * count // max(most, 1))
         mark = "  <- context" if first <= context_length <= last else ""
         lines.append(f"          {f'{first:,}-{last:,}':>15} {bar} {count:,}{mark}")
-    return lines
-
-
-def _losses(facts: dict[str, Any]) -> list[str]:
-    """What is cut, left out or there twice, with the places of the first."""
-    words = {
-        "cut": f"rows are longer than the context and lose {facts['num_tokens_cut']:,} tokens",
-        "empty": "rows have nothing to learn and are left out",
-        "beyond": "rows have nothing to learn within the context and are left out",
-        "repeated": "rows hold the same as another",
-    }
-    return [
-        f"{what:<9} {facts[f'num_{what}']:,} {text}: {', '.join(facts['examples'].get(what, []))}"
-        for what, text in words.items()
-        if facts[f"num_{what}"]
-    ]
+    return "\0".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -285,7 +279,12 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(USAGE)
         return DONE
-    num_rows, as_json, run_argv = _own_options(argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rows", nargs="?", default="3")
+    parser.add_argument("--json", action="store_true")
+    own, run_argv = parser.parse_known_args(argv)
+    if not (own.rows or "").isdecimal():
+        raise UserError(f"--rows {own.rows}", "must be a whole number", "default is 3")
     cfg = config.parse(run_argv, say=lambda line: print(line, file=sys.stderr))
     info = arch.read(cfg.model_name, need_weights=False)
     is_dummy = cfg.dataset == sources.DUMMY
@@ -297,29 +296,13 @@ def main(argv: list[str]) -> int:
     num_gpus = hardware.count_gpus(os.environ)
     world_size = cfg.world_size if cfg.world_size > 0 else max(num_gpus, 1)
     found = audit(cfg, ready, world_size, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])
-    if as_json:
+    if own.json:
         print(json.dumps(found.facts, indent=1))
     else:
         print("\n".join(map(one_line, found.lines())))
-        print("".join(_shown(cfg, ready, text_tokenizer, num_rows)), end="")
+        print("".join(_shown(cfg, ready, text_tokenizer, int(own.rows))), end="")
     ready.check()
     return DONE
-
-
-def _own_options(argv: list[str]) -> tuple[int, bool, list[str]]:
-    """The options of this command alone, and the others."""
-    others, num_rows, words = [], "3", list(argv)
-    while words:
-        word = words.pop(0)
-        if word == "--rows" and words:
-            num_rows = words.pop(0)
-        elif word.startswith("--rows="):
-            num_rows = word.partition("=")[2]
-        elif word != "--json":
-            others.append(word)
-    if not num_rows.isdecimal():
-        raise UserError(f"--rows {num_rows}", "must be a whole number", "default is 3")
-    return int(num_rows), "--json" in argv, others
 
 
 def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:

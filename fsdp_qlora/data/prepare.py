@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -17,13 +17,7 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.data import row_formats, sources, token_dataset, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.sources import Source, SourceOptions
-from fsdp_qlora.data.token_dataset import (
-    StoreBuilder,
-    TokenDataset,
-    TokenStore,
-    split_name,
-    train_test_split,
-)
+from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset, TokenStore, split_name
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import UserError, join
 
@@ -107,7 +101,9 @@ def prepare(
     """
     if cfg.dataset == sources.DUMMY:
         whole = tokens.dummy_samples(cfg.dataset_samples, cfg.context_length, vocab_size, cfg.seed)
-        return PreparedData(*train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,))
+        return PreparedData(
+            *token_dataset.train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,)
+        )
     assert tokenizer is not None, "text without a tokenizer"
     formatter = row_formats.choose(
         cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
@@ -118,7 +114,7 @@ def prepare(
     with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
         make = functools.partial(_tokenize, cfg, tokenizer, formatter, bar.update)
         whole = make(found)
-        train, held_out, num_test = train_test_split(whole, cfg)
+        train, held_out, num_test = token_dataset.train_test_split(whole, cfg)
         good = (row for _, row in sources.read(found) if formatter.problem(row) is None)
         example, stores = next(good, None), [whole.store]
         eval_name = None if cfg.eval_samples else split_name(cfg.eval_split)
@@ -126,13 +122,10 @@ def prepare(
             more = _find_eval(cfg, eval_name, options)
             held_out, found = make(more), [*found, *more]
             stores.append(held_out.store)
-    for store in stores:
-        if (largest := store.facts["largest_id"]) >= vocab_size:
-            rule, remedy = (
-                f"the model's embedding has {vocab_size} rows",
-                "use the model's tokenizer",
-            )
-            raise UserError(f"token id {largest}", rule, remedy)
+    largest = max(store.facts["largest_id"] for store in stores)
+    if largest >= vocab_size:
+        rule = f"the model's embedding has {vocab_size} rows"
+        raise UserError(f"token id {largest}", rule, "use the model's tokenizer")
     if cfg.eval_every is not None and not len(held_out):
         remedy = "say --eval_samples N, --eval_split 0.1 or a file"
         raise UserError(f"--eval_every {cfg.eval_every}", "no rows are held out", remedy)
@@ -172,9 +165,8 @@ def _find_eval(cfg: Config, name: str, options: SourceOptions) -> list[Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
     is_file = os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name
     if is_file:
-        return sources.find(name, SourceOptions(options.num_samples, options.seed))
-    split = SourceOptions(options.num_samples, options.seed, name, options.load_tokenizer)
-    found = sources.find(cfg.dataset, split)
+        return sources.find(name, replace(options, split=None))
+    found = sources.find(cfg.dataset, replace(options, split=name))
     if any(source.is_file for source in found):
         remedy = "give a share of the rows (0.1) or a file"
         raise UserError(f"--eval_split {name}", "is no file, and files have no splits", remedy)

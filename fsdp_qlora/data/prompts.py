@@ -1,7 +1,6 @@
 """The prompts of a run: what the model is asked before it is trained and after."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from fsdp_qlora.config import Config
 from fsdp_qlora.data.chat import Refused
 from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.data.readers import read_own_file
 from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.errors import UserError
@@ -74,25 +74,17 @@ def choose(cfg: Config, ready: PreparedData, tokenizer: TextTokenizer | None) ->
 
 def _read(path: Path) -> list[tuple[str, Any]]:
     """Place and question of every line that is not empty."""
-    if os.path.lexists(path) and not os.path.isfile(path):  # a pipe would wait
-        remedy = "give a file with one prompt a line, auto or off"
-        raise UserError(f"--sample_prompts {path}", "is no regular file", remedy)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
-        remedy = "give a file with one prompt a line, auto or off"
-        raise UserError(f"--sample_prompts {path}", reason, remedy) from error
+    remedy = "give a file with one prompt a line, auto or off"
+    lines = read_own_file(path, "--sample_prompts", remedy).splitlines()
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UserError(f"--sample_prompts {path}", "is empty", "write one prompt a line")
-    return [(place, _parse(place, line, path)) for place, line in found]
+        raise UserError(f"--sample_prompts {path}", "is empty", remedy)
+    is_json = path.suffix.lower() in JSON_SUFFIXES
+    return [(place, _parse(place, line) if is_json else line) for place, line in found]
 
 
-def _parse(place: str, line: str, path: Path) -> Any:
+def _parse(place: str, line: str) -> Any:
     """A text, or the messages of a conversation."""
-    if path.suffix.lower() not in JSON_SUFFIXES:
-        return line
     try:
         value = json.loads(line)
     except ValueError:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -98,6 +99,26 @@ def read_file(path: Path) -> PlacedRows:
         raise UserError(
             str(path), error.strerror or str(error), "check its permissions", code=3
         ) from error
+
+
+def read_own_file(path: Path, flag: str, remedy: str) -> str:
+    """Read a text file that the user named.
+
+    Args:
+        path: its name.
+        flag: that names it.
+        remedy: what to do if it cannot be read.
+
+    Raises:
+        UserError: it is not there, or not text.
+    """
+    path, rule = path.expanduser(), "is no regular file"
+    try:
+        if not os.path.lexists(path) or os.path.isfile(path):  # a pipe would wait
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = getattr(error, "strerror", None) or "is not UTF-8"
+    raise UserError(f"{flag} {path}", rule, remedy)
 
 
 def _open(path: Path) -> BinaryIO:

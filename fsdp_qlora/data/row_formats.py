@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.data.chat import Chat, Refused, Template, Text
-from fsdp_qlora.data.readers import TextPiece
+from fsdp_qlora.data.readers import TextPiece, read_own_file
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
@@ -38,7 +37,7 @@ class RowFormat:
         optional: columns that may be absent, null or empty.
         pair: row -> (prompt, completion) without a chat template; None where there is no such form.
         messages: row -> conversation; None for text that is no conversation.
-        check: row -> what is wrong with its columns, or None; None: all of them hold text.
+        check: raises Refused for a row whose columns are wrong; None: all of them hold text.
     """
 
     name: str
@@ -46,15 +45,20 @@ class RowFormat:
     optional: tuple[str, ...] = ()
     pair: Callable[[dict], tuple[str, str]] | None = None
     messages: Callable[[dict], list[dict]] | None = None
-    check: Callable[[dict], str | None] | None = None
+    check: Callable[[dict], Any] | None = None
 
     def problem(self, row: dict) -> str | None:
         """Say what is wrong with the columns of a row that has them, or return None."""
-        if self.check is not None:
-            return self.check(row)
-        named = [(name, row.get(name)) for name in self.required + self.optional]
-        given = [(n, value) for n, value in named if value is not None or n in self.required]
-        return next(filter(None, (_check_text(f'field "{n}"', value) for n, value in given)), None)
+        names = self.required + self.optional if self.check is None else ()
+        try:
+            for name in names:
+                if row.get(name) is not None or name in self.required:
+                    _require_text(f'field "{name}"', row[name])
+            if self.check is not None:
+                self.check(row)
+        except Refused as refusal:
+            return str(refusal)
+        return None
 
 
 def match(row: dict) -> RowFormat | None:
@@ -76,29 +80,46 @@ def conversation(row: dict) -> list[dict]:
     """Return the messages of a chat row as {"role", "content", ...}.
 
     Args:
-        row: a row of the format "chat" without a problem; `system` stands before the messages.
+        row: a row of the format "chat"; `system` stands before the messages.
+
+    Raises:
+        Refused: it has none, or one of them is wrong.
     """
-    messages = [_message(entry) for entry in row.get("messages") or row["conversations"]]
-    system = row.get("system")
+    name = "messages" if row.get("messages") is not None else "conversations"
+    entries, system = row.get(name), row.get("system")
+    if not isinstance(entries, list) or not entries:
+        what = "an empty list" if entries == [] else kind(entries)
+        raise Refused(f'field "{name}" is {what} (want a list of messages)')
+    if system is not None:
+        _require_text('"system"', system)
+    messages = [_message(number, entry) for number, entry in enumerate(entries, 1)]
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _message(entry: dict) -> dict:
+def _message(number: int, entry: object) -> dict:
     """ShareGPT's from and value become role and content; empty fields of a table are left out."""
+    if not isinstance(entry, dict):
+        want = "want an object with role and content"
+        raise Refused(f"message {number} is {kind(entry)} ({want})")
+    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    if not isinstance(role, str) or role not in ROLES:
+        want, shown = "want system, user, assistant or tool", one_line(str(role))[:30]
+        raise Refused(f"message {number} has role {shown} ({want})")
+    if isinstance(content, list):
+        are_texts = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
+        content = "".join(part["text"] for part in content) if are_texts else content
+    if content is None and entry.get("tool_calls"):
+        content = ""
+    _require_text(f"message {number} content", content)
     others = {k: v for k, v in entry.items() if v is not None and k not in ("from", "value")}
-    content = entry.get("content", entry.get("value"))
-    if isinstance(content, list):  # parts, all of them text
-        content = "".join(part["text"] for part in content)
-    role = ROLES[entry["role"] if "role" in entry else entry["from"]]
-    return {**others, "role": role, "content": "" if content is None else content}
+    return {**others, "role": ROLES[role], "content": content}
 
 
-def _check_text(what: str, value: object) -> str | None:
+def _require_text(what: str, value: object) -> None:
     if not isinstance(value, str):
-        return f"{what} is {kind(value)} (want text)"
-    return (
-        None if _is_unicode(value) else f"{what} holds half a surrogate pair (want valid Unicode)"
-    )
+        raise Refused(f"{what} is {kind(value)} (want text)")
+    if not _is_unicode(value):
+        raise Refused(f"{what} holds half a surrogate pair (want valid Unicode)")
 
 
 def _is_unicode(text: str) -> bool:
@@ -108,59 +129,33 @@ def _is_unicode(text: str) -> bool:
         return False
 
 
-def _check_label(row: dict) -> str | None:
+def _check_label(row: dict) -> None:
     if row["label"] is None:
-        return 'field "label" is null (want text, a list or an object)'
+        raise Refused('field "label" is null (want text, a list or an object)')
     try:
-        fault = _check_text('field "label"', json.dumps(row["label"], ensure_ascii=False))
-    except (TypeError, ValueError):
-        fault = 'field "label" cannot be written as JSON'
-    return fault or _check_text('field "text"', row["text"])
+        written = json.dumps(row["label"], ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise Refused('field "label" cannot be written as JSON') from error
+    _require_text('field "label"', written)
+    _require_text('field "text"', row["text"])
 
 
-def _check_chat(row: dict) -> str | None:
-    name = "messages" if row.get("messages") is not None else "conversations"
-    entries = row.get(name)
-    if not isinstance(entries, list) or not entries:
-        what = "an empty list" if entries == [] else kind(entries)
-        return f'field "{name}" is {what} (want a list of messages)'
-    if row.get("system") is not None and (fault := _check_text('"system"', row["system"])):
-        return fault
-    numbered = enumerate(entries, 1)
-    return next((f"message {i} {fault}" for i, e in numbered if (fault := _check_message(e))), None)
-
-
-def _check_message(entry: object) -> str | None:
-    if not isinstance(entry, dict):
-        return f"is {kind(entry)} (want an object with role and content)"
-    role = entry.get("role", entry.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        return f"has role {one_line(str(role))[:30]} (want system, user, assistant or tool)"
-    content = entry.get("content", entry.get("value"))
-    if isinstance(content, list):
-        are_texts = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
-        content = "".join(p["text"] for p in content) if are_texts else content
-    if content is None and entry.get("tool_calls"):
-        return None
-    return _check_text("content", content)
-
-
-def _check_ids(row: dict) -> str | None:
+def _check_ids(row: dict) -> None:
     ids, labels = row["input_ids"], row.get("labels")
     for name in ("input_ids", "labels", "attention_mask"):
         values = row.get(name)
         if values is None and name != "input_ids":
             continue
         if not isinstance(values, list) or not all(type(value) is int for value in values):
-            return f'field "{name}" is not a list of whole numbers'
+            raise Refused(f'field "{name}" is not a list of whole numbers')
         if len(values) != len(ids):
-            return f'field "{name}" has {len(values)} entries and "input_ids" {len(ids)}'
+            raise Refused(f'field "{name}" has {len(values)} entries and "input_ids" {len(ids)}')
     if any(not 0 <= number < 2**31 for number in ids):
-        return 'field "input_ids" holds a number that is no token'
+        raise Refused('field "input_ids" holds a number that is no token')
     pairs = zip(ids, labels or (), strict=False)
     if any(label not in (number, NOT_TRAINED) for number, label in pairs):
-        return f'field "labels" differs from "input_ids" (want the same number, or {NOT_TRAINED})'
-    return None
+        want = f"want the same number, or {NOT_TRAINED}"
+        raise Refused(f'field "labels" differs from "input_ids" ({want})')
 
 
 def _alpaca(row: dict) -> tuple[str, str]:
@@ -206,28 +201,17 @@ def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
     return messages
 
 
+_ASK_ALPACA = _ask("instruction", "input", "output")
+_ASK_QUESTION = _ask("context", "question", "answer")
+_ASK_LABEL = _ask("text", "label", system=LABEL_PROMPT)
 ROW_FORMATS = (
     RowFormat("tokens", ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
-    RowFormat(CHAT, ("messages",), messages=conversation, check=_check_chat),
-    RowFormat(CHAT, ("conversations",), messages=conversation, check=_check_chat),
-    RowFormat(
-        "alpaca",
-        ("instruction", "output"),
-        ("input",),
-        _alpaca,
-        _ask("instruction", "input", "output"),
-    ),
-    RowFormat(
-        "question",
-        ("question", "answer"),
-        ("context",),
-        _question,
-        _ask("context", "question", "answer"),
-    ),
+    RowFormat(CHAT, ("messages",), messages=conversation, check=conversation),
+    RowFormat(CHAT, ("conversations",), messages=conversation, check=conversation),
+    RowFormat("alpaca", ("instruction", "output"), ("input",), _alpaca, _ASK_ALPACA),
+    RowFormat("question", ("question", "answer"), ("context",), _question, _ASK_QUESTION),
     RowFormat("prompt", ("prompt", "completion"), (), _prompt, _ask("prompt", "completion")),
-    RowFormat(
-        LABEL, ("text", "label"), (), None, _ask("text", "label", system=LABEL_PROMPT), _check_label
-    ),
+    RowFormat(LABEL, ("text", "label"), messages=_ASK_LABEL, check=_check_label),
     RowFormat(TEXT, ("text",), (), _dialogue),
 )
 NAMES = tuple(dict.fromkeys([*(found.name for found in ROW_FORMATS), BLOCKS]))
@@ -456,7 +440,8 @@ def choose(
     if template in NAMES:
         return RowFormatter(chat, train_on, system, format_name=template)
     if template.endswith(JINJA_SUFFIXES):
-        jinja = Template(_read(Path(template).expanduser()), names, template)
+        source = read_own_file(Path(template), "--template", "give a Jinja file")
+        jinja = Template(source, names, template)
         if "messages" in jinja.variables:
             return RowFormatter(Chat(jinja), train_on, system, format_name=CHAT)
         jinja.forbid_undefined()
@@ -476,16 +461,6 @@ def _tools(row: dict) -> Any:
         return json.loads(tools)
     except ValueError as error:
         raise Refused('field "tools" is not JSON') from error
-
-
-def _read(path: Path) -> str:
-    reason = "is no regular file"
-    try:
-        if not os.path.lexists(path) or os.path.isfile(path):  # a pipe would wait
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
-    raise UserError(f"--template {path}", reason, "give a Jinja file")
 
 
 def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:

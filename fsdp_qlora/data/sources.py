@@ -21,7 +21,7 @@ from fsdp_qlora.errors import ENVIRONMENT, UserError
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
 OWN_FUNCTION = "get_custom_dataset"
-MOST_HASHED_BYTES = 2**28  # larger files are told by size and time, as their hash would take long
+MOST_HASHED_BYTES = 2**28  # larger files are known by size and time: a hash would take long
 MOST_NAMES = 50_000  # in a directory of rows and below it; `/` holds millions
 FORMATS = "a .jsonl, .json, .csv, .parquet or .txt file (or .gz, .zst), a directory of them"
 # What the datasets library leaves beside the rows it saves.

@@ -1,9 +1,7 @@
 """Rows to token ids, many at a time, with what is lost on the way counted."""
 
-import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, of_samples
 from fsdp_qlora.data.tokenizer import TextTokenizer
 
-CHUNK = 256  # texts that a thread tokenizes at once
+CHUNK = 1024  # texts that are tokenized at once
 NUM_EXAMPLES = 5
 NO_TEXT = Text("", (), has_markup=True)
 MOST_BAD = 1000  # then reading stops: the format is another one than we think
@@ -105,31 +103,15 @@ def tokenize(
     """
     counts, num_reported = Counts(), 0
     maker = _SampleMaker(builder, counts, context_length, tokenizer)
-    for done in _encoded(_jobs(rows, formatter, counts), maker):
-        for job, codes in done:
+    jobs = _jobs(rows, formatter, counts)
+    while chunk := list(islice(jobs, CHUNK)):
+        for job, codes in zip(chunk, _encode(maker, chunk), strict=True):
             maker.take(job, codes)
         progress(counts.num_rows - num_reported)
         num_reported = counts.num_rows
-    maker.finish()
+    if maker.num_running > 1:  # of a single token nothing can be learned
+        maker.flush()
     return builder.finish({**vars(counts), "kinds": dict(counts.kinds)})
-
-
-def _encoded(
-    jobs: Iterator["_Job"], maker: "_SampleMaker"
-) -> Iterator[list[tuple["_Job", np.ndarray]]]:
-    """Chunks of jobs with their codes, in order; some are in the making meanwhile."""
-    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
-    with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque = deque()
-        while True:
-            chunk = list(islice(jobs, CHUNK))
-            if chunk:
-                waiting.append((chunk, pool.submit(_encode, maker, chunk)))
-            if not waiting:
-                return
-            if not chunk or len(waiting) > num_threads:
-                done, future = waiting.popleft()
-                yield list(zip(done, future.result(), strict=True))
 
 
 def _jobs(rows: PlacedRows, formatter: RowFormatter, counts: Counts) -> Iterator[_Job]:
@@ -193,8 +175,8 @@ def _codes_of_ids(row: dict, learns_all: bool) -> np.ndarray:
 
 
 def _encode(maker: "_SampleMaker", jobs: list[_Job]) -> list[np.ndarray]:
-    """Codes of every job, not yet cut; runs in a thread, most of it without Python's lock."""
-    found: list[np.ndarray | None] = [job.codes for job in jobs]
+    """Codes of every job, not yet cut; the tokenizer uses all cores."""
+    found = [job.codes for job in jobs]
     for has_markup in (False, True):
         of_kind = (job.codes is None and job.text.has_markup == has_markup for job in jobs)
         chosen = [i for i, is_chosen in enumerate(of_kind) if is_chosen]
@@ -251,14 +233,10 @@ class _SampleMaker:
             self.num_running += len(codes[:room])
             codes = codes[room:]
             if self.num_running == self.context_length:
-                self._flush()
+                self.flush()
 
-    def finish(self) -> None:
-        """End the last block."""
-        if self.num_running > 1:  # of a single token nothing can be learned
-            self._flush()
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """End the block that is being filled."""
         job = _Job(self.running_place, NO_TEXT)
         codes, self.running, self.num_running = np.concatenate(self.running), [], 0
         self._add(codes, job)
@@ -294,22 +272,12 @@ def mask(encoding: Any, spans: tuple[Span, ...], num_ids: int) -> tuple[np.ndarr
         bool [num_ids], and which tokens the last span has.
     """
     is_inside, tokens = np.zeros(num_ids, bool), slice(0, 0)
+    first, end = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
     for start, stop in spans:
-        found = (encoding.char_to_token(i) for i in range(start, stop))
-        first = next((token for token in found if token is not None), num_ids)
-        found = (encoding.char_to_token(i) for i in range(stop - 1, start - 1, -1))
-        last = next((token for token in found if token is not None), -1)
-        while last + 1 < num_ids and _holds(encoding, last + 1, last):
-            last += 1  # a character that is several tokens
-        tokens = slice(first, last + 1)
+        found = np.nonzero((first < stop) & (end > start))[0]
+        tokens = slice(found[0], found[-1] + 1) if len(found) else slice(num_ids, 0)
         is_inside[tokens] = True
     return is_inside, tokens
-
-
-def _holds(encoding: Any, token: int, before: int) -> bool:
-    """Whether a token stands for bytes of the character that the one before ends in."""
-    chars, chars_before = encoding.token_to_chars(token), encoding.token_to_chars(before)
-    return bool(chars and chars_before and chars[0] < chars_before[1])
 
 
 def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> TokenDataset:

@@ -277,7 +277,7 @@ def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
         flags, plan = plans.flags_of(plan.cfg, lower.cfg), lower
         if not found.has_begun:
             place = cause.partition(" (")[0]
-            print(f"memory    {place}; nothing is lost, a notch lower: {flags}", flush=True)
+            print(f"memory    {place}; nothing is lost, a lower setting: {flags}", flush=True)
             return dataclasses.replace(attempt, plan=plan)
     if attempt.num_restarts >= cfg.max_restarts:
         return None
@@ -285,7 +285,7 @@ def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
     if saved is None and checkpoint_store.may_hold_any(output_dir):
         return None  # a new start would write over what cannot be read now
     where = "from the beginning" if saved is None else f"after step {saved.step}"
-    words = f", a notch lower: {flags}" if flags else ""
+    words = f", a lower setting: {flags}" if flags else ""
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)
     argv = [*attempt.argv, f"--resume={saved.path if saved else 'none'}"]
     return Attempt(argv, plan, attempt.env, number)
@@ -339,8 +339,8 @@ def broadcast_plan(cfg: Config, given: frozenset[str], world: "World") -> RunPla
     num_cards = world.local_size if world.device.type == "cuda" else 0
     machine = plans.find_machine(os.environ, world.size, num_cards)
     machine = world.gather_objects(machine)[0]  # they have looked one after the other
-    found = plans.make(info, cfg, given, machine, plans.notch_of(os.environ))
+    found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
     if not is_supervised(os.environ):
         is_speaker = world.rank == 0
-        plans.tell(found, lambda line: print(line, flush=True) if is_speaker else None)
+        plans.announce(found, lambda line: print(line, flush=True) if is_speaker else None)
     return found

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from importlib import metadata
@@ -149,7 +150,9 @@ def examine(options: Options) -> Iterator[Finding]:
     if not options.quick:
         tasks = ("4-bit", *TOGETHER) if num_gpus else ON_CPU
         for finding in run_ranks("cpu", NUM_CPU_RANKS, tasks, os.environ):
-            yield dataclasses.replace(finding, code=DONE) if num_gpus else finding
+            if num_gpus:  # nothing depends on it, and the CPU is measured as a whole or not at all
+                finding = dataclasses.replace(finding, code=DONE, device="", speeds={})
+            yield finding
 
 
 def gpus(num_gpus: int, env: Mapping[str, str]) -> Iterator[Finding]:
@@ -251,7 +254,7 @@ def packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
 
     versions = {"python": platform.python_version()}
-    for need in map(Requirement, metadata.requires("fsdp_qlora") or []):
+    for need in map(Requirement, _requirements()):
         found = _version(need.name)
         if need.marker is not None and (need.name not in OPTIONAL or found is None):
             continue
@@ -272,6 +275,17 @@ def packages() -> Iterator[Finding]:
             if is_wanted and not (found and need.specifier.contains(found, prereleases=True)):
                 value = f"wants {need.name}{need.specifier}, found {found or 'none'}"
                 yield Finding(name, value, _install(need), WARNING)
+
+
+def _requirements() -> list[str]:
+    """Of pyproject.toml, or of the installed package; those of extras end in a marker."""
+    path = PROJECT_DIR / "pyproject.toml"
+    if not path.is_file():
+        return metadata.requires("fsdp_qlora") or []
+    table = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    extras = table.get("optional-dependencies", {}).items()
+    marked = [f"{text}; extra == '{name}'" for name, texts in extras for text in texts]
+    return [*table["dependencies"], *marked]
 
 
 def _version(name: str) -> str | None:

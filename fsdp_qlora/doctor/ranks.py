@@ -34,6 +34,7 @@ LINK_BYTES, PEER_BYTES = 256 * MIB, 64 * MIB
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
 COPY_BYTES = {"cuda": 512 * MIB, "cpu": 256 * MIB}
 GATHER_BYTES = {"cuda": 128 * MIB, "cpu": 16 * MIB}
+NUM_GATHERS = {"cuda": 20, "cpu": 2}
 SUSTAINED_SHARE = 0.62  # of a large matmul, over a whole step: H200, 490 of 790 TFLOP/s
 # Relative: of weights in float32, of a matmul in 16 bit, of the code (NF4 0.09, FP4 0.12).
 MAX_ERRORS = (1e-5, 0.01, 0.15)
@@ -282,7 +283,7 @@ def host_link(rank: TrialRank) -> Iterator[Finding]:
     value = f"{both[0]:.3g} GB/s to the GPU, {both[1]:.3g} back, all GPUs at once; "
     value += f"pinned {LINK_BYTES // MIB} MiB in {pin_s:.2f} s"
     speeds = {"host_link_gbs": both[0]}
-    yield Finding(f"{rank.name('device')} host link", value, device=rank.device_name, speeds=speeds)
+    yield Finding(rank.name("host link"), value, device=rank.device_name, speeds=speeds)
 
 
 def gather(rank: TrialRank) -> Iterator[Finding]:
@@ -299,25 +300,26 @@ def gather(rank: TrialRank) -> Iterator[Finding]:
     own = planted(rank.number)
     if rank.flip is not None and rank.flip[0] == rank.number:
         own[rank.flip[1]] ^= 1
-    flat, num, seconds = own.to(rank.device).view(torch.float32), 5, []
+    flat, seconds = own.to(rank.device).view(torch.float32), []
     received = rank.world.share(flat).view(torch.uint8).cpu()
     wrong = [i for i in range(rank.size) if not torch.equal(received[i], planted(i))]
     for _ in range(3):
         rank.world.barrier()
         began_s = time.perf_counter()
-        for _ in range(num):
-            float(rank.world.share(flat)[-1, -1])  # waits for the device
+        for _ in range(num := NUM_GATHERS[rank.device.type]):
+            every = rank.world.share(flat)
+        float(every[-1, -1])  # waits for the device
         seconds.append((time.perf_counter() - began_s) / num)
     gbs, is_cpu = nbytes * (rank.size - 1) / min(seconds) / 1e9, rank.device.type == "cpu"
     others = [i for i in range(rank.size) if i != rank.number]
     has_peers = is_cpu or all(torch.cuda.can_device_access_peer(rank.number, i) for i in others)
     has_peers &= os.environ.get("NCCL_P2P_DISABLE", "0") in ("", "0")
-    every = rank.world.gather_objects((wrong, gbs, has_peers))
-    if wrong_of := sorted({i for row in every for i in row[0]}):
+    rows = rank.world.gather_objects((wrong, gbs, has_peers))
+    if wrong_of := sorted({i for row in rows for i in row[0]}):
         value = f"bytes of rank {', '.join(map(str, wrong_of))} arrive changed"
         yield Finding(rank.name("gather"), value, NO_P2P, PROBLEM, INTEGRITY)
     elif others:
-        gbs, has_peers = min(row[1] for row in every), all(row[2] for row in every)
+        gbs, has_peers = min(row[1] for row in rows), all(row[2] for row in rows)
         value = f"bytes exact, {gbs:.3g} GB/s into each"
         value += "" if has_peers else ", through the host (no peer access)"
         speeds = {"card_link_gbs": gbs if has_peers else 0.0}

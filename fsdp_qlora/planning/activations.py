@@ -16,7 +16,7 @@ from fsdp_qlora.planning.rows import LAYER, SCRATCH, SLACK, Rows, Term, term, to
 from fsdp_qlora.planning.sizes import Setting, Sizes
 
 INPUT = "layer's input"
-AT_WORK = 2  # of the inputs that wait on the host, back on the card: one in use, one on its way
+AT_WORK = 2  # of the inputs that wait on the host, back on the GPU: one in use, one on its way
 
 
 @functools.lru_cache
@@ -24,7 +24,7 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
     """What one layer keeps between forward and backward.
 
     Derived for a Llama layer with fused norms, rotary embedding and activation (Liger's), flash
-    attention and this project's LoRA product, which keeps its input only.
+    attention and this project's LoRA matmul, which keeps its input only.
 
     Args:
         s: of the model.
@@ -40,7 +40,7 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
     if level == "full":
         return kept
     kept += [
-        term("outputs of all products but the last", tokens=tokens, features=s.outs, bytes=s.item),
+        term("outputs of all matmuls but the last", tokens=tokens, features=s.outs, bytes=s.item),
         term("attention's output", tokens=tokens, features=s.attention, bytes=s.item),
         term("its log-sum-exp", tokens=tokens, heads=s.heads, bytes=4),
     ]
@@ -53,10 +53,10 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
     else:
         what = "norms' outputs, activation product"
         kept.append(term(what, tokens=tokens, features=s.input_features, bytes=s.item))
-    kept.append(term("products with A", tokens=tokens, ranks=s.lora_ranks, bytes=s.item))
+    kept.append(term("matmuls with A", tokens=tokens, ranks=s.lora_ranks, bytes=s.item))
     if s.magnitudes:
         kept.append(
-            term("products to be scaled", tokens=tokens, features=s.magnitudes, bytes=s.item)
+            term("outputs to be scaled", tokens=tokens, features=s.magnitudes, bytes=s.item)
         )
     others = (s.norms - 2) * s.hidden + s.head_norms
     if others:
@@ -74,9 +74,9 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
 
 
 def at_work(s: Sizes, cfg: Config) -> list[Term]:
-    """What is held of a layer's frozen weights, dequantised, while it is at work.
+    """What is held of a layer's frozen weights, dequantized, while it is at work.
 
-    All of a small layer, once for all its products, and until another layer takes its place: after
+    All of a small layer, once for all its matmuls, and until another layer takes its place: after
     the last one too. Of a larger layer one linear at a time.
 
     Args:
@@ -90,7 +90,7 @@ def at_work(s: Sizes, cfg: Config) -> list[Term]:
 
 
 def is_kept_whole(s: Sizes, cfg: Config) -> bool:
-    """Whether a layer is so small that it is dequantised at once (model/packed.py)."""
+    """Whether a layer is so small that it is dequantized at once."""
     has_scratch = FORMATS[cfg.format_name].scratch_bytes > 0
     return has_scratch and s.active == s.weights and s.weights * s.item <= WHOLE_LAYER_BYTES
 
@@ -114,23 +114,23 @@ def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> 
     ]
     constants = {"weights": s.weights, "bytes": fmt.constant_bytes, "per_group": GROUP}
     scratch = [*at_work(s, cfg), term("constants of the layer", **constants)]
-    rest = scratch[1:]  # before its first product
+    rest = scratch[1:]  # before its first matmul
     if is_kept_whole(s, cfg):
         scratch = rest = scratch[:1]
-    product_before: Rows = {LAYER: grads, SCRATCH: scratch}
+    matmul_before: Rows = {LAYER: grads, SCRATCH: scratch}
     if level == "none":
-        return [product_before]
+        return [matmul_before]
     kept = {item.what for item in kept_bytes(s, cfg, tokens, level, kind)}
     made = [t for t in kept_bytes(s, cfg, tokens, "none", kind) if t.what not in kept]
     made = [item._replace(what=f"recomputed: {item.what}") for item in made]
-    output = term("LoRA product of the last linear", features=s.hidden, **wide)
+    output = term("LoRA output of the last linear", features=s.hidden, **wide)
     if level == "selective":
         residual = term("recomputed: residual", features=s.hidden, **wide)
         between: Rows = {LAYER: [*made, residual, output, *grads]}
-        return [product_before, between | ({SCRATCH: rest} if is_kept_whole(s, cfg) else {})]
+        return [matmul_before, between | ({SCRATCH: rest} if is_kept_whole(s, cfg) else {})]
     if cfg.reentrant_checkpointing:  # recomputed to the end, before the backward begins
         return [{LAYER: [*made, output, *grads], SCRATCH: scratch}]
-    # The backward of the last product runs first and keeps nothing; then the layer is recomputed.
+    # The backward of the last matmul runs first and keeps nothing; then the layer is recomputed.
     waiting = term("activation product, not yet made", features=-s.product, **wide)
     return [
         {LAYER: [*made, output, *grads], SCRATCH: rest},
@@ -213,7 +213,7 @@ def graph_rows(s: Sizes, cfg: Config, setting: Setting) -> Rows:
     shapes = min(MAX_GRAPH_SHAPES, -(-cfg.context_length // PAD_MULTIPLES["cuda"]))
     shapes = 1 if cfg.dataset == "dummy" else shapes
     moments = layer_moments(s, cfg, tokens, "full", "cuda")
-    layer_bytes = s.packed + s.constants + (s.lora + s.small) * s.item
+    layer_bytes = s.quantized + s.constants + (s.lora + s.small) * s.item
     wide = {"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item}
     return {
         LAYER: [

@@ -13,11 +13,11 @@ from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
 from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
 from fsdp_qlora.planning.speed import Speed
 
-MARGIN = 0.03  # of a card and of the host stays free: predictions are off by that much
+MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
 RESIDENT_STEPS = 16  # in sixteenths
-TIE = 0.01  # settings this close in speed are told apart by what they need
-NOTCH = 0.93  # a notch needs at most this share of the one before
+TIE = 0.01  # settings this close in speed: the one that needs least
+FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
 BATCHING = {"batch_size", "gradient_accumulation_steps"}
@@ -29,10 +29,10 @@ class Outcome:
 
     Args:
         setting: that was planned.
-        device: memory of a card; on CPU ranks, of a rank.
+        device: memory of a GPU; on CPU ranks, of a rank.
         host: memory of the machine.
         speed: estimate of an optimizer step.
-        card_limit_gib: what `device` may need on the smallest card, its rows all counted.
+        gpu_limit_gib: what `device` may need on the smallest GPU, its rows all counted.
         host_limit_gib: what `host` may need, or None.
     """
 
@@ -40,15 +40,15 @@ class Outcome:
     device: Table
     host: Table
     speed: Speed
-    card_limit_gib: float | None
+    gpu_limit_gib: float | None
     host_limit_gib: float | None
 
     @property
-    def card_free_gib(self) -> float:
-        """What stays free on the smallest card; negative: what is missing."""
-        if self.card_limit_gib is None:
+    def gpu_free_gib(self) -> float:
+        """What stays free on the smallest GPU; negative: what is missing."""
+        if self.gpu_limit_gib is None:
             return 0.0
-        return self.card_limit_gib - self.device.peak_gib
+        return self.gpu_limit_gib - self.device.peak_gib
 
     @property
     def host_free_gib(self) -> float:
@@ -57,14 +57,14 @@ class Outcome:
 
     @property
     def fits(self) -> bool:
-        """Whether card and host hold it, by prediction."""
-        return self.card_free_gib >= 0 and self.host_free_gib >= 0
+        """Whether GPU and host hold it, by prediction."""
+        return self.gpu_free_gib >= 0 and self.host_free_gib >= 0
 
     @property
     def fits_safely(self) -> bool:
         """The same with MARGIN."""
-        card, machine = self.card_limit_gib or 0.0, self.host_limit_gib or 0.0
-        return self.card_free_gib >= MARGIN * card and self.host_free_gib >= MARGIN * machine
+        gpu, machine = self.gpu_limit_gib or 0.0, self.host_limit_gib or 0.0
+        return self.gpu_free_gib >= MARGIN * gpu and self.host_free_gib >= MARGIN * machine
 
 
 def evaluate(info: ModelInfo, cfg: Config, setting: Setting, machine: Machine) -> Outcome:
@@ -84,10 +84,10 @@ def _evaluate(
     s: Sizes, cfg: Config, setting: Setting, machine: Machine, num_rows: int | None
 ) -> Outcome:
     device = memory.device(s, cfg, setting, machine.kind, machine.has_peer)
-    card_limits = [card.memory_gib for card in machine.gpus]
+    gpu_limits = [gpu.memory_gib for gpu in machine.gpus]
     if machine.gpus and cfg.gpu_budget_gib is not None:
         outside_gib = device.gib(device.peak_phase, CONTEXT)
-        card_limits.append(cfg.gpu_budget_gib + outside_gib)
+        gpu_limits.append(cfg.gpu_budget_gib + outside_gib)
     memory_of_host = memory.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib)
     host_limits = [] if machine.host_gib is None else [machine.host_gib]
     if cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
@@ -98,7 +98,7 @@ def _evaluate(
         device,
         memory_of_host,
         speed.estimate(s, cfg, setting, machine.gpus or (machine.cpu,)),
-        min(card_limits, default=None),
+        min(gpu_limits, default=None),
         min(host_limits, default=None),
     )
 
@@ -120,7 +120,7 @@ def explore(
     own = setting_for(info, cfg, machine.num_ranks)
     s, num_rows = sizes(info, cfg), speed.num_rows(cfg)
     outcomes: list[Outcome] = []
-    hidden_batches = set()  # whose copies cost no time: to keep layers on the cards gains nothing
+    hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):
         batch = rising[0].batch_size
         if batch in hidden_batches and rising[0].count("resident"):
@@ -137,7 +137,7 @@ def explore(
 
 def _hides_copies(found: Outcome) -> bool:
     parts = found.speed.parts_s
-    return parts[speed.HOST_LINK] < 0.8 * parts[speed.PRODUCTS]
+    return parts[speed.HOST_LINK] < 0.8 * parts[speed.MATMULS]
 
 
 def _settings(
@@ -151,11 +151,11 @@ def _settings(
         batches = [n for n in range(1, per_step + 1) if per_step % n == 0]
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
-    num_packed = num_layers - len(whole)
-    packed = [place(num_packed, "sharded", 0)]
+    num_frozen = num_layers - len(whole)
+    frozen = [place(num_frozen, "sharded", 0)]
     for i in range(RESIDENT_STEPS + 1 if has_cards else 0):
-        packed.append(place(num_packed, "streamed", num_packed * i // RESIDENT_STEPS))
-    placements = [with_trained(names, whole) for names in dict.fromkeys(packed)]
+        frozen.append(place(num_frozen, "streamed", num_frozen * i // RESIDENT_STEPS))
+    placements = [with_trained(names, whole) for names in dict.fromkeys(frozen)]
     strategy = "full_shard"
     if fixed & PLACING:
         placements, strategy = [own.placements], own.strategy
@@ -177,7 +177,7 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float | None = None) -> Outco
 
     Args:
         outcomes: from `explore`.
-        limit_gib: further limit of a card.
+        limit_gib: further limit of a GPU.
 
     Returns:
         The best one, or None when nothing fits.
@@ -198,14 +198,14 @@ def least(outcomes: Sequence[Outcome]) -> Outcome:
     Args:
         outcomes: from `explore`.
     """
-    return max(outcomes, key=lambda item: min(item.card_free_gib, item.host_free_gib))
+    return max(outcomes, key=lambda item: min(item.gpu_free_gib, item.host_free_gib))
 
 
 def _demand(item: Outcome) -> tuple[int, float]:
     return item.setting.count("streamed", "offloaded", "resident"), item.device.peak_gib
 
 
-def notches(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
+def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
     """What to step down to after an out-of-memory, one after the other.
 
     Args:
@@ -213,10 +213,10 @@ def notches(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
         start: the setting that ran out.
 
     Returns:
-        Each the fastest that needs at most NOTCH of the one before on a card; none: no way down.
+        Each the fastest that needs at most FALLBACK_SHARE of the one before; none: no way down.
     """
     found = [start]
-    while (lower := choose(outcomes, found[-1].device.peak_gib * NOTCH)) is not None:
+    while (lower := choose(outcomes, found[-1].device.peak_gib * FALLBACK_SHARE)) is not None:
         found.append(lower)
     return found[1:]
 
@@ -250,7 +250,7 @@ def _single_changes(cfg: Config, num_layers: int, own: Setting) -> list[Row]:
         rows.append((f"micro-batches of {size}", "", 0, dict(values)))
     hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
     for num in (num_layers * i // STEPS for i in range(1, STEPS)):
-        words = f"{num} layers whole on each card"
+        words = f"{num} layers whole on each GPU"
         rows.append((words, "", 0, {**hosted, "resident_layers": num}))
     sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
     recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
@@ -263,7 +263,7 @@ def _single_changes(cfg: Config, num_layers: int, own: Setting) -> list[Row]:
     if cfg.lora_dropout:
         rows.append(("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}))
     if own.num_ranks > 1:
-        rows.append(("the base sharded over the cards", "", 0, dict(sharded)))
+        rows.append(("the base sharded over the GPUs", "", 0, dict(sharded)))
     if cfg.format_name == "bf16":
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
     length, halvings = cfg.context_length // 2, 1

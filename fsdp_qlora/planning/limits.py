@@ -55,9 +55,9 @@ class Storage:
     """A row of FORMATS.
 
     Attributes:
-        weight_bits: bits of one packed weight.
-        fields: the quantisation constants stored per linear, beside its packed weight.
-        scratch_bytes: held per weight of a linear while it is unpacked.
+        weight_bits: bits of one quantized weight.
+        fields: the quantization constants stored per linear, beside its weight.
+        scratch_bytes: held per weight of a linear while it is dequantized.
         constant_bytes: held per GROUP of the layer at work, once its constants are usable.
         group_size: weights that share a constant.
         axis: of HQQ: 1 groups neighbours of a row; 0 groups weights that lie a `group_size`-th of
@@ -72,7 +72,7 @@ class Storage:
     axis: int = 1
 
     def weight_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes of the packed weight of a linear of `shape` (out features, in features)."""
+        """Bytes of the quantized weight of a linear of `shape` (out features, in features)."""
         num_weights = math.prod(shape)
         if self.weight_bits != 3:
             return -(-num_weights * self.weight_bits // 8)
@@ -83,7 +83,7 @@ class Storage:
 
 
 def _hqq(bits: int, group_size: int, axis: int) -> Storage:
-    # In 8 bits, constants rounded to bfloat16 would cost as much as the quantisation itself.
+    # In 8 bits, constants rounded to bfloat16 would cost as much as the quantization itself.
     dtype = "float32" if bits == 8 else "bfloat16"
     fields = (Field("scale", dtype, group_size), Field("zero", dtype, group_size))
     return Storage(bits, fields, scratch_bytes=3, group_size=group_size, axis=axis)

@@ -30,8 +30,8 @@ from fsdp_qlora.planning.limits import (
 from fsdp_qlora.planning.rows import Rows, Table, Term, merged, term, total_bytes
 from fsdp_qlora.planning.sizes import DTYPE_BYTES, Setting, Sizes
 
-# Driver less allocator, measured on two H200 (recipes/*.md): one card; a card of several without
-# peer access, 1.13 to 1.19; more with it, 1.95 to 2.0 in all, but 1.6 where only adapters,
+# Driver less allocator, measured on two H200 (recipes/*.md): one GPU; a GPU of several without
+# peer access, 1.13 to 1.19; more with it, 1.95 to 2.0 in total, but 1.6 where only adapters,
 # embedding and head travel.
 ALONE_BYTES = 1.3 * GIB
 SEVERAL_BYTES = 1.17 * GIB
@@ -42,24 +42,24 @@ LIBRARY_BYTES = 64 * 2**20
 HOLES = 1 / 3
 # Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
 CPU_LIBRARY_BYTES = 160 * 2**20
-# Measured on the H200 machine: 17, 20 and 39 GiB in use in all, less the other rows; CPU ranks on
+# Measured on the H200 machine: 17, 20 and 39 GiB in use in total, less the other rows; CPU ranks on
 # a machine of two cores.
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
-CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for cards
+CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for GPUs
 
 
 def device(
     s: Sizes, cfg: Config, setting: Setting, kind: str = "cuda", has_peer: bool = False
 ) -> Table:
-    """Predict the memory of one card (or of one CPU rank).
+    """Predict the memory of one GPU (or of one CPU rank).
 
     Args:
         s: numbers of the model and its adapters.
         cfg: context, precision, kernels, dropout.
         setting: batch, placements, levels.
         kind: "cuda" or "cpu".
-        has_peer: cards read each other's memory, for which NCCL takes more.
+        has_peer: GPUs read each other's memory, for which NCCL takes more.
 
     Returns:
         DEVICE_ROWS by phase.
@@ -74,10 +74,10 @@ def device(
     backward, forward = _backward(s, cfg, setting, kind), _forward(s, cfg, setting, kind)
     received = setting.num_ranks if setting.count("resident") else 1
     loading: Rows = {rows.LOADING: _loading(s, received)}
-    # The packed layers come first, and their working set is gone when the rest comes.
-    packed = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
+    # The quantized layers come first, and their working set is gone when the rest comes.
+    quantized = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
     moments: dict[str, list[Rows]] = {
-        "load": [max(merged([packed, loading]), states, key=total_bytes)],
+        "load": [max(merged([quantized, loading]), states, key=total_bytes)],
         "forward": [states, trained, max(forward, key=total_bytes)],
         "backward": [states, trained, max(backward, key=total_bytes)],
         "optimizer": [states, trained, {rows.GRADIENTS: grads}],
@@ -139,9 +139,9 @@ def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0)
 
 
 def _states(s: Sizes, setting: Setting) -> Rows:
-    """What lies on the card from the load to the end."""
+    """What lies on the GPU from the load to the end."""
     found: Rows = {rows.PACKED: [], rows.CONSTANTS: []}
-    for row, nbytes in ((rows.PACKED, s.packed), (rows.CONSTANTS, s.constants)):
+    for row, nbytes in ((rows.PACKED, s.quantized), (rows.CONSTANTS, s.constants)):
         for placement, ranks in (("sharded", setting.num_ranks), ("resident", 1)):
             if layers := setting.count(placement):
                 found[row].append(term(placement, layers=layers, bytes=nbytes, per_ranks=ranks))
@@ -155,17 +155,17 @@ def _states(s: Sizes, setting: Setting) -> Rows:
         found[rows.UNQUANTISED].append(lengths)
     found[rows.ADAPTERS] = _trained("master copy", s, setting, s.master)
     found[rows.BUFFERS] = []
-    layer_bytes = s.packed + s.constants
-    if streamed := setting.count("streamed"):
-        slots = min(NUM_SLOTS + (setting.count("resident") > 0), streamed)
-        found[rows.BUFFERS] = [term("slots of streamed layers", slots=slots, bytes=layer_bytes)]
+    layer_bytes = s.quantized + s.constants
+    if num_streamed := setting.count("streamed"):
+        slots = min(NUM_SLOTS + (setting.count("resident") > 0), num_streamed)
+        found[rows.BUFFERS] = [term("slots of weight streaming", slots=slots, bytes=layer_bytes)]
     if s.root < 2 * s.head and setting.shares > 1:  # tied: gathered once for both ends
         found[rows.BUFFERS] += [term("tied embedding", params=s.head, bytes=s.item)]
     return found
 
 
 def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
-    """What layers leave on the card: their graphs, or the small layer that was last at work."""
+    """What layers leave on the GPU: their graphs, or the small layer that was last at work."""
     if uses_graphs(s, cfg, setting, kind):
         return graph_rows(s, cfg, setting)
     return {rows.SCRATCH: at_work(s, cfg)} if is_kept_whole(s, cfg) else {}
@@ -178,7 +178,7 @@ def _without(found: Rows, *names: str) -> Rows:
 def _loading(s: Sizes, received: int) -> list[Term]:
     """See model/load.py: a layer made here and what is received, a linear and the next one."""
     return [
-        term("layers being exchanged", layers=1 + received, bytes=s.packed + s.constants),
+        term("layers being exchanged", layers=1 + received, bytes=s.quantized + s.constants),
         term("linears in 16 bit", linears=2, weights=s.largest, bytes=2),
     ]
 
@@ -193,9 +193,9 @@ def _buffers(s: Sizes, setting: Setting) -> list[Term]:
         held = min(held, 1)
     if held:
         what = "gathered: this layer and the next" if held == 2 else "gathered layers"
-        terms.append(term(what, layers=held, bytes=s.packed + s.constants))
+        terms.append(term(what, layers=held, bytes=s.quantized + s.constants))
     if held and setting.num_ranks > 1:  # FSDP copies what was gathered into the parameter
-        terms.append(term("one more, as gathered", bytes=s.packed + s.constants))
+        terms.append(term("one more, as gathered", bytes=s.quantized + s.constants))
     if setting.keeps_gathered:
         terms.append(term("embedding and head, kept gathered", params=s.root, bytes=s.item))
     if s.lora and _is_one_group(s):
@@ -320,10 +320,8 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
     if setting.shares > 1:
         terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
     if setting.count("offloaded"):
-        nbytes = s.packed + s.constants
-        terms.append(
-            term("slice on its way to the card", bytes=nbytes, per_ranks=setting.num_ranks)
-        )
+        nbytes = s.quantized + s.constants
+        terms.append(term("slice on its way to the GPU", bytes=nbytes, per_ranks=setting.num_ranks))
     return terms
 
 
@@ -389,7 +387,7 @@ def host(
 
 
 def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
-    """What is trained, as rank 0 writes it beside the training (train/checkpoint.py)."""
+    """What is trained, as rank 0 writes it beside the training (training/checkpoint.py)."""
     if not cfg.saves_checkpoints:
         return []
     params = s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
@@ -414,8 +412,8 @@ def _waiting(s: Sizes, cfg: Config, setting: Setting, phase: str) -> Rows:
 
 
 def _hosted(s: Sizes, setting: Setting) -> list[Term]:
-    """The packed layers that lie on the host."""
+    """The quantized layers that lie on the host."""
     words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
     counts = {what: setting.count(placement) for placement, what in words.items()}
-    nbytes = s.packed + s.constants
+    nbytes = s.quantized + s.constants
     return [term(what, layers=num, bytes=nbytes) for what, num in counts.items() if num]

@@ -46,7 +46,7 @@ NAME, FIGURE = 46, 11  # columns
 
 
 class Term(NamedTuple):
-    """One product of a row.
+    """One summand of a row: a product.
 
     Args:
         what: it stands for.

@@ -32,9 +32,9 @@ class RunPlan:
         asked: the run as the user gave it.
         info: the model.
         machine: what there is.
-        ladder: the setting that was chosen and what to step down to, one after the other; empty
+        candidates: the setting that was chosen and what to step down to, one after the other; empty
             where nothing is planned.
-        notch: the step of the ladder that is taken.
+        fallback: number of the candidate that is taken.
         note: what was chosen, and why.
         rows_note: for which rows it was predicted, if not for full ones.
     """
@@ -43,25 +43,25 @@ class RunPlan:
     asked: Config
     info: ModelInfo
     machine: Machine
-    ladder: tuple[Outcome, ...]
-    notch: int
+    candidates: tuple[Outcome, ...]
+    fallback: int
     note: str
     rows_note: str = ""
 
     @property
     def found(self) -> Outcome | None:
         """The setting that is taken; None where nothing is planned."""
-        return self.ladder[self.notch] if self.ladder else None
+        return self.candidates[self.fallback] if self.candidates else None
 
     @property
     def lower(self) -> "RunPlan | None":
-        """The run one notch down; None: there is none."""
-        if self.notch + 1 >= len(self.ladder):
+        """The run with the next fallback; None: there is none."""
+        if self.fallback + 1 >= len(self.candidates):
             return None
-        notch = self.notch + 1
-        taken = self.ladder[notch]
-        cfg, note = applied(self.asked, taken.setting), _note(taken, taken, notch)
-        return dataclasses.replace(self, cfg=cfg, notch=notch, note=note)
+        fallback = self.fallback + 1
+        taken = self.candidates[fallback]
+        cfg, note = applied(self.asked, taken.setting), _note(taken, taken, fallback)
+        return dataclasses.replace(self, cfg=cfg, fallback=fallback, note=note)
 
     def for_rows(self, most_tokens: int) -> "RunPlan":
         """The same run, predicted for its rows, which may be shorter than the context.
@@ -75,13 +75,14 @@ class RunPlan:
             return self
         shorter = dataclasses.replace(cfg, context_length=length)
         outcome = fit.evaluate(self.info, shorter, found.setting, self.machine)
-        ladder = (*self.ladder[: self.notch], outcome, *self.ladder[self.notch + 1 :])
+        candidates = list(self.candidates)
+        candidates[self.fallback] = outcome
         words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
-        return dataclasses.replace(self, ladder=ladder, rows_note=words)
+        return dataclasses.replace(self, candidates=tuple(candidates), rows_note=words)
 
     @property
     def lines(self) -> list[str]:
-        """What the user is told before the run: a few lines of at most 100 columns."""
+        """What the user reads before the run: a few lines of at most 100 columns."""
         found, lines = self.found, [("fit", self.note)] if self.note else []
         if found is not None:
             lines = [*show.brief(self.machine, found), *lines]
@@ -91,8 +92,8 @@ class RunPlan:
     @property
     def env(self) -> dict[str, str]:
         """What the ranks need to make the same plan."""
-        told = {"machine": dataclasses.asdict(self.machine), "notch": self.notch}
-        return {ENV: json.dumps(told)}
+        found = {"machine": dataclasses.asdict(self.machine), "notch": self.fallback}
+        return {ENV: json.dumps(found)}
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as the record has it; empty where nothing is planned."""
@@ -104,10 +105,10 @@ class RunPlan:
             "host": found.host.to_dict(),
             "peak_device_gib": found.device.peak_gib,
             "peak_host_gib": found.host.peak_gib,
-            "device_limit_gib": _finite(found.card_limit_gib),
+            "device_limit_gib": _finite(found.gpu_limit_gib),
             "host_limit_gib": found.host_limit_gib,
             "step_s": found.speed.step_s,
-            "notch": self.notch,
+            "notch": self.fallback,
             "note": "; ".join(filter(None, [self.note, self.rows_note])),
         }
 
@@ -125,29 +126,29 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_cards: int) -> Mach
         num_cards: that the ranks will compute on, 0: on the CPU.
 
     Returns:
-        One card a rank; where nobody tells their memory, cards without a limit.
+        One GPU a rank; where the driver does not report their memory, GPUs without a limit.
 
     Raises:
         UserError: the driver does not answer (code 3).
     """
     if ENV in env:
-        told = json.loads(env[ENV])["machine"]
-        found = [Device(**gpu) for gpu in told["gpus"]]
-        return Machine(**told | {"gpus": tuple(found), "cpu": Device(**told["cpu"])})
+        given = json.loads(env[ENV])["machine"]
+        found = [Device(**gpu) for gpu in given["gpus"]]
+        return Machine(**given | {"gpus": tuple(found), "cpu": Device(**given["cpu"])})
     found = []
     if num_cards:
         found = hardware.find_gpus(env.get("CUDA_VISIBLE_DEVICES"))
         found = hardware.with_measured(found, hardware.machine_file(), None)
         found = (found + [UNKNOWN] * num_ranks)[:num_ranks]
         if env.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
-            found = [dataclasses.replace(card, peer_gbs=0.0) for card in found]
+            found = [dataclasses.replace(gpu, peer_gbs=0.0) for gpu in found]
     cgroup = hardware.find_cgroup()
     limit_gib, used_gib = hardware.host_limit_gib(cgroup), hardware.host_used_gib(cgroup)
     return Machine(tuple(found), limit_gib, num_ranks, used_gib, hardware.measured_cpu())
 
 
-def notch_of(env: Mapping[str, str]) -> int:
-    """How many notches the supervisor has stepped down.
+def fallback_of(env: Mapping[str, str]) -> int:
+    """How many fallbacks the supervisor has taken.
 
     Args:
         env: the environment of a rank.
@@ -156,7 +157,7 @@ def notch_of(env: Mapping[str, str]) -> int:
 
 
 def make(
-    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, notch: int = 0
+    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, fallback: int = 0
 ) -> RunPlan:
     """Plan a run, and choose what the user has left open.
 
@@ -165,19 +166,19 @@ def make(
         cfg: the run as the user gave it.
         given: names of the options that the user wrote; they stay as they are.
         machine: what there is.
-        notch: how often it has run out of memory before its first step.
+        fallback: how often it has run out of memory before its first step.
 
     Returns:
         The plan; a run that does not fit is planned as it is.
     """
     cfg, why = _with_precision(cfg, given, machine)
-    found = _make(info, cfg, given, machine, notch)
+    found = _make(info, cfg, given, machine, fallback)
     return dataclasses.replace(found, note="; ".join(filter(None, [found.note, why])))
 
 
 def _with_precision(cfg: Config, given: frozenset[str], machine: Machine) -> tuple[Config, str]:
-    """Cards without bfloat16 compute in float16, unless the user says otherwise."""
-    lacking = [card.name for card in machine.gpus if not card.has_bf16]
+    """GPUs without bfloat16 compute in float16, unless the user says otherwise."""
+    lacking = [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
     if not lacking or "precision" in given or cfg.compute_dtype != "bfloat16":
         return cfg, ""
     why = f"precision fp16_autocast, as a {lacking[0]} has no bfloat16"
@@ -185,7 +186,7 @@ def _with_precision(cfg: Config, given: frozenset[str], machine: Machine) -> tup
 
 
 def _make(
-    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, notch: int
+    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, fallback: int
 ) -> RunPlan:
     own = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
     refusal = _not_fitted(cfg, given, machine)
@@ -197,11 +198,11 @@ def _make(
         fitting = [item for item in outcomes if item.fits]
         fastest = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
         best = own if own.fits else fastest
-    ladder = (best, *fit.notches(outcomes, best))
-    taken = ladder[min(notch, len(ladder) - 1)]
-    changed = applied(cfg, taken.setting)
-    note = _note(taken, own, notch)
-    return RunPlan(changed, cfg, info, machine, ladder, min(notch, len(ladder) - 1), note)
+    candidates = (best, *fit.fallbacks(outcomes, best))
+    number = min(fallback, len(candidates) - 1)
+    taken = candidates[number]
+    note = _note(taken, own, fallback)
+    return RunPlan(applied(cfg, taken.setting), cfg, info, machine, candidates, number, note)
 
 
 def unplanned(info: ModelInfo, cfg: Config, note: str) -> RunPlan:
@@ -221,14 +222,14 @@ def _not_fitted(cfg: Config, given: frozenset[str], machine: Machine) -> str:
         return "off: everything as asked for"
     if not machine.gpus:
         return "CPU ranks run as asked for"
-    if any(math.isinf(card.memory_gib) for card in machine.gpus):
+    if any(math.isinf(gpu.memory_gib) for gpu in machine.gpus):
         return "off: the driver does not report the memory of the GPUs"
     if all(given & names for names in GROUPS.values()):
         return f"as asked for: {', '.join(GROUPS)} are given"
     return ""
 
 
-def _note(best: Outcome, own: Outcome, notch: int) -> str:
+def _note(best: Outcome, own: Outcome, fallback: int) -> str:
     """What was chosen, and why."""
     if not best.fits:
         return "nothing that fits was found"
@@ -238,8 +239,8 @@ def _note(best: Outcome, own: Outcome, notch: int) -> str:
         f"{_counted(setting.placements)}, checkpointing {_counted(setting.levels)}: "
     )
     gain = best.speed.tokens_per_s / own.speed.tokens_per_s
-    if notch:
-        return f"{words}notch {notch} below the fastest, which ran out of memory"
+    if fallback:
+        return f"{words}fallback {fallback} from the fastest, which ran out of memory"
     if setting == own.setting:
         return f"{words}as asked for, nothing faster fits"
     if not own.fits:
@@ -251,7 +252,7 @@ def _counted(names: Sequence[str]) -> str:
     return show.counts({name: names.count(name) for name in names})
 
 
-def tell(plan: RunPlan, say: Callable[[str], None]) -> None:
+def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
     """Say what the plan is; refuse what cannot fit.
 
     Args:
@@ -270,8 +271,8 @@ def tell(plan: RunPlan, say: Callable[[str], None]) -> None:
     for line in show.summary(plan.cfg, plan.machine, found, values):
         say(line)
     place, table, limit_gib = "the host", found.host, found.host_limit_gib
-    if found.card_free_gib < 0:
-        place, table, limit_gib = "a card", found.device, found.card_limit_gib
+    if found.gpu_free_gib < 0:
+        place, table, limit_gib = "a GPU", found.device, found.gpu_limit_gib
     remedies = [show.flags(item) for item in values["to_fit"][:1]]
     raise UserError(
         f"{table.peak_gib:.1f} GiB on {place} ({table.peak_phase})",
@@ -291,24 +292,24 @@ def flags_of(old: Config, new: Config) -> str:
 
 
 def next_change(plan: RunPlan) -> str:
-    """What to change after a run has run out of memory on a card.
+    """What to change after a run has run out of memory on a GPU.
 
     Args:
         plan: of the run.
 
     Returns:
-        Options to add and what they give; the next notch, were everything left to the plan.
+        Options to add and what they give; the next fallback, were everything left to the plan.
     """
     found = plan.found
     if found is None:
         return ""
-    outcomes: Sequence[Outcome] = plan.ladder[plan.notch + 1 :]
+    outcomes: Sequence[Outcome] = plan.candidates[plan.fallback + 1 :]
     if not outcomes and plan.machine.gpus:
-        outcomes = fit.notches(fit.explore(plan.info, plan.cfg, plan.machine), found)
+        outcomes = fit.fallbacks(fit.explore(plan.info, plan.cfg, plan.machine), found)
     if not outcomes:
         return "a smaller --context_length or --lora_rank: no other setting needs less"
     best = outcomes[0]
     flags = flags_of(plan.asked, applied(plan.asked, best.setting))
     flags = f"{flags} --fit off".strip() if plan.asked.fit == "auto" else flags
     gain = best.speed.tokens_per_s / found.speed.tokens_per_s
-    return f"{flags} ({best.device.peak_gib:.1f} GiB a card by the plan, {gain:.2f}x the speed)"
+    return f"{flags} ({best.device.peak_gib:.1f} GiB a GPU by the plan, {gain:.2f}x the speed)"

@@ -25,9 +25,10 @@ WORTH = 1.03  # another setting is worth telling when it is this much faster
 BYTES = (2, 2, 12)
 USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
 
-Says how many GiB a run needs on each card and on the host, whether it fits, how long it takes,
+Says how many GiB a run needs on each GPU and on the host, whether it fits, how long it takes,
 and what to change. Reads config.json only. Exit code 0: it fits, 3: it does not."""
 IMAGINED = "2x24"
+ALIASES = {"gpus": cli.Alias("cards")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Options:
 
     cards: str = flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
     host: float | None = flag(None, "plan", "GiB of host memory [this machine's]", rule="> 0")
-    link: float | None = flag(None, "plan", "GB/s from host to each card", rule="> 0")
+    link: float | None = flag(None, "plan", "GB/s from host to each GPU", rule="> 0")
     explain: bool = flag(False, "plan", "show the formula of every row, numbers filled in")
     json: bool = flag(False, "plan", "print JSON")
 
@@ -45,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
     """Read a command line.
 
     Args:
-        argv: arguments without the verb.
+        argv: arguments without the command.
 
     Returns:
         The plan's own options, the run, and the machine to plan for.
@@ -55,8 +56,8 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, Options, USAGE)
-    own, rest = _split(argv, {field.name for field in dataclasses.fields(Options)})
-    values, faults = cli.Reader(Options).read(own)
+    own, rest = _split(argv, {*cli.options(Options), *ALIASES})
+    values, faults = cli.Reader(Options, ALIASES).read(own)
     options, cfg, machine = Options(**values), Config(), Machine(())
     try:
         cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
@@ -83,14 +84,14 @@ def _split(argv: Sequence[str], own_names: set[str]) -> tuple[list[str], list[st
 
 
 def machine_of(options: Options, cfg: Config) -> Machine:
-    """The machine to plan for: as given, else this one, else an imagined one of two 24 GB cards.
+    """The machine to plan for: as given, else this one, else an imagined one of two 24 GB GPUs.
 
     Args:
-        options: cards, host, link.
-        cfg: world_size, fewer ranks than there are cards.
+        options: GPUs, host, link.
+        cfg: world_size, fewer ranks than there are GPUs.
 
     Raises:
-        UserError: an unknown card, or more ranks than cards.
+        UserError: an unknown GPU, or more ranks than GPUs.
     """
     found, host_gib = [], options.host
     if options.cards == "auto":
@@ -100,7 +101,7 @@ def machine_of(options: Options, cfg: Config) -> Machine:
     if not found:
         found = hardware.parse_gpus(IMAGINED if options.cards == "auto" else options.cards)
     if found and cfg.world_size > len(found):
-        rule = f"there are {len(found)} cards, and a rank needs one"
+        rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
     measured = hardware.with_measured(found[:num], hardware.machine_file(), options.link)
@@ -156,7 +157,7 @@ def as_dict(info: ModelInfo, cfg: Config, machine: Machine, found: Outcome) -> d
         "format": cfg.format_name,
         "num_params": arch.num_params(info),
         "num_trained": num_trained,
-        "cards": [card.name for card in machine.gpus],
+        "cards": [gpu.name for gpu in machine.gpus],
         "num_ranks": machine.num_ranks,
         "batch_size": setting.batch_size,
         "accumulation": setting.accumulation,
@@ -164,7 +165,7 @@ def as_dict(info: ModelInfo, cfg: Config, machine: Machine, found: Outcome) -> d
         "placements": {name: setting.count(name) for name in setting.placements},
         "levels": {name: setting.count(name) for name in setting.levels},
         "fits": found.fits,
-        "card": _memory(found.device, found.card_limit_gib),
+        "card": _memory(found.device, found.gpu_limit_gib),
         "host": _memory(found.host, found.host_limit_gib),
         **dataclasses.asdict(guess),
         "num_steps": num_steps,
@@ -212,12 +213,12 @@ def changes(old: Config, new: Config) -> dict[str, str]:
 
 
 def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, list[float]]:
-    """GiB of weights, gradients and Adam on each card by the formulas DeepSpeed users know.
+    """GiB of weights, gradients and Adam on each GPU by the formulas DeepSpeed users know.
 
     Args:
         num_params: of the model.
         num_trained: of its adapters.
-        num_ranks: cards.
+        num_ranks: GPUs.
 
     Returns:
         For full fine-tuning and for LoRA over a 16-bit base: ZeRO stages 0, 1, 2, 3.
@@ -265,7 +266,7 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
         f"layers    {counts(values['placements'])}; checkpointing {counts(values['levels'])}",
     ]
     for title, names, table in (
-        (f"GiB on {_cards(machine)}", rows.DEVICE_ROWS, found.device),
+        (f"GiB on {_gpus(machine)}", rows.DEVICE_ROWS, found.device),
         ("GiB on the host, all programs", rows.HOST_ROWS, found.host),
     ):
         lines += ["", *_table(title, rows.PHASES, _by_row(names, table))]
@@ -274,7 +275,7 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
         words = {"full fine-tuning, 2 + 2 + 12 bytes a parameter": values["zero_gib"]["full"]}
         words["LoRA over 16 bit, 2 + (14 of adapters)"] = values["zero_gib"]["lora"]
         stages = [f"ZeRO-{stage}" for stage in range(4)]
-        lines += ["", *_table("GiB a card without activations", stages, words)]
+        lines += ["", *_table("GiB a GPU without activations", stages, words)]
     return "\n".join([*lines, "", *summary(cfg, machine, found, values)])
 
 
@@ -283,8 +284,8 @@ def counts(found: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in found.items())
 
 
-def _cards(machine: Machine) -> str:
-    names = [card.name for card in machine.gpus]
+def _gpus(machine: Machine) -> str:
+    names = [gpu.name for gpu in machine.gpus]
     kinds = {name: f"{names.count(name)} x " * (names.count(name) > 1) + name for name in names}
     if not names:
         return f"each of {machine.num_ranks} CPU ranks"
@@ -306,7 +307,7 @@ def _table(title: str, columns: Sequence[str], found: dict[str, list[float]]) ->
 
 
 def _terms(names: Sequence[str], table: Table) -> list[str]:
-    """Every row in the phase where it is largest, as the products it is the sum of."""
+    """Every row in the phase where it is largest, with the products it is the sum of."""
     lines = [""]
     for name in names:
         phase = max(rows.PHASES, key=lambda item: table.gib(item, name))
@@ -337,13 +338,13 @@ def brief(machine: Machine, found: Outcome) -> list[tuple[str, str]]:
         machine, found: see as_dict.
 
     Returns:
-        (name, words) of each line: does it fit, and on cards how long a step takes.
+        (name, words) of each line: does it fit, and on GPUs how long a step takes.
     """
-    lines = [_verdict(machine, found)]
+    lines = [_fit_line(machine, found)]
     if machine.gpus:
         guess = found.speed
-        words = f"about {_number(guess.step_s)} s a step, {guess.tokens_per_s:,.0f} tokens/s in all"
-        lines.append(("time", f"{words}, were every row full length; {guess.bound} rules"))
+        words = f"about {_number(guess.step_s)} s a step, {guess.tokens_per_s:,.0f} tokens/s total"
+        lines.append(("time", f"{words}, were every row full length; bottleneck: {guess.bound}"))
     return lines
 
 
@@ -357,7 +358,7 @@ def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any
     Returns:
         A few lines of at most 100 columns.
     """
-    lines = [_verdict(machine, found), *_time(machine, values)]
+    lines = [_fit_line(machine, found), *_time(machine, values)]
     better, nearest = values["better"], values["nearest"]
     for number, item in enumerate(values["to_fit"], 1):
         lost = f"; without {item['lost']}" * bool(item["lost"])
@@ -369,13 +370,13 @@ def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
-        words = "no two changes are enough: take other cards, more memory or a smaller model; "
-        words += f"nearest: {nearest['card_gib']:.1f} GiB a card, {nearest['host_gib']:.1f} on the "
+        words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
+        words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
         lines.append(("to fit", f"{words}host by {flags(nearest) or 'what was asked for'}"))
     lines += [
-        ("note", f"a {card.name} has no bfloat16 products: several times slower than in float16")
-        for card in dict.fromkeys(machine.gpus)
-        if not card.has_bf16 and cfg.compute_dtype == "bfloat16"
+        ("note", f"a {gpu.name} has no bfloat16 matmuls: several times slower than in float16")
+        for gpu in dict.fromkeys(machine.gpus)
+        if not gpu.has_bf16 and cfg.compute_dtype == "bfloat16"
     ]
     lines += [("note", note) for note in cfg_notes(cfg)]
     wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False)
@@ -387,11 +388,11 @@ def flags(item: dict[str, Any]) -> str:
     return " ".join(f"--{name} {value}" for name, value in item["flags"].items())
 
 
-def _verdict(machine: Machine, found: Outcome) -> tuple[str, str]:
+def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
     places = [("the host", found.host, found.host_limit_gib, found.host_free_gib)]
     if machine.gpus:
-        smallest = min(machine.gpus, key=lambda card: card.memory_gib).name
-        place = (f"a {smallest}", found.device, found.card_limit_gib, found.card_free_gib)
+        smallest = min(machine.gpus, key=lambda gpu: gpu.memory_gib).name
+        place = (f"a {smallest}", found.device, found.gpu_limit_gib, found.gpu_free_gib)
         places.insert(0, place)
     parts = []
     for name, table, limit_gib, free_gib in places:
@@ -408,12 +409,12 @@ def _verdict(machine: Machine, found: Outcome) -> tuple[str, str]:
 def _time(machine: Machine, values: dict[str, Any]) -> list[tuple[str, str]]:
     parts = sorted(values["parts_s"].items(), key=lambda item: -item[1])
     alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
-    is_measured = machine.gpus and all(card.is_measured for card in machine.gpus)
+    is_measured = machine.gpus and all(gpu.is_measured for gpu in machine.gpus)
     lines = [
         (
             "time",
             f"about {_number(values['step_s'])} s a step, {values['tokens_per_s']:,.0f} tokens/s "
-            f"in all; {values['bound']} rules (alone: {alone}; by "
+            f"total; bottleneck: {values['bound']} (alone: {alone}; by "
             f"{'measured' if is_measured else 'tabled'} speeds)",
         )
     ]

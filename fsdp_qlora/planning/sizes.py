@@ -1,4 +1,4 @@
-"""The numbers a plan is made of: packed bytes, widths of a layer, and what a run is set to."""
+"""The numbers a plan is made of: bytes and widths of a layer, and what a run is set to."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def packed_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
+def quantized_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
     """Count the bytes of one decoder layer's frozen linears.
 
     Args:
@@ -28,7 +28,7 @@ def packed_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[i
         format_name: row of FORMATS.
 
     Returns:
-        (packed weights, quantisation constants), each with its padding to ALIGN_BYTES.
+        (quantized weights, quantization constants), each with its padding to ALIGN_BYTES.
     """
     fmt = FORMATS[format_name]
     weights = sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in shapes)
@@ -45,10 +45,10 @@ class Setting:
     """What may be chosen about a run without changing what it computes.
 
     Args:
-        num_ranks: cards, or CPU ranks, of one host.
+        num_ranks: GPUs, or CPU ranks, of one host.
         batch_size: rows of a micro-batch on a rank.
         accumulation: micro-batches of an optimizer step.
-        placements: of the packed bytes of each decoder layer, see PLACEMENTS.
+        placements: of the quantized bytes of each decoder layer, see PLACEMENTS.
         levels: what each decoder layer keeps for its backward, see LEVELS.
         strategy: row of choices.STRATEGIES.
     """
@@ -81,7 +81,7 @@ class Setting:
 
 
 def place(num_layers: int, rest: str, num_resident: int) -> tuple[str, ...]:
-    """Placements with some layers whole on each card, evenly spread, and the others alike.
+    """Placements with some layers whole on each GPU, evenly spread, and the others alike.
 
     Args:
         num_layers: decoder layers.
@@ -100,15 +100,15 @@ def place(num_layers: int, rest: str, num_resident: int) -> tuple[str, ...]:
     )
 
 
-def with_trained(packed: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]:
+def with_trained(frozen: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]:
     """Add the layers that are trained themselves to the placements of all others.
 
     Args:
-        packed: placements of the others, in order.
+        frozen: placements of the others, in order.
         whole: numbers of those layers.
     """
-    rest = iter(packed)
-    return tuple("trained" if i in whole else next(rest) for i in range(len(packed) + len(whole)))
+    rest = iter(frozen)
+    return tuple("trained" if i in whole else next(rest) for i in range(len(frozen) + len(whole)))
 
 
 def setting_of(cfg: Config, num_layers: int, num_ranks: int, whole: Sequence[int] = ()) -> Setting:
@@ -117,20 +117,20 @@ def setting_of(cfg: Config, num_layers: int, num_ranks: int, whole: Sequence[int
     Args:
         cfg: the run.
         num_layers: decoder layers of its model.
-        num_ranks: cards, or CPU ranks.
+        num_ranks: GPUs, or CPU ranks.
         whole: layers that are trained themselves.
 
     Returns:
-        The setting; `--offload_impl auto` means streamed, as on one host.
+        The setting; `--offload_impl auto` means weight streaming, as on one host.
     """
     hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
     num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
-    num_packed, rest = num_layers - len(whole), hosted if cfg.use_cpu_offload else "sharded"
+    num_frozen, rest = num_layers - len(whole), hosted if cfg.use_cpu_offload else "sharded"
     return Setting(
         num_ranks=num_ranks,
         batch_size=cfg.batch_size,
         accumulation=cfg.gradient_accumulation_steps,
-        placements=with_trained(place(num_packed, rest, num_resident), whole),
+        placements=with_trained(place(num_frozen, rest, num_resident), whole),
         levels=cfg.levels(num_layers),
         strategy=cfg.sharding_strategy,
     )
@@ -179,21 +179,21 @@ class Sizes:
     Args:
         layers, hidden, vocab: of the model.
         heads: attention heads.
-        outs: features of all products of a layer but the last (down_proj).
+        outs: features of all matmuls of a layer but the last (down_proj).
         attention: width of the attention's output.
-        gates: features of the products that feed the activation function.
+        gates: features of the matmuls that feed the activation function.
         product: width of the activation product, which the last linear reads.
         norms: norms over the hidden size in a layer.
         head_norms: features that pass through norms of the head size (Qwen 3, Gemma 3).
         weights: frozen weights of a layer's linears.
         largest: weights of its largest linear.
         active: weights that one token passes: of a mixture, those of its experts.
-        last: weights of its last linear, whose product a recomputation leaves out; 0 with experts.
-        packed, constants: bytes of a layer's linears as stored.
+        last: weights of its last linear, whose matmul a recomputation leaves out; 0 with experts.
+        quantized, constants: bytes of a layer's linears as stored.
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
         lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
-        magnitudes: features whose products DoRA scales.
+        magnitudes: features whose outputs DoRA scales.
         whole, trained_root: parameters of a layer; those outside the layers that are trained.
         input_features: features that the adapted linears read and keep: each input once.
         dropped_features: the same for every adapted linear by itself.
@@ -218,7 +218,7 @@ class Sizes:
     largest: int
     active: int
     last: int
-    packed: int
+    quantized: int
     constants: int
     root: int
     small: int
@@ -250,7 +250,7 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
     linears = info.linears
     counts = [linear.out_features * linear.in_features for linear in linears]
     shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    packed, constants = packed_bytes(shapes, cfg.format_name)
+    quantized, constants = quantized_bytes(shapes, cfg.format_name)
     targets = cfg.lora_target_modules if trained.has_adapters(cfg) else "all"
     adapted = arch.select_linears(info, targets)
     read_by_token, num_experts = arch.active_linears(info)
@@ -258,7 +258,7 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
     norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
     gates = [n for n in read_by_token if n.name.rpartition(".")[2].startswith(GATES)]
     qkv = linears[: linears.index(o_proj)]
-    # Attention keeps its own output; the other inputs are norms' outputs and the last product.
+    # Attention keeps its own output; other inputs are norms' outputs and the activation product.
     readers = (qkv, gates, linears[-1:])
     read = [group[0].in_features for group in readers if set(group) & set(adapted)]
     has_head_norms = any(width != info.hidden_size for width in norms)
@@ -277,7 +277,7 @@ def sizes(info: ModelInfo, cfg: Config) -> Sizes:
         largest=max(counts),
         active=sum(n.out_features * n.in_features for n in read_by_token),
         last=counts[-1] if len(read_by_token) == len(linears) else 0,
-        packed=packed,
+        quantized=quantized,
         constants=constants,
         root=sum(math.prod(shape) for _, shape in info.root_params),
         small=sum(math.prod(shape) for _, shape in info.layer_params),

@@ -16,16 +16,16 @@ from fsdp_qlora.planning.activations import num_offloaded
 from fsdp_qlora.planning.limits import FORMATS
 from fsdp_qlora.planning.sizes import Setting, Sizes
 
-PRODUCTS = "compute"
+MATMULS = "compute"
 DEQUANTISE = "dequantisation"
 HOST_LINK = "host link"
-CARD_LINK = "card-to-card link"
+PEER_LINK = "GPU-to-GPU link"
 LAUNCHES = "launch overhead"
-BOUNDS = (PRODUCTS, DEQUANTISE, HOST_LINK, CARD_LINK, LAUNCHES)
+BOUNDS = (MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, LAUNCHES)
 
 UNPACK_SHARE = 0.4  # of memory bandwidth: 6.5e9 weights took 8.3 ms a pass
 GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer access: 2.35 s a step
-STREAM_SHARE = 0.95  # of the host link, by streamed layers: 70B, 2 x 512: 1.36 s a step
+STREAM_SHARE = 0.95  # of the host link, by weight streaming: 70B, 2 x 512: 1.36 s a step
 ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 KNOWN_ROWS = {"alpaca": 51_760, "guanaco": 9_846}
@@ -39,7 +39,7 @@ class Speed:
     Args:
         step_s: seconds of an optimizer step.
         tokens_per_s: of all ranks.
-        bound: what rules most of the step, one of BOUNDS.
+        bound: the bottleneck of most of the step, one of BOUNDS.
         parts_s: what each of BOUNDS would take alone.
     """
 
@@ -49,30 +49,30 @@ class Speed:
     parts_s: dict[str, float]
 
 
-def estimate(s: Sizes, cfg: Config, setting: Setting, cards: Sequence[Device]) -> Speed:
-    """Estimate the time of an optimizer step; the slowest card sets the pace.
+def estimate(s: Sizes, cfg: Config, setting: Setting, gpus: Sequence[Device]) -> Speed:
+    """Estimate the time of an optimizer step; the slowest GPU sets the pace.
 
     Args:
         s: numbers of the model and its adapters.
         cfg: context, format, kind of recomputation.
         setting: batch, placements, levels.
-        cards: of all ranks, at least one.
+        gpus: of all ranks, at least one.
 
     Returns:
         The estimate; copies are hidden behind computing where they are shorter, pass by pass.
     """
     num_tokens = setting.batch_size * cfg.context_length
     slowest: tuple[float, dict[str, float], dict[str, float]] = (0.0, {}, {})
-    for card in set(cards):
+    for gpu in set(gpus):
         ruled = dict.fromkeys(BOUNDS, 0.0)
         alone = dict.fromkeys(BOUNDS, 0.0)
-        for parts in _passes(s, cfg, setting, card, num_tokens):
-            gpu_s = parts[PRODUCTS] + parts[DEQUANTISE]
-            worst = max((HOST_LINK, CARD_LINK, LAUNCHES), key=lambda name: parts[name])
-            inside = max((PRODUCTS, DEQUANTISE), key=lambda name: parts[name])
+        for parts in _passes(s, cfg, setting, gpu, num_tokens):
+            gpu_s = parts[MATMULS] + parts[DEQUANTISE]
+            worst = max((HOST_LINK, PEER_LINK, LAUNCHES), key=lambda name: parts[name])
+            inside = max((MATMULS, DEQUANTISE), key=lambda name: parts[name])
             ruled[inside if gpu_s >= parts[worst] else worst] += max(gpu_s, parts[worst])
             alone = {name: alone[name] + parts[name] for name in BOUNDS}
-        pass_s = sum(ruled.values()) * setting.accumulation + _optimizer_s(s, setting, card)
+        pass_s = sum(ruled.values()) * setting.accumulation + _optimizer_s(s, setting, gpu)
         slowest = max(slowest, (pass_s, ruled, alone), key=lambda found: found[0])
     step_s, ruled, alone = slowest
     return Speed(
@@ -84,47 +84,47 @@ def estimate(s: Sizes, cfg: Config, setting: Setting, cards: Sequence[Device]) -
 
 
 def _passes(
-    s: Sizes, cfg: Config, setting: Setting, card: Device, tokens: int
+    s: Sizes, cfg: Config, setting: Setting, gpu: Device, tokens: int
 ) -> list[dict[str, float]]:
     """Seconds of forward and backward of one micro-batch, by what they are spent on."""
-    products = 2.0 * s.active * s.layers * tokens
+    matmuls = 2.0 * s.active * s.layers * tokens
     attention = 2.0 * s.layers * s.attention * cfg.context_length * tokens
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora * s.layers * tokens
     weight_grads = 2.0 * _trained(s, setting) * tokens - lora  # of what is trained itself
     num_full, num_selective = setting.count("full"), setting.count("selective")
-    # A non-reentrant recomputation stops before the last product.
+    # A non-reentrant recomputation stops before the last matmul.
     left_out = 0 if cfg.reentrant_checkpointing else s.last / s.active
-    again = (products * (1 - left_out) + attention + lora) * num_full / s.layers
-    rates = {"item": s.item / 2, "flops": card.bf16_tflops * 1e12}
-    forward_s = (products + attention + 2 * head + lora) * rates["item"] / rates["flops"]
-    backward = products + 2.5 * attention + 2 * lora + weight_grads + again
+    again = (matmuls * (1 - left_out) + attention + lora) * num_full / s.layers
+    rates = {"item": s.item / 2, "flops": gpu.bf16_tflops * 1e12}
+    forward_s = (matmuls + attention + 2 * head + lora) * rates["item"] / rates["flops"]
+    backward = matmuls + 2.5 * attention + 2 * lora + weight_grads + again
     backward_s = backward * rates["item"] / rates["flops"]
     # What selective layers recompute is elementwise: norms, rotary embedding, activation.
     features = 6 * s.hidden + s.gates + s.product
     elementwise = tokens * features * s.item * (num_full + num_selective)
-    backward_s += elementwise / (ELEMENTWISE_SHARE * card.memory_gbs * 1e9)
+    backward_s += elementwise / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
     touched = (FORMATS[cfg.format_name].weight_bits / 8 + s.item) * s.weights
     if not FORMATS[cfg.format_name].scratch_bytes:
         touched = 0.0
-    unpack_s = touched * s.layers / (UNPACK_SHARE * card.memory_gbs * 1e9)
-    launch_s = LAUNCH_S * s.layers * (card.memory_gib > 0)
+    unpack_s = touched * s.layers / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
+    launch_s = LAUNCH_S * s.layers * (gpu.memory_gib > 0)
     rows = []
-    for is_backward, product_s in ((False, forward_s), (True, backward_s)):
+    for is_backward, matmul_s in ((False, forward_s), (True, backward_s)):
         num = 1 + num_full / s.layers if is_backward else 1.0
-        host_s, card_s = _copies(s, setting, card, is_backward)
+        host_s, peer_s = _copies(s, setting, gpu, is_backward)
         inputs = num_offloaded(cfg, setting.levels) * tokens * s.hidden * s.item
-        host_s += inputs / (card.host_link_gbs * 1e9)
-        parts = (product_s, unpack_s * num, host_s, card_s, launch_s * num)
+        host_s += inputs / (gpu.host_link_gbs * 1e9)
+        parts = (matmul_s, unpack_s * num, host_s, peer_s, launch_s * num)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
 
 
-def _copies(s: Sizes, setting: Setting, card: Device, is_backward: bool) -> tuple[float, float]:
-    """Seconds of one pass on the link to the host, and on the link between cards."""
-    layer_bytes = s.packed + s.constants
-    host_bytes_s, ranks = card.host_link_gbs * 1e9, setting.num_ranks
-    peer_bytes_s = (card.peer_gbs or card.host_link_gbs) * 1e9
+def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple[float, float]:
+    """Seconds of one pass on the link to the host, and on the link between GPUs."""
+    layer_bytes = s.quantized + s.constants
+    host_bytes_s, ranks = gpu.host_link_gbs * 1e9, setting.num_ranks
+    peer_bytes_s = (gpu.peer_gbs or gpu.host_link_gbs) * 1e9
     others = 1 - 1 / ranks
     is_kept = is_backward and setting.keeps_gathered
     grouped = 0 if is_kept else setting.count("sharded", "offloaded")
@@ -136,23 +136,21 @@ def _copies(s: Sizes, setting: Setting, card: Device, is_backward: bool) -> tupl
         gathered += (adapters + ends) * others
     host_s = setting.count("streamed") * layer_bytes / (STREAM_SHARE * host_bytes_s)
     slice_s = sliced * layer_bytes / ranks / host_bytes_s / GATHER_SHARE
-    card_s = gathered / peer_bytes_s / GATHER_SHARE
-    host_s += slice_s + (card_s if sliced else 0.0)  # a layer's slices come before its gather
-    if card.peer_gbs:
-        return host_s, card_s
-    total_s = host_s + (0.0 if sliced else card_s)  # all cross the one link
-    return (total_s, 0.0) if host_s > card_s else (0.0, total_s)
+    peer_s = gathered / peer_bytes_s / GATHER_SHARE
+    host_s += slice_s + (peer_s if sliced else 0.0)  # a layer's slices come before its gather
+    if gpu.peer_gbs:
+        return host_s, peer_s
+    total_s = host_s + (0.0 if sliced else peer_s)  # all cross the one link
+    return (total_s, 0.0) if host_s > peer_s else (0.0, total_s)
 
 
 def _trained(s: Sizes, setting: Setting) -> int:
     return s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
 
 
-def _optimizer_s(s: Sizes, setting: Setting, card: Device) -> float:
+def _optimizer_s(s: Sizes, setting: Setting, gpu: Device) -> float:
     """AdamW reads and writes weights, gradients and two moments once."""
-    return (
-        28.0 * _trained(s, setting) / setting.shares / (ELEMENTWISE_SHARE * card.memory_gbs * 1e9)
-    )
+    return 28.0 * _trained(s, setting) / setting.shares / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
 
 
 def num_rows(cfg: Config) -> int | None:

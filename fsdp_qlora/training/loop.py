@@ -55,7 +55,7 @@ class Checkpointing(Protocol):
 
 
 class Evaluating(Protocol):
-    """What the loop needs of the one that measures held-out loss: results.look.Look."""
+    """What the loop needs of the one that measures held-out loss: evaluate.Evaluator."""
 
     best: tuple[float, int] | None
 

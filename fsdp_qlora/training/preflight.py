@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.checkpoint_store import last_step, steps
-from fsdp_qlora.config import TRACKERS, TRAIN_TYPES, Config, check_optimizer
+from fsdp_qlora.config import TRAIN_TYPES, Config, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 from fsdp_qlora.planning.limits import GIB
 from fsdp_qlora.planning.memory import moment_bytes
@@ -55,9 +55,10 @@ def _check_libraries(cfg: Config) -> None:
             got = f"--train_type {cfg.train_type} --attn {cfg.attn}"
             remedy = f"pip install {name.replace('_', '-')}"
             raise UserError(got, f"needs {name}, which is not installed", remedy, ENVIRONMENT)
-    if cfg.log_to in TRACKERS and importlib.util.find_spec(cfg.log_to) is None:
-        rule, remedy = "is not installed", f"pip install {cfg.log_to}"
-        raise UserError(f"--log_to {cfg.log_to}", rule, remedy, ENVIRONMENT)
+    for name in cfg.trackers:
+        if importlib.util.find_spec(name) is None:
+            remedy = f"pip install {name.replace('_', '-')}"
+            raise UserError(f"--log_to {name}", "is not installed", remedy, ENVIRONMENT)
 
 
 def _check_cards(plan: RunPlan) -> None:

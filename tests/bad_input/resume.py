@@ -10,7 +10,7 @@ from pathlib import Path
 from fsdp_qlora import arch, checkpoint_store, config
 from fsdp_qlora.checkpoint_store import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
 from fsdp_qlora.errors import INTEGRITY
-from fsdp_qlora.results import adapter_files
+from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.training.resume import fingerprint
 from tests import small_tokenizers
 from tests.bad_input.case import VOCAB_SIZE, Case, Place

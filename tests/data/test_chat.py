@@ -1,5 +1,7 @@
 """What the assistant says: found in every template, token by token as transformers marks it."""
 
+import json
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -10,9 +12,11 @@ from fsdp_qlora.data.readers import Place
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
+from tests.data import trl_masks
 from tests.small_tokenizers import MARKED, conversations
 
 KINDS = sorted(MARKED)
+STORED = json.loads(trl_masks.FILE.read_text(encoding="utf-8"))
 CAFE = [
     {"role": "user", "content": "Où est le café 😀😀?"},
     {"role": "assistant", "content": "  Là-bas 😀😀\n"},
@@ -47,10 +51,7 @@ def test_masks_equal_those_of_transformers_token_by_token(places, kind):
     assert len(ours) == len(chats) > 6
     for chat, (ids, is_learned) in zip(chats, ours, strict=True):
         reference = full.apply_chat_template(
-            chat,
-            chat_template=MARKED[kind],
-            return_dict=True,
-            return_assistant_tokens_mask=True,
+            chat, chat_template=MARKED[kind], return_dict=True, return_assistant_tokens_mask=True
         )
         assert ids == reference["input_ids"] == list(full.apply_chat_template(chat).input_ids)
         assert is_learned == [bool(flag) for flag in reference["assistant_masks"]]
@@ -245,3 +246,26 @@ def test_a_template_sees_what_transformers_gives_it():
     ours = Chat(Template(source, NAMES, "t")).whole(PAIR)
     theirs, _ = render_jinja_template([PAIR], chat_template=source, **NAMES)
     assert ours == theirs[0]
+
+
+@pytest.mark.parametrize("kind", trl_masks.KINDS)
+def test_masks_equal_those_of_trl_token_by_token(tmp_path, kind):
+    """TRL knows each template by heart and marks it; ours finds the answers in the plain one.
+
+    For Qwen 2.5 TRL learns the line break behind "<|im_start|>assistant" too, which whoever asks
+    the model writes: that one token of each answer is the only difference.
+    """
+    stored = STORED[kind]
+    light = tokenizer.read(trl_masks.save(tmp_path / kind, kind, stored["template"]))
+    ours = samples(light, conversations())
+    assert len(ours) == len(stored["ids"]) > 3
+    for chat, ids, mask, (our_ids, is_learned) in zip(
+        conversations(), stored["ids"], stored["masks"], ours, strict=True
+    ):
+        assert our_ids == ids
+        differ = np.nonzero(np.array(is_learned) != np.array([flag == "1" for flag in mask]))[0]
+        num_answers = sum(message["role"] == "assistant" for message in chat)
+        assert len(differ) == (num_answers if kind == "qwen2_5" else 0)
+        assert {light.core.decode([ids[i]], False) for i in differ} <= {"\n"}
+        assert not any(is_learned[i] for i in differ)
+        assert 0 < sum(is_learned) < len(ids)

@@ -60,7 +60,7 @@ def test_the_users_example_has_their_numbers_of_steps(place, tmp_path):
         "1": {"per_epoch": 1343, "in_all": 4029},
         "2": {"per_epoch": 671, "in_all": 2013},
     }
-    assert "1 GPU: 1,343 an epoch, 4,029 in all; 2 GPUs: 671 an epoch, 2,013 in all" in "".join(
+    assert "1 GPU: 1,343 an epoch, 4,029 in total; 2 GPUs: 671 an epoch, 2,013 in total" in "".join(
         found.lines()
     )
     assert found.facts["num_train"] == 10_748 and found.facts["num_repeated"] == 0

@@ -118,10 +118,7 @@ def test_running_text_becomes_blocks_that_together_are_the_text(tokenizer, with_
             for page in pages
             for i in chosen.core.encode(start + page + END, None, False, False).ids
         ]
-        for rows in (
-            [{"text": page} for page in pages],
-            [TextPiece(page, True) for page in pages],
-        ):
+        for rows in ([{"text": page} for page in pages], [TextPiece(page, True) for page in pages]):
             size = 129 if len(ids) % 128 == 1 else 128  # a token alone has nothing to learn
             part = fill(rows, chosen, size)
             lengths = part.lengths.tolist()

@@ -34,9 +34,9 @@ machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
 sys.exit(supervise(parse(argv), argv, program, run.make(info, parse(argv), given(argv), machine)))
 """
 SHORT = """
-from fsdp_qlora.planning.run import notch_of
+from fsdp_qlora.planning.run import fallback_of
 meet()
-notch = notch_of(os.environ)
+notch = fallback_of(os.environ)
 (out / f"tried{rank}.{notch}").touch()
 if rank == 1 and notch < NOTCHES:
     words = "rank 1: out of memory in the dry run (no room); see"
@@ -72,8 +72,8 @@ def test_ranks_short_of_memory_before_the_training_start_again_a_notch_lower(tmp
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 2)
     for line in lines:
-        start = "memory    rank 1: out of memory in the dry run; nothing is lost, a notch lower: --"
-        assert line.startswith(start)
+        start = "memory    rank 1: out of memory in the dry run; nothing is lost, a lower setting: "
+        assert line.startswith(f"{start}--")
     assert len(set(lines)) == 2
     tried = {path.name for path in (tmp_path / "out").glob("tried*")}
     assert tried >= {"tried0.2", *(f"tried1.{notch}" for notch in range(3))}

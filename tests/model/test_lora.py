@@ -79,7 +79,7 @@ def reference(body, plain, x):
 
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
-@pytest.mark.parametrize("level", layer.LEVELS)
+@pytest.mark.parametrize("level", layers.LEVELS)
 @pytest.mark.parametrize("targets", [("gate_proj", "up_proj", "o_proj", "down_proj"), ("up_proj",)])
 @pytest.mark.parametrize("last", [nn.Identity, nn.Tanh])
 def test_gradients_are_those_of_plain_autograd(level, is_reentrant, targets, last):

@@ -11,7 +11,7 @@ from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.layer import build_layout
 from fsdp_qlora.planning import activations
 from fsdp_qlora.planning.limits import FORMATS
-from fsdp_qlora.planning.sizes import packed_bytes, sizes
+from fsdp_qlora.planning.sizes import quantized_bytes, sizes
 
 MODELS = ["llama-2-7b", "llama-2-70b", "qwen2.5-0.5b", "phi-3-mini", "gemma-2-2b"]
 SHAPE = {
@@ -38,7 +38,7 @@ def test_packed_bytes_are_those_of_the_layout(format_name):
         [(n.out_features, n.in_features) for n in arch.read(m, False).linears] for m in MODELS
     ]
     for layer in [*shapes, [(3, 65), (127, 64), (130, 192)]]:
-        assert sum(packed_bytes(layer, format_name)) == build_layout(layer, format_name).nbytes
+        assert sum(quantized_bytes(layer, format_name)) == build_layout(layer, format_name).nbytes
 
 
 @pytest.mark.parametrize("dropout", ["0", "0.1"])

@@ -23,7 +23,7 @@ def run_of(size: str, *argv: str) -> tuple[arch.ModelInfo, config.Config]:
 
 
 def machine_of(names: str, host_gib: float | None) -> Machine:
-    """Cards of the table."""
+    """GPUs of the table."""
     return Machine(tuple(hardware.parse_gpus(names)), host_gib)
 
 
@@ -32,35 +32,35 @@ def chosen(size: str, names: str, host_gib: float) -> Outcome | None:
     return fit.choose(fit.explore(*run_of(size), machine_of(names, host_gib)))
 
 
-# (model, cards, host GiB, where the base lies, least layers not fully recomputed, why)
+# (model, GPUs, host GiB, where the base lies, least layers not fully recomputed, why)
 TABLE = [
-    ("7b", "2x3090", 64, "sharded", 32, "1.7 GiB of base a card: all recomputation can go"),
+    ("7b", "2x3090", 64, "sharded", 32, "1.7 GiB of base a GPU: all recomputation can go"),
     ("7b", "2x4090", 64, "sharded", 32, "the same memory"),
     ("7b", "4090", 64, "sharded", 32, "3.3 GiB of base leave room beside 16 of activations"),
     ("7b", "3090,4060Ti-16G", 64, "any", 32, "16 GB count; base shared or streamed, both hide"),
     ("7b", "2x12", 32, "any", 24, "one row at a time keeps 8 GiB of activations"),
     ("7b", "T4", 16, "any", 24, "14.6 GiB; 16 GiB of host hold the base or nothing"),
     ("7b", "A100-80", 128, "sharded", 32, "everything fits, nothing to stream"),
-    ("7b", "4x3090", 64, "sharded", 32, "0.8 GiB of base a card"),
-    ("7b", "8", 32, "streamed", 8, "one card of 7.8 GiB: the base must go to the host"),
+    ("7b", "4x3090", 64, "sharded", 32, "0.8 GiB of base a GPU"),
+    ("7b", "8", 32, "streamed", 8, "one GPU of 7.8 GiB: the base must go to the host"),
     ("7b", "none", 64, "sharded", 0, "CPU ranks have one memory, so nothing is streamed"),
-    ("70b", "2x3090", 64, "streamed", 30, "35 GB do not fit two cards; copies hide at T = 2048"),
+    ("70b", "2x3090", 64, "streamed", 30, "35 GB do not fit two GPUs; copies hide at T = 2048"),
     ("70b", "2x4090", 64, "streamed", 30, "the same memory"),
-    ("70b", "4090", 64, "streamed", 30, "the host has one copy whatever the number of cards"),
+    ("70b", "4090", 64, "streamed", 30, "the host has one copy whatever the number of GPUs"),
     ("70b", "3090,4060Ti-16G", 64, "streamed", 0, "16 GB leave little for activations"),
-    ("70b", "2x12", 64, "streamed", 0, "8.6 GiB a card at one row"),
+    ("70b", "2x12", 64, "streamed", 0, "8.6 GiB a GPU at one row"),
     (
         "70b",
         "2x24",
         32,
         "partly",
         0,
-        "33 GiB of base fit neither place alone: a part of it on each card",
+        "33 GiB of base fit neither place alone: a part of it on each GPU",
     ),
     ("70b", "A100-80", 128, "any", 80, "33 GiB of base and 50 of activations: either way"),
     ("70b", "2xA100-80", 256, "any", 80, "the same with half the base"),
-    ("70b", "4x3090", 64, "any", 30, "8 GiB of base a card or none"),
-    ("70b", "2x12", 32, None, 0, "33 GiB fit neither in the host nor in 23 GiB of cards"),
+    ("70b", "4x3090", 64, "any", 30, "8 GiB of base a GPU or none"),
+    ("70b", "2x12", 32, None, 0, "33 GiB fit neither in the host nor in 23 GiB of GPUs"),
     ("70b", "T4", 16, None, 0, "no place for 33 GiB"),
     ("70b", "8", 32, None, 0, "no place for 33 GiB"),
 ]
@@ -104,8 +104,8 @@ def test_fit_turns_free_memory_into_the_speed_that_the_issue_asks_for():
     assert best.speed.tokens_per_s / start.speed.tokens_per_s >= 1.12
 
 
-def test_slow_links_keep_layers_on_the_card():
-    """70B, one row of 512 tokens: copies rule, so layers go to the card as long as they fit."""
+def test_slow_links_keep_layers_on_the_gpu():
+    """70B, one row of 512 tokens: copies rule, so layers go to the GPU as long as they fit."""
     info, cfg = run_of("70b", "--context_length=512", "--batch_size=1", "--dataset=dummy")
     slow = dataclasses.replace(hardware.GPUS["3090"], host_link_gbs=6)
     best = fit.choose(fit.explore(info, cfg, Machine((slow, slow), 64)))
@@ -126,15 +126,15 @@ def test_what_the_user_gave_is_not_changed():
 
 
 def test_notches_go_down_and_stay_fast():
-    """Each needs clearly less of the card; the last is about the least there is."""
+    """Each needs clearly less of the GPU; the last is about the least there is."""
     outcomes = fit.explore(*run_of("7b"), machine_of("2x3090", 64))
     best = fit.choose(outcomes)
     assert best is not None
-    steps = [best, *fit.notches(outcomes, best)]
+    steps = [best, *fit.fallbacks(outcomes, best)]
     peaks = [item.device.peak_gib for item in steps]
     assert len(steps) > 4
-    assert all(low <= fit.NOTCH * high for high, low in itertools.pairwise(peaks))
-    assert peaks[-1] < fit.least(outcomes).device.peak_gib / fit.NOTCH
+    assert all(low <= fit.FALLBACK_SHARE * high for high, low in itertools.pairwise(peaks))
+    assert peaks[-1] < fit.least(outcomes).device.peak_gib / fit.FALLBACK_SHARE
     for high, low in itertools.pairwise(steps):
         assert low.speed.tokens_per_s <= high.speed.tokens_per_s * (1 + fit.TIE)
 
@@ -166,7 +166,7 @@ def test_changes_make_it_fit_and_lose_least_first():
 
 
 def test_pairs_are_tried_where_no_single_change_keeps_everything():
-    """ddp of a 70B: the base must leave the card, and then the rows still are too many."""
+    """ddp of a 70B: the base must leave the GPU, and then the rows still are too many."""
     info, cfg = run_of("70b", "--sharding_strategy=ddp", "--batch_size=4")
     found = fit.changes(info, cfg, machine_of("3090,4060Ti-16G", 64))
     assert found and not found[0].lost
@@ -178,7 +178,7 @@ def test_budgets_of_the_user_stand_above_the_machine():
     info, cfg = run_of("7b", "--gpu_budget_gib=10", "--host_budget_gib=6")
     found = fit.evaluate(info, cfg, setting_of(cfg, 32, 2), machine_of("2xA100-80", 256))
     outside_gib = found.device.gib(found.device.peak_phase, rows.CONTEXT)
-    assert found.card_limit_gib == pytest.approx(10 + outside_gib)
+    assert found.gpu_limit_gib == pytest.approx(10 + outside_gib)
     others_gib = found.host.gib("load", rows.SYSTEM)
     assert found.host_limit_gib == pytest.approx(6 + others_gib)
     assert not found.fits  # the streamed base is 3.1 GiB, and processes need 4

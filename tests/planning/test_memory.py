@@ -8,7 +8,7 @@ from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.planning import activations, memory, rows
 from fsdp_qlora.planning.rows import Table
-from fsdp_qlora.planning.sizes import Setting, Sizes, packed_bytes, place, setting_of, sizes
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, quantized_bytes, setting_of, sizes
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
@@ -41,8 +41,8 @@ def plan(
     return sizes(info, cfg), cfg, dataclasses.replace(own, levels=levels or own.levels)
 
 
-def on_card(*args, **changes) -> Table:
-    """Memory of a card with peer access."""
+def on_gpu(*args, **changes) -> Table:
+    """Memory of a GPU with peer access."""
     return memory.device(*plan(*args, **changes), has_peer=True)
 
 
@@ -81,7 +81,7 @@ def test_peaks_are_those_measured_within_5_percent(
 )
 def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, reserved_gib):
     """7B, 1 x 512, on two H200: their inputs, and a pool that nothing else may use."""
-    table = on_card("7B 1x512", placement)
+    table = on_gpu("7B 1x512", placement)
     assert near(table.allocated_gib, allocated_gib, 0.09), table.allocated_gib
     assert near(table.reserved_gib, reserved_gib, 0.09), table.reserved_gib
     found, cfg, setting = plan("7B 1x512", placement)
@@ -89,7 +89,7 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
     without = memory.device(found, off, setting, has_peer=True)
     assert activations.uses_graphs(found, cfg, setting, "cuda")
     assert not activations.uses_graphs(found, off, setting, "cuda")
-    layer_gib = (found.packed + found.constants) / GIB
+    layer_gib = (found.quantized + found.constants) / GIB
     inputs_gib = table.gib("save", rows.LAYER) - without.gib("save", rows.LAYER)
     assert layer_gib < inputs_gib < 1.3 * layer_gib
     pool_gib = table.gib("save", rows.SLACK) - without.gib("save", rows.SLACK)
@@ -120,7 +120,7 @@ def test_unchecked_layers_cost_what_the_probe_measured():
 
     By an earlier code's probe, whose loss held 0.37 GiB more.
     """
-    table = on_card("7B 4x2048", "sharded", levels=("full",) * 18 + ("none",) * 14)
+    table = on_gpu("7B 4x2048", "sharded", levels=("full",) * 18 + ("none",) * 14)
     assert near(table.allocated_gib, 19.1 - 0.37)
     assert near(table.reserved_gib, 20.6 - 0.37)
 
@@ -155,7 +155,7 @@ def test_host_memory_is_what_was_measured(run, placement, files_gib, load_gib, p
 def test_cpu_ranks_need_what_was_measured():
     """SmolLM2-135M's shape, 4 x 256, nothing recomputed, two gloo ranks: 3.69 GiB in all.
 
-    By a torch for the CPU; one made for cards takes more.
+    By a torch for the CPU; one made for GPUs takes more.
 
     Measured on two cores with 23.5 GiB, 2026-11-22:
     train.py --model_name smollm2-135m --weights random --dataset dummy --context_length 256
@@ -173,9 +173,9 @@ def test_cpu_ranks_need_what_was_measured():
 
 def test_rows_of_the_7b_are_this_arithmetic():
     """Llama-2 7B: 32 layers of 4 x 4096 x 4096 + 3 x 4096 x 11008 = 202,375,168 weights."""
-    table = on_card("7B 4x2048", "sharded")
+    table = on_gpu("7B 4x2048", "sharded")
     gib = {row: table.gib("backward", row) * GIB for row in rows.DEVICE_ROWS}
-    assert gib[rows.PACKED] == 32 * 202_375_168 / 2 / 2  # half a byte each, on two cards
+    assert gib[rows.PACKED] == 32 * 202_375_168 / 2 / 2  # half a byte each, on two GPUs
     # A byte for 64 weights; for 64 x 256 of them two float32, 12,352 x 4 bytes each, aligned.
     assert gib[rows.CONSTANTS] == 32 * (202_375_168 // 64 + 2 * 49_408) / 2
     # Embedding, head, 65 norms of 4096, bfloat16.
@@ -192,12 +192,12 @@ def test_rows_of_the_streamed_70b_are_this_arithmetic():
     """Llama-2 70B: a layer has 2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672 weights."""
     weights = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28_672
     assert weights == 855_638_016
-    packed, constants = packed_bytes(
+    packed, constants = quantized_bytes(
         [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28_672, 8192)] * 3, "nf4_dq"
     )
     assert packed == weights // 2
     assert constants == weights // 64 + 2 * 4 * weights // 16_384
-    table = on_card("70B 2x2048", "streamed")
+    table = on_gpu("70B 2x2048", "streamed")
     assert table.gib("backward", rows.PACKED) == 0
     adapters_bytes = (207_093_760 // 80) * 14  # 16 bit twice, gradients in 16, 32 and 32 bit
     gathered = 2 * (packed + constants) + adapters_bytes  # two slots
@@ -237,11 +237,11 @@ def test_dropout_and_unfused_kernels_cost_extra():
     assert kept(dataclasses.replace(found, is_eager=True)) - kept() == scores
 
 
-def test_placements_move_bytes_between_card_and_host():
-    """Half resident, half streamed: half of the base on each card, half on the host."""
+def test_placements_move_bytes_between_gpu_and_host():
+    """Half resident, half streamed: half of the base on each GPU, half on the host."""
     found, cfg, setting = plan("70B 2x2048", "streamed")
     half = dataclasses.replace(setting, placements=place(80, "streamed", 40))
-    layer_gib = (found.packed + found.constants) / GIB
+    layer_gib = (found.quantized + found.constants) / GIB
     tables = [memory.device(found, cfg, item) for item in (setting, half)]
     base = [
         item.gib("forward", rows.PACKED) + item.gib("forward", rows.CONSTANTS) for item in tables
@@ -251,13 +251,13 @@ def test_placements_move_bytes_between_card_and_host():
     assert on_host == pytest.approx([80 * layer_gib, 40 * layer_gib])
     whole = dataclasses.replace(setting, placements=("resident",) * 80, strategy="ddp")
     ddp = memory.device(found, cfg, whole)
-    assert ddp.gib("forward", rows.PACKED) == pytest.approx(80 * found.packed / GIB)
+    assert ddp.gib("forward", rows.PACKED) == pytest.approx(80 * found.quantized / GIB)
     assert ddp.gib("forward", rows.ADAPTERS) == pytest.approx(2 * tables[0].gib("save", "adapters"))
 
 
 def test_gradients_stay_through_accumulation():
     """From the second micro-batch on, the peak of the backward has all of them."""
-    one, two = (on_card("70B 2x2048", "streamed", accumulation=n) for n in (1, 2))
+    one, two = (on_gpu("70B 2x2048", "streamed", accumulation=n) for n in (1, 2))
     assert one.gib("backward", rows.GRADIENTS) == 0
     assert two.gib("backward", rows.GRADIENTS) == pytest.approx(207_093_760 * 4 / 2 / GIB)
 
@@ -266,6 +266,6 @@ def test_shard_grad_op_holds_all_gathered_layers():
     """shard_grad_op does not let go of what the forward gathered."""
     found, cfg, setting = plan("7B 4x2048", "sharded")
     kept = memory.device(found, cfg, dataclasses.replace(setting, strategy="shard_grad_op"))
-    layers_gib = 32 * (found.packed + found.constants) / GIB
+    layers_gib = 32 * (found.quantized + found.constants) / GIB
     assert kept.gib("backward", rows.BUFFERS) > layers_gib
-    assert on_card("7B 4x2048", "sharded").gib("backward", rows.BUFFERS) < layers_gib / 8
+    assert on_gpu("7B 4x2048", "sharded").gib("backward", rows.BUFFERS) < layers_gib / 8

@@ -23,7 +23,7 @@ GIVEN = {
 
 
 def plan_of(*argv: str, names: str = "2x24", host_gib: float | None = 64, **more) -> run.RunPlan:
-    """Plan a 7B on imagined cards."""
+    """Plan a 7B on imagined GPUs."""
     words = [*SHAPE, *argv, "--output_dir=o"]
     cfg = config.parse(words)
     info = arch.read(cfg.model_name, need_weights=False)
@@ -35,7 +35,7 @@ def said(plan: run.RunPlan) -> tuple[list[str], UserError | None]:
     """What a plan says, and the error it ends with."""
     lines: list[str] = []
     try:
-        run.tell(plan, lines.append)
+        run.announce(plan, lines.append)
     except UserError as fault:
         return lines, fault
     return lines, None
@@ -82,7 +82,7 @@ def test_values_of_a_recipe_are_given_too(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text("batch-size = 2\nlearning_rate = 1e-3\n")
     words = ["--recipe", str(recipe), "--use-cpu-offload", "false"]
-    assert config.given(words) == {"recipe", "batch_size", "lr", "use_cpu_offload"}
+    assert config.given(words) == {"batch_size", "lr", "use_cpu_offload"}
 
 
 def test_cpu_ranks_run_as_asked_for():
@@ -105,7 +105,7 @@ def test_rows_shorter_than_the_context_are_planned_as_they_are():
     lower = plan_of("--batch_size=4").lower
     assert lower is not None and lower.found is not None
     short = lower.for_rows(4 * 300)
-    assert short.notch == 1 and short.ladder[0] == lower.ladder[0]
+    assert short.fallback == 1 and short.candidates[0] == lower.candidates[0]
     assert short.found is not None and short.found.setting == lower.found.setting
     assert short.found.device.peak_gib < lower.found.device.peak_gib
 
@@ -135,7 +135,7 @@ def test_what_cannot_fit_is_refused_with_a_remedy_that_fits():
     words = ["--batch_size=8", "--use_gradient_checkpointing=false", "--use_cpu_offload=false"]
     lines, fault = said(plan_of(*words, names="2x12"))
     assert fault is not None and fault.code == ENVIRONMENT
-    assert "GiB on a card" in str(fault) and "it does not fit" in str(fault)
+    assert "GiB on a GPU" in str(fault) and "it does not fit" in str(fault)
     assert "--plan ignore" in str(fault) and len(str(fault)) <= 300
     assert any("NO FIT" in line for line in lines) and any("1. " in line for line in lines)
     flags = str(fault).split("; ")[1].split(" or --plan")[0].split()
@@ -157,11 +157,11 @@ def test_the_host_is_refused_too_and_its_budget_counts():
     assert said(plan_of(*words, host_gib=64))[1] is None
 
 
-def test_the_smallest_card_and_its_budget_set_the_limit():
+def test_the_smallest_gpu_and_its_budget_set_the_limit():
     """Budgets cap torch's allocator: what is outside of it comes on top."""
     mixed = plan_of(names="A100-80,3090")
     assert mixed.found is not None
-    assert mixed.found.card_limit_gib == hardware.GPUS["3090"].memory_gib
+    assert mixed.found.gpu_limit_gib == hardware.GPUS["3090"].memory_gib
     capped = plan_of("--gpu_budget_gib=10", names="2xA100-80")
     assert capped.found is not None and capped.found.device.reserved_gib <= 10
 
@@ -181,22 +181,22 @@ def test_the_recipe_for_70b_fits_the_machines_that_it_is_written_for(names: str,
 
 
 def test_ranks_make_the_plan_of_the_supervisor():
-    """From what they are told; a notch down is the next setting of the same ladder."""
+    """From what they are told; a fallback down is the next setting of the same candidates."""
     plan = plan_of("--batch_size=4")
     lower = plan.lower
     assert lower is not None and lower.found is not None and plan.found is not None
-    assert lower.found.device.peak_gib <= fit.NOTCH * plan.found.device.peak_gib
+    assert lower.found.device.peak_gib <= fit.FALLBACK_SHARE * plan.found.device.peak_gib
     for told in (plan, lower):
         machine = run.find_machine(told.env, 99, 99)
         assert machine == told.machine
-        same = run.make(told.info, told.asked, frozenset({"batch_size"}), machine, told.notch)
-        assert (same.cfg, same.found, same.ladder) == (told.cfg, told.found, told.ladder)
-    assert "notch 1 below" in lower.note
-    assert run.notch_of(lower.env) == 1 and run.notch_of({}) == 0
+        same = run.make(told.info, told.asked, frozenset({"batch_size"}), machine, told.fallback)
+        assert (same.cfg, same.found, same.candidates) == (told.cfg, told.found, told.candidates)
+    assert "fallback 1 from" in lower.note
+    assert run.fallback_of(lower.env) == 1 and run.fallback_of({}) == 0
 
 
 def test_the_ladder_ends():
-    """Every notch needs less; from the last there is no way down, but a word of advice."""
+    """Every fallback needs less; from the last there is no way down, but a word of advice."""
     plan: run.RunPlan | None = plan_of("--batch_size=4")
     peaks = []
     while plan is not None:
@@ -221,10 +221,10 @@ def test_advice_after_an_out_of_memory_added_to_the_command_line_gives_what_it_s
     found = plan_of(*words, *pairs, names="2xA100-40").found
     assert pairs and found is not None
     assert found.device.peak_gib < 0.94 * plan.found.device.peak_gib
-    assert f"({found.device.peak_gib:.1f} GiB a card" in advice
+    assert f"({found.device.peak_gib:.1f} GiB a GPU" in advice
 
 
-def test_cards_of_unknown_memory_are_neither_judged_nor_fitted():
+def test_gpus_of_unknown_memory_are_neither_judged_nor_fitted():
     """Memory shared with the host: the run goes on as asked for, and says why."""
     info = arch.read("llama-2-7b", need_weights=False)
     cfg = config.parse([*SHAPE, "--batch_size=64", "--output_dir=o"])
@@ -264,7 +264,7 @@ def test_memory_in_use_before_the_run_is_part_of_the_plan():
 
 
 def test_nccl_told_to_leave_peer_access_alone_is_planned_without(monkeypatch):
-    """It then holds 0.8 GiB of each card less."""
+    """It then holds 0.8 GiB of each GPU less."""
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
     monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA H200", gib=140))
     only = {"CUDA_VISIBLE_DEVICES": "0"}

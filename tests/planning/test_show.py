@@ -29,8 +29,8 @@ def test_a_plan_answers_in_less_than_a_second_without_torch():
         "import sys; from fsdp_qlora.__main__ import main; code = main(sys.argv[1:]);"
         "sys.exit(9 if {'torch', 'transformers', 'numpy'} & set(sys.modules) else code)"
     )
-    for cards, code in (("2xA100-80", 0), ("2x12", 3)):
-        words = ["plan", "--model_name=llama-2-70b", "--batch_size=8", f"--cards={cards}"]
+    for GPUs, code in (("2xA100-80", 0), ("2x12", 3)):
+        words = ["plan", "--model_name=llama-2-70b", "--batch_size=8", f"--cards={GPUs}"]
         argv = [sys.executable, "-c", program, *words, "--context_length=2048"]
         done, seconds = timing.fastest(argv, ROOT)
         assert (done.returncode, done.stderr) == (code, "")
@@ -56,7 +56,7 @@ def test_json_holds_the_tables_and_survives_a_round_trip(capsys: pytest.CaptureF
 
 
 def test_zero_is_what_deepspeed_users_know(capsys: pytest.CaptureFixture[str]):
-    """7.5e9 parameters on 64 cards: 120, 31.4, 16.6 and 1.9 GB (ZeRO, figure 1)."""
+    """7.5e9 parameters on 64 GPUs: 120, 31.4, 16.6 and 1.9 GB (ZeRO, figure 1)."""
     found = show.zero_gib(7_500_000_000, 0, 64)["full"]
     assert [round(gib * 2**30 / 1e9, 1) for gib in found] == [120.0, 31.4, 16.6, 1.9]
     assert "ZeRO-3" in output(capsys, *ARGS, *CARDS, "--explain")
@@ -124,6 +124,7 @@ def test_all_faults_are_told_at_once():
     assert str(caught.value).count(" | ") == 3
     with pytest.raises(UserError, match="a rank needs one"):
         show.parse(["--cards=2x3090", "--world_size=3"])
+    assert show.parse(["--gpus", "2x3090"])[2] == show.parse(["--cards=2x3090"])[2]
 
 
 def test_measured_speeds_are_used_and_named(

@@ -1,4 +1,4 @@
-"""The plan's seconds against measured steps, and the cards they are estimated for."""
+"""The plan's seconds against measured steps, and the GPUs they are estimated for."""
 
 import dataclasses
 from pathlib import Path
@@ -12,31 +12,31 @@ from fsdp_qlora.planning.sizes import Setting, setting_of, sizes
 from tests.planning.test_memory import plan
 
 H200 = GPUS["H200"]
-# As with NCCL_P2P_DISABLE=1: facts.md measured 50 GB/s from card to card through the host.
+# As with NCCL_P2P_DISABLE=1: facts.md measured 50 GB/s from GPU to GPU through the host.
 NO_PEER = dataclasses.replace(H200, peer_gbs=50)
 
 
-def seconds(run: str, placement: str, card: Device, levels: tuple[str, ...] = ()) -> speed.Speed:
-    """Estimate of one of test_memory's runs on two cards."""
-    return speed.estimate(*plan(run, placement, levels), [card] * 2)
+def seconds(run: str, placement: str, gpu: Device, levels: tuple[str, ...] = ()) -> speed.Speed:
+    """Estimate of one of test_memory's runs on two GPUs."""
+    return speed.estimate(*plan(run, placement, levels), [gpu] * 2)
 
 
 @pytest.mark.parametrize(
-    ("run", "placement", "card", "step_s", "bound"),
+    ("run", "placement", "gpu", "step_s", "bound"),
     [  # recipes/llama-2-7b.md, recipes/llama-2-70b.md; the streamed one: facts.md, a probe
-        ("7B 4x2048", "sharded", H200, 0.674, speed.PRODUCTS),
-        ("7B 4x2048", "offloaded", H200, 0.713, speed.PRODUCTS),
-        ("70B 2x2048", "offloaded", H200, 3.51, speed.PRODUCTS),
-        ("70B 2x2048", "offloaded", NO_PEER, 3.62, speed.PRODUCTS),
-        ("70B 2x2048", "streamed", NO_PEER, 3.26, speed.PRODUCTS),
+        ("7B 4x2048", "sharded", H200, 0.674, speed.MATMULS),
+        ("7B 4x2048", "offloaded", H200, 0.713, speed.MATMULS),
+        ("70B 2x2048", "offloaded", H200, 3.51, speed.MATMULS),
+        ("70B 2x2048", "offloaded", NO_PEER, 3.62, speed.MATMULS),
+        ("70B 2x2048", "streamed", NO_PEER, 3.26, speed.MATMULS),
         ("70B 2x512", "offloaded", H200, 1.72, None),
         ("70B 2x512", "offloaded", NO_PEER, 2.35, speed.HOST_LINK),
         ("70B 2x512", "streamed", NO_PEER, 1.36, None),
     ],
 )
-def test_steps_take_what_was_measured_within_20_percent(run, placement, card, step_s, bound):
-    """And the same thing rules; None where two are about equal."""
-    guess = seconds(run, placement, card)
+def test_steps_take_what_was_measured_within_20_percent(run, placement, gpu, step_s, bound):
+    """And the bottleneck is the same; None where two are about equal."""
+    guess = seconds(run, placement, gpu)
     assert abs(guess.step_s / step_s - 1) < 0.2, guess
     assert bound in (None, guess.bound)
     tokens = {"7B 4x2048": 8192, "70B 2x2048": 4096, "70B 2x512": 1024}[run]
@@ -70,7 +70,7 @@ def test_short_rows_wait_for_launches_and_slow_links_for_copies():
     assert guess.step_s == pytest.approx(copies_s, rel=0.01)
 
 
-def test_the_slowest_card_sets_the_pace():
+def test_the_slowest_gpu_sets_the_pace():
     """Ranks march in step."""
     args = plan("7B 4x2048", "streamed")
     pair = speed.estimate(*args, [GPUS["3090"], GPUS["4060Ti-16G"]])

@@ -72,7 +72,7 @@ def test_inputs_of_layers_move_to_the_host():
     assert moved.speed.step_s >= usual.speed.step_s
 
 
-def test_cards_without_bfloat16_get_float16_unless_the_user_says_otherwise():
+def test_gpus_without_bfloat16_get_float16_unless_the_user_says_otherwise():
     plan = plan_of(names="2xT4")
     assert plan.cfg.precision == "fp16_autocast"
     assert "precision fp16_autocast, as a T4 has no bfloat16" in " ".join(

@@ -15,7 +15,7 @@ from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
-from fsdp_qlora.results import adapter_files
+from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.training import preflight, resume
 from tests.model_files import write_model
 

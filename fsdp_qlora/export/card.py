@@ -1,7 +1,7 @@
 """The model card beside an adapter: what it is, what it learned from, how far, on what.
 
 Its figures come from the record of the run. Nothing of the environment is in it, the command is
-put together from the options, and whatever looks like a secret is blotted out.
+put together from the options, and whatever looks like a secret is removed.
 """
 
 import math
@@ -19,7 +19,7 @@ from fsdp_qlora.errors import SECRETS, UserError, one_line, redact
 from fsdp_qlora.record import Run, highest
 
 CARD_NAME = "README.md"
-# A card is shown to all: here also what only may be a secret is blotted out.
+# A card is shown to all: here also what only may be a secret is removed.
 MAYBE_SECRETS = (
     re.compile(r"\b(hf|sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}"),
     re.compile(r"\b[0-9a-f]{40}\b"),
@@ -78,7 +78,7 @@ def text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
     """
     name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
     parts = [
-        "\n".join(_front_matter(cfg)),
+        _metadata(cfg),
         f"# {one_line(name)}",
         _INTROS[kind].format(base=f"`{_code(cfg.model_name)}`", form=f"`{cfg.format_name}`"),
         _usage(name, kind),
@@ -112,17 +112,19 @@ def command(cfg: Config) -> str:
     return one_line(shlex.join(words))
 
 
-def _front_matter(cfg: Config) -> Iterator[str]:
-    yield "---"
-    if _is_hub_name(cfg.model_name.partition("@")[0]):
-        yield f"base_model: {cfg.model_name.partition('@')[0]}"
-    kind = TRAIN_TYPES[cfg.train_type].adapter
-    yield f"library_name: {'peft' if kind in ('lora', 'dora') else 'transformers'}"
-    yield "pipeline_tag: text-generation"
-    if _is_hub_name(cfg.dataset):
-        yield f"datasets: [{cfg.dataset.partition(':')[0]}]"
-    yield f"tags: [{kind}, fsdp_qlora, {cfg.train_type}]"
-    yield "---"
+def _metadata(cfg: Config) -> str:
+    """What the hub reads, as YAML between lines of dashes."""
+    from huggingface_hub import ModelCardData
+
+    base, kind = cfg.model_name.partition("@")[0], TRAIN_TYPES[cfg.train_type].adapter
+    data = ModelCardData(
+        base_model=base if _is_hub_name(base) else None,
+        library_name="peft" if kind in ("lora", "dora") else "transformers",
+        pipeline_tag="text-generation",
+        datasets=[cfg.dataset.partition(":")[0]] if _is_hub_name(cfg.dataset) else None,
+        tags=[kind, "fsdp_qlora", cfg.train_type],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _is_hub_name(name: str) -> bool:

@@ -11,7 +11,7 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE, INPUT, INTEGRITY, UserError
-from fsdp_qlora.results import adapter_files
+from fsdp_qlora.export import adapter as adapter_files
 from tests import tiny
 
 MODELS = {
@@ -169,12 +169,12 @@ def test_the_evidence_tells_the_bases_apart(places, tmp_path: Path):
     assert 0 < near["kl_nats"] < far["kl_nats"] / 20
     assert near["max_difference"] < far["max_difference"] / 3
     assert near["top1_agreement"] >= far["top1_agreement"]
-    from fsdp_qlora.results import evidence, evidence_rows
-    from fsdp_qlora.results.verbs import MergeOptions
+    from fsdp_qlora.export import merge_check
+    from fsdp_qlora.export.merge import MergeOptions
 
     info, read = arch.read(str(model), True), adapter_files.read(adapter)
     options = MergeOptions(adapter=str(adapter), evidence_rows=4, evidence_tokens=32)
-    ids = torch.tensor(evidence_rows.choose(options, read, info).ids)
+    ids = torch.tensor(merge_check.choose_rows(options, read, info).ids)
     with torch.no_grad():
         merged = load(tmp_path / "far").float()(ids).logits.flatten(0, 1)
         base = peft_model(model, adapter, "nf4_dq").float()
@@ -184,7 +184,7 @@ def test_the_evidence_tells_the_bases_apart(places, tmp_path: Path):
         for param in (base.get_input_embeddings().weight, base.lm_head.weight):
             param.data = param.data.bfloat16().float()
         trained = base(ids).logits.flatten(0, 1)
-    facts = evidence.compare(trained, merged, evidence_rows.Rows(ids.tolist(), "", False))
+    facts = merge_check.compare(trained, merged, merge_check.Rows(ids.tolist(), "", False))
     for name in ("max_difference", "kl_nats", "top1_agreement"):
         assert facts[name] == pytest.approx(far[name], rel=1e-2, abs=1e-6)
 

@@ -1,20 +1,19 @@
-"""The model looked at before, while and after it is trained: held-out loss, answers, the best."""
+"""Evaluation before, while and after a model is trained: held-out loss, answers, the best."""
 
 import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import Data
+from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.errors import one_line
-from fsdp_qlora.results import export
-from fsdp_qlora.results.generate import answer
 from fsdp_qlora.training import loop
 from fsdp_qlora.training.memory import MemoryTracker
 from fsdp_qlora.training.metrics import Recorder
@@ -35,17 +34,18 @@ def perplexity(loss: float) -> float:
 
 
 @dataclass
-class Look:
+class Evaluator:
     """Held-out loss and answers of a run; the adapter with the lowest loss is kept.
 
     Nothing here draws from torch's generators or leaves a trace in the model: with and without it
     the steps of training are the same bit for bit. Every rank must call all of it.
 
     Attributes:
-        trained: what is looked at.
+        trained: what is evaluated.
         data: held_out batches and prompts, either of which may be empty.
         cfg: eval_every, sample_tokens, save_model, the directory.
-        info: the base.
+        answer: gives the continuation of a prompt.
+        save: writes what was trained into the directory of a configuration.
         recorder: gets the events and the lines.
         tracker: of this rank's memory.
         num_done: steps that are done; not 0 after a resume.
@@ -57,7 +57,8 @@ class Look:
     trained: loop.Trained
     data: Data
     cfg: Config
-    info: ModelInfo
+    answer: Callable[[Prompt], str]
+    save: Callable[[Config], object]
     recorder: Recorder
     tracker: MemoryTracker
     num_done: int = 0
@@ -73,7 +74,7 @@ class Look:
         return int(self.cfg.eval_every or 0)
 
     def begin(self) -> None:
-        """Look at the untrained model; after a resume, read what was seen of it."""
+        """Evaluate the untrained model; after a resume, read what was seen of it."""
         if self.num_done:
             self._recall()
             return
@@ -93,7 +94,7 @@ class Look:
             self.recorder.say(f"step {self.num_done} {words}")
 
     def end(self) -> None:
-        """Look at the trained model and compare."""
+        """Evaluate the trained model and compare."""
         with self.tracker.phase("evaluation"):
             self._evaluate("after")
             self._ask("after")
@@ -122,7 +123,7 @@ class Look:
         if is_writer:
             place.mkdir(exist_ok=True)
             shutil.copy(place.parent / "run_config.json", place)
-        export.save(self.trained.model, self.info, cfg, self.data.tokenizer, is_writer)
+        self.save(cfg)
         if is_writer:
             atomic.write_json(place / EVALUATION, values)
 
@@ -133,8 +134,7 @@ class Look:
     def _ask(self, when: str) -> None:
         found = []
         for prompt in self.data.prompts:
-            rest = self.cfg.sample_tokens, self.trained.world
-            text = answer(self.trained.model, self.data.tokenizer, prompt.ids, *rest)
+            text = self.answer(prompt)
             values = {"prompt": prompt.shown, "answer": text, "expected": prompt.expected}
             self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
             found.append(text)

@@ -10,13 +10,13 @@ from safetensors import safe_open
 
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE
+from fsdp_qlora.export import base, quantize  # noqa: F401 (once, not in every fork)
 from fsdp_qlora.model.quantize import import_bitsandbytes
-from fsdp_qlora.results import merge, quantized  # noqa: F401 (once, not in every fork)
 from fsdp_qlora.training import memory
 from tests import tiny
+from tests.export.test_adapter import write_adapter
+from tests.export.test_merge import logits
 from tests.model_files import write_model
-from tests.test_adapter_files import write_adapter
-from tests.test_merge import logits
 
 CASES = [
     ("llama", "nf4", True, torch.bfloat16),

@@ -13,11 +13,11 @@ from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.export.adapter import Pair
 from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, put_linear
 from fsdp_qlora.model.load import PackedCache, key
 from fsdp_qlora.model.quantize import FORMATS, Fields
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
-from fsdp_qlora.results.adapter_files import Pair
 
 Reader = Callable[[str], torch.Tensor]
 
@@ -26,15 +26,15 @@ def choose_device(name: str) -> torch.device:
     """Where to compute.
 
     Args:
-        name: cpu, cuda, or auto: the card if there is one.
+        name: cpu, cuda, or auto: the GPU if there is one.
 
     Raises:
-        UserError: there is no card (code 3).
+        UserError: there is no GPU (code 3).
     """
-    has_card = torch.cuda.is_available()
-    if name == "cuda" and not has_card:
-        raise UserError("--device cuda", "there is no card here", "use --device cpu", ENVIRONMENT)
-    return torch.device("cuda" if has_card and name != "cpu" else "cpu")
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise UserError("--device cuda", "there is no GPU here", "use --device cpu", ENVIRONMENT)
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def linear_names(info: ModelInfo) -> set[str]:
@@ -46,7 +46,7 @@ def linear_names(info: ModelInfo) -> set[str]:
     }
 
 
-class AsTrained:
+class TrainedBase:
     """Makes of a weight in the files what training computes with.
 
     Attributes:
@@ -96,7 +96,7 @@ class AsTrained:
         Args:
             name: in the files.
             weight: as stored; None where it is not needed. Where it lies it is quantised (the
-                card's kernels are the ones that training on cards used).
+                GPU's kernels are the ones that training on GPUs used).
             device: of the result.
 
         Returns:
@@ -166,7 +166,7 @@ def find_kept(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache 
 def read_from(
     info: ModelInfo,
     device: torch.device,
-    rounding: AsTrained | None = None,
+    rounding: TrainedBase | None = None,
     replaced: Mapping[str, TensorRef] = MappingProxyType({}),
 ) -> Reader:
     """Make a function that reads a weight by name.

@@ -1,4 +1,4 @@
-"""How far the merged model is from base + adapter: logits of both on the same rows.
+"""The merge check: how far the merged model is from base + adapter, by logits on the same rows.
 
 Both are computed in float32 from their weights as they are, so that nothing but the weights
 differs. A module's weights are read when it runs and dropped when it has run: a model of any size
@@ -7,32 +7,54 @@ is compared in the memory of its largest tensor and of the logits.
 Shape letters: B rows, T tokens, N tokens of all rows, V vocabulary, I in features, R LoRA rank.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.info import expert_matrices, stored_name
-from fsdp_qlora.results.adapter_files import Adapter, Pair
-from fsdp_qlora.results.base_weights import AsTrained, Reader, load, load_pair, read_from
-from fsdp_qlora.results.evidence_rows import Rows, choose
-from fsdp_qlora.results.verbs import MergeOptions
+from fsdp_qlora.config import Config, check_own_code
+from fsdp_qlora.data import prepare, sources, tokenizer
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.export.adapter import Adapter, Pair, run_config
+from fsdp_qlora.export.base import Reader, TrainedBase, load, load_pair, read_from
+from fsdp_qlora.export.merge import MergeOptions
 
 GIB = 2**30
 CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4
+SEED = 0  # of random tokens
 
 
-def collect(
+@dataclass(frozen=True)
+class Rows:
+    """Token ids to compare on.
+
+    Args:
+        ids: one list each.
+        note: what they are, in words.
+        is_text: they are text, so that their loss means something.
+    """
+
+    ids: list[list[int]]
+    note: str
+    is_text: bool
+
+
+def run(
     options: MergeOptions,
     adapter: Adapter,
     info: ModelInfo,
-    seen: AsTrained,
+    seen: TrainedBase,
     result: ModelInfo,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -59,7 +81,7 @@ def collect(
     if free_gib is not None and need_gib > free_gib:
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
-    rows = choose(options, adapter, info)
+    rows = choose_rows(options, adapter, info)
     trained = logits(
         info, read_from(info, device, seen, adapter.replaced), adapter.pairs, rows.ids, device
     )
@@ -207,23 +229,81 @@ def compare(trained_NV: torch.Tensor, merged_NV: torch.Tensor, rows: Rows) -> di
 
 
 def lines(facts: dict[str, Any]) -> list[str]:
-    """Tell the evidence on the console.
+    """Show the merge check on the console.
 
     Args:
-        facts: what `collect` returned.
+        facts: what `run` returned.
 
     Returns:
         Lines.
     """
     if "skipped" in facts:
-        return [f"evidence  skipped: {facts['skipped']}"]
-    told = [
-        f"evidence  {facts['num_tokens']} tokens, {facts['rows']}; base {facts['base_of_adapter']}",
+        return [f"check     skipped: {facts['skipped']}"]
+    shown = [
+        f"check     {facts['num_tokens']} tokens, {facts['rows']}; base {facts['base_of_adapter']}",
         f"          merged against base + adapter: logits differ by at most "
         f"{facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a token, "
         f"the same likeliest token in {facts['top1_agreement']:.2%}",
     ]
     if "loss_trained" in facts:
         both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
-        told.append(f"          loss on these rows {both}")
-    return told
+        shown.append(f"          loss on these rows {both}")
+    return shown
+
+
+def choose_rows(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> Rows:
+    """Take the rows that the run held out, else some that it learned, else random tokens.
+
+    Args:
+        options: evidence_rows, evidence_tokens, dataset.
+        adapter: whose run it was.
+        info: the base.
+
+    Returns:
+        The rows; what they are is said.
+
+    Raises:
+        UserError: the data set asked for with --dataset cannot be read.
+    """
+    if options.dataset is not None:
+        cfg = dataclasses.replace(Config(), dataset=options.dataset)
+        return _of_data(options, cfg, adapter, info)
+    if not (adapter.path / "run_config.json").is_file():
+        return _random(options, info, "no run_config.json beside the adapter")
+    try:
+        cfg = run_config(adapter.path)
+        check_own_code(vars(cfg), (), adapter.path)
+        return _of_data(options, cfg, adapter, info)
+    except UserError as error:
+        return _random(options, info, f"the run's rows are not at hand: {error}")
+
+
+def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelInfo) -> Rows:
+    if cfg.dataset == sources.DUMMY:
+        return _random(options, info, "the run's rows were random, too")
+    path = _tokenizer_directory(adapter, info)
+    ready = prepare.prepare(
+        cfg, tokenizer.read(path), info.vocab_size, lambda: tokenizer.load(path)
+    )
+    has_held_out = len(ready.held_out) > 0
+    part = ready.held_out if has_held_out else ready.train
+    found = (part[i].input_ids[: options.evidence_tokens].tolist() for i in range(len(part)))
+    ids = [row for row, _ in zip(found, range(options.evidence_rows), strict=False) if row]
+    if not ids:
+        raise UserError(cfg.dataset, "holds no rows to compare on", "name others with --dataset")
+    kind = "held-out rows" if has_held_out else "rows, none held out,"
+    return Rows(ids, f"{len(ids)} {kind} of {cfg.dataset}", True)
+
+
+def _tokenizer_directory(adapter: Adapter, info: ModelInfo) -> Path:
+    places = [adapter.path, info.path]
+    for place in places:
+        if place and tokenizer.has_files(place):
+            return place
+    raise UserError(str(info.path), "has no tokenizer", "copy it beside the adapter")
+
+
+def _random(options: MergeOptions, info: ModelInfo, why: str) -> Rows:
+    shape = (options.evidence_rows, options.evidence_tokens)
+    ids = np.random.default_rng(SEED).integers(0, info.vocab_size, shape).tolist()
+    return Rows(ids, f"{options.evidence_rows} rows of random tokens ({why})", False)

@@ -10,8 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TOKENIZER_FILES
@@ -20,13 +18,16 @@ from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.data.tokenizer import CHAT_FILE, TextTokenizer
 from fsdp_qlora.errors import UserError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
+SHARD_HELP = "largest output file in GiB"
 OF_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "chat_template.json", "*.model")
 OF_TOKENIZER += ("*.tiktoken",)
 SPECIAL = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def copy_beside(out: Path, info: ModelInfo, dtype: str | None, adapter: Path | None = None) -> None:
+def copy_beside(
+    out: Path, info: ModelInfo, dtype: str | None, adapter: Path | None = None, **changes: Any
+) -> None:
     """Put the files beside the weights of a model: config.json, generation_config.json, tokenizer.
 
     Args:
@@ -34,12 +35,13 @@ def copy_beside(out: Path, info: ModelInfo, dtype: str | None, adapter: Path | N
         info: the base.
         dtype: key of DTYPES, for config.json; None leaves it as it is.
         adapter: directory whose tokenizer stands above that of the base where it has other tokens.
+        changes: other values for config.json.
     """
     config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(DTYPES[dtype]).removeprefix("torch.")
-    atomic.write_json(out / "config.json", config)
+        config[key] = DTYPES[dtype]
+    atomic.write_json(out / "config.json", config | changes)
     if info.path is not None:
         _copy(info.path, out, ("generation_config.json", *OF_TOKENIZER))
     own = _read(adapter)

@@ -165,13 +165,3 @@ class Shards:
             self.close()
         elif self._open is not None:
             self._open.__exit__(kind)
-
-
-def edit_json(path: Path, values: dict[str, Any]) -> None:
-    """Set keys of a JSON object in a file.
-
-    Args:
-        path: of the file.
-        values: the keys.
-    """
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | values)

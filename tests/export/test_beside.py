@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch
-from fsdp_qlora.results import beside
+from fsdp_qlora.export import beside
 from tests import tiny
 from tests.model_files import write_model
 

@@ -10,10 +10,10 @@ from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
 from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.export import adapter, beside, card
+from fsdp_qlora.export.shards import Shards
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.results import adapter_files, beside, card
-from fsdp_qlora.results.shards import Shards
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -46,7 +46,7 @@ def save(
     if kind == "full":
         return _save_model(model, info, cfg, tokenizer, is_writer)
     is_new = kind == "llama_pro"
-    path = directory / (adapter_files.LAYERS_NAME if is_new else adapter_files.WEIGHTS_NAME)
+    path = directory / (adapter.LAYERS_NAME if is_new else adapter.WEIGHTS_NAME)
     own = trained.whole(info, cfg)
     prefixes = tuple(f"{info.layers_prefix}.{index}." for index in own.layers)
     names = [name for name in model.tensors if name in own.root or name.startswith(prefixes)]
@@ -59,9 +59,9 @@ def save(
         _save_config(model, info, cfg)
     if tokenizer is not None:
         beside.write_tokenizer(directory, info, tokenizer)
-    record = adapter_files.record_of(info, cfg)
+    record = adapter.record_of(info, cfg)
     with new_file(path) as draft:
-        save_file(tensors, draft, metadata=adapter_files.metadata(record))
+        save_file(tensors, draft, metadata=adapter.metadata(record))
     _compare(path, tensors)
     card.write(directory, cfg, info)
     return path
@@ -88,7 +88,7 @@ def _save_config(model: PackedModel, info: ModelInfo, cfg: Config) -> None:
     import peft
 
     saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
-    name, revision = adapter_files.base_name(info, cfg)
+    name, revision = adapter.base_name(info, cfg)
     slots = next(shard.blocks(model)).body.slots
     config = peft.LoraConfig(
         r=slots[0].rank,
@@ -119,7 +119,7 @@ def _save_model(
     with Shards(directory, names, MAX_SHARD_BYTES) as shards:
         for name, tensor in tensors:
             shards.add(name, tensor.to(dtype))
-    name = next(key for key, own in beside.DTYPES.items() if own == dtype)
+    name = next(key for key, own in beside.DTYPES.items() if own == cfg.compute_dtype)
     beside.copy_beside(directory, info, name)
     if tokenizer is not None:
         beside.write_tokenizer(directory, info, tokenizer)

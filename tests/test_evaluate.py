@@ -10,7 +10,7 @@ import pytest
 from fsdp_qlora import config
 from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.data.token_dataset import Sample, of_samples
-from fsdp_qlora.results.look import Look
+from fsdp_qlora.training.evaluate import Evaluator
 from tests import tiny
 from tests.ranks import run_ranks
 from tests.training.test_memory_rows import plan_of
@@ -43,40 +43,50 @@ def build(world, path, *flags):
     return plan, tracker, trained
 
 
-def run(world, path, out, has_look):
-    """Losses of all steps; with a look every second step, and its own findings."""
+def run(world, path, out, is_evaluated):
+    """Losses of all steps; evaluated every second step, and its own findings."""
     from transformers import AutoTokenizer
 
+    from fsdp_qlora import inference
     from fsdp_qlora.data.batches import Batches, SamplerConfig, held_out
+    from fsdp_qlora.export import save
     from fsdp_qlora.training import loop, metrics
 
-    flags = ("--eval_every=2", f"--output_dir={out}", "--sample_tokens=5") if has_look else ()
+    flags = ("--eval_every=2", f"--output_dir={out}", "--sample_tokens=5") if is_evaluated else ()
     plan, tracker, trained = build(world, path, *flags)
     train = Batches(samples(40, 0), SamplerConfig(2, 1, world.size, world.rank, 42, 1, NUM_STEPS))
     rest = held_out(samples(9, 1), 2, world.size, world.rank)
     tokenizer = AutoTokenizer.from_pretrained(path)
     data = SimpleNamespace(train=train, held_out=rest, tokenizer=tokenizer, prompts=PROMPTS)
-    if has_look and world.rank == 0:
+    if is_evaluated and world.rank == 0:
         out.mkdir()
         config.save(plan.cfg, out / "run_config.json", {})
     with metrics.Recorder(out, world, NUM_STEPS, {}, has_bar=False, tracker=tracker) as recorder:
-        look = Look(trained, data, plan.cfg, plan.info, recorder, tracker)
-        if not has_look:
+        evaluator = Evaluator(
+            trained,
+            data,
+            plan.cfg,
+            lambda prompt: inference.answer(trained.model, tokenizer, prompt.ids, 5, world),
+            lambda cfg: save.save(trained.model, plan.info, cfg, tokenizer, world.rank == 0),
+            recorder,
+            tracker,
+        )
+        if not is_evaluated:
             loop.fit(trained, train, recorder)
             return {}
-        look.begin()
-        loop.fit(trained, train, recorder, look.after_step)
-        look.end()
-    return {"losses": look.losses, "best": look.best, "answers": look.answers}
+        evaluator.begin()
+        loop.fit(trained, train, recorder, evaluator.after_step)
+        evaluator.end()
+    return {"losses": evaluator.losses, "best": evaluator.best, "answers": evaluator.answers}
 
 
 def _compare(world, path, out):
-    """Without and with a look; then the same rows in other batches."""
+    """Without and with evaluation; then the same rows in other batches."""
     from fsdp_qlora.data.batches import held_out
     from fsdp_qlora.training import loop
 
-    run(world, path, out / "without", has_look=False)
-    found = run(world, path, out / "with", has_look=True)
+    run(world, path, out / "without", is_evaluated=False)
+    found = run(world, path, out / "with", is_evaluated=True)
     found["cuts"] = _cuts(world, path)
     _, _, trained = build(world, path)
     nothing = of_samples([Sample(np.arange(3, 9, dtype=np.int32), np.zeros(6, bool))] * 3, "x")
@@ -98,7 +108,7 @@ def _cuts(world, path):
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory):
-    place = tmp_path_factory.mktemp("look")
+    place = tmp_path_factory.mktemp("evaluate")
     path = tiny.save_model(place / "model", vocab_size=384)
     tiny.save_tokenizer(path, ["say la", "it is lo"])
     found = run_ranks(_compare, 2, path, place)
@@ -175,7 +185,7 @@ def test_a_run_that_goes_on_knows_what_was_seen_before(looked):
     """From its record and the kept adapter: nothing is evaluated a second time."""
     place, found, _ = looked
     cfg = config.parse(["--model_name", "x", "--eval_every=2", f"--output_dir={place / 'with'}"])
-    later = Look(None, None, cfg, None, None, None, num_done=4)
+    later = Evaluator(None, None, cfg, None, None, None, None, num_done=4)
     later.begin()
     assert later.losses == {0: found[0]["losses"][0]}
     assert later.answers == {0: found[0]["answers"][0]}

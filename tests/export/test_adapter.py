@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
-from fsdp_qlora.results import adapter_files
+from fsdp_qlora.export import adapter as adapter_files
 from tests.model_files import write_model
 
 RANK = 2

@@ -78,6 +78,12 @@ class Adapter:
     record: dict[str, Any] = field(default_factory=dict)
     replaced: dict[str, TensorRef] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """What it holds, for the console."""
+        ranks = ", ".join(map(str, self.ranks))
+        parts = [f"rank {ranks} on {len(self.pairs)} linears"] * bool(self.pairs)
+        return ", ".join(parts + [f"{len(self.replaced)} whole tensors"] * bool(self.replaced))
+
     @property
     def ranks(self) -> list[int]:
         """The ranks that occur."""

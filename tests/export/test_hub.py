@@ -1,4 +1,4 @@
-"""--push_to_hub: what a hub is sent, and what it is not (results/publish.py)."""
+"""--push_to_hub: what a hub is sent, and what it is not (export/hub.py)."""
 
 import base64
 import json
@@ -20,10 +20,10 @@ PUSH = """
 import sys
 from pathlib import Path
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.results import publish
+from fsdp_qlora.export import hub
 try:
-    publish.check(sys.argv[2])
-    publish.push(Path(sys.argv[1]), sys.argv[2])
+    hub.check(sys.argv[2])
+    hub.push(Path(sys.argv[1]), sys.argv[2])
 except UserError as error:
     print(error.code, error)
 """

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora import inference
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
-from fsdp_qlora.results import adapter_files, evaluate, reopen, verbs
+from fsdp_qlora.export import adapter as adapters
+from fsdp_qlora.export import merge
 from tests import tiny
 
 TASK = """
@@ -73,7 +75,7 @@ def test_the_base_is_named_as_the_hub_knows_it(finished, tmp_path, monkeypatch):
 
     table = json.loads((finished / "adapter_config.json").read_text())
     assert (table["base_model_name_or_path"], table["revision"]) == (BASE, REVISION)
-    adapter = adapter_files.read(finished)
+    adapter = adapters.read(finished)
     assert adapter.base_name == adapter.record["base"] == f"{BASE}@{REVISION}"
     monkeypatch.chdir(tmp_path)
     assert len(list(AutoPeftModelForCausalLM.from_pretrained(finished).parameters())) > 9
@@ -82,7 +84,7 @@ def test_the_base_is_named_as_the_hub_knows_it(finished, tmp_path, monkeypatch):
     old = f"/home/x/hub/models--tests--tiny/snapshots/{REVISION}"  # what older versions wrote
     changed = table | {"base_model_name_or_path": old, "revision": None}
     (place / "adapter_config.json").write_text(json.dumps(changed))
-    assert reopen.config_of(place, []).model_name == f"{BASE}@{REVISION}"
+    assert inference.config_of(place, []).model_name == f"{BASE}@{REVISION}"
     flags = ("--adapter", str(place), "--prompt", ASKED, "--num_tokens", "6", "--raw")
     done = run("-m", "fsdp_qlora", "generate", *flags, cwd=tmp_path)
     assert done.stdout.strip() == answer_of(finished), done.stderr
@@ -121,7 +123,7 @@ def test_python_that_only_the_adapter_names_never_runs(finished):
         (place / "evil.py").write_text(f"open({str(place / 'ran')!r}, 'w')\nrows = 1 / 0\n")
         for rest in ((), ("--batch_size=2",), ("--world_size=2",)):
             with pytest.raises(UserError, match="if you trust it, add --" + flag) as caught:
-                evaluate.main(["--adapter", str(place), *rest])
+                inference.evaluate(["--adapter", str(place), *rest])
             assert rows in str(caught.value)
     flags = ("--adapter", str(place), "--prompt", ASKED, "--num_tokens", "6", "--raw")
     assert run("-m", "fsdp_qlora", "generate", *flags).stdout.strip() == answer_of(finished)
@@ -164,16 +166,16 @@ def test_a_merged_model_answers_as_base_and_adapter(finished):
     """As it is stored, in 16 bit or more: nothing is quantised again."""
     merged = finished.parent / "merged"
     flags = ("--adapter", str(finished), "--out", str(merged), "--dtype=fp32", "--evidence_rows=0")
-    assert verbs.merge(list(flags)) == DONE
+    assert merge.main(list(flags)) == DONE
     base = tokenizer_files(finished.parent / "models--tests--tiny" / "snapshots" / REVISION)
     assert len(base) > 1 and tokenizer_files(finished) == tokenizer_files(merged) == base
     flags = ("--model_name", str(merged), "--precision=fp32", "--prompt", ASKED, "--raw")
     done = run("-m", "fsdp_qlora", "generate", *flags, "--num_tokens=6")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == answer_of(finished)
-    cfg = reopen.config_of(None, ["--model_name", str(merged)])
+    cfg = inference.config_of(None, ["--model_name", str(merged)])
     assert cfg.format_name == "bf16"
-    assert reopen.config_of(None, ["--train_type", "qlora"]).format_name == "nf4_dq"
+    assert inference.config_of(None, ["--train_type", "qlora"]).format_name == "nf4_dq"
 
 
 def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_are_scored(finished):
@@ -181,7 +183,7 @@ def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_a
     flags = ("--adapter", str(finished), "--tasks=say", "--task_dir", str(finished / "task"))
     if importlib.util.find_spec("lm_eval") is None:
         with pytest.raises(UserError, match="needs lm-eval, which is not installed") as caught:
-            evaluate.main(list(flags))
+            inference.evaluate(list(flags))
         assert caught.value.code == ENVIRONMENT
         return
     (finished / "task").mkdir()
@@ -200,7 +202,7 @@ def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_a
 
 def test_a_directory_without_an_adapter_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match="adapter_config"):
-        reopen.config_of(tmp_path, [])
+        inference.config_of(tmp_path, [])
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(UserError, match="says peft_type"):
-        reopen.config_of(tmp_path, [])
+        inference.config_of(tmp_path, [])

@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from fsdp_qlora import arch, config, record
-from fsdp_qlora.results import card
+from fsdp_qlora.export import card
 
-RECORD = Path(__file__).parent / "report" / "run"
+RECORD = Path(__file__).parents[1] / "report" / "run"
 CANARIES = {
     "hf": "hf_CanaryCanaryCanaryCanary01",
     "openai": "sk-canarycanarycanary02",
@@ -106,9 +107,9 @@ def test_no_planted_secret_comes_through(run_dir: Path, monkeypatch: pytest.Monk
 def test_its_header_names_what_the_hub_knows(run_dir: Path):
     """A hub name is the base; a path of this machine is none, and breaks no table."""
     from_hub = parse(run_dir, "--model_name=meta-llama/Llama-2-7b-hf", "--dataset=org/rows:en")
-    header = card.text(from_hub, arch.read("llama-2-7b", False), None).split("---")[1]
-    assert "base_model: meta-llama/Llama-2-7b-hf\n" in header
-    assert "datasets: [org/rows]" in header and "library_name: peft" in header
+    header = ModelCard(card.text(from_hub, arch.read("llama-2-7b", False), None)).data
+    assert (header.base_model, header.library_name) == ("meta-llama/Llama-2-7b-hf", "peft")
+    assert header.datasets == ["org/rows"] and header.tags == ["lora", "fsdp_qlora", "qlora"]
     odd = run_dir / "a|b`c"
     odd.mkdir()
     local = parse(run_dir, f"--model_name={odd}", "--dataset=data/rows.py:load")

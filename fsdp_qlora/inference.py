@@ -1,0 +1,526 @@
+"""A model that answers: a finished run opened again, `generate`, and `evaluate` with lm-eval."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import arch, atomic, config
+from fsdp_qlora.arch import trained
+from fsdp_qlora.config import Config
+from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed.env import child_env, find_port, is_rank, plan_ranks, rank_env
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.export import adapter as adapter_files
+
+POLL_S = 0.1
+NAMES = ("base", "adapter")
+LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
+ANSWER_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that answers.
+
+    Attributes:
+        cfg: of the run.
+        info: the base.
+        world: this process among the ranks.
+        model: a PackedModel in evaluation mode, its adapter not loaded yet: it computes the base.
+        adapter: file with the adapter, or None.
+    """
+
+    cfg: Config
+    info: arch.ModelInfo
+    world: Any
+    model: Any
+    adapter: Path | None
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank speaks and writes."""
+        return self.world.rank == 0
+
+    def load_adapter(self) -> None:
+        """Put the adapter on top of the base; nothing without one."""
+        from fsdp_qlora.model import adapters
+
+        if self.adapter is not None:
+            device = self.world.device
+            adapters.load(self.model, self.adapter, self.info.layers_prefix, device)
+
+
+def config_of(adapter: Path | None, flags: list[str]) -> Config:
+    """The run that made an adapter, or what is known of it.
+
+    Args:
+        adapter: directory with adapter_config.json, and run_config.json if train.py made it; None
+            for a model by itself, which is computed in 16 bit, as it is stored.
+        flags: of train.py; they stand above what the directory says.
+
+    Returns:
+        The configuration, for one rank if the flags do not say more.
+
+    Raises:
+        UserError: the directory holds no LoRA adapter (code 2), or wrong flags.
+    """
+    known: dict[str, Any] = {"train_type": "lora"}
+    if adapter is not None:
+        known = adapter_files.options(adapter_files.read(adapter))
+    given = config.parse(flags)
+    known |= {name: getattr(given, name) for name in config.given(flags)}
+    known |= {"output_dir": str(adapter or "output"), "fit": "off"}
+    known["world_size"] = max(given.world_size, 1)
+    return dataclasses.replace(config.parse([]), **known)
+
+
+def is_parent(cfg: Config) -> bool:
+    """Return whether this process has to start ranks, and is none itself.
+
+    Args:
+        cfg: world_size.
+    """
+    return cfg.world_size > 1 and not is_rank(os.environ)
+
+
+def spread(name: str, argv: list[str], cfg: Config) -> int:
+    """Run a command on several ranks of this machine; rank 0 has the terminal.
+
+    Args:
+        name: of the command.
+        argv: its arguments.
+        cfg: world_size.
+
+    Returns:
+        Exit code: of the first rank that failed, whose words are printed.
+
+    Raises:
+        UserError: more ranks than GPUs.
+    """
+    num_ranks, port = plan_ranks(cfg), find_port(None)
+    command = [sys.executable, "-m", "fsdp_qlora", name, *argv]
+    ranks: list[subprocess.Popen] = []
+    with tempfile.TemporaryFile("w+") as words:
+        try:
+            for rank in range(num_ranks):
+                env = child_env(os.environ, rank, num_ranks, port)
+                stdin, out = (subprocess.DEVNULL, words) if rank else (None, None)
+                process = subprocess.Popen(command, env=env, stdin=stdin, stdout=out, stderr=out)
+                ranks.append(process)
+            while None in [rank.poll() for rank in ranks] and not any(r.returncode for r in ranks):
+                time.sleep(POLL_S)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        if ranks[0].returncode in (DONE, -9) and any(rank.returncode for rank in ranks):
+            words.seek(0)
+            print("".join(words.readlines()[-1:]), end="", file=sys.stderr)
+    return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
+
+
+def open_run(adapter: Path | None, cfg: Config) -> Opened:
+    """Build the base of a run on this rank, without its adapter.
+
+    Args:
+        adapter: directory of the adapter; None for a bare base.
+        cfg: see `config_of`.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: see arch.read and model.build.
+    """
+    info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
+    cfg = trained.adopt_format(cfg, info.stored_format, frozenset())
+    if is_rank(os.environ):
+        os.environ.update(rank_env(os.environ, cfg))
+    else:
+        os.environ.update(child_env({}, 0, 1, find_port(None)))
+    from fsdp_qlora.distributed import world as worlds
+    from fsdp_qlora.model.load import build
+
+    world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
+    model = build(cfg, info, world).model.eval()
+    file = None if adapter is None else adapter / adapter_files.WEIGHTS_NAME
+    return Opened(cfg, info, world, model, file)
+
+
+def pieces(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    num_tokens: int,
+    world: Any,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yield the model's continuation of a prompt as it comes; every rank must take all of it.
+
+    The ranks take the token that rank 0 has chosen: were they to differ in the last bit of a
+    logit, one of them could end before the others, which would wait for it for ever.
+
+    Args:
+        model: a PackedModel, sharded or not, in evaluation mode.
+        tokenizer: transformers tokenizer.
+        prompt_ids: tokens of the prompt as the model was trained to see it.
+        num_tokens: longest answer, in tokens.
+        world: the ranks.
+        temperature: of the draws; 0 takes the likeliest token.
+        seed: of the draws.
+
+    Yields:
+        Pieces of the answer, without special tokens.
+    """
+    import torch
+    from transformers import DynamicCache
+
+    ids = torch.tensor([list(prompt_ids)], device=world.device)
+    generator = torch.Generator().manual_seed(seed)
+    cache, answer_ids, shown = DynamicCache(), [], ""
+    for _ in range(num_tokens):
+        hooks.beat("generate", world.rank)
+        with torch.no_grad():
+            logits = model(ids, past_key_values=cache)[0, -1]
+        if temperature:
+            chances = (logits.float().cpu() / temperature).softmax(0)
+            chosen = torch.multinomial(chances, 1, generator=generator)
+        else:
+            chosen = logits.argmax()
+        next_id = int(world.gather([float(chosen)])[0][0])
+        if next_id == tokenizer.eos_token_id:
+            break
+        answer_ids.append(next_id)
+        text = tokenizer.decode(answer_ids, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # a character is not whole yet
+            yield text[len(shown) :]
+            shown = text
+        ids = torch.tensor([[next_id]], device=world.device)
+
+
+def answer(
+    model: Any, tokenizer: Any, prompt_ids: Sequence[int], num_tokens: int, world: Any
+) -> str:
+    """The model's greedy continuation of a prompt; every rank must call it, all the same.
+
+    Args:
+        model: a PackedModel; its mode is left as it was.
+        tokenizer, prompt_ids, num_tokens, world: see `pieces`.
+
+    Returns:
+        The answer alone, without special tokens.
+    """
+    was_training = model.training
+    model.eval()
+    text = "".join(pieces(model, tokenizer, prompt_ids, num_tokens, world))
+    model.train(was_training)
+    return text.strip()
+
+
+def generate(argv: list[str]) -> int:
+    """The command `generate`: one answer, or a conversation on the terminal."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fsdp_qlora generate",
+        description="Answer a prompt with a base and its adapter, or with a merged model, on one "
+        "GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name, "
+        "--resident_layers, ...) may follow.",
+    )
+    parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
+    parser.add_argument("--prompt", help="none: a conversation, line by line")
+    parser.add_argument("--num_tokens", type=int, default=256, help="longest answer [256]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest [0]")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
+    parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    args, flags = parser.parse_known_args(argv)
+    if args.adapter is None and "--model_name" not in " ".join(flags):
+        raise UserError("generate", "needs --adapter or --model_name", "give one of them")
+    cfg = config_of(args.adapter, flags)
+    if is_parent(cfg):
+        return spread("generate", argv, cfg)
+    opened = open_run(args.adapter, cfg)
+    opened.load_adapter()
+    from fsdp_qlora import data
+
+    tokenizer = data.load_tokenizer(opened.info)
+    system = opened.cfg.system_prompt
+    turns = [{"role": "system", "content": system}] if system else []
+    for prompt in _prompts(args.prompt, opened):
+        turns.append({"role": "user", "content": prompt})
+        text = prompt
+        if tokenizer.chat_template and not args.raw:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = text.removeprefix(_bos(tokenizer))
+        said = ""
+        rest = args.num_tokens, opened.world, args.temperature, args.seed
+        for piece in pieces(opened.model, tokenizer, tokenizer(text).input_ids, *rest):
+            said += piece
+            _say(opened, piece)
+        _say(opened, "\n")
+        turns.append({"role": "assistant", "content": said})
+    return DONE
+
+
+def _bos(tokenizer: Any) -> str:
+    """The beginning of text, where the tokenizer puts it before every text."""
+    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if adds_bos else ""
+
+
+def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
+    """The one prompt, or lines of rank 0's terminal until one is empty or it ends."""
+    if only is not None:
+        yield only
+        return
+    if opened.is_writer:
+        print("an empty line ends the conversation", file=sys.stderr)
+    while line := opened.world.gather_objects(_line() if opened.is_writer else "")[0]:
+        yield line
+
+
+def _line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return ""
+
+
+def _say(opened: Opened, text: str) -> None:
+    if opened.is_writer:
+        print(text, end="", flush=True)
+
+
+def evaluate(argv: list[str]) -> int:
+    """Print, and write beside the adapter, what the adapter does on held-out rows and tasks."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fsdp_qlora evaluate",
+        description="Loss and perplexity on held-out rows, before and after the adapter; the rows "
+        "are those of the run, or what flags of train.py (--dataset, --eval_samples, ...) say. "
+        "With --tasks those of lm-eval instead (pip install lm-eval).",
+    )
+    parser.add_argument("--adapter", type=Path, required=True, help="directory")
+    parser.add_argument("--tasks", help="names of lm-eval's tasks: a,comma,list")
+    parser.add_argument("--task_dir", type=Path, help="directory with tasks of your own")
+    parser.add_argument("--limit", type=int, help="rows of each task [all]")
+    args, flags = parser.parse_known_args(argv)
+    if args.tasks is not None:
+        require_tasks()
+    cfg = config_of(args.adapter, flags)
+    if args.tasks is None:
+        config.check_own_code(vars(cfg), config.given(flags), args.adapter)
+    if is_parent(cfg):
+        return spread("evaluate", argv, cfg)
+    opened = open_run(args.adapter, cfg)
+    path = args.adapter / "evaluation.json"
+    if args.tasks is not None:
+        found, path = _score_tasks(opened, args), args.adapter / "tasks.json"
+    else:
+        found = _held_out(opened)
+    if opened.is_writer:
+        atomic.write_json(path, found)
+        print(path)
+    return DONE
+
+
+def _held_out(opened: Opened) -> dict[str, Any]:
+    """Loss and perplexity over all held-out rows of all ranks."""
+    from fsdp_qlora import data
+    from fsdp_qlora.training import loop
+    from fsdp_qlora.training.evaluate import perplexity
+
+    rows = data.build(opened.cfg, opened.info, opened.world).held_out
+    if not rows:
+        remedy = "say --eval_samples N, --eval_split 0.1 or a file"
+        raise UserError(f"{opened.cfg.dataset}", "holds no rows out", remedy)
+    found: dict[str, Any] = {}
+    for name in NAMES:
+        loss = loop.evaluate(opened.model, rows, opened.world)
+        found[name] = {"loss": loss, "perplexity": perplexity(loss)}
+        if opened.is_writer:
+            print(f"{name:<8} loss {loss:.4f}, perplexity {perplexity(loss):.3f}", flush=True)
+        opened.load_adapter()
+    num_tokens = opened.world.sum(sum(batch.num_trained_tokens for batch in rows))
+    return {**found, "num_tokens": round(num_tokens)}
+
+
+def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
+    """What lm-eval measures, by task."""
+    from fsdp_qlora import data
+
+    tokenizer = data.load_tokenizer(opened.info)
+    found: dict[str, Any] = {}
+    for name in NAMES:
+        found[name] = run_tasks(opened, tokenizer, args.tasks.split(","), args.task_dir, args.limit)
+        for line in task_lines(name, found[name]) if opened.is_writer else ():
+            print(line, flush=True)
+        opened.load_adapter()
+    return found
+
+
+def require_tasks() -> None:
+    """Check that lm-eval is there, without importing it.
+
+    Raises:
+        UserError: it is not (code 3).
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        rule = "needs lm-eval, which is not installed"
+        raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
+
+
+def score(
+    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int, device: Any
+) -> list[tuple[float, bool]]:
+    """Say how likely each row's continuation is; every rank must call it, all the same.
+
+    Args:
+        model: a PackedModel in evaluation mode.
+        rows: ids that are given (at least one) and ids that follow (at least one).
+        batch_size: rows computed at once.
+        device: of this rank.
+
+    Returns:
+        Sum of the log probabilities, and whether each token is the likeliest, by row.
+    """
+    import torch
+
+    from fsdp_qlora.model.head import Targets
+
+    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
+    for start in range(0, len(order), batch_size):
+        some = order[start : start + batch_size]
+        wholes = [rows[i][0] + rows[i][1] for i in some]
+        width = len(wholes[0])
+        ids_BT = torch.tensor([whole + [0] * (width - len(whole)) for whole in wholes])
+        spans = [
+            range(number * width + len(rows[i][0]) - 1, number * width + len(whole) - 1)
+            for number, (i, whole) in enumerate(zip(some, wholes, strict=True))
+        ]
+        positions_N = torch.tensor([place for span in spans for place in span])
+        following_N = ids_BT.flatten()[positions_N + 1].to(device)
+        with torch.no_grad():
+            logits_NV = model(ids_BT.to(device), Targets(positions_N.to(device), None)).float()
+        chosen_N = logits_NV.gather(1, following_N.unsqueeze(1)).squeeze(1)
+        log_probs = (chosen_N - logits_NV.logsumexp(1)).double().cpu().split(list(map(len, spans)))
+        hits = (logits_NV.argmax(1) == following_N).cpu().split(list(map(len, spans)))
+        for i, values, hit in zip(some, log_probs, hits, strict=True):
+            found[i] = (values.sum().item(), bool(hit.all()))
+    return found
+
+
+def run_tasks(
+    opened: Opened, tokenizer: Any, names: list[str], task_dir: Path | None, limit: int | None
+) -> dict[str, Any]:
+    """Run tasks on the model as it is; every rank does all of the work.
+
+    Args:
+        opened: the model.
+        tokenizer: transformers tokenizer.
+        names: of the tasks.
+        task_dir: directory with more tasks, or None.
+        limit: rows of each task, or None for all.
+
+    Returns:
+        Figures by task, as lm-eval names them ("acc,none").
+
+    Raises:
+        UserError: there is no such task.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    own = str(task_dir) if task_dir else None
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # to read all of lm-eval's own takes its time
+        manager = TaskManager(include_path=own)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        remedy = "lm-eval ls tasks lists them; --task_dir DIR adds your own"
+        raise UserError(f"--tasks {','.join(unknown)}", "lm-eval has no such task", remedy)
+    done = lm_eval.simple_evaluate(
+        model=_as_lm(opened, tokenizer),
+        tasks=list(names),
+        task_manager=manager,
+        limit=limit,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    return done["results"]
+
+
+def task_lines(name: str, results: dict[str, Any]) -> Iterator[str]:
+    """Write the figures of some tasks.
+
+    Args:
+        name: of the model.
+        results: see `run`.
+
+    Yields:
+        One line per figure.
+    """
+    for task, figures in results.items():
+        for figure, value in figures.items():
+            is_figure = isinstance(value, float) and not figure.partition(",")[0].endswith("stderr")
+            if is_figure:
+                yield f"{name:<8} {task} {figure.partition(',')[0]} {value:.4f}"
+
+
+def _as_lm(opened: Opened, tokenizer: Any) -> Any:
+    """The model as lm-eval wants it: a class of its own, made here so that it stays optional."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    model, world = opened.model, opened.world
+    longest = min(opened.info.config.get("max_position_embeddings", LONGEST_TOKENS), LONGEST_TOKENS)
+
+    class Model(TemplateLM):
+        """base + adapter."""
+
+        @property
+        def eot_token_id(self):
+            return tokenizer.eos_token_id
+
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return tokenizer(string, add_special_tokens=add_special_tokens is not False).input_ids
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            pairs = [(given, said) for _, given, said in requests]
+            cut = [(given[-max(longest - len(said), 1) :], said) for given, said in pairs]
+            return score(model, cut, opened.cfg.batch_size, world.device)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            sums = []
+            for (text,) in (request.args for request in requests):
+                ids = self.tok_encode(text, add_special_tokens=False)
+                windows = utils.get_rolling_token_windows(ids, self.eot_token_id, longest, 1)
+                pairs = [utils.make_disjoint_window(window) for window in windows]
+                found = score(model, pairs, opened.cfg.batch_size, world.device)
+                sums.append(sum(value for value, _ in found))
+            return sums
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return [self._continue(*request.args) for request in requests]
+
+        def _continue(self, context, wishes):
+            ends = wishes.get("until") or []
+            ends = [ends] if isinstance(ends, str) else ends
+            num_tokens = wishes.get("max_gen_toks", ANSWER_TOKENS)
+            heat = float(wishes.get("temperature") or 0.0) if wishes.get("do_sample") else 0.0
+            ids, said = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
+            for piece in pieces(model, tokenizer, ids, num_tokens, world, heat):
+                said += piece
+                if any(end in said for end in ends):
+                    break
+            return said[: min([said.find(end) for end in ends if end in said] + [len(said)])]
+
+    return Model()
