@@ -37,40 +37,18 @@ def run(
         probe: further arguments of training.memory_probe.run.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.model.load import build
     from fsdp_qlora.report import page
-    from fsdp_qlora.results import session
-    from fsdp_qlora.training import (
-        checkpoint,
-        loop,
-        memory,
-        memory_probe,
-        metrics,
-        profiler,
-        trackers,
-    )
+    from fsdp_qlora.training import checkpoint, loop, metrics, profiler, summary, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
     resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
-
-    if not memory_probe.is_wanted(cfg, world.device):  # it would take as many as the data can bring
-        plan = plan.for_rows(dataset.train.most_tokens)
-    tracker = memory.MemoryTracker(plan, world.device, session.nbytes(dataset))
-    with tracker.phase("load"):
-        built = build(cfg, info, world)
-    tracker.record_model(built.model, built.placed)
-    trained = loop.prepare(built.model, cfg, num_steps, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
-
-    record = session.describe(cfg, info, dataset, built, tracker)
-    if memory_probe.is_wanted(cfg, world.device):
-        record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
+    trained, tracker, record, pinned_bytes = _build(plan, dataset, world, **probe)
     resumed.restore(trained)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
-    pinned_bytes, has_bar = built.loaded.pinned_bytes, "stdout" not in cfg.log_targets
+    has_bar = "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
 
     def follow() -> None:
@@ -98,7 +76,27 @@ def run(
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
         page.write([out_dir], out_dir)
-        print(session.farewell(cfg), flush=True)
+        print(summary.farewell(cfg), flush=True)
+
+
+def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any], int]:
+    """What is trained, with its optimizer; its memory by row; the facts of the run; bytes pinned."""
+    from fsdp_qlora.model.load import build
+    from fsdp_qlora.training import loop, memory, memory_probe, summary
+
+    cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
+    if not is_probed:  # a probe would take as many tokens as the data can bring
+        plan = plan.for_rows(dataset.train.most_tokens)
+    tracker = memory.MemoryTracker(plan, world.device, summary.nbytes(dataset))
+    with tracker.phase("load"):
+        built = build(cfg, plan.info, world)
+    tracker.record_model(built.model, built.placed)
+    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
+    tracker.record_optimizer(trained.params, trained.optimizer)
+    record = summary.describe(cfg, plan.info, dataset, built, tracker)
+    if is_probed:
+        record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
+    return trained, tracker, record, built.loaded.pinned_bytes
 
 
 def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:

@@ -58,7 +58,7 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
         replaced[name] = linears.PackedLinear(old, dequantize)
         setattr(layer, name, replaced[name])
     body = layers.TrainedLayer(layer, linears.group_linears(replaced), store)
-    slots = [layer.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]
+    slots = [layers.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]
     body.lora = nn.Parameter(torch.randn(body.set_slots(slots) + 3) * 0.3)
     return body, plain, calls
 

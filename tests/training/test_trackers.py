@@ -221,7 +221,7 @@ def test_a_run_that_fails_does_not_wait_for_its_tracker(fake, tmp_path, monkeypa
 def test_every_tracker_is_known_to_accelerate_and_reported_before_anything_starts():
     code = (
         "import sys\n"
-        "from fsdp_qlora import config; from fsdp_qlora.train import preflight\n"
+        "from fsdp_qlora import config; from fsdp_qlora.training import preflight\n"
         "from fsdp_qlora.errors import UserError\n"
         "for name in config.TRACKERS:\n"
         "    sys.modules[name] = None\n"
