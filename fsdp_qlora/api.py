@@ -151,9 +151,11 @@ def train(
 def _is_rank() -> bool:
     from fsdp_qlora.distributed import env
 
-    torch = sys.modules.get("torch")  # nobody has made a group without it
-    has_group = torch is not None and torch.distributed.is_initialized()
-    return has_group or env.is_rank(os.environ)
+    if "torch" in sys.modules:  # nobody has made a group without it
+        from fsdp_qlora.distributed import world
+
+        return world.of_process_group() is not None or env.is_rank(os.environ)
+    return env.is_rank(os.environ)
 
 
 def _given(config: TrainConfig) -> frozenset[str]:

@@ -80,7 +80,7 @@ def run(
 
 
 def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any], int]:
-    """What is trained, with its optimizer; its memory by row; the facts of the run; bytes pinned."""
+    """What is trained, its memory by row, the facts of the run, and bytes pinned."""
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, memory, memory_probe, summary
 
