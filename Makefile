@@ -54,10 +54,10 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@touch $@
 
 test: venv
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not system" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-system: venv
-	@$(BIN)/python -m pytest -n 0 -m system $(ARGS)
+	@$(BIN)/python -m pytest -n 0 tests/system $(ARGS)
 
 check: venv
 	@$(BIN)/ruff check .

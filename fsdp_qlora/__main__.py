@@ -5,31 +5,20 @@ import sys
 
 from fsdp_qlora.errors import DONE, SIGINT, UserError
 
+# Name -> where its function is, what it does; in the order of the work.
 COMMANDS = {
-    "bench": ("fsdp_qlora.bench", "main", "measure what each setting needs and how fast it is"),
-    "data": (
-        "fsdp_qlora.data.inspect",
-        "main",
-        "look at the data of a run before the GPU is rented",
-    ),
-    "doctor": ("fsdp_qlora.doctor.command", "main", "say what works here and how fast it is"),
-    "fetch": ("fsdp_qlora.fetch", "main", "make a small model or a data set without the hub"),
-    "expand": ("fsdp_qlora.export.expand", "main", "add new layers that change nothing yet"),
-    "evaluate": (
-        "fsdp_qlora.inference",
-        "evaluate",
-        "held-out loss of a base with and without its adapter",
-    ),
-    "generate": (
-        "fsdp_qlora.inference",
-        "generate",
-        "answer a prompt, or converse, with a base and its adapter",
-    ),
-    "merge": ("fsdp_qlora.export.merge", "main", "add an adapter to its base, and compare"),
-    "plan": ("fsdp_qlora.planning.show", "main", "say what a run needs, whether it fits, how long"),
-    "quantize": ("fsdp_qlora.export.quantize", "main", "write a 4-bit model for transformers"),
-    "train": ("fsdp_qlora.run", "main", "fine-tune a model, as train.py does"),
-    "report": ("fsdp_qlora.report.page", "main", "show a run, or several side by side"),
+    "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
+    "plan": ("fsdp_qlora.planning.show:main", "tell how much memory and time a run needs"),
+    "data": ("fsdp_qlora.data.inspect:main", "inspect the data of a run, without a GPU"),
+    "doctor": ("fsdp_qlora.doctor.command:main", "check what works here, and how fast it is"),
+    "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
+    "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
+    "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
+    "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
+    "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
+    "merge": ("fsdp_qlora.export.merge:main", "add an adapter to its base model"),
+    "quantize": ("fsdp_qlora.export.quantize:main", "write a 4-bit model for transformers"),
+    "expand": ("fsdp_qlora.export.expand:main", "add layers or tokens to a model, to train them"),
 }
 
 
@@ -39,7 +28,7 @@ def usage() -> str:
     Returns:
         A few lines of text.
     """
-    rows = [f"  {command:<8} {words}" for command, (_, _, words) in COMMANDS.items()]
+    rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
     return "\n".join(["usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)", "", *rows])
 
 
@@ -60,7 +49,7 @@ def main(argv: list[str]) -> int:
         return DONE
     if argv[0] not in COMMANDS:
         raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")
-    module, function, _ = COMMANDS[argv[0]]
+    module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 
 

@@ -237,10 +237,11 @@ def read_run(run_dir: Path) -> Row:
     steps = [line for line in map(json.loads, lines) if "event" not in line]
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     plan, ledger = summary.get("plan", {}), summary.get("ledger", {})
-    ranks, has_gpu = summary["peaks"]["ranks"], "card" in summary["versions"]
-    spread = spread_of([step["step_s"] for step in steps])
+    ranks, steps_s = summary["peaks"]["ranks"], [step["step_s"] for step in steps]
+    has_gpu = any(rank["device_peak_reserved_gib"] for rank in ranks)
+    spread = spread_of(steps_s)
     return {
-        "steps_s": [step["step_s"] for step in steps],
+        "steps_s": steps_s,
         "losses": [step["loss"] for step in steps],
         "step_s": spread,
         "tokens_per_s": summary["num_tokens"] / summary["num_steps"] / spread["median"],

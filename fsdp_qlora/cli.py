@@ -5,13 +5,14 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import re
 import shutil
 import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
@@ -22,9 +23,8 @@ from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-PERIOD = re.compile(r"\d{1,9}m?")
-EVERY = re.compile(r"epoch|[1-9][0-9]{0,8}")
 RULES: dict[str, Callable[[Any], bool]] = {
+    "": lambda value: True,
     "> 0": lambda value: value > 0,
     ">= 0": lambda value: value >= 0,
     ">= 1": lambda value: value >= 1,
@@ -35,8 +35,8 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
     "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
-    "epoch or >= 1": lambda value: EVERY.fullmatch(value) is not None,
-    "a number of steps, or minutes as in 30m": lambda value: PERIOD.fullmatch(value) is not None,
+    "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
+    "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 
@@ -77,26 +77,20 @@ class Alias(NamedTuple):
         return plain(text) != plain(self.usual)
 
 
-def flag(
-    default: Any,
-    group: str,
-    meaning: str,
-    choices: Iterable[Any] | None = None,
-    rule: str | None = None,
-) -> Any:
+def flag(default: Any, group: str, meaning: str, choices: Any = None, rule: str = "") -> Any:
     """Declare one option of a dataclass.
 
     Args:
         default: value when the user gives none.
         group: heading under which `--help` shows the option.
         meaning: one line of help.
-        choices: allowed values.
+        choices: allowed values, any iterable.
         rule: key of RULES that values must obey.
 
     Returns:
         A dataclass field that carries all this as metadata.
     """
-    assert rule is None or rule in RULES
+    assert rule in RULES
     allowed = None if choices is None else tuple(choices)
     metadata = {"group": group, "help": meaning, "choices": allowed, "rule": rule}
     return dataclasses.field(default=default, metadata=metadata)
@@ -180,8 +174,9 @@ class Reader:
             The values the user gave, by field name, and every fault found.
         """
         given = self.read_argv(argv)
-        recipe = given.pop("recipe", None)
-        below = {} if recipe is None else self._read_recipe(recipe.text)
+        below: dict[str, Given] = {}
+        if self.recipes_dir is not None and "recipe" in given:
+            below = self._read_recipe(given.pop("recipe").text, self.recipes_dir)
         return self.convert(below | given), self.faults
 
     def read_argv(self, argv: Sequence[str]) -> dict[str, Given]:
@@ -199,7 +194,7 @@ class Reader:
             word = words.pop(0)
             shown, has_value, text = word.partition("=")
             if not word.startswith("--"):
-                self.faults.append(UserError(word, "belongs to no flag", "write --flag value"))
+                self._refuse(word, "belongs to no flag", "write --flag value")
                 continue
             name = self._find(shown[2:])
             if not has_value and words and not words[0].startswith("--"):
@@ -209,22 +204,23 @@ class Reader:
             if name is None:
                 self._refuse_name(shown, shown[2:])
             elif not has_value:
-                self.faults.append(UserError(shown, "has no value", f"write {shown}=VALUE"))
+                self._refuse(shown, "has no value", f"write {shown}=VALUE")
             else:
                 given[name] = Given(text, f"{shown} {text}")
         return self.rename(given)
 
-    def _read_recipe(self, name: str) -> dict[str, Given]:
+    def _read_recipe(self, name: str, recipes_dir: Path) -> dict[str, Given]:
         """The `option = value` lines of a TOML file, given by path or bare name."""
-        try:
-            path = _find_recipe(name, self.recipes_dir or Path())
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except UserError as fault:
-            self.faults.append(fault)
+        is_path = name.endswith(".toml") or "/" in name
+        path = Path(name) if is_path else recipes_dir / f"{name}.toml"
+        if not os.path.isfile(path):
+            known = ", ".join(sorted(found.stem for found in recipes_dir.glob("*.toml")))
+            self._refuse(f"--recipe {name}", "no such file", f"recipes here: {known}")
             return {}
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            rule = f"not a TOML file: {error}"
-            self.faults.append(UserError(str(path), rule, "repair the file"))
+            self._refuse(str(path), f"not a TOML file: {error}", "repair the file")
             return {}
         given = {}
         for key, value in table.items():
@@ -234,9 +230,11 @@ class Reader:
             elif isinstance(value, bool | int | float | str | list):
                 given[field_name] = Given(to_text(value), place)
             else:
-                rule = "must be text, number or true/false"
-                self.faults.append(UserError(place, rule, "rewrite it"))
+                self._refuse(place, "must be text, number or true/false", "rewrite it")
         return self.rename(given)
+
+    def _refuse(self, got: str, rule: str, remedy: str) -> None:
+        self.faults.append(UserError(got, rule, remedy))
 
     def _find(self, spelling: str) -> str | None:
         """The option or other name that `spelling` means, or None."""
@@ -254,7 +252,7 @@ class Reader:
         plain = spelling.replace("-", "_").lower()
         near = difflib.get_close_matches(plain, [*options(self.cls), *self.aliases], n=1)
         remedy = f"did you mean --{near[0]}?" if near else "--help lists all"
-        self.faults.append(UserError(shown, "no such option", remedy))
+        self._refuse(shown, "no such option", remedy)
 
     def rename(self, given: Mapping[str, Given]) -> dict[str, Given]:
         """Put options in the place of other names; note those that are refused or without effect.
@@ -272,12 +270,12 @@ class Reader:
             if is_usual and (before or not alias.option or alias.when_both != "refuse"):
                 continue
             if alias.is_refused:
-                self.faults.append(UserError(entry.place, alias.reason, "leave it out"))
+                self._refuse(entry.place, alias.reason, "leave it out")
             elif not alias.option:
                 self.notes.append(f"--{name} has no effect: {alias.reason}")
             elif before is not None and alias.when_both == "refuse":
                 rule = f"--{alias.option} {before.text} is given too, and means the same"
-                self.faults.append(UserError(entry.place, rule, "give one of them"))
+                self._refuse(entry.place, rule, "give one of them")
             else:
                 prefix = f"{before.text}," if before and alias.when_both == "add" else ""
                 found[alias.option] = Given(prefix + alias.write(entry.text), entry.place)
@@ -304,16 +302,6 @@ class Reader:
             else:
                 self.faults.append(fault)
         return values
-
-
-def _find_recipe(name: str, recipes_dir: Path) -> Path:
-    is_path = name.endswith(".toml") or "/" in name
-    path = Path(name) if is_path else recipes_dir / f"{name}.toml"
-    with contextlib.suppress(OSError, ValueError):
-        if path.is_file():
-            return path
-    known = sorted(found.stem for found in recipes_dir.glob("*.toml"))
-    raise UserError(f"--recipe {name}", "no such file", f"recipes here: {', '.join(known)}")
 
 
 def to_text(value: Any) -> str:
@@ -354,21 +342,24 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
         return UserError(place, f"must be {kinds}", remedy)
     if option.choices is not None and value not in option.choices:
         return UserError(place, "no such choice", f"use {', '.join(map(to_text, option.choices))}")
-    if option.rule is not None and not RULES[option.rule](value):
+    if not RULES[option.rule](value):
         return UserError(place, f"must be {option.rule}", remedy)
     return None
 
 
-def render_help(cls: type, usage: str) -> str:
-    """Return the help text: every option under its group, with choices and default.
+def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
+    """Print every option under its group, with choices and default, when `argv` asks for it.
 
     Args:
+        argv: arguments without the program's name; --help or -h asks.
         cls: dataclass made of `flag` fields.
         usage: the lines above the options.
 
-    Returns:
-        Text as wide as the terminal, at most 100 columns.
+    Raises:
+        SystemExit: help was asked for (code 0).
     """
+    if not {"--help", "-h"} & {*argv}:
+        return
     groups: dict[str, list[str]] = {}
     width = min(shutil.get_terminal_size().columns, 100)
     for name, option in options(cls).items():
@@ -381,20 +372,5 @@ def render_help(cls: type, usage: str) -> str:
         lines = [head.ljust(33) + body[0]] if len(head) <= 33 else [head, " " * 33 + body[0]]
         groups.setdefault(option.group, []).extend(lines + [" " * 33 + more for more in body[1:]])
     sections = [f"{group}\n" + "\n".join(lines) for group, lines in groups.items()]
-    return "\n\n".join([usage, *sections]) + "\n"
-
-
-def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
-    """Print the help and leave with code 0 when `argv` has `--help` or `-h`.
-
-    Args:
-        argv: arguments without the program's name.
-        cls: dataclass made of `flag` fields.
-        usage: the lines above the options.
-
-    Raises:
-        SystemExit: help was asked for.
-    """
-    if "--help" in argv or "-h" in argv:
-        sys.stdout.write(render_help(cls, usage))
-        raise SystemExit(0)
+    sys.stdout.write("\n\n".join([usage, *sections]) + "\n")
+    raise SystemExit(0)

@@ -105,15 +105,13 @@ SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Packages of the same names, in accelerate.tracking.
 TRACKERS: tuple[str, ...] = ("tensorboard", "wandb", "trackio", "swanlab")
 TRACKERS += ("mlflow", "comet_ml", "aim", "clearml", "dvclive")
-QUANT_TYPES = ("nf4", "fp4", "int8")
 HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 TRAINED = ("assistant", "completion", "last", "all")
-ON_OFF = ("auto", "on", "off")
+ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
-TEXT, COUNT = "printable text", "-1 or >= 1"
-PERIOD = "a number of steps, or minutes as in 30m"
-WARMUP = "a number of steps, or from 0.0 to 1.0"
+TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
+PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
 SYNONYMS = """model_name_or_path=model_name learning_rate=lr weight_decay=wd max_grad_norm=grad_norm
@@ -122,7 +120,6 @@ per_device_train_batch_size=batch_size"""
 TRACED = "--profile writes one trace of three steps, with shapes, into profiles/ of the run"
 PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 active_steps=4 repeat=0
 export_trace=true with_stack=false with_shapes=false"""
-BASE = "it changes the base, so that the adapter would fit no base that others quantize"
 
 
 def _pairs(text: str) -> list[list[str]]:
@@ -145,13 +142,8 @@ ALIASES: dict[str, Alias] = {
     "verbose": Alias(usual="false", reason="what matters is always printed"),
     "master_addr": Alias(usual="localhost", reason="ranks of one machine meet on 127.0.0.1"),
     "verify_bytes": Alias(usual="true", reason="the 4-bit bytes are always checked"),
-    "init_lora": Alias(usual="default", reason=f"no such option any more: {BASE}", is_refused=True),
-    "compile": Alias(
-        usual="false",
-        reason="no such option any more: Dynamo cannot trace weights that are gathered as they are "
-        "read, and CUDA graphs run small batches",
-        is_refused=True,
-    ),
+    "init_lora": Alias(usual="default", reason="removed: it changes the base", is_refused=True),
+    "compile": Alias(usual="false", reason="removed: Dynamo cannot trace gathers", is_refused=True),
 }
 
 
@@ -166,17 +158,15 @@ class TrainConfig:
     model_name: str = flag("meta-llama/Llama-2-7b-hf", "model", "directory or hub name", rule=TEXT)
     train_type: str = flag("qlora", "model", "frozen base and adapter", TRAIN_TYPES)
     precision: str = flag("bf16", "model", "dtype of matmuls; adapters are fp32", PRECISIONS)
-    quant_type: str = flag("nf4", "model", "bitsandbytes format", QUANT_TYPES)
+    quant_type: str = flag("nf4", "model", "bitsandbytes format", ("nf4", "fp4", "int8"))
     double_quant: bool = flag(True, "model", "quantize the block scales too (bitsandbytes)")
     n_bits: int = flag(4, "model", "bits of an HQQ weight", HQQ_BITS)
     group_size: int = flag(64, "model", "HQQ weights that share a scale", GROUP_SIZES)
     hqq_axis: int = flag(1, "model", "1: groups lie in a row; 0: across rows", HQQ_AXES)
-    quant_cache: str = flag(
-        "auto", "model", "cache of quantized weights: auto, off or DIR", rule=TEXT
-    )
+    quant_cache: str = flag("auto", "model", "cache of 4-bit weights: auto, off or DIR", rule=TEXT)
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
-    liger: str = flag("auto", "model", "Liger kernels, when installed", ("auto", "off"))
+    liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
     lora_rank: int = flag(64, "adapter", "rank r of the LoRA matrices", rule=">= 1")
     lora_alpha: int = flag(16, "adapter", "scale is alpha / r", rule=">= 1")
@@ -196,13 +186,9 @@ class TrainConfig:
     packing: str = flag("auto", "data", "on: fill context_length with several rows", ON_OFF)
     context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
     token_cache: str = flag("auto", "data", "cache of tokens: auto, off or DIR", rule=TEXT)
-    eval_every: str | None = flag(
-        None, "data", "steps between losses, or epoch", rule="epoch or >= 1"
-    )
+    eval_every: str | None = flag(None, "data", "steps between losses, or epoch", rule=EVERY)
     sample_prompt: str | None = flag(None, "data", "prompt answered before and after training")
-    sample_prompts: str = flag(
-        "auto", "data", "FILE with more, off, or auto: three held-out rows", rule=TEXT
-    )
+    sample_prompts: str = flag("auto", "data", "FILE of more; off; auto: held-out rows", rule=TEXT)
     sample_tokens: int = flag(48, "data", "longest such answer in tokens", rule=">= 1")
 
     batch_size: int = flag(1, "training", "rows per rank and micro-batch", rule=">= 1")
@@ -216,81 +202,45 @@ class TrainConfig:
     wd: float = flag(0.1, "training", "weight decay", rule=">= 0")
     apply_gradient_clipping: bool = flag(False, "training", "clip the global gradient norm")
     grad_norm: float = flag(0.3, "training", "largest norm when clipping", rule="> 0")
-    max_skipped_steps: int = flag(
-        3, "training", "non-finite steps in a row, then stop", rule=">= 1"
-    )
+    max_skipped_steps: int = flag(3, "training", "most non-finite steps in a row", rule=">= 1")
     seed: int = flag(42, "training", "data order, adapters, dropout", rule="from 0 to 2**32 - 1")
     deterministic: bool = flag(False, "training", "equal bits from run to run, on GPUs too")
 
-    world_size: int = flag(-1, "GPUs and memory", "ranks; -1: one per GPU", rule=COUNT)
-    sharding_strategy: str = flag(
-        "full_shard", "GPUs and memory", "ZeRO-3, ZeRO-2, DDP; hybrid: per machine", STRATEGIES
-    )
-    no_sync: bool = flag(
-        False, "GPUs and memory", "reduce gradients once a step, not a micro-batch"
-    )
-    use_cpu_offload: bool = flag(True, "GPUs and memory", "keep the frozen base on the host")
-    offload_impl: str = flag(
-        "auto", "GPUs and memory", "how it is copied", ("auto", "fsdp", "stream")
-    )
-    resident_layers: int = flag(0, "GPUs and memory", "layers kept whole on each GPU", rule=">= 0")
-    use_gradient_checkpointing: bool = flag(True, "GPUs and memory", "recompute layers in backward")
-    reentrant_checkpointing: bool = flag(
-        False, "GPUs and memory", "by torch's older implementation"
-    )
-    selective_layers: int = flag(
-        0, "GPUs and memory", "layers that keep attention and matmuls", rule=">= 0"
-    )
-    uncheckpointed_layers: int = flag(
-        0, "GPUs and memory", "layers that keep everything", rule=">= 0"
-    )
-    cuda_graphs: str = flag(
-        "auto", "GPUs and memory", "CUDA graphs for small batches", ("auto", "off")
-    )
-    use_activation_cpu_offload: bool = flag(
-        False, "GPUs and memory", "inputs of layers on the host"
-    )
-    fit: str = flag(
-        "auto", "GPUs and memory", "the plan chooses what you leave open", ("auto", "off")
-    )
-    plan: str = flag(
-        "check", "GPUs and memory", "ignore: run what should not fit", ("check", "ignore")
-    )
-    dry_run: str = flag(
-        "auto", "GPUs and memory", "longest rows once before step 1; auto: on GPUs", ON_OFF
-    )
-    gpu_budget_gib: float | None = flag(None, "GPUs and memory", "limit per GPU in GiB", rule="> 0")
-    host_budget_gib: float | None = flag(
-        None, "GPUs and memory", "host memory of all ranks in GiB", rule="> 0"
-    )
-    master_port: int | None = flag(None, "GPUs and memory", "0: a free one", rule="from 0 to 65535")
+    world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
+    sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
+    no_sync: bool = flag(False, "memory", "reduce gradients once a step")
+    use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
+    offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
+    resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")
+    use_gradient_checkpointing: bool = flag(True, "memory", "recompute layers in backward")
+    reentrant_checkpointing: bool = flag(False, "memory", "by torch's older implementation")
+    selective_layers: int = flag(0, "memory", "layers that keep some activations", rule=">= 0")
+    uncheckpointed_layers: int = flag(0, "memory", "layers that keep all", rule=">= 0")
+    cuda_graphs: str = flag("auto", "memory", "CUDA graphs for small batches", AUTO_OFF)
+    use_activation_cpu_offload: bool = flag(False, "memory", "layer inputs on the host")
+    fit: str = flag("auto", "memory", "the plan chooses what you leave open", AUTO_OFF)
+    plan: str = flag("check", "memory", "ignore: run what should not fit", ("check", "ignore"))
+    dry_run: str = flag("auto", "memory", "longest rows once; auto: on GPUs", ON_OFF)
+    gpu_budget_gib: float | None = flag(None, "memory", "limit per GPU in GiB", rule="> 0")
+    host_budget_gib: float | None = flag(None, "memory", "limit of all ranks in GiB", rule="> 0")
+    master_port: int | None = flag(None, "memory", "0: a free one", rule=PORT)
 
     output_dir: str | None = flag(None, "output", "[output/MODEL-TYPE-TIME]", rule=TEXT)
     overwrite: bool = flag(False, "output", "write into a directory that holds a run")
     save_model: bool = flag(True, "output", "save the adapter at the end")
     push_to_hub: str | None = flag(None, "output", "OWNER/NAME to upload the adapter to", rule=TEXT)
-    log_to: str = flag(
-        "tqdm", "output", f"tqdm, stdout and any of {', '.join(TRACKERS)}", rule=TEXT
-    )
+    log_to: str = flag("tqdm", "output", f"tqdm, stdout, and {', '.join(TRACKERS)}", rule=TEXT)
     project_name: str = flag("fsdp_qlora", "output", "project of the tracker", rule=TEXT)
     tracker_args: str | None = flag(None, "output", "for them: name=N,group=G,entity=E", rule=TEXT)
-    profile: bool | int = flag(
-        False, "output", "trace three steps; N: after N steps of warmup", rule=">= 0"
-    )
+    profile: bool | int = flag(False, "output", "trace 3 steps; N: warm up N before", rule=">= 0")
     profile_memory: bool = flag(False, "output", "write torch's memory snapshot of a GPU")
 
-    save_every: str = flag("30m", "checkpoints", "steps, or minutes; 0: none", rule=PERIOD)
-    keep_checkpoints: int = flag(
-        2, "checkpoints", "last ones to keep, besides the best", rule=">= 1"
-    )
-    resume: str | None = flag(
-        None, "checkpoints", "DIR of a run or checkpoint; bare: latest of --output_dir", rule=TEXT
-    )
-    allow_data_change: bool = flag(False, "checkpoints", "resume with other rows, seed or batch")
-    max_restarts: int = flag(0, "checkpoints", "restarts after a crash or a hang", rule=">= 0")
-    hang_timeout: float | None = flag(
-        None, "checkpoints", "seconds without progress; 0: never", rule=">= 0"
-    )
+    save_every: str = flag("30m", "saving", "steps, or minutes; 0: none", rule=PERIOD)
+    keep_checkpoints: int = flag(2, "saving", "last ones kept, and the best", rule=">= 1")
+    resume: str | None = flag(None, "saving", "DIR of a run; bare: --output_dir", rule=TEXT)
+    allow_data_change: bool = flag(False, "saving", "resume with other rows, seed or batch")
+    max_restarts: int = flag(0, "saving", "restarts after a crash or a hang", rule=">= 0")
+    hang_timeout: float | None = flag(None, "saving", "s without progress; 0: never", rule=">= 0")
 
     def __post_init__(self) -> None:
         """Check every value, and the values together."""
@@ -454,30 +404,43 @@ def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]
     Raises:
         UserError: a value that its option cannot have (code 5).
     """
+    values, removed = renamed(record)
+    try:
+        return TrainConfig(**values), removed
+    except UserError as fault:
+        raise join([fault], INTEGRITY) from None
+
+
+def renamed(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Put the options of today in the place of those of an older version; see `from_record`.
+
+    Args:
+        record: option -> value; any part of a configuration.
+
+    Returns:
+        The same by options of today; and the names of options that are no more and were set.
+
+    Raises:
+        UserError: a value that its option cannot have (code 5).
+    """
     reader, options, held = cli.Reader(TrainConfig, ALIASES), cli.options(TrainConfig), dict(record)
     if "warmup_ratio" in held:  # written when warmup_steps was the profiler's
         held.pop("warmup_steps", None)
     if "llama_pro" not in str(held.get("train_type")):
         held.pop("llama_pro_path", None)  # it had no effect
     texts, removed = {}, []
-    values: dict[str, Any] = {}
     for name, value in held.items():
         text = cli.to_text(value)
         is_option = name in options or bool(name in ALIASES and ALIASES[name].option)
         if is_option and value is not None:
             texts[name] = Given(text, f"{name} = {text} of the stored run")
-        elif name in options:
-            values[name] = None
         elif not is_option and name not in ("versions", "recipe"):
             removed += [name] * (name not in ALIASES or ALIASES[name].changes(text))
+    values = {name: None for name in held if name in options and held[name] is None}
     values |= reader.convert(reader.rename(texts))
-    try:
-        cfg = TrainConfig(**values)
-    except UserError as fault:
-        reader.faults.append(fault)
     if reader.faults:
         raise join(reader.faults, INTEGRITY)
-    return cfg, tuple(removed)
+    return {name: values[name] for name in options if name in values}, tuple(removed)
 
 
 def to_dict(cfg: TrainConfig) -> dict[str, Any]:
@@ -529,16 +492,16 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     Returns:
         One error per conflict, with the remedy.
     """
-    base, faults = TRAIN_TYPES[cfg.train_type].base, []
-    bnb = ("belongs to a bitsandbytes base", "use --train_type qlora, or leave it out")
-    hqq = ("belongs to an HQQ base", "use --train_type hqq_lora, or leave it out")
-    owners = {"quant_type": "bnb", "double_quant": "bnb"}
-    for name, owner in (
-        owners | dict.fromkeys(("n_bits", "group_size", "hqq_axis"), "hqq")
-    ).items():
-        if base != owner and getattr(cfg, name) != cli.options(TrainConfig)[name].default:
-            got = f"--{name} {cli.to_text(getattr(cfg, name))} with --train_type {cfg.train_type}"
-            faults.append(UserError(got, *(bnb if owner == "bnb" else hqq)))
+    faults = []
+    for name in ("quant_type", "double_quant", "n_bits", "group_size", "hqq_axis"):
+        owner, base, type_ = ("hqq", "an HQQ", "hqq_lora")
+        if "quant" in name:
+            owner, base, type_ = ("bnb", "a bitsandbytes", "qlora")
+        value, usual = getattr(cfg, name), cli.options(TrainConfig)[name].default
+        if TRAIN_TYPES[cfg.train_type].base != owner and value != usual:
+            got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
+            remedy = f"use --train_type {type_}, or leave it out"
+            faults.append(UserError(got, f"belongs to {base} base", remedy))
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
@@ -561,11 +524,8 @@ def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
     """Faults of what the user wrote: what this run overrides, a home of nobody, a secret."""
     faults = []
     if values.get("use_cpu_offload") and cfg.sharding_strategy == "ddp":
-        got, rule = (
-            "--use_cpu_offload true with --sharding_strategy ddp",
-            "ddp keeps the whole base",
-        )
-        faults.append(UserError(got, f"{rule} on each GPU", "use full_shard, or leave offload out"))
+        got, rule = "--use_cpu_offload true with ddp", "ddp keeps the whole base on each GPU"
+        faults.append(UserError(got, rule, "use full_shard, or leave offload out"))
     if values.get("double_quant") and cfg.quant_type == "int8":
         got, rule = "--double_quant true with --quant_type int8", "int8 has no block scales"
         faults.append(UserError(got, rule, "leave --double_quant out"))
@@ -606,35 +566,30 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     Returns:
         Lines to print once, on one rank.
     """
-    kind, notes = TRAIN_TYPES[cfg.train_type].adapter, []
-    if cfg.precision in BF16[1:]:
-        notes.append(
-            f"--precision {cfg.precision} is bf16: rotary tables are float32 in all of them"
-        )
-    if cfg.no_sync and cfg.gradient_accumulation_steps == 1:
-        notes.append("--no_sync has no effect: --gradient_accumulation_steps is 1")
-    if cfg.sharding_strategy == "ddp":
-        notes.append("cpu offload is off: ddp keeps the whole base on each GPU")
-    elif not cfg.use_cpu_offload and cfg.offload_impl != "auto":
-        notes.append("--offload_impl has no effect: --use_cpu_offload is false")
-    if not cfg.use_gradient_checkpointing and (cfg.selective_layers or cfg.uncheckpointed_layers):
-        notes.append("without gradient checkpointing every layer keeps everything")
-    if kind == "dora":
-        notes.append("CUDA graphs are off: they have no inputs for the row lengths of DoRA")
-        notes += ["--lora_dropout doubles DoRA's frozen matmuls"] * (cfg.lora_dropout > 0)
-    elif kind != "lora" and cfg.loraplus_ratio != 1:
-        notes.append("--loraplus_ratio has no effect: nothing has an adapter")
-    if kind == "full":
-        notes += ["--modules_to_save has no effect: all is trained"] * bool(cfg.modules_to_save)
-        notes += ["cpu offload has no effect: nothing is frozen"] * cfg.use_cpu_offload
-    takes_names = cfg.trackers not in ((), ("tensorboard",))
-    defaults = {name: row.default for name, row in cli.options(TrainConfig).items()}
-    for is_used, name, why in (
-        (cfg.apply_gradient_clipping, "grad_norm", "--apply_gradient_clipping is false"),
-        (cfg.lr_scheduler != "constant", "warmup_steps", "--lr_scheduler is constant"),
-        (takes_names, "project_name", "--log_to has no tracker that takes it"),
-        (takes_names, "tracker_args", "--log_to has no tracker that takes it"),
-    ):
-        is_changed = getattr(cfg, name) != defaults[name]
-        notes += [f"--{name} has no effect: {why}"] * (is_changed and not is_used)
-    return notes
+    kind, is_ddp = TRAIN_TYPES[cfg.train_type].adapter, cfg.sharding_strategy == "ddp"
+    is_fsdp_here = not cfg.use_cpu_offload and not is_ddp
+    keeps_all = not cfg.use_gradient_checkpointing
+    is_local = cfg.trackers in ((), ("tensorboard",))
+    table = [
+        (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
+        (is_ddp, "cpu offload is off: ddp keeps the whole base on each GPU"),
+        (kind == "dora", "CUDA graphs are off: they have no inputs for the row norms of DoRA"),
+        (kind == "dora" and cfg.lora_dropout, "--lora_dropout doubles DoRA's frozen matmuls"),
+        (kind == "full" and cfg.use_cpu_offload, "cpu offload has no effect: nothing is frozen"),
+    ]
+    unused = [
+        (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
+        (is_fsdp_here, "offload_impl", "--use_cpu_offload is false"),
+        (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
+        (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),
+        (kind not in ("lora", "dora"), "loraplus_ratio", "nothing has an adapter"),
+        (kind == "full", "modules_to_save", "all is trained"),
+        (not cfg.apply_gradient_clipping, "grad_norm", "--apply_gradient_clipping is false"),
+        (cfg.lr_scheduler == "constant", "warmup_steps", "--lr_scheduler is constant"),
+        (is_local, "project_name", "--log_to has no tracker that takes it"),
+        (is_local, "tracker_args", "--log_to has no tracker that takes it"),
+    ]
+    usual = {name: option.default for name, option in cli.options(TrainConfig).items()}
+    changed = [(name, why) for is_idle, name, why in unused if is_idle]
+    notes = [f"--{n} has no effect: {why}" for n, why in changed if getattr(cfg, n) != usual[n]]
+    return [note for is_due, note in table if is_due] + notes

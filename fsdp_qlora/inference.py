@@ -260,13 +260,13 @@ def generate(argv: list[str]) -> int:
         if tokenizer.chat_template and not args.raw:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             text = text.removeprefix(_bos(tokenizer))
-        said = ""
+        reply = ""
         rest = args.num_tokens, opened.world, args.temperature, args.seed
         for piece in pieces(opened.model, tokenizer, tokenizer(text).input_ids, *rest):
-            said += piece
-            _say(opened, piece)
-        _say(opened, "\n")
-        turns.append({"role": "assistant", "content": said})
+            reply += piece
+            _print(opened, piece)
+        _print(opened, "\n")
+        turns.append({"role": "assistant", "content": reply})
     return DONE
 
 
@@ -294,7 +294,7 @@ def _line() -> str:
         return ""
 
 
-def _say(opened: Opened, text: str) -> None:
+def _print(opened: Opened, text: str) -> None:
     if opened.is_writer:
         print(text, end="", flush=True)
 
@@ -494,8 +494,8 @@ def _as_lm(opened: Opened, tokenizer: Any) -> Any:
             return tokenizer(string, add_special_tokens=add_special_tokens is not False).input_ids
 
         def _loglikelihood_tokens(self, requests, **kwargs):
-            pairs = [(given, said) for _, given, said in requests]
-            cut = [(given[-max(longest - len(said), 1) :], said) for given, said in pairs]
+            pairs = [(given, answer) for _, given, answer in requests]
+            cut = [(given[-max(longest - len(answer), 1) :], answer) for given, answer in pairs]
             return score(model, cut, opened.cfg.batch_size, world.device)
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -511,16 +511,18 @@ def _as_lm(opened: Opened, tokenizer: Any) -> Any:
         def generate_until(self, requests, disable_tqdm=False):
             return [self._continue(*request.args) for request in requests]
 
-        def _continue(self, context, wishes):
-            ends = wishes.get("until") or []
+        def _continue(self, context, settings):
+            ends = settings.get("until") or []
             ends = [ends] if isinstance(ends, str) else ends
-            num_tokens = wishes.get("max_gen_toks", ANSWER_TOKENS)
-            heat = float(wishes.get("temperature") or 0.0) if wishes.get("do_sample") else 0.0
-            ids, said = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
-            for piece in pieces(model, tokenizer, ids, num_tokens, world, heat):
-                said += piece
-                if any(end in said for end in ends):
+            num_tokens = settings.get("max_gen_toks", ANSWER_TOKENS)
+            temperature = (
+                float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
+            )
+            ids, text = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
+            for piece in pieces(model, tokenizer, ids, num_tokens, world, temperature):
+                text += piece
+                if any(end in text for end in ends):
                     break
-            return said[: min([said.find(end) for end in ends if end in said] + [len(said)])]
+            return text[: min([text.find(end) for end in ends if end in text] + [len(text)])]
 
     return Model()

@@ -1,5 +1,6 @@
 """The record of a run: metrics.jsonl, and summary.json once the run has ended."""
 
+import contextlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.config import renamed
 from fsdp_qlora.errors import INTEGRITY, UserError
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
@@ -152,7 +154,11 @@ def read(run_dir: Path) -> Run:
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
     summary = _checked(_parse(ending), FACTS, str(end))
-    return replace(run, config=run.config or summary.get("config", {}), facts=run.facts | summary)
+    config = run.config or summary.get("config", {})
+    with contextlib.suppress(UserError):  # what no version has written is shown as it stands
+        values, removed = renamed(config)
+        config = values | {name: config[name] for name in removed}
+    return replace(run, config=config, facts=run.facts | summary)
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

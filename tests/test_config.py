@@ -101,7 +101,7 @@ def test_all_faults_are_told_at_once():
 @pytest.mark.parametrize(
     ("argv", "reason"),
     [
-        ("--init_lora pissa", "no such option any more"),
+        ("--init_lora pissa", "removed: it changes the base"),
         ("--compile", "Dynamo cannot trace"),
         ("--lora_r 8 --lora_rank 8", "means the same"),
         ("--eval_samples 8 --eval_split 0.1", "means the same"),

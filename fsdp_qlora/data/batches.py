@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fsdp_qlora.config import Config
+from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.token_dataset import Sample, TokenDataset
 
 if TYPE_CHECKING:
     import torch
 
-NOT_TRAINED = -100
 MOST_SIMULATED_STEPS = 10_000
 SORT_WINDOW_STEPS = 64  # steps whose rows are sorted by length together
 PACK_WINDOW_SEQUENCES = 256  # rows further apart in the shuffled order never share a sequence

@@ -12,7 +12,7 @@ from jinja2 import meta
 from fsdp_qlora.errors import UserError, one_line
 
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
-PLAIN = """{% for message in messages %}\
+PLAIN_TEMPLATE = """{% for message in messages %}\
 {% if message['role'] == 'assistant' %}\
 {{ '### Assistant: ' + message['content'] + eos_token + '\n' }}\
 {% else %}\

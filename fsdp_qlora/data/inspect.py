@@ -33,7 +33,7 @@ are learned marked. It needs neither a GPU nor the model's weights, only its tok
 
   --rows N     how many rows are shown [3]
   --json       all facts as one JSON object, no rows"""
-LEARNED, GIVEN, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+LEARNED, GIVEN, RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 NUM_EXAMPLES = 3
@@ -321,7 +321,7 @@ def _shown(
     if text_tokenizer is None or not len(ready.train):
         return
     has_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    marks = (LEARNED, PLAIN, GIVEN, PLAIN) if has_colour else ("⟦", "⟧", "", "")
+    marks = (LEARNED, RESET, GIVEN, RESET) if has_colour else ("⟦", "⟧", "", "")
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.train))[:num_rows]
     for index in sorted(chosen.tolist()):
         sample = ready.train[index]

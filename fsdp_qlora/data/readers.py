@@ -23,7 +23,7 @@ WRONG_BYTES = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-class Place(NamedTuple):
+class RowPlace(NamedTuple):
     """Where a row stands.
 
     Args:
@@ -61,7 +61,7 @@ class TextPiece(NamedTuple):
     is_last: bool
 
 
-PlacedRows = Iterator[tuple[Place, Any]]
+PlacedRows = Iterator[tuple[RowPlace, Any]]
 
 
 def suffix(path: Path) -> str:
@@ -83,7 +83,7 @@ def read_file(path: Path) -> PlacedRows:
         path: a regular file for which `can_read` is true.
 
     Yields:
-        Place and row; a `BadRow` where a row cannot be read.
+        RowPlace and row; a `BadRow` where a row cannot be read.
 
     Raises:
         UserError: the file as a whole cannot be read (code 3), or is damaged.
@@ -179,7 +179,7 @@ def _read_json(path: Path) -> PlacedRows:
                 return
             if line.strip():
                 is_first = False
-                yield Place(str(path), number), _parse_line(line.rstrip())
+                yield RowPlace(str(path), number), _parse_line(line.rstrip())
 
 
 def _parse_line(data: bytes) -> Any:
@@ -203,7 +203,7 @@ def _read_json_list(path: Path, data: bytes, first_line: int) -> PlacedRows:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
-        yield Place(str(path), line), _bad_json(error)
+        yield RowPlace(str(path), line), _bad_json(error)
         return
     has_lines = "\n" in text.strip()
     at, line, counted, number = _skip_space(text, text.index("[") + 1), first_line, 0, 0
@@ -217,16 +217,16 @@ def _read_json_list(path: Path, data: bytes, first_line: int) -> PlacedRows:
             line = (
                 first_line + error.lineno - 1 if isinstance(error, json.JSONDecodeError) else line
             )
-            yield Place(str(path), line), _bad_json(error)
+            yield RowPlace(str(path), line), _bad_json(error)
             return
-        yield Place(str(path), line if has_lines else -number), row
+        yield RowPlace(str(path), line if has_lines else -number), row
         at = _skip_space(text, at)
         has_more = text.startswith(",", at)
         at = _skip_space(text, at + has_more)
     if text[at:].rstrip() != "]":
         line += text.count("\n", counted, at)
         fault = "is not JSON (want a comma, or the list's end and no more)"
-        yield Place(str(path), line), BadRow(fault)
+        yield RowPlace(str(path), line), BadRow(fault)
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -244,7 +244,7 @@ def _read_csv(path: Path) -> PlacedRows:
         names = _column_names(path, first, separator)
         rows = csv.reader(lines, delimiter=separator, strict=True)
         while True:
-            place = Place(str(path), rows.line_num + 2)
+            place = RowPlace(str(path), rows.line_num + 2)
             try:
                 cells = next(rows, None)
             except csv.Error as error:
@@ -287,12 +287,12 @@ def _read_text(path: Path) -> PlacedRows:
             number += 1
             is_long = len(piece) >= LONGEST_LINE
             if is_long or (len(piece) >= PIECE_CHARS and not line[0].isspace()):
-                yield Place(str(path), start), _piece(piece, is_last=False)
+                yield RowPlace(str(path), start), _piece(piece, is_last=False)
                 start, piece = number, ""
             number -= not line.endswith("\n")
             piece += line.replace("\r\n", "\n")
     if piece:
-        yield Place(str(path), start), _piece(piece, is_last=True)
+        yield RowPlace(str(path), start), _piece(piece, is_last=True)
 
 
 def _piece(text: str, is_last: bool) -> Any:
@@ -329,7 +329,7 @@ def _rows_of_batches(path: Path, batches: Any) -> PlacedRows:
             rows = [_one_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
         for row in rows:
             number += 1
-            yield Place(str(path), -number), row
+            yield RowPlace(str(path), -number), row
 
 
 def _one_row(batch: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from fsdp_qlora.config import OWN_CODE
 from fsdp_qlora.data import readers
-from fsdp_qlora.data.readers import Place, PlacedRows
+from fsdp_qlora.data.readers import PlacedRows, RowPlace
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 DUMMY = "dummy"
@@ -127,7 +127,7 @@ def read(sources: list[Source]) -> PlacedRows:
         sources: from `find`.
 
     Yields:
-        Place and row; a `BadRow` where a row cannot be read.
+        RowPlace and row; a `BadRow` where a row cannot be read.
 
     Raises:
         UserError: one that cannot be read.
@@ -228,7 +228,7 @@ def _read_hub(table: Any, entry: HubSet, options: SourceOptions) -> PlacedRows:
         table = table.shuffle(seed=options.seed)
     stop = min(options.num_samples, len(table)) if entry.is_limited else len(table)
     for index in range(entry.first, stop):
-        yield Place(str(entry), -index - 1), table[index]
+        yield RowPlace(str(entry), -index - 1), table[index]
 
 
 def _hub_fingerprint(table: Any, entry: HubSet, options: SourceOptions) -> str | None:
@@ -258,7 +258,7 @@ def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
     try:
         table = _own_function(path, name)(settings, options.load_tokenizer(), split)
         for number, row in enumerate(table, 1):
-            yield Place(f"{path}:{name}", -number), _plain(row)
+            yield RowPlace(f"{path}:{name}", -number), _plain(row)
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises

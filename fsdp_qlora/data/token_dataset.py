@@ -20,7 +20,7 @@ import numpy as np
 
 from fsdp_qlora import atomic
 from fsdp_qlora.config import Config
-from fsdp_qlora.data.readers import Place
+from fsdp_qlora.data.readers import RowPlace
 from fsdp_qlora.errors import UserError
 
 VERSION = 2  # of what the files mean; raise it when that or the way rows become tokens changes
@@ -53,7 +53,7 @@ class TokenStore:
     Args:
         codes: int32 [tokens of all samples].
         table: int64 [samples + 1, 6], of each sample: where it begins in `codes`, index into
-            facts["files"] and number of its `Place`, a hash of its codes, tokens that are the
+            facts["files"] and number of its `RowPlace`, a hash of its codes, tokens that are the
             target of a prediction, tokens before the context cut them. The last row is the end.
         facts: what was counted while the rows were read, as JSON can hold it.
         note: one line for the user on where the tokens lie.
@@ -101,10 +101,10 @@ class TokenDataset(Sequence[Sample]):
         codes = np.array(self.store.codes[start:stop])
         return Sample(np.where(codes < 0, ~codes, codes), codes >= 0)
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> RowPlace:
         """Return where the row of a sample stands."""
         row = self.store.table[self.indices[index]]
-        return Place(self.store.facts["files"][row[FILE]], int(row[NUMBER]))
+        return RowPlace(self.store.facts["files"][row[FILE]], int(row[NUMBER]))
 
 
 def of_samples(samples: Sequence[Sample], name: str) -> TokenDataset:
@@ -120,7 +120,7 @@ def of_samples(samples: Sequence[Sample], name: str) -> TokenDataset:
     builder = StoreBuilder(None)
     for number, sample in enumerate(samples, 1):
         codes = np.where(sample.is_trained, sample.input_ids, ~sample.input_ids)
-        builder.add(codes.astype(np.int32), Place(name, -number))
+        builder.add(codes.astype(np.int32), RowPlace(name, -number))
     return TokenDataset(builder.finish({"num_rows": len(samples), "kinds": {name: len(samples)}}))
 
 
@@ -139,7 +139,7 @@ class StoreBuilder:
             self.file = (directory / CODES).open("wb")
         self.num_tokens, self.table, self.names = 0, array("q"), dict[str, int]()
 
-    def add(self, codes: np.ndarray, place: Place, num_uncut: int | None = None) -> None:
+    def add(self, codes: np.ndarray, place: RowPlace, num_uncut: int | None = None) -> None:
         """Add a sample.
 
         Args:

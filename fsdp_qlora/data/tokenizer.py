@@ -63,12 +63,8 @@ class TextTokenizer:
         if self.chat_template is not None:
             source, place = self.chat_template, f"chat template of {self.place}"
         else:
-            source, place = self.plain_template(), PLAIN_PLACE
+            source, place = "{{ bos_token }}" * self.adds_bos + chat.PLAIN_TEMPLATE, PLAIN_PLACE
         return chat.Chat(chat.Template(source, self.names, place))
-
-    def plain_template(self) -> str:
-        """Return the chat template for a tokenizer that has none, as Jinja."""
-        return "{{ bos_token }}" * self.adds_bos + chat.PLAIN
 
     def encode(self, texts: list[str], adds_special: bool) -> list[Any]:
         """Tokenize texts; other threads run meanwhile.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fsdp_qlora.data.chat import Refused, Span, Text
-from fsdp_qlora.data.readers import BadRow, Place, PlacedRows, TextPiece
+from fsdp_qlora.data.readers import BadRow, PlacedRows, RowPlace, TextPiece
 from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, of_samples
 from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -50,7 +50,7 @@ class Counts:
     examples: dict[str, list[str]] = field(default_factory=dict)
     largest_id: int = -1
 
-    def example(self, what: str, place: Place) -> None:
+    def example(self, what: str, place: RowPlace) -> None:
         """Remember a place, if it is one of the first.
 
         Args:
@@ -65,7 +65,7 @@ class Counts:
 class _Job(NamedTuple):
     """One text on its way: `block` is None for a sample of its own, else whether its text ends."""
 
-    place: Place
+    place: RowPlace
     text: Text
     codes: np.ndarray | None = None
     block: bool | None = None
@@ -141,22 +141,22 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, counts: Counts) -> Iterator
         counts.kinds[formatter.name(row)] += 1
         yield from jobs
     if not starts_text and name is not None:
-        yield _end(Place(name, 1))
+        yield _end(RowPlace(name, 1))
 
 
-def _end(place: Place) -> _Job:
+def _end(place: RowPlace) -> _Job:
     """The end of a running text whose last row did not say so."""
     return _Job(place, NO_TEXT, None, True)
 
 
-def _block(place: Place, row: Any, starts_text: bool) -> _Job:
+def _block(place: RowPlace, row: Any, starts_text: bool) -> _Job:
     """A row that ends in a line break goes on in the next one (wikitext has a row a line)."""
     text = row.text if isinstance(row, TextPiece) else row["text"]
     ends = row.is_last if isinstance(row, TextPiece) else bool(text) and not text.endswith("\n")
     return _Job(place, Text(text, (), has_markup=True), None, ends, starts_text)
 
 
-def _samples(place: Place, row: dict, formatter: RowFormatter) -> Iterator[_Job]:
+def _samples(place: RowPlace, row: dict, formatter: RowFormatter) -> Iterator[_Job]:
     if formatter.is_ids(row):
         yield _Job(place, NO_TEXT, _codes_of_ids(row, formatter.train_on == "all"))
     else:
@@ -198,7 +198,7 @@ class _SampleMaker:
         bos_id = tokenizer.core.token_to_id(tokenizer.names.get("bos_token", ""))
         self.bos_codes = np.array([~bos_id] if tokenizer.adds_bos else [], np.int32)
         self.running: list[np.ndarray] = []  # codes of the block that is being filled
-        self.num_running, self.running_place = 0, Place("", 0)
+        self.num_running, self.running_place = 0, RowPlace("", 0)
 
     def codes(self, job: _Job, encoding: Any) -> np.ndarray:
         """Ids with what is given marked, the end of text appended where none is."""

@@ -51,15 +51,15 @@ class TrainedBase:
 
     Attributes:
         format_name: row of FORMATS that linears go through; None leaves every weight as stored.
-        dtype: what they are unpacked to, and what all others are rounded to.
-        kept: the packed layers that training itself wrote and read, where they are still there.
-        note: where the packed bytes come from, in words.
+        dtype: what they are dequantized to, and what all others are rounded to.
+        cached: the quantized layers that training itself wrote, where they are still there.
+        note: where the quantized bytes come from, in words.
     """
 
     def __init__(
         self, info: ModelInfo, format_name: str | None, dtype: torch.dtype, quant_cache: str
     ) -> None:
-        """Look for the packed layers of the model.
+        """Look for the quantized layers of the model.
 
         Args:
             info: the base.
@@ -70,15 +70,15 @@ class TrainedBase:
         self._linears = linear_names(info)
         self._order = {linear.name: index for index, linear in enumerate(info.linears)}
         self._prefix = f"{info.layers_prefix}."
-        self.kept: PackedCache | None = None
+        self.cached: PackedCache | None = None
         self.note = "quantised anew"
         self._layer = -1
         self._store: LayerStore | None = None
         if format_name is not None:
             shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
             self._layout = build_layout(shapes, format_name)
-            self.kept = find_kept(info, self._layout, quant_cache)
-            self.note = f"from {self.kept.directory}" if self.kept else self.note
+            self.cached = find_cached(info, self._layout, quant_cache)
+            self.note = f"from {self.cached.directory}" if self.cached else self.note
         self._stored = Weights(info) if info.quantized else None
         if self._stored is not None and format_name != info.stored_format:
             rule = f"is stored as {info.stored_format}, not {format_name or 'in 16 bit'}"
@@ -86,7 +86,7 @@ class TrainedBase:
 
     def needs(self, name: str) -> bool:
         """Whether the weight in the files is needed to make what training saw of it."""
-        return name not in self._linears or (self.kept is None and self._stored is None)
+        return name not in self._linears or (self.cached is None and self._stored is None)
 
     def __call__(
         self, name: str, weight: torch.Tensor | None, device: torch.device
@@ -103,40 +103,42 @@ class TrainedBase:
             The weight, in `dtype`; untouched without a format.
 
         Raises:
-            UserError: a kept layer is damaged (code 5).
+            UserError: a cached layer is damaged (code 5).
         """
         if weight is None and self._stored is not None:
             packed = self._stored.read_packed([name], device)
             assert packed is not None
-            return self._unpacked(next(packed), self._stored.info.tensors[name].shape, device)
+            return self._dequantized(next(packed), self._stored.info.tensors[name].shape, device)
         if weight is None:
-            return self._from_kept(name, device)
+            return self._from_cache(name, device)
         if self.format_name is None:
             return weight
         if name not in self._linears:
             return weight.to(self.dtype)
         fields = FORMATS[self.format_name].pack(weight)
-        return self._unpacked(fields, weight.shape, weight.device)
+        return self._dequantized(fields, weight.shape, weight.device)
 
-    def _unpacked(self, fields: Fields, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    def _dequantized(
+        self, fields: Fields, shape: Sequence[int], device: torch.device
+    ) -> torch.Tensor:
         layout = build_layout([(shape[0], shape[1])], str(self.format_name))
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
         put_linear(flat, layout, 0, fields)
         return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
 
-    def _from_kept(self, name: str, device: torch.device) -> torch.Tensor:
+    def _from_cache(self, name: str, device: torch.device) -> torch.Tensor:
         number, _, rest = name.removeprefix(self._prefix).partition(".")
         if self._store is None or self._layer != int(number):
-            assert self.kept is not None
-            (packed,) = self.kept.read_layers([int(number)])
+            assert self.cached is not None
+            (packed,) = self.cached.read_layers([int(number)])
             flat = packed.to(device)
             self._layer = int(number)
             self._store = LayerStore(lambda: flat, self._layout, LayerCache())
         return self._store.weight(self._order[rest.removesuffix(".weight")], self.dtype)
 
 
-def find_kept(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache | None:
-    """Find the packed layers that a training run has left on this machine.
+def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache | None:
+    """Find the quantized layers that a training run has left on this machine.
 
     Args:
         info: the base.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import arch, record
+from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
 from fsdp_qlora.errors import SECRETS, UserError, one_line, redact
@@ -53,8 +53,7 @@ def write(directory: Path, cfg: Config, info: ModelInfo) -> Path:
     """
     path = directory / CARD_NAME
     card = redact(text(cfg, info, _record(directory)), os.environ, (*MAYBE_SECRETS, *SECRETS))
-    path.write_text(card, encoding="utf-8")
-    return path
+    return atomic.write(path, card)
 
 
 def _record(directory: Path) -> Run | None:
@@ -185,7 +184,7 @@ def _results(run: Run) -> Iterator[tuple[str, str]]:
     every = "device_peak_reserved_gib", "device_total_gib"
     peak, size = (highest(run.peaks(name)) for name in every)
     if size:
-        yield "peak memory of a card", f"{peak or 0:.2f} GiB reserved of {size:.1f}"
+        yield "peak memory of a GPU", f"{peak or 0:.2f} GiB reserved of {size:.1f}"
     host = highest(run.host("host_peak_used_gib"))
     if host is not None:
         yield "peak memory of the host, all programs", f"{host:.1f} GiB"

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
+from fsdp_qlora.export.beside import OF_TOKENIZER
 
 # Not run_config.json, metrics.jsonl or logs: they name paths of this machine.
-FILES = (
-    *("README.md", "adapter_config.json", "adapter_model.safetensors", "*.jinja", "tokenizer*"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-)
+FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", *OF_TOKENIZER)
 
 
 def check(name: str | None) -> None:

@@ -260,7 +260,7 @@ def choose_rows(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> Row
         info: the base.
 
     Returns:
-        The rows; what they are is said.
+        The rows, with what they are in words.
 
     Raises:
         UserError: the data set asked for with --dataset cannot be read.
@@ -275,7 +275,7 @@ def choose_rows(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> Row
         check_own_code(vars(cfg), (), adapter.path)
         return _of_data(options, cfg, adapter, info)
     except UserError as error:
-        return _random(options, info, f"the run's rows are not at hand: {error}")
+        return _random(options, info, f"the run's rows cannot be read: {error}")
 
 
 def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelInfo) -> Rows:
@@ -287,8 +287,8 @@ def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelIn
     )
     has_held_out = len(ready.held_out) > 0
     part = ready.held_out if has_held_out else ready.train
-    found = (part[i].input_ids[: options.evidence_tokens].tolist() for i in range(len(part)))
-    ids = [row for row, _ in zip(found, range(options.evidence_rows), strict=False) if row]
+    rows = (part[i].input_ids[: options.evidence_tokens].tolist() for i in range(len(part)))
+    ids = [row for row, _ in zip(rows, range(options.evidence_rows), strict=False) if row]
     if not ids:
         raise UserError(cfg.dataset, "holds no rows to compare on", "name others with --dataset")
     kind = "held-out rows" if has_held_out else "rows, none held out,"

@@ -29,8 +29,6 @@ from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.planning.limits import ONE_GROUP_BYTES
 
-# Adapters of this size (all of them, in the compute dtype) are gathered and reduced together.
-
 
 def num_shares(strategy: str, world: World) -> int:
     """Ranks that share what is sharded: `world.size` is a multiple of it.

@@ -213,7 +213,7 @@ def graph_rows(s: Sizes, cfg: Config, setting: Setting) -> Rows:
     shapes = min(MAX_GRAPH_SHAPES, -(-cfg.context_length // PAD_MULTIPLES["cuda"]))
     shapes = 1 if cfg.dataset == "dummy" else shapes
     moments = layer_moments(s, cfg, tokens, "full", "cuda")
-    layer_bytes = s.quantized + s.constants + (s.lora + s.small) * s.item
+    layer_bytes = s.layer_bytes + (s.lora + s.small) * s.item
     wide = {"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item}
     return {
         LAYER: [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,9 +47,7 @@ class Outcome:
     @property
     def gpu_free_gib(self) -> float:
         """What stays free on the smallest GPU; negative: what is missing."""
-        if self.gpu_limit_gib is None:
-            return 0.0
-        return self.gpu_limit_gib - self.device.peak_gib
+        return 0.0 if self.gpu_limit_gib is None else self.gpu_limit_gib - self.device.peak_gib
 
     @property
     def host_free_gib(self) -> float:
@@ -130,14 +129,11 @@ def explore(
             outcomes.append(found)
             if not found.fits_safely:  # nor will what keeps more
                 break
-            if found.setting.count("streamed") and _hides_copies(found):
+            parts = found.speed.parts_s
+            is_hidden = parts[speed.HOST_LINK] < 0.8 * parts[speed.MATMULS]
+            if found.setting.count("streamed") and is_hidden:
                 hidden_batches.add(batch)
     return outcomes
-
-
-def _hides_copies(found: Outcome) -> bool:
-    parts = found.speed.parts_s
-    return parts[speed.HOST_LINK] < 0.8 * parts[speed.MATMULS]
 
 
 def _settings(
@@ -182,9 +178,8 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float | None = None) -> Outco
     Returns:
         The best one, or None when nothing fits.
     """
-    fitting = [item for item in outcomes if item.fits_safely]
-    if limit_gib is not None:
-        fitting = [item for item in fitting if item.device.peak_gib <= limit_gib]
+    most_gib = math.inf if limit_gib is None else limit_gib
+    fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= most_gib]
     if not fitting:
         return None
     fastest = max(item.speed.tokens_per_s for item in fitting)

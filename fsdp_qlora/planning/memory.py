@@ -73,7 +73,9 @@ def device(
         saved = term("a gathered tensor", params=max(s.largest, s.head), bytes=4)
     backward, forward = _backward(s, cfg, setting, kind), _forward(s, cfg, setting, kind)
     received = setting.num_ranks if setting.count("resident") else 1
-    loading: Rows = {rows.LOADING: _loading(s, received)}
+    exchanged = term("layers being exchanged", layers=1 + received, bytes=s.layer_bytes)
+    linears = term("linears in 16 bit", linears=2, weights=s.largest, bytes=2)  # one, and the next
+    loading: Rows = {rows.LOADING: [exchanged, linears]}
     # The quantized layers come first, and their working set is gone when the rest comes.
     quantized = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
     moments: dict[str, list[Rows]] = {
@@ -99,12 +101,8 @@ def device(
         for phase in ("backward", "optimizer", "save"):
             moments[phase].append({rows.SLACK: _heap(s, setting, forward, phase)})
     slack: Rows = {rows.SLACK: _slack(s, setting, forward + backward, kind)}
-    return Table(
-        {
-            phase: merged([*parts, always, *([slack] if phase != "load" else [])])
-            for phase, parts in moments.items()
-        }
-    )
+    last = {phase: [always, slack] if phase != "load" else [always] for phase in moments}
+    return Table({phase: merged([*parts, *last[phase]]) for phase, parts in moments.items()})
 
 
 def moment_bytes(cfg: Config) -> int:
@@ -155,10 +153,9 @@ def _states(s: Sizes, setting: Setting) -> Rows:
         found[rows.UNQUANTISED].append(lengths)
     found[rows.ADAPTERS] = _trained("master copy", s, setting, s.master)
     found[rows.BUFFERS] = []
-    layer_bytes = s.quantized + s.constants
     if num_streamed := setting.count("streamed"):
         slots = min(NUM_SLOTS + (setting.count("resident") > 0), num_streamed)
-        found[rows.BUFFERS] = [term("slots of weight streaming", slots=slots, bytes=layer_bytes)]
+        found[rows.BUFFERS] = [term("slots of weight streaming", slots=slots, bytes=s.layer_bytes)]
     if s.root < 2 * s.head and setting.shares > 1:  # tied: gathered once for both ends
         found[rows.BUFFERS] += [term("tied embedding", params=s.head, bytes=s.item)]
     return found
@@ -171,31 +168,17 @@ def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
     return {rows.SCRATCH: at_work(s, cfg)} if is_kept_whole(s, cfg) else {}
 
 
-def _without(found: Rows, *names: str) -> Rows:
-    return {row: terms for row, terms in found.items() if row not in names}
-
-
-def _loading(s: Sizes, received: int) -> list[Term]:
-    """See model/load.py: a layer made here and what is received, a linear and the next one."""
-    return [
-        term("layers being exchanged", layers=1 + received, bytes=s.quantized + s.constants),
-        term("linears in 16 bit", linears=2, weights=s.largest, bytes=2),
-    ]
-
-
 def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     """Gathered FSDP groups around the layer at work."""
     num = setting.count("sharded", "offloaded")
-    held = s.layers if setting.keeps_gathered else min(num, 2)
-    held = min(held, num)
-    terms = []
-    if setting.num_ranks == 1:
-        held = min(held, 1)
+    keeps_all = setting.keeps_gathered and setting.num_ranks > 1
+    most = s.layers if keeps_all else min(setting.num_ranks, 2)
+    held, terms = min(num, most), []
     if held:
         what = "gathered: this layer and the next" if held == 2 else "gathered layers"
-        terms.append(term(what, layers=held, bytes=s.quantized + s.constants))
+        terms.append(term(what, layers=held, bytes=s.layer_bytes))
     if held and setting.num_ranks > 1:  # FSDP copies what was gathered into the parameter
-        terms.append(term("one more, as gathered", bytes=s.quantized + s.constants))
+        terms.append(term("one more, as gathered", bytes=s.layer_bytes))
     if setting.keeps_gathered:
         terms.append(term("embedding and head, kept gathered", params=s.root, bytes=s.item))
     if s.lora and _is_one_group(s):
@@ -239,13 +222,13 @@ def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
         if at == 0 and _is_one_group(s) and s.lora:
             what, nbytes = "their gradients: 16 bit, 32 bit", s.item + 4
             reduced = [term(what, params=s.lora, layers=s.layers, bytes=nbytes)]
-            moments.append(merged([_without(common, rows.KEPT), {rows.BUFFERS: reduced}]))
+            moments.append(merged([common | {rows.KEPT: []}, {rows.BUFFERS: reduced}]))
         owns = layer_moments(s, cfg, tokens, setting.levels[at], kind)
         if setting.levels[at] == "full" and uses_graphs(s, cfg, setting, kind):
             wide = {"tokens": tokens, "hidden": s.hidden, "bytes": s.item}
             owns = [{rows.LAYER: [term("gradients of input and output", n=2, **wide)]}]
         elif is_kept_whole(s, cfg):  # it stays, see _staying
-            owns = [_without(own, rows.SCRATCH) for own in owns]
+            owns = [own | {rows.SCRATCH: []} for own in owns]
         moments += [merged([common, own]) for own in owns]
     return moments
 
@@ -390,9 +373,8 @@ def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
     """What is trained, as rank 0 writes it beside the training (training/checkpoint.py)."""
     if not cfg.saves_checkpoints:
         return []
-    params = s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
-    nbytes = s.master + moment_bytes(cfg)
-    return [term("copies for checkpoints: weights, moments", params=params, bytes=nbytes)]
+    wide = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(cfg)}
+    return [term("copies for checkpoints: weights, moments", **wide)]
 
 
 def _saving(s: Sizes, setting: Setting) -> list[Term]:
@@ -415,5 +397,4 @@ def _hosted(s: Sizes, setting: Setting) -> list[Term]:
     """The quantized layers that lie on the host."""
     words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
     counts = {what: setting.count(placement) for placement, what in words.items()}
-    nbytes = s.quantized + s.constants
-    return [term(what, layers=num, bytes=nbytes) for what, num in counts.items() if num]
+    return [term(what, layers=num, bytes=s.layer_bytes) for what, num in counts.items() if num]

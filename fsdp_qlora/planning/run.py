@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +15,7 @@ from fsdp_qlora.planning import fit, show
 from fsdp_qlora.planning.fit import Outcome
 from fsdp_qlora.planning.sizes import applied, setting_for
 
-ENV = (
-    "FSDP_QLORA_PLAN"  # what the supervisor tells its ranks, so that they plan for the same machine
-)
+ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
 
@@ -86,8 +83,7 @@ class RunPlan:
         found, lines = self.found, [("fit", self.note)] if self.note else []
         if found is not None:
             lines = [*show.brief(self.machine, found), *lines]
-        wrap = textwrap.TextWrapper(show.WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False)
-        return [line for name, words in lines for line in wrap.wrap(f"{name:<10}{words}")]
+        return show.wrapped(lines)
 
     @property
     def env(self) -> dict[str, str]:

@@ -379,6 +379,11 @@ def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any
         if not gpu.has_bf16 and cfg.compute_dtype == "bfloat16"
     ]
     lines += [("note", note) for note in cfg_notes(cfg)]
+    return wrapped(lines)
+
+
+def wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of (name, words), the names in a column of their own, at most WIDTH columns wide."""
     wrap = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False)
     return [line for name, words in lines for line in wrap.wrap(f"{name:<10}{words}")]
 

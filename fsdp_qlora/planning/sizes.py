@@ -236,6 +236,15 @@ class Sizes:
     file_bytes: int
     master: int
 
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of a layer's frozen linears and their constants, as stored."""
+        return self.quantized + self.constants
+
+    def num_trained(self, setting: Setting) -> int:
+        """Trained parameters of the model."""
+        return self.lora * self.layers + self.whole * setting.count("trained") + self.trained_root
+
 
 def sizes(info: ModelInfo, cfg: Config) -> Sizes:
     """Collect the numbers of a model and a run.

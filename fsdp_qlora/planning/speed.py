@@ -91,7 +91,7 @@ def _passes(
     attention = 2.0 * s.layers * s.attention * cfg.context_length * tokens
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora * s.layers * tokens
-    weight_grads = 2.0 * _trained(s, setting) * tokens - lora  # of what is trained itself
+    weight_grads = 2.0 * s.num_trained(setting) * tokens - lora  # of what is trained itself
     num_full, num_selective = setting.count("full"), setting.count("selective")
     # A non-reentrant recomputation stops before the last matmul.
     left_out = 0 if cfg.reentrant_checkpointing else s.last / s.active
@@ -122,20 +122,21 @@ def _passes(
 
 def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple[float, float]:
     """Seconds of one pass on the link to the host, and on the link between GPUs."""
-    layer_bytes = s.quantized + s.constants
     host_bytes_s, ranks = gpu.host_link_gbs * 1e9, setting.num_ranks
     peer_bytes_s = (gpu.peer_gbs or gpu.host_link_gbs) * 1e9
     others = 1 - 1 / ranks
     is_kept = is_backward and setting.keeps_gathered
     grouped = 0 if is_kept else setting.count("sharded", "offloaded")
     sliced = 0 if is_kept else setting.count("offloaded")
-    gathered = grouped * layer_bytes * others
+    gathered = grouped * s.layer_bytes * others
     if setting.shares > 1:
-        adapters = _trained(s, setting) * (2 + 4 * is_backward)  # gathered in 16 bit, reduced in 32
+        adapters = s.num_trained(setting) * (
+            2 + 4 * is_backward
+        )  # gathered in 16 bit, reduced in 32
         ends = (1 if is_backward else 2) * s.head * s.item  # the embedding takes no part backwards
         gathered += (adapters + ends) * others
-    host_s = setting.count("streamed") * layer_bytes / (STREAM_SHARE * host_bytes_s)
-    slice_s = sliced * layer_bytes / ranks / host_bytes_s / GATHER_SHARE
+    host_s = setting.count("streamed") * s.layer_bytes / (STREAM_SHARE * host_bytes_s)
+    slice_s = sliced * s.layer_bytes / ranks / host_bytes_s / GATHER_SHARE
     peer_s = gathered / peer_bytes_s / GATHER_SHARE
     host_s += slice_s + (peer_s if sliced else 0.0)  # a layer's slices come before its gather
     if gpu.peer_gbs:
@@ -144,13 +145,11 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
     return (total_s, 0.0) if host_s > peer_s else (0.0, total_s)
 
 
-def _trained(s: Sizes, setting: Setting) -> int:
-    return s.lora * s.layers + s.whole * setting.count("trained") + s.trained_root
-
-
 def _optimizer_s(s: Sizes, setting: Setting, gpu: Device) -> float:
     """AdamW reads and writes weights, gradients and two moments once."""
-    return 28.0 * _trained(s, setting) / setting.shares / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
+    return (
+        28.0 * s.num_trained(setting) / setting.shares / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
+    )
 
 
 def num_rows(cfg: Config) -> int | None:

@@ -132,20 +132,20 @@ class Evaluator:
         return Path(self.cfg.resolved_output_dir) / BEST
 
     def _ask(self, when: str) -> None:
-        found = []
+        texts = []
         for prompt in self.data.prompts:
             text = self.answer(prompt)
             values = {"prompt": prompt.shown, "answer": text, "expected": prompt.expected}
             self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
-            found.append(text)
-        self.answers[self.num_done] = found
+            texts.append(text)
+        self.answers[self.num_done] = texts
 
     def _recall(self) -> None:
         """What the run saw before it was stopped; the record of a run that goes on is there."""
         place = self._best_dir / EVALUATION
         if place.is_file():
-            found = json.loads(place.read_text())
-            self.best = (found["loss"], found["step"])
+            best = json.loads(place.read_text())
+            self.best = (best["loss"], best["step"])
         record = self._best_dir.parent / "metrics.jsonl"
         lines = record.read_text().splitlines() if record.is_file() else []
         for line in map(json.loads, (line for line in lines if '"event"' in line)):

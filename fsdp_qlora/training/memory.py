@@ -403,7 +403,7 @@ class MemoryTracker:
             rest = peak.left_gib - sum(self.held.values())
             self.held[names.LIBRARIES] = max(rest, 0.0)
         load = dict(self.held)
-        if peak.allocated_gib > peak.left_gib:  # the packed layers come first, see plan/memory.py
+        if peak.allocated_gib > peak.left_gib:  # quantized layers come first, see planning/memory
             load |= {names.UNQUANTISED: 0.0, names.ADAPTERS: 0.0}
         load[names.LOADING] = max(self._own(peak) - sum(load.values()), 0.0)
         load |= self._beside(peak)

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.chat import Chat, Refused, Template, Text
-from fsdp_qlora.data.readers import Place
+from fsdp_qlora.data.readers import RowPlace
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
@@ -36,7 +36,7 @@ def samples(text_tokenizer, chats, template=None, **how):
     """Samples of conversations, as (ids, learned)."""
     chat = text_tokenizer.chat()
     formatter = row_formats.choose(template, chat, text_tokenizer.names, **how)
-    rows = ((Place("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
+    rows = ((RowPlace("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
     store = tokens.tokenize(StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
     assert store.facts["bad"] == []
     return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in TokenDataset(store)]

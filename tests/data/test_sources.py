@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from fsdp_qlora.data import sources
-from fsdp_qlora.data.readers import BadRow, Place, TextPiece
+from fsdp_qlora.data.readers import BadRow, RowPlace, TextPiece
 from fsdp_qlora.data.sources import SourceOptions
 from fsdp_qlora.errors import UserError
 
@@ -101,7 +101,7 @@ def test_a_text_comes_in_pieces_that_together_are_the_text(tmp_path):
     assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert all(piece.text[-1] == "\n" and not piece.text[0].isspace() for piece in pieces[1:-1])
     line = 1 + pieces[0].text.count("\n")
-    assert found(tmp_path / "x.txt")[1][0] == Place(str(tmp_path / "x.txt"), line)
+    assert found(tmp_path / "x.txt")[1][0] == RowPlace(str(tmp_path / "x.txt"), line)
 
 
 def test_a_text_of_one_long_line_is_read_and_bad_bytes_are_named(tmp_path):

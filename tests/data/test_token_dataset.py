@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora.data import token_dataset
-from fsdp_qlora.data.readers import Place
+from fsdp_qlora.data.readers import RowPlace
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 
 CODES = [[~5, 6, 7], [~1, ~2, 3], [4], [], [~5, 6, 7]]
@@ -18,7 +18,7 @@ CODES = [[~5, 6, 7], [~1, ~2, 3], [4], [], [~5, 6, 7]]
 
 def build(builder: StoreBuilder):
     for number, codes in enumerate(CODES, 1):
-        builder.add(np.array(codes, np.int32), Place("ab"[number % 2], number), 9)
+        builder.add(np.array(codes, np.int32), RowPlace("ab"[number % 2], number), 9)
     return builder.finish({"num_rows": 5})
 
 

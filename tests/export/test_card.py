@@ -66,7 +66,7 @@ def test_its_figures_are_those_of_the_record(run_dir: Path):
     for name, version in lines[0]["versions"].items():
         assert value(text, name) == version
     cards = [rank["device_peak_reserved_gib"] for step in steps for rank in step["ranks"]]
-    assert ("peak memory of a card" in text) == any(cards)
+    assert ("peak memory of a GPU" in text) == any(cards)
 
 
 def test_its_command_makes_the_same_run(run_dir: Path):

@@ -125,7 +125,7 @@ def test_what_the_user_gave_is_not_changed():
     assert {item.setting.count("streamed") for item in outcomes} >= {0, 32}
 
 
-def test_notches_go_down_and_stay_fast():
+def test_fallbacks_go_down_and_stay_fast():
     """Each needs clearly less of the GPU; the last is about the least there is."""
     outcomes = fit.explore(*run_of("7b"), machine_of("2x3090", 64))
     best = fit.choose(outcomes)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fsdp_qlora.config import Config, to_dict
+from fsdp_qlora.config import Config, renamed, to_dict
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report import tables
 from tests.report.runs import (
@@ -241,7 +241,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 def test_one_run_shows_what_differs_from_the_defaults_and_a_command_that_says_so(tmp_path):
     page, config = (
         page_of(REAL, out=tmp_path),
-        json.loads((REAL / "summary.json").read_text())["config"],
+        renamed(json.loads((REAL / "summary.json").read_text())["config"])[0],
     )
     defaults = to_dict(Config())
     changed = {k for k in config if config[k] != defaults.get(k, "")} - {*tables.OWN_FLAGS}

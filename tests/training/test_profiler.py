@@ -1,4 +1,4 @@
-"""Traces of torch.profiler on the steps asked for (train/profiler.py), on a CPU."""
+"""Traces of torch.profiler on the steps asked for (training/profiler.py), on a CPU."""
 
 import gzip
 import json
