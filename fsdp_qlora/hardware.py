@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import math
@@ -14,15 +13,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from fsdp_qlora import atomic
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 1024**3
+PACKAGES = (
+    *("torch", "transformers", "bitsandbytes", "peft", "hqq", "accelerate", "datasets"),
+    *("safetensors", "tokenizers", "liger-kernel", "flash-attn"),
+)
 MACHINE_FIELDS = (
     "host_total_gib",
     "host_available_gib",
@@ -549,39 +556,26 @@ def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
     return dict(zip(MACHINE_FIELDS, sizes, strict=True))
 
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "peft",
-    "hqq",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "liger-kernel",
-    "flash-attn",
-)
-
-
-def versions(device: Any) -> dict[str, str]:
+def versions(device: "torch.device") -> dict[str, str]:
     """What this run runs on: packages, Python, system, and the GPU with its driver.
 
     Args:
-        device: torch.device of this rank.
+        device: the device of this rank.
 
     Returns:
         Name -> version; packages that are not installed are left out.
     """
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     if device.type == "cuda":
         import torch
 
         found["cuda"] = str(torch.version.cuda)
         found["card"] = torch.cuda.get_device_name(device)
         found["num_cards"] = str(torch.cuda.device_count())
-        found["driver"] = driver_version() or "unknown"
+        driver = Path("/proc/driver/nvidia/version")
+        number = re.search(r"\d{3,}\.\d+(\.\d+)?", driver.read_text() if driver.exists() else "")
+        found["driver"] = number[0] if number else "unknown"
     return found

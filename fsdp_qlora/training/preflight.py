@@ -1,11 +1,10 @@
-"""What can be seen to be wrong before a rank is started: libraries, GPUs, tokenizer, rows, disk.
+"""What is checked before a rank is started: libraries, GPUs, tokenizer, all rows, room on the disk.
 
 Nothing here imports torch, so that the user knows within a second or two, and no directory has
 been made by then.
 """
 
 import contextlib
-import errno
 import importlib.util
 import os
 import re
@@ -13,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 
 from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.atomic import IS_FULL
 from fsdp_qlora.checkpoint_store import last_step, steps
 from fsdp_qlora.config import TRAIN_TYPES, Config, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
@@ -21,10 +21,8 @@ from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import DTYPE_BYTES
 
-IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
-
 ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
+FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
@@ -39,12 +37,12 @@ def check(plan: RunPlan) -> None:
         plan: of the run.
 
     Raises:
-        UserError: a library is not installed, or a card is too old (code 3); no such data, a bad
+        UserError: a library is not installed, or a GPU is too old (code 3); no such data, a bad
             row, no usable tokenizer, nothing left to train on.
     """
     check_optimizer(plan.cfg.optimizer, bool(plan.machine.gpus))
     _check_libraries(plan.cfg)
-    _check_cards(plan)
+    _check_gpus(plan)
     _check_data(plan.cfg, plan.info)
 
 
@@ -61,9 +59,9 @@ def _check_libraries(cfg: Config) -> None:
             raise UserError(f"--log_to {name}", "is not installed", remedy, ENVIRONMENT)
 
 
-def _check_cards(plan: RunPlan) -> None:
-    """A card without bf16 computes it all the same, many times slower: torch does not say so."""
-    lacking = [card.name for card in plan.machine.gpus if not card.has_bf16]
+def _check_gpus(plan: RunPlan) -> None:
+    """A GPU without bf16 computes it all the same, many times slower: torch does not say so."""
+    lacking = [gpu.name for gpu in plan.machine.gpus if not gpu.has_bf16]
     if lacking and plan.cfg.compute_dtype == "bfloat16":
         got = f"--precision {plan.cfg.precision} on a {lacking[0]}"
         remedy = "leave --precision out, or use fp16_autocast"
