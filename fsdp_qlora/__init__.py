@@ -1,3 +1,7 @@
-"""fsdp_qlora: fine-tune large language models on 4-bit weights sharded over the GPUs people own."""
+"""Fine-tune large language models over a 4-bit base, sharded with FSDP2: the public API."""
 
-__version__ = "0.1.0"
+from fsdp_qlora.api import TrainError, TrainResult, plan, train
+from fsdp_qlora.config import TrainConfig
+
+__version__ = "0.2.0"
+__all__ = ["TrainConfig", "TrainError", "TrainResult", "__version__", "plan", "train"]

@@ -24,6 +24,11 @@ IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems whose directories take no fsync
 
 
+def cache_dir() -> Path:
+    """Directory of everything that can be made again: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora."""
+    return Path(os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora"))
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a directory, to the disk.
 

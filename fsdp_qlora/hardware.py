@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from fsdp_qlora import atomic
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 if TYPE_CHECKING:
@@ -329,7 +330,7 @@ def machine_file() -> Path:
 
     Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
     """
-    root = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
+    root = atomic.cache_dir()
     return Path(root).expanduser() / "machine.json"
 
 

@@ -148,7 +148,7 @@ def open_run(adapter: Path | None, cfg: Config) -> Opened:
     else:
         os.environ.update(child_env({}, 0, 1, find_port(None)))
     from fsdp_qlora.distributed import world as worlds
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
 
     world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()

@@ -15,61 +15,59 @@ from typing import Any, TextIO, cast
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
 from fsdp_qlora.export import adapter, hub
+from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training import preflight, resume
 
 
-def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) -> None:
+def run(
+    plan: RunPlan,
+    world,
+    given: frozenset[str] = frozenset(),
+    poll: Callable[[], None] = lambda: None,
+    **probe,
+) -> None:
     """Train as one of the ranks.
 
     Args:
         plan: the run, with what was chosen for it; its output directory is there.
-        world: this process among the ranks (train/world.py).
+        world: this process among the ranks, a distributed.world.World.
         given: names of the options that the user wrote.
-        dry_run: further arguments of train.rehearsal.rehearse.
+        poll: called after each step.
+        probe: further arguments of training.memory_probe.run.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.model.build import build
     from fsdp_qlora.report import page
-    from fsdp_qlora.results import session
-    from fsdp_qlora.training import checkpoint, loop, memory, memory_probe, metrics, trackers
-    from fsdp_qlora.training.profiler import attach
+    from fsdp_qlora.training import checkpoint, loop, metrics, profiler, summary, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
     resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
-
-    if not memory_probe.is_wanted(cfg, world.device):  # it would take as many as the data can bring
-        plan = plan.for_rows(dataset.train.most_tokens)
-    tracker = memory.MemoryTracker(plan, world.device, session.nbytes(dataset))
-    with tracker.phase("load"):
-        built = build(cfg, info, world)
-    tracker.record_model(built.model, built.placed)
-    trained = loop.prepare(built.model, cfg, num_steps, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
-
-    record = session.describe(cfg, info, dataset, built, tracker)
-    if memory_probe.is_wanted(cfg, world.device):
-        record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **dry_run))
+    trained, tracker, record, pinned_bytes = _build(plan, dataset, world, **probe)
     resumed.restore(trained)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
-    pinned_bytes, has_bar = built.loaded.pinned_bytes, "stdout" not in cfg.log_targets
+    has_bar = "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
+
+    def follow() -> None:
+        after_step()
+        poll()
+
     with (
         preflight.explain_disk_full(cfg),
         metrics.Recorder(
             out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
         ) as recorder,
-        attach(cfg, world.rank, world.device, recorder.say) as after_step,
+        profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
         evaluator = _evaluator(trained, dataset, plan, recorder, tracker)
         evaluator.num_done = resumed.step
-        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, after_step)
+        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, follow)
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with tracker.phase("save"):
@@ -78,7 +76,27 @@ def run(plan: RunPlan, world, given: frozenset[str] = frozenset(), **dry_run) ->
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
         page.write([out_dir], out_dir)
-        print(session.farewell(cfg), flush=True)
+        print(summary.farewell(cfg), flush=True)
+
+
+def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any], int]:
+    """What is trained, its memory by row, the facts of the run, and bytes pinned."""
+    from fsdp_qlora.model.load import build
+    from fsdp_qlora.training import loop, memory, memory_probe, summary
+
+    cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
+    if not is_probed:  # a probe would take as many tokens as the data can bring
+        plan = plan.for_rows(dataset.train.most_tokens)
+    tracker = memory.MemoryTracker(plan, world.device, summary.nbytes(dataset))
+    with tracker.phase("load"):
+        built = build(cfg, plan.info, world)
+    tracker.record_model(built.model, built.placed)
+    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
+    tracker.record_optimizer(trained.params, trained.optimizer)
+    record = summary.describe(cfg, plan.info, dataset, built, tracker)
+    if is_probed:
+        record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
+    return trained, tracker, record, built.loaded.pinned_bytes
 
 
 def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
@@ -96,6 +114,32 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
     return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
+
+
+def join_and_run(
+    cfg: config.Config, given: frozenset[str], poll: Callable[[], None] = lambda: None
+) -> RunPlan:
+    """Be one of the ranks, of a process group that is there or of a new one.
+
+    Args:
+        cfg: the run.
+        given: names of the options that the user wrote.
+        poll: called after each step.
+
+    Returns:
+        The plan that was gone by.
+    """
+    from fsdp_qlora.distributed import world as worlds
+
+    known = worlds.of_process_group()
+    if known is None:
+        os.environ.update(env.rank_env(os.environ, cfg))
+    world = known or worlds.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
+    plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
+    run(plan, world, given, poll)
+    if known is None:
+        worlds.leave()
+    return plan
 
 
 def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
@@ -165,32 +209,54 @@ def ignore_broken_pipe() -> Iterator[None]:
             err.flush()
 
 
+def launch_ranks(
+    argv: list[str],
+    start=supervise.start,
+    watcher: launch.Watcher = launch.Watcher(),  # noqa: B008  (frozen)
+) -> int:
+    """Check all that needs no torch, then be a rank or start the ranks.
+
+    Args:
+        argv: the command line.
+        start: starts a rank.
+        watcher: follows the run.
+
+    Returns:
+        Exit code of the command.
+
+    Raises:
+        UserError: what was checked is not as it must be.
+    """
+    saved, is_supervised = None, env.is_supervised(os.environ)
+    is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
+    say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
+    if not is_supervised:
+        argv, saved = resume.expand(argv, say)
+    cfg, given = config.parse(argv, say=say), config.given(argv)
+    if saved is not None and resume.is_done(saved, cfg):
+        print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
+        return errors.DONE
+    if env.is_rank(os.environ):
+        os.environ.update(env.rank_env(os.environ, cfg))
+        rank_main(cfg, given)
+        return errors.DONE
+    plan = launch.plan_run(cfg, given)
+    plans.announce(plan, say)
+    resume.check_early(saved, plan, adapter.digest(plan.info))
+    preflight.check_room(plan.cfg, plan.info)
+    preflight.check(plan)
+    hub.check(cfg.push_to_hub)
+    code = launch.supervise(cfg, argv, plan=plan, start=start, watcher=watcher)
+    if code == errors.DONE:
+        hub.push(cfg.resolved_output_dir, cfg.push_to_hub)
+    return code
+
+
 @ignore_broken_pipe()
 def main(argv: list[str], start=supervise.start) -> int:
-    """Check all that needs no torch, then be a rank or start the ranks; return the exit code."""
+    """Run the command line `argv`; every error is one line. Returns the exit code."""
     try:
-        saved, is_supervised = None, env.is_supervised(os.environ)
-        is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
-        say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
-        if not is_supervised:
-            argv, saved = resume.expand(argv, say)
-        cfg, given = config.parse(argv, say=say), config.given(argv)
-        if saved is not None and resume.is_done(saved, cfg):
-            print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
-            return errors.DONE
-        if env.is_rank(os.environ):
-            os.environ.update(env.rank_env(os.environ, cfg))
-            rank_main(cfg, given)
-            return errors.DONE
-        plan = launch.plan_run(cfg, given)
-        resume.check_early(saved, plan, adapter.digest(plan.info))
-        preflight.check_room(plan.cfg, plan.info)
-        preflight.check(plan)
-        hub.check(cfg.push_to_hub)
-        code = launch.supervise(cfg, argv, plan=plan, start=start)
-        if code == errors.DONE:
-            hub.push(cfg.resolved_output_dir, cfg.push_to_hub)
-        return code
+        return launch_ranks(argv, start)
     except errors.UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.code

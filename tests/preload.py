@@ -31,7 +31,7 @@ for name in (
     "fsdp_qlora.inference",
     "fsdp_qlora.training.evaluate",
     "fsdp_qlora.report.page",
-    "fsdp_qlora.results.session",
+    "fsdp_qlora.training.summary",
     "fsdp_qlora.training.loop",
     "fsdp_qlora.training.profiler",
     "fsdp_qlora.training.memory_probe",

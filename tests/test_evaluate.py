@@ -29,7 +29,7 @@ def samples(num, seed):
 
 
 def build(world, path, *flags):
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop
     from fsdp_qlora.training.memory import MemoryTracker
 

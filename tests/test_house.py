@@ -31,13 +31,11 @@ NO_CODE = (
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 HEAVY = {"torch", "transformers", "peft", "bitsandbytes", "hqq", "accelerate", "datasets"}
-LIGHT_ROOMS = ("base", "planning", "checkpoint_store", "top")
 LIGHT_MODULES = (
     "data.row_formats",
     "data.sources",
     "report.page",
     "report.charts",
-    "training.preflight",
     "training.resume",
     "distributed.launch",
     "run",
@@ -45,22 +43,15 @@ LIGHT_MODULES = (
 WITHOUT_NUMPY = ("config", "cli", "errors", "distributed.launch")
 
 # A room imports from the rooms before it, never after; data and model know nothing of each other.
-ORDER = {
-    **{
-        "base": 0,
-        "plan": 1,
-        "planning": 1,
-        "checkpoint_store": 1.5,
-        "ranks": 1.9,
-        "distributed": 2,
-    },
-    **{"data": 3, "model": 3, "train": 4, "training": 4},
-    **{"results": 5, "export": 5, "inference": 6, "report": 6, "bench": 7, "doctor": 7},
-    **{"fetch": 7, "run": 8, "top": 9},
-}
-# Rooms of the old layout that stand in later ones' places until they are gone.
-RANKS: set[str] = set()
-TOPS = ("__main__", "run")
+ROOMS = (
+    *(("errors",), ("atomic",), ("cli",), ("config",), ("hardware",), ("arch",), ("planning",)),
+    *(("checkpoint_store", "record"), ("distributed",), ("data", "model"), ("training",)),
+    *(("export",), ("inference",), ("report",), ("bench", "doctor", "fetch"), ("run",)),
+    *(("api", "__main__"), ("",)),
+)
+ORDER = {name: place for place, names in enumerate(ROOMS) for name in names}
+LIGHT_ROOMS = ("", "__main__", "api", "run")
+LIGHT_ROOMS += tuple(name for name in ORDER if ORDER[name] <= ORDER["record"])
 
 DISTRIBUTED = "torch.distributed"
 TORCH_METHODS = {"forward", "backward", "setup_context", "extra_repr"}  # torch says what they are
@@ -137,14 +128,7 @@ def is_part(name: str, package: str) -> bool:
 
 
 def room(module: str) -> str:
-    first, _, rest = module.partition(".")
-    if first.startswith("fetch"):
-        return "fetch"
-    if first.startswith(TOPS):
-        return "top"
-    if first == "train":
-        return "ranks" if rest.split(".")[0] in RANKS else "training"
-    return first if first in ORDER else "base"
+    return module.partition(".")[0]
 
 
 def is_light(module: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
-from fsdp_qlora.model import build as building
+from fsdp_qlora.model import load as building
 from fsdp_qlora.model.skeleton import PackedModel
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0

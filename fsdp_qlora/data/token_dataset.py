@@ -211,7 +211,7 @@ def cache_root(setting: str) -> Path | None:
     """
     if setting == "off":
         return None
-    usual = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
+    usual = atomic.cache_dir()
     return Path(usual if setting == "auto" else setting).expanduser()
 
 

@@ -272,7 +272,9 @@ class StopFlag:
         self._is_deferred = False
 
     def install(self) -> None:
-        """Take over both signals."""
+        """Take over both signals; in a thread beside the main one Python allows nobody to."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo, trained
@@ -52,6 +53,23 @@ class Attempt:
     plan: RunPlan | None
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     num_restarts: int = 0
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Who follows a run from the process that has started its ranks.
+
+    Attributes:
+        tell: is told why a run failed, in a few lines.
+        poll: called some twenty times a second while the ranks run; what it raises ends them.
+    """
+
+    tell: Callable[[str], Any] = _to_stderr
+    poll: Callable[[], None] = lambda: None
 
 
 def claim_output_dir(cfg: Config) -> Path:
@@ -139,6 +157,7 @@ def supervise(
     program: Sequence[str] = PROGRAM,
     plan: RunPlan | None = None,
     start: Callable[[RankSpec], Rank] = processes.start,
+    watcher: Watcher = Watcher(),
 ) -> int:
     """Run a program once per rank and wait for all of them.
 
@@ -156,6 +175,7 @@ def supervise(
         program: what every rank runs, in front of `argv`.
         plan: of the run.
         start: starts a rank.
+        watcher: follows the run.
 
     Returns:
         Exit code of the command: 0 when all ranks came to their end; the code a failed rank left
@@ -168,17 +188,18 @@ def supervise(
     is_new = not os.path.lexists(cfg.resolved_output_dir)
     output_dir = claim_output_dir(cfg)
     attempt = Attempt([*argv, f"--output_dir={output_dir}"], plan)
+    go = functools.partial(_run, cfg, program, start, watcher)
     with processes.caught_signals() as stops:
-        found = _run(cfg, program, attempt, start, stops)
+        found = go(attempt, stops)
         while not stops and (again := _again(found, attempt, cfg)) is not None:
             attempt = again
             exit_report.clear_errors(output_dir)
-            found = _run(cfg, program, attempt, start, stops)
+            found = go(attempt, stops)
     is_own = found.code in exit_report.OWN_FAULTS and not found.has_begun
     if is_new and is_own and not any(f"{output_dir}/" in line for line in found.lines):
         _leave(output_dir)
     for line in found.lines:
-        print(line, file=sys.stderr)
+        watcher.tell(line)
     return found.code
 
 
@@ -195,8 +216,9 @@ def _leave(output_dir: Path) -> None:
 def _run(
     cfg: Config,
     program: Sequence[str],
-    attempt: Attempt,
     start: Callable[[RankSpec], Rank],
+    watcher: Watcher,
+    attempt: Attempt,
     stops: Sequence[int],
 ) -> ExitReport:
     """Start all ranks, wait for their end, and say what it was."""
@@ -223,7 +245,7 @@ def _run(
             for rank in range(num_ranks)
         ]
         watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, cfg.hang_timeout)
-        ended = processes.run(specs, start, stops, watch)
+        ended = processes.run(specs, start, stops, watch, watcher.poll)
     saved = None if ended.is_done else checkpoint_store.latest(output_dir)
     how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
     num_kills = hardware.oom_kills(cgroup) - num_kills
@@ -270,25 +292,23 @@ def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
 
 
 def plan_run(cfg: Config, given: frozenset[str]) -> RunPlan:
-    """Make the plan of a run on this machine, and say it; no torch.
+    """Make the plan of a run on this machine; no torch.
 
     Args:
         cfg: the run as the user gave it.
         given: names of the options that the user wrote.
 
     Returns:
-        The plan, of which the ranks will be told.
+        The plan, of which the ranks will be told; whether it fits is not looked at.
 
     Raises:
-        UserError: no such model, more ranks than cards, or it does not fit (code 3).
+        UserError: no such model, or more ranks than GPUs (code 3).
     """
     info = _read(cfg)
     cfg = trained.adopt_format(cfg, info.stored_format, given)
     num_cards = count_gpus(os.environ)
     machine = plans.find_machine(os.environ, plan_ranks(cfg, num_cards), num_cards)
-    found = plans.make(info, cfg, given, machine)
-    plans.announce(found, lambda line: print(line, flush=True))
-    return found
+    return plans.make(info, cfg, given, machine)
 
 
 def _read(cfg: Config) -> ModelInfo:

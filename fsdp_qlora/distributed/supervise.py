@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -90,8 +91,14 @@ class RanksExit:
 
 @contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a terminal that goes away (SIGHUP) stops nothing."""
+    """Collect SIGINT and SIGTERM in a list; a terminal that goes away (SIGHUP) stops nothing.
+
+    Outside the main thread Python hands no signals over: the list stays empty.
+    """
     stops: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stops
+        return
     before = {
         number: signal.signal(number, lambda caught, _: stops.append(caught))
         for number in STOP_SIGNALS
@@ -139,7 +146,11 @@ def tied_to_parent() -> Callable[[], None] | None:
 
 
 def run(
-    specs: Sequence[RankSpec], start: Callable[[RankSpec], Rank], stops: Sequence[int], watch: Watch
+    specs: Sequence[RankSpec],
+    start: Callable[[RankSpec], Rank],
+    stops: Sequence[int],
+    watch: Watch,
+    poll: Callable[[], None] = lambda: None,
 ) -> RanksExit:
     """Start all ranks and wait until none is left.
 
@@ -148,13 +159,14 @@ def run(
         start: starts one.
         stops: signals that this process has caught, as they come.
         watch: tells which ranks hang.
+        poll: called again and again meanwhile; what it raises ends the ranks.
     """
     with ExitStack() as stack:
         ranks: list[Rank] = []
         stack.callback(_kill, ranks)
         for spec in specs:
             ranks.append(start(spec))
-        return _Supervisor(ranks, stops, watch).wait()
+        return _Supervisor(ranks, stops, watch).wait(poll)
 
 
 class _Supervisor:
@@ -169,8 +181,9 @@ class _Supervisor:
         self._hung: list[int] = []
         self._signs: Sequence[Heartbeat] = ()
 
-    def wait(self) -> RanksExit:
+    def wait(self, poll: Callable[[], None]) -> RanksExit:
         while None in [rank.poll() for rank in self._ranks]:
+            poll()
             self._obey()
             if not self._ended and any(map(self._has_failed, range(len(self._ranks)))):
                 self._end(GRACE_S, signal.SIGTERM)

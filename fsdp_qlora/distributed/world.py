@@ -13,6 +13,7 @@ from torch.utils import deterministic
 
 from fsdp_qlora.distributed.env import LISTENER
 from fsdp_qlora.distributed.exit_report import LinkError
+from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,36 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum(0.0)
+
+
+def of_process_group(local_rank: int | None = None) -> World | None:
+    """Return this process among the ranks of a process group that somebody else has made.
+
+    Args:
+        local_rank: on this machine; None: as LOCAL_RANK says, else the rank.
+
+    Returns:
+        None where there is no group yet.
+
+    Raises:
+        UserError: the group has no backend for tensors on the host (code 3).
+    """
+    if not dist.is_initialized():
+        return None
+    rank, size = dist.get_rank(), dist.get_world_size()
+    backends = dist.get_backend_config()
+    if "cpu" not in backends and "gloo" not in backends:
+        got = f"the process group's backends are {backends}"
+        rule = "numbers of the host are exchanged too"
+        remedy = 'init_process_group("cpu:gloo,cuda:nccl")'
+        raise UserError(got, rule, remedy, ENVIRONMENT)
+    local = int(os.environ.get("LOCAL_RANK", rank)) if local_rank is None else local_rank
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return World(rank, size, local, local_size, device)
 
 
 def join(

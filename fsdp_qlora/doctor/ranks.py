@@ -25,7 +25,7 @@ from fsdp_qlora.distributed import world as worlds
 from fsdp_qlora.doctor.command import MIB, PROBLEM, TOGETHER, WARNING, Finding, attempt, limited
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY
 from fsdp_qlora.hardware import GIB
-from fsdp_qlora.model import host
+from fsdp_qlora.model import streaming
 from fsdp_qlora.model.quantize import FORMATS, Format
 
 NO_P2P = "export NCCL_P2P_DISABLE=1, or start one rank (--world_size 1)"
@@ -273,7 +273,7 @@ def host_link(rank: TrialRank) -> Iterator[Finding]:
     """Pin memory, and measure the link between host and GPU, each way, all GPUs at once."""
 
     began_s = time.perf_counter()
-    memory = host.private(LINK_BYTES, pin=True)
+    memory = streaming.private(LINK_BYTES, pin=True)
     pin_s = time.perf_counter() - began_s
     there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=rank.device)
     both = []

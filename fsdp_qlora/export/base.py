@@ -3,20 +3,19 @@
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
+from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair
-from fsdp_qlora.model.cache import PackedCache, key
-from fsdp_qlora.model.layout import Layout, build_layout, put_linear
-from fsdp_qlora.model.packed import LayerCache, LayerStore
+from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, put_linear
+from fsdp_qlora.model.load import PackedCache, key
 from fsdp_qlora.model.quantize import FORMATS, Fields
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 
@@ -154,7 +153,7 @@ def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCach
     """
     if quant_cache == "off" or layout.format_name == "bf16":
         return None
-    usual = os.environ.get("FSDP_QLORA_CACHE", str(Path.home() / ".cache" / "fsdp_qlora"))
+    usual = str(atomic.cache_dir())
     root = Path(usual if quant_cache == "auto" else quant_cache).expanduser()
     directory = root / key(info, layout)
     if not (directory / "manifest.json").exists():

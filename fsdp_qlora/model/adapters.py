@@ -16,8 +16,7 @@ from torch import nn
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model.dora import row_squares
-from fsdp_qlora.model.linear import LoraSlot, PackedLinear
+from fsdp_qlora.model.lora import LoraSlot, PackedLinear, row_squares
 from fsdp_qlora.model.shard import (
     blocks,
     gathered,

@@ -15,7 +15,7 @@ from torch import nn
 
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model.product import FrozenProduct
+from fsdp_qlora.model.lora import FrozenProduct
 
 
 class ExpertLinear:

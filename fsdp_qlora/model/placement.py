@@ -9,11 +9,9 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
-from fsdp_qlora.model import host
-from fsdp_qlora.model.cache import PackedCache
-from fsdp_qlora.model.layout import Layout
-from fsdp_qlora.model.packed import DecoderBlock
-from fsdp_qlora.model.stream import Streamer
+from fsdp_qlora.model import streaming
+from fsdp_qlora.model.layer import DecoderBlock, Layout
+from fsdp_qlora.model.streaming import Streamer
 from fsdp_qlora.planning.limits import NUM_SLOTS
 from fsdp_qlora.planning.sizes import setting_of
 
@@ -56,7 +54,7 @@ class Placed:
     names: tuple[str, ...]
     note: str
     streamer: Streamer | None = None
-    memory: host.HostBytes | None = field(default=None, repr=False)
+    memory: streaming.HostBytes | None = field(default=None, repr=False)
 
     def layers(self, name: str) -> list[int]:
         """Numbers of the layers with a placement."""
@@ -83,7 +81,7 @@ def choose(
     layout: Layout,
     num_layers: int,
     cfg: Config,
-    cache: PackedCache,
+    has_cache: bool,
     world: World,
     whole: Sequence[int] = (),
 ) -> Placed:
@@ -95,7 +93,7 @@ def choose(
         cfg: see plan.sizes.setting_of; offload_impl "auto" is stream on one machine where memory
             can be shared, else fsdp.
         whole: layers that are trained themselves.
-        cache: a copy that the host has no room for is mapped from its files.
+        has_cache: there is a copy on disk, to map what the host has no room for.
         world: the ranks; all must call and decide the same.
 
     Returns:
@@ -109,7 +107,7 @@ def choose(
     if not num_streamed:
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
     nbytes = num_streamed * layout.nbytes
-    refusal, memory = _host_copy(nbytes, cfg, cache.directory is not None, world)
+    refusal, memory = _host_copy(nbytes, cfg, has_cache, world)
     if refusal and cfg.offload_impl == "stream":
         raise UserError(
             f"--offload_impl stream: {refusal}",
@@ -133,7 +131,7 @@ def choose(
 
 def _host_copy(
     nbytes: int, cfg: Config, has_cache: bool, world: World
-) -> tuple[str, host.HostBytes | None]:
+) -> tuple[str, streaming.HostBytes | None]:
     """(why layers cannot be streamed or "", the memory or None for mapped files)."""
     if world.size != world.local_size:
         return "the ranks are on several machines", None
@@ -147,7 +145,7 @@ def _host_copy(
             "free host memory, give --resident_layers N, or let --quant_cache keep them on disk",
             code=3,
         )
-    memory = host.shared(nbytes, world.device.type == "cuda", world)
+    memory = streaming.shared(nbytes, world.device.type == "cuda", world)
     return (memory, None) if isinstance(memory, str) else ("", memory)
 
 

@@ -1,25 +1,86 @@
 """Base formats: how a frozen weight becomes bytes, and bytes a weight again.
 
-Each format is a row of FORMATS. A row knows which fields it stores per linear (packed weights and
-quantisation constants), how to `pack` a weight into them, how to make the constants of a whole
+Each format is a row of FORMATS. A row knows which fields it stores per linear (quantized weights
+and quantization constants), how to `pack` a weight into them, how to make the constants of a whole
 decoder layer usable at once (`constants`), and how to `unpack` one linear. Only this module knows
-bitsandbytes and hqq.
+bitsandbytes and hqq. HQQ's bytes become weights without hqq, by the fastest way there is: hqq views
+a weight as a matrix of groups, [groups, group size] (axis 1) or [group size, groups] (axis 0), and
+puts the values of rows that lie far apart into one word.
 
 Shape letters: O out features, I in features, N = O*I weights of a linear.
+
+Source: mobiusml/hqq, hqq/core/bitpack.py and quantize.py (Quantizer.dequantize).
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from importlib import import_module
+from types import ModuleType
 
 import torch
 
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model import hqq
 from fsdp_qlora.planning.limits import FORMATS as STORAGES
-from fsdp_qlora.planning.limits import Storage
+from fsdp_qlora.planning.limits import PER_WORD, Storage
+
+
+def unpack_hqq(
+    packed: torch.Tensor,
+    constants: Sequence[torch.Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    storage: Storage,
+) -> torch.Tensor:
+    """Unpack one linear to the bits of hqq's own dequantisation.
+
+    As there, difference and product are rounded to the wider one of the compute dtype and the
+    dtype of the constants; what is wider than the compute dtype is then rounded to it.
+
+    Args:
+        packed: uint8, 1-D.
+        constants: zero and scale of each group, as stored.
+        shape: (O, I).
+        dtype: of the result.
+        storage: bits, group size and axis.
+
+    Returns:
+        weight_OI.
+    """
+    zero, scale = constants
+    cols = storage.group_size if storage.axis else math.prod(shape) // storage.group_size
+    rows = math.prod(shape) // cols
+    words = packed.view(torch.int32 if storage.weight_bits == 3 else torch.uint8).view(-1, cols)
+    math_dtype = torch.promote_types(dtype, zero.dtype)
+    kernel = triton_kernels() if packed.is_cuda else None
+    if kernel is not None:
+        out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
+        kernel.unpack_hqq(words, zero, scale, out, storage.weight_bits, storage.axis, math_dtype)
+        return out.view(*shape)
+    zero, scale = (part.unsqueeze(storage.axis) for part in constants)
+    values = _values(words, storage.weight_bits, math_dtype)[:rows]
+    return values.sub_(zero).mul_(scale).view(*shape).to(dtype)
+
+
+def _values(words: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    num_slots = PER_WORD if bits == 3 else 8 // bits
+    values = torch.empty((num_slots, *words.shape), dtype=dtype, device=words.device)
+    for slot, part in enumerate(values):
+        part.copy_((words >> bits * (num_slots - 1 - slot)).bitwise_and_((1 << bits) - 1))
+    return values.flatten(0, 1)
+
+
+@lru_cache
+def triton_kernels() -> ModuleType | None:
+    """The module triton_kernels.py; None where torch came without Triton."""
+    try:
+        return import_module("fsdp_qlora.model.triton_kernels")
+    except ImportError:
+        return None
+
 
 Fields = dict[str, torch.Tensor]
 NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantisation
@@ -129,7 +190,7 @@ def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]
     """
     nested = fields["nested_absmax"]
     code = dynamic_map(nested.device)
-    kernel = hqq.triton_kernel("bnb_kernel") if nested.is_cuda else None
+    kernel = triton_kernels() if nested.is_cuda else None
     if kernel is not None:
         offset = fields["offset"]
         return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED_BLOCK),)
@@ -158,11 +219,11 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
 
 
 def _unpack_bnb(packed, constants, shape, dtype, quant_type: str) -> torch.Tensor:
-    kernel = hqq.triton_kernel("bnb_kernel") if packed.is_cuda else None
+    kernel = triton_kernels() if packed.is_cuda else None
     if kernel is not None:
         weight_OI = torch.empty(*shape, dtype=dtype, device=packed.device)
         table = values_of(quant_type, packed.device)
-        kernel.unpack(packed, constants[0], table, weight_OI, GROUP_SIZE)
+        kernel.unpack_bnb(packed, constants[0], table, weight_OI, GROUP_SIZE)
         return weight_OI
     return torch.ops.bitsandbytes.dequantize_4bit(
         packed.view(-1, 1), constants[0], GROUP_SIZE, quant_type, shape, dtype
@@ -264,7 +325,7 @@ def _hqq_row(storage: Storage) -> Format:
         pack=partial(_pack_hqq, storage=storage),
         constants=_hqq_constants,
         index_field="scale",
-        unpack=partial(hqq.unpack, storage=storage),
+        unpack=partial(unpack_hqq, storage=storage),
         is_sequential=False,
     )
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.model.packed import DecoderBlock
+from fsdp_qlora.model.layer import DecoderBlock
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.planning.limits import ONE_GROUP_BYTES

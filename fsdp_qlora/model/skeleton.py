@@ -1,6 +1,12 @@
-"""The model without bytes: transformers builds it on the meta device, its layers become ours."""
+"""The model without bytes: transformers builds it on the meta device, its layers become ours.
 
+Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiGLU where they help.
+"""
+
+import importlib.util
+import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +18,91 @@ from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.arch.trained import NOTHING, Whole
 from fsdp_qlora.config import Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import experts, kernels
-from fsdp_qlora.model.graphs import choose as choose_graphs
+from fsdp_qlora.model import experts
+from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.checkpointing import Offload
+from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
-from fsdp_qlora.model.layout import Layout, build_layout
-from fsdp_qlora.model.linear import PackedLinear, group_linears
-from fsdp_qlora.model.offload import Offload
-from fsdp_qlora.model.packed import DecoderBlock, LayerCache, TrainedLayer
-from fsdp_qlora.model.rows import Rows
+from fsdp_qlora.model.layer import DecoderBlock, LayerCache, Layout, TrainedLayer, build_layout
+from fsdp_qlora.model.lora import PackedLinear, group_linears
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """What a run computes with.
+
+    Attributes:
+        dtype: of products and activations.
+        attention: transformers' name of the implementation.
+        has_row_kernel: flash attention over rows that lie one after the other runs on the device.
+        use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
+        note: one line for the user, with the reasons.
+    """
+
+    dtype: torch.dtype
+    attention: str
+    use_liger: bool
+    has_row_kernel: bool
+    note: str
+
+
+def choose_kernels(
+    attn: str, liger: str, compute_dtype: str, device: torch.device, softcaps: bool
+) -> KernelChoice:
+    """Resolve `--attn` and `--liger` for a device.
+
+    flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own
+    flash kernel.
+
+    Args:
+        attn: "auto" or transformers' name.
+        liger: "auto" or "off".
+        compute_dtype: name in torch, "bfloat16".
+        device: where the run computes.
+        softcaps: the model soft-caps its attention scores (Gemma 2), which SDPA leaves out.
+    """
+    has_gpu = device.type == "cuda"
+    attention, attention_why = attn, "as asked"
+    if attn == "auto":
+        has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
+        attention = "flash_attention_2" if has_flash else "eager" if softcaps else "sdpa"
+        missing = "flash-attn not installed" if has_gpu else "no GPU"
+        attention_why = "installed" if has_flash else missing + ", soft-capped" * softcaps
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    use_liger = liger == "auto" and has_gpu and has_liger
+    liger_why = "as asked" if liger == "off" else "not installed" if has_gpu else "no GPU"
+    note = f"{compute_dtype}, attention {attention} ({attention_why}), Liger "
+    note += "on" if use_liger else f"off ({liger_why})"
+    has_rows = has_gpu and compute_dtype != "float32"
+    has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
+    return KernelChoice(getattr(torch, compute_dtype), attention, use_liger, has_rows, note)
+
+
+def apply_liger(hf_model: "PreTrainedModel") -> None:
+    """Let Liger's own API exchange the kernels of a transformers model.
+
+    The loss stays ours: its head is sharded in a group of its own.
+
+    Args:
+        hf_model: changed in place; left alone where Liger does not know its type.
+    """
+    # Liger warns of every backend that it cannot import.
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf_model.config.model_type)
+    if apply is not None:
+        apply(
+            model=hf_model,
+            cross_entropy=False,
+            fused_linear_cross_entropy=False,
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+        )
 
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
@@ -96,7 +176,7 @@ class PackedModel(nn.Module):
         input_ids: torch.Tensor,
         targets: Targets | None = None,
         past_key_values: "Cache | None" = None,
-        rows: Rows | None = None,
+        rows: RowBounds | None = None,
     ) -> torch.Tensor:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -122,7 +202,7 @@ class PackedModel(nn.Module):
 def build(
     info: ModelInfo,
     format_name: str,
-    chosen: kernels.Choice,
+    chosen: KernelChoice,
     whole: Whole = NOTHING,
     master: torch.dtype = torch.float32,
 ) -> PackedModel:
@@ -153,7 +233,7 @@ def build(
     if info.is_tied:
         output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
-        kernels.apply_liger(hf_model)
+        apply_liger(hf_model)
     shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
     layout = build_layout(shapes, format_name)
     _build_blocks(hf_model.get_submodule(info.layers_prefix), layout, info, whole, master)
@@ -171,7 +251,7 @@ def build(
     return model.train()
 
 
-def _on_meta(config: Any, info: ModelInfo, chosen: kernels.Choice) -> Any:
+def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 

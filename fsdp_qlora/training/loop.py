@@ -22,8 +22,8 @@ from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
-from fsdp_qlora.model.rows import Rows
 from fsdp_qlora.training import optim
 from fsdp_qlora.training.metrics import Recorder, StepHook
 from fsdp_qlora.training.nonfinite import NonFiniteGuard
@@ -133,7 +133,7 @@ def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torc
     Returns:
         0-d float32 on the device, with its graph.
     """
-    rows = Rows.of(batch.row_lengths, device)
+    rows = RowBounds.of(batch.row_lengths, device)
     return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
 
 

@@ -26,7 +26,7 @@ MAX_EVENTS = 2_000_000
 GIB = 2**30
 # Where an allocation was made -> its row; the innermost place that is known counts.
 PLACES = (
-    ("fsdp_qlora/model/graphs.py", names.LAYER),
+    ("fsdp_qlora/model/cuda_graphs.py", names.LAYER),
     ("fsdp_qlora/model/quantize.py", names.SCRATCH),
     ("fsdp_qlora/model/head.py", names.LOSS),
     ("torch/distributed/fsdp/", names.BUFFERS),

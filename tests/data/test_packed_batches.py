@@ -115,7 +115,7 @@ def _compare(world, path, cases, samples):
 )
 def test_packed_rows_have_the_loss_and_gradients_of_rows_alone(tmp_path, model_type, changes):
     """Reference: the same rows padded, one beside the other; every level of checkpointing."""
-    from tests.test_shard import CHECKPOINTING
+    from tests.model.test_shard import CHECKPOINTING
 
     on_cuda = tiny.DEVICE == "cuda"
     precision = "bf16" if on_cuda else "fp32"

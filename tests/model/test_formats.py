@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fsdp_qlora import arch
-from fsdp_qlora.model.layout import build_layout, pack_linear
-from fsdp_qlora.model.packed import LayerCache, LayerStore
+from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, pack_linear
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny

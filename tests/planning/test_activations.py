@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.model import adapters, kernels, quantize, shard, skeleton
-from fsdp_qlora.model.layout import build_layout
+from fsdp_qlora.model import adapters, quantize, shard, skeleton
+from fsdp_qlora.model.layer import build_layout
 from fsdp_qlora.planning import activations
 from fsdp_qlora.planning.limits import FORMATS
 from fsdp_qlora.planning.sizes import quantized_bytes, sizes
@@ -50,7 +50,7 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path: Path, dropout: str):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     argv = [f"--model_name={tmp_path}", "--lora_rank=8", f"--lora_dropout={dropout}"]
     cfg, info = config.parse(argv), arch.read(str(tmp_path), need_weights=False)
-    chosen = kernels.choose("sdpa", "off", "bfloat16", torch.device("cpu"), False)
+    chosen = skeleton.choose_kernels("sdpa", "off", "bfloat16", torch.device("cpu"), False)
     model = skeleton.build(info, "nf4_dq", chosen)
     adapters.attach(model, info.linears, cfg, 1)
     (block,) = shard.blocks(model)

@@ -34,7 +34,7 @@ def digest(tensors) -> str:
 def _train(world, path, cases, is_rehearsed):
     """Three steps under every case; everything that a step could depend on, bit for bit."""
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
     from fsdp_qlora.training.memory import MemoryTracker
 
@@ -78,7 +78,7 @@ def test_training_is_bitwise_the_same_with_and_without_a_dry_run(tmp_path):
 def _no_room(world, path):
     """The error of a dry run that finds no room for the moments, and what it leaves."""
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
     from fsdp_qlora.training.memory import MemoryTracker
 
@@ -140,12 +140,12 @@ def test_a_dry_run_is_for_cards_unless_asked_for():
 
 
 PLACES = {
-    "unpack": ["fsdp_qlora/model/quantize.py", "fsdp_qlora/model/packed.py"],
+    "unpack": ["fsdp_qlora/model/quantize.py", "fsdp_qlora/model/layer.py"],
     "gather": ["torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py"],
     "loss": ["fsdp_qlora/model/head.py", "torch/autograd/function.py"],
     "head": ["fsdp_qlora/model/head.py", "torch/nn/modules/module.py"],
     "layer": ["transformers/models/llama/modeling_llama.py"],
-    "graph": ["torch/cuda/graphs.py", "fsdp_qlora/model/graphs.py"],
+    "graph": ["torch/cuda/graphs.py", "fsdp_qlora/model/cuda_graphs.py"],
     "nobody": [],
 }
 
@@ -220,7 +220,7 @@ def test_a_cpu_keeps_no_history():
 def _told(world, path):
     """A dry run on a card: what it says, the peak, and the rows that should make it."""
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
     from fsdp_qlora.training.memory import MemoryTracker
 

@@ -42,10 +42,10 @@ def plan_of(path: Path, *flags: str) -> plans.RunPlan:
 def _accounts(world, path, cases):
     """Load and take two steps under every case; rows and host shares by case."""
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
     from fsdp_qlora.training.metrics import Clock, StepHook
-    from tests.test_shard import micro_batches
+    from tests.model.test_shard import micro_batches
 
     found = []
     for flags in cases:
@@ -185,7 +185,7 @@ def _short_of_memory(world, path, out):
     """Train until the third forward pass finds no memory; the error, its notes, a step's cost."""
     from fsdp_qlora.data.batches import Batches, SamplerConfig
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.build import build
+    from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, metrics, optim
     from tests.data.test_batches import make_samples
 

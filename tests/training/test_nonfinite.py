@@ -16,8 +16,8 @@ from fsdp_qlora.model import shard
 from fsdp_qlora.training import loop, nonfinite
 from fsdp_qlora.training.metrics import Recorder
 from tests import tiny
+from tests.model.test_shard import FLAGS, make_samples, micro_batches
 from tests.ranks import run_ranks
-from tests.test_shard import FLAGS, make_samples, micro_batches
 
 WHO = {"0": (0,), "1": (1,), "both": (0, 1)}
 INJECTIONS = list(itertools.product(WHO, ("forward", "backward"), ("nan", "inf")))

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model.stream import Streamer
+from fsdp_qlora.model.streaming import Streamer
 from tests import tiny
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 7
 
 
@@ -94,7 +94,7 @@ def _losses(world, path, cases):
     """Losses of one epoch, 3 steps of 2 micro-batches, and the held-out loss, bit for bit."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.training import loop, optim
-    from tests.test_shard import FLAGS, micro_batches
+    from tests.model.test_shard import FLAGS, micro_batches
 
     results = []
     for flags in cases:
@@ -110,7 +110,7 @@ def _losses(world, path, cases):
 
 def test_an_epoch_has_the_same_losses_bit_for_bit_wherever_the_bytes_lie(tmp_path):
     """Also mapped from the cache, when the host has no room for a copy."""
-    from tests.test_shard import CHECKPOINTING, PLACES
+    from tests.model.test_shard import CHECKPOINTING, PLACES
 
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)
     cache = f"--quant_cache={tmp_path / 'cache'}"

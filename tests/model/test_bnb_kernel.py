@@ -13,9 +13,9 @@ from tests import tiny
 def kernel():
     """On a card as it is; elsewhere by Triton's interpreter, where Triton is installed."""
     pytest.importorskip("triton")
-    from fsdp_qlora.model import bnb_kernel
+    from fsdp_qlora.model import triton_kernels
 
-    return bnb_kernel
+    return triton_kernels
 
 
 def test_weights_have_the_bits_of_bitsandbytes(kernel):
@@ -33,7 +33,7 @@ def test_weights_have_the_bits_of_bitsandbytes(kernel):
         )
         out = torch.full_like(expected, float("nan"))
         table = values_of(quant_type, packed.device)
-        kernel.unpack(packed.view(-1), absmax, table, out, GROUP_SIZE)
+        kernel.unpack_bnb(packed.view(-1), absmax, table, out, GROUP_SIZE)
         assert torch.equal(out, expected), (quant_type, dtype, rows)
 
 

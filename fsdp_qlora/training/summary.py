@@ -11,7 +11,7 @@ import numpy as np
 from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
-from fsdp_qlora.model.build import Built
+from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training.memory import MemoryTracker, Peak
 

@@ -18,8 +18,8 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard
 from fsdp_qlora.training import loop
 from tests import tiny
+from tests.model.test_shard import FLAGS, build_lora, make_samples
 from tests.ranks import run_ranks
-from tests.test_shard import FLAGS, build_lora, make_samples
 
 NUM_ROWS = 24
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.model import hqq, quantize
-from fsdp_qlora.model.layout import build_layout, pack_linear
-from fsdp_qlora.model.packed import LayerCache, LayerStore
+from fsdp_qlora.model import quantize
+from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, pack_linear
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
 
@@ -62,7 +61,7 @@ def test_the_kernel_has_the_bits_of_plain_torch():
     """
     is_interpreted = tiny.DEVICE == "cpu"
     pytest.importorskip("triton")
-    from fsdp_qlora.model import hqq_kernel
+    from fsdp_qlora.model import triton_kernels
 
     torch.manual_seed(0)
     for name, dtype, num_weights in itertools.product(NAMES, DTYPES, (64 * 128, 160 * 128)):
@@ -75,12 +74,14 @@ def test_the_kernel_has_the_bits_of_plain_torch():
         if is_interpreted and dtype == torch.bfloat16:
             zero, scale = zero.mul_(4).floor_().div_(4), scale.mul_(4).ceil_().exp2_()
             zero = zero.floor() if row.weight_bits == 8 else zero
-        expected = hqq.unpack(packed, (zero, scale), (num_weights // cols, cols), dtype, row)
+        expected = quantize.unpack_hqq(
+            packed, (zero, scale), (num_weights // cols, cols), dtype, row
+        )
         words = packed.view(torch.int32 if row.weight_bits == 3 else torch.uint8).view(-1, cols)
         args = [tensor.to(tiny.DEVICE) for tensor in (words, zero, scale)]
         out = torch.full_like(expected, float("nan"), device=tiny.DEVICE)
         math_dtype = torch.promote_types(dtype, kept)
-        hqq_kernel.unpack(*args, out, row.weight_bits, row.axis, math_dtype)
+        triton_kernels.unpack_hqq(*args, out, row.weight_bits, row.axis, math_dtype)
         assert torch.equal(out.cpu(), expected), (name, dtype, num_weights)
 
 

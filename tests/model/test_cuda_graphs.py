@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora.model import graphs
+from fsdp_qlora.model import cuda_graphs
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -19,13 +19,13 @@ class Alike(nn.Module):
 def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone():
     card = torch.device("cuda", 0)
     alike = [Alike(i) for i in range(3)]
-    assert graphs.choose("auto", alike, card, 1e9) is not None
-    assert graphs.choose("auto", alike, card, 1e12) is None
-    assert graphs.choose("off", alike, card, 1e9) is None
-    assert graphs.choose("auto", alike, torch.device("cpu"), 1e9) is None
-    assert graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card, 1e9) is None
+    assert cuda_graphs.choose("auto", alike, card, 1e9) is not None
+    assert cuda_graphs.choose("auto", alike, card, 1e12) is None
+    assert cuda_graphs.choose("off", alike, card, 1e9) is None
+    assert cuda_graphs.choose("auto", alike, torch.device("cpu"), 1e9) is None
+    assert cuda_graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card, 1e9) is None
     alike[1].norm = nn.Identity()
-    assert graphs.choose("auto", alike, card, 1e9) is None
+    assert cuda_graphs.choose("auto", alike, card, 1e9) is None
 
 
 def _train(world, path, cases):
@@ -33,7 +33,7 @@ def _train(world, path, cases):
     from fsdp_qlora.data.batches import collate
     from fsdp_qlora.model import shard
     from fsdp_qlora.training import loop, optim
-    from tests.test_shard import make_samples
+    from tests.model.test_shard import make_samples
 
     rows = make_samples(2 * world.size)
     shapes = [rows[world.rank :: world.size], rows[:1], rows[1:2]]
@@ -56,7 +56,7 @@ def _train(world, path, cases):
 @pytest.mark.skipif(tiny.DEVICE != "cuda", reason="needs a card")
 def test_training_by_graphs_is_training(tmp_path):
     """Reference: the same steps without graphs, bit for bit, for every placement."""
-    from tests.test_shard import PLACES
+    from tests.model.test_shard import PLACES
 
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5, dtype=torch.bfloat16)
     places = list(PLACES.values())

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.model import adapters, dora
-from fsdp_qlora.model.linear import Adapter, InputGroup, PackedLinear
+from fsdp_qlora.model import adapters, lora
+from fsdp_qlora.model.lora import Adapter, InputGroup, PackedLinear
 from tests import tiny
-from tests.ranks import run_ranks
-from tests.test_shard import (
+from tests.model.test_shard import (
     CHECKPOINTING,
     FLAGS,
     reference_gradients,
     sharded_gradients,
 )
+from tests.ranks import run_ranks
 
 CASES = [
     *itertools.product(("sharded", "streamed"), CHECKPOINTING, (1,)),
@@ -32,9 +32,9 @@ def test_lengths_by_gram_matrices_equal_those_of_the_dense_sum():
         for shape in ((70, 48), (4, 48), (70, 4))
     )
     dense = (weight + 0.7 * b @ a).norm(dim=1)
-    got = dora.row_norms((weight**2).sum(1).float(), (weight @ a.t()).float(), a, b, 0.7)
+    got = lora.row_norms((weight**2).sum(1).float(), (weight @ a.t()).float(), a, b, 0.7)
     torch.testing.assert_close(got.double(), dense, rtol=1e-6, atol=0)
-    cut = dora.row_squares(weight.repeat(40, 1))
+    cut = lora.row_squares(weight.repeat(40, 1))
     torch.testing.assert_close(cut.double(), (weight**2).sum(1).repeat(40), rtol=1e-6, atol=0)
 
 
@@ -42,7 +42,7 @@ def test_gradients_of_the_scaling_equal_those_of_autograd_in_float64():
     """y = m / n * z with n held fixed: by hand, in float64."""
     z, bias = torch.randn(9, 5, dtype=torch.float64, requires_grad=True), torch.randn(5).double()
     gain = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *x: dora.Rescaled.apply(*x, bias), (z, gain))
+    assert torch.autograd.gradcheck(lambda *x: lora.Rescaled.apply(*x, bias), (z, gain))
 
 
 def _magnitudes(world, path, flags):
@@ -118,7 +118,7 @@ def test_dropout_acts_as_in_peft():
     wanted = [x.grad.clone(), *(named[name].grad for name in names)]
 
     packed, group = _linear(weight, bias)
-    square = dora.row_squares(weight)
+    square = lora.row_squares(weight)
     values = [named[name].detach().clone() for name in names]
     values[2] -= square.sqrt()
     a, b, change = (value.requires_grad_() for value in values)
@@ -136,7 +136,7 @@ def test_it_starts_as_the_base_bit_for_bit_in_16_bit():
     """In bf16 a magnitude itself would be off by 0.4 %; its change is zero."""
     weight, x = torch.randn(70, 48).bfloat16(), torch.randn(3, 48).bfloat16()
     packed, group = _linear(weight, None)
-    square, a = dora.row_squares(weight), torch.randn(4, 48).bfloat16()
+    square, a = lora.row_squares(weight), torch.randn(4, 48).bfloat16()
     b, change = torch.zeros(70, 4).bfloat16(), torch.zeros(70).bfloat16()
     group.adapter = Adapter([packed], a, [b], 2.0, 0.0, [change], [square])
     assert packed(x).equal(x @ weight.t())

@@ -15,8 +15,8 @@ from fsdp_qlora.export import save as export
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.training import loop
 from tests import tiny
+from tests.model.test_shard import make_samples, micro_batches
 from tests.ranks import run_ranks
-from tests.test_shard import make_samples, micro_batches
 
 FLAGS = ("--precision=fp32", "--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0")
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
@@ -178,7 +178,7 @@ def test_a_head_that_the_loss_does_not_know_is_refused():
 
 
 def build_one(info: arch.ModelInfo) -> None:
-    from fsdp_qlora.model import kernels, skeleton
+    from fsdp_qlora.model import skeleton
 
-    chosen = kernels.choose("sdpa", "off", "float32", torch.device("cpu"), False)
+    chosen = skeleton.choose_kernels("sdpa", "off", "float32", torch.device("cpu"), False)
     skeleton.build(info, "nf4_dq", chosen)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora.model import layout as layouts
-from fsdp_qlora.model import linear as linears
-from fsdp_qlora.model import packed
+from fsdp_qlora.model import layer as layers
+from fsdp_qlora.model import lora as linears
 from tests import tiny
 
 DIM = 128
@@ -40,13 +39,13 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
     layer, calls = Layer(last).requires_grad_(False), []
     plain = Layer(last).double()
     names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    layout = layouts.build_layout([(DIM, DIM)] * len(names), "nf4")
+    layout = layers.build_layout([(DIM, DIM)] * len(names), "nf4")
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    store = packed.LayerStore(lambda: flat, layout, packed.LayerCache())
+    store = layers.LayerStore(lambda: flat, layout, layers.LayerCache())
     replaced = {}
     for index, name in enumerate(names):
         old = getattr(layer, name)
-        layouts.pack_linear(flat, layout, index, old.weight.data)
+        layers.pack_linear(flat, layout, index, old.weight.data)
         weight = tiny.dequantized(old.weight.data, "nf4").to(tiny.DEVICE).double()
         getattr(plain, name).weight.data = weight
         if old.bias is not None:
@@ -58,8 +57,8 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
 
         replaced[name] = linears.PackedLinear(old, dequantize)
         setattr(layer, name, replaced[name])
-    body = packed.TrainedLayer(layer, linears.group_linears(replaced), store)
-    slots = [packed.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]
+    body = layers.TrainedLayer(layer, linears.group_linears(replaced), store)
+    slots = [layers.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]
     body.lora = nn.Parameter(torch.randn(body.set_slots(slots) + 3) * 0.3)
     return body, plain, calls
 
@@ -80,7 +79,7 @@ def reference(body, plain, x):
 
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
-@pytest.mark.parametrize("level", packed.LEVELS)
+@pytest.mark.parametrize("level", layers.LEVELS)
 @pytest.mark.parametrize("targets", [("gate_proj", "up_proj", "o_proj", "down_proj"), ("up_proj",)])
 @pytest.mark.parametrize("last", [nn.Identity, nn.Tanh])
 def test_gradients_are_those_of_plain_autograd(level, is_reentrant, targets, last):

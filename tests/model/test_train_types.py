@@ -23,8 +23,8 @@ from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import setting_for
 from fsdp_qlora.training import loop
 from tests import tiny
+from tests.model.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches
 from tests.ranks import run_ranks
-from tests.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches
 
 LORA = ("--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0")
 FULL, PRO = ("--train_type=full",), ("--train_type=bnb_llama_pro",)

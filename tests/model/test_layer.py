@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from fsdp_qlora.model import layout as layouts
-from fsdp_qlora.model import packed
+from fsdp_qlora.model import layer
+from fsdp_qlora.model import layer as layouts
 from tests import tiny
 
 SHAPES = [(192, 128), (64, 128), (128, 320), (576, 576)]  # dequantised one by one for most formats
@@ -25,7 +25,7 @@ def _pack_all(format_name, weights):
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
     for index, weight in enumerate(weights):
         layouts.pack_linear(flat, layout, index, weight.to(tiny.DEVICE))
-    return packed.LayerStore(lambda: flat, layout, packed.LayerCache()), flat
+    return layer.LayerStore(lambda: flat, layout, layer.LayerCache()), flat
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])

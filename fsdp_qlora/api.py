@@ -1,0 +1,195 @@
+"""The public Python API: what the commands do, for scripts, notebooks and process groups."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.errors import INPUT, UserError
+
+Event = dict[str, Any]  # a line of metrics.jsonl
+
+
+class TrainError(RuntimeError):
+    """A run has failed.
+
+    Attributes:
+        code: exit code that the command would have had, see errors.py.
+    """
+
+    def __init__(self, code: int, lines: list[str]) -> None:
+        super().__init__("\n".join(lines) or f"the run ended with code {code}")
+        self.code = code
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a finished run has left.
+
+    Attributes:
+        output_dir: directory of the run, with the adapter, the record and report.html.
+        losses: mean loss of every step, nats per trained token; None where it was not finite.
+        evaluations: events of the record, in order: step, loss, perplexity.
+        memory: peaks in GiB by rank, phase and row, and of the host, as summary.json has them.
+        summary: the whole of summary.json.
+    """
+
+    output_dir: Path
+    losses: list[float | None]
+    evaluations: list[Event]
+    memory: dict[str, Any]
+    summary: dict[str, Any]
+
+
+class _Follower:
+    """Reads metrics.jsonl as it grows, and calls back."""
+
+    def __init__(self, path: Path, on_step: Callable | None, on_eval: Callable | None) -> None:
+        self._path, self._on_step, self._on_eval = path, on_step, on_eval
+        self._offset, self._rest = 0, b""
+        self.steps: list[Event] = []
+        self.evaluations: list[Event] = []
+
+    def poll(self) -> None:
+        """Take what has come since the last call."""
+        if not self._path.is_file():
+            return
+        if self._path.stat().st_size < self._offset:  # a restarted run has cut its record
+            self._offset, self._rest = 0, b""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in map(json.loads, lines):
+            self._take(line)
+
+    def _take(self, line: Event) -> None:
+        kind = line.get("event", "step")
+        if kind == "step" and line["step"] > len(self.steps):
+            self.steps.append(line)
+            if self._on_step is not None:
+                self._on_step(line)
+        if kind == "eval":
+            self.evaluations.append(line)
+            if self._on_eval is not None:
+                self._on_eval(line)
+
+
+def plan(config: TrainConfig) -> Any:
+    """Say what a run needs on this machine, before a weight is read; no torch.
+
+    Args:
+        config: the run; what it leaves at its default the plan may choose.
+
+    Returns:
+        A planning.run.RunPlan: `lines` for people, `to_dict()` with GiB by phase and row, `found`
+        with `fits` and the predicted speed, `cfg` with what was chosen.
+
+    Raises:
+        UserError: no such model, or more ranks than GPUs.
+    """
+    from fsdp_qlora.distributed import launch
+
+    return launch.plan_run(config, _given(config))
+
+
+def train(
+    config: TrainConfig,
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+    on_step: Callable[[Event], Any] | None = None,
+    on_eval: Callable[[Event], Any] | None = None,
+) -> TrainResult:
+    """Fine-tune a model, as the command `train` does.
+
+    Ranks are started as processes of their own. Inside a process group (torchrun, Ray Train, or
+    torch.distributed initialised by the caller) this process is one of the ranks instead, and every
+    rank must call.
+
+    Args:
+        config: the run.
+        dataset: rows, such as a datasets.Dataset or a list of dicts; None: those that
+            `config.dataset` names. They are kept as JSON lines beside the other caches, under the
+            hash of their content, so that the run can be resumed.
+        on_step: called with each step's line of metrics.jsonl: step, loss, learning_rate,
+            tokens_per_s, memory of every rank. On rank 0 only.
+        on_eval: called with each evaluation: step, loss. On rank 0 only.
+
+    Returns:
+        What the run has left.
+
+    Raises:
+        UserError: the run cannot be started; the message has value, rule and remedy.
+        TrainError: the run has failed. What a callback raises ends the run too.
+    """
+    if dataset is not None:
+        config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
+    config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
+    follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
+    if _is_rank():
+        from fsdp_qlora import run
+
+        used = run.join_and_run(config, _given(config), follower.poll).cfg
+        follower.poll()
+        return _result(used.resolved_output_dir, follower)
+    from fsdp_qlora import run
+    from fsdp_qlora.distributed.launch import Watcher
+
+    lines: list[str] = []
+    code = run.launch_ranks(_argv(config), watcher=Watcher(lines.append, follower.poll))
+    if code:
+        raise TrainError(code, lines)
+    follower.poll()
+    return _result(config.resolved_output_dir, follower)
+
+
+def _is_rank() -> bool:
+    from fsdp_qlora.distributed import env
+
+    if "torch" in sys.modules:  # nobody has made a group without it
+        from fsdp_qlora.distributed import world
+
+        return world.of_process_group() is not None or env.is_rank(os.environ)
+    return env.is_rank(os.environ)
+
+
+def _given(config: TrainConfig) -> frozenset[str]:
+    """The options that are not at their defaults: those that the plan must leave as they are."""
+    fields = dataclasses.fields(config)
+    return frozenset(f.name for f in fields if getattr(config, f.name) != f.default)
+
+
+def _argv(config: TrainConfig) -> list[str]:
+    """The command line of a configuration."""
+    values = {name: getattr(config, name) for name in sorted(_given(config))}
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows as JSON lines, once for equal ones."""
+    from fsdp_qlora import atomic
+
+    try:
+        text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
+    except (TypeError, ValueError) as error:
+        rule = f"every row must be a dict of JSON values ({error})"
+        raise UserError("dataset", rule, "convert the other values to text", INPUT) from error
+    data = text.encode()
+    path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.write(path, data)
+    return path
+
+
+def _result(output_dir: Path, follower: _Follower) -> TrainResult:
+    path = output_dir / "summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    losses = [line["loss"] for line in follower.steps]
+    memory = summary.get("ledger", {})
+    return TrainResult(output_dir, losses, follower.evaluations, memory, summary)

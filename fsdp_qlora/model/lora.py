@@ -1,0 +1,466 @@
+"""Frozen linears with LoRA pairs: operations of those that read the same input, fused; DoRA.
+
+DoRA learns a weight's direction by a LoRA pair and the length of its rows by a vector:
+y = (m / n) * (W + s B A) x with n the lengths of the rows of W + s B A, which gradients do not
+pass. What is trained is d = m - ||W||, zero at the start: in 16 bit m itself would be off by 0.4 %
+before the first step, and outputs would be scaled by it.
+
+Shape letters: M tokens of a batch, I in features, O out features, R LoRA rank (of all linears
+together in a fused operation).
+
+Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5 and section 4.3; with dropout,
+peft's DoraLinearVariant.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fsdp_qlora.model.checkpointing import Kept
+
+
+class LoraProduct(torch.autograd.Function):
+    """delta_MO = scale * (x A^T) B^T for every linear, and x itself passed through.
+
+    It runs before the frozen products and is the only one of the two that saves a tensor (its
+    input, and the few columns of x A^T), so that the recomputation of a checkpointed layer may
+    stop before the last frozen product. Passing x through lets the backward add its share of the
+    input gradient into that of the frozen products, without another tensor. The A matrices lie in
+    one tensor: x is read once for all of them, forward and backward.
+
+    Args:
+        x: [..., I], compute dtype.
+        lora_x: what the adapters see instead of x (after dropout), same shape; or None.
+        a_RI: the A matrices one below the other, compute dtype.
+        scale: see LoraSlot.scale.
+        outputs: stand for the deltas without being made here (see Kept); or None.
+        b_ORs: the B matrices, each with its own columns of R.
+
+    Returns:
+        x as a view, then delta_MO of each linear in the compute dtype.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_x, a_RI, scale, outputs, *b_ORs):
+        ctx.set_materialize_grads(False)
+        seen = x if lora_x is None else lora_x
+        hidden_MR = _flat(seen) @ a_RI.t()
+        ctx.save_for_backward(seen, hidden_MR, a_RI, *b_ORs)
+        ctx.scale, ctx.has_own_input = scale, lora_x is not None
+        passed = x.view_as(x)
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(passed)
+        if outputs is None:
+            parts = hidden_MR.split([b_OR.shape[1] for b_OR in b_ORs], 1)
+            outputs = [
+                _scaled(part, b_OR.t(), scale) for part, b_OR in zip(parts, b_ORs, strict=True)
+            ]
+        return passed, *outputs
+
+    @staticmethod
+    def backward(ctx, grad_x, *grads_MO):
+        seen, hidden_MR, a_RI, *b_ORs = ctx.saved_tensors
+        parts = hidden_MR.split([b_OR.shape[1] for b_OR in b_ORs], 1)
+        grad_parts, grad_bs = [], []
+        for grad_MO, b_OR, part in zip(grads_MO, b_ORs, parts, strict=True):
+            grad_parts.append(_scaled(grad_MO, b_OR, ctx.scale))
+            grad_bs.append(_scaled(grad_MO.t(), part, ctx.scale))
+        grad_hidden_MR = grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts, 1)
+        grad_a = grad_hidden_MR.t() @ _flat(seen)
+        grad_seen = None
+        if ctx.has_own_input:
+            if ctx.needs_input_grad[1]:
+                grad_seen = (grad_hidden_MR @ a_RI).view_as(seen)
+        elif grad_x is not None:
+            _flat(grad_x).addmm_(grad_hidden_MR, a_RI)
+        return grad_x, grad_seen, grad_a, None, None, *grad_bs
+
+
+class FrozenProduct(torch.autograd.Function):
+    """y_MO = delta_MO + x W^T + bias of every linear, W dequantised for the product only.
+
+    Nothing is saved: the backward asks the store for each W again, and sums the input gradient in
+    place over the linears.
+
+    Args:
+        x: [..., I], compute dtype.
+        linears: the PackedLinears that hold W and bias.
+        asides: for DoRA, of each linear an a_RI whose product with W is wanted too and whose bias
+            is left out, or None; empty = none has one.
+        is_done: the deltas are the outputs already (see Kept); nothing is made for `asides`.
+        deltas_MO: added to in place; None where a linear has no adapter.
+
+    Returns:
+        y_MO of each linear in the compute dtype, then W A^T (no gradient passes it) or None of each
+        of `asides`.
+    """
+
+    @staticmethod
+    def forward(ctx, x, linears, asides, is_done, *deltas_MO):
+        ctx.set_materialize_grads(False)
+        ctx.linears, ctx.shape = linears, x.shape
+        ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
+        if is_done:
+            return deltas_MO
+        a_RIs = asides or [None] * len(linears)
+        pairs = [
+            _product(_flat(x), linear, delta, a_RI)
+            for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
+        ]
+        sides = [side for _, side in pairs[: len(asides)]]
+        ctx.mark_non_differentiable(*[side for side in sides if side is not None])
+        return *[out for out, _ in pairs], *sides
+
+    @staticmethod
+    def backward(ctx, *grads_MO):
+        grad_MI = None
+        if ctx.needs_input_grad[0]:
+            for grad_MO, linear in zip(grads_MO, ctx.linears, strict=False):
+                weight_OI = linear.dequantize(grad_MO.dtype)
+                if grad_MI is None:
+                    grad_MI = grad_MO @ weight_OI
+                else:
+                    grad_MI.addmm_(grad_MO, weight_OI)
+        grad_x = None if grad_MI is None else grad_MI.view(ctx.shape)
+        deltas = zip(grads_MO, ctx.needs_input_grad[4:], strict=False)
+        return grad_x, None, None, None, *[grad if needed else None for grad, needed in deltas]
+
+
+def _product(
+    x_MI: torch.Tensor, linear, delta_MO: torch.Tensor | None, a_RI: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight_OI = linear.dequantize(x_MI.dtype)
+    out_MO = x_MI @ weight_OI.t() if delta_MO is None else delta_MO.addmm_(x_MI, weight_OI.t())
+    if a_RI is not None:
+        return out_MO, weight_OI @ a_RI.t()
+    return out_MO if linear.bias is None else out_MO.add_(linear.bias), None
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * left @ right in one kernel (with beta 0 the first tensor is never read)."""
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+ROWS = 1024  # of a weight in float32 at once
+
+
+class Rescaled(torch.autograd.Function):
+    """y_MO = (1 + gain_O) * z_MO + bias_O.
+
+    Args:
+        z_MO: compute dtype.
+        gain_O: float32; added to one only in the product, where it is not rounded away.
+        bias_O: frozen, or None.
+
+    Returns:
+        y_MO, compute dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, z_MO, gain_O, bias_O):
+        gain_O = gain_O.to(z_MO.dtype)
+        ctx.save_for_backward(z_MO, gain_O)
+        out_MO = torch.addcmul(z_MO, z_MO, gain_O)
+        return out_MO if bias_O is None else out_MO.add_(bias_O)
+
+    @staticmethod
+    def backward(ctx, grad_MO):
+        z_MO, gain_O = ctx.saved_tensors
+        grad_gain_O = (grad_MO * z_MO).sum(0, dtype=torch.float32)
+        return torch.addcmul(grad_MO, grad_MO, gain_O), grad_gain_O, None
+
+
+def row_squares(weight_OI: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of every row, float32 [O]; only ROWS rows are ever held in float32."""
+    return torch.cat([part.float().square().sum(1) for part in weight_OI.split(ROWS)])
+
+
+@torch.no_grad()
+def row_norms(
+    squares_O: torch.Tensor,
+    weight_a_OR: torch.Tensor,
+    a_RI: torch.Tensor,
+    b_OR: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Lengths of the rows of W + s B A, without that matrix.
+
+    ||w + s b A||^2 = ||w||^2 + 2 s (A w) . b + s^2 b (A A^T) b^T for a row w of W and b of B.
+
+    Args:
+        squares_O: of the rows of W, float32.
+        weight_a_OR: W A^T.
+        a_RI, b_OR, scale: the LoRA pair.
+
+    Returns:
+        float32 [O].
+    """
+    a_RI, b_OR = a_RI.float(), b_OR.float()
+    gram_RR = a_RI @ a_RI.t()
+    crossed_OR = (2 * scale * weight_a_OR.float()).addmm_(b_OR, gram_RR, alpha=scale * scale)
+    return (squares_O + crossed_OR.mul_(b_OR).sum(1)).clamp_min_(1e-30).sqrt_()
+
+
+def dora_outputs(
+    x: torch.Tensor, linears: Sequence["PackedLinear"], adapter: "Adapter", kept: Kept | None
+) -> list[torch.Tensor]:
+    """y_MO of linears that read the same input, some of them with an adapter.
+
+    Args:
+        x: [..., I].
+        linears: in the order of the store.
+        adapter: with magnitudes.
+        kept: where products and lengths are stored or taken from, or None.
+    """
+    if adapter.dropout and linears[0].training:
+        return _dropped_outputs(x, linears, adapter)
+    own = adapter.linears
+    done = kept.take() if kept is not None and kept.is_replay else None
+    a_RIs = dict(zip(own, adapter.a_RI.split([b.shape[1] for b in adapter.b_ORs]), strict=True))
+    deltas: dict[PackedLinear, torch.Tensor | None] = dict.fromkeys(linears)
+    deltas |= zip(linears, done or (), strict=False)
+    given = None if done is None else [deltas[linear] for linear in own]
+    x, *made = LoraProduct.apply(x, None, adapter.a_RI, adapter.scale, given, *adapter.b_ORs)
+    deltas |= zip(own, made, strict=True)
+    asides = [a_RIs.get(linear) for linear in linears]
+    products = FrozenProduct.apply(x, linears, asides, done is not None, *deltas.values())
+    made_of = dict(zip(linears, products, strict=False))
+    if done is not None:
+        norms_O = list(done[len(linears) :])
+    else:
+        sides = [side for side in products[len(linears) :] if side is not None]
+        rest = zip(adapter.squares_O, sides, a_RIs.values(), adapter.b_ORs, strict=True)
+        norms_O = [row_norms(*parts, adapter.scale) for parts in rest]
+    if kept is not None and done is None:
+        # What has no adapter is handed out as it is, and Liger's rotary kernel writes into it.
+        safe = [z.detach() if n in a_RIs else z.detach().clone() for n, z in made_of.items()]
+        kept.store(*safe, *norms_O)
+    for linear, *parts in zip(own, adapter.changes_O, adapter.squares_O, norms_O, strict=True):
+        made_of[linear] = _rescaled(made_of[linear], linear.bias, *parts)
+    return list(made_of.values())
+
+
+def _dropped_outputs(
+    x: torch.Tensor, linears: Sequence["PackedLinear"], adapter: "Adapter"
+) -> list[torch.Tensor]:
+    """As peft: the base sees x, what DoRA changes in it sees x after dropout; two products."""
+    a_RIs = adapter.a_RI.split([b.shape[1] for b in adapter.b_ORs])
+    own = dict(zip(adapter.linears, range(len(a_RIs)), strict=True))
+    outs = []
+    for linear in linears:
+        if linear not in own:
+            outs += FrozenProduct.apply(x, (linear,), (), False, None)
+            continue
+        i = own[linear]
+        a_RI, b_OR, scale = a_RIs[i], adapter.b_ORs[i], adapter.scale
+        dropped = nn.functional.dropout(x, adapter.dropout)
+        (rest,) = FrozenProduct.apply(x - dropped, (linear,), (), False, None)
+        dropped, delta = LoraProduct.apply(dropped, None, a_RI, scale, None, b_OR)
+        product, aside = FrozenProduct.apply(dropped, (linear,), (a_RI,), False, delta)
+        square_O, change_O = adapter.squares_O[i], adapter.changes_O[i]
+        norm_O = row_norms(square_O, aside, a_RI, b_OR, scale)
+        outs.append(rest + _rescaled(product, None, change_O, square_O, norm_O))
+    return outs
+
+
+def _rescaled(
+    z_MO: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    change_O: torch.Tensor,
+    square_O: torch.Tensor,
+    norm_O: torch.Tensor,
+) -> torch.Tensor:
+    gain_O = (square_O.sqrt() - norm_O + change_O.float()) / norm_O
+    return Rescaled.apply(z_MO, gain_O, bias_O)
+
+
+# Linears of one module that read the same tensor, by their last name.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+@dataclass(frozen=True)
+class LoraSlot:
+    """One adapted linear.
+
+    Attributes:
+        name: of the linear inside the layer, "self_attn.q_proj".
+        linear: what is adapted.
+        rank: R.
+        alpha: LoRA's alpha.
+        dropout: probability, on the input of the adapter.
+        use_rslora: see `scale`.
+        has_magnitude: DoRA: the length of each row of the weight is learnt by itself.
+    """
+
+    name: str
+    linear: "PackedLinear"
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool = False
+    has_magnitude: bool = False
+
+    @property
+    def scale(self) -> float:
+        """alpha/r, or alpha/sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class Adapter(NamedTuple):
+    """The LoRA pairs of an InputGroup, in the compute dtype.
+
+    Attributes:
+        linears: that have one.
+        a_RI: the A matrices one below the other.
+        b_ORs: B of each.
+        scale, dropout: see LoraSlot.
+        changes_O, squares_O: of DoRA, what was added to the length of each row of W, and its square
+            in the frozen W, float32; empty for LoRA.
+    """
+
+    linears: Sequence["PackedLinear"]
+    a_RI: torch.Tensor
+    b_ORs: Sequence[torch.Tensor]
+    scale: float
+    dropout: float
+    changes_O: Sequence[torch.Tensor] = ()
+    squares_O: Sequence[torch.Tensor] = ()
+
+
+class InputGroup:
+    """Linears of a layer that read the same input: the first one asked computes all of them.
+
+    Attributes:
+        linears: in the order of the store.
+        adapter: their LoRA pairs while a pass over the layer runs, else None.
+        kept: where outputs are stored or taken from while a pass runs, or None.
+        is_skipped: nobody looks at the values of the outputs of this pass.
+        has_run: an output was asked for in this pass.
+    """
+
+    def __init__(self, linears: Sequence["PackedLinear"]) -> None:
+        self.linears = tuple(linears)
+        self.adapter: Adapter | None = None
+        self.kept: Kept | None = None
+        self.is_skipped = self.has_run = False
+        self._x: torch.Tensor | None = None
+        self._outs: dict[PackedLinear, torch.Tensor] = {}
+        for linear in linears:
+            linear.group = self
+
+    def output(self, linear: "PackedLinear", x: torch.Tensor) -> torch.Tensor:
+        """y_MO of one of the linears.
+
+        Args:
+            linear: one of the group.
+            x: [..., I]; as long as it is the same tensor, the group computes once.
+        """
+        if self._x is not x or linear not in self._outs:
+            self._x, self._outs = x, dict(zip(self.linears, self._compute(x), strict=True))
+        out = self._outs.pop(linear)
+        if not self._outs:
+            self._x = None
+        self.has_run = True
+        return out
+
+    def forget(self) -> None:
+        """Drop what belongs to the pass that ends."""
+        self.adapter = self.kept = self._x = None
+        self.is_skipped = self.has_run = False
+        self._outs = {}
+
+    def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self.adapter is not None and self.adapter.changes_O:
+            return dora_outputs(x, self.linears, self.adapter, self.kept)
+        if self.is_skipped:
+            shape = x.shape[:-1].numel()
+            empty = [x.new_empty(shape, linear.out_features) for linear in self.linears]
+            return FrozenProduct.apply(*self._adapt(x, empty))
+        if self.kept is None:
+            return FrozenProduct.apply(*self._adapt(x, None))
+        if self.kept.is_replay:
+            return FrozenProduct.apply(*self._adapt(x, self.kept.take()))
+        outs = FrozenProduct.apply(*self._adapt(x, None))
+        # Copies where Liger's rotary kernel will write into the outputs.
+        is_written_to = len(self.linears) == len(SHARED_INPUTS[0])
+        self.kept.store(*[out.detach().clone() if is_written_to else out.detach() for out in outs])
+        return outs
+
+    def _adapt(self, x: torch.Tensor, done: Sequence[torch.Tensor] | None) -> tuple:
+        """The arguments of FrozenProduct."""
+        deltas: dict[PackedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
+        deltas |= zip(self.linears, done or (), strict=False)
+        if self.adapter is not None:
+            linears, a_RI, b_ORs, scale, dropout, *_ = self.adapter
+            outputs = None if done is None else [deltas[linear] for linear in linears]
+            if dropout and linears[0].training:
+                for i, a in enumerate(a_RI.split([b.shape[1] for b in b_ORs])):
+                    lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
+                    output = None if outputs is None else outputs[i : i + 1]
+                    x, deltas[linears[i]] = LoraProduct.apply(x, lora_x, a, scale, output, b_ORs[i])
+            else:
+                x, *made = LoraProduct.apply(x, None, a_RI, scale, outputs, *b_ORs)
+                deltas |= zip(linears, made, strict=True)
+        return x, self.linears, (), done is not None, *deltas.values()
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear whose weight lies in its layer's store.
+
+    Attributes:
+        bias: frozen bias [O] or None.
+        dequantize: dtype -> the frozen weight_OI, made anew.
+        group: the linears that read the same input, itself included.
+    """
+
+    bias: nn.Parameter | None
+    group: InputGroup
+
+    def __init__(
+        self, linear: nn.Linear, dequantize: Callable[[torch.dtype], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.register_parameter("bias", linear.bias)
+        self.dequantize = dequantize
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Frozen product, plus LoRA product where there is a pair.
+
+        Args:
+            x: [..., I], compute dtype.
+
+        Returns:
+            [..., O], compute dtype.
+        """
+        return self.group.output(self, x).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+def group_linears(linears: dict[str, PackedLinear]) -> list[InputGroup]:
+    """Find the linears that read the same input.
+
+    Args:
+        linears: name in the layer -> linear, in the order of the store.
+
+    Returns:
+        The groups in that order, most of them of one linear.
+    """
+    groups: dict[tuple[str, ...], list[PackedLinear]] = {}
+    for name, linear in linears.items():
+        parent, _, last = name.rpartition(".")
+        shared = next((row for row in SHARED_INPUTS if last in row), (last,))
+        groups.setdefault((parent, *shared), []).append(linear)
+    return [InputGroup(members) for members in groups.values()]

@@ -1,0 +1,180 @@
+"""Weight streaming: host memory that GPUs copy from, and whole layers copied one layer ahead.
+
+The memory is a rank's own, or one copy for all ranks of a machine. `torch.pin_memory` rounds every
+block to a power of two; registering a mapping does not.
+"""
+
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.hardware import GIB
+
+
+class HostBytes:
+    """One block of host memory, pinned at its exact size where there is a GPU.
+
+    Attributes:
+        bytes: uint8 [nbytes].
+        pinned_bytes: nbytes, or 0.
+    """
+
+    def __init__(self, mapping: mmap.mmap, pin: bool) -> None:
+        """Take over a mapping.
+
+        Args:
+            mapping: the memory; it lives as long as `bytes` or a view of it.
+            pin: page-lock it.
+
+        Raises:
+            UserError: it cannot be pinned (code 3).
+        """
+        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        self.pinned_bytes = len(mapping) if pin else 0
+        if not pin:
+            return
+        cudart, address = torch.cuda.cudart(), self.bytes.data_ptr()
+        if int(cudart.cudaHostRegister(address, len(mapping), 0)):
+            raise UserError(
+                f"{len(mapping) / GIB:.1f} GiB of host memory could not be pinned",
+                "offloaded weights are copied to the GPU from pinned memory",
+                "raise the limit (ulimit -l unlimited) or free host memory; "
+                "or --use_cpu_offload false",
+                code=3,
+            )
+        # The driver must forget the pages before another mapping gets their address.
+        release = weakref.finalize(mapping, cudart.cudaHostUnregister, address)
+        release.atexit = False
+
+
+def private(nbytes: int, pin: bool) -> HostBytes:
+    """Memory of this process alone.
+
+    Args:
+        nbytes: its size.
+        pin: page-lock it.
+    """
+    return HostBytes(mmap.mmap(-1, nbytes), pin)
+
+
+def shared(nbytes: int, pin: bool, world: World) -> HostBytes | str:
+    """Memory that all ranks of one machine see.
+
+    It has no name anywhere (Linux: memfd), so that nothing is left behind however the ranks end,
+    and no limit of /dev/shm applies, only that of the machine or container.
+
+    Args:
+        nbytes: its size.
+        pin: page-lock it, each rank for itself.
+        world: the ranks, on one machine; all must call.
+
+    Returns:
+        The memory; or why there is none, the same on every rank.
+    """
+    memory: HostBytes | None = None
+    refusal, fd, place = "", -1, ""
+    try:
+        if world.rank == 0:
+            fd = os.memfd_create("fsdp_qlora")
+            os.ftruncate(fd, nbytes)
+            place = f"/proc/{os.getpid()}/fd/{fd}"
+    except (OSError, AttributeError) as error:
+        refusal = f"no shared memory: {error}"
+    place = world.gather_objects(place)[0]
+    try:
+        if world.rank != 0 and place:
+            fd = os.open(place, os.O_RDWR)
+        if fd >= 0 and place:
+            memory = HostBytes(mmap.mmap(fd, nbytes), pin)
+    except OSError as error:
+        refusal = f"rank {world.rank} cannot map the memory of rank 0: {error}"
+    except UserError as error:
+        refusal = error.got
+    refusals = [text for text in world.gather_objects(refusal) if text]  # all have opened it now
+    if fd >= 0:
+        os.close(fd)
+    if refusals:
+        return refusals[0]
+    assert memory is not None
+    return memory
+
+
+class Streamer:
+    """The slots of one GPU (or of a CPU rank, which copies too, but in line).
+
+    Every layer has its slot (its number modulo the number of slots), so neighbours never share one.
+    Whoever reads a layer says by that where the computation is: forward, recomputation and
+    backward, with or without checkpointing, evaluation, generation alike. The layers that come next
+    in the direction of travel are fetched into the slots that have just become free, on a stream of
+    their own. The host waits for nothing. At the turn from forward to backward, and from a step to
+    the next, the slots hold what is needed first.
+
+    Attributes:
+        sources: uint8 [nbytes] of each streamed layer, on the host; given after the slots are made.
+        slots: uint8 [nbytes] each, on the device.
+        num_copies: layers copied so far.
+    """
+
+    def __init__(self, num_layers: int, nbytes: int, num_slots: int, device: torch.device) -> None:
+        """Allocate the slots.
+
+        Args:
+            num_layers: that are streamed.
+            nbytes: of a layer.
+            num_slots: at least 2: one at work, the others being filled.
+            device: of the rank.
+        """
+        self.sources: Sequence[torch.Tensor] = ()
+        self.num_layers = num_layers
+        self.slots = [
+            torch.empty(nbytes, dtype=torch.uint8, device=device)
+            for _ in range(min(num_slots, num_layers))
+        ]
+        self.num_copies = 0
+        self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
+        self._at = -1  # the layer read last
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            self._copies = torch.cuda.Stream(device)
+            self._filled = [torch.cuda.Event() for _ in self.slots]
+
+    def read(self, layer: int) -> torch.Tensor:
+        """The bytes of a layer, valid for what is computed until another layer is read.
+
+        Args:
+            layer: index into `sources`.
+
+        Returns:
+            Its slot, uint8 [nbytes].
+        """
+        if layer != self._at:
+            self._travel_to(layer)
+        return self.slots[layer % len(self.slots)]
+
+    def _travel_to(self, layer: int) -> None:
+        step = 1 if layer == (self._at + 1) % self.num_layers else -1
+        self._at = layer
+        for ahead in range(len(self.slots)):
+            self._fetch(layer + step * ahead)
+        if self._is_cuda:
+            torch.cuda.current_stream().wait_event(self._filled[layer % len(self.slots)])
+
+    def _fetch(self, layer: int) -> None:
+        slot = layer % len(self.slots)
+        if not 0 <= layer < self.num_layers or self._held[slot] == layer:
+            return
+        self._held[slot] = layer
+        self.num_copies += 1
+        if not self._is_cuda:
+            self.slots[slot].copy_(self.sources[layer])
+            return
+        # What used the slot so far has been enqueued: this layer is another, and it was read later.
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            self.slots[slot].copy_(self.sources[layer], non_blocking=True)
+            self._filled[slot].record()

@@ -1,1 +1,0 @@
-"""What came out of a run: exported, merged, asked, scored, measured, drawn."""

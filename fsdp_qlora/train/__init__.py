@@ -1,1 +1,0 @@
-"""The run: ranks are launched, steps are taken, and everything measured is written down."""

@@ -1,0 +1,77 @@
+"""The public API: a run from a script, on ranks of its own and inside a process group."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import fsdp_qlora
+from fsdp_qlora import TrainConfig, TrainError
+from fsdp_qlora.errors import UserError
+from tests import warm
+from tests.ranks import run_ranks
+
+NUM_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("api")
+    warm.call(warm.make_model, directory)
+    return directory
+
+
+def rows_of(place: Path) -> list[dict]:
+    return [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
+
+
+def config(place: Path, name: str, **more) -> TrainConfig:
+    values = {"world_size": 2, "max_steps": NUM_STEPS, "context_length": 64, "lora_rank": 4}
+    values |= {"lr": 1e-3, "eval_split": "8", "eval_every": "2", "sample_prompts": "off"}
+    names = {"model_name": str(place / "model"), "output_dir": str(place / name)}
+    return TrainConfig(**values | names | more)
+
+
+def train_in_group(world, place: Path):
+    """What a worker of Ray Train does: the group is there already."""
+    steps = []
+    cfg = config(place, "group")
+    result = fsdp_qlora.train(cfg, rows_of(place), on_step=lambda line: steps.append(line["loss"]))
+    return result.losses, steps
+
+
+def test_rows_of_a_script_train_on_ranks_of_their_own_and_in_a_group(place, monkeypatch):
+    """Callbacks get every step and evaluation; both ways give equal losses, bit for bit."""
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(place / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    steps, evaluations = [], []
+    cfg = config(place, "script")
+    plan = fsdp_qlora.plan(cfg)
+    assert plan.found.fits and plan.to_dict()["peak_host_gib"] > 0
+    result = fsdp_qlora.train(cfg, rows_of(place), steps.append, evaluations.append)
+    assert [line["step"] for line in steps] == list(range(1, NUM_STEPS + 1))
+    assert result.losses == [line["loss"] for line in steps]
+    assert result.evaluations == evaluations and len(evaluations) == 3
+    assert result.memory["host"]["forward"] and len(result.memory["ranks"]) == 2
+    assert (result.output_dir / "adapter_model.safetensors").is_file()
+    (first, calls), (second, _) = run_ranks(train_in_group, 2, place)
+    assert first == second == calls == result.losses
+
+
+def test_what_cannot_be_is_an_exception(place, monkeypatch):
+    """A rule of the options, a row that is no JSON, and a callback that has seen enough."""
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(place / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="lr"):
+        config(place, "x", lr=0)
+    with pytest.raises(UserError, match="every row must be a dict of JSON values"):
+        fsdp_qlora.train(config(place, "x"), [{"text": object()}])
+    with pytest.raises(UserError, match="does not exist"):
+        fsdp_qlora.train(config(place, "x", dataset=str(place / "no.jsonl")))
+
+    def enough(line):
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        fsdp_qlora.train(config(place, "stopped", max_steps=99), rows_of(place), on_step=enough)
+    assert issubclass(TrainError, RuntimeError)
