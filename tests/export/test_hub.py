@@ -18,8 +18,10 @@ WEIGHTS = {  # what each kind of training leaves
     "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "new layers": ("new_layers.safetensors",),
     "model": ("config.json", "generation_config.json", "model.safetensors"),
-    "large model": ("config.json", "model.safetensors.index.json")
-    + ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    "large model": (
+        *("config.json", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    ),
 }
 ALWAYS = ("README.md", "tokenizer.json")
 KEPT = ("run_config.json", "metrics.jsonl", "summary.json", "logs/rank1.log", "wandb/x.wandb")
