@@ -304,7 +304,7 @@ def evaluate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fsdp_qlora evaluate",
         description="Loss and perplexity on held-out rows, before and after the adapter; the rows "
-        "are those of the run, or what flags of train.py (--dataset, --eval_samples, ...) say. "
+        "are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say. "
         "With --tasks those of lm-eval instead (pip install lm-eval).",
     )
     parser.add_argument("--adapter", type=Path, required=True, help="directory")
@@ -339,7 +339,7 @@ def _held_out(opened: Opened) -> dict[str, Any]:
 
     rows = data.build(opened.cfg, opened.info, opened.world).held_out
     if not rows:
-        remedy = "say --eval_samples N, --eval_split 0.1 or a file"
+        remedy = "say --eval_split 100, 0.1 or a file"
         raise UserError(f"{opened.cfg.dataset}", "holds no rows out", remedy)
     found: dict[str, Any] = {}
     for name in NAMES:
