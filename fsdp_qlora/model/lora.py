@@ -90,7 +90,7 @@ class FrozenMatmul(torch.autograd.Function):
 
     Args:
         x: [..., I], compute dtype.
-        linears: the PackedLinears that hold W and bias.
+        linears: the QuantizedLinears that hold W and bias.
         asides: for DoRA, of each linear an a_RI whose matmul with W is wanted too and whose bias
             is left out, or None; empty = none has one.
         is_done: the deltas are the outputs already (see SavedActivations); nothing is made for
