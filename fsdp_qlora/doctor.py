@@ -479,12 +479,12 @@ def quantized(rank: TrialRank, name: str, fmt: Any = None) -> Iterator[Finding]:
     generator, row = torch.Generator().manual_seed(0), fmt or FORMATS[name]
     weight_OI = (torch.randn(256, 512, generator=generator) * 0.02).bfloat16()
     x_MI = torch.randn(64, 512, generator=generator).to(rank.dtype)
-    fields = row.pack(weight_OI.to(rank.device))
+    fields = row.quantize(weight_OI.to(rank.device))
 
     def decoded(row: Any, device: Any, dtype: torch.dtype) -> torch.Tensor:
         own = {key: field.to(device) for key, field in fields.items()}
         codes = own.pop("weight")
-        return row.unpack(codes, row.constants(own, dtype), weight_OI.shape, dtype)
+        return row.dequantize(codes, row.constants(own, dtype), weight_OI.shape, dtype)
 
     exact_OI = decoded(FORMATS[name], "cpu", torch.float32).double()
     product_MO = (x_MI.to(rank.device) @ decoded(row, rank.device, rank.dtype).t()).cpu()
