@@ -37,7 +37,7 @@ class Opened:
         cfg: of the run.
         info: the base.
         world: this process among the ranks.
-        model: a PackedModel in evaluation mode, its adapter not loaded yet: it computes the base.
+        model: a QuantizedModel in evaluation mode, its adapter not loaded: it computes the base.
         adapter: file with the adapter, or None.
         tokenizer: transformers tokenizer of the base.
     """
@@ -222,7 +222,7 @@ def pieces(
     logit, one of them could end before the others, which would wait for it for ever.
 
     Args:
-        model: a PackedModel, sharded or not, in evaluation mode.
+        model: a QuantizedModel, sharded or not, in evaluation mode.
         tokenizer: transformers tokenizer.
         prompt_ids: tokens of the prompt as the model was trained to see it.
         num_tokens: longest answer, in tokens.
@@ -265,7 +265,7 @@ def answer(
     """The model's greedy continuation of a prompt; every rank must call it, all the same.
 
     Args:
-        model: a PackedModel; its mode is left as it was.
+        model: a QuantizedModel; its mode is left as it was.
         tokenizer, prompt_ids, num_tokens, world: see `pieces`.
 
     Returns:
@@ -418,7 +418,7 @@ def score(
     """Say how likely each row's continuation is; every rank must call it, all the same.
 
     Args:
-        model: a PackedModel in evaluation mode.
+        model: a QuantizedModel in evaluation mode.
         rows: ids that are given (at least one) and ids that follow (at least one).
         batch_size: rows computed at once.
         device: of this rank.

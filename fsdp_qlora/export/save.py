@@ -12,7 +12,7 @@ from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import adapter, hub, model_files
 from fsdp_qlora.model import adapters, shard
-from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 
 MAX_SHARD_BYTES = 5 * 2**30
 
@@ -39,7 +39,7 @@ def save(
     Raises:
         UserError: what was read back is not what was written (code 5).
     """
-    assert isinstance(model, PackedModel)
+    assert isinstance(model, QuantizedModel)
     directory = cfg.resolved_output_dir
     kind = TRAIN_TYPES[cfg.train_type].adapter
     if kind == "full":
@@ -67,7 +67,7 @@ def save(
 
 
 def _adapter_tensors(
-    model: PackedModel,
+    model: QuantizedModel,
     info: ModelInfo,
     flats: list[torch.Tensor],
     saved: dict[str, torch.Tensor],
@@ -83,7 +83,7 @@ def _adapter_tensors(
     return tensors
 
 
-def _save_config(model: PackedModel, info: ModelInfo, cfg: Config) -> None:
+def _save_config(model: QuantizedModel, info: ModelInfo, cfg: Config) -> None:
     import peft
 
     saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
@@ -106,7 +106,7 @@ def _save_config(model: PackedModel, info: ModelInfo, cfg: Config) -> None:
 
 
 def _save_model(
-    model: PackedModel, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
+    model: QuantizedModel, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
 ) -> Path:
     directory = cfg.resolved_output_dir
     names, dtype = list(model.tensors), getattr(torch, cfg.compute_dtype)
