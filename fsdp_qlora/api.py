@@ -199,8 +199,8 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
     try:
         opened = inference.open_run(place, inference.config_of(place, flags))
     finally:  # or a run started later would take this process for one of its ranks
-        for name in os.environ.keys() - env.keys():
-            del os.environ[name]
+        os.environ.clear()
+        os.environ.update(env)
     opened.load_adapter()
     return opened
 
