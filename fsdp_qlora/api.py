@@ -195,13 +195,18 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
     is_adapter = adapter is None and (Path(path) / CONFIG_NAME).is_file()
     flags = [] if is_adapter else [f"--model_name={path}"]
     place = Path(path if adapter is None else adapter) if is_adapter or adapter else None
-    env = dict(os.environ)
+    cfg, env = inference.config_of(place, flags), dict(os.environ)
     try:
-        opened = inference.open_run(place, inference.config_of(place, flags))
+        opened = inference.open_run(place, cfg)
+        opened.load_adapter()
+    except BaseException:
+        from fsdp_qlora.distributed import world
+
+        world.leave()
+        raise
     finally:  # or a run started later would take this process for one of its ranks
         os.environ.clear()
         os.environ.update(env)
-    opened.load_adapter()
     return opened
 
 
