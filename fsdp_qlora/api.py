@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, UserError
+
+if TYPE_CHECKING:
+    from fsdp_qlora.inference import Opened
 
 Event = dict[str, Any]  # a line of metrics.jsonl
 
@@ -146,6 +149,65 @@ def train(
         raise TrainError(code, lines)
     follower.poll()
     return _result(config.resolved_output_dir, follower)
+
+
+def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
+    """Merge an adapter into its base and write a plain model, as the command `merge` does.
+
+    Args:
+        adapter: directory of the adapter.
+        out: directory to be made.
+        base: what it is added to: "16bit", "dequantized", or "auto" for what training saw.
+
+    Returns:
+        The directory, with merge.json: how far the model is from base + adapter.
+
+    Raises:
+        UserError: an adapter or a base that does not fit, a full disk.
+    """
+    from fsdp_qlora.export import merge as command
+
+    command.main([f"--adapter={adapter}", f"--out={out}", f"--base={base}"])
+    return Path(out)
+
+
+def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
+    """Load a model that answers, in this process, on its CPU or one GPU.
+
+    The process is a torch.distributed group of one rank until the model's `close` is called.
+
+    Args:
+        path: directory or hub name of a model, or directory of an adapter, which names its base.
+        adapter: directory of an adapter to put on top of the model.
+
+    Returns:
+        The model; `generate(prompt, max_tokens=256, temperature=0.0)` returns its answer.
+
+    Raises:
+        UserError: no such model, no such adapter, or this process is one of several ranks.
+    """
+    from fsdp_qlora import inference
+    from fsdp_qlora.export.adapter import CONFIG_NAME
+
+    if _is_rank():
+        rule = "this process is in a process group already"
+        raise UserError("load_model", rule, "close the other model, or use another process")
+    is_adapter = adapter is None and (Path(path) / CONFIG_NAME).is_file()
+    flags = [] if is_adapter else [f"--model_name={path}"]
+    place = Path(path if adapter is None else adapter) if is_adapter or adapter else None
+    cfg, env = inference.config_of(place, flags), dict(os.environ)
+    try:
+        opened = inference.open_run(place, cfg)
+        opened.load_adapter()
+    except BaseException:
+        from fsdp_qlora.distributed import world
+
+        world.leave()
+        raise
+    finally:  # or a run started later would take this process for one of its ranks
+        os.environ.clear()
+        os.environ.update(env)
+    return opened
 
 
 def _is_rank() -> bool:

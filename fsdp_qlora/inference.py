@@ -1,7 +1,9 @@
 """A model that answers: a finished run opened again, `generate`, and `evaluate` with lm-eval."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import subprocess
@@ -37,6 +39,7 @@ class Opened:
         world: this process among the ranks.
         model: a QuantizedModel in evaluation mode, its adapter not loaded: it computes the base.
         adapter: file with the adapter, or None.
+        tokenizer: transformers tokenizer of the base.
     """
 
     cfg: Config
@@ -57,6 +60,64 @@ class Opened:
         if self.adapter is not None:
             device = self.world.device
             adapters.load(self.model, self.adapter, self.info.layers_prefix, device)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer of the base."""
+        from fsdp_qlora import data
+
+        return data.load_tokenizer(self.info)
+
+    def reply(
+        self, turns: list[dict[str, str]], num_tokens: int, is_raw: bool = False, **drawn: Any
+    ) -> Iterator[str]:
+        """Yield the answer to the last turn as it comes; every rank must take all of it.
+
+        Args:
+            turns: the conversation so far, role and content; the system prompt of the run is put
+                before it.
+            num_tokens: longest answer, in tokens.
+            is_raw: put no chat template around the last turn, and leave the others out.
+            drawn: temperature and seed, see `pieces`.
+
+        Yields:
+            Pieces of the answer, without special tokens.
+        """
+        text, tokenizer = turns[-1]["content"], self.tokenizer
+        system = [{"role": "system", "content": self.cfg.system_prompt}] * bool(
+            self.cfg.system_prompt
+        )
+        if tokenizer.chat_template and not is_raw:
+            text = tokenizer.apply_chat_template(
+                system + turns, tokenize=False, add_generation_prompt=True
+            )
+            if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
+                text = text.removeprefix(tokenizer.bos_token)
+        ids = tokenizer(text).input_ids
+        return pieces(self.model, tokenizer, ids, num_tokens, self.world, **drawn)
+
+    def generate(
+        self, prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """Answer a prompt, in the chat template of the model if it has one.
+
+        Args:
+            prompt: what the user says.
+            max_tokens: longest answer, in tokens.
+            temperature: of the draws; 0 takes the likeliest token each time.
+            seed: of the draws.
+
+        Returns:
+            The answer alone, without special tokens.
+        """
+        turns = [{"role": "user", "content": prompt}]
+        return "".join(self.reply(turns, max_tokens, temperature=temperature, seed=seed))
+
+    def close(self) -> None:
+        """Leave the process group; the model answers no more, `train` may start ranks again."""
+        from fsdp_qlora.distributed import world
+
+        world.leave()
 
 
 def config_of(adapter: Path | None, flags: list[str]) -> Config:
@@ -81,15 +142,6 @@ def config_of(adapter: Path | None, flags: list[str]) -> Config:
     known |= {"output_dir": str(adapter or "output"), "fit": "off"}
     known["world_size"] = max(given.world_size, 1)
     return dataclasses.replace(config.parse([]), **known)
-
-
-def is_parent(cfg: Config) -> bool:
-    """Return whether this process has to start ranks, and is none itself.
-
-    Args:
-        cfg: world_size.
-    """
-    return cfg.world_size > 1 and not is_rank(os.environ)
 
 
 def spread(name: str, argv: list[str], cfg: Config) -> int:
@@ -143,10 +195,9 @@ def open_run(adapter: Path | None, cfg: Config) -> Opened:
     """
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     cfg = trained.adopt_format(cfg, info.stored_format, frozenset())
-    if is_rank(os.environ):
-        os.environ.update(rank_env(os.environ, cfg))
-    else:
-        os.environ.update(child_env({}, 0, 1, find_port(None)))
+    is_one = not is_rank(os.environ)
+    place = child_env({}, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
+    os.environ.update(place)
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 
@@ -245,35 +296,20 @@ def generate(argv: list[str]) -> int:
     if args.adapter is None and "--model_name" not in " ".join(flags):
         raise UserError("generate", "needs --adapter or --model_name", "give one of them")
     cfg = config_of(args.adapter, flags)
-    if is_parent(cfg):
+    if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("generate", argv, cfg)
     opened = open_run(args.adapter, cfg)
     opened.load_adapter()
-    from fsdp_qlora import data
-
-    tokenizer = data.load_tokenizer(opened.info)
-    system = opened.cfg.system_prompt
-    turns = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, str]] = []
     for prompt in _prompts(args.prompt, opened):
         turns.append({"role": "user", "content": prompt})
-        text = prompt
-        if tokenizer.chat_template and not args.raw:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            text = text.removeprefix(_bos(tokenizer))
-        reply = ""
-        rest = args.num_tokens, opened.world, args.temperature, args.seed
-        for piece in pieces(opened.model, tokenizer, tokenizer(text).input_ids, *rest):
+        reply, drawn = "", {"temperature": args.temperature, "seed": args.seed}
+        for piece in opened.reply(turns, args.num_tokens, args.raw, **drawn):
             reply += piece
             _print(opened, piece)
         _print(opened, "\n")
         turns.append({"role": "assistant", "content": reply})
     return DONE
-
-
-def _bos(tokenizer: Any) -> str:
-    """The beginning of text, where the tokenizer puts it before every text."""
-    adds_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token if adds_bos else ""
 
 
 def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
@@ -283,15 +319,14 @@ def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
         return
     if opened.is_writer:
         print("an empty line ends the conversation", file=sys.stderr)
-    while line := opened.world.gather_objects(_line() if opened.is_writer else "")[0]:
-        yield line
 
-
-def _line() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
+    def ask() -> str:
+        with contextlib.suppress(EOFError):
+            return input("> " if sys.stdin.isatty() else "")
         return ""
+
+    while line := opened.world.gather_objects(ask() if opened.is_writer else "")[0]:
+        yield line
 
 
 def _print(opened: Opened, text: str) -> None:
@@ -317,7 +352,7 @@ def evaluate(argv: list[str]) -> int:
     cfg = config_of(args.adapter, flags)
     if args.tasks is None:
         config.check_own_code(vars(cfg), config.given(flags), args.adapter)
-    if is_parent(cfg):
+    if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg)
     path = args.adapter / "evaluation.json"
@@ -354,14 +389,14 @@ def _held_out(opened: Opened) -> dict[str, Any]:
 
 def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     """What lm-eval measures, by task."""
-    from fsdp_qlora import data
-
-    tokenizer = data.load_tokenizer(opened.info)
     found: dict[str, Any] = {}
     for name in NAMES:
-        found[name] = run_tasks(opened, tokenizer, args.tasks.split(","), args.task_dir, args.limit)
-        for line in task_lines(name, found[name]) if opened.is_writer else ():
-            print(line, flush=True)
+        found[name] = run_tasks(opened, args.tasks.split(","), args.task_dir, args.limit)
+        rows = [(task, *row) for task, figures in found[name].items() for row in figures.items()]
+        for task, figure, value in rows if opened.is_writer else ():
+            kind = figure.partition(",")[0]
+            if isinstance(value, float) and not kind.endswith("stderr"):
+                print(f"{name:<8} {task} {kind} {value:.4f}", flush=True)
         opened.load_adapter()
     return found
 
@@ -419,13 +454,12 @@ def score(
 
 
 def run_tasks(
-    opened: Opened, tokenizer: Any, names: list[str], task_dir: Path | None, limit: int | None
+    opened: Opened, names: list[str], task_dir: Path | None, limit: int | None
 ) -> dict[str, Any]:
     """Run tasks on the model as it is; every rank does all of the work.
 
     Args:
         opened: the model.
-        tokenizer: transformers tokenizer.
         names: of the tasks.
         task_dir: directory with more tasks, or None.
         limit: rows of each task, or None for all.
@@ -448,7 +482,7 @@ def run_tasks(
         remedy = "lm-eval ls tasks lists them; --task_dir DIR adds your own"
         raise UserError(f"--tasks {','.join(unknown)}", "lm-eval has no such task", remedy)
     done = lm_eval.simple_evaluate(
-        model=_as_lm(opened, tokenizer),
+        model=_as_lm(opened),
         tasks=list(names),
         task_manager=manager,
         limit=limit,
@@ -458,29 +492,12 @@ def run_tasks(
     return done["results"]
 
 
-def task_lines(name: str, results: dict[str, Any]) -> Iterator[str]:
-    """Write the figures of some tasks.
-
-    Args:
-        name: of the model.
-        results: see `run`.
-
-    Yields:
-        One line per figure.
-    """
-    for task, figures in results.items():
-        for figure, value in figures.items():
-            is_figure = isinstance(value, float) and not figure.partition(",")[0].endswith("stderr")
-            if is_figure:
-                yield f"{name:<8} {task} {figure.partition(',')[0]} {value:.4f}"
-
-
-def _as_lm(opened: Opened, tokenizer: Any) -> Any:
+def _as_lm(opened: Opened) -> Any:
     """The model as lm-eval wants it: a class of its own, made here so that it stays optional."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 
-    model, world = opened.model, opened.world
+    model, world, tokenizer = opened.model, opened.world, opened.tokenizer
     longest = min(opened.info.config.get("max_position_embeddings", LONGEST_TOKENS), LONGEST_TOKENS)
 
     class Model(TemplateLM):
@@ -515,9 +532,8 @@ def _as_lm(opened: Opened, tokenizer: Any) -> Any:
             ends = settings.get("until") or []
             ends = [ends] if isinstance(ends, str) else ends
             num_tokens = settings.get("max_gen_toks", ANSWER_TOKENS)
-            temperature = (
-                float(settings.get("temperature") or 0.0) if settings.get("do_sample") else 0.0
-            )
+            is_drawn = settings.get("do_sample")
+            temperature = float(settings.get("temperature") or 0.0) if is_drawn else 0.0
             ids, text = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
             for piece in pieces(model, tokenizer, ids, num_tokens, world, temperature):
                 text += piece

@@ -1,12 +1,16 @@
 """The public API: a run from a script, on ranks of its own and inside a process group."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import fsdp_qlora
 from fsdp_qlora import TrainConfig, TrainError
+from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import UserError
 from tests import warm
 from tests.ranks import run_ranks
@@ -75,3 +79,40 @@ def test_what_cannot_be_is_an_exception(place, monkeypatch):
     with pytest.raises(KeyError, match="enough"):
         fsdp_qlora.train(config(place, "stopped", max_steps=99), rows_of(place), on_step=enough)
     assert issubclass(TrainError, RuntimeError)
+
+
+def generate(place: Path, *flags: str) -> str:
+    """What the command answers."""
+    argv = [sys.executable, "-m", "fsdp_qlora", "generate", "--prompt=What is 5?", *flags]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT_DIR)}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=True)
+    return done.stdout.removesuffix("\n")
+
+
+def ask(place: Path) -> None:
+    """Write the answers of the adapter and of its merged model; the environment stays."""
+    env, answers = dict(os.environ), []
+    for path in (place / "adapter", place / "merged"):
+        model = fsdp_qlora.load_model(path)
+        answers += [model.generate("What is 5?", max_tokens=6, temperature=t) for t in (0.0, 0.7)]
+        with pytest.raises(UserError, match="is in a process group already"):
+            fsdp_qlora.load_model(path)
+        model.close()
+    assert env == dict(os.environ)
+    (place / "answers.json").write_text(json.dumps(answers))
+
+
+def test_a_loaded_model_answers_as_the_command_generate_does(place, monkeypatch):
+    """An adapter, and the plain model that `merge` makes of it."""
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(place / "cache"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    fsdp_qlora.train(config(place, "adapter", world_size=1, lr=3e-2), rows_of(place))
+    assert fsdp_qlora.merge(place / "adapter", place / "merged") == place / "merged"
+    assert json.loads((place / "merged" / "merge.json").read_text())["added_to"] == "dequantized"
+    warm.call(ask, place)
+    answers = json.loads((place / "answers.json").read_text())
+    kinds = (f"--adapter={place / 'adapter'}", f"--model_name={place / 'merged'}")
+    drawn = ("--temperature=0.0", "--temperature=0.7")
+    rows = [(kind, "--num_tokens=6", flag) for kind in kinds for flag in drawn]
+    assert answers == [generate(place, *row) for row in rows]
+    assert any(answers)

@@ -57,17 +57,12 @@ def write_card(directory: Path, cfg: Config, info: ModelInfo) -> Path:
     Returns:
         Path of the card.
     """
-    path = directory / CARD_NAME
-    card = redact(card_text(cfg, info, _record(directory)), os.environ, (*MAYBE_SECRETS, *SECRETS))
-    return atomic.write(path, card)
-
-
-def _record(directory: Path) -> Run | None:
-    """The record; an adapter that is saved already does not fail for want of its figures."""
     try:
-        return record.read(directory)
-    except UserError:
-        return None
+        run = record.read(directory)
+    except UserError:  # what is saved already does not fail for want of its figures
+        run = None
+    text = redact(card_text(cfg, info, run), os.environ, (*MAYBE_SECRETS, *SECRETS))
+    return atomic.write(directory / CARD_NAME, text)
 
 
 def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
@@ -82,21 +77,19 @@ def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
         Markdown, with the header that the hub reads.
     """
     name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
-    parts = [
-        _metadata(cfg),
-        f"# {one_line(name)}",
-        _INTROS[kind].format(base=f"`{_code(cfg.model_name)}`", form=f"`{cfg.format_name}`"),
-        _usage(name, kind),
-        "## Training",
-        _table(_facts(cfg, info, run)),
-    ]
-    if run is not None:
-        parts += ["## Results", _table(_results(run))]
-    parts += ["## Settings", _table((flag, getattr(cfg, flag)) for flag in SETTINGS)]
-    parts += ["## Command", f"```bash\n{command(cfg)}\n```"]
-    if run is not None and run.facts.get("versions"):
-        parts += ["## Versions", _table(run.facts["versions"].items())]
-    return "\n\n".join(parts) + "\n"
+    intro = _INTROS[kind].format(base=f"`{_code(cfg.model_name)}`", form=f"`{cfg.format_name}`")
+    parts = [_metadata(cfg), f"# {one_line(name)}", intro, _usage(name, kind)]
+    versions = {} if run is None else run.facts.get("versions", {})
+    tables = {
+        "Training": list(_facts(cfg, info, run)),
+        "Results": [] if run is None else list(_results(run)),
+        "Settings": [(flag, getattr(cfg, flag)) for flag in SETTINGS],
+        "Versions": list(versions.items()),
+    }
+    for title, rows in tables.items():
+        lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+        parts += ["\n".join([f"## {title}\n", "| | |", "|---|---|", *lines])] * bool(rows)
+    return "\n\n".join([*parts, f"## Command\n\n```bash\n{command(cfg)}\n```"]) + "\n"
 
 
 def command(cfg: Config) -> str:
@@ -140,20 +133,18 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _usage(name: str, kind: str) -> str:
-    if kind == "full":
-        return (
-            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({name!r})\n```"
-        )
+    library = "transformers" if kind == "full" else "peft"
+    loader = "AutoModelForCausalLM" if kind == "full" else "AutoPeftModelForCausalLM"
     load = (
-        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})\n```\n\n"
+        f"```python\nfrom {library} import {loader}\n\n"
+        f"model = {loader}.from_pretrained({name!r})\n```"
     )
-    return load * (kind != "llama_pro") + (
+    merge = (
         "To make a plain model of base and adapter, with the difference measured:\n\n"
         f"```bash\npython -m fsdp_qlora merge --adapter {shlex.quote(name)} "
         f"--out {shlex.quote(name + '-merged')}\n```"
     )
+    return "\n\n".join([load] * (kind != "llama_pro") + [merge] * (kind != "full"))
 
 
 def _facts(cfg: Config, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
@@ -183,22 +174,15 @@ def _results(run: Run) -> Iterator[tuple[str, str]]:
     seconds = sum(step["step_s"] for step in run.steps)
     num_tokens = sum(step["num_tokens"] for step in run.steps)
     yield "tokens, padding included", f"{num_tokens:,}"
-    yield (
-        "training time",
-        f"{seconds / 60:.1f} minutes, {num_tokens / max(seconds, 1e-9):,.0f} tokens/s",
-    )
-    every = "device_peak_reserved_gib", "device_total_gib"
-    peak, size = (highest(run.peaks(name)) for name in every)
+    speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    yield "training time", f"{seconds / 60:.1f} minutes, {speed}"
+    size = highest(run.peaks("device_total_gib"))
     if size:
-        yield "peak memory of a GPU", f"{peak or 0:.2f} GiB reserved of {size:.1f}"
+        peak = highest(run.peaks("device_peak_reserved_gib")) or 0
+        yield "peak memory of a GPU", f"{peak:.2f} GiB reserved of {size:.1f}"
     host = highest(run.host("host_peak_used_gib"))
     if host is not None:
         yield "peak memory of the host, all programs", f"{host:.1f} GiB"
-
-
-def _table(rows: Any) -> str:
-    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
-    return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _cell(value: Any) -> str:
@@ -227,13 +211,14 @@ def check(name: str | None) -> None:
     got = f"--push_to_hub {name}"
     try:
         validate_repo_id(name)
+        rule = None if name.count("/") == 1 else "names no owner"
     except HFValidationError:
-        raise UserError(got, "is no name of a repository", "give OWNER/NAME") from None
-    if name.count("/") != 1:
-        raise UserError(got, "names no owner", "give OWNER/NAME")
+        rule = "is no name of a repository"
+    if rule is not None:
+        raise UserError(got, rule, "give OWNER/NAME")
     if get_token() is None:
-        rule = "there is no token of the hub"
-        raise UserError(got, rule, "run hf auth login, or set HF_TOKEN", ENVIRONMENT)
+        remedy = "run hf auth login, or set HF_TOKEN"
+        raise UserError(got, "there is no token of the hub", remedy, ENVIRONMENT)
 
 
 def push(directory: Path, name: str | None) -> None:
