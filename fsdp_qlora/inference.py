@@ -84,13 +84,10 @@ class Opened:
             Pieces of the answer, without special tokens.
         """
         text, tokenizer = turns[-1]["content"], self.tokenizer
-        system = [{"role": "system", "content": self.cfg.system_prompt}] * bool(
-            self.cfg.system_prompt
-        )
         if tokenizer.chat_template and not is_raw:
-            text = tokenizer.apply_chat_template(
-                system + turns, tokenize=False, add_generation_prompt=True
-            )
+            system = self.cfg.system_prompt or ""
+            turns = [{"role": "system", "content": system}] * bool(system) + turns
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
                 text = text.removeprefix(tokenizer.bos_token)
         ids = tokenizer(text).input_ids

@@ -80,14 +80,9 @@ class Adapter:
 
     def __str__(self) -> str:
         """What it holds, for the console."""
-        ranks = ", ".join(map(str, self.ranks))
+        ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in self.pairs.values()})))
         parts = [f"rank {ranks} on {len(self.pairs)} linears"] * bool(self.pairs)
         return ", ".join(parts + [f"{len(self.replaced)} whole tensors"] * bool(self.replaced))
-
-    @property
-    def ranks(self) -> list[int]:
-        """The ranks that occur."""
-        return sorted({pair.a.shape[0] for pair in self.pairs.values()})
 
 
 def read(path: Path) -> Adapter:
@@ -102,11 +97,10 @@ def read(path: Path) -> Adapter:
     Raises:
         UserError: it is none, is not plain LoRA (code 2), or its files disagree (code 5).
     """
-    if (path / LAYERS_NAME).is_file():
-        record = _read_record(path / LAYERS_NAME)
-        return Adapter(
-            path, str(record.get("base", "")), {}, record, read_header(path / LAYERS_NAME)
-        )
+    layers = path / LAYERS_NAME
+    if layers.is_file():
+        record = _read_record(layers)
+        return Adapter(path, str(record.get("base", "")), {}, record, read_header(layers))
     config = _read_config(path)
     file = path / WEIGHTS_NAME
     if not file.exists() and (path / "adapter_model.bin").exists():
@@ -301,19 +295,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASES):
         rule = f"was started with {start}, which changes the base"
-        raise UserError(
-            got, rule, "convert it with peft's path_initial_model_for_weight_conversion"
-        )
+        remedy = "convert it with peft's path_initial_model_for_weight_conversion"
+        raise UserError(got, rule, remedy)
     return config
 
 
 def _pair(name: str, sides: dict[str, TensorRef], config: dict[str, Any], file: Path) -> Pair:
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
     if sides.keys() != needed or sides["A"].shape[0] != sides["B"].shape[1]:
-        rule = f"must have {' and '.join(sorted(needed))}"
-        raise UserError(
-            f"{name} in {file}", f"has no pair of LoRA matrices: {rule}", "save it again", 5
-        )
+        rule = f"has no pair of LoRA matrices: must have {' and '.join(sorted(needed))}"
+        raise UserError(f"{name} in {file}", rule, "save it again", INTEGRITY)
     rank = sides["A"].shape[0]
     expected = _by_pattern(config, "rank_pattern", "r", name)
     if rank != expected:
@@ -335,9 +326,8 @@ def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) 
         try:
             is_match = re.match(rf"(.*\.)?({key})$", name)
         except re.error as error:
-            raise UserError(
-                f"{patterns} {key!r}", f"is no pattern ({error})", "correct it"
-            ) from None
+            rule = f"is no pattern ({error})"
+            raise UserError(f"{patterns} {key!r}", rule, "correct it") from None
         if is_match:
             return value
     return config.get(default)
@@ -376,5 +366,4 @@ def run_config(path: Path) -> Config:
     Raises:
         UserError: it is absent (code 2) or damaged (code 5).
     """
-    table = read_json(path / "run_config.json")
-    return from_record(table)[0]
+    return from_record(read_json(path / "run_config.json"))[0]

@@ -32,11 +32,6 @@ MAYBE_SECRETS = (
     re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
 )
 OWN_PATHS = ("output_dir", "overwrite", "recipe")
-SETTINGS = (
-    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
-    *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
-    *("optimizer", "lr", "lr_scheduler", "warmup_steps", "wd", "precision", "seed"),
-)
 _ADAPTER = " adapter for {base}, trained with fsdp_qlora over a base in {form}, in peft's format."
 _INTROS = {
     "lora": "A LoRA" + _ADAPTER,
@@ -83,7 +78,6 @@ def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
     tables = {
         "Training": list(_facts(cfg, info, run)),
         "Results": [] if run is None else list(_results(run)),
-        "Settings": [(flag, getattr(cfg, flag)) for flag in SETTINGS],
         "Versions": list(versions.items()),
     }
     for title, rows in tables.items():

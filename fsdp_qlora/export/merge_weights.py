@@ -300,9 +300,8 @@ def check(
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
     rows = choose_rows(options, adapter, info)
-    trained = logits(
-        info, read_from(info, device, seen, adapter.replaced), adapter.pairs, rows.ids, device
-    )
+    read = read_from(info, device, seen, adapter.replaced)
+    trained = logits(info, read, adapter.pairs, rows.ids, device)
     merged = logits(result, read_from(result, device), {}, rows.ids, device)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
     return {"rows": rows.note, "base_of_adapter": base} | compare(trained, merged, rows)
@@ -500,9 +499,8 @@ def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelIn
     if cfg.dataset == sources.DUMMY:
         return _random(options, info, "the run's rows were random, too")
     path = _tokenizer_directory(adapter, info)
-    ready = prepare.prepare(
-        cfg, tokenizer.read(path), info.vocab_size, lambda: tokenizer.load(path)
-    )
+    text = tokenizer.read(path)
+    ready = prepare.prepare(cfg, text, info.vocab_size, lambda: tokenizer.load(path))
     has_held_out = len(ready.held_out) > 0
     part = ready.held_out if has_held_out else ready.train
     rows = (part[i].input_ids[: options.evidence_tokens].tolist() for i in range(len(part)))
@@ -514,8 +512,7 @@ def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelIn
 
 
 def _tokenizer_directory(adapter: Adapter, info: ModelInfo) -> Path:
-    places = [adapter.path, info.path]
-    for place in places:
+    for place in (adapter.path, info.path):
         if place and tokenizer.has_files(place):
             return place
     raise UserError(str(info.path), "has no tokenizer", "copy it beside the adapter")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
 from fsdp_qlora.config import TRAIN_TYPES, Config
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export import adapter, hub, model_files
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -129,9 +129,5 @@ def _compare(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     read = load_file(path)
     same = read.keys() == tensors.keys() and all(torch.equal(read[n], tensors[n]) for n in tensors)
     if not same:
-        raise UserError(
-            f"{path} does not hold what was written",
-            "an adapter is read back and compared",
-            "check the disk and save again",
-            code=5,
-        )
+        got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
+        raise UserError(got, rule, "check the disk and save again", INTEGRITY)
