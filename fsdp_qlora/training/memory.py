@@ -197,7 +197,7 @@ def process_memory(device: torch.device, sampler: "HostSampler | None" = None) -
 
 
 def memory_now(device: torch.device) -> dict[str, float | None]:
-    """PROCESS_FIELDS and MACHINE_FIELDS in GiB, all measured now; starts the next device peak."""
+    """PROCESS_FIELDS and machine_memory in GiB, all measured now; starts the next device peak."""
     return {**process_memory(device), **machine_memory()}
 
 
