@@ -35,11 +35,10 @@ from fsdp_qlora import arch, atomic
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
-from fsdp_qlora.hardware import count_gpus, find_gpus
+from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report.charts import Bar, Bars, draw_bars
 
-GIB = 2**30
 POLL_S, GRACE_S = 0.1, 15.0
 NUM_WARMUP_STEPS, MIN_STEPS = 3, 8
 LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed

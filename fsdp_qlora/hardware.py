@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fsdp_qlora import atomic
+from fsdp_qlora.atomic import GIB
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 1024**3
 PACKAGES = (
     *("torch", "transformers", "bitsandbytes", "peft", "hqq", "accelerate", "datasets"),
     *("safetensors", "tokenizers", "liger-kernel", "flash-attn"),

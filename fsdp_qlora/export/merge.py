@@ -20,13 +20,13 @@ from fsdp_qlora.errors import DONE, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export.adapter import Adapter
 from fsdp_qlora.export.beside import DTYPES, SHARD_HELP, copy_beside
+from fsdp_qlora.hardware import GIB
 
 if TYPE_CHECKING:
     import torch
 
     from fsdp_qlora.export.base import TrainedBase
 
-GIB = 2**30
 FORMATS = ("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 BASE_HELP = "what the adapter is added to; auto: what training saw, if the adapter tells"

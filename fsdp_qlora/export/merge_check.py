@@ -27,8 +27,8 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.export.adapter import Adapter, Pair, run_config
 from fsdp_qlora.export.base import Reader, TrainedBase, load, load_pair, read_from
 from fsdp_qlora.export.merge import MergeOptions
+from fsdp_qlora.hardware import GIB
 
-GIB = 2**30
 CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4

@@ -16,6 +16,7 @@ import torch
 from fsdp_qlora.config import Config
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
 from fsdp_qlora.data.token_dataset import Sample
+from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.planning import rows as names
@@ -23,7 +24,6 @@ from fsdp_qlora.training.loop import Trained, token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
 
 MAX_EVENTS = 2_000_000
-GIB = 2**30
 # Where an allocation was made -> its row; the innermost place that is known counts.
 PLACES = (
     ("fsdp_qlora/model/cuda_graphs.py", names.LAYER),
