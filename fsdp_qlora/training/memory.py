@@ -27,7 +27,7 @@ from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib, read_kib
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
-from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import sizes
@@ -331,7 +331,7 @@ class MemoryTracker:
         self.share = HostShare(process_peak().left_gib, data_bytes / GIB)
         self._device = device
         self._params: list[nn.Parameter] = []
-        self._model: PackedModel | None = None
+        self._model: QuantizedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
         self._context_gib = 0.0  # what the card holds beside torch's allocator, when last looked at
@@ -369,7 +369,7 @@ class MemoryTracker:
         """What `phase` has measured."""
         return self._taken[name]
 
-    def record_model(self, model: PackedModel, placed: Placed) -> None:
+    def record_model(self, model: QuantizedModel, placed: Placed) -> None:
         """Count what the load has left on the device, tensor by tensor.
 
         Args:
@@ -378,7 +378,7 @@ class MemoryTracker:
         """
         self._model, layout = model, model.layout
         weights_share = layout.weights[-1][1] / layout.nbytes
-        layers = {id(block.packed): number for number, block in enumerate(blocks(model))}
+        layers = {id(block.quantized): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
         self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
         for tensor, nbytes in _tensors(model):
