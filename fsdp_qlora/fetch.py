@@ -111,19 +111,19 @@ def download(package: str, folder: Path) -> Path:
         UserError: pip or npm cannot download it (code 3); its hash differs (code 5).
     """
     requirement, sha256 = package.split()
-    command, program = ["npm", "pack", "--silent", "--pack-destination", folder, requirement], "npm"
+    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), requirement]
     pinned = folder / "requirements.txt"
     if "==" in requirement:  # pip compares the hash before it would run anything
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-        command += ["--no-deps", "--require-hashes", "-r", pinned, "-d", folder]
-        program = "pip"
+        command += ["--no-deps", "--require-hashes", "-r", str(pinned), "-d", str(folder)]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         words = str(getattr(error, "stderr", error)).strip()
         if "DO NOT MATCH THE HASHES" not in words:
             cause = words.rpartition("\n")[2].removeprefix("ERROR: ") or "failed"
+            program = "pip" if "==" in requirement else "npm"
             remedy = f"it needs {program} and its index: try again with a network"
             raise UserError(requirement, cause, remedy, ENVIRONMENT) from error
     finally:
@@ -197,7 +197,8 @@ def save_smollm2(directory: Path) -> None:
             prefix = f"model.layers.{layer[1]}." if layer else "model."
             weights[f"{prefix}{HF_NAMES[kind]}.weight"] = values
         keys = ("tokens", "token_type", "merges")
-        _save_tokenizer(*(reader.fields[f"tokenizer.ggml.{k}"].contents() for k in keys), directory)
+        tokens, kinds, merges = (reader.fields[f"tokenizer.ggml.{k}"].contents() for k in keys)
+        _save_tokenizer(tokens, kinds, merges, directory)
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
 
@@ -206,11 +207,8 @@ def _save_tokenizer(
 ) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocab, pairs = (
-        {token: i for i, token in enumerate(tokens)},
-        [tuple(m.split(" ")) for m in merges],
-    )
-    tokenizer = Tokenizer(models.BPE(vocab, pairs))
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
     # Every digit is a word of its own (tokenizer.ggml.pre = smollm), which parts "\n\n" from "1".
     splits = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)

@@ -435,8 +435,8 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         The group, or an empty Cgroup on systems without one.
     """
     rows = [line.split(":", 2) for line in _read(proc / "cgroup").splitlines()]
-    for controller, mount, limit_name, used_name, events_name in CGROUP_VERSIONS:
-        mount = root / mount
+    for controller, folder, limit_name, used_name, events_name in CGROUP_VERSIONS:
+        mount = root / folder
         paths = [row[2] for row in rows if len(row) > 2 and controller in row[1].split(",")]
         group = mount / (paths or [""])[0].strip("/")
         groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
