@@ -18,7 +18,7 @@ from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapters
-from fsdp_qlora.export.adapter import Adapter
+from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.export.beside import DTYPES, SHARD_HELP, copy_beside
 from fsdp_qlora.hardware import GIB
 
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: int) -> None:
+def _run(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo, need_bytes: int) -> None:
     """Merge, compare, and print what was done."""
     from fsdp_qlora.export import base, merge_check
     from fsdp_qlora.export.shards import Shards
@@ -142,7 +142,11 @@ def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: i
 
 
 def merged(
-    info: ModelInfo, adapter: Adapter, added_to: "TrainedBase", dtype: str, device: "torch.device"
+    info: ModelInfo,
+    adapter: SavedAdapter,
+    added_to: "TrainedBase",
+    dtype: str,
+    device: "torch.device",
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Yield the tensors of base + adapter; a few are held at once.
 
@@ -181,7 +185,7 @@ def merged(
         yield name, result
 
 
-def _check_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> str | None:
+def _check_base(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -> str | None:
     """Refuse another base than the one the adapter was trained on, where it tells."""
     trained_on, digest = adapter.record.get("digest"), adapters.digest(info)
     if trained_on is not None and digest != trained_on and not options.any_base:
@@ -191,7 +195,7 @@ def _check_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> str
     return digest
 
 
-def _trained_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> "TrainedBase":
+def _trained_base(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -> "TrainedBase":
     """What the linears of the base were in training."""
     import torch
 

@@ -29,13 +29,13 @@ from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import sizes
 from fsdp_qlora.training import optim
 
 STEP_PHASES = ("forward", "backward", "optimizer")
 DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
-GibByRow = dict[str, float]
 Phases = dict[str, GibByRow]
 DEVICE_FIELDS = (
     "device_allocated_gib",
