@@ -37,10 +37,11 @@ from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.record import NUM_WARMUP_STEPS
 from fsdp_qlora.report.charts import Bar, Bars, draw_bars
 
 POLL_S, GRACE_S = 0.1, 15.0
-NUM_WARMUP_STEPS, MIN_STEPS = 3, 8
+MIN_STEPS = 8
 LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed
 FAULT = re.compile(rf"(\[rank\d+\]: ?)?(?!{LAUNCHER})([\w.]*(Error|Exception)|error): ")
 COMMON = (

@@ -3,17 +3,15 @@
 import datetime
 import itertools
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fsdp_qlora.config import Config, to_dict
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
-from fsdp_qlora.record import Run, highest
+from fsdp_qlora.record import OWN_FLAGS, Run, command, highest, word
 
 UNKNOWN = "–"
-OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
 ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
@@ -346,19 +344,11 @@ def settings(runs: list[Run]) -> list[PageTable]:
     if len(runs) == 1:
         columns = {"default": to_dict(Config())} | columns
     flags = dict.fromkeys(flag for run in runs for flag in run.config)
-    rows = [(f, [Cell(_word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
+    rows = [(f, [Cell(word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
     differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]
     title = f"Flags that differ {'from the defaults' if len(runs) == 1 else 'between the runs'}"
-    return [
-        PageTable(title, [*columns], differ, "words"),
-        PageTable("All flags", [*columns], rows, "fold"),
-    ]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "not set" if value is None else str(value)
+    every = PageTable("All flags", [*columns], rows, "fold")
+    return [PageTable(title, [*columns], differ, "words"), every]
 
 
 def environment(runs: list[Run]) -> list[PageTable]:
@@ -376,7 +366,7 @@ def environment(runs: list[Run]) -> list[PageTable]:
         sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
         sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
         facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
-        facts |= {"command": command(run)} | run.table("versions")
+        facts |= {"command": command(run.config)} | run.table("versions")
         machines.append({name: Cell(str(value)) for name, value in facts.items()})
     lines = _beside("What ran", _heads(runs), [_console(run) for run in runs], "words")
     return [lines, _beside("Machine and versions", _heads(runs), machines, "words")]
@@ -390,16 +380,3 @@ def _console(run: Run) -> dict[str, Cell]:
         name, words = line[:10].strip() or name, line[10:].strip()
         found[name] = Cell(f"{found[name].text}; {words}" if name in found else words)
     return found
-
-
-def command(run: Run) -> str:
-    """The command line of a run, from the flags that differ from the defaults.
-
-    Args:
-        run: with its configuration.
-    """
-    words, defaults = ["python", "train.py"], to_dict(Config())
-    for flag, value in run.config.items():
-        if value is not None and value != defaults.get(flag, value):
-            words += [f"--{flag}", _word(value)]
-    return shlex.join(words)
