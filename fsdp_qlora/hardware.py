@@ -500,13 +500,13 @@ def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
     return (host.total - host.available) / GIB
 
 
-def pss_gib(proc: Path = Path("/proc/self")) -> float:
+def pss_gib() -> float:
     """Proportional set size of this process in GiB: pages shared by N processes count 1/N.
 
     The sum over ranks is what the run really holds. The kernel walks every page for it (tenths of
     a second for tens of GiB), so it does not belong in a step: see training.memory.HostSampler.
     """
-    return read_kib(proc / "smaps_rollup", "Pss") * 1024 / GIB
+    return read_kib(Path("/proc/self/smaps_rollup"), "Pss") * 1024 / GIB
 
 
 def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
