@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.inference import Opened
 
 Event = dict[str, Any]  # a line of metrics.jsonl
+Callback = Callable[[Event], Any]
 
 
 class TrainError(RuntimeError):
@@ -52,7 +53,7 @@ class TrainResult:
 class _Follower:
     """Reads metrics.jsonl as it grows, and calls back."""
 
-    def __init__(self, path: Path, on_step: Callable | None, on_eval: Callable | None) -> None:
+    def __init__(self, path: Path, on_step: Callback | None, on_eval: Callback | None) -> None:
         self._path, self._on_step, self._on_eval = path, on_step, on_eval
         self._offset, self._rest = 0, b""
         self.steps: list[Event] = []
@@ -105,8 +106,8 @@ def plan(config: TrainConfig) -> Any:
 def train(
     config: TrainConfig,
     dataset: Iterable[Mapping[str, Any]] | None = None,
-    on_step: Callable[[Event], Any] | None = None,
-    on_eval: Callable[[Event], Any] | None = None,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
 ) -> TrainResult:
     """Fine-tune a model, as the command `train` does.
 

@@ -61,7 +61,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class SavedAdapter:
     """An adapter on disk.
 
     Args:
@@ -85,7 +85,7 @@ class Adapter:
         return ", ".join(parts + [f"{len(self.replaced)} whole tensors"] * bool(self.replaced))
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path) -> SavedAdapter:
     """Read an adapter.
 
     Args:
@@ -100,7 +100,7 @@ def read(path: Path) -> Adapter:
     layers = path / LAYERS_NAME
     if layers.is_file():
         record = _read_record(layers)
-        return Adapter(path, str(record.get("base", "")), {}, record, read_header(layers))
+        return SavedAdapter(path, str(record.get("base", "")), {}, record, read_header(layers))
     config = _read_config(path)
     file = path / WEIGHTS_NAME
     if not file.exists() and (path / "adapter_model.bin").exists():
@@ -130,10 +130,10 @@ def read(path: Path) -> Adapter:
         rule = "holds no LoRA matrices"
         raise UserError(str(file), rule, "give the directory of a trained adapter", INTEGRITY)
     pairs = {name: _pair(name, sides, config, file) for name, sides in found.items()}
-    return Adapter(path, _base_of(config), pairs, _read_record(file), replaced)
+    return SavedAdapter(path, _base_of(config), pairs, _read_record(file), replaced)
 
 
-def options(adapter: Adapter) -> dict[str, Any]:
+def options(adapter: SavedAdapter) -> dict[str, Any]:
     """Collect what the files of an adapter tell of the run that made it.
 
     Args:
@@ -163,7 +163,7 @@ def options(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def check(adapter: Adapter, info: ModelInfo) -> None:
+def check(adapter: SavedAdapter, info: ModelInfo) -> None:
     """See that an adapter belongs to a model.
 
     Args:
