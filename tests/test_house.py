@@ -208,7 +208,7 @@ def count_text(text: str) -> int:
 
 
 def count_tree(directory: Path) -> dict[str, int]:
-    """Path inside a directory -> its code lines, of all files that count; links are not followed."""
+    """Path inside a directory -> its code lines, links not followed."""
     found = {}
     for path in sorted(directory.rglob("*")):
         if path.suffix in COUNTED and path.is_file():
