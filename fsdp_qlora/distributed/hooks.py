@@ -19,23 +19,12 @@ from typing import BinaryIO
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
 RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
 STEP_POINTS = (
-    "pre-forward",
-    "post-forward",
-    "post-backward",
-    "pre-optimizer",
-    "post-optimizer",
-    "post-record",
+    *("pre-forward", "post-forward", "post-backward"),
+    *("pre-optimizer", "post-optimizer", "post-record"),
 )
 SAVE_POINTS = (
-    "save-mkdir",
-    "save-before-file",
-    "save-after-file",
-    "save-manifest",
-    "save-fsync",
-    "save-rename",
-    "save-dir-fsync",
-    "prune-before",
-    "prune-after",
+    *("save-mkdir", "save-before-file", "save-after-file", "save-manifest", "save-fsync"),
+    *("save-rename", "save-dir-fsync", "prune-before", "prune-after"),
 )
 POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
