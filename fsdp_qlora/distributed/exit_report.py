@@ -11,12 +11,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import atomic, errors, hardware
+from fsdp_qlora import atomic, errors, hardware, record
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.env import is_supervised
-from fsdp_qlora.distributed.hooks import Heartbeat
 from fsdp_qlora.distributed.supervise import RanksExit
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
@@ -251,12 +250,16 @@ def diagnose_exit(
     if ended.is_done:
         return ExitReport(DONE, is_final=True)
     if ended.stop is not None:
-        name = signal.Signals(ended.stop).name
-        line = f"stopped by {name}{_at(ended.signs)}; "
+        step = max(sign.step for sign in ended.signs)
+        line = f"stopped by {signal.Signals(ended.stop).name}{f' at step {step}' if step else ''}; "
         line += how_to_resume or f"what was recorded is in {output_dir}"
         return ExitReport(128 + ended.stop, [line], is_final=True)
     if ended.hung:
-        return ExitReport(RUN_FAILED, [_hung(ended, output_dir, how_to_resume)])
+        who = f"rank{'s' * (len(ended.hung) > 1)} {', '.join(map(str, ended.hung))}"
+        sign = ended.signs[ended.hung[0]]
+        rule = f"hung{sign}: no sign of life for {sign.silent_s:.0f} s"
+        remedy = f"the stacks of all ranks are in {output_dir}/{LOGS}"
+        return ExitReport(RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
     codes, signs, words = ended.codes, ended.signs, read_errors(output_dir)
     failed = [
         rank
@@ -275,11 +278,6 @@ def diagnose_exit(
     return ExitReport(max(codes[rank], 0) or RUN_FAILED, lines)
 
 
-def _at(signs: Sequence[Heartbeat]) -> str:
-    step = max(sign.step for sign in signs)
-    return f" at step {step}" if step else ""
-
-
 def _told(found: RankError, how_to_resume: str, plan: RunPlan | None) -> ExitReport:
     """By the word that a rank has left."""
     is_final = found.code in OWN_FAULTS
@@ -289,14 +287,6 @@ def _told(found: RankError, how_to_resume: str, plan: RunPlan | None) -> ExitRep
         room = errors.MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
         first = _joined(cause[: max(room, 40)], remedy, how_to_resume)
     return ExitReport(found.code, [first, *rest], found.kind, is_final)
-
-
-def _hung(ended: RanksExit, output_dir: Path, how_to_resume: str) -> str:
-    """Of ranks that were alive and did nothing."""
-    who = f"rank{'s' * (len(ended.hung) > 1)} {', '.join(map(str, ended.hung))}"
-    sign = ended.signs[ended.hung[0]]
-    rule = f"hung{sign}: no sign of life for {sign.silent_s:.0f} s"
-    return _line(who, rule, f"the stacks of all ranks are in {output_dir}/{LOGS}", how_to_resume)
 
 
 def _line(who: str, rule: str, *remedies: str) -> str:
@@ -351,15 +341,8 @@ def _host_lines(host: dict[str, Any], phase: str, plan: RunPlan | None) -> list[
 def _last_record(output_dir: Path) -> tuple[dict[str, Any], int]:
     """The last line of the record that tells of a step, and its number; {} and 0 without one."""
     with suppress(OSError):
-        text = (output_dir / METRICS).read_text(encoding="utf-8", errors="replace")
-        for line in map(_read_line, reversed(text.splitlines())):
-            if "step" in line and "event" not in line:
+        text = (output_dir / METRICS).read_bytes()
+        for line in map(record.parse, reversed(text.splitlines())):
+            if line is not None and "step" in line and "event" not in line:
                 return line, int(line["step"])
     return {}, 0
-
-
-def _read_line(text: str) -> dict[str, Any]:
-    """A line of the record; {} for one that was not written to its end."""
-    with suppress(ValueError):
-        return json.loads(text)
-    return {}

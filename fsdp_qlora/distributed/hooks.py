@@ -235,16 +235,11 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.number = number
+        self.code = SIGNALED + number  # of the command
 
     def __str__(self) -> str:
         """One line for the user."""
-        return f"stopped by {signal.Signals(self.number).name}; --resume DIR goes on"
-
-    @property
-    def code(self) -> int:
-        """Exit code of the command."""
-        return SIGNALED + self.number
+        return f"stopped by {signal.Signals(self.code - SIGNALED).name}; --resume DIR goes on"
 
 
 class StopFlag:

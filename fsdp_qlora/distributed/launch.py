@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,7 @@ def claim_output_dir(cfg: Config) -> Path:
         (path / LOGS).mkdir(exist_ok=True)
         for old in [found for pattern in LAST_WORDS for found in path.glob(pattern)]:
             old.unlink()
-        probe = path / LOGS / ".probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path / LOGS).close()
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
         raise UserError(f"--output_dir {path}", reason, "give another", ENVIRONMENT) from error
