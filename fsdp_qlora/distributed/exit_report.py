@@ -19,13 +19,13 @@ from fsdp_qlora.distributed.env import is_supervised
 from fsdp_qlora.distributed.supervise import RanksExit
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
+from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
 
 MOST_ROWS = 4
 MAX_LINES = 10
 MEMORY, LINK = "memory", "link"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-GibByRow = Mapping[str, float]
 
 AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
 OWN_FAULTS = (errors.INPUT, errors.ENVIRONMENT, errors.INTEGRITY)
