@@ -32,13 +32,13 @@ PLACES = (
     ("torch/distributed/fsdp/", names.BUFFERS),
 )
 FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
-# `boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
+# `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
 Event = dict[str, Any]
 
 
 def is_wanted(cfg: Config, device: torch.device) -> bool:
-    """Return whether a run begins with a dry run.
+    """Return whether a run begins with a memory probe.
 
     Args:
         cfg: dry_run.
@@ -98,7 +98,7 @@ def run(
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
-    with tracker.phase("dry run"), _random_numbers_kept(world.device):
+    with tracker.phase("memory probe"), _random_numbers_kept(world.device):
         moments = [allocate(param) for param in trained.params for _ in range(2)]
         with _traced(world.device) as trace:
             num_passes = _num_passes(model, cfg)
@@ -114,8 +114,8 @@ def run(
         torch.cuda.empty_cache()
     tracker.set_transients(trace.transients, trace.stays_gib)
     num_tokens = batch.num_tokens
-    peak_gib = tracker.peak_of("dry run").allocated_gib
-    words = f"dry run   {num_tokens:,} tokens at once fit"
+    peak_gib = tracker.peak_of("memory probe").allocated_gib
+    words = f"probe     {num_tokens:,} tokens at once fit"
     if trace.failure:
         words += f" (rows are not told apart: {trace.failure})"
     return words + (f": {peak_gib:.2f} GiB in tensors" if tracker.is_cuda else "")
@@ -159,7 +159,7 @@ class _Trace:
     """What was found.
 
     Attributes:
-        transients: phase -> what came and went at its peak; empty without a card.
+        transients: phase -> what came and went at its peak; empty without a GPU.
         stays_gib: what libraries have made and keep.
         failure: why nothing was found, or "".
     """
@@ -265,7 +265,7 @@ def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
         action, address = event["action"], event.get("addr", 0)  # no address: an error, a snapshot
         if action == "alloc":
             frames = event.get("frames", ())  # none: no Python was under way
-            if any(frame["name"] == "boundary" for frame in frames[:2]):
+            if any(frame["name"] == _boundary.__name__ for frame in frames[:2]):
                 ends.append(index)
                 continue
             open_blocks[address] = (event["size"], _place(frames), index)

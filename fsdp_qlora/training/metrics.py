@@ -308,7 +308,7 @@ class Recorder:
         if tracker is not None:
             self.clock = Clock(world.device, tracker.peaks.mark)
         self._tracker = tracker
-        self._ledger = None if tracker is None else MemoryLedger.of(tracker)
+        self._ledger = None if tracker is None else MemoryLedger(tracker)
         self._step = 0
         self._output_dir = Path(output_dir)
         self._world = world
