@@ -12,6 +12,8 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model import load as building
 from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.planning import run as plans
+from fsdp_qlora.training import memory, metrics
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 DEVICE = "cuda" if NUM_CARDS else "cpu"  # where ranks compute
@@ -34,6 +36,16 @@ def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, 
     model_config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     AutoModelForCausalLM.from_config(model_config, dtype=dtype).save_pretrained(directory)
     return directory
+
+
+def recorder(out: Path, world, num_steps: int, **info) -> metrics.Recorder:
+    """The record of a run in `out` that has loaded nothing."""
+    cfg = config.parse([f"--output_dir={out}"])
+    plan = plans.unplanned(arch.read("llama-2-7b", need_weights=False), cfg, "")
+    tracker = memory.MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
+        pass
+    return metrics.Recorder(tracker, world, num_steps, info)
 
 
 def shape(path: Path, world: World, *flags: str):

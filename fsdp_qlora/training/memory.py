@@ -12,6 +12,7 @@ over from there. What nobody has told apart stands in a row of its own.
 import contextlib
 import functools
 import importlib
+import mmap
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
 
+from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import GIB, pss_gib, read_kib
-from fsdp_qlora.model.placement import Placed
+from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import PackedModel
 from fsdp_qlora.planning import rows as names
@@ -282,16 +285,17 @@ class MemoryTracker:
         phases: phase -> rows at its peak, of the phases that happen once.
         used_gib: phase -> most of the host in use by all programs, of the same phases.
         shared_gib: quantized layers on the host, one copy for all ranks.
+        pinned_gib: page-locked by this rank itself, unknown to torch's pinned allocator.
         files_gib: the model's own files, where they lie in memory.
     """
 
-    def __init__(self, plan: RunPlan, device: torch.device, data_bytes: int = 0) -> None:
+    def __init__(self, plan: RunPlan, device: torch.device, data: Data | None = None) -> None:
         """Look at this process before it has a model.
 
         Args:
             plan: of the run.
             device: of this rank.
-            data_bytes: of the tokens that this process holds.
+            data: of the run, whose tokens this process holds; None: nothing.
         """
         self.plan, self.is_cuda = plan, device.type == "cuda"
         self.peaks = PhasePeaks(device)
@@ -299,10 +303,10 @@ class MemoryTracker:
         self.transients: dict[str, Transients] = {}
         self.phases: dict[str, GibByRow] = {}
         self.used_gib: dict[str, float] = {}
-        self.shared_gib = 0.0
+        self.shared_gib = self.pinned_gib = 0.0
         self.files_gib = sizes(plan.info, plan.cfg).file_bytes / GIB
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
-        self.share = HostShare(process_peak().left_gib, data_bytes / GIB)
+        self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
         self._device = device
         self._params: list[nn.Parameter] = []
         self._model: PackedModel | None = None
@@ -343,14 +347,15 @@ class MemoryTracker:
         """What `phase` has measured."""
         return self._taken[name]
 
-    def record_model(self, model: PackedModel, placed: Placed) -> None:
+    def record_model(self, built: Built) -> None:
         """Count what the load has left on the device, tensor by tensor.
 
         Args:
-            model: filled, and not run since.
-            placed: where its quantized layers lie.
+            built: the model, filled and not run since, and where its quantized layers lie.
         """
-        self._model, layout = model, model.layout
+        self._model = model = built.model
+        layout, placed = model.layout, built.placed
+        self.pinned_gib = built.loaded.pinned_bytes / GIB
         weights_share = layout.weights[-1][1] / layout.nbytes
         layers = {id(block.packed): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
@@ -506,6 +511,13 @@ class MemoryTracker:
         )
         for line in scene.lines():
             error.add_note(line)
+
+
+def _token_bytes(data: Data) -> int:
+    """Bytes of tokens that this process holds for itself; mapped files are not counted."""
+    arrays = [value for value in vars(data.train.samples.store).values() if hasattr(value, "base")]
+    own = [array for array in arrays if not isinstance(array, np.memmap)]
+    return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:

@@ -72,8 +72,8 @@ def test_ranks_short_of_memory_before_the_training_start_again_a_notch_lower(tmp
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 2)
     for line in lines:
-        start = "memory    rank 1: out of memory in the memory probe; nothing is lost, a lower setting: "
-        assert line.startswith(f"{start}--")
+        start = "memory    rank 1: out of memory in the memory probe; nothing is lost, "
+        assert line.startswith(f"{start}a lower setting: --")
     assert len(set(lines)) == 2
     tried = {path.name for path in (tmp_path / "out").glob("tried*")}
     assert tried >= {"tried0.2", *(f"tried1.{notch}" for notch in range(3))}

@@ -86,7 +86,7 @@ def _no_room(world, path):
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(9), SamplerConfig(2, 1, world.size, world.rank, 42, 1, 1))
@@ -229,7 +229,7 @@ def _told(world, path):
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     held_gib = sum(tracker.held.values())
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)

@@ -54,7 +54,7 @@ def _accounts(world, path, cases):
         tracker = MemoryTracker(plan, world.device)
         with tracker.phase("load"):
             built = build(plan.cfg, plan.info, world)
-        tracker.record_model(built.model, built.placed)
+        tracker.record_model(built)
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, plan.cfg, 2)
         tracker.record_optimizer(params, optimizer)
@@ -191,11 +191,11 @@ def _short_of_memory(world, path, out):
     from fsdp_qlora.training import loop, metrics, optim
     from tests.data.test_batches import make_samples
 
-    plan = plan_of(path, "--use_cpu_offload=false")
+    plan = plan_of(path, "--use_cpu_offload=false", f"--output_dir={out}")
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     params = shard.local_parameters(built.model)
     optimizer, schedule = optim.build(params, plan.cfg, 9)
     tracker.record_optimizer(params, optimizer)
@@ -213,7 +213,7 @@ def _short_of_memory(world, path, out):
     info = {"plan": plan.to_dict()}
     notes = []
     try:
-        with metrics.Recorder(out, world, 9, info, has_bar=False, tracker=tracker) as recorder:
+        with metrics.Recorder(tracker, world, 9, info) as recorder:
             loop.fit(trained, batches, recorder)
     except torch.OutOfMemoryError as error:
         notes = error.__notes__
