@@ -116,7 +116,7 @@ DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:F
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
 SYNONYMS = """model_name_or_path=model_name learning_rate=lr weight_decay=wd max_grad_norm=grad_norm
 num_train_epochs=num_epochs lora_r=lora_rank max_seq_length=context_length report_to=log_to
-per_device_train_batch_size=batch_size"""
+per_device_train_batch_size=batch_size lr_warmup_steps=warmup_steps"""
 TRACED = "--profile writes one trace of three steps, with shapes, into profiles/ of the run"
 PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 active_steps=4 repeat=0
 export_trace=true with_stack=false with_shapes=false"""
@@ -385,7 +385,7 @@ class _Reader(cli.Reader):
         is_on = profile is not None and cli.plain(profile.text) == "true"
         if steps is None or not is_on or not steps.text.isdecimal() or not steps.text.strip("0"):
             return super().rename(given)
-        why = "is the profiler's, as --profile is on; the learning rate's is --warmup_ratio"
+        why = "is the profiler's, as --profile is on; --lr_warmup_steps is the scheduler's"
         self.notes.append(f"--warmup_steps {steps.text} {why}")
         others = {name: entry for name, entry in given.items() if name != "warmup_steps"}
         return super().rename(others | {"profile": steps})

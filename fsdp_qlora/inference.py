@@ -35,7 +35,7 @@ class Opened:
         cfg: of the run.
         info: the base.
         world: this process among the ranks.
-        model: a PackedModel in evaluation mode, its adapter not loaded yet: it computes the base.
+        model: a QuantizedModel in evaluation mode, its adapter not loaded: it computes the base.
         adapter: file with the adapter, or None.
     """
 
@@ -171,7 +171,7 @@ def pieces(
     logit, one of them could end before the others, which would wait for it for ever.
 
     Args:
-        model: a PackedModel, sharded or not, in evaluation mode.
+        model: a QuantizedModel, sharded or not, in evaluation mode.
         tokenizer: transformers tokenizer.
         prompt_ids: tokens of the prompt as the model was trained to see it.
         num_tokens: longest answer, in tokens.
@@ -214,7 +214,7 @@ def answer(
     """The model's greedy continuation of a prompt; every rank must call it, all the same.
 
     Args:
-        model: a PackedModel; its mode is left as it was.
+        model: a QuantizedModel; its mode is left as it was.
         tokenizer, prompt_ids, num_tokens, world: see `pieces`.
 
     Returns:
@@ -304,7 +304,7 @@ def evaluate(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fsdp_qlora evaluate",
         description="Loss and perplexity on held-out rows, before and after the adapter; the rows "
-        "are those of the run, or what flags of train.py (--dataset, --eval_samples, ...) say. "
+        "are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say. "
         "With --tasks those of lm-eval instead (pip install lm-eval).",
     )
     parser.add_argument("--adapter", type=Path, required=True, help="directory")
@@ -339,7 +339,7 @@ def _held_out(opened: Opened) -> dict[str, Any]:
 
     rows = data.build(opened.cfg, opened.info, opened.world).held_out
     if not rows:
-        remedy = "say --eval_samples N, --eval_split 0.1 or a file"
+        remedy = "say --eval_split 100, 0.1 or a file"
         raise UserError(f"{opened.cfg.dataset}", "holds no rows out", remedy)
     found: dict[str, Any] = {}
     for name in NAMES:
@@ -383,7 +383,7 @@ def score(
     """Say how likely each row's continuation is; every rank must call it, all the same.
 
     Args:
-        model: a PackedModel in evaluation mode.
+        model: a QuantizedModel in evaluation mode.
         rows: ids that are given (at least one) and ids that follow (at least one).
         batch_size: rows computed at once.
         device: of this rank.

@@ -256,6 +256,7 @@ def test_warmup_steps_are_the_learning_rates_unless_the_profiler_is_on():
         ("--profile --warmup_steps 7", 0.1, 7),
         ("--profile --warmup_steps 7 --warmup_ratio=0", 0.0, 7),
         ("--profile false --warmup_steps 7", 7, False),
+        ("--profile --lr_warmup_steps 7", 7, True),
         ("--profile 3 --warmup_steps 0.5", 0.5, 3),
     ):
         cfg = parse(line.split(), say=said.append)

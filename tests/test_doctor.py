@@ -91,17 +91,17 @@ def test_a_quantized_matmul_is_compared_with_the_right_one(name: str):
     row = FORMATS[name]
 
     def one_block_off(packed, constants, shape, dtype):
-        weight_OI = row.unpack(packed, constants, shape, dtype).clone()
+        weight_OI = row.dequantize(packed, constants, shape, dtype).clone()
         weight_OI.view(-1)[640:704] *= 1.01
         return weight_OI
 
     def zeros(packed, constants, shape, dtype):
         return torch.zeros(*shape, dtype=dtype)
 
-    def coarse(weight_OI):  # packs something else
-        return row.pack(weight_OI.sign() * 0.02)
+    def coarse(weight_OI):  # quantizes something else
+        return row.quantize(weight_OI.sign() * 0.02)
 
-    for spoiled in ({"unpack": one_block_off}, {"unpack": zeros}, {"pack": coarse}):
+    for spoiled in ({"dequantize": one_block_off}, {"dequantize": zeros}, {"quantize": coarse}):
         (wrong,) = ranks.quantized(rank, name, dataclasses.replace(row, **spoiled))
         assert (wrong.status, wrong.name) == (PROBLEM, f"CPU {name}")
         assert wrong.code == (DONE if name == "hqq4" else INTEGRITY)

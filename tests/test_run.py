@@ -187,7 +187,7 @@ def test_two_ranks_from_end_to_end(place: Path):
     for start_of_line in ("held-out  loss ", f"prompt    {QUESTION}", "before    ", "after     "):
         assert len(re.findall(f"^{re.escape(start_of_line)}", out, re.MULTILINE)) == 1
     assert out.count("--verbose has no effect") == 1
-    assert out.splitlines()[2].startswith("fits ") and out.count("CPU ranks run as asked for") == 1
+    assert out.splitlines()[1].startswith("fits ") and out.count("CPU ranks run as asked for") == 1
     assert out.count("memory    GiB on the host, ") == 1
     assert out.count(f"step {NUM_STEPS}/{NUM_STEPS} loss ") == 1
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["saved", "next"]

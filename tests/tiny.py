@@ -11,9 +11,7 @@ from fsdp_qlora import arch, config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model import load as building
-from fsdp_qlora.model.skeleton import PackedModel
-from fsdp_qlora.planning import run as plans
-from fsdp_qlora.training import memory, metrics
+from fsdp_qlora.model.skeleton import QuantizedModel
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 DEVICE = "cuda" if NUM_CARDS else "cpu"  # where ranks compute
@@ -38,8 +36,11 @@ def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, 
     return directory
 
 
-def recorder(out: Path, world, num_steps: int, **info) -> metrics.Recorder:
+def recorder(out: Path, world, num_steps: int, **info):
     """The record of a run in `out` that has loaded nothing."""
+    from fsdp_qlora.planning import run as plans
+    from fsdp_qlora.training import memory, metrics
+
     cfg = config.parse([f"--output_dir={out}"])
     plan = plans.unplanned(arch.read("llama-2-7b", need_weights=False), cfg, "")
     tracker = memory.MemoryTracker(plan, world.device)
@@ -61,14 +62,14 @@ def shape(path: Path, world: World, *flags: str):
 
 def build(
     path: Path, world: World, *flags: str
-) -> tuple[PackedModel, arch.ModelInfo, config.Config]:
+) -> tuple[QuantizedModel, arch.ModelInfo, config.Config]:
     """Build, shard and fill a model as train.py does."""
     model, info, cfg, packed_cache, placed = shape(path, world, *flags)
     load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
     return model, info, cfg
 
 
-def fill_lora(model: PackedModel, seed: int = 1) -> list[torch.Tensor]:
+def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
     """Set adapters (B too, which starts at zero) to random values; return the whole flat ones."""
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
@@ -81,7 +82,7 @@ def fill_lora(model: PackedModel, seed: int = 1) -> list[torch.Tensor]:
     return flats
 
 
-def lora_dict(model: PackedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def lora_dict(model: QuantizedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flat tensors by peft's names."""
     return dict(adapters.named_pairs(model, flats, "model.layers"))
 

@@ -127,7 +127,7 @@ def prepare(
         rule = f"the model's embedding has {vocab_size} rows"
         raise UserError(f"token id {largest}", rule, "use the model's tokenizer")
     if cfg.eval_every is not None and not len(held_out):
-        remedy = "say --eval_samples N, --eval_split 0.1 or a file"
+        remedy = "say --eval_split 100, 0.1 or a file"
         raise UserError(f"--eval_every {cfg.eval_every}", "no rows are held out", remedy)
     names = tuple(source.name for source in found)
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)

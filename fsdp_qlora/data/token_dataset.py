@@ -303,7 +303,7 @@ def train_test_split(whole: TokenDataset, cfg: Config) -> tuple[TokenDataset, To
 def _hold_out(whole: TokenDataset, num: int, seed: int) -> tuple[TokenDataset, TokenDataset]:
     if len(whole) and num >= len(whole):
         rule = f"only {len(whole)} rows can be used, and some must be trained on"
-        raise UserError(f"--eval_samples {num}", rule, f"at most {len(whole) - 1}")
+        raise UserError(f"--eval_split {num}", rule, f"at most {len(whole) - 1}")
     chosen = np.argsort(spread(whole.store.hashes, seed)[whole.indices], kind="stable")[:num]
     is_chosen = np.isin(np.arange(len(whole)), chosen)
     train, held_out = whole.indices[~is_chosen], whole.indices[is_chosen]

@@ -161,12 +161,12 @@ def quantized(rank: TrialRank, name: str, fmt: Format | None = None) -> Iterator
     generator, row = torch.Generator().manual_seed(0), fmt or FORMATS[name]
     weight_OI = (torch.randn(256, 512, generator=generator) * 0.02).bfloat16()
     x_MI = torch.randn(64, 512, generator=generator).to(rank.dtype)
-    fields = row.pack(weight_OI.to(rank.device))
+    fields = row.quantize(weight_OI.to(rank.device))
 
     def decoded(row: Format, device: torch.device | str, dtype: torch.dtype) -> torch.Tensor:
         own = {key: field.to(device) for key, field in fields.items()}
         packed = own.pop("weight")
-        return row.unpack(packed, row.constants(own, dtype), weight_OI.shape, dtype)
+        return row.dequantize(packed, row.constants(own, dtype), weight_OI.shape, dtype)
 
     exact_OI = decoded(FORMATS[name], "cpu", torch.float32).double()
     weight_error = _relative(decoded(row, rank.device, torch.float32).cpu(), exact_OI)

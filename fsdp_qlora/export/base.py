@@ -14,8 +14,8 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair
-from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, put_linear
-from fsdp_qlora.model.load import PackedCache, key
+from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.load import QuantizedCache, key
 from fsdp_qlora.model.quantize import FORMATS, Fields
 from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 
@@ -70,7 +70,7 @@ class TrainedBase:
         self._linears = linear_names(info)
         self._order = {linear.name: index for index, linear in enumerate(info.linears)}
         self._prefix = f"{info.layers_prefix}."
-        self.cached: PackedCache | None = None
+        self.cached: QuantizedCache | None = None
         self.note = "quantised anew"
         self._layer = -1
         self._store: LayerStore | None = None
@@ -106,7 +106,7 @@ class TrainedBase:
             UserError: a cached layer is damaged (code 5).
         """
         if weight is None and self._stored is not None:
-            packed = self._stored.read_packed([name], device)
+            packed = self._stored.read_quantized([name], device)
             assert packed is not None
             return self._dequantized(next(packed), self._stored.info.tensors[name].shape, device)
         if weight is None:
@@ -115,7 +115,7 @@ class TrainedBase:
             return weight
         if name not in self._linears:
             return weight.to(self.dtype)
-        fields = FORMATS[self.format_name].pack(weight)
+        fields = FORMATS[self.format_name].quantize(weight)
         return self._dequantized(fields, weight.shape, weight.device)
 
     def _dequantized(
@@ -123,7 +123,7 @@ class TrainedBase:
     ) -> torch.Tensor:
         layout = build_layout([(shape[0], shape[1])], str(self.format_name))
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
-        put_linear(flat, layout, 0, fields)
+        store_linear(flat, layout, 0, fields)
         return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
 
     def _from_cache(self, name: str, device: torch.device) -> torch.Tensor:
@@ -137,7 +137,7 @@ class TrainedBase:
         return self._store.weight(self._order[rest.removesuffix(".weight")], self.dtype)
 
 
-def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCache | None:
+def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> QuantizedCache | None:
     """Find the quantized layers that a training run has left on this machine.
 
     Args:
@@ -162,7 +162,7 @@ def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> PackedCach
     if len(digests) != info.num_layers:
         rule = f"holds {len(digests)} layers, the model has {info.num_layers}"
         raise UserError(str(directory), rule, "delete it, or use --quant_cache off", INTEGRITY)
-    return PackedCache(directory, "", layout.nbytes, True, dict(enumerate(digests)))
+    return QuantizedCache(directory, "", layout.nbytes, True, dict(enumerate(digests)))
 
 
 def read_from(

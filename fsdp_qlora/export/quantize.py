@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     options = cli.parse(argv, QuantizeOptions, USAGE, ("model_name", "out"))
     info = arch.read(str(options.model_name), need_weights=True)
     if info.stored_format:
-        rule = f"is quantised already, as {info.stored_format}"
+        rule = f"is quantized already, as {info.stored_format}"
         raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
     num_linear = arch.num_linear_params(info)
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear

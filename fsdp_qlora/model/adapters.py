@@ -16,7 +16,7 @@ from torch import nn
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model.lora import LoraSlot, PackedLinear, row_squares
+from fsdp_qlora.model.lora import LoraSlot, QuantizedLinear, row_squares
 from fsdp_qlora.model.shard import (
     blocks,
     gathered,
@@ -27,7 +27,7 @@ from fsdp_qlora.model.shard import (
 )
 
 if TYPE_CHECKING:
-    from fsdp_qlora.model.skeleton import PackedModel
+    from fsdp_qlora.model.skeleton import QuantizedModel
 
 PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
@@ -45,7 +45,7 @@ def attach(model: nn.Module, targets: Iterable[Linear], cfg: Config, world_size:
     names = [linear.name for linear in targets]
     for block in blocks(model):
         body = block.body
-        linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, PackedLinear)}
+        linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, QuantizedLinear)}
         rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
         slots = [LoraSlot(name, linears[name], *rest, has_magnitude) for name in names]
@@ -85,7 +85,7 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
             release(block)
 
 
-def load(model: "PackedModel", path: Path, layers_prefix: str, device: torch.device) -> None:
+def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.device) -> None:
     """Fill this rank's slices from an adapter in peft's format.
 
     Args:
@@ -138,7 +138,7 @@ def load(model: "PackedModel", path: Path, layers_prefix: str, device: torch.dev
         model.head.weight = model.embedding.get_parameter("weight")
 
 
-def trained_root(model: "PackedModel") -> dict[str, torch.Size]:
+def trained_root(model: "QuantizedModel") -> dict[str, torch.Size]:
     """Shapes of the trained parameters outside the decoder layers, by name in the files."""
     params = {name: getattr(*place) for name, place in model.tensors.items()}
     inside = {id(p) for block in blocks(model) for p in block.parameters()}

@@ -89,7 +89,7 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     """Attention as transformers calls it: its own SDPA, unless the layer keeps the result.
 
     Args:
-        module: attention module; its `kept` (see linear.Kept) is set while a layer runs that keeps.
+        module: its `saved` (SavedActivations) is set while a layer runs that saves its results.
         query: [B, N, T, D].
         key, value: [B, N or fewer, T, D].
         attention_mask: None = causal.
@@ -98,36 +98,36 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     Returns:
         ([B, T, N, D], None).
     """
-    kept = getattr(module, "kept", None)
+    saved = getattr(module, "saved", None)
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is not None and attention_mask is None and query.device.type == "cuda":
-        return _attend_rows(query, key, value, kwargs, bounds, kept), None
+        return _attend_rows(query, key, value, kwargs, bounds, saved), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
     is_plain = is_plain and query.shape[2] == key.shape[2] and query.shape[2] > 1
     scale = kwargs.get("scaling")
-    kernel = _kernel(query, key, value, scale) if kept is not None and is_plain else None
-    if kept is None or kernel is None:
+    kernel = _kernel(query, key, value, scale) if saved is not None and is_plain else None
+    if saved is None or kernel is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cpu":  # its kernel wants as many key heads as query heads
         num_groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
-    out = _run(query, key, value, scale, kernel, kept)
+    out = _run(query, key, value, scale, kernel, saved)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _attend_rows(query, key, value, kwargs: dict, bounds, kept) -> torch.Tensor:
+def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
     """Attention inside each row of the one sequence, [1, T, N, D]."""
     rest = {"bounds": bounds, "longest": kwargs["max_length_q"]}
     kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    return _run(query, key, value, kwargs.get("scaling"), kernel, kept).unsqueeze(0)
+    return _run(query, key, value, kwargs.get("scaling"), kernel, saved).unsqueeze(0)
 
 
-def _run(query, key, value, scale, kernel, kept) -> torch.Tensor:
-    done = kept.take() if kept is not None and kept.is_replay else None
-    out, *rest = KeptAttention.apply(query, key, value, scale, kernel, done)
-    if kept is not None and done is None:
-        kept.store(out.detach(), *rest)
+def _run(query, key, value, scale, kernel, saved) -> torch.Tensor:
+    done = saved.take() if saved is not None and saved.is_replay else None
+    out, *rest = SavedAttention.apply(query, key, value, scale, kernel, done)
+    if saved is not None and done is None:
+        saved.store(out.detach(), *rest)
     return out
 
 
@@ -196,7 +196,7 @@ KERNELS = {
 
 
 def _kernel(query, key, value, scale) -> tuple[Callable, Callable] | None:
-    """The kernel that PyTorch's SDPA would choose, if it is one whose result can be kept."""
+    """The kernel that PyTorch's SDPA would choose, if it is one whose result can be saved."""
     if query.shape[-1] != value.shape[-1] or query.shape[-1] not in HEAD_SIZES:
         return None  # SDPA pads these
     if query.device.type == "cpu":
@@ -207,8 +207,8 @@ def _kernel(query, key, value, scale) -> tuple[Callable, Callable] | None:
     return KERNELS.get(SDPBackend(choice))
 
 
-class KeptAttention(torch.autograd.Function):
-    """PyTorch's own attention, forward and backward, or only the latter of a kept result.
+class SavedAttention(torch.autograd.Function):
+    """PyTorch's own attention, forward and backward, or only the latter of a saved result.
 
     Args:
         query, key, value: [B, N, T, D]; for rows [T, N, D].

@@ -13,7 +13,7 @@ import torch
 from fsdp_qlora.model import streaming
 
 
-class Kept:
+class SavedActivations:
     """Results of a layer's forward pass that its recomputation takes over instead of making them.
 
     The first run over the layer stores them in order, the second takes them in the same order.
@@ -196,7 +196,7 @@ class Offload:
         return self._rooms[depth].bytes[:nbytes]
 
     def _take(self, depth: int) -> torch.Tensor:
-        assert depth == len(self._stack) - 1, "kept inputs are asked for in another order"
+        assert depth == len(self._stack) - 1, "saved inputs are asked for in another order"
         found = self._fetch(self._stack.pop())
         if self._stack:
             self._fetch(self._stack[-1])

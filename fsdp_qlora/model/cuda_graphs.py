@@ -1,8 +1,8 @@
-"""CUDA graphs of one decoder layer, for batches so small that the host would be the brake.
+"""CUDA graphs of one decoder layer, for batches so small that the host would be the bottleneck.
 
 All layers of a model have the same kernels, so one pair of graphs (forward; recomputation and
-backward) serves every one of them: what differs between layers, packed bytes, adapters, norms, is
-copied into the graph's own inputs before it is replayed. That costs the GPU a few per cent and
+backward) serves every one of them: what differs between layers (quantized bytes, adapters, norms)
+is copied into the graph's own inputs before it is replayed. That costs the GPU a few per cent and
 spares the host some hundred launches a layer.
 """
 
@@ -24,8 +24,8 @@ class Pass:
     """The two graphs of one shape.
 
     Attributes:
-        inputs: what is copied in before a replay: hidden, adapters, packed bytes, norms and biases,
-            rotary tables, in the order of `Graphs._inputs`.
+        inputs: what is copied in before a replay: hidden, adapters, quantized bytes, norms and
+            biases, rotary tables, in the order of `_inputs`.
         out, grad_out, grads: of the layer; `grads` of hidden and adapters.
         forward, backward: to replay.
     """
@@ -209,9 +209,9 @@ class Replayed(torch.autograd.Function):
 
 def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[torch.Tensor]:
     """Everything that the kernels of a layer read."""
-    packed = body.store.read().detach().view(torch.uint8)
+    quantized = body.store.read().detach().view(torch.uint8)
     others = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    return [hidden, lora, packed, *body.layer.parameters(), *others]
+    return [hidden, lora, quantized, *body.layer.parameters(), *others]
 
 
 class _Template:
@@ -232,7 +232,7 @@ class _Template:
         return self._run
 
     def _run(self, again: bool) -> torch.Tensor:
-        self.body.store.cache.clear()  # what is unpacked here belongs to the graph
+        self.body.store.cache.clear()  # what is dequantized here belongs to the graph
         run = self.body.run_again if again else self.body.run
         hidden, lora = self.inputs[:2]
         return run(None, hidden, lora, self.args, self.kwargs, self.params)

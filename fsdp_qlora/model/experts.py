@@ -1,4 +1,4 @@
-"""Experts of a mixture over packed weights: each expert's three matrices are linears of the store.
+"""Quantized experts of a mixture: each expert's three matrices are linears of the store.
 
 transformers holds all experts of a layer in two 3-D parameters, which no 4-bit linear replaces;
 files hold a matrix for each projection of each expert, and so do we.
@@ -15,11 +15,11 @@ from torch import nn
 
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model.lora import FrozenProduct
+from fsdp_qlora.model.lora import FrozenMatmul
 
 
 class ExpertLinear:
-    """A frozen matrix of one expert, as FrozenProduct wants it.
+    """A frozen matrix of one expert, as FrozenMatmul wants it.
 
     Attributes:
         dequantize: dtype -> the frozen weight_OI, made anew.
@@ -32,7 +32,7 @@ class ExpertLinear:
         self.dequantize = dequantize
 
 
-class PackedExperts(nn.Module):
+class QuantizedExperts(nn.Module):
     """The experts of a layer; nothing of their weights is saved for the backward pass.
 
     Attributes:
@@ -60,20 +60,18 @@ class PackedExperts(nn.Module):
         for number in top_k_index.unique().tolist():
             gate, up, down = self.experts[number]
             tokens, place = torch.where(top_k_index == number)
-            gated, raised = FrozenProduct.apply(
-                hidden_MH[tokens], (gate, up), (), False, None, None
-            )
+            gated, raised = FrozenMatmul.apply(hidden_MH[tokens], (gate, up), (), False, None, None)
             product = self.act_fn(gated) * raised
-            (made,) = FrozenProduct.apply(product, (down,), (), False, None)
+            (made,) = FrozenMatmul.apply(product, (down,), (), False, None)
             made = made * top_k_weights[tokens, place, None]
             out_MH = out_MH.index_add(0, tokens, made.to(out_MH.dtype))
         return out_MH
 
 
-def pack(
+def replace(
     layer: nn.Module, linears: Sequence[Linear], weight: Callable[[int, torch.dtype], torch.Tensor]
 ) -> None:
-    """Put packed experts in the place of a decoder layer's own.
+    """Put quantized experts in the place of a decoder layer's own.
 
     Args:
         layer: as transformers has built it.
@@ -105,10 +103,10 @@ def pack(
     if len(parts) != 3 * num or shapes != wanted:
         rule = f"are {num} of {inner} features in config.json, not so in the files"
         raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
-    packed = [ExpertLinear(partial(weight, index)) for index in order]
-    experts = [packed[start : start + 3] for start in range(0, len(packed), 3)]
+    matrices = [ExpertLinear(partial(weight, index)) for index in order]
+    experts = [matrices[start : start + 3] for start in range(0, len(matrices), 3)]
     parent, _, attribute = path.rpartition(".")
-    setattr(layer.get_submodule(parent), attribute, PackedExperts(experts, module.act_fn))
+    setattr(layer.get_submodule(parent), attribute, QuantizedExperts(experts, module.act_fn))
 
 
 def _computes_as_mixtral(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """A decoder layer over its flat bytes: where everything lies in them, the store that reads them.
 
 Quantized weights and constants of a layer lie one after the other, aligned, in
-`DecoderBlock.packed`, a 1-D float32 parameter: float32, because FSDP2's copies keep its bits
+`DecoderBlock.quantized`, a 1-D float32 parameter: float32, because FSDP2's copies keep its bits
 (bfloat16 NaN patterns are rewritten), and one, because sharding, offload and gather then cost one
 operation a layer. The linears are views into it.
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_qlora.model.checkpointing import Kept, Offload, Recomputed, saves_after
+from fsdp_qlora.model.checkpointing import Offload, Recomputed, SavedActivations, saves_after
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot
 from fsdp_qlora.model.quantize import FORMATS, Fields
@@ -35,7 +35,7 @@ class Layout:
     Attributes:
         format_name: row of FORMATS.
         shapes: (O, I) of each linear, in order.
-        weights: (start, stop) byte range of each linear's packed weight.
+        weights: (start, stop) byte range of each linear's quantized weight.
         fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
             the other.
         elements: name -> (start, stop) element range of each linear within the field.
@@ -118,26 +118,26 @@ def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
     }
 
 
-def pack_linear(
+def quantize_linear(
     flat_bytes: torch.Tensor, layout: Layout, index: int, weight_OI: torch.Tensor
 ) -> None:
-    """Quantise one linear into its places in the bytes of its layer.
+    """Quantize one linear into its places in the bytes of its layer.
 
     Args:
-        flat_bytes, layout, index: see put_linear.
+        flat_bytes, layout, index: see store_linear.
         weight_OI: 16 or 32 bit.
     """
-    put_linear(flat_bytes, layout, index, FORMATS[layout.format_name].pack(weight_OI))
+    store_linear(flat_bytes, layout, index, FORMATS[layout.format_name].quantize(weight_OI))
 
 
-def put_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
-    """Put a packed linear into its places in the bytes of its layer.
+def store_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
+    """Put a quantized linear into its places in the bytes of its layer.
 
     Args:
         flat_bytes: uint8 [nbytes], written to; on the device of the arrays.
         layout: of the layer.
         index: of the linear.
-        arrays: of the format's `pack`; emptied of the packed weight.
+        arrays: of the format's `quantize`; emptied of the quantized weight.
     """
     start, stop = layout.weights[index]
     flat_bytes[start:stop] = arrays.pop("weight")
@@ -147,8 +147,8 @@ def put_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fie
         fields[name][first : first + values.numel()] = values
 
 
-# What a layer keeps for its backward: its input alone; also what is dear to make again (attention,
-# products); everything.
+# What a layer keeps for its backward: its input alone; also what is expensive to make again
+# (attention, matmuls); everything.
 LEVELS = ("full", "selective", "none")
 
 
@@ -158,7 +158,7 @@ class LayerCache:
     Attributes:
         key: (store, dtype) that it belongs to; () = none.
         constants: per linear, what the format's `constants` made.
-        weights: the linears, dequantised; None = they are made anew for each product.
+        weights: the linears, dequantized; None = they are made anew for each matmul.
     """
 
     def __init__(self) -> None:
@@ -188,14 +188,14 @@ class LayerStore:
         self._viewed: torch.Tensor | None = None
 
     def _view(self, flat: torch.Tensor) -> None:
-        # FSDP keeps one gathered parameter per layer and only resizes its storage, a streamed layer
-        # comes to the same slot again and again: views stay good.
+        # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
+        # streaming a layer comes to the same slot again and again: views stay good.
         self._viewed = flat
         self._bytes = flat.detach().view(torch.uint8)
         self._fields = view_fields(self._bytes, self.layout)
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantise one linear, or all of a small layer, which then serve until another layer.
+        """Dequantize one linear, or all of a small layer, which then serve until another layer.
 
         Args:
             index: of the linear in the layer.
@@ -206,17 +206,17 @@ class LayerStore:
         """
         cache = self.cache
         if cache.key != (id(self), dtype):
-            self._unpack_layer(dtype)
+            self._dequantize_layer(dtype)
         if cache.weights is not None:
             return cache.weights[index]
-        return self._unpack(index, dtype)
+        return self._dequantize(index, dtype)
 
-    def _unpack(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+    def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
-        packed, shape = self._bytes[start:stop], self.layout.shapes[index]
-        return self.format.unpack(packed, self.cache.constants[index], shape, dtype)
+        quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
+        return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
 
-    def _unpack_layer(self, dtype: torch.dtype) -> None:
+    def _dequantize_layer(self, dtype: torch.dtype) -> None:
         flat, layout, cache = self.read(), self.layout, self.cache
         if flat is not self._viewed:
             self._view(flat)
@@ -225,8 +225,8 @@ class LayerStore:
         cache.key = (id(self), dtype)
         is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
         if is_small and layout.is_contiguous:
-            packed = self._bytes[: layout.weights[-1][1]]
-            flat = self.format.unpack(packed, tensors, (layout.num_weights, 1), dtype)
+            quantized = self._bytes[: layout.weights[-1][1]]
+            flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
             return
@@ -234,14 +234,14 @@ class LayerStore:
         split = [tensor.split(sizes) for tensor in tensors]
         cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
         if is_small and not self.format.is_sequential:
-            cache.weights = [self._unpack(i, dtype) for i in range(len(layout.shapes))]
+            cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
 
 
 class TrainedLayer(nn.Module):
     """A decoder layer, its adapters in one flat parameter, recomputed in the backward if asked.
 
     Attributes:
-        layer: the layer as the model's author wrote it, its linears replaced by PackedLinear.
+        layer: the layer as the model's author wrote it, its linears replaced by QuantizedLinear.
         lora: float32 [num_lora padded]; group after group, first the A matrices (one below the
             other), then the B matrices, then (DoRA) the changes of the magnitudes; None until
             adapters.attach gives it.
@@ -251,7 +251,7 @@ class TrainedLayer(nn.Module):
         slots: the adapted linears, in the order of the store.
         level: row of LEVELS.
         is_reentrant: recompute with torch's older checkpoint.
-        is_whole: its own parameters are trained, nothing is packed.
+        is_whole: its own parameters are trained, nothing is quantized.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
     """
 
@@ -274,10 +274,10 @@ class TrainedLayer(nn.Module):
         self._adapted: list[tuple[InputGroup, list[LoraSlot]]] = []
         self._sizes: list[int] = []
         self._is_last_needed: bool | None = None  # by a recomputation; not known yet
-        # What can keep results: all products but the last (which recomputation does not need),
+        # What can keep results: all matmuls but the last (which recomputation does not need),
         # and the attention, see attention.py.
         attentions = [m for m in layer.modules() if hasattr(m, "is_causal")]
-        self._keepers: list[Any] = [*self._groups[:-1], *attentions]
+        self._savers: list[Any] = [*self._groups[:-1], *attentions]
 
     @property
     def is_trained(self) -> bool:
@@ -340,11 +340,13 @@ class TrainedLayer(nn.Module):
             return ()
         return self.row_squares.split([slot.linear.out_features for slot in self.slots])
 
-    def run(self, kept: Kept | None, hidden, lora, args: tuple, kwargs: dict, params=None):
+    def run(
+        self, saved: SavedActivations | None, hidden, lora, args: tuple, kwargs: dict, params=None
+    ):
         """Run the layer as it is.
 
         Args:
-            kept: where its results are stored or taken from, or None.
+            saved: where its results are stored or taken from, or None.
             hidden, args, kwargs: of `forward`.
             lora: stands for `self.lora`.
             params: name in `layer` -> tensor that stands for the parameter; None = none does.
@@ -355,36 +357,36 @@ class TrainedLayer(nn.Module):
         if self.slots:
             for (group, _), adapter in zip(self._adapted, self._adapters(lora), strict=True):
                 group.adapter = adapter
-        for keeper in self._keepers:
-            keeper.kept = kept
+        for saver in self._savers:
+            saver.saved = saved
         try:
             if params is None:
                 return self.layer(hidden, *args, **kwargs)
             return torch.func.functional_call(self.layer, params, (hidden, *args), kwargs)
         finally:
-            for keeper in self._keepers:
-                keeper.kept = None
+            for saver in self._savers:
+                saver.saved = None
             for group in self._groups:
                 group.forget()
 
-    def run_again(self, kept: Kept | None, *rest):
+    def run_again(self, saved: SavedActivations | None, *rest):
         """As `run`, for the gradients alone: what the last linears return is not needed.
 
         Unless something after them saves a tensor, which the first time tells.
         """
-        if kept is not None:
-            kept.is_replay = True
+        if saved is not None:
+            saved.is_replay = True
         if not self._groups:
-            return self.run(kept, *rest)
+            return self.run(saved, *rest)
         last = self._groups[-1]
         if self._is_last_needed is None:
             watch, is_needed = saves_after(lambda: last.has_run)
             with watch:
-                out = self.run(kept, *rest)
+                out = self.run(saved, *rest)
             self._is_last_needed = is_needed()
             return out
         last.is_skipped = not self._is_last_needed
-        return self.run(kept, *rest)
+        return self.run(saved, *rest)
 
     def forward(self, hidden: torch.Tensor, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
@@ -396,16 +398,16 @@ class TrainedLayer(nn.Module):
             found = self.graphs.find(self, hidden, args, kwargs)
             if found is not None:
                 return Replayed.apply(self.graphs, found, self, args, kwargs, hidden, self.lora)
-        kept = Kept() if self.level == "selective" else None
+        saved = SavedActivations() if self.level == "selective" else None
         if not self.is_reentrant:
             own = dict(self.layer.named_parameters()) if self.is_whole else {}
 
             def run(hidden, *trained):
                 step = self.run_again if torch.is_grad_enabled() else self.run
                 if not own:
-                    return step(kept, hidden, trained[0], args, kwargs)
+                    return step(saved, hidden, trained[0], args, kwargs)
                 params = dict(zip(own, trained, strict=True))
-                return step(kept, hidden, None, args, kwargs, params)
+                return step(saved, hidden, None, args, kwargs, params)
 
             trained = own.values() or (self.lora,)
             return Recomputed.apply(run, has_dropout, hidden, *trained)
@@ -413,9 +415,9 @@ class TrainedLayer(nn.Module):
             hidden.requires_grad_()  # without one such input, this kind builds no graph
 
         def run_older(hidden):
-            if kept is not None:
-                kept.is_replay = torch.is_grad_enabled()
-            return self.run(kept, hidden, self.lora, args, kwargs)
+            if saved is not None:
+                saved.is_replay = torch.is_grad_enabled()
+            return self.run(saved, hidden, self.lora, args, kwargs)
 
         return checkpoint(run_older, hidden, use_reentrant=True, preserve_rng_state=has_dropout)
 
@@ -423,31 +425,31 @@ class TrainedLayer(nn.Module):
 class DecoderBlock(nn.Module):
     """What stands in the model's list of layers: frozen bytes outside, adapters and norms inside.
 
-    Two modules, because FSDP2 treats them as two groups: `packed` without any cast, `body` with
+    Two modules, because FSDP2 treats them as two groups: `quantized` without any cast, `body` with
     mixed precision.
 
     Attributes:
-        packed: float32 [layout.nbytes / 4], frozen: the bytes of all linears; None when they are
+        quantized: float32 [layout.nbytes / 4], frozen: the bytes of all linears; None when they are
             read from elsewhere, or the layer is trained whole.
         store: reads them; None for a layer that is trained whole.
         body: everything else of the layer.
         offload: keeps the layer's input on the host for its backward; or None.
     """
 
-    packed: nn.Parameter
+    quantized: nn.Parameter
     store: LayerStore | None
     body: TrainedLayer
 
     def __init__(self, layout: Layout | None, cache: LayerCache) -> None:
         super().__init__()
-        self.register_parameter("packed", None)
+        self.register_parameter("quantized", None)
         self.offload: Offload | None = None
         if layout is None:
             self.store = None
             return
-        packed = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
-        self.packed = nn.Parameter(packed, requires_grad=False)
-        self.store = LayerStore(lambda: self.packed, layout, cache)
+        quantized = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
+        self.quantized = nn.Parameter(quantized, requires_grad=False)
+        self.store = LayerStore(lambda: self.quantized, layout, cache)
 
     def forward(self, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""
@@ -459,7 +461,7 @@ class DecoderBlock(nn.Module):
     @property
     def layer_store(self) -> LayerStore:
         """The store of a layer that has one."""
-        assert self.store is not None, "a layer that is trained whole has no packed bytes"
+        assert self.store is not None, "a layer that is trained whole has no quantized bytes"
         return self.store
 
     def __getattr__(self, name: str):

@@ -33,19 +33,19 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import adapters, placement, shard, skeleton, streaming, weights
-from fsdp_qlora.model.layer import DecoderBlock, Layout, put_linear
+from fsdp_qlora.model.layer import DecoderBlock, Layout, store_linear
 from fsdp_qlora.model.placement import PLACEMENTS, Placed
 from fsdp_qlora.model.quantize import FORMATS
-from fsdp_qlora.model.skeleton import KernelChoice, PackedModel
+from fsdp_qlora.model.skeleton import KernelChoice, QuantizedModel
 from fsdp_qlora.model.weights import Weights, look_ahead, read_file
 
-LAYOUT_VERSION = 1  # of the bytes; raise it when packed.build_layout changes
+LAYOUT_VERSION = 1  # of the bytes; raise it when layer.build_layout changes
 TENSOR = "packed"
 
 
 @dataclass
-class PackedCache:
-    """Packed layers of one model in one format.
+class QuantizedCache:
+    """Quantized layers of one model in one format.
 
     Attributes:
         directory: where they are or will be; None = the cache is off.
@@ -71,7 +71,7 @@ class PackedCache:
     writing: Future | None = None
 
     def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor]:
-        """Yield packed bytes in order, the next layers being read and hashed meanwhile.
+        """Yield quantized bytes in order, the next layers being read and hashed meanwhile.
 
         Args:
             layers: numbers of the layers; the cache must be complete.
@@ -87,23 +87,23 @@ class PackedCache:
     def _read_layer(self, layer: int) -> torch.Tensor:
         assert self.directory is not None, "a cache that is off was read"
         path = self.directory / _file_name(layer)
-        packed = torch.empty(self.nbytes, dtype=torch.uint8)
+        quantized = torch.empty(self.nbytes, dtype=torch.uint8)
         problem = "is missing"
         if path.exists():
             # The tensor is the last thing in the file.
             header_bytes = path.stat().st_size - self.nbytes
             problem = "is too short"
             if header_bytes >= 8:
-                read_file(path, header_bytes, packed)
-                self.read_bytes += packed.numel()
-                digest = hashlib.sha256(packed.numpy().data).hexdigest()
+                read_file(path, header_bytes, quantized)
+                self.read_bytes += quantized.numel()
+                digest = hashlib.sha256(quantized.numpy().data).hexdigest()
                 problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
         if problem:
             raise _damaged(path, problem)
-        return packed
+        return quantized
 
     def map_layers(self, layers: list[int]) -> list[torch.Tensor]:
-        """The packed bytes as the kernel's page cache has them, read when they are touched.
+        """The quantized bytes as the kernel's page cache has them, read when they are touched.
 
         Args:
             layers: numbers of the layers; the cache must be complete.
@@ -116,7 +116,7 @@ class PackedCache:
         """
         if not self.is_complete or self.directory is None:
             raise UserError(
-                f"quantised cache: {self.note}",
+                f"quantized cache: {self.note}",
                 "layers that the host has no room for are mapped from it",
                 "give --quant_cache a directory with room, or free host memory",
                 code=3,
@@ -128,18 +128,18 @@ class PackedCache:
             maps.append(torch.frombuffer(mapping, dtype=torch.uint8)[-self.nbytes :])
         return maps
 
-    def write_layer(self, layer: int, packed: torch.Tensor) -> None:
-        """Keep the packed bytes of one layer, in a thread; nothing when the cache is off.
+    def write_layer(self, layer: int, quantized: torch.Tensor) -> None:
+        """Keep the quantized bytes of one layer, in a thread; nothing when the cache is off.
 
         Args:
             layer: its number.
-            packed: uint8 [nbytes], any device.
+            quantized: uint8 [nbytes], any device.
         """
         if self.temporary is None:
             return
         self._wait()
         if not self.failure:
-            self.writing = self.writer.submit(self._write, self.temporary, layer, packed.cpu())
+            self.writing = self.writer.submit(self._write, self.temporary, layer, quantized.cpu())
 
     def _write(self, directory: Path, layer: int, host: torch.Tensor) -> None:
         self.digests[layer] = hashlib.sha256(host.numpy().data).hexdigest()
@@ -204,7 +204,7 @@ def key(info: ModelInfo, layout: Layout) -> str:
     return f"{info.path.name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
 
 
-def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> PackedCache:
+def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> QuantizedCache:
     """Find the cache entry of a model, or the place to write it; all ranks decide the same.
 
     Args:
@@ -214,11 +214,11 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> P
         world: the ranks; all must call.
     """
     if setting == "off" or not info.tensors or layout.format_name == "bf16":
-        return PackedCache(None, "off")
+        return QuantizedCache(None, "off")
     root = (atomic.cache_dir() if setting == "auto" else Path(setting)).expanduser()
     directory = root / key(info, layout)
     need_bytes = layout.nbytes * info.num_layers
-    cache = PackedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)
+    cache = QuantizedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)
     manifest = directory / "manifest.json"
     if all(world.gather_objects(manifest.exists())):
         cache.digests = _read_manifest(manifest, layout.nbytes, info.num_layers)
@@ -228,7 +228,7 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> P
     refusals = [text for text in world.gather_objects(refusal) if text]
     pids = world.gather_objects(os.getpid())
     cache.temporary = directory.with_name(f".tmp-{pids[0]}-{directory.name}")
-    return PackedCache(None, refusals[0]) if refusals else cache
+    return QuantizedCache(None, refusals[0]) if refusals else cache
 
 
 def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
@@ -246,7 +246,7 @@ def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(
         f"{path} {problem}",
-        "the quantised cache is verified as it is read",
+        "the quantized cache is verified as it is read",
         "delete its directory (it is made again) or use --quant_cache off",
         code=5,
     )
@@ -273,9 +273,9 @@ class LoadReport:
     Attributes:
         seconds: it took.
         read_bytes: from disk by this rank.
-        source: of the packed bytes: "files", "random" or "cache".
+        source: of the quantized bytes: "files", "random" or "cache".
         pinned_bytes: host memory that this rank page-locked itself.
-        fingerprints: layer -> `fingerprint` of the packed bytes that this rank made.
+        fingerprints: layer -> `fingerprint` of the quantized bytes that this rank made.
         num_verified: layers whose bytes were compared after a gather, 0 = not asked.
     """
 
@@ -298,9 +298,9 @@ class LoadReport:
 
 
 def fill(
-    model: PackedModel,
+    model: QuantizedModel,
     weights: Weights,
-    cache: PackedCache,
+    cache: QuantizedCache,
     placed: Placed,
     cfg: Config,
     world: World,
@@ -310,8 +310,8 @@ def fill(
     Args:
         model: from skeleton.build, after adapters.attach and shard.apply.
         weights: where 16-bit tensors come from.
-        cache: where packed layers are kept between runs.
-        placed: where packed layers lie.
+        cache: where quantized layers are kept between runs.
+        placed: where quantized layers lie.
         cfg: seed (of the adapters' starting values).
         world: the ranks; all must call.
 
@@ -326,7 +326,7 @@ def fill(
     info, report = weights.info, LoadReport()
     weights.check_names(_expected_shapes(model, info))
     shares = shard.num_shares(cfg.sharding_strategy, world)
-    _fill_packed(model, info, weights, cache, world, placed, shares, report)
+    _fill_quantized(model, info, weights, cache, world, placed, shares, report)
     for name, (module, attribute) in model.tensors.items():
         param = getattr(module, attribute)
         rows = shard.local_range(param)
@@ -341,7 +341,7 @@ def fill(
     return report
 
 
-def _expected_shapes(model: PackedModel, info: ModelInfo) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(model: QuantizedModel, info: ModelInfo) -> dict[str, tuple[int, ...]]:
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
     for layer in range(info.num_layers):
         for linear in info.linears:
@@ -350,11 +350,11 @@ def _expected_shapes(model: PackedModel, info: ModelInfo) -> dict[str, tuple[int
     return shapes
 
 
-def _fill_packed(
-    model: PackedModel,
+def _fill_quantized(
+    model: QuantizedModel,
     info: ModelInfo,
     weights: Weights,
-    cache: PackedCache,
+    cache: QuantizedCache,
     world: World,
     placed: Placed,
     shares: int,
@@ -389,7 +389,7 @@ def _fill_packed(
 
 
 class _Keep:
-    """Puts the packed bytes of a round of layers where their placement says."""
+    """Puts the quantized bytes of a round of layers where their placement says."""
 
     def __init__(
         self, blocks: list[DecoderBlock], placed: Placed, slice_bytes: int, world: World
@@ -426,10 +426,10 @@ class _Keep:
         whole = flat.repeat(copies) if is_group and copies > 1 else flat
         parts = self.world.exchange(whole) if is_group else self.world.share(flat)
         for layer, part in zip(layers, parts, strict=False):
-            first, last = shard.local_range(self.blocks[layer].packed)
+            first, last = shard.local_range(self.blocks[layer].quantized)
             local = self.slices.pop(0).copy_(part) if name == "offloaded" else part.clone()
             local = local[: (last - first) * 4].view(torch.float32)
-            shard.set_local(self.blocks[layer], "packed", local)
+            shard.set_local(self.blocks[layer], "quantized", local)
 
 
 def _make_layers(
@@ -437,15 +437,15 @@ def _make_layers(
     layout: Layout,
     info: ModelInfo,
     weights: Weights,
-    cache: PackedCache,
+    cache: QuantizedCache,
     world: World,
     padded_bytes: int,
 ) -> Iterator[torch.Tensor]:
-    """Yield the packed bytes of this rank's layers, uint8 [padded_bytes] on the rank's device."""
+    """Yield the quantized bytes of this rank's layers, uint8 [padded_bytes] on its device."""
     if cache.is_complete:
-        for packed in cache.read_layers(own):
+        for quantized in cache.read_layers(own):
             flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
-            flat[: packed.numel()] = packed.to(world.device, non_blocking=True)
+            flat[: quantized.numel()] = quantized.to(world.device, non_blocking=True)
             yield flat
         return
     names = [
@@ -453,14 +453,14 @@ def _make_layers(
         for layer in own
         for linear in info.linears
     ]
-    pack = FORMATS[layout.format_name].pack
-    arrays = weights.read_packed(names, world.device) or map(
+    pack = FORMATS[layout.format_name].quantize
+    arrays = weights.read_quantized(names, world.device) or map(
         pack, weights.read_ahead(names, world.device)
     )
     for layer in own:
         flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
         for index in range(len(info.linears)):
-            put_linear(flat, layout, index, next(arrays))
+            store_linear(flat, layout, index, next(arrays))
         cache.write_layer(layer, flat[: layout.nbytes])
         yield flat
 
@@ -490,11 +490,11 @@ def fingerprint(flat: torch.Tensor) -> int:
 
 
 def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> int:
-    """Gather each layer as training will and compare its bytes with what was packed, on every rank.
+    """Gather each layer as training will; compare its bytes on every rank with what was made.
 
     Args:
         model: filled.
-        own_fingerprints: layer -> `fingerprint` of what this rank packed.
+        own_fingerprints: layer -> `fingerprint` of what this rank quantized.
         world: the ranks; all must call.
 
     Returns:
@@ -505,8 +505,10 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
     """
     made = {k: v for part in world.gather_objects(own_fingerprints) for k, v in part.items()}
     wrong = []
-    packed = [(i, block) for i, block in enumerate(shard.blocks(model)) if block.store is not None]
-    for index, block in packed:
+    quantized = [
+        (i, block) for i, block in enumerate(shard.blocks(model)) if block.store is not None
+    ]
+    for index, block in quantized:
         if fingerprint(shard.gathered(block)) != made[index]:
             wrong.append(index)
         shard.release(block)
@@ -514,8 +516,8 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
     if any(by_rank):
         rank = next(r for r, layers in enumerate(by_rank) if layers)
         raise UserError(
-            f"packed bytes of layer {by_rank[rank][0]} changed on rank {rank}",
-            "the bytes gathered by FSDP must be those that were packed",
+            f"quantized bytes of layer {by_rank[rank][0]} changed on rank {rank}",
+            "the bytes gathered by FSDP must be those that were quantized",
             "report the versions of torch and the GPU driver; training on them would be wrong",
             code=5,
         )
@@ -529,12 +531,12 @@ class Shaped:
     Attributes:
         model: its adapters attached.
         chosen: what it computes with.
-        cache, placed: where its packed bytes will come from and lie.
+        cache, placed: where its quantized bytes will come from and lie.
     """
 
-    model: PackedModel
+    model: QuantizedModel
     chosen: KernelChoice
-    cache: PackedCache
+    cache: QuantizedCache
     placed: Placed
 
 

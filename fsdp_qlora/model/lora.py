@@ -20,16 +20,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fsdp_qlora.model.checkpointing import Kept
+from fsdp_qlora.model.checkpointing import SavedActivations
 
 
-class LoraProduct(torch.autograd.Function):
+class LoraMatmul(torch.autograd.Function):
     """delta_MO = scale * (x A^T) B^T for every linear, and x itself passed through.
 
-    It runs before the frozen products and is the only one of the two that saves a tensor (its
+    It runs before the frozen matmuls and is the only one of the two that saves a tensor (its
     input, and the few columns of x A^T), so that the recomputation of a checkpointed layer may
-    stop before the last frozen product. Passing x through lets the backward add its share of the
-    input gradient into that of the frozen products, without another tensor. The A matrices lie in
+    stop before the last frozen matmul. Passing x through lets the backward add its share of the
+    input gradient into that of the frozen matmuls, without another tensor. The A matrices lie in
     one tensor: x is read once for all of them, forward and backward.
 
     Args:
@@ -37,7 +37,7 @@ class LoraProduct(torch.autograd.Function):
         lora_x: what the adapters see instead of x (after dropout), same shape; or None.
         a_RI: the A matrices one below the other, compute dtype.
         scale: see LoraSlot.scale.
-        outputs: stand for the deltas without being made here (see Kept); or None.
+        outputs: stand for the deltas without being made here (see SavedActivations); or None.
         b_ORs: the B matrices, each with its own columns of R.
 
     Returns:
@@ -82,18 +82,19 @@ class LoraProduct(torch.autograd.Function):
         return grad_x, grad_seen, grad_a, None, None, *grad_bs
 
 
-class FrozenProduct(torch.autograd.Function):
-    """y_MO = delta_MO + x W^T + bias of every linear, W dequantised for the product only.
+class FrozenMatmul(torch.autograd.Function):
+    """y_MO = delta_MO + x W^T + bias of every linear, W dequantized for the matmul only.
 
     Nothing is saved: the backward asks the store for each W again, and sums the input gradient in
     place over the linears.
 
     Args:
         x: [..., I], compute dtype.
-        linears: the PackedLinears that hold W and bias.
-        asides: for DoRA, of each linear an a_RI whose product with W is wanted too and whose bias
+        linears: the QuantizedLinears that hold W and bias.
+        asides: for DoRA, of each linear an a_RI whose matmul with W is wanted too and whose bias
             is left out, or None; empty = none has one.
-        is_done: the deltas are the outputs already (see Kept); nothing is made for `asides`.
+        is_done: the deltas are the outputs already (see SavedActivations); nothing is made for
+            `asides`.
         deltas_MO: added to in place; None where a linear has no adapter.
 
     Returns:
@@ -110,7 +111,7 @@ class FrozenProduct(torch.autograd.Function):
             return deltas_MO
         a_RIs = asides or [None] * len(linears)
         pairs = [
-            _product(_flat(x), linear, delta, a_RI)
+            _matmul(_flat(x), linear, delta, a_RI)
             for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
         ]
         sides = [side for _, side in pairs[: len(asides)]]
@@ -132,7 +133,7 @@ class FrozenProduct(torch.autograd.Function):
         return grad_x, None, None, None, *[grad if needed else None for grad, needed in deltas]
 
 
-def _product(
+def _matmul(
     x_MI: torch.Tensor, linear, delta_MO: torch.Tensor | None, a_RI: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight_OI = linear.dequantize(x_MI.dtype)
@@ -212,7 +213,10 @@ def row_norms(
 
 
 def dora_outputs(
-    x: torch.Tensor, linears: Sequence["PackedLinear"], adapter: "Adapter", kept: Kept | None
+    x: torch.Tensor,
+    linears: Sequence["QuantizedLinear"],
+    adapter: "Adapter",
+    saved: SavedActivations | None,
 ) -> list[torch.Tensor]:
     """y_MO of linears that read the same input, some of them with an adapter.
 
@@ -220,56 +224,56 @@ def dora_outputs(
         x: [..., I].
         linears: in the order of the store.
         adapter: with magnitudes.
-        kept: where products and lengths are stored or taken from, or None.
+        saved: where outputs and lengths are stored or taken from, or None.
     """
     if adapter.dropout and linears[0].training:
         return _dropped_outputs(x, linears, adapter)
     own = adapter.linears
-    done = kept.take() if kept is not None and kept.is_replay else None
+    done = saved.take() if saved is not None and saved.is_replay else None
     a_RIs = dict(zip(own, adapter.a_RI.split([b.shape[1] for b in adapter.b_ORs]), strict=True))
-    deltas: dict[PackedLinear, torch.Tensor | None] = dict.fromkeys(linears)
+    deltas: dict[QuantizedLinear, torch.Tensor | None] = dict.fromkeys(linears)
     deltas |= zip(linears, done or (), strict=False)
     given = None if done is None else [deltas[linear] for linear in own]
-    x, *made = LoraProduct.apply(x, None, adapter.a_RI, adapter.scale, given, *adapter.b_ORs)
+    x, *made = LoraMatmul.apply(x, None, adapter.a_RI, adapter.scale, given, *adapter.b_ORs)
     deltas |= zip(own, made, strict=True)
     asides = [a_RIs.get(linear) for linear in linears]
-    products = FrozenProduct.apply(x, linears, asides, done is not None, *deltas.values())
-    made_of = dict(zip(linears, products, strict=False))
+    outputs = FrozenMatmul.apply(x, linears, asides, done is not None, *deltas.values())
+    made_of = dict(zip(linears, outputs, strict=False))
     if done is not None:
         norms_O = list(done[len(linears) :])
     else:
-        sides = [side for side in products[len(linears) :] if side is not None]
+        sides = [side for side in outputs[len(linears) :] if side is not None]
         rest = zip(adapter.squares_O, sides, a_RIs.values(), adapter.b_ORs, strict=True)
         norms_O = [row_norms(*parts, adapter.scale) for parts in rest]
-    if kept is not None and done is None:
+    if saved is not None and done is None:
         # What has no adapter is handed out as it is, and Liger's rotary kernel writes into it.
         safe = [z.detach() if n in a_RIs else z.detach().clone() for n, z in made_of.items()]
-        kept.store(*safe, *norms_O)
+        saved.store(*safe, *norms_O)
     for linear, *parts in zip(own, adapter.changes_O, adapter.squares_O, norms_O, strict=True):
         made_of[linear] = _rescaled(made_of[linear], linear.bias, *parts)
     return list(made_of.values())
 
 
 def _dropped_outputs(
-    x: torch.Tensor, linears: Sequence["PackedLinear"], adapter: "Adapter"
+    x: torch.Tensor, linears: Sequence["QuantizedLinear"], adapter: "Adapter"
 ) -> list[torch.Tensor]:
-    """As peft: the base sees x, what DoRA changes in it sees x after dropout; two products."""
+    """As peft: the base sees x, what DoRA changes in it sees x after dropout; two matmuls."""
     a_RIs = adapter.a_RI.split([b.shape[1] for b in adapter.b_ORs])
     own = dict(zip(adapter.linears, range(len(a_RIs)), strict=True))
     outs = []
     for linear in linears:
         if linear not in own:
-            outs += FrozenProduct.apply(x, (linear,), (), False, None)
+            outs += FrozenMatmul.apply(x, (linear,), (), False, None)
             continue
         i = own[linear]
         a_RI, b_OR, scale = a_RIs[i], adapter.b_ORs[i], adapter.scale
         dropped = nn.functional.dropout(x, adapter.dropout)
-        (rest,) = FrozenProduct.apply(x - dropped, (linear,), (), False, None)
-        dropped, delta = LoraProduct.apply(dropped, None, a_RI, scale, None, b_OR)
-        product, aside = FrozenProduct.apply(dropped, (linear,), (a_RI,), False, delta)
+        (rest,) = FrozenMatmul.apply(x - dropped, (linear,), (), False, None)
+        dropped, delta = LoraMatmul.apply(dropped, None, a_RI, scale, None, b_OR)
+        output, aside = FrozenMatmul.apply(dropped, (linear,), (a_RI,), False, delta)
         square_O, change_O = adapter.squares_O[i], adapter.changes_O[i]
         norm_O = row_norms(square_O, aside, a_RI, b_OR, scale)
-        outs.append(rest + _rescaled(product, None, change_O, square_O, norm_O))
+        outs.append(rest + _rescaled(output, None, change_O, square_O, norm_O))
     return outs
 
 
@@ -303,7 +307,7 @@ class LoraSlot:
     """
 
     name: str
-    linear: "PackedLinear"
+    linear: "QuantizedLinear"
     rank: int
     alpha: float
     dropout: float
@@ -328,7 +332,7 @@ class Adapter(NamedTuple):
             in the frozen W, float32; empty for LoRA.
     """
 
-    linears: Sequence["PackedLinear"]
+    linears: Sequence["QuantizedLinear"]
     a_RI: torch.Tensor
     b_ORs: Sequence[torch.Tensor]
     scale: float
@@ -343,22 +347,22 @@ class InputGroup:
     Attributes:
         linears: in the order of the store.
         adapter: their LoRA pairs while a pass over the layer runs, else None.
-        kept: where outputs are stored or taken from while a pass runs, or None.
+        saved: where outputs are stored or taken from while a pass runs, or None.
         is_skipped: nobody looks at the values of the outputs of this pass.
         has_run: an output was asked for in this pass.
     """
 
-    def __init__(self, linears: Sequence["PackedLinear"]) -> None:
+    def __init__(self, linears: Sequence["QuantizedLinear"]) -> None:
         self.linears = tuple(linears)
         self.adapter: Adapter | None = None
-        self.kept: Kept | None = None
+        self.saved: SavedActivations | None = None
         self.is_skipped = self.has_run = False
         self._x: torch.Tensor | None = None
-        self._outs: dict[PackedLinear, torch.Tensor] = {}
+        self._outs: dict[QuantizedLinear, torch.Tensor] = {}
         for linear in linears:
             linear.group = self
 
-    def output(self, linear: "PackedLinear", x: torch.Tensor) -> torch.Tensor:
+    def output(self, linear: "QuantizedLinear", x: torch.Tensor) -> torch.Tensor:
         """y_MO of one of the linears.
 
         Args:
@@ -375,30 +379,30 @@ class InputGroup:
 
     def forget(self) -> None:
         """Drop what belongs to the pass that ends."""
-        self.adapter = self.kept = self._x = None
+        self.adapter = self.saved = self._x = None
         self.is_skipped = self.has_run = False
         self._outs = {}
 
     def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         if self.adapter is not None and self.adapter.changes_O:
-            return dora_outputs(x, self.linears, self.adapter, self.kept)
+            return dora_outputs(x, self.linears, self.adapter, self.saved)
         if self.is_skipped:
             shape = x.shape[:-1].numel()
             empty = [x.new_empty(shape, linear.out_features) for linear in self.linears]
-            return FrozenProduct.apply(*self._adapt(x, empty))
-        if self.kept is None:
-            return FrozenProduct.apply(*self._adapt(x, None))
-        if self.kept.is_replay:
-            return FrozenProduct.apply(*self._adapt(x, self.kept.take()))
-        outs = FrozenProduct.apply(*self._adapt(x, None))
+            return FrozenMatmul.apply(*self._adapt(x, empty))
+        if self.saved is None:
+            return FrozenMatmul.apply(*self._adapt(x, None))
+        if self.saved.is_replay:
+            return FrozenMatmul.apply(*self._adapt(x, self.saved.take()))
+        outs = FrozenMatmul.apply(*self._adapt(x, None))
         # Copies where Liger's rotary kernel will write into the outputs.
         is_written_to = len(self.linears) == len(SHARED_INPUTS[0])
-        self.kept.store(*[out.detach().clone() if is_written_to else out.detach() for out in outs])
+        self.saved.store(*[out.detach().clone() if is_written_to else out.detach() for out in outs])
         return outs
 
     def _adapt(self, x: torch.Tensor, done: Sequence[torch.Tensor] | None) -> tuple:
-        """The arguments of FrozenProduct."""
-        deltas: dict[PackedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
+        """The arguments of FrozenMatmul."""
+        deltas: dict[QuantizedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
         deltas |= zip(self.linears, done or (), strict=False)
         if self.adapter is not None:
             linears, a_RI, b_ORs, scale, dropout, *_ = self.adapter
@@ -407,14 +411,14 @@ class InputGroup:
                 for i, a in enumerate(a_RI.split([b.shape[1] for b in b_ORs])):
                     lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
                     output = None if outputs is None else outputs[i : i + 1]
-                    x, deltas[linears[i]] = LoraProduct.apply(x, lora_x, a, scale, output, b_ORs[i])
+                    x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, scale, output, b_ORs[i])
             else:
-                x, *made = LoraProduct.apply(x, None, a_RI, scale, outputs, *b_ORs)
+                x, *made = LoraMatmul.apply(x, None, a_RI, scale, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
         return x, self.linears, (), done is not None, *deltas.values()
 
 
-class PackedLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """A frozen linear whose weight lies in its layer's store.
 
     Attributes:
@@ -435,7 +439,7 @@ class PackedLinear(nn.Module):
         self.dequantize = dequantize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Frozen product, plus LoRA product where there is a pair.
+        """Frozen matmul, plus LoRA matmul where there is a pair.
 
         Args:
             x: [..., I], compute dtype.
@@ -449,7 +453,7 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
 
-def group_linears(linears: dict[str, PackedLinear]) -> list[InputGroup]:
+def group_linears(linears: dict[str, QuantizedLinear]) -> list[InputGroup]:
     """Find the linears that read the same input.
 
     Args:
@@ -458,7 +462,7 @@ def group_linears(linears: dict[str, PackedLinear]) -> list[InputGroup]:
     Returns:
         The groups in that order, most of them of one linear.
     """
-    groups: dict[tuple[str, ...], list[PackedLinear]] = {}
+    groups: dict[tuple[str, ...], list[QuantizedLinear]] = {}
     for name, linear in linears.items():
         parent, _, last = name.rpartition(".")
         shared = next((row for row in SHARED_INPUTS if last in row), (last,))

@@ -1,4 +1,4 @@
-"""Where the packed bytes of each decoder layer lie between their uses."""
+"""Where the quantized bytes of each decoder layer lie between their uses."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ PLACEMENTS = {
     "offloaded": Placement(True, True, "sharded over the ranks, slices on the host"),
     "streamed": Placement(False, True, "streamed from the host"),
     "resident": Placement(False, False, "whole on every rank"),
-    "trained": Placement(False, False, "trained themselves, nothing packed"),
+    "trained": Placement(False, False, "trained themselves, nothing quantized"),
 }
 
 
@@ -47,8 +47,8 @@ class Placed:
     Attributes:
         names: row of PLACEMENTS for each layer.
         note: one line for the user.
-        streamer: brings the streamed layers; None when there are none.
-        memory: the shared copy of the streamed layers; None when they are mapped from the cache.
+        streamer: streams the weights of layers; None when there are none.
+        memory: the shared copy of those layers; None when they are mapped from the cache.
     """
 
     names: tuple[str, ...]
@@ -66,14 +66,14 @@ class Placed:
         return [PLACEMENTS[name] for name in self.names]
 
     def attach(self, blocks: Sequence[DecoderBlock]) -> None:
-        """Let streamed layers read their slots; they have no parameter any more.
+        """Let layers with weight streaming read their slots; they have no parameter any more.
 
         Args:
             blocks: of a model on the meta device.
         """
         for number, layer in enumerate(self.layers("streamed")):
             assert self.streamer is not None
-            blocks[layer].packed = None  # type: ignore[assignment]
+            blocks[layer].quantized = None  # type: ignore[assignment]
             blocks[layer].layer_store.read = partial(self.streamer.read, number)
 
 
@@ -85,10 +85,10 @@ def choose(
     world: World,
     whole: Sequence[int] = (),
 ) -> Placed:
-    """Place the layers, and take the host memory that streamed ones need before anything is read.
+    """Place the layers; take the host memory that weight streaming needs before anything is read.
 
     Args:
-        layout: of the packed bytes of a layer.
+        layout: of the quantized bytes of a layer.
         num_layers: decoder layers.
         cfg: see plan.sizes.setting_of; offload_impl "auto" is stream on one machine where memory
             can be shared, else fsdp.
@@ -111,7 +111,7 @@ def choose(
     if refusal and cfg.offload_impl == "stream":
         raise UserError(
             f"--offload_impl stream: {refusal}",
-            "streamed layers need one copy in host memory that all ranks of a machine see",
+            "weight streaming needs one copy in host memory that all ranks of a machine see",
             "use --offload_impl fsdp",
             code=3,
         )
@@ -132,7 +132,7 @@ def choose(
 def _host_copy(
     nbytes: int, cfg: Config, has_cache: bool, world: World
 ) -> tuple[str, streaming.HostBytes | None]:
-    """(why layers cannot be streamed or "", the memory or None for mapped files)."""
+    """(why weights cannot be streamed or "", the memory or None for mapped files)."""
     if world.size != world.local_size:
         return "the ranks are on several machines", None
     shortage = _shortage(nbytes, cfg.host_budget_gib, world)
@@ -140,7 +140,7 @@ def _host_copy(
         return "", None
     if shortage:
         raise UserError(
-            f"{nbytes / GIB:.1f} GiB of packed layers on the host",
+            f"{nbytes / GIB:.1f} GiB of quantized layers on the host",
             f"only {shortage}",
             "free host memory, give --resident_layers N, or let --quant_cache keep them on disk",
             code=3,

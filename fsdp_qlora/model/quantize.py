@@ -1,11 +1,11 @@
 """Base formats: how a frozen weight becomes bytes, and bytes a weight again.
 
 Each format is a row of FORMATS. A row knows which fields it stores per linear (quantized weights
-and quantization constants), how to `pack` a weight into them, how to make the constants of a whole
-decoder layer usable at once (`constants`), and how to `unpack` one linear. Only this module knows
-bitsandbytes and hqq. HQQ's bytes become weights without hqq, by the fastest way there is: hqq views
-a weight as a matrix of groups, [groups, group size] (axis 1) or [group size, groups] (axis 0), and
-puts the values of rows that lie far apart into one word.
+and quantization constants), how to `quantize` a weight into them, how to make the constants of a
+whole decoder layer usable at once (`constants`), and how to `dequantize` one linear. Only this
+module knows bitsandbytes and hqq. HQQ's bytes become weights without hqq, by the fastest way there
+is: hqq views a weight as a matrix of groups, [groups, group size] (axis 1) or [group size, groups]
+(axis 0), and puts the values of rows that lie far apart into one word.
 
 Shape letters: O out features, I in features, N = O*I weights of a linear.
 
@@ -28,20 +28,20 @@ from fsdp_qlora.planning.limits import FORMATS as STORAGES
 from fsdp_qlora.planning.limits import PER_WORD, Storage
 
 
-def unpack_hqq(
-    packed: torch.Tensor,
+def dequantize_hqq(
+    quantized: torch.Tensor,
     constants: Sequence[torch.Tensor],
     shape: Sequence[int],
     dtype: torch.dtype,
     storage: Storage,
 ) -> torch.Tensor:
-    """Unpack one linear to the bits of hqq's own dequantisation.
+    """Dequantize one linear to the bits of hqq's own dequantization.
 
     As there, difference and product are rounded to the wider one of the compute dtype and the
     dtype of the constants; what is wider than the compute dtype is then rounded to it.
 
     Args:
-        packed: uint8, 1-D.
+        quantized: uint8, 1-D.
         constants: zero and scale of each group, as stored.
         shape: (O, I).
         dtype: of the result.
@@ -53,12 +53,14 @@ def unpack_hqq(
     zero, scale = constants
     cols = storage.group_size if storage.axis else math.prod(shape) // storage.group_size
     rows = math.prod(shape) // cols
-    words = packed.view(torch.int32 if storage.weight_bits == 3 else torch.uint8).view(-1, cols)
+    words = quantized.view(torch.int32 if storage.weight_bits == 3 else torch.uint8).view(-1, cols)
     math_dtype = torch.promote_types(dtype, zero.dtype)
-    kernel = triton_kernels() if packed.is_cuda else None
+    kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
-        out = torch.empty(rows, cols, dtype=dtype, device=packed.device)
-        kernel.unpack_hqq(words, zero, scale, out, storage.weight_bits, storage.axis, math_dtype)
+        out = torch.empty(rows, cols, dtype=dtype, device=quantized.device)
+        kernel.dequantize_hqq(
+            words, zero, scale, out, storage.weight_bits, storage.axis, math_dtype
+        )
         return out.view(*shape)
     zero, scale = (part.unsqueeze(storage.axis) for part in constants)
     values = _values(words, storage.weight_bits, math_dtype)[:rows]
@@ -83,7 +85,7 @@ def triton_kernels() -> ModuleType | None:
 
 
 Fields = dict[str, torch.Tensor]
-NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantisation
+NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantization
 GROUP_SIZE = GROUP  # weights of a bitsandbytes block
 
 
@@ -92,23 +94,23 @@ class Format:
     """A row of FORMATS.
 
     Attributes:
-        storage: its bytes: the packed weight ("weight") and the fields of constants.
-        pack: weight_OI -> {field name: 1-D tensor}, at most `num_elements` long.
+        storage: its bytes: the quantized weight ("weight") and the fields of constants.
+        quantize: weight_OI -> {field name: 1-D tensor}, at most `num_elements` long.
         constants: (fields of all linears of a layer, compute dtype) -> tensors, each indexed like
             `index_field`.
         index_field: the field whose element ranges cut the tensors of `constants` into linears
             ("" = no constants).
         is_sequential: the bytes and constants of several linears, one after the other, are those of
             one long linear.
-        unpack: (packed bytes, constants of the linear, shape, compute dtype) -> weight_OI in the
-            compute dtype.
+        dequantize: (quantized bytes, constants of the linear, shape, compute dtype) -> weight_OI in
+            the compute dtype.
     """
 
     storage: Storage
-    pack: Callable[[torch.Tensor], Fields]
+    quantize: Callable[[torch.Tensor], Fields]
     constants: Callable[[Fields, torch.dtype], Sequence[torch.Tensor]]
     index_field: str
-    unpack: Callable[
+    dequantize: Callable[
         [torch.Tensor, Sequence[torch.Tensor], Sequence[int], torch.dtype], torch.Tensor
     ]
     is_sequential: bool = True
@@ -118,7 +120,7 @@ def import_bitsandbytes():
     """bitsandbytes.functional, without warnings that mean nothing here.
 
     (It does not find a CPU kernel that is not used; and where it compiles one, a torch made for
-    CUDA looks for a card.)
+    CUDA looks for a GPU.)
     """
     for name in ("bitsandbytes", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -127,9 +129,9 @@ def import_bitsandbytes():
     return bnb
 
 
-def _pack_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:
+def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:
     bnb = import_bitsandbytes()
-    packed, state = bnb.quantize_4bit(
+    quantized, state = bnb.quantize_4bit(
         weight_OI.contiguous(),
         blocksize=GROUP_SIZE,
         quant_type=quant_type,
@@ -137,10 +139,10 @@ def _pack_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:
         quant_storage=torch.uint8,
     )
     if not double:
-        return {"weight": packed.view(-1), "absmax": state.absmax}
+        return {"weight": quantized.view(-1), "absmax": state.absmax}
     nested = state.state2.absmax
     return {
-        "weight": packed.view(-1),
+        "weight": quantized.view(-1),
         "qabsmax": state.absmax,
         "nested_absmax": nested,
         "offset": state.offset.expand_as(nested),
@@ -152,12 +154,12 @@ def from_stored(parts: Fields, offset: float | None, format_name: str, name: str
 
     Args:
         parts: "weight", "absmax" and so on, as in the file.
-        offset: of the constants, with double quantisation.
+        offset: of the constants, with double quantization.
         format_name: row of FORMATS.
         name: of the weight, for the message.
 
     Returns:
-        What `pack` would have made.
+        What `quantize` would have made.
 
     Raises:
         UserError: the codes are not those of the format (code 5).
@@ -186,7 +188,7 @@ def _absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
 def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
     """Second-level constants to absmax, for all linears of a layer in one kernel.
 
-    Source: QLoRA, arXiv 2305.14314, section 3, double quantisation.
+    Source: QLoRA, arXiv 2305.14314, section 3, double quantization.
     """
     nested = fields["nested_absmax"]
     code = dynamic_map(nested.device)
@@ -218,15 +220,15 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
     return pairs[:, 0].contiguous()
 
 
-def _unpack_bnb(packed, constants, shape, dtype, quant_type: str) -> torch.Tensor:
-    kernel = triton_kernels() if packed.is_cuda else None
+def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str) -> torch.Tensor:
+    kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
-        weight_OI = torch.empty(*shape, dtype=dtype, device=packed.device)
-        table = values_of(quant_type, packed.device)
-        kernel.unpack_bnb(packed, constants[0], table, weight_OI, GROUP_SIZE)
+        weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
+        table = values_of(quant_type, quantized.device)
+        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP_SIZE)
         return weight_OI
     return torch.ops.bitsandbytes.dequantize_4bit(
-        packed.view(-1, 1), constants[0], GROUP_SIZE, quant_type, shape, dtype
+        quantized.view(-1, 1), constants[0], GROUP_SIZE, quant_type, shape, dtype
     )
 
 
@@ -251,16 +253,16 @@ def import_hqq():
     return Quantizer
 
 
-def _pack_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
+def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
     bits, group_size = storage.weight_bits, storage.group_size
     num_groups, rest = divmod(weight_OI.numel(), group_size)
     if rest or (storage.axis == 1 and bits in (2, 4) and num_groups % (8 // bits)):
         raise UserError(
             f"a linear of {list(weight_OI.shape)}",
-            f"hqq packs whole groups of {group_size}, {8 // bits} of them together",
+            f"hqq quantizes whole groups of {group_size}, {8 // bits} of them together",
             "use another --group_size, or --train_type qlora",
         )
-    packed, meta = import_hqq().quantize(
+    quantized, meta = import_hqq().quantize(
         weight_OI,
         nbits=bits,
         group_size=group_size,
@@ -269,7 +271,7 @@ def _pack_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
     )
     dtype = getattr(torch, storage.fields[0].dtype)
     return {
-        "weight": packed.view(-1).view(torch.uint8),
+        "weight": quantized.view(-1).view(torch.uint8),
         "scale": meta["scale"].view(-1).to(dtype),
         "zero": meta["zero"].view(-1).to(dtype),
     }
@@ -279,24 +281,24 @@ def _hqq_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]
     return fields["zero"], fields["scale"]
 
 
-def _pack_int8(weight_OI: torch.Tensor) -> Fields:
+def _quantize_int8(weight_OI: torch.Tensor) -> Fields:
     """Row-wise absmax: LLM.int8, arXiv 2208.07339, section 3."""
-    packed, row_absmax, _ = import_bitsandbytes().int8_vectorwise_quant(weight_OI.half())
-    return {"weight": packed.view(-1).view(torch.uint8), "row_absmax": row_absmax}
+    quantized, row_absmax, _ = import_bitsandbytes().int8_vectorwise_quant(weight_OI.half())
+    return {"weight": quantized.view(-1).view(torch.uint8), "row_absmax": row_absmax}
 
 
 def _int8_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
     return (fields["row_absmax"] * (1.0 / 127.0),)
 
 
-def _unpack_int8(packed, constants, shape, dtype) -> torch.Tensor:
+def _dequantize_int8(quantized, constants, shape, dtype) -> torch.Tensor:
     """In one kernel, rounded once, as the backward pass of bitsandbytes' MatMul8bitLt does."""
-    weight_OI = torch.empty(*shape, dtype=dtype, device=packed.device)
-    values = packed.view(torch.int8).view(*shape)
+    weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
+    values = quantized.view(torch.int8).view(*shape)
     return torch.mul(values, constants[0].unsqueeze(1), out=weight_OI)
 
 
-def _pack_bf16(weight_OI: torch.Tensor) -> Fields:
+def _quantize_bf16(weight_OI: torch.Tensor) -> Fields:
     return {"weight": weight_OI.bfloat16().contiguous().view(-1).view(torch.uint8)}
 
 
@@ -304,28 +306,28 @@ def _no_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
     return ()
 
 
-def _unpack_bf16(packed, constants, shape, dtype) -> torch.Tensor:
-    return packed.view(torch.bfloat16).view(shape).to(dtype)
+def _dequantize_bf16(quantized, constants, shape, dtype) -> torch.Tensor:
+    return quantized.view(torch.bfloat16).view(shape).to(dtype)
 
 
 def _bnb_row(name: str) -> Format:
     quant_type, _, double = name.partition("_")
     return Format(
         storage=STORAGES[name],
-        pack=partial(_pack_bnb, quant_type=quant_type, double=bool(double)),
+        quantize=partial(_quantize_bnb, quant_type=quant_type, double=bool(double)),
         constants=_nested_absmax if double else _absmax,
         index_field="qabsmax" if double else "absmax",
-        unpack=partial(_unpack_bnb, quant_type=quant_type),
+        dequantize=partial(_dequantize_bnb, quant_type=quant_type),
     )
 
 
 def _hqq_row(storage: Storage) -> Format:
     return Format(
         storage=storage,
-        pack=partial(_pack_hqq, storage=storage),
+        quantize=partial(_quantize_hqq, storage=storage),
         constants=_hqq_constants,
         index_field="scale",
-        unpack=partial(unpack_hqq, storage=storage),
+        dequantize=partial(dequantize_hqq, storage=storage),
         is_sequential=False,
     )
 
@@ -333,8 +335,8 @@ def _hqq_row(storage: Storage) -> Format:
 FORMATS: dict[str, Format] = {
     **{name: _bnb_row(name) for name in ("nf4", "nf4_dq", "fp4", "fp4_dq")},
     "int8": Format(
-        STORAGES["int8"], _pack_int8, _int8_constants, "row_absmax", _unpack_int8, False
+        STORAGES["int8"], _quantize_int8, _int8_constants, "row_absmax", _dequantize_int8, False
     ),
     **{name: _hqq_row(row) for name, row in STORAGES.items() if name.startswith("hqq")},
-    "bf16": Format(STORAGES["bf16"], _pack_bf16, _no_constants, "", _unpack_bf16),
+    "bf16": Format(STORAGES["bf16"], _quantize_bf16, _no_constants, "", _dequantize_bf16),
 }

@@ -1,7 +1,7 @@
 """Applying FSDP2: which parameters form a group, where they lie, in which dtype they are gathered.
 
 Groups, from the inside out: of each decoder layer its adapters, norms and biases (`TrainedLayer`,
-mixed precision), and its packed bytes (`DecoderBlock`, no cast ever: a cast would rewrite bits);
+mixed precision), and its quantized bytes (`DecoderBlock`, no cast ever: a cast would rewrite bits);
 input embedding; output head; the rest. Only this module knows FSDP.
 """
 
@@ -26,7 +26,7 @@ from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.layer import DecoderBlock
 from fsdp_qlora.model.placement import Placed
-from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning.limits import ONE_GROUP_BYTES
 
 
@@ -42,7 +42,7 @@ def num_shares(strategy: str, world: World) -> int:
 
 
 def apply(
-    model: PackedModel,
+    model: QuantizedModel,
     strategy: str,
     placed: Placed,
     compute_dtype: torch.dtype,
@@ -53,7 +53,7 @@ def apply(
     Args:
         model: from skeleton.build, its adapters attached.
         strategy: row of STRATEGIES.
-        placed: where the packed bytes of each decoder layer lie.
+        placed: where the quantized bytes of each decoder layer lie.
         compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in
             float32.
         world: the ranks.
@@ -67,7 +67,7 @@ def apply(
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     layers = list(zip(blocks(model), placed.rows, strict=True))
     placed.attach([block for block, _ in layers])
-    ignored = {block.packed for block, place in layers if not place.is_group}
+    ignored = {block.quantized for block, place in layers if not place.is_group}
     if row.replicates:
         ignored = {p for p in model.parameters() if not p.requires_grad}
     common: dict[str, Any] = {
@@ -100,10 +100,10 @@ def apply(
             module.set_unshard_in_backward(False)
 
 
-def _only_run_forward(model: PackedModel) -> Iterator[nn.Module]:
+def _only_run_forward(model: QuantizedModel) -> Iterator[nn.Module]:
     """What no backward pass reads: the input embedding, and layers before all that is trained.
 
-    FSDP would gather one of them for nothing at the end of each backward pass, and on a card give
+    FSDP would gather one of them for nothing at the end of each backward pass, and on a GPU give
     its memory away while it still arrives (finalize_backward of torch 2.11 and 2.13): where no
     reduction of gradients follows, the next pass would read overwritten weights.
     """
@@ -202,7 +202,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(block: DecoderBlock) -> torch.Tensor:
-    """The packed bytes of a block as its linears read them; call `release` afterwards.
+    """The quantized bytes of a block as its linears read them; call `release` afterwards.
 
     Args:
         block: of a filled model; all ranks must call.
@@ -222,7 +222,7 @@ def release(block: DecoderBlock) -> None:
 
 
 def whole_parameters(
-    model: PackedModel, names: Iterable[str], is_kept: bool
+    model: QuantizedModel, names: Iterable[str], is_kept: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Gather parameters one after the other.
 

@@ -24,7 +24,7 @@ from fsdp_qlora.model.checkpointing import Offload
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, LayerCache, Layout, TrainedLayer, build_layout
-from fsdp_qlora.model.lora import PackedLinear, group_linears
+from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -35,7 +35,7 @@ class KernelChoice:
     """What a run computes with.
 
     Attributes:
-        dtype: of products and activations.
+        dtype: of matmuls and activations.
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
@@ -108,16 +108,16 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
 
 
-class PackedModel(nn.Module):
-    """A causal language model over packed layers.
+class QuantizedModel(nn.Module):
+    """A causal language model over quantized layers.
 
     Attributes:
         decoder: the model's body (embedding, DecoderBlocks, final norm), as transformers runs it.
         head: LossHead over the output embedding.
         embedding: the input embedding module (part of `decoder`).
         is_tied: input and output embedding are one parameter.
-        layout: of the packed bytes of a layer.
-        tensors: name in the model's files -> (module, parameter name), packed weights left out.
+        layout: of the quantized bytes of a layer.
+        tensors: name in the model's files -> (module, parameter name), quantized weights left out.
     """
 
     decoder: "PreTrainedModel"
@@ -150,7 +150,7 @@ class PackedModel(nn.Module):
         is_plain = is_plain and all(body.slots for body in bodies)
         # Nor can it follow tokens to their experts.
         is_plain = is_plain and not any(
-            isinstance(m, experts.PackedExperts) for m in self.modules()
+            isinstance(m, experts.QuantizedExperts) for m in self.modules()
         )
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
@@ -205,13 +205,13 @@ def build(
     chosen: KernelChoice,
     whole: Whole = NOTHING,
     master: torch.dtype = torch.float32,
-) -> PackedModel:
-    """Build the model on the meta device and put packed linears into its decoder layers.
+) -> QuantizedModel:
+    """Build the model on the meta device and put quantized linears into its decoder layers.
 
     Args:
         info: what the model is.
         format_name: row of FORMATS.
-        chosen: dtype of everything that is not packed, attention, kernels.
+        chosen: dtype of everything that is not quantized, attention, kernels.
         whole: what is trained itself.
         master: dtype of that.
 
@@ -241,12 +241,12 @@ def build(
     tensors = {
         stored_name(info, name.replace(".body.layer.", ".")): _owner(hf_model, name)
         for name, _ in hf_model.named_parameters()
-        if not name.endswith(".packed")
+        if not name.endswith(".quantized")
     }
     head = LossHead(output.weight, config)
     if not info.is_tied:
         tensors[next(n for n, (m, _) in tensors.items() if m is output)] = (head, "weight")
-    model = PackedModel(hf_model.base_model, head, info.is_tied, layout)
+    model = QuantizedModel(hf_model.base_model, head, info.is_tied, layout)
     model.tensors = tensors
     return model.train()
 
@@ -321,9 +321,9 @@ def _build_block(
     if block.store is None:
         block.body = TrainedLayer(layer, (), None)
         return block
-    experts.pack(layer, info.linears, block.store.weight)
+    experts.replace(layer, info.linears, block.store.weight)
     for name, index in places.items():
-        linears[name] = PackedLinear(built[name], partial(block.store.weight, index))
+        linears[name] = QuantizedLinear(built[name], partial(block.store.weight, index))
         module, attribute = _owner(layer, name)
         setattr(module, attribute, linears[name])
     block.body = TrainedLayer(layer, group_linears(linears), block.store)

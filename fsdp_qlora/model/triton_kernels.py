@@ -21,13 +21,13 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _unpack_bnb(
-    packed, absmax, table, out, num_weights, group_bytes: tl.constexpr, tile: tl.constexpr
+def _dequantize_bnb(
+    quantized, absmax, table, out, num_weights, group_bytes: tl.constexpr, tile: tl.constexpr
 ):
     first_byte = tl.program_id(0).to(tl.int64) * tile
     byte = first_byte + tl.arange(0, tile)
     is_in = byte * 2 < num_weights
-    pair = tl.load(packed + byte, mask=is_in, other=0).to(tl.int32)
+    pair = tl.load(quantized + byte, mask=is_in, other=0).to(tl.int32)
     scale = tl.load(absmax + byte // group_bytes, mask=is_in, other=0)
     even = tl.load(table + (pair >> 4)) * scale
     odd = tl.load(table + (pair & 15)) * scale
@@ -37,30 +37,34 @@ def _unpack_bnb(
 
 
 @triton.jit
-def _expand(quantised, nested, offset, code, out, num, group: tl.constexpr, tile: tl.constexpr):
+def _expand(quantized, nested, offset, code, out, num, group: tl.constexpr, tile: tl.constexpr):
     i = tl.program_id(0) * tile + tl.arange(0, tile)
     is_in = i < num
-    value = tl.load(code + tl.load(quantised + i, mask=is_in, other=0).to(tl.int32))
+    value = tl.load(code + tl.load(quantized + i, mask=is_in, other=0).to(tl.int32))
     value = value * tl.load(nested + i // group, mask=is_in, other=0)
     value += tl.load(offset + i // group, mask=is_in, other=0)
     tl.store(out + i, value, mask=is_in)
 
 
-def unpack_bnb(
-    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, out: torch.Tensor, group: int
+def dequantize_bnb(
+    quantized: torch.Tensor,
+    absmax: torch.Tensor,
+    table: torch.Tensor,
+    out: torch.Tensor,
+    group: int,
 ) -> None:
     """Fill `out` with table[4 bits] * absmax of their group; the high bits of a byte come first.
 
     Args:
-        packed: uint8, 1-D.
+        quantized: uint8, 1-D.
         absmax: float32, one of each group.
         table: float32 [16], the values of the code.
         out: contiguous, any float dtype, written to.
         group: weights that share a constant.
     """
     grid = (triton.cdiv(out.numel(), 2 * BYTES_PER_PROGRAM),)
-    _unpack_bnb[grid](
-        packed,
+    _dequantize_bnb[grid](
+        quantized,
         absmax,
         table,
         out,
@@ -72,23 +76,23 @@ def unpack_bnb(
 
 
 def expand(
-    quantised: torch.Tensor,
+    quantized: torch.Tensor,
     nested: torch.Tensor,
     offset: torch.Tensor,
     code: torch.Tensor,
     group: int,
 ) -> torch.Tensor:
-    """Return code[quantised] * nested + offset, product and sum rounded each: float32, 1-D.
+    """Return code[quantized] * nested + offset, product and sum rounded each: float32, 1-D.
 
     Args:
-        quantised: uint8, 1-D.
+        quantized: uint8, 1-D.
         nested, offset: float32, one of each `group` of them.
         code: float32 [256].
         group: constants that share one of the second level.
     """
-    out = torch.empty(quantised.shape, dtype=torch.float32, device=quantised.device)
+    out = torch.empty(quantized.shape, dtype=torch.float32, device=quantized.device)
     _expand[(triton.cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)](
-        quantised,
+        quantized,
         nested,
         offset,
         code,
@@ -112,7 +116,7 @@ TL_DTYPES = {
 
 
 @triton.jit
-def _unpack_hqq(
+def _dequantize_hqq(
     words,
     zeros,
     scales,
@@ -148,7 +152,7 @@ def _unpack_hqq(
         tl.store(out + row * cols + c, value, mask=is_word & (row < rows))
 
 
-def unpack_hqq(
+def dequantize_hqq(
     words: torch.Tensor,
     zero: torch.Tensor,
     scale: torch.Tensor,
@@ -171,7 +175,7 @@ def unpack_hqq(
     tile_cols = COLS_AT_AXIS_0 if axis == 0 else cols
     tiles_across = -(-cols // tile_cols)
     tile_rows = TILE // tile_cols
-    _unpack_hqq[(-(-word_rows // tile_rows) * tiles_across,)](
+    _dequantize_hqq[(-(-word_rows // tile_rows) * tiles_across,)](
         words,
         zero,
         scale,

@@ -108,16 +108,16 @@ class Weights:
         found = zip(names, look_ahead(self._read_whole, names), strict=True)
         return (self._finite(name, tensor.to(device)) for name, tensor in found)
 
-    def read_packed(self, names: list[str], device: torch.device) -> Iterator[Fields] | None:
-        """Yield the packed bytes of linears that are stored in 4 bit, as they are stored.
+    def read_quantized(self, names: list[str], device: torch.device) -> Iterator[Fields] | None:
+        """Yield the quantized bytes of linears that are stored in 4 bit, as they are stored.
 
         Args:
             names: of their weights.
             device: where they go.
 
         Returns:
-            As Format.pack makes them, the next two being read meanwhile; None where the model is
-            stored in 16 or 32 bit.
+            As Format.quantize makes them, the next two being read meanwhile; None where the model
+            is stored in 16 or 32 bit.
 
         Raises:
             UserError: another code than that of the format, or the file ends too early (code 5).
@@ -185,8 +185,8 @@ class RandomWeights(Weights):
         """Make a tensor and keep some rows: see Weights.read_rows."""
         return self._make(name, device)[rows[0] : rows[1]].to(dtype).clone()
 
-    def read_packed(self, names: list[str], device: torch.device) -> None:
-        """Nothing is packed yet: see Weights.read_packed."""
+    def read_quantized(self, names: list[str], device: torch.device) -> None:
+        """Nothing is quantized yet: see Weights.read_quantized."""
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
         """Make whole tensors in order, bfloat16: see Weights.read_ahead."""

@@ -126,7 +126,7 @@ def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torc
     """Sum of the cross entropy over the trained tokens of a batch.
 
     Args:
-        model: a PackedModel.
+        model: a QuantizedModel.
         batch: on the host.
         device: of this rank.
 
@@ -309,7 +309,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World) -> float:
     """Mean loss over all trained tokens of all ranks' batches.
 
     Args:
-        model: a PackedModel; its mode is left as it was.
+        model: a QuantizedModel; its mode is left as it was.
         batches: this rank's, as many on every rank.
         world: the ranks; all must call.
 

@@ -30,7 +30,7 @@ from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import GIB, pss_gib, read_kib
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
-from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import sizes
@@ -309,7 +309,7 @@ class MemoryTracker:
         self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
         self._device = device
         self._params: list[nn.Parameter] = []
-        self._model: PackedModel | None = None
+        self._model: QuantizedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
         self._context_gib = 0.0  # what the GPU holds beside torch's allocator, when last looked at
@@ -357,7 +357,7 @@ class MemoryTracker:
         layout, placed = model.layout, built.placed
         self.pinned_gib = built.loaded.pinned_bytes / GIB
         weights_share = layout.weights[-1][1] / layout.nbytes
-        layers = {id(block.packed): number for number, block in enumerate(blocks(model))}
+        layers = {id(block.quantized): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
         self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
         for tensor, nbytes in _tensors(model):

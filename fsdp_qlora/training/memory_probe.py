@@ -1,8 +1,9 @@
 """What torch tells of a run: the memory probe before step 1, and traces of a few steps.
 
-The probe, a pass over the longest rows, shows that they fit, and how. It leaves no trace. Every allocation of the pass is known by the place in the program that made it
-and by how long it lives, from the history of torch's own allocator. At the peak of a phase the rows
-then are what was alive, byte for byte.
+The probe, a pass over the longest rows, shows that they fit, and how. It leaves no trace. Every
+allocation of the pass is known by the place in the program that made it and by how long it lives,
+from the history of torch's own allocator. At the peak of a phase the rows then are what was alive,
+byte for byte.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flat
 from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
-from fsdp_qlora.model.skeleton import PackedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training.loop import Trained, token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
@@ -99,7 +100,7 @@ def run(
         torch.OutOfMemoryError: it does not fit.
     """
     model, world = trained.model, trained.world
-    assert isinstance(model, PackedModel)
+    assert isinstance(model, QuantizedModel)
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
@@ -139,7 +140,7 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
         _drop_gradients(trained)
 
 
-def _num_passes(model: PackedModel, cfg: Config) -> int:
+def _num_passes(model: QuantizedModel, cfg: Config) -> int:
     """Two where the second finds gradients of the first, or graphs that it captures."""
     has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
     return 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1

@@ -85,8 +85,8 @@ def expand(
     left_open = {"resume", "output_dir", "overwrite", *config.given(words)}
     if stored.fit != "off":
         left_open |= (fit.PLACING | fit.KEEPING) - fixed  # the plan chooses anew
-    below = [
-        f"--{name}={cli.to_text(value)}"
+    below = [  # lr_warmup_steps: --profile takes no --warmup_steps of the stored run
+        f"--{'lr_' * (name == 'warmup_steps')}{name}={cli.to_text(value)}"
         for name, value in vars(stored).items()
         if name not in left_open and (name in fixed or value != getattr(Config(), name))
     ]

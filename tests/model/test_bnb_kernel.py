@@ -33,7 +33,7 @@ def test_weights_have_the_bits_of_bitsandbytes(kernel):
         )
         out = torch.full_like(expected, float("nan"))
         table = values_of(quant_type, packed.device)
-        kernel.unpack_bnb(packed.view(-1), absmax, table, out, GROUP_SIZE)
+        kernel.dequantize_bnb(packed.view(-1), absmax, table, out, GROUP_SIZE)
         assert torch.equal(out, expected), (quant_type, dtype, rows)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.model import adapters, lora
-from fsdp_qlora.model.lora import Adapter, InputGroup, PackedLinear
+from fsdp_qlora.model.lora import Adapter, InputGroup, QuantizedLinear
 from tests import tiny
 from tests.model.test_shard import (
     CHECKPOINTING,
@@ -94,7 +94,7 @@ def _linear(weight, bias):
     """A packed linear whose store gives `weight`, alone in its group."""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
     linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-    packed = PackedLinear(linear, lambda dtype: weight.to(dtype))
+    packed = QuantizedLinear(linear, lambda dtype: weight.to(dtype))
     return packed, InputGroup([packed])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsdp_qlora import arch
-from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, pack_linear
+from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, quantize_linear
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
@@ -25,7 +25,7 @@ def relative_error(name: str, weights: list[torch.Tensor]) -> float:
     layout = build_layout([(weight.shape[0], weight.shape[1]) for weight in weights], name)
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
     for index, weight in enumerate(weights):
-        pack_linear(flat, layout, index, weight)
+        quantize_linear(flat, layout, index, weight)
     store = LayerStore(flat.detach, layout, LayerCache())
     off = [store.weight(i, torch.float32) - weight.float() for i, weight in enumerate(weights)]
     total = sum(float(weight.float().square().sum()) for weight in weights)

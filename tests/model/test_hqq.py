@@ -7,7 +7,7 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.model import quantize
-from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, pack_linear
+from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, quantize_linear
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
 
@@ -46,7 +46,7 @@ def test_unpacked_weights_have_the_bits_of_hqq(weights, format_name: str):
     layout = build_layout(SHAPES, format_name)
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
     for index, weight in enumerate(weights):
-        pack_linear(flat, layout, index, weight.to(tiny.DEVICE))
+        quantize_linear(flat, layout, index, weight.to(tiny.DEVICE))
     store = LayerStore(lambda: flat, layout, LayerCache())
     for dtype, (index, weight) in itertools.product(DTYPES, enumerate(weights)):
         expected = tiny.hqq_round_trip(weight.to(tiny.DEVICE), format_name, dtype)
@@ -74,18 +74,18 @@ def test_the_kernel_has_the_bits_of_plain_torch():
         if is_interpreted and dtype == torch.bfloat16:
             zero, scale = zero.mul_(4).floor_().div_(4), scale.mul_(4).ceil_().exp2_()
             zero = zero.floor() if row.weight_bits == 8 else zero
-        expected = quantize.unpack_hqq(
+        expected = quantize.dequantize_hqq(
             packed, (zero, scale), (num_weights // cols, cols), dtype, row
         )
         words = packed.view(torch.int32 if row.weight_bits == 3 else torch.uint8).view(-1, cols)
         args = [tensor.to(tiny.DEVICE) for tensor in (words, zero, scale)]
         out = torch.full_like(expected, float("nan"), device=tiny.DEVICE)
         math_dtype = torch.promote_types(dtype, kept)
-        triton_kernels.unpack_hqq(*args, out, row.weight_bits, row.axis, math_dtype)
+        triton_kernels.dequantize_hqq(*args, out, row.weight_bits, row.axis, math_dtype)
         assert torch.equal(out.cpu(), expected), (name, dtype, num_weights)
 
 
 def test_what_hqq_cannot_pack_is_refused():
     pytest.importorskip("hqq")
     with pytest.raises(quantize.UserError, match="whole groups of 64"):
-        quantize.FORMATS["hqq4"].pack(torch.zeros(3, 64))
+        quantize.FORMATS["hqq4"].quantize(torch.zeros(3, 64))

@@ -24,7 +24,7 @@ def _pack_all(format_name, weights):
     layout = layouts.build_layout([tuple(w.shape) for w in weights], format_name)
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
     for index, weight in enumerate(weights):
-        layouts.pack_linear(flat, layout, index, weight.to(tiny.DEVICE))
+        layouts.quantize_linear(flat, layout, index, weight.to(tiny.DEVICE))
     return layer.LayerStore(lambda: flat, layout, layer.LayerCache()), flat
 
 
@@ -91,11 +91,11 @@ def test_constants_are_made_once_per_pass_over_a_layer(shapes):
     assert len(calls) == 1
 
 
-def test_a_small_layer_is_dequantised_once_for_all_its_products():
+def test_a_small_layer_is_dequantized_once_for_all_its_matmuls():
     store, _ = _pack_all("nf4_dq", [torch.randn(shape) for shape in EVEN_SHAPES])
-    calls, real = [], store.format.unpack
+    calls, real = [], store.format.dequantize
     store.format = dataclasses.replace(
-        store.format, unpack=lambda *args: calls.append(1) or real(*args)
+        store.format, dequantize=lambda *args: calls.append(1) or real(*args)
     )
     for index in (0, 1, 2, 3, 3, 2, 1, 0):  # recomputation, then backward
         store.weight(index, torch.bfloat16)

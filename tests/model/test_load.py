@@ -56,9 +56,9 @@ def start(world, path, *flags):
     report = load.fill(model, source, packed_cache, placed, cfg, world)
     blocks = list(shard.blocks(model))
     local_bytes = [
-        block.packed.to_local().untyped_storage().nbytes()
+        block.quantized.to_local().untyped_storage().nbytes()
         for block in blocks
-        if block.packed is not None
+        if block.quantized is not None
     ]
     packed = []
     for block in blocks:

@@ -45,7 +45,7 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
     replaced = {}
     for index, name in enumerate(names):
         old = getattr(layer, name)
-        layers.pack_linear(flat, layout, index, old.weight.data)
+        layers.quantize_linear(flat, layout, index, old.weight.data)
         weight = tiny.dequantized(old.weight.data, "nf4").to(tiny.DEVICE).double()
         getattr(plain, name).weight.data = weight
         if old.bias is not None:
@@ -55,7 +55,7 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
             calls.append(names[index])
             return store.weight(index, dtype)
 
-        replaced[name] = linears.PackedLinear(old, dequantize)
+        replaced[name] = linears.QuantizedLinear(old, dequantize)
         setattr(layer, name, replaced[name])
     body = layers.TrainedLayer(layer, linears.group_linears(replaced), store)
     slots = [layers.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]

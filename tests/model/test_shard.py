@@ -178,15 +178,15 @@ def test_biases_tied_embeddings_and_some_targets(tmp_path):
 
 def _plant(block, source, words, world):
     """Put words where the bytes of a layer lie: this rank's slice, or the copy of all ranks."""
-    if block.packed is None:
+    if block.quantized is None:
         world.barrier()  # nobody reads the copy any more
         source.copy_(words.view(torch.uint8))
         world.barrier()
         return
-    start, stop = shard.local_range(block.packed)
-    old = block.packed.detach()
+    start, stop = shard.local_range(block.quantized)
+    old = block.quantized.detach()
     device = getattr(old, "_local_tensor", old).device
-    shard.set_local(block, "packed", words[start:stop].view(torch.float32).clone().to(device))
+    shard.set_local(block, "quantized", words[start:stop].view(torch.float32).clone().to(device))
 
 
 def _plant_nan_patterns(world, path):

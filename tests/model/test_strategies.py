@@ -64,7 +64,7 @@ def is_slice_of_the_machine(world, path):
     with pytest.raises(UserError, match="the ranks are on several machines"):
         tiny.shape(path, world, hybrid, "--offload_impl=stream")
     model, _, _ = tiny.build(path, world, hybrid, *PLACES["sharded"])
-    packed = next(shard.blocks(model)).packed
+    packed = next(shard.blocks(model)).quantized
     start, stop = shard.local_range(packed)
     assert (stop - start) * 2 == len(packed)
     marks = world.gather_objects((start, load.fingerprint(packed.to_local())))

@@ -79,7 +79,8 @@ def save(argv: list[str], **more) -> store.SavedCheckpoint:
 def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path):
     """--resume DIR alone goes on; what stands beside it comes first."""
     out = tmp_path / "out"
-    saved = save(flags(model, out, "--lora_rank=4", "--batch_size=3", "--packing=off"))
+    more = ("--lora_rank=4", "--batch_size=3", "--packing=off", "--warmup_steps=9")
+    saved = save(flags(model, out, *more))
     for wanted in (out, saved.path):
         argv, found = resume.expand([f"--resume={wanted}", "--lr=0.25"])
         cfg = config.parse(argv)
@@ -89,6 +90,8 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
         assert resume.expand(argv)[0][-2:] == argv[-2:]  # the ranks read the same
     other, _ = resume.expand([f"--resume={out}", "--eval_samples=7", "--learning_rate=3"])
     assert (config.parse(other).eval_split, config.parse(other).lr) == ("7", 3)
+    traced, _ = resume.expand([f"--resume={out}", "--profile", "--warmup_steps=2"])
+    assert (config.parse(traced).profile, config.parse(traced).warmup_steps) == (2, 9)
     bare, _ = resume.expand([f"--output_dir={out}", "--resume"])
     assert config.parse(bare).resume == str(saved.path)
 
