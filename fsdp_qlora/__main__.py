@@ -10,7 +10,7 @@ COMMANDS = {
     "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
     "plan": ("fsdp_qlora.planning.show:main", "tell how much memory and time a run needs"),
     "data": ("fsdp_qlora.data.inspect:main", "inspect the data of a run, without a GPU"),
-    "doctor": ("fsdp_qlora.doctor.command:main", "check what works here, and how fast it is"),
+    "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
