@@ -1,5 +1,6 @@
 """Fetching: packages checked by hash, docstrings read without running, nothing half made."""
 
+import ast
 import hashlib
 import json
 import zipfile
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, fetch
-from fsdp_qlora.data import readers, row_formats
+from fsdp_qlora.data import row_formats, sources
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from tests import small_tokenizers
 
@@ -90,7 +91,7 @@ def test_a_package_is_unpacked_when_its_hash_is_the_known_one(package: str, tmp_
 
 def test_docstrings_are_read_without_running_the_module() -> None:
     """Public functions, classes and methods; the first paragraph on one line."""
-    assert fetch.module_docs("pkg.mod", SOURCE) == {
+    assert dict(fetch.module_docs("pkg.mod", ast.parse(SOURCE))) == {
         "pkg.mod.plain": "Return what is plain and simple.",
         "pkg.mod.Outer": "Hold other things together.",
         "pkg.mod.Outer.method": "Do what a method does.",
@@ -103,7 +104,7 @@ def test_docstring_rows_can_be_trained_on(tmp_path: Path) -> None:
     """Thousands of distinct questions in a fixed order, read by our own reader."""
     path = tmp_path / "docstrings.jsonl"
     assert fetch.main(["docstrings", "--out", str(path)]) == DONE
-    rows = [row for _, row in readers.read_file(path)]
+    rows = [row for _, row in sources.read_file(path)]
     questions = [row["instruction"] for row in rows]
     assert len(questions) > 3000
     assert questions == sorted(set(questions))

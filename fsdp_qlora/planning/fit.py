@@ -11,7 +11,7 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import memory, speed
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, with_trained
 from fsdp_qlora.planning.speed import Speed
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
@@ -76,7 +76,7 @@ def evaluate(info: ModelInfo, cfg: Config, setting: Setting, machine: Machine) -
         setting: see Setting.
         machine: what there is.
     """
-    return _evaluate(sizes(info, cfg), cfg, setting, machine, speed.num_rows(cfg))
+    return _evaluate(Sizes(info, cfg), cfg, setting, machine, speed.num_rows(cfg))
 
 
 def _evaluate(
@@ -117,7 +117,7 @@ def explore(
         The outcomes, some that do not fit included.
     """
     own = setting_for(info, cfg, machine.num_ranks)
-    s, num_rows = sizes(info, cfg), speed.num_rows(cfg)
+    s, num_rows = Sizes(info, cfg), speed.num_rows(cfg)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):
@@ -136,9 +136,7 @@ def explore(
     return outcomes
 
 
-def _settings(
-    own: Setting, fixed: frozenset[str], has_cards: bool
-) -> Iterator[tuple[Setting, ...]]:
+def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[tuple[Setting, ...]]:
     """Of every batch and placement the settings that keep more and more activations."""
     num_layers = len(own.levels)
     per_step = own.batch_size * own.accumulation
@@ -149,7 +147,7 @@ def _settings(
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
     frozen = [place(num_frozen, "sharded", 0)]
-    for i in range(RESIDENT_STEPS + 1 if has_cards else 0):
+    for i in range(RESIDENT_STEPS + 1 if has_gpus else 0):
         frozen.append(place(num_frozen, "streamed", num_frozen * i // RESIDENT_STEPS))
     placements = [with_trained(names, whole) for names in dict.fromkeys(frozen)]
     strategy = "full_shard"

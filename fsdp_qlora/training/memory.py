@@ -32,13 +32,13 @@ from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import sizes
+from fsdp_qlora.planning.sizes import Sizes
 from fsdp_qlora.training import optim
 
 STEP_PHASES = ("forward", "backward", "optimizer")
 DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
-GibByRow = dict[str, float]
 Phases = dict[str, GibByRow]
 DEVICE_FIELDS = (
     *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
@@ -304,7 +304,7 @@ class MemoryTracker:
         self.phases: dict[str, GibByRow] = {}
         self.used_gib: dict[str, float] = {}
         self.shared_gib = self.pinned_gib = 0.0
-        self.files_gib = sizes(plan.info, plan.cfg).file_bytes / GIB
+        self.files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
         self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
         self._device = device

@@ -40,7 +40,7 @@ PLACES = (
 FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
 # `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
-Event = dict[str, Any]
+AllocatorEvent = dict[str, Any]
 
 
 def is_wanted(cfg: Config, device: torch.device) -> bool:
@@ -225,7 +225,7 @@ def _traced(device: torch.device) -> Iterator[_Trace]:
         trace.failure = f"{type(error).__name__}: {error}"
 
 
-def told_apart(events: Sequence[Event]) -> tuple[dict[str, Transients], float]:
+def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, Transients], float]:
     """The rows at the peak of each phase.
 
     Args:
@@ -263,7 +263,7 @@ def told_apart(events: Sequence[Event]) -> tuple[dict[str, Transients], float]:
     return transients, sum(block.nbytes for block in stays) / GIB
 
 
-def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
+def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
     """The allocations, and the indices of the boundaries."""
     open_blocks: dict[int, tuple[int, str, int]] = {}
     blocks, ends = [], []
