@@ -187,10 +187,11 @@ def _read_json(path: Path) -> PlacedRows:
                 return
             if line.strip():
                 is_first = False
-                yield RowPlace(str(path), number), _parse_line(line.rstrip())
+                yield RowPlace(str(path), number), parse_json(line.rstrip())
 
 
-def _parse_line(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
+    """Return a value in strict JSON; a `BadRow` for what is none."""
     try:
         return STRICT.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -504,9 +505,8 @@ def _file(path: Path) -> Source:
         raise UserError(f"dataset {path}", what, f"give {FORMATS}")
     if not can_read(path):
         raise UserError(f"dataset {path}", "its name tells no format we read", f"want {FORMATS}")
-    read = functools.partial(read_file, path)
-    fingerprint = functools.partial(_file_fingerprint, path)
-    return Source(str(path), read, fingerprint, os.stat(path).st_size, is_file=True)
+    size = os.stat(path).st_size
+    return Source(str(path), lambda: read_file(path), lambda: _file_fingerprint(path), size, True)
 
 
 def _file_fingerprint(path: Path) -> str | None:
@@ -531,9 +531,8 @@ def _hub_source(entry: HubSet, name: str, options: SourceOptions) -> Source:
         rule = f"{entry} cannot be had ({str(error)[:120]})"
         remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
         raise UserError(f"dataset {name}", rule, remedy, ENVIRONMENT) from error
-    how = (table, entry, options)
-    read = functools.partial(_read_hub, *how)
-    fingerprint = functools.partial(_hub_fingerprint, *how)
+    read = functools.partial(_read_hub, table, entry, options)
+    fingerprint = functools.partial(_hub_fingerprint, table, entry, options)
     return Source(str(entry), read, fingerprint, table.data.nbytes)
 
 
@@ -559,15 +558,13 @@ def _own_source(path: Path, function: str, options: SourceOptions) -> Source:
     """The user's own local file is run; nothing fetched ever is."""
     if not path.is_file():
         raise UserError(f"dataset {path}", "does not exist", "give FILE.py:FUNCTION")
-    read = functools.partial(_read_own, path, function, options)
-    return Source(f"{path}:{function}", read, lambda: None)
+    return Source(f"{path}:{function}", lambda: _read_own(path, function, options), lambda: None)
 
 
 def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
     """Source: llama-recipes' custom data sets, `get_custom_dataset(config, tokenizer, split)`."""
-    settings = SimpleNamespace(
-        dataset="custom_dataset", file=str(path), train_split="train", test_split="validation"
-    )
+    names = {"train_split": "train", "test_split": "validation"}
+    settings = SimpleNamespace(dataset="custom_dataset", file=str(path), **names)
     split = options.split or settings.train_split
     try:
         table = _own_function(path, name)(settings, options.load_tokenizer(), split)
@@ -600,6 +597,4 @@ def _plain(row: Any) -> Any:
     """A row with lists in place of tensors and arrays."""
     if not isinstance(row, dict):
         return row
-    return {
-        key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()
-    }
+    return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in row.items()}

@@ -277,13 +277,6 @@ def test_a_row_of_another_kind_than_asked_for_is_refused(template, row, words, c
     assert words in choose(template).problem(row)
 
 
-@pytest.mark.parametrize(
-    "row", [ALPACA, ALPACA | {"input": None}, ALPACA | {"id": 3}, {"text": ""}, CHAT, SHAREGPT]
-)
-def test_a_good_row_has_no_problem(row, choose):
-    assert choose().problem(row) is None
-
-
 def test_tools_are_shown_to_the_template(choose, tmp_path):
     path = tmp_path / "t.jinja"
     path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
