@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from fsdp_qlora.config import OWN_CODE
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
@@ -110,14 +110,11 @@ def read_file(path: Path) -> PlacedRows:
     remedy = "fetch it again"
     try:
         yield from READERS[suffix(path)](path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(str(path), f"is damaged ({str(error)[:80]})", remedy) from error
-    except OSError as error:
-        if error.errno is None:  # Arrow's way to say that the bytes are wrong
-            raise UserError(str(path), f"is damaged ({str(error)[:80]})", remedy) from error
-        raise UserError(
-            str(path), error.strerror or str(error), "check its permissions", code=3
-        ) from error
+    except (EOFError, zlib.error, OSError) as error:
+        rule, code = f"is damaged ({str(error)[:80]})", INPUT
+        if getattr(error, "errno", None) is not None:  # Arrow and gzip set none for wrong bytes
+            rule, remedy, code = str(error.strerror), "check its permissions", ENVIRONMENT
+        raise UserError(str(path), rule, remedy, code) from error
 
 
 def read_own_file(path: Path, flag: str, remedy: str) -> str:
@@ -302,12 +299,9 @@ def _read_arrow(path: Path) -> PlacedRows:
 
     is_parquet = suffix(path) == ".parquet"
     try:
-        if is_parquet:
-            with parquet.ParquetFile(path) as file:
-                yield from _rows_of_batches(path, file.iter_batches(batch_size=1024))
-        else:
-            with pyarrow.memory_map(str(path)) as file:
-                yield from _rows_of_batches(path, pyarrow.ipc.open_stream(file))
+        with pyarrow.OSFile(str(path)) as file:
+            table = parquet.ParquetFile(file) if is_parquet else pyarrow.ipc.open_stream(file)
+            yield from _rows_of_batches(path, table.iter_batches(1024) if is_parquet else table)
     except OSError:
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
