@@ -20,7 +20,7 @@ from fsdp_qlora.arch import files
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.prepare import PreparedData
-from fsdp_qlora.data.token_dataset import Sample, TokenDataset
+from fsdp_qlora.data.token_dataset import TokenDataset
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS
 from fsdp_qlora.errors import DONE, UserError, one_line
@@ -293,27 +293,13 @@ def _shown(
         sample = ready.train[index]
         place, num_tokens = one_line(str(ready.train.place(index))), len(sample.input_ids)
         yield f"\n{place}: {num_tokens:,} tokens, {sample.num_trained_tokens:,} learned\n"
-        for is_learned, text in stretches(sample, text_tokenizer):
-            yield f"⟦{_safe(text)}⟧" if is_learned else _safe(text)
+        is_learned = sample.is_trained.copy()
+        is_learned[:1] = False  # nothing is asked for the first token
+        edges = np.nonzero(np.diff(is_learned))[0] + 1
+        for part in np.split(np.arange(num_tokens), edges):
+            text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))
+            yield f"⟦{text}⟧" if is_learned[part[0]] else text
         yield "\n"
-
-
-def stretches(sample: Sample, text_tokenizer: TextTokenizer) -> Iterator[tuple[bool, str]]:
-    """Decode a sample in stretches of tokens that are all learned, or all given.
-
-    Args:
-        sample: ids.
-        text_tokenizer: made them.
-
-    Yields:
-        Whether a stretch is learned, and its text, special tokens written out.
-    """
-    is_learned = sample.is_trained.copy()
-    is_learned[:1] = False  # nothing is asked for the first token
-    edges = np.nonzero(np.diff(is_learned))[0] + 1
-    for part in np.split(np.arange(len(is_learned)), edges):
-        text = text_tokenizer.core.decode(sample.input_ids[part].tolist(), False)
-        yield bool(is_learned[part[0]]), text
 
 
 def _safe(text: str) -> str:

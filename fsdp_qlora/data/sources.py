@@ -563,7 +563,9 @@ def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
     try:
         table = _own_function(path, name)(settings, options.load_tokenizer(), split)
         for number, row in enumerate(table, 1):
-            yield RowPlace(f"{path}:{name}", -number), _plain(row)
+            if isinstance(row, dict):  # lists in place of tensors and arrays
+                row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+            yield RowPlace(f"{path}:{name}", -number), row
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
@@ -585,10 +587,3 @@ def _own_function(path: Path, name: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
     return function
-
-
-def _plain(row: Any) -> Any:
-    """A row with lists in place of tensors and arrays."""
-    if not isinstance(row, dict):
-        return row
-    return {key: v.tolist() if hasattr(v, "tolist") else v for key, v in row.items()}
