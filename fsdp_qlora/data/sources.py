@@ -112,7 +112,7 @@ def read_file(path: Path) -> PlacedRows:
         yield from READERS[suffix(path)](path)
     except (EOFError, zlib.error, OSError) as error:
         rule, code = f"is damaged ({str(error)[:80]})", INPUT
-        if getattr(error, "errno", None) is not None:  # Arrow and gzip set none for wrong bytes
+        if isinstance(error, OSError) and error.errno is not None:  # wrong bytes have none
             rule, remedy, code = str(error.strerror), "check its permissions", ENVIRONMENT
         raise UserError(str(path), rule, remedy, code) from error
 
