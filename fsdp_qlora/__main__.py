@@ -17,8 +17,11 @@ COMMANDS = {
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
     "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
     "merge": ("fsdp_qlora.export.merge:main", "add an adapter to its base model"),
-    "quantize": ("fsdp_qlora.export.quantize:main", "write a 4-bit model for transformers"),
-    "expand": ("fsdp_qlora.export.expand:main", "add layers or tokens to a model, to train them"),
+    "quantize": ("fsdp_qlora.export.new_base:quantize", "write a 4-bit model for transformers"),
+    "expand": (
+        "fsdp_qlora.export.new_base:expand",
+        "add new layers or tokens to a model",
+    ),
 }
 
 

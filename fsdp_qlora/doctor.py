@@ -60,7 +60,7 @@ MAX_ERRORS = (1e-5, 0.01, 0.15)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DoctorOptions:
     """The options of `doctor`."""
 
     json: bool = flag(False, "doctor", "print one JSON object")
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: bad options, all at once.
     """
-    options, findings = cli.parse(argv, Options, USAGE), []
+    options, findings = cli.parse(argv, DoctorOptions, USAGE), []
     for finding in examine(options):
         findings.append(finding)
         print("" if options.json else finding.line() + "\n", end="", flush=True)
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def examine(options: Options) -> Iterator[Finding]:
+def examine(options: DoctorOptions) -> Iterator[Finding]:
     """Do every check.
 
     Args:

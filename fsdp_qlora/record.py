@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config import renamed
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.config import Config, renamed, to_dict
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
+OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
 STATES = {True: "finished", False: "stopped early", None: "still running"}
 # What a record holds, as far as it is read: a type, a list of what is in it, or a table by name,
 # where "*" stands for every other name. What is not named here may be anything.
@@ -221,6 +223,30 @@ def _event(run: Run, row: dict[str, Any]) -> Run:
         facts = {name: value for name, value in row.items() if name not in ("event", "config")}
         return replace(run, config=row.get("config") or {}, facts=facts)
     return run
+
+
+def word(value: Any) -> str:
+    """The value of a flag as it is written on a command line; "not set" for None."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "not set" if value is None else str(value)
+
+
+def command(options: Mapping[str, Any]) -> str:
+    """The command line that makes such a run, from the options that differ from the defaults.
+
+    Args:
+        options: flag -> value.
+
+    Returns:
+        One line of shell.
+    """
+    words, defaults = ["python", "train.py"], to_dict(Config())
+    for flag, value in options.items():
+        is_default = value is None or value == defaults.get(flag, value)
+        if flag == "model_name" or not is_default:
+            words += [f"--{flag}", word(value)]
+    return one_line(shlex.join(words))
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:

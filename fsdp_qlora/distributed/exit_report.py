@@ -30,7 +30,7 @@ from fsdp_qlora.errors import (
     redact,
 )
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.planning.rows import Table
+from fsdp_qlora.planning.rows import GibByRow, Table
 from fsdp_qlora.planning.run import RunPlan
 
 LOGS = "logs"
@@ -39,7 +39,6 @@ MOST_ROWS = 4
 MAX_LINES = 10
 MEMORY, LINK = "memory", "link"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-GibByRow = Mapping[str, float]
 
 AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
 OWN_FAULTS = (INPUT, ENVIRONMENT, INTEGRITY)

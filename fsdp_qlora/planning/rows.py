@@ -60,6 +60,7 @@ class Term(NamedTuple):
 
 
 Rows = dict[str, list[Term]]
+GibByRow = dict[str, float]
 
 
 def term(what: str, **factors: float) -> Term:
@@ -119,6 +120,11 @@ class Table:
     def allocated_gib(self) -> float:
         """What tensors take at the peak."""
         return self.total_gib(self.peak_phase, CONTEXT, SLACK)
+
+
+def present(*terms: Term) -> list[Term]:
+    """Leave out the terms that are 0."""
+    return [item for item in terms if item.nbytes]
 
 
 def merged(parts: list[Rows]) -> Rows:

@@ -32,7 +32,7 @@ ALIASES = {"gpus": cli.Alias("cards")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """The options that `plan` has besides those of train.py."""
 
     cards: str = flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
@@ -42,7 +42,7 @@ class Options:
     json: bool = flag(False, "plan", "print JSON")
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
+def parse(argv: Sequence[str]) -> tuple[PlanOptions, Config, Machine]:
     """Read a command line.
 
     Args:
@@ -55,10 +55,10 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, Options, USAGE)
-    own, rest = _split(argv, {*cli.options(Options), *ALIASES})
-    values, faults = cli.Reader(Options, ALIASES).read(own)
-    options, cfg, machine = Options(**values), Config(), Machine(())
+    cli.show_help_if_asked(argv, PlanOptions, USAGE)
+    own, rest = _split(argv, {*cli.options(PlanOptions), *ALIASES})
+    values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
+    options, cfg, machine = PlanOptions(**values), Config(), Machine(())
     try:
         cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     except UserError as fault:
@@ -83,7 +83,7 @@ def _split(argv: Sequence[str], own_names: set[str]) -> tuple[list[str], list[st
     return parts
 
 
-def machine_of(options: Options, cfg: Config) -> Machine:
+def machine_of(options: PlanOptions, cfg: Config) -> Machine:
     """The machine to plan for: as given, else this one, else an imagined one of two 24 GB GPUs.
 
     Args:
