@@ -41,6 +41,11 @@ class Linear:
     has_bias: bool
 
     @property
+    def num_weights(self) -> int:
+        """Elements of its weight."""
+        return self.out_features * self.in_features
+
+    @property
     def last_name(self) -> str:
         """Last part of its name, "q_proj"."""
         return self.name.rpartition(".")[2]
