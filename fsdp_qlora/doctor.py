@@ -348,7 +348,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="doctor-") as place, hooks.open_board() as file:
         board, port = file.fileno(), find_port(None)
         own = {hooks.BOARD: str(board)} | ({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
-        command = [sys.executable, "-m", "fsdp_qlora.doctor", kind, *tasks]
+        command = [sys.executable, "-P", "-m", "fsdp_qlora.doctor", kind, *tasks]
         specs = [
             RankSpec(i, command, child_env({**env, **own}, i, size, port), log, (board,))
             for i, log in enumerate(Path(place, f"{i}.log") for i in range(size))

@@ -193,8 +193,8 @@ def open_run(adapter: Path | None, cfg: Config) -> Opened:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     cfg = trained.adopt_format(cfg, info.stored_format, frozenset())
     is_one = not is_rank(os.environ)
-    place = child_env({}, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
-    os.environ.update(place)
+    own = child_env(os.environ, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
+    os.environ.update(own)
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 

@@ -99,8 +99,8 @@ class Run:
 
     def table(self, name: str) -> dict[str, Any]:
         """A fact that is a table by itself, such as "plan"; empty where it is not recorded."""
-        found = self.facts.get(name)
-        return found if isinstance(found, dict) else {}
+        fact = self.facts.get(name)
+        return fact if isinstance(fact, dict) else {}
 
     def median(self, name: str) -> float | None:
         """Median of a field of the steps, without the first steps, which warm up."""
@@ -145,7 +145,7 @@ def read(run_dir: Path) -> Run:
         raise UserError(str(path), reason, "give the output directory of a run") from error
     run = Run(directory.name, directory, [], [])
     for number, line in enumerate(lines, 1):
-        row = _parse(line)
+        row = parse(line)
         if row is None and number == len(lines):
             break
         name = row.get("event") if row is not None else None
@@ -155,7 +155,7 @@ def read(run_dir: Path) -> Run:
         run = _step(run, row) if name is None else _event(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
-    summary = _checked(_parse(ending), FACTS, str(end))
+    summary = _checked(parse(ending), FACTS, str(end))
     config = run.config or summary.get("config", {})
     with contextlib.suppress(UserError):  # what no version has written is shown as it stands
         values, removed = renamed(config)
@@ -163,13 +163,20 @@ def read(run_dir: Path) -> Run:
     return replace(run, config=config, facts=run.facts | summary)
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
-    """A JSON object, NaN and infinity read as null; None for anything else."""
+def parse(text: bytes) -> dict[str, Any] | None:
+    """Read a JSON object.
+
+    Args:
+        text: such as a line of the record.
+
+    Returns:
+        The object, NaN and infinity as null; None for anything else, a torn line too.
+    """
     try:
-        found = json.loads(text, parse_constant=lambda _: None)
+        value = json.loads(text, parse_constant=lambda _: None)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _checked(row: dict[str, Any] | None, shape: dict[str, Any], place: str) -> dict[str, Any]:
