@@ -24,8 +24,8 @@ from fsdp_qlora import atomic
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
-from fsdp_qlora.export import base, merge_check  # noqa: F401 (once, not in every fork)
-from fsdp_qlora.export.shards import SafetensorsFile, Shards
+from fsdp_qlora.export import merge_weights  # noqa: F401 (once, not in every fork)
+from fsdp_qlora.export.model_files import safetensors_file, write_weights
 from tests.export.test_adapter import write_adapter
 from tests.model_files import write_model
 
@@ -190,14 +190,14 @@ def test_files_are_what_safetensors_reads(tmp_path: Path):
         "f": torch.tensor(2.5, dtype=torch.float64),
         "g": torch.randn(6, 4).t(),
     }
-    with SafetensorsFile(tmp_path / "x.safetensors", tensors, {"key": "value"}) as file:
+    with safetensors_file(tmp_path / "x.safetensors", tensors) as add:
         for name, tensor in tensors.items():
-            file.add(name, tensor)
+            add(name, tensor)
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys()
     assert all(read[n].dtype == tensors[n].dtype and read[n].equal(tensors[n]) for n in tensors)
     with safe_open(tmp_path / "x.safetensors", "pt") as opened:
-        assert opened.metadata() == {"format": "pt", "key": "value"}
+        assert opened.metadata() == {"format": "pt"}
     raw = (tmp_path / "x.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     for name, entry in json.loads(raw[8:start]).items():
@@ -209,12 +209,11 @@ def test_files_are_what_safetensors_reads(tmp_path: Path):
 def test_shards_hold_no_more_than_they_may(tmp_path: Path):
     """One tensor that is larger than a file may be has a file of its own."""
     sizes = {"a": 10, "b": 10, "c": 100, "d": 10, "e": 30}
-    with Shards(tmp_path, sizes, 160) as shards:
-        for name, size in sizes.items():
-            shards.add(name, torch.zeros(size))
+    tensors = ((name, torch.zeros(size)) for name, size in sizes.items())
+    written = write_weights(tmp_path, sizes, tensors, 160)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = [set(load_file(path)) for path in sorted(tmp_path.glob("model-*"))]
-    assert files == [{"a", "b"}, {"c"}, {"d", "e"}] and shards.num_files == 3
+    assert files == [{"a", "b"}, {"c"}, {"d", "e"}] and written["num_files"] == 3
     assert index["metadata"]["total_size"] == 160 * 4
     assert index["weight_map"]["c"] == "model-00002-of-00003.safetensors"
 

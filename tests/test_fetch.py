@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, fetch
-from fsdp_qlora.data import readers, row_formats
+from fsdp_qlora.data import row_formats, sources
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from tests import small_tokenizers
 
@@ -103,7 +103,7 @@ def test_docstring_rows_can_be_trained_on(tmp_path: Path) -> None:
     """Thousands of distinct questions in a fixed order, read by our own reader."""
     path = tmp_path / "docstrings.jsonl"
     assert fetch.main(["docstrings", "--out", str(path)]) == DONE
-    rows = [row for _, row in readers.read_file(path)]
+    rows = [row for _, row in sources.read_file(path)]
     questions = [row["instruction"] for row in rows]
     assert len(questions) > 3000
     assert questions == sorted(set(questions))

@@ -1,4 +1,4 @@
-"""Rows to batches: sources (rows), row_formats and chat (text), tokens (ids), batches (tensors).
+"""Rows to batches: sources (rows), row_formats (text), tokens (ids), batches (tensors).
 
 `build` goes the whole way. torch and transformers are imported by it, not with this package.
 """
@@ -8,10 +8,10 @@ from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import Config
-from fsdp_qlora.data import batches, inspect, prepare, prompts, sources, tokenizer
+from fsdp_qlora.data import batches, inspect, prepare, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.inspect import Audit
-from fsdp_qlora.data.prompts import Prompt
+from fsdp_qlora.data.prepare import Prompt
 from fsdp_qlora.planning.limits import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
@@ -53,7 +53,7 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
     Raises:
         UserError: no such data, a bad row, no usable tokenizer, nothing left to train on.
     """
-    needs_text = cfg.dataset != sources.DUMMY or prompts.are_named(cfg)
+    needs_text = cfg.dataset != sources.DUMMY or prepare.has_prompts(cfg)
     full = load_tokenizer(info) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
     ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, world.rank == 0)
@@ -74,7 +74,7 @@ def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
         train = Batches(ready.train, sampler, is_flat)
     shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
     held_out = batches.held_out(ready.held_out, *shape)
-    return Data(train, held_out, full, audit, prompts.choose(cfg, ready, text_tokenizer))
+    return Data(train, held_out, full, audit, prepare.choose_prompts(cfg, ready, text_tokenizer))
 
 
 def load_tokenizer(info: ModelInfo) -> Any:

@@ -22,6 +22,7 @@ from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.token_dataset import Sample, TokenDataset
 from fsdp_qlora.data.tokenizer import TextTokenizer
+from fsdp_qlora.data.tokens import NUMBERS
 from fsdp_qlora.errors import DONE, UserError, one_line
 from fsdp_qlora.planning.limits import PAD_MULTIPLES
 
@@ -39,8 +40,6 @@ MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 NUM_EXAMPLES = 3
 BAR_CHARS = 40
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
-COUNTS = ["num_rows", "num_bad", "num_cut", "num_empty", "num_beyond"]
-COUNTS += ["num_with_end", "num_learning_end"]
 REPORT = """\
 rows      {num_rows} of {sources} ({kinds})
 learned   {train_on}: {num_trained_tokens} of {num_tokens} tokens ({trained_share:.1%})
@@ -153,7 +152,7 @@ def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) 
         "sources": list(ready.names),
         "train_on": cfg.train_on,
         "context_length": cfg.context_length,
-        **{name: sum(table.get(name, 0) for table in tables) for name in COUNTS},
+        **{name: sum(table.get(name, 0) for table in tables) for name in NUMBERS},
         "kinds": dict(sum((Counter(table.get("kinds", {})) for table in tables), Counter())),
         "bad": [f"{place}: {fault}" for place, fault in ready.bad],
         "examples": examples,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.data.chat import Chat, Refused, Template, Text
-from fsdp_qlora.data.readers import TextPiece, read_own_file
+from fsdp_qlora.data.sources import TextPiece, read_own_file
+from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
@@ -22,6 +22,7 @@ ROLES = {
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
+TOKENS, OWN = "tokens", "own template"
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
 JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
 JSON_KINDS |= {type(None): "null", list: "a list"}
@@ -205,7 +206,7 @@ _ASK_ALPACA = _ask("instruction", "input", "output")
 _ASK_QUESTION = _ask("context", "question", "answer")
 _ASK_LABEL = _ask("text", "label", system=LABEL_PROMPT)
 ROW_FORMATS = (
-    RowFormat("tokens", ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
+    RowFormat(TOKENS, ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
     RowFormat(CHAT, ("messages",), messages=conversation, check=conversation),
     RowFormat(CHAT, ("conversations",), messages=conversation, check=conversation),
     RowFormat("alpaca", ("instruction", "output"), ("input",), _alpaca, _ASK_ALPACA),
@@ -237,10 +238,15 @@ class RowFormatter:
     row_template: Template | None = None
     parts: tuple[tuple[str, str | None], ...] = ()
 
-    @property
-    def has_own_template(self) -> bool:
-        """Whether the user wrote how columns become text."""
-        return self.row_template is not None or bool(self.parts)
+    @functools.cached_property
+    def wanted(self) -> RowFormat | None:
+        """The format that every row must have; None: each row's columns tell."""
+        if self.row_template is not None or self.parts:
+            columns = tuple(column for _, column in self.parts if column is not None)
+            check = functools.partial(_check_columns, columns)
+            return RowFormat(OWN, columns, (), functools.partial(_fill, self.parts), None, check)
+        name = TEXT if self.format_name == BLOCKS else self.format_name
+        return next((f for f in ROW_FORMATS if f.name == name != CHAT), None)
 
     def problem(self, row: object) -> str | None:
         """Say what keeps a value read from a file from being a row of this run.
@@ -251,14 +257,12 @@ class RowFormatter:
         Returns:
             None for a good row, else a few words such as 'field "output" is null (want text)'.
         """
+        wanted = self.wanted
         if isinstance(row, TextPiece):
-            is_text = self.format_name in (None, BLOCKS, TEXT) and not self.has_own_template
+            is_text = self.format_name != CHAT and (wanted is None or wanted.name == TEXT)
             return None if is_text else "is running text (the template wants columns)"
         if not isinstance(row, dict):
             return f"is {kind(row)} (want an object with named fields)"
-        if self.has_own_template:
-            return self._problem_of_columns(row)
-        wanted = self._named()
         found = match(row) if wanted is None else wanted
         if found is None or any(name not in row for name in found.required):
             kinds = " | ".join("+".join(f.required) for f in ([wanted] if wanted else ROW_FORMATS))
@@ -268,30 +272,25 @@ class RowFormatter:
         fault = "is no conversation (want messages, or an answer)" if is_refused else None
         return found.problem(row) or fault
 
-    def is_block(self, row: object) -> bool:
-        """Return whether a row is running text that is cut into blocks of the context's length."""
-        if isinstance(row, TextPiece) or not isinstance(row, dict):
-            return isinstance(row, TextPiece)
-        if self.has_own_template or self.format_name not in (None, BLOCKS):
-            return False
-        found = match(row)
-        is_text = found is not None and found.name == TEXT and ASSISTANT not in str(row["text"])
-        return self.format_name == BLOCKS or is_text
-
-    def is_ids(self, row: object) -> bool:
-        """Return whether a row holds token ids already."""
-        if not isinstance(row, dict) or self.has_own_template:
-            return False
-        return self._find(row).name == "tokens"
-
     def name(self, row: object) -> str:
-        """Return how a row is treated, in a word or two for the user."""
-        if self.has_own_template:
-            return "own template"
-        if not isinstance(row, dict) or self.is_block(row):
+        """Return how a row is treated, in a word or two for the user.
+
+        Args:
+            row: one without a problem.
+
+        Returns:
+            One of NAMES ("tokens" are ids already, "blocks" running text that is cut into blocks
+            of the context's length), OWN, or "... as chat".
+        """
+        if not isinstance(row, dict):
             return BLOCKS
-        name = self._find(row).name
-        return f"{name} as chat" if self._as_chat(row) and name != CHAT else name
+        found = self._find(row)
+        is_text = self.format_name is None and found.name == TEXT
+        if self.format_name == BLOCKS or (is_text and ASSISTANT not in str(row["text"])):
+            return BLOCKS
+        return (
+            f"{found.name} as chat" if self._as_chat(found) and found.name != CHAT else found.name
+        )
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into text and say which parts of it are learned.
@@ -325,22 +324,18 @@ class RowFormatter:
         Raises:
             Refused: the chat template cannot render it.
         """
-        is_row = isinstance(example, dict) and not self.is_block(example)
-        if not is_row or self.has_own_template or self.is_ids(example):
+        if not isinstance(example, dict) or self.name(example) in (BLOCKS, OWN, TOKENS):
             return question
-        assert isinstance(example, dict)
         found = self._find(example)
-        if self._as_chat(example):
+        if self._as_chat(found):
             first = [{"role": "system", "content": LABEL_PROMPT}] * (found.name == LABEL)
             messages = [*first, {"role": "user", "content": question}]
             return self.chat.prompt(self._with_system(messages))
         assert found.pair is not None
-        text = question
         if ASSISTANT in str(example.get("text", "")):
-            text = f"### Human: {question}\n{ASSISTANT}"
-        prompt, completion = found.pair(
-            dict.fromkeys(found.required, "") | {found.required[0]: text}
-        )
+            question = f"### Human: {question}\n{ASSISTANT}"
+        blank = dict.fromkeys(found.required, "")
+        prompt, completion = found.pair(blank | {found.required[0]: question})
         return self._system_text() + (prompt or completion)
 
     def _render(self, row: dict) -> list[Text]:
@@ -348,21 +343,19 @@ class RowFormatter:
             text, marks = self.row_template.render(**{str(key): row[key] for key in row})
             has_markup = "bos_token" in self.row_template.variables
             return [Text(text, marks or ((0, len(text)),), has_markup)]
-        if self.parts:
-            return [self._fill(row)]
-        if self._as_chat(row):
-            return self._render_chat(row)
-        pair = self._find(row).pair
-        assert pair is not None
-        prompt, completion = pair(row)
-        start = len(self._system_text() + prompt)
-        text = self._system_text() + prompt + completion
-        return [Text(text, ((start, len(text)),) if completion.strip() else ())]
+        found = self._find(row)
+        if self._as_chat(found):
+            return self._render_chat(found, row)
+        assert found.pair is not None
+        prompt, completion = found.pair(row)
+        start = "" if self.parts else self._system_text()
+        text = start + prompt + completion
+        span = (len(start + prompt), len(text))
+        return [Text(text, (span,) if completion.strip() else ())]
 
-    def _render_chat(self, row: dict) -> list[Text]:
-        to_messages = self._find(row).messages
-        assert to_messages is not None
-        messages, tools = self._with_system(to_messages(row)), _tools(row)
+    def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
+        assert found.messages is not None
+        messages, tools = self._with_system(found.messages(row)), _tools(row)
         answers = [
             number
             for number, message in enumerate(messages)
@@ -374,33 +367,12 @@ class RowFormatter:
             return [Text(self.chat.whole(messages, tools), (), has_markup=True)]
         return self.chat.render(messages, turns, tools)
 
-    def _fill(self, row: dict) -> Text:
-        text, start = "", 0
-        for literal, column in self.parts:
-            text, start = text + literal, len(text + literal) if column else start
-            text += str(row[column]) if column else ""
-        return Text(text, ((start, len(text)),) if text[start:].strip() else ())
-
-    def _problem_of_columns(self, row: dict) -> str | None:
-        for column in (column for _, column in self.parts if column is not None):
-            if column not in row:
-                return f'has no field "{column}", which the template names'
-            if not isinstance(row[column], str | int | float):
-                return f'field "{column}" is {kind(row[column])} (want text)'
-        return None
-
-    def _named(self) -> RowFormat | None:
-        """The format that the user named."""
-        name = TEXT if self.format_name == BLOCKS else self.format_name
-        return next((f for f in ROW_FORMATS if f.name == name != CHAT), None)
-
     def _find(self, row: dict) -> RowFormat:
-        found = self._named() or match(row)
+        found = self.wanted or match(row)
         assert found is not None, f"row of no kind: {sorted(row)}"
         return found
 
-    def _as_chat(self, row: dict) -> bool:
-        found = self._find(row)
+    def _as_chat(self, found: RowFormat) -> bool:
         return found.messages is not None and (self.format_name == CHAT or found.pair is None)
 
     def _with_system(self, messages: list[dict]) -> list[dict]:
@@ -411,6 +383,20 @@ class RowFormatter:
 
     def _system_text(self) -> str:
         return f"{self.system}\n\n" if self.system else ""
+
+
+def _fill(parts: tuple[tuple[str, str | None], ...], row: dict) -> tuple[str, str]:
+    """What stands before the last column, and all from there on."""
+    texts = [(literal, str(row[column]) if column else "") for literal, column in parts]
+    last = max(i for i, (_, column) in enumerate(parts) if column)
+    prompt = "".join(map("".join, texts[:last])) + texts[last][0]
+    return prompt, texts[last][1] + "".join(map("".join, texts[last + 1 :]))
+
+
+def _check_columns(columns: tuple[str, ...], row: dict) -> None:
+    for column in columns:
+        if not isinstance(row[column], str | int | float):
+            raise Refused(f'field "{column}" is {kind(row[column])} (want text)')
 
 
 def choose(

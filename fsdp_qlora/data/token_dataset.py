@@ -20,7 +20,7 @@ import numpy as np
 
 from fsdp_qlora import atomic
 from fsdp_qlora.config import Config
-from fsdp_qlora.data.readers import RowPlace
+from fsdp_qlora.data.sources import RowPlace
 from fsdp_qlora.errors import UserError
 
 VERSION = 2  # of what the files mean; raise it when that or the way rows become tokens changes

@@ -2,64 +2,26 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.data.chat import Refused, Span, Text
-from fsdp_qlora.data.readers import BadRow, PlacedRows, RowPlace, TextPiece
-from fsdp_qlora.data.row_formats import RowFormatter
+from fsdp_qlora.data.row_formats import BLOCKS, TOKENS, RowFormatter
+from fsdp_qlora.data.sources import BadRow, PlacedRows, RowPlace, TextPiece
 from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, of_samples
-from fsdp_qlora.data.tokenizer import TextTokenizer
+from fsdp_qlora.data.tokenizer import Refused, Span, Text, TextTokenizer
 
 CHUNK = 1024  # texts that are tokenized at once
 NUM_EXAMPLES = 5
 NO_TEXT = Text("", (), has_markup=True)
 MOST_BAD = 1000  # then reading stops: the format is another one than we think
-
-
-@dataclass
-class Counts:
-    """What became of the rows.
-
-    Args:
-        num_rows: rows that were good.
-        kinds: how they were treated -> how many.
-        num_bad: rows that were not.
-        bad: place and fault of the first of them.
-        num_cut: samples longer than the context.
-        num_empty: samples without anything to learn.
-        num_beyond: samples whose answers all lie beyond the context.
-        num_with_end: samples that hold the end-of-text token.
-        num_learning_end: samples that learn it.
-        examples: "cut", "empty" and "beyond" -> places of the first of them.
-        largest_id: of all samples.
-    """
-
-    num_rows: int = 0
-    kinds: Counter = field(default_factory=Counter)
-    num_bad: int = 0
-    bad: list[tuple[str, str]] = field(default_factory=list)
-    num_cut: int = 0
-    num_empty: int = 0
-    num_beyond: int = 0
-    num_with_end: int = 0
-    num_learning_end: int = 0
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    largest_id: int = -1
-
-    def example(self, what: str, place: RowPlace) -> None:
-        """Remember a place, if it is one of the first.
-
-        Args:
-            what: "cut", "empty" or "beyond".
-            place: of the row.
-        """
-        places = self.examples.setdefault(what, [])
-        if len(places) < NUM_EXAMPLES and str(place) not in places:
-            places.append(str(place))
+# Rows that were good and that were not. Samples longer than the context, without anything to learn,
+# whose answers all lie beyond the context, that hold the end-of-text token, and that learn it.
+NUMBERS = (
+    *("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond"),
+    *("num_with_end", "num_learning_end"),
+)
 
 
 class _Job(NamedTuple):
@@ -95,73 +57,68 @@ def tokenize(
         progress: called now and then with how many more rows are done.
 
     Returns:
-        The samples; their facts are the fields of `Counts`.
+        The samples. Their facts: `NUMBERS`; kinds, how the rows were treated -> how many; bad,
+        place and fault of the first bad rows; examples, "cut", "empty" and "beyond" -> places of
+        the first of them; largest_id, of all samples.
 
     Raises:
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    counts, num_reported = Counts(), 0
-    maker = _SampleMaker(builder, counts, context_length, tokenizer)
-    jobs = _jobs(rows, formatter, counts)
+    num_reported, facts = 0, dict[str, Any](dict.fromkeys(NUMBERS, 0))
+    facts |= {"kinds": Counter(), "bad": [], "examples": {}, "largest_id": -1}
+    maker = _SampleMaker(builder, facts, context_length, tokenizer)
+    jobs = _jobs(rows, formatter, facts)
     while chunk := list(islice(jobs, CHUNK)):
         for job, codes in zip(chunk, _encode(maker, chunk), strict=True):
             maker.take(job, codes)
-        progress(counts.num_rows - num_reported)
-        num_reported = counts.num_rows
+        progress(facts["num_rows"] - num_reported)
+        num_reported = facts["num_rows"]
     if maker.num_running > 1:  # of a single token nothing can be learned
         maker.flush()
-    return builder.finish({**vars(counts), "kinds": dict(counts.kinds)})
+    return builder.finish(facts | {"kinds": dict(facts["kinds"])})
 
 
-def _jobs(rows: PlacedRows, formatter: RowFormatter, counts: Counts) -> Iterator[_Job]:
-    starts_text, name = True, None
+def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: dict[str, Any]) -> Iterator[_Job]:
+    starts_text, last = True, None
     for place, row in rows:
-        if not starts_text and place.name != name:
-            yield _end(place)
+        if not starts_text and last is not None and place.name != last.name:
+            yield _Job(place, NO_TEXT, None, True)  # its last row did not say that the text ends
             starts_text = True
-        name = place.name
+        last = place
         fault = row.fault if isinstance(row, BadRow) else formatter.problem(row)
-        jobs: list[_Job] = []
-        if fault is None and formatter.is_block(row):
-            jobs = [_block(place, row, starts_text)]
-            starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
-        elif fault is None:
+        if fault is None:
             try:
-                jobs = list(_samples(place, row, formatter))
+                treatment = formatter.name(row)
+                jobs = _jobs_of_row(place, row, formatter, treatment)
             except Refused as refusal:
                 fault = f"cannot be written as text ({refusal})"
         if fault is not None:
-            counts.num_bad += 1
-            counts.bad += [(str(place), fault)] * (len(counts.bad) < NUM_EXAMPLES)
-            if counts.num_bad == MOST_BAD:
+            facts["num_bad"] += 1
+            facts["bad"] += [(str(place), fault)] * (len(facts["bad"]) < NUM_EXAMPLES)
+            if facts["num_bad"] == MOST_BAD:
                 return
             continue
-        counts.num_rows += 1
-        counts.kinds[formatter.name(row)] += 1
+        if treatment == BLOCKS:
+            jobs = [jobs[0]._replace(starts_text=starts_text)]
+            starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
+        facts["num_rows"] += 1
+        facts["kinds"][treatment] += 1
         yield from jobs
-    if not starts_text and name is not None:
-        yield _end(RowPlace(name, 1))
+    if not starts_text and last is not None:
+        yield _Job(last, NO_TEXT, None, True)
 
 
-def _end(place: RowPlace) -> _Job:
-    """The end of a running text whose last row did not say so."""
-    return _Job(place, NO_TEXT, None, True)
-
-
-def _block(place: RowPlace, row: Any, starts_text: bool) -> _Job:
-    """A row that ends in a line break goes on in the next one (wikitext has a row a line)."""
-    text = row.text if isinstance(row, TextPiece) else row["text"]
-    ends = row.is_last if isinstance(row, TextPiece) else bool(text) and not text.endswith("\n")
-    return _Job(place, Text(text, (), has_markup=True), None, ends, starts_text)
-
-
-def _samples(place: RowPlace, row: dict, formatter: RowFormatter) -> Iterator[_Job]:
-    if formatter.is_ids(row):
-        yield _Job(place, NO_TEXT, _codes_of_ids(row, formatter.train_on == "all"))
-    else:
-        for text in formatter.render(row):
-            yield _Job(place, text)
+def _jobs_of_row(place: RowPlace, row: Any, formatter: RowFormatter, treatment: str) -> list[_Job]:
+    """A text that ends in a line break goes on in the next row (wikitext has a row a line)."""
+    if treatment == TOKENS:
+        return [_Job(place, NO_TEXT, _codes_of_ids(row, formatter.train_on == "all"))]
+    if treatment != BLOCKS:
+        return [_Job(place, text) for text in formatter.render(row)]
+    piece = row if isinstance(row, TextPiece) else None
+    text = piece.text if piece else row["text"]
+    ends = piece.is_last if piece else bool(text) and not text.endswith("\n")
+    return [_Job(place, Text(text, (), has_markup=True), None, ends)]
 
 
 def _codes_of_ids(row: dict, learns_all: bool) -> np.ndarray:
@@ -190,9 +147,13 @@ class _SampleMaker:
     """Codes to samples."""
 
     def __init__(
-        self, builder: StoreBuilder, counts: Counts, context_length: int, tokenizer: TextTokenizer
+        self,
+        builder: StoreBuilder,
+        facts: dict[str, Any],
+        context_length: int,
+        tokenizer: TextTokenizer,
     ) -> None:
-        self.builder, self.counts, self.context_length = builder, counts, context_length
+        self.builder, self.facts, self.context_length = builder, facts, context_length
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_id
         self.added_ids = np.array(sorted(tokenizer.added_ids | {self.eos_id}), np.int32)
         bos_id = tokenizer.core.token_to_id(tokenizer.names.get("bos_token", ""))
@@ -224,7 +185,7 @@ class _SampleMaker:
     def take(self, job: _Job, codes: np.ndarray) -> None:
         """Turn the codes of a job into samples, in the order of the rows."""
         if job.block is None:
-            self._add(codes, job)
+            self._add(codes, job.place)
             return
         while len(codes):
             self.running_place = self.running_place if self.running else job.place
@@ -237,27 +198,29 @@ class _SampleMaker:
 
     def flush(self) -> None:
         """End the block that is being filled."""
-        job = _Job(self.running_place, NO_TEXT)
         codes, self.running, self.num_running = np.concatenate(self.running), [], 0
-        self._add(codes, job)
+        self._add(codes, self.running_place)
 
-    def _add(self, codes: np.ndarray, job: _Job) -> None:
-        counts, length = self.counts, self.context_length
-        cut = codes[:length]
-        if not (cut[1:] >= 0).any():
-            is_beyond = bool((codes[1:] >= 0).any())
-            counts.num_beyond += is_beyond
-            counts.num_empty += not is_beyond
-            counts.example("beyond" if is_beyond else "empty", job.place)
+    def _add(self, codes: np.ndarray, place: RowPlace) -> None:
+        facts, cut = self.facts, codes[: self.context_length]
+        learned = cut[1:][cut[1:] >= 0]
+        if not len(learned):
+            self._lose("beyond" if (codes[1:] >= 0).any() else "empty", place)
             return
-        if len(codes) > length:
-            counts.num_cut += 1
-            counts.example("cut", job.place)
+        if len(codes) > len(cut):
+            self._lose("cut", place)
         ids = np.where(cut < 0, ~cut, cut)
-        counts.largest_id = max(counts.largest_id, int(ids.max()))
-        counts.num_with_end += bool((ids == self.eos_id).any())
-        counts.num_learning_end += bool((cut[1:] == self.eos_id).any())
-        self.builder.add(cut, job.place, len(codes))
+        facts["largest_id"] = max(facts["largest_id"], int(ids.max()))
+        facts["num_with_end"] += int((ids == self.eos_id).any())
+        facts["num_learning_end"] += int((learned == self.eos_id).any())
+        self.builder.add(cut, place, len(codes))
+
+    def _lose(self, what: str, place: RowPlace) -> None:
+        """Count what is lost of a sample, and remember the first places."""
+        self.facts[f"num_{what}"] += 1
+        places = self.facts["examples"].setdefault(what, [])
+        if len(places) < NUM_EXAMPLES and str(place) not in places:
+            places.append(str(place))
 
 
 def mask(encoding: Any, spans: tuple[Span, ...], num_ids: int) -> tuple[np.ndarray, slice]:

@@ -1,1 +1,1 @@
-"""What becomes of a run: adapters and models on disk, merged, quantised, expanded, on the hub."""
+"""What becomes of a run: adapters and models on disk, merged, quantized, expanded, on the hub."""

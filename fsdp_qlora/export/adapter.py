@@ -3,7 +3,7 @@
 That is a LoRA or DoRA adapter in peft's format, or the new layers of LLaMA-Pro.
 
 The record lies in the header of the weights, so that it goes wherever they go: the format that the
-base was quantised to, the dtype it computed in, and a digest that tells one base from another.
+base was quantized to, the dtype it computed in, and a digest that tells one base from another.
 """
 
 import hashlib

@@ -1,16 +1,216 @@
-"""A saved adapter on the Hugging Face hub: private, and only the files that others need."""
+"""What others get of a run: its model card, and the upload to the Hugging Face hub.
 
+The card's figures come from the record of the run. Nothing of the environment is in it, the command
+is put together from the options, and whatever looks like a secret is removed.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
-from fsdp_qlora.export.beside import OF_TOKENIZER
+from fsdp_qlora import arch, atomic, record
+from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
+from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
+from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, WEIGHTS_NAME
+from fsdp_qlora.export.model_files import OF_TOKENIZER
+from fsdp_qlora.record import Run, highest
 
+CARD_NAME = "README.md"
 # Not run_config.json, metrics.jsonl or logs: they name paths of this machine.
-FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors", *OF_TOKENIZER)
+FILES = (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
+FILES += ("config.json", "generation_config.json", INDEX_NAME, SINGLE_NAME, "model-*.safetensors")
+# A card is shown to all: here also what only may be a secret is removed.
+MAYBE_SECRETS = (
+    re.compile(r"\b(hf|sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}"),
+    re.compile(r"\b[0-9a-f]{40}\b"),
+    re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
+)
+OWN_PATHS = ("output_dir", "overwrite", "recipe")
+SETTINGS = (
+    *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
+    *("optimizer", "lr", "lr_scheduler", "warmup_steps", "wd", "precision", "seed"),
+)
+_ADAPTER = " adapter for {base}, trained with fsdp_qlora over a base in {form}, in peft's format."
+_INTROS = {
+    "lora": "A LoRA" + _ADAPTER,
+    "dora": "A DoRA" + _ADAPTER,
+    "llama_pro": "The new layers of {base}, trained with fsdp_qlora between layers in {form}.",
+    "full": "All weights of {base}, trained with fsdp_qlora.",
+}
+
+
+def write_card(directory: Path, cfg: Config, info: ModelInfo) -> Path:
+    """Write the card of a run that has just ended.
+
+    Args:
+        directory: of the run; without metrics.jsonl in it, the card has no figures.
+        cfg: the run.
+        info: the base.
+
+    Returns:
+        Path of the card.
+    """
+    path = directory / CARD_NAME
+    card = redact(card_text(cfg, info, _record(directory)), os.environ, (*MAYBE_SECRETS, *SECRETS))
+    return atomic.write(path, card)
+
+
+def _record(directory: Path) -> Run | None:
+    """The record; an adapter that is saved already does not fail for want of its figures."""
+    try:
+        return record.read(directory)
+    except UserError:
+        return None
+
+
+def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
+    """Compose the card; `redact` it before it is written.
+
+    Args:
+        cfg: the run.
+        info: the base.
+        run: its record; None leaves the figures out.
+
+    Returns:
+        Markdown, with the header that the hub reads.
+    """
+    name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
+    parts = [
+        _metadata(cfg),
+        f"# {one_line(name)}",
+        _INTROS[kind].format(base=f"`{_code(cfg.model_name)}`", form=f"`{cfg.format_name}`"),
+        _usage(name, kind),
+        "## Training",
+        _table(_facts(cfg, info, run)),
+    ]
+    if run is not None:
+        parts += ["## Results", _table(_results(run))]
+    parts += ["## Settings", _table((flag, getattr(cfg, flag)) for flag in SETTINGS)]
+    parts += ["## Command", f"```bash\n{command(cfg)}\n```"]
+    if run is not None and run.facts.get("versions"):
+        parts += ["## Versions", _table(run.facts["versions"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def command(cfg: Config) -> str:
+    """The command line that makes such a run, from the options that differ from the defaults.
+
+    Args:
+        cfg: the run.
+
+    Returns:
+        One line of shell.
+    """
+    options, defaults = to_dict(cfg), to_dict(Config())
+    words = ["python", "train.py", "--model_name", cfg.model_name]
+    for flag, value in options.items():
+        is_plain = value == defaults[flag] or value is None or flag in (*OWN_PATHS, "model_name")
+        if not is_plain:
+            words += [f"--{flag}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return one_line(shlex.join(words))
+
+
+def _metadata(cfg: Config) -> str:
+    """What the hub reads, as YAML between lines of dashes."""
+    from huggingface_hub import ModelCardData
+
+    base, kind = cfg.model_name.partition("@")[0], TRAIN_TYPES[cfg.train_type].adapter
+    data = ModelCardData(
+        base_model=base if _is_hub_name(base) else None,
+        library_name="peft" if kind in ("lora", "dora") else "transformers",
+        pipeline_tag="text-generation",
+        datasets=[cfg.dataset.partition(":")[0]] if _is_hub_name(cfg.dataset) else None,
+        tags=[kind, "fsdp_qlora", cfg.train_type],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _is_hub_name(name: str) -> bool:
+    """ORGANISATION/MODEL, and not a directory here."""
+    form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.:-]*)?"
+    is_form = re.fullmatch(form, name) is not None and ".py" not in name
+    return is_form and not Path(name).expanduser().exists()
+
+
+def _usage(name: str, kind: str) -> str:
+    if kind == "full":
+        return (
+            "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})\n```"
+        )
+    load = (
+        "```python\nfrom peft import AutoPeftModelForCausalLM\n\n"
+        f"model = AutoPeftModelForCausalLM.from_pretrained({name!r})\n```\n\n"
+    )
+    return load * (kind != "llama_pro") + (
+        "To make a plain model of base and adapter, with the difference measured:\n\n"
+        f"```bash\npython -m fsdp_qlora merge --adapter {shlex.quote(name)} "
+        f"--out {shlex.quote(name + '-merged')}\n```"
+    )
+
+
+def _facts(cfg: Config, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
+    total = arch.num_params(info)
+    num_trained = trained.count(info, cfg)
+    yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
+    yield "base in training", cfg.format_name
+    yield "trained parameters", f"{num_trained:,} ({num_trained / total:.2%})"
+    yield "data set", cfg.dataset
+    for line in "\n".join(run.facts.get("lines", []) if run else []).splitlines():
+        if line.startswith("data "):
+            yield "data", line.removeprefix("data").strip()
+    if run is not None:
+        yield "ranks", run.num_ranks
+        yield "steps", f"{run.steps[-1]['step']:,}"
+
+
+def _results(run: Run) -> Iterator[tuple[str, str]]:
+    losses = [step["loss"] for step in run.steps]
+    if None not in (losses[0], losses[-1]):
+        yield "loss of the first and the last step", f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+    held_out = [loss for _, loss in run.evals if loss is not None]
+    if len(held_out) > 1:
+        yield "held-out loss before and after", f"{held_out[0]:.4f} -> {held_out[-1]:.4f}"
+        both = " -> ".join(f"{math.exp(loss):.2f}" for loss in (held_out[0], held_out[-1]))
+        yield "held-out perplexity before and after", both
+    seconds = sum(step["step_s"] for step in run.steps)
+    num_tokens = sum(step["num_tokens"] for step in run.steps)
+    yield "tokens, padding included", f"{num_tokens:,}"
+    yield (
+        "training time",
+        f"{seconds / 60:.1f} minutes, {num_tokens / max(seconds, 1e-9):,.0f} tokens/s",
+    )
+    every = "device_peak_reserved_gib", "device_total_gib"
+    peak, size = (highest(run.peaks(name)) for name in every)
+    if size:
+        yield "peak memory of a GPU", f"{peak or 0:.2f} GiB reserved of {size:.1f}"
+    host = highest(run.host("host_peak_used_gib"))
+    if host is not None:
+        yield "peak memory of the host, all programs", f"{host:.1f} GiB"
+
+
+def _table(rows: Any) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _cell(value: Any) -> str:
+    return one_line(str(value)).replace("|", "\\|")
+
+
+def _code(value: str) -> str:
+    return one_line(value).replace("`", "'")
 
 
 def check(name: str | None) -> None:
-    """See before a run that its adapter can be sent: nothing is asked of the hub.
+    """See before a run that what it trains can be sent: nothing is asked of the hub.
 
     Args:
         name: OWNER/NAME; None: it is not to be sent.
@@ -37,7 +237,7 @@ def check(name: str | None) -> None:
 
 
 def push(directory: Path, name: str | None) -> None:
-    """Send a saved adapter to the hub, and say where it is.
+    """Send what was trained to the hub, and say where it is.
 
     Args:
         directory: output directory of a finished run.
@@ -45,7 +245,7 @@ def push(directory: Path, name: str | None) -> None:
             not to be sent.
 
     Raises:
-        UserError: the hub refuses, or is out of reach (code 3); the adapter stays where it is.
+        UserError: the hub refuses, or is out of reach (code 3); all stays where it is.
     """
     if name is None:
         return
@@ -59,13 +259,13 @@ def push(directory: Path, name: str | None) -> None:
             repo_id=name,
             folder_path=directory,
             allow_patterns=list(FILES),
-            commit_message="Adapter trained with fsdp_qlora",
+            commit_message="Trained with fsdp_qlora",
         )
     except Exception as error:  # the transport's own errors differ between releases
         status = getattr(getattr(error, "response", None), "status_code", None)
         words = one_line(str(error).strip().partition("\n")[0])[:120] or type(error).__name__
         is_refused = isinstance(error, HfHubHTTPError) and status in (401, 403)
         rule = "the hub refuses the token" if is_refused else f"the hub has not taken it: {words}"
-        remedy = f"the adapter is in {directory}: hf auth login, then hf upload {name} {directory}"
+        remedy = f"it is in {directory}: hf auth login, then hf upload {name} {directory}"
         raise UserError(f"--push_to_hub {name}", rule, remedy, ENVIRONMENT) from error
     print(f"pushed    {place}")

@@ -5,9 +5,6 @@ Checked before torch is there. Shape letters: I in features, O out features, R L
 
 import dataclasses
 import math
-import resource
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +13,27 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TEXT
-from fsdp_qlora.errors import DONE, INTEGRITY, UserError
+from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export.adapter import Adapter
-from fsdp_qlora.export.beside import DTYPES, SHARD_HELP, copy_beside
+from fsdp_qlora.export.model_files import (
+    DEVICES,
+    DTYPES,
+    GIB,
+    ITEM_BYTES,
+    SHARD_HELP,
+    choose_device,
+    copy_beside,
+    describe_written,
+    write_weights,
+)
 
 if TYPE_CHECKING:
-    import torch
+    from fsdp_qlora.export.merge_weights import TrainedBase
 
-    from fsdp_qlora.export.base import TrainedBase
-
-GIB = 2**30
 FORMATS = ("nf4", "nf4_dq", "fp4", "fp4_dq", "int8", "hqq2", "hqq3", "hqq4", "hqq8", "bf16")
-DEVICES = ("auto", "cpu", "cuda")
 BASE_HELP = "what the adapter is added to; auto: what training saw, if the adapter tells"
 CHECK_HELP = "rows on which base + adapter and the result are compared; 0: none"
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CACHE_HELP = "where training kept its 4-bit bytes"
 DEFAULT_COMPUTE = "bfloat16"
 USAGE = """usage: python -m fsdp_qlora merge --adapter DIR --out DIR [--option value ...]
@@ -91,15 +93,14 @@ def main(argv: list[str]) -> int:
 
 def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: int) -> None:
     """Merge, compare, and print what was done."""
-    from fsdp_qlora.export import base, merge_check
-    from fsdp_qlora.export.shards import Shards
+    from fsdp_qlora.export import merge_weights
     from fsdp_qlora.hardware import versions
 
-    began_s, device = time.perf_counter(), base.choose_device(options.device)
+    device = choose_device(options.device)
     digest = _check_base(options, adapter, info)
     seen = _trained_base(options, adapter, info)
     is_dequantized = _is_dequantized(options.base, seen)
-    added_to = seen if is_dequantized else base.TrainedBase(info, None, seen.dtype, "off")
+    added_to = seen if is_dequantized else merge_weights.TrainedBase(info, None, seen.dtype, "off")
     four_bit = f"{seen.format_name} dequantized, as training saw it, {seen.note}"
     print(f"adapter   {adapter.path}: {adapter}")
     print(
@@ -116,69 +117,18 @@ def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: i
         "num_merged": len(adapter.pairs),
         "num_replaced": len(adapter.replaced),
         "device": device.type,
+        "versions": versions(device),
     }
-    out = Path(str(options.out))
+    out, max_bytes = Path(str(options.out)), round(options.max_shard_gib * GIB)
     with atomic.new_directory(out, need_bytes) as draft:
-        tensors = merged(info, adapter, added_to, options.dtype, device)
-        with Shards(draft, info.tensors, round(options.max_shard_gib * GIB)) as shards:
-            for name, tensor in tensors:
-                shards.add(name, tensor)
+        tensors = merge_weights.merged(info, adapter, added_to, options.dtype, device)
+        written = write_weights(draft, info.tensors, tensors, max_bytes)
         copy_beside(draft, info, options.dtype, adapter.path)
-        facts |= {
-            "num_files": shards.num_files,
-            "gib": shards.total_bytes / GIB,
-            "written_s": time.perf_counter() - began_s,
-            "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        }
+        facts |= written
         result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
-        facts["evidence"] = merge_check.run(options, adapter, info, seen, result, device)
-        facts["versions"] = versions(device)
+        facts["evidence"] = merge_weights.check(options, adapter, info, seen, result, device)
         atomic.write_json(draft / "merge.json", facts)
-    print(
-        f"written   {out}: {facts['num_files']} files, {facts['gib']:.2f} GiB {options.dtype} in "
-        f"{facts['written_s']:.1f} s; at most {facts['host_peak_gib']:.2f} GiB of host memory"
-    )
-    print("\n".join(merge_check.lines(facts["evidence"])))
-
-
-def merged(
-    info: ModelInfo, adapter: Adapter, added_to: "TrainedBase", dtype: str, device: "torch.device"
-) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Yield the tensors of base + adapter; a few are held at once.
-
-    Args:
-        info: the base.
-        adapter: added to it.
-        added_to: gives the base's weights.
-        dtype: key of DTYPES, of the results.
-        device: where it is computed.
-
-    Yields:
-        Name and tensor, in the order of the base's files.
-
-    Raises:
-        UserError: a result is not finite (code 5).
-    """
-    import torch
-
-    from fsdp_qlora.export import base
-    from fsdp_qlora.model.weights import Weights
-
-    kept = [name for name in info.tensors if name not in adapter.replaced]
-    read = Weights(info).read_ahead(list(filter(added_to.needs, kept)), device)
-    for name in info.tensors:
-        if name in adapter.replaced:
-            weight = base.load(adapter.replaced[name], device)
-        else:
-            weight = added_to(name, next(read) if added_to.needs(name) else None, device)
-        pair = adapter.pairs.get(name.removesuffix(".weight"))
-        if pair is not None:
-            weight = base.add_pair(weight, pair, device)
-        result = weight.to(getattr(torch, DTYPES[dtype]))
-        if not result.sum(dtype=torch.float32).isfinite():
-            remedy = "use --dtype bf16" if dtype == "fp16" else "check base and adapter"
-            raise UserError(name, f"is not finite in {result.dtype}", remedy, INTEGRITY)
-        yield name, result
+    print("\n".join([describe_written(out, written), *merge_weights.lines(facts["evidence"])]))
 
 
 def _check_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> str | None:
@@ -195,7 +145,7 @@ def _trained_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> "
     """What the linears of the base were in training."""
     import torch
 
-    from fsdp_qlora.export.base import TrainedBase
+    from fsdp_qlora.export.merge_weights import TrainedBase
     from fsdp_qlora.model.quantize import FORMATS
 
     name = options.format or adapter.record.get("format")
@@ -208,7 +158,7 @@ def _trained_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> "
 
 def _is_dequantized(base: str, seen: "TrainedBase") -> bool:
     if base == "dequantized" and seen.format_name is None:
-        rule = "the adapter does not tell what its base was quantised to"
+        rule = "the adapter does not tell what its base was quantized to"
         raise UserError("--base dequantized", rule, f"add --format: {' '.join(FORMATS)}")
     is_four_bit = seen.format_name not in (None, "bf16")
     return base == "dequantized" or (base == "auto" and is_four_bit)

@@ -10,8 +10,7 @@ from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
 from fsdp_qlora.config import TRAIN_TYPES, Config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.export import adapter, beside, card
-from fsdp_qlora.export.shards import Shards
+from fsdp_qlora.export import adapter, hub, model_files
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 
@@ -58,12 +57,12 @@ def save(
         tensors = _adapter_tensors(model, info, flats, tensors)
         _save_config(model, info, cfg)
     if tokenizer is not None:
-        beside.write_tokenizer(directory, info, tokenizer)
+        model_files.write_tokenizer(directory, info, tokenizer)
     record = adapter.record_of(info, cfg)
     with new_file(path) as draft:
         save_file(tensors, draft, metadata=adapter.metadata(record))
     _compare(path, tensors)
-    card.write(directory, cfg, info)
+    hub.write_card(directory, cfg, info)
     return path
 
 
@@ -116,14 +115,13 @@ def _save_model(
         for _ in tensors:  # the others gather with the writer
             pass
         return directory
-    with Shards(directory, names, MAX_SHARD_BYTES) as shards:
-        for name, tensor in tensors:
-            shards.add(name, tensor.to(dtype))
-    name = next(key for key, own in beside.DTYPES.items() if own == cfg.compute_dtype)
-    beside.copy_beside(directory, info, name)
+    own = ((name, tensor.to(dtype)) for name, tensor in tensors)
+    model_files.write_weights(directory, names, own, MAX_SHARD_BYTES)
+    name = next(key for key, own in model_files.DTYPES.items() if own == cfg.compute_dtype)
+    model_files.copy_beside(directory, info, name)
     if tokenizer is not None:
-        beside.write_tokenizer(directory, info, tokenizer)
-    card.write(directory, cfg, info)
+        model_files.write_tokenizer(directory, info, tokenizer)
+    hub.write_card(directory, cfg, info)
     return directory
 
 

@@ -11,7 +11,7 @@ from fsdp_qlora.config import Config
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import memory, speed
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, sizes, with_trained
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, with_trained
 from fsdp_qlora.planning.speed import Speed
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
@@ -76,7 +76,7 @@ def evaluate(info: ModelInfo, cfg: Config, setting: Setting, machine: Machine) -
         setting: see Setting.
         machine: what there is.
     """
-    return _evaluate(sizes(info, cfg), cfg, setting, machine, speed.num_rows(cfg))
+    return _evaluate(Sizes(info, cfg), cfg, setting, machine, speed.num_rows(cfg))
 
 
 def _evaluate(
@@ -117,7 +117,7 @@ def explore(
         The outcomes, some that do not fit included.
     """
     own = setting_for(info, cfg, machine.num_ranks)
-    s, num_rows = sizes(info, cfg), speed.num_rows(cfg)
+    s, num_rows = Sizes(info, cfg), speed.num_rows(cfg)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):

@@ -1,33 +1,22 @@
 """GiB of a GPU and of the host by row and phase.
 
-The rows are what model/ and training/ allocate, found by reading them; two rules were measured: how
-much the allocator holds beyond what is in use, and what processes and drivers need
+The rows are what model/ and training/ allocate, found by reading them: what a decoder layer keeps
+for its backward, what that holds besides, its CUDA graphs, and all around it. Two rules were
+measured: how much the allocator holds beyond what is in use, and what processes and drivers need
 (recipes/*.md). tests/planning holds the whole against the measured peaks.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from itertools import pairwise
 
+from fsdp_qlora.arch.files import GROUP
 from fsdp_qlora.config import OPTIMIZERS, Config
 from fsdp_qlora.hardware import GIB, has_gpu_build
-from fsdp_qlora.planning import rows
-from fsdp_qlora.planning.activations import (
-    at_work,
-    graph_rows,
-    is_kept_whole,
-    kept_by_level,
-    layer_moments,
-    num_offloaded,
-    uses_graphs,
-)
-from fsdp_qlora.planning.limits import (
-    LOGITS_BYTES,
-    MOST_TOUCHED_BYTES,
-    NUM_READ_AHEAD,
-    NUM_SLOTS,
-    ONE_GROUP_BYTES,
-)
-from fsdp_qlora.planning.rows import Rows, Table, Term, merged, term, total_bytes
+from fsdp_qlora.planning import limits, rows
+from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.rows import Rows, Table, Term, merged, present, term, total_bytes
 from fsdp_qlora.planning.sizes import DTYPE_BYTES, Setting, Sizes
 
 # Driver less allocator, measured on two H200 (recipes/*.md): one GPU; a GPU of several without
@@ -47,6 +36,8 @@ CPU_LIBRARY_BYTES = 160 * 2**20
 SYSTEM_BYTES = 0.5 * GIB
 PROCESS_BYTES = {"cuda": 1.75 * GIB, "cpu": 0.3 * GIB}
 CUDA_BUILD_BYTES = 0.13 * GIB  # that a CPU rank has more where torch was made for GPUs
+INPUT = "layer's input"
+AT_WORK = 2  # of the inputs that wait on the host, back on the GPU: one in use, one on its way
 
 
 def device(
@@ -68,9 +59,9 @@ def device(
     unreduced = _unreduced(cfg, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(cfg))}
     grads = _trained("of all layers, summed over micro-batches", s, unreduced, s.master)
-    saved = term("a gathered adapter", params=s.lora, bytes=4)
-    if setting.count("trained") or s.trained_root:
-        saved = term("a gathered tensor", params=max(s.largest, s.head), bytes=4)
+    has_whole = setting.count("trained") or s.trained_root
+    what, num = ("tensor", max(s.largest, s.head)) if has_whole else ("adapter", s.lora)
+    saved = term(f"a gathered {what}", params=num, bytes=4)
     backward, forward = _backward(s, cfg, setting, kind), _forward(s, cfg, setting, kind)
     received = setting.num_ranks if setting.count("resident") else 1
     exchanged = term("layers being exchanged", layers=1 + received, bytes=s.layer_bytes)
@@ -78,24 +69,21 @@ def device(
     loading: Rows = {rows.LOADING: [exchanged, linears]}
     # The quantized layers come first, and their working set is gone when the rest comes.
     quantized = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
-    moments: dict[str, list[Rows]] = {
-        "load": [max(merged([quantized, loading]), states, key=total_bytes)],
-        "forward": [states, trained, max(forward, key=total_bytes)],
-        "backward": [states, trained, max(backward, key=total_bytes)],
-        "optimizer": [states, trained, {rows.GRADIENTS: grads}],
-        "save": [states, trained, {rows.LAYER: [saved]}],
+    own: dict[str, Rows] = {
+        "forward": max(forward, key=total_bytes),
+        "backward": max(backward, key=total_bytes),
+        "optimizer": {rows.GRADIENTS: grads},
+        "save": {rows.LAYER: [saved]},
     }
     staying = _staying(s, cfg, setting, kind)
-    for phase in rows.PHASES[1:]:
-        moments[phase].append(staying)
-    always: Rows = {}
+    moments = {phase: [states, trained, part, staying] for phase, part in own.items()}
+    moments = {"load": [max(merged([quantized, loading]), states, key=total_bytes)], **moments}
+    always: Rows = {rows.LIBRARIES: [term("cuBLAS", bytes=LIBRARY_BYTES)]}
     if kind == "cuda":
-        always[rows.LIBRARIES] = [term("cuBLAS", bytes=LIBRARY_BYTES)]
-        nbytes = ALONE_BYTES if setting.num_ranks == 1 else SEVERAL_BYTES
-        always[rows.CONTEXT] = [term("context, NCCL", bytes=nbytes)]
-        if has_peer and setting.num_ranks > 1:
-            nbytes = PEER_BYTES[not setting.count("streamed")]
-            always[rows.CONTEXT].append(term("NCCL with peer access", bytes=nbytes))
+        is_several, has_all = setting.num_ranks > 1, not setting.count("streamed")
+        context = term("context, NCCL", bytes=SEVERAL_BYTES if is_several else ALONE_BYTES)
+        peer = term("NCCL with peer access", bytes=PEER_BYTES[has_all] * (has_peer and is_several))
+        always[rows.CONTEXT] = [context, *present(peer)]
     else:
         always[rows.LIBRARIES] = [term("oneDNN, bitsandbytes", bytes=CPU_LIBRARY_BYTES)]
         for phase in ("backward", "optimizer", "save"):
@@ -125,40 +113,37 @@ def _unreduced(cfg: Config, setting: Setting) -> Setting:
 def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0) -> list[Term]:
     """Something of all that is trained from a layer on."""
     share = {"bytes": nbytes, "per_ranks": setting.shares}
-    num = setting.placements[first:].count("trained")
-    found = []
-    if s.lora and first < s.layers:
-        found.append(term(what, params=s.lora, layers=s.layers - first, **share))
-    if num:
-        found.append(term(f"whole layers: {what}", params=s.whole, layers=num, **share))
-    if s.trained_root:
-        found.append(term(f"embedding, head: {what}", params=s.trained_root, **share))
-    return found
+    whole = {"params": s.whole, "layers": setting.placements[first:].count("trained")}
+    parts = {
+        what: {"params": s.lora, "layers": s.layers - first},
+        f"whole layers: {what}": whole,
+        f"embedding, head: {what}": {"params": s.trained_root},
+    }
+    return [term(name, **num, **share) for name, num in parts.items() if all(num.values())]
 
 
 def _states(s: Sizes, setting: Setting) -> Rows:
     """What lies on the GPU from the load to the end."""
-    found: Rows = {rows.PACKED: [], rows.CONSTANTS: []}
-    for row, nbytes in ((rows.PACKED, s.quantized), (rows.CONSTANTS, s.constants)):
-        for placement, ranks in (("sharded", setting.num_ranks), ("resident", 1)):
-            if layers := setting.count(placement):
-                found[row].append(term(placement, layers=layers, bytes=nbytes, per_ranks=ranks))
     share, num_whole = {"bytes": s.item, "per_ranks": setting.shares}, setting.count("trained")
-    found[rows.UNQUANTISED] = [
-        term("embedding, head, last norm", params=s.root - s.trained_root, **share),
-        term("norms and biases", params=s.small, layers=s.layers - num_whole, **share),
-    ]
-    if s.magnitudes:
-        lengths = term("row lengths of DoRA", rows=s.magnitudes, layers=s.layers, bytes=4)
-        found[rows.UNQUANTISED].append(lengths)
-    found[rows.ADAPTERS] = _trained("master copy", s, setting, s.master)
-    found[rows.BUFFERS] = []
-    if num_streamed := setting.count("streamed"):
-        slots = min(NUM_SLOTS + (setting.count("resident") > 0), num_streamed)
-        found[rows.BUFFERS] = [term("slots of weight streaming", slots=slots, bytes=s.layer_bytes)]
-    if s.root < 2 * s.head and setting.shares > 1:  # tied: gathered once for both ends
-        found[rows.BUFFERS] += [term("tied embedding", params=s.head, bytes=s.item)]
-    return found
+    ranks = {"sharded": setting.num_ranks, "resident": 1}
+    layers = {name: setting.count(name) for name in ranks if setting.count(name)}
+    slots = min(limits.NUM_SLOTS + (setting.count("resident") > 0), setting.count("streamed"))
+    is_tied = s.root < 2 * s.head  # gathered once for both ends
+    return {
+        row: [term(at, layers=layers[at], bytes=nbytes, per_ranks=ranks[at]) for at in layers]
+        for row, nbytes in ((rows.PACKED, s.quantized), (rows.CONSTANTS, s.constants))
+    } | {
+        rows.UNQUANTISED: [
+            term("embedding, head, last norm", params=s.root - s.trained_root, **share),
+            term("norms and biases", params=s.small, layers=s.layers - num_whole, **share),
+            *present(term("row lengths of DoRA", rows=s.magnitudes, layers=s.layers, bytes=4)),
+        ],
+        rows.ADAPTERS: _trained("master copy", s, setting, s.master),
+        rows.BUFFERS: present(
+            term("slots of weight streaming", slots=slots, bytes=s.layer_bytes),
+            term("tied embedding", n=is_tied and setting.shares > 1, params=s.head, bytes=s.item),
+        ),
+    }
 
 
 def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
@@ -170,35 +155,30 @@ def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
 
 def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     """Gathered FSDP groups around the layer at work."""
-    num = setting.count("sharded", "offloaded")
-    keeps_all = setting.keeps_gathered and setting.num_ranks > 1
-    most = s.layers if keeps_all else min(setting.num_ranks, 2)
-    held, terms = min(num, most), []
-    if held:
-        what = "gathered: this layer and the next" if held == 2 else "gathered layers"
-        terms.append(term(what, layers=held, bytes=s.layer_bytes))
-    if held and setting.num_ranks > 1:  # FSDP copies what was gathered into the parameter
-        terms.append(term("one more, as gathered", bytes=s.layer_bytes))
-    if setting.keeps_gathered:
-        terms.append(term("embedding and head, kept gathered", params=s.root, bytes=s.item))
-    if s.lora and _is_one_group(s):
-        what = "gathered adapters of all layers"
-        terms.append(term(what, params=s.lora, layers=s.layers, bytes=s.item))
-    elif s.lora and setting.shares > 1:
-        what = "gathered adapters in 16 bit (two layers), their gradients (16, 32 bit, reduced)"
-        terms.append(term(what, params=s.lora, bytes=2 * 2 + 2 + 4 + 4))
-    nbytes = 2 * s.item + s.item + 4 + 4 * (setting.shares > 1)
-    if setting.count("trained"):
-        what = "gathered whole layers (two), gradients (as gathered, 32 bit, reduced)"
-        terms.append(term(what, params=s.whole, bytes=nbytes))
-    if s.trained_root:
-        terms.append(term("gathered embedding, its gradients", params=s.head, bytes=nbytes))
-    return terms
+    is_several, is_shared = setting.num_ranks > 1, setting.shares > 1
+    most = s.layers if setting.keeps_gathered and is_several else min(setting.num_ranks, 2)
+    held, is_one = min(setting.count("sharded", "offloaded"), most), _is_one_group(s)
+    layer, item = {"bytes": s.layer_bytes}, {"bytes": s.item}
+    nbytes = 2 * s.item + s.item + 4 + 4 * is_shared
+    what = "gathered: this layer and the next" if held == 2 else "gathered layers"
+    two = "gathered adapters in 16 bit (two layers), their gradients (16, 32 bit, reduced)"
+    whole = "gathered whole layers (two), gradients (as gathered, 32 bit, reduced)"
+    adapters = {"params": s.lora, "layers": s.layers}
+    parts = (
+        (held, what, {"layers": held, **layer}),
+        (held and is_several, "one more, as gathered", layer),  # FSDP copies into the parameter
+        (setting.keeps_gathered, "embedding and head, kept gathered", {"params": s.root, **item}),
+        (s.lora and is_one, "gathered adapters of all layers", {**adapters, **item}),
+        (s.lora and not is_one and is_shared, two, {"params": s.lora, "bytes": 2 * 2 + 2 + 4 + 4}),
+        (setting.count("trained"), whole, {"params": s.whole, "bytes": nbytes}),
+        (s.trained_root, "gathered embedding, its gradients", {"params": s.head, "bytes": nbytes}),
+    )
+    return [term(name, **factors) for is_there, name, factors in parts if is_there]
 
 
 def _is_one_group(s: Sizes) -> bool:
     """Whether adapters are so small that all layers' are gathered and reduced at once."""
-    return s.lora * s.layers * s.item <= ONE_GROUP_BYTES
+    return s.lora * s.layers * s.item <= limits.ONE_GROUP_BYTES
 
 
 def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
@@ -216,9 +196,8 @@ def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
         }
         if done or s.trained_root:
             first = s.layers - done
-            common[rows.GRADIENTS] = _trained(
-                "of layers done", s, _unreduced(cfg, setting), s.master, first
-            )
+            whole = _unreduced(cfg, setting)
+            common[rows.GRADIENTS] = _trained("of layers done", s, whole, s.master, first)
         if at == 0 and _is_one_group(s) and s.lora:
             what, nbytes = "their gradients: 16 bit, 32 bit", s.item + 4
             reduced = [term(what, params=s.lora, layers=s.layers, bytes=nbytes)]
@@ -239,24 +218,22 @@ def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
     wide = {"tokens": tokens, "bytes": s.item}
     kept: Rows = {rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels, kind)}
     if setting.accumulation > 1:
-        kept[rows.GRADIENTS] = _trained(
-            "of earlier micro-batches", s, _unreduced(cfg, setting), s.master
-        )
-    chunk = max(16, LOGITS_BYTES // (4 * s.vocab))
-    what, nbytes = "logits: float32, 16 bit", 4 + s.item
-    if s.caps_logits:
-        what, nbytes = "logits: float32, before and after their cap, 16 bit", 4 + 4 + s.item
-    loss = [term(what, tokens=min(tokens, chunk), vocab=s.vocab, bytes=nbytes)]
+        whole = _unreduced(cfg, setting)
+        kept[rows.GRADIENTS] = _trained("of earlier micro-batches", s, whole, s.master)
+    chunk = max(16, limits.LOGITS_BYTES // (4 * s.vocab))
+    capped = ", before and after their cap" * s.caps_logits
+    logits = {
+        "tokens": min(tokens, chunk),
+        "vocab": s.vocab,
+        "bytes": 4 + 4 * s.caps_logits + s.item,
+    }
+    loss = [term(f"logits: float32{capped}, 16 bit", **logits)]
     if s.trained_root:
         what = "gradient of the head: float32, of a chunk"
         loss.append(term(what, params=s.head, bytes=4 + s.item))
-    head: Rows = {
-        rows.LOSS: loss,
-        rows.LAYER: [
-            term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=4, **wide)
-        ],
-        rows.BUFFERS: _head_gathered(s, setting),
-    }
+    outputs = term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=4, **wide)
+    gathered = _head_gathered(s, setting)
+    head: Rows = {rows.LOSS: loss, rows.LAYER: [outputs], rows.BUFFERS: gathered}
     width = 2 * s.hidden + s.gates + s.product
     layer: Rows = {
         rows.LAYER: [term("residual, norm, gates, product", features=width, **wide)],
@@ -273,16 +250,18 @@ def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
         held, copies = _buffers(s, setting), 1
     elif s.lora and _is_one_group(s):
         held = [term("gathered adapters", params=s.lora, layers=s.layers, bytes=s.item)]
-    if setting.shares == 1 or s.root < 2 * s.head:
-        return held
-    return [*held, term("gathered head", copies=copies, params=s.head, bytes=s.item)]
+    head = term("gathered head", copies=copies, params=s.head, bytes=s.item)
+    return [*held, head] if _gathers_head(s, setting) else held
+
+
+def _gathers_head(s: Sizes, setting: Setting) -> bool:
+    """Whether the head is sharded and no tied embedding, which is gathered from the start."""
+    return setting.shares > 1 and s.root >= 2 * s.head
 
 
 def _heap(s: Sizes, setting: Setting, forward: list[Rows], phase: str) -> list[Term]:
     """What the heap of a CPU process keeps of the forward pass: it does not shrink."""
-    terms = [term("gathered head", params=s.head, bytes=s.item)] * 2
-    if setting.shares == 1 or s.root < 2 * s.head:
-        terms = []
+    terms = [term("gathered head", params=s.head, bytes=s.item)] * 2 * _gathers_head(s, setting)
     if phase != "backward":
         kept = max(total_bytes({rows.KEPT: found[rows.KEPT]}) for found in forward)
         terms = [term("activations", bytes=kept), *terms]
@@ -303,8 +282,8 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
     if setting.shares > 1:
         terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
     if setting.count("offloaded"):
-        nbytes = s.quantized + s.constants
-        terms.append(term("slice on its way to the GPU", bytes=nbytes, per_ranks=setting.num_ranks))
+        share = {"bytes": s.layer_bytes, "per_ranks": setting.num_ranks}
+        terms.append(term("slice on its way to the GPU", **share))
     return terms
 
 
@@ -334,33 +313,24 @@ def host(
     system_bytes = SYSTEM_BYTES
     if system_gib is not None:
         system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
+    ids = {"rows": num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
     always: Rows = {
         rows.HOSTED: _hosted(s, setting),
-        rows.FILES: [term("model files in /dev/shm", bytes=s.file_bytes)] if s.file_bytes else [],
+        rows.FILES: present(term("model files in /dev/shm", bytes=s.file_bytes)),
         rows.SYSTEM: [term("in use without the run", bytes=system_bytes)],
         rows.PROCESSES: [term("Python, torch, driver", bytes=process_bytes, ranks=ranks)],
-        rows.DATA: [
-            term(
-                "token ids of all rows at full length",
-                rows=num_rows or cfg.dataset_samples,
-                tokens=cfg.context_length,
-                bytes=4,
-                ranks=ranks,
-            )
-        ],
+        rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
-    loading: Rows = {}
-    if cfg.weights == "load":
-        nbytes = {"weights": s.largest, "bytes": 2, "ranks": ranks}
-        loading[rows.LOADING] = [term("linears read ahead", linears=1 + NUM_READ_AHEAD, **nbytes)]
     phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
     copies = _copies(s, cfg, setting)
-    is_early = total_bytes({rows.SAVING: copies}) <= MOST_TOUCHED_BYTES
+    is_early = total_bytes({rows.SAVING: copies}) <= limits.MOST_TOUCHED_BYTES
     for phase in rows.PHASES[1:] if is_early else ("save",):
         phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
-    phases["load"] |= loading
+    if cfg.weights == "load":
+        read = {"linears": 1 + limits.NUM_READ_AHEAD, "weights": s.largest, "bytes": 2}
+        phases["load"][rows.LOADING] = [term("linears read ahead", **read, ranks=ranks)]
     if cfg.save_model:
-        phases["save"] |= {rows.SAVING: _saving(s, setting)}
+        phases["save"][rows.SAVING] = _saving(s, setting)
     if kind == "cpu":
         table = device(s, cfg, setting, kind)
         for phase, own in phases.items():
@@ -398,3 +368,209 @@ def _hosted(s: Sizes, setting: Setting) -> list[Term]:
     words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
     counts = {what: setting.count(placement) for placement, what in words.items()}
     return [term(what, layers=num, bytes=s.layer_bytes) for what, num in counts.items() if num]
+
+
+@functools.lru_cache
+def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda") -> list[Term]:
+    """What one layer keeps between forward and backward.
+
+    Derived for a Llama layer with fused norms, rotary embedding and activation (Liger's), flash
+    attention and this project's LoRA matmul, which keeps its input only.
+
+    Args:
+        s: of the model.
+        cfg: lora_dropout, context_length, liger.
+        tokens: of a micro-batch on a rank.
+        level: row of LEVELS.
+        kind: "cuda" or "cpu", where Liger's kernels are not used.
+
+    Returns:
+        The terms, for one layer.
+    """
+
+    def wide(what: str, nbytes: int = s.item, **width: float) -> Term:
+        return term(what, tokens=tokens, **width, bytes=nbytes)
+
+    kept = [wide(INPUT, hidden=s.hidden)]
+    if level == "full":
+        return kept
+    kept += [
+        wide("outputs of all matmuls but the last", features=s.outs),
+        wide("attention's output", features=s.attention),
+        wide("its log-sum-exp", 4, heads=s.heads),
+    ]
+    if level == "selective":
+        return kept
+    read = wide("norms' outputs, activation product", features=s.input_features)
+    if cfg.lora_dropout and s.lora:
+        mask = 1 if kind == "cuda" else s.item
+        read = wide("dropped inputs, masks", s.item + mask, features=s.dropped_features)
+    kept += [read, wide("matmuls with A", ranks=s.lora_ranks)]
+    others = (s.norms - 2) * s.hidden + s.head_norms
+    kept += present(
+        wide("outputs to be scaled", features=s.magnitudes),
+        wide("inputs of more norms", features=others),
+    )
+    if kind == "cpu" or cfg.liger == "off":
+        norms = {"hidden": s.hidden, "norms": s.norms}
+        kept.append(wide("norms' inputs in float32 instead (not fused)", 4 - s.item, **norms))
+        kept.append(wide("activation function's output (not fused)", features=s.product))
+    if s.is_eager:
+        pairs = {"context": cfg.context_length, "heads": s.heads}
+        kept.append(wide("attention's scores (not fused)", s.item + 4, **pairs))
+    return kept
+
+
+def at_work(s: Sizes, cfg: Config) -> list[Term]:
+    """What is held of a layer's frozen weights, dequantized, while it is at work.
+
+    All of a small layer, once for all its matmuls, and until another layer takes its place: after
+    the last one too. Of a larger layer one linear at a time.
+
+    Args:
+        s: of the model.
+        cfg: format_name.
+    """
+    fmt = FORMATS[cfg.format_name]
+    if is_kept_whole(s, cfg):
+        return [term("all linears", weights=s.weights, bytes=s.item)]
+    return [term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes)]
+
+
+def is_kept_whole(s: Sizes, cfg: Config) -> bool:
+    """Whether a layer is so small that it is dequantized at once."""
+    has_scratch = FORMATS[cfg.format_name].scratch_bytes > 0
+    return has_scratch and s.active == s.weights and s.weights * s.item <= limits.WHOLE_LAYER_BYTES
+
+
+@functools.lru_cache
+def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> list[Rows]:
+    """What a layer's backward holds beside what was kept: its fullest moments.
+
+    Args:
+        s: of the model.
+        cfg: format_name, reentrant_checkpointing, and see kept_bytes.
+        tokens, level, kind: see kept_bytes.
+
+    Returns:
+        Rows of each such moment.
+    """
+    fmt, wide = FORMATS[cfg.format_name], {"tokens": tokens, "bytes": s.item}
+    grads = [
+        term("gradient of its output", features=s.hidden, **wide),
+        term("gradient of the activation product", features=s.product, **wide),
+    ]
+    constants = {"weights": s.weights, "bytes": fmt.constant_bytes, "per_group": GROUP}
+    scratch = [*at_work(s, cfg), term("constants of the layer", **constants)]
+    rest = scratch[1:]  # before its first matmul
+    if is_kept_whole(s, cfg):
+        scratch = rest = scratch[:1]
+    matmul_before: Rows = {rows.LAYER: grads, rows.SCRATCH: scratch}
+    if level == "none":
+        return [matmul_before]
+    kept = {item.what for item in kept_bytes(s, cfg, tokens, level, kind)}
+    made = [t for t in kept_bytes(s, cfg, tokens, "none", kind) if t.what not in kept]
+    made = [item._replace(what=f"recomputed: {item.what}") for item in made]
+    output = term("LoRA output of the last linear", features=s.hidden, **wide)
+    if level == "selective":
+        residual = term("recomputed: residual", features=s.hidden, **wide)
+        between: Rows = {rows.LAYER: [*made, residual, output, *grads]}
+        return [matmul_before, between | ({rows.SCRATCH: rest} if is_kept_whole(s, cfg) else {})]
+    if cfg.reentrant_checkpointing:  # recomputed to the end, before the backward begins
+        return [{rows.LAYER: [*made, output, *grads], rows.SCRATCH: scratch}]
+    # The backward of the last matmul runs first and keeps nothing; then the layer is recomputed.
+    waiting = term("activation product, not yet made", features=-s.product, **wide)
+    return [
+        {rows.LAYER: [*made, output, *grads], rows.SCRATCH: rest},
+        {rows.LAYER: [*made, waiting, *grads], rows.SCRATCH: scratch},
+    ]
+
+
+def kept_by_level(
+    s: Sizes, cfg: Config, tokens: int, levels: tuple[str, ...], kind: str
+) -> list[Term]:
+    """Sum `kept_bytes` over layers.
+
+    Args:
+        s, cfg, tokens, kind: see kept_bytes.
+        levels: of the layers.
+
+    Returns:
+        The terms, over the layers of each level.
+    """
+    terms = []
+    for level in dict.fromkeys(levels):
+        for item in kept_bytes(s, cfg, tokens, level, kind):
+            num = levels.count(level)
+            if item.what == INPUT and cfg.use_activation_cpu_offload and level != "none":
+                num = min(num, AT_WORK)
+            factors = (*item.factors, ("layers", num))
+            terms.append(Term(f"{level}: {item.what}", factors, item.nbytes * num))
+    return terms
+
+
+def num_offloaded(cfg: Config, levels: Sequence[str]) -> int:
+    """Layers whose inputs wait on the host: those that are recomputed, but for the very last.
+
+    Args:
+        cfg: use_activation_cpu_offload.
+        levels: of all layers.
+    """
+    return sum(level != "none" for level in levels[:-1]) * cfg.use_activation_cpu_offload
+
+
+def uses_graphs(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
+    """Whether recomputed layers run by graphs, as the model chooses.
+
+    Rows of several lengths in one micro-batch are laid one after the other, which no graph follows.
+
+    Args:
+        s: numbers of the model and its adapters.
+        cfg: cuda_graphs, dropout, packing, data.
+        setting: batch, levels.
+        kind: "cuda" or "cpu".
+    """
+    is_plain = s.lora > 0 and not s.magnitudes and s.active == s.weights
+    is_plain = is_plain and not setting.count("trained")
+    has_one_length = cfg.dataset == "dummy" or setting.batch_size == 1 or cfg.packing == "off"
+    tokens = setting.batch_size * cfg.context_length
+    return (
+        kind == "cuda"
+        and cfg.cuda_graphs == "auto"
+        and is_plain
+        and cfg.lora_dropout == 0
+        and not cfg.reentrant_checkpointing
+        and setting.count("full") > 0
+        and cfg.packing != "on"
+        and has_one_length
+        and s.weights * tokens <= limits.MAX_GRAPH_WORK
+    )
+
+
+def graph_rows(s: Sizes, cfg: Config, setting: Setting) -> Rows:
+    """What the graphs hold from the second step to the end.
+
+    Tensors that a layer's are copied into, of weights once, of the rest once a shape of batch; and
+    a pool that all shapes share, as large as the fullest moment of a layer, which nothing else may
+    use.
+
+    Args:
+        s, cfg, setting: see `uses_graphs`.
+    """
+    tokens = setting.batch_size * cfg.context_length
+    shapes = min(limits.MAX_GRAPH_SHAPES, -(-cfg.context_length // limits.PAD_MULTIPLES["cuda"]))
+    shapes = 1 if cfg.dataset == "dummy" else shapes
+    moments = layer_moments(s, cfg, tokens, "full", "cuda")
+    layer_bytes = s.layer_bytes + (s.lora + s.small) * s.item
+    wide = {"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item}
+    return {
+        rows.LAYER: [
+            term("graphs: bytes, adapters, norms", bytes=layer_bytes),
+            term("graphs: gradients of adapters", shapes=shapes, params=s.lora, bytes=s.item),
+            term("graphs: input, output, their gradients", shapes=shapes, **wide),
+        ],
+        rows.SLACK: [
+            term("graphs: their pool", bytes=max(map(total_bytes, moments))),
+            term("left by the steps before them", bytes=total_bytes({rows.SLACK: at_work(s, cfg)})),
+        ],
+    }

@@ -121,6 +121,11 @@ class Table:
         return self.total_gib(self.peak_phase, CONTEXT, SLACK)
 
 
+def present(*terms: Term) -> list[Term]:
+    """Leave out the terms that are 0."""
+    return [item for item in terms if item.nbytes]
+
+
 def merged(parts: list[Rows]) -> Rows:
     """Put rows of several tables together; terms of the same row stand side by side."""
     found: Rows = {}

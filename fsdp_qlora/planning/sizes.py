@@ -172,11 +172,10 @@ def applied(cfg: Config, setting: Setting) -> Config:
     return dataclasses.replace(cfg, **changed)
 
 
-@dataclasses.dataclass(frozen=True)
 class Sizes:
     """Numbers of one decoder layer and of the model, for a run's adapters and precision.
 
-    Args:
+    Attributes:
         layers, hidden, vocab: of the model.
         heads: attention heads.
         outs: features of all matmuls of a layer but the last (down_proj).
@@ -204,37 +203,57 @@ class Sizes:
         master: bytes of a trained weight.
     """
 
-    layers: int
-    hidden: int
-    vocab: int
-    heads: int
-    outs: int
-    attention: int
-    gates: int
-    product: int
-    norms: int
-    head_norms: int
-    weights: int
-    largest: int
-    active: int
-    last: int
-    quantized: int
-    constants: int
-    root: int
-    small: int
-    head: int
-    lora: int
-    lora_ranks: int
-    magnitudes: int
-    whole: int
-    trained_root: int
-    input_features: int
-    dropped_features: int
-    item: int
-    is_eager: bool
-    caps_logits: bool
-    file_bytes: int
-    master: int
+    def __init__(self, info: ModelInfo, cfg: Config) -> None:
+        """Collect the numbers of a model and a run.
+
+        Args:
+            info: the model.
+            cfg: lora_rank, lora_target_modules, format_name, compute_dtype.
+
+        Raises:
+            UserError: an adapter's name matches no linear (code 2).
+        """
+        self.layers, self.hidden, self.vocab = info.num_layers, info.hidden_size, info.vocab_size
+        self.heads: int = info.config.get("num_attention_heads", 1)
+        self._read_linears(info, cfg)
+        norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
+        self.norms = norms.count(self.hidden)
+        self.head_norms = self._qk_features if self.norms < len(norms) else 0
+        self.root = sum(math.prod(shape) for _, shape in info.root_params)
+        self.small = sum(math.prod(shape) for _, shape in info.layer_params)
+        self.head = self.vocab * self.hidden
+        self.magnitudes = trained.magnitudes(info, cfg)
+        self.whole, self.trained_root = trained.layer_params(info), trained.root_params(info, cfg)
+        self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
+        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention)
+        self.caps_logits = bool(info.config.get("final_logit_softcapping"))
+        self.file_bytes = _bytes_in_memory(info.path)
+
+    def _read_linears(self, info: ModelInfo, cfg: Config) -> None:
+        linears, has_adapters = info.linears, trained.has_adapters(cfg)
+        shapes = [(linear.out_features, linear.in_features) for linear in linears]
+        counts = [math.prod(shape) for shape in shapes]
+        self.quantized, self.constants = quantized_bytes(shapes, cfg.format_name)
+        active, num_experts = arch.active_linears(info)
+        self.weights, self.largest = sum(counts), max(counts)
+        self.active = sum(n.out_features * n.in_features for n in active)
+        self.last = counts[-1] if len(active) == len(linears) else 0
+        self.outs = sum(linear.out_features for linear in active[:-1])
+        self.product = active[-1].in_features * num_experts
+        o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
+        qkv = linears[: linears.index(o_proj)]
+        gates = [n for n in active if n.last_name.startswith(GATES)]
+        self.attention = o_proj.in_features
+        self.gates = sum(linear.out_features for linear in gates)
+        self._qk_features = sum(n.out_features for n in qkv[:2])
+        adapted = arch.select_linears(info, cfg.lora_target_modules if has_adapters else "all")
+        self.lora = trained.adapter_params(info, cfg)
+        self.lora_ranks = cfg.lora_rank * len(adapted) * has_adapters
+        # Attention keeps its own output; else norms' outputs and the activation product are read.
+        readers = (qkv, gates, linears[-1:])
+        read = [group[0].in_features for group in readers if set(group) & set(adapted)]
+        self.input_features = sum(read)
+        self.dropped_features = sum(linear.in_features for linear in adapted)
 
     @property
     def layer_bytes(self) -> int:
@@ -244,66 +263,6 @@ class Sizes:
     def num_trained(self, setting: Setting) -> int:
         """Trained parameters of the model."""
         return self.lora * self.layers + self.whole * setting.count("trained") + self.trained_root
-
-
-def sizes(info: ModelInfo, cfg: Config) -> Sizes:
-    """Collect the numbers of a model and a run.
-
-    Args:
-        info: the model.
-        cfg: lora_rank, lora_target_modules, format_name, compute_dtype.
-
-    Raises:
-        UserError: an adapter's name matches no linear (code 2).
-    """
-    linears = info.linears
-    counts = [linear.out_features * linear.in_features for linear in linears]
-    shapes = [(linear.out_features, linear.in_features) for linear in linears]
-    quantized, constants = quantized_bytes(shapes, cfg.format_name)
-    targets = cfg.lora_target_modules if trained.has_adapters(cfg) else "all"
-    adapted = arch.select_linears(info, targets)
-    read_by_token, num_experts = arch.active_linears(info)
-    o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
-    norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
-    gates = [n for n in read_by_token if n.name.rpartition(".")[2].startswith(GATES)]
-    qkv = linears[: linears.index(o_proj)]
-    # Attention keeps its own output; other inputs are norms' outputs and the activation product.
-    readers = (qkv, gates, linears[-1:])
-    read = [group[0].in_features for group in readers if set(group) & set(adapted)]
-    has_head_norms = any(width != info.hidden_size for width in norms)
-    return Sizes(
-        layers=info.num_layers,
-        hidden=info.hidden_size,
-        vocab=info.vocab_size,
-        heads=info.config.get("num_attention_heads", 1),
-        outs=sum(linear.out_features for linear in read_by_token[:-1]),
-        attention=o_proj.in_features,
-        gates=sum(linear.out_features for linear in gates),
-        product=read_by_token[-1].in_features * num_experts,
-        norms=sum(width == info.hidden_size for width in norms),
-        head_norms=sum(n.out_features for n in qkv[:2]) if has_head_norms else 0,
-        weights=sum(counts),
-        largest=max(counts),
-        active=sum(n.out_features * n.in_features for n in read_by_token),
-        last=counts[-1] if len(read_by_token) == len(linears) else 0,
-        quantized=quantized,
-        constants=constants,
-        root=sum(math.prod(shape) for _, shape in info.root_params),
-        small=sum(math.prod(shape) for _, shape in info.layer_params),
-        head=info.vocab_size * info.hidden_size,
-        lora=trained.adapter_params(info, cfg),
-        lora_ranks=cfg.lora_rank * len(adapted) * trained.has_adapters(cfg),
-        magnitudes=trained.magnitudes(info, cfg),
-        whole=trained.layer_params(info),
-        trained_root=trained.root_params(info, cfg),
-        input_features=sum(read),
-        dropped_features=sum(linear.in_features for linear in adapted),
-        item=DTYPE_BYTES[cfg.compute_dtype],
-        is_eager=cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention),
-        caps_logits=bool(info.config.get("final_logit_softcapping")),
-        file_bytes=_bytes_in_memory(info.path),
-        master=DTYPE_BYTES[cfg.master_dtype],
-    )
 
 
 def _bytes_in_memory(path: Path | None) -> int:

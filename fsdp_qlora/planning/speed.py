@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.hardware import Device
-from fsdp_qlora.planning.activations import num_offloaded
 from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.memory import num_offloaded
 from fsdp_qlora.planning.sizes import Setting, Sizes
 
 MATMULS = "compute"

@@ -30,7 +30,7 @@ from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import sizes
+from fsdp_qlora.planning.sizes import Sizes
 from fsdp_qlora.training import optim
 
 STEP_PHASES = ("forward", "backward", "optimizer")
@@ -326,7 +326,7 @@ class MemoryTracker:
         self.phases: dict[str, GibByRow] = {}
         self.used_gib: dict[str, float] = {}
         self.shared_gib = 0.0
-        self.files_gib = sizes(plan.info, plan.cfg).file_bytes / GIB
+        self.files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
         self.share = HostShare(process_peak().left_gib, data_bytes / GIB)
         self._device = device

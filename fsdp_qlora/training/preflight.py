@@ -69,9 +69,9 @@ def _check_gpus(plan: RunPlan) -> None:
 
 
 def _check_data(cfg: Config, info: ModelInfo) -> None:
-    from fsdp_qlora.data import prepare, prompts, sources, tokenizer
+    from fsdp_qlora.data import prepare, sources, tokenizer
 
-    if cfg.dataset == sources.DUMMY and not prompts.are_named(cfg):
+    if cfg.dataset == sources.DUMMY and not prepare.has_prompts(cfg):
         return
     path = tokenizer.directory(info)
     if not (path / "tokenizer.json").exists():
@@ -86,7 +86,7 @@ def _check_data(cfg: Config, info: ModelInfo) -> None:
     ready = prepare.prepare_early(cfg, light, info.vocab_size)
     if ready is not None:
         ready.check()
-        prompts.choose(cfg, ready, light)
+        prepare.choose_prompts(cfg, ready, light)
 
 
 def check_room(cfg: Config, info: ModelInfo) -> None:

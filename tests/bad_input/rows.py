@@ -188,6 +188,6 @@ CASES = [
         file("x.jsonl", b"{"),
     ),
     Case("other template than rows", "rows.jsonl:1: has fields", ("--template=alpaca",)),
-    Case("template of other columns", 'no field "answer"', ("--template={answer}",)),
+    Case("template of other columns", "(want answer)", ("--template={answer}",)),
     Case("bad rows and a cache", "is not JSON", ("--token_cache={root}/kept",), line("{")),
 ]

@@ -14,7 +14,7 @@ from fsdp_qlora import arch, bench, config
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.planning import memory
-from fsdp_qlora.planning.sizes import setting_for, sizes
+from fsdp_qlora.planning.sizes import Sizes, setting_for
 
 ROW = "4x64-one_card"
 STORED = [
@@ -185,6 +185,6 @@ def test_the_plan_predicts_a_gpu_of_the_bench(page, row):
     info = arch.read(cfg.model_name, need_weights=False)
     setting = setting_for(info, cfg, row["num_ranks"])
     has_peer = row["p2p"] == "on" and row["num_ranks"] > 1
-    planned = memory.device(sizes(info, cfg), cfg, setting, has_peer=has_peer).peak_gib
+    planned = memory.device(Sizes(info, cfg), cfg, setting, has_peer=has_peer).peak_gib
     measured = row["peaks"]["card"][1]
     assert planned == pytest.approx(measured, rel=0.05), (planned, measured)

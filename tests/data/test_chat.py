@@ -7,9 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from fsdp_qlora.data import row_formats, tokenizer, tokens
-from fsdp_qlora.data.chat import Chat, Refused, Template, Text
-from fsdp_qlora.data.readers import RowPlace
+from fsdp_qlora.data.sources import RowPlace
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
+from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.data import trl_masks
@@ -246,6 +246,14 @@ def test_a_template_sees_what_transformers_gives_it():
     ours = Chat(Template(source, NAMES, "t")).whole(PAIR)
     theirs, _ = render_jinja_template([PAIR], chat_template=source, **NAMES)
     assert ours == theirs[0]
+    source = (
+        "{% for m in messages %}U{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    texts, spans = render_jinja_template(
+        [PAIR], chat_template=source, return_assistant_tokens_mask=True, **NAMES
+    )
+    ours = Template(source, NAMES, "t").render(messages=PAIR)
+    assert ours == (texts[0], tuple(spans[0])) and len(spans[0]) == len(PAIR)
 
 
 @pytest.mark.parametrize("kind", trl_masks.KINDS)

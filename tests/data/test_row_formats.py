@@ -6,9 +6,9 @@ import pytest
 
 from fsdp_qlora import fetch
 from fsdp_qlora.data import row_formats
-from fsdp_qlora.data.chat import Refused
-from fsdp_qlora.data.readers import TextPiece
 from fsdp_qlora.data.row_formats import LABEL_PROMPT
+from fsdp_qlora.data.sources import TextPiece
+from fsdp_qlora.data.tokenizer import Refused
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import conversations
@@ -74,7 +74,7 @@ def test_prompt_and_completion_are_taken_as_they_stand():
 def test_a_guanaco_dialogue_is_learned_from_the_first_answer_on(choose):
     row = {"text": "### Human: Hi.### Assistant: Hello.### Human: Bye.### Assistant: Bye."}
     assert written(choose(), row)[1] == [" Hello.### Human: Bye.### Assistant: Bye."]
-    assert not choose().is_block(row) and choose().is_block({"text": "Once upon"})
+    assert choose().name(row) == "text" and choose().name({"text": "Once upon"}) == "blocks"
 
 
 def test_real_rows_of_every_kind_are_learned_where_they_answer(choose):
@@ -150,7 +150,9 @@ def test_a_format_string_learns_its_last_column(choose):
     assert text == "Description: Cough\nPatient (7): I cough. Doctor: Rest.!"
     assert learned == ["Rest.!"]
     assert written(choose(form, train_on="all"), row)[1] == [text]
-    assert 'no field "Doctor"' in formatter.problem({"Description": "a", "Patient": "b", "age": 1})
+    assert "(want Description+age+Patient+Doctor)" in formatter.problem(
+        {"Description": "a", "age": 1}
+    )
     assert 'field "age" is null' in formatter.problem(row | {"age": None})
     assert "is a list" in formatter.problem([])
 

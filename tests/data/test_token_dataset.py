@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora.data import token_dataset
-from fsdp_qlora.data.readers import RowPlace
+from fsdp_qlora.data.sources import RowPlace
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 
 CODES = [[~5, 6, 7], [~1, ~2, 3], [4], [], [~5, 6, 7]]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import fetch
-from fsdp_qlora.data import readers, row_formats, tokens
-from fsdp_qlora.data.chat import Refused
-from fsdp_qlora.data.readers import BadRow, RowPlace, TextPiece
+from fsdp_qlora.data import row_formats, sources, tokens
+from fsdp_qlora.data.sources import BadRow, RowPlace, TextPiece
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
+from fsdp_qlora.data.tokenizer import Refused
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import conversations
@@ -137,7 +137,7 @@ def test_a_text_file_read_in_pieces_gives_the_tokens_of_the_whole(tmp_path, toke
 
     text = "".join(topics.values()).replace("\r", "")[:200_000]
     (tmp_path / "x.txt").write_text(text, encoding="utf-8")
-    pieces = [row for _, row in readers.read_file(tmp_path / "x.txt")]
+    pieces = [row for _, row in sources.read_file(tmp_path / "x.txt")]
     assert len(pieces) > 2
     found = np.concatenate([sample.input_ids for sample in fill(pieces, tokenizer)])
     (whole,) = tokenizer.encode([text + END], adds_special=False)
@@ -232,11 +232,11 @@ def test_ten_thousand_mutated_rows_give_a_sample_or_one_line_with_their_place(tm
     )
     formatter = row_formats.choose(None, tokenizer.chat(), tokenizer.names)
     good, num_bad = [], 0
-    for number, (place, row) in enumerate(readers.read_file(path), 1):
+    for number, (place, row) in enumerate(sources.read_file(path), 1):
         assert str(place) == f"{path}:{number}"
         fault = row.fault if isinstance(row, BadRow) else formatter.problem(row)
         try:
-            _ = fault or formatter.is_block(row) or formatter.is_ids(row) or formatter.render(row)
+            _ = fault or formatter.name(row) in ("blocks", "tokens") or formatter.render(row)
         except Refused as refusal:
             fault = str(refusal)
         if fault:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch
-from fsdp_qlora.export import beside
+from fsdp_qlora.export import model_files
 from tests import tiny
 from tests.model_files import write_model
 
@@ -35,7 +35,7 @@ def test_a_trained_tokenizer_is_the_bases_files_and_its_template(base: Path, tmp
         full.chat_template = template
         out = tmp_path / str(template is None)
         out.mkdir()
-        beside.write_tokenizer(out, info, full)
+        model_files.write_tokenizer(out, info, full)
         assert files(out) == files(base)
         others = {path.name for path in out.iterdir()} - NAMES
         assert others == ({"chat_template.jinja"} if template else set())
@@ -53,12 +53,12 @@ def test_an_adapter_saved_anew_brings_its_template_or_its_tokens(base: Path, tmp
     full.save_pretrained(tmp_path / "adapter")
     assert "TokenizersBackend" in (tmp_path / "adapter" / "tokenizer_config.json").read_text()
     (tmp_path / "out").mkdir()
-    beside.copy_beside(tmp_path / "out", info, "bf16", tmp_path / "adapter")
+    model_files.copy_beside(tmp_path / "out", info, "bf16", tmp_path / "adapter")
     assert files(tmp_path / "out") == files(base)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     full.add_tokens(["<|tool|>"])
     full.save_pretrained(tmp_path / "more")
     (tmp_path / "larger").mkdir()
-    beside.copy_beside(tmp_path / "larger", info, None, tmp_path / "more")
+    model_files.copy_beside(tmp_path / "larger", info, None, tmp_path / "more")
     assert files(tmp_path / "larger") == files(tmp_path / "more") != files(base)

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from fsdp_qlora import arch, config, record
-from fsdp_qlora.export import card
+from fsdp_qlora.export import hub
 
 RECORD = Path(__file__).parents[1] / "report" / "run"
 CANARIES = {
@@ -38,7 +38,7 @@ def parse(run_dir: Path, *flags: str) -> config.Config:
 
 def write(cfg: config.Config) -> str:
     info = arch.read("llama-2-7b", need_weights=False)
-    return card.write(cfg.resolved_output_dir, cfg, info).read_text()
+    return hub.write_card(cfg.resolved_output_dir, cfg, info).read_text()
 
 
 def value(text: str, name: str) -> str:
@@ -95,7 +95,7 @@ def test_no_planted_secret_comes_through(run_dir: Path, monkeypatch: pytest.Monk
     event = json.loads(first)
     event["lines"] = [f"data      {CANARIES['github']} of {CANARIES['wandb']}, 12 rows"]
     path.write_text("\n".join([json.dumps(event), *rest]) + "\n")
-    raw = card.text(cfg, arch.read("llama-2-7b", need_weights=False), record.read(run_dir))
+    raw = hub.card_text(cfg, arch.read("llama-2-7b", need_weights=False), record.read(run_dir))
     planted = [name for name, secret in CANARIES.items() if secret in raw]
     assert planted == [name for name in CANARIES if name != "hf"]  # the environment is not told
     text = write(cfg)
@@ -107,13 +107,13 @@ def test_no_planted_secret_comes_through(run_dir: Path, monkeypatch: pytest.Monk
 def test_its_header_names_what_the_hub_knows(run_dir: Path):
     """A hub name is the base; a path of this machine is none, and breaks no table."""
     from_hub = parse(run_dir, "--model_name=meta-llama/Llama-2-7b-hf", "--dataset=org/rows:en")
-    header = ModelCard(card.text(from_hub, arch.read("llama-2-7b", False), None)).data
+    header = ModelCard(hub.card_text(from_hub, arch.read("llama-2-7b", False), None)).data
     assert (header.base_model, header.library_name) == ("meta-llama/Llama-2-7b-hf", "peft")
     assert header.datasets == ["org/rows"] and header.tags == ["lora", "fsdp_qlora", "qlora"]
     odd = run_dir / "a|b`c"
     odd.mkdir()
     local = parse(run_dir, f"--model_name={odd}", "--dataset=data/rows.py:load")
-    text = card.text(local, arch.read("llama-2-7b", False), None)
+    text = hub.card_text(local, arch.read("llama-2-7b", False), None)
     assert "base_model" not in text and "datasets" not in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}

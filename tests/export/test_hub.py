@@ -14,7 +14,16 @@ import pytest
 from fsdp_qlora.config import PROJECT_DIR
 
 TOKEN = "hf_" + "x" * 20
-SENT = ("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+WEIGHTS = {  # what each kind of training leaves
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "new layers": ("new_layers.safetensors",),
+    "model": ("config.json", "generation_config.json", "model.safetensors"),
+    "large model": (
+        *("config.json", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    ),
+}
+ALWAYS = ("README.md", "tokenizer.json")
 KEPT = ("run_config.json", "metrics.jsonl", "summary.json", "logs/rank1.log", "wandb/x.wandb")
 PUSH = """
 import sys
@@ -90,11 +99,15 @@ def hub():
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """An output directory as a run leaves it."""
-    for name in (*SENT, *KEPT):
-        path = tmp_path / "run" / name
+    return make_run(tmp_path / "run", "adapter")
+
+
+def make_run(directory: Path, kind: str) -> Path:
+    for name in (*ALWAYS, *WEIGHTS[kind], *KEPT):
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"content of {name}".encode())
-    return tmp_path / "run"
+    return directory
 
 
 def push(run_dir: Path, name: str, endpoint: str, token: str | None = TOKEN) -> str:
@@ -108,9 +121,10 @@ def push(run_dir: Path, name: str, endpoint: str, token: str | None = TOKEN) -> 
     return done.stdout
 
 
-def test_the_hub_gets_the_adapter_in_a_private_place_and_nothing_else(hub, run_dir):
-    assert push(run_dir, "me/new", hub) == f"pushed    {hub}/me/new\n"
-    assert FakeHub.took == {name: f"content of {name}".encode() for name in SENT}
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_hub_gets_what_was_trained_in_a_private_place_and_nothing_else(hub, tmp_path, kind):
+    assert push(make_run(tmp_path / "run", kind), "me/new", hub) == f"pushed    {hub}/me/new\n"
+    assert FakeHub.took == {n: f"content of {n}".encode() for n in (*ALWAYS, *WEIGHTS[kind])}
     made = [json.loads(body) for path, _, body in FakeHub.asked if path == "/api/repos/create"]
     assert [row.get("private") or row.get("visibility") == "private" for row in made] == [True]
     tokens = {token for path, token, _ in FakeHub.asked if "create" in path or "commit" in path}
@@ -120,15 +134,13 @@ def test_the_hub_gets_the_adapter_in_a_private_place_and_nothing_else(hub, run_d
 @pytest.mark.parametrize(
     ("name", "token", "words"),
     [
-        ("you/new", TOKEN, "3 --push_to_hub you/new: the hub refuses the token; the adapter is in"),
+        ("you/new", TOKEN, "3 --push_to_hub you/new: the hub refuses the token; it is in"),
         ("me/new", None, "3 --push_to_hub me/new: there is no token of the hub; run hf auth login"),
         ("new", TOKEN, "2 --push_to_hub new: names no owner; give OWNER/NAME"),
         ("a b/new", TOKEN, "2 --push_to_hub a b/new: is no name of a repository; give OWNER/NAME"),
     ],
 )
-def test_what_cannot_be_sent_is_one_line_that_says_where_the_adapter_is(
-    hub, run_dir, name, token, words
-):
+def test_what_cannot_be_sent_is_one_line_that_says_where_it_is(hub, run_dir, name, token, words):
     said = push(run_dir, name, hub, token)
     assert said.startswith(words) and said.count("\n") == 1 and TOKEN not in said
     assert FakeHub.took == {}

@@ -54,7 +54,7 @@ def test_an_adapter_of_two_ranks_merges_as_it_was_trained(tmp_path: Path):
         found = merged(torch.arange(12).view(1, -1)).logits[0, -1]
     torch.testing.assert_close(found, torch.tensor(trained), rtol=1e-3, atol=1e-4)
     anew = merge(taken, tmp_path / "anew", "--quant_cache=off")
-    assert anew["packed_bytes"] == "quantised anew"
+    assert anew["packed_bytes"] == "quantized anew"
     if tiny.DEVICE == "cpu":  # where the same kernels quantised
         files = [tmp_path / name / "model.safetensors" for name in ("kept", "anew")]
         assert files[0].read_bytes() == files[1].read_bytes()

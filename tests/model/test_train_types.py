@@ -15,7 +15,7 @@ from fsdp_qlora import run as train_run
 from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.export import merge
-from fsdp_qlora.export.expand import main as expand_main
+from fsdp_qlora.export.new_base import expand as expand_main
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.planning import fit

@@ -6,9 +6,9 @@ import pytest
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.hardware import GIB
-from fsdp_qlora.planning import activations, memory, rows
+from fsdp_qlora.planning import memory, rows
 from fsdp_qlora.planning.rows import Table
-from fsdp_qlora.planning.sizes import Setting, Sizes, place, quantized_bytes, setting_of, sizes
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, quantized_bytes, setting_of
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
@@ -38,7 +38,7 @@ def plan(
     info = arch.read(cfg.model_name, need_weights=False)
     own = setting_of(cfg, info.num_layers, 2)
     own = dataclasses.replace(own, placements=(placement,) * info.num_layers, **changes)
-    return sizes(info, cfg), cfg, dataclasses.replace(own, levels=levels or own.levels)
+    return Sizes(info, cfg), cfg, dataclasses.replace(own, levels=levels or own.levels)
 
 
 def on_gpu(*args, **changes) -> Table:
@@ -87,8 +87,8 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
     found, cfg, setting = plan("7B 1x512", placement)
     off = dataclasses.replace(cfg, cuda_graphs="off")
     without = memory.device(found, off, setting, has_peer=True)
-    assert activations.uses_graphs(found, cfg, setting, "cuda")
-    assert not activations.uses_graphs(found, off, setting, "cuda")
+    assert memory.uses_graphs(found, cfg, setting, "cuda")
+    assert not memory.uses_graphs(found, off, setting, "cuda")
     layer_gib = (found.quantized + found.constants) / GIB
     inputs_gib = table.gib("save", rows.LAYER) - without.gib("save", rows.LAYER)
     assert layer_gib < inputs_gib < 1.3 * layer_gib
@@ -102,17 +102,15 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     """Long batches, dropout, rows of several lengths laid one after the other, a CPU."""
     found, cfg, setting = plan("7B 1x512", "sharded")
     large = dataclasses.replace(setting, batch_size=5)
-    assert activations.uses_graphs(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
-    assert not activations.uses_graphs(found, cfg, large, "cuda")
-    assert not activations.uses_graphs(found, cfg, setting, "cpu")
+    assert memory.uses_graphs(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
+    assert not memory.uses_graphs(found, cfg, large, "cuda")
+    assert not memory.uses_graphs(found, cfg, setting, "cpu")
     for change in ({"lora_dropout": 0.1}, {"packing": "on"}, {"reentrant_checkpointing": True}):
-        assert not activations.uses_graphs(
-            found, dataclasses.replace(cfg, **change), setting, "cuda"
-        )
+        assert not memory.uses_graphs(found, dataclasses.replace(cfg, **change), setting, "cuda")
     rows_of_users = dataclasses.replace(cfg, dataset="rows.jsonl")
     two = dataclasses.replace(setting, batch_size=2)
-    assert not activations.uses_graphs(found, rows_of_users, two, "cuda")
-    assert activations.uses_graphs(found, rows_of_users, setting, "cuda")
+    assert not memory.uses_graphs(found, rows_of_users, two, "cuda")
+    assert memory.uses_graphs(found, rows_of_users, setting, "cuda")
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():
@@ -129,7 +127,7 @@ def test_the_load_of_a_16_bit_checkpoint_stays_within_what_was_measured():
     """recipes/llama-2-70b.md: Yi-34B, default adapter: 1.90 GiB reserved, 21.8 GiB of host."""
     cfg = config.parse(["--model_name=yi-34b", "--batch_size=2", "--offload_impl=fsdp"])
     info = arch.read("yi-34b", need_weights=False)
-    found, setting = sizes(info, cfg), setting_of(cfg, info.num_layers, 2)
+    found, setting = Sizes(info, cfg), setting_of(cfg, info.num_layers, 2)
     table = memory.device(found, cfg, setting, has_peer=True)
     assert near(table.total_gib("load", rows.CONTEXT), 1.90)
     assert near(memory.host(found, cfg, setting).total_gib("load"), 21.8)
@@ -146,7 +144,7 @@ def test_the_load_of_a_16_bit_checkpoint_stays_within_what_was_measured():
 def test_host_memory_is_what_was_measured(run, placement, files_gib, load_gib, peak_gib):
     """Within 5 percent, operating system included."""
     found, cfg, setting = plan(run, placement)
-    found = dataclasses.replace(found, file_bytes=round(files_gib * GIB))
+    found.file_bytes = round(files_gib * GIB)
     table = memory.host(found, cfg, setting)
     assert near(table.peak_gib, peak_gib), table.peak_gib
     assert load_gib is None or near(table.total_gib("load"), load_gib)
@@ -166,7 +164,7 @@ def test_cpu_ranks_need_what_was_measured():
     argv += ["--context_length=256", "--batch_size=4", "--lora_dropout=0"]
     cfg = config.parse([*argv, "--use_cpu_offload=false", "--use_gradient_checkpointing=false"])
     info = arch.read(cfg.model_name, need_weights=False)
-    table = memory.host(sizes(info, cfg), cfg, setting_of(cfg, 30, 2), "cpu")
+    table = memory.host(Sizes(info, cfg), cfg, setting_of(cfg, 30, 2), "cpu")
     more_gib = 2 * hardware.has_gpu_build() * memory.CUDA_BUILD_BYTES / GIB
     assert near(table.peak_gib, 3.69 + more_gib, 0.15), table.peak_gib
 
@@ -217,7 +215,7 @@ def test_levels_keep_what_their_formulas_say():
     none = selective + 2 * tokens * hidden * 2 + tokens * inner * 2  # norms, activation product
     none += tokens * 7 * 16 * 2  # x A of seven adapters
     for level, nbytes in {"full": full, "selective": selective, "none": none}.items():
-        kept = activations.kept_bytes(found, cfg, tokens, level)
+        kept = memory.kept_bytes(found, cfg, tokens, level)
         assert sum(item.nbytes for item in kept) == nbytes, level
 
 
@@ -227,14 +225,16 @@ def test_dropout_and_unfused_kernels_cost_extra():
 
     def kept(found=found, **changes) -> float:
         changed = dataclasses.replace(cfg, **changes)
-        terms = activations.kept_bytes(found, changed, 1000, "none")
+        terms = memory.kept_bytes(found, changed, 1000, "none")
         return sum(item.nbytes for item in terms)
 
     dropped = 1000 * (6 * 4096 + 11_008) * 3
     assert kept(lora_dropout=0.1) - kept() == dropped - 1000 * (2 * 4096 + 11_008) * 2
     assert kept(liger="off") - kept() == 1000 * (2 * 4096 * 2 + 11_008 * 2)
     scores = 1000 * 2048 * 32 * 6
-    assert kept(dataclasses.replace(found, is_eager=True)) - kept() == scores
+    eager, *_ = plan("7B 4x2048", "sharded")
+    eager.is_eager = True
+    assert kept(eager) - kept() == scores
 
 
 def test_placements_move_bytes_between_gpu_and_host():

@@ -8,7 +8,7 @@ import pytest
 from fsdp_qlora import arch, config
 from fsdp_qlora.hardware import GPUS, Device
 from fsdp_qlora.planning import speed
-from fsdp_qlora.planning.sizes import Setting, setting_of, sizes
+from fsdp_qlora.planning.sizes import Setting, Sizes, setting_of
 from tests.planning.test_memory import plan
 
 H200 = GPUS["H200"]
@@ -55,7 +55,7 @@ def test_short_rows_wait_for_launches_and_slow_links_for_copies():
     """facts.md: 7B, 1 x 512: 0.41 to 0.435 s, a fifth of it GPU work."""
     cfg = config.parse(["--model_name=llama-2-7b", "--lora_rank=16", "--use_cpu_offload=false"])
     info = arch.read("llama-2-7b", need_weights=False)
-    own, found = setting_of(cfg, 32, 2), sizes(info, cfg)
+    own, found = setting_of(cfg, 32, 2), Sizes(info, cfg)
     guess = speed.estimate(found, cfg, own, [H200] * 2)
     assert guess.bound == speed.LAUNCHES
     assert abs(guess.step_s / 0.42 - 1) < 0.2

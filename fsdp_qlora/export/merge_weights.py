@@ -1,38 +1,255 @@
-"""The merge check: how far the merged model is from base + adapter, by logits on the same rows.
+"""The arithmetic of `merge`: base weights as training saw them, the sum, and the merge check.
 
-Both are computed in float32 from their weights as they are, so that nothing but the weights
-differs. A module's weights are read when it runs and dropped when it has run: a model of any size
-is compared in the memory of its largest tensor and of the logits.
+The check says how far the merged model is from base + adapter, by logits on the same rows. Both are
+computed in float32 from their weights as they are, so that nothing but the weights differs. A
+module's weights are read when it runs and dropped when it has run: a model of any size is compared
+in the memory of its largest tensor and of the logits.
 
-Shape letters: B rows, T tokens, N tokens of all rows, V vocabulary, I in features, R LoRA rank.
+Shape letters: B rows, T tokens, N tokens of all rows, V vocabulary, I in features, O out features,
+R LoRA rank.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fsdp_qlora import hardware
+from fsdp_qlora import atomic, hardware
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.arch.info import expert_matrices, stored_name
 from fsdp_qlora.config import Config, check_own_code
 from fsdp_qlora.data import prepare, sources, tokenizer
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Adapter, Pair, run_config
-from fsdp_qlora.export.base import Reader, TrainedBase, load, load_pair, read_from
 from fsdp_qlora.export.merge import MergeOptions
+from fsdp_qlora.export.model_files import DTYPES as DTYPE_NAMES
+from fsdp_qlora.export.model_files import GIB, linear_names
+from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.load import QuantizedCache, key
+from fsdp_qlora.model.quantize import FORMATS, Fields
+from fsdp_qlora.model.weights import DTYPES, Weights, read_file
 
-GIB = 2**30
+Reader = Callable[[str], torch.Tensor]
 CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4
 SEED = 0  # of random tokens
+
+
+class TrainedBase:
+    """Makes of a weight in the files what training computes with.
+
+    Attributes:
+        format_name: row of FORMATS that linears go through; None leaves every weight as stored.
+        dtype: what they are dequantized to, and what all others are rounded to.
+        cached: the quantized layers that training itself wrote, where they are still there.
+        note: where the quantized bytes come from, in words.
+    """
+
+    def __init__(
+        self, info: ModelInfo, format_name: str | None, dtype: torch.dtype, quant_cache: str
+    ) -> None:
+        """Look for the quantized layers of the model.
+
+        Args:
+            info: the base.
+            format_name, dtype: see the class.
+            quant_cache: auto, off or a directory, see train.py.
+        """
+        self.format_name, self.dtype = format_name, dtype
+        self._linears = linear_names(info)
+        self._order = {linear.name: index for index, linear in enumerate(info.linears)}
+        self._prefix = f"{info.layers_prefix}."
+        self.cached: QuantizedCache | None = None
+        self.note = "quantized anew"
+        self._layer = -1
+        self._store: LayerStore | None = None
+        if format_name is not None:
+            shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
+            self._layout = build_layout(shapes, format_name)
+            self.cached = find_cached(info, self._layout, quant_cache)
+            self.note = f"from {self.cached.directory}" if self.cached else self.note
+        self._stored = Weights(info) if info.quantized else None
+        if self._stored is not None and format_name != info.stored_format:
+            rule = f"is stored as {info.stored_format}, not {format_name or 'in 16 bit'}"
+            raise UserError(str(info.path), rule, "use --base auto, or take the 16-bit original")
+
+    def needs(self, name: str) -> bool:
+        """Whether the weight in the files is needed to make what training saw of it."""
+        return name not in self._linears or (self.cached is None and self._stored is None)
+
+    def __call__(
+        self, name: str, weight: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
+        """Round a weight as training did.
+
+        Args:
+            name: in the files.
+            weight: as stored; None where it is not needed. Where it lies it is quantized (the
+                GPU's kernels are the ones that training on GPUs used).
+            device: of the result.
+
+        Returns:
+            The weight, in `dtype`; untouched without a format.
+
+        Raises:
+            UserError: a cached layer is damaged (code 5).
+        """
+        if weight is None and self._stored is not None:
+            packed = self._stored.read_quantized([name], device)
+            assert packed is not None
+            return self._dequantized(next(packed), self._stored.info.tensors[name].shape, device)
+        if weight is None:
+            return self._from_cache(name, device)
+        if self.format_name is None:
+            return weight
+        if name not in self._linears:
+            return weight.to(self.dtype)
+        fields = FORMATS[self.format_name].quantize(weight)
+        return self._dequantized(fields, weight.shape, weight.device)
+
+    def _dequantized(
+        self, fields: Fields, shape: Sequence[int], device: torch.device
+    ) -> torch.Tensor:
+        layout = build_layout([(shape[0], shape[1])], str(self.format_name))
+        flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        store_linear(flat, layout, 0, fields)
+        return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
+
+    def _from_cache(self, name: str, device: torch.device) -> torch.Tensor:
+        number, _, rest = name.removeprefix(self._prefix).partition(".")
+        if self._store is None or self._layer != int(number):
+            assert self.cached is not None
+            (packed,) = self.cached.read_layers([int(number)])
+            flat = packed.to(device)
+            self._layer = int(number)
+            self._store = LayerStore(lambda: flat, self._layout, LayerCache())
+        return self._store.weight(self._order[rest.removesuffix(".weight")], self.dtype)
+
+
+def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> QuantizedCache | None:
+    """Find the quantized layers that a training run has left on this machine.
+
+    Args:
+        info: the base.
+        layout: of a layer.
+        quant_cache: auto, off or a directory, see train.py.
+
+    Returns:
+        The layers, verified as they are read; None when they are not there.
+
+    Raises:
+        UserError: what is there does not describe this model (code 5).
+    """
+    if quant_cache == "off" or layout.format_name == "bf16":
+        return None
+    usual = str(atomic.cache_dir())
+    root = Path(usual if quant_cache == "auto" else quant_cache).expanduser()
+    directory = root / key(info, layout)
+    if not (directory / "manifest.json").exists():
+        return None
+    digests = read_json(directory / "manifest.json").get("sha256", [])
+    if len(digests) != info.num_layers:
+        rule = f"holds {len(digests)} layers, the model has {info.num_layers}"
+        raise UserError(str(directory), rule, "delete it, or use --quant_cache off", INTEGRITY)
+    return QuantizedCache(directory, "", layout.nbytes, True, dict(enumerate(digests)))
+
+
+def read_from(
+    info: ModelInfo,
+    device: torch.device,
+    rounding: TrainedBase | None = None,
+    replaced: Mapping[str, TensorRef] = MappingProxyType({}),
+) -> Reader:
+    """Make a function that reads a weight by name.
+
+    Args:
+        info: with the places of its tensors.
+        device: where they go.
+        rounding: what becomes of them; None leaves them as stored.
+        replaced: by name, what is read in place of them.
+
+    Returns:
+        Name -> weight.
+    """
+    source = Weights(info)
+
+    def read(name: str) -> torch.Tensor:
+        if name in replaced:
+            return load(replaced[name], device)
+        if rounding is not None and not rounding.needs(name):
+            return rounding(name, None, device)
+        (weight,) = source.read_ahead([name], device)
+        return weight if rounding is None else rounding(name, weight, device)
+
+    return read
+
+
+def add_pair(weight_OI: torch.Tensor, pair: Pair, device: torch.device) -> torch.Tensor:
+    """Add LoRA matrices to a weight; of DoRA, give its rows their lengths then.
+
+    Args:
+        weight_OI: of the base.
+        pair: of this linear.
+        device: where it is computed.
+
+    Returns:
+        The sum, float32.
+    """
+    a_RI, b_OR = load(pair.a, device), load(pair.b, device)
+    weight_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=pair.scale)
+    if pair.magnitude is not None:
+        weight_OI *= (load(pair.magnitude, device) / weight_OI.norm(dim=1)).unsqueeze(1)
+    return weight_OI
+
+
+def load(ref: TensorRef, device: torch.device) -> torch.Tensor:
+    """Read a tensor, float32."""
+    raw = read_file(ref.file, ref.start, ref.nbytes)
+    return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)
+
+
+def merged(
+    info: ModelInfo, adapter: Adapter, added_to: TrainedBase, dtype: str, device: torch.device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of base + adapter; a few are held at once.
+
+    Args:
+        info: the base.
+        adapter: added to it.
+        added_to: gives the base's weights.
+        dtype: bf16, fp16 or fp32, of the results.
+        device: where it is computed.
+
+    Yields:
+        Name and tensor, in the order of the base's files.
+
+    Raises:
+        UserError: a result is not finite (code 5).
+    """
+    kept = [name for name in info.tensors if name not in adapter.replaced]
+    read = Weights(info).read_ahead(list(filter(added_to.needs, kept)), device)
+    for name in info.tensors:
+        if name in adapter.replaced:
+            weight = load(adapter.replaced[name], device)
+        else:
+            weight = added_to(name, next(read) if added_to.needs(name) else None, device)
+        pair = adapter.pairs.get(name.removesuffix(".weight"))
+        if pair is not None:
+            weight = add_pair(weight, pair, device)
+        result = weight.to(getattr(torch, DTYPE_NAMES[dtype]))
+        if not result.sum(dtype=torch.float32).isfinite():
+            remedy = "use --dtype bf16" if dtype == "fp16" else "check base and adapter"
+            raise UserError(name, f"is not finite in {result.dtype}", remedy, INTEGRITY)
+        yield name, result
 
 
 @dataclass(frozen=True)
@@ -50,7 +267,7 @@ class Rows:
     is_text: bool
 
 
-def run(
+def check(
     options: MergeOptions,
     adapter: Adapter,
     info: ModelInfo,
@@ -131,7 +348,7 @@ def logits(
         module._buffers.update({k: b.to(device) for k, b in module._buffers.items()})
         if name in pairs:
             module.register_forward_hook(partial(_add_product, pairs[name]))
-        own = {key: f"{name}.{key}" for key, p in module._parameters.items() if p is not None}
+        own = {part: f"{name}.{part}" for part, p in module._parameters.items() if p is not None}
         if info.is_tied and own.get("weight") == "lm_head.weight":
             own["weight"] = f"{embedded}.weight"
         if own:
@@ -167,18 +384,18 @@ def _read(info: ModelInfo, read: Reader, name: str) -> torch.Tensor:
 
 
 def _bring(own: dict[str, str], read: Reader, module: nn.Module, args: tuple) -> None:
-    for key, name in own.items():
-        module._parameters[key] = nn.Parameter(read(name).float(), requires_grad=False)
+    for part, name in own.items():
+        module._parameters[part] = nn.Parameter(read(name).float(), requires_grad=False)
 
 
 def _drop(module: nn.Module, args: tuple, output: Any) -> None:
-    for key, param in module._parameters.items():
+    for part, param in module._parameters.items():
         if param is not None:
-            module._parameters[key] = nn.Parameter(param.to("meta"), requires_grad=False)
+            module._parameters[part] = nn.Parameter(param.to("meta"), requires_grad=False)
 
 
 def _add_product(pair: Pair, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    a_RI, b_OR = load_pair(pair, output.device)
+    a_RI, b_OR = load(pair.a, output.device), load(pair.b, output.device)
     output = output + pair.scale * (args[0] @ a_RI.t() @ b_OR.t())
     if pair.magnitude is None:
         return output

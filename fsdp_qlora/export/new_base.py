@@ -1,7 +1,11 @@
-"""The command `expand`: new layers that change nothing until they are trained, and new tokens.
+"""The commands `quantize` and `expand`: a model made into another base, tensor by tensor.
 
-Block expansion: behind each group of layers stands a copy of its last one whose projections into
-the residual stream are zero, so that it hands on what it gets. Training moves the copies alone.
+`quantize` writes a 4-bit model in the bytes that transformers would save itself. `expand` writes
+new layers that change nothing until they are trained, and new tokens. Block expansion: behind each
+group of layers stands a copy of its last one whose projections into the residual stream are zero,
+so that it hands on what it gets. Training moves the copies alone.
+
+Options are checked before torch is there; the host holds no more than a few tensors at once.
 
 Source: LLaMA Pro, arXiv 2401.02415, section 3.2.
 """
@@ -17,21 +21,144 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.trained import NEW_LAYERS, new_layers
 from fsdp_qlora.cli import flag
 from fsdp_qlora.errors import DONE, UserError
-from fsdp_qlora.export.beside import SHARD_HELP, copy_beside, write_tokens
-from fsdp_qlora.export.merge import GIB
+from fsdp_qlora.export.model_files import (
+    DEVICES,
+    DTYPES,
+    GIB,
+    ITEM_BYTES,
+    SHARD_HELP,
+    choose_device,
+    copy_beside,
+    describe_written,
+    linear_names,
+    write_tokens,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     import torch
 
+# What stands beside a quantized weight; the last has the code and block size in its name.
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
+QUANTIZED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
 # What writes into the residual stream, by its name in Llama, GPT-NeoX, GPT-2, Mixtral and kin.
 INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"}
 MULTIPLE = 8  # of embedding rows: tensor cores want it
-USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
+QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out DIR [--option ...]
+
+Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
+Tensor by tensor: the host holds no more than a few of them."""
+EXPAND_USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
 
 Writes the model with new layers between its own, which change nothing until they are trained: by
 train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR. With --add_tokens, its
 tokenizer and embeddings get new tokens, to be trained with --modules_to_save embed_tokens,lm_head.
 Tensor by tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions:
+    """Options of `quantize`."""
+
+    model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
+    out: str | None = flag(None, "quantize", "directory to be made")
+    quant_type: str = flag("nf4", "quantize", "4-bit code", ("nf4", "fp4"))
+    double_quant: bool = flag(True, "quantize", "quantize the block scales too")
+    dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", tuple(DTYPES))
+    max_shard_gib: float = flag(5.0, "quantize", SHARD_HELP, rule="> 0")
+    device: str = flag("auto", "quantize", "where it is computed", DEVICES)
+
+
+def quantize(argv: list[str]) -> int:
+    """Write a 4-bit model.
+
+    Args:
+        argv: see QUANTIZE_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
+    """
+    options = cli.parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
+    info = arch.read(str(options.model_name), need_weights=True)
+    if info.stored_format:
+        rule = f"is quantized already, as {info.stored_format}"
+        raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
+    num_linear = arch.num_linear_params(info)
+    num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
+    item_bytes = ITEM_BYTES.get(str(options.dtype), 4)
+    need_bytes = round(num_linear * QUANTIZED_BYTES) + num_others * item_bytes
+    atomic.check(Path(str(options.out)), need_bytes)
+    _quantize(options, info, need_bytes)
+    return DONE
+
+
+def _quantize(options: QuantizeOptions, info: ModelInfo, need_bytes: int) -> None:
+    """Quantize a model and print what was done."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from fsdp_qlora.model import weights
+
+    device = choose_device(options.device)
+    names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
+    stored = {info.tensors[name].dtype for name in linear_names(info)}  # there is one
+    dtype = getattr(torch, DTYPES[options.dtype]) if options.dtype else weights.DTYPES[stored.pop()]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quant_type,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    ).to_dict()
+    out, max_bytes = Path(str(options.out)), round(options.max_shard_gib * GIB)
+    with atomic.new_directory(out, need_bytes) as draft:
+        written = write_weights(draft, names, quantized(options, info, device), max_bytes)
+        copy_beside(draft, info, options.dtype, quantization_config=settings)
+    stored_gib = sum(ref.nbytes for ref in info.tensors.values()) / GIB
+    kind = options.quant_type + (" with double quantization" if options.double_quant else "")
+    print(f"{describe_written(out, written)}; {kind}, from {stored_gib:.2f} GiB")
+    print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
+
+
+def quantized(
+    options: QuantizeOptions, info: ModelInfo, device: "torch.device"
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """Yield the tensors of the 4-bit model; a few are held at once.
+
+    Args:
+        options: quant_type, double_quant, dtype.
+        info: the 16-bit model.
+        device: where it is computed.
+
+    Yields:
+        Name and tensor: of a quantized weight its codes, uint8 [weights / 2, 1], then its
+        constants as bitsandbytes names them.
+    """
+    import torch
+
+    from fsdp_qlora.model.quantize import GROUP_SIZE, import_bitsandbytes
+    from fsdp_qlora.model.weights import Weights
+
+    linears, names = linear_names(info), list(info.tensors)
+    bnb = import_bitsandbytes()
+    for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
+        dtype = stored.dtype if options.dtype is None else getattr(torch, DTYPES[options.dtype])
+        weight = stored.to(dtype)
+        if name not in linears:
+            yield name, weight
+            continue
+        codes, state = bnb.quantize_4bit(
+            weight,
+            blocksize=GROUP_SIZE,
+            quant_type=options.quant_type,
+            compress_statistics=options.double_quant,
+            quant_storage=torch.uint8,
+        )
+        yield name, codes
+        for part, tensor in state.as_dict(packed=True).items():
+            yield f"{name}.{part}", tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +206,11 @@ class Vocabulary:
         return rows
 
 
-def main(argv: list[str]) -> int:
+def expand(argv: list[str]) -> int:
     """Write a block-expanded model.
 
     Args:
-        argv: see USAGE.
+        argv: see EXPAND_USAGE.
 
     Returns:
         Exit code.
@@ -92,7 +219,7 @@ def main(argv: list[str]) -> int:
         UserError: a wrong option, no such model (codes 2, 3, 5), what writes into the residual
             stream is not known by name (code 2), a full disk (code 3).
     """
-    options = cli.parse(argv, ExpandOptions, USAGE, ("model_name",))
+    options = cli.parse(argv, ExpandOptions, EXPAND_USAGE, ("model_name",))
     info = arch.read(str(options.model_name), need_weights=True)
     rate = options.expansion_rate
     if rate is None:
@@ -109,14 +236,14 @@ def main(argv: list[str]) -> int:
     nbytes = sum(ref.nbytes for ref in info.tensors.values())
     need_bytes = round(nbytes * (1 + num_new / info.num_layers))
     atomic.check(out, need_bytes)
-    _run(options, info, num_new, out, need_bytes)
+    _expand(options, info, num_new, out, need_bytes)
     return DONE
 
 
-def _run(options: ExpandOptions, info: ModelInfo, num_new: int, out: Path, need_bytes: int) -> None:
+def _expand(
+    options: ExpandOptions, info: ModelInfo, num_new: int, out: Path, need_bytes: int
+) -> None:
     """Expand a model, tensor by tensor, and print what was done."""
-    from fsdp_qlora.export.shards import Shards
-
     added = new_layers(info.num_layers, num_new) if num_new else ()
     vocabulary = add_tokens(info, options.add_tokens) if options.add_tokens else None
     zeroed = {name for name, *_ in _sources(info, added) if INTO_RESIDUAL & set(name.split("."))}
@@ -125,9 +252,8 @@ def _run(options: ExpandOptions, info: ModelInfo, num_new: int, out: Path, need_
         raise UserError(f"{info.path}: {info.model_type}", rule, "expand a Llama-like model")
     with atomic.new_directory(out, need_bytes) as draft:
         names = [name for _, name, _ in _sources(info, added)]
-        with Shards(draft, names, round(options.max_shard_gib * GIB)) as shards:
-            for name, tensor in _tensors(info, added, vocabulary):
-                shards.add(name, tensor)
+        tensors, max_bytes = _tensors(info, added, vocabulary), round(options.max_shard_gib * GIB)
+        write_weights(draft, names, tensors, max_bytes)
         changes = _changes(info, added)
         if vocabulary is not None:
             changes["vocab_size"] = vocabulary.num_rows
