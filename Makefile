@@ -20,6 +20,7 @@ BIN := $(VENV)/bin
 PINS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(PINS)
 ARGS ?=
+KERNEL_TESTS := tests/model/test_hqq.py tests/model/test_bnb_kernel.py
 JOBS ?= $(if $(HAS_CARD),0,2)
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -54,15 +55,19 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@touch $@
 
 test: venv
-	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore=tests/system $(ARGS)
 
+# Triton lies beside the environment: what else is tested must not depend on it.
 test-system: venv
+	@$(PIP) --target $(VENV)/triton --upgrade --no-deps triton
+	@PYTHONPATH=$(VENV)/triton REQUIRE_TRITON=1 $(BIN)/python -m pytest -n 0 $(KERNEL_TESTS) $(ARGS)
 	@$(BIN)/python -m pytest -n 0 tests/system $(ARGS)
 
 check: venv
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy fsdp_qlora
+	@$(BIN)/mypy --strict --follow-imports silent fsdp_qlora/__init__.py fsdp_qlora/api.py
 
 lint: venv
 	@$(BIN)/ruff check --fix .

@@ -13,6 +13,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, UserError
 
 Event = dict[str, Any]  # a line of metrics.jsonl
+Callback = Callable[[Event], Any]
 
 
 class TrainError(RuntimeError):
@@ -49,7 +50,7 @@ class TrainResult:
 class _Follower:
     """Reads metrics.jsonl as it grows, and calls back."""
 
-    def __init__(self, path: Path, on_step: Callable | None, on_eval: Callable | None) -> None:
+    def __init__(self, path: Path, on_step: Callback | None, on_eval: Callback | None) -> None:
         self._path, self._on_step, self._on_eval = path, on_step, on_eval
         self._offset, self._rest = 0, b""
         self.steps: list[Event] = []
@@ -102,8 +103,8 @@ def plan(config: TrainConfig) -> Any:
 def train(
     config: TrainConfig,
     dataset: Iterable[Mapping[str, Any]] | None = None,
-    on_step: Callable[[Event], Any] | None = None,
-    on_eval: Callable[[Event], Any] | None = None,
+    on_step: Callback | None = None,
+    on_eval: Callback | None = None,
 ) -> TrainResult:
     """Fine-tune a model, as the command `train` does.
 

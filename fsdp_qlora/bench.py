@@ -35,13 +35,13 @@ from fsdp_qlora import arch, atomic
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
-from fsdp_qlora.hardware import count_gpus, find_gpus
+from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.record import NUM_WARMUP_STEPS
 from fsdp_qlora.report.charts import Bar, Bars, draw_bars
 
-GIB = 2**30
 POLL_S, GRACE_S = 0.1, 15.0
-NUM_WARMUP_STEPS, MIN_STEPS = 3, 8
+MIN_STEPS = 8
 LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed
 FAULT = re.compile(rf"(\[rank\d+\]: ?)?(?!{LAUNCHER})([\w.]*(Error|Exception)|error): ")
 COMMON = (
@@ -69,7 +69,7 @@ collectives, and how far it is from the plan. Host: what the run added at its pe
 of all programs, and how far it is from the plan. To be beaten at 7B, batch 4: 22 GB a GPU without
 FSDP, 7 GB a GPU and 18 GB host with FSDP and offload."""
 SMALL = "small"
-Row = dict[str, Any]
+BenchRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def used_gib() -> float:
     return (host.total - host.available) / GIB
 
 
-def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: float) -> Row:
+def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: float) -> BenchRow:
     """Run a program to its end; end it when its time is over or this process is stopped.
 
     Args:
@@ -219,7 +219,7 @@ def last_error(log: Path) -> str:
     return one_line([*lines, *faults][-1])[:200] if lines else "it printed nothing"
 
 
-def read_run(run_dir: Path) -> Row:
+def read_run(run_dir: Path) -> BenchRow:
     """Read the record of a run of train.py.
 
     Args:
@@ -282,7 +282,7 @@ def commit() -> str:
     return "unknown"
 
 
-def measure(args: argparse.Namespace, case: Case) -> Row:
+def measure(args: argparse.Namespace, case: Case) -> BenchRow:
     """Run a row.
 
     Args:
@@ -294,7 +294,7 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
     """
     place, out = PLACES[case.place], args.out / "runs" / f"{case.name}-{time.time():.0f}"
     num_ranks = min(args.world_size, place.max_ranks)
-    row: Row = {"name": case.name, "what": place.what, **asdict(case), "num_ranks": num_ranks}
+    row: BenchRow = {"name": case.name, "what": place.what, **asdict(case), "num_ranks": num_ranks}
     row |= {"weights": args.weights, "p2p": args.p2p, "num_steps": args.steps, "command": ""}
     row |= {"date": str(datetime.date.today()), "commit": commit(), "where": args.where}
     if num_ranks < place.min_ranks:
@@ -313,7 +313,7 @@ def measure(args: argparse.Namespace, case: Case) -> Row:
         return {**row, "reason": f"its record cannot be read: {error!r} (log: {row['log']})"}
 
 
-def moved(old: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+def moved(old: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[str]:
     """List what is not as it was.
 
     Args:
@@ -334,7 +334,7 @@ def moved(old: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _moves(old: Row, row: Row) -> list[str]:
+def _moves(old: BenchRow, row: BenchRow) -> list[str]:
     others = [key for key in CONDITIONS if row[key] != old[key]]
     changes = {key: row[key] / old[key] - 1 if old[key] > 0 else 0.0 for key in FIGURES}
     return [f"not compared: {key} {old[key]}, now {row[key]}" for key in others] or [
@@ -344,7 +344,7 @@ def _moves(old: Row, row: Row) -> list[str]:
     ]
 
 
-def markdown(bench: Row, picture_name: str) -> str:
+def markdown(bench: BenchRow, picture_name: str) -> str:
     """Return the page: where, the table, what moved, each row beside its plan, the command lines.
 
     Args:
@@ -379,7 +379,7 @@ def markdown(bench: Row, picture_name: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: BenchRow) -> list[str]:
     head = [f"{row['name']}: {PLACES[row['place']].what}", str(row["num_ranks"])]
     when = f"{row['date']} {row['commit']}"
     if row["state"] != "measured":
@@ -398,7 +398,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def picture(bench: Row) -> str:
+def picture(bench: BenchRow) -> str:
     """Return the rows as bars (memory of a GPU and of the host, speed), an SVG document.
 
     Args:
@@ -411,7 +411,7 @@ def picture(bench: Row) -> str:
     return draw_bars(bench["title"], lines, groups)
 
 
-def _bar(row: Row, key: str) -> Bar:
+def _bar(row: BenchRow, key: str) -> Bar:
     if row["state"] != "measured":
         return Bar(row["name"], RED, None, row["state"])
     colour, value = GREY if row["place"] == "fit" else GREEN, max(row[key], 0.0)
@@ -421,7 +421,7 @@ def _bar(row: Row, key: str) -> Bar:
     return Bar(row["name"], colour, value, f"{value:,.0f}", (slowest, fastest))
 
 
-def write(stem: Path, bench: Row) -> None:
+def write(stem: Path, bench: BenchRow) -> None:
     """Write the JSON file, the page and the bars, each whole or not at all.
 
     Args:
@@ -433,7 +433,7 @@ def write(stem: Path, bench: Row) -> None:
     atomic.write(stem.with_suffix(".md"), markdown(bench, f"{stem.name}.svg"))
 
 
-def _facts(args: argparse.Namespace, rows: list[Row], old: list[Row]) -> Row:
+def _facts(args: argparse.Namespace, rows: list[BenchRow], old: list[BenchRow]) -> BenchRow:
     """What the JSON file holds."""
     title, _, cases = KINDS[args.kind]
     order = [case.name for case in cases]
@@ -486,7 +486,7 @@ def main(argv: list[str]) -> int:
     return DONE if states <= {"measured", "left out"} else RUN_FAILED
 
 
-def _stored(stem: Path) -> list[Row]:
+def _stored(stem: Path) -> list[BenchRow]:
     """Rows of an earlier bench, which wrote its file whole or not at all."""
     path = stem.with_suffix(".json")
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []

@@ -60,7 +60,7 @@ MAX_ERRORS = (1e-5, 0.01, 0.15)
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class DoctorOptions:
     """The options of `doctor`."""
 
     json: bool = flag(False, "doctor", "print one JSON object")
@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: bad options, all at once.
     """
-    options, findings = cli.parse(argv, Options, USAGE), []
+    options, findings = cli.parse(argv, DoctorOptions, USAGE), []
     for finding in examine(options):
         findings.append(finding)
         print("" if options.json else finding.line() + "\n", end="", flush=True)
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def examine(options: Options) -> Iterator[Finding]:
+def examine(options: DoctorOptions) -> Iterator[Finding]:
     """Do every check.
 
     Args:
@@ -348,7 +348,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="doctor-") as place, hooks.open_board() as file:
         board, port = file.fileno(), find_port(None)
         own = {hooks.BOARD: str(board)} | ({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
-        command = [sys.executable, "-m", "fsdp_qlora.doctor", kind, *tasks]
+        command = [sys.executable, "-P", "-m", "fsdp_qlora.doctor", kind, *tasks]
         specs = [
             RankSpec(i, command, child_env({**env, **own}, i, size, port), log, (board,))
             for i, log in enumerate(Path(place, f"{i}.log") for i in range(size))

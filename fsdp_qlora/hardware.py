@@ -20,22 +20,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from fsdp_qlora import atomic
+from fsdp_qlora.atomic import GIB
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 1024**3
 PACKAGES = (
     *("torch", "transformers", "bitsandbytes", "peft", "hqq", "accelerate", "datasets"),
     *("safetensors", "tokenizers", "liger-kernel", "flash-attn"),
-)
-MACHINE_FIELDS = (
-    "host_total_gib",
-    "host_available_gib",
-    "host_used_gib",
-    "cgroup_limit_gib",
-    "cgroup_used_gib",
 )
 
 
@@ -97,6 +90,15 @@ FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and 
 SPEEDS = {key: key for key in ("bf16_tflops", "memory_gbs", "host_link_gbs")}
 SPEEDS |= {"card_link_gbs": "peer_gbs"}
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
+# Controller in /proc/self/cgroup, mount, files with limit, use and kills: version 1, version 2.
+CGROUP_VERSIONS = (
+    (
+        "memory",
+        "memory",
+        *(f"memory.{x}" for x in ("limit_in_bytes", "usage_in_bytes", "oom_control")),
+    ),
+    ("", "", "memory.max", "memory.current", "memory.events"),
+)
 ASK_TORCH = """
 import json, torch
 num = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -250,12 +252,11 @@ def _nvml_handles(nvml: Any, visible: str | None) -> list[Any]:
     handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
     if visible is None:
         return handles
-    by_uuid = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
     chosen: list[Any] = []
     for entry in (word.strip() for word in visible.split(",")):
         matches = handles[int(entry) : int(entry) + 1] if entry.isdigit() else []
         if entry.startswith("GPU-"):
-            matches = [handle for uuid, handle in by_uuid.items() if uuid.startswith(entry)]
+            matches = [h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(entry)]
         if entry.startswith("MIG-"):  # a part of a GPU
             with contextlib.suppress(nvml.NVMLError):
                 matches = [nvml.nvmlDeviceGetHandleByUUID(entry)]
@@ -330,8 +331,7 @@ def machine_file() -> Path:
 
     Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
     """
-    root = atomic.cache_dir()
-    return Path(root).expanduser() / "machine.json"
+    return atomic.cache_dir().expanduser() / "machine.json"
 
 
 def measured_cpu() -> Device:
@@ -366,12 +366,19 @@ def with_measured(devices: list[Device], path: Path, link_gbs: float | None) -> 
             remedy = "delete it, or run python -m fsdp_qlora doctor"
             raise UserError(str(path), rule, remedy, ENVIRONMENT) from error
     given = {} if link_gbs is None else {"host_link_gbs": link_gbs}
-    replaced = []
-    for device in devices:
-        speeds = measured.get(_plain(device.name), {})
-        changes: dict[str, Any] = {**speeds, **given, "is_measured": bool(speeds)}
-        replaced.append(dataclasses.replace(device, **changes))
-    return replaced
+    speeds: list[dict[str, Any]] = [measured.get(_plain(device.name), {}) for device in devices]
+    return [
+        dataclasses.replace(device, **{**row, **given, "is_measured": bool(row)})
+        for device, row in zip(devices, speeds, strict=True)
+    ]
+
+
+def _read(path: Path) -> str:
+    """The text of a file of the kernel; "" where it is missing (other systems, old kernels)."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def read_kib(path: Path, key: str) -> int:
@@ -384,11 +391,7 @@ def read_kib(path: Path, key: str) -> int:
     Returns:
         N in KiB; 0 where the file or the line is missing (other systems, old kernels).
     """
-    try:
-        text = path.read_text()
-    except OSError:
-        return 0
-    found = re.search(rf"^{re.escape(key)}:\s+(\d+) kB", text, re.MULTILINE)
+    found = re.search(rf"^{re.escape(key)}:\s+(\d+) kB", _read(path), re.MULTILINE)
     return int(found[1]) if found else 0
 
 
@@ -412,13 +415,10 @@ class Cgroup:
         """GiB in use less the page cache that the kernel would drop first; None without a group."""
         if self.used_path is None or self.stat_path is None:
             return None
-        try:
-            used_bytes = int(self.used_path.read_text())
-            stat = self.stat_path.read_text()
-        except (OSError, ValueError):
-            return None
+        used, stat = _read(self.used_path).strip(), _read(self.stat_path)
         cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-        return max(0, used_bytes - (int(cache[1]) if cache else 0)) / GIB
+        cache_bytes = int(cache[1]) if cache else 0
+        return max(0, int(used) - cache_bytes) / GIB if used.isdigit() and stat else None
 
 
 def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgroup")) -> Cgroup:
@@ -434,41 +434,25 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
     Returns:
         The group, or an empty Cgroup on systems without one.
     """
-    try:
-        lines = (proc / "cgroup").read_text().splitlines()
-    except OSError:
-        return Cgroup()
-    rows = [line.split(":", 2) for line in lines if line.count(":") >= 2]
-    for controllers, mount, limit_name, used_name, events_name in (
-        (
-            *("memory", root / "memory", "memory.limit_in_bytes"),
-            *("memory.usage_in_bytes", "memory.oom_control"),
-        ),
-        ("", root, "memory.max", "memory.current", "memory.events"),
-    ):
-        paths = [path for _, names, path in rows if controllers in names.split(",")]
-        if not paths:
-            continue
-        group = mount / paths[0].strip("/")
+    rows = [line.split(":", 2) for line in _read(proc / "cgroup").splitlines()]
+    for controller, folder, limit_name, used_name, events_name in CGROUP_VERSIONS:
+        mount = root / folder
+        paths = [row[2] for row in rows if len(row) > 2 and controller in row[1].split(",")]
+        group = mount / (paths or [""])[0].strip("/")
         groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
         used = [place for place in groups if (place / used_name).is_file()]
-        limits = [read_limit_gib(place / limit_name) for place in groups]
-        if used:
+        if paths and used:
+            limits = [read_limit_gib(place / limit_name) for place in groups]
             limit_gib = min((limit for limit in limits if limit is not None), default=None)
-            place = used[0]
-            files = (place / used_name, place / "memory.stat", place / events_name)
-            return Cgroup(limit_gib, *files)
+            names = (used_name, "memory.stat", events_name)
+            return Cgroup(limit_gib, *(used[0] / name for name in names))
     return Cgroup()
 
 
 def read_limit_gib(path: Path) -> float | None:
     """A control group's limit in GiB; None for "max", v1's huge number, or a missing file."""
-    try:
-        limit = path.read_text().strip()
-    except OSError:
-        return None
-    is_limit = limit.isdigit() and int(limit) < 2**60
-    return int(limit) / GIB if is_limit else None
+    limit = _read(path).strip()
+    return int(limit) / GIB if limit.isdigit() and int(limit) < 2**60 else None
 
 
 def oom_kills(cgroup: Cgroup, vmstat: Path = Path("/proc/vmstat")) -> int:
@@ -481,30 +465,23 @@ def oom_kills(cgroup: Cgroup, vmstat: Path = Path("/proc/vmstat")) -> int:
     Returns:
         Their number since the group, or the machine, began; 0 where nobody counts.
     """
-    for path in (cgroup.events_path, vmstat):
-        try:
-            text = path.read_text() if path else ""
-        except OSError:
-            continue
-        found = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
-        if found:
-            return int(found[1])
-    return 0
+    texts = [_read(path) for path in (cgroup.events_path, vmstat) if path]
+    counts = [re.search(r"^oom_kill (\d+)", text, re.MULTILINE) for text in texts]
+    return next((int(count[1]) for count in counts if count), 0)
 
 
-def host_limit_gib(cgroup: Cgroup | None = None) -> float | None:
+def host_limit_gib(cgroup: Cgroup | None = None) -> float:
     """GiB that this process and all others here may use together.
 
     Args:
         cgroup: from find_cgroup (looked up when None).
 
     Returns:
-        Memory of the machine, or the tighter limit of the control group; None: not known.
+        Memory of the machine, or the tighter limit of the control group.
     """
-    cgroup = find_cgroup() if cgroup is None else cgroup
-    total_gib = read_kib(Path("/proc/meminfo"), "MemTotal") / 1024**2
-    limits = [limit for limit in (total_gib, cgroup.limit_gib) if limit]
-    return min(limits, default=None)
+    limit_gib = (find_cgroup() if cgroup is None else cgroup).limit_gib
+    total_gib = psutil.virtual_memory().total / GIB
+    return min(total_gib, limit_gib or total_gib)
 
 
 def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
@@ -517,20 +494,19 @@ def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
         Of the machine, or of the control group if that has the tighter limit; None: not known.
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
-    meminfo = Path("/proc/meminfo")
-    total_kib, free_kib = (read_kib(meminfo, key) for key in ("MemTotal", "MemAvailable"))
-    if cgroup.limit_gib is not None and cgroup.limit_gib < total_kib / 1024**2:
+    host = psutil.virtual_memory()
+    if cgroup.limit_gib is not None and cgroup.limit_gib < host.total / GIB:
         return cgroup.used_gib()
-    return (total_kib - free_kib) / 1024**2 if total_kib else None
+    return (host.total - host.available) / GIB
 
 
-def pss_gib(proc: Path = Path("/proc/self")) -> float:
+def pss_gib() -> float:
     """Proportional set size of this process in GiB: pages shared by N processes count 1/N.
 
     The sum over ranks is what the run really holds. The kernel walks every page for it (tenths of
     a second for tens of GiB), so it does not belong in a step: see training.memory.HostSampler.
     """
-    return read_kib(proc / "smaps_rollup", "Pss") * 1024 / GIB
+    return read_kib(Path("/proc/self/smaps_rollup"), "Pss") * 1024 / GIB
 
 
 def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
@@ -540,20 +516,18 @@ def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
         cgroup: from find_cgroup (looked up when None).
 
     Returns:
-        MACHINE_FIELDS in GiB; used = total - available, so shared memory and pinned pages count
-        and page cache does not. The cgroup fields are None where there is no limit.
+        In GiB; used = total - available, so shared memory and pinned pages count and page cache
+        does not. The cgroup fields are None where there is no limit.
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
-    machine = psutil.virtual_memory()
-    total_gib, available_gib = machine.total / GIB, machine.available / GIB
-    sizes = (
-        total_gib,
-        available_gib,
-        total_gib - available_gib,
-        cgroup.limit_gib,
-        cgroup.used_gib(),
-    )
-    return dict(zip(MACHINE_FIELDS, sizes, strict=True))
+    host = psutil.virtual_memory()
+    return {
+        "host_total_gib": host.total / GIB,
+        "host_available_gib": host.available / GIB,
+        "host_used_gib": host.total / GIB - host.available / GIB,
+        "cgroup_limit_gib": cgroup.limit_gib,
+        "cgroup_used_gib": cgroup.used_gib(),
+    }
 
 
 def versions(device: "torch.device") -> dict[str, str]:
@@ -575,7 +549,5 @@ def versions(device: "torch.device") -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         found["card"] = torch.cuda.get_device_name(device)
         found["num_cards"] = str(torch.cuda.device_count())
-        driver = Path("/proc/driver/nvidia/version")
-        number = re.search(r"\d{3,}\.\d+(\.\d+)?", driver.read_text() if driver.exists() else "")
-        found["driver"] = number[0] if number else "unknown"
+        found["driver"] = driver_version() or "unknown"
     return found

@@ -146,7 +146,7 @@ def open_run(adapter: Path | None, cfg: Config) -> Opened:
     if is_rank(os.environ):
         os.environ.update(rank_env(os.environ, cfg))
     else:
-        os.environ.update(child_env({}, 0, 1, find_port(None)))
+        os.environ.update(child_env(os.environ, 0, 1, find_port(None)))
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 

@@ -2,17 +2,19 @@
 
 import contextlib
 import json
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config import renamed
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.config import Config, renamed, to_dict
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
+OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
 STATES = {True: "finished", False: "stopped early", None: "still running"}
 # What a record holds, as far as it is read: a type, a list of what is in it, or a table by name,
 # where "*" stands for every other name. What is not named here may be anything.
@@ -143,7 +145,7 @@ def read(run_dir: Path) -> Run:
         raise UserError(str(path), reason, "give the output directory of a run") from error
     run = Run(directory.name, directory, [], [])
     for number, line in enumerate(lines, 1):
-        row = _parse(line)
+        row = parse(line)
         if row is None and number == len(lines):
             break
         name = row.get("event") if row is not None else None
@@ -153,7 +155,7 @@ def read(run_dir: Path) -> Run:
         run = _step(run, row) if name is None else _event(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
-    summary = _checked(_parse(ending), FACTS, str(end))
+    summary = _checked(parse(ending), FACTS, str(end))
     config = run.config or summary.get("config", {})
     with contextlib.suppress(UserError):  # what no version has written is shown as it stands
         values, removed = renamed(config)
@@ -161,8 +163,15 @@ def read(run_dir: Path) -> Run:
     return replace(run, config=config, facts=run.facts | summary)
 
 
-def _parse(text: bytes) -> dict[str, Any] | None:
-    """A JSON object, NaN and infinity read as null; None for anything else."""
+def parse(text: bytes) -> dict[str, Any] | None:
+    """Read a JSON object.
+
+    Args:
+        text: such as a line of the record.
+
+    Returns:
+        The object, NaN and infinity as null; None for anything else, a torn line too.
+    """
     try:
         found = json.loads(text, parse_constant=lambda _: None)
     except ValueError:
@@ -221,6 +230,30 @@ def _event(run: Run, row: dict[str, Any]) -> Run:
         facts = {name: value for name, value in row.items() if name not in ("event", "config")}
         return replace(run, config=row.get("config") or {}, facts=facts)
     return run
+
+
+def word(value: Any) -> str:
+    """The value of a flag as it is written on a command line; "not set" for None."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "not set" if value is None else str(value)
+
+
+def command(options: Mapping[str, Any]) -> str:
+    """The command line that makes such a run, from the options that differ from the defaults.
+
+    Args:
+        options: flag -> value.
+
+    Returns:
+        One line of shell.
+    """
+    words, defaults = ["python", "train.py"], to_dict(Config())
+    for flag, value in options.items():
+        is_default = value is None or value == defaults.get(flag, value)
+        if flag == "model_name" or not is_default:
+            words += [f"--{flag}", word(value)]
+    return one_line(shlex.join(words))
 
 
 def distinct(runs: Sequence[Run]) -> list[Run]:

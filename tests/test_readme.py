@@ -14,7 +14,7 @@ from fsdp_qlora.__main__ import COMMANDS
 from fsdp_qlora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-MAX_LINES = 250
+MAX_LINES = 300  # with the ways of a batch and of a weight, and the Python API
 TREE_SIGNS = "│├└─ \t"
 OTHER_PROGRAMS = {"cd", "git", "pip", "source", "sbatch"}  # their arguments are not ours
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,6 +1,8 @@
 """Tiny models of real architectures, on disk and as the trainer builds them."""
 
+import importlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -26,6 +28,13 @@ SIZES = {
     "vocab_size": 256,
     "max_position_embeddings": 256,
 }
+
+
+def require_triton() -> None:
+    """Skip the calling test without Triton; fail where REQUIRE_TRITON=1 promises it."""
+    if os.environ.get("REQUIRE_TRITON") == "1":
+        importlib.import_module("triton")
+    pytest.importorskip("triton")
 
 
 def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, **changes) -> Path:

@@ -83,9 +83,8 @@ def locate(model_name: str, need_weights: bool) -> Path:
     if is_hub_name and need_weights:
         return _without_metas_files(_download(model_name, MODEL_FILES))
     if is_hub_name:
-        return (
-            _find_cached(model_name) or _shape_of(model_name) or _download(model_name, CONFIG_FILES)
-        )
+        known = _find_cached(model_name) or _shape_of(model_name)
+        return known or _download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():
         near = get_close_matches(model_name.lower(), known_shapes(), 3, 0.5) or known_shapes()[:3]
         remedy = f"give a directory, a hub name ORGANISATION/MODEL, or a shape ({', '.join(near)})"
@@ -125,13 +124,9 @@ def _without_metas_files(path: Path) -> Path:
 
 
 def _shape_of(hub_name: str) -> Path | None:
-    for path in sorted(SHAPES_DIRECTORY.glob("*.json")):
-        if (
-            json.loads(path.read_text())["_name_or_path"].lower()
-            == hub_name.partition("@")[0].lower()
-        ):
-            return path
-    return None
+    shapes = {path: json.loads(path.read_text()) for path in SHAPES_DIRECTORY.glob("*.json")}
+    name = hub_name.partition("@")[0].lower()
+    return min((it for it in shapes if shapes[it]["_name_or_path"].lower() == name), default=None)
 
 
 def _find_cached(hub_name: str) -> Path | None:
@@ -168,9 +163,7 @@ def _download(hub_name: str, files: list[str]) -> Path:
         rule = "no such directory here, and no such public model on the hub"
         remedy = "check the spelling; for a private model run hf auth login"
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-    except (
-        Exception
-    ) as error:  # the transport's own errors differ between releases of huggingface_hub
+    except Exception as error:  # the transport's own errors differ between releases of the hub's
         answers = [getattr(found, "response", None) for found in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), 0)
         why = REFUSALS.get(status, "hub out of reach")
@@ -272,9 +265,8 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
             page, truncated, damaged (code 5).
     """
     if not path.is_file():
-        what = (
-            "is no regular file" if os.path.lexists(path) else "is named by the index, and absent"
-        )
+        is_other = os.path.lexists(path)
+        what = "is no regular file" if is_other else "is named by the index, and absent"
         raise _damaged(path, what)
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -289,9 +281,8 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
     try:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
-        refs = [
-            (name, _tensor_ref(path, data_start, item_bytes, **entries[name])) for name in entries
-        ]
+        place = path, data_start, item_bytes
+        refs = [(name, _tensor_ref(*place, **entries[name])) for name in entries]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise _damaged(path, "has a damaged safetensors header") from None
     refs.sort(key=lambda item: (item[1].start, item[1].nbytes))
@@ -404,9 +395,8 @@ def stored_format(config: dict, model_name: str) -> str | None:
     if found is None:
         return None
     found = found if isinstance(found, dict) else {}
-    name = (
-        f"{found.get('bnb_4bit_quant_type')}{'_dq' * bool(found.get('bnb_4bit_use_double_quant'))}"
-    )
+    is_double = bool(found.get("bnb_4bit_use_double_quant"))
+    name = f"{found.get('bnb_4bit_quant_type')}{'_dq' * is_double}"
     if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
         return name
     method = found.get("quant_method") or "unknown"
@@ -490,6 +480,18 @@ def check_quantized(quantized: dict[str, QuantizedRef], linears: set[str], model
         "not in 4 bit, where others are": sorted(linears - quantized.keys()),
         "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - linears),
     }
+    refuse(faults, model_name, ORIGINAL)
+
+
+def refuse(
+    faults: Mapping[str, list[str]], model_name: str, remedy: str, code: int = INPUT
+) -> None:
+    """Raise the first fault that some tensors have.
+
+    Args:
+        faults: fault -> names of tensors that have it.
+        model_name, remedy, code: of the error.
+    """
     for rule, names in faults.items():
         if names:
-            raise UserError(f"{describe(names)} in {model_name}", rule, ORIGINAL)
+            raise UserError(f"{describe(names)} in {model_name}", rule, remedy, code)

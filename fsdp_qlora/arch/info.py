@@ -93,8 +93,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     is_known = config["model_type"] in LAYOUTS
     tensors: dict[str, TensorRef] = {}
     quantized: dict[str, QuantizedRef] = {}
-    reads_headers = path is not None and (need_weights or not is_known)
-    if path and reads_headers:
+    if reads_headers := path and (need_weights or not is_known):
         item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
         tensors = files.read_tensors(path, item_bytes)
         if stored:
@@ -165,12 +164,10 @@ def unquantized(info: ModelInfo) -> dict[str, int]:
     Returns:
         Name ("*" for the number of the layer) -> elements in all.
     """
-    found = {name: math.prod(shape) for name, shape in info.root_params if len(shape) > 1}
-    return found | {
-        f"{info.layers_prefix}.*.{name}": math.prod(shape) * info.num_layers
-        for name, shape in info.layer_params
-        if len(shape) > 1
-    }
+    shapes = {name: (shape, 1) for name, shape in info.root_params}
+    for name, shape in info.layer_params:
+        shapes[f"{info.layers_prefix}.*.{name}"] = shape, info.num_layers
+    return {name: math.prod(at) * num for name, (at, num) in shapes.items() if len(at) > 1}
 
 
 def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
@@ -201,9 +198,7 @@ def num_linear_params(info: ModelInfo) -> int:
     Returns:
         Elements of the linears of all decoder layers, without biases.
     """
-    return info.num_layers * sum(
-        linear.out_features * linear.in_features for linear in info.linears
-    )
+    return info.num_layers * sum(linear.num_weights for linear in info.linears)
 
 
 def num_params(info: ModelInfo) -> int:
@@ -256,10 +251,7 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
         "in the files, but no part of this model type": [n for n in shapes if n not in expected],
         "of another shape than config.json says": wrong,
     }
-    for fault, names in faults.items():
-        if names:
-            got = f"{files.describe(names)} in {model_name}"
-            raise UserError(got, fault, SAME_PLACE, INTEGRITY)
+    files.refuse(faults, model_name, SAME_PLACE, INTEGRITY)
 
 
 def stored_name(info: ModelInfo, name: str) -> str:
@@ -313,11 +305,6 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_id(value: Any) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    return all(type(entry) is int for entry in ids)
-
-
 def _is_rope(value: Any) -> bool:
     """One table, or one for each type of layer."""
     if not isinstance(value, dict):
@@ -331,10 +318,12 @@ def _is_rope(value: Any) -> bool:
 
 
 def _one_of(names: set[str]) -> tuple[Check, str]:
-    return (
-        lambda value: isinstance(value, str) and value in names,
-        f"one of {' '.join(sorted(names))}",
-    )
+    words = f"one of {' '.join(sorted(names))}"
+    return lambda value: isinstance(value, str) and value in names, words
+
+
+def _are_ids(value: Any) -> bool:
+    return all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
 
 
 POSITIVE, BOOL = (_is_positive, "a positive number"), (lambda v: type(v) is bool, "true or false")
@@ -352,8 +341,8 @@ RULES: dict[str, tuple[Check, str]] = {
     "dtype": _one_of(DTYPES),
     "torch_dtype": _one_of(DTYPES),
     "pad_token_id": (lambda v: type(v) is int, "a whole number or null"),
-    "bos_token_id": (_is_id, "a whole number or null"),
-    "eos_token_id": (_is_id, "a whole number, a list of them, or null"),
+    "bos_token_id": (_are_ids, "a whole number or null"),
+    "eos_token_id": (_are_ids, "a whole number, a list of them, or null"),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"), BOOL),
 }
 NEEDED = ("rms_norm_eps", "max_position_embeddings")  # null is no value for these

@@ -41,6 +41,11 @@ class Linear:
     has_bias: bool
 
     @property
+    def num_weights(self) -> int:
+        """Elements of its weight."""
+        return self.out_features * self.in_features
+
+    @property
     def last_name(self) -> str:
         """Last part of its name, "q_proj"."""
         return self.name.rpartition(".")[2]
@@ -80,7 +85,7 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayerShape:
     """What a model type adds to the sizes in its config.json.
 
     Args:
@@ -104,17 +109,17 @@ class Layout:
     head_dim: int | None = None
 
 
-OPTIONAL_BIAS = Layout(qkv_bias="attention_bias", o_bias="attention_bias")
+OPTIONAL_BIAS = LayerShape(qkv_bias="attention_bias", o_bias="attention_bias")
 GEMMA = replace(OPTIONAL_BIAS, is_tied=True, head_dim=256)
 LAYOUTS = {
     "llama": replace(OPTIONAL_BIAS, mlp_bias="mlp_bias"),
-    "mistral": Layout(),
-    "qwen2": Layout(qkv_bias=True),
+    "mistral": LayerShape(),
+    "qwen2": LayerShape(qkv_bias=True),
     "qwen3": replace(OPTIONAL_BIAS, has_head_norms=True, head_dim=128),
     "gemma": GEMMA,
     "gemma2": replace(GEMMA, norms=SANDWICH_NORMS),
     "gemma3_text": replace(GEMMA, norms=SANDWICH_NORMS, has_head_norms=True),
-    "phi3": Layout(is_fused=True),
+    "phi3": LayerShape(is_fused=True),
 }
 
 

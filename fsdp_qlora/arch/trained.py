@@ -110,7 +110,7 @@ def adapter_params(info: ModelInfo, cfg: Config) -> int:
 def layer_params(info: ModelInfo) -> int:
     """Count all parameters of one decoder layer."""
     others = sum(math.prod(shape) for _, shape in info.layer_params)
-    return sum(n.in_features * n.out_features for n in info.linears) + others
+    return sum(n.num_weights for n in info.linears) + others
 
 
 def _new_layers(info: ModelInfo) -> tuple[int, ...]:

@@ -5,18 +5,15 @@ import re
 import socket
 from collections.abc import Mapping
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import PROJECT_DIR, Config
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import count_gpus
 
 LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
 LOOPBACK = "lo"
-
-
-PLACES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"),
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"),
-)
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+MASTER = ("MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 
 
 def plan_ranks(cfg: Config, num_gpus: int | None = None) -> int:
@@ -48,7 +45,7 @@ def is_rank(env: Mapping[str, str]) -> bool:
     Args:
         env: the environment.
     """
-    for name in PLACES:
+    for name in (*NUMBERS, "MASTER_PORT", *SLURM):
         if not env.get(name, "0").isdecimal():
             remedy = "unset it, or start the ranks with torchrun or srun"
             raise UserError(f"{name}={env[name]}", "must be a whole number", remedy, ENVIRONMENT)
@@ -84,14 +81,8 @@ def rank_env(env: Mapping[str, str], cfg: Config) -> dict[str, str]:
         local_size = str(int(size) // int(env.get("SLURM_STEP_NUM_NODES", "1")))
         host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         port = 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": local,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": local_size,
-        "MASTER_ADDR": env.get("MASTER_ADDR", host),
-        "MASTER_PORT": env.get("MASTER_PORT", str(cfg.master_port or port)),
-    }
+    address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
+    place = dict(zip(NUMBERS + MASTER, (rank, local, size, local_size, *address), strict=True))
     return place | wishes(env, int(local_size))
 
 
@@ -158,21 +149,20 @@ def open_listener(wanted: int | None) -> socket.socket:
 def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """Return the environment of one rank; what the user has set stays.
 
+    A rank imports the package from where this process has it, installed or not.
+
     Args:
         env: environment of the supervisor.
         rank: global and local rank.
         num_ranks: number of ranks.
         port: where the ranks meet on 127.0.0.1.
     """
-    place = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "FSDP_QLORA_SUPERVISOR": str(os.getpid()),
-    }
+    numbers = map(str, (rank, rank, num_ranks, num_ranks))
+    place = dict(zip(NUMBERS + MASTER, (*numbers, "127.0.0.1", str(port)), strict=True))
+    place["FSDP_QLORA_SUPERVISOR"] = str(os.getpid())
+    if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
+        paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
+        place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # else they listen on the network
     has_loopback = LOOPBACK in (name for _, name in socket.if_nameindex())
     links = {name: LOOPBACK for name in names if has_loopback and name not in env}

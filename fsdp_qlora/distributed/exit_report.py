@@ -11,38 +11,24 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import atomic, hardware
+from fsdp_qlora import atomic, errors, hardware, record
+from fsdp_qlora.checkpoint_store import LOGS, METRICS
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.env import is_supervised
-from fsdp_qlora.distributed.hooks import Heartbeat
 from fsdp_qlora.distributed.supervise import RanksExit
-from fsdp_qlora.errors import (
-    DONE,
-    ENVIRONMENT,
-    INPUT,
-    INTEGRITY,
-    MAX_LINE_CHARS,
-    RUN_FAILED,
-    UserError,
-    classify,
-    one_line,
-    redact,
-)
+from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.planning.rows import Table
+from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
 
-LOGS = "logs"
-METRICS = "metrics.jsonl"
 MOST_ROWS = 4
 MAX_LINES = 10
 MEMORY, LINK = "memory", "link"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-GibByRow = Mapping[str, float]
 
 AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
-OWN_FAULTS = (INPUT, ENVIRONMENT, INTEGRITY)
+OWN_FAULTS = (errors.INPUT, errors.ENVIRONMENT, errors.INTEGRITY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +40,7 @@ class RankError:
         code: exit code of the command.
         line: what the user is told.
         more: lines that follow it.
-        kind: what a new start could answer: MEMORY ran out, LINK between cards does not work.
+        kind: what a new start could answer: MEMORY ran out, LINK between GPUs does not work.
     """
 
     rank: int
@@ -69,7 +55,7 @@ class LinkError(RuntimeError):
 
 
 def is_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a card or on the host."""
+    """Return whether an error says that memory ran out, on a GPU or on the host."""
     name, text = type(error).__name__, str(error)
     by_text = isinstance(error, RuntimeError) and any(word in text for word in OUT_OF_MEMORY)
     return name in ("OutOfMemoryError", "MemoryError") or by_text
@@ -84,7 +70,7 @@ class Scene:
         known_phase: the phase of the plan that it belongs to.
         predicted: GiB by phase and row.
         measured: GiB by row.
-        is_cuda: it is the memory of a card.
+        is_cuda: it is the memory of a GPU.
         there: what the device had, in words.
     """
 
@@ -97,35 +83,26 @@ class Scene:
 
     def lines(self) -> list[str]:
         """The scene in a few lines; the first says where."""
-        rows = self.predicted.get(self.known_phase, {})
-        place = "a card" if self.is_cuda else "the host, all ranks"
-        peak = max(self.predicted, key=lambda name: sum(self.predicted[name].values()), default="")
-        lines = [f"out of memory in the {self.phase}"]
-        if rows:
-            lines.append(
-                f"predicted {sum(rows.values()):.2f} GiB on {place} in the {self.known_phase}; at "
-                f"the peak ({peak}) {sum(self.predicted[peak].values()):.2f}"
-            )
-        lines += [f"there     {self.there}", f"largest   {largest(self.measured, rows)}"]
-        return lines
+        place = "a GPU" if self.is_cuda else "the host, all ranks"
+        said = _compared(place, self.known_phase, self.predicted, self.measured, self.there)
+        return [f"out of memory in the {self.phase}", *said]
 
 
-def largest(measured: GibByRow, predicted: GibByRow) -> str:
-    """Return the largest rows in words, measured beside predicted.
-
-    Args:
-        measured: GiB by row; none: the predicted ones are named.
-        predicted: GiB by row.
-    """
-    known = measured or predicted
-    names = sorted(known, key=lambda name: -known[name])[:MOST_ROWS]
-    parts = []
-    for name in names:
-        words = f"{name} {known[name]:.2f}"
-        if measured and name in predicted:
-            words += f" (predicted {predicted[name]:.2f})"
-        parts.append(words)
-    return f"{', '.join(parts)} GiB"
+def _compared(
+    place: str, phase: str, predicted: Mapping[str, GibByRow], measured: GibByRow, there: str
+) -> list[str]:
+    """What was predicted, what there was, and the largest rows, measured beside predicted."""
+    rows, lines = predicted.get(phase, {}), []
+    if rows:
+        peak = max(predicted, key=lambda name: sum(predicted[name].values()))
+        line = f"predicted {sum(rows.values()):.2f} GiB on {place} in the {phase}; "
+        lines.append(f"{line}at the peak ({peak}) {sum(predicted[peak].values()):.2f}")
+    lines.append(f"there     {there}")
+    parts, known = [], measured or rows
+    for name in sorted(known, key=lambda name: -known[name])[:MOST_ROWS]:
+        beside = f" (predicted {rows[name]:.2f})" if measured and name in rows else ""
+        parts.append(f"{name} {known[name]:.2f}{beside}")
+    return [*lines, *([f"largest   {', '.join(parts)} GiB"] if parts else [])]
 
 
 def fail(error: Exception, cfg: Config, plan: RunPlan | None = None) -> NoReturn:
@@ -141,39 +118,37 @@ def fail(error: Exception, cfg: Config, plan: RunPlan | None = None) -> NoReturn
     """
     cfg = plan.cfg if plan is not None else cfg
     rank, logs = int(os.environ["RANK"]), cfg.resolved_output_dir / LOGS
-    found = RankError(rank, RUN_FAILED, str(error), getattr(error, "__notes__", ()))
-    if isinstance(error, UserError):
-        found = dataclasses.replace(found, code=error.code)
-    else:
-        log = logs / f"rank{rank}.log"
-        found = _word(error, rank, str(log) if logs.is_dir() else "above")
+    log, has_log = logs / f"rank{rank}.log", logs.is_dir()
+    failure = _describe(error, rank, str(log) if has_log else "above")
+    if not isinstance(error, UserError):
         with suppress(OSError), ExitStack() as stack:
-            file = stack.enter_context(log.open("a")) if logs.is_dir() else None
+            file = stack.enter_context(log.open("a")) if has_log else sys.stderr
             trace = "".join(traceback.format_exception(error))
-            print(redact(trace, os.environ), end="", file=file or sys.stderr)
+            print(errors.redact(trace, os.environ), end="", file=file)
     if is_supervised(os.environ):
         with suppress(OSError):
-            write_error(cfg.resolved_output_dir, **vars(found))
+            write_error(cfg.resolved_output_dir, **vars(failure))
     else:
-        for line in told(found, plan):
-            print(line, file=sys.stderr)
-    leave(found.code)
+        print(*told(failure, plan), sep="\n", file=sys.stderr)
+    leave(failure.code)
 
 
-def _word(error: Exception, rank: int, trace: str) -> RankError:
-    """What to say of an error that is not the user's; one for want of memory has been explained."""
+def _describe(error: Exception, rank: int, trace: str) -> RankError:
+    """What to tell of an error; one for want of memory has been explained in its notes."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    if isinstance(error, UserError):
+        return RankError(rank, error.code, str(error), notes)
+    if is_memory(error):
+        reason = one_line([*str(error).splitlines(), type(error).__name__][0])[:120]
+        place = notes[0] if notes else "out of memory"
+        line = f"rank {rank}: {place} ({reason}); the trace is in {trace}"
+        return RankError(rank, RUN_FAILED, line, notes[1:], MEMORY)
     sign = hooks.own_heartbeat(os.environ)
     who = f"rank {rank}{sign if sign is not None and sign.point else ''}"
-    code, line = classify(error, who, trace)
-    notes: list[str] = getattr(error, "__notes__", [])
-    if not is_memory(error):
-        is_cuda = isinstance(error, RuntimeError) and "CUDA error" in str(error)
-        line += "; dmesg (lines with Xid) tells whether the card failed" if is_cuda else ""
-        return RankError(rank, code, line, kind=LINK if isinstance(error, LinkError) else "")
-    reason = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)[:120]
-    place = notes[0] if notes else "out of memory"
-    line = f"rank {rank}: {place} ({reason}); the trace is in {trace}"
-    return RankError(rank, RUN_FAILED, line, tuple(notes[1:]), MEMORY)
+    code, line = errors.classify(error, who, trace)
+    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+        line += "; dmesg (lines with Xid) tells whether the GPU failed"
+    return RankError(rank, code, line, kind=LINK if isinstance(error, LinkError) else "")
 
 
 def told(found: RankError, plan: RunPlan | None) -> list[str]:
@@ -191,7 +166,7 @@ def told(found: RankError, plan: RunPlan | None) -> list[str]:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process without goodbye: the other ranks may hold it in a collective.
+    """End this process without teardown: the other ranks may hold it in a collective.
 
     Args:
         code: exit code.
@@ -202,12 +177,7 @@ def leave(code: int) -> NoReturn:
 
 
 def write_error(
-    output_dir: str | os.PathLike[str],
-    rank: int,
-    code: int,
-    line: str,
-    more: Sequence[str] = (),
-    kind: str = "",
+    output_dir: Path, rank: int, code: int, line: str, more: Sequence[str] = (), kind: str = ""
 ) -> None:
     """Leave word of a failure for the supervisor.
 
@@ -219,19 +189,19 @@ def write_error(
         more: lines that follow it.
         kind: see RankError.
     """
-    path = Path(output_dir) / LOGS / f"rank{rank}.error"
+    path = output_dir / LOGS / f"rank{rank}.error"
     path.parent.mkdir(parents=True, exist_ok=True)
     safe = RankError(rank, code, one_line(line), [one_line(text) for text in more], kind)
     atomic.write_json(path, dataclasses.asdict(safe))
 
 
-def read_errors(output_dir: str | os.PathLike[str]) -> list[RankError]:
+def read_errors(output_dir: Path) -> list[RankError]:
     """Return what failed ranks have left, the first failure first.
 
     Args:
         output_dir: directory of the run.
     """
-    paths = (Path(output_dir) / LOGS).glob("rank*.error")
+    paths = (output_dir / LOGS).glob("rank*.error")
     by_time = sorted(paths, key=lambda path: path.stat().st_mtime_ns)
     return [RankError(**json.loads(path.read_text())) for path in by_time]
 
@@ -244,15 +214,6 @@ def clear_errors(output_dir: Path) -> None:
     """
     for path in (output_dir / LOGS).glob("rank*.error"):
         path.unlink()
-
-
-def has_begun(output_dir: Path) -> bool:
-    """Return whether the training of a run has begun: whether it has a record.
-
-    Args:
-        output_dir: directory of the run.
-    """
-    return (output_dir / METRICS).exists()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,33 +250,32 @@ def diagnose_exit(
     if ended.is_done:
         return ExitReport(DONE, is_final=True)
     if ended.stop is not None:
-        name = signal.Signals(ended.stop).name
-        line = f"stopped by {name}{_at(ended.signs)}; "
+        step = max(sign.step for sign in ended.signs)
+        line = f"stopped by {signal.Signals(ended.stop).name}{f' at step {step}' if step else ''}; "
         line += how_to_resume or f"what was recorded is in {output_dir}"
         return ExitReport(128 + ended.stop, [line], is_final=True)
     if ended.hung:
-        return ExitReport(RUN_FAILED, [_hung(ended, output_dir, how_to_resume)])
+        who = f"rank{'s' * (len(ended.hung) > 1)} {', '.join(map(str, ended.hung))}"
+        sign = ended.signs[ended.hung[0]]
+        rule = f"hung{sign}: no sign of life for {sign.silent_s:.0f} s"
+        remedy = f"the stacks of all ranks are in {output_dir}/{LOGS}"
+        return ExitReport(RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
+    codes, signs, words = ended.codes, ended.signs, read_errors(output_dir)
     failed = [
         rank
-        for rank, (code, sign) in enumerate(zip(ended.codes, ended.signs, strict=True))
-        if rank not in ended.ended and (code or not sign.is_last)
+        for rank in range(len(codes))
+        if rank not in ended.ended and (codes[rank] or not signs[rank].is_last)
     ]
-    codes, errors = ended.codes, read_errors(output_dir)
     sudden = [rank for rank in failed if codes[rank] < 0 and -codes[rank] not in AFTERMATH]
     early = [rank for rank in failed if codes[rank] == DONE]
-    own = [error for error in errors if error.code in OWN_FAULTS]
-    causes = own or ([] if sudden or early else errors)
+    own = [error for error in words if error.code in OWN_FAULTS]
+    causes = own or ([] if sudden or early else words)
     if causes:
-        has_begun = any(sign.step for sign in ended.signs)
+        has_begun = any(sign.step for sign in signs)
         return dataclasses.replace(_told(causes[0], how_to_resume, plan), has_begun=has_begun)
     rank = (sudden or early or failed)[0]
-    lines = _left(rank, codes[rank], ended.signs[rank], output_dir, how_to_resume, num_kills, plan)
+    lines = _left(ended, rank, output_dir, how_to_resume, num_kills, plan)
     return ExitReport(max(codes[rank], 0) or RUN_FAILED, lines)
-
-
-def _at(signs: Sequence[Heartbeat]) -> str:
-    step = max(sign.step for sign in signs)
-    return f" at step {step}" if step else ""
 
 
 def _told(found: RankError, how_to_resume: str, plan: RunPlan | None) -> ExitReport:
@@ -324,18 +284,13 @@ def _told(found: RankError, how_to_resume: str, plan: RunPlan | None) -> ExitRep
     first, *rest = told(found, plan)
     if how_to_resume and not is_final:
         cause, _, remedy = first.rpartition("; ")
-        room = MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
+        room = errors.MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
         first = _joined(cause[: max(room, 40)], remedy, how_to_resume)
     return ExitReport(found.code, [first, *rest], found.kind, is_final)
 
 
-def _hung(ended: RanksExit, output_dir: Path, how_to_resume: str) -> str:
-    """Of ranks that were alive and did nothing."""
-    who = f"rank{'s' * (len(ended.hung) > 1)} {', '.join(map(str, ended.hung))}"
-    sign = ended.signs[ended.hung[0]]
-    rule = f"hung{sign}: no sign of life for {sign.silent_s:.0f} s"
-    remedy = f"the stacks of all ranks are in {output_dir}/{LOGS}"
-    return f"error: {UserError(who, rule, _joined(remedy, how_to_resume))}"
+def _line(who: str, rule: str, *remedies: str) -> str:
+    return f"error: {UserError(who, rule, _joined(*remedies))}"
 
 
 def _joined(*parts: str) -> str:
@@ -343,74 +298,51 @@ def _joined(*parts: str) -> str:
 
 
 def _left(
+    ended: RanksExit,
     rank: int,
-    code: int,
-    sign: Heartbeat,
     output_dir: Path,
     how_to_resume: str,
     num_kills: int,
     plan: RunPlan | None,
 ) -> list[str]:
     """Of a rank that ended and left no word."""
-    who, log = f"rank {rank}", "see the lines above"
-    if rank:
-        log = f"see {output_dir}/{LOGS}/rank{rank}.log"
+    who, code, sign = f"rank {rank}", ended.codes[rank], ended.signs[rank]
+    log = f"see {output_dir}/{LOGS}/rank{rank}.log" if rank else "see the lines above"
     if code >= 0:
         rule = f"ended with code {code}{sign}" + ", before its end" * (code == DONE)
-        return [f"error: {UserError(who, rule, _joined(log, how_to_resume))}"]
+        return [_line(who, rule, log, how_to_resume)]
     name, is_kill = signal.Signals(-code).name, -code == signal.SIGKILL
     if not is_kill or not num_kills:
         remedy = "dmesg tells whether host memory ran out" if is_kill else log
-        rule = f"was killed by {name}{sign}"
-        return [f"error: {UserError(who, rule, _joined(remedy, how_to_resume))}"]
-    line, step = _last_record(output_dir)
-    phase = "backward" if has_begun(output_dir) else "load"
-    where = f"training; {step} steps are recorded" if has_begun(output_dir) else phase
+        return [_line(who, f"was killed by {name}{sign}", remedy, how_to_resume)]
+    has_begun, (line, step) = (output_dir / METRICS).exists(), _last_record(output_dir)
+    where = f"training; {step} steps are recorded" if has_begun else "load"
     rule = f"was killed by the kernel ({name}): host memory ran out in the {where}"
-    remedy = _joined("free host memory or keep less in it", how_to_resume)
-    return [f"error: {UserError(who, rule, remedy)}", *_host_scene(line, phase, plan)][:MAX_LINES]
+    first = _line(who, rule, "free host memory or keep less in it", how_to_resume)
+    phase = "backward" if has_begun else "load"
+    return [first, *_host_lines(line.get("host", {}), phase, plan)][:MAX_LINES]
 
 
-def _host_scene(line: dict[str, Any], phase: str, plan: RunPlan | None) -> list[str]:
+def _host_lines(host: dict[str, Any], phase: str, plan: RunPlan | None) -> list[str]:
     """What the host had, at the last record and by the plan."""
-    found, lines = (plan.found if plan is not None else None), []
-    limit_gib = hardware.host_limit_gib()
-    if found is not None:
-        table: Table = found.host
-        lines.append(
-            f"predicted {table.total_gib(phase):.2f} GiB on the host in the {phase}, all programs; "
-            f"at the peak ({table.peak_phase}) {table.peak_gib:.2f}"
-        )
-    host = line.get("host", {})
-    used = f", {host['host_used_gib']:.2f} in use at the last record" if host else ""
-    lines.append(f"there     {limit_gib or 0:.2f} GiB may be used here{used}")
-    predicted = found.host.to_dict()[phase] if found is not None else {}
-    measured = host.get("host_rows") or {}
-    if measured or predicted:
-        lines.append(f"largest   {largest(measured, predicted)}")
+    found = plan.found if plan is not None else None
+    there = f"{hardware.host_limit_gib() or 0:.2f} GiB may be used here"
+    there += f", {host['host_used_gib']:.2f} in use at the last record" if host else ""
+    predicted = found.host.to_dict() if found is not None else {}
+    lines = _compared("the host", phase, predicted, host.get("host_rows") or {}, there)
     advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
     if found is not None and plan is not None and plan.machine.gpus:
         advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
         if found.setting.count("offloaded", "streamed"):
-            advice = "--resident_layers N keeps N layers on the cards, --use_cpu_offload false all"
+            advice = "--resident_layers N keeps N layers on the GPUs, --use_cpu_offload false all"
     return [*lines, f"next      {advice}"]
 
 
 def _last_record(output_dir: Path) -> tuple[dict[str, Any], int]:
     """The last line of the record that tells of a step, and its number; {} and 0 without one."""
-    try:
-        text = (output_dir / METRICS).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}, 0
-    for line in map(_read_line, reversed(text.splitlines())):
-        if "step" in line and "event" not in line:
-            return line, int(line["step"])
+    with suppress(OSError):
+        text = (output_dir / METRICS).read_bytes()
+        for line in map(record.parse, reversed(text.splitlines())):
+            if line is not None and "step" in line and "event" not in line:
+                return line, int(line["step"])
     return {}, 0
-
-
-def _read_line(text: str) -> dict[str, Any]:
-    """A line of the record; {} for one that was not written to its end."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return {}

@@ -19,23 +19,12 @@ from typing import BinaryIO
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
 RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
 STEP_POINTS = (
-    "pre-forward",
-    "post-forward",
-    "post-backward",
-    "pre-optimizer",
-    "post-optimizer",
-    "post-record",
+    *("pre-forward", "post-forward", "post-backward"),
+    *("pre-optimizer", "post-optimizer", "post-record"),
 )
 SAVE_POINTS = (
-    "save-mkdir",
-    "save-before-file",
-    "save-after-file",
-    "save-manifest",
-    "save-fsync",
-    "save-rename",
-    "save-dir-fsync",
-    "prune-before",
-    "prune-after",
+    *("save-mkdir", "save-before-file", "save-after-file", "save-manifest", "save-fsync"),
+    *("save-rename", "save-dir-fsync", "prune-before", "prune-after"),
 )
 POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
@@ -246,16 +235,11 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.number = number
+        self.code = SIGNALED + number  # of the command
 
     def __str__(self) -> str:
         """One line for the user."""
-        return f"stopped by {signal.Signals(self.number).name}; --resume DIR goes on"
-
-    @property
-    def code(self) -> int:
-        """Exit code of the command."""
-        return SIGNALED + self.number
+        return f"stopped by {signal.Signals(self.code - SIGNALED).name}; --resume DIR goes on"
 
 
 class StopFlag:

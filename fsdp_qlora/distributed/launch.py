@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.config import PROJECT_DIR, Config
+from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed import supervise as processes
-from fsdp_qlora.distributed.env import (
-    LISTENER,
-    child_env,
-    is_supervised,
-    open_listener,
-    plan_ranks,
-)
+from fsdp_qlora.distributed.env import LISTENER, child_env, is_supervised, open_listener, plan_ranks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport
 from fsdp_qlora.distributed.hooks import Watch
 from fsdp_qlora.distributed.supervise import Rank, RankSpec
@@ -105,9 +100,7 @@ def claim_output_dir(cfg: Config) -> Path:
         (path / LOGS).mkdir(exist_ok=True)
         for old in [found for pattern in LAST_WORDS for found in path.glob(pattern)]:
             old.unlink()
-        probe = path / LOGS / ".probe"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path / LOGS).close()
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
         raise UserError(f"--output_dir {path}", reason, "give another", ENVIRONMENT) from error
@@ -162,11 +155,11 @@ def supervise(
     """Run a program once per rank and wait for all of them.
 
     Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails or hangs,
-    the others are ended within 5 seconds, and all are started again where that can help: a notch
-    lower when memory ran out before the training had begun, without peer-to-peer copies when the
-    cards cannot exchange a megabyte, and `max_restarts` times from the last checkpoint.
+    the others are ended within 5 seconds, and all are started again where that can help: with the
+    next fallback when memory ran out before the training had begun, without peer-to-peer copies
+    when the GPUs cannot exchange a megabyte, and `max_restarts` times from the last checkpoint.
     SIGINT and SIGTERM are passed on once; a second one ends all ranks,
-    and so do 10 seconds after the first rank has obeyed: the others may wait for it on the card.
+    and so do 10 seconds after the first rank has obeyed: the others may wait for it on the GPU.
     Ranks do not outlive this process, however it dies.
 
     Args:
@@ -209,7 +202,6 @@ def _leave(output_dir: Path) -> None:
     (output_dir / checkpoint_store.LOCK).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         (output_dir / LOGS).rmdir()
-    with contextlib.suppress(OSError):
         output_dir.rmdir()
 
 
@@ -228,21 +220,14 @@ def _run(
     num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
         files = {LISTENER: listener.fileno(), hooks.BOARD: board.fileno()}
-        told = {
-            **(os.environ | (plan.env if plan is not None else {}) | attempt.env | _import_path()),
-            **{name: str(number) for name, number in files.items()},
-            hooks.RESTARTS: str(attempt.num_restarts),
-        }
-        port = listener.getsockname()[1]
+        numbers = {**files, hooks.RESTARTS: attempt.num_restarts}
+        env = os.environ | (plan.env if plan is not None else {}) | attempt.env
+        env |= {name: str(number) for name, number in numbers.items()}
+        port, command = listener.getsockname()[1], [*program, *attempt.argv]
+        logs = [output_dir / LOGS / f"rank{i}.log" if i else None for i in range(num_ranks)]
         specs = [
-            RankSpec(
-                rank,
-                [*program, *attempt.argv],
-                child_env(told, rank, num_ranks, port),
-                output_dir / LOGS / f"rank{rank}.log" if rank else None,
-                tuple(files.values()),
-            )
-            for rank in range(num_ranks)
+            RankSpec(i, command, child_env(env, i, num_ranks, port), log, tuple(files.values()))
+            for i, log in enumerate(logs)
         ]
         watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, cfg.hang_timeout)
         ended = processes.run(specs, start, stops, watch, watcher.poll)
@@ -250,14 +235,6 @@ def _run(
     how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
     num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
-
-
-def _import_path() -> dict[str, str]:
-    """What makes ranks import the package from where this process has it, installed or not."""
-    if PROJECT_DIR.name in ("site-packages", "dist-packages"):
-        return {}
-    paths = [str(PROJECT_DIR), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
@@ -304,17 +281,16 @@ def plan_run(cfg: Config, given: frozenset[str]) -> RunPlan:
     Raises:
         UserError: no such model, or more ranks than GPUs (code 3).
     """
-    info = _read(cfg)
-    cfg = trained.adopt_format(cfg, info.stored_format, given)
-    num_cards = count_gpus(os.environ)
-    machine = plans.find_machine(os.environ, plan_ranks(cfg, num_cards), num_cards)
+    info, cfg = _read(cfg, given)
+    num_gpus = count_gpus(os.environ)
+    machine = plans.find_machine(os.environ, plan_ranks(cfg, num_gpus), num_gpus)
     return plans.make(info, cfg, given, machine)
 
 
-def _read(cfg: Config) -> ModelInfo:
+def _read(cfg: Config, given: frozenset[str]) -> tuple[ModelInfo, Config]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     arch.select_linears(info, cfg.lora_target_modules)
-    return info
+    return info, trained.adopt_format(cfg, info.stored_format, given)
 
 
 def broadcast_plan(cfg: Config, given: frozenset[str], world: "World") -> RunPlan:
@@ -331,16 +307,15 @@ def broadcast_plan(cfg: Config, given: frozenset[str], world: "World") -> RunPla
     Raises:
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
-    info = _read(cfg)
-    cfg = trained.adopt_format(cfg, info.stored_format, given)
+    info, cfg = _read(cfg, given)
     if world.size != world.local_size:
         note = "off: a plan is made for one machine, and these ranks are on several"
         return plans.unplanned(info, cfg, note)
-    num_cards = world.local_size if world.device.type == "cuda" else 0
-    machine = plans.find_machine(os.environ, world.size, num_cards)
+    num_gpus = world.local_size if world.device.type == "cuda" else 0
+    machine = plans.find_machine(os.environ, world.size, num_gpus)
     machine = world.gather_objects(machine)[0]  # they have looked one after the other
     found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
     if not is_supervised(os.environ):
-        is_speaker = world.rank == 0
-        plans.announce(found, lambda line: print(line, flush=True) if is_speaker else None)
+        say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
+        plans.announce(found, say)
     return found

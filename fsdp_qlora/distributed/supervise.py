@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.hooks import STOP_SIGNALS, Heartbeat, Watch
@@ -23,27 +22,7 @@ STOP_GRACE_S = 10.0
 DUMP_S = 1.0
 POLL_S = 0.05
 PR_SET_PDEATHSIG = 1
-
-
-class Rank(Protocol):
-    """A process as subprocess.Popen gives it."""
-
-    @property
-    def pid(self) -> int:
-        """Its number, that of its group too."""
-
-    @property
-    def returncode(self) -> int | None:
-        """Its code, negative for a signal; None: it runs, as far as is known."""
-
-    def poll(self) -> int | None:
-        """Look whether it has ended."""
-
-    def wait(self) -> int:
-        """Wait for its end."""
-
-    def send_signal(self, number: int, /) -> None:
-        """Signal it."""
+Rank = subprocess.Popen  # or what has its pid, returncode, poll, wait and send_signal
 
 
 @dataclass(frozen=True)

@@ -137,11 +137,16 @@ def of_process_group(local_rank: int | None = None) -> World | None:
         raise UserError(got, rule, remedy, ENVIRONMENT)
     local = int(os.environ.get("LOCAL_RANK", rank)) if local_rank is None else local_rank
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    return World(rank, size, local, local_size, device)
+    return World(rank, size, local, local_size, _device(local))
+
+
+def _device(local_rank: int) -> torch.device:
+    """This rank's; srun --gpus-per-task=1 shows each rank one, whatever its LOCAL_RANK."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def join(
@@ -160,7 +165,7 @@ def join(
         gpu_budget_gib: cap of this rank's allocator, GiB.
         seed: of dropout, different on every rank; adapters and data have their own generators.
         timeout_s: after which a collective fails.
-        is_deterministic: let every kernel sum in the same order each time; on cards the backward
+        is_deterministic: let every kernel sum in the same order each time; on GPUs the backward
             passes of attention do not by themselves, CPU ranks always do.
 
     Returns:
@@ -171,20 +176,15 @@ def join(
         warnings.simplefilter("ignore", DeprecationWarning)
     env = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if has_gpu:
-        # srun --gpus-per-task=1 shows each rank one device, whatever its LOCAL_RANK.
-        device = torch.device("cuda", env["LOCAL_RANK"] % torch.cuda.device_count())
     torch.manual_seed(seed + env["RANK"])
     if is_deterministic:
         _be_deterministic()
-    if has_gpu:
-        torch.cuda.set_device(device)
-        if gpu_budget_gib is not None:
-            total_bytes = torch.cuda.get_device_properties(device).total_memory
-            fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
-            torch.cuda.set_per_process_memory_fraction(fraction)
+    device = _device(env["LOCAL_RANK"])
+    has_gpu = device.type == "cuda"
+    if has_gpu and gpu_budget_gib is not None:
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
+        torch.cuda.set_per_process_memory_fraction(fraction)
     limit = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
@@ -225,7 +225,7 @@ def _store(env: dict[str, int], limit: datetime.timedelta) -> dist.Store | None:
 def check_links(world: World, timeout_s: float = 20.0) -> None:
     """Sum a megabyte over the ranks and look at the result.
 
-    Between some consumer cards peer-to-peer copies are offered and do not work: the first
+    Between some consumer GPUs peer-to-peer copies are offered and do not work: the first
     collective hangs, or gives wrong numbers.
 
     Args:

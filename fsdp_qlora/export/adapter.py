@@ -61,7 +61,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class SavedAdapter:
     """An adapter on disk.
 
     Args:
@@ -90,7 +90,7 @@ class Adapter:
         return sorted({pair.a.shape[0] for pair in self.pairs.values()})
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path) -> SavedAdapter:
     """Read an adapter.
 
     Args:
@@ -104,7 +104,7 @@ def read(path: Path) -> Adapter:
     """
     if (path / LAYERS_NAME).is_file():
         record = _read_record(path / LAYERS_NAME)
-        return Adapter(
+        return SavedAdapter(
             path, str(record.get("base", "")), {}, record, read_header(path / LAYERS_NAME)
         )
     config = _read_config(path)
@@ -136,10 +136,10 @@ def read(path: Path) -> Adapter:
         rule = "holds no LoRA matrices"
         raise UserError(str(file), rule, "give the directory of a trained adapter", INTEGRITY)
     pairs = {name: _pair(name, sides, config, file) for name, sides in found.items()}
-    return Adapter(path, _base_of(config), pairs, _read_record(file), replaced)
+    return SavedAdapter(path, _base_of(config), pairs, _read_record(file), replaced)
 
 
-def options(adapter: Adapter) -> dict[str, Any]:
+def options(adapter: SavedAdapter) -> dict[str, Any]:
     """Collect what the files of an adapter tell of the run that made it.
 
     Args:
@@ -169,7 +169,7 @@ def options(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def check(adapter: Adapter, info: ModelInfo) -> None:
+def check(adapter: SavedAdapter, info: ModelInfo) -> None:
     """See that an adapter belongs to a model.
 
     Args:

@@ -19,7 +19,7 @@ from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, WEIGHTS_NAME
 from fsdp_qlora.export.model_files import OF_TOKENIZER
-from fsdp_qlora.record import Run, highest
+from fsdp_qlora.record import OWN_FLAGS, Run, highest
 
 CARD_NAME = "README.md"
 # Not run_config.json, metrics.jsonl or logs: they name paths of this machine.
@@ -31,7 +31,6 @@ MAYBE_SECRETS = (
     re.compile(r"\b[0-9a-f]{40}\b"),
     re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
 )
-OWN_PATHS = ("output_dir", "overwrite", "recipe")
 SETTINGS = (
     *("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
     *("context_length", "batch_size", "gradient_accumulation_steps", "num_epochs", "max_steps"),
@@ -93,28 +92,11 @@ def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
     if run is not None:
         parts += ["## Results", _table(_results(run))]
     parts += ["## Settings", _table((flag, getattr(cfg, flag)) for flag in SETTINGS)]
-    parts += ["## Command", f"```bash\n{command(cfg)}\n```"]
+    options = {flag: value for flag, value in to_dict(cfg).items() if flag not in OWN_FLAGS}
+    parts += ["## Command", f"```bash\n{record.command(options)}\n```"]
     if run is not None and run.facts.get("versions"):
         parts += ["## Versions", _table(run.facts["versions"].items())]
     return "\n\n".join(parts) + "\n"
-
-
-def command(cfg: Config) -> str:
-    """The command line that makes such a run, from the options that differ from the defaults.
-
-    Args:
-        cfg: the run.
-
-    Returns:
-        One line of shell.
-    """
-    options, defaults = to_dict(cfg), to_dict(Config())
-    words = ["python", "train.py", "--model_name", cfg.model_name]
-    for flag, value in options.items():
-        is_plain = value == defaults[flag] or value is None or flag in (*OWN_PATHS, "model_name")
-        if not is_plain:
-            words += [f"--{flag}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return one_line(shlex.join(words))
 
 
 def _metadata(cfg: Config) -> str:

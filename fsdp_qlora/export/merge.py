@@ -15,7 +15,7 @@ from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import adapter as adapters
-from fsdp_qlora.export.adapter import Adapter
+from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.export.model_files import (
     DEVICES,
     DTYPES,
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: int) -> None:
+def _run(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo, need_bytes: int) -> None:
     """Merge, compare, and print what was done."""
     from fsdp_qlora.export import merge_weights
     from fsdp_qlora.hardware import versions
@@ -131,7 +131,7 @@ def _run(options: MergeOptions, adapter: Adapter, info: ModelInfo, need_bytes: i
     print("\n".join([describe_written(out, written), *merge_weights.lines(facts["evidence"])]))
 
 
-def _check_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> str | None:
+def _check_base(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -> str | None:
     """Refuse another base than the one the adapter was trained on, where it tells."""
     trained_on, digest = adapter.record.get("digest"), adapters.digest(info)
     if trained_on is not None and digest != trained_on and not options.any_base:
@@ -141,7 +141,7 @@ def _check_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> str
     return digest
 
 
-def _trained_base(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> "TrainedBase":
+def _trained_base(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -> "TrainedBase":
     """What the linears of the base were in training."""
     import torch
 

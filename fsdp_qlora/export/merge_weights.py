@@ -28,7 +28,7 @@ from fsdp_qlora.arch.info import expert_matrices, stored_name
 from fsdp_qlora.config import Config, check_own_code
 from fsdp_qlora.data import prepare, sources, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.export.adapter import Adapter, Pair, run_config
+from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.export.merge import MergeOptions
 from fsdp_qlora.export.model_files import DTYPES as DTYPE_NAMES
 from fsdp_qlora.export.model_files import GIB, linear_names
@@ -218,7 +218,7 @@ def load(ref: TensorRef, device: torch.device) -> torch.Tensor:
 
 
 def merged(
-    info: ModelInfo, adapter: Adapter, added_to: TrainedBase, dtype: str, device: torch.device
+    info: ModelInfo, adapter: SavedAdapter, added_to: TrainedBase, dtype: str, device: torch.device
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of base + adapter; a few are held at once.
 
@@ -269,7 +269,7 @@ class Rows:
 
 def check(
     options: MergeOptions,
-    adapter: Adapter,
+    adapter: SavedAdapter,
     info: ModelInfo,
     seen: TrainedBase,
     result: ModelInfo,
@@ -468,7 +468,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     return shown
 
 
-def choose_rows(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> Rows:
+def choose_rows(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -> Rows:
     """Take the rows that the run held out, else some that it learned, else random tokens.
 
     Args:
@@ -495,7 +495,7 @@ def choose_rows(options: MergeOptions, adapter: Adapter, info: ModelInfo) -> Row
         return _random(options, info, f"the run's rows cannot be read: {error}")
 
 
-def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelInfo) -> Rows:
+def _of_data(options: MergeOptions, cfg: Config, adapter: SavedAdapter, info: ModelInfo) -> Rows:
     if cfg.dataset == sources.DUMMY:
         return _random(options, info, "the run's rows were random, too")
     path = _tokenizer_directory(adapter, info)
@@ -512,7 +512,7 @@ def _of_data(options: MergeOptions, cfg: Config, adapter: Adapter, info: ModelIn
     return Rows(ids, f"{len(ids)} {kind} of {cfg.dataset}", True)
 
 
-def _tokenizer_directory(adapter: Adapter, info: ModelInfo) -> Path:
+def _tokenizer_directory(adapter: SavedAdapter, info: ModelInfo) -> Path:
     places = [adapter.path, info.path]
     for place in places:
         if place and tokenizer.has_files(place):

@@ -23,13 +23,13 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
 from fsdp_qlora.arch.trained import NEW_LAYERS
 from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.hardware import GIB
 
 if TYPE_CHECKING:
     import torch
 
     from fsdp_qlora.data.tokenizer import TextTokenizer
 
-GIB = 2**30
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DEVICES = ("auto", "cpu", "cuda")

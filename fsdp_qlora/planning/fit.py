@@ -136,9 +136,7 @@ def explore(
     return outcomes
 
 
-def _settings(
-    own: Setting, fixed: frozenset[str], has_cards: bool
-) -> Iterator[tuple[Setting, ...]]:
+def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[tuple[Setting, ...]]:
     """Of every batch and placement the settings that keep more and more activations."""
     num_layers = len(own.levels)
     per_step = own.batch_size * own.accumulation
@@ -149,7 +147,7 @@ def _settings(
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
     frozen = [place(num_frozen, "sharded", 0)]
-    for i in range(RESIDENT_STEPS + 1 if has_cards else 0):
+    for i in range(RESIDENT_STEPS + 1 if has_gpus else 0):
         frozen.append(place(num_frozen, "streamed", num_frozen * i // RESIDENT_STEPS))
     placements = [with_trained(names, whole) for names in dict.fromkeys(frozen)]
     strategy = "full_shard"

@@ -60,6 +60,7 @@ class Term(NamedTuple):
 
 
 Rows = dict[str, list[Term]]
+GibByRow = dict[str, float]
 
 
 def term(what: str, **factors: float) -> Term:

@@ -53,9 +53,9 @@ class RunPlan:
     @property
     def lower(self) -> "RunPlan | None":
         """The run with the next fallback; None: there is none."""
-        if self.fallback + 1 >= len(self.candidates):
-            return None
         fallback = self.fallback + 1
+        if fallback >= len(self.candidates):
+            return None
         taken = self.candidates[fallback]
         cfg, note = applied(self.asked, taken.setting), _note(taken, taken, fallback)
         return dataclasses.replace(self, cfg=cfg, fallback=fallback, note=note)
@@ -113,13 +113,13 @@ def _finite(value: float | None) -> float | None:
     return None if value is None or math.isinf(value) else value
 
 
-def find_machine(env: Mapping[str, str], num_ranks: int, num_cards: int) -> Machine:
+def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machine:
     """What this machine has, or what the supervisor has found.
 
     Args:
         env: the environment.
         num_ranks: of the run.
-        num_cards: that the ranks will compute on, 0: on the CPU.
+        num_gpus: that the ranks will compute on, 0: on the CPU.
 
     Returns:
         One GPU a rank; where the driver does not report their memory, GPUs without a limit.
@@ -132,7 +132,7 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_cards: int) -> Mach
         found = [Device(**gpu) for gpu in given["gpus"]]
         return Machine(**given | {"gpus": tuple(found), "cpu": Device(**given["cpu"])})
     found = []
-    if num_cards:
+    if num_gpus:
         found = hardware.find_gpus(env.get("CUDA_VISIBLE_DEVICES"))
         found = hardware.with_measured(found, hardware.machine_file(), None)
         found = (found + [UNKNOWN] * num_ranks)[:num_ranks]
@@ -230,22 +230,16 @@ def _note(best: Outcome, own: Outcome, fallback: int) -> str:
     if not best.fits:
         return "nothing that fits was found"
     setting = best.setting
-    words = (
-        f"{setting.accumulation} x {setting.batch_size} rows, layers "
-        f"{_counted(setting.placements)}, checkpointing {_counted(setting.levels)}: "
-    )
-    gain = best.speed.tokens_per_s / own.speed.tokens_per_s
+    placed, kept = show.counts(setting.placements), show.counts(setting.levels)
+    words = f"{setting.accumulation} x {setting.batch_size} rows, layers {placed}"
+    why = f"fastest that fits, {best.speed.tokens_per_s / own.speed.tokens_per_s:.2f}x as asked"
     if fallback:
-        return f"{words}fallback {fallback} from the fastest, which ran out of memory"
-    if setting == own.setting:
-        return f"{words}as asked for, nothing faster fits"
-    if not own.fits:
-        return f"{words}fastest that fits; what was asked for does not"
-    return f"{words}fastest that fits, {gain:.2f}x as asked"
-
-
-def _counted(names: Sequence[str]) -> str:
-    return show.counts({name: names.count(name) for name in names})
+        why = f"fallback {fallback} from the fastest, which ran out of memory"
+    elif setting == own.setting:
+        why = "as asked for, nothing faster fits"
+    elif not own.fits:
+        why = "fastest that fits; what was asked for does not"
+    return f"{words}, checkpointing {kept}: {why}"
 
 
 def announce(plan: RunPlan, say: Callable[[str], None]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import operator
 import os
 import sys
 import textwrap
@@ -23,6 +24,8 @@ WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
 # Of 16-bit training with Adam: weights, gradients, optimizer (ZeRO, arXiv 1910.02054, section 3.1).
 BYTES = (2, 2, 12)
+TRAINED = {"lora": "adapter   LoRA r {}", "dora": "adapter   DoRA r {}"}
+TRAINED |= {"llama_pro": "trained   new layers", "full": "trained   all weights"}
 USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
 
 Says how many GiB a run needs on each GPU and on the host, whether it fits, how long it takes,
@@ -32,7 +35,7 @@ ALIASES = {"gpus": cli.Alias("cards")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class PlanOptions:
     """The options that `plan` has besides those of train.py."""
 
     cards: str = flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
@@ -42,7 +45,7 @@ class Options:
     json: bool = flag(False, "plan", "print JSON")
 
 
-def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
+def parse(argv: Sequence[str]) -> tuple[PlanOptions, Config, Machine]:
     """Read a command line.
 
     Args:
@@ -55,10 +58,10 @@ def parse(argv: Sequence[str]) -> tuple[Options, Config, Machine]:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, Options, USAGE)
-    own, rest = _split(argv, {*cli.options(Options), *ALIASES})
-    values, faults = cli.Reader(Options, ALIASES).read(own)
-    options, cfg, machine = Options(**values), Config(), Machine(())
+    cli.show_help_if_asked(argv, PlanOptions, USAGE)
+    own, rest = _split(argv, {*cli.options(PlanOptions), *ALIASES})
+    values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
+    options, cfg, machine = PlanOptions(**values), Config(), Machine(())
     try:
         cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     except UserError as fault:
@@ -83,7 +86,7 @@ def _split(argv: Sequence[str], own_names: set[str]) -> tuple[list[str], list[st
     return parts
 
 
-def machine_of(options: Options, cfg: Config) -> Machine:
+def machine_of(options: PlanOptions, cfg: Config) -> Machine:
     """The machine to plan for: as given, else this one, else an imagined one of two 24 GB GPUs.
 
     Args:
@@ -226,24 +229,13 @@ def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, lis
     counts = {"full": (num_params,) * 3}
     counts["lora"] = (num_params + num_trained, num_trained, num_trained)
     shared = ((1, 1, 1), (1, 1, num_ranks), (1, num_ranks, num_ranks), (num_ranks,) * 3)
+    kinds = {
+        name: [c * b for c, b in zip(nums, BYTES, strict=True)] for name, nums in counts.items()
+    }
     return {
-        name: [
-            sum(c * b / share for c, b, share in zip(parts, BYTES, stage, strict=True)) / GIB
-            for stage in shared
-        ]
-        for name, parts in counts.items()
+        name: [sum(map(operator.truediv, parts, stage)) / GIB for stage in shared]
+        for name, parts in kinds.items()
     }
-
-
-def _trained(cfg: Config) -> str:
-    """What is trained, for people."""
-    words = {
-        "lora": f"adapter   LoRA r {cfg.lora_rank}",
-        "dora": f"adapter   DoRA r {cfg.lora_rank}",
-        "llama_pro": "trained   new layers",
-        "full": "trained   all weights",
-    }
-    return words[TRAIN_TYPES[cfg.train_type].adapter]
 
 
 def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], full: bool) -> str:
@@ -257,13 +249,14 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
     Returns:
         Lines of at most 100 columns.
     """
+    kind, setting = TRAIN_TYPES[cfg.train_type].adapter, found.setting
     lines = [
         f"model     {values['model']}: {values['num_params']:,} parameters, "
-        f"{len(found.setting.levels)} layers in {values['format']}",
-        f"{_trained(cfg)}: {values['num_trained']:,} trained parameters",
+        f"{len(setting.levels)} layers in {values['format']}",
+        f"{TRAINED[kind].format(cfg.lora_rank)}: {values['num_trained']:,} trained parameters",
         f"step      ranks {values['num_ranks']} x micro-batches {values['accumulation']} x rows "
         f"{values['batch_size']} x tokens {values['context_length']}",
-        f"layers    {counts(values['placements'])}; checkpointing {counts(values['levels'])}",
+        f"layers    {counts(setting.placements)}; checkpointing {counts(setting.levels)}",
     ]
     for title, names, table in (
         (f"GiB on {_gpus(machine)}", rows.DEVICE_ROWS, found.device),
@@ -279,9 +272,13 @@ def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], 
     return "\n".join([*lines, "", *summary(cfg, machine, found, values)])
 
 
-def counts(found: dict[str, int]) -> str:
-    """Numbers of layers in words."""
-    return ", ".join(f"{count} {name}" for name, count in found.items())
+def counts(names: Sequence[str]) -> str:
+    """Numbers of layers in words.
+
+    Args:
+        names: placement or level of each layer.
+    """
+    return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
 
 def _gpus(machine: Machine) -> str:
@@ -294,8 +291,8 @@ def _gpus(machine: Machine) -> str:
 
 def _by_row(names: Sequence[str], table: Table) -> dict[str, list[float]]:
     found = {name: [table.gib(phase, name) for phase in rows.PHASES] for name in names}
-    found = {name: values for name, values in found.items() if max(values) >= 0.005}
-    return found | {"total": [table.total_gib(phase) for phase in rows.PHASES]}
+    found["total"] = [table.total_gib(phase) for phase in rows.PHASES]
+    return {name: values for name, values in found.items() if max(values) >= 0.005}
 
 
 def _table(title: str, columns: Sequence[str], found: dict[str, list[float]]) -> list[str]:
@@ -343,9 +340,13 @@ def brief(machine: Machine, found: Outcome) -> list[tuple[str, str]]:
     lines = [_fit_line(machine, found)]
     if machine.gpus:
         guess = found.speed
-        words = f"about {_number(guess.step_s)} s a step, {guess.tokens_per_s:,.0f} tokens/s total"
-        lines.append(("time", f"{words}, were every row full length; bottleneck: {guess.bound}"))
+        words = f"{_pace(guess.step_s, guess.tokens_per_s)}, were every row full length"
+        lines.append(("time", f"{words}; bottleneck: {guess.bound}"))
     return lines
+
+
+def _pace(step_s: float, tokens_per_s: float) -> str:
+    return f"about {_number(step_s)} s a step, {tokens_per_s:,.0f} tokens/s total"
 
 
 def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any]) -> list[str]:
@@ -415,14 +416,9 @@ def _time(machine: Machine, values: dict[str, Any]) -> list[tuple[str, str]]:
     parts = sorted(values["parts_s"].items(), key=lambda item: -item[1])
     alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
     is_measured = machine.gpus and all(gpu.is_measured for gpu in machine.gpus)
-    lines = [
-        (
-            "time",
-            f"about {_number(values['step_s'])} s a step, {values['tokens_per_s']:,.0f} tokens/s "
-            f"total; bottleneck: {values['bound']} (alone: {alone}; by "
-            f"{'measured' if is_measured else 'tabled'} speeds)",
-        )
-    ]
+    words = f"{_pace(values['step_s'], values['tokens_per_s'])}; bottleneck: {values['bound']} "
+    words += f"(alone: {alone}; by {'measured' if is_measured else 'tabled'} speeds)"
+    lines = [("time", words)]
     if values["eta_s"] is not None:
         minutes = max(round(values["eta_s"] / 60), 1)
         words = f"at most {minutes // 60} h {minutes % 60:02} min for {values['num_steps']:,} steps"

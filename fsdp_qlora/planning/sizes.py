@@ -236,7 +236,7 @@ class Sizes:
         self.quantized, self.constants = quantized_bytes(shapes, cfg.format_name)
         active, num_experts = arch.active_linears(info)
         self.weights, self.largest = sum(counts), max(counts)
-        self.active = sum(n.out_features * n.in_features for n in active)
+        self.active = sum(linear.num_weights for linear in active)
         self.last = counts[-1] if len(active) == len(linears) else 0
         self.outs = sum(linear.out_features for linear in active[:-1])
         self.product = active[-1].in_features * num_experts

@@ -96,17 +96,15 @@ def _passes(
     # A non-reentrant recomputation stops before the last matmul.
     left_out = 0 if cfg.reentrant_checkpointing else s.last / s.active
     again = (matmuls * (1 - left_out) + attention + lora) * num_full / s.layers
-    rates = {"item": s.item / 2, "flops": gpu.bf16_tflops * 1e12}
-    forward_s = (matmuls + attention + 2 * head + lora) * rates["item"] / rates["flops"]
-    backward = matmuls + 2.5 * attention + 2 * lora + weight_grads + again
-    backward_s = backward * rates["item"] / rates["flops"]
+    item, flops = s.item / 2, gpu.bf16_tflops * 1e12
+    forward_s = (matmuls + attention + 2 * head + lora) * item / flops
+    backward_s = (matmuls + 2.5 * attention + 2 * lora + weight_grads + again) * item / flops
     # What selective layers recompute is elementwise: norms, rotary embedding, activation.
     features = 6 * s.hidden + s.gates + s.product
     elementwise = tokens * features * s.item * (num_full + num_selective)
     backward_s += elementwise / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
-    touched = (FORMATS[cfg.format_name].weight_bits / 8 + s.item) * s.weights
-    if not FORMATS[cfg.format_name].scratch_bytes:
-        touched = 0.0
+    fmt = FORMATS[cfg.format_name]
+    touched = (fmt.weight_bits / 8 + s.item) * s.weights * (fmt.scratch_bytes > 0)
     unpack_s = touched * s.layers / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
     launch_s = LAUNCH_S * s.layers * (gpu.memory_gib > 0)
     rows = []
@@ -130,9 +128,7 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
     sliced = 0 if is_kept else setting.count("offloaded")
     gathered = grouped * s.layer_bytes * others
     if setting.shares > 1:
-        adapters = s.num_trained(setting) * (
-            2 + 4 * is_backward
-        )  # gathered in 16 bit, reduced in 32
+        adapters = s.num_trained(setting) * (2 + 4 * is_backward)  # 16 bit gathered, 32 reduced
         ends = (1 if is_backward else 2) * s.head * s.item  # the embedding takes no part backwards
         gathered += (adapters + ends) * others
     host_s = setting.count("streamed") * s.layer_bytes / (STREAM_SHARE * host_bytes_s)
@@ -147,9 +143,8 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
 
 def _optimizer_s(s: Sizes, setting: Setting, gpu: Device) -> float:
     """AdamW reads and writes weights, gradients and two moments once."""
-    return (
-        28.0 * s.num_trained(setting) / setting.shares / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
-    )
+    nbytes = 28.0 * s.num_trained(setting) / setting.shares
+    return nbytes / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
 
 
 def num_rows(cfg: Config) -> int | None:

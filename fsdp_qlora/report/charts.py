@@ -173,13 +173,12 @@ def _scale(points: Points, has_zero: bool) -> _Scale:
     return _Scale(max((x for x, _ in points), default=0) or 1.0, ticks(low, high + margin))
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Choose round numbers (1, 2 or 5 times a power of ten apart) that span a range.
 
     Args:
         low: least value.
         high: greatest value; where it is hardly above `low`, the range is widened.
-        count: about how many steps to make.
 
     Returns:
         At least two rising numbers; the first is at most `low`, the last at least `high`.
@@ -187,7 +186,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     if not high - low > FLAT * max(abs(low), abs(high)):
         half = 0.1 * abs(high)
         low, high = (low - half, high + half) if half else (0.0, 1.0)
-    raw = (high - low) / count
+    raw = (high - low) / 5
     power = math.floor(math.log10(raw))
     step = next(m for m in (1, 2, 5, 10) if m * 10.0**power >= raw * 0.999)
     unit = step * 10.0**power
@@ -246,17 +245,16 @@ def mark(value: float) -> str:
     return f"{value:g}" if size < 1000 or size >= 1e7 else f"{value:,.0f}"
 
 
-def thin(points: Points, limit: int = MAX_POINTS) -> Points:
-    """Bring a long line to few points, each the mean of neighbours.
+def thin(points: Points) -> Points:
+    """Bring a long line to MAX_POINTS at most, each the mean of neighbours.
 
     Args:
         points: (x, y).
-        limit: most points that are kept.
 
     Returns:
         The points themselves if they are few enough; x is that of the last of the neighbours.
     """
-    size = math.ceil(len(points) / limit) or 1
+    size = math.ceil(len(points) / MAX_POINTS) or 1
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], _mean(group)) for group in groups]
 

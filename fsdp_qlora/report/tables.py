@@ -3,25 +3,21 @@
 import datetime
 import itertools
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fsdp_qlora.config import Config, to_dict
-from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST
-from fsdp_qlora.record import Run, highest
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
+from fsdp_qlora.record import OWN_FLAGS, Run, command, highest, word
 
 UNKNOWN = "–"
-OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
 ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
 PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
 PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
 MACHINE = ("host_total_gib", "cgroup_limit_gib", "num_cpu_cores")
-
-Rows = dict[str, float]
 
 
 class Cell(NamedTuple):
@@ -41,8 +37,8 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table.
+class PageTable:
+    """A table of the page.
 
     Args:
         title: above it.
@@ -105,6 +101,10 @@ def _cpu_cores(run: Run) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _num_not_finite(run: Run) -> float | None:
+    return run.values("loss").count(None) or None
+
+
 def held_out(run: Run, is_after: bool) -> float | None:
     """Held-out loss before the first step, or the latest after it.
 
@@ -141,11 +141,7 @@ FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
         ("trained parameters", ",.0f", lambda run: run.facts.get("num_trainable_params")),
         ("training loss, first step", ",.4f", lambda run: run.steps[0].get("loss")),
         ("training loss, last step", ",.4f", lambda run: run.steps[-1].get("loss")),
-        (
-            "losses that are not a number",
-            ",.0f",
-            lambda run: run.values("loss").count(None) or None,
-        ),
+        ("losses that are not a number", ",.0f", _num_not_finite),
         ("held-out loss before", ",.4f", lambda run: held_out(run, False)),
         ("held-out loss after", ",.4f", lambda run: held_out(run, True)),
     ],
@@ -154,7 +150,7 @@ TILES = ["steps", "seconds of training", "tokens/s, median", "GiB per GPU, peak 
 TILES += ["GiB of the host, peak", "training loss, last step", "held-out loss after"]
 
 
-def figures(runs: list[Run]) -> list[Table]:
+def figures(runs: list[Run]) -> list[PageTable]:
     """The figures that people put side by side.
 
     Args:
@@ -175,7 +171,7 @@ def figures(runs: list[Run]) -> list[Table]:
                     for c in cells[1:]
                 ]
             rows += [(name, cells)] if highest(values) is not None else []
-        tables.append(Table(group, _heads(runs), rows))
+        tables.append(PageTable(group, _heads(runs), rows))
     return tables
 
 
@@ -203,7 +199,7 @@ def tiles(run: Run) -> list[tuple[str, Cell]]:
     return [(name, rows[name]) for name in TILES if name in rows]
 
 
-def peaks(run: Run, prefix: str) -> Table:
+def peaks(run: Run, prefix: str) -> PageTable:
     """The largest figures of every rank.
 
     Args:
@@ -213,10 +209,10 @@ def peaks(run: Run, prefix: str) -> Table:
     known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
     rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
     heads = [_plain(name) for name in known]
-    return Table(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
+    return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
 
 
-def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
+def predicted(run: Run, prefix: str) -> tuple[list[PageTable], list[str]]:
     """Predicted, measured, difference by row, a table a phase; then every rank by phase.
 
     Args:
@@ -246,7 +242,7 @@ def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
         if len(held) > 1:
             parts = [(f"rank {i}", rank) for i, rank in enumerate(held)] + [("plan", planned)]
             rows = [(of, [cell(_total(part.get(p, {}))) for p in known]) for of, part in parts]
-            tables.append(Table(f"{prefix}{name}, total of every rank", known, rows))
+            tables.append(PageTable(f"{prefix}{name}, total of every rank", known, rows))
         top = highest(_total(rows) for rank in held for rows in rank.values())
         p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
         is_large = max(p.value or 0, m.value or 0) > LARGE_GIB
@@ -256,11 +252,13 @@ def predicted(run: Run, prefix: str) -> tuple[list[Table], list[str]]:
     return tables, words
 
 
-def _total(rows: Rows) -> float | None:
+def _total(rows: GibByRow) -> float | None:
     return sum(rows.values()) if rows else None
 
 
-def _compared(title: str, order: tuple[str, ...], plan: Rows, measured: Rows, aim: float) -> Table:
+def _compared(
+    title: str, order: tuple[str, ...], plan: GibByRow, measured: GibByRow, aim: float
+) -> PageTable:
     """A phase; where some memory was not told apart, it is not known how much of a row there is."""
     known, rows = {**plan, **measured}, []
     for row in dict.fromkeys([*order, *known]):
@@ -269,7 +267,7 @@ def _compared(title: str, order: tuple[str, ...], plan: Rows, measured: Rows, ai
         if (highest([p, m]) or 0.0) >= LEAST_GIB:
             rows.append((row, _difference(p, m, max(aim, ROW_AIM))))
     rows.append(("total", _difference(_total(plan), _total(measured), aim)))
-    return Table(title, ["predicted", "measured", "difference"], rows)
+    return PageTable(title, ["predicted", "measured", "difference"], rows)
 
 
 def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
@@ -281,7 +279,7 @@ def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
     return [cell(p), cell(m), Cell(f"{m - p:+,.3f}", m - p, share, is_off)]
 
 
-def data(runs: list[Run]) -> tuple[list[str], list[Table]]:
+def data(runs: list[Run]) -> tuple[list[str], list[PageTable]]:
     """What became of the rows: the audit that runs keep in their record.
 
     Args:
@@ -301,40 +299,39 @@ def data(runs: list[Run]) -> tuple[list[str], list[Table]]:
         notes += [f"{run.name}: {note}" for note in audit.get("notes", ())]
         for name, places in audit.get("examples", {}).items():
             notes += [f"{run.name}: {name}: {', '.join(map(str, places))}"] if places else []
-    return notes, [_beside("", known, columns, "numbers")]
+    return notes, [_beside("", _heads(known), columns, "numbers")]
 
 
 def _plain(name: str) -> str:
     return name.removeprefix("num_").replace("_gib", ", GiB").replace("_", " ")
 
 
-def _beside(title: str, runs: list[Run], columns: list[dict[str, Cell]], kind: str) -> Table:
-    """A column a run, a row for each name that any of them has."""
+def _beside(title: str, heads: list[str], columns: list[dict[str, Cell]], kind: str) -> PageTable:
+    """A column a head, a row for each name that any of them has."""
     names = dict.fromkeys(itertools.chain(*columns))
     rows = [(name, [column.get(name, Cell(UNKNOWN)) for column in columns]) for name in names]
-    return Table(title, _heads(runs), rows, kind)
+    return PageTable(title, heads, rows, kind)
 
 
-def answers(run: Run, prefix: str) -> Table:
+def answers(run: Run, prefix: str) -> PageTable:
     """The prompts of a run, a row each, answered before and after.
 
     Args:
         run: the record.
         prefix: of the title.
     """
-    prompts: dict[str, dict[str, Cell]] = {}
+    columns: dict[str, dict[str, Cell]] = {}
+    expected = {}
     for sample in run.samples:
-        row = prompts.setdefault(str(sample.get("prompt", "")), {})
-        row[str(sample.get("when"))] = Cell(str(sample.get("answer", "")))
+        prompt, when = str(sample.get("prompt", "")), str(sample.get("when"))
+        columns.setdefault(when, {})[prompt] = Cell(str(sample.get("answer", "")))
         if sample.get("expected"):
-            row["the data"] = Cell(str(sample["expected"]))
-    whens = [*dict.fromkeys(itertools.chain(*prompts.values()))]
-    whens.sort(key="the data".__eq__)
-    rows = [(p, [row.get(when, Cell(UNKNOWN)) for when in whens]) for p, row in prompts.items()]
-    return Table(prefix, whens, rows, "words")
+            expected[prompt] = Cell(str(sample["expected"]))
+    columns |= {"the data": expected} if expected else {}
+    return _beside(prefix, [*columns], [*columns.values()], "words")
 
 
-def settings(runs: list[Run]) -> list[Table]:
+def settings(runs: list[Run]) -> list[PageTable]:
     """The flags in which runs differ, or one run from the defaults; then all flags.
 
     Args:
@@ -347,19 +344,14 @@ def settings(runs: list[Run]) -> list[Table]:
     if len(runs) == 1:
         columns = {"default": to_dict(Config())} | columns
     flags = dict.fromkeys(flag for run in runs for flag in run.config)
-    rows = [(f, [Cell(_word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
+    rows = [(f, [Cell(word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
     differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]
     title = f"Flags that differ {'from the defaults' if len(runs) == 1 else 'between the runs'}"
-    return [Table(title, [*columns], differ, "words"), Table("All flags", [*columns], rows, "fold")]
+    every = PageTable("All flags", [*columns], rows, "fold")
+    return [PageTable(title, [*columns], differ, "words"), every]
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "not set" if value is None else str(value)
-
-
-def environment(runs: list[Run]) -> list[Table]:
+def environment(runs: list[Run]) -> list[PageTable]:
     """What ran, on what: the console's lines from the start; command, hardware, versions.
 
     Args:
@@ -374,10 +366,10 @@ def environment(runs: list[Run]) -> list[Table]:
         sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
         sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
         facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
-        facts |= {"command": command(run)} | run.table("versions")
+        facts |= {"command": command(run.config)} | run.table("versions")
         machines.append({name: Cell(str(value)) for name, value in facts.items()})
-    lines = _beside("What ran", runs, [_console(run) for run in runs], "words")
-    return [lines, _beside("Machine and versions", runs, machines, "words")]
+    lines = _beside("What ran", _heads(runs), [_console(run) for run in runs], "words")
+    return [lines, _beside("Machine and versions", _heads(runs), machines, "words")]
 
 
 def _console(run: Run) -> dict[str, Cell]:
@@ -388,16 +380,3 @@ def _console(run: Run) -> dict[str, Cell]:
         name, words = line[:10].strip() or name, line[10:].strip()
         found[name] = Cell(f"{found[name].text}; {words}" if name in found else words)
     return found
-
-
-def command(run: Run) -> str:
-    """The command line of a run, from the flags that differ from the defaults.
-
-    Args:
-        run: with its configuration.
-    """
-    words, defaults = ["python", "train.py"], to_dict(Config())
-    for flag, value in run.config.items():
-        if value is not None and value != defaults.get(flag, value):
-            words += [f"--{flag}", _word(value)]
-    return shlex.join(words)

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -24,18 +23,18 @@ import torch
 from torch import nn
 
 from fsdp_qlora.distributed import exit_report
-from fsdp_qlora.hardware import GIB, machine_memory, pss_gib, read_kib
+from fsdp_qlora.hardware import GIB, pss_gib, read_kib
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import Sizes
 from fsdp_qlora.training import optim
 
 STEP_PHASES = ("forward", "backward", "optimizer")
 DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
-GibByRow = dict[str, float]
 Phases = dict[str, GibByRow]
 DEVICE_FIELDS = (
     "device_allocated_gib",
@@ -196,11 +195,6 @@ def process_memory(device: torch.device, sampler: "HostSampler | None" = None) -
     }
 
 
-def memory_now(device: torch.device) -> dict[str, float | None]:
-    """PROCESS_FIELDS and MACHINE_FIELDS in GiB, all measured now; starts the next device peak."""
-    return {**process_memory(device), **machine_memory()}
-
-
 @dataclass
 class HostSampler:
     """Watches host memory from a thread: this process's PSS, and the machine's peak use.
@@ -230,12 +224,7 @@ class HostSampler:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Take the last sample and end the thread."""
         self._stop.set()
         if self._thread is not None:

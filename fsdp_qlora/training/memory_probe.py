@@ -16,6 +16,7 @@ import torch
 from fsdp_qlora.config import Config
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
 from fsdp_qlora.data.token_dataset import Sample
+from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
@@ -23,7 +24,6 @@ from fsdp_qlora.training.loop import Trained, token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
 
 MAX_EVENTS = 2_000_000
-GIB = 2**30
 # Where an allocation was made -> its row; the innermost place that is known counts.
 PLACES = (
     ("fsdp_qlora/model/cuda_graphs.py", names.LAYER),
@@ -34,7 +34,7 @@ PLACES = (
 FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
 # `boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
-Event = dict[str, Any]
+AllocatorEvent = dict[str, Any]
 
 
 def is_wanted(cfg: Config, device: torch.device) -> bool:
@@ -219,7 +219,7 @@ def _traced(device: torch.device) -> Iterator[_Trace]:
         trace.failure = f"{type(error).__name__}: {error}"
 
 
-def told_apart(events: Sequence[Event]) -> tuple[dict[str, Transients], float]:
+def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, Transients], float]:
     """The rows at the peak of each phase.
 
     Args:
@@ -257,7 +257,7 @@ def told_apart(events: Sequence[Event]) -> tuple[dict[str, Transients], float]:
     return transients, sum(block.nbytes for block in stays) / GIB
 
 
-def _blocks(events: Sequence[Event]) -> tuple[list[_Block], list[int]]:
+def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
     """The allocations, and the indices of the boundaries."""
     open_blocks: dict[int, tuple[int, str, int]] = {}
     blocks, ends = [], []

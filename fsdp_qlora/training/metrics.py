@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import psutil
@@ -345,12 +344,7 @@ class Recorder:
         self.collect("load")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Write the last step and the summary, also when the run failed; say where memory went."""
         if error is not None and self._tracker is not None and not hasattr(error, "__notes__"):
             self._tracker.annotate_oom(error, self._where())

@@ -18,7 +18,6 @@ from fsdp_qlora.model import shard
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000  # those of torch.amp
 LEAST_SCALE = 1.0
 MOST_PLACES = 3  # rows named on the screen; the record has them all
-NUM_FACTS = 3  # of a status, before the flags of the ranks
 
 
 class StepStatus(NamedTuple):

@@ -11,11 +11,11 @@ import numpy as np
 from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
 from fsdp_qlora.data import Data
+from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training.memory import MemoryTracker, Peak
 
-GIB = 2**30
 SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
 SAVED |= {"llama_pro": "new layers (merge makes a model of them)", "full": "the model"}
 

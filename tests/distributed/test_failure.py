@@ -185,7 +185,7 @@ def test_a_scene_is_a_few_lines_with_the_largest_rows_first():
     )
     assert scene.lines() == [
         "out of memory in the forward of step 3",
-        "predicted 5.00 GiB on a card in the forward; at the peak (backward) 11.00",
+        "predicted 5.00 GiB on a GPU in the forward; at the peak (backward) 11.00",
         "there     24 GiB on the card",
         "largest   kept 4.00 (predicted 3.00), packed 2.00 (predicted 2.00) GiB",
     ]

@@ -12,7 +12,7 @@ from tests import tiny
 @pytest.fixture
 def kernel():
     """On a card as it is; elsewhere by Triton's interpreter, where Triton is installed."""
-    pytest.importorskip("triton")
+    tiny.require_triton()
     from fsdp_qlora.model import triton_kernels
 
     return triton_kernels

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fsdp_qlora import arch
+from fsdp_qlora.model import quantize
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
@@ -17,6 +18,19 @@ HQQ_BOUNDS = {
     8: {32: 0.0055, 64: 0.0062, 128: 0.007},
 }
 BOUNDS = {"nf4": 0.097, "nf4_dq": 0.098, "fp4": 0.13, "fp4_dq": 0.131, "int8": 0.011, "bf16": 0.002}
+
+# By code. NF4: QLoRA (arXiv 2305.14314), appendix E; FP4: sign, two bits of exponent, one of
+# mantissa, as bitsandbytes numbers them, twelfths.
+FP4 = [value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+VALUES = {
+    "nf4": [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ],
+    "fp4": FP4 + [-value for value in FP4],
+}
 
 
 def relative_error(name: str, weights: list[torch.Tensor]) -> float:
@@ -40,3 +54,21 @@ def test_every_format_stays_below_its_error_bound(tmp_path):
         error = relative_error(name, weights)
         bound = BOUNDS.get(name) or HQQ_BOUNDS[row.weight_bits][row.group_size]
         assert bound / 2 < error < bound, (name, error)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_a_4_bit_weight_decodes_as_the_papers_say(name):
+    """Own arithmetic in float64: two codes a byte, high one first, times the block's largest."""
+    weight_OI = torch.randn(32, 128, generator=torch.Generator().manual_seed(1))
+    row = quantize.FORMATS[name]
+    fields = row.quantize(weight_OI.to(tiny.DEVICE))
+    codes = torch.stack([fields["weight"] >> 4, fields["weight"] & 15], 1).view(-1, 64).long().cpu()
+    blocks = weight_OI.view(-1, 64)
+    largest = blocks.abs().amax(1, keepdim=True).double()
+    decoded = torch.tensor(VALUES[name]).double()[codes] * largest
+    found = row.dequantize(
+        fields.pop("weight"), row.constants(fields, torch.float32), weight_OI.shape, torch.float32
+    )
+    assert torch.equal(found.cpu().view(-1, 64), decoded.float())
+    off = (torch.tensor(VALUES[name]).double() * largest[..., None] - blocks[..., None]).abs()
+    assert ((decoded - blocks).abs() - off.amin(-1)).max() < 1e-5  # the nearest of the 16

@@ -55,7 +55,7 @@ def test_the_kernel_has_the_bits_of_plain_torch():
     in it. The order of rounding is seen in float16.
     """
     is_interpreted = tiny.DEVICE == "cpu"
-    pytest.importorskip("triton")
+    tiny.require_triton()
     from fsdp_qlora.model import triton_kernels
 
     torch.manual_seed(0)
