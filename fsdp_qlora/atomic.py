@@ -157,8 +157,8 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
     """Make a directory under a hidden name beside its own; rename it when it is whole.
 
     What a killed process has left beside `out` is removed first: a lock, which ends with its
-    process, tells it from what another one is writing. SIGTERM unwinds the program meanwhile, so
-    that the draft is removed; the exit code tells of it.
+    process, marks what another one is writing. SIGTERM unwinds the program meanwhile, so
+    that the draft is removed; the exit code says so.
 
     Args:
         out: its own name.

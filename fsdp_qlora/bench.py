@@ -265,10 +265,10 @@ def machine() -> dict[str, Any]:
     """Return what the bench runs on: GPUs, processor, cores, host memory in GiB, system."""
     names = [gpu.name for gpu in find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
     cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
         "cards": "; ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "no GPU",
-        "cpu": found[1] if found else platform.processor(),
+        "cpu": cpu[1] if cpu else platform.processor(),
         "host_total_gib": psutil.virtual_memory().total / GIB,
         **{"num_cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
     }
@@ -324,14 +324,14 @@ def moved(old: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[str]:
         A line for each figure that moved (memory by more than 1 %, speed by more than 15 %), each
         row that failed or no longer does, and each that was measured under other conditions.
     """
-    found, stored = [], {row["name"]: row for row in old}
+    moves, stored = [], {row["name"]: row for row in old}
     for row in rows:
         name, before = row["name"], stored.get(row["name"], row)
         if row["state"] != before["state"] and "left out" not in (row["state"], before["state"]):
-            found.append(f"{name}: {row['state']}, was {before['state']}")
+            moves.append(f"{name}: {row['state']}, was {before['state']}")
         elif row["state"] == before["state"] == "measured":
-            found += [f"{name}: {words}" for words in _moves(before, row)]
-    return found
+            moves += [f"{name}: {words}" for words in _moves(before, row)]
+    return moves
 
 
 def _moves(old: BenchRow, row: BenchRow) -> list[str]:

@@ -228,20 +228,20 @@ def docstrings() -> list[dict[str, str]]:
         UserError: this Python has no sources of its library (code 3).
     """
     library = Path(sysconfig.get_path("stdlib"))
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for source in sorted(library.rglob("*.py")):
         parts = source.relative_to(library).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if parts and not any(PRIVATE.fullmatch(part) for part in parts):
             tree = ast.parse(source.read_text(encoding="utf-8", errors="replace"))
             docs = [*module_docs(".".join(parts), tree)]
-            found |= dict(reversed(docs))  # of two with one name, the first one's
-    if not found:
+            answers |= dict(reversed(docs))  # of two with one name, the first one's
+    if not answers:
         remedy = "use a Python with its library in files"
         raise UserError(str(library), "holds no Python sources", remedy, ENVIRONMENT)
     return [
         {"instruction": f"What does Python's {name} do?", "input": "", "output": answer}
-        for name, answer in sorted((dict(builtin_docs()) | found).items())
+        for name, answer in sorted((dict(builtin_docs()) | answers).items())
     ]
 
 

@@ -306,10 +306,10 @@ def _torch_gpus(visible: str | None) -> list[Device]:
 @functools.cache
 def has_gpu_build() -> bool:
     """Whether the installed torch was built for GPUs (CUDA, ROCm), without importing it."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         return False
-    text = (Path(found.origin).parent / "version.py").read_text()
+    text = (Path(spec.origin).parent / "version.py").read_text()
     return re.search(r"^(cuda|hip)\b.*= '", text, re.MULTILINE) is not None
 
 
@@ -391,8 +391,8 @@ def read_kib(path: Path, key: str) -> int:
     Returns:
         N in KiB; 0 where the file or the line is missing (other systems, old kernels).
     """
-    found = re.search(rf"^{re.escape(key)}:\s+(\d+) kB", _read(path), re.MULTILINE)
-    return int(found[1]) if found else 0
+    line = re.search(rf"^{re.escape(key)}:\s+(\d+) kB", _read(path), re.MULTILINE)
+    return int(line[1]) if line else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,15 +539,15 @@ def versions(device: "torch.device") -> dict[str, str]:
     Returns:
         Name -> version; packages that are not installed are left out.
     """
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    facts = {"python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
+            facts[name] = metadata.version(name)
     if device.type == "cuda":
         import torch
 
-        found["cuda"] = str(torch.version.cuda)
-        found["card"] = torch.cuda.get_device_name(device)
-        found["num_cards"] = str(torch.cuda.device_count())
-        found["driver"] = driver_version() or "unknown"
-    return found
+        facts["cuda"] = str(torch.version.cuda)
+        facts["card"] = torch.cuda.get_device_name(device)
+        facts["num_cards"] = str(torch.cuda.device_count())
+        facts["driver"] = driver_version() or "unknown"
+    return facts

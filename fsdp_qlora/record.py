@@ -99,8 +99,8 @@ class Run:
 
     def table(self, name: str) -> dict[str, Any]:
         """A fact that is a table by itself, such as "plan"; empty where it is not recorded."""
-        found = self.facts.get(name)
-        return found if isinstance(found, dict) else {}
+        fact = self.facts.get(name)
+        return fact if isinstance(fact, dict) else {}
 
     def median(self, name: str) -> float | None:
         """Median of a field of the steps, without the first steps, which warm up."""
@@ -173,10 +173,10 @@ def parse(text: bytes) -> dict[str, Any] | None:
         The object, NaN and infinity as null; None for anything else, a torn line too.
     """
     try:
-        found = json.loads(text, parse_constant=lambda _: None)
+        value = json.loads(text, parse_constant=lambda _: None)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _checked(row: dict[str, Any] | None, shape: dict[str, Any], place: str) -> dict[str, Any]:

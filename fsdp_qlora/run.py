@@ -38,17 +38,16 @@ def run(
     """
     from fsdp_qlora import data
     from fsdp_qlora.report import page
-    from fsdp_qlora.training import checkpoint, loop, metrics, profiler, summary, trackers
+    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
 
     cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, info, world)
     num_steps = dataset.train.num_steps
     resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
-    trained, tracker, record, pinned_bytes = _build(plan, dataset, world, **probe)
+    trained, tracker, record = _build(plan, dataset, world, **probe)
     resumed.restore(trained)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
-    has_bar = "stdout" not in cfg.log_targets
     signals.install()  # from here on a stop is recorded
 
     def follow() -> None:
@@ -57,10 +56,8 @@ def run(
 
     with (
         preflight.explain_disk_full(cfg),
-        metrics.Recorder(
-            out_dir, world, num_steps, record, pinned_bytes, has_bar, tracker, kept
-        ) as recorder,
-        profiler.attach(cfg, world.rank, world.device, recorder.say) as after_step,
+        metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
+        memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
         trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
@@ -76,27 +73,27 @@ def run(
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
         page.write([out_dir], out_dir)
-        print(summary.farewell(cfg), flush=True)
+        metrics.print_summary(cfg)
 
 
-def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any], int]:
-    """What is trained, its memory by row, the facts of the run, and bytes pinned."""
+def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
+    """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, memory, memory_probe, summary
+    from fsdp_qlora.training import loop, memory, memory_probe, metrics
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
-    tracker = memory.MemoryTracker(plan, world.device, summary.nbytes(dataset))
+    tracker = memory.MemoryTracker(plan, world.device, dataset)
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained.params, trained.optimizer)
-    record = summary.describe(cfg, plan.info, dataset, built, tracker)
+    record = metrics.describe(cfg, plan.info, dataset, built, tracker)
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
-    return trained, tracker, record, built.loaded.pinned_bytes
+    return trained, tracker, record
 
 
 def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:

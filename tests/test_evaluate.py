@@ -37,7 +37,7 @@ def build(world, path, *flags):
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     trained = loop.prepare(built.model, plan.cfg, NUM_STEPS, world)
     tracker.record_optimizer(trained.params, trained.optimizer)
     return plan, tracker, trained
@@ -52,8 +52,8 @@ def run(world, path, out, is_evaluated):
     from fsdp_qlora.export import save
     from fsdp_qlora.training import loop, metrics
 
-    flags = ("--eval_every=2", f"--output_dir={out}", "--sample_tokens=5") if is_evaluated else ()
-    plan, tracker, trained = build(world, path, *flags)
+    flags = ("--eval_every=2", "--sample_tokens=5") if is_evaluated else ()
+    plan, tracker, trained = build(world, path, f"--output_dir={out}", *flags)
     train = Batches(samples(40, 0), SamplerConfig(2, 1, world.size, world.rank, 42, 1, NUM_STEPS))
     rest = held_out(samples(9, 1), 2, world.size, world.rank)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -61,7 +61,7 @@ def run(world, path, out, is_evaluated):
     if is_evaluated and world.rank == 0:
         out.mkdir()
         config.save(plan.cfg, out / "run_config.json", {})
-    with metrics.Recorder(out, world, NUM_STEPS, {}, has_bar=False, tracker=tracker) as recorder:
+    with metrics.Recorder(tracker, world, NUM_STEPS, {}) as recorder:
         evaluator = Evaluator(
             trained,
             data,

@@ -99,7 +99,7 @@ def test_what_cannot_fit_is_refused_before_torch_is_imported(tmp_path: Path, mod
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_that_run_out_in_the_dry_run_train_a_notch_lower(tmp_path: Path):
+def test_ranks_that_run_out_in_the_memory_probe_train_a_notch_lower(tmp_path: Path):
     """Real ranks, real models: built twice, with one line between; the record tells of it."""
     warm.call(tiny_model, tmp_path / "model")
     model, out_dir = tmp_path / "model", tmp_path / "out"
@@ -111,10 +111,12 @@ def test_ranks_that_run_out_in_the_dry_run_train_a_notch_lower(tmp_path: Path):
     lines = found.out.splitlines()
     (fit,) = [line for line in lines if line.startswith("fit ")]
     (memory,) = [line for line in lines if "a lower setting" in line]
-    start = "memory    rank 1: out of memory in the dry run; nothing is lost, a lower setting: --"
+    start = (
+        "memory    rank 1: out of memory in the memory probe; nothing is lost, a lower setting: --"
+    )
     assert memory.startswith(start)
     assert lines.index(memory) > lines.index(fit)
-    assert len([line for line in lines if line.startswith("dry run   ")]) == 1
+    assert len([line for line in lines if line.startswith("probe     ")]) == 1
     summary = json.loads((out_dir / "summary.json").read_text())
     assert summary["is_complete"] and summary["num_steps"] == 3
     assert summary["plan"]["notch"] == 1

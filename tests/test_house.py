@@ -4,6 +4,7 @@ A budget moves only by editing this file, with the reason beside it.
 """
 
 import ast
+import dataclasses
 import functools
 import io
 import subprocess
@@ -14,11 +15,31 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora import TrainConfig
+from fsdp_qlora.__main__ import COMMANDS
 from tests import timing
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
-MAX_FILE_LINES = 480  # code lines: no docstrings, comments, blanks
+# Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to 13,000 lines
+# in 70 files (the house's law); until it is there these two only fall.
+MAX_CODE_LINES = 15_700
+MAX_FILES = 90
+MORE_IN_TESTS = 1_500  # than in the product, at most
+MAX_COMMANDS = 12
+MAX_OPTIONS = 80  # fields of the configuration; aliases do not count
+PERIPHERY = ("report", "bench", "doctor", "fetch", "export", "inference")
+MAX_PERIPHERY = 0.25  # of the product
+COUNTED = (".py", ".j2", ".js", ".css", ".html")
+MAX_FILE_LINES = 480
+MAX_ARGUMENTS = 6
+# Signatures that a kernel or torch prescribes.
+FREE_SIGNATURES = ("model.triton_kernels", "model.attention", "model.cuda_graphs")
+# To be cut: no new ones.
+LONG_SIGNATURES = {
+    *("distributed.exit_report._left", "inference.pieces", "training.metrics.__init__"),
+    *("model.load._fill_quantized", "model.load._make_layers"),
+}
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 3
 MAX_HELP_S = 1.0
@@ -179,6 +200,35 @@ def count_code(source: str) -> int:
     return len(lines - docstrings)
 
 
+def count_text(text: str) -> int:
+    """Lines of a template, script or style that are neither blank nor a comment alone."""
+    starts = ("{#", "<!--", "//", "/*", "*")
+    lines = [line.strip() for line in text.splitlines()]
+    return sum(bool(line) and not line.startswith(starts) for line in lines)
+
+
+def count_tree(directory: Path) -> dict[str, int]:
+    """Path inside a directory -> its code lines, links not followed."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        if path.suffix in COUNTED and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            count = count_code(text) if path.suffix == ".py" else count_text(text)
+            found[str(path.relative_to(directory))] = count
+    return found
+
+
+def long_signatures(module: str, tree: ast.Module) -> list[str]:
+    """Functions that take more arguments than allowed, `self` not counted."""
+    found = []
+    for function in functions(tree):
+        args = function.args
+        names = [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+        if len([n for n in names if n not in ("self", "cls", "ctx")]) > MAX_ARGUMENTS:
+            found.append(f"{module}.{function.name}")
+    return found
+
+
 def over_budget(name: str, source: str) -> list[str]:
     """The files and functions that are too long or too deep."""
     faults = []
@@ -287,6 +337,31 @@ def test_the_checks_find_what_they_forbid():
     lazy = ast.parse("import json\ndef f():\n import torch")
     assert imported(walk_at_import(lazy)) == {"json"}
     assert "torch" in at_import("training.metrics")
+
+
+def test_the_whole_stays_within_its_budget():
+    """Lines and files of the product, its periphery, its tests, its commands and options."""
+    product, tests = count_tree(ROOT / PACKAGE), sum(count_tree(ROOT / "tests").values())
+    total = sum(product.values())
+    edge = sum(n for path, n in product.items() if Path(path).parts[0].split(".")[0] in PERIPHERY)
+    print(
+        f"{total} code lines in {len(product)} files, {edge / total:.0%} periphery, {tests} tests"
+    )
+    assert total <= MAX_CODE_LINES and len(product) <= MAX_FILES
+    assert tests <= total + MORE_IN_TESTS
+    assert edge <= MAX_PERIPHERY * total
+    assert len(COMMANDS) <= MAX_COMMANDS
+    assert len(dataclasses.fields(TrainConfig)) <= MAX_OPTIONS
+
+
+def test_functions_take_few_arguments():
+    found = {
+        name
+        for module, tree in modules().items()
+        if module not in FREE_SIGNATURES
+        for name in long_signatures(module, tree)
+    }
+    assert found <= LONG_SIGNATURES
 
 
 def test_files_and_functions_stay_within_their_budgets():

@@ -47,6 +47,19 @@ def save_model(directory: Path, model_type: str = "llama", dtype=torch.float32, 
     return directory
 
 
+def recorder(out: Path, world, num_steps: int, **info):
+    """The record of a run in `out` that has loaded nothing."""
+    from fsdp_qlora.planning import run as plans
+    from fsdp_qlora.training import memory, metrics
+
+    cfg = config.parse([f"--output_dir={out}"])
+    plan = plans.unplanned(arch.read("llama-2-7b", need_weights=False), cfg, "")
+    tracker = memory.MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
+        pass
+    return metrics.Recorder(tracker, world, num_steps, info)
+
+
 def shape(path: Path, world: World, *flags: str):
     """Build and shard a model as train.py does; it has no bytes yet.
 

@@ -6,8 +6,9 @@ torch is imported by the functions that make tensors, so that the audit can do w
 
 import bisect
 import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -402,13 +403,8 @@ def collate(
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
     width = padded_width(longest, pad_multiple, longest_of_all or longest + pad_multiple)
-    ids = np.full((max(len(samples), 1), width), PAD_ID, np.int64)
-    labels = np.full_like(ids, NOT_TRAINED)
-    for row, sample in enumerate(samples):
-        length = len(sample.input_ids)
-        ids[row, :length] = sample.input_ids
-        labels[row, :length] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
-    return _batch(ids, labels, samples)
+    starts = [(row, 0) for row in range(len(samples))]
+    return _batch((max(len(samples), 1), width), samples, starts)
 
 
 def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
@@ -423,27 +419,28 @@ def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
     """
     lengths = [len(sample.input_ids) for sample in samples]
     width = -(-max(sum(lengths), 1) // pad_multiple) * pad_multiple
-    ids = np.full((1, width), PAD_ID, np.int64)
-    labels = np.full_like(ids, NOT_TRAINED)
-    start = 0
-    for sample, length in zip(samples, lengths, strict=True):
-        place = slice(start, start + length)
-        ids[0, place] = sample.input_ids
-        labels[0, place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
-        labels[0, start] = NOT_TRAINED
-        start += length
-    return _batch(ids, labels, samples, (*lengths, *[width - start] * (width > start)))
+    *firsts, end = itertools.accumulate(lengths, initial=0)
+    batch = _batch((1, width), samples, [(0, first) for first in firsts])
+    batch.labels[0, firsts] = NOT_TRAINED
+    return replace(batch, row_lengths=(*lengths, *[width - end] * (width > end)))
 
 
 def _batch(
-    ids: np.ndarray, labels: np.ndarray, samples: Sequence[Sample], row_lengths: tuple = ()
+    shape: tuple[int, int], samples: Sequence[Sample], starts: Sequence[tuple[int, int]]
 ) -> Batch:
+    """Samples on padding, each from its row and column on."""
     import torch
 
+    ids = np.full(shape, PAD_ID, np.int64)
+    labels = np.full_like(ids, NOT_TRAINED)
+    for sample, (row, first) in zip(samples, starts, strict=True):
+        place = slice(first, first + len(sample.input_ids))
+        ids[row, place] = sample.input_ids
+        labels[row, place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
     num_trained = sum(sample.num_trained_tokens for sample in samples)
     num_tokens = sum(len(sample.input_ids) for sample in samples)
     input_ids, targets = torch.from_numpy(ids), torch.from_numpy(labels)
-    return Batch(input_ids, targets, num_trained, num_tokens, row_lengths)
+    return Batch(input_ids, targets, num_trained, num_tokens)
 
 
 def held_out(

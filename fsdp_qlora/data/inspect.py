@@ -20,7 +20,7 @@ from fsdp_qlora.arch import files
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.prepare import PreparedData
-from fsdp_qlora.data.token_dataset import Sample, TokenDataset
+from fsdp_qlora.data.token_dataset import TokenDataset
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS
 from fsdp_qlora.errors import DONE, UserError, one_line
@@ -34,18 +34,15 @@ are learned marked. It needs neither a GPU nor the model's weights, only its tok
 
   --rows N     how many rows are shown [3]
   --json       all facts as one JSON object, no rows"""
-LEARNED, GIVEN, RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 NUM_EXAMPLES = 3
-BAR_CHARS = 40
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
 REPORT = """\
 rows      {num_rows} of {sources} ({kinds})
 learned   {train_on}: {num_trained_tokens} of {num_tokens} tokens ({trained_share:.1%})
 length    median {median_tokens}, 95% up to {p95_tokens}, longest {longest_uncut_tokens}; \
 context {context_length}
-{bars}
 {losses}
 end       the end of text is learned in {end_share:.1%} of the rows
 parts     {num_train} to learn, {num_held_out} held out, {num_test} left for a test
@@ -92,7 +89,7 @@ class Audit:
         )
 
     def lines(self) -> list[str]:
-        """Return all facts for people, a line each, and the lengths as bars."""
+        """Return all facts for people, a line each."""
         facts = self.facts
         shown = {k: f"{v:,}" if isinstance(v, int) else v for k, v in facts.items()}
         steps = "; ".join(
@@ -111,7 +108,6 @@ class Audit:
             "kinds": ", ".join(f"{count:,} {kind}" for kind, count in facts["kinds"].items()),
             "train_on": TRAINED_ON.get(facts["train_on"], "everything"),
             "trained_share": facts["num_trained_tokens"] / max(facts["num_tokens"], 1),
-            "bars": _bars(facts["lengths"], facts["context_length"]),
             "losses": "\0".join(losses),
             "end_share": facts["num_learning_end"] / max(self.num_samples, 1),
             "steps": steps,
@@ -136,8 +132,8 @@ def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) 
         out but also learned), num_with_end, num_learning_end; examples of their places. Parts:
         num_train, num_held_out, num_test. Tokens after cutting: num_tokens, num_trained_tokens,
         longest_tokens, epoch_tokens, epoch_trained_tokens. Tokens before: median_tokens,
-        p95_tokens, longest_uncut_tokens, lengths (first, last, samples). Steps by world size,
-        padding_share, and notes for the user.
+        p95_tokens, longest_uncut_tokens. Steps by world size, padding_share, and notes for the
+        user.
     """
     parts = (ready.train, ready.held_out)
     tables = [store.facts for store in ready.stores]
@@ -157,7 +153,7 @@ def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) 
         "bad": [f"{place}: {fault}" for place, fault in ready.bad],
         "examples": examples,
         "num_repeated": len(repeated),
-        "num_leaked": int(np.isin(_hashes(ready.held_out), _hashes(ready.train)).sum()),
+        "num_leaked": int(np.isin(ready.held_out.hashes, ready.train.hashes).sum()),
         "num_train": len(ready.train),
         "num_held_out": len(ready.held_out),
         "num_test": ready.num_test,
@@ -170,16 +166,11 @@ def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) 
         "p95_tokens": int(np.percentile(uncut, 95)) if len(uncut) else 0,
         "longest_uncut_tokens": int(uncut.max(initial=0)),
         "num_tokens_cut": int(uncut.sum()) - sum(len(store.codes) for store in ready.stores),
-        "lengths": _histogram(uncut),
         "steps": _steps(cfg, len(ready.train), world_size),
         "padding_share": _padding(cfg, ready.train.lengths, world_size, pad_multiple),
         "kept": ready.stores[0].note or "in memory only",
     }
     return Audit({**facts, "notes": _notes(cfg, ready, Audit(facts), world_size)})
-
-
-def _hashes(part: TokenDataset) -> np.ndarray:
-    return part.store.hashes[part.indices]
 
 
 def _repeated(whole: TokenDataset) -> list[str]:
@@ -188,16 +179,6 @@ def _repeated(whole: TokenDataset) -> list[str]:
     earlier = first[inverse]
     again = np.nonzero(earlier != np.arange(len(whole)))[0].tolist()
     return [f"{whole.place(i)} repeats {whole.place(int(earlier[i]))}" for i in again]
-
-
-def _histogram(lengths: np.ndarray) -> list[list[int]]:
-    """First and last length, and how many: each bar twice as wide as the one before."""
-    bars, first = [], 1
-    while len(lengths) and first <= lengths.max():
-        last = max(2 * first - 1, 15)
-        bars.append([first, last, int(((lengths >= first) & (lengths <= last)).sum())])
-        first = last + 1
-    return bars
 
 
 def _steps(cfg: Config, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
@@ -232,10 +213,8 @@ def _notes(cfg: Config, ready: PreparedData, found: Audit, world_size: int) -> l
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
     place = ready.formatter.chat.template.place if ready.formatter is not None else ""
     num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
-    is_cut, is_few = (
-        facts["num_cut"] * 10 > found.num_samples,
-        0 < facts["num_train"] < rows_per_step,
-    )
+    is_cut = facts["num_cut"] * 10 > found.num_samples
+    is_few = 0 < facts["num_train"] < rows_per_step
     is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
     plain = uses_chat and place == tokenizer.PLAIN_PLACE
@@ -250,16 +229,6 @@ def _notes(cfg: Config, ready: PreparedData, found: Audit, world_size: int) -> l
         "earlier turns in another way, so each answer stands alone": is_split,
     }
     return [note for note, is_so in table.items() if is_so]
-
-
-def _bars(lengths: list[list[int]], context_length: int) -> str:
-    most = max((count for _, _, count in lengths), default=0)
-    lines = []
-    for first, last, count in lengths:
-        bar = "█" * -(-BAR_CHARS * count // max(most, 1))
-        mark = "  <- context" if first <= context_length <= last else ""
-        lines.append(f"          {f'{first:,}-{last:,}':>15} {bar} {count:,}{mark}")
-    return "\0".join(lines)
 
 
 def main(argv: list[str]) -> int:
@@ -316,38 +285,21 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
 def _shown(
     cfg: Config, ready: PreparedData, text_tokenizer: TextTokenizer | None, num_rows: int
 ) -> Iterator[str]:
-    """Some rows as the model sees them; what is learned in colour, or between ⟦ and ⟧."""
+    """Some rows as the model sees them, what is learned between ⟦ and ⟧."""
     if text_tokenizer is None or not len(ready.train):
         return
-    has_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    marks = (LEARNED, RESET, GIVEN, RESET) if has_colour else ("⟦", "⟧", "", "")
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.train))[:num_rows]
     for index in sorted(chosen.tolist()):
         sample = ready.train[index]
         place, num_tokens = one_line(str(ready.train.place(index))), len(sample.input_ids)
         yield f"\n{place}: {num_tokens:,} tokens, {sample.num_trained_tokens:,} learned\n"
-        for is_learned, text in stretches(sample, text_tokenizer):
-            before, after = marks[:2] if is_learned else marks[2:]
-            yield f"{before}{_safe(text)}{after}"
+        is_learned = sample.is_trained.copy()
+        is_learned[:1] = False  # nothing is asked for the first token
+        edges = np.nonzero(np.diff(is_learned))[0] + 1
+        for part in np.split(np.arange(num_tokens), edges):
+            text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))
+            yield f"⟦{text}⟧" if is_learned[part[0]] else text
         yield "\n"
-
-
-def stretches(sample: Sample, text_tokenizer: TextTokenizer) -> Iterator[tuple[bool, str]]:
-    """Decode a sample in stretches of tokens that are all learned, or all given.
-
-    Args:
-        sample: ids.
-        text_tokenizer: made them.
-
-    Yields:
-        Whether a stretch is learned, and its text, special tokens written out.
-    """
-    is_learned = sample.is_trained.copy()
-    is_learned[:1] = False  # nothing is asked for the first token
-    edges = np.nonzero(np.diff(is_learned))[0] + 1
-    for part in np.split(np.arange(len(is_learned)), edges):
-        text = text_tokenizer.core.decode(sample.input_ids[part].tolist(), False)
-        yield bool(is_learned[part[0]]), text
 
 
 def _safe(text: str) -> str:

@@ -18,7 +18,7 @@ from fsdp_qlora import __version__
 from fsdp_qlora.config import Config
 from fsdp_qlora.data import row_formats, sources, token_dataset, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source, SourceOptions, read_own_file
+from fsdp_qlora.data.sources import Source, SourceOptions, parse_json, read_own_file
 from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, split_name
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.errors import UserError, join
@@ -284,10 +284,7 @@ def _read_prompts(path: Path) -> list[tuple[str, Any]]:
 
 def _parse_prompt(place: str, line: str) -> Any:
     """A text, or the messages of a conversation."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
+    value = parse_json(line.encode())
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

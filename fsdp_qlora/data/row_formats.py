@@ -2,6 +2,7 @@
 
 import functools
 import json
+import operator
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -184,10 +185,6 @@ def _dialogue(row: dict) -> tuple[str, str]:
     return (before + marker, after) if marker else ("", before)
 
 
-def _prompt(row: dict) -> tuple[str, str]:
-    return row["prompt"], row["completion"]
-
-
 def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
     """Make a function row -> conversation: the last column answers, the others are asked."""
     *given, answer = columns
@@ -205,13 +202,14 @@ def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
 _ASK_ALPACA = _ask("instruction", "input", "output")
 _ASK_QUESTION = _ask("context", "question", "answer")
 _ASK_LABEL = _ask("text", "label", system=LABEL_PROMPT)
+_PROMPT = ("prompt", "completion")
 ROW_FORMATS = (
     RowFormat(TOKENS, ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
     RowFormat(CHAT, ("messages",), messages=conversation, check=conversation),
     RowFormat(CHAT, ("conversations",), messages=conversation, check=conversation),
     RowFormat("alpaca", ("instruction", "output"), ("input",), _alpaca, _ASK_ALPACA),
     RowFormat("question", ("question", "answer"), ("context",), _question, _ASK_QUESTION),
-    RowFormat("prompt", ("prompt", "completion"), (), _prompt, _ask("prompt", "completion")),
+    RowFormat("prompt", _PROMPT, (), operator.itemgetter(*_PROMPT), _ask(*_PROMPT)),
     RowFormat(LABEL, ("text", "label"), messages=_ASK_LABEL, check=_check_label),
     RowFormat(TEXT, ("text",), (), _dialogue),
 )

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from fsdp_qlora.config import OWN_CODE
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
@@ -110,14 +110,11 @@ def read_file(path: Path) -> PlacedRows:
     remedy = "fetch it again"
     try:
         yield from READERS[suffix(path)](path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(str(path), f"is damaged ({str(error)[:80]})", remedy) from error
-    except OSError as error:
-        if error.errno is None:  # Arrow's way to say that the bytes are wrong
-            raise UserError(str(path), f"is damaged ({str(error)[:80]})", remedy) from error
-        raise UserError(
-            str(path), error.strerror or str(error), "check its permissions", code=3
-        ) from error
+    except (EOFError, zlib.error, OSError) as error:
+        rule, code = f"is damaged ({str(error)[:80]})", INPUT
+        if isinstance(error, OSError) and error.errno is not None:  # wrong bytes have none
+            rule, remedy, code = str(error.strerror), "check its permissions", ENVIRONMENT
+        raise UserError(str(path), rule, remedy, code) from error
 
 
 def read_own_file(path: Path, flag: str, remedy: str) -> str:
@@ -187,10 +184,11 @@ def _read_json(path: Path) -> PlacedRows:
                 return
             if line.strip():
                 is_first = False
-                yield RowPlace(str(path), number), _parse_line(line.rstrip())
+                yield RowPlace(str(path), number), parse_json(line.rstrip())
 
 
-def _parse_line(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
+    """Return a value in strict JSON; a `BadRow` for what is none."""
     try:
         return STRICT.decode(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -301,12 +299,9 @@ def _read_arrow(path: Path) -> PlacedRows:
 
     is_parquet = suffix(path) == ".parquet"
     try:
-        if is_parquet:
-            with parquet.ParquetFile(path) as file:
-                yield from _rows_of_batches(path, file.iter_batches(batch_size=1024))
-        else:
-            with pyarrow.memory_map(str(path)) as file:
-                yield from _rows_of_batches(path, pyarrow.ipc.open_stream(file))
+        with pyarrow.OSFile(str(path)) as file:
+            table = parquet.ParquetFile(file) if is_parquet else pyarrow.ipc.open_stream(file)
+            yield from _rows_of_batches(path, table.iter_batches(1024) if is_parquet else table)
     except OSError:
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
@@ -504,9 +499,8 @@ def _file(path: Path) -> Source:
         raise UserError(f"dataset {path}", what, f"give {FORMATS}")
     if not can_read(path):
         raise UserError(f"dataset {path}", "its name tells no format we read", f"want {FORMATS}")
-    read = functools.partial(read_file, path)
-    fingerprint = functools.partial(_file_fingerprint, path)
-    return Source(str(path), read, fingerprint, os.stat(path).st_size, is_file=True)
+    size = os.stat(path).st_size
+    return Source(str(path), lambda: read_file(path), lambda: _file_fingerprint(path), size, True)
 
 
 def _file_fingerprint(path: Path) -> str | None:
@@ -531,9 +525,8 @@ def _hub_source(entry: HubSet, name: str, options: SourceOptions) -> Source:
         rule = f"{entry} cannot be had ({str(error)[:120]})"
         remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
         raise UserError(f"dataset {name}", rule, remedy, ENVIRONMENT) from error
-    how = (table, entry, options)
-    read = functools.partial(_read_hub, *how)
-    fingerprint = functools.partial(_hub_fingerprint, *how)
+    read = functools.partial(_read_hub, table, entry, options)
+    fingerprint = functools.partial(_hub_fingerprint, table, entry, options)
     return Source(str(entry), read, fingerprint, table.data.nbytes)
 
 
@@ -559,20 +552,20 @@ def _own_source(path: Path, function: str, options: SourceOptions) -> Source:
     """The user's own local file is run; nothing fetched ever is."""
     if not path.is_file():
         raise UserError(f"dataset {path}", "does not exist", "give FILE.py:FUNCTION")
-    read = functools.partial(_read_own, path, function, options)
-    return Source(f"{path}:{function}", read, lambda: None)
+    return Source(f"{path}:{function}", lambda: _read_own(path, function, options), lambda: None)
 
 
 def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
     """Source: llama-recipes' custom data sets, `get_custom_dataset(config, tokenizer, split)`."""
-    settings = SimpleNamespace(
-        dataset="custom_dataset", file=str(path), train_split="train", test_split="validation"
-    )
+    names = {"train_split": "train", "test_split": "validation"}
+    settings = SimpleNamespace(dataset="custom_dataset", file=str(path), **names)
     split = options.split or settings.train_split
     try:
         table = _own_function(path, name)(settings, options.load_tokenizer(), split)
         for number, row in enumerate(table, 1):
-            yield RowPlace(f"{path}:{name}", -number), _plain(row)
+            if isinstance(row, dict):  # lists in place of tensors and arrays
+                row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+            yield RowPlace(f"{path}:{name}", -number), row
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
@@ -594,12 +587,3 @@ def _own_function(path: Path, name: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
     return function
-
-
-def _plain(row: Any) -> Any:
-    """A row with lists in place of tensors and arrays."""
-    if not isinstance(row, dict):
-        return row
-    return {
-        key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()
-    }

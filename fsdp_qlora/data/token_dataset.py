@@ -91,6 +91,7 @@ class TokenDataset(Sequence[Sample]):
         self.indices = np.arange(len(store)) if indices is None else indices
         self.lengths = np.diff(store.table[:, START])[self.indices]
         self.num_trained = store.table[self.indices, NUM_TRAINED]
+        self.hashes = store.hashes[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -209,10 +210,8 @@ def cache_root(setting: str) -> Path | None:
     Args:
         setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
     """
-    if setting == "off":
-        return None
-    usual = atomic.cache_dir()
-    return Path(usual if setting == "auto" else setting).expanduser()
+    named = atomic.cache_dir() if setting == "auto" else Path(setting)
+    return None if setting == "off" else named.expanduser()
 
 
 def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> TokenStore:
@@ -290,7 +289,7 @@ def train_test_split(whole: TokenDataset, cfg: Config) -> tuple[TokenDataset, To
     if learn + hold > 1.0 + 1e-9:
         got = f"--train_split {learn} --eval_split {hold}"
         raise UserError(got, "are more than all rows", "make them 1 or less together")
-    at = spread(whole.store.hashes, cfg.seed)[whole.indices]
+    at = spread(whole.hashes, cfg.seed)
     train = TokenDataset(whole.store, whole.indices[at < learn])
     held_out = TokenDataset(whole.store, whole.indices[(at >= learn) & (at < learn + hold + 1e-9)])
     for name, made, share in (("train", train, learn), ("eval", held_out, hold)):
@@ -304,7 +303,7 @@ def _hold_out(whole: TokenDataset, num: int, seed: int) -> tuple[TokenDataset, T
     if len(whole) and num >= len(whole):
         rule = f"only {len(whole)} rows can be used, and some must be trained on"
         raise UserError(f"--eval_split {num}", rule, f"at most {len(whole) - 1}")
-    chosen = np.argsort(spread(whole.store.hashes, seed)[whole.indices], kind="stable")[:num]
+    chosen = np.argsort(spread(whole.hashes, seed), kind="stable")[:num]
     is_chosen = np.isin(np.arange(len(whole)), chosen)
     train, held_out = whole.indices[~is_chosen], whole.indices[is_chosen]
     return TokenDataset(whole.store, train), TokenDataset(whole.store, held_out)

@@ -6,7 +6,7 @@ Templates come with models from the hub: they run in the sandbox that transforme
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -274,8 +274,8 @@ def read(path: Path) -> TextTokenizer:
     try:
         core = Tokenizer.from_file(str(path / "tokenizer.json"))
         config = _read_json(path / "tokenizer_config.json")
-        names = dict(_named_tokens(_read_json(path / "special_tokens_map.json").items()))
-        names |= dict(_named_tokens(config.items()))
+        names = _named_tokens(_read_json(path / "special_tokens_map.json"))
+        names |= _named_tokens(config)
         # As transformers does: the named special tokens are tokens, in the file or not.
         core.add_special_tokens([text for text in names.values() if core.token_to_id(text) is None])
         template = config.get("chat_template")
@@ -327,8 +327,7 @@ def wrap(full: Any, place: Path | str) -> TextTokenizer:
         remedy = "save one with transformers' fast tokenizer"
         raise UserError(str(place), "its tokenizer has no fast form (tokenizer.json)", remedy)
     core = Tokenizer.from_str(inner.to_str())
-    names = dict(_named_tokens(full.special_tokens_map.items()))
-    return _make(core, names, full.chat_template, str(place))
+    return _make(core, _named_tokens(full.special_tokens_map), full.chat_template, str(place))
 
 
 def has_files(path: Path) -> bool:
@@ -385,11 +384,9 @@ def _read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _named_tokens(items: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, str]]:
-    for name, value in items:
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            yield name, text
+def _named_tokens(table: Mapping[str, Any]) -> dict[str, str]:
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in table.items()}
+    return {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

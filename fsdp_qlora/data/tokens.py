@@ -24,6 +24,9 @@ NUMBERS = (
 )
 
 
+Facts = dict[str, Any]
+
+
 class _Job(NamedTuple):
     """One text on its way: `block` is None for a sample of its own, else whether its text ends."""
 
@@ -65,7 +68,7 @@ def tokenize(
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    num_reported, facts = 0, dict[str, Any](dict.fromkeys(NUMBERS, 0))
+    num_reported, facts = 0, Facts(dict.fromkeys(NUMBERS, 0))
     facts |= {"kinds": Counter(), "bad": [], "examples": {}, "largest_id": -1}
     maker = _SampleMaker(builder, facts, context_length, tokenizer)
     jobs = _jobs(rows, formatter, facts)
@@ -79,7 +82,7 @@ def tokenize(
     return builder.finish(facts | {"kinds": dict(facts["kinds"])})
 
 
-def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: dict[str, Any]) -> Iterator[_Job]:
+def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_Job]:
     starts_text, last = True, None
     for place, row in rows:
         if not starts_text and last is not None and place.name != last.name:
@@ -147,11 +150,7 @@ class _SampleMaker:
     """Codes to samples."""
 
     def __init__(
-        self,
-        builder: StoreBuilder,
-        facts: dict[str, Any],
-        context_length: int,
-        tokenizer: TextTokenizer,
+        self, builder: StoreBuilder, facts: Facts, context_length: int, tokenizer: TextTokenizer
     ) -> None:
         self.builder, self.facts, self.context_length = builder, facts, context_length
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_id
@@ -255,7 +254,6 @@ def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> 
     Returns:
         `num` samples of `context_length` ids.
     """
-    ids = np.random.default_rng(seed).integers(
-        vocab_size, size=(num, context_length), dtype=np.int32
-    )
+    random = np.random.default_rng(seed)
+    ids = random.integers(vocab_size, size=(num, context_length), dtype=np.int32)
     return of_samples([Sample(row, np.ones(context_length, bool)) for row in ids], "dummy")

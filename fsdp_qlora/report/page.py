@@ -116,19 +116,19 @@ def sections(runs: list[Run]) -> list[Section]:
     """
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
     compared = [tables.predicted(*pair) for pair in named]
-    verdicts = [line for _, lines in compared for line in lines] or [NO_PLAN]
+    sentences = [line for _, lines in compared for line in lines] or [NO_PLAN]
     charts = [chart for pair in named for chart in memory(*pair)]
-    found = [
+    chapters = [
         Section("Figures", [], [], tables.figures(runs)),
         Section("Curves", curves(runs), [], []),
         Section("Memory", charts, [], [tables.peaks(*pair) for pair in named]),
-        Section("Predicted and measured", [], verdicts, [t for part, _ in compared for t in part]),
+        Section("Predicted and measured", [], sentences, [t for part, _ in compared for t in part]),
         Section("Answers", [], [], [tables.answers(*pair) for pair in named]),
         Section("Data", [], *tables.data(runs)),
         Section("Settings", [], [], tables.settings(runs)),
         Section("Environment", [], [], tables.environment(runs)),
     ]
-    return [s for s in found if s.charts or s.words or any(table.rows for table in s.tables)]
+    return [s for s in chapters if s.charts or s.words or any(table.rows for table in s.tables)]
 
 
 def curves(runs: list[Run]) -> list[Chart]:

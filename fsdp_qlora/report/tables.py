@@ -374,9 +374,9 @@ def environment(runs: list[Run]) -> list[PageTable]:
 
 def _console(run: Run) -> dict[str, Cell]:
     """The console's lines by their first word; a line that goes on below is joined."""
-    found: dict[str, Cell] = {}
+    cells: dict[str, Cell] = {}
     name = ""
     for line in "\n".join(run.facts.get("lines") or []).splitlines():
         name, words = line[:10].strip() or name, line[10:].strip()
-        found[name] = Cell(f"{found[name].text}; {words}" if name in found else words)
-    return found
+        cells[name] = Cell(f"{cells[name].text}; {words}" if name in cells else words)
+    return cells

@@ -10,21 +10,25 @@ over from there. What nobody has told apart stands in a row of its own.
 """
 
 import contextlib
+import functools
 import importlib
+import mmap
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
 
+from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import GIB, pss_gib, read_kib
-from fsdp_qlora.model.placement import Placed
+from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
@@ -37,20 +41,11 @@ STEP_PHASES = ("forward", "backward", "optimizer")
 DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
 Phases = dict[str, GibByRow]
 DEVICE_FIELDS = (
-    "device_allocated_gib",
-    "device_reserved_gib",
-    "device_peak_allocated_gib",
-    "device_peak_reserved_gib",
-    "device_used_gib",
-    "device_total_gib",
+    *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
+    *("device_peak_reserved_gib", "device_used_gib", "device_total_gib"),
 )
-PROCESS_FIELDS = (
-    *DEVICE_FIELDS,
-    "host_rss_gib",
-    "host_pss_gib",
-    "host_pinned_gib",
-    "host_swap_gib",
-)
+HOST_FIELDS = ("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib")
+PROCESS_FIELDS = (*DEVICE_FIELDS, *HOST_FIELDS)
 PROCESS_KEYS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")  # of /proc/self/status
 
 
@@ -58,11 +53,11 @@ def device_memory(device: torch.device) -> dict[str, float]:
     """Device memory of this process since the last call, and start the next peak.
 
     Args:
-        device: the card of this rank; a CPU device has no memory of its own.
+        device: the GPU of this rank; a CPU device has no memory of its own.
 
     Returns:
         DEVICE_FIELDS in GiB: what torch's allocator holds now (allocated, reserved), its peaks
-        since the last call, and the whole card as the driver sees it (used by every process,
+        since the last call, and the whole GPU as the driver sees it (used by every process,
         total). Zeros on a CPU.
     """
     if device.type != "cuda":
@@ -81,8 +76,7 @@ def device_memory(device: torch.device) -> dict[str, float]:
     return {name: size / GIB for name, size in zip(DEVICE_FIELDS, sizes_bytes, strict=True)}
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """What was held in one phase, GiB; of a CPU rank what its process has for itself alone.
 
     Attributes:
@@ -97,11 +91,7 @@ class Peak:
 
     def highest(self, other: "Peak") -> "Peak":
         """The higher figures of two."""
-        return Peak(
-            max(self.allocated_gib, other.allocated_gib),
-            max(self.reserved_gib, other.reserved_gib),
-            max(self.left_gib, other.left_gib),
-        )
+        return Peak(*map(max, self, other))
 
 
 class PhasePeaks:
@@ -120,11 +110,11 @@ class PhasePeaks:
         self.marks: list[str] = []
         self._device = device
         self._peaks: dict[str, Peak] = {}
-        self._read()
+        self.now()
 
     def mark(self, phase: str) -> None:
         """End `phase`: what was held since the last mark belongs to it."""
-        peak = self._read()
+        peak = self.now()
         self.marks.append(phase)
         self._peaks[phase] = peak.highest(self._peaks.get(phase, peak))
 
@@ -136,9 +126,6 @@ class PhasePeaks:
 
     def now(self) -> Peak:
         """Of the phase that has not ended; a peak that is read here is not in its mark."""
-        return self._read()
-
-    def _read(self) -> Peak:
         if self._device.type != "cuda":
             return process_peak()
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
@@ -250,7 +237,7 @@ class HostSampler:
 
 @dataclass(frozen=True)
 class Transients:
-    """What comes and goes in a phase, as it was told apart in the dry run, GiB by row.
+    """What comes and goes in a phase, as the memory probe told it apart, GiB by row.
 
     Attributes:
         fixed: what a shorter batch needs as well.
@@ -261,18 +248,17 @@ class Transients:
     scaled: GibByRow = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class HostShare:
+class HostShare(NamedTuple):
     """What one rank has of the host, GiB; shared memory and files left out.
 
     Attributes:
         base_gib: before the model: Python, libraries, data.
         data_gib: of it the tokens.
-        slices_gib: of the packed layers, in memory of its own.
+        slices_gib: of the quantized layers, in memory of its own.
         load_gib: at the end of the load; `load_peak_gib` at its peak.
         save_gib, save_peak_gib: before and in the save.
         waiting_gib: of inputs of layers, for the backward pass.
-        peaks_gib: in STEP_PHASES.
+        forward_gib, backward_gib, optimizer_gib: peaks of these phases.
     """
 
     base_gib: float = 0.0
@@ -283,7 +269,9 @@ class HostShare:
     save_gib: float = 0.0
     save_peak_gib: float = 0.0
     waiting_gib: float = 0.0
-    peaks_gib: tuple[float, ...] = (0.0,) * len(STEP_PHASES)
+    forward_gib: float = 0.0
+    backward_gib: float = 0.0
+    optimizer_gib: float = 0.0
 
 
 class MemoryTracker:
@@ -296,17 +284,18 @@ class MemoryTracker:
         transients: phase -> what comes and goes in it; filled by `set_transients`.
         phases: phase -> rows at its peak, of the phases that happen once.
         used_gib: phase -> most of the host in use by all programs, of the same phases.
-        shared_gib: packed layers on the host, one copy for all ranks.
+        shared_gib: quantized layers on the host, one copy for all ranks.
+        pinned_gib: page-locked by this rank itself, unknown to torch's pinned allocator.
         files_gib: the model's own files, where they lie in memory.
     """
 
-    def __init__(self, plan: RunPlan, device: torch.device, data_bytes: int = 0) -> None:
+    def __init__(self, plan: RunPlan, device: torch.device, data: Data | None = None) -> None:
         """Look at this process before it has a model.
 
         Args:
             plan: of the run.
             device: of this rank.
-            data_bytes: of the tokens that this process holds.
+            data: of the run, whose tokens this process holds; None: nothing.
         """
         self.plan, self.is_cuda = plan, device.type == "cuda"
         self.peaks = PhasePeaks(device)
@@ -314,16 +303,16 @@ class MemoryTracker:
         self.transients: dict[str, Transients] = {}
         self.phases: dict[str, GibByRow] = {}
         self.used_gib: dict[str, float] = {}
-        self.shared_gib = 0.0
+        self.shared_gib = self.pinned_gib = 0.0
         self.files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
-        self.share = HostShare(process_peak().left_gib, data_bytes / GIB)
+        self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
         self._device = device
         self._params: list[nn.Parameter] = []
         self._model: QuantizedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
-        self._context_gib = 0.0  # what the card holds beside torch's allocator, when last looked at
+        self._context_gib = 0.0  # what the GPU holds beside torch's allocator, when last looked at
         self._taken: dict[str, Peak] = {}
 
     @contextlib.contextmanager
@@ -331,7 +320,7 @@ class MemoryTracker:
         """Watch a phase that happens once; an error for want of memory leaves it explained.
 
         Args:
-            name: "load", "dry run" or "save".
+            name: "load", "memory probe", "evaluation" or "save".
         """
         self.peaks.take()
         self.peaks.mark("before")
@@ -347,10 +336,10 @@ class MemoryTracker:
         host = process_peak() if self.is_cuda else peak
         self._taken[name], self.used_gib[name] = peak, sampler.peak_used_gib
         self._look_outside()
-        own = {"load": ("load_gib", host.left_gib), "save": ("save_gib", before.left_gib)}.get(name)
-        if own is not None:
-            changed = {own[0]: own[1], own[0].replace("_gib", "_peak_gib"): host.allocated_gib}
-            self.share = _replace(self.share, **changed)
+        if name in ("load", "save"):
+            figures = {f"{name}_peak_gib": host.allocated_gib}
+            figures[f"{name}_gib"] = (host if name == "load" else before).left_gib
+            self.share = self.share._replace(**figures)
         if name == "save":
             self.phases[name] = self.device_rows(names.PHASES[-1], peak)
 
@@ -358,14 +347,15 @@ class MemoryTracker:
         """What `phase` has measured."""
         return self._taken[name]
 
-    def record_model(self, model: QuantizedModel, placed: Placed) -> None:
+    def record_model(self, built: Built) -> None:
         """Count what the load has left on the device, tensor by tensor.
 
         Args:
-            model: filled, and not run since.
-            placed: where its packed layers lie.
+            built: the model, filled and not run since, and where its quantized layers lie.
         """
-        self._model, layout = model, model.layout
+        self._model = model = built.model
+        layout, placed = model.layout, built.placed
+        self.pinned_gib = built.loaded.pinned_bytes / GIB
         weights_share = layout.weights[-1][1] / layout.nbytes
         layers = {id(block.quantized): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
@@ -386,7 +376,7 @@ class MemoryTracker:
             self.held[names.BUFFERS] = sum(slot.nbytes for slot in placed.streamer.slots) / GIB
         if placed.memory is not None:
             self.shared_gib = placed.memory.bytes.nbytes / GIB
-        self.share = _replace(self.share, slices_gib=on_host)
+        self.share = self.share._replace(slices_gib=on_host)
         peak = self._taken["load"]
         if self.is_cuda:  # what else stays, such as the workspace of a library
             rest = peak.left_gib - sum(self.held.values())
@@ -399,7 +389,7 @@ class MemoryTracker:
         self.phases["load"] = {row: gib for row, gib in load.items() if gib > 0}
 
     def set_transients(self, transients: dict[str, Transients], stays_gib: float) -> None:
-        """Take over what the dry run has told apart.
+        """Take over what the memory probe has told apart.
 
         Args:
             transients: phase -> what comes and goes in it.
@@ -435,7 +425,7 @@ class MemoryTracker:
             )
 
     def _beside(self, peak: Peak) -> GibByRow:
-        """What the card holds beside tensors."""
+        """What the GPU holds beside tensors."""
         if not self.is_cuda:
             return {}
         slack_gib = max(peak.reserved_gib - peak.allocated_gib, 0.0)
@@ -468,10 +458,10 @@ class MemoryTracker:
         return {row: gib for row, gib in found.items() if gib > 0}
 
     def step(self) -> tuple[dict[str, GibByRow], Peak]:
-        """MemoryTracker for an optimizer step that is over.
+        """Account for an optimizer step that is over.
 
         Returns:
-            GibByRow at the peak of each of STEP_PHASES, and the highest peak since the last step.
+            Rows at the peak of each of STEP_PHASES, and the highest peak since the last step.
         """
         taken = self.peaks.take()
         now_gib = optim.state_gib(self._optimizer)
@@ -484,15 +474,10 @@ class MemoryTracker:
         self._moments_gib = now_gib
         offload = next(blocks(self._model)).offload if self._model is not None else None
         waiting_gib = offload.nbytes / GIB if offload is not None else 0.0
-        self.share = _replace(self.share, waiting_gib=waiting_gib)
-        highest = Peak()
-        for peak in taken.values():
-            highest = highest.highest(peak)
-        if self.is_cuda:
-            self.share = _replace(self.share, peaks_gib=(process_peak().allocated_gib,) * 3)
-        else:
-            peaks = tuple(taken.get(phase, Peak()).allocated_gib for phase in STEP_PHASES)
-            self.share = _replace(self.share, peaks_gib=peaks)
+        own = dict.fromkeys(STEP_PHASES, process_peak()) if self.is_cuda else taken
+        peaks = {f"{phase}_gib": own.get(phase, Peak()).allocated_gib for phase in STEP_PHASES}
+        self.share = self.share._replace(waiting_gib=waiting_gib, **peaks)
+        highest = functools.reduce(Peak.highest, taken.values(), Peak())
         return found, highest
 
     @property
@@ -528,8 +513,11 @@ class MemoryTracker:
             error.add_note(line)
 
 
-def _replace(share: HostShare, **changes: Any) -> HostShare:
-    return HostShare(**{**vars(share), **changes})
+def _token_bytes(data: Data) -> int:
+    """Bytes of tokens that this process holds for itself; mapped files are not counted."""
+    arrays = [value for value in vars(data.train.samples.store).values() if hasattr(value, "base")]
+    own = [array for array in arrays if not isinstance(array, np.memmap)]
+    return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
@@ -548,7 +536,7 @@ def _spread(rest_gib: float, transients: Transients | None) -> GibByRow:
     if transients is None:
         return {names.REST: rest_gib}
     fixed, scaled = sum(transients.fixed.values()), sum(transients.scaled.values())
-    if rest_gib < fixed or not scaled:  # less than the dry run saw: all rows in proportion
+    if rest_gib < fixed or not scaled:  # less than the probe saw: all rows in proportion
         share = rest_gib / (fixed + scaled) if fixed + scaled else 0.0
         pairs = [*transients.fixed.items(), *transients.scaled.items()]
         return {row: gib * share for row, gib in pairs}
@@ -564,7 +552,7 @@ def _what_is_there(device: torch.device, peak: Peak) -> str:
     reserved_gib = torch.cuda.memory_reserved(device) / GIB
     outside_gib = (total_bytes - free_bytes) / GIB - reserved_gib
     return (
-        f"{total_bytes / GIB:.1f} GiB on the card: {peak.left_gib:.2f} in tensors, "
+        f"{total_bytes / GIB:.1f} GiB on the GPU: {peak.left_gib:.2f} in tensors, "
         f"{reserved_gib - peak.left_gib:.2f} reserved beside them, {outside_gib:.2f} of context "
         f"and other programs, {free_bytes / GIB:.2f} free"
     )
@@ -577,9 +565,8 @@ def encode(phases: Phases, share: HostShare) -> list[float]:
         phases: GiB by phase and row.
         share: of the host.
     """
-    values = [phases.get(p, {}).get(row, 0.0) for p in names.PHASES for row in DEVICE_ROWS]
-    plain = [getattr(share, item.name) for item in fields(share)]
-    return [*values, *plain[:-1], *plain[-1]]
+    rows = [phases.get(p, {}).get(row, 0.0) for p in names.PHASES for row in DEVICE_ROWS]
+    return [*rows, *share]
 
 
 NUM_VALUES = len(encode({}, HostShare()))
@@ -592,11 +579,8 @@ def decode(values: Sequence[float]) -> tuple[Phases, HostShare]:
         values: of one rank.
     """
     numbers = iter(values)
-    found = {p: {row: next(numbers) for row in DEVICE_ROWS} for p in names.PHASES}
-    phases = {p: {row: gib for row, gib in rows.items() if gib} for p, rows in found.items()}
-    plain: dict[str, Any] = {item.name: next(numbers) for item in fields(HostShare)[:-1]}
-    share = HostShare(**plain, peaks_gib=tuple(numbers))
-    return {p: rows for p, rows in phases.items() if rows}, share
+    found = {p: {row: gib for row in DEVICE_ROWS if (gib := next(numbers))} for p in names.PHASES}
+    return {p: rows for p, rows in found.items() if rows}, HostShare(*numbers)
 
 
 @dataclass
@@ -604,24 +588,14 @@ class MemoryLedger:
     """The highest rows of each phase, kept on the rank that writes.
 
     Attributes:
-        plan: what was predicted.
-        is_cuda: the ranks compute on cards.
-        shared_gib, files_gib: of the tracker of this rank: the same for all.
+        tracker: of this rank; plan, shared layers and files are the same for all.
         ranks: of each rank, by phase.
         host: by phase.
     """
 
-    plan: RunPlan
-    is_cuda: bool
-    shared_gib: float
-    files_gib: float
+    tracker: MemoryTracker
     ranks: list[Phases] = field(default_factory=list)
     host: Phases = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tracker: MemoryTracker) -> "MemoryLedger":
-        """An empty book for the run of an tracker whose model is loaded."""
-        return cls(tracker.plan, tracker.is_cuda, tracker.shared_gib, tracker.files_gib)
 
     def update(
         self, values: Sequence[Sequence[float]], used_gib: float | None, phases: Sequence[str]
@@ -653,50 +627,45 @@ class MemoryLedger:
     ) -> GibByRow:
         """What the host holds in a phase.
 
-        What other programs and the system use is as it was before the run. On a machine with cards
+        What other programs and the system use is as it was before the run. On a machine with GPUs
         all the rest that is in use belongs to the processes, drivers included; of CPU ranks
         their models are what they have beyond what they had before it.
 
         Args:
             phase: row of plan.rows.PHASES.
             shares: of the ranks.
-            used_gib: in all; None: not known.
+            used_gib: by all programs; None: not known.
 
         Returns:
             GiB by row, zeros left out.
         """
         data_gib, base_gib = (sum(getattr(s, n) for s in shares) for n in ("data_gib", "base_gib"))
-        system_gib = self.plan.machine.system_gib or 0.0
+        files_gib = self.tracker.files_gib
+        system_gib = self.tracker.plan.machine.system_gib or 0.0
         found = {
-            names.HOSTED: self.shared_gib + sum(share.slices_gib for share in shares),
-            names.FILES: self.files_gib,
-            names.SYSTEM: max(system_gib - self.files_gib, 0.0),
+            names.HOSTED: self.tracker.shared_gib + sum(share.slices_gib for share in shares),
+            names.FILES: files_gib,
+            names.SYSTEM: max(system_gib - files_gib, 0.0),
             names.DATA: data_gib,
             names.WAITING: sum(share.waiting_gib for share in shares),
         }
         if phase == "save":
             found[names.SAVING] = sum(max(s.save_peak_gib - s.save_gib, 0.0) for s in shares)
-        if self.is_cuda and phase == "load":
+        if self.tracker.is_cuda and phase == "load":
             found[names.LOADING] = sum(max(s.load_peak_gib - s.load_gib, 0.0) for s in shares)
-        if self.is_cuda:
+        if self.tracker.is_cuda:
             rest = (used_gib or 0.0) - sum(found.values())
             found[names.PROCESSES] = max(rest, 0.0)
         else:
             found[names.PROCESSES] = base_gib - data_gib
-            own = sum(_own_gib(phase, share) - share.base_gib for share in shares)
+            name = "load_peak_gib" if phase == "load" else f"{phase}_gib"
+            own = sum(getattr(share, name) - share.base_gib for share in shares)
             found[names.RANKS] = max(own - found[names.WAITING], 0.0)
         return {row: gib for row, gib in found.items() if gib > 0}
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json has it."""
         return {"ranks": [{"device": phases} for phases in self.ranks], "host": self.host}
-
-
-def _own_gib(phase: str, share: HostShare) -> float:
-    """What a CPU rank had for itself at the peak of a phase."""
-    if phase in STEP_PHASES:
-        return share.peaks_gib[STEP_PHASES.index(phase)]
-    return share.load_peak_gib if phase == "load" else share.save_gib
 
 
 def _keep_highest(kept: Phases, found: Phases) -> None:

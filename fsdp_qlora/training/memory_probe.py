@@ -1,13 +1,15 @@
-"""The memory probe before step 1: a pass over the longest rows shows that they fit, and how.
+"""What torch tells of a run: the memory probe before step 1, and traces of a few steps.
 
-It leaves no trace. Every allocation of the pass is known by the place in the program that made it
-and by how long it lives, from the history of torch's own allocator. At the peak of a phase the rows
-then are what was alive, byte for byte.
+The probe, a pass over the longest rows, shows that they fit, and how. It leaves no trace. Every
+allocation of the pass is known by the place in the program that made it and by how long it lives,
+from the history of torch's own allocator. At the peak of a phase the rows then are what was alive,
+byte for byte.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,11 @@ from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training.loop import Trained, token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
 
+PROFILES = "profiles"  # in the run's directory
+WAIT_STEPS, ACTIVE_STEPS, SNAPSHOT_STEPS = 2, 3, 3
+MAX_ROWS = 30  # of the table of operations
 MAX_EVENTS = 2_000_000
+Say = Callable[[str], None]
 # Where an allocation was made -> its row; the innermost place that is known counts.
 PLACES = (
     ("fsdp_qlora/model/cuda_graphs.py", names.LAYER),
@@ -32,13 +38,13 @@ PLACES = (
     ("torch/distributed/fsdp/", names.BUFFERS),
 )
 FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
-# `boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
+# `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
 AllocatorEvent = dict[str, Any]
 
 
 def is_wanted(cfg: Config, device: torch.device) -> bool:
-    """Return whether a run begins with a dry run.
+    """Return whether a run begins with a memory probe.
 
     Args:
         cfg: dry_run.
@@ -98,7 +104,7 @@ def run(
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
-    with tracker.phase("dry run"), _random_numbers_kept(world.device):
+    with tracker.phase("memory probe"), _random_numbers_kept(world.device):
         moments = [allocate(param) for param in trained.params for _ in range(2)]
         with _traced(world.device) as trace:
             num_passes = _num_passes(model, cfg)
@@ -114,8 +120,8 @@ def run(
         torch.cuda.empty_cache()
     tracker.set_transients(trace.transients, trace.stays_gib)
     num_tokens = batch.num_tokens
-    peak_gib = tracker.peak_of("dry run").allocated_gib
-    words = f"dry run   {num_tokens:,} tokens at once fit"
+    peak_gib = tracker.peak_of("memory probe").allocated_gib
+    words = f"probe     {num_tokens:,} tokens at once fit"
     if trace.failure:
         words += f" (rows are not told apart: {trace.failure})"
     return words + (f": {peak_gib:.2f} GiB in tensors" if tracker.is_cuda else "")
@@ -159,7 +165,7 @@ class _Trace:
     """What was found.
 
     Attributes:
-        transients: phase -> what came and went at its peak; empty without a card.
+        transients: phase -> what came and went at its peak; empty without a GPU.
         stays_gib: what libraries have made and keep.
         failure: why nothing was found, or "".
     """
@@ -265,7 +271,7 @@ def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
         action, address = event["action"], event.get("addr", 0)  # no address: an error, a snapshot
         if action == "alloc":
             frames = event.get("frames", ())  # none: no Python was under way
-            if any(frame["name"] == "boundary" for frame in frames[:2]):
+            if any(frame["name"] == _boundary.__name__ for frame in frames[:2]):
                 ends.append(index)
                 continue
             open_blocks[address] = (event["size"], _place(frames), index)
@@ -319,3 +325,86 @@ def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Bloc
         if held > peak:
             peak, at = held, index
     return [block for block in blocks if block.start <= at < block.stop]
+
+
+@contextlib.contextmanager
+def profile(cfg: Config, rank: int, device: torch.device, say: Say) -> Iterator[Callable[[], None]]:
+    """Profile the training in the block, if the run asks for it.
+
+    Args:
+        cfg: profile, also the steps of warmup before the trace; profile_memory.
+        rank: of this process; every rank writes files of its own.
+        device: of this rank.
+        say: prints a line on rank 0.
+
+    Yields:
+        To be called after every optimizer step.
+    """
+    folder, calls = cfg.resolved_output_dir / PROFILES, list[Callable[[], None]]()
+    with contextlib.ExitStack() as stack:
+        if cfg.profile_memory and device.type != "cuda":
+            say("note      --profile_memory needs a GPU: torch keeps no history of CPU memory")
+        elif cfg.profile_memory:
+            calls.append(stack.enter_context(_memory_history(folder, rank, device, say)))
+        if cfg.profile:
+            profiler = _profiler(folder, int(cfg.profile), rank, device, say)
+            calls.append(stack.enter_context(profiler).step)
+
+        def after_step() -> None:
+            for call in calls:
+                call()
+
+        yield after_step
+
+
+def _profiler(
+    folder: Path, num_warmup: int, rank: int, device: torch.device, say: Say
+) -> torch.profiler.profile:
+    """A profiler that writes a trace, allocations in it, and a table of the operations."""
+
+    def write(found: torch.profiler.profile) -> None:
+        place = folder / f"step-{found.step_num}"
+        place.mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(place / f"rank{rank}_trace.json.gz"))
+        averages = found.key_averages(group_by_input_shape=True)
+        table = averages.table(sort_by=f"self_{device.type}_time_total", row_limit=MAX_ROWS)
+        (place / f"rank{rank}_operations.txt").write_text(table + "\n", encoding="utf-8")
+        say(f"profile   steps up to {found.step_num}, for ui.perfetto.dev: {place}")
+
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(
+            wait=WAIT_STEPS, warmup=num_warmup, active=ACTIVE_STEPS, repeat=1
+        ),
+        on_trace_ready=write,
+        record_shapes=True,
+        profile_memory=True,
+        acc_events=True,
+    )
+
+
+@contextlib.contextmanager
+def _memory_history(
+    folder: Path, rank: int, device: torch.device, say: Say
+) -> Iterator[Callable[[], None]]:
+    """Record the allocator over the first steps; also what it held when the run fails in them."""
+    num_left = [SNAPSHOT_STEPS]
+    record = torch.cuda.memory._record_memory_history
+    record("all", max_entries=MAX_EVENTS, device=device)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"rank{rank}_memory.pickle"
+        torch.cuda.memory._dump_snapshot(str(path))
+        record(None, device=device)
+        say(f"memory    snapshot for pytorch.org/memory_viz: {path}")
+
+    def after_step() -> None:
+        num_left[0] -= 1
+        if num_left[0] == 0:
+            write()
+
+    try:
+        yield after_step
+    finally:
+        if num_left[0] > 0:
+            write()

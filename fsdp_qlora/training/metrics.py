@@ -8,25 +8,31 @@ import contextlib
 import json
 import math
 import os
+import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
 
 from fsdp_qlora import atomic, hardware
+from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
+from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
+from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.hardware import versions
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.hardware import GIB, versions
+from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
-from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker
+from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker, Peak
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {
@@ -41,6 +47,8 @@ NOT_COUNTED = (*IDLE, "guest", "guest_nice")
 
 MIN_PLAIN_LINES = 20
 COUNTS = ("num_trained_tokens", "num_tokens")
+SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
+SAVED |= {"llama_pro": "new layers (merge makes a model of them)", "full": "the model"}
 
 
 @dataclass(frozen=True)
@@ -158,25 +166,6 @@ class CpuUse:
         return time.monotonic(), own.user + own.system, busy_s
 
 
-class Ranks(Protocol):
-    """What the record needs to know of the process group: see train/world.py."""
-
-    @property
-    def rank(self) -> int:
-        """This process's number, from 0."""
-
-    @property
-    def size(self) -> int:
-        """Number of ranks."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this rank."""
-
-    def gather(self, values: list[float]) -> list[list[float]]:
-        """Every rank's values, in the order of ranks."""
-
-
 @dataclass
 class Totals:
     """What summary.json is made of, kept up to date line by line.
@@ -273,7 +262,7 @@ class Recorder:
 
     Use as a context manager around the training, and mark the phases of a step on its clock:
 
-        with Recorder(out, world, num_steps, {"config": ...}) as recorder:
+        with Recorder(tracker, world, num_steps, {"config": ...}) as recorder:
             ...
             recorder.clock.mark("forward")
             recorder.step({"step": 1, "epoch": 0.1, "loss": loss, ...})
@@ -281,40 +270,29 @@ class Recorder:
 
     def __init__(
         self,
-        output_dir: str | Path,
-        world: Ranks,
+        tracker: MemoryTracker,
+        world: World,
         num_steps: int,
         run_info: dict[str, Any],
-        num_registered_bytes: int = 0,
-        has_bar: bool = True,
-        tracker: MemoryTracker | None = None,
         resumed: Resumed | None = None,
     ) -> None:
         """Describe the run; nothing is written before the `with` block.
 
         Args:
-            output_dir: directory of metrics.jsonl (a former one is replaced) and summary.json.
+            tracker: of this rank's memory, its model loaded; its plan gives the configuration: the
+                directory of metrics.jsonl (a former one is replaced) and summary.json.
             world: rank, size, device, gather.
             num_steps: optimizer steps that this run will take.
             run_info: what the summary repeats: the config, the plan, the model's counts.
-            num_registered_bytes: host bytes that this rank page-locked itself, unknown to
-                torch's pinned allocator.
-            has_bar: False prints plain lines on a terminal too.
-            tracker: of this rank's memory by row, its model loaded; None: no rows are recorded.
             resumed: the record that this one goes on with, on the rank that writes.
         """
-        self.clock = Clock(world.device)
-        if tracker is not None:
-            self.clock = Clock(world.device, tracker.peaks.mark)
-        self._tracker = tracker
-        self._ledger = None if tracker is None else MemoryLedger.of(tracker)
+        cfg = tracker.plan.cfg
+        self.clock = Clock(world.device, tracker.peaks.mark)
+        self._tracker, self._ledger = tracker, MemoryLedger(tracker)
         self._step = 0
-        self._output_dir = Path(output_dir)
-        self._world = world
-        self._num_steps = num_steps
-        self._has_bar = has_bar
-        self._run_info = run_info
-        self._registered_gib = num_registered_bytes / memory.GIB
+        self._output_dir = cfg.resolved_output_dir
+        self._world, self._num_steps, self._run_info = world, num_steps, run_info
+        self._has_bar = "stdout" not in cfg.log_targets
         self._sampler = memory.HostSampler()
         self._cgroup = hardware.find_cgroup()
         self._cpu = CpuUse()
@@ -346,7 +324,7 @@ class Recorder:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Write the last step and the summary, also when the run failed; say where memory went."""
-        if error is not None and self._tracker is not None and not hasattr(error, "__notes__"):
+        if error is not None and not hasattr(error, "__notes__"):
             self._tracker.annotate_oom(error, self._where())
         self.close(is_complete=kind is None)
 
@@ -366,7 +344,7 @@ class Recorder:
         self.clock.mark("other")
         lap = self.clock.lap()
         mine = memory.process_memory(self._world.device, self._sampler)
-        mine["host_pinned_gib"] += self._registered_gib
+        mine["host_pinned_gib"] += self._tracker.pinned_gib
         mine["cpu_cores"], cores = self._cpu.take()
         values = [*(float(record[name]) for name in COUNTS), *self._by_row(mine)]
         every = self._world.gather([*wishes, *mine.values(), *values])
@@ -400,7 +378,7 @@ class Recorder:
 
     def _where(self) -> str:
         """What is under way, in words."""
-        running = self._tracker.running if self._tracker is not None else ""
+        running = self._tracker.running
         if self._step >= self._num_steps:
             return "work after the last step"
         words = f"{running} of" if running else "work before"
@@ -408,8 +386,6 @@ class Recorder:
 
     def _by_row(self, mine: dict[str, float]) -> list[float]:
         """This rank's tracker of the step, as numbers; corrects peaks that its marks have taken."""
-        if self._tracker is None:
-            return []
         phases, highest = self._tracker.step()
         if self._tracker.is_cuda:
             mine["device_peak_allocated_gib"] = highest.allocated_gib
@@ -418,8 +394,6 @@ class Recorder:
 
     def _enter(self, rows: list[list[float]], ranks: list[dict], host: dict[str, Any]) -> None:
         """Put the rows of a step into the ledger and the line."""
-        if self._ledger is None:
-            return
         values = [row[-memory.NUM_VALUES :] for row in rows]
         limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
         is_group = limit_gib is not None and limit_gib < total_gib
@@ -434,8 +408,6 @@ class Recorder:
         Args:
             phase: "load" or "save".
         """
-        if self._tracker is None or self._ledger is None:
-            return
         values = self._world.gather(memory.encode(self._tracker.phases, self._tracker.share))
         self._ledger.update(values, self._tracker.used_gib[phase], (phase,))
 
@@ -458,8 +430,6 @@ class Recorder:
 
     def compared(self) -> list[str]:
         """What was predicted beside what was measured, on the rank that writes; else nothing."""
-        if self._ledger is None or self._tracker is None:
-            return []
         plan = self._tracker.plan.to_dict()
         return names.comparison(plan, self._ledger.to_dict(), self._tracker.is_cuda)
 
@@ -491,7 +461,7 @@ class Recorder:
             **self._totals.summary(),
             "num_ranks": self._world.size,
             "versions": versions(self._world.device),
-            "ledger": self._ledger.to_dict() if self._ledger is not None else {},
+            "ledger": self._ledger.to_dict(),
             **self._run_info,
         }
         atomic.write_json(self._output_dir / "summary.json", _plain(summary))
@@ -583,3 +553,106 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
     if step % every == 0 or step in (1, num_steps):
         eta = tqdm.format_interval((num_steps - step) * step_s)
         print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)
+
+
+def describe(
+    cfg: Config,
+    info: ModelInfo,
+    data: Data,
+    built: Built,
+    tracker: MemoryTracker,
+) -> dict[str, Any]:
+    """Collect the facts of a run.
+
+    Args:
+        cfg: the run.
+        info, built: what is trained, and how it came to lie where it does.
+        data: on what.
+        tracker: of this rank's memory, its model loaded.
+
+    Returns:
+        For the record, by name; `lines` are what the console shows.
+    """
+    trainable = trained.count(info, cfg)
+    total, load_peaks = num_params(info), _load_peaks(tracker)
+    model, chosen, cache = built.model, built.chosen, built.cache
+    placed, loaded = built.placed, built.loaded
+    num_quantized = info.num_layers - len(trained.whole(info, cfg).layers)
+    quantized_gib = model.layout.nbytes * num_quantized / GIB
+    lines = [
+        f"model     {cfg.model_name}: {total:,} parameters, {info.num_layers} layers in "
+        f"{cfg.format_name} ({quantized_gib:.2f} GiB quantized)",
+        f"          not quantized, in 16 bit: {_unquantized(info)}",
+        f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
+        f"kernels   {chosen.note}",
+        f"placement {placed.note}",
+        f"loaded    {loaded}",
+        f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
+        f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a GPU",
+        f"cache     {cache.note}",
+        f"data      {data.audit}",
+        *_planned_again(tracker.plan),
+        *(f"note      {note}" for note in cfg_notes(cfg)),
+    ]
+    return {
+        "config": to_dict(cfg),
+        "plan": tracker.plan.to_dict(),
+        "model_type": info.model_type,
+        "num_params": total,
+        "num_trainable_params": trainable,
+        "packed_gib": quantized_gib,
+        "load_s": loaded.seconds,
+        "load_source": loaded.source,
+        "load_peaks": load_peaks,
+        "kernels": chosen.note,
+        "placement": placed.note,
+        "quant_cache": cache.note,
+        "data": data.audit.facts,
+        "lines": lines,
+    }
+
+
+def _planned_again(plan: RunPlan) -> list[str]:
+    """What the plan says now that the rows are known."""
+    found = plan.found
+    if found is None or not plan.rows_note:
+        return []
+    return [f"plan      {plan.rows_note}: {found.host.peak_gib:.1f} GiB on the host"]
+
+
+def _unquantized(info: ModelInfo) -> str:
+    """The matrices that no format quantizes, with their sizes."""
+    found = unquantized(info).items()
+    return ", ".join(
+        f"{name.removesuffix('.weight')} {2 * num / GIB:.2f} GiB" for name, num in found
+    )
+
+
+def _load_peaks(tracker: MemoryTracker) -> dict[str, float]:
+    """Peaks of memory in the load, GiB: of the rank's GPU and process, and of the whole host."""
+    peak = tracker.peak_of("load") if tracker.is_cuda else Peak()
+    return {
+        "device_peak_allocated_gib": peak.allocated_gib,
+        "device_peak_reserved_gib": peak.reserved_gib,
+        "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "host_peak_used_gib": tracker.used_gib["load"],
+    }
+
+
+def print_summary(cfg: Config) -> None:
+    """Say how long the training took, where the results are, and what to try next.
+
+    Args:
+        cfg: gives the directory, with summary.json.
+    """
+    out = cfg.resolved_output_dir
+    done = json.loads((out / "summary.json").read_text())
+    what = SAVED[TRAIN_TYPES[cfg.train_type].adapter]
+    print(
+        f"trained   {done['num_steps']:,} steps of {done['num_tokens']:,} tokens in "
+        f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
+        f"{done['tokens_per_s']:,.0f} tok/s\n"
+        f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html\n"
+        f"next      python train.py --model_name {cfg.model_name} --dataset YOUR_ROWS.jsonl",
+        flush=True,
+    )

@@ -73,7 +73,7 @@ class Skipped:
 
 
 class NonFiniteGuard:
-    """Judges every step, counts those that are skipped, and ends a run that skips too many.
+    """Checks every step, counts those that are skipped, and ends a run that skips too many.
 
     Attributes:
         scale: the loss is multiplied by it before the backward pass, 0-d float32; None: by 1.
@@ -86,7 +86,7 @@ class NonFiniteGuard:
 
         Args:
             model: sharded and filled; its first trained layer tells whose gradient is not finite.
-            precision: Torch name of the dtype of products: float16 needs a loss scale.
+            precision: Torch name of the dtype of matmuls: float16 needs a loss scale.
             most: skipped steps in a row that end the run.
         """
         self.scale: torch.Tensor | None = None
@@ -115,7 +115,7 @@ class NonFiniteGuard:
         self._is_bad_here = is_bad if known is None else is_bad | known
 
     def begin(self) -> None:
-        """Forget what passes before the step have left, such as those of a dry run."""
+        """Forget what passes before the step have left, such as those of the memory probe."""
         self._is_bad_here = None
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:

@@ -84,7 +84,7 @@ def build(
         (optimizer, schedule to step after it).
 
     Raises:
-        UserError: the optimizer needs a CUDA card (code 3).
+        UserError: the optimizer needs a CUDA GPU (code 3).
     """
     check_optimizer(cfg.optimizer, params[0].device.type == "cuda")
     wd = cfg.wd if OPTIMIZERS[cfg.optimizer].decays else 0.0

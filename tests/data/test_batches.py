@@ -40,27 +40,15 @@ def test_every_epoch_shows_every_row_once_over_all_ranks(num, batch, accumulatio
     per_epoch = ranks[0].steps_per_epoch
     assert ranks[0].num_steps == 3 * per_epoch == 3 * max(num // (batch * accumulation * world), 1)
     for epoch in range(3):
-        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        seen = Counter(
-            row for b in ranks for s in steps for micro in b.step(s) for row in rows_of(micro)
-        )
-        assert seen == Counter(range(1, num + 1))
-
-
-@pytest.mark.parametrize(("num", "batch", "accumulation", "world"), SHAPES)
-def test_all_ranks_have_as_many_micro_batches_at_every_step(num, batch, accumulation, world):
-    samples = make_samples(num)
-    ranks = [
-        Batches(samples, SamplerConfig(batch, accumulation, world, r, 42, 1, -1))
-        for r in range(world)
-    ]
-    sizes = []
-    for step in range(ranks[0].num_steps):
-        micro = [b.step(step) for b in ranks]
-        assert len({len(m) for m in micro}) == 1
-        assert all(1 <= len(b.input_ids) <= batch for m in micro for b in m)
-        sizes.append(sum(len(rows_of(b)) for m in micro for b in m))
-    assert max(sizes) - min(sizes) <= 1
+        seen, sizes = Counter(), []
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            micros = [b.step(step) for b in ranks]
+            assert len({len(micro) for micro in micros}) == 1, "as many on every rank"
+            assert all(1 <= len(b.input_ids) <= batch for micro in micros for b in micro)
+            rows = [row for micro in micros for b in micro for row in rows_of(b)]
+            seen.update(rows)
+            sizes.append(len(rows))
+        assert seen == Counter(range(1, num + 1)) and max(sizes) - min(sizes) <= 1
 
 
 def test_epochs_differ_and_a_step_is_a_function_of_seed_and_step():

@@ -8,7 +8,6 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.data import build
-from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.data.test_tokens import ROWS
 from tests.small_tokenizers import ROWS as REAL_ROWS
@@ -96,20 +95,3 @@ def test_dummy_rows_need_no_tokenizer(tmp_path):
     assert data.train.num_steps == 6
     batch = data.train.step(0)[0]
     assert batch.input_ids.shape == (1, 256) and batch.num_trained_tokens == 255
-
-
-def test_rows_of_text_without_a_tokenizer_are_an_error(place, tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer"):
-        run(tmp_path, "--dataset", str(place / "rows.jsonl"))
-
-
-def test_a_broken_tokenizer_is_an_error_in_one_line(place, tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="its tokenizer cannot be read"):
-        run(tmp_path, "--dataset", str(place / "rows.jsonl"))
-
-
-def test_a_bad_row_ends_the_run_with_its_line(place, tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"text": "a b"}\n{"text": 1}\n')
-    with pytest.raises(UserError, match=r'x\.jsonl:2: field "text" is a number \(want text\)'):
-        run(place, "--dataset", str(tmp_path / "x.jsonl"))

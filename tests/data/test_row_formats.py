@@ -48,26 +48,17 @@ def written(formatter, row):
     return text.text, [text.text[a:b] for a, b in text.spans]
 
 
-def test_an_alpaca_row_puts_instruction_and_input_into_the_prompt_and_output_into_the_completion():
+def test_rows_of_two_parts_become_prompt_and_completion():
     prompt, completion = small_tokenizers.pair(ALPACA)
     assert "### Instruction:\nAdd.\n\n### Input:\n1 + 1\n\n### Response:\n" in prompt
     assert completion == "2"
-
-
-@pytest.mark.parametrize("row", [ALPACA | {"input": ""}, ALPACA | {"input": None}])
-def test_an_alpaca_row_without_input_has_no_input_section(row):
-    prompt, _ = small_tokenizers.pair(row)
-    assert "Input" not in prompt and "paired with" not in prompt
-
-
-def test_a_question_row_shows_its_context_only_if_there_is_one():
+    for nothing in ("", None):
+        prompt, _ = small_tokenizers.pair(ALPACA | {"input": nothing})
+        assert "Input" not in prompt and "paired with" not in prompt
     row = {"question": "Who?", "answer": "Ada"}
     assert small_tokenizers.pair(row) == ("###Question:\nWho?\n###Answer:\n", "Ada")
     prompt, _ = small_tokenizers.pair(row | {"context": "a table"})
     assert prompt == "###Context:\na table\n###Question:\nWho?\n###Answer:\n"
-
-
-def test_prompt_and_completion_are_taken_as_they_stand():
     assert small_tokenizers.pair({"prompt": "a ", "completion": " b"}) == ("a ", " b")
 
 
@@ -275,13 +266,6 @@ def test_a_bad_row_is_described_by_its_field(row, words, choose):
 )
 def test_a_row_of_another_kind_than_asked_for_is_refused(template, row, words, choose):
     assert words in choose(template).problem(row)
-
-
-@pytest.mark.parametrize(
-    "row", [ALPACA, ALPACA | {"input": None}, ALPACA | {"id": 3}, {"text": ""}, CHAT, SHAREGPT]
-)
-def test_a_good_row_has_no_problem(row, choose):
-    assert choose().problem(row) is None
 
 
 def test_tools_are_shown_to_the_template(choose, tmp_path):

@@ -1,6 +1,5 @@
 """Tokens on disk: written once, mapped by all, never trusted blindly."""
 
-import json
 import multiprocessing
 import os
 import time
@@ -132,9 +131,3 @@ def test_the_root_is_off_usual_or_named(tmp_path, monkeypatch):
     assert token_dataset.cache_root("~/x") == Path.home() / "x"
     monkeypatch.delenv("FSDP_QLORA_CACHE")
     assert token_dataset.cache_root("auto") == Path.home() / ".cache" / "fsdp_qlora"
-
-
-def test_facts_are_json(tmp_path):
-    token_dataset.cached(tmp_path / "tokens", build)
-    table = json.loads((tmp_path / "tokens" / "facts.json").read_text())
-    assert table["facts"] == {"num_rows": 5, "files": ["b", "a"]}

@@ -1,19 +1,13 @@
 """Token ids: what is masked, what is learned, what is counted."""
 
-import json
-import random
-
 import numpy as np
 import pytest
 
-from fsdp_qlora import fetch
 from fsdp_qlora.data import row_formats, sources, tokens
-from fsdp_qlora.data.sources import BadRow, RowPlace, TextPiece
+from fsdp_qlora.data.sources import RowPlace, TextPiece
 from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
-from fsdp_qlora.data.tokenizer import Refused
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
-from tests.small_tokenizers import conversations
 
 ROWS = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue is a colour."},
@@ -191,61 +185,3 @@ def test_dummy_rows_are_full_trained_within_the_vocabulary_and_set_by_the_seed()
     again = np.stack([row.input_ids for row in tokens.dummy_samples(5, 24, 100, seed=1)])
     other = np.stack([row.input_ids for row in tokens.dummy_samples(5, 24, 100, seed=2)])
     assert (ids == again).all() and (ids != other).any()
-
-
-def seeds() -> list[dict]:
-    """Real rows of every kind."""
-    docs = list(fetch.builtin_docs())[:40]
-    rows = [{"instruction": f"What is {n}?", "input": "", "output": t} for n, t in docs]
-    rows += [{"question": n, "context": n, "answer": t} for n, t in docs]
-    rows += [{"text": t, "label": {"name": {n: [[0, 2]]}}} for n, t in docs]
-    rows += [{"messages": messages} for messages in conversations() * 7]
-    rows += [
-        {"conversations": [{"from": "human", "value": n}, {"from": "gpt", "value": t}]}
-        for n, t in docs
-    ]
-    return [*rows, *({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]} for _ in docs)]
-
-
-def mutated(line: bytes, chance: random.Random) -> bytes:
-    """A line with one to three bytes, pieces or values changed."""
-    values = [b"null", b"{}", b"[]", b"1e999", b"\\ud800", b"\xff", b'"', b"\\u0000", b"NaN", b"{{"]
-    for _ in range(chance.randint(1, 3)):
-        at, stop = sorted(chance.randrange(len(line) + 1) for _ in range(2))
-        piece = chance.choice([*values, bytes([chance.randrange(256)]), line[at:stop]])
-        cut = chance.choice([at, at + 1, stop])
-        if chance.random() < 0.3:
-            old = chance.choice(line.split(b'"'))
-            line = line.replace(b'"' + old + b'"', piece, 1)
-        else:
-            line = line[:at] + piece + line[cut:]
-    return line.replace(b"\n", b" ").replace(b"\r", b" ").strip() or b"0"
-
-
-def test_ten_thousand_mutated_rows_give_a_sample_or_one_line_with_their_place(tmp_path, tokenizer):
-    chance = random.Random(5)
-    lines = [json.dumps(row, ensure_ascii=False).encode() for row in seeds()]
-    path = tmp_path / "rows.jsonl"
-    first = b'{"text": "a"}'  # so that no list is taken for the whole file
-    path.write_bytes(
-        b"\n".join([first, *(mutated(chance.choice(lines), chance) for _ in range(10_000))])
-    )
-    formatter = row_formats.choose(None, tokenizer.chat(), tokenizer.names)
-    good, num_bad = [], 0
-    for number, (place, row) in enumerate(sources.read_file(path), 1):
-        assert str(place) == f"{path}:{number}"
-        fault = row.fault if isinstance(row, BadRow) else formatter.problem(row)
-        try:
-            _ = fault or formatter.name(row) in ("blocks", "tokens") or formatter.render(row)
-        except Refused as refusal:
-            fault = str(refusal)
-        if fault:
-            line = str(UserError(str(place), fault, "correct or remove it"))
-            assert line.isprintable() and len(line) <= 300 and f".jsonl:{number}: " in line
-            num_bad += 1
-        else:
-            good.append((place, row))
-    assert number == 10_001 and num_bad > 3000 and len(good) > 1000
-    found = tokens.tokenize(StoreBuilder(None), good, formatter, tokenizer, 256)
-    assert found.facts["num_bad"] == 0 and found.facts["num_rows"] == len(good)
-    assert len(found) > 1000 and TokenDataset(found).num_trained.min() > 0

@@ -39,7 +39,7 @@ meet()
 notch = fallback_of(os.environ)
 (out / f"tried{rank}.{notch}").touch()
 if rank == 1 and notch < NOTCHES:
-    words = "rank 1: out of memory in the dry run (no room); see"
+    words = "rank 1: out of memory in the memory probe (no room); see"
     write_error(out, 1, 4, words, ["there  5"], "memory")
     sys.exit(4)
 """
@@ -72,8 +72,8 @@ def test_ranks_short_of_memory_before_the_training_start_again_a_notch_lower(tmp
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 2)
     for line in lines:
-        start = "memory    rank 1: out of memory in the dry run; nothing is lost, a lower setting: "
-        assert line.startswith(f"{start}--")
+        start = "memory    rank 1: out of memory in the memory probe; nothing is lost, "
+        assert line.startswith(f"{start}a lower setting: --")
     assert len(set(lines)) == 2
     tried = {path.name for path in (tmp_path / "out").glob("tried*")}
     assert tried >= {"tried0.2", *(f"tried1.{notch}" for notch in range(3))}
@@ -86,7 +86,7 @@ def test_without_a_lower_notch_the_lines_of_the_rank_and_advice_end_the_run(tmp_
     code, out, err = supervised(tmp_path, SHORT.replace("NOTCHES", "99"), *given)
     assert (code, out) == (RUN_FAILED, "")
     first, second, third = err.splitlines()
-    assert first == "error: rank 1: out of memory in the dry run (no room); see"
+    assert first == "error: rank 1: out of memory in the memory probe (no room); see"
     assert second == "there  5" and third.startswith("next      --batch_size ")
 
 

@@ -1,4 +1,4 @@
-"""The dry run leaves no trace, and tells rows apart (train/rehearsal.py, memory_probe.py)."""
+"""The memory probe leaves no trace, and tells rows apart."""
 
 import dataclasses
 import hashlib
@@ -53,8 +53,8 @@ def _train(world, path, cases, is_rehearsed):
         )
         if is_rehearsed:
             words = memory_probe.run(trained, batches, cfg, tracker)
-            assert words == f"dry run   {2 * batches.longest:,} tokens at once fit"
-            assert tracker.peak_of("dry run").allocated_gib > 0
+            assert words == f"probe     {2 * batches.longest:,} tokens at once fit"
+            assert tracker.peak_of("memory probe").allocated_gib > 0
         found = [digest([torch.get_rng_state(), *params]), len(optimizer.state)]
         for step in range(3):
             done = loop.train_step(trained, batches.step(step))
@@ -65,7 +65,7 @@ def _train(world, path, cases, is_rehearsed):
     return results
 
 
-def test_training_is_bitwise_the_same_with_and_without_a_dry_run(tmp_path):
+def test_training_is_bitwise_the_same_with_and_without_a_memory_probe(tmp_path):
     """Losses, norms, adapters, moments, random numbers; dropout, levels, accumulation."""
     path = tiny.save_model(tmp_path / "model")
     with_it = run_ranks(_train, 2, path, CASES, True)
@@ -76,7 +76,7 @@ def test_training_is_bitwise_the_same_with_and_without_a_dry_run(tmp_path):
 
 
 def _no_room(world, path):
-    """The error of a dry run that finds no room for the moments, and what it leaves."""
+    """The error of a probe that finds no room for the moments, and what it leaves."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
@@ -86,7 +86,7 @@ def _no_room(world, path):
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(9), SamplerConfig(2, 1, world.size, world.rank, 42, 1, 1))
@@ -101,10 +101,10 @@ def _no_room(world, path):
     return []
 
 
-def test_a_dry_run_that_does_not_fit_says_what_was_there(tmp_path):
+def test_a_probe_that_does_not_fit_says_what_was_there(tmp_path):
     """Predicted, present, largest; the rest is the supervisor's."""
     (notes,) = run_ranks(_no_room, 1, tiny.save_model(tmp_path / "model"))
-    assert notes[0] == "out of memory in the dry run"
+    assert notes[0] == "out of memory in the memory probe"
     assert [note.split()[0] for note in notes[1:]] == ["predicted", "there", "largest"]
 
 
@@ -131,7 +131,7 @@ def test_the_longest_batch_is_as_large_as_any_of_the_run():
     )
 
 
-def test_a_dry_run_is_for_cards_unless_asked_for():
+def test_a_probe_is_for_gpus_unless_asked_for():
     """On a CPU memory is not lost to an allocator that has to be proven."""
     for word, on_cpu, on_card in (("auto", 0, 1), ("on", 1, 1), ("off", 0, 0)):
         cfg = config.parse([f"--dry_run={word}"])
@@ -155,7 +155,8 @@ def history(*steps: str) -> list[dict]:
     events, addresses = [], {}
     for number, step in enumerate(steps):
         if step == "|":
-            frames = [{"name": "boundary", "filename": "tracing.py", "line": 1}]
+            name = memory_probe._boundary.__name__
+            frames = [{"name": name, "filename": "memory_probe.py", "line": 1}]
             events.append({"action": "alloc", "addr": 10**9, "size": 512, "frames": frames})
             events.append({"action": "free_requested", "addr": 10**9, "size": 512})
             events.append({"action": "free_completed", "addr": 10**9, "size": 512})
@@ -218,7 +219,7 @@ def test_a_cpu_keeps_no_history():
 
 
 def _told(world, path):
-    """A dry run on a card: what it says, the peak, and the rows that should make it."""
+    """A memory probe on a GPU: what it says, the peak, and the rows that should make it."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
@@ -228,7 +229,7 @@ def _told(world, path):
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     held_gib = sum(tracker.held.values())
     params = shard.local_parameters(built.model)
     trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
@@ -237,14 +238,14 @@ def _told(world, path):
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
     return (
         words,
-        tracker.peak_of("dry run").allocated_gib,
+        tracker.peak_of("memory probe").allocated_gib,
         held_gib + moments_gib,
         tracker.transients,
     )
 
 
 @pytest.mark.gpu
-def test_on_a_card_the_rows_that_are_told_apart_make_the_peak(tmp_path):
+def test_on_a_gpu_the_rows_that_are_told_apart_make_the_peak(tmp_path):
     """What lay there, what the optimizer will keep, and what came and went."""
     path = tiny.save_model(tmp_path / "model", hidden_size=512, intermediate_size=2048)
     ((words, peak_gib, known_gib, passing),) = run_ranks(_told, 1, path)

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def _accounts(world, path, cases):
         tracker = MemoryTracker(plan, world.device)
         with tracker.phase("load"):
             built = build(plan.cfg, plan.info, world)
-        tracker.record_model(built.model, built.placed)
+        tracker.record_model(built)
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, plan.cfg, 2)
         tracker.record_optimizer(params, optimizer)
@@ -93,8 +94,8 @@ def test_what_lies_on_a_rank_is_counted_tensor_by_tensor_and_is_what_was_planned
         assert accounts[0][2] == accounts[1][2]
 
 
-def test_rows_of_a_step_sum_up_to_its_peak_and_the_rest_is_dealt_as_the_dry_run_found_it(tmp_path):
-    """Fixed rows keep their size, the others share what is left; without a dry run nobody knows."""
+def test_rows_of_a_step_sum_up_to_its_peak_and_the_rest_is_dealt_as_the_probe_found_it(tmp_path):
+    """Fixed rows keep their size, the others share what is left; without a probe nobody knows."""
     tracker = MemoryTracker(plan_of(tiny.save_model(tmp_path / "model")), CPU)
     tracker.held = {names.PACKED: 2.0, names.ADAPTERS: 0.5}
     base_gib = tracker.share.base_gib
@@ -132,7 +133,7 @@ def test_paged_moments_are_told_apart_from_what_torch_holds(tmp_path):
 def test_numbers_of_a_rank_survive_the_gather():
     """Rows of nothing are left out; as many numbers on every rank."""
     phases = {"load": {names.PACKED: 1.5}, "backward": {names.REST: 0.25, names.CONTEXT: 1.0}}
-    share = HostShare(0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, (1.0, 2.0, 3.0))
+    share = HostShare(0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 1.0, 2.0, 3.0)
     values = memory.encode(phases, share)
     assert len(values) == memory.NUM_VALUES == len(memory.encode({}, HostShare()))
     assert memory.decode(values) == (phases, share)
@@ -143,7 +144,8 @@ def book_of(kind: str, system_gib: float | None = 1.5) -> memory.MemoryLedger:
     info = arch.read("llama-2-7b", need_weights=False)
     machine = Machine((), 64, 2, system_gib)
     plan = dataclasses.replace(plans.unplanned(info, config.Config(), ""), machine=machine)
-    return memory.MemoryLedger(plan, kind == "cuda", shared_gib=4.0, files_gib=0.5)
+    tracker = SimpleNamespace(plan=plan, is_cuda=kind == "cuda", shared_gib=4.0, files_gib=0.5)
+    return memory.MemoryLedger(tracker)
 
 
 def test_host_rows_of_cards_leave_the_rest_to_the_processes():
@@ -161,7 +163,7 @@ def test_host_rows_of_cards_leave_the_rest_to_the_processes():
 
 def test_host_rows_of_cpu_ranks_tell_their_models_from_their_processes():
     """By what each process had before it had a model."""
-    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, (4.0, 3.0, 2.0))] * 2
+    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, 4.0, 3.0, 2.0)] * 2
     found = {phase: book_of("cpu").host_rows(phase, shares, None) for phase in names.PHASES}
     models = {phase: rows[names.RANKS] for phase, rows in found.items()}
     assert models == {"load": 2.0, "forward": 6.0, "backward": 4.0, "optimizer": 2.0, "save": 3.0}
@@ -189,11 +191,11 @@ def _short_of_memory(world, path, out):
     from fsdp_qlora.training import loop, metrics, optim
     from tests.data.test_batches import make_samples
 
-    plan = plan_of(path, "--use_cpu_offload=false")
+    plan = plan_of(path, "--use_cpu_offload=false", f"--output_dir={out}")
     tracker = MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built.model, built.placed)
+    tracker.record_model(built)
     params = shard.local_parameters(built.model)
     optimizer, schedule = optim.build(params, plan.cfg, 9)
     tracker.record_optimizer(params, optimizer)
@@ -211,7 +213,7 @@ def _short_of_memory(world, path, out):
     info = {"plan": plan.to_dict()}
     notes = []
     try:
-        with metrics.Recorder(out, world, 9, info, has_bar=False, tracker=tracker) as recorder:
+        with metrics.Recorder(tracker, world, 9, info) as recorder:
             loop.fit(trained, batches, recorder)
     except torch.OutOfMemoryError as error:
         notes = error.__notes__

@@ -14,7 +14,6 @@ from fsdp_qlora.data.batches import Batches, SamplerConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.training import loop, nonfinite
-from fsdp_qlora.training.metrics import Recorder
 from tests import tiny
 from tests.model.test_shard import FLAGS, make_samples, micro_batches
 from tests.ranks import run_ranks
@@ -109,7 +108,7 @@ def fit(world, path, out, fault, *flags):
         injector.where, injector.value = fault.get(next(done), ("", 1.0))
         injector.where = injector.where if world.rank == 1 else ""
 
-    with Recorder(out, world, batches.num_steps, {}, has_bar=False) as recorder:
+    with tiny.recorder(out, world, batches.num_steps) as recorder:
         next_step() if 1 in fault else None
         try:
             loop.fit(trained, batches, recorder, next_step)

@@ -1,4 +1,4 @@
-"""Traces of torch.profiler on the steps asked for (training/profiler.py), on a CPU."""
+"""Traces of torch.profiler on the steps asked for (memory_probe.profile), on a CPU."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fsdp_qlora import config
-from fsdp_qlora.training import profiler
+from fsdp_qlora.training import memory_probe
 
 CPU = torch.device("cpu")
 
@@ -18,7 +18,7 @@ def profiled(out: Path, num_steps: int, *flags: str) -> list[str]:
     said: list[str] = []
     cfg = config.parse([f"--output_dir={out}", *flags])
     matrix = torch.ones(64, 64)
-    with profiler.attach(cfg, 1, CPU, said.append) as after_step:
+    with memory_probe.profile(cfg, 1, CPU, said.append) as after_step:
         for step in range(1, num_steps + 1):
             with torch.profiler.record_function(f"our step {step}"):
                 (matrix @ matrix @ matrix).sum()
@@ -62,11 +62,11 @@ def test_the_memory_snapshot_of_a_card_can_be_read(tmp_path):
 
     device = torch.device("cuda", 0)
     cfg = config.parse([f"--output_dir={tmp_path}", "--profile_memory"])
-    with profiler.attach(cfg, 0, device, lambda line: None) as after_step:
+    with memory_probe.profile(cfg, 0, device, lambda line: None) as after_step:
         for _ in range(5):
             held = torch.ones(2**20, device=device)
             after_step()
         del held
     found = pickle.loads((tmp_path / "profiles" / "rank0_memory.pickle").read_bytes())
     sizes = [e["size"] for e in found["device_traces"][0] if e["action"] == "alloc"]
-    assert sizes.count(2**22) == profiler.SNAPSHOT_STEPS
+    assert sizes.count(2**22) == memory_probe.SNAPSHOT_STEPS
