@@ -13,6 +13,8 @@ from fsdp_qlora import arch, config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model import load as building
+from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, store_linear
+from fsdp_qlora.model.quantize import FORMATS
 from fsdp_qlora.model.skeleton import QuantizedModel
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -94,6 +96,17 @@ def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
 def lora_dict(model: QuantizedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flat tensors by peft's names."""
     return dict(adapters.named_pairs(model, flats, "model.layers"))
+
+
+def quantized_store(
+    format_name: str, weights: list[torch.Tensor]
+) -> tuple[LayerStore, torch.Tensor]:
+    """The store of a layer of these linears, and its flat bytes, where ranks compute."""
+    layout = build_layout([(w.shape[0], w.shape[1]) for w in weights], format_name)
+    flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=DEVICE)
+    for index, weight in enumerate(weights):
+        store_linear(flat, layout, index, FORMATS[format_name].quantize(weight.to(DEVICE)))
+    return LayerStore(lambda: flat, layout, LayerCache()), flat
 
 
 def require(format_name: str) -> None:

@@ -213,8 +213,7 @@ def add_pair(weight_OI: torch.Tensor, pair: Pair, device: torch.device) -> torch
 
 def load(ref: TensorRef, device: torch.device) -> torch.Tensor:
     """Read a tensor, float32."""
-    raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-    read_file(ref.file, ref.start, raw)
+    raw = read_file(ref.file, ref.start, ref.nbytes)
     return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)
 
 

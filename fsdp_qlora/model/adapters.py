@@ -15,7 +15,7 @@ from torch import nn
 
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.config import TRAIN_TYPES, Config
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.lora import LoraSlot, QuantizedLinear, row_squares
 from fsdp_qlora.model.shard import (
     blocks,
@@ -103,27 +103,21 @@ def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.
     saved = trained_root(model)
     for name, shape in saved.items():
         places[f"base_model.model.{name}"] = torch.empty(shape)
+    remedy = "check that it belongs to this model"
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
         if saved and model.is_tied:
             found.discard("base_model.model.lm_head.weight")  # a copy
         if found != set(places):
             other = sorted(found ^ set(places))
-            raise UserError(
-                f"{path}: {other[0]} and {len(other) - 1} more",
-                "an adapter must have just the tensors of the linears that it adapts",
-                "check that it belongs to this model",
-                code=5,
-            )
+            rule = "an adapter must have just the tensors of the linears that it adapts"
+            got = f"{path}: {other[0]} and {len(other) - 1} more"
+            raise UserError(got, rule, remedy, INTEGRITY)
         for name, place in places.items():
             values = file.get_tensor(name)
             if values.shape != place.shape:
-                raise UserError(
-                    f"{path}: {name} is {list(values.shape)}",
-                    f"this model has {list(place.shape)}",
-                    "check that it belongs to this model",
-                    code=5,
-                )
+                got, rule = f"{path}: {name} is {list(values.shape)}", "this model has "
+                raise UserError(got, rule + str(list(place.shape)), remedy, INTEGRITY)
             place.copy_(values)
     shift_magnitudes(model, flats, -1)
     for block, flat in zip(blocks_, flats, strict=True):

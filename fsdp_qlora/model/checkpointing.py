@@ -91,27 +91,6 @@ def _set_random_state(states: list[torch.Tensor] | None, device: torch.device) -
             torch.cuda.set_rng_state(states[1], device)
 
 
-def saves_after(
-    has_happened: Callable[[], bool],
-) -> tuple[torch.autograd.graph.saved_tensors_hooks, Callable[[], bool]]:
-    """Watch whether autograd saves a tensor after something has happened.
-
-    Args:
-        has_happened: asked at every tensor that is saved.
-
-    Returns:
-        (context manager to run in, whether it was so).
-    """
-    seen = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        seen.append(has_happened())
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    return hooks, lambda: any(seen)
-
-
 @dataclass
 class Waiting:
     """A tensor on the host.

@@ -6,7 +6,8 @@ is copied into the graph's own inputs before it is replayed. That costs the GPU 
 spares the host some hundred launches a layer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,9 +82,8 @@ class Graphs:
     def load(self, found: Pass, body, hidden, lora, args: tuple, kwargs: dict) -> None:
         """Copy a layer's tensors into the inputs of the graphs."""
         by_dtype: dict[torch.dtype, tuple[list, list]] = {}
-        for static, tensor in zip(
-            found.inputs, _inputs(body, hidden, lora, args, kwargs), strict=True
-        ):
+        own = _inputs(body, hidden, lora, args, kwargs)
+        for static, tensor in zip(found.inputs, own, strict=True):
             statics, tensors = by_dtype.setdefault(static.dtype, ([], []))
             statics.append(static)
             tensors.append(tensor)
@@ -98,7 +98,7 @@ class Graphs:
                 self._weights = self._weights or [t.clone() for t in found[1:others]]
                 inputs = [found[0].clone(), *self._weights, *(t.clone() for t in found[others:])]
             here = torch.cuda.stream(torch.cuda.current_stream())  # also after a failed capture
-            with here, _Template(body, inputs, args, kwargs) as run:
+            with here, _template(body, inputs, args, kwargs) as run:
                 return self._record(run, inputs)
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
@@ -214,29 +214,27 @@ def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[torch.Tensor]
     return [hidden, lora, quantized, *body.layer.parameters(), *others]
 
 
-class _Template:
-    """A layer that reads a graph's inputs in place of its own tensors, while it is captured."""
+@contextmanager
+def _template(
+    body, inputs: Sequence[torch.Tensor], args: tuple, kwargs: dict
+) -> Iterator[Callable[[bool], torch.Tensor]]:
+    """Let a layer read a graph's inputs in place of its own tensors, while it is captured."""
+    names = [name for name, _ in body.layer.named_parameters()]
+    params = dict(zip(names, inputs[3 : 3 + len(names)], strict=True))
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    others = iter(inputs[3 + len(names) :])
+    leaves = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    hidden, lora = inputs[:2]
 
-    def __init__(self, body, inputs: Sequence[torch.Tensor], args: tuple, kwargs: dict) -> None:
-        self.body, self.inputs = body, inputs
-        names = [name for name, _ in body.layer.named_parameters()]
-        self.params = dict(zip(names, inputs[3 : 3 + len(names)], strict=True))
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        others = iter(inputs[3 + len(names) :])
-        leaves = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        self.args, self.kwargs = pytree.tree_unflatten(leaves, spec)
+    def run(again: bool) -> torch.Tensor:
+        body.store.cache.clear()  # what is dequantized here belongs to the graph
+        step = body.run_again if again else body.run
+        return step(None, hidden, lora, args, kwargs, params)
 
-    def __enter__(self) -> Callable[[bool], torch.Tensor]:
-        self.read = self.body.store.read
-        self.body.store.read = lambda: self.inputs[2]
-        return self._run
-
-    def _run(self, again: bool) -> torch.Tensor:
-        self.body.store.cache.clear()  # what is dequantized here belongs to the graph
-        run = self.body.run_again if again else self.body.run
-        hidden, lora = self.inputs[:2]
-        return run(None, hidden, lora, self.args, self.kwargs, self.params)
-
-    def __exit__(self, *_) -> None:
-        self.body.store.read = self.read
-        self.body.store.cache.clear()
+    read, body.store.read = body.store.read, lambda: inputs[2]
+    try:
+        yield run
+    finally:
+        body.store.read = read
+        body.store.cache.clear()

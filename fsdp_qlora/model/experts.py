@@ -9,6 +9,7 @@ Shape letters: M tokens, K experts a token goes to, H hidden size.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.lora import FrozenMatmul
 
 
-class ExpertLinear:
+class ExpertLinear(NamedTuple):
     """A frozen matrix of one expert, as FrozenMatmul wants it.
 
     Attributes:
@@ -26,10 +27,8 @@ class ExpertLinear:
         bias: none.
     """
 
-    bias = None
-
-    def __init__(self, dequantize: Callable[[torch.dtype], torch.Tensor]) -> None:
-        self.dequantize = dequantize
+    dequantize: Callable[[torch.dtype], torch.Tensor]
+    bias: None = None
 
 
 class QuantizedExperts(nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_qlora.model.checkpointing import Offload, Recomputed, SavedActivations, saves_after
+from fsdp_qlora.model.checkpointing import Offload, Recomputed, SavedActivations
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot
 from fsdp_qlora.model.quantize import FORMATS, Fields
@@ -118,18 +118,6 @@ def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
     }
 
 
-def quantize_linear(
-    flat_bytes: torch.Tensor, layout: Layout, index: int, weight_OI: torch.Tensor
-) -> None:
-    """Quantize one linear into its places in the bytes of its layer.
-
-    Args:
-        flat_bytes, layout, index: see store_linear.
-        weight_OI: 16 or 32 bit.
-    """
-    store_linear(flat_bytes, layout, index, FORMATS[layout.format_name].quantize(weight_OI))
-
-
 def store_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
     """Put a quantized linear into its places in the bytes of its layer.
 
@@ -187,13 +175,6 @@ class LayerStore:
         self.format = FORMATS[layout.format_name]
         self._viewed: torch.Tensor | None = None
 
-    def _view(self, flat: torch.Tensor) -> None:
-        # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
-        # streaming a layer comes to the same slot again and again: views stay good.
-        self._viewed = flat
-        self._bytes = flat.detach().view(torch.uint8)
-        self._fields = view_fields(self._bytes, self.layout)
-
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize one linear, or all of a small layer, which then serve until another layer.
 
@@ -219,7 +200,11 @@ class LayerStore:
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
         flat, layout, cache = self.read(), self.layout, self.cache
         if flat is not self._viewed:
-            self._view(flat)
+            # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
+            # streaming a layer comes to the same slot again and again: views stay good.
+            self._viewed = flat
+            self._bytes = flat.detach().view(torch.uint8)
+            self._fields = view_fields(self._bytes, layout)
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
         cache.key = (id(self), dtype)
@@ -380,10 +365,15 @@ class TrainedLayer(nn.Module):
             return self.run(saved, *rest)
         last = self._groups[-1]
         if self._is_last_needed is None:
-            watch, is_needed = saves_after(lambda: last.has_run)
-            with watch:
+            has_run = []
+
+            def watch(tensor: torch.Tensor) -> torch.Tensor:
+                has_run.append(last.has_run)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
                 out = self.run(saved, *rest)
-            self._is_last_needed = is_needed()
+            self._is_last_needed = any(has_run)
             return out
         last.is_skipped = not self._is_last_needed
         return self.run(saved, *rest)

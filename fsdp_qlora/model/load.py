@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model import adapters, placement, shard, skeleton, streaming, weights
 from fsdp_qlora.model.layer import DecoderBlock, Layout, store_linear
 from fsdp_qlora.model.placement import PLACEMENTS, Placed
@@ -87,15 +87,14 @@ class QuantizedCache:
     def _read_layer(self, layer: int) -> torch.Tensor:
         assert self.directory is not None, "a cache that is off was read"
         path = self.directory / _file_name(layer)
-        quantized = torch.empty(self.nbytes, dtype=torch.uint8)
         problem = "is missing"
         if path.exists():
             # The tensor is the last thing in the file.
             header_bytes = path.stat().st_size - self.nbytes
             problem = "is too short"
             if header_bytes >= 8:
-                read_file(path, header_bytes, quantized)
-                self.read_bytes += quantized.numel()
+                quantized = read_file(path, header_bytes, self.nbytes)
+                self.read_bytes += self.nbytes
                 digest = hashlib.sha256(quantized.numpy().data).hexdigest()
                 problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
         if problem:
@@ -115,12 +114,9 @@ class QuantizedCache:
             UserError: the cache could not be written (code 3).
         """
         if not self.is_complete or self.directory is None:
-            raise UserError(
-                f"quantized cache: {self.note}",
-                "layers that the host has no room for are mapped from it",
-                "give --quant_cache a directory with room, or free host memory",
-                code=3,
-            )
+            rule = "layers that the host has no room for are mapped from it"
+            remedy = "give --quant_cache a directory with room, or free host memory"
+            raise UserError(f"quantized cache: {self.note}", rule, remedy, ENVIRONMENT)
         maps = []
         for layer in layers:
             with (self.directory / _file_name(layer)).open("rb") as file:
@@ -244,12 +240,9 @@ def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(
-        f"{path} {problem}",
-        "the quantized cache is verified as it is read",
-        "delete its directory (it is made again) or use --quant_cache off",
-        code=5,
-    )
+    rule = "the quantized cache is verified as it is read"
+    remedy = "delete its directory (it is made again) or use --quant_cache off"
+    return UserError(f"{path} {problem}", rule, remedy, INTEGRITY)
 
 
 def _cannot_write(root: Path, need_bytes: int, world: World) -> str:
@@ -323,10 +316,9 @@ def fill(
             (code 5); or host memory cannot be pinned (code 3).
     """
     start = time.monotonic()
-    info, report = weights.info, LoadReport()
-    weights.check_names(_expected_shapes(model, info))
+    weights.check_names(_expected_shapes(model, weights.info))
     shares = shard.num_shares(cfg.sharding_strategy, world)
-    _fill_quantized(model, info, weights, cache, world, placed, shares, report)
+    report = _fill_quantized(model, weights, cache, placed, shares, world)
     for name, (module, attribute) in model.tensors.items():
         param = getattr(module, attribute)
         rows = shard.local_range(param)
@@ -345,21 +337,23 @@ def _expected_shapes(model: QuantizedModel, info: ModelInfo) -> dict[str, tuple[
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
     for layer in range(info.num_layers):
         for linear in info.linears:
-            name = f"{info.layers_prefix}.{layer}.{linear.name}.weight"
+            name = _weight_name(info, layer, linear)
             shapes[name] = (linear.out_features, linear.in_features)
     return shapes
 
 
+def _weight_name(info: ModelInfo, layer: int, linear: arch.Linear) -> str:
+    return f"{info.layers_prefix}.{layer}.{linear.name}.weight"
+
+
 def _fill_quantized(
     model: QuantizedModel,
-    info: ModelInfo,
     weights: Weights,
     cache: QuantizedCache,
-    world: World,
     placed: Placed,
     shares: int,
-    report: LoadReport,
-) -> None:
+    world: World,
+) -> LoadReport:
     blocks, layer_bytes = list(shard.blocks(model)), model.layout.nbytes
     slice_bytes = -(-layer_bytes // 4 // shares) * 4
     rounds = [
@@ -370,10 +364,10 @@ def _fill_quantized(
     ]
     own = [layers[world.rank] for _, layers in rounds if world.rank < len(layers)]
     padded_bytes = slice_bytes * shares
-    made = _make_layers(own, model.layout, info, weights, cache, world, padded_bytes)
-    report.source = "cache" if cache.is_complete else weights.source
+    made = _make_layers(own, model.layout, weights, cache, padded_bytes, world.device)
     keep = _Keep(blocks, placed, slice_bytes, world)
-    report.pinned_bytes = keep.pinned_bytes
+    source = "cache" if cache.is_complete else weights.source
+    report = LoadReport(source=source, pinned_bytes=keep.pinned_bytes)
     for name, layers in rounds:
         hooks.reach("load", world.rank)
         if world.rank < len(layers):
@@ -386,6 +380,7 @@ def _fill_quantized(
     if placed.streamer is not None and placed.memory is None:
         placed.streamer.sources = cache.map_layers(placed.layers("streamed"))
     world.barrier()  # shared memory is whole on every rank
+    return report
 
 
 class _Keep:
@@ -435,30 +430,24 @@ class _Keep:
 def _make_layers(
     own: list[int],
     layout: Layout,
-    info: ModelInfo,
     weights: Weights,
     cache: QuantizedCache,
-    world: World,
     padded_bytes: int,
+    device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Yield the quantized bytes of this rank's layers, uint8 [padded_bytes] on its device."""
     if cache.is_complete:
         for quantized in cache.read_layers(own):
-            flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
-            flat[: quantized.numel()] = quantized.to(world.device, non_blocking=True)
+            flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=device)
+            flat[: quantized.numel()] = quantized.to(device, non_blocking=True)
             yield flat
         return
-    names = [
-        f"{info.layers_prefix}.{layer}.{linear.name}.weight"
-        for layer in own
-        for linear in info.linears
-    ]
-    pack = FORMATS[layout.format_name].quantize
-    arrays = weights.read_quantized(names, world.device) or map(
-        pack, weights.read_ahead(names, world.device)
-    )
+    info, quantize = weights.info, FORMATS[layout.format_name].quantize
+    names = [_weight_name(info, layer, linear) for layer in own for linear in info.linears]
+    arrays = weights.read_quantized(names, device)
+    arrays = arrays or map(quantize, weights.read_ahead(names, device))
     for layer in own:
-        flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=world.device)
+        flat = torch.zeros(padded_bytes, dtype=torch.uint8, device=device)
         for index in range(len(info.linears)):
             store_linear(flat, layout, index, next(arrays))
         cache.write_layer(layer, flat[: layout.nbytes])
@@ -515,43 +504,32 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
     by_rank = world.gather_objects(wrong)
     if any(by_rank):
         rank = next(r for r, layers in enumerate(by_rank) if layers)
-        raise UserError(
-            f"quantized bytes of layer {by_rank[rank][0]} changed on rank {rank}",
-            "the bytes gathered by FSDP must be those that were quantized",
-            "report the versions of torch and the GPU driver; training on them would be wrong",
-            code=5,
-        )
+        got = f"quantized bytes of layer {by_rank[rank][0]} changed on rank {rank}"
+        rule = "the bytes gathered by FSDP must be those that were quantized"
+        remedy = "report the versions of torch and the GPU driver; training on them would be wrong"
+        raise UserError(got, rule, remedy, INTEGRITY)
     return len(made)
 
 
 @dataclass(frozen=True)
-class Shaped:
-    """A model that is sharded, but has no bytes yet.
+class Built:
+    """A model that is sharded; it can run when it is filled.
 
     Attributes:
-        model: its adapters attached.
+        model: its adapters attached, at their starting values when it is filled.
         chosen: what it computes with.
-        cache, placed: where its quantized bytes will come from and lie.
+        cache, placed: where its quantized bytes come from and lie.
+        loaded: how its bytes came.
     """
 
     model: QuantizedModel
     chosen: KernelChoice
     cache: QuantizedCache
     placed: Placed
+    loaded: LoadReport = field(default_factory=LoadReport)
 
 
-@dataclass(frozen=True)
-class Built(Shaped):
-    """A model that can run, its adapters at their starting values.
-
-    Attributes:
-        loaded: how its bytes came.
-    """
-
-    loaded: LoadReport
-
-
-def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Shaped:
+def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
     """Build, adapt, place and shard a model on the meta device.
 
     Args:
@@ -580,7 +558,7 @@ def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Shaped:
     placed = placement.choose(model.layout, info.num_layers, cfg, has_cache, world, whole.layers)
     shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
     model.set_checkpointing(cfg, world.device)
-    return Shaped(model, chosen, cache, placed)
+    return Built(model, chosen, cache, placed)
 
 
 def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
@@ -597,7 +575,6 @@ def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
     Raises:
         UserError: see `shape` and fill.
     """
-    shaped = shape(cfg, info, world)
+    built = shape(cfg, info, world)
     source = weights.build(info, cfg)
-    loaded = fill(shaped.model, source, shaped.cache, shaped.placed, cfg, world)
-    return Built(shaped.model, shaped.chosen, shaped.cache, shaped.placed, loaded)
+    return replace(built, loaded=fill(built.model, source, built.cache, built.placed, cfg, world))

@@ -449,9 +449,6 @@ class QuantizedLinear(nn.Module):
         """
         return self.group.output(self, x).view(*x.shape[:-1], self.out_features)
 
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
-
 
 def group_linears(linears: dict[str, QuantizedLinear]) -> list[InputGroup]:
     """Find the linears that read the same input.

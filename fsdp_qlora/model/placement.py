@@ -7,7 +7,7 @@ from functools import partial
 
 from fsdp_qlora.config import Config
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
 from fsdp_qlora.model import streaming
 from fsdp_qlora.model.layer import DecoderBlock, Layout
@@ -109,12 +109,9 @@ def choose(
     nbytes = num_streamed * layout.nbytes
     refusal, memory = _host_copy(nbytes, cfg, has_cache, world)
     if refusal and cfg.offload_impl == "stream":
-        raise UserError(
-            f"--offload_impl stream: {refusal}",
-            "weight streaming needs one copy in host memory that all ranks of a machine see",
-            "use --offload_impl fsdp",
-            code=3,
-        )
+        got, remedy = f"--offload_impl stream: {refusal}", "use --offload_impl fsdp"
+        rule = "weight streaming needs one copy in host memory that all ranks of a machine see"
+        raise UserError(got, rule, remedy, ENVIRONMENT)
     if refusal:
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
         names = setting_of(by_fsdp, num_layers, world.size, whole).placements
@@ -139,12 +136,11 @@ def _host_copy(
     if shortage and has_cache:
         return "", None
     if shortage:
-        raise UserError(
-            f"{nbytes / GIB:.1f} GiB of quantized layers on the host",
-            f"only {shortage}",
-            "free host memory, give --resident_layers N, or let --quant_cache keep them on disk",
-            code=3,
+        got = f"{nbytes / GIB:.1f} GiB of quantized layers on the host"
+        remedy = (
+            "free host memory, give --resident_layers N, or let --quant_cache keep them on disk"
         )
+        raise UserError(got, f"only {shortage}", remedy, ENVIRONMENT)
     memory = streaming.shared(nbytes, world.device.type == "cuda", world)
     return (memory, None) if isinstance(memory, str) else ("", memory)
 

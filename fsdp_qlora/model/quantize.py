@@ -23,7 +23,7 @@ from types import ModuleType
 import torch
 
 from fsdp_qlora.arch.files import GROUP, NESTED
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.planning.limits import FORMATS as STORAGES
 from fsdp_qlora.planning.limits import PER_WORD, Storage
 
@@ -110,9 +110,7 @@ class Format:
     quantize: Callable[[torch.Tensor], Fields]
     constants: Callable[[Fields, torch.dtype], Sequence[torch.Tensor]]
     index_field: str
-    dequantize: Callable[
-        [torch.Tensor, Sequence[torch.Tensor], Sequence[int], torch.dtype], torch.Tensor
-    ]
+    dequantize: Callable[..., torch.Tensor]
     is_sequential: bool = True
 
 
@@ -141,12 +139,12 @@ def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fie
     if not double:
         return {"weight": quantized.view(-1), "absmax": state.absmax}
     nested = state.state2.absmax
-    return {
-        "weight": quantized.view(-1),
-        "qabsmax": state.absmax,
-        "nested_absmax": nested,
-        "offset": state.offset.expand_as(nested),
-    }
+    return _nested_fields(quantized.view(-1), state.absmax, nested, state.offset.expand_as(nested))
+
+
+def _nested_fields(weight, qabsmax, nested_absmax, offset) -> Fields:
+    fields = {"weight": weight, "qabsmax": qabsmax}
+    return fields | {"nested_absmax": nested_absmax, "offset": offset}
 
 
 def from_stored(parts: Fields, offset: float | None, format_name: str, name: str) -> Fields:
@@ -173,16 +171,12 @@ def from_stored(parts: Fields, offset: float | None, format_name: str, name: str
     if offset is None:
         return {"weight": parts["weight"], "absmax": parts["absmax"]}
     nested = parts["nested_absmax"]
-    return {
-        "weight": parts["weight"],
-        "qabsmax": parts["absmax"],
-        "nested_absmax": nested,
-        "offset": torch.full_like(nested, offset),
-    }
+    offsets = torch.full_like(nested, offset)
+    return _nested_fields(parts["weight"], parts["absmax"], nested, offsets)
 
 
-def _absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    return (fields["absmax"],)
+def _as_stored(fields: Fields, dtype: torch.dtype, names: Sequence[str]) -> Sequence[torch.Tensor]:
+    return [fields[name] for name in names]
 
 
 def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
@@ -232,37 +226,20 @@ def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str) -> torc
     )
 
 
-def import_hqq():
-    """Import hqq.
-
-    Returns:
-        Its Quantizer class.
-
-    Raises:
-        UserError: hqq is not installed (it has no wheel, so it is optional).
-    """
-    try:
-        from hqq.core.quantize import Quantizer
-    except ImportError as error:
-        raise UserError(
-            f"hqq cannot be imported ({error})",
-            "an HQQ base needs the hqq package",
-            "pip install hqq, or use --train_type qlora",
-            code=3,
-        ) from None
-    return Quantizer
-
-
 def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
     bits, group_size = storage.weight_bits, storage.group_size
     num_groups, rest = divmod(weight_OI.numel(), group_size)
     if rest or (storage.axis == 1 and bits in (2, 4) and num_groups % (8 // bits)):
-        raise UserError(
-            f"a linear of {list(weight_OI.shape)}",
-            f"hqq quantizes whole groups of {group_size}, {8 // bits} of them together",
-            "use another --group_size, or --train_type qlora",
-        )
-    quantized, meta = import_hqq().quantize(
+        rule = f"hqq quantizes whole groups of {group_size}, {8 // bits} of them together"
+        remedy = "use another --group_size, or --train_type qlora"
+        raise UserError(f"a linear of {list(weight_OI.shape)}", rule, remedy)
+    try:  # it has no wheel, so it is optional
+        from hqq.core.quantize import Quantizer
+    except ImportError as error:
+        got, rule = f"hqq cannot be imported ({error})", "an HQQ base needs the hqq package"
+        remedy = "pip install hqq, or use --train_type qlora"
+        raise UserError(got, rule, remedy, ENVIRONMENT) from None
+    quantized, meta = Quantizer.quantize(
         weight_OI,
         nbits=bits,
         group_size=group_size,
@@ -275,10 +252,6 @@ def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
         "scale": meta["scale"].view(-1).to(dtype),
         "zero": meta["zero"].view(-1).to(dtype),
     }
-
-
-def _hqq_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    return fields["zero"], fields["scale"]
 
 
 def _quantize_int8(weight_OI: torch.Tensor) -> Fields:
@@ -302,10 +275,6 @@ def _quantize_bf16(weight_OI: torch.Tensor) -> Fields:
     return {"weight": weight_OI.bfloat16().contiguous().view(-1).view(torch.uint8)}
 
 
-def _no_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    return ()
-
-
 def _dequantize_bf16(quantized, constants, shape, dtype) -> torch.Tensor:
     return quantized.view(torch.bfloat16).view(shape).to(dtype)
 
@@ -315,7 +284,7 @@ def _bnb_row(name: str) -> Format:
     return Format(
         storage=STORAGES[name],
         quantize=partial(_quantize_bnb, quant_type=quant_type, double=bool(double)),
-        constants=_nested_absmax if double else _absmax,
+        constants=_nested_absmax if double else partial(_as_stored, names=("absmax",)),
         index_field="qabsmax" if double else "absmax",
         dequantize=partial(_dequantize_bnb, quant_type=quant_type),
     )
@@ -325,7 +294,7 @@ def _hqq_row(storage: Storage) -> Format:
     return Format(
         storage=storage,
         quantize=partial(_quantize_hqq, storage=storage),
-        constants=_hqq_constants,
+        constants=partial(_as_stored, names=("zero", "scale")),
         index_field="scale",
         dequantize=partial(dequantize_hqq, storage=storage),
         is_sequential=False,
@@ -338,5 +307,7 @@ FORMATS: dict[str, Format] = {
         STORAGES["int8"], _quantize_int8, _int8_constants, "row_absmax", _dequantize_int8, False
     ),
     **{name: _hqq_row(row) for name, row in STORAGES.items() if name.startswith("hqq")},
-    "bf16": Format(STORAGES["bf16"], _quantize_bf16, _no_constants, "", _dequantize_bf16),
+    "bf16": Format(
+        STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
+    ),
 }

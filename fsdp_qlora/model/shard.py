@@ -42,11 +42,7 @@ def num_shares(strategy: str, world: World) -> int:
 
 
 def apply(
-    model: QuantizedModel,
-    strategy: str,
-    placed: Placed,
-    compute_dtype: torch.dtype,
-    world: World,
+    model: QuantizedModel, strategy: str, placed: Placed, compute_dtype: torch.dtype, world: World
 ) -> None:
     """Shard a model on the meta device, in place; no bytes exist yet.
 

@@ -17,9 +17,9 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.arch.trained import NOTHING, Whole
 from fsdp_qlora.config import Config
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import experts
-from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.checkpointing import Offload
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
@@ -258,8 +258,6 @@ def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
     # Weights are read later; buffers (rotary tables) are computed here.
     attention = chosen.attention
     if attention == "sdpa":
-        from fsdp_qlora.model.attention import register
-
         attention = register(config, chosen.has_row_kernel)
     try:
         with init_empty_weights(include_buffers=False):
@@ -311,12 +309,9 @@ def _build_block(
         for name, index in places.items()
     }
     if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
-        raise UserError(
-            f"linears {sorted(built)} in the {info.model_type} decoder layer",
-            f"its files and config.json say {sorted(expected)}",
-            "check that config.json belongs to these weights",
-            code=5,
-        )
+        got = f"linears {sorted(built)} in the {info.model_type} decoder layer"
+        rule = f"its files and config.json say {sorted(expected)}"
+        raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)
     block, linears = DecoderBlock(layout, cache), {}
     if block.store is None:
         block.body = TrainedLayer(layer, (), None)

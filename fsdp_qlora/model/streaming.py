@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB
 
 
@@ -40,13 +40,10 @@ class HostBytes:
             return
         cudart, address = torch.cuda.cudart(), self.bytes.data_ptr()
         if int(cudart.cudaHostRegister(address, len(mapping), 0)):
-            raise UserError(
-                f"{len(mapping) / GIB:.1f} GiB of host memory could not be pinned",
-                "offloaded weights are copied to the GPU from pinned memory",
-                "raise the limit (ulimit -l unlimited) or free host memory; "
-                "or --use_cpu_offload false",
-                code=3,
-            )
+            got = f"{len(mapping) / GIB:.1f} GiB of host memory could not be pinned"
+            rule = "offloaded weights are copied to the GPU from pinned memory"
+            remedy = "raise the limit (ulimit -l unlimited) or free host memory; "
+            raise UserError(got, rule, remedy + "or --use_cpu_offload false", ENVIRONMENT)
         # The driver must forget the pages before another mapping gets their address.
         release = weakref.finalize(mapping, cudart.cudaHostUnregister, address)
         release.atexit = False

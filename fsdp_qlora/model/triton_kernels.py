@@ -63,15 +63,9 @@ def dequantize_bnb(
         group: weights that share a constant.
     """
     grid = (triton.cdiv(out.numel(), 2 * BYTES_PER_PROGRAM),)
+    tensors, meta = (quantized, absmax, table, out), {"group_bytes": group // 2}
     _dequantize_bnb[grid](
-        quantized,
-        absmax,
-        table,
-        out,
-        out.numel(),
-        group_bytes=group // 2,
-        tile=BYTES_PER_PROGRAM,
-        num_warps=NUM_WARPS,
+        *tensors, out.numel(), tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
     )
 
 
@@ -91,28 +85,16 @@ def expand(
         group: constants that share one of the second level.
     """
     out = torch.empty(quantized.shape, dtype=torch.float32, device=quantized.device)
-    _expand[(triton.cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)](
-        quantized,
-        nested,
-        offset,
-        code,
-        out,
-        out.numel(),
-        group=group,
-        tile=CONSTANTS_PER_PROGRAM,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,  # else product and sum are rounded once
-    )
+    tensors, meta = (quantized, nested, offset, code, out), {"tile": CONSTANTS_PER_PROGRAM}
+    meta["enable_fp_fusion"] = False  # else product and sum are rounded once
+    grid = (triton.cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)
+    _expand[grid](*tensors, out.numel(), group=group, num_warps=NUM_WARPS, **meta)
     return out
 
 
 TILE = 2048  # words of one program: a few wide loads and stores for each of its threads
 COLS_AT_AXIS_0 = 256
-TL_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+TL_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -175,20 +157,9 @@ def dequantize_hqq(
     tile_cols = COLS_AT_AXIS_0 if axis == 0 else cols
     tiles_across = -(-cols // tile_cols)
     tile_rows = TILE // tile_cols
-    _dequantize_hqq[(-(-word_rows // tile_rows) * tiles_across,)](
-        words,
-        zero,
-        scale,
-        out,
-        rows,
-        cols,
-        word_rows,
-        tiles_across,
-        bits=bits,
-        slots=10 if bits == 3 else 8 // bits,
-        axis=axis,
-        math_dtype=TL_DTYPES[math_dtype],
-        tile_rows=tile_rows,
-        tile_cols=tile_cols,
-        num_warps=NUM_WARPS,
-    )
+    meta = {"bits": bits, "slots": 10 if bits == 3 else 8 // bits, "axis": axis}
+    meta |= {"tile_rows": tile_rows, "tile_cols": tile_cols, "num_warps": NUM_WARPS}
+    sizes = rows, cols, word_rows, tiles_across
+    grid = (-(-word_rows // tile_rows) * tiles_across,)
+    dtype = TL_DTYPES[math_dtype]
+    _dequantize_hqq[grid](words, zero, scale, out, *sizes, math_dtype=dtype, **meta)

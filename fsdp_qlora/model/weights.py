@@ -12,17 +12,12 @@ import torch
 
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import Config
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.quantize import Fields, from_stored
 from fsdp_qlora.planning.limits import NUM_READ_AHEAD
 
 T = TypeVar("T")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_BYTES = 32 * 2**20  # one read of one thread
 NUM_READERS = 4
 
@@ -58,15 +53,13 @@ class Weights:
         unknown = sorted(found.keys() - expected.keys())
         wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
         faults = {"missing": missing, "unknown": unknown, "of another shape": wrong}
+        rule = f"the files in {self.info.path} must hold exactly what config.json describes"
+        remedy = "check config.json (number of layers, sizes) or download the model again"
         for word, names in faults.items():
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise UserError(
-                    f"tensors {word}: {', '.join(names[:3])}{more}",
-                    f"the files in {self.info.path} must hold exactly what config.json describes",
-                    "check config.json (number of layers, sizes) or download the model again",
-                    code=5,
-                )
+                got = f"tensors {word}: {', '.join(names[:3])}{more}"
+                raise UserError(got, rule, remedy, INTEGRITY)
 
     def read_rows(
         self, name: str, rows: tuple[int, int], dtype: torch.dtype, device: torch.device
@@ -86,8 +79,7 @@ class Weights:
         """
         ref = self.info.tensors[name]
         row_bytes = ref.nbytes // max(ref.shape[0], 1)
-        raw = torch.empty((rows[1] - rows[0]) * row_bytes, dtype=torch.uint8)
-        self._read(ref, rows[0] * row_bytes, raw)
+        raw = self._read(ref, rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes)
         shape = (rows[1] - rows[0], *ref.shape[1:])
         tensor = raw.view(_dtype(ref, name)).view(shape)
         return self._finite(name, tensor).to(device=device, dtype=dtype)
@@ -130,8 +122,7 @@ class Weights:
     def _read_fields(self, name: str) -> Fields:
         stored, parts = self.info.quantized[name], {}
         for part, ref in stored.refs.items():
-            raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-            self._read(ref, 0, raw)
+            raw = self._read(ref, 0, ref.nbytes)
             parts[part] = raw.view(DTYPES[ref.dtype]) if ref.dtype == "F32" else raw
         return from_stored(parts, stored.offset, str(self.info.stored_format), name)
 
@@ -140,18 +131,16 @@ class Weights:
         if tensor.numel() and not all(torch.stack(torch.aminmax(tensor)).isfinite().tolist()):
             rule = "holds numbers that are not finite"
             remedy = "download the model again, or take another"
-            raise UserError(f"{name} in {self.info.tensors[name].file}", rule, remedy, code=5)
+            raise UserError(f"{name} in {self.info.tensors[name].file}", rule, remedy, INTEGRITY)
         return tensor
 
     def _read_whole(self, name: str) -> torch.Tensor:
         ref = self.info.tensors[name]
-        raw = torch.empty(ref.nbytes, dtype=torch.uint8)
-        self._read(ref, 0, raw)
-        return raw.view(_dtype(ref, name)).view(tuple(ref.shape))
+        return self._read(ref, 0, ref.nbytes).view(_dtype(ref, name)).view(tuple(ref.shape))
 
-    def _read(self, ref: TensorRef, offset: int, raw: torch.Tensor) -> None:
-        read_file(ref.file, ref.start + offset, raw)
-        self.read_bytes += raw.numel()
+    def _read(self, ref: TensorRef, offset: int, nbytes: int) -> torch.Tensor:
+        self.read_bytes += nbytes
+        return read_file(ref.file, ref.start + offset, nbytes)
 
 
 class RandomWeights(Weights):
@@ -203,22 +192,19 @@ class RandomWeights(Weights):
         return weight.normal_(0.0, 0.02, generator=generator)
 
 
-def look_ahead(
-    read: Callable[[Any], T], items: Sequence[Any], depth: int = NUM_READ_AHEAD
-) -> Iterator[T]:
-    """Yield read(item) in order while the next `depth` items are being read in threads.
+def look_ahead(read: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
+    """Yield read(item) in order while the next NUM_READ_AHEAD items are being read in threads.
 
     Args:
         read: function of one item.
         items: all of them.
-        depth: results held or being made besides the one yielded.
     """
-    with ThreadPoolExecutor(depth) as pool:
-        ahead = deque(pool.submit(read, item) for item in items[:depth])
+    with ThreadPoolExecutor(NUM_READ_AHEAD) as pool:
+        ahead = deque(pool.submit(read, item) for item in items[:NUM_READ_AHEAD])
         for position in range(len(items)):
             result = ahead.popleft().result()
-            if position + depth < len(items):
-                ahead.append(pool.submit(read, items[position + depth]))
+            if position + NUM_READ_AHEAD < len(items):
+                ahead.append(pool.submit(read, items[position + NUM_READ_AHEAD]))
             yield result
 
 
@@ -234,30 +220,31 @@ def build(info: ModelInfo, cfg: Config) -> Weights:
 
 def _dtype(ref: TensorRef, name: str) -> torch.dtype:
     if ref.dtype not in DTYPES:
-        raise UserError(
-            f"{name} is stored as {ref.dtype}",
-            f"weights must be one of {', '.join(DTYPES)}",
-            "use the 16-bit release of this model",
-            code=5,
-        )
+        rule = f"weights must be one of {', '.join(DTYPES)}"
+        remedy = "use the 16-bit release of this model"
+        raise UserError(f"{name} is stored as {ref.dtype}", rule, remedy, INTEGRITY)
     return DTYPES[ref.dtype]
 
 
-def read_file(path: Path, offset: int, raw: torch.Tensor) -> None:
-    """Fill a tensor from a file, in parallel pieces and without mapping the file.
+def read_file(path: Path, offset: int, nbytes: int) -> torch.Tensor:
+    """Read bytes of a file, in parallel pieces and without mapping the file.
 
     (Mapped files count as memory of the process.)
 
     Args:
         path: of the file.
         offset: of the first byte to read.
-        raw: uint8 on the host, written to.
+        nbytes: how many.
+
+    Returns:
+        uint8 [nbytes] on the host.
 
     Raises:
         UserError: the file ends too early (code 5).
     """
+    raw = torch.empty(nbytes, dtype=torch.uint8)
     view = raw.numpy().data
-    starts = range(0, len(view), PIECE_BYTES)
+    starts = range(0, nbytes, PIECE_BYTES)
     file = os.open(path, os.O_RDONLY)
     try:
         with ThreadPoolExecutor(NUM_READERS) as pool:
@@ -265,14 +252,14 @@ def read_file(path: Path, offset: int, raw: torch.Tensor) -> None:
                 lambda s: _read_piece(file, view[s : s + PIECE_BYTES], offset + s), starts
             )
             if not all(read):
-                raise UserError(
-                    f"{path} ends before byte {offset + len(view)}",
-                    "its header promises more",
+                got, remedy = (
+                    f"{path} ends before byte {offset + nbytes}",
                     "download the file again",
-                    code=5,
                 )
+                raise UserError(got, "its header promises more", remedy, INTEGRITY)
     finally:
         os.close(file)
+    return raw
 
 
 def _read_piece(file: int, view: memoryview, offset: int) -> bool:

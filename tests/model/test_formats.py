@@ -5,7 +5,6 @@ import torch
 
 from fsdp_qlora import arch
 from fsdp_qlora.model import quantize
-from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, quantize_linear
 from fsdp_qlora.model.weights import Weights
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
@@ -36,11 +35,7 @@ VALUES = {
 
 def relative_error(name: str, weights: list[torch.Tensor]) -> float:
     """Frobenius error of a layer that went through a format's flat bytes."""
-    layout = build_layout([(weight.shape[0], weight.shape[1]) for weight in weights], name)
-    flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
-    for index, weight in enumerate(weights):
-        quantize_linear(flat, layout, index, weight)
-    store = LayerStore(flat.detach, layout, LayerCache())
+    store, _ = tiny.quantized_store(name, weights)
     off = [store.weight(i, torch.float32) - weight.float() for i, weight in enumerate(weights)]
     total = sum(float(weight.float().square().sum()) for weight in weights)
     error = sum(float(difference.square().sum()) for difference in off)

@@ -7,7 +7,6 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.model import quantize
-from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, quantize_linear
 from fsdp_qlora.planning.limits import FORMATS
 from tests import tiny
 
@@ -43,11 +42,7 @@ def test_each_combination_of_flags_has_its_row():
 @pytest.mark.parametrize("format_name", NAMES)
 def test_unpacked_weights_have_the_bits_of_hqq(weights, format_name: str):
     """In every compute dtype, through the flat bytes of a layer."""
-    layout = build_layout(SHAPES, format_name)
-    flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
-    for index, weight in enumerate(weights):
-        quantize_linear(flat, layout, index, weight.to(tiny.DEVICE))
-    store = LayerStore(lambda: flat, layout, LayerCache())
+    store, _ = tiny.quantized_store(format_name, weights)
     for dtype, (index, weight) in itertools.product(DTYPES, enumerate(weights)):
         expected = tiny.hqq_round_trip(weight.to(tiny.DEVICE), format_name, dtype)
         assert torch.equal(store.weight(index, dtype), expected), (dtype, index)

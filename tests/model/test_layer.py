@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from fsdp_qlora.model import layer
 from fsdp_qlora.model import layer as layouts
 from tests import tiny
 
@@ -20,14 +19,6 @@ def host_by_default():
     torch.set_default_device("cpu")
 
 
-def _pack_all(format_name, weights):
-    layout = layouts.build_layout([tuple(w.shape) for w in weights], format_name)
-    flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=tiny.DEVICE)
-    for index, weight in enumerate(weights):
-        layouts.quantize_linear(flat, layout, index, weight.to(tiny.DEVICE))
-    return layer.LayerStore(lambda: flat, layout, layer.LayerCache()), flat
-
-
 @pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_store_returns_the_bits_of_the_library(format_name, shapes):
@@ -35,7 +26,7 @@ def test_store_returns_the_bits_of_the_library(format_name, shapes):
     tiny.require(format_name)
     torch.manual_seed(0)
     weights = [torch.randn(shape) for shape in shapes]
-    store, _ = _pack_all(format_name, weights)
+    store, _ = tiny.quantized_store(format_name, weights)
     is_sequential = format_name not in ("hqq4", "int8")
     assert shapes is SHAPES or store.layout.is_contiguous == is_sequential
     for index in (2, 0, 3, 1):
@@ -49,7 +40,7 @@ def test_store_survives_a_change_of_its_parameter(format_name):
     tiny.require(format_name)
     torch.manual_seed(0)
     weights = [torch.randn(128, 128)]
-    store, flat = _pack_all(format_name, weights)
+    store, flat = tiny.quantized_store(format_name, weights)
     first = store.weight(0, torch.float32).clone()
     copy = torch.nn.Parameter(flat.view(torch.float32).clone(), requires_grad=False)
     flat.zero_()
@@ -81,7 +72,7 @@ def test_layout_has_the_bytes_of_the_formula():
 
 @pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])
 def test_constants_are_made_once_per_pass_over_a_layer(shapes):
-    store, _ = _pack_all("nf4_dq", [torch.randn(shape) for shape in shapes])
+    store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in shapes])
     calls, real = [], store.format.constants
     store.format = dataclasses.replace(
         store.format, constants=lambda *args: calls.append(1) or real(*args)
@@ -92,7 +83,7 @@ def test_constants_are_made_once_per_pass_over_a_layer(shapes):
 
 
 def test_a_small_layer_is_dequantized_once_for_all_its_matmuls():
-    store, _ = _pack_all("nf4_dq", [torch.randn(shape) for shape in EVEN_SHAPES])
+    store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in EVEN_SHAPES])
     calls, real = [], store.format.dequantize
     store.format = dataclasses.replace(
         store.format, dequantize=lambda *args: calls.append(1) or real(*args)

@@ -16,8 +16,7 @@ from tests import tiny
 from tests.ranks import run_ranks
 
 NAME = "model.layers.1.mlp.up_proj.weight"
-LAYER_DAMAGES = ("flipped bit", "truncated", "missing")
-MANIFEST_DAMAGES = ("short manifest", "torn manifest")
+DAMAGES = ("flipped bit", "truncated", "missing", "short manifest", "torn manifest")
 
 
 class CountedWeights(weights.Weights):
@@ -152,7 +151,10 @@ def split_files(path: Path, directory: Path, num_files: int) -> Path:
 
 
 def test_every_number_of_ranks_gives_the_same_model(tmp_path):
-    """Three layers on one, two and three ranks; random weights, tied ends and several files too."""
+    """Three layers on one, two and three ranks; random weights, tied ends and several files too.
+
+    What is not quantized has the bytes of the file.
+    """
     path = tiny.save_model(tmp_path / "model", dtype=torch.bfloat16)
     tied = tiny.save_model(tmp_path / "tied", "qwen2", torch.bfloat16, tie_word_embeddings=True)
     cases = [
@@ -172,21 +174,15 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         assert largest <= layer_bytes and (largest > 0) == ("--weights=random" not in case)
     on_card, on_host, split, _, random = by_world[2][0]
     assert bytes_of(on_card) == bytes_of(on_host) == bytes_of(split)
+    tensors = load_file(path / "model.safetensors")
+    want = {name: digest(tensors[name]) for name in tensors if not is_linear(name)}
+    assert on_card["others"] == want
     assert random["source"] == "random" and random["read_bytes"] == 0
     assert not set(random["packed"]) & set(on_card["packed"])
     for facts in (facts for by_rank in by_world.values() for facts in by_rank):
         slices, host = facts[0]["local_bytes"], facts[1]["local_bytes"]
         assert max(slices) <= facts[0]["slice_bytes"]
         assert set(host) == {facts[1]["slice_bytes"] * 3}  # one block for the slices of all layers
-
-
-def test_tensors_of_the_file_arrive_as_they_are(tmp_path):
-    """What is not packed has the bytes of the file, on two ranks."""
-    path = tiny.save_model(tmp_path / "model", dtype=torch.bfloat16)
-    facts = run_ranks(starts, 2, [(path,)])[0][0]
-    tensors = load_file(path / "model.safetensors")
-    want = {name: digest(tensors[name]) for name in tensors if not is_linear(name)}
-    assert facts["others"] == want
 
 
 def damage(entry: Path, how: str) -> Path:
@@ -204,20 +200,12 @@ def damage(entry: Path, how: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "damages",
-    [
-        LAYER_DAMAGES,
-        MANIFEST_DAMAGES,
-    ],
-    ids=["layer", "manifest"],
-)
-def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path, damages):
+def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path):
     """Never trained on, never silently made again."""
     path = tiny.save_model(tmp_path / "model")
-    cases = [(path, f"--quant_cache={tmp_path / how}") for how in damages]
+    cases = [(path, f"--quant_cache={tmp_path / how}") for how in DAMAGES]
     written = run_ranks(starts, 1, cases)[0]
-    files = [damage(facts["directory"], how) for facts, how in zip(written, damages, strict=True)]
+    files = [damage(facts["directory"], how) for facts, how in zip(written, DAMAGES, strict=True)]
     for (code, text), file in zip(run_ranks(faults, 1, cases)[0], files, strict=True):
         assert code == INTEGRITY
         assert file.name in text and "--quant_cache off" in text

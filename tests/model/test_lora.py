@@ -39,13 +39,10 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
     layer, calls = Layer(last).requires_grad_(False), []
     plain = Layer(last).double()
     names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
-    layout = layers.build_layout([(DIM, DIM)] * len(names), "nf4")
-    flat = torch.zeros(layout.nbytes, dtype=torch.uint8)
-    store = layers.LayerStore(lambda: flat, layout, layers.LayerCache())
+    store, _ = tiny.quantized_store("nf4", [getattr(layer, name).weight.data for name in names])
     replaced = {}
     for index, name in enumerate(names):
         old = getattr(layer, name)
-        layers.quantize_linear(flat, layout, index, old.weight.data)
         weight = tiny.dequantized(old.weight.data, "nf4").to(tiny.DEVICE).double()
         getattr(plain, name).weight.data = weight
         if old.bias is not None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fsdp_qlora import config
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.errors import UserError
@@ -86,29 +87,29 @@ def reference_gradients(path, format_name, accumulation, lora, cfg):
     return {name: param.grad for name, param in named.items()}
 
 
-def build_lora(path, cfg):
-    """The adapter values that tiny.fill_lora gives every world size (one rank, no FSDP needed)."""
-    return run_ranks(_lora_values, 1, path, cfg.lora_target_modules)[0]
+def gradients_of_runs(world, runs):
+    """Of each (path, flags, cases): the adapter of tiny.fill_lora, and gradients by case."""
+    found = []
+    for path, flags, cases in runs:
+        model, _, _ = tiny.build(path, world, *FLAGS, *flags)
+        values = tiny.lora_dict(model, tiny.fill_lora(model))
+        grads = sharded_gradients(world, path, flags, cases)
+        found.append(({name: value.numpy() for name, value in values.items()}, grads))
+    return found
 
 
-def _lora_values(world, path, targets):
-    model, _, _ = tiny.build(path, world, *FLAGS, f"--lora_target_modules={targets}")
-    return {n: t.numpy() for n, t in tiny.lora_dict(model, tiny.fill_lora(model)).items()}
-
-
-def check_gradients(path, format_flags, format_name, cases, extra=()):
-    from fsdp_qlora import config
-
-    cfg = config.parse([f"--model_name={path}", *FLAGS, *format_flags, *extra])
+def check_gradients(by_rank, path, flags, format_name):
+    """Reference: transformers + peft on one process, unsharded, float32."""
+    cfg = config.parse([f"--model_name={path}", *FLAGS, *flags])
     assert cfg.format_name == format_name
-    lora = {n: torch.from_numpy(v) for n, v in build_lora(path, cfg).items()}
-    by_rank = run_ranks(sharded_gradients, 2, path, format_flags, cases, extra)
+    lora = {n: torch.from_numpy(v) for n, v in by_rank[0][0].items()}
     references = {
         accumulation: reference_gradients(path, format_name, accumulation, lora, cfg)
-        for accumulation in {case[2] for case in cases}
+        for accumulation in {case[2] for case in by_rank[0][1]}
     }
-    for rank, results in enumerate(by_rank):
+    for rank, (_, results) in enumerate(by_rank):
         for case, grads in results.items():
+            assert grads.keys() == references[case[2]].keys()
             for name, want in references[case[2]].items():
                 torch.testing.assert_close(
                     torch.from_numpy(grads[name]),
@@ -126,54 +127,43 @@ ALL_CASES = [
 
 
 @pytest.mark.parametrize(
-    ("format_flags", "format_name"),
+    ("flags", "format_name"),
     [(("--train_type=qlora",), "nf4_dq"), (("--train_type=hqq_lora",), "hqq4")],
 )
-def test_gradients_equal_peft_on_one_process(tmp_path, format_flags, format_name):
-    """Reference: transformers + peft, unsharded.
-
-    {NF4, HQQ} x {placement} x {checkpointing} x {accumulation}.
-    """
+def test_gradients_equal_peft_on_one_process(tmp_path, flags, format_name):
+    """{NF4, HQQ} x {placement} x {checkpointing} x {accumulation}."""
     tiny.require(format_name)
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)
-    check_gradients(path, format_flags, format_name, ALL_CASES)
+    by_rank = run_ranks(gradients_of_runs, 2, [(path, flags, ALL_CASES)])
+    check_gradients([results[0] for results in by_rank], path, flags, format_name)
 
 
-@pytest.mark.parametrize(
-    ("format_flags", "format_name"),
-    [
-        (("--train_type=qlora", "--quant_type=fp4"), "fp4_dq"),
-        (("--train_type=qlora", "--quant_type=int8"), "int8"),
-        (("--train_type=hqq_lora", "--n_bits=3", "--hqq_axis=0"), "hqq3_a0"),
-        (("--train_type=lora",), "bf16"),
-    ],
-)
-def test_other_bases_have_the_gradients_of_peft_too(tmp_path, format_flags, format_name):
-    tiny.require(format_name)
-    path = tiny.save_model(tmp_path / "model")
-    check_gradients(
-        path,
-        format_flags,
-        format_name,
-        [("streamed", "non_reentrant", 3), ("offloaded", "selective", 1)],
-    )
+SOME_CASES = [("streamed", "non_reentrant", 3), ("offloaded", "selective", 1)]
+STRATEGY_CASES = [("sharded", "non_reentrant", 3), ("sharded", "levels", 1)]
+# Qwen2: biases on q, k, v; one embedding for both ends; adapters on two projections only.
+SOME_TARGETS = ("--lora_target_modules=q_proj,v_proj", "--use_rslora=true", "--double_quant=false")
+RUNS = [
+    ("llama", ("--train_type=qlora", "--quant_type=fp4"), "fp4_dq", SOME_CASES),
+    ("llama", ("--train_type=qlora", "--quant_type=int8"), "int8", SOME_CASES),
+    ("llama", ("--train_type=hqq_lora", "--n_bits=3", "--hqq_axis=0"), "hqq3_a0", SOME_CASES),
+    ("llama", ("--train_type=lora",), "bf16", SOME_CASES),
+    ("llama", ("--sharding_strategy=shard_grad_op",), "nf4_dq", STRATEGY_CASES),
+    ("llama", ("--sharding_strategy=ddp",), "nf4_dq", STRATEGY_CASES),
+    ("qwen2", SOME_TARGETS, "nf4", [("streamed", "selective", 3), ("sharded", "reentrant", 1)]),
+]
 
 
-@pytest.mark.parametrize("strategy", ["shard_grad_op", "ddp"])
-def test_other_strategies_have_the_same_gradients(tmp_path, strategy):
-    path = tiny.save_model(tmp_path / "model")
-    cases = [("sharded", "non_reentrant", 3), ("sharded", "levels", 1)]
-    check_gradients(
-        path, ("--train_type=qlora",), "nf4_dq", cases, (f"--sharding_strategy={strategy}",)
-    )
-
-
-def test_biases_tied_embeddings_and_some_targets(tmp_path):
-    """Qwen2: biases on q, k, v; one embedding for both ends; adapters on two projections only."""
-    path = tiny.save_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
-    extra = ("--lora_target_modules=q_proj,v_proj", "--use_rslora=true", "--double_quant=false")
-    cases = [("streamed", "selective", 3), ("sharded", "reentrant", 1)]
-    check_gradients(path, ("--train_type=qlora",), "nf4", cases, extra)
+def test_other_bases_strategies_and_models_have_the_gradients_of_peft_too(tmp_path):
+    """Formats, strategies; biases, tied embeddings and some targets."""
+    tiny.require("hqq3_a0")
+    paths = {
+        "llama": tiny.save_model(tmp_path / "llama"),
+        "qwen2": tiny.save_model(tmp_path / "qwen2", "qwen2", tie_word_embeddings=True),
+    }
+    runs = [(paths[kind], flags, cases) for kind, flags, _, cases in RUNS]
+    by_rank = run_ranks(gradients_of_runs, 2, runs)
+    for (kind, flags, format_name, _), *results in zip(RUNS, *by_rank, strict=True):
+        check_gradients(results, paths[kind], flags, format_name)
 
 
 def _plant(block, source, words, world):
@@ -259,25 +249,43 @@ def _train(world, path, out, steps, flags):
     return [r["loss"].item() for r in losses], losses[0]["grad_norm"].item(), loss, last.numpy()
 
 
-def test_steps_equal_torch_adamw_and_peft_reads_the_adapter(tmp_path):
-    """Five steps on two ranks lower the loss; peft then gives the logits of the trained model."""
+def _start_and_train(world, path, out):
+    return _start_values(world, path), _train(world, path, out, 5, ())
+
+
+def test_two_ranks_train_as_one_rank_and_peft_reads_the_adapter(tmp_path):
+    """Reference: torch AdamW, clip_grad_norm_ and peft on one process, five steps.
+
+    peft then gives the logits of the trained model. Adapters start the same on one rank and on two.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     path, out = tiny.save_model(tmp_path / "model"), tmp_path / "out"
-    (losses, _, loss, last), again = run_ranks(_train, 2, path, out, 5, ())
+    (start, (losses, norm, loss, last)), (_, again) = run_ranks(_start_and_train, 2, path, out)
     assert again[0] == losses
     assert losses[-1] < losses[0] - 0.3
+    _is_fresh(run_ranks(_start_values, 1, path)[0], start)
 
-    one = run_ranks(_train, 1, path, tmp_path / "one", 1, ())[0]
-    assert one[0][0] != losses[0]  # other batch: one rank sees half of the rows
+    cfg = config.parse([f"--model_name={path}", *FLAGS])
+    lora = {n: torch.from_numpy(v) for n, v in start.items()}
+    model, named = tiny.reference_model(path, "nf4_dq", lora, cfg)
+    optimizer = torch.optim.AdamW(named.values(), lr=0.01, weight_decay=cfg.wd)
+    batch, expected, norms = collate(make_samples(4)), [], []
+    for _ in range(5):
+        logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
+        step_loss = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
+        step_loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(step_loss.item())
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert norm == pytest.approx(norms[0], rel=1e-4)
 
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for name, module in base.named_modules():
-        if isinstance(module, torch.nn.Linear) and "layers." in name:
-            module.weight.data = tiny.dequantized(module.weight.data, "nf4_dq")
+    tiny.round_base(base, "nf4_dq")
     model = PeftModel.from_pretrained(base, out)
-    batch = collate(make_samples(4))
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids).logits
     torch.testing.assert_close(logits[0, -1], torch.from_numpy(last), rtol=1e-4, atol=1e-4)
@@ -287,38 +295,12 @@ def test_steps_equal_torch_adamw_and_peft_reads_the_adapter(tmp_path):
     assert flat.item() == pytest.approx(loss, rel=1e-4)
 
 
-def test_two_ranks_train_as_one_rank_with_the_same_global_batch(tmp_path):
-    """Reference: torch AdamW, clip_grad_norm_ and peft on one process, three steps."""
-    from fsdp_qlora import config
-
-    path = tiny.save_model(tmp_path / "model")
-    losses, norm, _, _ = run_ranks(_train, 2, path, tmp_path / "out", 3, ())[0]
-    cfg = config.parse([f"--model_name={path}", *FLAGS])
-    lora = run_ranks(_start_values, 1, path)[0]
-    lora = {n: torch.from_numpy(v) for n, v in lora.items()}
-    model, named = tiny.reference_model(path, "nf4_dq", lora, cfg)
-    optimizer = torch.optim.AdamW(named.values(), lr=0.01, weight_decay=cfg.wd)
-    batch, expected, norms = collate(make_samples(4)), [], []
-    for _ in range(3):
-        logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
-        loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0).item())
-        optimizer.step()
-        optimizer.zero_grad()
-        expected.append(loss.item())
-    assert losses == pytest.approx(expected, rel=1e-4)
-    assert norm == pytest.approx(norms[0], rel=1e-4)
-
-
 def _start_values(world, path):
     model, _, _ = tiny.build(path, world, *FLAGS)
     return {n: t.numpy() for n, t in tiny.lora_dict(model, shard.whole_lora(model)).items()}
 
 
-def test_adapters_start_the_same_whatever_the_world_size(tmp_path):
-    path = tiny.save_model(tmp_path / "model")
-    one, two = run_ranks(_start_values, 1, path)[0], run_ranks(_start_values, 2, path)[0]
+def _is_fresh(one, two):
     assert one.keys() == two.keys()
     for name, values in one.items():
         np.testing.assert_array_equal(values, two[name])

@@ -18,7 +18,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard
 from fsdp_qlora.training import loop
 from tests import tiny
-from tests.model.test_shard import FLAGS, build_lora, make_samples
+from tests.model.test_shard import FLAGS, make_samples
 from tests.ranks import run_ranks
 
 NUM_ROWS = 24
@@ -83,10 +83,15 @@ def is_bfloat16_throughout(world, path):
     assert {v.dtype for v in (results[0]["loss"], results[0]["grad_norm"])} == {torch.float32}
 
 
+def lora_values(world, path):
+    model, _, _ = tiny.build(path, world, *FLAGS)
+    return {n: t.numpy() for n, t in tiny.lora_dict(model, tiny.fill_lora(model)).items()}
+
+
 def reference(path):
     """Gradient, loss and norm by transformers + peft on one process, float32."""
     cfg = config.parse([f"--model_name={path}", *FLAGS])
-    lora = {n: torch.from_numpy(v) for n, v in build_lora(path, cfg).items()}
+    lora = {n: torch.from_numpy(v) for n, v in run_ranks(lora_values, 1, path)[0].items()}
     model, named = tiny.reference_model(path, "nf4_dq", lora, cfg)
     batch = collate(make_samples(NUM_ROWS))
     logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)

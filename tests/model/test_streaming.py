@@ -60,31 +60,24 @@ def test_the_next_layer_is_under_way_before_it_is_asked_for():
     assert num_stalls == 1  # the very first
 
 
-def _choice(world, path, cache, flags):
-    _, _, _, _, placed = tiny.shape(path, world, f"--quant_cache={cache}", *flags)
-    return placed.names, placed.note, placed.memory is not None
-
-
-def test_auto_says_what_it_took_and_why(tmp_path):
-    path = tiny.save_model(tmp_path / "model")
-    names, note, has_memory = run_ranks(_choice, 2, path, "off", ())[0]
-    assert set(names) == {"streamed"}
-    assert has_memory
-    assert note.startswith("3 layers streamed from the host (one copy for all ranks, ")
-    names, note, _ = run_ranks(_choice, 1, path, "off", ("--offload_impl=fsdp",))[0]
-    assert set(names) == {"offloaded"}
-    assert note.endswith("(as asked)")
-
-
-def _no_room(world, path):
+def _choices(world, path):
+    """(names, note) of two settings, and how a host without room is refused."""
+    found = []
+    for flags in ((), ("--offload_impl=fsdp",)):
+        *_, placed = tiny.shape(path, world, *flags)
+        found.append((placed.names, placed.note, placed.memory is not None))
     with pytest.raises(UserError) as caught:
         tiny.shape(path, world, "--host_budget_gib=0.00001")
-    return caught.value.code, str(caught.value)
+    return *found, (caught.value.code, str(caught.value))
 
 
-def test_no_room_on_the_host_is_said_before_the_load(tmp_path):
+def test_the_placement_and_its_reason_are_shown_before_the_load(tmp_path):
+    """Also that there is no room on the host."""
     path = tiny.save_model(tmp_path / "model")
-    for code, text in run_ranks(_no_room, 2, path):
+    for (names, note, has_memory), (others, why, _), (code, text) in run_ranks(_choices, 2, path):
+        assert set(names) == {"streamed"} and has_memory
+        assert note.startswith("3 layers streamed from the host (one copy for all ranks, ")
+        assert set(others) == {"offloaded"} and why.endswith("(as asked)")
         assert code == 3
         assert "of host memory are free" in text or "--host_budget_gib" in text
         assert "--resident_layers" in text
