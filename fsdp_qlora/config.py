@@ -318,9 +318,6 @@ class TrainConfig:
         return Path(os.path.expanduser(name))
 
 
-Config = TrainConfig  # name in the rooms that are not renamed yet
-
-
 def hqq_name(bits: int, group_size: int, axis: int) -> str:
     """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
     group = "" if group_size == 64 else f"_g{group_size}"

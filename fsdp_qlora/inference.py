@@ -17,7 +17,7 @@ from typing import Any
 
 from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.arch import trained
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.env import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
@@ -42,7 +42,7 @@ class Opened:
         tokenizer: transformers tokenizer of the base.
     """
 
-    cfg: Config
+    cfg: TrainConfig
     info: arch.ModelInfo
     world: Any
     model: Any
@@ -117,7 +117,7 @@ class Opened:
         world.leave()
 
 
-def config_of(adapter: Path | None, flags: list[str]) -> Config:
+def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
     """The run that made an adapter, or what is known of it.
 
     Args:
@@ -141,7 +141,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> Config:
     return dataclasses.replace(config.parse([]), **known)
 
 
-def spread(name: str, argv: list[str], cfg: Config) -> int:
+def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
     """Run a command on several ranks of this machine; rank 0 has the terminal.
 
     Args:
@@ -177,7 +177,7 @@ def spread(name: str, argv: list[str], cfg: Config) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
 
 
-def open_run(adapter: Path | None, cfg: Config) -> Opened:
+def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     """Build the base of a run on this rank, without its adapter.
 
     Args:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.config import Config, renamed, to_dict
+from fsdp_qlora.config import TrainConfig, renamed, to_dict
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
@@ -248,7 +248,7 @@ def command(options: Mapping[str, Any]) -> str:
     Returns:
         One line of shell.
     """
-    words, defaults = ["python", "train.py"], to_dict(Config())
+    words, defaults = ["python", "train.py"], to_dict(TrainConfig())
     for flag, value in options.items():
         is_default = value is None or value == defaults.get(flag, value)
         if flag == "model_name" or not is_default:

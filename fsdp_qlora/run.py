@@ -107,14 +107,14 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     def answer(prompt) -> str:
         return inference.answer(model, tokenizer, prompt.ids, plan.cfg.sample_tokens, world)
 
-    def save_as(cfg: config.Config) -> None:
+    def save_as(cfg: config.TrainConfig) -> None:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
     return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
 
 
 def join_and_run(
-    cfg: config.Config, given: frozenset[str], poll: Callable[[], None] = lambda: None
+    cfg: config.TrainConfig, given: frozenset[str], poll: Callable[[], None] = lambda: None
 ) -> RunPlan:
     """Be one of the ranks, of a process group that is there or of a new one.
 
@@ -139,7 +139,7 @@ def join_and_run(
     return plan
 
 
-def rank_main(cfg: config.Config, given: frozenset[str]) -> None:
+def rank_main(cfg: config.TrainConfig, given: frozenset[str]) -> None:
     """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
     # No KeyboardInterrupt while libraries are imported: some of them swallow it.
     signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))

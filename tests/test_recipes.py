@@ -32,7 +32,7 @@ def test_a_recipe_parses_by_its_path_and_by_its_name(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(path):
-    defaults = {field.name: field.default for field in dataclasses.fields(config.Config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config.TrainConfig)}
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     assert [name for name, value in values.items() if defaults[name] == value] == []
 

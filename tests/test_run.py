@@ -182,7 +182,7 @@ def test_two_ranks_from_end_to_end(place: Path):
     assert (out_dir / "logs" / "rank1.log").read_text() == ""
     table = json.loads((out_dir / "run_config.json").read_text())
     assert table.pop("versions").keys() >= {"torch", "transformers", "bitsandbytes", "python"}
-    cfg = config.Config(**table)
+    cfg = config.TrainConfig(**table)
     assert (cfg.lora_rank, cfg.lora_alpha, cfg.output_dir) == (8, 16, str(out_dir))
     for start_of_line in ("held-out  loss ", f"prompt    {QUESTION}", "before    ", "after     "):
         assert len(re.findall(f"^{re.escape(start_of_line)}", out, re.MULTILINE)) == 1

@@ -73,7 +73,7 @@ def shape(path: Path, world: World, *flags: str):
 
 def build(
     path: Path, world: World, *flags: str
-) -> tuple[QuantizedModel, arch.ModelInfo, config.Config]:
+) -> tuple[QuantizedModel, arch.ModelInfo, config.TrainConfig]:
     """Build, shard and fill a model as train.py does."""
     model, info, cfg, packed_cache, placed = shape(path, world, *flags)
     load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)

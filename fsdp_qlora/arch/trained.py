@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.arch.info import ModelInfo, select_linears
-from fsdp_qlora.config import TRAIN_TYPES, Config
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 
 NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
@@ -31,12 +31,12 @@ class Whole:
 NOTHING = Whole()
 
 
-def has_adapters(cfg: Config) -> bool:
+def has_adapters(cfg: TrainConfig) -> bool:
     """Whether a run trains adapters of linears."""
     return TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
 
 
-def whole(info: ModelInfo, cfg: Config) -> Whole:
+def whole(info: ModelInfo, cfg: TrainConfig) -> Whole:
     """Find what a run trains whole.
 
     Args:
@@ -71,7 +71,7 @@ def new_layers(num_layers: int, num_new: int) -> tuple[int, ...]:
     return tuple(group + (group + 1) * number for number in range(num_new))
 
 
-def count(info: ModelInfo, cfg: Config) -> int:
+def count(info: ModelInfo, cfg: TrainConfig) -> int:
     """Count the trained parameters.
 
     Args:
@@ -85,20 +85,20 @@ def count(info: ModelInfo, cfg: Config) -> int:
     return num + layer_params(info) * len(whole(info, cfg).layers) + root_params(info, cfg)
 
 
-def root_params(info: ModelInfo, cfg: Config) -> int:
+def root_params(info: ModelInfo, cfg: TrainConfig) -> int:
     """Count the trained parameters outside the decoder layers."""
     root = dict(info.root_params)
     return sum(math.prod(root[name]) for name in whole(info, cfg).root)
 
 
-def magnitudes(info: ModelInfo, cfg: Config) -> int:
+def magnitudes(info: ModelInfo, cfg: TrainConfig) -> int:
     """Count the rows of one decoder layer whose length DoRA learns."""
     adapted = select_linears(info, cfg.lora_target_modules)
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
     return sum(linear.out_features for linear in adapted) * is_dora
 
 
-def adapter_params(info: ModelInfo, cfg: Config) -> int:
+def adapter_params(info: ModelInfo, cfg: TrainConfig) -> int:
     """Count the parameters of the adapters of one decoder layer."""
     if not has_adapters(cfg):
         return 0
@@ -137,7 +137,9 @@ def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def adopt_format(cfg: Config, stored: str | None, given: frozenset[str] | None = None) -> Config:
+def adopt_format(
+    cfg: TrainConfig, stored: str | None, given: frozenset[str] | None = None
+) -> TrainConfig:
     """Take the format of the base from its files, where they are in 4 bit.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, inspect, prepare, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.inspect import Audit
@@ -36,7 +36,7 @@ class Data:
     prompts: tuple[Prompt, ...]
 
 
-def build(cfg: Config, info: ModelInfo, world: Any) -> Data:
+def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     """Make the data of a run; every rank keeps its own share.
 
     One rank makes the tokens and the others read them, where the cache of tokens is in use; else

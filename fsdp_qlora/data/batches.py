@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.token_dataset import Sample, TokenDataset
 
@@ -70,7 +70,9 @@ class SamplerConfig:
         return self.max_steps if self.max_steps > 0 else self.num_epochs * steps_per_epoch
 
 
-def sampler_config(cfg: Config, world_size: int, rank: int, pad_multiple: int) -> SamplerConfig:
+def sampler_config(
+    cfg: TrainConfig, world_size: int, rank: int, pad_multiple: int
+) -> SamplerConfig:
     """Return how the rows of a run are shared.
 
     Args:

@@ -17,7 +17,7 @@ import numpy as np
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.arch import files
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.token_dataset import TokenDataset
@@ -117,7 +117,7 @@ class Audit:
         return [line for line in text.split("\0") if line]
 
 
-def audit(cfg: Config, ready: PreparedData, world_size: int, pad_multiple: int) -> Audit:
+def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: int) -> Audit:
     """Count what is worth knowing of the data of a run.
 
     Args:
@@ -181,7 +181,7 @@ def _repeated(whole: TokenDataset) -> list[str]:
     return [f"{whole.place(i)} repeats {whole.place(int(earlier[i]))}" for i in again]
 
 
-def _steps(cfg: Config, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
+def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
     found = {}
     for size in sorted({1, 2, world_size}):
         rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * size
@@ -192,7 +192,7 @@ def _steps(cfg: Config, num_rows: int, world_size: int) -> dict[str, dict[str, i
 
 
 def _padding(
-    cfg: Config, lengths: np.ndarray, world_size: int, pad_multiple: int
+    cfg: TrainConfig, lengths: np.ndarray, world_size: int, pad_multiple: int
 ) -> dict[str, float]:
     """Share of the tokens of an epoch that are padding, in batches and in packed sequences."""
     if not len(lengths):
@@ -207,7 +207,7 @@ def _padding(
     return {"batches": 1 - total / num_padded, "packed": packed}
 
 
-def _notes(cfg: Config, ready: PreparedData, found: Audit, world_size: int) -> list[str]:
+def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int) -> list[str]:
     """What the user should look at before the run."""
     facts, uses_chat = found.facts, ready.formatter is not None and ready.uses_chat
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
@@ -283,7 +283,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
 
 
 def _shown(
-    cfg: Config, ready: PreparedData, text_tokenizer: TextTokenizer | None, num_rows: int
+    cfg: TrainConfig, ready: PreparedData, text_tokenizer: TextTokenizer | None, num_rows: int
 ) -> Iterator[str]:
     """Some rows as the model sees them, what is learned between ⟦ and ⟧."""
     if text_tokenizer is None or not len(ready.train):

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fsdp_qlora import __version__
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import row_formats, sources, token_dataset, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.sources import Source, SourceOptions, parse_json, read_own_file
@@ -83,7 +83,7 @@ class PreparedData:
 
 
 def prepare(
-    cfg: Config,
+    cfg: TrainConfig,
     tokenizer: TextTokenizer | None,
     vocab_size: int,
     load_tokenizer: Callable[[], Any] = lambda: None,
@@ -138,7 +138,9 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
-def prepare_early(cfg: Config, tokenizer: TextTokenizer, vocab_size: int) -> PreparedData | None:
+def prepare_early(
+    cfg: TrainConfig, tokenizer: TextTokenizer, vocab_size: int
+) -> PreparedData | None:
     """Prepare the data of a run before its ranks are started, if they need not do it again.
 
     Args:
@@ -157,7 +159,7 @@ def prepare_early(cfg: Config, tokenizer: TextTokenizer, vocab_size: int) -> Pre
     return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
 
 
-def _options(cfg: Config, load_tokenizer: Callable[[], Any] = lambda: None) -> SourceOptions:
+def _options(cfg: TrainConfig, load_tokenizer: Callable[[], Any] = lambda: None) -> SourceOptions:
     split = split_name(cfg.train_split)
     return SourceOptions(cfg.dataset_samples, cfg.seed, split, load_tokenizer)
 
@@ -166,7 +168,7 @@ def _is_small(found: list[Source]) -> bool:
     return sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
 
 
-def _find_eval(cfg: Config, name: str, options: SourceOptions) -> list[Source]:
+def _find_eval(cfg: TrainConfig, name: str, options: SourceOptions) -> list[Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
     is_file = os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name
     if is_file:
@@ -179,7 +181,7 @@ def _find_eval(cfg: Config, name: str, options: SourceOptions) -> list[Source]:
 
 
 def _tokenize(
-    cfg: Config,
+    cfg: TrainConfig,
     tokenizer: TextTokenizer,
     formatter: RowFormatter,
     progress: Callable[[int], Any],
@@ -232,7 +234,7 @@ class Prompt:
     expected: str | None = None
 
 
-def has_prompts(cfg: Config) -> bool:
+def has_prompts(cfg: TrainConfig) -> bool:
     """Return whether the user asks something of their own.
 
     Args:
@@ -242,7 +244,7 @@ def has_prompts(cfg: Config) -> bool:
 
 
 def choose_prompts(
-    cfg: Config, ready: PreparedData, tokenizer: TextTokenizer | None
+    cfg: TrainConfig, ready: PreparedData, tokenizer: TextTokenizer | None
 ) -> tuple[Prompt, ...]:
     """Find the prompts of a run.
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fsdp_qlora import atomic
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.sources import RowPlace
 from fsdp_qlora.errors import UserError
 
@@ -258,7 +258,9 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def train_test_split(whole: TokenDataset, cfg: Config) -> tuple[TokenDataset, TokenDataset, int]:
+def train_test_split(
+    whole: TokenDataset, cfg: TrainConfig
+) -> tuple[TokenDataset, TokenDataset, int]:
     """Split samples into those to learn, those held out, and those for a later test.
 
     What a sample holds decides, with the seed, not where it stands: rows that are added later

@@ -5,7 +5,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from fsdp_qlora.config import PROJECT_DIR, Config
+from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import count_gpus
 
@@ -16,7 +16,7 @@ MASTER = ("MASTER_ADDR", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 
 
-def plan_ranks(cfg: Config, num_gpus: int | None = None) -> int:
+def plan_ranks(cfg: TrainConfig, num_gpus: int | None = None) -> int:
     """Return how many ranks this machine starts: one per GPU, or `world_size` on the CPU.
 
     Args:
@@ -59,7 +59,7 @@ def is_supervised(env: Mapping[str, str]) -> bool:
     return "FSDP_QLORA_SUPERVISOR" in env
 
 
-def rank_env(env: Mapping[str, str], cfg: Config) -> dict[str, str]:
+def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
     """Return what a process that `is_rank` shall have in its environment.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fsdp_qlora import atomic, errors, hardware, record
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.env import is_supervised
 from fsdp_qlora.distributed.supervise import RanksExit
@@ -105,7 +105,7 @@ def _compared(
     return [*lines, *([f"largest   {', '.join(parts)} GiB"] if parts else [])]
 
 
-def fail(error: Exception, cfg: Config, plan: RunPlan | None = None) -> NoReturn:
+def fail(error: Exception, cfg: TrainConfig, plan: RunPlan | None = None) -> NoReturn:
     """Leave word of what ended this rank, then leave.
 
     The word goes to the supervisor, or to the terminal without one; the trace of what is no

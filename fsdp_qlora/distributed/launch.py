@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed import supervise as processes
 from fsdp_qlora.distributed.env import LISTENER, child_env, is_supervised, open_listener, plan_ranks
@@ -67,7 +67,7 @@ class Watcher:
     poll: Callable[[], None] = lambda: None
 
 
-def claim_output_dir(cfg: Config) -> Path:
+def claim_output_dir(cfg: TrainConfig) -> Path:
     """Make the output directory ready for a run; one process does this, before any writes.
 
     It is this process's until it ends.
@@ -107,12 +107,12 @@ def claim_output_dir(cfg: Config) -> Path:
     return path
 
 
-def _refuse_files(path: Path, cfg: Config) -> None:
+def _refuse_files(path: Path, cfg: TrainConfig) -> None:
     if cfg.resume in (None, checkpoint_store.AUTO):
         checkpoint_store.refuse_files(path, cfg.overwrite, cfg.resume == checkpoint_store.AUTO)
 
 
-def agree_output_dir(cfg: Config, world: "World") -> Config:
+def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     """Settle on one output directory among the ranks of torchrun or srun, and claim it.
 
     Each of them has read the command line by itself, so their default directories may bear
@@ -145,7 +145,7 @@ def agree_output_dir(cfg: Config, world: "World") -> Config:
 
 
 def supervise(
-    cfg: Config,
+    cfg: TrainConfig,
     argv: Sequence[str],
     program: Sequence[str] = PROGRAM,
     plan: RunPlan | None = None,
@@ -206,7 +206,7 @@ def _leave(output_dir: Path) -> None:
 
 
 def _run(
-    cfg: Config,
+    cfg: TrainConfig,
     program: Sequence[str],
     start: Callable[[RankSpec], Rank],
     watcher: Watcher,
@@ -237,7 +237,7 @@ def _run(
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 
 
-def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
+def _again(found: ExitReport, attempt: Attempt, cfg: TrainConfig) -> Attempt | None:
     """What to start after a failure; says so. None: nothing that could help."""
     output_dir, plan = cfg.resolved_output_dir, attempt.plan
     if found.is_final:
@@ -268,7 +268,7 @@ def _again(found: ExitReport, attempt: Attempt, cfg: Config) -> Attempt | None:
     return Attempt(argv, plan, attempt.env, number)
 
 
-def plan_run(cfg: Config, given: frozenset[str]) -> RunPlan:
+def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
     """Make the plan of a run on this machine; no torch.
 
     Args:
@@ -287,13 +287,13 @@ def plan_run(cfg: Config, given: frozenset[str]) -> RunPlan:
     return plans.make(info, cfg, given, machine)
 
 
-def _read(cfg: Config, given: frozenset[str]) -> tuple[ModelInfo, Config]:
+def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     arch.select_linears(info, cfg.lora_target_modules)
     return info, trained.adopt_format(cfg, info.stored_format, given)
 
 
-def broadcast_plan(cfg: Config, given: frozenset[str], world: "World") -> RunPlan:
+def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> RunPlan:
     """Make the plan of a run on one of its ranks: that of the supervisor, or of rank 0.
 
     Args:

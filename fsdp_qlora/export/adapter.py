@@ -18,7 +18,7 @@ from typing import Any
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, describe, read_header, read_json
-from fsdp_qlora.config import Config, from_record
+from fsdp_qlora.config import TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 
 CONFIG_NAME = "adapter_config.json"
@@ -190,7 +190,7 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
             raise UserError(f"{name} {list(ref.shape)}", rule, remedy, INTEGRITY)
 
 
-def base_name(info: ModelInfo, cfg: Config) -> tuple[str, str | None]:
+def base_name(info: ModelInfo, cfg: TrainConfig) -> tuple[str, str | None]:
     """Name the base of a run so that it is found from any directory, on other machines too.
 
     Args:
@@ -217,7 +217,7 @@ def _base_of(config: dict[str, Any]) -> str:
     return f"{name}@{revision}" if revision and name.count("/") == 1 else name
 
 
-def record_of(info: ModelInfo, cfg: Config) -> dict[str, Any]:
+def record_of(info: ModelInfo, cfg: TrainConfig) -> dict[str, Any]:
     """What an adapter must say of its base, so that it can be merged as it was trained.
 
     Args:
@@ -354,7 +354,7 @@ def _read_record(weights: Path) -> dict[str, Any]:
     return {"base": cfg.model_name, "format": cfg.format_name, "compute_dtype": cfg.compute_dtype}
 
 
-def run_config(path: Path) -> Config:
+def run_config(path: Path) -> TrainConfig:
     """Read the options of the run that an adapter came from.
 
     Args:

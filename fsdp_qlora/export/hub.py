@@ -15,7 +15,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
-from fsdp_qlora.config import TRAIN_TYPES, Config, to_dict
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, WEIGHTS_NAME
 from fsdp_qlora.export.model_files import OF_TOKENIZER
@@ -40,7 +40,7 @@ _INTROS = {
 }
 
 
-def write_card(directory: Path, cfg: Config, info: ModelInfo) -> Path:
+def write_card(directory: Path, cfg: TrainConfig, info: ModelInfo) -> Path:
     """Write the card of a run that has just ended.
 
     Args:
@@ -59,7 +59,7 @@ def write_card(directory: Path, cfg: Config, info: ModelInfo) -> Path:
     return atomic.write(directory / CARD_NAME, text)
 
 
-def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
+def card_text(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> str:
     """Compose the card; `redact` it before it is written.
 
     Args:
@@ -87,7 +87,7 @@ def card_text(cfg: Config, info: ModelInfo, run: Run | None) -> str:
     return "\n\n".join([*parts, f"## Command\n\n```bash\n{command}\n```"]) + "\n"
 
 
-def _metadata(cfg: Config) -> str:
+def _metadata(cfg: TrainConfig) -> str:
     """What the hub reads, as YAML between lines of dashes."""
     from huggingface_hub import ModelCardData
 
@@ -124,7 +124,7 @@ def _usage(name: str, kind: str) -> str:
     return "\n\n".join([load] * (kind != "llama_pro") + [merge] * (kind != "full"))
 
 
-def _facts(cfg: Config, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
+def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
     total = arch.num_params(info)
     num_trained = trained.count(info, cfg)
     yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"

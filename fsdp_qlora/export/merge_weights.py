@@ -25,7 +25,7 @@ from fsdp_qlora import atomic, hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import TensorRef, read_json
 from fsdp_qlora.arch.info import expert_matrices, stored_name
-from fsdp_qlora.config import Config, check_own_code
+from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, sources, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
@@ -482,7 +482,7 @@ def choose_rows(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -
         UserError: the data set asked for with --dataset cannot be read.
     """
     if options.dataset is not None:
-        cfg = dataclasses.replace(Config(), dataset=options.dataset)
+        cfg = dataclasses.replace(TrainConfig(), dataset=options.dataset)
         return _of_data(options, cfg, adapter, info)
     if not (adapter.path / "run_config.json").is_file():
         return _random(options, info, "no run_config.json beside the adapter")
@@ -494,7 +494,9 @@ def choose_rows(options: MergeOptions, adapter: SavedAdapter, info: ModelInfo) -
         return _random(options, info, f"the run's rows cannot be read: {error}")
 
 
-def _of_data(options: MergeOptions, cfg: Config, adapter: SavedAdapter, info: ModelInfo) -> Rows:
+def _of_data(
+    options: MergeOptions, cfg: TrainConfig, adapter: SavedAdapter, info: ModelInfo
+) -> Rows:
     if cfg.dataset == sources.DUMMY:
         return _random(options, info, "the run's rows were random, too")
     path = _tokenizer_directory(adapter, info)

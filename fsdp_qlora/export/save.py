@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import new_file
-from fsdp_qlora.config import TRAIN_TYPES, Config
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export import adapter, hub, model_files
 from fsdp_qlora.model import adapters, shard
@@ -18,7 +18,7 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def save(
-    model: torch.nn.Module, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
+    model: torch.nn.Module, info: ModelInfo, cfg: TrainConfig, tokenizer: Any, is_writer: bool
 ) -> Path:
     """Write what was trained, the tokenizer and a model card.
 
@@ -83,7 +83,7 @@ def _adapter_tensors(
     return tensors
 
 
-def _save_config(model: QuantizedModel, info: ModelInfo, cfg: Config) -> None:
+def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> None:
     import peft
 
     saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
@@ -106,7 +106,7 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: Config) -> None:
 
 
 def _save_model(
-    model: QuantizedModel, info: ModelInfo, cfg: Config, tokenizer: Any, is_writer: bool
+    model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, tokenizer: Any, is_writer: bool
 ) -> Path:
     directory = cfg.resolved_output_dir
     names, dtype = list(model.tensors), getattr(torch, cfg.compute_dtype)

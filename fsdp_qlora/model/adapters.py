@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from fsdp_qlora.arch import Linear
-from fsdp_qlora.config import TRAIN_TYPES, Config
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.lora import LoraSlot, QuantizedLinear, row_squares
 from fsdp_qlora.model.shard import (
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
-def attach(model: nn.Module, targets: Iterable[Linear], cfg: Config, world_size: int) -> None:
+def attach(model: nn.Module, targets: Iterable[Linear], cfg: TrainConfig, world_size: int) -> None:
     """Give each decoder layer one flat LoRA parameter (meta).
 
     Args:

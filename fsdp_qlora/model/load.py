@@ -28,7 +28,7 @@ from torch import nn
 
 from fsdp_qlora import __version__, arch, atomic
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
@@ -295,7 +295,7 @@ def fill(
     weights: Weights,
     cache: QuantizedCache,
     placed: Placed,
-    cfg: Config,
+    cfg: TrainConfig,
     world: World,
 ) -> LoadReport:
     """Give every parameter and buffer of a sharded meta model its bytes.
@@ -529,7 +529,7 @@ class Built:
     loaded: LoadReport = field(default_factory=LoadReport)
 
 
-def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
+def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """Build, adapt, place and shard a model on the meta device.
 
     Args:
@@ -561,7 +561,7 @@ def shape(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
     return Built(model, chosen, cache, placed)
 
 
-def build(cfg: Config, info: arch.ModelInfo, world: World) -> Built:
+def build(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """Shape a model and fill it.
 
     Args:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
@@ -80,7 +80,7 @@ class Placed:
 def choose(
     layout: Layout,
     num_layers: int,
-    cfg: Config,
+    cfg: TrainConfig,
     has_cache: bool,
     world: World,
     whole: Sequence[int] = (),
@@ -127,7 +127,7 @@ def choose(
 
 
 def _host_copy(
-    nbytes: int, cfg: Config, has_cache: bool, world: World
+    nbytes: int, cfg: TrainConfig, has_cache: bool, world: World
 ) -> tuple[str, streaming.HostBytes | None]:
     """(why weights cannot be streamed or "", the memory or None for mapped files)."""
     if world.size != world.local_size:

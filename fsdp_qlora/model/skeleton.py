@@ -16,7 +16,7 @@ from torch import nn
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.arch.trained import NOTHING, Whole
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import experts
 from fsdp_qlora.model.attention import RowBounds, register
@@ -135,7 +135,7 @@ class QuantizedModel(nn.Module):
         """The input embedding module."""
         return self.decoder.get_input_embeddings()
 
-    def set_checkpointing(self, cfg: Config, device: torch.device) -> None:
+    def set_checkpointing(self, cfg: TrainConfig, device: torch.device) -> None:
         """Choose what decoder layers keep for the backward pass; the rest is made again.
 
         Args:
@@ -161,7 +161,9 @@ class QuantizedModel(nn.Module):
             body.graphs = None if is_reentrant else graphs
         self._offload_inputs(cfg, levels, device)
 
-    def _offload_inputs(self, cfg: Config, levels: tuple[str, ...], device: torch.device) -> None:
+    def _offload_inputs(
+        self, cfg: TrainConfig, levels: tuple[str, ...], device: torch.device
+    ) -> None:
         """Let layers that are recomputed keep their inputs on the host."""
         blocks = [module for module in self.modules() if isinstance(module, DecoderBlock)]
         width = self.decoder.config.hidden_size * getattr(torch, cfg.compute_dtype).itemsize

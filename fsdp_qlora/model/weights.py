@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from fsdp_qlora.arch import ModelInfo, TensorRef
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.quantize import Fields, from_stored
 from fsdp_qlora.planning.limits import NUM_READ_AHEAD
@@ -208,7 +208,7 @@ def look_ahead(read: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
             yield result
 
 
-def build(info: ModelInfo, cfg: Config) -> Weights:
+def build(info: ModelInfo, cfg: TrainConfig) -> Weights:
     """Build the source that `--weights` names.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import memory, speed
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
@@ -66,7 +66,7 @@ class Outcome:
         return self.gpu_free_gib >= MARGIN * gpu and self.host_free_gib >= MARGIN * machine
 
 
-def evaluate(info: ModelInfo, cfg: Config, setting: Setting, machine: Machine) -> Outcome:
+def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machine) -> Outcome:
     """Plan one setting.
 
     Args:
@@ -80,7 +80,7 @@ def evaluate(info: ModelInfo, cfg: Config, setting: Setting, machine: Machine) -
 
 
 def _evaluate(
-    s: Sizes, cfg: Config, setting: Setting, machine: Machine, num_rows: int | None
+    s: Sizes, cfg: TrainConfig, setting: Setting, machine: Machine, num_rows: int | None
 ) -> Outcome:
     device = memory.device(s, cfg, setting, machine.kind, machine.has_peer)
     gpu_limits = [gpu.memory_gib for gpu in machine.gpus]
@@ -103,7 +103,7 @@ def _evaluate(
 
 
 def explore(
-    info: ModelInfo, cfg: Config, machine: Machine, fixed: frozenset[str] = frozenset()
+    info: ModelInfo, cfg: TrainConfig, machine: Machine, fixed: frozenset[str] = frozenset()
 ) -> list[Outcome]:
     """Plan every setting worth trying.
 
@@ -227,14 +227,14 @@ class Change:
 
     words: str
     lost: str
-    cfg: Config
+    cfg: TrainConfig
     outcome: Outcome
 
 
 Row = tuple[str, str, int, dict[str, object]]  # words, what is lost, how much, changed options
 
 
-def _single_changes(cfg: Config, num_layers: int, own: Setting) -> list[Row]:
+def _single_changes(cfg: TrainConfig, num_layers: int, own: Setting) -> list[Row]:
     """What could be tried, as far as it changes anything."""
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps
     rows: list[Row] = []
@@ -267,7 +267,7 @@ def _single_changes(cfg: Config, num_layers: int, own: Setting) -> list[Row]:
     return [row for row in rows if any(getattr(cfg, k) != v for k, v in row[3].items())]
 
 
-def changes(info: ModelInfo, cfg: Config, machine: Machine, most: int = 3) -> list[Change]:
+def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine, most: int = 3) -> list[Change]:
     """Find what would make a run fit, by planning again with each change.
 
     Args:
@@ -299,7 +299,7 @@ def changes(info: ModelInfo, cfg: Config, machine: Machine, most: int = 3) -> li
     return list(kinds.values())[:most]
 
 
-def _change(info: ModelInfo, cfg: Config, machine: Machine, rows: tuple[Row, ...]) -> Change:
+def _change(info: ModelInfo, cfg: TrainConfig, machine: Machine, rows: tuple[Row, ...]) -> Change:
     values: dict[str, Any] = {}
     for row in rows:
         values |= row[3]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from fsdp_qlora.arch.files import GROUP
-from fsdp_qlora.config import OPTIMIZERS, Config
+from fsdp_qlora.config import OPTIMIZERS, TrainConfig
 from fsdp_qlora.hardware import GIB, has_gpu_build
 from fsdp_qlora.planning import limits, rows
 from fsdp_qlora.planning.limits import FORMATS
@@ -41,7 +41,7 @@ AT_WORK = 2  # of the inputs that wait on the host, back on the GPU: one in use,
 
 
 def device(
-    s: Sizes, cfg: Config, setting: Setting, kind: str = "cuda", has_peer: bool = False
+    s: Sizes, cfg: TrainConfig, setting: Setting, kind: str = "cuda", has_peer: bool = False
 ) -> Table:
     """Predict the memory of one GPU (or of one CPU rank).
 
@@ -93,7 +93,7 @@ def device(
     return Table({phase: merged([*parts, *last[phase]]) for phase, parts in moments.items()})
 
 
-def moment_bytes(cfg: Config) -> int:
+def moment_bytes(cfg: TrainConfig) -> int:
     """Bytes that the optimizer keeps for a trained parameter.
 
     Args:
@@ -104,7 +104,7 @@ def moment_bytes(cfg: Config) -> int:
     return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if is_torchs else row.state_bytes
 
 
-def _unreduced(cfg: Config, setting: Setting) -> Setting:
+def _unreduced(cfg: TrainConfig, setting: Setting) -> Setting:
     """The setting as far as gradients go: whole on every rank until they are reduced."""
     is_whole = cfg.no_sync and setting.accumulation > 1
     return dataclasses.replace(setting, strategy="ddp") if is_whole else setting
@@ -146,7 +146,7 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     }
 
 
-def _staying(s: Sizes, cfg: Config, setting: Setting, kind: str) -> Rows:
+def _staying(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> Rows:
     """What layers leave on the GPU: their graphs, or the small layer that was last at work."""
     if uses_graphs(s, cfg, setting, kind):
         return graph_rows(s, cfg, setting)
@@ -181,7 +181,7 @@ def _is_one_group(s: Sizes) -> bool:
     return s.lora * s.layers * s.item <= limits.ONE_GROUP_BYTES
 
 
-def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
+def _backward(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> list[Rows]:
     """The backward at the two ends of every run of layers of one level."""
     tokens = setting.batch_size * cfg.context_length
     last = s.layers - 1
@@ -212,7 +212,7 @@ def _backward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
     return moments
 
 
-def _forward(s: Sizes, cfg: Config, setting: Setting, kind: str) -> list[Rows]:
+def _forward(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> list[Rows]:
     """The forward's end in the head, and its last layer."""
     tokens = setting.batch_size * cfg.context_length
     wide = {"tokens": tokens, "bytes": s.item}
@@ -289,7 +289,7 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[T
 
 def host(
     s: Sizes,
-    cfg: Config,
+    cfg: TrainConfig,
     setting: Setting,
     kind: str = "cuda",
     num_rows: int | None = None,
@@ -339,7 +339,7 @@ def host(
     return Table(phases)
 
 
-def _copies(s: Sizes, cfg: Config, setting: Setting) -> list[Term]:
+def _copies(s: Sizes, cfg: TrainConfig, setting: Setting) -> list[Term]:
     """What is trained, as rank 0 writes it beside the training (training/checkpoint.py)."""
     if not cfg.saves_checkpoints:
         return []
@@ -354,7 +354,7 @@ def _saving(s: Sizes, setting: Setting) -> list[Term]:
     return [term("gathered", **gathered, ranks=setting.num_ranks), term("read back", **gathered)]
 
 
-def _waiting(s: Sizes, cfg: Config, setting: Setting, phase: str) -> Rows:
+def _waiting(s: Sizes, cfg: TrainConfig, setting: Setting, phase: str) -> Rows:
     """Inputs of layers that wait for the backward pass: the room for them stays."""
     num = num_offloaded(cfg, setting.levels) * (phase != "load")
     tokens = setting.batch_size * cfg.context_length * setting.num_ranks
@@ -371,7 +371,9 @@ def _hosted(s: Sizes, setting: Setting) -> list[Term]:
 
 
 @functools.lru_cache
-def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda") -> list[Term]:
+def kept_bytes(
+    s: Sizes, cfg: TrainConfig, tokens: int, level: str, kind: str = "cuda"
+) -> list[Term]:
     """What one layer keeps between forward and backward.
 
     Derived for a Llama layer with fused norms, rotary embedding and activation (Liger's), flash
@@ -421,7 +423,7 @@ def kept_bytes(s: Sizes, cfg: Config, tokens: int, level: str, kind: str = "cuda
     return kept
 
 
-def at_work(s: Sizes, cfg: Config) -> list[Term]:
+def at_work(s: Sizes, cfg: TrainConfig) -> list[Term]:
     """What is held of a layer's frozen weights, dequantized, while it is at work.
 
     All of a small layer, once for all its matmuls, and until another layer takes its place: after
@@ -437,14 +439,14 @@ def at_work(s: Sizes, cfg: Config) -> list[Term]:
     return [term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes)]
 
 
-def is_kept_whole(s: Sizes, cfg: Config) -> bool:
+def is_kept_whole(s: Sizes, cfg: TrainConfig) -> bool:
     """Whether a layer is so small that it is dequantized at once."""
     has_scratch = FORMATS[cfg.format_name].scratch_bytes > 0
     return has_scratch and s.active == s.weights and s.weights * s.item <= limits.WHOLE_LAYER_BYTES
 
 
 @functools.lru_cache
-def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> list[Rows]:
+def layer_moments(s: Sizes, cfg: TrainConfig, tokens: int, level: str, kind: str) -> list[Rows]:
     """What a layer's backward holds beside what was kept: its fullest moments.
 
     Args:
@@ -487,7 +489,7 @@ def layer_moments(s: Sizes, cfg: Config, tokens: int, level: str, kind: str) -> 
 
 
 def kept_by_level(
-    s: Sizes, cfg: Config, tokens: int, levels: tuple[str, ...], kind: str
+    s: Sizes, cfg: TrainConfig, tokens: int, levels: tuple[str, ...], kind: str
 ) -> list[Term]:
     """Sum `kept_bytes` over layers.
 
@@ -509,7 +511,7 @@ def kept_by_level(
     return terms
 
 
-def num_offloaded(cfg: Config, levels: Sequence[str]) -> int:
+def num_offloaded(cfg: TrainConfig, levels: Sequence[str]) -> int:
     """Layers whose inputs wait on the host: those that are recomputed, but for the very last.
 
     Args:
@@ -519,7 +521,7 @@ def num_offloaded(cfg: Config, levels: Sequence[str]) -> int:
     return sum(level != "none" for level in levels[:-1]) * cfg.use_activation_cpu_offload
 
 
-def uses_graphs(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
+def uses_graphs(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> bool:
     """Whether recomputed layers run by graphs, as the model chooses.
 
     Rows of several lengths in one micro-batch are laid one after the other, which no graph follows.
@@ -547,7 +549,7 @@ def uses_graphs(s: Sizes, cfg: Config, setting: Setting, kind: str) -> bool:
     )
 
 
-def graph_rows(s: Sizes, cfg: Config, setting: Setting) -> Rows:
+def graph_rows(s: Sizes, cfg: TrainConfig, setting: Setting) -> Rows:
     """What the graphs hold from the second step to the end.
 
     Tensors that a layer's are copied into, of weights once, of the rest once a shape of batch; and

@@ -8,7 +8,7 @@ from typing import Any
 
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.planning import fit, show
@@ -36,8 +36,8 @@ class RunPlan:
         rows_note: for which rows it was predicted, if not for full ones.
     """
 
-    cfg: Config
-    asked: Config
+    cfg: TrainConfig
+    asked: TrainConfig
     info: ModelInfo
     machine: Machine
     candidates: tuple[Outcome, ...]
@@ -153,7 +153,7 @@ def fallback_of(env: Mapping[str, str]) -> int:
 
 
 def make(
-    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, fallback: int = 0
+    info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine, fallback: int = 0
 ) -> RunPlan:
     """Plan a run, and choose what the user has left open.
 
@@ -172,7 +172,9 @@ def make(
     return dataclasses.replace(found, note="; ".join(filter(None, [found.note, why])))
 
 
-def _with_precision(cfg: Config, given: frozenset[str], machine: Machine) -> tuple[Config, str]:
+def _with_precision(
+    cfg: TrainConfig, given: frozenset[str], machine: Machine
+) -> tuple[TrainConfig, str]:
     """GPUs without bfloat16 compute in float16, unless the user says otherwise."""
     lacking = [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
     if not lacking or "precision" in given or cfg.compute_dtype != "bfloat16":
@@ -182,7 +184,7 @@ def _with_precision(cfg: Config, given: frozenset[str], machine: Machine) -> tup
 
 
 def _make(
-    info: ModelInfo, cfg: Config, given: frozenset[str], machine: Machine, fallback: int
+    info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine, fallback: int
 ) -> RunPlan:
     own = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
     refusal = _not_fitted(cfg, given, machine)
@@ -201,7 +203,7 @@ def _make(
     return RunPlan(applied(cfg, taken.setting), cfg, info, machine, candidates, number, note)
 
 
-def unplanned(info: ModelInfo, cfg: Config, note: str) -> RunPlan:
+def unplanned(info: ModelInfo, cfg: TrainConfig, note: str) -> RunPlan:
     """A run of which nothing is predicted.
 
     Args:
@@ -212,7 +214,7 @@ def unplanned(info: ModelInfo, cfg: Config, note: str) -> RunPlan:
     return RunPlan(cfg, cfg, info, Machine(()), (), 0, note)
 
 
-def _not_fitted(cfg: Config, given: frozenset[str], machine: Machine) -> str:
+def _not_fitted(cfg: TrainConfig, given: frozenset[str], machine: Machine) -> str:
     """Why nothing is chosen, or ""."""
     if cfg.fit == "off":
         return "off: everything as asked for"
@@ -272,7 +274,7 @@ def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
     )
 
 
-def flags_of(old: Config, new: Config) -> str:
+def flags_of(old: TrainConfig, new: TrainConfig) -> str:
     """What to add to a command line to make one run of another.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.cli import flag
-from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Machine
 from fsdp_qlora.planning import fit, rows, speed
@@ -45,7 +45,7 @@ class PlanOptions:
     json: bool = flag(False, "plan", "print JSON")
 
 
-def parse(argv: Sequence[str]) -> tuple[PlanOptions, Config, Machine]:
+def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
     """Read a command line.
 
     Args:
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> tuple[PlanOptions, Config, Machine]:
     cli.show_help_if_asked(argv, PlanOptions, USAGE)
     own, rest = _split(argv, {*cli.options(PlanOptions), *ALIASES})
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
-    options, cfg, machine = PlanOptions(**values), Config(), Machine(())
+    options, cfg, machine = PlanOptions(**values), TrainConfig(), Machine(())
     try:
         cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     except UserError as fault:
@@ -86,7 +86,7 @@ def _split(argv: Sequence[str], own_names: set[str]) -> tuple[list[str], list[st
     return parts
 
 
-def machine_of(options: PlanOptions, cfg: Config) -> Machine:
+def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
     """The machine to plan for: as given, else this one, else an imagined one of two 24 GB GPUs.
 
     Args:
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> int:
     return DONE if found.fits else ENVIRONMENT
 
 
-def as_dict(info: ModelInfo, cfg: Config, machine: Machine, found: Outcome) -> dict[str, Any]:
+def as_dict(info: ModelInfo, cfg: TrainConfig, machine: Machine, found: Outcome) -> dict[str, Any]:
     """The whole plan as JSON knows it.
 
     Args:
@@ -195,7 +195,9 @@ def _memory(table: Table, limit_gib: float | None) -> dict[str, Any]:
     }
 
 
-def _brief(cfg: Config, changed: Config, outcome: Outcome, found: Outcome) -> dict[str, Any]:
+def _brief(
+    cfg: TrainConfig, changed: TrainConfig, outcome: Outcome, found: Outcome
+) -> dict[str, Any]:
     """Another way to run it: what to add to the command line, and what that gives."""
     return {
         "flags": changes(cfg, changed),
@@ -205,7 +207,7 @@ def _brief(cfg: Config, changed: Config, outcome: Outcome, found: Outcome) -> di
     }
 
 
-def changes(old: Config, new: Config) -> dict[str, str]:
+def changes(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
     """The options that make one run of another, as a command line has them.
 
     Args:
@@ -238,7 +240,9 @@ def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, lis
     }
 
 
-def text(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any], full: bool) -> str:
+def text(
+    cfg: TrainConfig, machine: Machine, found: Outcome, values: dict[str, Any], full: bool
+) -> str:
     """The plan for a terminal.
 
     Args:
@@ -349,7 +353,9 @@ def _pace(step_s: float, tokens_per_s: float) -> str:
     return f"about {_number(step_s)} s a step, {tokens_per_s:,.0f} tokens/s total"
 
 
-def summary(cfg: Config, machine: Machine, found: Outcome, values: dict[str, Any]) -> list[str]:
+def summary(
+    cfg: TrainConfig, machine: Machine, found: Outcome, values: dict[str, Any]
+) -> list[str]:
     """What a plan comes to; train.py prints it too.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.config import STRATEGIES, Config
+from fsdp_qlora.config import STRATEGIES, TrainConfig
 from fsdp_qlora.planning.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
 
 PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
@@ -111,7 +111,9 @@ def with_trained(frozen: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]
     return tuple("trained" if i in whole else next(rest) for i in range(len(frozen) + len(whole)))
 
 
-def setting_of(cfg: Config, num_layers: int, num_ranks: int, whole: Sequence[int] = ()) -> Setting:
+def setting_of(
+    cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Sequence[int] = ()
+) -> Setting:
     """What a command line sets.
 
     Args:
@@ -136,12 +138,12 @@ def setting_of(cfg: Config, num_layers: int, num_ranks: int, whole: Sequence[int
     )
 
 
-def setting_for(info: ModelInfo, cfg: Config, num_ranks: int) -> Setting:
+def setting_for(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> Setting:
     """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
     return setting_of(cfg, info.num_layers, num_ranks, trained.whole(info, cfg).layers)
 
 
-def applied(cfg: Config, setting: Setting) -> Config:
+def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     """The run that a setting makes of a run: `setting_of` the other way round.
 
     Args:
@@ -203,7 +205,7 @@ class Sizes:
         master: bytes of a trained weight.
     """
 
-    def __init__(self, info: ModelInfo, cfg: Config) -> None:
+    def __init__(self, info: ModelInfo, cfg: TrainConfig) -> None:
         """Collect the numbers of a model and a run.
 
         Args:
@@ -229,7 +231,7 @@ class Sizes:
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
 
-    def _read_linears(self, info: ModelInfo, cfg: Config) -> None:
+    def _read_linears(self, info: ModelInfo, cfg: TrainConfig) -> None:
         linears, has_adapters = info.linears, trained.has_adapters(cfg)
         shapes = [(linear.out_features, linear.in_features) for linear in linears]
         counts = [math.prod(shape) for shape in shapes]

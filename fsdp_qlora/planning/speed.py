@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.hardware import Device
 from fsdp_qlora.planning.limits import FORMATS
 from fsdp_qlora.planning.memory import num_offloaded
@@ -49,7 +49,7 @@ class Speed:
     parts_s: dict[str, float]
 
 
-def estimate(s: Sizes, cfg: Config, setting: Setting, gpus: Sequence[Device]) -> Speed:
+def estimate(s: Sizes, cfg: TrainConfig, setting: Setting, gpus: Sequence[Device]) -> Speed:
     """Estimate the time of an optimizer step; the slowest GPU sets the pace.
 
     Args:
@@ -84,7 +84,7 @@ def estimate(s: Sizes, cfg: Config, setting: Setting, gpus: Sequence[Device]) ->
 
 
 def _passes(
-    s: Sizes, cfg: Config, setting: Setting, gpu: Device, tokens: int
+    s: Sizes, cfg: TrainConfig, setting: Setting, gpu: Device, tokens: int
 ) -> list[dict[str, float]]:
     """Seconds of forward and backward of one micro-batch, by what they are spent on."""
     matmuls = 2.0 * s.active * s.layers * tokens
@@ -147,7 +147,7 @@ def _optimizer_s(s: Sizes, setting: Setting, gpu: Device) -> float:
     return nbytes / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
 
 
-def num_rows(cfg: Config) -> int | None:
+def num_rows(cfg: TrainConfig) -> int | None:
     """Rows of the data set, where they are known or quickly counted.
 
     Args:
@@ -165,7 +165,7 @@ def num_rows(cfg: Config) -> int | None:
     return sum(1 for line in path.read_bytes().splitlines() if line.strip())
 
 
-def num_steps(cfg: Config, setting: Setting) -> int | None:
+def num_steps(cfg: TrainConfig, setting: Setting) -> int | None:
     """Optimizer steps of the run; None where they depend on rows that are not known.
 
     Args:

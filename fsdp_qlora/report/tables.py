@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fsdp_qlora.config import Config, to_dict
+from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
 from fsdp_qlora.record import OWN_FLAGS, Run, command, highest, word
 
@@ -342,7 +342,7 @@ def settings(runs: list[Run]) -> list[PageTable]:
     """
     columns = {run.name: run.config for run in runs}
     if len(runs) == 1:
-        columns = {"default": to_dict(Config())} | columns
+        columns = {"default": to_dict(TrainConfig())} | columns
     flags = dict.fromkeys(flag for run in runs for flag in run.config)
     rows = [(f, [Cell(word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
     differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]

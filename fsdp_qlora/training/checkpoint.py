@@ -20,7 +20,7 @@ from safetensors import safe_open
 from fsdp_qlora import atomic, checkpoint_store, config
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoint
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.hooks import StopFlag, Stopped
@@ -270,7 +270,12 @@ class ResumeState:
 
 
 def load(
-    cfg: Config, given: frozenset[str], info: ModelInfo, base: str | None, data: Data, world: World
+    cfg: TrainConfig,
+    given: frozenset[str],
+    info: ModelInfo,
+    base: str | None,
+    data: Data,
+    world: World,
 ) -> ResumeState:
     """Find where a run starts, check that it is the same run, and write its configuration.
 
@@ -363,7 +368,7 @@ class Checkpointer:
         self,
         trained: Trained,
         recorder: Recorder,
-        cfg: Config,
+        cfg: TrainConfig,
         resumed: ResumeState,
         stop: StopFlag | None = None,
     ) -> None:

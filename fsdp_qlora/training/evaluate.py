@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.data.prepare import Prompt
 from fsdp_qlora.errors import one_line
@@ -56,9 +56,9 @@ class Evaluator:
 
     trained: loop.Trained
     data: Data
-    cfg: Config
+    cfg: TrainConfig
     answer: Callable[[Prompt], str]
-    save: Callable[[Config], object]
+    save: Callable[[TrainConfig], object]
     recorder: Recorder
     tracker: MemoryTracker
     num_done: int = 0

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
@@ -95,7 +95,7 @@ class Trained:
     seed: int = 0
 
 
-def prepare(model: nn.Module, cfg: Config, num_steps: int, world: World) -> Trained:
+def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) -> Trained:
     """Make a model ready to be trained.
 
     Args:

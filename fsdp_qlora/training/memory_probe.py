@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
 from fsdp_qlora.data.token_dataset import Sample
 from fsdp_qlora.hardware import GIB
@@ -43,7 +43,7 @@ PASS = ("forward", "backward")
 AllocatorEvent = dict[str, Any]
 
 
-def is_wanted(cfg: Config, device: torch.device) -> bool:
+def is_wanted(cfg: TrainConfig, device: torch.device) -> bool:
     """Return whether a run begins with a memory probe.
 
     Args:
@@ -53,7 +53,7 @@ def is_wanted(cfg: Config, device: torch.device) -> bool:
     return cfg.dry_run == "on" or (cfg.dry_run == "auto" and device.type == "cuda")
 
 
-def longest_batch(batches: Batches | PackedBatches, cfg: Config, vocab_size: int) -> Batch:
+def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size: int) -> Batch:
     """A micro-batch as large as any that the data can bring, every token trained.
 
     Args:
@@ -78,7 +78,7 @@ def longest_batch(batches: Batches | PackedBatches, cfg: Config, vocab_size: int
 def run(
     trained: Trained,
     batches: Batches | PackedBatches,
-    cfg: Config,
+    cfg: TrainConfig,
     tracker: MemoryTracker,
     allocate: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
 ) -> str:
@@ -140,7 +140,7 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
         _drop_gradients(trained)
 
 
-def _num_passes(model: QuantizedModel, cfg: Config) -> int:
+def _num_passes(model: QuantizedModel, cfg: TrainConfig) -> int:
     """Two where the second finds gradients of the first, or graphs that it captures."""
     has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
     return 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
@@ -328,7 +328,9 @@ def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Bloc
 
 
 @contextlib.contextmanager
-def profile(cfg: Config, rank: int, device: torch.device, say: Say) -> Iterator[Callable[[], None]]:
+def profile(
+    cfg: TrainConfig, rank: int, device: torch.device, say: Say
+) -> Iterator[Callable[[], None]]:
     """Profile the training in the block, if the run asks for it.
 
     Args:

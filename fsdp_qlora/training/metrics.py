@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fsdp_qlora import atomic, hardware
 from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
-from fsdp_qlora.config import TRAIN_TYPES, Config, cfg_notes, to_dict
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
@@ -556,7 +556,7 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
 
 
 def describe(
-    cfg: Config,
+    cfg: TrainConfig,
     info: ModelInfo,
     data: Data,
     built: Built,
@@ -639,7 +639,7 @@ def _load_peaks(tracker: MemoryTracker) -> dict[str, float]:
     }
 
 
-def print_summary(cfg: Config) -> None:
+def print_summary(cfg: TrainConfig) -> None:
     """Say how long the training took, where the results are, and what to try next.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fsdp_qlora.config import OPTIMIZERS, Config, check_optimizer
+from fsdp_qlora.config import OPTIMIZERS, TrainConfig, check_optimizer
 
 # Last parts of names that no weight decay pulls on: there is nothing small about a good norm.
 NO_DECAY = (".bias", "norm.weight", "magnitude")
@@ -70,7 +70,7 @@ KINDS: dict[str, tuple[str, str, dict[str, bool]]] = {
 
 
 def build(
-    params: list[torch.nn.Parameter], cfg: Config, num_steps: int, names: Sequence[str] = ()
+    params: list[torch.nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer over this rank's slices of what is trained, and its schedule.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.atomic import IS_FULL
 from fsdp_qlora.checkpoint_store import last_step, steps
-from fsdp_qlora.config import TRAIN_TYPES, Config, check_optimizer
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 from fsdp_qlora.planning.limits import GIB
 from fsdp_qlora.planning.memory import moment_bytes
@@ -46,7 +46,7 @@ def check(plan: RunPlan) -> None:
     _check_data(plan.cfg, plan.info)
 
 
-def _check_libraries(cfg: Config) -> None:
+def _check_libraries(cfg: TrainConfig) -> None:
     flash = "flash_attn" if cfg.attn == "flash_attention_2" else "torch"
     for name in (*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash):
         if importlib.util.find_spec(name) is None:
@@ -68,7 +68,7 @@ def _check_gpus(plan: RunPlan) -> None:
         raise UserError(got, "it has no bfloat16", remedy, ENVIRONMENT)
 
 
-def _check_data(cfg: Config, info: ModelInfo) -> None:
+def _check_data(cfg: TrainConfig, info: ModelInfo) -> None:
     from fsdp_qlora.data import prepare, sources, tokenizer
 
     if cfg.dataset == sources.DUMMY and not prepare.has_prompts(cfg):
@@ -89,7 +89,7 @@ def _check_data(cfg: Config, info: ModelInfo) -> None:
         prepare.choose_prompts(cfg, ready, light)
 
 
-def check_room(cfg: Config, info: ModelInfo) -> None:
+def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
     """Refuse a disk that cannot take the checkpoints and the result, before any work is done.
 
     Args:
@@ -117,7 +117,7 @@ def check_room(cfg: Config, info: ModelInfo) -> None:
 
 
 @contextlib.contextmanager
-def explain_disk_full(cfg: Config) -> Iterator[None]:
+def explain_disk_full(cfg: TrainConfig) -> Iterator[None]:
     """Say in one line that the disk is full, and how to go on.
 
     Args:

@@ -17,7 +17,7 @@ from fsdp_qlora.config import (
     ALIASES,
     RECIPES_DIR,
     TRAIN_TYPES,
-    Config,
+    TrainConfig,
     check_own_code,
     from_record,
 )
@@ -66,7 +66,7 @@ def expand(
     for i, word in enumerate(words):
         if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = f"--resume={LATEST}"
-    given = cli.Reader(Config, ALIASES, RECIPES_DIR).read_argv(words)
+    given = cli.Reader(TrainConfig, ALIASES, RECIPES_DIR).read_argv(words)
     if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
         return words, None
     wanted = given["resume"].text
@@ -88,7 +88,7 @@ def expand(
     below = [  # lr_warmup_steps: --profile takes no --warmup_steps of the stored run
         f"--{'lr_' * (name == 'warmup_steps')}{name}={cli.to_text(value)}"
         for name, value in vars(stored).items()
-        if name not in left_open and (name in fixed or value != getattr(Config(), name))
+        if name not in left_open and (name in fixed or value != getattr(TrainConfig(), name))
     ]
     return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
 
@@ -132,7 +132,7 @@ def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
     return saved
 
 
-def saved_of(cfg: Config) -> SavedCheckpoint | None:
+def saved_of(cfg: TrainConfig) -> SavedCheckpoint | None:
     """The checkpoint that a rank resumes; its bytes were checked when it was chosen.
 
     Args:
@@ -145,7 +145,7 @@ def saved_of(cfg: Config) -> SavedCheckpoint | None:
     return SavedCheckpoint(path, int(state["step"]), state)
 
 
-def is_done(saved: SavedCheckpoint, cfg: Config) -> bool:
+def is_done(saved: SavedCheckpoint, cfg: TrainConfig) -> bool:
     """Whether the run of a checkpoint has come to its end, and is asked for no more than that.
 
     Args:
@@ -158,7 +158,9 @@ def is_done(saved: SavedCheckpoint, cfg: Config) -> bool:
     return checkpoint_store.is_complete(saved.run_dir)
 
 
-def fingerprint(cfg: Config, info: ModelInfo, base: str | None, num_ranks: int) -> dict[str, Any]:
+def fingerprint(
+    cfg: TrainConfig, info: ModelInfo, base: str | None, num_ranks: int
+) -> dict[str, Any]:
     """What a checkpoint belongs to, as far as it is known before data and model are loaded.
 
     Args:

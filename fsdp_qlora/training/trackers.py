@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import DONE, one_line
 
 FIGURES = (
@@ -130,7 +130,7 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def attach(
-    cfg: Config,
+    cfg: TrainConfig,
     out_dir: Path,
     is_writer: bool,
     tell: Callable[[str], None] = tqdm.write,
@@ -180,7 +180,7 @@ def _end() -> None:
     os._exit(DONE)
 
 
-def _opener(name: str, cfg: Config, out_dir: Path) -> Callable[[], Any]:
+def _opener(name: str, cfg: TrainConfig, out_dir: Path) -> Callable[[], Any]:
     def open_tracker() -> Any:
         import accelerate
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -195,7 +195,7 @@ def _opener(name: str, cfg: Config, out_dir: Path) -> Callable[[], Any]:
     return open_tracker
 
 
-def _arguments(name: str, cfg: Config, out_dir: Path) -> dict[str, Any]:
+def _arguments(name: str, cfg: TrainConfig, out_dir: Path) -> dict[str, Any]:
     """What keeps a tracker inside the run directory, quiet, and names the run."""
     named = {"name": out_dir.name, **cfg.tracker_options}
     entity = named.pop("entity", None)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import files, layers, trained
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from tests.model_files import TINY, edit_json, write_header, write_model
 
@@ -98,7 +98,7 @@ def test_trainable_counts_equal_those_of_peft() -> None:
     """Figures that peft prints for these two models."""
 
     def lora_params(info: arch.ModelInfo, targets: str) -> int:
-        return trained.count(info, Config(lora_rank=8, lora_target_modules=targets))
+        return trained.count(info, TrainConfig(lora_rank=8, lora_target_modules=targets))
 
     qwen = arch.read("qwen2.5-7b", need_weights=False)
     seven = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"

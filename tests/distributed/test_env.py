@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from fsdp_qlora.config import Config
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import env
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from tests import fake_nvml
@@ -15,13 +15,13 @@ def test_ranks_are_planned_by_the_gpus(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
     monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA A", "NVIDIA B"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert env.plan_ranks(Config()) == 2
-    assert env.plan_ranks(Config(world_size=1)) == 1
+    assert env.plan_ranks(TrainConfig()) == 2
+    assert env.plan_ranks(TrainConfig(world_size=1)) == 1
     with pytest.raises(UserError, match="has 2 GPU") as caught:
-        env.plan_ranks(Config(world_size=4))
+        env.plan_ranks(TrainConfig(world_size=4))
     assert caught.value.code == ENVIRONMENT
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert [env.plan_ranks(Config(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
+    assert [env.plan_ranks(TrainConfig(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
 
 
 def test_ranks_of_torchrun_and_srun_are_recognised():
@@ -35,21 +35,21 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     assert env.is_rank(torchrun) and env.is_rank(step)
     assert not env.is_rank({}) and not env.is_rank(batch)
     assert not env.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
-    found = env.rank_env(torchrun, Config())
+    found = env.rank_env(torchrun, TrainConfig())
     assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
     place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
     place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
-    assert place.items() <= env.rank_env(step, Config()).items()
-    assert env.rank_env(step, Config(master_port=99))["MASTER_PORT"] == "99"
+    assert place.items() <= env.rank_env(step, TrainConfig()).items()
+    assert env.rank_env(step, TrainConfig(master_port=99))["MASTER_PORT"] == "99"
 
 
 def test_settings_of_libraries_are_wishes_the_user_may_overrule():
     """The ranks of torchrun get them as ours do."""
     torchrun = {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "9"}
-    found = env.rank_env(torchrun, Config())
+    found = env.rank_env(torchrun, TrainConfig())
     assert "OMP_NUM_THREADS" not in found and found["OMP_WAIT_POLICY"] == "passive"
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    found = env.rank_env(torchrun | {"PYTORCH_ALLOC_CONF": "x"}, Config())
+    found = env.rank_env(torchrun | {"PYTORCH_ALLOC_CONF": "x"}, TrainConfig())
     assert "PYTORCH_CUDA_ALLOC_CONF" not in found
 
 

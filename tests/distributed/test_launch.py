@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.config import PROJECT_DIR, Config
+from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import env, exit_report, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 
@@ -339,7 +339,7 @@ def test_ranks_of_torchrun_settle_on_the_directory_of_rank_0(tmp_path: Path, mon
     """Their clocks may differ by a second; a directory that cannot be used ends all of them."""
     monkeypatch.delenv("FSDP_QLORA_SUPERVISOR", raising=False)
     words: list = []
-    mine = [Config(output_dir=str(tmp_path / name), seed=7) for name in ("run-01", "run-02")]
+    mine = [TrainConfig(output_dir=str(tmp_path / name), seed=7) for name in ("run-01", "run-02")]
     agreed = [launch.agree_output_dir(cfg, FakeWorld(rank, words)) for rank, cfg in enumerate(mine)]
     assert agreed == [mine[0], mine[0]]
     assert {path.name for path in tmp_path.rglob("*")} == {"run-01", "logs", ".lock"}

@@ -32,11 +32,11 @@ def run_dir(tmp_path: Path) -> Path:
     return Path(shutil.copytree(RECORD, tmp_path / "my-run"))
 
 
-def parse(run_dir: Path, *flags: str) -> config.Config:
+def parse(run_dir: Path, *flags: str) -> config.TrainConfig:
     return config.parse(["--model_name=llama-2-7b", f"--output_dir={run_dir}", *flags])
 
 
-def write(cfg: config.Config) -> str:
+def write(cfg: config.TrainConfig) -> str:
     info = arch.read("llama-2-7b", need_weights=False)
     return hub.write_card(cfg.resolved_output_dir, cfg, info).read_text()
 

@@ -14,7 +14,7 @@ from fsdp_qlora.planning.sizes import Setting, applied, place, setting_of
 SIZES = {"7b": ("llama-2-7b", 4), "70b": ("llama-2-70b", 2)}
 
 
-def run_of(size: str, *argv: str) -> tuple[arch.ModelInfo, config.Config]:
+def run_of(size: str, *argv: str) -> tuple[arch.ModelInfo, config.TrainConfig]:
     """A 7B at 4 x 2048 or a 70B at 2 x 2048 a rank, LoRA r 16."""
     name, batch = SIZES[size]
     flags = [f"--model_name={name}", f"--batch_size={batch}", "--context_length=2048"]

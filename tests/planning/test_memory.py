@@ -32,7 +32,7 @@ RUNS = {
 
 def plan(
     run: str, placement: str, levels: tuple[str, ...] = (), **changes: int
-) -> tuple[Sizes, config.Config, Setting]:
+) -> tuple[Sizes, config.TrainConfig, Setting]:
     """Sizes, configuration and setting of one of RUNS on two ranks."""
     cfg = config.parse(RUNS[run])
     info = arch.read(cfg.model_name, need_weights=False)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fsdp_qlora.config import Config, renamed, to_dict
+from fsdp_qlora.config import TrainConfig, renamed, to_dict
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report import tables
 from tests.report.runs import (
@@ -243,7 +243,7 @@ def test_one_run_shows_what_differs_from_the_defaults_and_a_command_that_says_so
         page_of(REAL, out=tmp_path),
         renamed(json.loads((REAL / "summary.json").read_text())["config"])[0],
     )
-    defaults = to_dict(Config())
+    defaults = to_dict(TrainConfig())
     changed = {k for k in config if config[k] != defaults.get(k, "")} - {*tables.OWN_FLAGS}
     assert set(page.tables["Flags that differ from the defaults"]) == changed
     assert "python train.py --model_name models/tiny" in page.words

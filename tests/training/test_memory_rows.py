@@ -143,7 +143,7 @@ def book_of(kind: str, system_gib: float | None = 1.5) -> memory.MemoryLedger:
     """An empty book of two ranks, 4 GiB of layers shared on the host, 0.5 of files in memory."""
     info = arch.read("llama-2-7b", need_weights=False)
     machine = Machine((), 64, 2, system_gib)
-    plan = dataclasses.replace(plans.unplanned(info, config.Config(), ""), machine=machine)
+    plan = dataclasses.replace(plans.unplanned(info, config.TrainConfig(), ""), machine=machine)
     tracker = SimpleNamespace(plan=plan, is_cuda=kind == "cuda", shared_gib=4.0, files_gib=0.5)
     return memory.MemoryLedger(tracker)
 
