@@ -139,7 +139,8 @@ def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fie
     if not double:
         return {"weight": quantized.view(-1), "absmax": state.absmax}
     nested = state.state2.absmax
-    return _nested_fields(quantized.view(-1), state.absmax, nested, state.offset.expand_as(nested))
+    offset = state.offset.expand_as(nested).contiguous()  # kernels read it by its address
+    return _nested_fields(quantized.view(-1), state.absmax, nested, offset)
 
 
 def _nested_fields(weight, qabsmax, nested_absmax, offset) -> Fields:

@@ -72,3 +72,12 @@ def test_a_4_bit_weight_decodes_as_the_papers_say(name):
     assert torch.equal(found.cpu().view(-1, 64), decoded.float())
     off = (torch.tensor(VALUES[name]).double() * largest[..., None] - blocks[..., None]).abs()
     assert ((decoded - blocks).abs() - off.amin(-1)).max() < 1e-5  # the nearest of the 16
+
+
+def test_kernels_may_read_every_field_by_its_address():
+    """bitsandbytes gives one offset for all constants; expanded it is one number, not one each."""
+    pytest.importorskip("hqq")
+    weight_OI = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for name, row in quantize.FORMATS.items():
+        fields = row.quantize(weight_OI)
+        assert [key for key, field in fields.items() if not field.is_contiguous()] == [], name
