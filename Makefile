@@ -67,7 +67,7 @@ check: venv
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy fsdp_qlora
-	@$(BIN)/mypy --strict --follow-imports silent fsdp_qlora/__init__.py fsdp_qlora/api.py
+	@$(BIN)/mypy --strict --follow-imports silent --cache-dir .mypy_cache/api fsdp_qlora/__init__.py fsdp_qlora/api.py
 
 lint: venv
 	@$(BIN)/ruff check --fix .
