@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,7 +151,8 @@ def unpacked(package: str) -> Iterator[Path]:
         if file.suffix == ".whl":
             shutil.unpack_archive(file, folder, "zip")
         else:
-            shutil.unpack_archive(file, folder, "gztar", filter="data")
+            with tarfile.open(file) as archive:
+                archive.extractall(folder, filter="data")
         yield Path(folder)
 
 
