@@ -36,7 +36,7 @@ CHUNK_BYTES = 8 * 2**20
 STEP_NAME = re.compile(r"step-(\d+)")
 ASIDE_NAME = re.compile(r"step-\d+\.aside-\d+")
 DRAFT_NAME = re.compile(r"\.tmp-step-\d+|\.tmp-best\.json|\.best\.json\.part")
-RANK_FILE = re.compile(r"rank\d+\.[a-z]+")  # in LOGS
+RANK_FILE = re.compile(r"rank\d+\.[a-z]+|\.rank\d+\.error\.part")  # in LOGS; a killed rank's word
 LATEST, AUTO = "latest", "auto"  # --resume: a bare one; the same, or a new start if there is none
 REPORTS = ("report.html", "report.md", "report.png", "report.svg")
 DRAFTS = (f".{CONFIG}.part", f".{SUMMARY}.part", f".{METRICS}.part", f"{METRICS}.damaged")
@@ -621,6 +621,6 @@ def set_record_aside(run_dir: Path) -> None:
 def _record(run_dir: Path) -> list[Path]:
     """The files of a run that are no checkpoint and no result."""
     paths = [run_dir / name for name in (CONFIG, METRICS, SUMMARY, *REPORTS, *DRAFTS)]
-    logs = (run_dir / LOGS).glob("rank*")
+    logs = (run_dir / LOGS).glob("*rank*")
     paths += [path for path in logs if RANK_FILE.fullmatch(path.name)]
     return [path for path in paths if path.is_file() or path.is_symlink()]

@@ -275,3 +275,13 @@ def test_the_record_is_cut_behind_the_checkpoint(tmp_path: Path):
     assert [line.get("step") for line in store.cut_record(path, 1)] == [None, None, 1]
     assert store.cut_record(tmp_path / "none", 2) == []
     shutil.rmtree(tmp_path)
+
+
+def test_a_run_of_which_nothing_came_leaves_no_word_of_a_rank_half_written(tmp_path: Path):
+    """A rank may be ended while it writes why; what somebody else has put there stays."""
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for name in ("rank0.error", ".rank0.error.part", "rank1.log", "notes.rank"):
+        (logs / name).touch()
+    store.clear(tmp_path)
+    assert [path.name for path in logs.iterdir()] == ["notes.rank"]
