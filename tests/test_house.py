@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
 # Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to 13,000 lines
 # in 70 files (the house's law); until it is there these two only fall.
-MAX_CODE_LINES = 15_700
-MAX_FILES = 90
+MAX_CODE_LINES = 15_350
+MAX_FILES = 87
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 12
 MAX_OPTIONS = 80  # fields of the configuration; aliases do not count
