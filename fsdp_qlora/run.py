@@ -136,6 +136,8 @@ def join_and_run(
     run(plan, world, given, poll)
     if known is None:
         worlds.leave()
+    if world.rank == 0:
+        hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     return plan
 
 
