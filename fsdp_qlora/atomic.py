@@ -24,9 +24,14 @@ IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems whose directories take no fsync
 
 
-def cache_dir() -> Path:
-    """Directory of everything that can be made again: $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora."""
-    return Path(os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora"))
+def cache_dir(setting: str = "auto") -> Path:
+    """Return the directory of what can be made again.
+
+    Args:
+        setting: a directory, or "auto" for $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
+    """
+    usual = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
+    return Path(usual if setting == "auto" else setting).expanduser()
 
 
 def sync(path: Path) -> None:

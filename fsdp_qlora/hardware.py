@@ -331,7 +331,7 @@ def machine_file() -> Path:
 
     Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
     """
-    return atomic.cache_dir().expanduser() / "machine.json"
+    return atomic.cache_dir() / "machine.json"
 
 
 def measured_cpu() -> Device:

@@ -210,8 +210,7 @@ def cache_root(setting: str) -> Path | None:
     Args:
         setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
     """
-    named = atomic.cache_dir() if setting == "auto" else Path(setting)
-    return None if setting == "off" else named.expanduser()
+    return None if setting == "off" else atomic.cache_dir(setting)
 
 
 def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> TokenStore:

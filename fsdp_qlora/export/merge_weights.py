@@ -151,9 +151,7 @@ def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> QuantizedC
     """
     if quant_cache == "off" or layout.format_name == "bf16":
         return None
-    usual = str(atomic.cache_dir())
-    root = Path(usual if quant_cache == "auto" else quant_cache).expanduser()
-    directory = root / key(info, layout)
+    directory = atomic.cache_dir(quant_cache) / key(info, layout)
     if not (directory / "manifest.json").exists():
         return None
     digests = read_json(directory / "manifest.json").get("sha256", [])

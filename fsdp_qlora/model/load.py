@@ -211,7 +211,7 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> Q
     """
     if setting == "off" or not info.tensors or layout.format_name == "bf16":
         return QuantizedCache(None, "off")
-    root = (atomic.cache_dir() if setting == "auto" else Path(setting)).expanduser()
+    root = atomic.cache_dir(setting)
     directory = root / key(info, layout)
     need_bytes = layout.nbytes * info.num_layers
     cache = QuantizedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)
