@@ -23,7 +23,7 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.hardware import GIB, versions
-from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.sizes import FORMATS
 
 if TYPE_CHECKING:
     import torch
