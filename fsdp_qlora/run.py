@@ -17,7 +17,7 @@ from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.training import preflight, resume
+from fsdp_qlora.training import preflight
 
 
 def run(
@@ -50,10 +50,6 @@ def run(
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
 
-    def follow() -> None:
-        after_step()
-        poll()
-
     with (
         preflight.explain_disk_full(cfg),
         metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
@@ -62,9 +58,20 @@ def run(
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
-        evaluator = _evaluator(trained, dataset, plan, recorder, tracker)
+        evaluator = _evaluator(trained, dataset, plan, recorder)
         evaluator.num_done = resumed.step
-        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, follow)
+
+        def follow() -> None:
+            after_step()
+            poll()
+            evaluator.after_step()
+            checkpointer.mark_best(evaluator.best)
+
+        evaluator.begin()
+        loop.fit(trained, dataset.train, recorder, checkpointer, follow)
+        evaluator.end()
+        checkpointer.mark_best(evaluator.best)
+        checkpointer.wait()
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with tracker.phase("save"):
@@ -79,7 +86,7 @@ def run(
 def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, memory, memory_probe, metrics
+    from fsdp_qlora.training import memory, memory_probe, metrics, optim
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
@@ -88,7 +95,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
     tracker.record_model(built)
-    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
+    trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained.params, trained.optimizer)
     record = metrics.describe(cfg, plan.info, dataset, built, tracker)
     if is_probed:
@@ -96,7 +103,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
+def _evaluator(trained, dataset, plan: RunPlan, recorder) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.save import save
@@ -110,7 +117,7 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     def save_as(cfg: config.TrainConfig) -> None:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
-    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder)
 
 
 def join_and_run(
@@ -230,9 +237,9 @@ def launch_ranks(
     is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
     if not is_supervised:
-        argv, saved = resume.expand(argv, say)
+        argv, saved = preflight.expand_resume(argv, say)
     cfg, given = config.parse(argv, say=say), config.given(argv)
-    if saved is not None and resume.is_done(saved, cfg):
+    if saved is not None and preflight.is_done(saved, cfg):
         print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
         return errors.DONE
     if env.is_rank(os.environ):
@@ -241,7 +248,7 @@ def launch_ranks(
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
-    resume.check_early(saved, plan, adapter.digest(plan.info))
+    preflight.check_same_early(saved, plan, adapter.digest(plan.info))
     preflight.check_room(plan.cfg, plan.info)
     preflight.check(plan)
     hub.check(cfg.push_to_hub)

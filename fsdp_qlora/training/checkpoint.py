@@ -31,9 +31,9 @@ from fsdp_qlora.model import shard
 from fsdp_qlora.planning.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.record import RUN_FORMAT
-from fsdp_qlora.training import resume
-from fsdp_qlora.training.loop import Trained
+from fsdp_qlora.training import preflight
 from fsdp_qlora.training.metrics import Recorder, Resumed
+from fsdp_qlora.training.optim import Trained
 
 HEARTBEAT_S = 2.0
 DTYPES = {
@@ -291,17 +291,17 @@ def load(
         UserError: base, adapter or data are not those of the checkpoint (code 2); the ranks do not
             read the same checkpoint (code 5).
     """
-    current = resume.fingerprint(cfg, info, base, world.size) | resume.data_fingerprint(data)
+    current = preflight.fingerprint(cfg, info, base, world.size) | preflight.data_fingerprint(data)
     libraries, num_steps = versions(world.device), data.train.num_steps
-    saved, lines = resume.saved_of(cfg), []
+    saved, lines = preflight.saved_of(cfg), []
     at_steps = world.gather([float(saved.step if saved is not None else 0)])
     if any(step != at_steps[0] for step in at_steps):
         rule = f"is read differently by the ranks (steps {[int(step) for (step,) in at_steps]})"
         raise UserError(f"--resume {cfg.resume}", rule, "see to the disk", INTEGRITY)
     if saved is not None:
         lines = [f"resume    {saved.path}: {saved.step} of {num_steps} steps are done"]
-        lines += resume.check(saved.state["fingerprint"], current, cfg.allow_data_change)
-        lines += resume.library_notes(saved.state.get("versions", {}), libraries)
+        lines += preflight.check_same(saved.state["fingerprint"], current, cfg.allow_data_change)
+        lines += preflight.library_notes(saved.state.get("versions", {}), libraries)
         if saved.state["num_ranks"] != world.size:
             ranks = f"{saved.state['num_ranks']} ranks, now {world.size}"
             lines.append(f"resume    {ranks}: the same steps to rounding, not bit for bit")
@@ -538,9 +538,7 @@ class Checkpointer:
         self._tidy(best, reach)
 
     def _tidy(
-        self,
-        best: tuple[int, float] | None,
-        reach: Callable[[str], None] = checkpoint_store.ignore,
+        self, best: tuple[int, float] | None, reach: Callable[[str], None] = checkpoint_store.ignore
     ) -> None:
         """Mark the best checkpoint, if it is there, and remove those that nobody needs."""
         if best is not None and best[0] in checkpoint_store.steps(self._output_dir):

@@ -15,8 +15,8 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.data.prepare import Prompt
 from fsdp_qlora.errors import one_line
 from fsdp_qlora.training import loop
-from fsdp_qlora.training.memory import MemoryTracker
 from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.training.optim import Trained
 
 BEST = "best"
 EVALUATION = "evaluation.json"
@@ -46,21 +46,19 @@ class Evaluator:
         cfg: eval_every, sample_tokens, save_model, the directory.
         answer: gives the continuation of a prompt.
         save: writes what was trained into the directory of a configuration.
-        recorder: gets the events and the lines.
-        tracker: of this rank's memory.
+        recorder: gets the events and the lines; its tracker the memory of an evaluation.
         num_done: steps that are done; not 0 after a resume.
         losses: held-out loss by step, 0 being before the first.
         answers: of all prompts, by step.
         best: loss and step of the adapter in `best`, or None.
     """
 
-    trained: loop.Trained
+    trained: Trained
     data: Data
     cfg: TrainConfig
     answer: Callable[[Prompt], str]
     save: Callable[[TrainConfig], object]
     recorder: Recorder
-    tracker: MemoryTracker
     num_done: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     answers: dict[int, list[str]] = field(default_factory=dict)
@@ -78,7 +76,7 @@ class Evaluator:
         if self.num_done:
             self._recall()
             return
-        with self.tracker.phase("evaluation"):
+        with self.recorder.tracker.phase("evaluation"):
             self._evaluate("before")
             self._ask("before")
 
@@ -87,7 +85,7 @@ class Evaluator:
         self.num_done += 1
         is_last = self.num_done == self.data.train.num_steps
         if self.every and self.num_done % self.every == 0 and not is_last:
-            with self.tracker.phase("evaluation"):
+            with self.recorder.tracker.phase("evaluation"):
                 self._evaluate("step")
             loss = self.losses[self.num_done]
             words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
@@ -95,7 +93,7 @@ class Evaluator:
 
     def end(self) -> None:
         """Evaluate the trained model and compare."""
-        with self.tracker.phase("evaluation"):
+        with self.recorder.tracker.phase("evaluation"):
             self._evaluate("after")
             self._ask("after")
         for line in self._compared():

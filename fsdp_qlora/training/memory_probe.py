@@ -22,8 +22,9 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.training.loop import Trained, token_loss_sum
+from fsdp_qlora.training.loop import token_loss_sum
 from fsdp_qlora.training.memory import MemoryTracker, Transients
+from fsdp_qlora.training.optim import Trained
 
 PROFILES = "profiles"  # in the run's directory
 WAIT_STEPS, ACTIVE_STEPS, SNAPSHOT_STEPS = 2, 3, 3

@@ -288,7 +288,7 @@ class Recorder:
         """
         cfg = tracker.plan.cfg
         self.clock = Clock(world.device, tracker.peaks.mark)
-        self._tracker, self._ledger = tracker, MemoryLedger(tracker)
+        self.tracker, self._ledger = tracker, MemoryLedger(tracker)
         self._step = 0
         self._output_dir = cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
@@ -325,7 +325,7 @@ class Recorder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Write the last step and the summary, also when the run failed; say where memory went."""
         if error is not None and not hasattr(error, "__notes__"):
-            self._tracker.annotate_oom(error, self._where())
+            self.tracker.annotate_oom(error, self._where())
         self.close(is_complete=kind is None)
 
     def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
@@ -344,7 +344,7 @@ class Recorder:
         self.clock.mark("other")
         lap = self.clock.lap()
         mine = memory.process_memory(self._world.device, self._sampler)
-        mine["host_pinned_gib"] += self._tracker.pinned_gib
+        mine["host_pinned_gib"] += self.tracker.pinned_gib
         mine["cpu_cores"], cores = self._cpu.take()
         values = [*(float(record[name]) for name in COUNTS), *self._by_row(mine)]
         every = self._world.gather([*wishes, *mine.values(), *values])
@@ -378,7 +378,7 @@ class Recorder:
 
     def _where(self) -> str:
         """What is under way, in words."""
-        running = self._tracker.running
+        running = self.tracker.running
         if self._step >= self._num_steps:
             return "work after the last step"
         words = f"{running} of" if running else "work before"
@@ -386,11 +386,11 @@ class Recorder:
 
     def _by_row(self, mine: dict[str, float]) -> list[float]:
         """This rank's tracker of the step, as numbers; corrects peaks that its marks have taken."""
-        phases, highest = self._tracker.step()
-        if self._tracker.is_cuda:
+        phases, highest = self.tracker.step()
+        if self.tracker.is_cuda:
             mine["device_peak_allocated_gib"] = highest.allocated_gib
             mine["device_peak_reserved_gib"] = highest.reserved_gib
-        return memory.encode(phases, self._tracker.share)
+        return memory.encode(phases, self.tracker.share)
 
     def _enter(self, rows: list[list[float]], ranks: list[dict], host: dict[str, Any]) -> None:
         """Put the rows of a step into the ledger and the line."""
@@ -408,8 +408,8 @@ class Recorder:
         Args:
             phase: "load" or "save".
         """
-        values = self._world.gather(memory.encode(self._tracker.phases, self._tracker.share))
-        self._ledger.update(values, self._tracker.used_gib[phase], (phase,))
+        values = self._world.gather(memory.encode(self.tracker.phases, self.tracker.share))
+        self._ledger.update(values, self.tracker.used_gib[phase], (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -430,8 +430,8 @@ class Recorder:
 
     def compared(self) -> list[str]:
         """What was predicted beside what was measured, on the rank that writes; else nothing."""
-        plan = self._tracker.plan.to_dict()
-        return names.comparison(plan, self._ledger.to_dict(), self._tracker.is_cuda)
+        plan = self.tracker.plan.to_dict()
+        return names.comparison(plan, self._ledger.to_dict(), self.tracker.is_cuda)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""
@@ -556,11 +556,7 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
 
 
 def describe(
-    cfg: TrainConfig,
-    info: ModelInfo,
-    data: Data,
-    built: Built,
-    tracker: MemoryTracker,
+    cfg: TrainConfig, info: ModelInfo, data: Data, built: Built, tracker: MemoryTracker
 ) -> dict[str, Any]:
     """Collect the facts of a run.
 

@@ -46,7 +46,7 @@ def _train(world, path, cases, is_rehearsed):
         built = build(cfg, plan.info, world)
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, cfg, 3)
-        trained = loop.Trained(built.model, params, optimizer, schedule, 1.0, world)
+        trained = optim.Trained(built.model, params, optimizer, schedule, 1.0, world)
         num_micro = cfg.gradient_accumulation_steps
         batches = Batches(
             make_samples(60), SamplerConfig(2, num_micro, world.size, world.rank, 42, 1, 3)
@@ -79,7 +79,7 @@ def _no_room(world, path):
     """The error of a probe that finds no room for the moments, and what it leaves."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training import optim
     from fsdp_qlora.training.memory import MemoryTracker
 
     plan = plan_of(path)
@@ -88,7 +88,7 @@ def _no_room(world, path):
         built = build(plan.cfg, plan.info, world)
     tracker.record_model(built)
     params = shard.local_parameters(built.model)
-    trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
+    trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(9), SamplerConfig(2, 1, world.size, world.rank, 42, 1, 1))
 
     def refuse(tensor):
@@ -222,7 +222,7 @@ def _told(world, path):
     """A memory probe on a GPU: what it says, the peak, and the rows that should make it."""
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training import optim
     from fsdp_qlora.training.memory import MemoryTracker
 
     plan = plan_of(path, "--use_cpu_offload=false", "--batch_size=8")
@@ -232,7 +232,7 @@ def _told(world, path):
     tracker.record_model(built)
     held_gib = sum(tracker.held.values())
     params = shard.local_parameters(built.model)
-    trained = loop.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
+    trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(60), SamplerConfig(8, 1, world.size, world.rank, 42, 1, 3))
     words = memory_probe.run(trained, batches, plan.cfg, tracker)
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30

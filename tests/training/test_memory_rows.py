@@ -58,7 +58,7 @@ def _accounts(world, path, cases):
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, plan.cfg, 2)
         tracker.record_optimizer(params, optimizer)
-        trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
+        trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
         clock = Clock(world.device, tracker.peaks.mark)
         for _ in range(2):
             loop.train_step(
@@ -199,7 +199,7 @@ def _short_of_memory(world, path, out):
     params = shard.local_parameters(built.model)
     optimizer, schedule = optim.build(params, plan.cfg, 9)
     tracker.record_optimizer(params, optimizer)
-    trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
+    trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
     batches = Batches(make_samples(40), SamplerConfig(2, 1, 1, 0, 42, 1, 9))
     calls = []
 
@@ -214,7 +214,7 @@ def _short_of_memory(world, path, out):
     notes = []
     try:
         with metrics.Recorder(tracker, world, 9, info) as recorder:
-            loop.fit(trained, batches, recorder)
+            loop.fit(trained, batches, recorder, tiny.unsaved())
     except torch.OutOfMemoryError as error:
         notes = error.__notes__
     costs = []
