@@ -58,8 +58,7 @@ def run(
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
-        evaluator = _evaluator(trained, dataset, plan, recorder)
-        evaluator.num_done = resumed.step
+        evaluator = _evaluator(trained, dataset, plan, recorder, resumed.step)
 
         def follow() -> None:
             after_step()
@@ -103,7 +102,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder) -> Any:
+def _evaluator(trained, dataset, plan: RunPlan, recorder, num_done: int) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.save import save
@@ -117,7 +116,7 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder) -> Any:
     def save_as(cfg: config.TrainConfig) -> None:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
-    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder)
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, num_done)
 
 
 def join_and_run(

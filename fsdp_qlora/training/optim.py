@@ -377,10 +377,10 @@ class NonFiniteGuard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers."""
-        known = {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row}
+        scales = {}
         if self.scale is not None:
-            known |= {"loss_scale": self.scale.item(), "growth": self._growth.item()}
-        return known
+            scales = {"loss_scale": self.scale.item(), "growth": self._growth.item()}
+        return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row, **scales}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
