@@ -40,13 +40,13 @@ def run(
     from fsdp_qlora.report import page
     from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
 
-    cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
+    cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
-    dataset = data.build(cfg, info, world)
+    dataset = data.build(cfg, plan.info, world)
     num_steps = dataset.train.num_steps
-    resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
+    resumed = checkpoint.load(plan, given, adapter.digest(plan.info), dataset, world)
     trained, tracker, record = _build(plan, dataset, world, **probe)
-    resumed.restore(trained)
+    checkpoint.restore(trained, resumed.saved)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
 
@@ -57,7 +57,7 @@ def run(
         trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
-        checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
+        checkpointer = checkpoint.Checkpointer(trained, recorder, resumed, signals)
         evaluator = _evaluator(trained, dataset, plan, recorder, resumed.step)
 
         def follow() -> None:
@@ -95,8 +95,8 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
         built = build(cfg, plan.info, world)
     tracker.record_model(built)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
-    record = metrics.describe(cfg, plan.info, dataset, built, tracker)
+    tracker.record_optimizer(trained)
+    record = metrics.describe(dataset, built, tracker)
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     return trained, tracker, record
@@ -247,9 +247,7 @@ def launch_ranks(
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
-    preflight.check_same_early(saved, plan, adapter.digest(plan.info))
-    preflight.check_room(plan.cfg, plan.info)
-    preflight.check(plan)
+    preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
     code = launch.supervise(cfg, argv, plan=plan, start=start, watcher=watcher)
     if code == errors.DONE:

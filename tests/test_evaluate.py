@@ -39,7 +39,7 @@ def build(world, path, *flags):
         built = build(plan.cfg, plan.info, world)
     tracker.record_model(built)
     trained = optim.prepare(built.model, plan.cfg, NUM_STEPS, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
+    tracker.record_optimizer(trained)
     return plan, tracker, trained
 
 

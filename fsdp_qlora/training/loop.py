@@ -23,6 +23,8 @@ from fsdp_qlora.training.checkpoint import Checkpointer
 from fsdp_qlora.training.metrics import Recorder, StepHook
 from fsdp_qlora.training.optim import Trained
 
+Hook = Callable[[str], None]  # is told of every point of a step
+
 
 def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
     """Sum of the cross entropy over the trained tokens of a batch.
@@ -44,10 +46,7 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def train_step(
-    trained: Trained,
-    micro_batches: list[Batch],
-    step: int = 0,
-    hook: Callable[[str], None] = lambda point: None,
+    trained: Trained, micro_batches: list[Batch], step: int = 0, hook: Hook = lambda point: None
 ) -> dict[str, torch.Tensor]:
     """One optimizer step; every trained token of the global batch weighs the same.
 

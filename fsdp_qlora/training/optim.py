@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -74,7 +74,7 @@ KINDS: dict[str, tuple[str, str, dict[str, bool]]] = {
 
 
 def build(
-    params: list[torch.nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
+    params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer over this rank's slices of what is trained, and its schedule.
 
@@ -92,21 +92,18 @@ def build(
     """
     check_optimizer(cfg.optimizer, params[0].device.type == "cuda")
     wd = cfg.wd if OPTIMIZERS[cfg.optimizer].decays else 0.0
-    groups: dict[float, list[torch.nn.Parameter]] = {}
+    groups: dict[float, list[nn.Parameter]] = {}
     for param, name in zip(params, names or [""] * len(params), strict=True):
         groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
     module, kind, options = KINDS[cfg.optimizer]
-    optimizer: Optimizer = getattr(importlib.import_module(module), kind)(
-        [{"params": own, "weight_decay": decay} for decay, own in groups.items()],
-        lr=cfg.lr,
-        **options,
-    )
-    return optimizer, LambdaLR(
-        optimizer, lambda step: factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
-    )
+    parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
+    make = getattr(importlib.import_module(module), kind)
+    optimizer: Optimizer = make(parts, lr=cfg.lr, **options)
+    shape = (num_steps, cfg.warmup_steps)
+    return optimizer, LambdaLR(optimizer, lambda step: factor(cfg.lr_scheduler, step, *shape))
 
 
-def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: float) -> None:
+def scale_updates(optimizer: Optimizer, slices: Sequence[Tensor], ratio: float) -> None:
     """Let some elements of the parameters move `ratio` times as far: a learning rate of their own.
 
     Every optimizer here moves an element by lr times something that no other element's lr enters.
@@ -118,7 +115,7 @@ def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: f
 
     Source: LoRA+, arXiv 2402.12354, section 4.
     """
-    before: list[torch.Tensor] = []
+    before: list[Tensor] = []
 
     def keep(*_) -> None:
         before[:] = [part.clone() for part in slices]
@@ -134,10 +131,7 @@ def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: f
 
 
 def clip(
-    grads: Sequence[torch.Tensor],
-    norm: torch.Tensor,
-    max_norm: float | None,
-    scale: torch.Tensor | None = None,
+    grads: Sequence[Tensor], norm: Tensor, max_norm: float | None, scale: Tensor | None = None
 ) -> None:
     """Undo the loss scale, and scale gradients so that their global norm is at most `max_norm`.
 
@@ -158,7 +152,7 @@ def clip(
         torch._foreach_mul_(list(grads), share)
 
 
-def step(optimizer: Optimizer, is_bad: torch.Tensor) -> None:
+def step(optimizer: Optimizer, is_bad: Tensor) -> None:
     """Take a step, or none: parameters and moments then stay as they are, bit for bit.
 
     Args:
@@ -182,7 +176,7 @@ def state_gib(optimizer: Optimizer | None, only_paged: bool = False) -> float:
             does not know of it.
     """
     states = optimizer.state.values() if optimizer is not None else ()
-    found = [v for values in states for v in values.values() if isinstance(v, torch.Tensor)]
+    found = [v for values in states for v in values.values() if isinstance(v, Tensor)]
     if only_paged:
         found = [tensor for tensor in found if getattr(tensor, "is_paged", False)]
     return sum(tensor.nbytes for tensor in found if tensor.dim()) / 2**30
@@ -199,10 +193,10 @@ class StepStatus(NamedTuple):
             or own gradient is not finite.
     """
 
-    loss: torch.Tensor
-    grad_norm: torch.Tensor
-    is_bad: torch.Tensor
-    facts: torch.Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    is_bad: Tensor
+    facts: Tensor
 
 
 @dataclass(frozen=True)
@@ -250,11 +244,11 @@ class NonFiniteGuard:
             precision: Torch name of the dtype of matmuls: float16 needs a loss scale.
             most: skipped steps in a row that end the run.
         """
-        self.scale: torch.Tensor | None = None
+        self.scale: Tensor | None = None
         self.num_skipped = self.num_in_a_row = 0
         self._most = most
-        self._is_bad_here: torch.Tensor | None = None
-        self._pending: list[tuple[int, torch.Tensor, Any]] = []
+        self._is_bad_here: Tensor | None = None
+        self._pending: list[tuple[int, Tensor, Any]] = []
         if model is None:
             return
         blocks = [b for b in shard.blocks(model) if any(p.requires_grad for p in b.parameters())]
@@ -266,10 +260,10 @@ class NonFiniteGuard:
             self._growth = torch.zeros((), dtype=torch.int32, device=device)
 
     def _watch(self, _module: nn.Module, _args: tuple, hidden: Any) -> None:
-        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
             hidden.register_hook(self._look)
 
-    def _look(self, grad: torch.Tensor) -> None:
+    def _look(self, grad: Tensor) -> None:
         """What goes wrong in the backward of later layers comes by here, before the ranks mix."""
         is_bad = ~grad.sum(dtype=torch.float32).isfinite()
         known = self._is_bad_here
@@ -279,14 +273,14 @@ class NonFiniteGuard:
         """Forget what passes before the step have left, such as those of the memory probe."""
         self._is_bad_here = None
 
-    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+    def scaled(self, loss: Tensor) -> Tensor:
         """The loss as the backward pass shall see it."""
         return loss if self.scale is None else loss * self.scale
 
     def check(
         self,
-        grads: Sequence[torch.Tensor],
-        loss_sum: torch.Tensor,
+        grads: Sequence[Tensor],
+        loss_sum: Tensor,
         num_tokens: float,
         num_copies: int,
         world: World,

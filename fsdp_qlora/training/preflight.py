@@ -18,15 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, select_linears, trained
-from fsdp_qlora.atomic import IS_FULL
+from fsdp_qlora.atomic import GIB, IS_FULL
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
-from fsdp_qlora.planning import fit
-from fsdp_qlora.planning.limits import GIB
-from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.planning import fit, memory, sizes
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import DTYPE_BYTES
 from fsdp_qlora.record import check_format
 
 if TYPE_CHECKING:
@@ -35,21 +32,20 @@ if TYPE_CHECKING:
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
 PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
 # Of the configuration, as it stands. DATA may change when the user says so, MODEL never.
-MODEL = (
-    *("lora_rank", "lora_alpha", "use_rslora", "lora_dropout"),
-    *("modules_to_save", "optimizer"),
-)
+MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
+MODEL += ("modules_to_save", "optimizer")
 DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
 MAX_CHARS = 40
+Say = Callable[[str], None]
 ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
 def expand_resume(
-    argv: Sequence[str], notify: Callable[[str], None] = lambda line: None
+    argv: Sequence[str], notify: Say = lambda line: None
 ) -> tuple[list[str], SavedCheckpoint | None]:
     """Replace --resume in a command line by all that it stands for.
 
@@ -99,9 +95,7 @@ def expand_resume(
     return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
 
 
-def _find(
-    wanted: str, output_dir: str | None, notify: Callable[[str], None]
-) -> SavedCheckpoint | None:
+def _find(wanted: str, output_dir: str | None, notify: Say) -> SavedCheckpoint | None:
     """The checkpoint that --resume means; None: there is none at all, and `auto` does not mind."""
     if wanted in (LATEST, AUTO) and output_dir is None:
         remedy = "give --output_dir of the run too, or --resume DIR"
@@ -113,12 +107,12 @@ def _find(
     if saved is not None:
         return _checked(saved)
     number = len(checkpoint_store.steps(place))
+    rule, remedy = "holds no whole checkpoint", "start anew without --resume"
+    if number:
+        rule += f" ({number} damaged)"
+        remedy = "repair one, or give another --output_dir"
+        remedy += "; --overwrite without --resume removes them"
     if number or wanted != AUTO:
-        rule = f"holds no whole checkpoint{f' ({number} damaged)' if number else ''}"
-        remedy = "start anew without --resume"
-        if number:
-            remedy = "repair one, or give another --output_dir; --overwrite without --resume"
-            remedy += " removes them"
         raise UserError(f"--resume {place}", rule, remedy, INTEGRITY)
     notify(f"resume    no whole checkpoint in {place}: a fresh start")
     return None
@@ -159,9 +153,8 @@ def is_done(saved: SavedCheckpoint, cfg: TrainConfig) -> bool:
         cfg: the run as it shall go on.
     """
     stored = saved.state.get("config", {})
-    if (stored.get("max_steps"), stored.get("num_epochs")) != (cfg.max_steps, cfg.num_epochs):
-        return False
-    return checkpoint_store.is_complete(saved.run_dir)
+    is_same = all(stored.get(name) == getattr(cfg, name) for name in ("max_steps", "num_epochs"))
+    return is_same and checkpoint_store.is_complete(saved.run_dir)
 
 
 def fingerprint(
@@ -235,7 +228,7 @@ def check_same(
         UserError: something differs (code 2); its notes are a table.
     """
     other = [name for name in saved if name in current and saved[name] != current[name]]
-    table = [_row(name, _text(saved[name]), _text(current[name])) for name in other]
+    table = [_row(name, saved[name], current[name]) for name in other]
     refused = [name for name in other if not allow_data_change or name not in MAY_CHANGE]
     if not refused:
         return [f"resume    {row}" for row in table]
@@ -248,19 +241,6 @@ def check_same(
     raise error
 
 
-def check_same_early(saved: SavedCheckpoint | None, plan: RunPlan, base: str | None) -> None:
-    """As `check_same`, before any rank is started, of what is known by then.
-
-    Args:
-        saved: what is resumed; None: nothing.
-        plan: of the run.
-        base: digest of the model's files.
-    """
-    if saved is not None:
-        current = fingerprint(plan.cfg, plan.info, base, plan.machine.num_ranks)
-        check_same(saved.state["fingerprint"], current, plan.cfg.allow_data_change)
-
-
 def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """A line for each library whose version is not that of the checkpoint.
 
@@ -271,16 +251,13 @@ def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[
     return [f"warning   {name} was {saved[name]}, now {current[name]}" for name in both]
 
 
-def _row(name: str, before: str, after: str) -> str:
-    return f"{name:<16}{before:<{MAX_CHARS}}  {after}".rstrip()
+def _row(name: str, before: Any, after: Any) -> str:
+    texts = [one_line(",".join(v) if isinstance(v, list) else str(v)) for v in (before, after)]
+    old, new = (t if len(t) <= MAX_CHARS else f"{t[: MAX_CHARS - 3]}..." for t in texts)
+    return f"{name:<16}{old:<{MAX_CHARS}}  {new}".rstrip()
 
 
-def _text(value: Any) -> str:
-    text = one_line(",".join(value) if isinstance(value, list) else str(value))
-    return text if len(text) <= MAX_CHARS else f"{text[: MAX_CHARS - 3]}..."
-
-
-def check(plan: RunPlan) -> None:
+def check(plan: RunPlan, saved: SavedCheckpoint | None = None, base: str | None = None) -> None:
     """Check all that a run needs besides its model, which has been read.
 
     Rows are read and tokenized here, into the cache of tokens where it is in use, so that the
@@ -289,11 +266,18 @@ def check(plan: RunPlan) -> None:
 
     Args:
         plan: of the run.
+        saved: what is resumed; None: nothing.
+        base: digest of the model's files.
 
     Raises:
-        UserError: a library is not installed, or a GPU is too old (code 3); no such data, a bad
-            row, no usable tokenizer, nothing left to train on.
+        UserError: a library is not installed, a GPU is too old, or the disk has no room (code 3);
+            no such data, a bad row, no usable tokenizer, nothing left to train on; what is resumed
+            is another run.
     """
+    if saved is not None:
+        current = fingerprint(plan.cfg, plan.info, base, plan.machine.num_ranks)
+        check_same(saved.state["fingerprint"], current, plan.cfg.allow_data_change)
+    check_room(plan.cfg, plan.info)
     config.check_optimizer(plan.cfg.optimizer, bool(plan.machine.gpus))
     _check_libraries(plan.cfg)
     _check_gpus(plan)
@@ -302,15 +286,12 @@ def check(plan: RunPlan) -> None:
 
 def _check_libraries(cfg: TrainConfig) -> None:
     flash = "flash_attn" if cfg.attn == "flash_attention_2" else "torch"
-    for name in (*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash):
+    kind = f"--train_type {cfg.train_type} --attn {cfg.attn}"
+    needed = dict.fromkeys((*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash), kind)
+    for name, got in (needed | {name: f"--log_to {name}" for name in cfg.trackers}).items():
         if importlib.util.find_spec(name) is None:
-            got = f"--train_type {cfg.train_type} --attn {cfg.attn}"
             remedy = f"pip install {name.replace('_', '-')}"
             raise UserError(got, f"needs {name}, which is not installed", remedy, ENVIRONMENT)
-    for name in cfg.trackers:
-        if importlib.util.find_spec(name) is None:
-            remedy = f"pip install {name.replace('_', '-')}"
-            raise UserError(f"--log_to {name}", "is not installed", remedy, ENVIRONMENT)
 
 
 def _check_gpus(plan: RunPlan) -> None:
@@ -356,11 +337,10 @@ def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
     num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
     num_there = len(checkpoint_store.steps(place)) if cfg.resume else 0
     num_left = cfg.keep_checkpoints + 2 - num_there  # with the best and a new one
-    weight_bytes = DTYPE_BYTES[cfg.master_dtype]
+    weight_bytes = sizes.DTYPE_BYTES[cfg.master_dtype]
     num_checkpoints = cfg.saves_checkpoints * max(num_left, 1)
-    need_bytes = num_params * (
-        num_checkpoints * (weight_bytes + moment_bytes(cfg)) + cfg.save_model * weight_bytes
-    )
+    state_bytes = num_checkpoints * (weight_bytes + memory.moment_bytes(cfg))
+    need_bytes = num_params * (state_bytes + cfg.save_model * weight_bytes)
     while not os.path.exists(place):  # unlike pathlib's it bears names that are too long
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
@@ -387,12 +367,8 @@ def explain_disk_full(cfg: TrainConfig) -> Iterator[None]:
         is_full = isinstance(error, OSError) and error.errno in IS_FULL
         if not is_full and not FULL_TEXT.search(str(error)):
             raise
-        saved = checkpoint_store.last_step(cfg.resolved_output_dir)
-        rest = f"then --resume {cfg.resolved_output_dir} goes on"
-        what = f"is full; what was trained is saved up to step {saved}" if saved else "is full"
-        raise UserError(
-            f"the disk of {cfg.resolved_output_dir}",
-            what,
-            f"make room, {rest if saved else 'then start again'}",
-            RUN_FAILED,
-        ) from error
+        place, rule, remedy = cfg.resolved_output_dir, "is full", "make room, then start again"
+        if saved := checkpoint_store.last_step(place):
+            rule += f"; what was trained is saved up to step {saved}"
+            remedy = f"make room, then --resume {place} goes on"
+        raise UserError(f"the disk of {place}", rule, remedy, RUN_FAILED) from error
