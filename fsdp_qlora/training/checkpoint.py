@@ -27,9 +27,9 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
-from fsdp_qlora.planning.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
 from fsdp_qlora.record import RUN_FORMAT
 from fsdp_qlora.training import preflight
 from fsdp_qlora.training.metrics import Recorder, Resumed
