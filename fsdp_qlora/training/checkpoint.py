@@ -112,13 +112,9 @@ def snapshot(trained: Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, A
         if is_writer:
             moments[name] = buffer.copy(value)
     is_finite = bool(torch.stack(sums).isfinite().all()) if sums else True
-    return {WEIGHTS: weights, OPTIMIZER: moments}, {
-        "is_finite": is_finite,
-        "num_ranks": trained.world.size,
-        "num_scheduled": trained.schedule.last_epoch,
-        "optimizer": numbers,
-        "guard": trained.guard.state(),
-    }
+    found: dict[str, Any] = {"is_finite": is_finite, "optimizer": numbers}
+    found |= {"num_ranks": trained.world.size, "num_scheduled": trained.schedule.last_epoch}
+    return {WEIGHTS: weights, OPTIMIZER: moments}, found | {"guard": trained.guard.state()}
 
 
 def _named(trained: Trained) -> Iterator[tuple[str, Tensor, torch.nn.Parameter, int]]:

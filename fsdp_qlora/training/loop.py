@@ -5,6 +5,7 @@ that `shard` hands over the gradients.
 """
 
 import dataclasses
+import functools
 import gc
 import hashlib
 from collections.abc import Callable, Iterable
@@ -18,9 +19,9 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
-from fsdp_qlora.training import optim
+from fsdp_qlora.training import metrics, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
-from fsdp_qlora.training.metrics import Recorder, StepHook
+from fsdp_qlora.training.metrics import Recorder
 from fsdp_qlora.training.optim import Trained
 
 Hook = Callable[[str], None]  # is told of every point of a step
@@ -54,7 +55,7 @@ def train_step(
         trained: model, parameters, optimizer.
         micro_batches: this rank's, as many on every rank.
         step: its number, from 1; 0: the guard is not told of it.
-        hook: told of every point of the step, see clock.StepHook.
+        hook: told of every point of the step, see metrics.reach.
 
     Returns:
         loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
@@ -121,19 +122,12 @@ def fit(
             micro_batches = batches.step(step)
             torch.manual_seed(dropout_seed(trained.seed, step, world.rank))
             learning_rate = trained.schedule.get_last_lr()[0]
-            hook = StepHook(recorder.clock, world.rank, step + 1)
+            hook = functools.partial(metrics.reach, recorder.clock, world.rank, step + 1)
             results = train_step(trained, micro_batches, step + 1, hook)
-            agreed = recorder.step(
-                {
-                    "step": step + 1,
-                    "epoch": batches.epoch(step),
-                    "learning_rate": learning_rate,
-                    "num_trained_tokens": sum(b.num_trained_tokens for b in micro_batches),
-                    "num_tokens": sum(b.num_tokens for b in micro_batches),
-                    **results,
-                },
-                checkpointer.poll(step + 1),
-            )
+            line = {"step": step + 1, "epoch": batches.epoch(step), "learning_rate": learning_rate}
+            line["num_trained_tokens"] = sum(b.num_trained_tokens for b in micro_batches)
+            line["num_tokens"] = sum(b.num_tokens for b in micro_batches)
+            agreed = recorder.step({**line, **results}, checkpointer.poll(step + 1))
             hooks.reach("post-record", world.rank, step + 1)
             _note_skipped(trained, batches, recorder)
             hooks.beat("look", world.rank, step + 1)  # a profiler's trace takes its time

@@ -10,7 +10,6 @@ over from there. What nobody has told apart stands in a row of its own.
 """
 
 import contextlib
-import functools
 import importlib
 import mmap
 import threading
@@ -77,10 +76,6 @@ class Peak(NamedTuple):
     reserved_gib: float = 0.0
     left_gib: float = 0.0
 
-    def highest(self, other: "Peak") -> "Peak":
-        """The higher figures of two."""
-        return Peak(*map(max, self, other))
-
 
 class PhasePeaks:
     """The most that was held in each phase, from mark to mark, exactly: nothing is sampled.
@@ -104,7 +99,7 @@ class PhasePeaks:
         """End `phase`: what was held since the last mark belongs to it."""
         peak = self.now()
         self.marks.append(phase)
-        self._peaks[phase] = peak.highest(self._peaks.get(phase, peak))
+        self._peaks[phase] = Peak(*map(max, peak, self._peaks.get(phase, peak)))
 
     def take(self) -> dict[str, Peak]:
         """The peaks by phase since the last call."""
@@ -424,7 +419,7 @@ class MemoryTracker:
         own = dict.fromkeys(STEP_PHASES, process_peak()) if self.is_cuda else taken
         peaks = {f"{phase}_gib": own.get(phase, Peak()).allocated_gib for phase in STEP_PHASES}
         self.share = self.share._replace(waiting_gib=waiting_gib, **peaks)
-        return found, functools.reduce(Peak.highest, taken.values(), Peak())
+        return found, Peak(*map(max, Peak(), Peak(), *taken.values()))
 
     @property
     def running(self) -> str:
@@ -447,14 +442,9 @@ class MemoryTracker:
         known = phase.split()[0] if phase.split()[0] in names.PHASES else "backward"
         self._look_outside()
         peak = self.peaks.now()
-        scene = exit_report.Scene(
-            phase=phase,
-            predicted=self.plan.to_dict().get("device" if self.is_cuda else "host", {}),
-            known_phase=known,
-            measured=self.device_rows(known, peak),
-            is_cuda=self.is_cuda,
-            there=_what_is_there(self._device, peak),
-        )
+        predicted = self.plan.to_dict().get("device" if self.is_cuda else "host", {})
+        measured, there = self.device_rows(known, peak), _what_is_there(self._device, peak)
+        scene = exit_report.Scene(phase, known, predicted, measured, self.is_cuda, there)
         for line in scene.lines():
             error.add_note(line)
 

@@ -147,8 +147,7 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
 def _drop_gradients(trained: Trained) -> None:
     if any(param.grad is not None for param in shard.trained_parameters(trained.model)):
         shard.collect_gradients(trained.model, trained.params)
-    for param in trained.params:
-        param.grad = None
+    trained.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)

@@ -104,24 +104,19 @@ class Clock:
         self._marks = [("", self._now())]
 
 
-class StepHook:
-    """The one hook of an optimizer step: ends phases of the clock, shows signs of life.
+def reach(clock: Clock, rank: int, step: int, point: str) -> None:
+    """The one hook of an optimizer step: ends a phase of the clock, shows a sign of life.
 
     Args:
         clock: whose marks are those of memory too.
         rank: of this process.
         step: that is under way, from 1.
+        point: of the step, one of PHASES or of hooks.STEP_POINTS.
     """
-
-    def __init__(self, clock: Clock, rank: int, step: int) -> None:
-        self._clock, self._rank, self._step = clock, rank, step
-
-    def __call__(self, point: str) -> None:
-        """Be at a point of the step: one of PHASES or of hooks.STEP_POINTS."""
-        if point in PHASES:
-            self._clock.mark(PHASES[point])
-        if point in hooks.STEP_POINTS:
-            hooks.reach(point, self._rank, self._step)
+    if point in PHASES:
+        clock.mark(PHASES[point])
+    if point in hooks.STEP_POINTS:
+        hooks.reach(point, rank, step)
 
 
 @dataclass
@@ -155,22 +150,17 @@ class Totals:
     def summary(self) -> dict[str, Any]:
         """The totals by name; the median speed leaves out the first steps, which warm up."""
         num_steps, train_s = len(self.steps["step_s"]), sum(self.steps["step_s"])
-        num_tokens, losses = sum(self.steps["num_tokens"]), self.steps["loss"] or [None]
-        speeds = self.steps["tokens_per_s"]
-        return {
-            "num_steps": num_steps,
-            "train_s": train_s,
-            "steps_per_s": num_steps / train_s if train_s else 0.0,
-            "tokens_per_s": num_tokens / train_s if train_s else 0.0,
-            "tokens_per_s_median": statistics.median(speeds[NUM_WARMUP_STEPS:] or speeds or [0.0]),
-            "num_tokens": num_tokens,
-            "num_trained_tokens": sum(self.steps["num_trained_tokens"]),
-            "loss_first": losses[0],
-            "loss_last": losses[-1],
-            "num_skipped_steps": sum(map(bool, self.steps["skipped"])),
-            "peaks": {"ranks": self.peaks, "host": self.host_peaks},
-            "events": self.events,
-        }
+        found: dict[str, Any] = {"num_steps": num_steps, "train_s": train_s}
+        found |= {name: sum(self.steps[name]) for name in COUNTS}
+        for name, number in (("steps_per_s", num_steps), ("tokens_per_s", found["num_tokens"])):
+            found[name] = number / train_s if train_s else 0.0
+        speeds, losses = self.steps["tokens_per_s"], self.steps["loss"] or [None]
+        steady = speeds[NUM_WARMUP_STEPS:] or speeds
+        found["tokens_per_s_median"] = statistics.median(steady) if steady else 0.0
+        found |= {"loss_first": losses[0], "loss_last": losses[-1]}
+        found["num_skipped_steps"] = sum(map(bool, self.steps["skipped"]))
+        peaks = {"ranks": self.peaks, "host": self.host_peaks}
+        return found | {"peaks": peaks, "events": self.events}
 
 
 @dataclass(frozen=True)
@@ -379,15 +369,10 @@ class Recorder:
         with contextlib.suppress(*() if is_complete else (RuntimeError,)):
             self._write_pending()
         raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
-        summary = {
-            "is_complete": is_complete,
-            "total_s": self.total_s(),
-            **self._totals.summary(),
-            "num_ranks": self._world.size,
-            "versions": hardware.versions(self._world.device),
-            "ledger": self._ledger.to_dict(),
-            **self._run_info,
-        }
+        summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
+        summary |= {**self._totals.summary(), "num_ranks": self._world.size}
+        summary["versions"] = hardware.versions(self._world.device)
+        summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
         atomic.write_json(self._output_dir / "summary.json", _plain(summary))
         self._bar.close()
         self._file.close()
@@ -513,33 +498,24 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         *replanned,
         *(f"note      {note}" for note in cfg_notes(cfg)),
     ]
-    return {
+    facts: dict[str, Any] = {
         "config": to_dict(cfg),
         "plan": plan.to_dict(),
         "model_type": info.model_type,
-        "num_params": total,
-        "num_trainable_params": trainable,
-        "packed_gib": quantized_gib,
-        "load_s": loaded.seconds,
-        "load_source": loaded.source,
-        "load_peaks": load_peaks,
-        "kernels": chosen.note,
-        "placement": placed.note,
-        "quant_cache": cache.note,
-        "data": data.audit.facts,
-        "lines": lines,
     }
+    facts |= {"num_params": total, "num_trainable_params": trainable, "packed_gib": quantized_gib}
+    facts |= {"load_s": loaded.seconds, "load_source": loaded.source, "load_peaks": load_peaks}
+    facts |= {"kernels": chosen.note, "placement": placed.note, "quant_cache": cache.note}
+    return facts | {"data": data.audit.facts, "lines": lines}
 
 
 def _load_peaks(tracker: MemoryTracker) -> dict[str, float]:
     """Peaks of memory in the load, GiB: of the rank's GPU and process, and of the whole host."""
-    peak = tracker.taken["load"] if tracker.is_cuda else Peak()
-    return {
-        "device_peak_allocated_gib": peak.allocated_gib,
-        "device_peak_reserved_gib": peak.reserved_gib,
-        "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "host_peak_used_gib": tracker.used_gib["load"],
-    }
+    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
+    rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
+    host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
+    return device | host
 
 
 def print_summary(cfg: TrainConfig) -> None:

@@ -117,11 +117,7 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def attach(
-    cfg: TrainConfig,
-    out_dir: Path,
-    is_writer: bool,
-    tell: Say = tqdm.write,
-    patience_s: float = PATIENCE_S,
+    cfg: TrainConfig, out_dir: Path, is_writer: bool, tell: Say = tqdm.write
 ) -> Iterator[None]:
     """Hand the record on while the block runs; nothing where no tracker was asked for.
 
@@ -132,7 +128,6 @@ def attach(
         out_dir: of the run; metrics.jsonl is there.
         is_writer: this rank writes the record.
         tell: shows a line to the user.
-        patience_s: how long to wait for the trackers at the end.
     """
     if not cfg.trackers or not is_writer:
         yield
@@ -148,7 +143,7 @@ def attach(
             thread.start()
         try:
             yield
-            wait_s = patience_s
+            wait_s = PATIENCE_S
         finally:
             stop.set()
             for thread in threads:

@@ -1,6 +1,7 @@
 """The ledger by row (train/rows.py, memory.py): real models on two ranks, and its arithmetic."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -45,7 +46,7 @@ def _accounts(world, path, cases):
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
-    from fsdp_qlora.training.metrics import Clock, StepHook
+    from fsdp_qlora.training.metrics import Clock, reach
     from tests.model.test_shard import micro_batches
 
     found = []
@@ -62,7 +63,10 @@ def _accounts(world, path, cases):
         clock = Clock(world.device, tracker.peaks.mark)
         for _ in range(2):
             loop.train_step(
-                trained, micro_batches(world.rank, world.size, 1), 1, StepHook(clock, 0, 1)
+                trained,
+                micro_batches(world.rank, world.size, 1),
+                1,
+                functools.partial(reach, clock, 0, 1),
             )
             steps, _ = tracker.step()
         found.append((tracker.phases | steps, tracker.share, tracker.shared_gib, tracker.held))

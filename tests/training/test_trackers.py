@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -52,9 +53,10 @@ def follow(out: Path, names: str, patience_s: float = 5.0) -> tuple[list[str], f
     argv = ["--model_name=/home/ada/llama", "--group=g", "--dataset=/x/rows.jsonl"]
     cfg = config.parse([*argv, f"--log_to={names}", f"--output_dir={out}"])
     lines = (REAL / "metrics.jsonl").read_text().splitlines(keepends=True)
+    patience = mock.patch.object(trackers, "PATIENCE_S", patience_s)
     with (out / "metrics.jsonl").open("w", buffering=1) as file:
         began_s = time.monotonic()
-        with trackers.attach(cfg, out, True, shown.append, patience_s):
+        with patience, trackers.attach(cfg, out, True, shown.append):
             for line in lines:
                 file.write(line[:50])
                 file.write(line[50:])
