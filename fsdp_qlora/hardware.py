@@ -92,11 +92,7 @@ SPEEDS |= {"card_link_gbs": "peer_gbs"}
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
 # Controller in /proc/self/cgroup, mount, files with limit, use and kills: version 1, version 2.
 CGROUP_VERSIONS = (
-    (
-        "memory",
-        "memory",
-        *(f"memory.{x}" for x in ("limit_in_bytes", "usage_in_bytes", "oom_control")),
-    ),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
     ("", "", "memory.max", "memory.current", "memory.events"),
 )
 ASK_TORCH = """
