@@ -286,7 +286,7 @@ def _keep(num_layers: int, num_selective: int, num_none: int) -> tuple[str, ...]
     return ("full",) * num_full + ("selective",) * num_selective + ("none",) * num_none
 
 
-def choose(outcomes: Sequence[Outcome], limit_gib: float | None = None) -> Outcome | None:
+def choose(outcomes: Sequence[Outcome], limit_gib: float = math.inf) -> Outcome | None:
     """The fastest outcome that fits; of equally fast ones that which asks least of the machine.
 
     Args:
@@ -296,13 +296,13 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float | None = None) -> Outco
     Returns:
         The best one, or None when nothing fits.
     """
-    most_gib = math.inf if limit_gib is None else limit_gib
-    fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= most_gib]
+    fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= limit_gib]
     if not fitting:
         return None
     fastest = max(item.speed.tokens_per_s for item in fitting)
     equal = [item for item in fitting if item.speed.tokens_per_s >= fastest * (1 - TIE)]
-    return min(equal, key=_demand)
+    host_layers = ("streamed", "offloaded", "resident")
+    return min(equal, key=lambda it: (it.setting.count(*host_layers), it.device.peak_gib))
 
 
 def least(outcomes: Sequence[Outcome]) -> Outcome:
@@ -312,10 +312,6 @@ def least(outcomes: Sequence[Outcome]) -> Outcome:
         outcomes: from `explore`.
     """
     return max(outcomes, key=lambda item: min(item.gpu_free_gib, item.host_free_gib))
-
-
-def _demand(item: Outcome) -> tuple[int, float]:
-    return item.setting.count("streamed", "offloaded", "resident"), item.device.peak_gib
 
 
 def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:

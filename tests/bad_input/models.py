@@ -203,7 +203,7 @@ CASES = [
     Case("a byte too many", "not fully covered", (), on_model(damages.append), INTEGRITY),
     Case("renamed tensor", "(model.norm.weight)", (), on_model(damages.rename_tensor), INTEGRITY),
     Case("integers", "holds I32 tensors", make=on_model(damages.integer_tensor)),
-    Case("eight bits", "holds F8_E4M3 tensors", make=entry(dtype="F8_E4M3")),
+    Case("eight bits", "holds F8_E4M3 tensors", make=entry(dtype="F8_E4M3", shape=[128])),
     Case("garbled header", "invalid", (), on_model(damages.garbled_header), INTEGRITY),
     Case("endless header", "are no safe", (), raw(WEIGHTS, b"\xff" * 64), INTEGRITY),
     Case("header of nothing", "found 0", (), raw(WEIGHTS, b"\2" + bytes(7) + b"{}")),

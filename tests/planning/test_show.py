@@ -9,7 +9,7 @@ import pytest
 
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.planning import rows, show
+from fsdp_qlora.planning import rows, run
 from tests import timing
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def test_every_row_is_explained_by_numbers_that_make_it(capsys: pytest.CaptureFi
     line = "full: layer's input: 4,096 tokens x 8,192 hidden x 2 bytes x 80 layers = 5.000 GiB"
     assert line in text
     assert "one copy for all ranks: 80 layers x 441,606,144 bytes = 32.902 GiB" in text
-    options, cfg, machine = show.parse([*ARGS, *CARDS])
+    options, cfg, machine = run.parse([*ARGS, *CARDS])
     assert not options.explain
     assert (machine.num_ranks, machine.host_gib, cfg.lora_rank) == (2, 64.0, 16)
 
@@ -110,13 +110,13 @@ def test_all_faults_are_told_at_once():
     """Those of plan's own options and those of train.py's."""
     words = ["--cards=2x3091", "--host=-1", "--batch_size=x", "--lora_rnk=3"]
     with pytest.raises(UserError) as caught:
-        show.parse(words)
+        run.parse(words)
     for part in ("did you mean 3090?", "--host -1: must be > 0", "--batch_size x", "--lora_rank?"):
         assert part in str(caught.value)
     assert str(caught.value).count(" | ") == 3
     with pytest.raises(UserError, match="a rank needs one"):
-        show.parse(["--cards=2x3090", "--world_size=3"])
-    assert show.parse(["--gpus", "2x3090"])[2] == show.parse(["--cards=2x3090"])[2]
+        run.parse(["--cards=2x3090", "--world_size=3"])
+    assert run.parse(["--gpus", "2x3090"])[2] == run.parse(["--cards=2x3090"])[2]
 
 
 def test_measured_speeds_are_used_and_named(
