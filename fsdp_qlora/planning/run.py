@@ -117,21 +117,18 @@ class RunPlan:
         found = self.found
         if found is None:
             return {}
+        limit_gib = found.device.limit_gib
         return {
             "device": found.device.to_dict(),
             "host": found.host.to_dict(),
             "peak_device_gib": found.device.peak_gib,
             "peak_host_gib": found.host.peak_gib,
-            "device_limit_gib": _finite(found.gpu_limit_gib),
-            "host_limit_gib": found.host_limit_gib,
+            "device_limit_gib": None if limit_gib == math.inf else limit_gib,
+            "host_limit_gib": found.host.limit_gib,
             "step_s": found.speed.step_s,
             "notch": self.fallback,
             "note": "; ".join(filter(None, [self.note, self.rows_note])),
         }
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or math.isinf(value) else value
 
 
 def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machine:
@@ -269,13 +266,12 @@ def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
     values = as_dict(plan, found)
     for line in _summary(plan, found, values):
         say(line)
-    place, table, limit_gib = "the host", found.host, found.host_limit_gib
-    if found.gpu_free_gib < 0:
-        place, table, limit_gib = "a GPU", found.device, found.gpu_limit_gib
+    is_gpu = found.device.free_gib < 0
+    place, table = ("a GPU", found.device) if is_gpu else ("the host", found.host)
     remedies = [_flags(item) for item in values["to_fit"][:1]]
     raise UserError(
         f"{table.peak_gib:.1f} GiB on {place} ({table.peak_phase})",
-        f"there are {limit_gib or 0:.1f}: it does not fit",
+        f"there are {table.limit_gib or 0:.1f}: it does not fit",
         " or ".join([*remedies, "--plan ignore to try all the same"]),
         ENVIRONMENT,
     )
@@ -455,8 +451,8 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
         "placements": {name: setting.count(name) for name in setting.placements},
         "levels": {name: setting.count(name) for name in setting.levels},
         "fits": found.fits,
-        "card": _memory(found.device, found.gpu_limit_gib),
-        "host": _memory(found.host, found.host_limit_gib),
+        "card": _memory(found.device),
+        "host": _memory(found.host),
         **dataclasses.asdict(found.speed),
         "num_steps": num_steps,
         "eta_s": None if num_steps is None else num_steps * found.speed.step_s,
@@ -469,9 +465,9 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     }
 
 
-def _memory(table: Table, limit_gib: float | None) -> dict[str, Any]:
+def _memory(table: Table) -> dict[str, Any]:
     return {
-        "limit_gib": limit_gib,
+        "limit_gib": table.limit_gib,
         "peak_gib": table.peak_gib,
         "peak_phase": table.peak_phase,
         "reserved_gib": table.reserved_gib,
@@ -591,16 +587,15 @@ def _wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
-    places = [("the host", found.host, found.host_limit_gib, found.host_free_gib)]
+    tables = {"the host": found.host}
     if machine.gpus:
         smallest = min(machine.gpus, key=lambda gpu: gpu.memory_gib).name
-        place = (f"a {smallest}", found.device, found.gpu_limit_gib, found.gpu_free_gib)
-        places.insert(0, place)
+        tables = {f"a {smallest}": found.device, **tables}
     parts = []
-    for name, table, limit_gib, free_gib in places:
-        size, left = "", ""
-        if limit_gib is not None:
-            size = f" of {limit_gib:.1f}"
+    for name, table in tables.items():
+        size, left, free_gib = "", "", table.free_gib
+        if table.limit_gib is not None:
+            size = f" of {table.limit_gib:.1f}"
             left = f": {free_gib:.1f} free" if free_gib >= 0 else f": {-free_gib:.1f} MISSING"
         parts.append(f"{table.peak_gib:.1f}{size} GiB on {name} ({table.peak_phase}){left}")
     is_tight = found.fits and not found.fits_safely
