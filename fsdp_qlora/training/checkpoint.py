@@ -24,7 +24,7 @@ from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoi
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
 from fsdp_qlora.planning.memory import moment_bytes
@@ -431,7 +431,7 @@ class Checkpointer:
         self.save(step)
         if polled[0]:
             self.wait()
-            raise hooks.Stopped(int(polled[0]))
+            raise Stopped(int(polled[0]))
 
     def finish(self, step: int) -> None:
         """Save what a run has ended with, and wait until it is on the disk; every rank must call.
@@ -447,7 +447,7 @@ class Checkpointer:
                 self.save(step)
             self.wait()
         if self.stop.number:
-            raise hooks.Stopped(self.stop.number)
+            raise Stopped(self.stop.number)
 
     def save(self, step: int) -> None:
         """Begin a checkpoint; returns when the training may go on. Every rank must call.
