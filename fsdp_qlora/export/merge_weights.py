@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_qlora import atomic, hardware
+from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import TensorRef, read_json
+from fsdp_qlora.arch.files import TensorRef
 from fsdp_qlora.arch.info import expert_matrices, stored_name
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, sources, tokenizer
@@ -32,10 +32,8 @@ from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.export.merge import MergeOptions
 from fsdp_qlora.export.model_files import DTYPES as DTYPE_NAMES
 from fsdp_qlora.export.model_files import GIB, linear_names
-from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, store_linear
-from fsdp_qlora.model.load import QuantizedCache, key
-from fsdp_qlora.model.quantize import FORMATS, Fields
-from fsdp_qlora.model.weights import DTYPES, Weights, read_file
+from fsdp_qlora.model.quantize import FORMATS, Fields, LayerStore, build_layout, store_linear
+from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 
 Reader = Callable[[str], torch.Tensor]
 CHUNK_TOKENS = 64  # compared at once
@@ -75,8 +73,9 @@ class TrainedBase:
         if format_name is not None:
             shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
             self._layout = build_layout(shapes, format_name)
-            self.cached = find_cached(info, self._layout, quant_cache)
-            self.note = f"from {self.cached.directory}" if self.cached else self.note
+            cache = find_cache(quant_cache, info, self._layout)
+            if cache.is_complete:
+                self.cached, self.note = cache, f"from {cache.directory}"
         self._stored = Weights(info) if info.quantized else None
         if self._stored is not None and format_name != info.stored_format:
             rule = f"is stored as {info.stored_format}, not {format_name or 'in 16 bit'}"
@@ -122,7 +121,7 @@ class TrainedBase:
         layout = build_layout([(shape[0], shape[1])], str(self.format_name))
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
         store_linear(flat, layout, 0, fields)
-        return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
+        return LayerStore(lambda: flat, layout).weight(0, self.dtype)
 
     def _from_cache(self, name: str, device: torch.device) -> torch.Tensor:
         number, _, rest = name.removeprefix(self._prefix).partition(".")
@@ -131,34 +130,8 @@ class TrainedBase:
             (packed,) = self.cached.read_layers([int(number)])
             flat = packed.to(device)
             self._layer = int(number)
-            self._store = LayerStore(lambda: flat, self._layout, LayerCache())
+            self._store = LayerStore(lambda: flat, self._layout)
         return self._store.weight(self._order[rest.removesuffix(".weight")], self.dtype)
-
-
-def find_cached(info: ModelInfo, layout: Layout, quant_cache: str) -> QuantizedCache | None:
-    """Find the quantized layers that a training run has left on this machine.
-
-    Args:
-        info: the base.
-        layout: of a layer.
-        quant_cache: auto, off or a directory, see train.py.
-
-    Returns:
-        The layers, verified as they are read; None when they are not there.
-
-    Raises:
-        UserError: what is there does not describe this model (code 5).
-    """
-    if quant_cache == "off" or layout.format_name == "bf16":
-        return None
-    directory = atomic.cache_dir(quant_cache) / key(info, layout)
-    if not (directory / "manifest.json").exists():
-        return None
-    digests = read_json(directory / "manifest.json").get("sha256", [])
-    if len(digests) != info.num_layers:
-        rule = f"holds {len(digests)} layers, the model has {info.num_layers}"
-        raise UserError(str(directory), rule, "delete it, or use --quant_cache off", INTEGRITY)
-    return QuantizedCache(directory, "", layout.nbytes, True, dict(enumerate(digests)))
 
 
 def read_from(

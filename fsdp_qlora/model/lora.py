@@ -20,7 +20,27 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fsdp_qlora.model.checkpointing import SavedActivations
+
+class SavedActivations:
+    """Results of a layer's forward pass that its recomputation takes over instead of making them.
+
+    The first run over the layer stores them in order, the second takes them in the same order.
+
+    Attributes:
+        is_replay: the second run is under way.
+    """
+
+    def __init__(self) -> None:
+        self.is_replay = False
+        self._results: list[tuple[torch.Tensor, ...]] = []
+
+    def store(self, *tensors: torch.Tensor) -> None:
+        """Keep the next results; they must not be written to afterwards."""
+        self._results.append(tensors)
+
+    def take(self) -> tuple[torch.Tensor, ...]:
+        """The next results, forgotten here."""
+        return self._results.pop(0)
 
 
 class LoraMatmul(torch.autograd.Function):
@@ -465,3 +485,56 @@ def group_linears(linears: dict[str, QuantizedLinear]) -> list[InputGroup]:
         shared = next((row for row in SHARED_INPUTS if last in row), (last,))
         groups.setdefault((parent, *shared), []).append(linear)
     return [InputGroup(members) for members in groups.values()]
+
+
+class ExpertLinear(NamedTuple):
+    """A frozen matrix of one expert, as FrozenMatmul wants it.
+
+    Attributes:
+        dequantize: dtype -> the frozen weight_OI, made anew.
+        bias: none.
+    """
+
+    dequantize: Callable[[torch.dtype], torch.Tensor]
+    bias: None = None
+
+
+class QuantizedExperts(nn.Module):
+    """The experts of a layer; nothing of their weights is saved for the backward pass.
+
+    transformers holds them in two 3-D parameters, which no 4-bit linear replaces; files hold a
+    matrix for each projection of each expert, and so do we.
+
+    Attributes:
+        experts: gate, up and down of each.
+        act_fn: on the gate.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[ExpertLinear]], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.experts, self.act_fn = experts, act_fn
+
+    def forward(
+        self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum what the chosen experts make of each token.
+
+        Letters: M tokens, K experts a token goes to, H hidden size.
+
+        Args:
+            hidden_MH: compute dtype.
+            top_k_index, top_k_weights: [M, K], the experts of each token and their shares.
+
+        Returns:
+            [M, H].
+        """
+        out_MH = torch.zeros_like(hidden_MH)
+        for number in top_k_index.unique().tolist():
+            gate, up, down = self.experts[number]
+            tokens, place = torch.where(top_k_index == number)
+            gated, raised = FrozenMatmul.apply(hidden_MH[tokens], (gate, up), (), False, None, None)
+            product = self.act_fn(gated) * raised
+            (made,) = FrozenMatmul.apply(product, (down,), (), False, None)
+            made = made * top_k_weights[tokens, place, None]
+            out_MH = out_MH.index_add(0, tokens, made.to(out_MH.dtype))
+        return out_MH

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -24,8 +24,8 @@ import torch
 
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.planning.limits import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
 from fsdp_qlora.planning.limits import FORMATS as STORAGES
-from fsdp_qlora.planning.limits import PER_WORD, Storage
 
 
 def dequantize_hqq(
@@ -312,3 +312,198 @@ FORMATS: dict[str, Format] = {
         STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
     ),
 }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in the flat bytes of one decoder layer.
+
+    Attributes:
+        format_name: row of FORMATS.
+        shapes: (O, I) of each linear, in order.
+        weights: (start, stop) byte range of each linear's quantized weight.
+        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
+            the other.
+        elements: name -> (start, stop) element range of each linear within the field.
+        nbytes: length of the flat bytes.
+    """
+
+    format_name: str
+    shapes: tuple[tuple[int, int], ...]
+    weights: tuple[tuple[int, int], ...]
+    fields: dict[str, tuple[torch.dtype, int, int]]
+    elements: dict[str, tuple[tuple[int, int], ...]]
+    nbytes: int
+
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Weights of each linear."""
+        return tuple(rows * cols for rows, cols in self.shapes)
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Weights of the layer."""
+        return sum(self.numels)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """The layer's weights and constants are those of one long linear, without gaps."""
+        fmt = FORMATS[self.format_name]
+        pairs = zip(self.weights, self.weights[1:], strict=False)
+        return fmt.is_sequential and all(
+            [before[1] == after[0] for before, after in pairs]
+            + [
+                o * i % (f.num_weights * f.multiple) == 0
+                for f in fmt.storage.fields
+                for o, i in self.shapes
+            ]
+        )
+
+
+def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
+    """Lay out the linears of one decoder layer.
+
+    Args:
+        shapes: (out features, in features) of each linear.
+        format_name: row of FORMATS.
+
+    Returns:
+        The places; a layer of the same shapes has the same.
+    """
+    storage, offset = FORMATS[format_name].storage, 0
+    weights, fields, elements = [], {}, {}
+    for shape in shapes:
+        nbytes = storage.weight_bytes(shape)
+        weights.append((offset, offset + nbytes))
+        offset = _round_up(offset + nbytes, ALIGN_BYTES)
+    for field in storage.fields:
+        ranges, start, dtype = [], 0, getattr(torch, field.dtype)
+        for shape in shapes:
+            stop = start + field.num_elements(shape)
+            ranges.append((start, stop))
+            start = stop
+        elements[field.name] = tuple(ranges)
+        fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
+        offset = _round_up(fields[field.name][2], ALIGN_BYTES)
+    return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
+
+
+def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
+    """The constant fields of a layer as typed views of its bytes.
+
+    Args:
+        flat_bytes: uint8 [nbytes].
+        layout: of the layer.
+
+    Returns:
+        Name -> 1-D view in the dtype of the field.
+    """
+    return {
+        name: flat_bytes[start:stop].view(dtype)
+        for name, (dtype, start, stop) in layout.fields.items()
+    }
+
+
+def store_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
+    """Put a quantized linear into its places in the bytes of its layer.
+
+    Args:
+        flat_bytes: uint8 [nbytes], written to; on the device of the arrays.
+        layout: of the layer.
+        index: of the linear.
+        arrays: of the format's `quantize`; emptied of the quantized weight.
+    """
+    start, stop = layout.weights[index]
+    flat_bytes[start:stop] = arrays.pop("weight")
+    fields = view_fields(flat_bytes, layout)
+    for name, values in arrays.items():
+        first = layout.elements[name][index][0]
+        fields[name][first : first + values.numel()] = values
+
+
+class LayerCache:
+    """What was made of the layer at work, replaced by the next one's.
+
+    Attributes:
+        key: (store, dtype) that it belongs to; () = none.
+        constants: per linear, what the format's `constants` made.
+        weights: the linears, dequantized; None = they are made anew for each matmul.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the layer."""
+        self.key: tuple = ()
+        self.constants: list[Sequence[torch.Tensor]] = []
+        self.weights: list[torch.Tensor] | None = None
+
+
+class LayerStore:
+    """Reads one layer's linears out of its flat bytes.
+
+    Attributes:
+        read: gives the bytes of the whole layer on the device of the rank: FSDP's gathered
+            parameter, or what a placement puts here.
+        layout: of the bytes.
+        cache: shared by all layers of a model; its own by default.
+        format: row of FORMATS.
+    """
+
+    def __init__(
+        self, read: Callable[[], torch.Tensor], layout: Layout, cache: LayerCache | None = None
+    ) -> None:
+        self.read, self.layout, self.cache = read, layout, cache or LayerCache()
+        self.format = FORMATS[layout.format_name]
+        self._viewed: torch.Tensor | None = None
+
+    def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dequantize one linear, or all of a small layer, which then serve until another layer.
+
+        Args:
+            index: of the linear in the layer.
+            dtype: of the result.
+
+        Returns:
+            weight_OI, on the device of the bytes.
+        """
+        cache = self.cache
+        if cache.key != (id(self), dtype):
+            self._dequantize_layer(dtype)
+        if cache.weights is not None:
+            return cache.weights[index]
+        return self._dequantize(index, dtype)
+
+    def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+        start, stop = self.layout.weights[index]
+        quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
+        return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
+
+    def _dequantize_layer(self, dtype: torch.dtype) -> None:
+        flat, layout, cache = self.read(), self.layout, self.cache
+        if flat is not self._viewed:
+            # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
+            # streaming a layer comes to the same slot again and again: views stay good.
+            self._viewed = flat
+            self._bytes = flat.detach().view(torch.uint8)
+            self._fields = view_fields(self._bytes, layout)
+        cache.clear()  # before the next weights are allocated
+        tensors = self.format.constants(self._fields, dtype)
+        cache.key = (id(self), dtype)
+        is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
+        if is_small and layout.is_contiguous:
+            quantized = self._bytes[: layout.weights[-1][1]]
+            flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)
+            parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
+            cache.weights = [part.view(shape) for part, shape in parts]
+            return
+        sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
+        split = [tensor.split(sizes) for tensor in tensors]
+        cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
+        if is_small and not self.format.is_sequential:
+            cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]

@@ -8,6 +8,7 @@ input embedding; output head; the rest. Only this module knows FSDP.
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.layer import DecoderBlock
-from fsdp_qlora.model.placement import Placed
+from fsdp_qlora.model.placement import GROUPS, Placed
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning.limits import ONE_GROUP_BYTES
 
@@ -61,9 +62,13 @@ def apply(
     shape = (world.size // shares, shares) if has_copies else (world.size,)
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-    layers = list(zip(blocks(model), placed.rows, strict=True))
-    placed.attach([block for block, _ in layers])
-    ignored = {block.quantized for block, place in layers if not place.is_group}
+    layers = list(zip(blocks(model), placed.names, strict=True))
+    streamed = [block for block, name in layers if name == "streamed"]
+    for number, block in enumerate(streamed):  # they read their slots: no parameter any more
+        assert placed.streamer is not None
+        block.quantized = None  # type: ignore[assignment]
+        block.layer_store.read = partial(placed.streamer.read, number)
+    ignored = {block.quantized for block, name in layers if name not in GROUPS}
     if row.replicates:
         ignored = {p for p in model.parameters() if not p.requires_grad}
     common: dict[str, Any] = {
@@ -82,9 +87,9 @@ def apply(
         bodies = [body for body in bodies if body.is_whole]
     for body in bodies:
         fully_shard(body, mp_policy=mixed, **common)
-    for block, place in layers:
-        if place.is_group:
-            policy = pinned if place.is_on_host else OffloadPolicy()
+    for block, name in layers:
+        if name in GROUPS:
+            policy = pinned if name == "offloaded" else OffloadPolicy()
             fully_shard(block, offload_policy=policy, **common)
     if not row.replicates:
         for module in () if model.is_tied else (model.embedding, model.head):

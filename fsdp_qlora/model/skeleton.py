@@ -4,8 +4,9 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 """
 
 import importlib.util
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import Linear, ModelInfo
 from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.arch.trained import NOTHING, Whole
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model import experts
 from fsdp_qlora.model.attention import RowBounds, register
-from fsdp_qlora.model.checkpointing import Offload
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
-from fsdp_qlora.model.layer import DecoderBlock, LayerCache, Layout, TrainedLayer, build_layout
-from fsdp_qlora.model.lora import QuantizedLinear, group_linears
+from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
+from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
+from fsdp_qlora.model.quantize import LayerCache, Layout, build_layout
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -149,9 +149,7 @@ class QuantizedModel(nn.Module):
         is_plain = all(not slot.has_magnitude for body in bodies for slot in body.slots)
         is_plain = is_plain and all(body.slots for body in bodies)
         # Nor can it follow tokens to their experts.
-        is_plain = is_plain and not any(
-            isinstance(m, experts.QuantizedExperts) for m in self.modules()
-        )
+        is_plain = is_plain and not any(isinstance(m, QuantizedExperts) for m in self.modules())
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
@@ -318,10 +316,61 @@ def _build_block(
     if block.store is None:
         block.body = TrainedLayer(layer, (), None)
         return block
-    experts.replace(layer, info.linears, block.store.weight)
+    _replace_experts(layer, info.linears, block.store.weight)
     for name, index in places.items():
         linears[name] = QuantizedLinear(built[name], partial(block.store.weight, index))
         module, attribute = _owner(layer, name)
         setattr(module, attribute, linears[name])
     block.body = TrainedLayer(layer, group_linears(linears), block.store)
     return block
+
+
+def _replace_experts(
+    layer: nn.Module, linears: Sequence[Linear], weight: Callable[[int, torch.dtype], torch.Tensor]
+) -> None:
+    """Put quantized experts in the place of a decoder layer's own.
+
+    Args:
+        layer: as transformers has built it.
+        linears: of the layer, in the order of its store.
+        weight: (index of a linear, dtype) -> weight_OI.
+
+    Raises:
+        UserError: other experts than those of Mixtral and Qwen's mixtures, or other shapes than
+            the files have (codes 2, 5).
+    """
+    found = [
+        (name, module)
+        for name, module in layer.named_modules()
+        if any(param.dim() > 2 for param in module._parameters.values() if param is not None)
+    ]
+    parts = {part[1:]: i for i, linear in enumerate(linears) if (part := linear.expert)}
+    if not found and not parts:
+        return
+    names = ", ".join(f"{name} ({type(module).__name__})" for name, module in found) or "no module"
+    if len(found) != 1 or not _computes_as_mixtral(found[0][1]):
+        rule = "are neither linears nor experts that compute as Mixtral's do"
+        raise UserError(f"3-D weights of {names}", rule, "take another model: these stay in 16 bit")
+    path, module = found[0]
+    num, _, hidden = module.gate_up_proj.shape
+    inner = module.down_proj.shape[2]
+    wanted = [(inner, hidden), (inner, hidden), (hidden, inner)] * num
+    order = [parts.get((i // 3, i % 3), -1) for i in range(3 * num)]
+    shapes = [(linears[i].out_features, linears[i].in_features) for i in order if i >= 0]
+    if len(parts) != 3 * num or shapes != wanted:
+        rule = f"are {num} of {inner} features in config.json, not so in the files"
+        raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
+    matrices = [ExpertLinear(partial(weight, index)) for index in order]
+    experts = [matrices[start : start + 3] for start in range(0, len(matrices), 3)]
+    parent, _, attribute = path.rpartition(".")
+    setattr(layer.get_submodule(parent), attribute, QuantizedExperts(experts, module.act_fn))
+
+
+def _computes_as_mixtral(module: nn.Module) -> bool:
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+    # Two, because Liger puts its own class in the place of the one whose model is built.
+    kinds = (type(module), MixtralExperts, Qwen2MoeExperts)
+    own, *known = [inspect.getsource(inspect.unwrap(kind.forward)) for kind in kinds]
+    return own in known

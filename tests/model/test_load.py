@@ -31,10 +31,12 @@ class CountedWeights(weights.Weights):
             self.alive_bytes += nbytes
             self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
-    def _read_whole(self, name):
+    def _read_rows(self, name, rows=None):
+        if rows is not None:
+            return super()._read_rows(name, rows)
         nbytes = self.info.tensors[name].nbytes
         self._count(nbytes)
-        tensor = super()._read_whole(name)
+        tensor = super()._read_rows(name)
         weakref.finalize(tensor, self._count, -nbytes)
         return tensor
 
@@ -50,9 +52,9 @@ def whole(param: torch.Tensor) -> torch.Tensor:
 
 def start(world, path, *flags):
     """Fill a model; return facts of it that a test process can compare."""
-    model, info, cfg, packed_cache, placed = tiny.shape(path, world, *flags)
+    built, info, cfg = tiny.shape(path, world, *flags)
     source = CountedWeights(info) if cfg.weights == "load" else weights.build(info, cfg)
-    report = load.fill(model, source, packed_cache, placed, cfg, world)
+    model, report = built.model, load.fill(built, source, cfg, world).loaded
     blocks = list(shard.blocks(model))
     local_bytes = [
         block.quantized.to_local().untyped_storage().nbytes()
@@ -76,7 +78,7 @@ def start(world, path, *flags):
         "local_bytes": local_bytes,
         "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
-        "directory": packed_cache.directory,
+        "directory": built.cache.directory,
     }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
-from fsdp_qlora.model.layer import build_layout
+from fsdp_qlora.model.quantize import build_layout
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.limits import FORMATS
 from fsdp_qlora.planning.sizes import Sizes, quantized_bytes
