@@ -71,8 +71,7 @@ class TrainedBase:
         self._layer = -1
         self._store: LayerStore | None = None
         if format_name is not None:
-            shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
-            self._layout = build_layout(shapes, format_name)
+            self._layout = build_layout([linear.shape for linear in info.linears], format_name)
             cache = find_cache(quant_cache, info, self._layout)
             if cache.is_complete:
                 self.cached, self.note = cache, f"from {cache.directory}"

@@ -93,7 +93,7 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     start, model, cache = time.monotonic(), built.model, built.cache
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
     linears = weight_names(source.info, range(source.info.num_layers))
-    shapes |= {n: (linear.out_features, linear.in_features) for n, linear in linears.items()}
+    shapes |= {name: linear.shape for name, linear in linears.items()}
     source.check_names(shapes)
     report = LoadReport(source="cache" if cache.is_complete else source.source)
     shares = shard.num_shares(cfg.sharding_strategy, world)

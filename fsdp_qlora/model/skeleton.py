@@ -6,10 +6,10 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -84,25 +84,18 @@ def choose_kernels(
 def apply_liger(hf_model: "PreTrainedModel") -> None:
     """Let Liger's own API exchange the kernels of a transformers model.
 
-    The loss stays ours: its head is sharded in a group of its own.
+    The loss stays ours: its head is sharded in a group of its own. Which of RMSNorm, RoPE, SwiGLU
+    or GeGLU are exchanged is Liger's choice for the type.
 
     Args:
         hf_model: changed in place; left alone where Liger does not know its type.
     """
     # Liger warns of every backend that it cannot import.
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf_model.config.model_type)
-    if apply is not None:
-        apply(
-            model=hf_model,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-            rope=True,
-            rms_norm=True,
-            swiglu=True,
-        )
+    own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model=hf_model, **own)
 
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
@@ -143,27 +136,20 @@ class QuantizedModel(nn.Module):
                 use_activation_cpu_offload.
             device: of the rank.
         """
-        bodies = [module for module in self.modules() if isinstance(module, TrainedLayer)]
+        blocks = [module for module in self.modules() if isinstance(module, DecoderBlock)]
+        bodies = [block.body for block in blocks]
         levels, is_reentrant = cfg.levels(len(bodies)), cfg.reentrant_checkpointing
-        # A graph has no inputs for the row lengths of DoRA, and hands back gradients of `lora`.
-        is_plain = all(not slot.has_magnitude for body in bodies for slot in body.slots)
-        is_plain = is_plain and all(body.slots for body in bodies)
-        # Nor can it follow tokens to their experts.
-        is_plain = is_plain and not any(isinstance(m, QuantizedExperts) for m in self.modules())
-        setting = cfg.cuda_graphs if is_plain else "off"
+        # A graph cannot follow tokens to their experts, has no inputs for the row lengths of DoRA,
+        # and hands back gradients of `lora`.
+        is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
+        has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
+        setting = cfg.cuda_graphs if is_plain and not has_experts else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
-        self._offload_inputs(cfg, levels, device)
-
-    def _offload_inputs(
-        self, cfg: TrainConfig, levels: tuple[str, ...], device: torch.device
-    ) -> None:
-        """Let layers that are recomputed keep their inputs on the host."""
-        blocks = [module for module in self.modules() if isinstance(module, DecoderBlock)]
         width = self.decoder.config.hidden_size * getattr(torch, cfg.compute_dtype).itemsize
         offload = blocks[0].offload
         if offload is None and cfg.use_activation_cpu_offload:
@@ -234,20 +220,25 @@ def build(
         output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
         apply_liger(hf_model)
-    shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
-    layout = build_layout(shapes, format_name)
-    _build_blocks(hf_model.get_submodule(info.layers_prefix), layout, info, whole, master)
-    _train([hf_model.get_parameter(name) for name in whole.root], master)
-    tensors = {
-        stored_name(info, name.replace(".body.layer.", ".")): _owner(hf_model, name)
-        for name, _ in hf_model.named_parameters()
-        if not name.endswith(".quantized")
-    }
-    head = LossHead(output.weight, config)
-    if not info.is_tied:
-        tensors[next(n for n, (m, _) in tensors.items() if m is output)] = (head, "weight")
-    model = QuantizedModel(hf_model.base_model, head, info.is_tied, layout)
-    model.tensors = tensors
+    layout = build_layout([linear.shape for linear in info.linears], format_name)
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(info.layers_prefix)), LayerCache()
+    trained = [hf_model.get_parameter(name) for name in whole.root]
+    for index, layer in enumerate(layers):
+        is_whole = index in whole.layers
+        layers[index] = _build_block(layer, None if is_whole else layout, cache, info)
+        trained += layer.parameters() if is_whole else ()
+    for param in trained:
+        param.data = param.data.to(master)  # in place: a tied head is the same parameter
+        param.requires_grad_(True)
+    model = QuantizedModel(
+        hf_model.base_model, LossHead(output.weight, config), info.is_tied, layout
+    )
+    for name, _ in hf_model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        owner = hf_model.get_submodule(path)
+        if attribute != "quantized":
+            stored = stored_name(info, name.replace(".body.layer.", "."))
+            model.tensors[stored] = model.head if owner is output else owner, attribute
     return model.train()
 
 
@@ -275,39 +266,12 @@ def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
     return model
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
-
-
-def _train(params: Iterable[nn.Parameter], master: torch.dtype) -> None:
-    for param in params:
-        param.data = param.data.to(master)  # in place: a tied head is the same parameter
-        param.requires_grad_(True)
-
-
-def _build_blocks(
-    layers: nn.Module, layout: Layout, info: ModelInfo, whole: Whole, master: torch.dtype
-) -> None:
-    assert isinstance(layers, nn.ModuleList)
-    cache = LayerCache()
-    for index, layer in enumerate(layers):
-        is_whole = index in whole.layers
-        block = _build_block(layer, None if is_whole else layout, cache, info)
-        layers[index] = block
-        if is_whole:
-            _train(block.body.layer.parameters(), master)
-
-
 def _build_block(
     layer: nn.Module, layout: Layout | None, cache: LayerCache, info: ModelInfo
 ) -> DecoderBlock:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     places = {n.name: index for index, n in enumerate(info.linears) if n.expert is None}
-    expected = {
-        name: (info.linears[index].out_features, info.linears[index].in_features)
-        for name, index in places.items()
-    }
+    expected = {name: info.linears[index].shape for name, index in places.items()}
     if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
         got = f"linears {sorted(built)} in the {info.model_type} decoder layer"
         rule = f"its files and config.json say {sorted(expected)}"
@@ -319,8 +283,7 @@ def _build_block(
     _replace_experts(layer, info.linears, block.store.weight)
     for name, index in places.items():
         linears[name] = QuantizedLinear(built[name], partial(block.store.weight, index))
-        module, attribute = _owner(layer, name)
-        setattr(module, attribute, linears[name])
+        layer.set_submodule(name, linears[name])
     block.body = TrainedLayer(layer, group_linears(linears), block.store)
     return block
 
@@ -356,14 +319,13 @@ def _replace_experts(
     inner = module.down_proj.shape[2]
     wanted = [(inner, hidden), (inner, hidden), (hidden, inner)] * num
     order = [parts.get((i // 3, i % 3), -1) for i in range(3 * num)]
-    shapes = [(linears[i].out_features, linears[i].in_features) for i in order if i >= 0]
+    shapes = [linears[i].shape for i in order if i >= 0]
     if len(parts) != 3 * num or shapes != wanted:
         rule = f"are {num} of {inner} features in config.json, not so in the files"
         raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
     matrices = [ExpertLinear(partial(weight, index)) for index in order]
     experts = [matrices[start : start + 3] for start in range(0, len(matrices), 3)]
-    parent, _, attribute = path.rpartition(".")
-    setattr(layer.get_submodule(parent), attribute, QuantizedExperts(experts, module.act_fn))
+    layer.set_submodule(path, QuantizedExperts(experts, module.act_fn))
 
 
 def _computes_as_mixtral(module: nn.Module) -> bool:
