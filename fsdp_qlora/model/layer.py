@@ -13,12 +13,11 @@ Shape letters: I in features, O out features, R LoRA rank.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
@@ -45,7 +44,9 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, has_dropout, hidden, *trained):
-        ctx.run, ctx.random_state = run, _random_state(hidden.device) if has_dropout else None
+        ctx.run, ctx.random_state = run, None
+        if has_dropout:
+            ctx.random_state = torch.get_rng_state(), *get_device_states(hidden)
         ctx.save_for_backward(hidden, *trained)
         return run(hidden, *trained)
 
@@ -60,7 +61,9 @@ class Recomputed(torch.autograd.Function):
         ]
         devices = [hidden.device] if hidden.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=ctx.random_state is not None):
-            _set_random_state(ctx.random_state, hidden.device)
+            if ctx.random_state is not None:
+                torch.set_rng_state(ctx.random_state[0])
+                set_device_states(*ctx.random_state[1:])
             with torch.enable_grad():
                 outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
@@ -68,33 +71,6 @@ class Recomputed(torch.autograd.Function):
         wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         grads = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
         return None, None, *[next(grads) if need else None for need in needed]
-
-
-def _random_state(device: torch.device) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _set_random_state(states: list[torch.Tensor] | None, device: torch.device) -> None:
-    if states is not None:
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
-
-
-@dataclass
-class Waiting:
-    """A tensor on the host.
-
-    Attributes:
-        copy: there.
-        fetched: on its way back, or None.
-        arrived: event of the copies' stream, or None on a CPU.
-    """
-
-    copy: torch.Tensor
-    fetched: torch.Tensor | None = None
-    arrived: Any = None
 
 
 class Offload:
@@ -114,7 +90,8 @@ class Offload:
         self.num_copies = 0
         self._device, self._nbytes = device, nbytes
         self._rooms: list[placement.HostBytes] = []
-        self._stack: list[Waiting] = []
+        self._stack: list[torch.Tensor] = []  # on the host
+        self._fetched: dict[int, tuple[torch.Tensor, Any]] = {}  # and when they have arrived
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -151,7 +128,7 @@ class Offload:
             with torch.cuda.stream(self._copies):
                 copy.copy_(tensor, non_blocking=True)
             tensor.record_stream(self._copies)
-        self._stack.append(Waiting(copy))
+        self._stack.append(copy)
         self.num_copies += 1
         return depth
 
@@ -167,28 +144,30 @@ class Offload:
 
     def _take(self, depth: int) -> torch.Tensor:
         assert depth == len(self._stack) - 1, "saved inputs are asked for in another order"
-        found = self._fetch(self._stack.pop())
-        if self._stack:
-            self._fetch(self._stack[-1])
-        if found.arrived is not None:
-            torch.cuda.current_stream().wait_event(found.arrived)
-        assert found.fetched is not None
-        return found.fetched
+        self._fetch(depth)
+        if depth:
+            self._fetch(depth - 1)
+        self._stack.pop()
+        found, arrived = self._fetched.pop(depth)
+        if arrived is not None:
+            torch.cuda.current_stream().wait_event(arrived)
+        return found
 
-    def _fetch(self, waiting: Waiting) -> Waiting:
-        if waiting.fetched is not None:
-            return waiting
+    def _fetch(self, depth: int) -> None:
+        if depth in self._fetched:
+            return
         # Made in the stream that computes: its memory is free once what uses it has run there.
-        waiting.fetched = torch.empty_like(waiting.copy, device=self._device)
+        copy, arrived = self._stack[depth], None
+        fetched = torch.empty_like(copy, device=self._device)
         if self._copies is None:
-            waiting.fetched.copy_(waiting.copy)
-            return waiting
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            waiting.fetched.copy_(waiting.copy, non_blocking=True)
-            waiting.arrived = torch.cuda.Event()
-            waiting.arrived.record()
-        return waiting
+            fetched.copy_(copy)
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):
+                fetched.copy_(copy, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
+        self._fetched[depth] = fetched, arrived
 
 
 class TrainedLayer(nn.Module):
