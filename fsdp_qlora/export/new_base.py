@@ -138,7 +138,8 @@ def quantized(
     """
     import torch
 
-    from fsdp_qlora.model.quantize import GROUP_SIZE, import_bitsandbytes
+    from fsdp_qlora.arch.files import GROUP
+    from fsdp_qlora.model.quantize import import_bitsandbytes
     from fsdp_qlora.model.weights import Weights
 
     linears, names = linear_names(info), list(info.tensors)
@@ -151,7 +152,7 @@ def quantized(
             continue
         codes, state = bnb.quantize_4bit(
             weight,
-            blocksize=GROUP_SIZE,
+            blocksize=GROUP,
             quant_type=options.quant_type,
             compress_statistics=options.double_quant,
             quant_storage=torch.uint8,

@@ -23,7 +23,7 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, placement, shard, skeleton, weights
 from fsdp_qlora.model.placement import GROUPS, PLACEMENTS, Placed
 from fsdp_qlora.model.quantize import FORMATS, store_linear
-from fsdp_qlora.model.skeleton import KernelChoice, QuantizedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import QuantizedCache, Weights
 
 
@@ -62,13 +62,11 @@ class Built:
 
     Attributes:
         model: its adapters attached, at their starting values when it is filled.
-        chosen: what it computes with.
         cache, placed: where its quantized bytes come from and lie.
         loaded: how its bytes came.
     """
 
     model: QuantizedModel
-    chosen: KernelChoice
     cache: QuantizedCache
     placed: Placed
     loaded: LoadReport = field(default_factory=LoadReport)
@@ -271,12 +269,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     Raises:
         UserError: see placement.choose.
     """
-    chosen = skeleton.choose_kernels(
-        cfg.attn, cfg.liger, cfg.compute_dtype, world.device, info.softcaps_attention
-    )
-    whole = trained.whole(info, cfg)
-    master = getattr(torch, cfg.master_dtype)
-    model = skeleton.build(info, cfg.format_name, chosen, whole, master)
+    model, whole = skeleton.build(info, cfg, world.device), trained.whole(info, cfg)
     if trained.has_adapters(cfg):
         adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
     # The cache keeps whole models.
@@ -286,9 +279,9 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     placed = placement.choose(
         model.layout.nbytes, info.num_layers, cfg, has_cache, world, whole.layers
     )
-    shard.apply(model, cfg.sharding_strategy, placed, chosen.dtype, world)
+    shard.apply(model, cfg.sharding_strategy, placed, world)
     model.set_checkpointing(cfg, world.device)
-    return Built(model, chosen, cache, placed)
+    return Built(model, cache, placed)
 
 
 def build(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:

@@ -351,12 +351,7 @@ class InputGroup:
             saved.store(*[out.detach().clone() if is_written_to else out.detach() for out in outs])
         return outs
 
-    def _adapt(
-        self,
-        x: torch.Tensor,
-        done: Sequence[torch.Tensor] | None,
-        asides: Sequence[torch.Tensor | None] = (),
-    ) -> tuple:
+    def _adapt(self, x: torch.Tensor, done: Sequence | None, asides: Sequence = ()) -> tuple:
         """The arguments of FrozenMatmul."""
         deltas: dict[QuantizedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
         deltas |= zip(self.linears, done or (), strict=False)

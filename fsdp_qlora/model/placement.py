@@ -75,7 +75,7 @@ def private(nbytes: int, pin: bool) -> HostBytes:
     return HostBytes(mmap.mmap(-1, nbytes), pin)
 
 
-def shared(nbytes: int, pin: bool, world: World) -> HostBytes | str:
+def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]:
     """Memory that all ranks of one machine see.
 
     It has no name anywhere (Linux: memfd), so that nothing is left behind however the ranks end,
@@ -87,7 +87,7 @@ def shared(nbytes: int, pin: bool, world: World) -> HostBytes | str:
         world: the ranks, on one machine; all must call.
 
     Returns:
-        The memory; or why there is none, the same on every rank.
+        Why there is none, the same on every rank, or ""; and the memory.
     """
     memory: HostBytes | None = None
     refusal, fd, place = "", -1, ""
@@ -111,10 +111,7 @@ def shared(nbytes: int, pin: bool, world: World) -> HostBytes | str:
     refusals = [text for text in world.gather_objects(refusal) if text]  # all have opened it now
     if fd >= 0:
         os.close(fd)
-    if refusals:
-        return refusals[0]
-    assert memory is not None
-    return memory
+    return (refusals[0], None) if refusals else ("", memory)
 
 
 class Streamer:
@@ -278,8 +275,7 @@ def _host_copy(
             "free host memory, give --resident_layers N, or let --quant_cache keep them on disk"
         )
         raise UserError(got, f"only {shortage}", remedy, ENVIRONMENT)
-    memory = shared(nbytes, world.device.type == "cuda", world)
-    return (memory, None) if isinstance(memory, str) else ("", memory)
+    return shared(nbytes, world.device.type == "cuda", world)
 
 
 def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:

@@ -12,6 +12,7 @@ Shape letters: O out features, I in features, N = O*I weights of a linear.
 Source: mobiusml/hqq, hqq/core/bitpack.py and quantize.py (Quantizer.dequantize).
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -28,42 +29,25 @@ from fsdp_qlora.planning.limits import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES,
 from fsdp_qlora.planning.limits import FORMATS as STORAGES
 
 
-def dequantize_hqq(
-    quantized: torch.Tensor,
-    constants: Sequence[torch.Tensor],
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    storage: Storage,
-) -> torch.Tensor:
-    """Dequantize one linear to the bits of hqq's own dequantization.
+def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> torch.Tensor:
+    """The bits of hqq's own dequantization.
 
     As there, difference and product are rounded to the wider one of the compute dtype and the
-    dtype of the constants; what is wider than the compute dtype is then rounded to it.
-
-    Args:
-        quantized: uint8, 1-D.
-        constants: zero and scale of each group, as stored.
-        shape: (O, I).
-        dtype: of the result.
-        storage: bits, group size and axis.
-
-    Returns:
-        weight_OI.
+    dtype of the constants (zero and scale of each group, as stored); what is wider than the compute
+    dtype is then rounded to it.
     """
-    zero, scale = constants
+    (zero, scale), bits = constants, storage.weight_bits
     cols = storage.group_size if storage.axis else math.prod(shape) // storage.group_size
     rows = math.prod(shape) // cols
-    words = quantized.view(torch.int32 if storage.weight_bits == 3 else torch.uint8).view(-1, cols)
+    words = quantized.view(torch.int32 if bits == 3 else torch.uint8).view(-1, cols)
     math_dtype = torch.promote_types(dtype, zero.dtype)
     kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
         out = torch.empty(rows, cols, dtype=dtype, device=quantized.device)
-        kernel.dequantize_hqq(
-            words, zero, scale, out, storage.weight_bits, storage.axis, math_dtype
-        )
+        kernel.dequantize_hqq(words, zero, scale, out, bits, storage.axis, math_dtype)
         return out.view(*shape)
     zero, scale = (part.unsqueeze(storage.axis) for part in constants)
-    values = _values(words, storage.weight_bits, math_dtype)[:rows]
+    values = _values(words, bits, math_dtype)[:rows]
     return values.sub_(zero).mul_(scale).view(*shape).to(dtype)
 
 
@@ -85,8 +69,6 @@ def triton_kernels() -> ModuleType | None:
 
 
 Fields = dict[str, torch.Tensor]
-NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantization
-GROUP_SIZE = GROUP  # weights of a bitsandbytes block
 
 
 @dataclass(frozen=True)
@@ -129,13 +111,9 @@ def import_bitsandbytes():
 
 def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:
     bnb = import_bitsandbytes()
-    quantized, state = bnb.quantize_4bit(
-        weight_OI.contiguous(),
-        blocksize=GROUP_SIZE,
-        quant_type=quant_type,
-        compress_statistics=double,
-        quant_storage=torch.uint8,
-    )
+    settings = {"blocksize": GROUP, "quant_type": quant_type, "quant_storage": torch.uint8}
+    settings["compress_statistics"] = double
+    quantized, state = bnb.quantize_4bit(weight_OI.contiguous(), **settings)
     if not double:
         return {"weight": quantized.view(-1), "absmax": state.absmax}
     nested = state.state2.absmax
@@ -190,11 +168,11 @@ def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]
     kernel = triton_kernels() if nested.is_cuda else None
     if kernel is not None:
         offset = fields["offset"]
-        return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED_BLOCK),)
+        return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED),)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        fields["qabsmax"], nested, code, NESTED_BLOCK, torch.float32
+        fields["qabsmax"], nested, code, NESTED, torch.float32
     )
-    absmax.view(-1, NESTED_BLOCK).add_(fields["offset"].unsqueeze(1))
+    absmax.view(-1, NESTED).add_(fields["offset"].unsqueeze(1))
     return (absmax,)
 
 
@@ -210,7 +188,7 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
     codes = torch.arange(16, dtype=torch.uint8, device=device).mul_(16).view(-1, 1)
     ones = torch.ones(1, device=device)
     pairs = torch.ops.bitsandbytes.dequantize_4bit(
-        codes, ones, GROUP_SIZE, quant_type, (16, 2), torch.float32
+        codes, ones, GROUP, quant_type, (16, 2), torch.float32
     )
     return pairs[:, 0].contiguous()
 
@@ -220,10 +198,10 @@ def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str) -> torc
     if kernel is not None:
         weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
         table = values_of(quant_type, quantized.device)
-        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP_SIZE)
+        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP)
         return weight_OI
     return torch.ops.bitsandbytes.dequantize_4bit(
-        quantized.view(-1, 1), constants[0], GROUP_SIZE, quant_type, shape, dtype
+        quantized.view(-1, 1), constants[0], GROUP, quant_type, shape, dtype
     )
 
 
@@ -240,13 +218,8 @@ def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
         got, rule = f"hqq cannot be imported ({error})", "an HQQ base needs the hqq package"
         remedy = "pip install hqq, or use --train_type qlora"
         raise UserError(got, rule, remedy, ENVIRONMENT) from None
-    quantized, meta = Quantizer.quantize(
-        weight_OI,
-        nbits=bits,
-        group_size=group_size,
-        axis=storage.axis,
-        device=weight_OI.device.type,
-    )
+    groups = {"group_size": group_size, "axis": storage.axis, "device": weight_OI.device.type}
+    quantized, meta = Quantizer.quantize(weight_OI, nbits=bits, **groups)
     dtype = getattr(torch, storage.fields[0].dtype)
     return {
         "weight": quantized.view(-1).view(torch.uint8),
@@ -297,7 +270,7 @@ def _hqq_row(storage: Storage) -> Format:
         quantize=partial(_quantize_hqq, storage=storage),
         constants=partial(_as_stored, names=("zero", "scale")),
         index_field="scale",
-        dequantize=partial(dequantize_hqq, storage=storage),
+        dequantize=partial(_dequantize_hqq, storage=storage),
         is_sequential=False,
     )
 
@@ -353,15 +326,10 @@ class Layout:
     def is_contiguous(self) -> bool:
         """The layer's weights and constants are those of one long linear, without gaps."""
         fmt = FORMATS[self.format_name]
-        pairs = zip(self.weights, self.weights[1:], strict=False)
-        return fmt.is_sequential and all(
-            [before[1] == after[0] for before, after in pairs]
-            + [
-                o * i % (f.num_weights * f.multiple) == 0
-                for f in fmt.storage.fields
-                for o, i in self.shapes
-            ]
-        )
+        has_gaps = any(before[1] != after[0] for before, after in itertools.pairwise(self.weights))
+        steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
+        has_gaps = has_gaps or any(numel % step for numel in self.numels for step in steps)
+        return fmt.is_sequential and not has_gaps
 
 
 def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:

@@ -36,19 +36,17 @@ def num_shares(strategy: str, world: World) -> int:
     return 1 if row.replicates else world.local_size if row.is_hybrid else world.size
 
 
-def apply(
-    model: QuantizedModel, strategy: str, placed: Placed, compute_dtype: torch.dtype, world: World
-) -> None:
+def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) -> None:
     """Shard a model on the meta device, in place; no bytes exist yet.
 
     Args:
-        model: from skeleton.build, its adapters attached.
+        model: from skeleton.build, its adapters attached; adapters and norms are gathered in the
+            dtype of its kernels, gradients are reduced in float32.
         strategy: row of STRATEGIES.
         placed: where the quantized bytes of each decoder layer lie.
-        compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in
-            float32.
         world: the ranks.
     """
+    compute_dtype = model.kernels.dtype
     row, device_type, shares = STRATEGIES[strategy], world.device.type, num_shares(strategy, world)
     has_copies = row.replicates or shares < world.size
     shape = (world.size // shares, shares) if has_copies else (world.size,)

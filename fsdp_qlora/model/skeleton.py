@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fsdp_qlora.arch import Linear, ModelInfo
+from fsdp_qlora.arch import Linear, ModelInfo, trained
 from fsdp_qlora.arch.info import stored_name
-from fsdp_qlora.arch.trained import NOTHING, Whole
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.attention import RowBounds, register
@@ -49,36 +48,32 @@ class KernelChoice:
     note: str
 
 
-def choose_kernels(
-    attn: str, liger: str, compute_dtype: str, device: torch.device, softcaps: bool
-) -> KernelChoice:
+def choose_kernels(cfg: TrainConfig, device: torch.device, softcaps: bool) -> KernelChoice:
     """Resolve `--attn` and `--liger` for a device.
 
     flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own
     flash kernel.
 
     Args:
-        attn: "auto" or transformers' name.
-        liger: "auto" or "off".
-        compute_dtype: name in torch, "bfloat16".
+        cfg: attn, liger, compute_dtype.
         device: where the run computes.
         softcaps: the model soft-caps its attention scores (Gemma 2), which SDPA leaves out.
     """
     has_gpu = device.type == "cuda"
-    attention, attention_why = attn, "as asked"
-    if attn == "auto":
+    attention, attention_why = cfg.attn, "as asked"
+    if cfg.attn == "auto":
         has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if has_flash else "eager" if softcaps else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if has_flash else missing + ", soft-capped" * softcaps
     has_liger = importlib.util.find_spec("liger_kernel") is not None
-    use_liger = liger == "auto" and has_gpu and has_liger
-    liger_why = "as asked" if liger == "off" else "not installed" if has_gpu else "no GPU"
-    note = f"{compute_dtype}, attention {attention} ({attention_why}), Liger "
+    use_liger = cfg.liger == "auto" and has_gpu and has_liger
+    liger_why = "as asked" if cfg.liger == "off" else "not installed" if has_gpu else "no GPU"
+    note = f"{cfg.compute_dtype}, attention {attention} ({attention_why}), Liger "
     note += "on" if use_liger else f"off ({liger_why})"
-    has_rows = has_gpu and compute_dtype != "float32"
+    has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    return KernelChoice(getattr(torch, compute_dtype), attention, use_liger, has_rows, note)
+    return KernelChoice(getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:
@@ -110,6 +105,7 @@ class QuantizedModel(nn.Module):
         embedding: the input embedding module (part of `decoder`).
         is_tied: input and output embedding are one parameter.
         layout: of the quantized bytes of a layer.
+        kernels: what it computes with.
         tensors: name in the model's files -> (module, parameter name), quantized weights left out.
     """
 
@@ -117,10 +113,11 @@ class QuantizedModel(nn.Module):
     head: LossHead
 
     def __init__(
-        self, decoder: "PreTrainedModel", head: LossHead, is_tied: bool, layout: Layout
+        self, decoder: "PreTrainedModel", head: LossHead, layout: Layout, kernels: KernelChoice
     ) -> None:
         super().__init__()
-        self.decoder, self.head, self.is_tied, self.layout = decoder, head, is_tied, layout
+        self.decoder, self.head, self.layout, self.kernels = decoder, head, layout, kernels
+        self.is_tied = head.weight is self.embedding.weight
         self.tensors: dict[str, tuple[nn.Module, str]] = {}
 
     @property
@@ -185,24 +182,16 @@ class QuantizedModel(nn.Module):
         return self.head(out.last_hidden_state, targets)
 
 
-def build(
-    info: ModelInfo,
-    format_name: str,
-    chosen: KernelChoice,
-    whole: Whole = NOTHING,
-    master: torch.dtype = torch.float32,
-) -> QuantizedModel:
+def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedModel:
     """Build the model on the meta device and put quantized linears into its decoder layers.
 
     Args:
         info: what the model is.
-        format_name: row of FORMATS.
-        chosen: dtype of everything that is not quantized, attention, kernels.
-        whole: what is trained itself.
-        master: dtype of that.
+        cfg: format_name, master_dtype, see `choose_kernels` and arch.trained.whole.
+        device: where it will compute.
 
     Returns:
-        The model in training mode, everything but `whole` frozen, without adapters.
+        The model in training mode, without adapters; all that is not trained itself is frozen.
 
     Raises:
         UserError: the linears of the built model are not those of `info` (code 5).
@@ -213,6 +202,7 @@ def build(
     logging.set_verbosity_error()
     config = AutoConfig.for_model(**info.config)
     config.use_cache = False
+    chosen = choose_kernels(cfg, device, info.softcaps_attention)
     hf_model = _on_meta(config, info, chosen)
     hf_model.requires_grad_(False)
     output = hf_model.get_output_embeddings()
@@ -220,25 +210,25 @@ def build(
         output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
         apply_liger(hf_model)
-    layout = build_layout([linear.shape for linear in info.linears], format_name)
+    layout = build_layout([linear.shape for linear in info.linears], cfg.format_name)
+    whole, master = trained.whole(info, cfg), getattr(torch, cfg.master_dtype)
     layers, cache = cast(nn.ModuleList, hf_model.get_submodule(info.layers_prefix)), LayerCache()
-    trained = [hf_model.get_parameter(name) for name in whole.root]
+    params = [hf_model.get_parameter(name) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
         layers[index] = _build_block(layer, None if is_whole else layout, cache, info)
-        trained += layer.parameters() if is_whole else ()
-    for param in trained:
+        params += layer.parameters() if is_whole else ()
+    for param in params:
         param.data = param.data.to(master)  # in place: a tied head is the same parameter
         param.requires_grad_(True)
-    model = QuantizedModel(
-        hf_model.base_model, LossHead(output.weight, config), info.is_tied, layout
-    )
+    head = LossHead(output.weight, config)
+    model = QuantizedModel(hf_model.base_model, head, layout, chosen)
     for name, _ in hf_model.named_parameters():
         path, _, attribute = name.rpartition(".")
         owner = hf_model.get_submodule(path)
         if attribute != "quantized":
             stored = stored_name(info, name.replace(".body.layer.", "."))
-            model.tensors[stored] = model.head if owner is output else owner, attribute
+            model.tensors[stored] = head if owner is output else owner, attribute
     return model.train()
 
 

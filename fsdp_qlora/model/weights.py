@@ -323,18 +323,14 @@ class QuantizedCache:
     def _read_layer(self, layer: int) -> torch.Tensor:
         assert self.directory is not None, "a cache that is off was read"
         path = self.directory / _file_name(layer)
-        problem = "is missing"
-        if path.exists():
-            # The tensor is the last thing in the file.
-            header_bytes = path.stat().st_size - self.nbytes
-            problem = "is too short"
-            if header_bytes >= 8:
-                quantized = read_file(path, header_bytes, self.nbytes)
-                self.read_bytes += self.nbytes
-                digest = hashlib.sha256(quantized.numpy().data).hexdigest()
-                problem = "" if digest == self.digests[layer] else "does not match its SHA-256"
-        if problem:
-            raise _damaged(path, problem)
+        # The tensor is the last thing in the file.
+        header_bytes = path.stat().st_size - self.nbytes if path.exists() else 0
+        if header_bytes < 8:
+            raise _damaged(path, "is too short" if path.exists() else "is missing")
+        quantized = read_file(path, header_bytes, self.nbytes)
+        self.read_bytes += self.nbytes
+        if hashlib.sha256(quantized.numpy().data).hexdigest() != self.digests[layer]:
+            raise _damaged(path, "does not match its SHA-256")
         return quantized
 
     def map_layers(self, layers: list[int]) -> list[torch.Tensor]:

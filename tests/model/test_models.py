@@ -180,5 +180,5 @@ def test_a_head_that_the_loss_does_not_know_is_refused():
 def build_one(info: arch.ModelInfo) -> None:
     from fsdp_qlora.model import skeleton
 
-    chosen = skeleton.choose_kernels("sdpa", "off", "float32", torch.device("cpu"), False)
-    skeleton.build(info, "nf4_dq", chosen)
+    cfg = config.parse(["--model_name=llama-2-7b", "--attn=sdpa", "--precision=fp32"])
+    skeleton.build(info, cfg, torch.device("cpu"))
