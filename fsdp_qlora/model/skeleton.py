@@ -292,29 +292,26 @@ def _replace_experts(
         UserError: other experts than those of Mixtral and Qwen's mixtures, or other shapes than
             the files have (codes 2, 5).
     """
-    found = [
-        (name, module)
-        for name, module in layer.named_modules()
-        if any(param.dim() > 2 for param in module._parameters.values() if param is not None)
-    ]
+    paths = sorted({n.rpartition(".")[0] for n, p in layer.named_parameters() if p.dim() > 2})
+    found: dict[str, Any] = {path: layer.get_submodule(path) for path in paths}
     parts = {part[1:]: i for i, linear in enumerate(linears) if (part := linear.expert)}
     if not found and not parts:
         return
-    names = ", ".join(f"{name} ({type(module).__name__})" for name, module in found) or "no module"
-    if len(found) != 1 or not _computes_as_mixtral(found[0][1]):
+    names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+    names = names or "no module"
+    if len(found) != 1 or not _computes_as_mixtral(*found.values()):
         rule = "are neither linears nor experts that compute as Mixtral's do"
         raise UserError(f"3-D weights of {names}", rule, "take another model: these stay in 16 bit")
-    path, module = found[0]
+    ((path, module),) = found.items()
     num, _, hidden = module.gate_up_proj.shape
     inner = module.down_proj.shape[2]
-    wanted = [(inner, hidden), (inner, hidden), (hidden, inner)] * num
-    order = [parts.get((i // 3, i % 3), -1) for i in range(3 * num)]
-    shapes = [linears[i].shape for i in order if i >= 0]
-    if len(parts) != 3 * num or shapes != wanted:
+    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    wanted = {(n, k): shape for n in range(num) for k, shape in enumerate(shapes)}
+    if {part: linears[index].shape for part, index in parts.items()} != wanted:
         rule = f"are {num} of {inner} features in config.json, not so in the files"
         raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
-    matrices = [ExpertLinear(partial(weight, index)) for index in order]
-    experts = [matrices[start : start + 3] for start in range(0, len(matrices), 3)]
+    matrices = {part: ExpertLinear(partial(weight, index)) for part, index in parts.items()}
+    experts = [[matrices[n, k] for k in range(3)] for n in range(num)]
     layer.set_submodule(path, QuantizedExperts(experts, module.act_fn))
 
 
