@@ -18,8 +18,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
-from fsdp_qlora.planning.limits import NUM_SLOTS
-from fsdp_qlora.planning.sizes import setting_of
+from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of
 
 # Where a layer's bytes lie -> what that means, for the user.
 PLACEMENTS = {

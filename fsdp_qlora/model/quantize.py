@@ -25,8 +25,8 @@ import torch
 
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.planning.limits import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
-from fsdp_qlora.planning.limits import FORMATS as STORAGES
+from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
+from fsdp_qlora.planning.sizes import FORMATS as STORAGES
 
 
 def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> torch.Tensor:

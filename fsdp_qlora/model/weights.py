@@ -28,7 +28,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model.quantize import Fields, Layout, from_stored
-from fsdp_qlora.planning.limits import NUM_READ_AHEAD
+from fsdp_qlora.planning.sizes import NUM_READ_AHEAD
 
 T = TypeVar("T")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
