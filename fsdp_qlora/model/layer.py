@@ -273,13 +273,11 @@ class TrainedLayer(nn.Module):
             return ()
         return self.row_squares.split([slot.linear.out_features for slot in self.slots])
 
-    def run(
-        self, saved: SavedActivations | None, hidden, lora, args: tuple, kwargs: dict, params=None
-    ):
+    def run(self, saved, hidden, lora, args: tuple, kwargs: dict, params=None):
         """Run the layer as it is.
 
         Args:
-            saved: where its results are stored or taken from, or None.
+            saved: SavedActivations where its results are stored or taken from, or None.
             hidden, args, kwargs: of `forward`.
             lora: stands for `self.lora`.
             params: name in `layer` -> tensor that stands for the parameter; None = none does.

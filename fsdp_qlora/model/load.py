@@ -238,10 +238,9 @@ def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: Worl
     """
     made = {k: v for part in world.gather_objects(own_fingerprints) for k, v in part.items()}
     wrong = []
-    quantized = [
-        (i, block) for i, block in enumerate(shard.blocks(model)) if block.store is not None
-    ]
-    for index, block in quantized:
+    for index, block in enumerate(shard.blocks(model)):
+        if block.store is None:
+            continue
         if fingerprint(shard.gathered(block)) != made[index]:
             wrong.append(index)
         shard.release(block)
@@ -269,16 +268,15 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     Raises:
         UserError: see placement.choose.
     """
-    model, whole = skeleton.build(info, cfg, world.device), trained.whole(info, cfg)
+    model = skeleton.build(info, cfg, world.device)
     if trained.has_adapters(cfg):
         adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
-    # The cache keeps whole models.
-    setting = "off" if whole.layers else cfg.quant_cache
+    # The cache keeps whole models, and what is in their files.
+    is_cached = cfg.weights == "load" and not trained.whole(info, cfg).layers
+    setting = cfg.quant_cache if is_cached else "off"
     cache = weights.open_cache(setting, info, model.layout, world)
     has_cache = cache.directory is not None
-    placed = placement.choose(
-        model.layout.nbytes, info.num_layers, cfg, has_cache, world, whole.layers
-    )
+    placed = placement.choose(info, cfg, model.layout.nbytes, has_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, world)
     model.set_checkpointing(cfg, world.device)
     return Built(model, cache, placed)

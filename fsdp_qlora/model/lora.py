@@ -203,13 +203,7 @@ def row_squares(weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def row_norms(
-    squares_O: torch.Tensor,
-    weight_a_OR: torch.Tensor,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def row_norms(squares_O, weight_a_OR, a_RI, b_OR, scale: float) -> torch.Tensor:
     """Lengths of the rows of W + s B A, without that matrix.
 
     ||w + s b A||^2 = ||w||^2 + 2 s (A w) . b + s^2 b (A A^T) b^T for a row w of W and b of B.
@@ -233,6 +227,7 @@ def _rescaled(z_MO, bias_O, change_O, square_O, norm_O) -> torch.Tensor:
     return Rescaled.apply(z_MO, gain_O, bias_O)
 
 
+Dequantize = Callable[[torch.dtype], torch.Tensor]
 # Linears of one module that read the same tensor, by their last name.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -421,9 +416,7 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     group: InputGroup
 
-    def __init__(
-        self, linear: nn.Linear, dequantize: Callable[[torch.dtype], torch.Tensor]
-    ) -> None:
+    def __init__(self, linear: nn.Linear, dequantize: Dequantize) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.register_parameter("bias", linear.bias)
@@ -466,7 +459,7 @@ class ExpertLinear(NamedTuple):
         bias: none.
     """
 
-    dequantize: Callable[[torch.dtype], torch.Tensor]
+    dequantize: Dequantize
     bias: None = None
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
@@ -211,21 +212,15 @@ class Placed:
 
 
 def choose(
-    layer_bytes: int,
-    num_layers: int,
-    cfg: TrainConfig,
-    has_cache: bool,
-    world: World,
-    whole: Sequence[int] = (),
+    info: ModelInfo, cfg: TrainConfig, layer_bytes: int, has_cache: bool, world: World
 ) -> Placed:
     """Place the layers; take the host memory that weight streaming needs before anything is read.
 
     Args:
+        info: the model.
+        cfg: see planning.sizes.setting_of; offload_impl "auto" is stream on one machine where
+            memory can be shared, else fsdp.
         layer_bytes: quantized, of a layer.
-        num_layers: decoder layers.
-        cfg: see plan.sizes.setting_of; offload_impl "auto" is stream on one machine where memory
-            can be shared, else fsdp.
-        whole: layers that are trained themselves.
         has_cache: there is a copy on disk, to map what the host has no room for.
         world: the ranks; all must call and decide the same.
 
@@ -235,7 +230,8 @@ def choose(
     Raises:
         UserError: streaming was asked for and cannot be, or the host has no room (code 3).
     """
-    names = setting_of(cfg, num_layers, world.size, whole).placements
+    whole = trained.whole(info, cfg).layers
+    names = setting_of(cfg, info.num_layers, world.size, whole).placements
     num_streamed = names.count("streamed")
     if not num_streamed:
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
@@ -247,7 +243,7 @@ def choose(
         raise UserError(got, rule, remedy, ENVIRONMENT)
     if refusal:
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
-        names = setting_of(by_fsdp, num_layers, world.size, whole).placements
+        names = setting_of(by_fsdp, info.num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
     num_slots = NUM_SLOTS + ("resident" in names)
     streamer = Streamer(num_streamed, layer_bytes, num_slots, world.device)
@@ -270,9 +266,7 @@ def _host_copy(
         return "", None
     if shortage:
         got = f"{nbytes / GIB:.1f} GiB of quantized layers on the host"
-        remedy = (
-            "free host memory, give --resident_layers N, or let --quant_cache keep them on disk"
-        )
+        remedy = "free host memory, give --resident_layers, or let --quant_cache keep them on disk"
         raise UserError(got, f"only {shortage}", remedy, ENVIRONMENT)
     return shared(nbytes, world.device.type == "cuda", world)
 

@@ -326,10 +326,11 @@ class Layout:
     def is_contiguous(self) -> bool:
         """The layer's weights and constants are those of one long linear, without gaps."""
         fmt = FORMATS[self.format_name]
+        if not fmt.is_sequential:
+            return False
         has_gaps = any(before[1] != after[0] for before, after in itertools.pairwise(self.weights))
         steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
-        has_gaps = has_gaps or any(numel % step for numel in self.numels for step in steps)
-        return fmt.is_sequential and not has_gaps
+        return not has_gaps and not any(numel % step for numel in self.numels for step in steps)
 
 
 def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:

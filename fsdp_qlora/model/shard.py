@@ -65,8 +65,8 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
     common["ignored_params"] = ignored - {None}
     mixed = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     pinned = fsdp.CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    trained = [block.body for block, _ in layers if block.body.is_trained]
-    bodies: list[Any] = trained if row.replicates else [block.body for block, _ in layers]
+    bodies: list[Any] = [block.body for block, _ in layers]
+    bodies = [body for body in bodies if body.is_trained or not row.replicates]
     light = [body for body in bodies if not body.is_whole]
     lora_bytes = sum(body.lora.numel() for body in light if body.slots) * compute_dtype.itemsize
     if light and lora_bytes <= ONE_GROUP_BYTES:  # gathered once a pass, reduced once

@@ -42,18 +42,14 @@ class Weights:
     """Tensors by their name in the model's files.
 
     Attributes:
-        source: "files" or "random", in words for the load report.
+        source: in words, for the load report.
         info: the model, with the places of its tensors.
         read_bytes: bytes read so far.
     """
 
-    source = "files"
-
     def __init__(self, info: ModelInfo) -> None:
-        self.info = info
-        self.read_bytes = 0
-        if info.quantized:
-            self.source = f"files, in {info.stored_format} as stored,"
+        self.info, self.read_bytes = info, 0
+        self.source = f"files, in {info.stored_format} as stored," if info.quantized else "files"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Account for every tensor.
@@ -65,16 +61,15 @@ class Weights:
             UserError: names missing, unknown, or of another shape (code 5).
         """
         found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items()}
-        missing = sorted(expected.keys() - found.keys())
-        unknown = sorted(found.keys() - expected.keys())
-        wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+        missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+        wrong = {n for n in expected.keys() & found.keys() if expected[n] != found[n]}
         faults = {"missing": missing, "unknown": unknown, "of another shape": wrong}
         rule = f"the files in {self.info.path} must hold exactly what config.json describes"
         remedy = "check config.json (number of layers, sizes) or download the model again"
         for word, names in faults.items():
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                got = f"tensors {word}: {', '.join(names[:3])}{more}"
+                got = f"tensors {word}: {', '.join(sorted(names)[:3])}{more}"
                 raise UserError(got, rule, remedy, INTEGRITY)
 
     def read_rows(
@@ -173,11 +168,9 @@ class RandomWeights(Weights):
         shapes: name -> shape, from `check_names`.
     """
 
-    source = "random"
-
     def __init__(self, info: ModelInfo, seed: int) -> None:
         super().__init__(info)
-        self.seed = seed
+        self.source, self.seed = "random", seed
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -365,8 +358,7 @@ class QuantizedCache:
         """
         if self.temporary is None:
             return
-        self._wait()
-        if not self.failure:
+        if not self._failure():
             self.writing = self.writer.submit(self._write, self.temporary, layer, quantized.cpu())
 
     def _write(self, directory: Path, layer: int, host: torch.Tensor) -> None:
@@ -379,9 +371,11 @@ class QuantizedCache:
         except (OSError, SafetensorError) as error:  # a full disk: train without the cache
             self.failure = f"not written: {path}: {error}"
 
-    def _wait(self) -> None:
+    def _failure(self) -> str:
+        """`failure`, once the layer in hand is written."""
         if self.writing is not None:
             self.writing.result()
+        return self.failure
 
     def commit(self, world: World) -> None:
         """Give the directory its name once every rank has written its layers.
@@ -393,8 +387,7 @@ class QuantizedCache:
         """
         if self.directory is None or self.temporary is None:
             return
-        self._wait()
-        failures = [text for text in world.gather_objects(self.failure) if text]
+        failures = [text for text in world.gather_objects(self._failure()) if text]
         if failures:
             self.note = failures[0]
             shutil.rmtree(self.temporary, ignore_errors=True)

@@ -203,10 +203,13 @@ def damage(entry: Path, how: str) -> Path:
 
 
 def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path):
-    """Never trained on, never silently made again."""
+    """Never trained on, never silently made again; random numbers never lie there as a model's."""
     path = tiny.save_model(tmp_path / "model")
+    other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
     cases = [(path, f"--quant_cache={tmp_path / how}") for how in DAMAGES]
-    written = run_ranks(starts, 1, cases)[0]
+    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
+    *written, drawn = run_ranks(starts, 1, [*cases, random])[0]
+    assert drawn["directory"] is None
     files = [damage(facts["directory"], how) for facts, how in zip(written, DAMAGES, strict=True)]
     for (code, text), file in zip(run_ranks(faults, 1, cases)[0], files, strict=True):
         assert code == INTEGRITY
