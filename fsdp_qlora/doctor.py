@@ -534,9 +534,9 @@ def host_link(world: "World") -> Iterator[Finding]:
     """Pin memory, and measure the link from the host to the GPU, all GPUs at once."""
     import torch
 
-    from fsdp_qlora.model import streaming
+    from fsdp_qlora.model import placement
 
-    memory = streaming.private(LINK_BYTES, pin=True)
+    memory = placement.private(LINK_BYTES, pin=True)
     there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=world.device)
     gbs = LINK_BYTES * rate(partial(there.copy_, memory.bytes, non_blocking=True)) / 1e9
     value = f"{gbs:.3g} GB/s to the GPU, all GPUs at once; pinned {LINK_BYTES // 2**20} MiB"
