@@ -322,7 +322,7 @@ class MemoryTracker:
             if number is None:
                 row = names.ADAPTERS if tensor.requires_grad else names.UNQUANTISED
                 self.held[row] += gib
-            elif placed.rows[number].is_on_host:
+            elif placed.names[number] == "offloaded":
                 on_host += gib
             else:  # a slice is whatever bytes fall to the rank: it counts as a part of both
                 self.held[names.PACKED] += gib * weights_share

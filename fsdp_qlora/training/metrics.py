@@ -474,7 +474,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
     trainable, total, load_peaks = trained.count(info, cfg), num_params(info), _load_peaks(tracker)
-    chosen, cache, placed, loaded = built.chosen, built.cache, built.placed, built.loaded
+    kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
     num_quantized = info.num_layers - len(trained.whole(info, cfg).layers)
     quantized_gib = built.model.layout.nbytes * num_quantized / hardware.GIB
     sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
@@ -488,7 +488,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         f"{cfg.format_name} ({quantized_gib:.2f} GiB quantized)",
         f"          not quantized, in 16 bit: {whole}",
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
-        f"kernels   {chosen.note}",
+        f"kernels   {kernels.note}",
         f"placement {placed.note}",
         f"loaded    {loaded}",
         f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
@@ -498,14 +498,11 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         *replanned,
         *(f"note      {note}" for note in cfg_notes(cfg)),
     ]
-    facts: dict[str, Any] = {
-        "config": to_dict(cfg),
-        "plan": plan.to_dict(),
-        "model_type": info.model_type,
-    }
-    facts |= {"num_params": total, "num_trainable_params": trainable, "packed_gib": quantized_gib}
+    facts: dict[str, Any] = {"config": to_dict(cfg), "plan": plan.to_dict()}
+    facts |= {"model_type": info.model_type, "num_params": total}
+    facts |= {"num_trainable_params": trainable, "packed_gib": quantized_gib}
     facts |= {"load_s": loaded.seconds, "load_source": loaded.source, "load_peaks": load_peaks}
-    facts |= {"kernels": chosen.note, "placement": placed.note, "quant_cache": cache.note}
+    facts |= {"kernels": kernels.note, "placement": placed.note, "quant_cache": cache.note}
     return facts | {"data": data.audit.facts, "lines": lines}
 
 
