@@ -18,10 +18,7 @@ COMMANDS = {
     "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
     "merge": ("fsdp_qlora.export.merge:main", "add an adapter to its base model"),
     "quantize": ("fsdp_qlora.export.new_base:quantize", "write a 4-bit model for transformers"),
-    "expand": (
-        "fsdp_qlora.export.new_base:expand",
-        "add new layers or tokens to a model",
-    ),
+    "expand": ("fsdp_qlora.export.new_base:expand", "add new layers or tokens to a model"),
 }
 
 
