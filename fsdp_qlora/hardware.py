@@ -92,11 +92,7 @@ SPEEDS |= {"card_link_gbs": "peer_gbs"}
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
 # Controller in /proc/self/cgroup, mount, files with limit, use and kills: version 1, version 2.
 CGROUP_VERSIONS = (
-    (
-        "memory",
-        "memory",
-        *(f"memory.{x}" for x in ("limit_in_bytes", "usage_in_bytes", "oom_control")),
-    ),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
     ("", "", "memory.max", "memory.current", "memory.events"),
 )
 ASK_TORCH = """
@@ -195,10 +191,9 @@ def gpu_like(name: str, memory_gib: float) -> Device:
     """
     plain = _plain(name)
     alike = [gpu for gpu in GPUS.values() if plain.startswith(_plain(gpu.name.split("-")[0]))]
-    sized = alike or [gpu for gpu in GPUS.values() if gpu.memory_gib <= memory_gib] or [*_TABLE]
+    smaller = [gpu for gpu in GPUS.values() if gpu.memory_gib <= memory_gib]
+    sized = alike or smaller or [*GPUS.values()]
     near = min(sized, key=lambda gpu: abs(gpu.memory_gib - memory_gib))
-    if math.isinf(memory_gib):
-        near = alike[0] if alike else GPUS["3090"]
     usable_gib = round(memory_gib * USABLE_OF_REPORTED, 1)
     return dataclasses.replace(near, name=name, memory_gib=usable_gib)
 
@@ -353,7 +348,7 @@ def with_measured(devices: list[Device], path: Path, link_gbs: float | None) -> 
     Raises:
         UserError: the file is not what `doctor` writes (code 3).
     """
-    measured: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     if path.is_file():
         try:
             table = json.loads(path.read_text(encoding="utf-8"))["cards"]
@@ -366,10 +361,9 @@ def with_measured(devices: list[Device], path: Path, link_gbs: float | None) -> 
             remedy = "delete it, or run python -m fsdp_qlora doctor"
             raise UserError(str(path), rule, remedy, ENVIRONMENT) from error
     given = {} if link_gbs is None else {"host_link_gbs": link_gbs}
-    speeds: list[dict[str, Any]] = [measured.get(_plain(device.name), {}) for device in devices]
+    rows = [(device, measured.get(_plain(device.name), {})) for device in devices]
     return [
-        dataclasses.replace(device, **{**row, **given, "is_measured": bool(row)})
-        for device, row in zip(devices, speeds, strict=True)
+        dataclasses.replace(device, **row | given, is_measured=bool(row)) for device, row in rows
     ]
 
 
@@ -402,20 +396,19 @@ class Cgroup:
     Attributes:
         limit_gib: the tightest limit from the group up to the root; None when there is none.
         used_path: file with the bytes the group uses, page cache included; None when not found.
-        stat_path: file with the page cache among them.
+            memory.stat beside it says how many those are.
         events_path: file that counts the processes killed for want of memory.
     """
 
     limit_gib: float | None = None
     used_path: Path | None = None
-    stat_path: Path | None = None
     events_path: Path | None = None
 
     def used_gib(self) -> float | None:
         """GiB in use less the page cache that the kernel would drop first; None without a group."""
-        if self.used_path is None or self.stat_path is None:
+        if self.used_path is None:
             return None
-        used, stat = _read(self.used_path).strip(), _read(self.stat_path)
+        used, stat = _read(self.used_path).strip(), _read(self.used_path.with_name("memory.stat"))
         cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
         cache_bytes = int(cache[1]) if cache else 0
         return max(0, int(used) - cache_bytes) / GIB if used.isdigit() and stat else None
@@ -444,8 +437,7 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         if paths and used:
             limits = [read_limit_gib(place / limit_name) for place in groups]
             limit_gib = min((limit for limit in limits if limit is not None), default=None)
-            names = (used_name, "memory.stat", events_name)
-            return Cgroup(limit_gib, *(used[0] / name for name in names))
+            return Cgroup(limit_gib, used[0] / used_name, used[0] / events_name)
     return Cgroup()
 
 

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
-from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
+from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.training import preflight, resume
+from fsdp_qlora.training import preflight
 
 
 def run(
@@ -40,19 +40,15 @@ def run(
     from fsdp_qlora.report import page
     from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
 
-    cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
+    cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
-    dataset = data.build(cfg, info, world)
+    dataset = data.build(cfg, plan.info, world)
     num_steps = dataset.train.num_steps
-    resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
+    resumed = checkpoint.load(plan, given, adapter.digest(plan.info), dataset, world)
     trained, tracker, record = _build(plan, dataset, world, **probe)
-    resumed.restore(trained)
+    checkpoint.restore(trained, resumed.saved)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
-
-    def follow() -> None:
-        after_step()
-        poll()
 
     with (
         preflight.explain_disk_full(cfg),
@@ -61,10 +57,20 @@ def run(
         trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
-        checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
-        evaluator = _evaluator(trained, dataset, plan, recorder, tracker)
-        evaluator.num_done = resumed.step
-        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, follow)
+        checkpointer = checkpoint.Checkpointer(trained, recorder, resumed, signals)
+        evaluator = _evaluator(trained, dataset, plan, recorder, resumed.step)
+
+        def follow() -> None:
+            after_step()
+            poll()
+            evaluator.after_step()
+            checkpointer.mark_best(evaluator.best)
+
+        evaluator.begin()
+        loop.fit(trained, dataset.train, recorder, checkpointer, follow)
+        evaluator.end()
+        checkpointer.mark_best(evaluator.best)
+        checkpointer.wait()
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with tracker.phase("save"):
@@ -79,7 +85,7 @@ def run(
 def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, memory, memory_probe, metrics
+    from fsdp_qlora.training import memory, memory_probe, metrics, optim
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
@@ -88,15 +94,15 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
     tracker.record_model(built)
-    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
-    record = metrics.describe(cfg, plan.info, dataset, built, tracker)
+    trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
+    tracker.record_optimizer(trained)
+    record = metrics.describe(dataset, built, tracker)
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
+def _evaluator(trained, dataset, plan: RunPlan, recorder, num_done: int) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.model_files import save
@@ -110,11 +116,14 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     def save_as(cfg: config.TrainConfig) -> None:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
-    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, num_done)
 
 
 def join_and_run(
-    cfg: config.TrainConfig, given: frozenset[str], poll: Callable[[], None] = lambda: None
+    cfg: config.TrainConfig,
+    given: frozenset[str],
+    poll: Callable[[], None] = lambda: None,
+    owns_process: bool = False,
 ) -> RunPlan:
     """Be one of the ranks, of a process group that is there or of a new one.
 
@@ -122,43 +131,34 @@ def join_and_run(
         cfg: the run.
         given: names of the options that the user wrote.
         poll: called after each step.
+        owns_process: this process is the rank's alone; what goes wrong ends it, and is left as one
+            line for the supervisor.
 
     Returns:
         The plan that was gone by.
     """
-    from fsdp_qlora.distributed import world as worlds
-
-    known = worlds.of_process_group()
-    if known is None:
-        os.environ.update(env.rank_env(os.environ, cfg))
-    world = known or worlds.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
-    plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
-    run(plan, world, given, poll)
-    if known is None:
-        worlds.leave()
-    if world.rank == 0:
-        hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
-    return plan
-
-
-def rank_main(cfg: config.TrainConfig, given: frozenset[str]) -> None:
-    """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
-    # No KeyboardInterrupt while libraries are imported: some of them swallow it.
-    signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
-    plan, rank = None, int(os.environ["RANK"])
-    hooks.enable_stack_dumps(cfg.resolved_output_dir / exit_report.LOGS / f"rank{rank}.log")
+    plan = None
     try:
-        from fsdp_qlora.distributed import world as ranks
+        from fsdp_qlora.distributed import world as worlds
 
-        world = ranks.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
+        known = worlds.of_process_group()
+        if known is None:
+            os.environ.update(launch.rank_env(os.environ, cfg))
+        world = known or worlds.join(
+            cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic
+        )
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
-        run(plan, world, given)
-        ranks.leave()
-        hooks.beat(hooks.DONE, rank)
-        if rank == 0 and not env.is_supervised(os.environ):
-            hub.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
+        run(plan, world, given, poll)
+        if known is None:
+            worlds.leave()
+        hooks.beat(hooks.DONE, world.rank)
+        if world.rank == 0 and not hooks.is_supervised():
+            hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
-        exit_report.fail(error, cfg, plan)
+        if owns_process:
+            exit_report.fail(error, cfg, plan)
+        raise
+    return plan
 
 
 class _SteadyStream:
@@ -208,17 +208,12 @@ def ignore_broken_pipe() -> Iterator[None]:
             err.flush()
 
 
-def launch_ranks(
-    argv: list[str],
-    start=supervise.start,
-    watcher: launch.Watcher = launch.Watcher(),  # noqa: B008  (frozen)
-) -> int:
+def launch_ranks(argv: list[str], **followed: Any) -> int:
     """Check all that needs no torch, then be a rank or start the ranks.
 
     Args:
         argv: the command line.
-        start: starts a rank.
-        watcher: follows the run.
+        followed: start, tell and poll of distributed.launch.Attempt.
 
     Returns:
         Exit code of the command.
@@ -226,41 +221,43 @@ def launch_ranks(
     Raises:
         UserError: what was checked is not as it must be.
     """
-    saved, is_supervised = None, env.is_supervised(os.environ)
+    saved, is_supervised = None, hooks.is_supervised()
     is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
     if not is_supervised:
-        argv, saved = resume.expand(argv, say)
+        argv, saved = preflight.expand_resume(argv, say)
     cfg, given = config.parse(argv, say=say), config.given(argv)
-    if saved is not None and resume.is_done(saved, cfg):
+    if saved is not None and preflight.is_done(saved, cfg):
         print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
         return errors.DONE
-    if env.is_rank(os.environ):
-        os.environ.update(env.rank_env(os.environ, cfg))
-        rank_main(cfg, given)
+    if launch.is_rank(os.environ):
+        # No KeyboardInterrupt while libraries are imported: some of them swallow it.
+        signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
+        os.environ.update(launch.rank_env(os.environ, cfg))
+        log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
+        hooks.enable_stack_dumps(log)
+        join_and_run(cfg, given, owns_process=True)
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
-    resume.check_early(saved, plan, adapter.digest(plan.info))
-    preflight.check_room(plan.cfg, plan.info)
-    preflight.check(plan)
+    preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
-    code = launch.supervise(cfg, argv, plan=plan, start=start, watcher=watcher)
+    code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:
         hub.push(cfg.resolved_output_dir, cfg.push_to_hub)
     return code
 
 
 @ignore_broken_pipe()
-def main(argv: list[str], start=supervise.start) -> int:
+def main(argv: list[str], **followed: Any) -> int:
     """Run the command line `argv`; every error is one line. Returns the exit code."""
     try:
-        return launch_ranks(argv, start)
+        return launch_ranks(argv, **followed)
     except errors.UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.code
-    except hooks.Stopped as stopped:
-        if not env.is_supervised(os.environ) and os.environ.get("RANK") == "0":
+    except errors.Stopped as stopped:
+        if not hooks.is_supervised() and os.environ.get("RANK") == "0":
             print(stopped, file=sys.stderr)
         exit_report.leave(stopped.code)
     except KeyboardInterrupt:

@@ -6,12 +6,15 @@ rank is a number, or `all`; without a step the first time counts. It happens onc
 a run that the supervisor has started again is spared; only numbers are spoilt every time.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 from fsdp_qlora.distributed import hooks
@@ -53,7 +56,7 @@ def _spoil_losses() -> None:
     whole = loop.token_loss_sum
 
     def token_loss_sum(*args):
-        here = hooks.own_heartbeat(os.environ)
+        here = hooks.own_heartbeat()
         is_step = here.point in ("pre-forward", "post-backward")
         kind = _due("post-forward", int(os.environ["RANK"]), here.step) if is_step else ""
         return whole(*args) * FACTORS.get(kind, 1.0)
@@ -110,6 +113,17 @@ def _note(point: str, step: int) -> None:
     os.write(2, f"reached {point} {step}\n".encode())  # at once: another thread may write too
 
 
+@contextlib.contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Let the system refuse what makes a file larger, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 KINDS = {
     "exc": _raise,
     "cuda": _cuda_error,
@@ -129,12 +143,12 @@ KINDS = {
 
 if __name__ == "__main__":  # as train.py, its ranks too
     from fsdp_qlora import run
-    from fsdp_qlora.distributed import launch, supervise
+    from fsdp_qlora.distributed import launch
 
-    def start(spec: supervise.RankSpec) -> supervise.Rank:
+    def start(spec: launch.RankSpec) -> launch.Rank:
         own = (sys.executable, "-m", "tests.faults")
         command = [*own, *spec.command[len(launch.PROGRAM) :]]
-        return supervise.start(dataclasses.replace(spec, command=command))
+        return launch.start(dataclasses.replace(spec, command=command))
 
     install()
     sys.exit(run.main(sys.argv[1:], start=start))

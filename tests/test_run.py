@@ -18,16 +18,8 @@ NUM_STEPS = 12
 QUESTION = "What is 5?"
 STEP_FIELDS = {
     *("step", "epoch", "loss", "learning_rate", "grad_norm", "num_trained_tokens", "num_tokens"),
-    *(
-        "tokens_per_s",
-        "step_s",
-        "data_s",
-        "forward_s",
-        "backward_s",
-        "optimizer_s",
-        "ranks",
-        "host",
-    ),
+    *("tokens_per_s", "step_s", "data_s", "forward_s", "backward_s", "optimizer_s"),
+    *("ranks", "host"),
 }
 RANK_FIELDS = {
     *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
@@ -45,10 +37,10 @@ NOISE = re.compile(r"Warning|Traceback|warn|it/s\]|\r|\x1b|deprecat|Failed to lo
 
 # As train.py, but rank 1 has a bug.
 BROKEN = """
-import os, sys
+import dataclasses, os, sys
 sys.path.insert(0, {project!r})
 from fsdp_qlora import config, run as train
-from fsdp_qlora.distributed import env, launch
+from fsdp_qlora.distributed import launch
 
 def broken(plan, world, *more, run=train.run):
     if world.rank == 1:
@@ -56,9 +48,14 @@ def broken(plan, world, *more, run=train.run):
     run(plan, world, *more)
 
 train.run = broken
-if env.is_rank(os.environ):
+if launch.is_rank(os.environ):
     sys.exit(train.main(sys.argv[1:]))
-sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], [sys.executable, __file__]))
+def start(spec):
+    command = [sys.executable, __file__, *spec.command[len(launch.PROGRAM) :]]
+    return launch.start(dataclasses.replace(spec, command=command))
+
+argv = sys.argv[1:]
+sys.exit(launch.supervise(launch.Attempt(config.parse(argv), argv, start=start)))
 """
 
 
@@ -66,17 +63,7 @@ sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], [sys.executa
 def place(tmp_path_factory) -> Path:
     """A directory with `model` and `data.jsonl`."""
     directory = tmp_path_factory.mktemp("run")
-    rows = [
-        {"instruction": f"What is {i}?", "input": "", "output": f"It is the number {i}."}
-        for i in range(60)
-    ]
-    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = tiny.save_model(directory / "model", vocab_size=384)
-
-    from tests import small_tokenizers
-
-    texts = [text for row in rows for text in small_tokenizers.pair(row)]
-    tiny.save_tokenizer(model, texts)
+    warm.make_model(directory, **tiny.SIZES)
     return directory
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from fsdp_qlora import run as train_run
 from fsdp_qlora.distributed import launch
-from fsdp_qlora.distributed.supervise import RankSpec, tied_to_parent
+from fsdp_qlora.distributed.launch import RankSpec, tied_to_parent
 from tests import faults
 from tests.ranks import PRELOAD
 
@@ -53,7 +53,7 @@ class Forked:
 
 
 def fork(task: RankSpec) -> Forked:
-    """Start one rank (see processes.start)."""
+    """Start one rank (see launch.start)."""
     tie = tied_to_parent()
     sys.stdout.flush()  # or the child says again what is waiting there
     pid = os.fork()
@@ -155,7 +155,7 @@ class Run:
         return found
 
 
-def make_model(directory: Path) -> None:
+def make_model(directory: Path, **sizes: int) -> None:
     """Write a tiny Llama with a tokenizer (`model`) and 60 rows (`data.jsonl`)."""
     from tests import tiny
 
@@ -164,8 +164,8 @@ def make_model(directory: Path) -> None:
         for i in range(60)
     ]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = tiny.save_model(directory / "model", vocab_size=384, **sizes)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = tiny.save_model(directory / "model", **small | sizes | {"vocab_size": 384})
     from tests import small_tokenizers
 
     tiny.save_tokenizer(model, [text for row in rows for text in small_tokenizers.pair(row)])

@@ -1,6 +1,5 @@
-"""What a rank shows and hears while it runs: signs of life at named points, stop signals."""
+"""Signs of life that ranks give at named points and their supervisor reads; stop signals."""
 
-import contextlib
 import faulthandler
 import os
 import signal
@@ -10,12 +9,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from fsdp_qlora import errors
+
+# What the supervisor puts into the environment of a rank.
+SUPERVISOR = "FSDP_QLORA_SUPERVISOR"  # its process, which prints the errors
+LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
 RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
 STEP_POINTS = (
@@ -30,13 +34,7 @@ POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq32s")
-START_S = 300.0
-SHORTEST_S = 60.0
-SLOWEST_TIMES = 10.0
-NUM_RECENT = 50
-LIFE_SHARE = 0.001
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SIGNALED = 128  # exit code of a command that a signal ended, less the signal's number
 
 
 @dataclass(frozen=True)
@@ -135,15 +133,17 @@ def read(board: int, rank: int) -> Heartbeat:
     return Heartbeat(at_ns / 1e9, step, point.rstrip(b"\0").decode())
 
 
-def own_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
-    """Return the last sign that this rank itself has given, if there is a supervisor.
-
-    Args:
-        env: the environment.
-    """
+def own_heartbeat() -> Heartbeat:
+    """Return the last sign that this rank itself has given; an empty one without a supervisor."""
     with suppress(OSError):
-        return read(int(env[BOARD]), int(env["RANK"])) if BOARD in env else None
-    return None
+        if BOARD in os.environ:
+            return read(int(os.environ[BOARD]), int(os.environ["RANK"]))
+    return Heartbeat()
+
+
+def is_supervised() -> bool:
+    """Return whether a supervisor has started this process, so that it prints the errors."""
+    return SUPERVISOR in os.environ
 
 
 @dataclass
@@ -151,21 +151,18 @@ class Watch:
     """Finds out whether ranks hang.
 
     In a step a rank is given 10 times as long as the slowest recent step, 60 s at least. Outside
-    (loading, the first step, evaluating, saving) 300 s, and as long as the ranks compute.
+    (loading, the first step, evaluating, saving) 300 s, and as long as the ranks compute: a
+    thousandth of the time on some core.
 
     Attributes:
         board: number of the file the ranks write to.
-        points: names of all points, in their order.
-        steady: those that follow each other in every step.
         limit_s: a limit for both instead, of the user; 0: no rank ever hangs.
     """
 
     board: int
-    points: Sequence[str]
-    steady: Sequence[str]
     limit_s: float | None = None
     began_s: float = field(default_factory=time.monotonic)
-    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     last: Heartbeat = Heartbeat()
     used_s: float = 0.0
 
@@ -181,7 +178,7 @@ class Watch:
         self._learn(max(signs.values(), key=lambda sign: sign.step))
         first = min(signs.values(), key=lambda sign: sign.at_s)
         silent_s = time.monotonic() - max(first.at_s, self.began_s)
-        is_steady = first.point in self.steady and bool(self.steps_s)
+        is_steady = first.point in STEP_POINTS and bool(self.steps_s)
         if silent_s <= self._limit_s(is_steady):
             return []
         stopped = [rank for rank, pid in pids.items() if _life(pid)[0] == "T"]
@@ -192,7 +189,7 @@ class Watch:
 
     def _place(self, sign: Heartbeat) -> tuple[int, int]:
         """How far a rank is: the step, and the point in it."""
-        order = self.points.index(sign.point) if sign.point in self.points else len(self.points)
+        order = POINTS.index(sign.point) if sign.point in POINTS else len(POINTS)
         return sign.step, order if sign.point else -1
 
     def _learn(self, sign: Heartbeat) -> None:
@@ -206,13 +203,12 @@ class Watch:
     def _limit_s(self, is_steady: bool) -> float:
         if self.limit_s is not None:
             return self.limit_s
-        slowest_s = SLOWEST_TIMES * max(self.steps_s, default=0.0)
-        return max(SHORTEST_S if is_steady else START_S, slowest_s)
+        return max(60.0 if is_steady else 300.0, 10.0 * max(self.steps_s, default=0.0))
 
     def _is_busy(self, pids: Sequence[int]) -> bool:
         """Whether the ranks have computed since they were last asked; they are given more time."""
         used_s, now_s = sum(_life(pid)[1] for pid in pids), time.monotonic()
-        is_busy = used_s - self.used_s > LIFE_SHARE * (now_s - self.began_s)
+        is_busy = used_s - self.used_s > 0.001 * (now_s - self.began_s)
         self.used_s, self.began_s = used_s, now_s
         return is_busy
 
@@ -224,22 +220,6 @@ def _life(pid: int) -> tuple[str, float]:
     except OSError:
         return "", 0.0
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-class Stopped(KeyboardInterrupt):
-    """A rank leaves because a signal asked for it.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.code = SIGNALED + number  # of the command
-
-    def __str__(self) -> str:
-        """One line for the user."""
-        return f"stopped by {signal.Signals(self.code - SIGNALED).name}; --resume DIR goes on"
 
 
 class StopFlag:
@@ -264,12 +244,12 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number and self._is_deferred:
-            os._exit(SIGNALED + number)  # asked twice: the checkpoint before stays as it is
+            os._exit(errors.SIGNALED + number)  # asked twice: the checkpoint before stays as it is
         self.number = self.number or number
         if not self._is_deferred:
-            raise Stopped(number)
+            raise errors.Stopped(number)
 
-    @contextlib.contextmanager
+    @contextmanager
     def deferred(self) -> Iterator[None]:
         """While steps are taken, a signal waits for the end of the step."""
         self._is_deferred = True
