@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 
 from fsdp_qlora import doctor, hardware
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.doctor import OK, PROBLEM, WARNING, Finding
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.quantize import FORMATS
 from tests import fake_nvml
 from tests.tiny import require
 
+CPU = torch.device("cpu")
 FOUR_BIT = ("nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4")
 
 
@@ -40,8 +43,8 @@ def test_a_machine_is_checked_and_measured_for_the_plan(
     path.write_text(json.dumps({"cards": {"RTX 3090": {"memory_gbs": 900}, "CPU": {}}}))
     code = main(["doctor", "--json", f"--output_dir={tmp_path / 'runs'}"])
     values = json.loads(capsys.readouterr().out)
+    assert [row for row in values["findings"] if row.pop("status") == PROBLEM] == []
     findings = [Finding(**row) for row in values["findings"]]
-    assert [finding for finding in findings if finding.status == PROBLEM] == []
     assert (code, values["code"]) == (DONE, DONE)
     names = {finding.name for finding in findings}
     assert names >= {"packages", "host memory", "/dev/shm", "disk of cache", "disk of output"}
@@ -58,7 +61,7 @@ def test_a_machine_is_checked_and_measured_for_the_plan(
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["cache", "machine.json"]
 
 
-class SpoilingWorld:
+class SpoilingWorld(World):
     """Ranks whose bytes arrive as this one's; one bit of the second's changes on its way."""
 
     def share(self, flat: torch.Tensor) -> torch.Tensor:
@@ -77,9 +80,7 @@ class SpoilingWorld:
 
 def test_a_bit_that_changes_on_its_way_is_a_problem():
     """One of what rank 1 sends."""
-    world = SpoilingWorld()
-    rank = doctor.TrialRank(0, 2, torch.device("cpu"), torch.bfloat16, world=world)
-    (spoiled,) = doctor.gather(rank)
+    (spoiled,) = doctor.gather(SpoilingWorld(0, 2, 0, 2, CPU))
     assert (spoiled.status, spoiled.code) == (PROBLEM, INTEGRITY)
     assert spoiled.value == "bytes of rank 1 arrive changed"
     assert "NCCL_P2P_DISABLE" in spoiled.remedy
@@ -102,8 +103,7 @@ def test_ranks_that_crash_or_hang_are_findings(tmp_path: Path):
 def test_a_quantized_matmul_is_compared_with_the_right_one(name: str):
     """A block that is off, nothing at all, a code of something else: each is a problem."""
     require(name)
-    rank = doctor.TrialRank(0, 1, torch.device("cpu"), torch.bfloat16)
-    (right,) = doctor.quantized(rank, name)
+    (right,) = doctor.quantized(CPU, name)
     assert right.status == OK
     row = FORMATS[name]
 
@@ -119,8 +119,8 @@ def test_a_quantized_matmul_is_compared_with_the_right_one(name: str):
         return row.quantize(weight_OI.sign() * 0.02)
 
     for spoiled in ({"dequantize": one_block_off}, {"dequantize": zeros}, {"quantize": coarse}):
-        (wrong,) = doctor.quantized(rank, name, dataclasses.replace(row, **spoiled))
-        assert (wrong.status, wrong.name) == (PROBLEM, f"CPU {name}")
+        (wrong,) = doctor.quantized(CPU, name, dataclasses.replace(row, **spoiled))
+        assert wrong.name == name and wrong.value.startswith("wrong: ")
         assert wrong.code == (DONE if name == "hqq4" else INTEGRITY)
         assert "pip install --upgrade" in wrong.remedy
 
@@ -157,17 +157,19 @@ def test_packages_out_of_range_or_at_odds_are_named(
     meta = "Metadata-Version: 2.1\nName: peft\nVersion: 0.1\nRequires-Dist: torch<2\n"
     (place / "METADATA").write_text(meta)
     monkeypatch.syspath_prepend(str(tmp_path))
-    old, odds = [f for f in doctor.packages() if f.status != OK and f.name == "peft"]
+    old, odds = [f for f in doctor.packages() if f.status != OK and "peft" in f.name + f.value]
     assert (old.name, old.status, old.code) == ("peft", PROBLEM, ENVIRONMENT)
-    assert old.value.startswith("0.1; want >=") and "pip install 'peft>=" in old.remedy
-    assert (odds.name, odds.status) == ("peft", WARNING)
-    assert odds.value == f"wants torch<2, found {metadata.version('torch')}"
+    assert old.value.startswith("fsdp_qlora wants >=") and old.value.endswith(", found 0.1")
+    assert old.remedy.startswith("pip install 'peft>=")
+    assert (odds.name, odds.status) == ("torch", WARNING)
+    assert odds.value == f"peft wants <2, found {metadata.version('torch')}"
 
 
 def test_a_disk_that_cannot_be_written_is_a_problem_with_a_way_out(tmp_path: Path):
     """/proc takes no files; a directory that does not exist yet is measured through its parent."""
-    (bad,) = doctor.disk("output", Path("/proc"), "choose another with --output_dir DIR")
-    assert bad.status == PROBLEM and "choose another with --output_dir DIR" in bad.remedy
+    check, remedy = partial(doctor.disk, "output", Path("/proc"), ""), doctor.OUTPUT
+    (bad,) = doctor.attempt("disk of output", check, remedy, ENVIRONMENT)
+    assert bad.status == PROBLEM and "choose another with --output_dir DIR" in bad.line()
     (output,) = doctor.disk("output", tmp_path / "not" / "yet", "")
     assert output.status != PROBLEM and not list(tmp_path.iterdir())
 
@@ -179,18 +181,20 @@ def test_speeds_of_the_slowest_gpu_are_saved_beside_those_of_other_machines(tmp_
         return Finding("a", "", device="H200", speeds=speeds)
 
     findings = [of_h200(memory_gbs=4000.0, bf16_tflops=480.0), Finding("b", "fine")]
-    table = doctor.measured([*findings, of_h200(memory_gbs=3900.04)])
+    findings.append(of_h200(memory_gbs=3900.04))
+    table = doctor.measured(findings)
     assert table == {"H200": {"memory_gbs": 3900.0, "bf16_tflops": 480.0}}
     path = tmp_path / "machine.json"
     path.write_text("[]")
-    (replaced,) = doctor.save(table, path)
-    (added,) = doctor.save({"CPU": {"memory_gbs": 9.0}}, path)
+    (replaced,) = doctor.save(findings, path)
+    cpu = Finding("c", "", device="CPU", speeds={"memory_gbs": 9.0})
+    (added,) = doctor.save([cpu], path)
     assert "unreadable" in replaced.value and "unreadable" not in added.value
     assert json.loads(path.read_text())["cards"] == {**table, "CPU": {"memory_gbs": 9.0}}
     assert [entry.name for entry in tmp_path.iterdir()] == ["machine.json"]
     place = Path("/proc/none/machine.json")
-    (refused,) = doctor.attempt("x", lambda: doctor.save(table, place), doctor.CACHE)
-    assert refused.status == PROBLEM and "FSDP_QLORA_CACHE" in refused.remedy
+    (refused,) = doctor.attempt("x", lambda: doctor.save(findings, place), doctor.CACHE)
+    assert refused.status == WARNING and "FSDP_QLORA_CACHE" in refused.remedy
 
 
 def test_a_failing_check_hides_neither_itself_nor_what_it_had_found():
@@ -201,8 +205,8 @@ def test_a_failing_check_hides_neither_itself_nor_what_it_had_found():
         raise RuntimeError("broken\nat length")
 
     first, broken = doctor.attempt("x", looks, "do this")
-    assert (first.value, broken.status, broken.code) == ("fine", PROBLEM, DONE)
-    assert broken.line().split() == ["problem", "x", "RuntimeError:", "broken;", "do", "this"]
+    assert (first.value, broken.status, broken.code) == ("fine", WARNING, DONE)
+    assert broken.line().split() == ["warning", "x", "RuntimeError:", "broken;", "do", "this"]
 
     def refuses():
         raise UserError("1 GiB", "could not be pinned", "ulimit -l", ENVIRONMENT)

@@ -12,7 +12,7 @@ from fsdp_qlora.data import batches, inspect, prepare, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.inspect import Audit
 from fsdp_qlora.data.prepare import Prompt
-from fsdp_qlora.planning.limits import PAD_MULTIPLES
+from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
 

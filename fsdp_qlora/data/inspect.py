@@ -24,7 +24,7 @@ from fsdp_qlora.data.token_dataset import TokenDataset
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS
 from fsdp_qlora.errors import DONE, UserError, one_line
-from fsdp_qlora.planning.limits import PAD_MULTIPLES
+from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
 

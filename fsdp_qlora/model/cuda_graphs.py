@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fsdp_qlora.planning.limits import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
+from fsdp_qlora.planning.sizes import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
 
 NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
 

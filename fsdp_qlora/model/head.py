@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fsdp_qlora.planning.limits import LOGITS_BYTES
+from fsdp_qlora.planning.sizes import LOGITS_BYTES
 
 IGNORE = -100  # label of a token that is not trained
 

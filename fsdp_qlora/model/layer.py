@@ -21,7 +21,7 @@ from fsdp_qlora.model.checkpointing import Offload, Recomputed, SavedActivations
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot
 from fsdp_qlora.model.quantize import FORMATS, Fields
-from fsdp_qlora.planning.limits import ALIGN_BYTES, WHOLE_LAYER_BYTES
+from fsdp_qlora.planning.sizes import ALIGN_BYTES, WHOLE_LAYER_BYTES
 
 
 def _round_up(value: int, multiple: int) -> int:

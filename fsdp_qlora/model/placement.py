@@ -12,8 +12,7 @@ from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
 from fsdp_qlora.model import streaming
 from fsdp_qlora.model.layer import DecoderBlock, Layout
 from fsdp_qlora.model.streaming import Streamer
-from fsdp_qlora.planning.limits import NUM_SLOTS
-from fsdp_qlora.planning.sizes import setting_of
+from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of
 
 
 @dataclass(frozen=True)

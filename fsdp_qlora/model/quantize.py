@@ -24,8 +24,8 @@ import torch
 
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.planning.limits import FORMATS as STORAGES
-from fsdp_qlora.planning.limits import PER_WORD, Storage
+from fsdp_qlora.planning.sizes import FORMATS as STORAGES
+from fsdp_qlora.planning.sizes import PER_WORD, Storage
 
 
 def dequantize_hqq(

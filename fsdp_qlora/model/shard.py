@@ -27,7 +27,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.layer import DecoderBlock
 from fsdp_qlora.model.placement import Placed
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.planning.limits import ONE_GROUP_BYTES
+from fsdp_qlora.planning.sizes import ONE_GROUP_BYTES
 
 
 def num_shares(strategy: str, world: World) -> int:

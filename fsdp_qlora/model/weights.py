@@ -14,7 +14,7 @@ from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.quantize import Fields, from_stored
-from fsdp_qlora.planning.limits import NUM_READ_AHEAD
+from fsdp_qlora.planning.sizes import NUM_READ_AHEAD
 
 T = TypeVar("T")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

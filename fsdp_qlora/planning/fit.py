@@ -1,4 +1,8 @@
-"""Which setting is the fastest that fits, what to step down to, and what would make a run fit."""
+"""How fast a setting is, which is the fastest that fits, and what would make a run fit.
+
+Source of the estimate of time: the project's limits.md, section 2 (operations and bytes of a step);
+its three shares were measured on two H200 (recipes/*.md).
+"""
 
 import dataclasses
 import itertools
@@ -8,11 +12,10 @@ from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.hardware import Machine
-from fsdp_qlora.planning import memory, speed
+from fsdp_qlora.hardware import Device, Machine
+from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
 from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, with_trained
-from fsdp_qlora.planning.speed import Speed
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -22,6 +25,131 @@ FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
 BATCHING = {"batch_size", "gradient_accumulation_steps"}
+MATMULS = "compute"
+DEQUANTISE = "dequantisation"
+HOST_LINK = "host link"
+PEER_LINK = "GPU-to-GPU link"
+LAUNCHES = "launch overhead"
+BOUNDS = (MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, LAUNCHES)
+
+UNPACK_SHARE = 0.4  # of memory bandwidth: 6.5e9 weights took 8.3 ms a pass
+GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer access: 2.35 s a step
+STREAM_SHARE = 0.95  # of the host link, by weight streaming: 70B, 2 x 512: 1.36 s a step
+ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
+LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """An estimate.
+
+    Args:
+        step_s: seconds of an optimizer step.
+        tokens_per_s: of all ranks.
+        bound: the bottleneck of most of the step, one of BOUNDS.
+        parts_s: what each of BOUNDS would take alone.
+    """
+
+    step_s: float
+    tokens_per_s: float
+    bound: str
+    parts_s: dict[str, float]
+
+
+def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
+    """Estimate the time of an optimizer step; the slowest GPU sets the pace.
+
+    Args:
+        s: numbers of the run.
+        setting: batch, placements, levels.
+        gpus: of all ranks, at least one.
+
+    Returns:
+        The estimate; copies are hidden behind computing where they are shorter, pass by pass.
+    """
+    return max((_estimate(s, setting, gpu) for gpu in set(gpus)), key=lambda speed: speed.step_s)
+
+
+def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
+    ruled = dict.fromkeys(BOUNDS, 0.0)
+    alone = dict.fromkeys(BOUNDS, 0.0)
+    for parts in _passes(s, setting, gpu):
+        gpu_s = parts[MATMULS] + parts[DEQUANTISE]
+        worst = max((HOST_LINK, PEER_LINK, LAUNCHES), key=lambda name: parts[name])
+        inside = max((MATMULS, DEQUANTISE), key=lambda name: parts[name])
+        ruled[inside if gpu_s >= parts[worst] else worst] += max(gpu_s, parts[worst])
+        alone = {name: alone[name] + parts[name] for name in BOUNDS}
+    # AdamW reads and writes weights, gradients and two moments once.
+    optimizer_bytes = 28.0 * s.num_trained(setting) / setting.shares
+    optimizer_s = optimizer_bytes / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
+    step_s = sum(ruled.values()) * setting.accumulation + optimizer_s
+    num_tokens = s.tokens(setting) * setting.accumulation * setting.num_ranks
+    parts_s = {name: seconds * setting.accumulation for name, seconds in alone.items()}
+    return Speed(step_s, num_tokens / step_s, max(BOUNDS, key=lambda name: ruled[name]), parts_s)
+
+
+def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
+    """Seconds of forward and backward of one micro-batch, by what they are spent on."""
+    tokens = s.tokens(setting)
+    matmuls = 2.0 * s.active * s.layers * tokens
+    attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
+    head = 2.0 * s.head * tokens
+    lora = 2.0 * s.lora * s.layers * tokens
+    weight_grads = 2.0 * s.num_trained(setting) * tokens - lora  # of what is trained itself
+    num_full, num_selective = setting.count("full"), setting.count("selective")
+    # A non-reentrant recomputation stops before the last matmul.
+    left_out = 0 if s.cfg.reentrant_checkpointing else s.last / s.active
+    again = (matmuls * (1 - left_out) + attention + lora) * num_full / s.layers
+    item, flops = s.item / 2, gpu.bf16_tflops * 1e12
+    forward_s = (matmuls + attention + 2 * head + lora) * item / flops
+    backward_s = (matmuls + 2.5 * attention + 2 * lora + weight_grads + again) * item / flops
+    # What selective layers recompute is elementwise: norms, rotary embedding, activation.
+    features = 6 * s.hidden + s.gates + s.product
+    elementwise = tokens * features * s.item * (num_full + num_selective)
+    backward_s += elementwise / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
+    touched = (s.format.weight_bits / 8 + s.item) * s.weights * (s.format.scratch_bytes > 0)
+    unpack_s = touched * s.layers / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
+    launch_s = LAUNCH_S * s.layers * (gpu.memory_gib > 0)
+    inputs = memory.num_offloaded(s, setting) * tokens * s.hidden * s.item
+    inputs_s = inputs / (gpu.host_link_gbs * 1e9)
+    rows = []
+    for is_backward, matmul_s in ((False, forward_s), (True, backward_s)):
+        num = 1 + num_full / s.layers if is_backward else 1.0
+        host_s, peer_s = _copies(s, setting, gpu, is_backward)
+        parts = (matmul_s, unpack_s * num, host_s + inputs_s, peer_s, launch_s * num)
+        rows.append(dict(zip(BOUNDS, parts, strict=True)))
+    return rows
+
+
+def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple[float, float]:
+    """Seconds of one pass on the link to the host, and on the link between GPUs."""
+    host_bytes_s, ranks = gpu.host_link_gbs * 1e9, setting.num_ranks
+    peer_bytes_s = (gpu.peer_gbs or gpu.host_link_gbs) * 1e9
+    others = 1 - 1 / ranks
+    is_kept = is_backward and setting.keeps_gathered
+    grouped = 0 if is_kept else setting.count("sharded", "offloaded")
+    sliced = 0 if is_kept else setting.count("offloaded")
+    gathered = grouped * s.layer_bytes * others
+    if setting.shares > 1:
+        adapters = s.num_trained(setting) * (2 + 4 * is_backward)  # 16 bit gathered, 32 reduced
+        ends = (1 if is_backward else 2) * s.head * s.item  # the embedding takes no part backwards
+        gathered += (adapters + ends) * others
+    host_s = setting.count("streamed") * s.layer_bytes / (STREAM_SHARE * host_bytes_s)
+    slice_s = sliced * s.layer_bytes / ranks / host_bytes_s / GATHER_SHARE
+    peer_s = gathered / peer_bytes_s / GATHER_SHARE
+    host_s += slice_s + (peer_s if sliced else 0.0)  # a layer's slices come before its gather
+    if gpu.peer_gbs:
+        return host_s, peer_s
+    total_s = host_s + (0.0 if sliced else peer_s)  # all cross the one link
+    return (total_s, 0.0) if host_s > peer_s else (0.0, total_s)
+
+
+def num_steps(s: Sizes, setting: Setting) -> int | None:
+    """Optimizer steps of the run; None where they depend on rows that are not known."""
+    cfg, rows_per_step = s.cfg, setting.batch_size * setting.accumulation * setting.num_ranks
+    if cfg.max_steps > 0 or s.num_rows is None:
+        return cfg.max_steps if cfg.max_steps > 0 else None
+    return math.ceil(max(s.num_rows - cfg.eval_samples, 1) / rows_per_step) * cfg.num_epochs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,30 +204,22 @@ def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machi
         setting: see Setting.
         machine: what there is.
     """
-    return _evaluate(Sizes(info, cfg), cfg, setting, machine, speed.num_rows(cfg))
+    return _evaluate(Sizes(info, cfg, machine.kind), setting, machine)
 
 
-def _evaluate(
-    s: Sizes, cfg: TrainConfig, setting: Setting, machine: Machine, num_rows: int | None
-) -> Outcome:
-    device = memory.device(s, cfg, setting, machine.kind, machine.has_peer)
+def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
+    device = memory.device(s, setting, machine.has_peer)
     gpu_limits = [gpu.memory_gib for gpu in machine.gpus]
-    if machine.gpus and cfg.gpu_budget_gib is not None:
-        outside_gib = device.gib(device.peak_phase, CONTEXT)
-        gpu_limits.append(cfg.gpu_budget_gib + outside_gib)
-    memory_of_host = memory.host(s, cfg, setting, machine.kind, num_rows, machine.system_gib)
+    if machine.gpus and s.cfg.gpu_budget_gib is not None:
+        gpu_limits.append(s.cfg.gpu_budget_gib + device.gib(device.peak_phase, CONTEXT))
+    host = memory.host(s, setting, machine.system_gib)
     host_limits = [] if machine.host_gib is None else [machine.host_gib]
-    if cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
-        outside = (memory_of_host.gib(memory_of_host.peak_phase, row) for row in (SYSTEM, FILES))
-        host_limits.append(cfg.host_budget_gib + sum(outside))
-    return Outcome(
-        setting,
-        device,
-        memory_of_host,
-        speed.estimate(s, cfg, setting, machine.gpus or (machine.cpu,)),
-        min(gpu_limits, default=None),
-        min(host_limits, default=None),
-    )
+    if s.cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
+        outside = (host.gib(host.peak_phase, row) for row in (SYSTEM, FILES))
+        host_limits.append(s.cfg.host_budget_gib + sum(outside))
+    speed = estimate(s, setting, machine.gpus or (machine.cpu,))
+    limits = min(gpu_limits, default=None), min(host_limits, default=None)
+    return Outcome(setting, device, host, speed, *limits)
 
 
 def explore(
@@ -117,7 +237,7 @@ def explore(
         The outcomes, some that do not fit included.
     """
     own = setting_for(info, cfg, machine.num_ranks)
-    s, num_rows = Sizes(info, cfg), speed.num_rows(cfg)
+    s = Sizes(info, cfg, machine.kind)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):
@@ -125,13 +245,13 @@ def explore(
         if batch in hidden_batches and rising[0].count("resident"):
             continue
         for setting in rising:
-            found = _evaluate(s, cfg, setting, machine, num_rows)
+            found = _evaluate(s, setting, machine)
             outcomes.append(found)
             if not found.fits_safely:  # nor will what keeps more
                 break
             parts = found.speed.parts_s
-            is_hidden = parts[speed.HOST_LINK] < 0.8 * parts[speed.MATMULS]
-            if found.setting.count("streamed") and is_hidden:
+            is_hidden = parts[HOST_LINK] < 0.8 * parts[MATMULS]
+            if setting.count("streamed") and is_hidden:
                 hidden_batches.add(batch)
     return outcomes
 
@@ -221,90 +341,82 @@ class Change:
     Args:
         words: what to do.
         lost: besides time; "" for nothing.
+        cost: how much is lost, to compare.
+        options: names of those that it changes.
         cfg: the run with it.
         outcome: what becomes of it.
     """
 
     words: str
     lost: str
+    cost: int
+    options: frozenset[str]
     cfg: TrainConfig
     outcome: Outcome
 
 
-Row = tuple[str, str, int, dict[str, object]]  # words, what is lost, how much, changed options
+Row = tuple[str, str, int, dict[str, Any]]  # words, what is lost, how much, changed options
 
 
-def _single_changes(cfg: TrainConfig, num_layers: int, own: Setting) -> list[Row]:
+def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[Row]:
     """What could be tried, as far as it changes anything."""
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+    hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
+    sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
+    recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
     rows: list[Row] = []
     for size in (n for n in range(1, cfg.batch_size) if per_step % n == 0):
         values = {"batch_size": size, "gradient_accumulation_steps": per_step // size}
-        rows.append((f"micro-batches of {size}", "", 0, dict(values)))
-    hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
+        rows.append((f"micro-batches of {size}", "", 0, values))
     for num in (num_layers * i // STEPS for i in range(1, STEPS)):
-        words = f"{num} layers whole on each GPU"
-        rows.append((words, "", 0, {**hosted, "resident_layers": num}))
-    sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
-    recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
+        rows.append((f"{num} layers whole on each GPU", "", 0, {**hosted, "resident_layers": num}))
     rows += [
         ("the base on the host", "", 0, {**hosted, "resident_layers": 0}),
         ("recompute every layer", "", 0, {**recompute, "use_gradient_checkpointing": True}),
         ("constants quantised too", "", 0, {"double_quant": True}),
         ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
+        ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),
     ]
-    if cfg.lora_dropout:
-        rows.append(("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}))
-    if own.num_ranks > 1:
-        rows.append(("the base sharded over the GPUs", "", 0, dict(sharded)))
+    if num_ranks > 1:
+        rows.append(("the base sharded over the GPUs", "", 0, sharded))
     if cfg.format_name == "bf16":
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
-    length, halvings = cfg.context_length // 2, 1
-    while length >= 256:
+    for halvings in range(1, (cfg.context_length // 256).bit_length()):
+        length = cfg.context_length >> halvings
         lost = f"rows longer than {length} tokens"
         rows.append((f"context {length}", lost, halvings, {"context_length": length}))
-        length, halvings = length // 2, halvings + 1
     return [row for row in rows if any(getattr(cfg, k) != v for k, v in row[3].items())]
 
 
-def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine, most: int = 3) -> list[Change]:
+def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> list[Change]:
     """Find what would make a run fit, by planning again with each change.
 
     Args:
         info: the model.
         cfg: a run that does not fit.
         machine: what there is.
-        most: how many.
 
     Returns:
-        The changes, those that lose least first, then the cheapest in time; pairs of changes too
-        where single ones lose something; none when not even pairs are enough.
+        Three changes at most, those that lose least first, then the cheapest in time; pairs of
+        changes too where single ones lose something; none when not even pairs are enough.
     """
-    own = setting_for(info, cfg, machine.num_ranks)
-    singles = _single_changes(cfg, info.num_layers, own)
-    tried: list[tuple[tuple[Row, ...], Change]]
-    tried = [((row,), _change(info, cfg, machine, (row,))) for row in singles]
-    fitting = [(rows, item) for rows, item in tried if item.outcome.fits_safely]
-    if not any(not item.lost for _, item in fitting):
-        enough = [rows[0] for rows, _ in fitting]
-        others = [row for row in singles if row not in enough]
-        for pair in itertools.combinations(others, 2):
-            item = _change(info, cfg, machine, pair)
-            if item.outcome.fits_safely:
-                fitting.append((pair, item))
-    fitting.sort(key=lambda it: (sum(r[2] for r in it[0]), -it[1].outcome.speed.tokens_per_s))
-    kinds: dict[frozenset[str], Change] = {}
-    for rows, item in fitting:  # of each kind of change the best
-        kinds.setdefault(frozenset(name for row in rows for name in row[3]), item)
-    return list(kinds.values())[:most]
 
+    def tried(*rows: Row) -> Change:
+        values = {name: value for row in rows for name, value in row[3].items()}
+        changed = dataclasses.replace(cfg, **values)
+        outcome = evaluate(info, changed, setting_for(info, changed, machine.num_ranks), machine)
+        words, lost = " and ".join(row[0] for row in rows), ", ".join(r[1] for r in rows if r[1])
+        cost = sum(row[2] for row in rows)
+        return Change(words, lost, cost, frozenset(values), changed, outcome)
 
-def _change(info: ModelInfo, cfg: TrainConfig, machine: Machine, rows: tuple[Row, ...]) -> Change:
-    values: dict[str, Any] = {}
-    for row in rows:
-        values |= row[3]
-    changed = dataclasses.replace(cfg, **values)
-    setting = setting_for(info, changed, machine.num_ranks)
-    outcome = evaluate(info, changed, setting, machine)
-    lost = ", ".join(row[1] for row in rows if row[1])
-    return Change(" and ".join(row[0] for row in rows), lost, changed, outcome)
+    singles = _single_changes(cfg, info.num_layers, machine.num_ranks)
+    fitting = [item for item in map(tried, singles) if item.outcome.fits_safely]
+    if all(item.lost for item in fitting):
+        enough = {item.words for item in fitting}
+        pairs = itertools.combinations([row for row in singles if row[0] not in enough], 2)
+        fitting += [it for it in itertools.starmap(tried, pairs) if it.outcome.fits_safely]
+    fitting.sort(key=lambda item: (item.cost, -item.outcome.speed.tokens_per_s))
+    best: dict[frozenset[str], Change] = {}
+    for item in fitting:  # of each kind of change the best
+        best.setdefault(item.options, item)
+    return list(best.values())[:3]

@@ -8,14 +8,12 @@ measured: how much the allocator holds beyond what is in use, and what processes
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from itertools import pairwise
 
 from fsdp_qlora.arch.files import GROUP
 from fsdp_qlora.config import OPTIMIZERS, TrainConfig
 from fsdp_qlora.hardware import GIB, has_gpu_build
-from fsdp_qlora.planning import limits, rows
-from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning import rows, sizes
 from fsdp_qlora.planning.rows import Rows, Table, Term, merged, present, term, total_bytes
 from fsdp_qlora.planning.sizes import DTYPE_BYTES, Setting, Sizes
 
@@ -40,46 +38,32 @@ INPUT = "layer's input"
 AT_WORK = 2  # of the inputs that wait on the host, back on the GPU: one in use, one on its way
 
 
-def device(
-    s: Sizes, cfg: TrainConfig, setting: Setting, kind: str = "cuda", has_peer: bool = False
-) -> Table:
+def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     """Predict the memory of one GPU (or of one CPU rank).
 
     Args:
-        s: numbers of the model and its adapters.
-        cfg: context, precision, kernels, dropout.
+        s: numbers of the run.
         setting: batch, placements, levels.
-        kind: "cuda" or "cpu".
         has_peer: GPUs read each other's memory, for which NCCL takes more.
 
     Returns:
         DEVICE_ROWS by phase.
     """
-    states = _states(s, setting)
-    unreduced = _unreduced(cfg, setting)
-    trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(cfg))}
-    grads = _trained("of all layers, summed over micro-batches", s, unreduced, s.master)
+    states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
+    trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
+    grads = _gradients("of all layers, summed over micro-batches", s, setting)
     has_whole = setting.count("trained") or s.trained_root
     what, num = ("tensor", max(s.largest, s.head)) if has_whole else ("adapter", s.lora)
-    saved = term(f"a gathered {what}", params=num, bytes=4)
-    backward, forward = _backward(s, cfg, setting, kind), _forward(s, cfg, setting, kind)
-    received = setting.num_ranks if setting.count("resident") else 1
-    exchanged = term("layers being exchanged", layers=1 + received, bytes=s.layer_bytes)
-    linears = term("linears in 16 bit", linears=2, weights=s.largest, bytes=2)  # one, and the next
-    loading: Rows = {rows.LOADING: [exchanged, linears]}
-    # The quantized layers come first, and their working set is gone when the rest comes.
-    quantized = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
     own: dict[str, Rows] = {
         "forward": max(forward, key=total_bytes),
         "backward": max(backward, key=total_bytes),
         "optimizer": {rows.GRADIENTS: grads},
-        "save": {rows.LAYER: [saved]},
+        "save": {rows.LAYER: [term(f"a gathered {what}", params=num, bytes=4)]},
     }
-    staying = _staying(s, cfg, setting, kind)
+    staying = _staying(s, setting)
     moments = {phase: [states, trained, part, staying] for phase, part in own.items()}
-    moments = {"load": [max(merged([quantized, loading]), states, key=total_bytes)], **moments}
     always: Rows = {rows.LIBRARIES: [term("cuBLAS", bytes=LIBRARY_BYTES)]}
-    if kind == "cuda":
+    if s.kind == "cuda":
         is_several, has_all = setting.num_ranks > 1, not setting.count("streamed")
         context = term("context, NCCL", bytes=SEVERAL_BYTES if is_several else ALONE_BYTES)
         peer = term("NCCL with peer access", bytes=PEER_BYTES[has_all] * (has_peer and is_several))
@@ -88,9 +72,18 @@ def device(
         always[rows.LIBRARIES] = [term("oneDNN, bitsandbytes", bytes=CPU_LIBRARY_BYTES)]
         for phase in ("backward", "optimizer", "save"):
             moments[phase].append({rows.SLACK: _heap(s, setting, forward, phase)})
-    slack: Rows = {rows.SLACK: _slack(s, setting, forward + backward, kind)}
-    last = {phase: [always, slack] if phase != "load" else [always] for phase in moments}
-    return Table({phase: merged([*parts, *last[phase]]) for phase, parts in moments.items()})
+    slack: Rows = {rows.SLACK: _slack(s, setting, forward + backward)}
+    found = {phase: merged([*parts, always, slack]) for phase, parts in moments.items()}
+    return Table({"load": merged([_load(s, setting, states), always]), **found})
+
+
+def _load(s: Sizes, setting: Setting, states: Rows) -> Rows:
+    """The quantized layers come first, and their working set is gone when the rest comes."""
+    quantized = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
+    received = setting.num_ranks if setting.count("resident") else 1
+    exchanged = term("layers being exchanged", layers=1 + received, bytes=s.layer_bytes)
+    linears = term("linears in 16 bit", linears=2, weights=s.largest, bytes=2)  # one, and the next
+    return max(quantized | {rows.LOADING: [exchanged, linears]}, states, key=total_bytes)
 
 
 def moment_bytes(cfg: TrainConfig) -> int:
@@ -104,19 +97,22 @@ def moment_bytes(cfg: TrainConfig) -> int:
     return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if is_torchs else row.state_bytes
 
 
-def _unreduced(cfg: TrainConfig, setting: Setting) -> Setting:
-    """The setting as far as gradients go: whole on every rank until they are reduced."""
-    is_whole = cfg.no_sync and setting.accumulation > 1
-    return dataclasses.replace(setting, strategy="ddp") if is_whole else setting
+def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Term]:
+    """Gradients of what is trained: whole on every rank until they are reduced."""
+    if s.cfg.no_sync and setting.accumulation > 1:
+        setting = dataclasses.replace(setting, strategy="ddp")
+    return _trained(what, s, setting, s.master, first)
 
 
 def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0) -> list[Term]:
     """Something of all that is trained from a layer on."""
     share = {"bytes": nbytes, "per_ranks": setting.shares}
-    whole = {"params": s.whole, "layers": setting.placements[first:].count("trained")}
     parts = {
         what: {"params": s.lora, "layers": s.layers - first},
-        f"whole layers: {what}": whole,
+        f"whole layers: {what}": {
+            "params": s.whole,
+            "layers": setting.placements[first:].count("trained"),
+        },
         f"embedding, head: {what}": {"params": s.trained_root},
     }
     return [term(name, **num, **share) for name, num in parts.items() if all(num.values())]
@@ -127,7 +123,7 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     share, num_whole = {"bytes": s.item, "per_ranks": setting.shares}, setting.count("trained")
     ranks = {"sharded": setting.num_ranks, "resident": 1}
     layers = {name: setting.count(name) for name in ranks if setting.count(name)}
-    slots = min(limits.NUM_SLOTS + (setting.count("resident") > 0), setting.count("streamed"))
+    slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), setting.count("streamed"))
     is_tied = s.root < 2 * s.head  # gathered once for both ends
     return {
         row: [term(at, layers=layers[at], bytes=nbytes, per_ranks=ranks[at]) for at in layers]
@@ -146,88 +142,74 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     }
 
 
-def _staying(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> Rows:
+def _staying(s: Sizes, setting: Setting) -> Rows:
     """What layers leave on the GPU: their graphs, or the small layer that was last at work."""
-    if uses_graphs(s, cfg, setting, kind):
-        return graph_rows(s, cfg, setting)
-    return {rows.SCRATCH: at_work(s, cfg)} if is_kept_whole(s, cfg) else {}
+    if uses_graphs(s, setting):
+        return graph_rows(s, setting)
+    return {rows.SCRATCH: at_work(s)} if s.is_kept_whole else {}
 
 
 def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     """Gathered FSDP groups around the layer at work."""
     is_several, is_shared = setting.num_ranks > 1, setting.shares > 1
     most = s.layers if setting.keeps_gathered and is_several else min(setting.num_ranks, 2)
-    held, is_one = min(setting.count("sharded", "offloaded"), most), _is_one_group(s)
+    held = min(setting.count("sharded", "offloaded"), most)
     layer, item = {"bytes": s.layer_bytes}, {"bytes": s.item}
     nbytes = 2 * s.item + s.item + 4 + 4 * is_shared
     what = "gathered: this layer and the next" if held == 2 else "gathered layers"
     two = "gathered adapters in 16 bit (two layers), their gradients (16, 32 bit, reduced)"
     whole = "gathered whole layers (two), gradients (as gathered, 32 bit, reduced)"
-    adapters = {"params": s.lora, "layers": s.layers}
+    one_group, has_more = s.one_group, s.lora and is_shared
     parts = (
         (held, what, {"layers": held, **layer}),
         (held and is_several, "one more, as gathered", layer),  # FSDP copies into the parameter
         (setting.keeps_gathered, "embedding and head, kept gathered", {"params": s.root, **item}),
-        (s.lora and is_one, "gathered adapters of all layers", {**adapters, **item}),
-        (s.lora and not is_one and is_shared, two, {"params": s.lora, "bytes": 2 * 2 + 2 + 4 + 4}),
+        (one_group, "gathered adapters of all layers", {**one_group, **item}),
+        (has_more and not one_group, two, {"params": s.lora, "bytes": 2 * 2 + 2 + 4 + 4}),
         (setting.count("trained"), whole, {"params": s.whole, "bytes": nbytes}),
         (s.trained_root, "gathered embedding, its gradients", {"params": s.head, "bytes": nbytes}),
     )
     return [term(name, **factors) for is_there, name, factors in parts if is_there]
 
 
-def _is_one_group(s: Sizes) -> bool:
-    """Whether adapters are so small that all layers' are gathered and reduced at once."""
-    return s.lora * s.layers * s.item <= limits.ONE_GROUP_BYTES
-
-
-def _backward(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> list[Rows]:
+def _backward(s: Sizes, setting: Setting) -> list[Rows]:
     """The backward at the two ends of every run of layers of one level."""
-    tokens = setting.batch_size * cfg.context_length
-    last = s.layers - 1
+    tokens, last = s.tokens(setting), s.layers - 1
     turns = [i for i, pair in enumerate(pairwise(setting.levels)) if pair[0] != pair[1]]
-    ends = {0, last, *turns, *(i + 1 for i in turns)}
     moments: list[Rows] = []
-    for at in sorted(ends):
+    for at in sorted({0, last, *turns, *(i + 1 for i in turns)}):
         done = s.layers if setting.accumulation > 1 else last - at
         common: Rows = {
-            rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels[: at + 1], kind),
+            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1]),
             rows.BUFFERS: _buffers(s, setting),
         }
         if done or s.trained_root:
-            first = s.layers - done
-            whole = _unreduced(cfg, setting)
-            common[rows.GRADIENTS] = _trained("of layers done", s, whole, s.master, first)
-        if at == 0 and _is_one_group(s) and s.lora:
+            common[rows.GRADIENTS] = _gradients("of layers done", s, setting, s.layers - done)
+        if at == 0 and s.one_group:
             what, nbytes = "their gradients: 16 bit, 32 bit", s.item + 4
-            reduced = [term(what, params=s.lora, layers=s.layers, bytes=nbytes)]
+            reduced = [term(what, **s.one_group, bytes=nbytes)]
             moments.append(merged([common | {rows.KEPT: []}, {rows.BUFFERS: reduced}]))
-        owns = layer_moments(s, cfg, tokens, setting.levels[at], kind)
-        if setting.levels[at] == "full" and uses_graphs(s, cfg, setting, kind):
+        owns = layer_moments(s, tokens, setting.levels[at])
+        if setting.levels[at] == "full" and uses_graphs(s, setting):
             wide = {"tokens": tokens, "hidden": s.hidden, "bytes": s.item}
             owns = [{rows.LAYER: [term("gradients of input and output", n=2, **wide)]}]
-        elif is_kept_whole(s, cfg):  # it stays, see _staying
+        elif s.is_kept_whole:  # it stays, see _staying
             owns = [own | {rows.SCRATCH: []} for own in owns]
         moments += [merged([common, own]) for own in owns]
     return moments
 
 
-def _forward(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> list[Rows]:
+def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     """The forward's end in the head, and its last layer."""
-    tokens = setting.batch_size * cfg.context_length
+    tokens = s.tokens(setting)
     wide = {"tokens": tokens, "bytes": s.item}
-    kept: Rows = {rows.KEPT: kept_by_level(s, cfg, tokens, setting.levels, kind)}
+    kept: Rows = {rows.KEPT: kept_by_level(s, tokens, setting.levels)}
     if setting.accumulation > 1:
-        whole = _unreduced(cfg, setting)
-        kept[rows.GRADIENTS] = _trained("of earlier micro-batches", s, whole, s.master)
-    chunk = max(16, limits.LOGITS_BYTES // (4 * s.vocab))
-    capped = ", before and after their cap" * s.caps_logits
-    logits = {
-        "tokens": min(tokens, chunk),
-        "vocab": s.vocab,
-        "bytes": 4 + 4 * s.caps_logits + s.item,
-    }
-    loss = [term(f"logits: float32{capped}, 16 bit", **logits)]
+        kept[rows.GRADIENTS] = _gradients("of earlier micro-batches", s, setting)
+    chunk = min(tokens, max(16, sizes.LOGITS_BYTES // (4 * s.vocab)))
+    capped, nbytes = ", before and after their cap" * s.caps_logits, 4 + 4 * s.caps_logits + s.item
+    what = f"logits: float32{capped}, 16 bit"
+    loss = [term(what, tokens=chunk, vocab=s.vocab, bytes=nbytes)]
     if s.trained_root:
         what = "gradient of the head: float32, of a chunk"
         loss.append(term(what, params=s.head, bytes=4 + s.item))
@@ -237,7 +219,7 @@ def _forward(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> list[Ro
     width = 2 * s.hidden + s.gates + s.product
     layer: Rows = {
         rows.LAYER: [term("residual, norm, gates, product", features=width, **wide)],
-        rows.SCRATCH: [] if is_kept_whole(s, cfg) else at_work(s, cfg),
+        rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
         rows.BUFFERS: _buffers(s, setting),
     }
     return [merged([kept, head]), merged([kept, layer])]
@@ -245,11 +227,10 @@ def _forward(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> list[Ro
 
 def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
     """The head while it is at work: as gathered, and copied out of that."""
-    held, copies = list[Term](), 2
+    copies = 1 if setting.keeps_gathered else 2
+    held = [term("gathered adapters", **s.one_group, bytes=s.item)] if s.one_group else []
     if setting.keeps_gathered:
-        held, copies = _buffers(s, setting), 1
-    elif s.lora and _is_one_group(s):
-        held = [term("gathered adapters", params=s.lora, layers=s.layers, bytes=s.item)]
+        held = _buffers(s, setting)
     head = term("gathered head", copies=copies, params=s.head, bytes=s.item)
     return [*held, head] if _gathers_head(s, setting) else held
 
@@ -268,52 +249,41 @@ def _heap(s: Sizes, setting: Setting, forward: list[Rows], phase: str) -> list[T
     return terms
 
 
-def _slack(s: Sizes, setting: Setting, moments: list[Rows], kind: str) -> list[Term]:
+def _slack(s: Sizes, setting: Setting, moments: list[Rows]) -> list[Term]:
     """What the allocator holds beyond what is in use: one rule for all.
 
     Blocks are not shared between streams, so the stream of the gathers keeps room for the largest
     thing it ever gathered; and what comes and goes in a step leaves holes.
     """
-    passing = (rows.LAYER, rows.SCRATCH) if kind == "cuda" else (rows.KEPT, rows.LAYER)
+    passing = (rows.LAYER, rows.SCRATCH) if s.kind == "cuda" else (rows.KEPT, rows.LAYER)
     most = max(total_bytes({row: found.get(row, []) for row in passing}) for found in moments)
     terms = [term("holes", bytes=most, share=HOLES)]
-    if kind == "cpu":
-        return terms
-    if setting.shares > 1:
+    if s.kind == "cuda" and setting.shares > 1:
         terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
-    if setting.count("offloaded"):
+    if s.kind == "cuda" and setting.count("offloaded"):
         share = {"bytes": s.layer_bytes, "per_ranks": setting.num_ranks}
         terms.append(term("slice on its way to the GPU", **share))
     return terms
 
 
-def host(
-    s: Sizes,
-    cfg: TrainConfig,
-    setting: Setting,
-    kind: str = "cuda",
-    num_rows: int | None = None,
-    system_gib: float | None = None,
-) -> Table:
+def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     """Predict the memory of the machine, everything that runs on it included.
 
     Args:
-        s: numbers of the model and its adapters.
-        cfg: context, where weights come from.
+        s: numbers of the run.
         setting: placements, number of ranks.
-        kind: "cuda" or "cpu".
-        num_rows: rows of the data set; None when it is not known.
         system_gib: in use before the run, files in memory included; None: as measured elsewhere.
 
     Returns:
         HOST_ROWS by phase.
     """
-    ranks = setting.num_ranks
-    process_bytes = PROCESS_BYTES[kind] + (kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
+    cfg, ranks = s.cfg, setting.num_ranks
+    process_bytes = PROCESS_BYTES[s.kind]
+    process_bytes += (s.kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
     system_bytes = SYSTEM_BYTES
     if system_gib is not None:
         system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
-    ids = {"rows": num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
+    ids = {"rows": s.num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
     always: Rows = {
         rows.HOSTED: _hosted(s, setting),
         rows.FILES: present(term("model files in /dev/shm", bytes=s.file_bytes)),
@@ -321,43 +291,43 @@ def host(
         rows.PROCESSES: [term("Python, torch, driver", bytes=process_bytes, ranks=ranks)],
         rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
-    phases = {phase: always | _waiting(s, cfg, setting, phase) for phase in rows.PHASES}
-    copies = _copies(s, cfg, setting)
-    is_early = total_bytes({rows.SAVING: copies}) <= limits.MOST_TOUCHED_BYTES
+    waiting = _waiting(s, setting)
+    phases = {name: always | (waiting if name != "load" else {}) for name in rows.PHASES}
+    copies = _copies(s, setting)
+    is_early = total_bytes({rows.SAVING: copies}) <= sizes.MOST_TOUCHED_BYTES
     for phase in rows.PHASES[1:] if is_early else ("save",):
         phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
     if cfg.weights == "load":
-        read = {"linears": 1 + limits.NUM_READ_AHEAD, "weights": s.largest, "bytes": 2}
+        read = {"linears": 1 + sizes.NUM_READ_AHEAD, "weights": s.largest, "bytes": 2}
         phases["load"][rows.LOADING] = [term("linears read ahead", **read, ranks=ranks)]
     if cfg.save_model:
         phases["save"][rows.SAVING] = _saving(s, setting)
-    if kind == "cpu":
-        table = device(s, cfg, setting, kind)
+    if s.kind == "cpu":
+        table = device(s, setting)
         for phase, own in phases.items():
             needed = table.total_gib(phase) * GIB
             own[rows.RANKS] = [term("the table above", bytes=needed, ranks=ranks)]
     return Table(phases)
 
 
-def _copies(s: Sizes, cfg: TrainConfig, setting: Setting) -> list[Term]:
+def _copies(s: Sizes, setting: Setting) -> list[Term]:
     """What is trained, as rank 0 writes it beside the training (training/checkpoint.py)."""
-    if not cfg.saves_checkpoints:
+    if not s.cfg.saves_checkpoints:
         return []
-    wide = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(cfg)}
+    wide = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(s.cfg)}
     return [term("copies for checkpoints: weights, moments", **wide)]
 
 
 def _saving(s: Sizes, setting: Setting) -> list[Term]:
-    gathered = {"params": s.lora, "layers": s.layers, "bytes": 4}
     if setting.count("trained"):  # one after the other
         return [term("the largest tensor", params=max(s.largest, s.head), bytes=4)]
+    gathered = {"params": s.lora, "layers": s.layers, "bytes": 4}
     return [term("gathered", **gathered, ranks=setting.num_ranks), term("read back", **gathered)]
 
 
-def _waiting(s: Sizes, cfg: TrainConfig, setting: Setting, phase: str) -> Rows:
+def _waiting(s: Sizes, setting: Setting) -> Rows:
     """Inputs of layers that wait for the backward pass: the room for them stays."""
-    num = num_offloaded(cfg, setting.levels) * (phase != "load")
-    tokens = setting.batch_size * cfg.context_length * setting.num_ranks
+    num, tokens = num_offloaded(s, setting), s.tokens(setting) * setting.num_ranks
     what = "layers' inputs, of all ranks"
     found = term(what, layers=num, tokens=tokens, hidden=s.hidden, bytes=s.item)
     return {rows.WAITING: [found]} if num else {}
@@ -371,20 +341,17 @@ def _hosted(s: Sizes, setting: Setting) -> list[Term]:
 
 
 @functools.lru_cache
-def kept_bytes(
-    s: Sizes, cfg: TrainConfig, tokens: int, level: str, kind: str = "cuda"
-) -> list[Term]:
+def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
     """What one layer keeps between forward and backward.
 
     Derived for a Llama layer with fused norms, rotary embedding and activation (Liger's), flash
-    attention and this project's LoRA matmul, which keeps its input only.
+    attention and this project's LoRA matmul, which keeps its input only. Liger's kernels are not
+    used on a CPU.
 
     Args:
-        s: of the model.
-        cfg: lora_dropout, context_length, liger.
+        s: numbers of the run.
         tokens: of a micro-batch on a rank.
         level: row of LEVELS.
-        kind: "cuda" or "cpu", where Liger's kernels are not used.
 
     Returns:
         The terms, for one layer.
@@ -404,81 +371,71 @@ def kept_bytes(
     if level == "selective":
         return kept
     read = wide("norms' outputs, activation product", features=s.input_features)
-    if cfg.lora_dropout and s.lora:
-        mask = 1 if kind == "cuda" else s.item
+    if s.cfg.lora_dropout and s.lora:
+        mask = 1 if s.kind == "cuda" else s.item
         read = wide("dropped inputs, masks", s.item + mask, features=s.dropped_features)
-    kept += [read, wide("matmuls with A", ranks=s.lora_ranks)]
     others = (s.norms - 2) * s.hidden + s.head_norms
+    kept += [read, wide("matmuls with A", ranks=s.lora_ranks)]
     kept += present(
         wide("outputs to be scaled", features=s.magnitudes),
         wide("inputs of more norms", features=others),
     )
-    if kind == "cpu" or cfg.liger == "off":
+    if s.kind == "cpu" or s.cfg.liger == "off":
         norms = {"hidden": s.hidden, "norms": s.norms}
         kept.append(wide("norms' inputs in float32 instead (not fused)", 4 - s.item, **norms))
         kept.append(wide("activation function's output (not fused)", features=s.product))
     if s.is_eager:
-        pairs = {"context": cfg.context_length, "heads": s.heads}
+        pairs = {"context": s.cfg.context_length, "heads": s.heads}
         kept.append(wide("attention's scores (not fused)", s.item + 4, **pairs))
     return kept
 
 
-def at_work(s: Sizes, cfg: TrainConfig) -> list[Term]:
+def at_work(s: Sizes) -> list[Term]:
     """What is held of a layer's frozen weights, dequantized, while it is at work.
 
     All of a small layer, once for all its matmuls, and until another layer takes its place: after
     the last one too. Of a larger layer one linear at a time.
 
     Args:
-        s: of the model.
-        cfg: format_name.
+        s: numbers of the run.
     """
-    fmt = FORMATS[cfg.format_name]
-    if is_kept_whole(s, cfg):
+    if s.is_kept_whole:
         return [term("all linears", weights=s.weights, bytes=s.item)]
-    return [term("largest linear", weights=s.largest, bytes=fmt.scratch_bytes)]
-
-
-def is_kept_whole(s: Sizes, cfg: TrainConfig) -> bool:
-    """Whether a layer is so small that it is dequantized at once."""
-    has_scratch = FORMATS[cfg.format_name].scratch_bytes > 0
-    return has_scratch and s.active == s.weights and s.weights * s.item <= limits.WHOLE_LAYER_BYTES
+    return [term("largest linear", weights=s.largest, bytes=s.format.scratch_bytes)]
 
 
 @functools.lru_cache
-def layer_moments(s: Sizes, cfg: TrainConfig, tokens: int, level: str, kind: str) -> list[Rows]:
+def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     """What a layer's backward holds beside what was kept: its fullest moments.
 
     Args:
-        s: of the model.
-        cfg: format_name, reentrant_checkpointing, and see kept_bytes.
-        tokens, level, kind: see kept_bytes.
+        s, tokens, level: see kept_bytes.
 
     Returns:
         Rows of each such moment.
     """
-    fmt, wide = FORMATS[cfg.format_name], {"tokens": tokens, "bytes": s.item}
+    wide = {"tokens": tokens, "bytes": s.item}
     grads = [
         term("gradient of its output", features=s.hidden, **wide),
         term("gradient of the activation product", features=s.product, **wide),
     ]
-    constants = {"weights": s.weights, "bytes": fmt.constant_bytes, "per_group": GROUP}
-    scratch = [*at_work(s, cfg), term("constants of the layer", **constants)]
-    rest = scratch[1:]  # before its first matmul
-    if is_kept_whole(s, cfg):
-        scratch = rest = scratch[:1]
+    constants = {"weights": s.weights, "bytes": s.format.constant_bytes, "per_group": GROUP}
+    rest = [term("constants of the layer", **constants)]  # before its first matmul
+    scratch = [*at_work(s), *rest]
+    if s.is_kept_whole:
+        scratch = rest = at_work(s)
     matmul_before: Rows = {rows.LAYER: grads, rows.SCRATCH: scratch}
     if level == "none":
         return [matmul_before]
-    kept = {item.what for item in kept_bytes(s, cfg, tokens, level, kind)}
-    made = [t for t in kept_bytes(s, cfg, tokens, "none", kind) if t.what not in kept]
+    kept = {item.what for item in kept_bytes(s, tokens, level)}
+    made = [t for t in kept_bytes(s, tokens, "none") if t.what not in kept]
     made = [item._replace(what=f"recomputed: {item.what}") for item in made]
     output = term("LoRA output of the last linear", features=s.hidden, **wide)
     if level == "selective":
         residual = term("recomputed: residual", features=s.hidden, **wide)
         between: Rows = {rows.LAYER: [*made, residual, output, *grads]}
-        return [matmul_before, between | ({rows.SCRATCH: rest} if is_kept_whole(s, cfg) else {})]
-    if cfg.reentrant_checkpointing:  # recomputed to the end, before the backward begins
+        return [matmul_before, between | ({rows.SCRATCH: rest} if s.is_kept_whole else {})]
+    if s.cfg.reentrant_checkpointing:  # recomputed to the end, before the backward begins
         return [{rows.LAYER: [*made, output, *grads], rows.SCRATCH: scratch}]
     # The backward of the last matmul runs first and keeps nothing; then the layer is recomputed.
     waiting = term("activation product, not yet made", features=-s.product, **wide)
@@ -488,13 +445,11 @@ def layer_moments(s: Sizes, cfg: TrainConfig, tokens: int, level: str, kind: str
     ]
 
 
-def kept_by_level(
-    s: Sizes, cfg: TrainConfig, tokens: int, levels: tuple[str, ...], kind: str
-) -> list[Term]:
+def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...]) -> list[Term]:
     """Sum `kept_bytes` over layers.
 
     Args:
-        s, cfg, tokens, kind: see kept_bytes.
+        s, tokens: see kept_bytes.
         levels: of the layers.
 
     Returns:
@@ -502,54 +457,45 @@ def kept_by_level(
     """
     terms = []
     for level in dict.fromkeys(levels):
-        for item in kept_bytes(s, cfg, tokens, level, kind):
+        for item in kept_bytes(s, tokens, level):
             num = levels.count(level)
-            if item.what == INPUT and cfg.use_activation_cpu_offload and level != "none":
+            if item.what == INPUT and s.cfg.use_activation_cpu_offload and level != "none":
                 num = min(num, AT_WORK)
             factors = (*item.factors, ("layers", num))
             terms.append(Term(f"{level}: {item.what}", factors, item.nbytes * num))
     return terms
 
 
-def num_offloaded(cfg: TrainConfig, levels: Sequence[str]) -> int:
-    """Layers whose inputs wait on the host: those that are recomputed, but for the very last.
-
-    Args:
-        cfg: use_activation_cpu_offload.
-        levels: of all layers.
-    """
-    return sum(level != "none" for level in levels[:-1]) * cfg.use_activation_cpu_offload
+def num_offloaded(s: Sizes, setting: Setting) -> int:
+    """Layers whose inputs wait on the host: those that are recomputed, but for the very last."""
+    is_on = s.cfg.use_activation_cpu_offload
+    return sum(level != "none" for level in setting.levels[:-1]) * is_on
 
 
-def uses_graphs(s: Sizes, cfg: TrainConfig, setting: Setting, kind: str) -> bool:
+def uses_graphs(s: Sizes, setting: Setting) -> bool:
     """Whether recomputed layers run by graphs, as the model chooses.
 
     Rows of several lengths in one micro-batch are laid one after the other, which no graph follows.
 
     Args:
-        s: numbers of the model and its adapters.
-        cfg: cuda_graphs, dropout, packing, data.
+        s: numbers of the run.
         setting: batch, levels.
-        kind: "cuda" or "cpu".
     """
+    cfg = s.cfg
     is_plain = s.lora > 0 and not s.magnitudes and s.active == s.weights
-    is_plain = is_plain and not setting.count("trained")
     has_one_length = cfg.dataset == "dummy" or setting.batch_size == 1 or cfg.packing == "off"
-    tokens = setting.batch_size * cfg.context_length
     return (
-        kind == "cuda"
+        s.kind == "cuda"
         and cfg.cuda_graphs == "auto"
-        and is_plain
-        and cfg.lora_dropout == 0
-        and not cfg.reentrant_checkpointing
+        and (is_plain and not setting.count("trained"))
+        and (cfg.lora_dropout == 0 and not cfg.reentrant_checkpointing)
         and setting.count("full") > 0
-        and cfg.packing != "on"
-        and has_one_length
-        and s.weights * tokens <= limits.MAX_GRAPH_WORK
+        and (cfg.packing != "on" and has_one_length)
+        and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK
     )
 
 
-def graph_rows(s: Sizes, cfg: TrainConfig, setting: Setting) -> Rows:
+def graph_rows(s: Sizes, setting: Setting) -> Rows:
     """What the graphs hold from the second step to the end.
 
     Tensors that a layer's are copied into, of weights once, of the rest once a shape of batch; and
@@ -557,12 +503,11 @@ def graph_rows(s: Sizes, cfg: TrainConfig, setting: Setting) -> Rows:
     use.
 
     Args:
-        s, cfg, setting: see `uses_graphs`.
+        s, setting: see `uses_graphs`.
     """
-    tokens = setting.batch_size * cfg.context_length
-    shapes = min(limits.MAX_GRAPH_SHAPES, -(-cfg.context_length // limits.PAD_MULTIPLES["cuda"]))
-    shapes = 1 if cfg.dataset == "dummy" else shapes
-    moments = layer_moments(s, cfg, tokens, "full", "cuda")
+    tokens, lengths = s.tokens(setting), -(-s.cfg.context_length // sizes.PAD_MULTIPLES["cuda"])
+    shapes = 1 if s.cfg.dataset == "dummy" else min(sizes.MAX_GRAPH_SHAPES, lengths)
+    moments = layer_moments(s, tokens, "full")
     layer_bytes = s.layer_bytes + (s.lora + s.small) * s.item
     wide = {"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item}
     return {
@@ -573,6 +518,6 @@ def graph_rows(s: Sizes, cfg: TrainConfig, setting: Setting) -> Rows:
         ],
         rows.SLACK: [
             term("graphs: their pool", bytes=max(map(total_bytes, moments))),
-            term("left by the steps before them", bytes=total_bytes({rows.SLACK: at_work(s, cfg)})),
+            term("left by the steps before them", bytes=total_bytes({rows.SLACK: at_work(s)})),
         ],
     }

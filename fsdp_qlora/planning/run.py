@@ -157,6 +157,8 @@ def make(
 ) -> RunPlan:
     """Plan a run, and choose what the user has left open.
 
+    GPUs without bfloat16 compute in float16, unless the user says otherwise.
+
     Args:
         info: the model.
         cfg: the run as the user gave it.
@@ -167,29 +169,13 @@ def make(
     Returns:
         The plan; a run that does not fit is planned as it is.
     """
-    cfg, why = _with_precision(cfg, given, machine)
-    found = _make(info, cfg, given, machine, fallback)
-    return dataclasses.replace(found, note="; ".join(filter(None, [found.note, why])))
-
-
-def _with_precision(
-    cfg: TrainConfig, given: frozenset[str], machine: Machine
-) -> tuple[TrainConfig, str]:
-    """GPUs without bfloat16 compute in float16, unless the user says otherwise."""
-    lacking = [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
-    if not lacking or "precision" in given or cfg.compute_dtype != "bfloat16":
-        return cfg, ""
-    why = f"precision fp16_autocast, as a {lacking[0]} has no bfloat16"
-    return dataclasses.replace(cfg, precision="fp16_autocast"), why
-
-
-def _make(
-    info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine, fallback: int
-) -> RunPlan:
+    why, lacking = "", [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
+    if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
+        cfg = dataclasses.replace(cfg, precision="fp16_autocast")
+        why = f"; precision fp16_autocast, as a {lacking[0]} has no bfloat16"
     own = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
-    refusal = _not_fitted(cfg, given, machine)
-    if refusal:
-        return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal)
+    if refusal := _not_fitted(cfg, given, machine):
+        return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal + why)
     outcomes = fit.explore(info, cfg, machine, given)
     best = fit.choose(outcomes)
     if best is None:  # nothing fits with a margin: without one, as asked for if that fits
@@ -199,8 +185,8 @@ def _make(
     candidates = (best, *fit.fallbacks(outcomes, best))
     number = min(fallback, len(candidates) - 1)
     taken = candidates[number]
-    note = _note(taken, own, fallback)
-    return RunPlan(applied(cfg, taken.setting), cfg, info, machine, candidates, number, note)
+    chosen, note = applied(cfg, taken.setting), _note(taken, own, fallback)
+    return RunPlan(chosen, cfg, info, machine, candidates, number, note + why)
 
 
 def unplanned(info: ModelInfo, cfg: TrainConfig, note: str) -> RunPlan:
@@ -265,7 +251,7 @@ def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
     place, table, limit_gib = "the host", found.host, found.host_limit_gib
     if found.gpu_free_gib < 0:
         place, table, limit_gib = "a GPU", found.device, found.gpu_limit_gib
-    remedies = [show.flags(item) for item in values["to_fit"][:1]]
+    remedies = [show.flags(item["flags"]) for item in values["to_fit"][:1]]
     raise UserError(
         f"{table.peak_gib:.1f} GiB on {place} ({table.peak_phase})",
         f"there are {limit_gib or 0:.1f}: it does not fit",
@@ -280,7 +266,7 @@ def flags_of(old: TrainConfig, new: TrainConfig) -> str:
     Args:
         old, new: the runs.
     """
-    return show.flags({"flags": show.changes(old, new)})
+    return show.flags(show.changes(old, new))
 
 
 def next_change(plan: RunPlan) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import operator
 import os
 import sys
 import textwrap
@@ -15,15 +14,13 @@ from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Machine
-from fsdp_qlora.planning import fit, rows, speed
+from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning.fit import Outcome
 from fsdp_qlora.planning.rows import Table, Term
-from fsdp_qlora.planning.sizes import applied, setting_for
+from fsdp_qlora.planning.sizes import Sizes, applied, setting_for
 
 WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
-# Of 16-bit training with Adam: weights, gradients, optimizer (ZeRO, arXiv 1910.02054, section 3.1).
-BYTES = (2, 2, 12)
 TRAINED = {"lora": "adapter   LoRA r {}", "dora": "adapter   DoRA r {}"}
 TRAINED |= {"llama_pro": "trained   new layers", "full": "trained   all weights"}
 USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
@@ -147,19 +144,17 @@ def as_dict(info: ModelInfo, cfg: TrainConfig, machine: Machine, found: Outcome)
         GiB by phase and row, limits, speed, and what to do: `better` where something is faster,
         `to_fit` where the run does not fit, `nearest` for the setting that asks least.
     """
-    setting, guess = found.setting, found.speed
-    num_steps = speed.num_steps(cfg, setting)
+    setting, num_steps = found.setting, fit.num_steps(Sizes(info, cfg), found.setting)
     outcomes = fit.explore(info, cfg, machine)
     best, nearest = fit.choose(outcomes), fit.least(outcomes)
-    if best is not None and found.fits and best.speed.step_s * WORTH > guess.step_s:
+    if best is not None and found.fits and best.speed.step_s * WORTH > found.speed.step_s:
         best = None
     to_fit = [] if found.fits else fit.changes(info, cfg, machine)
-    num_trained = trained.count(info, cfg)
     return {
         "model": cfg.model_name,
         "format": cfg.format_name,
         "num_params": arch.num_params(info),
-        "num_trained": num_trained,
+        "num_trained": trained.count(info, cfg),
         "cards": [gpu.name for gpu in machine.gpus],
         "num_ranks": machine.num_ranks,
         "batch_size": setting.batch_size,
@@ -170,16 +165,15 @@ def as_dict(info: ModelInfo, cfg: TrainConfig, machine: Machine, found: Outcome)
         "fits": found.fits,
         "card": _memory(found.device, found.gpu_limit_gib),
         "host": _memory(found.host, found.host_limit_gib),
-        **dataclasses.asdict(guess),
+        **dataclasses.asdict(found.speed),
         "num_steps": num_steps,
-        "eta_s": None if num_steps is None else num_steps * guess.step_s,
+        "eta_s": None if num_steps is None else num_steps * found.speed.step_s,
         "better": best and _brief(cfg, applied(cfg, best.setting), best, found),
         "nearest": _brief(cfg, applied(cfg, nearest.setting), nearest, found),
         "to_fit": [
             {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
             for item in to_fit
         ],
-        "zero_gib": zero_gib(arch.num_params(info), num_trained, machine.num_ranks),
     }
 
 
@@ -217,29 +211,6 @@ def changes(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
     return {name: str(after[name]).lower() for name in after if after[name] != before[name]}
 
 
-def zero_gib(num_params: int, num_trained: int, num_ranks: int) -> dict[str, list[float]]:
-    """GiB of weights, gradients and Adam on each GPU by the formulas DeepSpeed users know.
-
-    Args:
-        num_params: of the model.
-        num_trained: of its adapters.
-        num_ranks: GPUs.
-
-    Returns:
-        For full fine-tuning and for LoRA over a 16-bit base: ZeRO stages 0, 1, 2, 3.
-    """
-    counts = {"full": (num_params,) * 3}
-    counts["lora"] = (num_params + num_trained, num_trained, num_trained)
-    shared = ((1, 1, 1), (1, 1, num_ranks), (1, num_ranks, num_ranks), (num_ranks,) * 3)
-    kinds = {
-        name: [c * b for c, b in zip(nums, BYTES, strict=True)] for name, nums in counts.items()
-    }
-    return {
-        name: [sum(map(operator.truediv, parts, stage)) / GIB for stage in shared]
-        for name, parts in kinds.items()
-    }
-
-
 def text(
     cfg: TrainConfig, machine: Machine, found: Outcome, values: dict[str, Any], full: bool
 ) -> str:
@@ -262,17 +233,12 @@ def text(
         f"{values['batch_size']} x tokens {values['context_length']}",
         f"layers    {counts(setting.placements)}; checkpointing {counts(setting.levels)}",
     ]
+    place = "GPU" if machine.gpus else "CPU rank"
     for title, names, table in (
-        (f"GiB on {_gpus(machine)}", rows.DEVICE_ROWS, found.device),
+        (f"GiB on each {place}", rows.DEVICE_ROWS, found.device),
         ("GiB on the host, all programs", rows.HOST_ROWS, found.host),
     ):
-        lines += ["", *_table(title, rows.PHASES, _by_row(names, table))]
-        lines += _terms(names, table) if full else []
-    if full or cfg.format_name == "bf16":
-        words = {"full fine-tuning, 2 + 2 + 12 bytes a parameter": values["zero_gib"]["full"]}
-        words["LoRA over 16 bit, 2 + (14 of adapters)"] = values["zero_gib"]["lora"]
-        stages = [f"ZeRO-{stage}" for stage in range(4)]
-        lines += ["", *_table("GiB a GPU without activations", stages, words)]
+        lines += ["", *_table(title, names, table), *(_terms(names, table) if full else [])]
     return "\n".join([*lines, "", *summary(cfg, machine, found, values)])
 
 
@@ -285,25 +251,14 @@ def counts(names: Sequence[str]) -> str:
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
 
-def _gpus(machine: Machine) -> str:
-    names = [gpu.name for gpu in machine.gpus]
-    kinds = {name: f"{names.count(name)} x " * (names.count(name) > 1) + name for name in names}
-    if not names:
-        return f"each of {machine.num_ranks} CPU ranks"
-    return ("each of " if len(names) > 1 else "one ") + ", ".join(kinds.values())
-
-
-def _by_row(names: Sequence[str], table: Table) -> dict[str, list[float]]:
+def _table(title: str, names: Sequence[str], table: Table) -> list[str]:
+    lines = [f"{title:<48}" + "".join(f"{phase:>10}" for phase in rows.PHASES)]
     found = {name: [table.gib(phase, name) for phase in rows.PHASES] for name in names}
     found["total"] = [table.total_gib(phase) for phase in rows.PHASES]
-    return {name: values for name, values in found.items() if max(values) >= 0.005}
-
-
-def _table(title: str, columns: Sequence[str], found: dict[str, list[float]]) -> list[str]:
-    lines = [f"{title:<48}" + "".join(f"{column:>10}" for column in columns)]
     for name, values in found.items():
         cells = (f"{value:10.2f}" if value >= 0.005 else f"{'-':>10}" for value in values)
-        lines.append(f"  {name:<46}" + "".join(cells))
+        if max(values) >= 0.005:
+            lines.append(f"  {name:<46}" + "".join(cells))
     return lines
 
 
@@ -370,16 +325,18 @@ def summary(
     for number, item in enumerate(values["to_fit"], 1):
         lost = f"; without {item['lost']}" * bool(item["lost"])
         cost = f"({item['speed']:.2f}x its speed{lost})"
-        lines.append(("to fit", f"{number}. {item['words']}: {flags(item)} {cost}"))
+        lines.append(("to fit", f"{number}. {item['words']}: {flags(item['flags'])} {cost}"))
     if better:
         cost = f"{better['speed']:.2f}x its speed in {better['card_gib']:.1f} GiB"
-        lines.append(("best" if found.fits else "or best", f"{cost}: {flags(better)}"))
+        lines.append(("best" if found.fits else "or best", f"{cost}: {flags(better['flags'])}"))
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
         words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
         words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        lines.append(("to fit", f"{words}host by {flags(nearest) or 'what was asked for'}"))
+        lines.append(
+            ("to fit", f"{words}host by {flags(nearest['flags']) or 'what was asked for'}")
+        )
     lines += [
         ("note", f"a {gpu.name} has no bfloat16 matmuls: several times slower than in float16")
         for gpu in dict.fromkeys(machine.gpus)
@@ -395,9 +352,9 @@ def wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:
     return [line for name, words in lines for line in wrap.wrap(f"{name:<10}{words}")]
 
 
-def flags(item: dict[str, Any]) -> str:
-    """The options of an entry of `as_dict`, as a command line has them."""
-    return " ".join(f"--{name} {value}" for name, value in item["flags"].items())
+def flags(changed: dict[str, str]) -> str:
+    """The options of `changes` as a command line has them."""
+    return " ".join(f"--{name} {value}" for name, value in changed.items())
 
 
 def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:

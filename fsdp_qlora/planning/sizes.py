@@ -1,23 +1,128 @@
-"""The numbers a plan is made of: bytes and widths of a layer, and what a run is set to."""
+"""The numbers a plan is made of: limits, bytes of the formats, widths of a layer, what a run sets.
+
+The model keeps to the same limits and formats; model/quantize.py adds to every format how a weight
+is quantized and dequantized. No torch.
+"""
 
 import collections
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.config import STRATEGIES, TrainConfig
-from fsdp_qlora.planning.limits import ALIGN_BYTES, FORMATS, ITEM_BYTES
+from fsdp_qlora.arch.files import GROUP, NESTED
+from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, STRATEGIES, TrainConfig, hqq_name
+from fsdp_qlora.hardware import GIB
 
+WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
+LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
+NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
+ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
+ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
+NUM_READ_AHEAD = 2  # linears being read while one is at work
+# Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
+# and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
+# bound by the host, 70B at 1024 is not).
+MAX_GRAPH_WORK = 5e11
+MAX_GRAPH_SHAPES = 8  # a graph keeps the memory of a layer's pass
+MOST_TOUCHED_BYTES = 4 * GIB  # copies for checkpoints: more is not taken before the first of them
+PAD_MULTIPLES = {"cuda": 64, "cpu": 8}  # of a batch's length: fewer shapes, blocks are found again
+DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+PER_WORD = 10  # values of 3 bits in an int32
+KNOWN_ROWS = {"alpaca": 51_760, "guanaco": 9_846}
+MAX_COUNTED_BYTES = 100 * 2**20
 PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
 LEVELS = ("full", "selective", "none")
 IN_MEMORY = ("/dev/shm/", "/run/")
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One stored array of a linear.
+
+    Attributes:
+        name: of the field.
+        dtype: torch name of the dtype of its elements.
+        num_weights: weights that share one element; 0 = those of one row do.
+        multiple: the number of elements is rounded up to a multiple of it.
+    """
+
+    name: str
+    dtype: str
+    num_weights: int
+    multiple: int = 1
+
+    def num_elements(self, shape: Sequence[int]) -> int:
+        """Elements stored for a linear of `shape` (out features, in features)."""
+        num = -(-math.prod(shape) // self.num_weights) if self.num_weights else shape[0]
+        return -(-num // self.multiple) * self.multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A row of FORMATS.
+
+    Attributes:
+        weight_bits: bits of one quantized weight.
+        fields: the quantization constants stored per linear, beside its weight.
+        scratch_bytes: held per weight of a linear while it is dequantized.
+        constant_bytes: held per GROUP of the layer at work, once its constants are usable.
+        group_size: weights that share a constant.
+        axis: of HQQ: 1 groups neighbours of a row; 0 groups weights that lie a `group_size`-th of
+            the matrix apart.
+    """
+
+    weight_bits: int
+    fields: tuple[Field, ...] = ()
+    scratch_bytes: int = 2
+    constant_bytes: int = 0
+    group_size: int = GROUP
+    axis: int = 1
+
+    def weight_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the quantized weight of a linear of `shape` (out features, in features)."""
+        num_weights = math.prod(shape)
+        if self.weight_bits != 3:
+            return -(-num_weights * self.weight_bits // 8)
+        # Ten rows of hqq's matrix of groups share one row of words; the last rows are padded.
+        num_groups = -(-num_weights // self.group_size)
+        rows, cols = (num_groups, self.group_size)[:: 1 if self.axis else -1]
+        return -(-rows // PER_WORD) * cols * 4
+
+
+def _hqq(bits: int, group_size: int, axis: int) -> Storage:
+    # In 8 bits, constants rounded to bfloat16 would cost as much as the quantization itself.
+    dtype = "float32" if bits == 8 else "bfloat16"
+    fields = (Field("scale", dtype, group_size), Field("zero", dtype, group_size))
+    return Storage(bits, fields, scratch_bytes=3, group_size=group_size, axis=axis)
+
+
+_ABSMAX = (Field("absmax", "float32", GROUP),)
+_NESTED_ABSMAX = (
+    Field("qabsmax", "uint8", GROUP, multiple=NESTED),
+    Field("nested_absmax", "float32", GROUP * NESTED),
+    Field("offset", "float32", GROUP * NESTED),
+)
+FORMATS: dict[str, Storage] = {
+    "nf4": Storage(4, _ABSMAX),
+    "nf4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
+    "fp4": Storage(4, _ABSMAX),
+    "fp4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
+    "int8": Storage(8, (Field("row_absmax", "float32", 0),)),
+    **{
+        hqq_name(bits, group_size, axis): _hqq(bits, group_size, axis)
+        for bits in HQQ_BITS
+        for group_size in GROUP_SIZES
+        for axis in HQQ_AXES
+    },
+    "bf16": Storage(16, scratch_bytes=0),
+}
 
 
 def quantized_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
@@ -32,7 +137,7 @@ def quantized_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tupl
     """
     fmt = FORMATS[format_name]
     weights = sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in shapes)
-    fields = [(ITEM_BYTES[f.dtype] * sum(map(f.num_elements, shapes))) for f in fmt.fields]
+    fields = [(DTYPE_BYTES[f.dtype] * sum(map(f.num_elements, shapes))) for f in fmt.fields]
     return weights, sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
 
 
@@ -178,6 +283,8 @@ class Sizes:
     """Numbers of one decoder layer and of the model, for a run's adapters and precision.
 
     Attributes:
+        cfg, kind: see `__init__`.
+        format: row of FORMATS.
         layers, hidden, vocab: of the model.
         heads: attention heads.
         outs: features of all matmuls of a layer but the last (down_proj).
@@ -203,18 +310,23 @@ class Sizes:
         caps_logits: the loss keeps the logits before their cap too (Gemma 2).
         file_bytes: of the model's files, where they lie in memory.
         master: bytes of a trained weight.
+        is_kept_whole: a layer is so small that it is dequantized at once.
+        one_group: factors of the adapters of all layers where they are so small that they are
+            gathered and reduced at once; else empty.
     """
 
-    def __init__(self, info: ModelInfo, cfg: TrainConfig) -> None:
+    def __init__(self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda") -> None:
         """Collect the numbers of a model and a run.
 
         Args:
             info: the model.
-            cfg: lora_rank, lora_target_modules, format_name, compute_dtype.
+            cfg: the run.
+            kind: where its ranks compute, "cuda" or "cpu".
 
         Raises:
             UserError: an adapter's name matches no linear (code 2).
         """
+        self.cfg, self.kind, self.format = cfg, kind, FORMATS[cfg.format_name]
         self.layers, self.hidden, self.vocab = info.num_layers, info.hidden_size, info.vocab_size
         self.heads: int = info.config.get("num_attention_heads", 1)
         self._read_linears(info, cfg)
@@ -230,6 +342,11 @@ class Sizes:
         self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention)
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
+        is_small = self.active == self.weights and self.weights * self.item <= WHOLE_LAYER_BYTES
+        self.is_kept_whole = is_small and self.format.scratch_bytes > 0
+        adapters = {"params": self.lora, "layers": self.layers}
+        is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
+        self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
 
     def _read_linears(self, info: ModelInfo, cfg: TrainConfig) -> None:
         linears, has_adapters = info.linears, trained.has_adapters(cfg)
@@ -261,6 +378,21 @@ class Sizes:
     def layer_bytes(self) -> int:
         """Bytes of a layer's frozen linears and their constants, as stored."""
         return self.quantized + self.constants
+
+    @functools.cached_property
+    def num_rows(self) -> int | None:
+        """Rows of the data set; None for one that would have to be read."""
+        if self.cfg.dataset in ("dummy", "alpaca_sample", "orca_math"):
+            return self.cfg.dataset_samples
+        path = Path(os.path.expanduser(self.cfg.dataset))  # unlike pathlib's these raise nothing
+        is_jsonl = path.suffix == ".jsonl" and os.path.isfile(path)
+        if not is_jsonl or path.stat().st_size > MAX_COUNTED_BYTES:
+            return KNOWN_ROWS.get(self.cfg.dataset)
+        return sum(1 for line in path.read_bytes().splitlines() if line.strip())
+
+    def tokens(self, setting: Setting) -> int:
+        """Tokens of a full micro-batch of a rank."""
+        return setting.batch_size * self.cfg.context_length
 
     def num_trained(self, setting: Setting) -> int:
         """Trained parameters of the model."""

@@ -28,8 +28,8 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
-from fsdp_qlora.planning.limits import MOST_TOUCHED_BYTES
 from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
 from fsdp_qlora.record import RUN_FORMAT
 from fsdp_qlora.training import resume
 from fsdp_qlora.training.loop import Trained

@@ -16,7 +16,7 @@ from fsdp_qlora.atomic import IS_FULL
 from fsdp_qlora.checkpoint_store import last_step, steps
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, check_optimizer
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
-from fsdp_qlora.planning.limits import GIB
+from fsdp_qlora.hardware import GIB
 from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import DTYPE_BYTES

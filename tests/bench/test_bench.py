@@ -185,6 +185,6 @@ def test_the_plan_predicts_a_gpu_of_the_bench(page, row):
     info = arch.read(cfg.model_name, need_weights=False)
     setting = setting_for(info, cfg, row["num_ranks"])
     has_peer = row["p2p"] == "on" and row["num_ranks"] > 1
-    planned = memory.device(Sizes(info, cfg), cfg, setting, has_peer=has_peer).peak_gib
+    planned = memory.device(Sizes(info, cfg), setting, has_peer=has_peer).peak_gib
     measured = row["peaks"]["card"][1]
     assert planned == pytest.approx(measured, rel=0.05), (planned, measured)

@@ -6,7 +6,7 @@ import torch
 from fsdp_qlora import arch
 from fsdp_qlora.model import quantize
 from fsdp_qlora.model.weights import Weights
-from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.sizes import FORMATS
 from tests import tiny
 
 # Largest relative error ||dequantized - weight|| / ||weight|| of normal weights, by bits of HQQ and

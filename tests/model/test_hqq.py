@@ -7,7 +7,7 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.model import quantize
-from fsdp_qlora.planning.limits import FORMATS
+from fsdp_qlora.planning.sizes import FORMATS
 from tests import tiny
 
 NAMES = [name for name in FORMATS if name.startswith("hqq")]

@@ -10,8 +10,7 @@ from fsdp_qlora import arch, config
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.layer import build_layout
 from fsdp_qlora.planning import memory
-from fsdp_qlora.planning.limits import FORMATS
-from fsdp_qlora.planning.sizes import Sizes, quantized_bytes
+from fsdp_qlora.planning.sizes import FORMATS, Sizes, quantized_bytes
 
 MODELS = ["llama-2-7b", "llama-2-70b", "qwen2.5-0.5b", "phi-3-mini", "gemma-2-2b"]
 SHAPE = {
@@ -76,5 +75,5 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path: Path, dropout: str):
     del result
     others = own | {table.untyped_storage().data_ptr() for table in tables}
     total = sum(nbytes for place, nbytes in saved.items() if place not in others)
-    kept = memory.kept_bytes(Sizes(info, cfg), cfg, tokens, "none", "cpu")
+    kept = memory.kept_bytes(Sizes(info, cfg, "cpu"), tokens, "none")
     assert total == sum(item.nbytes for item in kept) + 2 * tokens * 4

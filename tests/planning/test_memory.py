@@ -32,13 +32,19 @@ RUNS = {
 
 def plan(
     run: str, placement: str, levels: tuple[str, ...] = (), **changes: int
-) -> tuple[Sizes, config.TrainConfig, Setting]:
-    """Sizes, configuration and setting of one of RUNS on two ranks."""
+) -> tuple[Sizes, Setting]:
+    """Sizes and setting of one of RUNS on two ranks."""
     cfg = config.parse(RUNS[run])
     info = arch.read(cfg.model_name, need_weights=False)
     own = setting_of(cfg, info.num_layers, 2)
     own = dataclasses.replace(own, placements=(placement,) * info.num_layers, **changes)
-    return Sizes(info, cfg), cfg, dataclasses.replace(own, levels=levels or own.levels)
+    return Sizes(info, cfg), dataclasses.replace(own, levels=levels or own.levels)
+
+
+def changed(s: Sizes, kind: str = "cuda", **options) -> Sizes:
+    """The same model in another run."""
+    info = arch.read(s.cfg.model_name, need_weights=False)
+    return Sizes(info, dataclasses.replace(s.cfg, **options), kind)
 
 
 def on_gpu(*args, **changes) -> Table:
@@ -66,11 +72,11 @@ def test_peaks_are_those_measured_within_5_percent(
     run, placement, resident, kept, allocated_gib, reserved_gib
 ):
     """On two H200; the head has since given up one float32 chunk of logits: 0.25 GiB in forward."""
-    s, cfg, setting = plan(run, placement)
+    s, setting = plan(run, placement)
     placements = place(s.layers, placement, resident)
     levels = ("full",) * (s.layers - kept) + ("selective",) * kept
     setting = dataclasses.replace(setting, placements=placements, levels=levels)
-    table = memory.device(s, cfg, setting, has_peer=True)
+    table = memory.device(s, setting, has_peer=True)
     assert near(table.allocated_gib, allocated_gib), table.allocated_gib
     assert near(table.reserved_gib, reserved_gib), table.reserved_gib
 
@@ -84,11 +90,10 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
     table = on_gpu("7B 1x512", placement)
     assert near(table.allocated_gib, allocated_gib, 0.09), table.allocated_gib
     assert near(table.reserved_gib, reserved_gib, 0.09), table.reserved_gib
-    found, cfg, setting = plan("7B 1x512", placement)
-    off = dataclasses.replace(cfg, cuda_graphs="off")
-    without = memory.device(found, off, setting, has_peer=True)
-    assert memory.uses_graphs(found, cfg, setting, "cuda")
-    assert not memory.uses_graphs(found, off, setting, "cuda")
+    found, setting = plan("7B 1x512", placement)
+    off = changed(found, cuda_graphs="off")
+    without = memory.device(off, setting, has_peer=True)
+    assert memory.uses_graphs(found, setting) and not memory.uses_graphs(off, setting)
     layer_gib = (found.quantized + found.constants) / GIB
     inputs_gib = table.gib("save", rows.LAYER) - without.gib("save", rows.LAYER)
     assert layer_gib < inputs_gib < 1.3 * layer_gib
@@ -100,17 +105,17 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
 
 def test_graphs_are_left_out_where_the_model_leaves_them_out():
     """Long batches, dropout, rows of several lengths laid one after the other, a CPU."""
-    found, cfg, setting = plan("7B 1x512", "sharded")
+    found, setting = plan("7B 1x512", "sharded")
     large = dataclasses.replace(setting, batch_size=5)
-    assert memory.uses_graphs(found, cfg, dataclasses.replace(setting, batch_size=4), "cuda")
-    assert not memory.uses_graphs(found, cfg, large, "cuda")
-    assert not memory.uses_graphs(found, cfg, setting, "cpu")
+    assert memory.uses_graphs(found, dataclasses.replace(setting, batch_size=4))
+    assert not memory.uses_graphs(found, large)
+    assert not memory.uses_graphs(changed(found, "cpu"), setting)
     for change in ({"lora_dropout": 0.1}, {"packing": "on"}, {"reentrant_checkpointing": True}):
-        assert not memory.uses_graphs(found, dataclasses.replace(cfg, **change), setting, "cuda")
-    rows_of_users = dataclasses.replace(cfg, dataset="rows.jsonl")
+        assert not memory.uses_graphs(changed(found, **change), setting)
+    rows_of_users = changed(found, dataset="rows.jsonl")
     two = dataclasses.replace(setting, batch_size=2)
-    assert not memory.uses_graphs(found, rows_of_users, two, "cuda")
-    assert memory.uses_graphs(found, rows_of_users, setting, "cuda")
+    assert not memory.uses_graphs(rows_of_users, two)
+    assert memory.uses_graphs(rows_of_users, setting)
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():
@@ -128,9 +133,9 @@ def test_the_load_of_a_16_bit_checkpoint_stays_within_what_was_measured():
     cfg = config.parse(["--model_name=yi-34b", "--batch_size=2", "--offload_impl=fsdp"])
     info = arch.read("yi-34b", need_weights=False)
     found, setting = Sizes(info, cfg), setting_of(cfg, info.num_layers, 2)
-    table = memory.device(found, cfg, setting, has_peer=True)
+    table = memory.device(found, setting, has_peer=True)
     assert near(table.total_gib("load", rows.CONTEXT), 1.90)
-    assert near(memory.host(found, cfg, setting).total_gib("load"), 21.8)
+    assert near(memory.host(found, setting).total_gib("load"), 21.8)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +148,9 @@ def test_the_load_of_a_16_bit_checkpoint_stays_within_what_was_measured():
 )
 def test_host_memory_is_what_was_measured(run, placement, files_gib, load_gib, peak_gib):
     """Within 5 percent, operating system included."""
-    found, cfg, setting = plan(run, placement)
+    found, setting = plan(run, placement)
     found.file_bytes = round(files_gib * GIB)
-    table = memory.host(found, cfg, setting)
+    table = memory.host(found, setting)
     assert near(table.peak_gib, peak_gib), table.peak_gib
     assert load_gib is None or near(table.total_gib("load"), load_gib)
 
@@ -164,7 +169,7 @@ def test_cpu_ranks_need_what_was_measured():
     argv += ["--context_length=256", "--batch_size=4", "--lora_dropout=0"]
     cfg = config.parse([*argv, "--use_cpu_offload=false", "--use_gradient_checkpointing=false"])
     info = arch.read(cfg.model_name, need_weights=False)
-    table = memory.host(Sizes(info, cfg), cfg, setting_of(cfg, 30, 2), "cpu")
+    table = memory.host(Sizes(info, cfg, "cpu"), setting_of(cfg, 30, 2))
     more_gib = 2 * hardware.has_gpu_build() * memory.CUDA_BUILD_BYTES / GIB
     assert near(table.peak_gib, 3.69 + more_gib, 0.15), table.peak_gib
 
@@ -200,14 +205,14 @@ def test_rows_of_the_streamed_70b_are_this_arithmetic():
     adapters_bytes = (207_093_760 // 80) * 14  # 16 bit twice, gradients in 16, 32 and 32 bit
     gathered = 2 * (packed + constants) + adapters_bytes  # two slots
     assert table.gib("backward", rows.BUFFERS) * GIB == gathered
-    found, cfg, setting = plan("70B 2x2048", "streamed")
-    hosted = memory.host(found, cfg, setting).gib("forward", rows.HOSTED)
+    found, setting = plan("70B 2x2048", "streamed")
+    hosted = memory.host(found, setting).gib("forward", rows.HOSTED)
     assert hosted * GIB == 80 * (packed + constants)  # one copy, whatever the number of ranks
 
 
 def test_levels_keep_what_their_formulas_say():
     """7B, T = 8192 tokens, bfloat16; the widths of a layer as in the model's paper."""
-    found, cfg, _ = plan("7B 4x2048", "sharded")
+    found, _ = plan("7B 4x2048", "sharded")
     tokens, hidden, inner = 8192, 4096, 11_008
     full = tokens * hidden * 2
     selective = full + tokens * 2 * (4 * hidden + 2 * inner)  # q k v o, gate up
@@ -215,18 +220,17 @@ def test_levels_keep_what_their_formulas_say():
     none = selective + 2 * tokens * hidden * 2 + tokens * inner * 2  # norms, activation product
     none += tokens * 7 * 16 * 2  # x A of seven adapters
     for level, nbytes in {"full": full, "selective": selective, "none": none}.items():
-        kept = memory.kept_bytes(found, cfg, tokens, level)
+        kept = memory.kept_bytes(found, tokens, level)
         assert sum(item.nbytes for item in kept) == nbytes, level
 
 
 def test_dropout_and_unfused_kernels_cost_extra():
     """Every adapted linear keeps its own dropped input and mask: 6 x 4096 + 11008 features."""
-    found, cfg, _ = plan("7B 4x2048", "sharded")
+    found, _ = plan("7B 4x2048", "sharded")
 
-    def kept(found=found, **changes) -> float:
-        changed = dataclasses.replace(cfg, **changes)
-        terms = memory.kept_bytes(found, changed, 1000, "none")
-        return sum(item.nbytes for item in terms)
+    def kept(found=found, **options) -> float:
+        found = changed(found, **options) if options else found
+        return sum(item.nbytes for item in memory.kept_bytes(found, 1000, "none"))
 
     dropped = 1000 * (6 * 4096 + 11_008) * 3
     assert kept(lora_dropout=0.1) - kept() == dropped - 1000 * (2 * 4096 + 11_008) * 2
@@ -239,18 +243,18 @@ def test_dropout_and_unfused_kernels_cost_extra():
 
 def test_placements_move_bytes_between_gpu_and_host():
     """Half resident, half streamed: half of the base on each GPU, half on the host."""
-    found, cfg, setting = plan("70B 2x2048", "streamed")
+    found, setting = plan("70B 2x2048", "streamed")
     half = dataclasses.replace(setting, placements=place(80, "streamed", 40))
     layer_gib = (found.quantized + found.constants) / GIB
-    tables = [memory.device(found, cfg, item) for item in (setting, half)]
+    tables = [memory.device(found, item) for item in (setting, half)]
     base = [
         item.gib("forward", rows.PACKED) + item.gib("forward", rows.CONSTANTS) for item in tables
     ]
     assert base == pytest.approx([0, 40 * layer_gib])
-    on_host = [memory.host(found, cfg, item).gib("save", rows.HOSTED) for item in (setting, half)]
+    on_host = [memory.host(found, item).gib("save", rows.HOSTED) for item in (setting, half)]
     assert on_host == pytest.approx([80 * layer_gib, 40 * layer_gib])
     whole = dataclasses.replace(setting, placements=("resident",) * 80, strategy="ddp")
-    ddp = memory.device(found, cfg, whole)
+    ddp = memory.device(found, whole)
     assert ddp.gib("forward", rows.PACKED) == pytest.approx(80 * found.quantized / GIB)
     assert ddp.gib("forward", rows.ADAPTERS) == pytest.approx(2 * tables[0].gib("save", "adapters"))
 
@@ -264,8 +268,8 @@ def test_gradients_stay_through_accumulation():
 
 def test_shard_grad_op_holds_all_gathered_layers():
     """shard_grad_op does not let go of what the forward gathered."""
-    found, cfg, setting = plan("7B 4x2048", "sharded")
-    kept = memory.device(found, cfg, dataclasses.replace(setting, strategy="shard_grad_op"))
+    found, setting = plan("7B 4x2048", "sharded")
+    kept = memory.device(found, dataclasses.replace(setting, strategy="shard_grad_op"))
     layers_gib = 32 * (found.quantized + found.constants) / GIB
     assert kept.gib("backward", rows.BUFFERS) > layers_gib
     assert on_gpu("7B 4x2048", "sharded").gib("backward", rows.BUFFERS) < layers_gib / 8

@@ -55,14 +55,6 @@ def test_json_holds_the_tables_and_survives_a_round_trip(capsys: pytest.CaptureF
     assert values["eta_s"] == pytest.approx(128 * values["step_s"])
 
 
-def test_zero_is_what_deepspeed_users_know(capsys: pytest.CaptureFixture[str]):
-    """7.5e9 parameters on 64 GPUs: 120, 31.4, 16.6 and 1.9 GB (ZeRO, figure 1)."""
-    found = show.zero_gib(7_500_000_000, 0, 64)["full"]
-    assert [round(gib * 2**30 / 1e9, 1) for gib in found] == [120.0, 31.4, 16.6, 1.9]
-    assert "ZeRO-3" in output(capsys, *ARGS, *CARDS, "--explain")
-    assert "ZeRO-3" not in output(capsys, *ARGS, *CARDS)
-
-
 @pytest.mark.parametrize(
     "words",
     [
