@@ -56,7 +56,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     needs_text = cfg.dataset != sources.DUMMY or prepare.has_prompts(cfg)
     full = load_tokenizer(info) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
-    ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, world.rank == 0)
+    ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, world.rank == 0)
     ready.check()
     pad_multiple = PAD_MULTIPLES[world.device.type]
     if full is not None and text_tokenizer is not None and ready.formatter and ready.uses_chat:

@@ -258,9 +258,7 @@ def main(argv: list[str]) -> int:
     is_dummy = cfg.dataset == sources.DUMMY
     path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)
     text_tokenizer = None if is_dummy else tokenizer.read(path)
-    ready = prepare.prepare(
-        cfg, text_tokenizer, info.vocab_size, lambda: tokenizer.load(path), shows_progress=True
-    )
+    ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, shows_progress=True)
     num_gpus = hardware.count_gpus(os.environ)
     world_size = cfg.world_size if cfg.world_size > 0 else max(num_gpus, 1)
     found = audit(cfg, ready, world_size, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fsdp_qlora import __version__
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import row_formats, sources, token_dataset, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source, SourceOptions, parse_json, read_own_file
+from fsdp_qlora.data.sources import Source, parse_json, read_own_file
 from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, split_name
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.errors import UserError, join
@@ -86,7 +86,6 @@ def prepare(
     cfg: TrainConfig,
     tokenizer: TextTokenizer | None,
     vocab_size: int,
-    load_tokenizer: Callable[[], Any] = lambda: None,
     shows_progress: bool = False,
 ) -> PreparedData:
     """Read, tokenize and split the data of a run.
@@ -95,7 +94,6 @@ def prepare(
         cfg: the run.
         tokenizer: may be None for dummy rows.
         vocab_size: rows of the model's embedding.
-        load_tokenizer: gives the transformers tokenizer, for a function of the user's own.
         shows_progress: a bar on the terminal, if it takes seconds.
 
     Returns:
@@ -113,8 +111,7 @@ def prepare(
     formatter = row_formats.choose(
         cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
     )
-    options = _options(cfg, load_tokenizer)
-    found = sources.find(cfg.dataset, options)
+    found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
     is_silent = not (shows_progress and sys.stderr.isatty())
     with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
         make = functools.partial(_tokenize, cfg, tokenizer, formatter, bar.update)
@@ -124,7 +121,7 @@ def prepare(
         example, stores = next(good, None), [whole.store]
         eval_name = None if cfg.eval_samples else split_name(cfg.eval_split)
         if eval_name is not None:
-            more = _find_eval(cfg, eval_name, options)
+            more = _find_eval(cfg, eval_name, tokenizer)
             held_out, found = make(more), [*found, *more]
             stores.append(held_out.store)
     largest = max(store.facts["largest_id"] for store in stores)
@@ -152,28 +149,23 @@ def prepare_early(
     Raises:
         UserError: as `prepare`.
     """
-    found = [] if cfg.dataset == sources.DUMMY else sources.find(cfg.dataset, _options(cfg))
+    split = split_name(cfg.train_split)
+    found = [] if cfg.dataset == sources.DUMMY else sources.find(cfg.dataset, cfg, split)
     can_keep = token_dataset.cache_root(cfg.token_cache) is not None
     if not _is_small(found) and not (can_keep and all(source.fingerprint() for source in found)):
         return None
     return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
 
 
-def _options(cfg: TrainConfig, load_tokenizer: Callable[[], Any] = lambda: None) -> SourceOptions:
-    split = split_name(cfg.train_split)
-    return SourceOptions(cfg.dataset_samples, cfg.seed, split, load_tokenizer)
-
-
 def _is_small(found: list[Source]) -> bool:
     return sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
 
 
-def _find_eval(cfg: TrainConfig, name: str, options: SourceOptions) -> list[Source]:
+def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
-    is_file = os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name
-    if is_file:
-        return sources.find(name, replace(options, split=None))
-    found = sources.find(cfg.dataset, replace(options, split=name))
+    if os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name:
+        return sources.find(name, cfg, None, tokenizer.full)
+    found = sources.find(cfg.dataset, cfg, name, tokenizer.full)
     if any(source.is_file for source in found):
         remedy = "give a share of the rows (0.1) or a file"
         raise UserError(f"--eval_split {name}", "is no file, and files have no splits", remedy)
@@ -286,7 +278,7 @@ def _read_prompts(path: Path) -> list[tuple[str, Any]]:
 
 def _parse_prompt(place: str, line: str) -> Any:
     """A text, or the messages of a conversation."""
-    value = parse_json(line.encode())
+    value = parse_json(line)
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

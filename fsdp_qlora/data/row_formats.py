@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.data.sources import TextPiece, read_own_file
+from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
 from fsdp_qlora.errors import UserError, one_line
 
@@ -120,15 +120,8 @@ def _message(number: int, entry: object) -> dict:
 def _require_text(what: str, value: object) -> None:
     if not isinstance(value, str):
         raise Refused(f"{what} is {kind(value)} (want text)")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise Refused(f"{what} holds half a surrogate pair (want valid Unicode)")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return text.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_label(row: dict) -> None:
@@ -303,7 +296,7 @@ class RowFormatter:
             Refused: a template cannot render it.
         """
         texts = self._render(row)
-        if not all(_is_unicode(text.text) for text in texts):
+        if not all(is_unicode(text.text) for text in texts):
             raise Refused("it holds half a surrogate pair (want valid Unicode)")
         if self.train_on == "all":
             return [text._replace(spans=((0, len(text.text)),)) for text in texts]

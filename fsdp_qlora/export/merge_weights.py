@@ -497,9 +497,8 @@ def _of_data(
 ) -> Rows:
     if cfg.dataset == sources.DUMMY:
         return _random(options, info, "the run's rows were random, too")
-    path = _tokenizer_directory(adapter, info)
-    text = tokenizer.read(path)
-    ready = prepare.prepare(cfg, text, info.vocab_size, lambda: tokenizer.load(path))
+    text = tokenizer.read(_tokenizer_directory(adapter, info))
+    ready = prepare.prepare(cfg, text, info.vocab_size)
     has_held_out = len(ready.held_out) > 0
     part = ready.held_out if has_held_out else ready.train
     rows = (part[i].input_ids[: options.evidence_tokens].tolist() for i in range(len(part)))

@@ -29,7 +29,7 @@ def place(tmp_path_factory):
 def run(place, dataset, *flags, vocab_size=600, light=None):
     cfg = config.parse(["--dataset", str(dataset), "--token_cache=off", *map(str, flags)])
     light = light or tokenizer.read(place)
-    return prepare.prepare(cfg, light, vocab_size, lambda: tokenizer.load(place))
+    return prepare.prepare(cfg, light, vocab_size)
 
 
 def lines(part):
