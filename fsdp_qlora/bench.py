@@ -38,7 +38,7 @@ from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.record import NUM_WARMUP_STEPS
-from fsdp_qlora.report.charts import Bar, Bars, draw_bars
+from fsdp_qlora.report.charts import Bar, draw_bars
 
 POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
@@ -407,7 +407,7 @@ def picture(bench: BenchRow) -> str:
     lines = [f"{bench['machine']['cards']}  ·  {bench['date']}", *bench["notes"][:1]]
     bars = {key: [_bar(row, key) for row in bench["rows"]] for key in FIGURES}
     shown = [key for key in FIGURES if any(bar.value for bar in bars[key])]
-    groups = [Bars(*FIGURES[key][:2], bars[key]) for key in shown]
+    groups = [(*FIGURES[key][:2], bars[key]) for key in shown]
     return draw_bars(bench["title"], lines, groups)
 
 

@@ -77,19 +77,7 @@ class Bar:
     ends: tuple[float, float] | None = None
 
 
-@dataclass(frozen=True)
-class Bars:
-    """Bars with one scale.
-
-    Args:
-        title: what is shown.
-        unit: of the values.
-        bars: from top to bottom.
-    """
-
-    title: str
-    unit: str
-    bars: list[Bar]
+BarGroup = tuple[str, str, list[Bar]]  # title, unit, bars with one scale
 
 
 class _Scale(NamedTuple):
@@ -282,13 +270,13 @@ WIDTH, LEFT, BAR_LEFT, BAR_WIDTH, BAR_HEIGHT = 1000, 72, 190, 480, 18  # of a pi
 INK, FAINT, BOLD = "#1f2328", "#656d76", 'font-weight="600"'
 
 
-def draw_bars(title: str, lines: list[str], groups: list[Bars]) -> str:
+def draw_bars(title: str, lines: list[str], groups: list[BarGroup]) -> str:
     """Draw groups of horizontal bars, each group with a scale of its own that begins at 0.
 
     Args:
         title: heading of the picture.
         lines: one or two lines of text below it.
-        groups: each with at least one bar.
+        groups: (title, unit, bars from top to bottom), each with at least one bar.
 
     Returns:
         A whole SVG document on a white ground.
@@ -296,12 +284,12 @@ def draw_bars(title: str, lines: list[str], groups: list[Bars]) -> str:
     parts = [_text(LEFT, 34, title, look='font-size="20" font-weight="600"')]
     parts += [_text(LEFT, 58 + 19 * i, line, FAINT) for i, line in enumerate(lines)]
     top = 94.0
-    for group in groups:
-        parts.append(_text(LEFT, top + 16, f"{group.title}  ({group.unit})", look=BOLD))
+    for name, unit, bars in groups:
+        parts.append(_text(LEFT, top + 16, f"{name}  ({unit})", look=BOLD))
         top += 28
-        ends = [max(_known(v) or 0.0 for v in (b.value, *(b.ends or ()))) for b in group.bars]
+        ends = [max(_known(v) or 0.0 for v in (b.value, *(b.ends or ()))) for b in bars]
         scale = BAR_WIDTH / (max(ends) or 1.0)
-        for bar in group.bars:
+        for bar in bars:
             parts += _bar(bar, top, scale)
             top += BAR_HEIGHT + 8
         top += 22

@@ -242,11 +242,7 @@ def picture(facts):
         for name in ("tokens_per_s", "peak_reserved_gib", "host_added_gib"):
             title, unit, *_ = bench.FIGURES[name]
             bars = [_bar(row, name) for row in rows]
-            groups += (
-                [charts.Bars(f"{title} · {P2P[p2p]}", unit, bars)]
-                if any(b.value for b in bars)
-                else []
-            )
+            groups += [(f"{title} · {P2P[p2p]}", unit, bars)] if any(b.value for b in bars) else []
     lines = [f"{facts['machine']['cards']}  ·  {facts['date']}", *facts["notes"][:1]]
     return charts.draw_bars(facts["title"], lines, groups)
 
