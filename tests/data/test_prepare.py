@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data import prepare, token_dataset, tokenizer
+from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import ROWS as REAL_ROWS
@@ -71,9 +71,9 @@ def test_equal_rows_fall_into_one_part(place, tmp_path):
 def test_shares_are_even_over_many_hashes():
     hashes = np.random.default_rng(0).integers(0, 2**63, 100_000, np.uint64)
     for seed in (0, 42, 2**32 - 1):
-        counts, _ = np.histogram(token_dataset.spread(hashes, seed), 10, (0, 1))
+        counts, _ = np.histogram(prepare.spread(hashes, seed), 10, (0, 1))
         assert counts.sum() == 100_000 and abs(counts - 10_000).max() < 500
-    assert (token_dataset.spread(hashes, 1) != token_dataset.spread(hashes, 2)).all()
+    assert (prepare.spread(hashes, 1) != prepare.spread(hashes, 2)).all()
 
 
 def test_a_number_of_rows_is_held_out_exactly(place, tmp_path):
