@@ -1,19 +1,22 @@
 """Runs side by side from their records, as one page that needs nothing else: report.html."""
 
 import argparse
+import datetime
 import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
 from fsdp_qlora import atomic
+from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
-from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS
-from fsdp_qlora.record import Run, distinct, highest, read
-from fsdp_qlora.report import tables
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
+from fsdp_qlora.record import OWN_FLAGS, Run, command, distinct, highest, read, word
 from fsdp_qlora.report.charts import COLOURS, MAX_POINTS, Chart, Points, Series, draw, smooth, thin
-from fsdp_qlora.report.tables import PageTable
 
 MIN_TREND = 10  # points from which a smoothed line is drawn over the bare one
 MAX_DRAWN = 4  # GPUs; of more only the fullest and the emptiest are drawn
@@ -30,7 +33,51 @@ FIELDS = {
     "learning_rate": ("Learning rate", "", ".3g", False),
     "grad_norm": ("Gradient norm", "before clipping", ".3f", True),
 }
+# What a chart of memory shows besides its rows: a field and its label; the limits.
+MEMORY = {
+    "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
+    "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "machine has"),
+}
 NO_PLAN = "No plan was recorded, so nothing is predicted here."
+UNKNOWN = "–"
+# How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
+ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
+LEAST_GIB = 0.0005  # smaller rows are counted in the total only
+PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
+PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
+MACHINE = ("host_total_gib", "cgroup_limit_gib", "num_cpu_cores")
+
+
+class Cell(NamedTuple):
+    """One entry of a table.
+
+    Args:
+        text: what is read.
+        value: the exact number behind it, as the run's files have it; None for words.
+        note: small print behind it.
+        is_off: stands out, because it is further away than it should be.
+    """
+
+    text: str
+    value: float | None = None
+    note: str = ""
+    is_off: bool = False
+
+
+class PageTable(NamedTuple):
+    """A table of the page.
+
+    Args:
+        title: above it.
+        heads: of the columns behind the first, which holds the names of the rows.
+        rows: (name, cells), as many cells as there are heads.
+        kind: "numbers", "words", or "fold" for words that are shown when they are asked for.
+    """
+
+    title: str
+    heads: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    kind: str = "numbers"
 
 
 class Section(NamedTuple):
@@ -80,7 +127,6 @@ def text(runs: list[Run]) -> str:
     return env.get_template("page.html.j2").render(
         title="  ·  ".join(run.name for run in runs),
         lines=[headline(run) for run in runs],
-        tiles=tables.tiles(runs[0]) if len(runs) == 1 else [],
         sections=sections(runs),
         draw=draw,
     )
@@ -115,18 +161,18 @@ def sections(runs: list[Run]) -> list[Section]:
         Those for which a run recorded something.
     """
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
-    compared = [tables.predicted(*pair) for pair in named]
+    compared = [predicted(*pair) for pair in named]
     sentences = [line for _, lines in compared for line in lines] or [NO_PLAN]
     charts = [chart for pair in named for chart in memory(*pair)]
     chapters = [
-        Section("Figures", [], [], tables.figures(runs)),
+        Section("Figures", [], [], figures(runs)),
         Section("Curves", curves(runs), [], []),
-        Section("Memory", charts, [], [tables.peaks(*pair) for pair in named]),
+        Section("Memory", charts, [], [peaks(*pair) for pair in named]),
         Section("Predicted and measured", [], sentences, [t for part, _ in compared for t in part]),
-        Section("Answers", [], [], [tables.answers(*pair) for pair in named]),
-        Section("Data", [], *tables.data(runs)),
-        Section("Settings", [], [], tables.settings(runs)),
-        Section("Environment", [], [], tables.environment(runs)),
+        Section("Answers", [], [], [answers(*pair) for pair in named]),
+        Section("Data", [], *data(runs)),
+        Section("Settings", [], [], settings(runs)),
+        Section("Environment", [], [], [environment(runs)]),
     ]
     return [s for s in chapters if s.charts or s.words or any(table.rows for table in s.tables)]
 
@@ -142,32 +188,31 @@ def curves(runs: list[Run]) -> list[Chart]:
     """
     charts = []
     for field, (title, unit, form, is_noisy) in FIELDS.items():
-        series = []
+        series: list[Series] = []
         for run, colour in zip(runs, itertools.cycle(COLOURS[:6]), strict=False):
             label = run.name if len(runs) > 1 else title.lower()
-            series += _curve(run, field, Series(label, colour, []), form, is_noisy)
-            if field == "loss":
-                series += _held_out(run, label, colour if len(runs) > 1 else COLOURS[1])
-            series += _clip(run) if field == "grad_norm" and series else []
+            points = thin([(step["step"], step[field]) for step in run.steps if field in step])
+            if is_noisy and len(points) >= MIN_TREND:
+                series.append(Series("", colour, points, "faint"))
+                series.append(_curve(f"{label}, smoothed", colour, smooth(points), form))
+            elif points:
+                series.append(_curve(label, colour, points, form))
+            if field == "loss" and _last(loss for _, loss in run.evals) is not None:
+                colour = colour if len(runs) > 1 else COLOURS[1]
+                series.append(_curve(f"{label}, held out", colour, run.evals, form, "dots"))
+            series += _clip(run) if field == "grad_norm" and points else []
         charts.append(Chart(title, unit, series, has_zero=field != "loss"))
     return [chart for chart in charts if chart.series]
 
 
-def _curve(run: Run, field: str, look: Series, form: str, is_noisy: bool) -> list[Series]:
-    """A line; what is noisy is drawn faint below its smoothed line."""
-    points: Points = [(step["step"], step.get(field)) for step in run.steps if field in step]
-    series, label, points = [], look.label, thin(points)
-    if is_noisy and len(points) >= MIN_TREND:
-        series.append(Series("", look.colour, points, "faint"))
-        points, label = smooth(points), f"{label}, smoothed"
-    figures = [format(y, form) for _, y in points if y is not None] or [""]
-    return series + [Series(label, look.colour, points, figure=figures[-1])] * bool(points)
+def _curve(label: str, colour: str, points: Points, form: str, style: str = "line") -> Series:
+    last = _last(y for _, y in points)
+    return Series(label, colour, points, style, "" if last is None else format(last, form))
 
 
-def _held_out(run: Run, label: str, colour: str) -> list[Series]:
-    figures = [f"{loss:.3f}" for _, loss in run.evals if loss is not None]
-    line = Series(f"{label}, held out", colour, run.evals, "dots", figures[-1] if figures else "")
-    return [line] if figures else []
+def _last(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return known[-1] if known else None
 
 
 def _clip(run: Run) -> list[Series]:
@@ -197,11 +242,7 @@ def memory(run: Run, prefix: str) -> list[Chart]:
 
 def _memory(run: Run, title: str, place: str, parts: list[dict[str, Any]]) -> Chart:
     """One GPU or the host: areas by row, a line of what was held, dashes of plan and limit."""
-    field, rows = "host_used_gib", f"{place}_rows"
-    budget, owner, label = "host_budget_gib", "machine has", "in use by all programs"
-    if place == "device":
-        field, label = "device_peak_reserved_gib", "reserved by torch, peak"
-        budget, owner = "gpu_budget_gib", "GPU has"
+    (field, label, budget, owner), rows = MEMORY[place], f"{place}_rows"
 
     def total(part: dict[str, Any]) -> float:
         return sum((part.get(rows) or {}).values()) or part.get(field) or 0.0
@@ -232,6 +273,308 @@ def _memory(run: Run, title: str, place: str, parts: list[dict[str, Any]]) -> Ch
         elif level:
             unit += f"; {name} {level:,.1f}, far above"
     return Chart(title, unit, series if peak_gib else [], has_zero=True)
+
+
+def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
+    """Write a number.
+
+    Args:
+        value: None when it is not known.
+        form: format.
+        note: small print.
+    """
+    return Cell(UNKNOWN) if value is None else Cell(format(value, form), value, note)
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    return sum(value for value in values if value is not None) or None
+
+
+def _left_s(run: Run) -> float | None:
+    """Seconds until the last step, at the median speed."""
+    planned, last = run.config.get("max_steps") or -1, run.steps[-1]
+    if planned < 0 and last.get("epoch") and run.config.get("num_epochs"):
+        planned = run.config["num_epochs"] * last["step"] / last["epoch"]
+    left = max(planned - last["step"], 0) * (run.median("step_s") or 0.0)
+    return left if planned > 0 and run.state != "finished" else None
+
+
+def _planned_s(run: Run) -> float | None:
+    """The plan knows the speed of GPUs only."""
+    return run.table("plan").get("step_s") if run.has_gpus else None
+
+
+def _gpu_peak(run: Run) -> float | None:
+    return highest(run.peaks("device_peak_reserved_gib")) if run.has_gpus else None
+
+
+def _host_loading(run: Run) -> float | None:
+    return run.table("load_peaks").get("host_peak_used_gib")
+
+
+def _host_peak(run: Run) -> float | None:
+    recorded = run.table("peaks").get("host", {}).get("host_peak_used_gib")
+    return highest([recorded, *run.host("host_peak_used_gib"), *run.host("host_used_gib")])
+
+
+def _cpu_cores(run: Run) -> float | None:
+    known = [cores for cores in run.host("cpu_cores") if cores is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _num_not_finite(run: Run) -> float | None:
+    return run.values("loss").count(None) or None
+
+
+def _held_out_before(run: Run) -> float | None:
+    return next((loss for step, loss in run.evals if not step), None)
+
+
+def _held_out_after(run: Run) -> float | None:
+    return _last(loss for step, loss in run.evals if step)
+
+
+# Table -> rows: name, format, and where it is found in a record; None where it is not.
+FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
+    "Time": [
+        ("steps", ",.0f", lambda run: len(run.steps)),
+        ("epochs", ",.3f", lambda run: run.steps[-1].get("epoch")),
+        ("tokens", ",.0f", lambda run: _sum(run.values("num_tokens"))),
+        ("trained tokens", ",.0f", lambda run: _sum(run.values("num_trained_tokens"))),
+        ("seconds of training", ",.1f", lambda run: _sum(run.values("step_s"))),
+        ("seconds in total", ",.1f", lambda run: run.facts.get("total_s")),
+        ("seconds of loading", ",.1f", lambda run: run.facts.get("load_s")),
+        ("seconds left", ",.0f", _left_s),
+        ("seconds a step, median", ",.3f", lambda run: run.median("step_s")),
+        ("seconds a step, predicted", ",.3f", _planned_s),
+        ("tokens/s, median", ",.0f", lambda run: run.median("tokens_per_s")),
+    ],
+    "Memory and processors": [
+        ("GiB per GPU, peak reserved", ",.2f", _gpu_peak),
+        ("GiB of the host, peak", ",.2f", _host_peak),
+        ("GiB of the host while loading", ",.2f", _host_loading),
+        ("CPU cores busy, mean", ",.2f", _cpu_cores),
+    ],
+    "Loss": [
+        ("trained parameters", ",.0f", lambda run: run.facts.get("num_trainable_params")),
+        ("training loss, first step", ",.4f", lambda run: run.steps[0].get("loss")),
+        ("training loss, last step", ",.4f", lambda run: run.steps[-1].get("loss")),
+        ("losses that are not a number", ",.0f", _num_not_finite),
+        ("held-out loss before", ",.4f", _held_out_before),
+        ("held-out loss after", ",.4f", _held_out_after),
+    ],
+}
+
+
+def figures(runs: list[Run]) -> list[PageTable]:
+    """The figures that people put side by side.
+
+    Args:
+        runs: one column each; times and memory also as a multiple of the first run's.
+
+    Returns:
+        Tables of what at least one run recorded.
+    """
+    tables = []
+    for group, measures in FIGURES.items():
+        rows = []
+        for name, form, find in measures:
+            values = [find(run) for run in runs]
+            cells = [cell(value, form, _note(name, value)) for value in values]
+            if values[0] and ("median" in name or "GiB" in name):
+                cells[1:] = [
+                    c if c.value is None else c._replace(note=f"{c.value / values[0]:.2f} ×")
+                    for c in cells[1:]
+                ]
+            rows += [(name, cells)] if highest(values) is not None else []
+        tables.append(PageTable(group, _heads(runs), rows))
+    return tables
+
+
+def _heads(runs: list[Run]) -> list[str]:
+    return [run.name for run in runs] if len(runs) > 1 else [""]
+
+
+def _note(name: str, value: float | None) -> str:
+    if name.startswith("held-out") and value is not None and value < 100:
+        return f"perplexity {math.exp(value):,.2f}"
+    is_long = name.startswith("seconds") and value is not None and 120 <= value < 1e9
+    return str(datetime.timedelta(seconds=round(value or 0))) if is_long else ""
+
+
+def peaks(run: Run, prefix: str) -> PageTable:
+    """The largest figures of every rank.
+
+    Args:
+        run: the record.
+        prefix: of the title.
+    """
+    known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
+    rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
+    heads = [_plain(name) for name in known]
+    return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
+
+
+def predicted(run: Run, prefix: str) -> tuple[list[PageTable], list[str]]:
+    """Predicted, measured, difference by row, a table a phase.
+
+    Args:
+        run: the record.
+        prefix: of titles and sentences.
+
+    Returns:
+        Tables of its GPUs and its host (of many ranks the one that holds most in a phase), and a
+        sentence on the peak of each.
+    """
+    plan, ledger, tables, words = run.table("plan"), run.table("ledger"), [], []
+    gpu, aim = ("GPU", PEAK_AIM) if run.has_gpus else ("Rank", CPU_AIM)
+    ranks = [rank["device"] for rank in ledger.get("ranks", []) if rank.get("device")]
+    host = [ledger["host"]] if ledger.get("host") else []
+    for name, place, order, held in (
+        (gpu, "device", DEVICE_ROWS, ranks),
+        ("Host", "host", HOST_ROWS, host),
+    ):
+        planned = plan.get(place, {}) if run.has_gpus or held else {}
+        known = [phase for phase in PHASES if any(phase in part for part in (planned, *held))]
+        for phase in known:
+            sums = [sum(rank.get(phase, {}).values()) for rank in held] or [0.0]
+            who = sums.index(max(sums))
+            title = f"{prefix}{name}, {phase}" + f" (rank {who}, the highest)" * (len(sums) > 1)
+            measured = held[who].get(phase, {}) if held else {}
+            tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))
+        top = highest(_total(rows) for rank in held for rows in rank.values())
+        p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
+        is_large = max(p.value or 0, m.value or 0) > LARGE_GIB
+        aimed = f", {'OUTSIDE' if off.is_off else 'within'} the aim of {aim:.0%}" * is_large
+        line = f"{prefix}{name}, peak: predicted {p.text} GiB, measured {m.text} GiB"
+        words += [f"{line} ({off.note}{aimed})." if off.note else f"{line}."] if known else []
+    return tables, words
+
+
+def _total(rows: GibByRow) -> float | None:
+    return sum(rows.values()) if rows else None
+
+
+def _compared(
+    title: str, order: tuple[str, ...], plan: GibByRow, measured: GibByRow, aim: float
+) -> PageTable:
+    """A phase; where some memory was not told apart, it is not known how much of a row there is."""
+    known, rows = {**plan, **measured}, []
+    for row in dict.fromkeys([*order, *known]):
+        p = plan.get(row, 0.0) if plan and row != REST else None
+        m = measured.get(row, None if REST in measured else 0.0) if measured else None
+        if (highest([p, m]) or 0.0) >= LEAST_GIB:
+            rows.append((row, _difference(p, m, max(aim, ROW_AIM))))
+    rows.append(("total", _difference(_total(plan), _total(measured), aim)))
+    return PageTable(title, ["predicted", "measured", "difference"], rows)
+
+
+def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
+    """Predicted, measured, difference; what is large and further off than the aim stands out."""
+    if p is None or m is None:
+        return [cell(p), cell(m), Cell(UNKNOWN)]
+    share = f"{m / p - 1:+.1%}" if p >= LEAST_GIB else ""
+    is_off = max(p, m) > LARGE_GIB and abs(m - p) > aim * p
+    return [cell(p), cell(m), Cell(f"{m - p:+,.3f}", m - p, share, is_off)]
+
+
+def data(runs: list[Run]) -> tuple[list[str], list[PageTable]]:
+    """What became of the rows: the audit that runs keep in their record.
+
+    Args:
+        runs: the records.
+
+    Returns:
+        What the user should look at, and a table for all runs that have an audit.
+    """
+    known, columns, notes = [run for run in runs if run.table("data")], [], []
+    for run in known:
+        audit = run.table("data")
+        counts = {name: n for name, n in audit.items() if isinstance(n, int) and n}
+        column = {"sources": Cell(", ".join(map(str, audit.get("sources", ()))))}
+        column |= {_plain(name): cell(number, ",") for name, number in counts.items()}
+        shares = audit.get("padding_share", {}).items()
+        columns.append(column | {f"padding, {name}": cell(share, ".1%") for name, share in shares})
+        notes += [f"{run.name}: {note}" for note in audit.get("notes", ())]
+        for name, places in audit.get("examples", {}).items():
+            notes += [f"{run.name}: {name}: {', '.join(map(str, places))}"] if places else []
+    return notes, [_beside("", _heads(known), columns, "numbers")]
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("num_").replace("_gib", ", GiB").replace("_", " ")
+
+
+def _beside(title: str, heads: list[str], columns: list[dict[str, Cell]], kind: str) -> PageTable:
+    """A column a head, a row for each name that any of them has."""
+    names = dict.fromkeys(itertools.chain(*columns))
+    rows = [(name, [column.get(name, Cell(UNKNOWN)) for column in columns]) for name in names]
+    return PageTable(title, heads, rows, kind)
+
+
+def answers(run: Run, prefix: str) -> PageTable:
+    """The prompts of a run, a row each, answered before and after.
+
+    Args:
+        run: the record.
+        prefix: of the title.
+    """
+    columns: dict[str, dict[str, Cell]] = {}
+    expected = {}
+    for sample in run.samples:
+        prompt, when = str(sample.get("prompt", "")), str(sample.get("when"))
+        columns.setdefault(when, {})[prompt] = Cell(str(sample.get("answer", "")))
+        if sample.get("expected"):
+            expected[prompt] = Cell(str(sample["expected"]))
+    columns |= {"the data": expected} if expected else {}
+    return _beside(prefix, [*columns], [*columns.values()], "words")
+
+
+def settings(runs: list[Run]) -> list[PageTable]:
+    """The flags in which runs differ, or one run from the defaults; then all flags.
+
+    Args:
+        runs: the records.
+
+    Returns:
+        Two tables, the second folded.
+    """
+    columns = {run.name: run.config for run in runs}
+    if len(runs) == 1:
+        columns = {"default": to_dict(TrainConfig())} | columns
+    flags = dict.fromkeys(flag for run in runs for flag in run.config)
+    rows = [(f, [Cell(word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
+    differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]
+    title = f"Flags that differ {'from the defaults' if len(runs) == 1 else 'between the runs'}"
+    every = PageTable("All flags", [*columns], rows, "fold")
+    return [PageTable(title, [*columns], differ, "words"), every]
+
+
+def environment(runs: list[Run]) -> PageTable:
+    """What ran, on what: the console's lines from the start; command, hardware, versions.
+
+    Args:
+        runs: the records, one column each.
+    """
+    columns = []
+    for run in runs:
+        gpu_gib = run.steps[-1]["ranks"][0].get("device_total_gib")
+        sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
+        sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
+        facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
+        facts |= {"command": command(run.config)} | run.table("versions")
+        columns.append(_console(run) | {name: Cell(str(value)) for name, value in facts.items()})
+    return _beside("", _heads(runs), columns, "words")
+
+
+def _console(run: Run) -> dict[str, Cell]:
+    """The console's lines by their first word; a line that goes on below is joined."""
+    cells: dict[str, Cell] = {}
+    name = ""
+    for line in "\n".join(run.facts.get("lines") or []).splitlines():
+        name, words = line[:10].strip() or name, line[10:].strip()
+        cells[name] = Cell(f"{cells[name].text}; {words}" if name in cells else words)
+    return cells
 
 
 def main(argv: list[str]) -> int:

@@ -73,3 +73,13 @@ def test_an_installed_package_trains(place: Path, kind: str):
     assert (home / "run" / "adapter_model.safetensors").is_file()
     assert (home / "run" / "report.html").is_file()
     shutil.rmtree(home)
+
+
+def test_the_constraints_admit_the_cuda_build_of_torch(tmp_path: Path, monkeypatch):
+    """What a machine with a GPU installs; the CPU build asks for fewer packages (no triton)."""
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    pip = (sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed")
+    other = ("--target", tmp_path, "--python-version", "3.13", "--only-binary=:all:")
+    pins = ("--constraint", ROOT / ".ci" / "constraints.txt")
+    output = run(*pip, *other, *pins, "torch", cwd=tmp_path)
+    assert " triton-" in output.splitlines()[-1]
