@@ -29,7 +29,7 @@ from fsdp_qlora.data.sources import Source, parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, Sample, StoreBuilder, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
-from fsdp_qlora.planning.limits import PAD_MULTIPLES
+from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 FEWEST_KEPT_BYTES = 2**20  # less is tokenized sooner than it is read back
 NUM_HELD_OUT = NUM_EXAMPLES = 3
@@ -258,7 +258,7 @@ def train_test_split(
         UserError: a part would be empty, or the shares are more than the whole.
     """
     at, num_rows = spread(whole.hashes, cfg.seed), len(whole)
-    learn, hold = split_share(cfg.train_split), split_share(cfg.eval_split)
+    learn = split_share(cfg.train_split)
     if cfg.eval_samples:
         if learn is not None:
             got = f"--eval_split {cfg.eval_split} with --train_split {cfg.train_split}"
@@ -269,6 +269,7 @@ def train_test_split(
         chosen = np.argsort(at, kind="stable")[: cfg.eval_samples]
         is_held_out = np.isin(np.arange(num_rows), chosen)
         return whole.part(~is_held_out), whole.part(is_held_out), 0
+    hold = split_share(cfg.eval_split)
     if learn is None and hold is None:
         return whole, whole.part(at < 0), 0
     has_file = split_name(cfg.eval_split) is not None

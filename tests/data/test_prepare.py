@@ -133,7 +133,7 @@ def test_bad_rows_are_named_by_file_and_line_all_at_once(place, tmp_path):
     table = [*rows(3), {"prompt": 1, "completion": ""}, *rows(3), 7, *([[]] * 6)]
     path = write(tmp_path / "x.jsonl", table)
     ready = run(place, path)
-    assert ready.num_bad == 8 and len(ready.train) == 6
+    assert ready.facts["num_bad"] == 8 and len(ready.train) == 6
     with pytest.raises(UserError) as caught:
         ready.check()
     parts = str(caught.value).split(" | ")
@@ -144,7 +144,7 @@ def test_bad_rows_are_named_by_file_and_line_all_at_once(place, tmp_path):
 
 def test_a_file_of_another_kind_is_given_up_after_a_thousand_bad_rows(place, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"no JSON\n" * 3000)
-    assert run(place, tmp_path / "x.jsonl").num_bad == 1000
+    assert run(place, tmp_path / "x.jsonl").facts["num_bad"] == 1000
 
 
 def test_no_rows_and_nothing_to_learn_are_refused(place, tmp_path):
