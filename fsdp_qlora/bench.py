@@ -4,8 +4,8 @@
     python -m fsdp_qlora bench 70b --rows '*x2048-*' --steps 12 --out recipes
 
 Random weights of the real shape, unless --model_name names real ones; random tokens, LoRA r 16 on
-all linears. Writes bench-7b.json, .md and .svg into --out after every row; rows that are not run
-again stay as they were. NCCL_P2P_DISABLE=1 measures without peer access. Without a GPU a scaled
+all linears. Writes bench-7b.json and .md into --out after every row; rows that are not run again
+stay as they were. NCCL_P2P_DISABLE=1 measures without peer access. Without a GPU a scaled
 model trains on CPU ranks instead: bench-small. recipes/peers/bench_peers.py measures other trainers
 on the same work.
 """
@@ -31,14 +31,13 @@ from typing import Any
 
 import psutil
 
-from fsdp_qlora import arch, atomic
+from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.record import NUM_WARMUP_STEPS
-from fsdp_qlora.report.charts import Bar, draw_bars
 
 POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
@@ -62,7 +61,6 @@ FIGURES = {
     "tokens_per_s": ("speed of all ranks", "tokens/s", 0.15, 0.0),
 }
 CONDITIONS = ("num_ranks", "p2p", "weights")
-GREEN, GREY, RED = "#00795a", "#57606a", "#a40e26"
 TERMS = """Speed: median (least - most) of the steps after the third, all ranks together. GPU: the
 rank with most; allocated and reserved by torch, then the total of the ledger with CUDA context and
 collectives, and how far it is from the plan. Host: what the run added at its peak; then the total
@@ -231,23 +229,21 @@ def read_run(run_dir: Path) -> BenchRow:
         predicted and measured), table (its lines), plan_note.
 
     Raises:
-        OSError, ValueError, KeyError: the record is not whole.
+        UserError, KeyError: the record is not whole.
     """
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [line for line in map(json.loads, lines) if "event" not in line]
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    plan, ledger = summary.get("plan", {}), summary.get("ledger", {})
-    ranks, steps_s = summary["peaks"]["ranks"], [step["step_s"] for step in steps]
+    run = record.read(run_dir)
+    plan, ledger = run.table("plan"), run.table("ledger")
+    ranks, steps_s = run.table("peaks")["ranks"], run.values("step_s")
     has_gpu = any(rank["device_peak_reserved_gib"] for rank in ranks)
     spread = spread_of(steps_s)
     return {
         "steps_s": steps_s,
-        "losses": [step["loss"] for step in steps],
+        "losses": run.values("loss"),
         "step_s": spread,
-        "tokens_per_s": summary["num_tokens"] / summary["num_steps"] / spread["median"],
+        "tokens_per_s": run.facts["num_tokens"] / run.facts["num_steps"] / spread["median"],
         "peak_allocated_gib": max(rank["device_peak_allocated_gib"] for rank in ranks),
         "peak_reserved_gib": max(rank["device_peak_reserved_gib"] for rank in ranks),
-        "versions": summary["versions"],
+        "versions": run.table("versions"),
         "peaks": names.peaks(plan, ledger, has_gpu),
         "table": names.comparison(plan, ledger, has_gpu),
         "plan_note": plan.get("note", ""),
@@ -309,8 +305,8 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
         return row
     try:
         return row | read_run(out / "run") | {"state": "measured"}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return {**row, "reason": f"its record cannot be read: {error!r} (log: {row['log']})"}
+    except (UserError, KeyError) as error:
+        return {**row, "reason": f"its record cannot be read: {error} (log: {row['log']})"}
 
 
 def moved(old: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[str]:
@@ -344,12 +340,11 @@ def _moves(old: BenchRow, row: BenchRow) -> list[str]:
     ]
 
 
-def markdown(bench: BenchRow, picture_name: str) -> str:
+def markdown(bench: BenchRow) -> str:
     """Return the page: where, the table, what moved, each row beside its plan, the command lines.
 
     Args:
         bench: what the JSON file holds.
-        picture_name: name of the SVG file beside it.
     """
     here, rows, budget = bench["machine"], bench["rows"], bench["gpu_budget_gib"]
     versions = ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform")
@@ -370,8 +365,10 @@ def markdown(bench: BenchRow, picture_name: str) -> str:
         "linears, NF4 with double quantization, every layer recomputed unless the plan chose.",
         TERMS.replace("\n", " "),
         "\n".join(f"| {' | '.join(row)} |" for row in cells),
-        f"![bars]({picture_name})",
     ]
+    measured = [row for row in rows if row["state"] == "measured"]
+    for key, (title, unit, *_) in FIGURES.items():
+        parts += bars(title, unit, {row["name"]: row[key] for row in measured})
     if bench["moved"]:
         parts.append("## Moved since the stored bench\n\n- " + "\n- ".join(bench["moved"]))
     parts.append("## Commands, and the plan beside what was measured\n\n```text")
@@ -398,39 +395,31 @@ def _cells(row: BenchRow) -> list[str]:
     ]
 
 
-def picture(bench: BenchRow) -> str:
-    """Return the rows as bars (memory of a GPU and of the host, speed), an SVG document.
+def bars(title: str, unit: str, values: Mapping[str, float]) -> list[str]:
+    """Return a chart in Mermaid, which GitHub draws; nothing where every value is 0.
 
     Args:
-        bench: what the JSON file holds.
+        title: of the chart.
+        unit: of the values.
+        values: name of a bar -> its length.
     """
-    lines = [f"{bench['machine']['cards']}  ·  {bench['date']}", *bench["notes"][:1]]
-    bars = {key: [_bar(row, key) for row in bench["rows"]] for key in FIGURES}
-    shown = [key for key in FIGURES if any(bar.value for bar in bars[key])]
-    groups = [(*FIGURES[key][:2], bars[key]) for key in shown]
-    return draw_bars(bench["title"], lines, groups)
-
-
-def _bar(row: BenchRow, key: str) -> Bar:
-    if row["state"] != "measured":
-        return Bar(row["name"], RED, None, row["state"])
-    colour, value = GREY if row["place"] == "fit" else GREEN, max(row[key], 0.0)
-    if key != "tokens_per_s":
-        return Bar(row["name"], colour, value, f"{value:.1f}")
-    slowest, fastest = (value * row["step_s"]["median"] / row["step_s"][k] for k in ("max", "min"))
-    return Bar(row["name"], colour, value, f"{value:,.0f}", (slowest, fastest))
+    most = max(values.values(), default=0.0)
+    lines = ["```mermaid", "xychart-beta horizontal", f'title "{title}"']
+    lines.append(f"x-axis [{', '.join(map(json.dumps, values))}]")
+    lines.append(f'y-axis "{unit}" 0 --> {most:.2f}')
+    lines.append(f"bar [{', '.join(f'{max(value, 0.0):.2f}' for value in values.values())}]")
+    return ["\n".join([*lines, "```"])] if most > 0 else []
 
 
 def write(stem: Path, bench: BenchRow) -> None:
-    """Write the JSON file, the page and the bars, each whole or not at all.
+    """Write the JSON file and the page, each whole or not at all.
 
     Args:
         stem: path of the files without their endings.
         bench: what the JSON file holds.
     """
     atomic.write_json(stem.with_suffix(".json"), bench)
-    atomic.write(stem.with_suffix(".svg"), picture(bench))
-    atomic.write(stem.with_suffix(".md"), markdown(bench, f"{stem.name}.svg"))
+    atomic.write(stem.with_suffix(".md"), markdown(bench))
 
 
 def _facts(args: argparse.Namespace, rows: list[BenchRow], old: list[BenchRow]) -> BenchRow:
@@ -481,7 +470,7 @@ def main(argv: list[str]) -> int:
         row = rows[name] = measure(args, every[name])
         print(row["name"], row["reason"] or " | ".join(_cells(row)[2:6]), sep=": ", flush=True)
         write(stem, _facts(args, [*rows.values()], old))
-    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .svg")
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md")
     states = {rows[name]["state"] for name in names}
     return DONE if states <= {"measured", "left out"} else RUN_FAILED
 

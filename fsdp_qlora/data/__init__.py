@@ -8,10 +8,9 @@ from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data import batches, inspect, prepare, sources, tokenizer
+from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
-from fsdp_qlora.data.inspect import Audit
-from fsdp_qlora.data.prepare import Prompt
+from fsdp_qlora.data.prepare import Audit, Prompt
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
@@ -63,7 +62,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         source = ready.formatter.chat.template.source
         if source != text_tokenizer.chat_template:
             full.chat_template = source  # it is saved with the adapter
-    audit = inspect.audit(cfg, ready, world.size, pad_multiple)
+    audit = prepare.audit(cfg, ready, world.size, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
     train: Batches | PackedBatches
     if cfg.packing == "on":

@@ -1,6 +1,6 @@
-"""Charts as SVG: lines and stacked areas for a page, bars as a file of their own.
+"""Charts of a page as SVG: lines and stacked areas.
 
-On a page the drawing stretches to the width there is, while its text is HTML and keeps its size;
+The drawing stretches to the width there is, while its text is HTML and keeps its size;
 page.html.j2 holds the styles and shows values under the pointer.
 """
 
@@ -56,28 +56,6 @@ class Chart:
     unit: str
     series: list[Series]
     has_zero: bool = False
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One horizontal bar.
-
-    Args:
-        label: in front of it.
-        colour: CSS colour.
-        value: its length; None for no bar.
-        text: behind it.
-        ends: least and greatest value that were seen, drawn as a thin line, or None.
-    """
-
-    label: str
-    colour: str
-    value: float | None
-    text: str
-    ends: tuple[float, float] | None = None
-
-
-BarGroup = tuple[str, str, list[Bar]]  # title, unit, bars with one scale
 
 
 class _Scale(NamedTuple):
@@ -264,56 +242,3 @@ def smooth(points: Points) -> Points:
 def _mean(points: Points) -> float | None:
     known = [value for _, y in points if (value := _known(y)) is not None]
     return sum(known) / len(known) if known else None
-
-
-WIDTH, LEFT, BAR_LEFT, BAR_WIDTH, BAR_HEIGHT = 1000, 72, 190, 480, 18  # of a picture of bars
-INK, FAINT, BOLD = "#1f2328", "#656d76", 'font-weight="600"'
-
-
-def draw_bars(title: str, lines: list[str], groups: list[BarGroup]) -> str:
-    """Draw groups of horizontal bars, each group with a scale of its own that begins at 0.
-
-    Args:
-        title: heading of the picture.
-        lines: one or two lines of text below it.
-        groups: (title, unit, bars from top to bottom), each with at least one bar.
-
-    Returns:
-        A whole SVG document on a white ground.
-    """
-    parts = [_text(LEFT, 34, title, look='font-size="20" font-weight="600"')]
-    parts += [_text(LEFT, 58 + 19 * i, line, FAINT) for i, line in enumerate(lines)]
-    top = 94.0
-    for name, unit, bars in groups:
-        parts.append(_text(LEFT, top + 16, f"{name}  ({unit})", look=BOLD))
-        top += 28
-        ends = [max(_known(v) or 0.0 for v in (b.value, *(b.ends or ()))) for b in bars]
-        scale = BAR_WIDTH / (max(ends) or 1.0)
-        for bar in bars:
-            parts += _bar(bar, top, scale)
-            top += BAR_HEIGHT + 8
-        top += 22
-    size = f'width="{WIDTH}" height="{math.ceil(top)}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {math.ceil(top)}" {size}'
-    font = "system-ui, 'Segoe UI', Helvetica, 'DejaVu Sans', Arial, sans-serif"
-    head += f' font-size="13" font-family="{font}">\n<rect {size} fill="#ffffff"/>'
-    return "\n".join([head, *parts, "</svg>\n"])
-
-
-def _bar(bar: Bar, top: float, scale: float) -> list[str]:
-    middle = top + BAR_HEIGHT / 2
-    right = BAR_LEFT + (_known(bar.value) or 0.0) * scale
-    parts = [
-        _text(BAR_LEFT - 10, middle + 4.5, bar.label, look='text-anchor="end"'),
-        f'<rect x="{BAR_LEFT}" y="{top:.1f}" width="{right - BAR_LEFT:.1f}" '
-        f'height="{BAR_HEIGHT}" fill="{bar.colour}"/>',
-    ]
-    if bar.ends is not None:
-        low, high = (BAR_LEFT + (_known(end) or 0.0) * scale for end in bar.ends)
-        parts.append(f'<path d="M{low:.1f} {middle:.1f}H{high:.1f}" stroke="{INK}"/>')
-        right = max(right, high)
-    return [*parts, _text(right + 10, middle + 4.5, bar.text, bar.colour, BOLD)]
-
-
-def _text(x: float, y: float, text: str, fill: str = INK, look: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" {look}>{escape(text)}</text>'

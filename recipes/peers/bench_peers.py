@@ -6,7 +6,7 @@
 Every arm is a process of its own; round 1 runs all arms, then round 2, and so on, with NCCL as it
 comes and with NCCL_P2P_DISABLE=1. All train the same random token ids, per rank and per step, from
 the same weights and adapters: NF4 with double quantization, LoRA r 16 on the seven projections,
-AdamW at 1e-4, no decay, no clipping. Writes peers.json, peers.md, peers.svg and every log into
+AdamW at 1e-4, no decay, no clipping. Writes peers.json, peers.md and every log into
 --out. Words behind -- are flags of train.py for our arms.
 """
 
@@ -32,7 +32,6 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed.env import find_port, wishes
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.hardware import count_gpus
-from fsdp_qlora.report import charts
 
 HERE = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")
@@ -200,6 +199,7 @@ def markdown(facts):
     ]
     for p2p in dict.fromkeys(row["p2p"] for row in facts["rows"]):
         parts += [f"## {P2P[p2p]}", table([row for row in facts["rows"] if row["p2p"] == p2p])]
+    parts += charts(facts)
     faults = [
         f"- {r['arm']} ({P2P[r['p2p']]}): {r['reason']}" for r in facts["rows"] if r["reason"]
     ]
@@ -234,26 +234,16 @@ def table(rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def picture(facts):
-    """Speed and memory as bars; an SVG document."""
-    groups = []
+def charts(facts):
+    """Speed and memory of the arms that count, as bars."""
+    found = []
     for p2p in dict.fromkeys(row["p2p"] for row in facts["rows"]):
-        rows = [row for row in facts["rows"] if row["p2p"] == p2p]
+        rows = [r for r in facts["rows"] if r["p2p"] == p2p and r["state"] == "measured"]
         for name in ("tokens_per_s", "peak_reserved_gib", "host_added_gib"):
             title, unit, *_ = bench.FIGURES[name]
-            bars = [_bar(row, name) for row in rows]
-            groups += [(f"{title} · {P2P[p2p]}", unit, bars)] if any(b.value for b in bars) else []
-    lines = [f"{facts['machine']['cards']}  ·  {facts['date']}", *facts["notes"][:1]]
-    return charts.draw_bars(facts["title"], lines, groups)
-
-
-def _bar(row, name):
-    if row["state"] == "failed":
-        return charts.Bar(row["arm"], bench.RED, None, "failed")
-    colour = bench.GREEN if row["arm"] in OURS else bench.GREY
-    text = f"{row[name]:,.{0 if name == 'tokens_per_s' else 1}f}"
-    is_good = row["state"] == "measured"
-    return charts.Bar(row["arm"], colour if is_good else bench.RED, row[name], text)
+            values = {row["arm"]: row[name] for row in rows}
+            found += bench.bars(f"{title} · {P2P[p2p]}", unit, values)
+    return found
 
 
 def checkpoint(model_name, out):
@@ -332,7 +322,7 @@ def parse(argv):
 
 
 def write(args, runs, command):
-    """Write page, picture and JSON file of the runs so far; return the rows."""
+    """Write page and JSON file of the runs so far; return the rows."""
     runs = compared(runs)
     rows = rows_of(runs, args.batch_size * args.context_length * args.world_size)
     versions = [run["versions"] for run in runs if "versions" in run]
@@ -351,7 +341,6 @@ def write(args, runs, command):
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "peers.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (args.out / "peers.md").write_text(markdown(facts), encoding="utf-8")
-    (args.out / "peers.svg").write_text(picture(facts), encoding="utf-8")
     return rows
 
 
@@ -370,9 +359,7 @@ def main(argv):
                 rows = write(args, runs, command)
                 seconds = run["reason"] or f"step {bench.spread_of(run['steps_s'])['median']:.3f} s"
                 print(f"round {number}, p2p {p2p}: {arm}: {seconds}", flush=True)
-    print(
-        f"\n{(args.out / 'peers.md').read_text(encoding='utf-8')}\n{args.out}: peers.json .md .svg"
-    )
+    print(f"\n{(args.out / 'peers.md').read_text(encoding='utf-8')}\n{args.out}: peers.json .md")
     return DONE if any(row["state"] == "measured" for row in rows) else RUN_FAILED
 
 

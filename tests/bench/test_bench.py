@@ -35,7 +35,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_without_a_gpu_a_scaled_model_trains_and_page_and_picture_say_so(tmp_path):
+def test_without_a_gpu_a_scaled_model_trains_and_the_page_says_so(tmp_path):
     done = command("7b", f"--rows={ROW}", "--steps=1", f"--out={tmp_path}")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.startswith("no GPU: a scaled model on CPU ranks instead of 7b (bench-small)")
@@ -49,8 +49,8 @@ def test_without_a_gpu_a_scaled_model_trains_and_page_and_picture_say_so(tmp_pat
     assert min(predicted, measured) > 0.3 and "card" not in row["peaks"]
     total, _, text, _ = row["table"][-1].split()
     assert (total, text) == ("total", f"{measured:.2f}")
-    page, picture = ((tmp_path / f"bench-small.{kind}").read_text() for kind in ("md", "svg"))
-    assert all("nothing is said about the real one" in t and ROW in t for t in (page, picture))
+    page = (tmp_path / "bench-small.md").read_text()
+    assert "nothing is said about the real one" in page and page.count(ROW) > 3
     assert "1 steps counted a row: a trial" in page and facts["versions"]["torch"] in page
     bench.write(tmp_path / "bench-small", facts)  # drawn again without a run
     assert (tmp_path / "bench-small.md").read_text() == page
@@ -132,9 +132,10 @@ def test_the_page_holds_the_rows_beside_their_plan(tmp_path):
         "# 4x2048-ddp. needs 2 GPUs",
         "# 4x2048-fit. 24 selective\ntrain.py\ntotal 8.2",
         "capped at 24 GiB",
+        'title "speed of all ranks"\nx-axis ["4x2048-full_shard", "4x2048-fit"]\n'
+        'y-axis "tokens/s" 0 --> 25000.00\nbar [20000.00, 25000.00]',
     ):
         assert part in page
-    assert "left out" in (tmp_path / "bench-7b.svg").read_text()
 
 
 def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):

@@ -79,10 +79,14 @@ def test_arms_run_in_turn_and_agree_on_losses_of_the_same_rows(model, tmp_path):
         assert rows[each["arm"]]["tokens_per_s"] == pytest.approx(speed)
     assert "--reentrant_checkpointing true" in runs[1]["command"]
     assert all("--attn=sdpa" in each["command"] for each in runs[:2])
-    page, picture = (out / "peers.md").read_text(), (out / "peers.svg").read_text()
-    for part in ("says nothing about GPUs", "a trial", "| ours: measured |"):
+    page = (out / "peers.md").read_text()
+    for part in (
+        "says nothing about GPUs",
+        "a trial",
+        "| ours: measured |",
+        '["ours", "ours_best"',
+    ):
         assert part in page
-    assert "ours_best" in picture and "says nothing about GPUs" in picture
     if HAS_TRL:
         (ratio,) = rows["ours"]["ratios"]["trl_fsdp2"]
         medians = [rows[arm]["step_s"]["median"] for arm in ("trl_fsdp2", "ours")]

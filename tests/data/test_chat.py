@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.sources import RowPlace
-from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
+from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.data import trl_masks

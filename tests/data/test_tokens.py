@@ -5,7 +5,7 @@ import pytest
 
 from fsdp_qlora.data import row_formats, sources, tokens
 from fsdp_qlora.data.sources import RowPlace, TextPiece
-from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
+from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 
