@@ -16,12 +16,9 @@ COMMANDS = {
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
     "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
-    "merge": ("fsdp_qlora.export.merge:main", "add an adapter to its base model"),
-    "quantize": ("fsdp_qlora.export.new_base:quantize", "write a 4-bit model for transformers"),
-    "expand": (
-        "fsdp_qlora.export.new_base:expand",
-        "add new layers or tokens to a model",
-    ),
+    "merge": ("fsdp_qlora.export.commands:merge", "add an adapter to its base model"),
+    "quantize": ("fsdp_qlora.export.commands:quantize", "write a 4-bit model for transformers"),
+    "expand": ("fsdp_qlora.export.commands:expand", "add new layers or tokens to a model"),
 }
 
 

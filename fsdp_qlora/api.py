@@ -166,9 +166,9 @@ def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
     Raises:
         UserError: an adapter or a base that does not fit, a full disk.
     """
-    from fsdp_qlora.export import merge as command
+    from fsdp_qlora.export import commands
 
-    command.main([f"--adapter={adapter}", f"--out={out}", f"--base={base}"])
+    commands.merge([f"--adapter={adapter}", f"--out={out}", f"--base={base}"])
     return Path(out)
 
 

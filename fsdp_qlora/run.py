@@ -99,7 +99,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
 def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
-    from fsdp_qlora.export.save import save
+    from fsdp_qlora.export.model_files import save
     from fsdp_qlora.training.evaluate import Evaluator
 
     model, world, tokenizer = trained.model, trained.world, dataset.tokenizer
