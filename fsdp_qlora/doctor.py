@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.distributed import hooks, supervise
-from fsdp_qlora.distributed.env import child_env, find_port
-from fsdp_qlora.distributed.supervise import RanksExit, RankSpec
+from fsdp_qlora.distributed import hooks, launch
+from fsdp_qlora.distributed.exit_report import RanksExit
+from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
 from fsdp_qlora.hardware import GIB
 
@@ -324,8 +324,8 @@ def run_ranks(
             RankSpec(i, command, child_env({**env, **own}, i, size, port), log, (board,))
             for i, log in enumerate(Path(place, f"{i}.log") for i in range(size))
         ]
-        watch = hooks.Watch(board, (), (), limit_s=0)
-        ended = supervise.run(specs, supervise.start, stops, watch, poll)
+        watch = hooks.Watch(board, limit_s=0)
+        ended = launch.run_ranks(specs, launch.start, stops, watch, poll)
         logs = [Path(place, f"{i}.log").read_text(errors="replace") for i in range(size)]
     who = "GPU" if kind == "cuda" else "CPU rank"
     found = [f for i in range(size) for f in _collect(f"{who} {i}", i, logs[i], ended, tasks)]
