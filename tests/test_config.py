@@ -359,20 +359,8 @@ def test_joined_errors_keep_the_first_code_and_survive_pickling():
 
 def test_no_argument_escapes_as_another_error():
     """Every kind of rubbish gives a configuration or a UserError."""
-    rubbish = [
-        "",
-        "-",
-        "--",
-        "=",
-        "--=",
-        "\0",
-        "\udcff",
-        "9" * 5000,
-        "1e999",
-        "٣",
-        "--lr=--",
-        "none",
-    ]
+    rubbish = ["", "-", "--", "=", "--=", "--lr=--", "\0", "\udcff", "1e999", "٣", "none"]
+    rubbish.append("9" * 5000)
     refused = 0
     for field in dataclasses.fields(TrainConfig):
         for word in rubbish:
