@@ -64,14 +64,9 @@ LINES = {
     "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
     "tokens": "{kept}",
 }
-USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
-
-Reads and tokenizes the data of a run as the run would, and says what is in it: rows, lengths
-against the context, what is cut or left out, steps, padding, and some rows with the tokens that
-are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer.
-
-  --rows N     how many rows are shown [3]
-  --json       all facts as one JSON object, no rows"""
+ABOUT = """Reads and tokenizes the data of a run as the run would, and says what is in it: rows,
+lengths against the context, what is cut or left out, steps, padding, and some rows with the tokens
+that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +248,7 @@ def _key(
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
-    jinja = [formatter.chat.template.source, own and own.source]
+    jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
     parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
     return f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
@@ -581,10 +576,9 @@ def _repeated(whole: TokenDataset) -> list[str]:
 def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
     found = {}
     for size in sorted({1, 2, world_size}):
-        rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * size
-        per_epoch = batches.steps_per_epoch(num_rows, rows_per_step)
-        total = cfg.max_steps if cfg.max_steps > 0 else per_epoch * cfg.num_epochs
-        found[str(size)] = {"per_epoch": per_epoch, "in_all": total}
+        sampler = batches.sampler_config(cfg, size, 0, 1)
+        per_epoch = batches.steps_per_epoch(num_rows, sampler.rows_per_step)
+        found[str(size)] = {"per_epoch": per_epoch, "in_all": sampler.num_steps(per_epoch)}
     return found
 
 
@@ -608,7 +602,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     """What the user should look at before the run."""
     facts, uses_chat = found.facts, ready.formatter is not None and ready.uses_chat
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
-    place = ready.formatter.chat.template.place if ready.formatter is not None else ""
+    place = ready.formatter.chat.place if ready.formatter is not None else ""
     num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
     is_cut = facts["num_cut"] * 10 > found.num_samples
     is_few = 0 < facts["num_train"] < rows_per_step
@@ -640,12 +634,10 @@ def main(argv: list[str]) -> int:
         UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
             the rest has been printed.
     """
-    if "--help" in argv or "-h" in argv:
-        print(USAGE)
-        return DONE
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--rows", nargs="?", default="3")
-    parser.add_argument("--json", action="store_true")
+    usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
+    parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)
     if not (own.rows or "").isdecimal():
         raise UserError(f"--rows {own.rows}", "must be a whole number", "default is 3")

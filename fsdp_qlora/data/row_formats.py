@@ -331,7 +331,7 @@ class RowFormatter:
 
     def _render(self, row: dict) -> list[Text]:
         if self.row_template is not None:
-            text, marks = self.row_template.render(**{str(key): row[key] for key in row})
+            text, marks = self.row_template.fill(**{str(key): row[key] for key in row})
             has_markup = "bos_token" in self.row_template.variables
             return [Text(text, marks or ((0, len(text)),), has_markup)]
         found = self._find(row)
@@ -418,9 +418,9 @@ def choose(
         return RowFormatter(chat, train_on, system, format_name=template)
     if template.endswith(JINJA_SUFFIXES):
         source = read_own_file(Path(template), "--template", "give a Jinja file")
-        jinja = Template(source, names, template)
+        jinja = Chat(source, names, template)
         if "messages" in jinja.variables:
-            return RowFormatter(Chat(jinja), train_on, system, format_name=CHAT)
+            return RowFormatter(jinja, train_on, system, format_name=CHAT)
         jinja.forbid_undefined()
         return RowFormatter(chat, train_on, system, row_template=jinja)
     if "{" in template:
