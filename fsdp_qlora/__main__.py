@@ -8,7 +8,7 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 # Name -> where its function is, what it does; in the order of the work.
 COMMANDS = {
     "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
-    "plan": ("fsdp_qlora.planning.show:main", "tell how much memory and time a run needs"),
+    "plan": ("fsdp_qlora.planning.run:main", "tell how much memory and time a run needs"),
     "data": ("fsdp_qlora.data.prepare:main", "inspect the data of a run, without a GPU"),
     "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
@@ -16,12 +16,9 @@ COMMANDS = {
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
     "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
-    "merge": ("fsdp_qlora.export.merge:main", "add an adapter to its base model"),
-    "quantize": ("fsdp_qlora.export.new_base:quantize", "write a 4-bit model for transformers"),
-    "expand": (
-        "fsdp_qlora.export.new_base:expand",
-        "add new layers or tokens to a model",
-    ),
+    "merge": ("fsdp_qlora.export.commands:merge", "add an adapter to its base model"),
+    "quantize": ("fsdp_qlora.export.commands:quantize", "write a 4-bit model for transformers"),
+    "expand": ("fsdp_qlora.export.commands:expand", "add new layers or tokens to a model"),
 }
 
 

@@ -142,10 +142,9 @@ def train(
         follower.poll()
         return _result(used.resolved_output_dir, follower)
     from fsdp_qlora import run
-    from fsdp_qlora.distributed.launch import Watcher
 
     lines: list[str] = []
-    code = run.launch_ranks(_argv(config), watcher=Watcher(lines.append, follower.poll))
+    code = run.launch_ranks(_argv(config), tell=lines.append, poll=follower.poll)
     if code:
         raise TrainError(code, lines)
     follower.poll()
@@ -166,9 +165,9 @@ def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
     Raises:
         UserError: an adapter or a base that does not fit, a full disk.
     """
-    from fsdp_qlora.export import merge as command
+    from fsdp_qlora.export import commands
 
-    command.main([f"--adapter={adapter}", f"--out={out}", f"--base={base}"])
+    commands.merge([f"--adapter={adapter}", f"--out={out}", f"--base={base}"])
     return Path(out)
 
 
@@ -212,13 +211,13 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
 
 
 def _is_rank() -> bool:
-    from fsdp_qlora.distributed import env
+    from fsdp_qlora.distributed.launch import is_rank
 
     if "torch" in sys.modules:  # nobody has made a group without it
         from fsdp_qlora.distributed import world
 
-        return world.of_process_group() is not None or env.is_rank(os.environ)
-    return env.is_rank(os.environ)
+        return world.of_process_group() is not None or is_rank(os.environ)
+    return is_rank(os.environ)
 
 
 def _given(config: TrainConfig) -> frozenset[str]:

@@ -2,10 +2,13 @@
 
 import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
-SIGINT, SIGTERM = 130, 143
+SIGNALED = 128  # and the number of the signal that ended a command
+SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 MAX_LINE_CHARS = 300
 Faults = Sequence["UserError"]
@@ -107,18 +110,24 @@ def join(faults: Faults, code: int | None = None) -> UserError:
     return UserError(first.got, first.rule, first.remedy, code or first.code, rest)
 
 
-def classify(error: Exception, who: str, trace: str) -> tuple[int, str]:
-    """Exit code and line for an exception that is not a UserError.
+def is_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the host."""
+    name, text = type(error).__name__, str(error)
+    by_text = isinstance(error, RuntimeError) and any(word in text for word in OUT_OF_MEMORY)
+    return name in ("OutOfMemoryError", "MemoryError") or by_text
+
+
+class Stopped(KeyboardInterrupt):
+    """A rank leaves because a signal asked for it.
 
     Args:
-        error: what ended the rank.
-        who: the rank, and where it was.
-        trace: where the trace is, such as the path of a log.
-
-    Returns:
-        One of the codes above, and what the user is told.
+        number: of the signal.
     """
-    first = str(error).splitlines()[0] if str(error) else ""
-    text = _printable(f"{type(error).__name__}: {first}")[:160]
-    line = f"{who}: {text}; the trace is in {trace}"
-    return (RUN_FAILED if isinstance(error, RuntimeError | OSError) else BUG), line
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = SIGNALED + number  # of the command
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        return f"stopped by {signal.Signals(self.code - SIGNALED).name}; --resume DIR goes on"

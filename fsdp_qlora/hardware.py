@@ -92,11 +92,7 @@ SPEEDS |= {"card_link_gbs": "peer_gbs"}
 DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
 # Controller in /proc/self/cgroup, mount, files with limit, use and kills: version 1, version 2.
 CGROUP_VERSIONS = (
-    (
-        "memory",
-        "memory",
-        *(f"memory.{x}" for x in ("limit_in_bytes", "usage_in_bytes", "oom_control")),
-    ),
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
     ("", "", "memory.max", "memory.current", "memory.events"),
 )
 ASK_TORCH = """
@@ -353,7 +349,7 @@ def with_measured(devices: list[Device], path: Path, link_gbs: float | None) -> 
     Raises:
         UserError: the file is not what `doctor` writes (code 3).
     """
-    measured: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, Any]] = {}
     if path.is_file():
         try:
             table = json.loads(path.read_text(encoding="utf-8"))["cards"]
@@ -366,10 +362,9 @@ def with_measured(devices: list[Device], path: Path, link_gbs: float | None) -> 
             remedy = "delete it, or run python -m fsdp_qlora doctor"
             raise UserError(str(path), rule, remedy, ENVIRONMENT) from error
     given = {} if link_gbs is None else {"host_link_gbs": link_gbs}
-    speeds: list[dict[str, Any]] = [measured.get(_plain(device.name), {}) for device in devices]
+    rows = [(device, measured.get(_plain(device.name), {})) for device in devices]
     return [
-        dataclasses.replace(device, **{**row, **given, "is_measured": bool(row)})
-        for device, row in zip(devices, speeds, strict=True)
+        dataclasses.replace(device, **row | given, is_measured=bool(row)) for device, row in rows
     ]
 
 

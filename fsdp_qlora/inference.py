@@ -19,7 +19,7 @@ from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.arch import trained
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.distributed.env import child_env, find_port, is_rank, plan_ranks, rank_env
+from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapter_files
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
-from fsdp_qlora.distributed import env, exit_report, hooks, launch, supervise
+from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
@@ -99,7 +99,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
 def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
-    from fsdp_qlora.export.save import save
+    from fsdp_qlora.export.model_files import save
     from fsdp_qlora.training.evaluate import Evaluator
 
     model, world, tokenizer = trained.model, trained.world, dataset.tokenizer
@@ -114,7 +114,10 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
 
 
 def join_and_run(
-    cfg: config.TrainConfig, given: frozenset[str], poll: Callable[[], None] = lambda: None
+    cfg: config.TrainConfig,
+    given: frozenset[str],
+    poll: Callable[[], None] = lambda: None,
+    owns_process: bool = False,
 ) -> RunPlan:
     """Be one of the ranks, of a process group that is there or of a new one.
 
@@ -122,43 +125,34 @@ def join_and_run(
         cfg: the run.
         given: names of the options that the user wrote.
         poll: called after each step.
+        owns_process: this process is the rank's alone; what goes wrong ends it, and is left as one
+            line for the supervisor.
 
     Returns:
         The plan that was gone by.
     """
-    from fsdp_qlora.distributed import world as worlds
-
-    known = worlds.of_process_group()
-    if known is None:
-        os.environ.update(env.rank_env(os.environ, cfg))
-    world = known or worlds.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
-    plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
-    run(plan, world, given, poll)
-    if known is None:
-        worlds.leave()
-    if world.rank == 0:
-        hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
-    return plan
-
-
-def rank_main(cfg: config.TrainConfig, given: frozenset[str]) -> None:
-    """Be one of the ranks; whatever goes wrong is left as one line for the supervisor."""
-    # No KeyboardInterrupt while libraries are imported: some of them swallow it.
-    signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
-    plan, rank = None, int(os.environ["RANK"])
-    hooks.enable_stack_dumps(cfg.resolved_output_dir / exit_report.LOGS / f"rank{rank}.log")
+    plan = None
     try:
-        from fsdp_qlora.distributed import world as ranks
+        from fsdp_qlora.distributed import world as worlds
 
-        world = ranks.join(cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic)
+        known = worlds.of_process_group()
+        if known is None:
+            os.environ.update(launch.rank_env(os.environ, cfg))
+        world = known or worlds.join(
+            cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic
+        )
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
-        run(plan, world, given)
-        ranks.leave()
-        hooks.beat(hooks.DONE, rank)
-        if rank == 0 and not env.is_supervised(os.environ):
-            hub.push(plan.cfg.resolved_output_dir, cfg.push_to_hub)
+        run(plan, world, given, poll)
+        if known is None:
+            worlds.leave()
+        hooks.beat(hooks.DONE, world.rank)
+        if world.rank == 0 and not hooks.is_supervised():
+            hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
-        exit_report.fail(error, cfg, plan)
+        if owns_process:
+            exit_report.fail(error, cfg, plan)
+        raise
+    return plan
 
 
 class _SteadyStream:
@@ -208,17 +202,12 @@ def ignore_broken_pipe() -> Iterator[None]:
             err.flush()
 
 
-def launch_ranks(
-    argv: list[str],
-    start=supervise.start,
-    watcher: launch.Watcher = launch.Watcher(),  # noqa: B008  (frozen)
-) -> int:
+def launch_ranks(argv: list[str], **followed: Any) -> int:
     """Check all that needs no torch, then be a rank or start the ranks.
 
     Args:
         argv: the command line.
-        start: starts a rank.
-        watcher: follows the run.
+        followed: start, tell and poll of distributed.launch.Attempt.
 
     Returns:
         Exit code of the command.
@@ -226,7 +215,7 @@ def launch_ranks(
     Raises:
         UserError: what was checked is not as it must be.
     """
-    saved, is_supervised = None, env.is_supervised(os.environ)
+    saved, is_supervised = None, hooks.is_supervised()
     is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
     if not is_supervised:
@@ -235,9 +224,13 @@ def launch_ranks(
     if saved is not None and resume.is_done(saved, cfg):
         print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
         return errors.DONE
-    if env.is_rank(os.environ):
-        os.environ.update(env.rank_env(os.environ, cfg))
-        rank_main(cfg, given)
+    if launch.is_rank(os.environ):
+        # No KeyboardInterrupt while libraries are imported: some of them swallow it.
+        signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
+        os.environ.update(launch.rank_env(os.environ, cfg))
+        log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
+        hooks.enable_stack_dumps(log)
+        join_and_run(cfg, given, owns_process=True)
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
@@ -245,22 +238,22 @@ def launch_ranks(
     preflight.check_room(plan.cfg, plan.info)
     preflight.check(plan)
     hub.check(cfg.push_to_hub)
-    code = launch.supervise(cfg, argv, plan=plan, start=start, watcher=watcher)
+    code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:
         hub.push(cfg.resolved_output_dir, cfg.push_to_hub)
     return code
 
 
 @ignore_broken_pipe()
-def main(argv: list[str], start=supervise.start) -> int:
+def main(argv: list[str], **followed: Any) -> int:
     """Run the command line `argv`; every error is one line. Returns the exit code."""
     try:
-        return launch_ranks(argv, start)
+        return launch_ranks(argv, **followed)
     except errors.UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         return error.code
-    except hooks.Stopped as stopped:
-        if not env.is_supervised(os.environ) and os.environ.get("RANK") == "0":
+    except errors.Stopped as stopped:
+        if not hooks.is_supervised() and os.environ.get("RANK") == "0":
             print(stopped, file=sys.stderr)
         exit_report.leave(stopped.code)
     except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def _spoil_losses() -> None:
     whole = loop.token_loss_sum
 
     def token_loss_sum(*args):
-        here = hooks.own_heartbeat(os.environ)
+        here = hooks.own_heartbeat()
         is_step = here.point in ("pre-forward", "post-backward")
         kind = _due("post-forward", int(os.environ["RANK"]), here.step) if is_step else ""
         return whole(*args) * FACTORS.get(kind, 1.0)
@@ -129,12 +129,12 @@ KINDS = {
 
 if __name__ == "__main__":  # as train.py, its ranks too
     from fsdp_qlora import run
-    from fsdp_qlora.distributed import launch, supervise
+    from fsdp_qlora.distributed import launch
 
-    def start(spec: supervise.RankSpec) -> supervise.Rank:
+    def start(spec: launch.RankSpec) -> launch.Rank:
         own = (sys.executable, "-m", "tests.faults")
         command = [*own, *spec.command[len(launch.PROGRAM) :]]
-        return supervise.start(dataclasses.replace(spec, command=command))
+        return launch.start(dataclasses.replace(spec, command=command))
 
     install()
     sys.exit(run.main(sys.argv[1:], start=start))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from fsdp_qlora.arch import layers
+from fsdp_qlora.arch.info import from_config
 
 TINY = {
     "vocab_size": 96,
@@ -26,7 +26,7 @@ TINY = {
 def write_model(directory: Path, model_type: str = "llama", **more) -> Path:
     """Write config.json and model.safetensors of a three-layer model."""
     config = {"model_type": model_type} | TINY | more
-    shapes = layers.from_config(config).all_shapes()
+    shapes = from_config(config).all_shapes()
     directory.mkdir(exist_ok=True)
     save_file({n: np.zeros(shapes[n], "f4") for n in shapes}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))

@@ -27,7 +27,7 @@ for name in (
     "fsdp_qlora.model.load",
     "fsdp_qlora.model.shard",
     "fsdp_qlora.model.skeleton",
-    "fsdp_qlora.export.save",
+    "fsdp_qlora.export.model_files",
     "fsdp_qlora.inference",
     "fsdp_qlora.training.evaluate",
     "fsdp_qlora.report.page",

@@ -24,7 +24,7 @@ from fsdp_qlora import atomic
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
-from fsdp_qlora.export import merge_weights  # noqa: F401 (once, not in every fork)
+from fsdp_qlora.export import new_weights  # noqa: F401 (once, not in every fork)
 from fsdp_qlora.export.model_files import safetensors_file, write_weights
 from tests.export.test_adapter import write_adapter
 from tests.model_files import write_model

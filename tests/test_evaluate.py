@@ -49,7 +49,7 @@ def run(world, path, out, is_evaluated):
 
     from fsdp_qlora import inference
     from fsdp_qlora.data.batches import Batches, SamplerConfig, held_out
-    from fsdp_qlora.export import save
+    from fsdp_qlora.export import model_files
     from fsdp_qlora.training import loop, metrics
 
     flags = ("--eval_every=2", "--sample_tokens=5") if is_evaluated else ()
@@ -67,7 +67,7 @@ def run(world, path, out, is_evaluated):
             data,
             plan.cfg,
             lambda prompt: inference.answer(trained.model, tokenizer, prompt.ids, 5, world),
-            lambda cfg: save.save(trained.model, plan.info, cfg, tokenizer, world.rank == 0),
+            lambda cfg: model_files.save(trained.model, plan.info, cfg, tokenizer, world.rank == 0),
             recorder,
             tracker,
         )

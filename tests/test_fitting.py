@@ -59,7 +59,7 @@ def on_two_cards(argv: list[str], start) -> int:
     machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
     plans.announce(plan, print)
-    return launch.supervise(cfg, argv, plan=plan, start=start)
+    return launch.supervise(launch.Attempt(cfg, argv, plan, start))
 
 
 def tiny_model(directory: Path) -> None:

@@ -37,7 +37,7 @@ MAX_ARGUMENTS = 6
 FREE_SIGNATURES = ("model.triton_kernels", "model.attention", "model.cuda_graphs")
 # To be cut: no new ones.
 LONG_SIGNATURES = {
-    *("distributed.exit_report._left", "inference.pieces", "training.metrics.__init__"),
+    *("inference.pieces", "training.metrics.__init__"),
     *("model.load._fill_quantized", "model.load._make_layers"),
 }
 MAX_FUNCTION_LINES = 60

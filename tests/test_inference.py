@@ -14,7 +14,7 @@ from fsdp_qlora import inference
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
-from fsdp_qlora.export import merge
+from fsdp_qlora.export import commands
 from tests import tiny
 
 TASK = """
@@ -166,7 +166,7 @@ def test_a_merged_model_answers_as_base_and_adapter(finished):
     """As it is stored, in 16 bit or more: nothing is quantised again."""
     merged = finished.parent / "merged"
     flags = ("--adapter", str(finished), "--out", str(merged), "--dtype=fp32", "--evidence_rows=0")
-    assert merge.main(list(flags)) == DONE
+    assert commands.merge(list(flags)) == DONE
     base = tokenizer_files(finished.parent / "models--tests--tiny" / "snapshots" / REVISION)
     assert len(base) > 1 and tokenizer_files(finished) == tokenizer_files(merged) == base
     flags = ("--model_name", str(merged), "--precision=fp32", "--prompt", ASKED, "--raw")

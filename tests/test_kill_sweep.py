@@ -206,7 +206,7 @@ def on_two_cards(argv: list[str], start) -> int:
     cfg, given = config.parse(argv), config.given(argv)
     machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = run.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)
-    return launch.supervise(cfg, argv, plan=plan, start=start)
+    return launch.supervise(launch.Attempt(cfg, argv, plan, start))
 
 
 def test_out_of_memory_in_a_step_is_answered_by_a_lower_notch(place: Path, unbroken: dict):

@@ -45,10 +45,10 @@ NOISE = re.compile(r"Warning|Traceback|warn|it/s\]|\r|\x1b|deprecat|Failed to lo
 
 # As train.py, but rank 1 has a bug.
 BROKEN = """
-import os, sys
+import dataclasses, os, sys
 sys.path.insert(0, {project!r})
 from fsdp_qlora import config, run as train
-from fsdp_qlora.distributed import env, launch
+from fsdp_qlora.distributed import launch
 
 def broken(plan, world, *more, run=train.run):
     if world.rank == 1:
@@ -56,9 +56,14 @@ def broken(plan, world, *more, run=train.run):
     run(plan, world, *more)
 
 train.run = broken
-if env.is_rank(os.environ):
+if launch.is_rank(os.environ):
     sys.exit(train.main(sys.argv[1:]))
-sys.exit(launch.supervise(config.parse(sys.argv[1:]), sys.argv[1:], [sys.executable, __file__]))
+def start(spec):
+    command = [sys.executable, __file__, *spec.command[len(launch.PROGRAM) :]]
+    return launch.start(dataclasses.replace(spec, command=command))
+
+argv = sys.argv[1:]
+sys.exit(launch.supervise(launch.Attempt(config.parse(argv), argv, start=start)))
 """
 
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from fsdp_qlora import run as train_run
 from fsdp_qlora.distributed import launch
-from fsdp_qlora.distributed.supervise import RankSpec, tied_to_parent
+from fsdp_qlora.distributed.launch import RankSpec, tied_to_parent
 from tests import faults
 from tests.ranks import PRELOAD
 
@@ -53,7 +53,7 @@ class Forked:
 
 
 def fork(task: RankSpec) -> Forked:
-    """Start one rank (see processes.start)."""
+    """Start one rank (see launch.start)."""
     tie = tied_to_parent()
     sys.stdout.flush()  # or the child says again what is waiting there
     pid = os.fork()

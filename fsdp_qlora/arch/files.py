@@ -1,13 +1,12 @@
 """The files of a model: where they lie, what their headers hold, and linears stored in 4 bit.
 
-Only headers are read (a few MB even for a 70B). Every byte of a file must belong to exactly one
-tensor, so that a truncated download is found before anything else starts. A local directory never
-reaches the hub. Of models in 4 bit those of bitsandbytes are read: a linear is "X.weight" (codes),
-"X.weight.absmax", "X.weight.quant_map", with double quantization also "nested_absmax" and
-"nested_quant_map", and JSON under "quant_state...".
+Only headers are read (a few MB even for a 70B). The safetensors library makes sure that every byte
+of a file belongs to exactly one tensor, so that a truncated download is found before anything else
+starts. A local directory never reaches the hub. Of models in 4 bit those of bitsandbytes are read:
+a linear is "X.weight" (codes), "X.weight.absmax", "X.weight.quant_map", with double quantization
+also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...".
 
-Source: the format's README, section "Format", github.com/huggingface/safetensors; bitsandbytes,
-functional.py, QuantState.as_dict.
+Source: bitsandbytes, functional.py, QuantState.as_dict.
 """
 
 import dataclasses
@@ -18,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError
 
@@ -34,7 +35,6 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 QUANTIZED_ITEM_BYTES = ITEM_BYTES | {"U8": 1}  # of a model stored in 4 bit
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in another format
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 GROUP = 64  # weights that share one constant
@@ -268,32 +268,22 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
         is_other = os.path.lexists(path)
         what = "is no regular file" if is_other else "is named by the index, and absent"
         raise _damaged(path, what)
-    file_bytes = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(64)
-        _refuse_stand_in(path, head)
-        header_bytes = int.from_bytes(head[:8], "little")
-        data_start = 8 + header_bytes
-        if header_bytes > MAX_HEADER_BYTES or data_start > file_bytes:
-            raise _damaged(path, f"{file_bytes} bytes are no whole safetensors file")
-        file.seek(8)
-        raw = file.read(header_bytes)
+    _refuse_stand_in(path, head)
+    end = 8 + int.from_bytes(head[:8], "little")  # of the header, then of the tensors so far
+    refs = {}
     try:
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
-        place = path, data_start, item_bytes
-        refs = [(name, _tensor_ref(*place, **entries[name])) for name in entries]
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise _damaged(path, "has a damaged safetensors header") from None
-    refs.sort(key=lambda item: (item[1].start, item[1].nbytes))
-    end = data_start
-    for name, ref in refs:
-        if ref.start != end:
-            raise _damaged(path, f"tensor {name} overlaps the one before it, or leaves a gap")
-        end += ref.nbytes
-    if end != file_bytes:
-        raise _damaged(path, f"has {file_bytes} bytes where its header announces {end}")
-    return dict(refs)
+        with safe_open(path, framework="np") as tensors:
+            for name in tensors.offset_keys():
+                part = tensors.get_slice(name)
+                ref = _tensor_ref(path, part.get_dtype(), part.get_shape(), end, item_bytes)
+                refs[name], end = ref, end + ref.nbytes
+    except (SafetensorError, OSError) as error:
+        reason = str(error).partition("header: ")[2] or str(error)
+        size = path.stat().st_size
+        raise _damaged(path, f"{size} bytes are no safetensors file ({reason[:80]})") from None
+    return refs
 
 
 def describe(names: list[str]) -> str:
@@ -337,21 +327,12 @@ def _list_files(directory: Path) -> list[str]:
 
 
 def _tensor_ref(
-    path: Path,
-    data_start: int,
-    item_bytes: Mapping[str, int],
-    dtype: str,
-    shape: list[int],
-    data_offsets: list[int],
+    path: Path, dtype: str, shape: list[int], start: int, item_bytes: Mapping[str, int]
 ) -> TensorRef:
     if dtype not in item_bytes:
         rule = f"holds {dtype} tensors; a base is {', '.join(ITEM_BYTES)}"
-        raise UserError(str(path), rule, "take the 16-bit original of this model")
-    begin, end = data_offsets
-    nbytes = math.prod(shape) * item_bytes[dtype]
-    if begin < 0 or end - begin != nbytes or any(size < 0 for size in shape):
-        raise ValueError(f"offsets {data_offsets} do not fit shape {shape}")
-    return TensorRef(path, dtype, tuple(shape), data_start + begin, nbytes)
+        raise UserError(str(path), rule, ORIGINAL)
+    return TensorRef(path, dtype, tuple(shape), start, math.prod(shape) * item_bytes[dtype])
 
 
 def _refuse_stand_in(path: Path, head: bytes) -> None:
@@ -444,8 +425,7 @@ def _read_state(ref: TensorRef, name: str) -> dict:
         if [type(size) for size in state["shape"]] != [int, int]:
             raise ValueError("no shape of two sizes")
     except (ValueError, KeyError, TypeError) as error:
-        rule = f"is no quantization state ({error})"
-        raise UserError(name, rule, "fetch the model again", INTEGRITY) from None
+        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
     return state
 
 

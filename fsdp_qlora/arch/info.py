@@ -1,33 +1,272 @@
 """What a model is: its decoder layers, their linears, all shapes; read without torch.
 
-No weight is read, only config.json and the headers of the safetensors files. For the model types
-of layers.LAYOUTS the two must agree tensor by tensor; another type is accepted with weights when
-its layers repeat exactly. Values of config.json that are no sizes are checked too, so that no rank
-fails over one.
+No weight is read, only config.json and the headers of the safetensors files. LAYOUTS has one row
+per model type: what the sizes in config.json leave open, such as which projections have a bias.
+For those types files and config must agree tensor by tensor; another type is accepted with weights
+when its layers repeat exactly. Values of config.json that are no sizes are checked too, so that no
+rank fails over one. tests/arch compares every row with the model that transformers builds.
 """
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.arch import files, layers
+from fsdp_qlora.arch import files
 from fsdp_qlora.arch.files import QuantizedRef, TensorRef
-from fsdp_qlora.arch.layers import LAYOUTS, Linear, Shapes, Structure
 from fsdp_qlora.errors import INTEGRITY, UserError
 
+INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
+PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
+SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
+EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+# Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
+EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
+EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
+EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
 HEADS = ("lm_head.weight", "embed_out.weight")
 FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
 FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
-ACTIVATIONS = {"silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu"}
-ACTIVATIONS |= {"gelu_python", "gelu_10", "relu", "relu2", "relu6", "mish", "tanh", "linear"}
-DTYPES = {"float32", "float16", "bfloat16", "float64", "auto"}
-ROPES = {"default", "linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional"}
+ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
+ACTIVATIONS += " relu relu2 relu6 silu swish tanh"
+DTYPES = "auto bfloat16 float16 float32 float64"
+ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
 SAME_PLACE = "copy config.json and the weights from the same place"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear of a decoder layer, to be quantized.
+
+    Args:
+        name: inside the layer, "self_attn.q_proj".
+        out_features: rows of its weight.
+        in_features: columns of its weight.
+        has_bias: a bias of out_features exists; it is not quantized.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of its weight."""
+        return self.out_features * self.in_features
+
+    @property
+    def last_name(self) -> str:
+        """Last part of its name, "q_proj"."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def expert(self) -> tuple[str, int, int] | None:
+        """Which matrix of which expert it is, see _expert_part; None for a linear."""
+        return _expert_part(f"{self.name}.weight")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The parameters of a model as names and shapes.
+
+    Args:
+        layers_prefix: "model.layers"; layer 3 is "model.layers.3".
+        num_layers: decoder layers.
+        layer: parameters of one decoder layer, by the name inside it.
+        root: parameters outside the layers, by full name; without lm_head when it is tied.
+    """
+
+    layers_prefix: str
+    num_layers: int
+    layer: Shapes
+    root: Shapes
+
+    def all_shapes(self) -> Shapes:
+        """Expand the layers.
+
+        Returns:
+            Full name -> shape of every parameter of the model.
+        """
+        layers = (f"{self.layers_prefix}.{index}." for index in range(self.num_layers))
+        return self.root | {
+            prefix + name: shape for prefix in layers for name, shape in self.layer.items()
+        }
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a model type adds to the sizes in its config.json.
+
+    Args:
+        norms: names of the norms of a decoder layer, each of the hidden size.
+        has_head_norms: also q_norm and k_norm of the head size.
+        qkv_bias: True, False, or the config key that says so.
+        o_bias: the same for the output projection.
+        mlp_bias: the same for the three projections of the MLP.
+        is_fused: q, k, v lie in one qkv_proj, gate and up in one gate_up_proj.
+        is_tied: default of tie_word_embeddings.
+        head_dim: default of head_dim; None is hidden size / heads.
+    """
+
+    norms: tuple[str, ...] = PRE_NORMS
+    has_head_norms: bool = False
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    is_fused: bool = False
+    is_tied: bool = False
+    head_dim: int | None = None
+
+
+OPTIONAL_BIAS = LayerShape(qkv_bias="attention_bias", o_bias="attention_bias")
+GEMMA = replace(OPTIONAL_BIAS, is_tied=True, head_dim=256)
+LAYOUTS = {
+    "llama": replace(OPTIONAL_BIAS, mlp_bias="mlp_bias"),
+    "mistral": LayerShape(),
+    "qwen2": LayerShape(qkv_bias=True),
+    "qwen3": replace(OPTIONAL_BIAS, has_head_norms=True, head_dim=128),
+    "gemma": GEMMA,
+    "gemma2": replace(GEMMA, norms=SANDWICH_NORMS),
+    "gemma3_text": replace(GEMMA, norms=SANDWICH_NORMS, has_head_norms=True),
+    "phi3": LayerShape(is_fused=True),
+}
+
+
+def from_config(config: dict) -> Structure:
+    """Derive the parameters from the sizes in config.json.
+
+    Args:
+        config: content of config.json, of a model type in LAYOUTS.
+
+    Returns:
+        Names and shapes.
+
+    Raises:
+        UserError: a size is absent or no positive integer (code 2).
+    """
+    hidden, vocab = _size(config, "hidden_size"), _size(config, "vocab_size")
+    root: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not _is_tied(config):
+        root["lm_head.weight"] = (vocab, hidden)
+    num_layers = _size(config, "num_hidden_layers")
+    return Structure("model.layers", num_layers, _layer_shapes(config), root)
+
+
+def from_headers(shapes: Shapes) -> Structure:
+    """Find the decoder layers as the one prefix that repeats with an index.
+
+    Args:
+        shapes: full name -> shape of all tensors of a model with one stack of layers.
+
+    Returns:
+        Names and shapes. The layer is layer 0: compare `all_shapes()` with the tensors to know
+        that the others repeat it.
+
+    Raises:
+        UserError: no stack of layers, several stacks, or experts (code 2).
+    """
+    matches = [match for name in shapes if (match := INDEXED.fullmatch(name))]
+    prefixes = sorted({match["prefix"] for match in matches})
+    if len(prefixes) != 1:
+        rule = f"need one stack of decoder layers, found {len(prefixes)}"
+        remedy = "take a text-only causal language model"
+        raise UserError(f"weights with {', '.join(prefixes[:3])}", rule, remedy)
+    layer = {match["name"]: shapes[match[0]] for match in matches if match["index"] == "0"}
+    for name, shape in layer.items():
+        part = _expert_part(name)
+        if len(shape) not in (1, 2) or (INDEXED.fullmatch(name) and part is None):
+            rule = "is no linear, no vector and no expert as Mixtral or Qwen has them"
+            raise UserError(f"{prefixes[0]}.0.{name}", rule, "take another model")
+    num_layers = 1 + max(int(match["index"]) for match in matches)
+    root = {name: shape for name, shape in shapes.items() if not INDEXED.fullmatch(name)}
+    return Structure(prefixes[0], num_layers, layer, root)
+
+
+def _is_tied(config: dict) -> bool:
+    """Whether config or layout say that the output head is the embedding."""
+    layout = LAYOUTS.get(config["model_type"], LayerShape())
+    return bool(config.get("tie_word_embeddings", layout.is_tied))
+
+
+def _size(config: dict, key: str, default: int | None = None) -> int:
+    """Read one size of a config.json; the default counts when the key is absent or null."""
+    value = default if config.get(key) is None else config[key]
+    if type(value) is not int or value < 1:
+        rule = "must be a positive integer in config.json"
+        raise UserError(f"{key} = {value!r}", rule, OWN_CONFIG)
+    return value
+
+
+def _layer_shapes(config: dict) -> Shapes:
+    layout = LAYOUTS[config["model_type"]]
+    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
+    heads = _size(config, "num_attention_heads")
+    head_dim = _size(config, "head_dim", layout.head_dim or hidden // heads)
+    query, key = heads * head_dim, _size(config, "num_key_value_heads", heads) * head_dim
+    qkv = {"q_proj": query, "k_proj": key, "v_proj": key}
+    gates = {"gate_proj": inner, "up_proj": inner}
+    if layout.is_fused:
+        qkv, gates = {"qkv_proj": query + 2 * key}, {"gate_up_proj": 2 * inner}
+
+    shapes: Shapes = {f"{name}.weight": (hidden,) for name in layout.norms}
+    if layout.has_head_norms:
+        shapes |= {f"self_attn.{name}.weight": (head_dim,) for name in ("q_norm", "k_norm")}
+    for name, width in qkv.items():
+        shapes |= _linear(f"self_attn.{name}", width, hidden, layout.qkv_bias, config)
+    shapes |= _linear("self_attn.o_proj", hidden, query, layout.o_bias, config)
+    for name, width in gates.items():
+        shapes |= _linear(f"mlp.{name}", width, hidden, layout.mlp_bias, config)
+    return shapes | _linear("mlp.down_proj", hidden, inner, layout.mlp_bias, config)
+
+
+def _linear(name: str, num_out: int, num_in: int, bias: bool | str, config: dict) -> Shapes:
+    has_bias = bool(config.get(bias)) if isinstance(bias, str) else bias
+    shapes: Shapes = {f"{name}.weight": (num_out, num_in)}
+    return shapes | {f"{name}.bias": (num_out,)} if has_bias else shapes
+
+
+def _expert_part(name: str) -> tuple[str, int, int] | None:
+    """Of an expert's matrix: path of the mixture, number of the expert, 0 gate, 1 up or 2 down."""
+    match = EXPERT.fullmatch(name)
+    for parts in EXPERT_PARTS:
+        if match and match["part"] in parts:
+            return match["block"], int(match["index"]), parts.index(match["part"])
+    return None
+
+
+def find_linears(layer: Shapes) -> tuple[Linear, ...]:
+    """Find the linears of a decoder layer.
+
+    Args:
+        layer: parameters of one decoder layer, by the name inside it.
+
+    Returns:
+        The linears, in the order in which the layer computes; routers of experts are none.
+
+    Raises:
+        UserError: a matrix that is no linear (code 2).
+    """
+    found = []
+    mixtures = {part[0] for name in layer if (part := _expert_part(name))}
+    routers = {f"{block}.gate.weight" for block in mixtures}  # small, and they choose: 16 bit
+    for name, shape in layer.items():
+        if len(shape) != 2 or name in routers:
+            continue
+        module = name.removesuffix(".weight")
+        bias = layer.get(f"{module}.bias")
+        if module == name or bias not in (None, shape[:1]):
+            rule = f"shape {list(shape)} with bias {bias} is no linear of [out, in]"
+            raise UserError(name, rule, "take a model whose decoder layers are linears and norms")
+        found.append(Linear(module, shape[0], shape[1], bias is not None))
+    order = {name: place for place, name in enumerate(EXECUTION_ORDER)}
+    return tuple(sorted(found, key=lambda n: (order.get(n.last_name, len(order)), n.name)))
 
 
 @dataclass(frozen=True)
@@ -100,23 +339,23 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
             tensors, quantized = files.fold(tensors, stored, model_name)
         tensors = _without_copies(tensors, config)
     shapes = {name: ref.shape for name, ref in tensors.items()}
-    structure = layers.from_config(config) if is_known else layers.from_headers(shapes)
+    structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
 
-    linears = layers.linears(structure.layer)
+    linears = find_linears(structure.layer)
     weights = {f"{linear.name}.weight" for linear in linears}
     if stored and tensors:
-        prefixes = [f"{structure.layers_prefix}.{i}" for i in range(structure.num_layers)]
-        names = {f"{prefix}.{name}" for prefix in prefixes for name in weights}
+        prefix, numbers = structure.layers_prefix, range(structure.num_layers)
+        names = {f"{prefix}.{i}.{name}" for i in numbers for name in weights}
         files.check_quantized(quantized, names, model_name)
     return ModelInfo(
         path=path,
         model_type=config["model_type"],
         config=config,
         num_layers=structure.num_layers,
-        hidden_size=layers.size(config, "hidden_size"),
-        vocab_size=layers.size(config, "vocab_size"),
+        hidden_size=_size(config, "hidden_size"),
+        vocab_size=_size(config, "vocab_size"),
         is_tied=not structure.root.keys() & set(HEADS),
         layers_prefix=structure.layers_prefix,
         linears=linears,
@@ -185,7 +424,7 @@ def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
     one = sorted(of_first, key=lambda linear: linear.expert or ())
     if not one:
         return dense, 1
-    num = layers.size(info.config, "num_experts_per_tok")
+    num = _size(info.config, "num_experts_per_tok")
     return dense + tuple(linear for linear in one for _ in range(num)), num
 
 
@@ -233,14 +472,14 @@ def _checked_config(config: dict, model_name: str) -> dict:
 
 def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
     """Leave out what is stored twice or can be computed: a tied head, old rotary tables."""
-    left_out = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * bool(layers.is_tied(config))
+    left_out = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * _is_tied(config)
     return {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}
 
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
     """Every parameter must be in the files, in the right shape, and nothing else."""
-    num_layers = layers.size(config, "num_hidden_layers")
-    num_found = layers.from_headers(shapes).num_layers
+    num_layers = _size(config, "num_hidden_layers")
+    num_found = from_headers(shapes).num_layers
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, SAME_PLACE)
@@ -294,9 +533,6 @@ def expert_matrices(info: ModelInfo, name: str) -> list[list[str]]:
     return [[f"{match['layer']}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]
 
 
-Check = Callable[[Any], bool]
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
@@ -311,46 +547,38 @@ def _is_rope(value: Any) -> bool:
         return False
     tables = [entry for entry in value.values() if isinstance(entry, dict)] or [value]
     kinds = [table.get("rope_type", table.get("type", "default")) for table in tables]
-    numbers = [table.get(key, 1) for table in tables for key in ("rope_theta", "factor")]
-    return all(isinstance(kind, str) and kind in ROPES for kind in kinds) and all(
-        number is None or _is_positive(number) for number in numbers
-    )
-
-
-def _one_of(names: set[str]) -> tuple[Check, str]:
-    words = f"one of {' '.join(sorted(names))}"
-    return lambda value: isinstance(value, str) and value in names, words
+    numbers = [table.get(key) for table in tables for key in ("rope_theta", "factor")]
+    are_numbers = all(number is None or _is_positive(number) for number in numbers)
+    return are_numbers and all(kind in ROPES.split() for kind in kinds)
 
 
 def _are_ids(value: Any) -> bool:
     return all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
 
 
-POSITIVE, BOOL = (_is_positive, "a positive number"), (lambda v: type(v) is bool, "true or false")
-ROPE = (_is_rope, f"a table whose rope_type is one of {' '.join(sorted(ROPES))}")
-RULES: dict[str, tuple[Check, str]] = {
-    "rms_norm_eps": POSITIVE,
-    "rope_theta": POSITIVE,
-    "max_position_embeddings": (lambda v: type(v) is int and v > 0, "a positive integer"),
-    "initializer_range": (_is_number, "a number"),
-    "attention_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "from 0 to below 1"),
-    "rope_scaling": ROPE,
-    "rope_parameters": ROPE,
-    "hidden_act": _one_of(ACTIVATIONS),
-    "hidden_activation": _one_of(ACTIVATIONS),
-    "dtype": _one_of(DTYPES),
-    "torch_dtype": _one_of(DTYPES),
-    "pad_token_id": (lambda v: type(v) is int, "a whole number or null"),
-    "bos_token_id": (_are_ids, "a whole number or null"),
-    "eos_token_id": (_are_ids, "a whole number, a list of them, or null"),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"), BOOL),
-}
+# What a value must be, and of which keys.
+RULES = (
+    (_is_positive, "a positive number", "rms_norm_eps rope_theta"),
+    (lambda v: type(v) is int and v > 0, "a positive integer", "max_position_embeddings"),
+    (_is_number, "a number", "initializer_range"),
+    (lambda v: _is_number(v) and 0 <= v < 1, "from 0 to below 1", "attention_dropout"),
+    (_is_rope, f"a table whose rope_type is one of {ROPES}", "rope_scaling rope_parameters"),
+    (lambda v: v in ACTIVATIONS.split(), f"one of {ACTIVATIONS}", "hidden_act hidden_activation"),
+    (lambda v: v in DTYPES.split(), f"one of {DTYPES}", "dtype torch_dtype"),
+    (lambda v: type(v) is int, "a whole number or null", "pad_token_id"),
+    (_are_ids, "a whole number, a list of them, or null", "bos_token_id eos_token_id"),
+    (
+        lambda v: type(v) is bool,
+        "true or false",
+        "tie_word_embeddings attention_bias mlp_bias use_cache",
+    ),
+)
 NEEDED = ("rms_norm_eps", "max_position_embeddings")  # null is no value for these
 
 
 def _check_values(config: dict[str, Any]) -> None:
     """Refuse a value that transformers does not take."""
-    for key, (is_good, rule) in RULES.items():
+    for is_good, rule, key in ((*row[:2], key) for row in RULES for key in row[2].split()):
         value = config.get(key)
         is_left_out = value is None and (key not in NEEDED or key not in config)
         if not is_left_out and not is_good(value):

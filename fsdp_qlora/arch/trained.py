@@ -156,16 +156,14 @@ def adopt_format(
     if stored is None or cfg.format_name == stored:
         return cfg
     rule = f"the model is stored as {stored}, whose bytes are kept"
-    if given is None:
-        given = frozenset(
-            f.name for f in dataclasses.fields(cfg) if getattr(cfg, f.name) != f.default
-        )
     own: dict[str, Any] = {"quant_type": stored.removesuffix("_dq")}
     own["double_quant"] = stored.endswith("_dq")
     if TRAIN_TYPES[cfg.train_type].base != "bnb":
         own["train_type"] = "qlora"
     for name, value in own.items():
-        if name in given and getattr(cfg, name) != value:
-            got = f"--{name} {str(getattr(cfg, name)).lower()}"
-            raise UserError(got, rule, "leave it out, or take the 16-bit original")
+        got = getattr(cfg, name)
+        is_given = got != getattr(TrainConfig, name) if given is None else name in given
+        if is_given and got != value:
+            remedy = "leave it out, or take the 16-bit original"
+            raise UserError(f"--{name} {str(got).lower()}", rule, remedy)
     return dataclasses.replace(cfg, **own)

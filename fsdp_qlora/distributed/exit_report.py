@@ -1,13 +1,13 @@
 """How a run ended: the word that a failed rank leaves, why it is the first cause; no torch."""
 
-import dataclasses
 import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +15,7 @@ from fsdp_qlora import atomic, errors, hardware, record
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.distributed.env import is_supervised
-from fsdp_qlora.distributed.supervise import RanksExit
-from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
+from fsdp_qlora.errors import BUG, DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
@@ -25,20 +23,18 @@ from fsdp_qlora.planning.run import RunPlan
 MOST_ROWS = 4
 MAX_LINES = 10
 MEMORY, LINK = "memory", "link"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-
 AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
 OWN_FAULTS = (errors.INPUT, errors.ENVIRONMENT, errors.INTEGRITY)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class RankError:
     """What a rank left behind when it failed.
 
     Args:
         rank: global rank.
         code: exit code of the command.
-        line: what the user is told.
+        line: what the user is told, without "error: ".
         more: lines that follow it.
         kind: what a new start could answer: MEMORY ran out, LINK between GPUs does not work.
     """
@@ -50,48 +46,65 @@ class RankError:
     kind: str = ""
 
 
+@dataclass(frozen=True)
+class RanksExit:
+    """How the ranks ended.
+
+    Attributes:
+        codes: as Popen gives them, by rank.
+        signs: the last that was heard of each rank, before it was ended for hanging.
+        ended: the ranks that had to be ended, and ended by that.
+        stop: the signal that stopped the run before any rank failed.
+        hung: the ranks that had stopped without leaving.
+    """
+
+    codes: Sequence[int]
+    signs: Sequence[hooks.Heartbeat]
+    ended: frozenset[int] = frozenset()
+    stop: int | None = None
+    hung: Sequence[int] = ()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every rank has come to its end."""
+        return not any(self.codes) and all(sign.is_last for sign in self.signs)
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """What is said of a run that has ended.
+
+    Attributes:
+        code: of the command.
+        lines: for the user; the first says why, the others where memory went.
+        kind: of the failure, see RankError.
+        is_final: to start again would not help.
+        has_begun: a step was under way.
+    """
+
+    code: int
+    lines: Sequence[str] = ()
+    kind: str = ""
+    is_final: bool = False
+    has_begun: bool = True
+
+
 class LinkError(RuntimeError):
     """What one rank sends does not reach the others, or not whole."""
 
 
-def is_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, on a GPU or on the host."""
-    name, text = type(error).__name__, str(error)
-    by_text = isinstance(error, RuntimeError) and any(word in text for word in OUT_OF_MEMORY)
-    return name in ("OutOfMemoryError", "MemoryError") or by_text
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """Where memory ran out.
-
-    Args:
-        phase: that was under way, in words.
-        known_phase: the phase of the plan that it belongs to.
-        predicted: GiB by phase and row.
-        measured: GiB by row.
-        is_cuda: it is the memory of a GPU.
-        there: what the device had, in words.
-    """
-
-    phase: str
-    known_phase: str
-    predicted: Mapping[str, GibByRow]
-    measured: GibByRow
-    is_cuda: bool
-    there: str
-
-    def lines(self) -> list[str]:
-        """The scene in a few lines; the first says where."""
-        place = "a GPU" if self.is_cuda else "the host, all ranks"
-        said = _compared(place, self.known_phase, self.predicted, self.measured, self.there)
-        return [f"out of memory in the {self.phase}", *said]
-
-
-def _compared(
+def compare_memory(
     place: str, phase: str, predicted: Mapping[str, GibByRow], measured: GibByRow, there: str
 ) -> list[str]:
-    """What was predicted, what there was, and the largest rows, measured beside predicted."""
+    """Say where memory ran out: what was predicted, what there was, and the largest rows.
+
+    Args:
+        place: in words that follow "on".
+        phase: of the plan that was under way.
+        predicted: GiB by phase and row.
+        measured: GiB by row; shown beside what was predicted.
+        there: what the device had, in words.
+    """
     rows, lines = predicted.get(phase, {}), []
     if rows:
         peak = max(predicted, key=lambda name: sum(predicted[name].values()))
@@ -116,21 +129,20 @@ def fail(error: Exception, cfg: TrainConfig, plan: RunPlan | None = None) -> NoR
         cfg: the run.
         plan: of it, if it was made.
     """
-    cfg = plan.cfg if plan is not None else cfg
-    rank, logs = int(os.environ["RANK"]), cfg.resolved_output_dir / LOGS
-    log, has_log = logs / f"rank{rank}.log", logs.is_dir()
-    failure = _describe(error, rank, str(log) if has_log else "above")
+    output_dir = (plan.cfg if plan is not None else cfg).resolved_output_dir
+    rank = int(os.environ["RANK"])
+    log, has_log = output_dir / LOGS / f"rank{rank}.log", (output_dir / LOGS).is_dir()
+    found = _describe(error, rank, str(log) if has_log else "above")
     if not isinstance(error, UserError):
-        with suppress(OSError), ExitStack() as stack:
-            file = stack.enter_context(log.open("a")) if has_log else sys.stderr
-            trace = "".join(traceback.format_exception(error))
-            print(errors.redact(trace, os.environ), end="", file=file)
-    if is_supervised(os.environ):
+        trace = errors.redact("".join(traceback.format_exception(error)), os.environ)
+        with suppress(OSError), log.open("a") if has_log else nullcontext(sys.stderr) as file:
+            file.write(trace)
+    if hooks.is_supervised():
         with suppress(OSError):
-            write_error(cfg.resolved_output_dir, **vars(failure))
+            write_error(output_dir, found)
     else:
-        print(*told(failure, plan), sep="\n", file=sys.stderr)
-    leave(failure.code)
+        print(*error_lines(found, plan), sep="\n", file=sys.stderr)
+    leave(found.code)
 
 
 def _describe(error: Exception, rank: int, trace: str) -> RankError:
@@ -138,31 +150,35 @@ def _describe(error: Exception, rank: int, trace: str) -> RankError:
     notes: list[str] = getattr(error, "__notes__", [])
     if isinstance(error, UserError):
         return RankError(rank, error.code, str(error), notes)
-    if is_memory(error):
-        reason = one_line([*str(error).splitlines(), type(error).__name__][0])[:120]
+    kind, name, text = type(error).__name__, f"rank {rank}", str(error)
+    first = text.splitlines()[0] if text else ""
+    if errors.is_memory(error):
         place = notes[0] if notes else "out of memory"
-        line = f"rank {rank}: {place} ({reason}); the trace is in {trace}"
+        line = f"{name}: {place} ({one_line(first or kind)[:120]}); the trace is in {trace}"
         return RankError(rank, RUN_FAILED, line, notes[1:], MEMORY)
-    sign = hooks.own_heartbeat(os.environ)
-    who = f"rank {rank}{sign if sign is not None and sign.point else ''}"
-    code, line = errors.classify(error, who, trace)
-    if isinstance(error, RuntimeError) and "CUDA error" in str(error):
+    sign, shown = hooks.own_heartbeat(), errors.redact(f"{kind}: {first}", os.environ)
+    line = f"{name}{sign if sign.point else ''}: {one_line(shown)[:160]}; the trace is in {trace}"
+    if isinstance(error, RuntimeError) and "CUDA error" in text:
         line += "; dmesg (lines with Xid) tells whether the GPU failed"
+    code = RUN_FAILED if isinstance(error, RuntimeError | OSError) else BUG
     return RankError(rank, code, line, kind=LINK if isinstance(error, LinkError) else "")
 
 
-def told(found: RankError, plan: RunPlan | None) -> list[str]:
-    """The lines that tell of a failed rank.
+def error_lines(found: RankError, plan: RunPlan | None, how_to_resume: str = "") -> list[str]:
+    """Return the lines that tell of a failed rank.
 
     Args:
         found: what it left.
         plan: of the run, for what to change.
+        how_to_resume: how to continue, in words; of a line too long for it the cause is cut.
     """
-    lines = [f"error: {one_line(found.line)}", *found.more]
+    first = f"error: {one_line(found.line)}"
+    if how_to_resume:
+        cause, _, remedy = first.rpartition("; ")
+        room = errors.MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
+        first = _joined(cause[: max(room, 40)], remedy, how_to_resume)
     advice = plans.next_change(plan) if plan is not None and found.kind == MEMORY else ""
-    if advice:
-        lines.append(f"next      {advice}")
-    return lines[:MAX_LINES]
+    return [first, *found.more, *([f"next      {advice}"] if advice else [])][:MAX_LINES]
 
 
 def leave(code: int) -> NoReturn:
@@ -176,23 +192,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def write_error(
-    output_dir: Path, rank: int, code: int, line: str, more: Sequence[str] = (), kind: str = ""
-) -> None:
+def write_error(output_dir: Path, found: RankError) -> None:
     """Leave word of a failure for the supervisor.
 
     Args:
         output_dir: directory of the run.
-        rank: global rank of the caller.
-        code: exit code that the command shall have.
-        line: what the user is told, without "error: ".
-        more: lines that follow it.
-        kind: see RankError.
+        found: the failure; what cannot be printed in a line is escaped.
     """
-    path = output_dir / LOGS / f"rank{rank}.error"
+    path = output_dir / LOGS / f"rank{found.rank}.error"
     path.parent.mkdir(parents=True, exist_ok=True)
-    safe = RankError(rank, code, one_line(line), [one_line(text) for text in more], kind)
-    atomic.write_json(path, dataclasses.asdict(safe))
+    safe = {"line": one_line(found.line), "more": [one_line(text) for text in found.more]}
+    atomic.write_json(path, vars(found) | safe)
 
 
 def read_errors(output_dir: Path) -> list[RankError]:
@@ -216,25 +226,6 @@ def clear_errors(output_dir: Path) -> None:
         path.unlink()
 
 
-@dataclasses.dataclass(frozen=True)
-class ExitReport:
-    """What is said of a run that has ended.
-
-    Attributes:
-        code: of the command.
-        lines: for the user; the first says why, the others where memory went.
-        kind: of the failure, see RankError.
-        is_final: to start again would not help.
-        has_begun: a step was under way.
-    """
-
-    code: int
-    lines: Sequence[str] = ()
-    kind: str = ""
-    is_final: bool = False
-    has_begun: bool = True
-
-
 def diagnose_exit(
     ended: RanksExit, output_dir: Path, how_to_resume: str, num_kills: int, plan: RunPlan | None
 ) -> ExitReport:
@@ -247,46 +238,42 @@ def diagnose_exit(
         num_kills: processes that the kernel has killed meanwhile, because memory ran out.
         plan: of the run, if it was made.
     """
+    codes, signs = ended.codes, ended.signs
     if ended.is_done:
         return ExitReport(DONE, is_final=True)
     if ended.stop is not None:
-        step = max(sign.step for sign in ended.signs)
+        step = max(sign.step for sign in signs)
         line = f"stopped by {signal.Signals(ended.stop).name}{f' at step {step}' if step else ''}; "
         line += how_to_resume or f"what was recorded is in {output_dir}"
-        return ExitReport(128 + ended.stop, [line], is_final=True)
+        return ExitReport(errors.SIGNALED + ended.stop, [line], is_final=True)
     if ended.hung:
         who = f"rank{'s' * (len(ended.hung) > 1)} {', '.join(map(str, ended.hung))}"
-        sign = ended.signs[ended.hung[0]]
+        sign = signs[ended.hung[0]]
         rule = f"hung{sign}: no sign of life for {sign.silent_s:.0f} s"
         remedy = f"the stacks of all ranks are in {output_dir}/{LOGS}"
         return ExitReport(RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
-    codes, signs, words = ended.codes, ended.signs, read_errors(output_dir)
-    failed = [
-        rank
-        for rank in range(len(codes))
-        if rank not in ended.ended and (codes[rank] or not signs[rank].is_last)
-    ]
+    words, is_last = read_errors(output_dir), [sign.is_last for sign in signs]
+    failed = [i for i in range(len(codes)) if i not in ended.ended and (codes[i] or not is_last[i])]
     sudden = [rank for rank in failed if codes[rank] < 0 and -codes[rank] not in AFTERMATH]
     early = [rank for rank in failed if codes[rank] == DONE]
     own = [error for error in words if error.code in OWN_FAULTS]
     causes = own or ([] if sudden or early else words)
     if causes:
+        lines = error_lines(causes[0], plan, "" if own else how_to_resume)
         has_begun = any(sign.step for sign in signs)
-        return dataclasses.replace(_told(causes[0], how_to_resume, plan), has_begun=has_begun)
+        return ExitReport(causes[0].code, lines, causes[0].kind, bool(own), has_begun)
     rank = (sudden or early or failed)[0]
-    lines = _left(ended, rank, output_dir, how_to_resume, num_kills, plan)
-    return ExitReport(max(codes[rank], 0) or RUN_FAILED, lines)
-
-
-def _told(found: RankError, how_to_resume: str, plan: RunPlan | None) -> ExitReport:
-    """By the word that a rank has left."""
-    is_final = found.code in OWN_FAULTS
-    first, *rest = told(found, plan)
-    if how_to_resume and not is_final:
-        cause, _, remedy = first.rpartition("; ")
-        room = errors.MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
-        first = _joined(cause[: max(room, 40)], remedy, how_to_resume)
-    return ExitReport(found.code, [first, *rest], found.kind, is_final)
+    who, code, sign = f"rank {rank}", codes[rank], signs[rank]
+    remedy = f"see {output_dir}/{LOGS}/rank{rank}.log" if rank else "see the lines above"
+    if -code == signal.SIGKILL and num_kills:
+        rule, more = _killed_by_kernel(output_dir, plan)
+        first = _line(who, rule, "free host memory or keep less in it", how_to_resume)
+        return ExitReport(RUN_FAILED, [first, *more][:MAX_LINES])
+    rule = f"ended with code {code}{sign}" + ", before its end" * (code == DONE)
+    if code < 0:
+        rule = f"was killed by {signal.Signals(-code).name}{sign}"
+        remedy = "dmesg tells whether host memory ran out" if -code == signal.SIGKILL else remedy
+    return ExitReport(max(code, 0) or RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
 
 
 def _line(who: str, rule: str, *remedies: str) -> str:
@@ -297,52 +284,23 @@ def _joined(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _left(
-    ended: RanksExit,
-    rank: int,
-    output_dir: Path,
-    how_to_resume: str,
-    num_kills: int,
-    plan: RunPlan | None,
-) -> list[str]:
-    """Of a rank that ended and left no word."""
-    who, code, sign = f"rank {rank}", ended.codes[rank], ended.signs[rank]
-    log = f"see {output_dir}/{LOGS}/rank{rank}.log" if rank else "see the lines above"
-    if code >= 0:
-        rule = f"ended with code {code}{sign}" + ", before its end" * (code == DONE)
-        return [_line(who, rule, log, how_to_resume)]
-    name, is_kill = signal.Signals(-code).name, -code == signal.SIGKILL
-    if not is_kill or not num_kills:
-        remedy = "dmesg tells whether host memory ran out" if is_kill else log
-        return [_line(who, f"was killed by {name}{sign}", remedy, how_to_resume)]
-    has_begun, (line, step) = (output_dir / METRICS).exists(), _last_record(output_dir)
-    where = f"training; {step} steps are recorded" if has_begun else "load"
-    rule = f"was killed by the kernel ({name}): host memory ran out in the {where}"
-    first = _line(who, rule, "free host memory or keep less in it", how_to_resume)
-    phase = "backward" if has_begun else "load"
-    return [first, *_host_lines(line.get("host", {}), phase, plan)][:MAX_LINES]
-
-
-def _host_lines(host: dict[str, Any], phase: str, plan: RunPlan | None) -> list[str]:
-    """What the host had, at the last record and by the plan."""
-    found = plan.found if plan is not None else None
+def _killed_by_kernel(output_dir: Path, plan: RunPlan | None) -> tuple[str, list[str]]:
+    """Why a rank was killed, and what the host had, at the last record and by the plan."""
+    last: dict[str, Any] = {}
+    where, phase, path = "load", "load", output_dir / METRICS
+    if path.exists():
+        rows = filter(None, map(record.parse, path.read_bytes().splitlines()))
+        last = ([row for row in rows if "step" in row and "event" not in row] or [{}])[-1]
+        where, phase = f"training; {last.get('step', 0)} steps are recorded", "backward"
+    found, host = plan.found if plan is not None else None, last.get("host", {})
     there = f"{hardware.host_limit_gib() or 0:.2f} GiB may be used here"
     there += f", {host['host_used_gib']:.2f} in use at the last record" if host else ""
-    predicted = found.host.to_dict() if found is not None else {}
-    lines = _compared("the host", phase, predicted, host.get("host_rows") or {}, there)
     advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
     if found is not None and plan is not None and plan.machine.gpus:
         advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
         if found.setting.count("offloaded", "streamed"):
             advice = "--resident_layers N keeps N layers on the GPUs, --use_cpu_offload false all"
-    return [*lines, f"next      {advice}"]
-
-
-def _last_record(output_dir: Path) -> tuple[dict[str, Any], int]:
-    """The last line of the record that tells of a step, and its number; {} and 0 without one."""
-    with suppress(OSError):
-        text = (output_dir / METRICS).read_bytes()
-        for line in map(record.parse, reversed(text.splitlines())):
-            if line is not None and "step" in line and "event" not in line:
-                return line, int(line["step"])
-    return {}, 0
+    predicted = found.host.to_dict() if found is not None else {}
+    more = compare_memory("the host", phase, predicted, host.get("host_rows") or {}, there)
+    rule = f"was killed by the kernel (SIGKILL): host memory ran out in the {where}"
+    return rule, [*more, f"next      {advice}"]

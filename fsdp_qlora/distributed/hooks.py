@@ -1,6 +1,5 @@
-"""What a rank shows and hears while it runs: signs of life at named points, stop signals."""
+"""Signs of life that ranks give at named points and their supervisor reads; stop signals."""
 
-import contextlib
 import faulthandler
 import os
 import signal
@@ -10,12 +9,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from fsdp_qlora import errors
+
+# What the supervisor puts into the environment of a rank.
+SUPERVISOR = "FSDP_QLORA_SUPERVISOR"  # its process, which prints the errors
+LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
 RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
 STEP_POINTS = (
@@ -36,7 +40,6 @@ SLOWEST_TIMES = 10.0
 NUM_RECENT = 50
 LIFE_SHARE = 0.001
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SIGNALED = 128  # exit code of a command that a signal ended, less the signal's number
 
 
 @dataclass(frozen=True)
@@ -135,15 +138,17 @@ def read(board: int, rank: int) -> Heartbeat:
     return Heartbeat(at_ns / 1e9, step, point.rstrip(b"\0").decode())
 
 
-def own_heartbeat(env: Mapping[str, str]) -> Heartbeat | None:
-    """Return the last sign that this rank itself has given, if there is a supervisor.
-
-    Args:
-        env: the environment.
-    """
+def own_heartbeat() -> Heartbeat:
+    """Return the last sign that this rank itself has given; an empty one without a supervisor."""
     with suppress(OSError):
-        return read(int(env[BOARD]), int(env["RANK"])) if BOARD in env else None
-    return None
+        if BOARD in os.environ:
+            return read(int(os.environ[BOARD]), int(os.environ["RANK"]))
+    return Heartbeat()
+
+
+def is_supervised() -> bool:
+    """Return whether a supervisor has started this process, so that it prints the errors."""
+    return SUPERVISOR in os.environ
 
 
 @dataclass
@@ -155,14 +160,10 @@ class Watch:
 
     Attributes:
         board: number of the file the ranks write to.
-        points: names of all points, in their order.
-        steady: those that follow each other in every step.
         limit_s: a limit for both instead, of the user; 0: no rank ever hangs.
     """
 
     board: int
-    points: Sequence[str]
-    steady: Sequence[str]
     limit_s: float | None = None
     began_s: float = field(default_factory=time.monotonic)
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
@@ -181,7 +182,7 @@ class Watch:
         self._learn(max(signs.values(), key=lambda sign: sign.step))
         first = min(signs.values(), key=lambda sign: sign.at_s)
         silent_s = time.monotonic() - max(first.at_s, self.began_s)
-        is_steady = first.point in self.steady and bool(self.steps_s)
+        is_steady = first.point in STEP_POINTS and bool(self.steps_s)
         if silent_s <= self._limit_s(is_steady):
             return []
         stopped = [rank for rank, pid in pids.items() if _life(pid)[0] == "T"]
@@ -192,7 +193,7 @@ class Watch:
 
     def _place(self, sign: Heartbeat) -> tuple[int, int]:
         """How far a rank is: the step, and the point in it."""
-        order = self.points.index(sign.point) if sign.point in self.points else len(self.points)
+        order = POINTS.index(sign.point) if sign.point in POINTS else len(POINTS)
         return sign.step, order if sign.point else -1
 
     def _learn(self, sign: Heartbeat) -> None:
@@ -226,22 +227,6 @@ def _life(pid: int) -> tuple[str, float]:
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-class Stopped(KeyboardInterrupt):
-    """A rank leaves because a signal asked for it.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.code = SIGNALED + number  # of the command
-
-    def __str__(self) -> str:
-        """One line for the user."""
-        return f"stopped by {signal.Signals(self.code - SIGNALED).name}; --resume DIR goes on"
-
-
 class StopFlag:
     """What the handlers of a rank leave for the loop.
 
@@ -264,12 +249,12 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number and self._is_deferred:
-            os._exit(SIGNALED + number)  # asked twice: the checkpoint before stays as it is
+            os._exit(errors.SIGNALED + number)  # asked twice: the checkpoint before stays as it is
         self.number = self.number or number
         if not self._is_deferred:
-            raise Stopped(number)
+            raise errors.Stopped(number)
 
-    @contextlib.contextmanager
+    @contextmanager
     def deferred(self) -> Iterator[None]:
         """While steps are taken, a signal waits for the end of the step."""
         self._is_deferred = True

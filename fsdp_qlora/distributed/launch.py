@@ -1,70 +1,391 @@
 """One process per GPU: start the ranks, watch over them, end them together, say what went wrong."""
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
+import math
 import os
+import re
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
-from fsdp_qlora.distributed import supervise as processes
-from fsdp_qlora.distributed.env import LISTENER, child_env, is_supervised, open_listener, plan_ranks
-from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport
-from fsdp_qlora.distributed.hooks import Watch
-from fsdp_qlora.distributed.supervise import Rank, RankSpec
-from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.hardware import count_gpus
+from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
+from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
+from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
 
-LAST_WORDS = ("summary.json", f"{LOGS}/rank*.error")  # of a run that goes on, to be said anew
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+MASTER = ("MASTER_ADDR", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
+GRACE_S = 4.0
+STOP_GRACE_S = 10.0
+DUMP_S = 1.0
+POLL_S = 0.05
+PR_SET_PDEATHSIG = 1
+Rank = subprocess.Popen  # or what has its pid, returncode, poll, wait and send_signal
+
+
+def plan_ranks(cfg: TrainConfig, num_gpus: int | None = None) -> int:
+    """Return how many ranks this machine starts: one per GPU, or `world_size` on the CPU.
+
+    Args:
+        cfg: the run; `world_size` -1 means all GPUs, or one rank without a GPU.
+        num_gpus: as counted before; None: to be counted.
+
+    Raises:
+        UserError: more ranks than GPUs.
+    """
+    num_gpus = hardware.count_gpus(os.environ) if num_gpus is None else num_gpus
+    if cfg.world_size == -1:
+        return max(num_gpus, 1)
+    if num_gpus and cfg.world_size > num_gpus:
+        rule = f"this machine has {num_gpus} GPU(s), a rank needs one"
+        remedy = f"use --world_size {num_gpus}, or CUDA_VISIBLE_DEVICES= for the CPU"
+        raise UserError(f"--world_size {cfg.world_size}", rule, remedy, ENVIRONMENT)
+    return cfg.world_size
+
+
+def is_rank(env: Mapping[str, str]) -> bool:
+    """Return whether torchrun, or srun with several tasks, has started this process as a rank.
+
+    In the batch script of a Slurm job SLURM_PROCID and SLURM_NTASKS are set although no other task
+    runs; only a step of srun sets SLURM_STEP_NUM_TASKS.
+
+    Args:
+        env: the environment.
+    """
+    for name in (*NUMBERS, "MASTER_PORT", *SLURM):
+        if not env.get(name, "0").isdecimal():
+            remedy = "unset it, or start the ranks with torchrun or srun"
+            raise UserError(f"{name}={env[name]}", "must be a whole number", remedy, ENVIRONMENT)
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return True
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
+    """Return what a process that `is_rank` shall have in its environment.
+
+    Args:
+        env: the environment that torchrun, srun or `supervise` made.
+        cfg: gives the port when the environment has none.
+
+    Returns:
+        The place of the rank: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
+        MASTER_PORT; under srun the first host of the step is the master. And the settings of
+        libraries that the user has not made.
+    """
+    if "RANK" in env:
+        rank, size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
+        local_size, host, port = env.get("LOCAL_WORLD_SIZE", size), "127.0.0.1", 29500
+    else:
+        rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        local = env.get("SLURM_LOCALID", rank)
+        local_size = str(int(size) // int(env.get("SLURM_STEP_NUM_NODES", "1")))
+        host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        port = 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+    address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
+    place = dict(zip(NUMBERS + MASTER, (rank, local, size, local_size, *address), strict=True))
+    return place | wishes(env, int(local_size))
+
+
+def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
+    """Return the settings of libraries that suit ranks, less those that `env` has already.
+
+    Args:
+        env: environment of the user.
+        num_ranks: ranks on this machine.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    wanted = {
+        "OMP_NUM_THREADS": str(max(num_cores // num_ranks, 1)),
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "KINETO_LOG_LEVEL": "99",  # torch.profiler would tell of its own stages
+    }
+    if "PYTORCH_ALLOC_CONF" not in env:
+        wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return {name: text for name, text in wanted.items() if name not in env}
+
+
+def first_host(hosts: str) -> str:
+    """Return the first host of a Slurm list: "node[03-05,7],gpu1" -> "node03"."""
+    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^\[,]*))?", hosts)
+    return "".join(part for part in match.groups() if part) if match else hosts
+
+
+def find_port(wanted: int | None) -> int:
+    """Return a TCP port of 127.0.0.1 that nobody listens on, see `open_listener`."""
+    with open_listener(wanted) as probe:
+        return probe.getsockname()[1]
+
+
+def open_listener(wanted: int | None) -> socket.socket:
+    """Return a socket that listens on 127.0.0.1 only: where ranks meet, from the start to the end.
+
+    Args:
+        wanted: the port the user asked for; None or 0 for any.
+
+    Raises:
+        UserError: the wanted port is taken.
+    """
+    try:
+        return socket.create_server(("127.0.0.1", wanted or 0))
+    except OSError as error:
+        rule = f"is not free ({os.strerror(error.errno or 0)})"
+        remedy = "leave it out for a free one"
+        raise UserError(f"--master_port {wanted}", rule, remedy, ENVIRONMENT) from error
+
+
+def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return the environment of one rank; what the user has set stays.
+
+    A rank imports the package from where this process has it, installed or not.
+
+    Args:
+        env: environment of the supervisor.
+        rank: global and local rank.
+        num_ranks: number of ranks.
+        port: where the ranks meet on 127.0.0.1.
+    """
+    numbers = map(str, (rank, rank, num_ranks, num_ranks))
+    place = dict(zip(NUMBERS + MASTER, (*numbers, "127.0.0.1", str(port)), strict=True))
+    place[hooks.SUPERVISOR] = str(os.getpid())
+    if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
+        paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
+        place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    links = {}  # else they listen on the network
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        links = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    return links | dict(env) | wishes(env, num_ranks) | place
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What the ranks are started with.
+class RankSpec:
+    """What a rank is started with.
 
     Attributes:
-        argv: arguments of every rank.
-        plan: of the run.
-        env: what they find in their environment besides.
-        num_restarts: how often they were started again after a crash.
+        rank: its number.
+        command: the program and its arguments.
+        env: the whole environment.
+        log: file for what it prints; None: the streams of the supervisor.
+        files: numbers of open files that it inherits.
     """
 
-    argv: Sequence[str]
-    plan: RunPlan | None
-    env: dict[str, str] = dataclasses.field(default_factory=dict)
-    num_restarts: int = 0
+    rank: int
+    command: Sequence[str]
+    env: dict[str, str]
+    log: Path | None
+    files: Sequence[int]
 
 
-def _to_stderr(line: str) -> None:
+def start(spec: RankSpec) -> Rank:
+    """Start one rank in a session of its own, so that Ctrl-C reaches only the supervisor.
+
+    Args:
+        spec: the rank.
+    """
+    with spec.log.open("ab") if spec.log is not None else contextlib.nullcontext() as output:
+        return subprocess.Popen(
+            spec.command,
+            env=spec.env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            pass_fds=spec.files,
+            preexec_fn=tied_to_parent(),
+        )
+
+
+def tied_to_parent() -> Callable[[], None] | None:
+    """Return what a child runs before its program, so that it is killed when we die."""
+    if sys.platform != "linux":
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def tie() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            os._exit(RUN_FAILED)
+
+    return tie
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list; a terminal that goes away (SIGHUP) stops nothing.
+
+    Outside the main thread Python hands no signals over: the list stays empty.
+    """
+    stops: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in hooks.STOP_SIGNALS:
+            before[number] = signal.signal(number, lambda caught, _: stops.append(caught))
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # ranks inherit it
+    try:
+        yield stops
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_ranks(
+    specs: Sequence[RankSpec],
+    start: Callable[[RankSpec], Rank],
+    stops: Sequence[int],
+    watch: Watch,
+    poll: Callable[[], None] = lambda: None,
+) -> RanksExit:
+    """Start all ranks and wait until none is left.
+
+    Args:
+        specs: by rank.
+        start: starts one.
+        stops: signals that this process has caught, as they come.
+        watch: tells which ranks hang.
+        poll: called again and again meanwhile; what it raises ends the ranks.
+    """
+    ranks: list[Rank] = []
+    try:
+        for spec in specs:
+            ranks.append(start(spec))
+        return _Supervisor(ranks, stops, watch).wait(poll)
+    finally:
+        _send(ranks, signal.SIGKILL)
+        for rank in ranks:
+            rank.wait()
+
+
+def _send(ranks: Sequence[Rank], number: int) -> None:
+    """Signal every running rank; SIGKILL also reaches the processes it has started."""
+    for rank in ranks:
+        if rank.poll() is None and number == signal.SIGKILL:
+            os.killpg(rank.pid, number)
+        elif rank.returncode is None:
+            rank.send_signal(number)
+
+
+class _Supervisor:
+    """Waits for ranks, and ends them when one fails, when one hangs, or when told to stop."""
+
+    def __init__(self, ranks: Sequence[Rank], stops: Sequence[int], watch: Watch) -> None:
+        self._ranks, self._stops, self._watch = ranks, stops, watch
+        self._num_passed, self._deadline_s, self._was_killed = 0, math.inf, False
+        self._ended: frozenset[int] = frozenset()
+        self._stop: int | None = None
+        self._hung: list[int] = []
+        self._signs: Sequence[Heartbeat] = ()
+
+    def wait(self, poll: Callable[[], None]) -> RanksExit:
+        while None in [rank.poll() for rank in self._ranks]:
+            poll()
+            self._obey()
+            if not self._ended and any(map(self._has_failed, range(len(self._ranks)))):
+                self._end(GRACE_S, signal.SIGTERM)
+            elif self._num_passed and any(rank.returncode is not None for rank in self._ranks):
+                self._deadline_s = min(self._deadline_s, time.monotonic() + STOP_GRACE_S)
+            self._look_for_the_hung()
+            if time.monotonic() > self._deadline_s:
+                self._kill()
+            time.sleep(POLL_S)
+        codes = [rank.returncode or DONE for rank in self._ranks]
+        if not self._was_killed:  # then one was killed before, and was long in dying
+            self._ended -= {i for i, code in enumerate(codes) if code == -signal.SIGKILL}
+        return RanksExit(codes, self._signs or self._read(), self._ended, self._stop, self._hung)
+
+    def _kill(self) -> None:
+        self._was_killed = True
+        _send(self._ranks, signal.SIGKILL)
+
+    def _read(self) -> list[Heartbeat]:
+        return [hooks.read(self._watch.board, rank) for rank in range(len(self._ranks))]
+
+    def _obey(self) -> None:
+        """Pass the first signal on; the second ends all."""
+        if self._num_passed == len(self._stops):
+            return
+        if self._num_passed:
+            self._kill()
+        else:
+            _send(self._ranks, self._stops[0])
+        self._num_passed = len(self._stops)
+        self._stop = self._stop if self._ended else self._stops[0]
+
+    def _has_failed(self, number: int) -> bool:
+        """Whether a rank has left otherwise than it should; 0 is right at the end only."""
+        code = self._ranks[number].returncode
+        if code == DONE and self._stop is None:
+            return not hooks.read(self._watch.board, number).is_last
+        return code not in {None, DONE, *(SIGNALED + stop for stop in self._stops)}
+
+    def _look_for_the_hung(self) -> None:
+        """Let ranks that hang, and their peers, write down where they are, and end them."""
+        if self._ended:
+            return
+        runs = {i: rank.pid for i, rank in enumerate(self._ranks) if rank.returncode is None}
+        self._hung = self._watch.find_hung(runs)
+        if self._hung:
+            self._signs = self._read()  # before a stopped one goes on
+            self._end(DUMP_S, hooks.DUMP)
+            _send(self._ranks, signal.SIGCONT)  # a stopped one hears nothing else
+
+    def _end(self, grace_s: float, number: int) -> None:
+        self._ended = frozenset(i for i, rank in enumerate(self._ranks) if rank.poll() is None)
+        self._deadline_s = time.monotonic() + grace_s
+        _send(self._ranks, number)
+
+
+def to_stderr(line: str) -> None:
+    """Print a line for the user, beside what the run prints."""
     print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
-class Watcher:
-    """Who follows a run from the process that has started its ranks.
+class Attempt:
+    """What the ranks are started with, and who follows them.
 
     Attributes:
+        cfg: the run.
+        argv: arguments of every rank.
+        plan: of the run, if it was made.
+        start: starts a rank.
         tell: is told why a run failed, in a few lines.
         poll: called some twenty times a second while the ranks run; what it raises ends them.
+        env: what the ranks find in their environment besides.
+        num_restarts: how often they were started again after a crash.
     """
 
-    tell: Callable[[str], Any] = _to_stderr
+    cfg: TrainConfig
+    argv: Sequence[str]
+    plan: RunPlan | None = None
+    start: Callable[[RankSpec], Rank] = start
+    tell: Callable[[str], Any] = to_stderr
     poll: Callable[[], None] = lambda: None
+    env: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_restarts: int = 0
 
 
 def claim_output_dir(cfg: TrainConfig) -> Path:
@@ -84,32 +405,29 @@ def claim_output_dir(cfg: TrainConfig) -> Path:
         UserError: another run is at work there; it holds files, and neither `overwrite` nor
             `resume` is given; it cannot be written to.
     """
-    path = cfg.resolved_output_dir
+    path, is_auto = cfg.resolved_output_dir, cfg.resume == checkpoint_store.AUTO
+    is_new = is_auto or cfg.resume is None
     try:
         if (path / checkpoint_store.LOCK).exists():
             checkpoint_store.lock(path)
-        is_new = cfg.resume in (None, checkpoint_store.AUTO)
-        _refuse_files(path, cfg)
+        if is_new:
+            checkpoint_store.refuse_files(path, cfg.overwrite, is_auto)
         is_known = path.is_dir() and checkpoint_store.is_run(path)
         checkpoint_store.lock(path)
-        _refuse_files(path, cfg)  # those of a run that was faster
+        if is_new:  # once more, for those of a run that was faster
+            checkpoint_store.refuse_files(path, cfg.overwrite, is_auto)
         if is_new and cfg.overwrite and is_known:
             checkpoint_store.clear(path)
         elif is_new and (cfg.overwrite or (path / checkpoint_store.METRICS).exists()):
             checkpoint_store.set_record_aside(path)
         (path / LOGS).mkdir(exist_ok=True)
-        for old in [found for pattern in LAST_WORDS for found in path.glob(pattern)]:
-            old.unlink()
+        exit_report.clear_errors(path)
+        (path / checkpoint_store.SUMMARY).unlink(missing_ok=True)  # a run that goes on has none
         tempfile.TemporaryFile(dir=path / LOGS).close()
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
         raise UserError(f"--output_dir {path}", reason, "give another", ENVIRONMENT) from error
     return path
-
-
-def _refuse_files(path: Path, cfg: TrainConfig) -> None:
-    if cfg.resume in (None, checkpoint_store.AUTO):
-        checkpoint_store.refuse_files(path, cfg.overwrite, cfg.resume == checkpoint_store.AUTO)
 
 
 def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
@@ -128,7 +446,7 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     Raises:
         UserError: rank 0 could not claim the directory; raised on every rank.
     """
-    if is_supervised(os.environ):
+    if hooks.is_supervised():
         return cfg
     word: str | UserError | None = cfg.output_dir
     if world.rank == 0:
@@ -144,15 +462,8 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     return agreed
 
 
-def supervise(
-    cfg: TrainConfig,
-    argv: Sequence[str],
-    program: Sequence[str] = PROGRAM,
-    plan: RunPlan | None = None,
-    start: Callable[[RankSpec], Rank] = processes.start,
-    watcher: Watcher = Watcher(),
-) -> int:
-    """Run a program once per rank and wait for all of them.
+def supervise(attempt: Attempt) -> int:
+    """Run `train` once per rank and wait for all of them.
 
     Rank 0 keeps this terminal; the others write to `logs/rankN.log`. When a rank fails or hangs,
     the others are ended within 5 seconds, and all are started again where that can help: with the
@@ -163,12 +474,7 @@ def supervise(
     Ranks do not outlive this process, however it dies.
 
     Args:
-        cfg: the run.
-        argv: arguments of every rank.
-        program: what every rank runs, in front of `argv`.
-        plan: of the run.
-        start: starts a rank.
-        watcher: follows the run.
+        attempt: the first.
 
     Returns:
         Exit code of the command: 0 when all ranks came to their end; the code a failed rank left
@@ -177,22 +483,22 @@ def supervise(
     Raises:
         UserError: the ranks cannot be started.
     """
+    cfg = attempt.cfg
     open_listener(cfg.master_port).close()  # if it is not free, nothing is written
     is_new = not os.path.lexists(cfg.resolved_output_dir)
     output_dir = claim_output_dir(cfg)
-    attempt = Attempt([*argv, f"--output_dir={output_dir}"], plan)
-    go = functools.partial(_run, cfg, program, start, watcher)
-    with processes.caught_signals() as stops:
-        found = go(attempt, stops)
-        while not stops and (again := _again(found, attempt, cfg)) is not None:
-            attempt = again
+    argv = [*attempt.argv, f"--output_dir={output_dir}"]
+    following: Attempt | None = dataclasses.replace(attempt, argv=argv)
+    with caught_signals() as stops:
+        while following is not None:
             exit_report.clear_errors(output_dir)
-            found = go(attempt, stops)
+            found = _run(following, stops)
+            following = None if stops or found.is_final else _again(found, following)
     is_own = found.code in exit_report.OWN_FAULTS and not found.has_begun
     if is_new and is_own and not any(f"{output_dir}/" in line for line in found.lines):
         _leave(output_dir)
     for line in found.lines:
-        watcher.tell(line)
+        attempt.tell(line)
     return found.code
 
 
@@ -205,56 +511,46 @@ def _leave(output_dir: Path) -> None:
         output_dir.rmdir()
 
 
-def _run(
-    cfg: TrainConfig,
-    program: Sequence[str],
-    start: Callable[[RankSpec], Rank],
-    watcher: Watcher,
-    attempt: Attempt,
-    stops: Sequence[int],
-) -> ExitReport:
+def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
     """Start all ranks, wait for their end, and say what it was."""
-    output_dir, plan = cfg.resolved_output_dir, attempt.plan
+    cfg, plan, output_dir = attempt.cfg, attempt.plan, attempt.cfg.resolved_output_dir
     num_ranks = plan_ranks(cfg) if plan is None else plan.machine.num_ranks
     cgroup = hardware.find_cgroup()
     num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
-        files = {LISTENER: listener.fileno(), hooks.BOARD: board.fileno()}
-        numbers = {**files, hooks.RESTARTS: attempt.num_restarts}
+        files = {LISTENER: listener.fileno(), BOARD: board.fileno()}
+        numbers = {**files, RESTARTS: attempt.num_restarts}
         env = os.environ | (plan.env if plan is not None else {}) | attempt.env
         env |= {name: str(number) for name, number in numbers.items()}
-        port, command = listener.getsockname()[1], [*program, *attempt.argv]
-        logs = [output_dir / LOGS / f"rank{i}.log" if i else None for i in range(num_ranks)]
-        specs = [
-            RankSpec(i, command, child_env(env, i, num_ranks, port), log, tuple(files.values()))
-            for i, log in enumerate(logs)
-        ]
-        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, cfg.hang_timeout)
-        ended = processes.run(specs, start, stops, watch, watcher.poll)
+        port, command = listener.getsockname()[1], [*PROGRAM, *attempt.argv]
+        specs = []
+        for i in range(num_ranks):
+            log = output_dir / LOGS / f"rank{i}.log" if i else None
+            own_env = child_env(env, i, num_ranks, port)
+            specs.append(RankSpec(i, command, own_env, log, tuple(files.values())))
+        watch = Watch(board.fileno(), cfg.hang_timeout)
+        ended = run_ranks(specs, attempt.start, stops, watch, attempt.poll)
     saved = None if ended.is_done else checkpoint_store.latest(output_dir)
     how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
     num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 
 
-def _again(found: ExitReport, attempt: Attempt, cfg: TrainConfig) -> Attempt | None:
+def _again(found: ExitReport, attempt: Attempt) -> Attempt | None:
     """What to start after a failure; says so. None: nothing that could help."""
-    output_dir, plan = cfg.resolved_output_dir, attempt.plan
-    if found.is_final:
-        return None
+    cfg, plan, output_dir = attempt.cfg, attempt.plan, attempt.cfg.resolved_output_dir
     cause = found.lines[0].removeprefix("error: ").partition("; ")[0]
     if found.kind == LINK and not NO_P2P.items() <= {**os.environ, **attempt.env}.items():
         print(f"links     {cause}; again with NCCL_P2P_DISABLE=1, which is slower", flush=True)
         return dataclasses.replace(attempt, env=attempt.env | NO_P2P)
-    flags = ""
+    words = ""
     if found.kind == MEMORY:
         lower = plan.lower if plan is not None else None
         if plan is None or lower is None:
             return None
-        flags, plan = plans.flags_of(plan.cfg, lower.cfg), lower
+        words, plan = f", a lower setting: {plans.flags_of(plan.cfg, lower.cfg)}", lower
         if not found.has_begun:
-            place = cause.partition(" (")[0]
-            print(f"memory    {place}; nothing is lost, a lower setting: {flags}", flush=True)
+            print(f"memory    {cause.partition(' (')[0]}; nothing is lost{words}", flush=True)
             return dataclasses.replace(attempt, plan=plan)
     if attempt.num_restarts >= cfg.max_restarts:
         return None
@@ -262,10 +558,9 @@ def _again(found: ExitReport, attempt: Attempt, cfg: TrainConfig) -> Attempt | N
     if saved is None and checkpoint_store.may_hold_any(output_dir):
         return None  # a new start would write over what cannot be read now
     where = "from the beginning" if saved is None else f"after step {saved.step}"
-    words = f", a lower setting: {flags}" if flags else ""
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)
     argv = [*attempt.argv, f"--resume={saved.path if saved else 'none'}"]
-    return Attempt(argv, plan, attempt.env, number)
+    return dataclasses.replace(attempt, argv=argv, plan=plan, num_restarts=number)
 
 
 def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
@@ -282,7 +577,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
         UserError: no such model, or more ranks than GPUs (code 3).
     """
     info, cfg = _read(cfg, given)
-    num_gpus = count_gpus(os.environ)
+    num_gpus = hardware.count_gpus(os.environ)
     machine = plans.find_machine(os.environ, plan_ranks(cfg, num_gpus), num_gpus)
     return plans.make(info, cfg, given, machine)
 
@@ -315,7 +610,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
     machine = plans.find_machine(os.environ, world.size, num_gpus)
     machine = world.gather_objects(machine)[0]  # they have looked one after the other
     found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
-    if not is_supervised(os.environ):
+    if not hooks.is_supervised():
         say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
         plans.announce(found, say)
     return found

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.utils import deterministic
 
-from fsdp_qlora.distributed.env import LISTENER
 from fsdp_qlora.distributed.exit_report import LinkError
+from fsdp_qlora.distributed.hooks import LISTENER
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 
@@ -114,14 +114,11 @@ class World:
         self.sum(0.0)
 
 
-def of_process_group(local_rank: int | None = None) -> World | None:
-    """Return this process among the ranks of a process group that somebody else has made.
-
-    Args:
-        local_rank: on this machine; None: as LOCAL_RANK says, else the rank.
+def of_process_group() -> World | None:
+    """Return this process among the ranks of the process group that it is in.
 
     Returns:
-        None where there is no group yet.
+        None where there is no group yet; on this machine it is LOCAL_RANK, else its rank.
 
     Raises:
         UserError: the group has no backend for tensors on the host (code 3).
@@ -135,9 +132,8 @@ def of_process_group(local_rank: int | None = None) -> World | None:
         rule = "numbers of the host are exchanged too"
         remedy = 'init_process_group("cpu:gloo,cuda:nccl")'
         raise UserError(got, rule, remedy, ENVIRONMENT)
-    local = int(os.environ.get("LOCAL_RANK", rank)) if local_rank is None else local_rank
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(rank, size, local, local_size, _device(local))
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    return World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), _device(local))
 
 
 def _device(local_rank: int) -> torch.device:
@@ -174,28 +170,26 @@ def join(
     if not sys.warnoptions:  # FSDP and transformers call each other's deprecated names
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    env = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", env["WORLD_SIZE"]))
-    torch.manual_seed(seed + env["RANK"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.manual_seed(seed + rank)
     if is_deterministic:
         _be_deterministic()
-    device = _device(env["LOCAL_RANK"])
+    device = _device(int(os.environ["LOCAL_RANK"]))
     has_gpu = device.type == "cuda"
     if has_gpu and gpu_budget_gib is not None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction)
-    limit = datetime.timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-        store=_store(env, limit),
-        rank=env["RANK"],
-        world_size=env["WORLD_SIZE"],
-        timeout=limit,
-        device_id=device if has_gpu else None,
-    )
-    world = World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], local_size, device)
-    if has_gpu and world.size > 1:
+    limit, store = datetime.timedelta(seconds=timeout_s), None
+    if LISTENER in os.environ:  # torch would listen on all addresses, on a port that may be taken
+        opened = int(os.environ[LISTENER]) if rank == 0 else None
+        place = "127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0, limit
+        store = dist.TCPStore(*place, master_listen_fd=opened)
+    backend, own_device = ("cpu:gloo,cuda:nccl", device) if has_gpu else ("gloo", None)
+    dist.init_process_group(backend, None, limit, size, rank, store, device_id=own_device)
+    world = of_process_group()
+    assert world is not None
+    if has_gpu and size > 1:
         check_links(world)
     return world
 
@@ -205,21 +199,6 @@ def _be_deterministic() -> None:
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # never read
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers, for flash-attn
-
-
-def _store(env: dict[str, int], limit: datetime.timedelta) -> dist.Store | None:
-    """Where supervised ranks meet: a port of 127.0.0.1 that the supervisor has opened.
-
-    torch itself would listen on all addresses of the machine, on a port that may be taken by now.
-    """
-    listener = os.environ.get(LISTENER)
-    if listener is None:
-        return None
-    is_host = env["RANK"] == 0
-    port, opened = int(os.environ["MASTER_PORT"]), int(listener) if is_host else None
-    return dist.TCPStore(
-        "127.0.0.1", port, env["WORLD_SIZE"], is_host, limit, master_listen_fd=opened
-    )
 
 
 def check_links(world: World, timeout_s: float = 20.0) -> None:

@@ -6,18 +6,21 @@ The record lies in the header of the weights, so that it goes wherever they go: 
 base was quantized to, the dtype it computed in, and a digest that tells one base from another.
 """
 
+import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import TensorRef, describe, read_header, read_json
+from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
+from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 
@@ -26,8 +29,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora saves
 RECORD_KEY = "fsdp_qlora"
 LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files
-SIDES = r"(?P<side>A|B|magnitude_vector)"
-PAIR_NAME = re.compile(rf"base_model\.model\.(?P<module>.+)\.lora_{SIDES}(\.weight)?")
+PAIR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
 # Keys of adapter_config.json that may say anything, because the tensors tell it, or because it is
 # looked at here; every other one must be absent, false or empty.
 KNOWN_KEYS = {
@@ -41,6 +43,10 @@ OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change th
 SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 BY_PEFT = "merge it with peft's merge_and_unload"
+SAME_PLACE = "take both files from the same place"
+# What an adapter brings of its tokenizer, and a hub is sent.
+OF_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "chat_template.json", "*.model")
+OF_TOKENIZER += ("*.tiktoken",)
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,9 @@ def read(path: Path) -> SavedAdapter:
     """
     layers = path / LAYERS_NAME
     if layers.is_file():
-        record = _read_record(layers)
-        return SavedAdapter(path, str(record.get("base", "")), {}, record, read_header(layers))
-    config = _read_config(path)
-    file = path / WEIGHTS_NAME
+        tensors, record = read_header(layers), _read_record(layers)
+        return SavedAdapter(path, str(record.get("base", "")), {}, record, tensors)
+    config, file = _read_config(path), path / WEIGHTS_NAME
     if not file.exists() and (path / "adapter_model.bin").exists():
         rule = "is pickled, which can run code and is never read"
         raise UserError(str(path / "adapter_model.bin"), rule, "save it as safetensors with peft")
@@ -113,23 +118,20 @@ def read(path: Path) -> SavedAdapter:
         match = PAIR_NAME.fullmatch(name)
         if name.removesuffix(".weight").rpartition(".")[2] in saved:
             replaced[name.removeprefix("base_model.model.")] = ref
-        elif match is None or len(ref.shape) != dims.get(match["side"]):
+        elif match is None or len(ref.shape) != dims.get(match[2]):
             unknown.append(name)
         else:
-            found.setdefault(match["module"], {})[match["side"]] = ref
+            found.setdefault(match[1], {})[match[2]] = ref
     if unknown:
         raise UserError(f"{describe(unknown)} in {file}", "is no LoRA matrix of a linear", BY_PEFT)
-    lacking = [name for name in saved if not any(name in key.split(".") for key in replaced)]
-    if lacking:
-        got, rule = (
-            f"modules_to_save {lacking[0]} in {path / CONFIG_NAME}",
-            f"is not in {file.name}",
-        )
-        raise UserError(got, rule, "take both files from the same place", INTEGRITY)
+    for name in saved:
+        if not any(name in key.split(".") for key in replaced):
+            got = f"modules_to_save {name} in {path / CONFIG_NAME}"
+            raise UserError(got, f"is not in {file.name}", SAME_PLACE, INTEGRITY)
     if not found:
-        rule = "holds no LoRA matrices"
-        raise UserError(str(file), rule, "give the directory of a trained adapter", INTEGRITY)
-    pairs = {name: _pair(name, sides, config, file) for name, sides in found.items()}
+        remedy = "give the directory of a trained adapter"
+        raise UserError(str(file), "holds no LoRA matrices", remedy, INTEGRITY)
+    pairs = {name: _pair(f"{name} in {file}", sides, config) for name, sides in found.items()}
     return SavedAdapter(path, _base_of(config), pairs, _read_record(file), replaced)
 
 
@@ -146,15 +148,16 @@ def options(adapter: SavedAdapter) -> dict[str, Any]:
     Raises:
         UserError: a file is damaged (code 5).
     """
+    cfg = run_config(adapter.path)
+    known = {} if cfg is None else vars(cfg)
+    known = known | ({"model_name": adapter.base_name} if adapter.base_name else {})
+    if not adapter.pairs:
+        return {"train_type": "bnb_llama_pro"} | known
     config = read_json(adapter.path / CONFIG_NAME)
-    known: dict[str, Any] = {}
-    if (adapter.path / "run_config.json").is_file():
-        known = vars(run_config(adapter.path))
     targets = config.get("target_modules") or "all"
     return {
         "train_type": "bnb_dora" if config.get("use_dora") else "qlora",
         **known,
-        **({"model_name": adapter.base_name} if adapter.base_name else {}),
         "lora_rank": config["r"],
         "lora_alpha": config["lora_alpha"],
         "use_rslora": config.get("use_rslora", False),
@@ -173,21 +176,20 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
     Raises:
         UserError: a linear is absent from the base, or of another shape (code 5).
     """
-    remedy = "give the base it was trained on with --model_name"
-    absent = [name for name in adapter.pairs if f"{name}.weight" not in info.tensors]
-    if absent:
-        rule = f"no such linear in {info.path}"
-        raise UserError(f"adapter for {describe(absent)}", rule, remedy, INTEGRITY)
+    shapes = {name: ref.shape for name, ref in adapter.replaced.items()}
     for name, pair in adapter.pairs.items():
-        shape = (pair.b.shape[0], pair.a.shape[1])
-        if shape != info.tensors[f"{name}.weight"].shape:
-            rule = f"is {list(info.tensors[f'{name}.weight'].shape)} in {info.path}"
-            raise UserError(f"adapter for {name} {list(shape)}", rule, remedy, INTEGRITY)
-    for name, ref in adapter.replaced.items():
-        is_copy = info.is_tied and name == "lm_head.weight"
-        if not is_copy and (name not in info.tensors or ref.shape != info.tensors[name].shape):
-            rule = f"is not so in {info.path}"
-            raise UserError(f"{name} {list(ref.shape)}", rule, remedy, INTEGRITY)
+        shapes[f"{name}.weight"] = pair.b.shape[0], pair.a.shape[1]
+    if info.is_tied:
+        shapes.pop("lm_head.weight", None)  # a copy
+    for name, shape in shapes.items():
+        stored = info.tensors[name].shape if name in info.tensors else None
+        if stored != shape:
+            rule = (
+                f"is {list(stored)} in {info.path}" if stored else f"no such linear in {info.path}"
+            )
+            got = f"adapter for {name.removesuffix('.weight')} {list(shape)}"
+            remedy = "give the base it was trained on with --model_name"
+            raise UserError(got, rule, remedy, INTEGRITY)
 
 
 def base_name(info: ModelInfo, cfg: TrainConfig) -> tuple[str, str | None]:
@@ -262,54 +264,53 @@ def digest(info: ModelInfo) -> str | None:
     if not info.tensors:
         return None
     whole = hashlib.sha256()
-    files: dict[Path, int] = {}
     try:
         for name, ref in sorted(info.tensors.items()):
-            if ref.file not in files:
-                files[ref.file] = os.open(ref.file, os.O_RDONLY)
             whole.update(f"{name}:{ref.dtype}:{ref.shape}".encode())
-            whole.update(os.pread(files[ref.file], min(ref.nbytes, SAMPLE_BYTES), ref.start))
+            with ref.file.open("rb") as file:
+                file.seek(ref.start)
+                whole.update(file.read(min(ref.nbytes, SAMPLE_BYTES)))
     except OSError:
         return None  # a finished run must not end here
-    finally:
-        for number in files.values():
-            os.close(number)
     return whole.hexdigest()[:16]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if (path / REFERENCE_NAME).exists() and not (path / CONFIG_NAME).exists():
-        remedy = "rename its tensors as the README shows (the reference's state dict)"
-        raise UserError(str(path), "holds a state dict of AnswerDotAI/fsdp_qlora", remedy)
-    if not (path / CONFIG_NAME).is_file():
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        if (path / REFERENCE_NAME).exists():
+            remedy = "rename its tensors as the README shows (the reference's state dict)"
+            raise UserError(str(path), "holds a state dict of AnswerDotAI/fsdp_qlora", remedy)
         remedy = "give the output directory of a run"
         raise UserError(f"--adapter {path}", f"holds no {CONFIG_NAME}", remedy)
-    config = read_json(path / CONFIG_NAME)
-    got = str(path / CONFIG_NAME)
+    config = read_json(file)
     if config.get("peft_type") != "LORA":
-        raise UserError(got, f"says peft_type {config.get('peft_type')!r}, not LORA", BY_PEFT)
+        rule = f"says peft_type {config.get('peft_type')!r}, not LORA"
+        raise UserError(str(file), rule, BY_PEFT)
     other = [key for key in sorted(config) if config[key] and key not in KNOWN_KEYS]
     other += ["bias"] * (config.get("bias", "none") != "none")
     if other:
-        raise UserError(got, f"uses {', '.join(other)}, which is not plain LoRA", BY_PEFT)
+        raise UserError(str(file), f"uses {', '.join(other)}, which is not plain LoRA", BY_PEFT)
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASES):
         rule = f"was started with {start}, which changes the base"
         remedy = "convert it with peft's path_initial_model_for_weight_conversion"
-        raise UserError(got, rule, remedy)
+        raise UserError(str(file), rule, remedy)
     return config
 
 
-def _pair(name: str, sides: dict[str, TensorRef], config: dict[str, Any], file: Path) -> Pair:
+def _pair(place: str, sides: dict[str, TensorRef], config: dict[str, Any]) -> Pair:
+    """The matrices of a linear; `place` is "LINEAR in FILE"."""
+    name = place.partition(" in ")[0]
     needed = {"A", "B"} | ({"magnitude_vector"} if config.get("use_dora") else set())
     if sides.keys() != needed or sides["A"].shape[0] != sides["B"].shape[1]:
         rule = f"has no pair of LoRA matrices: must have {' and '.join(sorted(needed))}"
-        raise UserError(f"{name} in {file}", rule, "save it again", INTEGRITY)
+        raise UserError(place, rule, "save it again", INTEGRITY)
     rank = sides["A"].shape[0]
     expected = _by_pattern(config, "rank_pattern", "r", name)
     if rank != expected:
         rule = f"has rank {rank}, and {CONFIG_NAME} says {expected}"
-        raise UserError(f"{name} in {file}", rule, "take both files from the same place", INTEGRITY)
+        raise UserError(place, rule, SAME_PLACE, INTEGRITY)
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", name)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"lora_alpha {alpha!r} for {name}", "must be a number", "correct it")
@@ -324,46 +325,41 @@ def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) 
     """
     for key, value in (config.get(patterns) or {}).items():
         try:
-            is_match = re.match(rf"(.*\.)?({key})$", name)
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
         except re.error as error:
             rule = f"is no pattern ({error})"
             raise UserError(f"{patterns} {key!r}", rule, "correct it") from None
-        if is_match:
-            return value
     return config.get(default)
 
 
 def _read_record(weights: Path) -> dict[str, Any]:
     """The record in the header; without one, what run_config.json beside it tells."""
-    path = weights.parent
-    with weights.open("rb") as file:
-        raw = file.read(int.from_bytes(file.read(8), "little"))
-    text = json.loads(raw).get("__metadata__", {}).get(RECORD_KEY)
+    with safe_open(weights, "np") as file:
+        text = (file.metadata() or {}).get(RECORD_KEY)
     if text is not None:
-        try:
-            record = json.loads(text)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            rule = "has a damaged record of its base"
-            raise UserError(str(weights), rule, "copy it again", INTEGRITY)
-        return record
-    if not (path / "run_config.json").is_file():
+        with contextlib.suppress(ValueError):
+            if isinstance(record := json.loads(text), dict):
+                return record
+        rule = "has a damaged record of its base"
+        raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+    cfg = run_config(weights.parent)
+    if cfg is None:
         return {}
-    cfg = run_config(path)
     return {"base": cfg.model_name, "format": cfg.format_name, "compute_dtype": cfg.compute_dtype}
 
 
-def run_config(path: Path) -> TrainConfig:
+def run_config(path: Path) -> TrainConfig | None:
     """Read the options of the run that an adapter came from.
 
     Args:
         path: its directory, with run_config.json; options that are unknown today are left out.
 
     Returns:
-        The options.
+        The options; None without the file.
 
     Raises:
-        UserError: it is absent (code 2) or damaged (code 5).
+        UserError: it is damaged (code 5).
     """
-    return from_record(read_json(path / "run_config.json"))[0]
+    file = path / RUN_CONFIG_NAME
+    return from_record(read_json(file))[0] if file.is_file() else None

@@ -17,8 +17,7 @@ from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
-from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, WEIGHTS_NAME
-from fsdp_qlora.export.model_files import OF_TOKENIZER
+from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, WEIGHTS_NAME
 from fsdp_qlora.record import OWN_FLAGS, Run, highest
 
 CARD_NAME = "README.md"

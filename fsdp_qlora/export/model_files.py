@@ -1,4 +1,4 @@
-"""The files of a model that is written: weights tensor by tensor, config.json, the tokenizer.
+"""The files of a model or an adapter: weights tensor by tensor, config.json, the tokenizer.
 
 Of a safetensors file nothing is held but the header: it may be padded with spaces, so room for it
 is left in front and it is written last. A tokenizer saved anew carries the names of the library
@@ -10,41 +10,42 @@ Source: the format's README, section "Format", github.com/huggingface/safetensor
 
 import contextlib
 import json
-import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
 
 from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
-from fsdp_qlora.arch.trained import NEW_LAYERS
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
+from fsdp_qlora.data import tokenizer as tokenizers
+from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.export import hub
+from fsdp_qlora.export.adapter import OF_TOKENIZER
 from fsdp_qlora.hardware import GIB
+from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.skeleton import QuantizedModel
+from fsdp_qlora.model.weights import DTYPES
 
-if TYPE_CHECKING:
-    import torch
-
-    from fsdp_qlora.data.tokenizer import TextTokenizer
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-DEVICES = ("auto", "cpu", "cuda")
-SHARD_HELP = "largest output file in GiB"
+MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
-OF_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "chat_template.json", "*.model")
-OF_TOKENIZER += ("*.tiktoken",)
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 SPECIAL = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 @contextlib.contextmanager
 def safetensors_file(
     path: Path, names: Iterable[str]
-) -> Iterator[Callable[[str, "torch.Tensor"], None]]:
+) -> Iterator[Callable[[str, torch.Tensor], None]]:
     """Write one safetensors file; after an error it is left as it is, without a header.
 
     Args:
@@ -55,53 +56,38 @@ def safetensors_file(
         A function that writes a tensor, by name. A small one of an odd size waits for the end, so
         that the others stay aligned.
     """
-    import torch
-
-    from fsdp_qlora.model import weights
-
-    dtype_names = {dtype: name for name, dtype in weights.DTYPES.items()} | {torch.uint8: "U8"}
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in (*names, "__metadata__"))
+    room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in (*names, *entries))
     header_bytes = -(-room // ALIGN_BYTES) * ALIGN_BYTES
-    waiting: list[tuple[str, torch.Tensor]] = []
-    file = path.open("wb")
+    waiting: dict[str, torch.Tensor] = {}
+    with path.open("wb") as file:
 
-    def write(name: str, tensor: torch.Tensor) -> None:
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        start = file.tell() - 8 - header_bytes
-        offsets, shape = [start, start + raw.nbytes], list(tensor.shape)
-        dtype = dtype_names[tensor.dtype]
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        file.write(raw.data)
+        def write(name: str, tensor: torch.Tensor) -> None:
+            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            start = file.tell() - 8 - header_bytes
+            place = {"shape": list(tensor.shape), "data_offsets": [start, start + raw.nbytes]}
+            entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], **place}
+            file.write(raw.data)
 
-    def add(name: str, tensor: torch.Tensor) -> None:
-        if tensor.nbytes % ALIGN_BYTES:
-            waiting.append((name, tensor.cpu().clone()))
-        else:
-            write(name, tensor)
+        def add(name: str, tensor: torch.Tensor) -> None:
+            if tensor.nbytes % ALIGN_BYTES:
+                waiting[name] = tensor.cpu().clone()
+            else:
+                write(name, tensor)
 
-    try:
         file.seek(8 + header_bytes)
         yield add
-        for name, tensor in sorted(waiting, key=lambda item: -item[1].element_size()):
+        for name, tensor in sorted(waiting.items(), key=lambda item: -item[1].element_size()):
             write(name, tensor)
-        header = json.dumps(entries).encode()
-        assert len(header) <= header_bytes, "the header has outgrown its room"
+        header = json.dumps(entries).encode().ljust(header_bytes)
+        assert len(header) == header_bytes, "the header has outgrown its room"
         file.seek(0)
-        file.write(header_bytes.to_bytes(8, "little") + header.ljust(header_bytes))
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-    except BaseException:
-        file.raw.close()  # what is buffered cannot be written: the disk may be full
-        raise
+        file.write(header_bytes.to_bytes(8, "little") + header)
+    atomic.sync(path)
 
 
 def write_weights(
-    directory: Path,
-    names: Iterable[str],
-    tensors: Iterable[tuple[str, "torch.Tensor"]],
-    max_bytes: int,
+    directory: Path, names: Iterable[str], tensors: NamedTensors, max_bytes: int
 ) -> dict[str, float]:
     """Write a model's tensors to files of a size, named as transformers does, and their index.
 
@@ -114,22 +100,20 @@ def write_weights(
     Returns:
         num_files, gib (of all tensors), written_s, host_peak_gib (of this process so far).
     """
-    began_s = time.perf_counter()
-    names, files = list(names), list[list[str]]()
+    began_s, names, files = time.perf_counter(), list(names), list[list[str]]()
     size, total_bytes = 0, 0
     with contextlib.ExitStack() as stack:
         for name, tensor in tensors:
             if not files or size + tensor.nbytes > max_bytes:
                 stack.close()
                 files.append([])
-                size, part = 0, directory / f"part-{len(files)}"
-                add = stack.enter_context(safetensors_file(part, names))
+                part = directory / f"part-{len(files)}"
+                size, add = 0, stack.enter_context(safetensors_file(part, names))
             add(name, tensor)
             files[-1].append(name)
             size += tensor.nbytes
             total_bytes += tensor.nbytes
-    num = len(files)
-    weight_map: dict[str, str] = {}
+    num, weight_map = len(files), dict[str, str]()
     for number, held in enumerate(files, 1):
         file_name = f"model-{number:05d}-of-{num:05d}.safetensors" if num > 1 else SINGLE_NAME
         (directory / f"part-{number}").rename(directory / file_name)
@@ -145,45 +129,6 @@ def write_weights(
     }
 
 
-def choose_device(name: str) -> "torch.device":
-    """Where to compute.
-
-    Args:
-        name: cpu, cuda, or auto: the GPU if there is one.
-
-    Raises:
-        UserError: there is no GPU (code 3).
-    """
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if name == "cuda" and not has_gpu:
-        raise UserError("--device cuda", "there is no GPU here", "use --device cpu", ENVIRONMENT)
-    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
-
-
-def linear_names(info: ModelInfo) -> set[str]:
-    """Names of the weights that training quantizes: the linears of all decoder layers."""
-    return {
-        f"{info.layers_prefix}.{index}.{linear.name}.weight"
-        for index in range(info.num_layers)
-        for linear in info.linears
-    }
-
-
-def describe_written(out: Path, facts: Mapping[str, float]) -> str:
-    """Say what has been written, for the console.
-
-    Args:
-        out: the directory.
-        facts: what `write_weights` returned.
-    """
-    return (
-        f"written   {out}: {facts['num_files']} files, {facts['gib']:.2f} GiB in "
-        f"{facts['written_s']:.1f} s; at most {facts['host_peak_gib']:.2f} GiB of host memory"
-    )
-
-
 def copy_beside(
     out: Path, info: ModelInfo, dtype: str | None, adapter: Path | None = None, **changes: Any
 ) -> None:
@@ -192,18 +137,17 @@ def copy_beside(
     Args:
         out: directory of the result.
         info: the base.
-        dtype: key of DTYPES, for config.json; None leaves it as it is.
+        dtype: torch's name, for config.json; None leaves it as it is.
         adapter: directory whose tokenizer stands above that of the base where it has other tokens.
         changes: other values for config.json.
     """
-    config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
+    config = {key: value for key, value in info.config.items() if key != trained.NEW_LAYERS}
     if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = DTYPES[dtype]
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     atomic.write_json(out / "config.json", config | changes)
     if info.path is not None:
         _copy(info.path, out, ("generation_config.json", *OF_TOKENIZER))
-    own, base = _read(adapter), _read(info.path)
+    own, base = _tokenizer(adapter), _tokenizer(info.path)
     if adapter is None or own is None:
         return
     if base is None or (base.names, base.core.get_vocab()) != (own.names, own.core.get_vocab()):
@@ -222,14 +166,12 @@ def write_tokenizer(out: Path, info: ModelInfo, tokenizer: Any) -> None:
     """
     assert info.path is not None, "a tokenizer without files"
     _copy(info.path, out, OF_TOKENIZER)
-    _write_template(out, tokenizer.chat_template, _read(info.path))
+    _write_template(out, tokenizer.chat_template, _tokenizer(info.path))
 
 
-def _write_template(out: Path, template: Any, base: "TextTokenizer | None") -> None:
-    from fsdp_qlora.data.tokenizer import CHAT_FILE
-
+def _write_template(out: Path, template: Any, base: tokenizers.TextTokenizer | None) -> None:
     if isinstance(template, str) and (base is None or template != base.chat_template):
-        atomic.write(out / CHAT_FILE, template)
+        atomic.write(out / tokenizers.CHAT_FILE, template)
 
 
 def write_tokens(out: Path, core: Any) -> None:
@@ -239,8 +181,12 @@ def write_tokens(out: Path, core: Any) -> None:
         out: directory with the files of the base.
         core: `tokenizers.Tokenizer` with the new tokens.
     """
-    path = out / "tokenizer.json"
-    table = json.loads(path.read_text("utf-8")) if path.exists() else json.loads(core.to_str())
+
+    def read(name: str) -> dict[str, Any]:
+        path = out / name
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    table = read("tokenizer.json") or json.loads(core.to_str())
     known = {entry["id"] for entry in table["added_tokens"]}
     new = {
         number: {key: getattr(token, key) for key in SPECIAL}
@@ -248,34 +194,141 @@ def write_tokens(out: Path, core: Any) -> None:
         if number not in known
     }
     table["added_tokens"] += [{"id": number, **entry} for number, entry in new.items()]
-    _dump(path, table)
-    path = out / "tokenizer_config.json"
-    settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    settings, ids = read("tokenizer_config.json"), read("added_tokens.json")
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"] |= {str(number): entry for number, entry in new.items()}
-        _dump(path, settings)
-    path = out / "added_tokens.json"
-    if path.exists():
-        ids = {entry["content"]: number for number, entry in new.items()}
-        _dump(path, json.loads(path.read_text("utf-8")) | ids)
+    if ids:
+        ids |= {entry["content"]: number for number, entry in new.items()}
+    files = {"tokenizer.json": table, "added_tokens.json": ids}
+    files |= {"tokenizer_config.json": settings} if "added_tokens_decoder" in settings else {}
+    for name, values in files.items():
+        if values:
+            atomic.write(out / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def _dump(path: Path, table: dict[str, Any]) -> None:
-    atomic.write(path, json.dumps(table, indent=2, ensure_ascii=False) + "\n")
-
-
-def _read(place: Path | None) -> "TextTokenizer | None":
+def _tokenizer(place: Path | None) -> tokenizers.TextTokenizer | None:
     """The tokenizer in a directory; None where there is none that can be read."""
-    from fsdp_qlora.data import tokenizer
-
-    try:
-        return None if place is None else tokenizer.read(place)
-    except UserError:
-        return None
+    with contextlib.suppress(UserError):
+        return None if place is None else tokenizers.read(place)
+    return None
 
 
 def _copy(source: Path, out: Path, patterns: tuple[str, ...]) -> None:
-    found = {path for pattern in patterns for path in source.glob(pattern)}
-    for path in found:
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
         if path.is_file() and path.suffix != ".py":
             shutil.copyfile(path, out / path.name)
+
+
+def save(
+    model: torch.nn.Module, info: ModelInfo, cfg: TrainConfig, tokenizer: Any, is_writer: bool
+) -> Path:
+    """Write what was trained, the tokenizer and a model card.
+
+    LoRA and DoRA become adapter_config.json and adapter_model.safetensors, LLaMA-Pro the new layers
+    alone, full training a model of transformers. All but the last are read back and compared; in
+    their header lies what `merge` must know of the base.
+
+    Args:
+        model: the sharded model; all ranks must call.
+        info: what it is.
+        cfg: gives the directory, and the base's name where `info` has no path.
+        tokenizer: transformers tokenizer or None.
+        is_writer: this rank writes.
+
+    Returns:
+        Path of the weights; of a whole model, its directory.
+
+    Raises:
+        UserError: what was read back is not what was written (code 5).
+    """
+    assert isinstance(model, QuantizedModel)
+    is_full = TRAIN_TYPES[cfg.train_type].adapter == "full"
+    write = _save_model if is_full else _save_adapter
+    path = write(model, info, cfg, is_writer)
+    if is_writer:
+        directory = cfg.resolved_output_dir
+        if tokenizer is not None:
+            write_tokenizer(directory, info, tokenizer)
+        hub.write_card(directory, cfg, info)
+    return path
+
+
+def _save_adapter(
+    model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool
+) -> Path:
+    """Write the LoRA matrices and what was trained whole, or the new layers of LLaMA-Pro."""
+    has_adapters, own = trained.has_adapters(cfg), trained.whole(info, cfg)
+    name = adapter_files.WEIGHTS_NAME if has_adapters else adapter_files.LAYERS_NAME
+    path = cfg.resolved_output_dir / name
+    prefixes = tuple(f"{info.layers_prefix}.{index}." for index in own.layers)
+    names = [name for name in model.tensors if name in own.root or name.startswith(prefixes)]
+    tensors = {n: t for n, t in shard.whole_parameters(model, names, is_writer) if is_writer}
+    flats = shard.whole_lora(model, is_writer) if has_adapters else []
+    if not is_writer:
+        return path
+    if has_adapters:
+        tensors = _peft_tensors(model, info, flats, tensors)
+        _save_config(model, info, cfg)
+    with atomic.new_file(path) as draft:
+        metadata = adapter_files.metadata(adapter_files.record_of(info, cfg))
+        save_file(tensors, draft, metadata=metadata)
+    read = load_file(path)
+    same = read.keys() == tensors.keys() and all(torch.equal(read[n], tensors[n]) for n in tensors)
+    if not same:
+        got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
+        raise UserError(got, rule, "check the disk and save again", INTEGRITY)
+    return path
+
+
+def _peft_tensors(
+    model: QuantizedModel,
+    info: ModelInfo,
+    flats: list[torch.Tensor],
+    saved: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """By peft's names; a tied embedding stands for the head, too."""
+    adapters.shift_magnitudes(model, flats, 1)
+    pairs = adapters.named_pairs(model, flats, info.layers_prefix)
+    tensors = {name: tensor.contiguous() for name, tensor in pairs}
+    for name, tensor in saved.items():
+        tensors[f"base_model.model.{name}"] = tensor.contiguous()
+        if info.is_tied:
+            tensors["base_model.model.lm_head.weight"] = tensor.clone()
+    return tensors
+
+
+def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> None:
+    import peft
+
+    saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
+    saved |= {"lm_head"} if saved and info.is_tied else set()
+    name, revision = adapter_files.base_name(info, cfg)
+    slots = next(shard.blocks(model)).body.slots
+    config = peft.LoraConfig(
+        r=slots[0].rank,
+        lora_alpha=round(slots[0].alpha),
+        use_rslora=slots[0].use_rslora,
+        use_dora=slots[0].has_magnitude,
+        lora_dropout=slots[0].dropout,
+        target_modules=sorted({slot.name.rpartition(".")[2] for slot in slots}),
+        base_model_name_or_path=name,
+        revision=revision,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        modules_to_save=sorted(saved) or None,
+    )
+    config.save_pretrained(str(cfg.resolved_output_dir))
+
+
+def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool) -> Path:
+    """Write all weights of full training, in the dtype that it computed in."""
+    directory, dtype = cfg.resolved_output_dir, getattr(torch, cfg.compute_dtype)
+    tensors = shard.whole_parameters(model, list(model.tensors), is_writer)
+    if not is_writer:
+        for _ in tensors:  # the others gather with the writer
+            pass
+        return directory
+    own = ((name, tensor.to(dtype)) for name, tensor in tensors)
+    write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * GIB))
+    copy_beside(directory, info, cfg.compute_dtype)
+    return directory

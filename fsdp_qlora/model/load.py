@@ -200,14 +200,16 @@ def key(info: ModelInfo, layout: Layout) -> str:
     return f"{info.path.name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
 
 
-def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> QuantizedCache:
+def open_cache(
+    setting: str, info: ModelInfo, layout: Layout, world: World | None
+) -> QuantizedCache:
     """Find the cache entry of a model, or the place to write it; all ranks decide the same.
 
     Args:
         setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
         info: the model; one without files is not cached.
         layout: of a layer; bf16 is not cached.
-        world: the ranks; all must call.
+        world: the ranks; all must call. None: what is not there is not to be written either.
     """
     if setting == "off" or not info.tensors or layout.format_name == "bf16":
         return QuantizedCache(None, "off")
@@ -216,10 +218,12 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> Q
     need_bytes = layout.nbytes * info.num_layers
     cache = QuantizedCache(directory, f"{directory} ({need_bytes / 2**30:.2f} GiB)", layout.nbytes)
     manifest = directory / "manifest.json"
-    if all(world.gather_objects(manifest.exists())):
+    if all(world.gather_objects(manifest.exists()) if world else [manifest.exists()]):
         cache.digests = _read_manifest(manifest, layout.nbytes, info.num_layers)
         cache.is_complete = True
         return cache
+    if world is None:
+        return QuantizedCache(None, "not there")
     refusal = _cannot_write(root, need_bytes, world)
     refusals = [text for text in world.gather_objects(refusal) if text]
     pids = world.gather_objects(os.getpid())

@@ -158,40 +158,26 @@ class Outcome:
 
     Args:
         setting: that was planned.
-        device: memory of a GPU; on CPU ranks, of a rank.
+        device: memory of the smallest GPU, its rows all counted; on CPU ranks, of a rank.
         host: memory of the machine.
         speed: estimate of an optimizer step.
-        gpu_limit_gib: what `device` may need on the smallest GPU, its rows all counted.
-        host_limit_gib: what `host` may need, or None.
     """
 
     setting: Setting
     device: Table
     host: Table
     speed: Speed
-    gpu_limit_gib: float | None
-    host_limit_gib: float | None
-
-    @property
-    def gpu_free_gib(self) -> float:
-        """What stays free on the smallest GPU; negative: what is missing."""
-        return 0.0 if self.gpu_limit_gib is None else self.gpu_limit_gib - self.device.peak_gib
-
-    @property
-    def host_free_gib(self) -> float:
-        """What stays free on the host; 0 where its size is not known."""
-        return 0.0 if self.host_limit_gib is None else self.host_limit_gib - self.host.peak_gib
 
     @property
     def fits(self) -> bool:
         """Whether GPU and host hold it, by prediction."""
-        return self.gpu_free_gib >= 0 and self.host_free_gib >= 0
+        return self.device.free_gib >= 0 and self.host.free_gib >= 0
 
     @property
     def fits_safely(self) -> bool:
         """The same with MARGIN."""
-        gpu, machine = self.gpu_limit_gib or 0.0, self.host_limit_gib or 0.0
-        return self.gpu_free_gib >= MARGIN * gpu and self.host_free_gib >= MARGIN * machine
+        tables = (self.device, self.host)
+        return all(table.free_gib >= MARGIN * (table.limit_gib or 0.0) for table in tables)
 
 
 def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machine) -> Outcome:
@@ -217,9 +203,12 @@ def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
     if s.cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
         outside = (host.gib(host.peak_phase, row) for row in (SYSTEM, FILES))
         host_limits.append(s.cfg.host_budget_gib + sum(outside))
-    speed = estimate(s, setting, machine.gpus or (machine.cpu,))
-    limits = min(gpu_limits, default=None), min(host_limits, default=None)
-    return Outcome(setting, device, host, speed, *limits)
+    return Outcome(
+        setting,
+        dataclasses.replace(device, limit_gib=min(gpu_limits, default=None)),
+        dataclasses.replace(host, limit_gib=min(host_limits, default=None)),
+        estimate(s, setting, machine.gpus or (machine.cpu,)),
+    )
 
 
 def explore(
@@ -286,7 +275,7 @@ def _keep(num_layers: int, num_selective: int, num_none: int) -> tuple[str, ...]
     return ("full",) * num_full + ("selective",) * num_selective + ("none",) * num_none
 
 
-def choose(outcomes: Sequence[Outcome], limit_gib: float | None = None) -> Outcome | None:
+def choose(outcomes: Sequence[Outcome], limit_gib: float = math.inf) -> Outcome | None:
     """The fastest outcome that fits; of equally fast ones that which asks least of the machine.
 
     Args:
@@ -296,13 +285,13 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float | None = None) -> Outco
     Returns:
         The best one, or None when nothing fits.
     """
-    most_gib = math.inf if limit_gib is None else limit_gib
-    fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= most_gib]
+    fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= limit_gib]
     if not fitting:
         return None
     fastest = max(item.speed.tokens_per_s for item in fitting)
     equal = [item for item in fitting if item.speed.tokens_per_s >= fastest * (1 - TIE)]
-    return min(equal, key=_demand)
+    host_layers = ("streamed", "offloaded", "resident")
+    return min(equal, key=lambda it: (it.setting.count(*host_layers), it.device.peak_gib))
 
 
 def least(outcomes: Sequence[Outcome]) -> Outcome:
@@ -311,11 +300,7 @@ def least(outcomes: Sequence[Outcome]) -> Outcome:
     Args:
         outcomes: from `explore`.
     """
-    return max(outcomes, key=lambda item: min(item.gpu_free_gib, item.host_free_gib))
-
-
-def _demand(item: Outcome) -> tuple[int, float]:
-    return item.setting.count("streamed", "offloaded", "resident"), item.device.peak_gib
+    return max(outcomes, key=lambda item: min(item.device.free_gib, item.host.free_gib))
 
 
 def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:

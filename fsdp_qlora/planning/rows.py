@@ -82,9 +82,11 @@ class Table:
 
     Args:
         phases: phase -> row -> terms.
+        limit_gib: what there is for it, or None.
     """
 
     phases: dict[str, Rows]
+    limit_gib: float | None = None
 
     def gib(self, phase: str, row: str) -> float:
         """GiB of one row in one phase."""
@@ -103,6 +105,11 @@ class Table:
     def peak_gib(self) -> float:
         """GiB of that phase."""
         return self.total_gib(self.peak_phase)
+
+    @property
+    def free_gib(self) -> float:
+        """What stays free at the peak, negative: what is missing; 0 without a limit."""
+        return 0.0 if self.limit_gib is None else self.limit_gib - self.peak_gib
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """GiB by phase and row, as JSON and the ledger have them."""

@@ -7,6 +7,7 @@ is quantized and dequantized. No torch.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -197,12 +198,8 @@ def place(num_layers: int, rest: str, num_resident: int) -> tuple[str, ...]:
         One placement a layer.
     """
     num_resident = min(num_resident, num_layers)
-    return tuple(
-        "resident"
-        if (i + 1) * num_resident // num_layers > i * num_resident // num_layers
-        else rest
-        for i in range(num_layers)
-    )
+    counts = [i * num_resident // max(num_layers, 1) for i in range(num_layers + 1)]
+    return tuple("resident" if low < high else rest for low, high in itertools.pairwise(counts))
 
 
 def with_trained(frozen: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]:
@@ -233,14 +230,9 @@ def setting_of(
     hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
     num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
     num_frozen, rest = num_layers - len(whole), hosted if cfg.use_cpu_offload else "sharded"
-    return Setting(
-        num_ranks=num_ranks,
-        batch_size=cfg.batch_size,
-        accumulation=cfg.gradient_accumulation_steps,
-        placements=with_trained(place(num_frozen, rest, num_resident), whole),
-        levels=cfg.levels(num_layers),
-        strategy=cfg.sharding_strategy,
-    )
+    placements = with_trained(place(num_frozen, rest, num_resident), whole)
+    step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
+    return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> Setting:

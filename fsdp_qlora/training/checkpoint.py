@@ -23,9 +23,9 @@ from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoi
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.distributed.hooks import StopFlag, Stopped
+from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
 from fsdp_qlora.planning.memory import moment_bytes

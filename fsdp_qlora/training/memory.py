@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch import nn
 
+from fsdp_qlora import errors
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import GIB, pss_gib, read_kib
@@ -496,20 +497,16 @@ class MemoryTracker:
             error: gets the lines as notes; any other error stays as it is.
             phase: that was under way, as people call it; its first word is looked up in the plan.
         """
-        if not exit_report.is_memory(error):
+        if not errors.is_memory(error):
             return
         known = phase.split()[0] if phase.split()[0] in names.PHASES else "backward"
         self._look_outside()
         peak = self.peaks.now()
-        scene = exit_report.Scene(
-            phase=phase,
-            predicted=self.plan.to_dict().get("device" if self.is_cuda else "host", {}),
-            known_phase=known,
-            measured=self.device_rows(known, peak),
-            is_cuda=self.is_cuda,
-            there=_what_is_there(self._device, peak),
-        )
-        for line in scene.lines():
+        place, kind = ("a GPU", "device") if self.is_cuda else ("the host, all ranks", "host")
+        predicted, measured = self.plan.to_dict().get(kind, {}), self.device_rows(known, peak)
+        there = _what_is_there(self._device, peak)
+        lines = exit_report.compare_memory(place, known, predicted, measured, there)
+        for line in (f"out of memory in the {phase}", *lines):
             error.add_note(line)
 
 

@@ -29,7 +29,7 @@ import psutil
 from fsdp_qlora import arch, bench
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.distributed.env import find_port, wishes
+from fsdp_qlora.distributed.launch import find_port, wishes
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError
 from fsdp_qlora.hardware import count_gpus
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import files, layers, trained
+from fsdp_qlora.arch import files, trained
+from fsdp_qlora.arch.info import LAYOUTS, Shapes, from_config, from_headers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from tests.model_files import TINY, edit_json, write_header, write_model
@@ -44,7 +45,7 @@ def build(config: dict, device: str = "meta") -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
-def built_shapes(model: nn.Module) -> layers.Shapes:
+def built_shapes(model: nn.Module) -> Shapes:
     """Name -> shape; PyTorch itself leaves out the second name of a tied head."""
     return {name: tuple(value.shape) for name, value in model.named_parameters()}
 
@@ -73,7 +74,7 @@ def test_shape_of_a_known_model_equals_what_transformers_builds(name: str) -> No
     info = arch.read(name, need_weights=False)
     config = info.config | {"num_hidden_layers": 2}
     model = build(config)
-    assert layers.from_config(config).all_shapes() == built_shapes(model)
+    assert from_config(config).all_shapes() == built_shapes(model)
     assert set(info.linears) == built_linears(model, info.layers_prefix)
     assert info.is_tied == model.config.tie_word_embeddings
     assert (info.hidden_size, info.vocab_size) == tuple(model.get_input_embeddings().weight.shape)[
@@ -119,7 +120,7 @@ def test_optional_biases_follow_the_config(model_type: str, has_bias: bool) -> N
     """attention_bias everywhere, mlp_bias where the type has one."""
     flags = {"attention_bias": has_bias, "mlp_bias": has_bias}
     config = {"model_type": model_type} | TINY | flags
-    assert layers.from_config(config).all_shapes() == built_shapes(build(config))
+    assert from_config(config).all_shapes() == built_shapes(build(config))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi3"])
@@ -127,19 +128,19 @@ def test_sizes_left_out_of_the_config_take_the_defaults_of_the_type(model_type: 
     """head_dim and the tying; without key-value heads every head has its own."""
     config = {"model_type": model_type, "num_key_value_heads": 4} | TINY
     del config["head_dim"]
-    assert layers.from_config(config).all_shapes() == built_shapes(build(config))
+    assert from_config(config).all_shapes() == built_shapes(build(config))
     old = {"model_type": "llama"} | TINY
     del old["num_key_value_heads"]
-    assert layers.from_config(old).all_shapes() == built_shapes(build(old))
+    assert from_config(old).all_shapes() == built_shapes(build(old))
 
 
-@pytest.mark.parametrize("model_type", layers.LAYOUTS)
+@pytest.mark.parametrize("model_type", LAYOUTS)
 def test_headers_and_config_give_the_same_structure(model_type: str, tmp_path: Path) -> None:
     """Read both ways from a saved model, and bytes found where the headers say."""
     model = save_tiny(tmp_path, model_type)
     info = arch.read(str(tmp_path), need_weights=True)
     shapes = {name: ref.shape for name, ref in info.tensors.items()}
-    assert layers.from_headers(shapes) == layers.from_config(info.config)
+    assert from_headers(shapes) == from_config(info.config)
     assert shapes == built_shapes(model)
     for name, ref in info.tensors.items():
         raw = ref.file.read_bytes()[ref.start : ref.start + ref.nbytes]

@@ -167,7 +167,7 @@ CASES = [
     Case("ids beyond the embedding", "token id 640", (), line('{"input_ids": [640, 640]}')),
     Case("more labels than ids", "entries and", (), line('{"input_ids": [1], "labels": []}')),
     Case("no row within the context", "12 rows", (), whole((json.dumps(LONG) + "\n") * 12)),
-    Case("list cut off", "want a comma", (), whole("[\n" + json.dumps(ROWS[0]) + "\n")),
+    Case("list cut off", "is not JSON (Expecting", (), whole("[\n" + json.dumps(ROWS[0]) + "\n")),
     Case(
         "cells missing", "x.csv:3: has 1 cells", CSV, file("x.csv", b"prompt,completion\na,b\nc\n")
     ),

@@ -1,4 +1,4 @@
-"""Memory that runs out: said in a few lines, answered by a lower setting (train/failure.py)."""
+"""Memory that runs out: said in a few lines, answered by a lower setting (exit_report.py)."""
 
 import json
 import os
@@ -14,24 +14,21 @@ import pytest
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import exit_report, hooks
+from fsdp_qlora.distributed.exit_report import RankError, RanksExit
 from fsdp_qlora.distributed.hooks import Heartbeat
-from fsdp_qlora.distributed.supervise import RanksExit
-from fsdp_qlora.errors import BUG, INPUT, RUN_FAILED, UserError
+from fsdp_qlora.errors import BUG, INPUT, RUN_FAILED, UserError, is_memory
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import run
-from tests.distributed.test_launch import RANK
+from tests.distributed.test_launch import RANK, START
 
-PARENT = """
-import sys
-from fsdp_qlora import arch
-from fsdp_qlora.config import given, parse
-from fsdp_qlora import hardware
+PARENT = f"""{START}
+from fsdp_qlora import arch, hardware
+from fsdp_qlora.config import given
 from fsdp_qlora.planning import run
-from fsdp_qlora.distributed.launch import supervise
-program, argv = [sys.executable, sys.argv[1]], sys.argv[2:]
 info = arch.read("llama-2-7b", need_weights=False)
 machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
-sys.exit(supervise(parse(argv), argv, program, run.make(info, parse(argv), given(argv), machine)))
+plan = run.make(info, parse(argv), given(argv), machine)
+sys.exit(launch.supervise(launch.Attempt(parse(argv), argv, plan, start)))
 """
 SHORT = """
 from fsdp_qlora.planning.run import fallback_of
@@ -153,7 +150,8 @@ def test_the_last_record_says_what_was_there(tmp_path: Path):
 def test_of_a_long_line_the_cause_is_cut_and_the_way_on_stays(tmp_path: Path):
     (tmp_path / exit_report.LOGS).mkdir()
     trace, way_on, more = f"the trace is in {tmp_path}", f"continue with {tmp_path}", ["there  5"]
-    exit_report.write_error(tmp_path, 1, RUN_FAILED, f"rank 1: {'long ' * 80}; {trace}", more)
+    line = f"rank 1: {'long ' * 80}; {trace}"
+    exit_report.write_error(tmp_path, RankError(1, RUN_FAILED, line, more))
     ending = RanksExit((0, RUN_FAILED), (Heartbeat(1.0, 7, hooks.DONE),) * 2)
     first, *rest = exit_report.diagnose_exit(ending, tmp_path, way_on, 0, None).lines
     assert first.startswith("error: rank 1: long ") and first.endswith(f"; {trace}; {way_on}")
@@ -171,26 +169,23 @@ def test_errors_for_want_of_memory_are_known_by_type_or_text():
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
         RuntimeError("ncclUnhandledCudaError: Cuda failure 2 'out of memory'"),
     ):
-        assert exit_report.is_memory(error), error
+        assert is_memory(error), error
     for other in (RuntimeError("shape mismatch"), ValueError("out of memory"), KeyError("x")):
-        assert not exit_report.is_memory(other), other
+        assert not is_memory(other), other
 
 
 def test_a_scene_is_a_few_lines_with_the_largest_rows_first():
     """Predicted and measured side by side."""
     predicted = {"forward": {"kept": 3.0, "packed": 2.0}, "backward": {"kept": 9.0, "packed": 2.0}}
     measured = {"packed": 2.0, "kept": 4.0}
-    scene = exit_report.Scene(
-        "forward of step 3", "forward", predicted, measured, True, "24 GiB on the card"
-    )
-    assert scene.lines() == [
-        "out of memory in the forward of step 3",
+    there = "24 GiB on the GPU"
+    assert exit_report.compare_memory("a GPU", "forward", predicted, measured, there) == [
         "predicted 5.00 GiB on a GPU in the forward; at the peak (backward) 11.00",
-        "there     24 GiB on the card",
+        "there     24 GiB on the GPU",
         "largest   kept 4.00 (predicted 3.00), packed 2.00 (predicted 2.00) GiB",
     ]
-    bare = exit_report.Scene("load", "load", {}, {"packed": 1.0}, False, "no more")
-    assert [line.split()[0] for line in bare.lines()] == ["out", "there", "largest"]
+    bare = exit_report.compare_memory("the host", "load", {}, {"packed": 1.0}, "no more")
+    assert [line.split()[0] for line in bare] == ["there", "largest"]
 
 
 def test_an_explained_error_is_told_with_its_scene_and_any_other_in_one_line(
@@ -228,11 +223,11 @@ def test_an_explained_error_is_told_with_its_scene_and_any_other_in_one_line(
 
 def test_words_of_a_rank_survive_the_file(tmp_path: Path):
     """Lines, not only one; line breaks and terminal codes escaped."""
-    exit_report.write_error(tmp_path, 3, 4, "a\nb", ["c\x1b[31m", "d"], "memory")
+    exit_report.write_error(tmp_path, RankError(3, 4, "a\nb", ["c\x1b[31m", "d"], "memory"))
     (found,) = exit_report.read_errors(tmp_path)
     assert (found.rank, found.code, found.line, found.kind) == (3, 4, "a\\nb", "memory")
     assert list(found.more) == ["c\\x1b[31m", "d"]
-    lines = exit_report.told(found, plan_of("2x24"))
+    lines = exit_report.error_lines(found, plan_of("2x24"))
     assert lines[0] == "error: a\\nb" and lines[-1].startswith("next      --")
     exit_report.clear_errors(tmp_path)
     assert exit_report.read_errors(tmp_path) == []

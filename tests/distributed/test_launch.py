@@ -15,19 +15,26 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
-from fsdp_qlora.distributed import env, exit_report, launch
+from fsdp_qlora.distributed import exit_report, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
+from tests import fake_nvml
 
-PARENT = """
-import sys
+START = """
+import dataclasses, sys
 from fsdp_qlora.config import parse
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.distributed.launch import supervise
+from fsdp_qlora.distributed import launch
 script, argv = sys.argv[1], sys.argv[2:]
+
+def start(spec):
+    command = [sys.executable, script, *spec.command[len(launch.PROGRAM) :]]
+    return launch.start(dataclasses.replace(spec, command=command))
+"""
+PARENT = f"""{START}
+from fsdp_qlora.errors import UserError
 try:
-    sys.exit(supervise(parse(argv), argv, [sys.executable, script]))
+    sys.exit(launch.supervise(launch.Attempt(parse(argv), argv, start=start)))
 except UserError as fault:
-    print(f"error: {fault}", file=sys.stderr)
+    print(f"error: {{fault}}", file=sys.stderr)
     sys.exit(fault.code)
 """
 RANK = """
@@ -35,7 +42,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {project!r})
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.distributed.exit_report import write_error
+from fsdp_qlora.distributed import exit_report
 from tests import faults
 faults.install()
 rank = int(os.environ["RANK"])
@@ -45,6 +52,8 @@ def meet():
     while len(list(out.glob("pid*"))) < int(os.environ["WORLD_SIZE"]):
         time.sleep(0.01)
     time.sleep(0.05)
+def write_error(out, *found, **more):
+    exit_report.write_error(out, exit_report.RankError(*found, **more))
 def wait_for_the_end_of(pid):
     stat = Path("/proc") / pid / "stat"
     while stat.exists() and ") Z" not in stat.read_text():
@@ -308,14 +317,15 @@ def test_a_port_in_use_is_refused_and_two_free_ones_differ(tmp_path: Path):
         port = taken.getsockname()[1]
         code, _, err = run(tmp_path, "pass", "--master_port", str(port))
         assert code == ENVIRONMENT and f"--master_port {port}: is not free" in err
-        assert env.find_port(0) != port
-    assert env.find_port(port) == port
+        assert launch.find_port(0) != port
+    assert launch.find_port(port) == port
 
 
 def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
     """Not in the order of ranks."""
     for rank in (3, 0, 1):
-        exit_report.write_error(tmp_path, rank, rank + 1, f"line\n{rank}")
+        error = exit_report.RankError(rank, rank + 1, f"line\n{rank}")
+        exit_report.write_error(tmp_path, error)
         time.sleep(0.02)
     found = [(error.rank, error.code, error.line) for error in exit_report.read_errors(tmp_path)]
     assert found == [(3, 4, "line\\n3"), (0, 1, "line\\n0"), (1, 2, "line\\n1")]
@@ -349,3 +359,55 @@ def test_ranks_of_torchrun_settle_on_the_directory_of_rank_0(tmp_path: Path, mon
             launch.agree_output_dir(mine[0], FakeWorld(rank, words))
     monkeypatch.setenv("FSDP_QLORA_SUPERVISOR", "1")
     assert launch.agree_output_dir(mine[1], FakeWorld(1, [])) is mine[1]
+
+
+def test_ranks_are_planned_by_the_gpus(monkeypatch: pytest.MonkeyPatch):
+    """One per GPU by default, never more; on the CPU as many as asked for."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
+    monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA A", "NVIDIA B"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch.plan_ranks(TrainConfig()) == 2
+    assert launch.plan_ranks(TrainConfig(world_size=1)) == 1
+    with pytest.raises(UserError, match="has 2 GPU") as caught:
+        launch.plan_ranks(TrainConfig(world_size=4))
+    assert caught.value.code == ENVIRONMENT
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert [launch.plan_ranks(TrainConfig(world_size=n)) for n in (-1, 1, 4)] == [1, 1, 4]
+
+
+def test_ranks_of_torchrun_and_srun_are_recognised():
+    """The batch script of a Slurm job has SLURM_PROCID and SLURM_NTASKS too, but is no rank."""
+    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
+    torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "70007"}
+    step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    step["SLURM_STEP_NUM_NODES"] = "2"
+    step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
+    assert launch.is_rank(torchrun) and launch.is_rank(step)
+    assert not launch.is_rank({}) and not launch.is_rank(batch)
+    assert not launch.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    found = launch.rank_env(torchrun, TrainConfig())
+    assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
+    place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
+    assert place.items() <= launch.rank_env(step, TrainConfig()).items()
+    assert launch.rank_env(step, TrainConfig(master_port=99))["MASTER_PORT"] == "99"
+
+
+def test_settings_of_libraries_are_wishes_the_user_may_overrule():
+    """The ranks of torchrun get them as ours do."""
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "9"}
+    found = launch.rank_env(torchrun, TrainConfig())
+    assert "OMP_NUM_THREADS" not in found and found["OMP_WAIT_POLICY"] == "passive"
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    found = launch.rank_env(torchrun | {"PYTORCH_ALLOC_CONF": "x"}, TrainConfig())
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in found
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("a", "a"), ("a,b", "a"), ("n[1-3]", "n1"), ("n[07,9],m", "n07"), ("r[1-2]-ib,x", "r1-ib")],
+)
+def test_first_host_of_a_slurm_list(hosts: str, first: str):
+    """Ranges, lists, leading zeros and suffixes."""
+    assert launch.first_host(hosts) == first

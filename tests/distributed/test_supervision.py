@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.distributed import hooks, supervise
+from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.hooks import Heartbeat, Watch
-from fsdp_qlora.distributed.supervise import RankSpec
+from fsdp_qlora.distributed.launch import RankSpec
 from fsdp_qlora.errors import RUN_FAILED
 from tests.distributed.test_launch import is_alive, run, start, wait_for_ranks
 
@@ -37,7 +37,7 @@ def take(first, last):
 class Late:
     """A process seen to end some looks after its peer: its card gave back its memory first."""
 
-    def __init__(self, process: supervise.Rank, peer: Callable[[], supervise.Rank]):
+    def __init__(self, process: launch.Rank, peer: Callable[[], launch.Rank]):
         self._process, self._peer, self._num_looks = process, peer, 0
         self.pid, self.returncode = process.pid, None
         self.wait, self.send_signal = process.wait, process.send_signal
@@ -61,17 +61,17 @@ def test_a_killed_rank_is_the_cause_even_if_its_peer_is_seen_to_fail_before(
         RankSpec(rank, ["sh", "-c", scripts[rank]], dict(os.environ), None, ()) for rank in (0, 1)
     ]
 
-    def start_one_late(task: RankSpec) -> supervise.Rank:
-        rank = supervise.start(task)
+    def start_one_late(task: RankSpec) -> launch.Rank:
+        rank = launch.start(task)
         ranks[task.rank] = Late(rank, lambda: ranks[1 - first]) if task.rank == first else rank
         return ranks[task.rank]
 
     with hooks.open_board() as board:
-        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS)
-        late = supervise.run(tasks, start_one_late, [], watch)
+        watch = Watch(board.fileno())
+        late = launch.run_ranks(tasks, start_one_late, [], watch)
         for rank, script in (first, "exec sleep 60"), (1 - first, "exit 1"):
             tasks[rank] = RankSpec(rank, ["sh", "-c", script], dict(os.environ), None, ())
-        slow = supervise.run(tasks, supervise.start, [], watch)
+        slow = launch.run_ranks(tasks, launch.start, [], watch)
     assert (late.codes[first], late.codes[1 - first], late.ended) == (-9, 1, frozenset())
     assert (slow.codes[first], slow.codes[1 - first], slow.ended) == (-15, 1, {first})
 
@@ -211,7 +211,7 @@ def test_a_step_is_given_ten_times_the_slowest_and_the_start_five_minutes(monkey
     monkeypatch.setattr(time, "time", lambda: now_s - 86400)
     with hooks.open_board() as board:
         monkeypatch.setenv(hooks.BOARD, str(board.fileno()))
-        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, began_s=now_s)
+        watch = Watch(board.fileno(), began_s=now_s)
         pids = {0: 2**22 + 1, 1: 2**22 + 2}  # nobody's: they use no processor time
 
         def both(point: str, step: int, after_s: float) -> list[int]:
@@ -240,7 +240,7 @@ def test_ranks_that_compute_before_the_first_step_do_not_hang(monkeypatch):
     """Tokens of ten million rows take longer than five minutes; a step may not."""
     with hooks.open_board() as board:
         monkeypatch.setenv(hooks.BOARD, str(board.fileno()))
-        watch = Watch(board.fileno(), hooks.POINTS, hooks.STEP_POINTS, limit_s=0.001)
+        watch = Watch(board.fileno(), limit_s=0.001)
         pids = {0: os.getpid()}
         for step in (0, 1, 2):
             sum(range(5 * 10**6))  # several ticks of the kernel's clock

@@ -53,7 +53,7 @@ def test_an_adapter_saved_anew_brings_its_template_or_its_tokens(base: Path, tmp
     full.save_pretrained(tmp_path / "adapter")
     assert "TokenizersBackend" in (tmp_path / "adapter" / "tokenizer_config.json").read_text()
     (tmp_path / "out").mkdir()
-    model_files.copy_beside(tmp_path / "out", info, "bf16", tmp_path / "adapter")
+    model_files.copy_beside(tmp_path / "out", info, "bfloat16", tmp_path / "adapter")
     assert files(tmp_path / "out") == files(base)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fsdp_qlora import arch
 from fsdp_qlora.arch import trained
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.export import new_base
+from fsdp_qlora.export import commands
 from tests import tiny
 
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -29,7 +29,7 @@ def test_an_expanded_model_computes_the_same_bits(tmp_path, model_type):
     changes |= {"sliding_window": 8, "head_dim": 32} if model_type == "gemma3_text" else {}
     path, out = tiny.save_model(tmp_path / "model", model_type, **changes), tmp_path / "deep"
     argv = [f"--model_name={path}", f"--out={out}", "--expansion_rate=0.5"]
-    assert new_base.expand([*argv, "--max_shard_gib=0.001"]) == 0
+    assert commands.expand([*argv, "--max_shard_gib=0.001"]) == 0
     assert len(list(out.glob("*.safetensors"))) > 1
     info = arch.read(str(out), need_weights=True)
     assert info.num_layers == 6 and info.config[trained.NEW_LAYERS] == [2, 5]
@@ -54,7 +54,7 @@ def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
     num_known = len(AutoTokenizer.from_pretrained(path))
     file = tmp_path / "tokens.txt"
     file.write_text("<|tool|>\n<|end_tool|>\n")
-    assert new_base.expand([f"--model_name={path}", f"--out={out}", f"--add_tokens={file}"]) == 0
+    assert commands.expand([f"--model_name={path}", f"--out={out}", f"--add_tokens={file}"]) == 0
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("<|tool|>5<|end_tool|>", add_special_tokens=False).input_ids
     assert (ids[0], ids[-1], len(ids)) == (num_known, num_known + 1, 3)
@@ -74,14 +74,14 @@ def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
     old = IDS.max().item() + 1
     torch.testing.assert_close(logits(out)[..., :old], logits(path)[..., :old], rtol=0, atol=0)
     with pytest.raises(UserError, match="already"):
-        new_base.expand([f"--model_name={out}", f"--out={out}2", "--add_tokens=<|tool|>"])
+        commands.expand([f"--model_name={out}", f"--out={out}2", "--add_tokens=<|tool|>"])
 
 
 def test_a_rate_that_adds_nothing_is_refused(tmp_path):
     path = tiny.save_model(tmp_path / "model")
     for rate, word in (("0.1", "no new layer"), ("1.5", "more than one")):
         with pytest.raises(UserError, match=word):
-            new_base.expand(
+            commands.expand(
                 [f"--model_name={path}", f"--out={tmp_path / 'x'}", f"--expansion_rate={rate}"]
             )
     with pytest.raises(UserError, match="no new blocks"):

@@ -169,12 +169,10 @@ def test_the_evidence_tells_the_bases_apart(places, tmp_path: Path):
     assert 0 < near["kl_nats"] < far["kl_nats"] / 20
     assert near["max_difference"] < far["max_difference"] / 3
     assert near["top1_agreement"] >= far["top1_agreement"]
-    from fsdp_qlora.export import merge_weights
-    from fsdp_qlora.export.merge import MergeOptions
+    from fsdp_qlora.export import new_weights
 
     info, read = arch.read(str(model), True), adapter_files.read(adapter)
-    options = MergeOptions(adapter=str(adapter), evidence_rows=4, evidence_tokens=32)
-    ids = torch.tensor(merge_weights.choose_rows(options, read, info).ids)
+    ids = torch.tensor(new_weights.choose_rows(read, info, (4, 32), None)[0])
     with torch.no_grad():
         merged = load(tmp_path / "far").float()(ids).logits.flatten(0, 1)
         base = peft_model(model, adapter, "nf4_dq").float()
@@ -184,7 +182,7 @@ def test_the_evidence_tells_the_bases_apart(places, tmp_path: Path):
         for param in (base.get_input_embeddings().weight, base.lm_head.weight):
             param.data = param.data.bfloat16().float()
         trained = base(ids).logits.flatten(0, 1)
-    facts = merge_weights.compare(trained, merged, merge_weights.Rows(ids.tolist(), "", False))
+    facts = new_weights.compare(trained, merged, ids.tolist(), is_text=False)
     for name in ("max_difference", "kl_nats", "top1_agreement"):
         assert facts[name] == pytest.approx(far[name], rel=1e-2, abs=1e-6)
 

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 
 
 def _export(world, model: Path, out: Path) -> torch.Tensor:
-    from fsdp_qlora.export import save as export
+    from fsdp_qlora.export import model_files as export
 
     flags = ("--quant_type=fp4", "--precision=fp32", "--lora_rank=4", f"--output_dir={out}")
     built, info, cfg = tiny.build(model, world, *flags, f"--quant_cache={out / 'cache'}")

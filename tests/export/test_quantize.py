@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE
-from fsdp_qlora.export import merge_weights, new_base  # noqa: F401 (once, not in every fork)
+from fsdp_qlora.export import new_weights  # noqa: F401 (once, not in every fork)
 from fsdp_qlora.model.quantize import import_bitsandbytes
 from fsdp_qlora.training import memory
 from tests import tiny

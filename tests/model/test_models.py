@@ -11,7 +11,7 @@ from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import DONE, UserError
-from fsdp_qlora.export import save as export
+from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.training import loop
 from tests import tiny

@@ -11,7 +11,7 @@ from fsdp_qlora import config
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.export import save as export
+from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.training import loop, optim

@@ -14,8 +14,7 @@ from fsdp_qlora import arch, config
 from fsdp_qlora import run as train_run
 from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
-from fsdp_qlora.export import merge
-from fsdp_qlora.export.new_base import expand as expand_main
+from fsdp_qlora.export import commands
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.planning import fit
@@ -175,7 +174,7 @@ def disturbed(path):
 
 def expand(path, out, rate):
     argv = [f"--model_name={path}", f"--out={out}", f"--expansion_rate={rate}"]
-    assert expand_main(argv) == 0
+    assert commands.expand(argv) == 0
     return out
 
 
@@ -220,7 +219,7 @@ def test_every_type_writes_files_that_give_the_logits_of_the_trained_model(tmp_p
     for name in ("blocks", "dora", "saved", "saved_tied"):
         merged = tmp_path / f"{name}-merged"
         argv = [f"--adapter={tmp_path / name}", f"--out={merged}", "--dtype=fp32"]
-        assert merge.main([*argv, "--evidence_rows=2"]) == 0
+        assert commands.merge([*argv, "--evidence_rows=2"]) == 0
         check_logits(AutoModelForCausalLM.from_pretrained(merged), name)
         facts = json.loads((merged / "merge.json").read_text())["evidence"]
         assert facts["max_difference"] < 1e-3, (name, facts)

@@ -1,0 +1,324 @@
+"""The commands `merge`, `quantize` and `expand`: a new model, written tensor by tensor.
+
+`merge` adds an adapter to its base and compares the sum with both. `quantize` writes a 4-bit model
+in the bytes that transformers would save itself. `expand` writes new layers that change nothing
+until they are trained, and new tokens. Options are checked before torch is there; the host holds no
+more than a few tensors at once.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fsdp_qlora import arch, atomic, cli
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import read_tensors
+from fsdp_qlora.arch.trained import new_layers
+from fsdp_qlora.cli import flag
+from fsdp_qlora.config import TEXT
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.export import adapter as adapters
+from fsdp_qlora.export.adapter import SavedAdapter
+from fsdp_qlora.hardware import GIB, versions
+from fsdp_qlora.planning.sizes import FORMATS
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DEVICES = ("auto", "cpu", "cuda")
+# What stands beside a quantized weight; the last has the code and block size in its name.
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
+QUANTIZED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
+MERGE_USAGE = """usage: python -m fsdp_qlora merge --adapter DIR --out DIR [--option value ...]
+
+Adds a LoRA adapter to its base, tensor by tensor, and writes a plain model that transformers and
+llama.cpp's converter read. `--base dequantized` adds it to the 4-bit base as training saw it,
+`16bit` to the original weights. The merge check measures how far the result is from base + adapter
+as trained; it is printed and kept in merge.json."""
+QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out DIR [--option ...]
+
+Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
+Tensor by tensor: the host holds no more than a few of them."""
+EXPAND_USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
+
+Writes the model with new layers between its own, which change nothing until they are trained: by
+train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR. With --add_tokens, its
+tokenizer and embeddings get new tokens, to be trained with --modules_to_save embed_tokens,lm_head.
+Tensor by tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputOptions:
+    """Options of every command that writes a model."""
+
+    out: str | None = flag(None, "output", "directory to be made")
+    max_shard_gib: float = flag(5.0, "output", "largest output file in GiB", rule="> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions(OutputOptions):
+    """Options of `merge`."""
+
+    dtype: str = flag("bf16", "output", "of the weights that are written", tuple(DTYPES))
+    adapter: str | None = flag(None, "merge", "directory of the adapter")
+    model_name: str | None = flag(None, "merge", "its base [as adapter_config.json has it]")
+    base: str = flag(
+        *("auto", "merge", "what the adapter is added to; auto: what training saw, if it tells"),
+        ("auto", "16bit", "dequantized"),
+    )
+    format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
+    quant_cache: str = flag("auto", "merge", "where training kept its 4-bit bytes", rule=TEXT)
+    any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
+    device: str = flag("auto", "merge", "where it is computed", DEVICES)
+
+    evidence_rows: int = flag(8, "merge check", "rows to compare on; 0: none", rule=">= 0")
+    evidence_tokens: int = flag(64, "merge check", "longest such row in tokens", rule=">= 2")
+    dataset: str | None = flag(None, "merge check", "where they come from [that of the run]")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions(OutputOptions):
+    """Options of `quantize`."""
+
+    model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
+    quant_type: str = flag("nf4", "quantize", "4-bit code", ("nf4", "fp4"))
+    double_quant: bool = flag(True, "quantize", "quantize the block scales too")
+    dtype: str | None = flag(None, "quantize", "of all that stays [as stored]", tuple(DTYPES))
+    device: str = flag("auto", "quantize", "where it is computed", DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpandOptions(OutputOptions):
+    """Options of `expand`."""
+
+    out: str | None = flag(None, "output", "directory [MODEL_blk_exp-OLD-NEW, or MODEL_tokens]")
+    model_name: str | None = flag(None, "expand", "directory or hub name of a 16-bit model")
+    expansion_rate: float | None = flag(
+        None, "expand", "new layers for each layer [0.1; 0 with add_tokens]", rule=">= 0"
+    )
+    add_tokens: str | None = flag(None, "expand", "new tokens: a,b or a FILE, one a line")
+
+
+@contextmanager
+def _new_model(
+    out: Path,
+    need_bytes: float,
+    names: Iterable[str],
+    tensors: "Iterable[tuple[str, torch.Tensor]]",
+    options: OutputOptions,
+) -> Iterator[tuple[Path, Mapping[str, float]]]:
+    """Write the tensors; give the directory, to be completed, and what `write_weights` says."""
+    from fsdp_qlora.export import model_files
+
+    with atomic.new_directory(out, round(need_bytes)) as draft:
+        max_bytes = round(options.max_shard_gib * GIB)
+        written = model_files.write_weights(draft, names, tensors, max_bytes)
+        yield draft, written
+
+
+def _describe(out: Path, written: Mapping[str, float]) -> str:
+    return (
+        f"written   {out}: {written['num_files']} files, {written['gib']:.2f} GiB in "
+        f"{written['written_s']:.1f} s; at most {written['host_peak_gib']:.2f} GiB of host memory"
+    )
+
+
+def _choose_device(name: str) -> "torch.device":
+    """The CPU, or the GPU if there is one and `name` is not cpu."""
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise UserError("--device cuda", "there is no GPU here", "use --device cpu", ENVIRONMENT)
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def merge(argv: list[str]) -> int:
+    """Merge an adapter into its base.
+
+    Args:
+        argv: see MERGE_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, an adapter or a base that does not fit (codes 2, 5), a full
+            disk (code 3), values that the dtype cannot hold (code 5).
+    """
+    options = cli.parse(argv, MergeOptions, MERGE_USAGE, ("adapter", "out"))
+    adapter = adapters.read(Path(str(options.adapter)).expanduser())
+    if not (options.model_name or adapter.base_name):
+        got = f"{adapter.path}: base_model_name_or_path"
+        raise UserError(got, "is empty", "name the base with --model_name")
+    info = arch.read(options.model_name or adapter.base_name, need_weights=True)
+    adapters.check(adapter, info)
+    format_name = options.format or adapter.record.get("format")
+    if format_name not in (None, *FORMATS):
+        remedy = f"name one with --format: {' '.join(FORMATS)}"
+        raise UserError(f"{adapter.path}: format {format_name!r}", "is unknown", remedy)
+    if options.base == "dequantized" and format_name is None:
+        rule = "the adapter does not tell what its base was quantized to"
+        raise UserError("--base dequantized", rule, f"add --format: {' '.join(FORMATS)}")
+    trained_on, digest = adapter.record.get("digest"), adapters.digest(info)
+    if trained_on is not None and digest != trained_on and not options.any_base:
+        rule = f"is not the base that {adapter.path} was trained on ({adapter.record.get('base')})"
+        remedy = "give that one with --model_name, or add --any_base true"
+        raise UserError(str(info.path), rule, remedy)
+    _merge(options, adapter, info, format_name)
+    return DONE
+
+
+def _merge(
+    options: MergeOptions, adapter: SavedAdapter, info: ModelInfo, format_name: str | None
+) -> None:
+    """Merge, compare, and print what was done."""
+    import torch
+
+    from fsdp_qlora.export import model_files, new_weights
+
+    device, dtype = _choose_device(options.device), getattr(torch, DTYPES[options.dtype])
+    compute = getattr(torch, str(adapter.record.get("compute_dtype") or "bfloat16"))
+    cache = options.quant_cache
+    seen = new_weights.TrainedBase(info, compute, format_name, cache, adapter.replaced)
+    is_dequantized = options.base == "dequantized"
+    is_dequantized |= options.base == "auto" and format_name not in (None, "bf16")
+    note = f"{format_name} dequantized, as training saw it, {seen.note}"
+    out, names = Path(str(options.out)), info.tensors
+    need_bytes = ITEM_BYTES[options.dtype] * sum(math.prod(ref.shape) for ref in names.values())
+    atomic.check(out, need_bytes)
+    print(f"adapter   {adapter.path}: {adapter}")
+    print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
+    base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
+    tensors = new_weights.merged(adapter, base, dtype, device)
+    with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
+        model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
+        result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
+        result_base = new_weights.TrainedBase(result, compute)
+        shape = options.evidence_rows, options.evidence_tokens
+        evidence = new_weights.check(adapter, seen, result_base, shape, options.dataset, device)
+        facts = {
+            "adapter": str(adapter.path),
+            "base": str(info.path),
+            "base_digest": adapters.digest(info),
+            "added_to": "dequantized" if is_dequantized else "16bit",
+            "trained_over": format_name,
+            "packed_bytes": seen.note,
+            "dtype": options.dtype,
+            "num_merged": len(adapter.pairs),
+            "num_replaced": len(adapter.replaced),
+            "device": device.type,
+            "versions": versions(device),
+            **written,
+            "evidence": evidence,
+        }
+        atomic.write_json(draft / "merge.json", facts)
+    print("\n".join([_describe(out, written), new_weights.lines(evidence)]))
+
+
+def quantize(argv: list[str]) -> int:
+    """Write a 4-bit model.
+
+    Args:
+        argv: see QUANTIZE_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
+    """
+    options = cli.parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
+    info = arch.read(str(options.model_name), need_weights=True)
+    if info.stored_format:
+        rule = f"is quantized already, as {info.stored_format}"
+        raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
+    from transformers import BitsAndBytesConfig
+
+    from fsdp_qlora.export import model_files, new_weights
+    from fsdp_qlora.model.weights import DTYPES as STORED
+
+    num_linear, out = arch.num_linear_params(info), Path(str(options.out))
+    num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
+    need_bytes = num_linear * QUANTIZED_BYTES + num_others * ITEM_BYTES.get(str(options.dtype), 4)
+    names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
+    device, dtype = _choose_device(options.device), DTYPES.get(str(options.dtype))
+    stored = info.tensors[next(iter(new_weights.linear_places(info)))].dtype
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.quant_type,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=dtype or STORED[stored],
+    )
+    tensors = new_weights.quantized(info, settings, dtype, device)
+    with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
+        model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
+    stored_gib = sum(ref.nbytes for ref in info.tensors.values()) / GIB
+    kind = options.quant_type + (" with double quantization" if options.double_quant else "")
+    print(f"{_describe(out, written)}; {kind}, from {stored_gib:.2f} GiB")
+    print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    return DONE
+
+
+def expand(argv: list[str]) -> int:
+    """Write a block-expanded model, or one with more tokens.
+
+    Args:
+        argv: see EXPAND_USAGE.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, no such model (codes 2, 3, 5), what writes into the residual
+            stream is not known by name (code 2), a full disk (code 3).
+    """
+    options = cli.parse(argv, ExpandOptions, EXPAND_USAGE, ("model_name",))
+    info = arch.read(str(options.model_name), need_weights=True)
+    rate = options.expansion_rate
+    if rate is None:
+        rate = 0.0 if options.add_tokens else 0.1
+    num_new = int(info.num_layers * rate)
+    if not 0 < num_new <= info.num_layers and (rate or not options.add_tokens):
+        rule = (
+            "makes no new layer of" if num_new < 1 else "makes more than one new layer for each of"
+        )
+        remedy = f"take from {1 / info.num_layers:.3g} to 1"
+        got = f"--expansion_rate {rate:g}"
+        raise UserError(got, f"{rule} {info.num_layers} layers", remedy)
+    _expand(options, info, num_new)
+    return DONE
+
+
+def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
+    """Expand a model, tensor by tensor, and print what was done."""
+    from fsdp_qlora.export import model_files, new_weights
+
+    assert info.path is not None
+    added = new_layers(info.num_layers, num_new) if num_new else ()
+    usual = f"{info.path.name}_blk_exp-{info.num_layers}-{info.num_layers + num_new}"
+    out = Path(options.out or (usual if num_new else f"{info.path.name}_tokens"))
+    expansion = new_weights.Expansion(info, added)
+    tokens = new_weights.add_tokens(info, options.add_tokens) if options.add_tokens else None
+    names, tensors = [new for _, new, _ in expansion.sources], expansion.tensors(tokens)
+    need_bytes = sum(ref.nbytes for ref in info.tensors.values()) * (1 + num_new / info.num_layers)
+    with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
+        changes = expansion.changes()
+        if tokens is not None:
+            changes["vocab_size"] = tokens.num_rows
+        model_files.copy_beside(draft, info, None, **changes)
+        if tokens is not None:
+            model_files.write_tokens(draft, tokens.core)
+    flags = f"--train_type qlora --model_name {out} --modules_to_save embed_tokens,lm_head"
+    if added:
+        flags = f"--train_type bnb_llama_pro --llama_pro_path {out}"
+        print(f"layers    {info.num_layers} and {num_new} new ones, numbers {added}")
+    if tokens is not None:
+        num_tokens = tokens.core.get_vocab_size()
+        print(f"tokens    {num_tokens:,}, embeddings of {tokens.num_rows:,} rows")
+    print(f"written   {out}\nnext      python train.py {flags} --dataset YOUR_ROWS.jsonl")

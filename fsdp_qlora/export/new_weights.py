@@ -1,0 +1,581 @@
+"""The tensors of a new model, one after the other, and the merge check.
+
+The check says how far a merged model is from base + adapter, by logits on the same rows. Both are
+computed in float32 from their weights as they are, so that nothing but the weights differs. A
+module's weights are read when it runs and dropped when it has run: a model of any size is compared
+in the memory of its largest tensor and of the logits.
+
+Block expansion: behind each group of layers stands a copy of its last one whose projections into
+the residual stream are zero, so that it hands on what it gets. Training moves the copies alone.
+
+Shape letters: B rows, T tokens, N tokens of all rows, V vocabulary, H hidden, I in features, O out
+features, R LoRA rank.
+
+Source: LLaMA Pro, arXiv 2401.02415, section 3.2.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fsdp_qlora import hardware
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.files import TensorRef
+from fsdp_qlora.arch.info import expert_matrices, stored_name
+from fsdp_qlora.arch.trained import NEW_LAYERS
+from fsdp_qlora.config import TrainConfig, check_own_code
+from fsdp_qlora.data import prepare, tokenizer
+from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
+from fsdp_qlora.hardware import GIB
+from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.load import QuantizedCache, open_cache
+from fsdp_qlora.model.quantize import FORMATS, GROUP_SIZE, Fields, import_bitsandbytes
+from fsdp_qlora.model.weights import DTYPES, Weights, read_file
+
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+Rows = tuple[list[list[int]], str, bool]  # token ids, what they are, whether they are text
+# What writes into the residual stream, by its name in Llama, GPT-NeoX, GPT-2, Mixtral and kin.
+INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"}
+MULTIPLE = 8  # of embedding rows: tensor cores want it
+CHUNK_TOKENS = 64  # compared at once
+WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
+LOGITS_COPIES = 4
+SEED = 0  # of random tokens
+
+
+def linear_places(info: ModelInfo) -> dict[str, tuple[int, int]]:
+    """The weights that training quantizes: name -> layer, and place among its linears."""
+    return {
+        f"{info.layers_prefix}.{layer}.{linear.name}.weight": (layer, index)
+        for layer in range(info.num_layers)
+        for index, linear in enumerate(info.linears)
+    }
+
+
+@dataclass(frozen=True)
+class TrainedBase:
+    """Makes of the weights in the files what training computes with.
+
+    Args:
+        info: the base.
+        dtype: what linears are dequantized to, and what all others are rounded to.
+        format_name: row of FORMATS that linears go through; None leaves every weight as stored.
+        quant_cache: where training kept its 4-bit bytes: auto, off or a directory.
+        replaced: by name, what is read in place of a weight, in float32.
+    """
+
+    info: ModelInfo
+    dtype: torch.dtype
+    format_name: str | None = None
+    quant_cache: str = "off"
+    replaced: Mapping[str, TensorRef] = field(default_factory=dict)
+    _held: dict[int, LayerStore] = field(default_factory=dict, init=False)  # a layer of the cache
+
+    def __post_init__(self) -> None:
+        """Refuse another format than that of the files."""
+        if self.info.quantized and self.format_name != self.info.stored_format:
+            rule = f"is stored as {self.info.stored_format}, not {self.format_name or 'in 16 bit'}"
+            remedy = "use --base auto, or take the 16-bit original"
+            raise UserError(str(self.info.path), rule, remedy)
+
+    @cached_property
+    def cached(self) -> QuantizedCache:
+        """The quantized layers that training itself wrote, where they are still there."""
+        setting = "off" if self.format_name is None else self.quant_cache
+        return open_cache(setting, self.info, self._layout, None)
+
+    @property
+    def note(self) -> str:
+        """Where the quantized bytes come from, in words."""
+        return f"from {self.cached.directory}" if self.cached.is_complete else "quantized anew"
+
+    @cached_property
+    def _layout(self) -> Layout:
+        shapes = [(linear.out_features, linear.in_features) for linear in self.info.linears]
+        return build_layout(shapes, self.format_name or "bf16")
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        return linear_places(self.info)
+
+    def read_ahead(self, names: Sequence[str], device: torch.device) -> Iterator[torch.Tensor]:
+        """Yield weights as training saw them, the next two being read meanwhile.
+
+        Args:
+            names: in the files.
+            device: where they go; there they are quantized (the GPU's kernels are the ones that
+                training on GPUs used).
+
+        Raises:
+            UserError: a cached layer is damaged (code 5).
+        """
+        known = self._places if self.cached.is_complete or self.info.quantized else {}
+        others = [name for name in names if name not in known and name not in self.replaced]
+        read = Weights(self.info).read_ahead(others, device)
+        for name in names:
+            if name in self.replaced:
+                yield read_float(self.replaced[name], device)
+            elif name in known:
+                yield self._known(name, device)
+            elif self.format_name is None:
+                yield next(read)
+            elif name in self._places:
+                weight = next(read)
+                fields = FORMATS[self.format_name].quantize(weight)
+                yield self._dequantized(fields, weight.shape, device)
+            else:
+                yield next(read).to(self.dtype)
+
+    def read(self, name: str, device: torch.device) -> torch.Tensor:
+        """Read a parameter by its name in the model: experts lie one by one in the files."""
+        parts = expert_matrices(self.info, name) or [[stored_name(self.info, name)]]
+        names = [part for matrix in parts for part in matrix]
+        read = self.read_ahead(names, device)
+        if len(names) == 1:
+            return next(read)
+        return torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
+
+    def _known(self, name: str, device: torch.device) -> torch.Tensor:
+        """A weight whose quantized bytes are there."""
+        layer, index = self._places[name]
+        if self.info.quantized:
+            packed = Weights(self.info).read_quantized([name], device)
+            assert packed is not None
+            return self._dequantized(next(packed), self.info.tensors[name].shape, device)
+        if layer not in self._held:
+            (packed_layer,) = self.cached.read_layers([layer])
+            flat = packed_layer.to(device)
+            self._held.clear()
+            self._held[layer] = LayerStore(lambda: flat, self._layout, LayerCache())
+        return self._held[layer].weight(index, self.dtype)
+
+    def _dequantized(
+        self, fields: Fields, shape: Sequence[int], device: torch.device
+    ) -> torch.Tensor:
+        layout = build_layout([(shape[0], shape[1])], str(self.format_name))
+        flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        store_linear(flat, layout, 0, fields)
+        return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
+
+
+def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
+    """Read a tensor, float32."""
+    raw = read_file(ref.file, ref.start, ref.nbytes)
+    return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)
+
+
+def merged(
+    adapter: SavedAdapter, base: TrainedBase, dtype: torch.dtype, device: torch.device
+) -> NamedTensors:
+    """Yield the tensors of base + adapter; a few are held at once.
+
+    Args:
+        adapter: added to the base; of DoRA, the rows get their lengths then.
+        base: gives the base's weights, and those that the adapter replaces.
+        dtype: of the results.
+        device: where it is computed, in float32.
+
+    Yields:
+        Name and tensor, in the order of the base's files.
+
+    Raises:
+        UserError: a result is not finite (code 5).
+    """
+    names = list(base.info.tensors)
+    for name, weight_OI in zip(names, base.read_ahead(names, device), strict=True):
+        pair = adapter.pairs.get(name.removesuffix(".weight"))
+        if pair is not None:
+            a_RI, b_OR = read_float(pair.a, device), read_float(pair.b, device)
+            weight_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=pair.scale)
+            if pair.magnitude is not None:
+                length_O = read_float(pair.magnitude, device) / weight_OI.norm(dim=1)
+                weight_OI *= length_O.unsqueeze(1)
+        result = weight_OI.to(dtype)
+        if not result.sum(dtype=torch.float32).isfinite():
+            remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
+            raise UserError(name, f"is not finite in {dtype}", remedy, INTEGRITY)
+        yield name, result
+
+
+def quantized(
+    info: ModelInfo, settings: Any, dtype: str | None, device: torch.device
+) -> NamedTensors:
+    """Yield the tensors of a 4-bit model; a few are held at once.
+
+    Args:
+        info: the 16-bit model.
+        settings: transformers.BitsAndBytesConfig.
+        dtype: of all that stays, and what is quantized is rounded to; None: as stored.
+        device: where it is computed.
+
+    Yields:
+        Name and tensor: of a quantized weight its codes, uint8 [weights / 2, 1], then its
+        constants as bitsandbytes names them.
+    """
+    linears, names, bnb = linear_places(info), list(info.tensors), import_bitsandbytes()
+    for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
+        weight = stored if dtype is None else stored.to(getattr(torch, dtype))
+        if name not in linears:
+            yield name, weight
+            continue
+        codes, state = bnb.quantize_4bit(
+            weight,
+            blocksize=GROUP_SIZE,
+            quant_type=settings.bnb_4bit_quant_type,
+            compress_statistics=settings.bnb_4bit_use_double_quant,
+            quant_storage=torch.uint8,
+        )
+        yield name, codes
+        for part, tensor in state.as_dict(packed=True).items():
+            yield f"{name}.{part}", tensor
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer with new tokens.
+
+    Args:
+        core: `tokenizers.Tokenizer`.
+        num_known: ids that meant something before; what follows has no trained row.
+        num_rows: of the embeddings now.
+    """
+
+    core: Any
+    num_known: int
+    num_rows: int
+
+    def extended(self, weight_VH: torch.Tensor) -> torch.Tensor:
+        """Give an embedding, or a head, rows for new tokens: the mean of the known ones.
+
+        Args:
+            weight_VH: as stored.
+
+        Returns:
+            [num_rows, H]; the rows of known tokens are as they were.
+        """
+        known = weight_VH[: self.num_known]
+        mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
+        return torch.cat([known, mean_H.expand(self.num_rows - len(known), -1)])
+
+
+def add_tokens(info: ModelInfo, text: str) -> Vocabulary:
+    """Add tokens to the tokenizer of a model, in memory.
+
+    Args:
+        info: the model, with its files.
+        text: a file with one token a line, or tokens between commas.
+
+    Raises:
+        UserError: there are none, or a token is known already (code 2).
+    """
+    path = Path(text).expanduser()
+    is_file = len(text) < 256 and path.is_file()
+    parts = path.read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
+    tokens = [part.strip() for part in parts if part.strip()]
+    core = tokenizer.read(tokenizer.directory(info)).core
+    known = [token for token in tokens if core.token_to_id(token) is not None]
+    if known or not tokens:
+        rule = f"{known[0]!r} is in the tokenizer already" if known else "names no token"
+        raise UserError(f"--add_tokens {text}", rule, "give new tokens, as a,b or one a line")
+    num_known = min(core.get_vocab_size(), info.vocab_size)
+    core.add_special_tokens(tokens)
+    num_rows = max(core.get_vocab_size(), info.vocab_size)
+    return Vocabulary(core, num_known, math.ceil(num_rows / MULTIPLE) * MULTIPLE)
+
+
+class Expansion:
+    """New layers between those of a model.
+
+    Args:
+        info: the model as it is.
+        added: numbers of the new layers.
+
+    Attributes:
+        order: which old layer each layer of the result comes from.
+        sources: (name in the old model, name in the new one, whether it is zero), in file order.
+
+    Raises:
+        UserError: what writes into the residual stream is not known by name (code 2).
+    """
+
+    def __init__(self, info: ModelInfo, added: tuple[int, ...]) -> None:
+        self.info, self.added, self.order = info, added, list(range(info.num_layers))
+        for number in added:
+            self.order.insert(number, self.order[number - 1])
+        self.sources, stem = list[tuple[str, str, bool]](), f"{info.layers_prefix}."
+        for name in info.tensors:
+            layer, _, rest = name.removeprefix(stem).partition(".")
+            places = enumerate(self.order) if name.startswith(stem) else ()
+            is_zero = not INTO_RESIDUAL.isdisjoint(rest.split("."))
+            self.sources += [
+                (name, f"{stem}{number}.{rest}", is_zero and number in added)
+                for number, old in places
+                if old == int(layer)
+            ] or [(name, name, False)]
+        if sum(is_zero for _, _, is_zero in self.sources) < 2 * len(added):
+            rule = f"none of {', '.join(sorted(INTO_RESIDUAL))} is in each half of its layers"
+            raise UserError(f"{info.path}: {info.model_type}", rule, "expand a Llama-like model")
+
+    def tensors(self, vocabulary: Vocabulary | None) -> NamedTensors:
+        """Yield the tensors of the expanded model; one is held at once.
+
+        Args:
+            vocabulary: gives embedding and head more rows.
+        """
+        ends = {name for name, shape in self.info.root_params if shape[0] == self.info.vocab_size}
+        read = Weights(self.info).read_ahead(list(self.info.tensors), torch.device("cpu"))
+        for old, group in itertools.groupby(self.sources, lambda source: source[0]):
+            tensor = next(read)
+            if vocabulary is not None and old in ends:
+                tensor = vocabulary.extended(tensor)
+            for _, new, is_zero in group:
+                yield new, torch.zeros_like(tensor) if is_zero else tensor
+
+    def changes(self) -> dict[str, Any]:
+        """What config.json must say of new layers; lists of one entry a layer grow with them."""
+        from transformers import AutoConfig
+
+        if not self.added:
+            return {}
+        lists = {
+            key: [values[old] for old in self.order]
+            for key, values in AutoConfig.for_model(**self.info.config).to_dict().items()
+            if isinstance(values, list) and len(values) == self.info.num_layers
+        }
+        return lists | {"num_hidden_layers": len(self.order), NEW_LAYERS: list(self.added)}
+
+
+def check(
+    adapter: SavedAdapter,
+    seen: TrainedBase,
+    result: TrainedBase,
+    shape: tuple[int, int],
+    dataset: str | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Compare a merged model with base + adapter as trained.
+
+    Args:
+        adapter: what was merged.
+        seen: the base as training saw it.
+        result: the merged model, as stored.
+        shape: (rows, tokens of the longest) to compare on.
+        dataset: where they come from; None: see `choose_rows`.
+        device: where to compute.
+
+    Returns:
+        For merge.json, see `compare`; or why there is none, as "skipped".
+
+    Raises:
+        UserError: the data set asked for cannot be read.
+    """
+    if not shape[0]:
+        return {"skipped": "--evidence_rows 0"}
+    info = seen.info
+    num_experts = sum(linear.expert is not None for linear in info.linears)
+    largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
+    logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
+    need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / GIB
+    if device.type == "cuda":
+        free_gib = torch.cuda.mem_get_info(device)[0] / GIB
+    else:
+        free_gib = hardware.host_limit_gib() - (hardware.host_used_gib() or 0.0)
+    if need_gib > free_gib:
+        why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
+        return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
+    ids, note, is_text = choose_rows(adapter, info, shape, dataset)
+    trained = logits(seen, adapter.pairs, ids, device)
+    merged = logits(result, {}, ids, device)
+    base = seen.format_name or "as stored: the adapter does not tell what training saw"
+    return {"rows": note, "base_of_adapter": base} | compare(trained, merged, ids, is_text)
+
+
+@torch.inference_mode()
+def logits(
+    base: TrainedBase, pairs: Mapping[str, Pair], ids: list[list[int]], device: torch.device
+) -> torch.Tensor:
+    """Run a model whose weights are read as they are needed.
+
+    Args:
+        base: what the model is, and its weights.
+        pairs: LoRA matrices by the name of their linear; empty for a merged model.
+        ids: rows of tokens.
+        device: where to compute.
+
+    Returns:
+        logits_NV of the rows, one after the other, float32 on the host.
+    """
+    model = _build(base.info).to(dtype=torch.float32).eval()
+    embedding = model.get_input_embeddings()
+    embedded = next(name for name, module in model.named_modules() if module is embedding)
+    for name, module in model.named_modules():
+        module._buffers.update({k: b.to(device) for k, b in module._buffers.items()})
+        if name in pairs:
+            module.register_forward_hook(partial(_add_product, pairs[name]))
+        own = {part: f"{name}.{part}" for part, p in module._parameters.items() if p is not None}
+        if base.info.is_tied and own.get("weight") == "lm_head.weight":
+            own["weight"] = f"{embedded}.weight"
+        if own:
+            module.register_forward_pre_hook(partial(_bring, own, base, device))
+            module.register_forward_hook(_drop)
+    batch_BT = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
+    for row, tokens in zip(batch_BT, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)  # causal: the padding behind is not seen
+    out = model(input_ids=batch_BT.to(device), use_cache=False).logits
+    return torch.cat([out[i, : len(tokens)].cpu() for i, tokens in enumerate(ids)])
+
+
+def _build(info: ModelInfo) -> Any:
+    """The model as transformers has it, its weights on the meta device."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    config = AutoConfig.for_model(**info.config)
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager"
+        )
+
+
+def _bring(
+    own: dict[str, str], base: TrainedBase, device: torch.device, module: nn.Module, args: tuple
+) -> None:
+    for part, name in own.items():
+        weight = base.read(name, device).float()
+        module._parameters[part] = nn.Parameter(weight, requires_grad=False)
+
+
+def _drop(module: nn.Module, args: tuple, output: Any) -> None:
+    for part, param in module._parameters.items():
+        if param is not None:
+            module._parameters[part] = nn.Parameter(param.to("meta"), requires_grad=False)
+
+
+def _add_product(pair: Pair, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    a_RI, b_OR = read_float(pair.a, output.device), read_float(pair.b, output.device)
+    output = output + pair.scale * (args[0] @ a_RI.t() @ b_OR.t())
+    if pair.magnitude is None:
+        return output
+    weight_OI, bias_O = module.get_parameter("weight"), module._parameters.get("bias")
+    norm_O = (weight_OI + pair.scale * b_OR @ a_RI).norm(dim=1)
+    own_O = torch.zeros_like(norm_O) if bias_O is None else bias_O.detach()
+    return (output - own_O) * (read_float(pair.magnitude, output.device) / norm_O) + own_O
+
+
+def compare(
+    trained_NV: torch.Tensor, merged_NV: torch.Tensor, ids: list[list[int]], is_text: bool
+) -> dict[str, Any]:
+    """Say how far logits are apart.
+
+    Args:
+        trained_NV: of base + adapter.
+        merged_NV: of the merged model.
+        ids: the rows that they were computed on.
+        is_text: the rows are text, so that their loss means something.
+
+    Returns:
+        num_tokens; max_difference of any logit; kl_nats, the mean over tokens of the divergence of
+        the merged model's next-token distribution from the trained one's; top1_agreement, the
+        share of tokens for which both find the same one likeliest; of text also both losses.
+    """
+    targets = torch.tensor([t for row in ids for t in (*row[1:], -1)])
+    largest, divergence, num_agreed = 0.0, 0.0, 0
+    losses = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(targets), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        both = torch.stack([trained_NV[part], merged_NV[part]]).double()
+        largest = max(largest, (both[0] - both[1]).abs().max().item())
+        likeliest = both.argmax(-1)
+        num_agreed += int((likeliest[0] == likeliest[1]).sum())
+        logs = both.log_softmax(-1)
+        divergence += (logs[0].exp() * (logs[0] - logs[1])).sum().item()
+        chosen = targets[part].clamp(min=0).view(1, -1, 1).expand(2, -1, 1)
+        losses -= (logs.gather(-1, chosen).squeeze(-1) * (targets[part] >= 0)).sum(1)
+    facts = {
+        "num_rows": len(ids),
+        "num_tokens": len(targets),
+        "max_difference": largest,
+        "kl_nats": divergence / len(targets),
+        "top1_agreement": num_agreed / len(targets),
+    }
+    if is_text:
+        means = (losses / int((targets >= 0).sum())).tolist()
+        facts |= {"loss_trained": means[0], "loss_merged": means[1]}
+    return facts
+
+
+def lines(facts: dict[str, Any]) -> str:
+    """Show the merge check on the console.
+
+    Args:
+        facts: what `check` returned.
+    """
+    if "skipped" in facts:
+        return f"check     skipped: {facts['skipped']}"
+    text = (
+        f"check     {facts['num_tokens']} tokens, {facts['rows']}; base {facts['base_of_adapter']}"
+        f"\n          merged against base + adapter: logits differ by at most "
+        f"{facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a token, "
+        f"the same likeliest token in {facts['top1_agreement']:.2%}"
+    )
+    if "loss_trained" in facts:
+        both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
+        text += f"\n          loss on these rows {both}"
+    return text
+
+
+def choose_rows(
+    adapter: SavedAdapter, info: ModelInfo, shape: tuple[int, int], dataset: str | None
+) -> Rows:
+    """Take the rows that the run held out, else some that it learned, else random tokens.
+
+    Args:
+        adapter: whose run it was.
+        info: the base.
+        shape: (rows, tokens of the longest).
+        dataset: where they come from; None: the run's.
+
+    Returns:
+        The rows.
+
+    Raises:
+        UserError: `dataset` cannot be read.
+    """
+    if dataset is not None:
+        cfg = dataclasses.replace(TrainConfig(), dataset=dataset)
+        return _rows_of_data(cfg, adapter, info, shape)
+    why = "no run_config.json beside the adapter"
+    try:
+        if (run := run_config(adapter.path)) is not None:
+            check_own_code(vars(run), (), adapter.path)
+            return _rows_of_data(run, adapter, info, shape)
+    except UserError as error:
+        why = f"the run's rows cannot be read: {error}"
+    ids = np.random.default_rng(SEED).integers(0, info.vocab_size, shape).tolist()
+    return ids, f"{shape[0]} rows of random tokens ({why})", False
+
+
+def _rows_of_data(
+    cfg: TrainConfig, adapter: SavedAdapter, info: ModelInfo, shape: tuple[int, int]
+) -> Rows:
+    path = adapter.path if tokenizer.has_files(adapter.path) else tokenizer.directory(info)
+    text = tokenizer.read(path)
+    ready = prepare.prepare(cfg, text, info.vocab_size)
+    part = ready.held_out if len(ready.held_out) else ready.train
+    rows = (part[i].input_ids[: shape[1]].tolist() for i in range(len(part)))
+    ids = list(itertools.islice(filter(None, rows), shape[0]))
+    if not ids:
+        raise UserError(cfg.dataset, "holds no rows to compare on", "name others with --dataset")
+    kind = "held-out rows" if len(ready.held_out) else "rows, none held out,"
+    return ids, f"{len(ids)} {kind} of {cfg.dataset}", True
