@@ -279,9 +279,8 @@ class RowFormatter:
         is_text = self.format_name is None and found.name == TEXT
         if self.format_name == BLOCKS or (is_text and ASSISTANT not in str(row["text"])):
             return BLOCKS
-        return (
-            f"{found.name} as chat" if self._as_chat(found) and found.name != CHAT else found.name
-        )
+        is_made_chat = self._as_chat(found) and found.name != CHAT
+        return f"{found.name} as chat" if is_made_chat else found.name
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into text and say which parts of it are learned.

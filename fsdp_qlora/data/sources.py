@@ -176,10 +176,9 @@ def _read_json(path: Path) -> PlacedRows:
             place = RowPlace(str(path), number)
             if is_first and line.lstrip().startswith("["):
                 rows = parse_json(line + file.read())
-                pairs = enumerate(rows, 1) if isinstance(rows, list) else ()
-                yield from ((RowPlace(str(path), -i), row) for i, row in pairs)
-                if not isinstance(rows, list):
-                    yield place, rows
+                places = (RowPlace(str(path), -i) for i in itertools.count(1))
+                is_list = isinstance(rows, list)
+                yield from zip(places, rows, strict=False) if is_list else [(place, rows)]
                 return
             if line.strip():
                 is_first = False
