@@ -116,6 +116,29 @@ def write_json(path: Path, values: Any) -> Path:
     return write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
+def parse_json(text: bytes) -> dict[str, Any] | None:
+    """Read a JSON object.
+
+    Args:
+        text: such as a line of the record.
+
+    Returns:
+        The object, NaN and infinity as null; None for anything else, a torn line too.
+    """
+    try:
+        value = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; an empty one where none can be read."""
+    with contextlib.suppress(OSError):
+        return parse_json(path.read_bytes()) or {}
+    return {}
+
+
 def commit(draft: Path, final: Path) -> None:
     """Give a directory its name, in place of one that is there.
 

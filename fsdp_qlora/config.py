@@ -330,15 +330,11 @@ def default_output_dir(model_name: str, train_type: str) -> str:
     return f"output/{model}-{train_type}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def parse(
-    argv: Sequence[str], stored: TrainConfig | None = None, say: Callable[[str], Any] = str
-) -> TrainConfig:
+def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
     """Return the resolved configuration of a command line.
 
     Args:
         argv: arguments without the program's name.
-        stored: the configuration of a run that is resumed; every option that is neither on the
-            command line nor in the recipe it names is taken from here. None: the defaults.
         say: is told, in a line each, of names that have no effect.
 
     Returns:
@@ -351,13 +347,12 @@ def parse(
     cli.show_help_if_asked(argv, TrainConfig, USAGE)
     reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
     values, faults = reader.read(argv)
-    cfg = None
     try:
-        cfg = TrainConfig(**({} if stored is None else vars(stored)) | values)
+        cfg = TrainConfig(**values)
         faults += _written(cfg, values)
     except UserError as fault:
         faults.append(fault)
-    if cfg is None or faults:
+    if faults:
         raise join(faults)
     for note in reader.notes:
         say(f"note      {note}")
@@ -380,12 +375,12 @@ class _Reader(cli.Reader):
         """As cli.Reader; all that is in `given` stands on one command line, or in one recipe."""
         steps, profile = given.get("warmup_steps"), given.get("profile")
         is_on = profile is not None and cli.plain(profile.text) == "true"
-        if steps is None or not is_on or not steps.text.isdecimal() or not steps.text.strip("0"):
-            return super().rename(given)
-        why = "is the profiler's, as --profile is on; --lr_warmup_steps is the scheduler's"
-        self.notes.append(f"--warmup_steps {steps.text} {why}")
-        others = {name: entry for name, entry in given.items() if name != "warmup_steps"}
-        return super().rename(others | {"profile": steps})
+        if steps and is_on and steps.text.isdecimal() and steps.text.strip("0"):
+            why = "is the profiler's, as --profile is on; --lr_warmup_steps is the scheduler's"
+            self.notes.append(f"--warmup_steps {steps.text} {why}")
+            others = {name: given[name] for name in given if name != "warmup_steps"}
+            given = others | {"profile": steps}
+        return super().rename(given)
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]]:

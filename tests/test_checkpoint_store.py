@@ -3,10 +3,8 @@
 import errno
 import json
 import random
-import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -143,17 +141,6 @@ def test_a_full_disk_leaves_the_one_before_and_nothing_half_done(
     assert content(root / "step-1") == before
 
 
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """Let the system refuse what makes a file larger, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_fills_at_any_byte_leaves_the_one_before(tmp_path: Path):
     """16 sizes, so that it ends in every file in turn."""
     before = content(save(tmp_path, 1))
@@ -161,7 +148,7 @@ def test_a_disk_that_fills_at_any_byte_leaves_the_one_before(tmp_path: Path):
     root, largest = tmp_path / store.CHECKPOINTS, max(sizes.values())
     stopped_in = set()
     for nbytes in [*range(0, largest, largest // 16), *(size - 1 for size in sizes.values())]:
-        with largest_file(nbytes), pytest.raises(OSError) as caught:
+        with faults.largest_file(nbytes), pytest.raises(OSError) as caught:
             save(tmp_path, 2)
         assert caught.value.errno == errno.EFBIG
         stopped_in |= {name for name, size in sizes.items() if size > nbytes}

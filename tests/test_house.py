@@ -38,7 +38,6 @@ FREE_SIGNATURES = ("model.triton_kernels", "model.attention", "model.cuda_graphs
 # To be cut: no new ones.
 LONG_SIGNATURES = {
     *("inference.pieces", "training.metrics.__init__"),
-    *("model.load._fill_quantized", "model.load._make_layers"),
 }
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 3

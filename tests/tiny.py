@@ -12,9 +12,7 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
-from fsdp_qlora.model import load as building
-from fsdp_qlora.model.layer import LayerCache, LayerStore, build_layout, store_linear
-from fsdp_qlora.model.quantize import FORMATS
+from fsdp_qlora.model.quantize import FORMATS, LayerStore, build_layout, store_linear
 from fsdp_qlora.model.skeleton import QuantizedModel
 
 NUM_CARDS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -63,21 +61,19 @@ def recorder(out: Path, world, num_steps: int, **info):
 def shape(path: Path, world: World, *flags: str):
     """Build and shard a model as train.py does; it has no bytes yet.
 
-    Returns (model, info, cfg, cache, placed).
+    Returns (load.Built, info, cfg).
     """
     cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    shaped = building.shape(cfg, info, world)
-    return shaped.model, info, cfg, shaped.cache, shaped.placed
+    return load.shape(cfg, info, world), info, cfg
 
 
 def build(
     path: Path, world: World, *flags: str
 ) -> tuple[QuantizedModel, arch.ModelInfo, config.TrainConfig]:
     """Build, shard and fill a model as train.py does."""
-    model, info, cfg, packed_cache, placed = shape(path, world, *flags)
-    load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
-    return model, info, cfg
+    built, info, cfg = shape(path, world, *flags)
+    return load.fill(built, weights.build(info, cfg), cfg, world).model, info, cfg
 
 
 def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
@@ -106,7 +102,7 @@ def quantized_store(
     flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=DEVICE)
     for index, weight in enumerate(weights):
         store_linear(flat, layout, index, FORMATS[format_name].quantize(weight.to(DEVICE)))
-    return LayerStore(lambda: flat, layout, LayerCache()), flat
+    return LayerStore(lambda: flat, layout), flat
 
 
 def require(format_name: str) -> None:

@@ -57,6 +57,11 @@ class Linear:
     has_bias: bool
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of its weight."""
+        return self.out_features, self.in_features
+
+    @property
     def num_weights(self) -> int:
         """Elements of its weight."""
         return self.out_features * self.in_features

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import atomic, errors, hardware, record
+from fsdp_qlora import atomic, errors, hardware
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
@@ -289,7 +289,7 @@ def _killed_by_kernel(output_dir: Path, plan: RunPlan | None) -> tuple[str, list
     last: dict[str, Any] = {}
     where, phase, path = "load", "load", output_dir / METRICS
     if path.exists():
-        rows = filter(None, map(record.parse, path.read_bytes().splitlines()))
+        rows = filter(None, map(atomic.parse_json, path.read_bytes().splitlines()))
         last = ([row for row in rows if "step" in row and "event" not in row] or [{}])[-1]
         where, phase = f"training; {last.get('step', 0)} steps are recorded", "backward"
     found, host = plan.found if plan is not None else None, last.get("host", {})

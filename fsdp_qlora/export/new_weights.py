@@ -29,7 +29,7 @@ from torch import nn
 
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import TensorRef
+from fsdp_qlora.arch.files import GROUP, TensorRef
 from fsdp_qlora.arch.info import expert_matrices, stored_name
 from fsdp_qlora.arch.trained import NEW_LAYERS
 from fsdp_qlora.config import TrainConfig, check_own_code
@@ -37,10 +37,9 @@ from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.hardware import GIB
-from fsdp_qlora.model.layer import LayerCache, LayerStore, Layout, build_layout, store_linear
-from fsdp_qlora.model.load import QuantizedCache, open_cache
-from fsdp_qlora.model.quantize import FORMATS, GROUP_SIZE, Fields, import_bitsandbytes
-from fsdp_qlora.model.weights import DTYPES, Weights, read_file
+from fsdp_qlora.model import quantize
+from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 Rows = tuple[list[list[int]], str, bool]  # token ids, what they are, whether they are text
@@ -92,7 +91,7 @@ class TrainedBase:
     def cached(self) -> QuantizedCache:
         """The quantized layers that training itself wrote, where they are still there."""
         setting = "off" if self.format_name is None else self.quant_cache
-        return open_cache(setting, self.info, self._layout, None)
+        return find_cache(setting, self.info, self._layout)
 
     @property
     def note(self) -> str:
@@ -101,8 +100,7 @@ class TrainedBase:
 
     @cached_property
     def _layout(self) -> Layout:
-        shapes = [(linear.out_features, linear.in_features) for linear in self.info.linears]
-        return build_layout(shapes, self.format_name or "bf16")
+        return build_layout([n.shape for n in self.info.linears], self.format_name or "bf16")
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -131,7 +129,7 @@ class TrainedBase:
                 yield next(read)
             elif name in self._places:
                 weight = next(read)
-                fields = FORMATS[self.format_name].quantize(weight)
+                fields = quantize.FORMATS[self.format_name].quantize(weight)
                 yield self._dequantized(fields, weight.shape, device)
             else:
                 yield next(read).to(self.dtype)
@@ -156,7 +154,7 @@ class TrainedBase:
             (packed_layer,) = self.cached.read_layers([layer])
             flat = packed_layer.to(device)
             self._held.clear()
-            self._held[layer] = LayerStore(lambda: flat, self._layout, LayerCache())
+            self._held[layer] = LayerStore(lambda: flat, self._layout)
         return self._held[layer].weight(index, self.dtype)
 
     def _dequantized(
@@ -165,7 +163,7 @@ class TrainedBase:
         layout = build_layout([(shape[0], shape[1])], str(self.format_name))
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
         store_linear(flat, layout, 0, fields)
-        return LayerStore(lambda: flat, layout, LayerCache()).weight(0, self.dtype)
+        return LayerStore(lambda: flat, layout).weight(0, self.dtype)
 
 
 def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
@@ -222,7 +220,7 @@ def quantized(
         Name and tensor: of a quantized weight its codes, uint8 [weights / 2, 1], then its
         constants as bitsandbytes names them.
     """
-    linears, names, bnb = linear_places(info), list(info.tensors), import_bitsandbytes()
+    linears, names, bnb = linear_places(info), list(info.tensors), quantize.import_bitsandbytes()
     for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
         weight = stored if dtype is None else stored.to(getattr(torch, dtype))
         if name not in linears:
@@ -230,7 +228,7 @@ def quantized(
             continue
         codes, state = bnb.quantize_4bit(
             weight,
-            blocksize=GROUP_SIZE,
+            blocksize=GROUP,
             quant_type=settings.bnb_4bit_quant_type,
             compress_statistics=settings.bnb_4bit_use_double_quant,
             quant_storage=torch.uint8,

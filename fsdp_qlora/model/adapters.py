@@ -16,15 +16,9 @@ from torch import nn
 from fsdp_qlora.arch import Linear
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.model import shard
 from fsdp_qlora.model.lora import LoraSlot, QuantizedLinear, row_squares
-from fsdp_qlora.model.shard import (
-    blocks,
-    gathered,
-    local_range,
-    release,
-    set_local,
-    trained_parameters,
-)
+from fsdp_qlora.model.shard import blocks, local_range
 
 if TYPE_CHECKING:
     from fsdp_qlora.model.skeleton import QuantizedModel
@@ -49,8 +43,7 @@ def attach(model: nn.Module, targets: Iterable[Linear], cfg: TrainConfig, world_
         rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
         slots = [LoraSlot(name, linears[name], *rest, has_magnitude) for name in names]
-        numel = body.set_slots(slots)
-        numel = -(-numel // world_size) * world_size
+        numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
 
@@ -74,15 +67,14 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
         for slot, (a_RI, *_) in zip(block.body.slots, block.body.split_lora(whole), strict=True):
             bound = 1 / math.sqrt(slot.linear.in_features)
             a_RI.uniform_(-bound, bound, generator=_generator(seed, f"{index}.{slot.name}"))
-        start, stop = local_range(block.body.lora)
-        set_local(block.body, "lora", whole[start:stop].to(device, block.body.lora.dtype))
+        shard.set_slice(block.body, "lora", whole, device)
         if block.body.slots[0].has_magnitude:
-            gathered(block)
+            shard.gathered(block)
             dtype = next(block.body.layer.parameters()).dtype
             rows = [row_squares(slot.linear.dequantize(dtype)) for slot in block.body.slots]
             block.body.row_squares = torch.cat(rows)
             block.layer_store.cache.clear()  # else a layer would lie there till the first step
-            release(block)
+            shard.release(block)
 
 
 def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.device) -> None:
@@ -121,13 +113,9 @@ def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.
             place.copy_(values)
     shift_magnitudes(model, flats, -1)
     for block, flat in zip(blocks_, flats, strict=True):
-        start, stop = local_range(block.body.lora)
-        set_local(block.body, "lora", flat[start:stop].to(device, block.body.lora.dtype))
+        shard.set_slice(block.body, "lora", flat, device)
     for name in saved:
-        module, attribute = model.tensors[name]
-        start, stop = local_range(getattr(module, attribute))
-        values = places[f"base_model.model.{name}"][start:stop]
-        set_local(module, attribute, values.to(device, getattr(module, attribute).dtype))
+        shard.set_slice(*model.tensors[name], places[f"base_model.model.{name}"], device)
     if model.is_tied:
         model.head.weight = model.embedding.get_parameter("weight")
 
@@ -149,7 +137,7 @@ def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[torch.Tensor]
     Returns:
         Views of those of their elements that are here.
     """
-    local = dict(zip(map(id, trained_parameters(model)), params, strict=True))
+    local = dict(zip(map(id, shard.trained_parameters(model)), params, strict=True))
     found = []
     for body in (block.body for block in blocks(model) if block.body.slots):
         start, stop = local_range(body.lora)

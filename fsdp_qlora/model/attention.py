@@ -46,13 +46,9 @@ class RowBounds(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of a transformers decoder; those of its flash attention, too."""
-        return {
-            "position_ids": self.position_ids,
-            "cu_seq_lens_q": self.bounds,
-            "cu_seq_lens_k": self.bounds,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
-        }
+        bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.bounds)
+        lengths = dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
+        return {"position_ids": self.position_ids, **bounds, **lengths}
 
 
 aten = torch.ops.aten
@@ -131,16 +127,10 @@ def _run(query, key, value, scale, kernel, saved) -> torch.Tensor:
     return out
 
 
-def _cpu(query, key, value, scale) -> tuple[torch.Tensor, ...]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, True, scale=scale
-    )
-
-
-def _cpu_backward(grad_out, query, key, value, out, log_sum, *, scale) -> tuple[torch.Tensor, ...]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, out, log_sum, 0.0, True, scale=scale
-    )
+_cpu = partial(aten._scaled_dot_product_flash_attention_for_cpu, is_causal=True)
+_cpu_backward = partial(
+    aten._scaled_dot_product_flash_attention_for_cpu_backward, dropout_p=0.0, is_causal=True
+)
 
 
 def _flash(query, key, value, scale) -> tuple[torch.Tensor, ...]:
@@ -188,7 +178,7 @@ def _rows_backward(
     )
 
 
-KERNELS = {
+KERNELS: dict[Any, tuple[Callable, Callable]] = {
     "cpu": (_cpu, _cpu_backward),
     SDPBackend.FLASH_ATTENTION: (_flash, _flash_backward),
     SDPBackend.CUDNN_ATTENTION: (_cudnn, _cudnn_backward),
@@ -224,7 +214,7 @@ class SavedAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, scale, kernel, done):
         ctx.set_materialize_grads(False)
         ctx.scale, (forward, ctx.backward_kernel) = scale, kernel
-        results = done or forward(query, key, value, scale)
+        results = done or forward(query, key, value, scale=scale)
         ctx.mark_non_differentiable(*results[1:])
         ctx.save_for_backward(query, key, value, *results)
         return results

@@ -62,9 +62,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_NH, grad_VH, None, None
 
 
-def _loss_and_gradient(
-    logits_NV: torch.Tensor, target_N1: torch.Tensor, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(logits_NV, target_N1, softcap) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss, 0-d, and its gradient, dtype of the logits, with one float32 copy of them.
 
     Gradient of -log softmax(z)[t] to z: softmax(z) - onehot(t).
@@ -105,13 +103,10 @@ class Targets(NamedTuple):
             labels_BT: int64 on the host, -100 = not trained, not shifted.
             device: where the targets go.
         """
-        following = torch.full_like(labels_BT, IGNORE)
-        following[:, :-1] = labels_BT[:, 1:]
-        positions_N = (following.flatten() != IGNORE).nonzero().squeeze(1)
-        tokens_N = following.flatten()[positions_N]
-        return cls(
-            positions_N.to(device, non_blocking=True), tokens_N.to(device, non_blocking=True)
-        )
+        following = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE).flatten()
+        positions_N = (following != IGNORE).nonzero().squeeze(1)
+        parts = positions_N, following[positions_N]
+        return cls(*[part.to(device, non_blocking=True) for part in parts])
 
 
 class LossHead(nn.Module):

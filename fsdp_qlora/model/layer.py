@@ -1,225 +1,173 @@
-"""A decoder layer over its flat bytes: where everything lies in them, the store that reads them.
+"""A decoder layer as it is trained: its adapters, its quantized bytes, and what it recomputes.
 
 Quantized weights and constants of a layer lie one after the other, aligned, in
 `DecoderBlock.quantized`, a 1-D float32 parameter: float32, because FSDP2's copies keep its bits
 (bfloat16 NaN patterns are rewritten), and one, because sharding, offload and gather then cost one
-operation a layer. The linears are views into it.
+operation a layer. The linears are views into it (quantize.LayerStore).
+
+Inputs saved for a recomputation may wait in host memory. On a GPU the copies run on a stream of
+their own: out while the next layers compute, back one layer ahead of the backward pass. The host
+waits for nothing.
 
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from fsdp_qlora.model.checkpointing import Offload, Recomputed, SavedActivations
+from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
-from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot
-from fsdp_qlora.model.quantize import FORMATS, Fields
-from fsdp_qlora.planning.sizes import ALIGN_BYTES, WHOLE_LAYER_BYTES
+from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot, SavedActivations
+from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+class Recomputed(torch.autograd.Function):
+    """run(hidden, *trained), whose backward runs it once more and keeps only its inputs till then.
 
-
-@dataclass(frozen=True)
-class Layout:
-    """Where everything lies in the flat bytes of one decoder layer.
-
-    Attributes:
-        format_name: row of FORMATS.
-        shapes: (O, I) of each linear, in order.
-        weights: (start, stop) byte range of each linear's quantized weight.
-        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
-            the other.
-        elements: name -> (start, stop) element range of each linear within the field.
-        nbytes: length of the flat bytes.
-    """
-
-    format_name: str
-    shapes: tuple[tuple[int, int], ...]
-    weights: tuple[tuple[int, int], ...]
-    fields: dict[str, tuple[torch.dtype, int, int]]
-    elements: dict[str, tuple[tuple[int, int], ...]]
-    nbytes: int
-
-    @cached_property
-    def numels(self) -> tuple[int, ...]:
-        """Weights of each linear."""
-        return tuple(rows * cols for rows, cols in self.shapes)
-
-    @cached_property
-    def num_weights(self) -> int:
-        """Weights of the layer."""
-        return sum(self.numels)
-
-    @cached_property
-    def is_contiguous(self) -> bool:
-        """The layer's weights and constants are those of one long linear, without gaps."""
-        fmt = FORMATS[self.format_name]
-        pairs = zip(self.weights, self.weights[1:], strict=False)
-        return fmt.is_sequential and all(
-            [before[1] == after[0] for before, after in pairs]
-            + [
-                o * i % (f.num_weights * f.multiple) == 0
-                for f in fmt.storage.fields
-                for o, i in self.shapes
-            ]
-        )
-
-
-def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
-    """Lay out the linears of one decoder layer.
+    As torch's reentrant checkpoint, but it hands back the gradients of what is trained instead of
+    accumulating them inside, needs no input that requires one, and is several times cheaper for the
+    host than the non-reentrant one, which sees every saved tensor.
 
     Args:
-        shapes: (out features, in features) of each linear.
-        format_name: row of FORMATS.
+        run: (hidden, *trained) -> tensor or tuple of tensors; called twice.
+        has_dropout: give the second call the random numbers of the first.
+        hidden: [B, T, H].
+        trained: the adapters, or the layer's own parameters; or None.
 
     Returns:
-        The places; a layer of the same shapes has the same.
+        What `run` returns.
     """
-    storage, offset = FORMATS[format_name].storage, 0
-    weights, fields, elements = [], {}, {}
-    for shape in shapes:
-        nbytes = storage.weight_bytes(shape)
-        weights.append((offset, offset + nbytes))
-        offset = _round_up(offset + nbytes, ALIGN_BYTES)
-    for field in storage.fields:
-        ranges, start, dtype = [], 0, getattr(torch, field.dtype)
-        for shape in shapes:
-            stop = start + field.num_elements(shape)
-            ranges.append((start, stop))
-            start = stop
-        elements[field.name] = tuple(ranges)
-        fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
-        offset = _round_up(fields[field.name][2], ALIGN_BYTES)
-    return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
+
+    @staticmethod
+    def forward(ctx, run, has_dropout, hidden, *trained):
+        ctx.run, ctx.random_state = run, None
+        if has_dropout:
+            ctx.random_state = torch.get_rng_state(), *get_device_states(hidden)
+        ctx.save_for_backward(hidden, *trained)
+        return run(hidden, *trained)
+
+    @staticmethod
+    def backward(ctx, *grads_out):
+        saved = ctx.saved_tensors  # asked for once: an input may come from the host
+        hidden = saved[0]
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            None if tensor is None else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(saved, needed, strict=True)
+        ]
+        devices = [hidden.device] if hidden.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=ctx.random_state is not None):
+            if ctx.random_state is not None:
+                torch.set_rng_state(ctx.random_state[0])
+                set_device_states(*ctx.random_state[1:])
+            with torch.enable_grad():
+                outs = ctx.run(*inputs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        pairs = [(o, g) for o, g in zip(outs, grads_out, strict=True) if g is not None]
+        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        grads = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
+        return None, None, *[next(grads) if need else None for need in needed]
 
 
-def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
-    """The constant fields of a layer as typed views of its bytes.
-
-    Args:
-        flat_bytes: uint8 [nbytes].
-        layout: of the layer.
-
-    Returns:
-        Name -> 1-D view in the dtype of the field.
-    """
-    return {
-        name: flat_bytes[start:stop].view(dtype)
-        for name, (dtype, start, stop) in layout.fields.items()
-    }
-
-
-def store_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
-    """Put a quantized linear into its places in the bytes of its layer.
-
-    Args:
-        flat_bytes: uint8 [nbytes], written to; on the device of the arrays.
-        layout: of the layer.
-        index: of the linear.
-        arrays: of the format's `quantize`; emptied of the quantized weight.
-    """
-    start, stop = layout.weights[index]
-    flat_bytes[start:stop] = arrays.pop("weight")
-    fields = view_fields(flat_bytes, layout)
-    for name, values in arrays.items():
-        first = layout.elements[name][index][0]
-        fields[name][first : first + values.numel()] = values
-
-
-# What a layer keeps for its backward: its input alone; also what is expensive to make again
-# (attention, matmuls); everything.
-LEVELS = ("full", "selective", "none")
-
-
-class LayerCache:
-    """What was made of the layer at work, replaced by the next one's.
+class Offload:
+    """The last tensor put away is the first to come back.
 
     Attributes:
-        key: (store, dtype) that it belongs to; () = none.
-        constants: per linear, what the format's `constants` made.
-        weights: the linears, dequantized; None = they are made anew for each matmul.
+        num_copies: tensors put away so far.
     """
 
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget the layer."""
-        self.key: tuple = ()
-        self.constants: list[Sequence[torch.Tensor]] = []
-        self.weights: list[torch.Tensor] | None = None
-
-
-class LayerStore:
-    """Reads one layer's linears out of its flat bytes.
-
-    Attributes:
-        read: gives the bytes of the whole layer on the device of the rank: FSDP's gathered
-            parameter, or what a placement puts here.
-        layout: of the bytes.
-        cache: shared by all layers of the model.
-        format: row of FORMATS.
-    """
-
-    def __init__(self, read: Callable[[], torch.Tensor], layout: Layout, cache: LayerCache) -> None:
-        self.read, self.layout, self.cache = read, layout, cache
-        self.format = FORMATS[layout.format_name]
-        self._viewed: torch.Tensor | None = None
-
-    def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        """Dequantize one linear, or all of a small layer, which then serve until another layer.
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        """Make room as it is needed.
 
         Args:
-            index: of the linear in the layer.
-            dtype: of the result.
-
-        Returns:
-            weight_OI, on the device of the bytes.
+            device: of the rank.
+            nbytes: of the largest tensor that is expected.
         """
-        cache = self.cache
-        if cache.key != (id(self), dtype):
-            self._dequantize_layer(dtype)
-        if cache.weights is not None:
-            return cache.weights[index]
-        return self._dequantize(index, dtype)
+        self.num_copies = 0
+        self._device, self._nbytes = device, nbytes
+        self._rooms: list[placement.HostBytes] = []
+        self._stack: list[torch.Tensor] = []  # on the host
+        self._fetched: dict[int, tuple[torch.Tensor, Any]] = {}  # and when they have arrived
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        start, stop = self.layout.weights[index]
-        quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
-        return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it holds."""
+        return sum(room.bytes.nbytes for room in self._rooms)
 
-    def _dequantize_layer(self, dtype: torch.dtype) -> None:
-        flat, layout, cache = self.read(), self.layout, self.cache
-        if flat is not self._viewed:
-            # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
-            # streaming a layer comes to the same slot again and again: views stay good.
-            self._viewed = flat
-            self._bytes = flat.detach().view(torch.uint8)
-            self._fields = view_fields(self._bytes, layout)
-        cache.clear()  # before the next weights are allocated
-        tensors = self.format.constants(self._fields, dtype)
-        cache.key = (id(self), dtype)
-        is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
-        if is_small and layout.is_contiguous:
-            quantized = self._bytes[: layout.weights[-1][1]]
-            flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)
-            parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
-            cache.weights = [part.view(shape) for part, shape in parts]
+    def saving(self, hidden: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+        """Context in which autograd keeps `hidden` on the host; other tensors stay where they are.
+
+        Args:
+            hidden: [B, T, H], the input of a layer that keeps it for its backward, and that alone.
+        """
+        where = hidden.data_ptr(), hidden.shape
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
+            if (tensor.data_ptr(), tensor.shape) != where:
+                return tensor
+            depth = self._put(tensor.detach())
+            return lambda: self._take(depth)
+
+        def unpack(packed: Any) -> torch.Tensor:
+            return packed if isinstance(packed, torch.Tensor) else packed()
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+    def _put(self, tensor: torch.Tensor) -> int:
+        depth = len(self._stack)
+        copy = self._room(depth, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        if self._copies is None:
+            copy.copy_(tensor)
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):
+                copy.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self._copies)
+        self._stack.append(copy)
+        self.num_copies += 1
+        return depth
+
+    def _room(self, depth: int, nbytes: int) -> torch.Tensor:
+        if depth < len(self._rooms) and self._rooms[depth].bytes.numel() < nbytes:
+            if self._copies is not None:
+                self._copies.synchronize()  # the last step may still be reading
+            del self._rooms[depth:]
+        if depth == len(self._rooms):
+            room = placement.private(max(nbytes, self._nbytes), self._copies is not None)
+            self._rooms.append(room)
+        return self._rooms[depth].bytes[:nbytes]
+
+    def _take(self, depth: int) -> torch.Tensor:
+        assert depth == len(self._stack) - 1, "saved inputs are asked for in another order"
+        self._fetch(depth)
+        if depth:
+            self._fetch(depth - 1)
+        self._stack.pop()
+        found, arrived = self._fetched.pop(depth)
+        if arrived is not None:
+            torch.cuda.current_stream().wait_event(arrived)
+        return found
+
+    def _fetch(self, depth: int) -> None:
+        if depth in self._fetched:
             return
-        sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
-        split = [tensor.split(sizes) for tensor in tensors]
-        cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
-        if is_small and not self.format.is_sequential:
-            cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
+        # Made in the stream that computes: its memory is free once what uses it has run there.
+        copy, arrived = self._stack[depth], None
+        fetched = torch.empty_like(copy, device=self._device)
+        if self._copies is None:
+            fetched.copy_(copy)
+        else:
+            self._copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._copies):
+                fetched.copy_(copy, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record()
+        self._fetched[depth] = fetched, arrived
 
 
 class TrainedLayer(nn.Module):
@@ -234,7 +182,7 @@ class TrainedLayer(nn.Module):
             the order of the slots; None until adapters.initialise gives it.
         store: of the bytes of its linears; None when it is trained whole.
         slots: the adapted linears, in the order of the store.
-        level: row of LEVELS.
+        level: row of planning.sizes.LEVELS.
         is_reentrant: recompute with torch's older checkpoint.
         is_whole: its own parameters are trained, nothing is quantized.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
@@ -325,13 +273,11 @@ class TrainedLayer(nn.Module):
             return ()
         return self.row_squares.split([slot.linear.out_features for slot in self.slots])
 
-    def run(
-        self, saved: SavedActivations | None, hidden, lora, args: tuple, kwargs: dict, params=None
-    ):
+    def run(self, saved, hidden, lora, args: tuple, kwargs: dict, params=None):
         """Run the layer as it is.
 
         Args:
-            saved: where its results are stored or taken from, or None.
+            saved: SavedActivations where its results are stored or taken from, or None.
             hidden, args, kwargs: of `forward`.
             lora: stands for `self.lora`.
             params: name in `layer` -> tensor that stands for the parameter; None = none does.

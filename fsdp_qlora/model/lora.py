@@ -20,7 +20,27 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fsdp_qlora.model.checkpointing import SavedActivations
+
+class SavedActivations:
+    """Results of a layer's forward pass that its recomputation takes over instead of making them.
+
+    The first run over the layer stores them in order, the second takes them in the same order.
+
+    Attributes:
+        is_replay: the second run is under way.
+    """
+
+    def __init__(self) -> None:
+        self.is_replay = False
+        self._results: list[tuple[torch.Tensor, ...]] = []
+
+    def store(self, *tensors: torch.Tensor) -> None:
+        """Keep the next results; they must not be written to afterwards."""
+        self._results.append(tensors)
+
+    def take(self) -> tuple[torch.Tensor, ...]:
+        """The next results, forgotten here."""
+        return self._results.pop(0)
 
 
 class LoraMatmul(torch.autograd.Function):
@@ -58,9 +78,7 @@ class LoraMatmul(torch.autograd.Function):
             ctx.mark_non_differentiable(passed)
         if outputs is None:
             parts = hidden_MR.split([b_OR.shape[1] for b_OR in b_ORs], 1)
-            outputs = [
-                _scaled(part, b_OR.t(), scale) for part, b_OR in zip(parts, b_ORs, strict=True)
-            ]
+            outputs = [_scaled(part, b.t(), scale) for part, b in zip(parts, b_ORs, strict=True)]
         return passed, *outputs
 
     @staticmethod
@@ -133,9 +151,7 @@ class FrozenMatmul(torch.autograd.Function):
         return grad_x, None, None, None, *[grad if needed else None for grad, needed in deltas]
 
 
-def _matmul(
-    x_MI: torch.Tensor, linear, delta_MO: torch.Tensor | None, a_RI: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _matmul(x_MI, linear, delta_MO, a_RI) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight_OI = linear.dequantize(x_MI.dtype)
     out_MO = x_MI @ weight_OI.t() if delta_MO is None else delta_MO.addmm_(x_MI, weight_OI.t())
     if a_RI is not None:
@@ -187,13 +203,7 @@ def row_squares(weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def row_norms(
-    squares_O: torch.Tensor,
-    weight_a_OR: torch.Tensor,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+def row_norms(squares_O, weight_a_OR, a_RI, b_OR, scale: float) -> torch.Tensor:
     """Lengths of the rows of W + s B A, without that matrix.
 
     ||w + s b A||^2 = ||w||^2 + 2 s (A w) . b + s^2 b (A A^T) b^T for a row w of W and b of B.
@@ -212,82 +222,12 @@ def row_norms(
     return (squares_O + crossed_OR.mul_(b_OR).sum(1)).clamp_min_(1e-30).sqrt_()
 
 
-def dora_outputs(
-    x: torch.Tensor,
-    linears: Sequence["QuantizedLinear"],
-    adapter: "Adapter",
-    saved: SavedActivations | None,
-) -> list[torch.Tensor]:
-    """y_MO of linears that read the same input, some of them with an adapter.
-
-    Args:
-        x: [..., I].
-        linears: in the order of the store.
-        adapter: with magnitudes.
-        saved: where outputs and lengths are stored or taken from, or None.
-    """
-    if adapter.dropout and linears[0].training:
-        return _dropped_outputs(x, linears, adapter)
-    own = adapter.linears
-    done = saved.take() if saved is not None and saved.is_replay else None
-    a_RIs = dict(zip(own, adapter.a_RI.split([b.shape[1] for b in adapter.b_ORs]), strict=True))
-    deltas: dict[QuantizedLinear, torch.Tensor | None] = dict.fromkeys(linears)
-    deltas |= zip(linears, done or (), strict=False)
-    given = None if done is None else [deltas[linear] for linear in own]
-    x, *made = LoraMatmul.apply(x, None, adapter.a_RI, adapter.scale, given, *adapter.b_ORs)
-    deltas |= zip(own, made, strict=True)
-    asides = [a_RIs.get(linear) for linear in linears]
-    outputs = FrozenMatmul.apply(x, linears, asides, done is not None, *deltas.values())
-    made_of = dict(zip(linears, outputs, strict=False))
-    if done is not None:
-        norms_O = list(done[len(linears) :])
-    else:
-        sides = [side for side in outputs[len(linears) :] if side is not None]
-        rest = zip(adapter.squares_O, sides, a_RIs.values(), adapter.b_ORs, strict=True)
-        norms_O = [row_norms(*parts, adapter.scale) for parts in rest]
-    if saved is not None and done is None:
-        # What has no adapter is handed out as it is, and Liger's rotary kernel writes into it.
-        safe = [z.detach() if n in a_RIs else z.detach().clone() for n, z in made_of.items()]
-        saved.store(*safe, *norms_O)
-    for linear, *parts in zip(own, adapter.changes_O, adapter.squares_O, norms_O, strict=True):
-        made_of[linear] = _rescaled(made_of[linear], linear.bias, *parts)
-    return list(made_of.values())
-
-
-def _dropped_outputs(
-    x: torch.Tensor, linears: Sequence["QuantizedLinear"], adapter: "Adapter"
-) -> list[torch.Tensor]:
-    """As peft: the base sees x, what DoRA changes in it sees x after dropout; two matmuls."""
-    a_RIs = adapter.a_RI.split([b.shape[1] for b in adapter.b_ORs])
-    own = dict(zip(adapter.linears, range(len(a_RIs)), strict=True))
-    outs = []
-    for linear in linears:
-        if linear not in own:
-            outs += FrozenMatmul.apply(x, (linear,), (), False, None)
-            continue
-        i = own[linear]
-        a_RI, b_OR, scale = a_RIs[i], adapter.b_ORs[i], adapter.scale
-        dropped = nn.functional.dropout(x, adapter.dropout)
-        (rest,) = FrozenMatmul.apply(x - dropped, (linear,), (), False, None)
-        dropped, delta = LoraMatmul.apply(dropped, None, a_RI, scale, None, b_OR)
-        output, aside = FrozenMatmul.apply(dropped, (linear,), (a_RI,), False, delta)
-        square_O, change_O = adapter.squares_O[i], adapter.changes_O[i]
-        norm_O = row_norms(square_O, aside, a_RI, b_OR, scale)
-        outs.append(rest + _rescaled(output, None, change_O, square_O, norm_O))
-    return outs
-
-
-def _rescaled(
-    z_MO: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    change_O: torch.Tensor,
-    square_O: torch.Tensor,
-    norm_O: torch.Tensor,
-) -> torch.Tensor:
+def _rescaled(z_MO, bias_O, change_O, square_O, norm_O) -> torch.Tensor:
     gain_O = (square_O.sqrt() - norm_O + change_O.float()) / norm_O
     return Rescaled.apply(z_MO, gain_O, bias_O)
 
 
+Dequantize = Callable[[torch.dtype], torch.Tensor]
 # Linears of one module that read the same tensor, by their last name.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -340,6 +280,11 @@ class Adapter(NamedTuple):
     changes_O: Sequence[torch.Tensor] = ()
     squares_O: Sequence[torch.Tensor] = ()
 
+    @property
+    def a_RIs(self) -> Sequence[torch.Tensor]:
+        """A of each."""
+        return self.a_RI.split([b_OR.shape[1] for b_OR in self.b_ORs])
+
 
 class InputGroup:
     """Linears of a layer that read the same input: the first one asked computes all of them.
@@ -384,23 +329,24 @@ class InputGroup:
         self._outs = {}
 
     def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        if self.adapter is not None and self.adapter.changes_O:
-            return dora_outputs(x, self.linears, self.adapter, self.saved)
+        adapter, saved = self.adapter, self.saved
+        done: Sequence[torch.Tensor] | None = None
+        if adapter is not None and adapter.changes_O:
+            has_dropout = adapter.dropout and self.linears[0].training
+            return self._dropped(x, adapter) if has_dropout else self._rescale(x, adapter)
         if self.is_skipped:
             shape = x.shape[:-1].numel()
-            empty = [x.new_empty(shape, linear.out_features) for linear in self.linears]
-            return FrozenMatmul.apply(*self._adapt(x, empty))
-        if self.saved is None:
-            return FrozenMatmul.apply(*self._adapt(x, None))
-        if self.saved.is_replay:
-            return FrozenMatmul.apply(*self._adapt(x, self.saved.take()))
-        outs = FrozenMatmul.apply(*self._adapt(x, None))
-        # Copies where Liger's rotary kernel will write into the outputs.
-        is_written_to = len(self.linears) == len(SHARED_INPUTS[0])
-        self.saved.store(*[out.detach().clone() if is_written_to else out.detach() for out in outs])
+            done = [x.new_empty(shape, linear.out_features) for linear in self.linears]
+        elif saved is not None and saved.is_replay:
+            done = saved.take()
+        outs = FrozenMatmul.apply(*self._adapt(x, done))
+        if saved is not None and done is None:
+            # Copies where Liger's rotary kernel will write into the outputs.
+            is_written_to = len(self.linears) == len(SHARED_INPUTS[0])
+            saved.store(*[out.detach().clone() if is_written_to else out.detach() for out in outs])
         return outs
 
-    def _adapt(self, x: torch.Tensor, done: Sequence[torch.Tensor] | None) -> tuple:
+    def _adapt(self, x: torch.Tensor, done: Sequence | None, asides: Sequence = ()) -> tuple:
         """The arguments of FrozenMatmul."""
         deltas: dict[QuantizedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
         deltas |= zip(self.linears, done or (), strict=False)
@@ -408,14 +354,54 @@ class InputGroup:
             linears, a_RI, b_ORs, scale, dropout, *_ = self.adapter
             outputs = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
-                for i, a in enumerate(a_RI.split([b.shape[1] for b in b_ORs])):
+                for i, a in enumerate(self.adapter.a_RIs):
                     lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
                     output = None if outputs is None else outputs[i : i + 1]
                     x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, scale, output, b_ORs[i])
             else:
                 x, *made = LoraMatmul.apply(x, None, a_RI, scale, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
-        return x, self.linears, (), done is not None, *deltas.values()
+        return x, self.linears, asides, done is not None, *deltas.values()
+
+    def _rescale(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
+        """DoRA: lengths are stored or taken with the outputs."""
+        own, saved, num = adapter.linears, self.saved, len(self.linears)
+        done = saved.take() if saved is not None and saved.is_replay else None
+        a_RIs = dict(zip(own, adapter.a_RIs, strict=True))
+        asides = [a_RIs.get(linear) for linear in self.linears]
+        outputs = FrozenMatmul.apply(*self._adapt(x, done, asides))
+        made_of = dict(zip(self.linears, outputs, strict=False))
+        if done is not None:
+            norms_O = list(done[num:])
+        else:
+            sides = [side for side in outputs[num:] if side is not None]
+            rest = zip(adapter.squares_O, sides, adapter.a_RIs, adapter.b_ORs, strict=True)
+            norms_O = [row_norms(*parts, adapter.scale) for parts in rest]
+        if saved is not None and done is None:
+            # What has no adapter is handed out as it is, and Liger's rotary kernel writes into it.
+            safe = [z.detach() if n in a_RIs else z.detach().clone() for n, z in made_of.items()]
+            saved.store(*safe, *norms_O)
+        for linear, *parts in zip(own, adapter.changes_O, adapter.squares_O, norms_O, strict=True):
+            made_of[linear] = _rescaled(made_of[linear], linear.bias, *parts)
+        return list(made_of.values())
+
+    def _dropped(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
+        """DoRA as peft: the base sees x, what changes in it sees x after dropout; two matmuls."""
+        columns = adapter.a_RIs, adapter.b_ORs, adapter.changes_O, adapter.squares_O
+        own = dict(zip(adapter.linears, zip(*columns, strict=True), strict=True))
+        outs = []
+        for linear in self.linears:
+            if linear not in own:
+                outs += FrozenMatmul.apply(x, (linear,), (), False, None)
+                continue
+            a_RI, b_OR, change_O, square_O = own[linear]
+            dropped = nn.functional.dropout(x, adapter.dropout)
+            (rest,) = FrozenMatmul.apply(x - dropped, (linear,), (), False, None)
+            dropped, delta = LoraMatmul.apply(dropped, None, a_RI, adapter.scale, None, b_OR)
+            output, aside = FrozenMatmul.apply(dropped, (linear,), (a_RI,), False, delta)
+            norm_O = row_norms(square_O, aside, a_RI, b_OR, adapter.scale)
+            outs.append(rest + _rescaled(output, None, change_O, square_O, norm_O))
+        return outs
 
 
 class QuantizedLinear(nn.Module):
@@ -430,9 +416,7 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     group: InputGroup
 
-    def __init__(
-        self, linear: nn.Linear, dequantize: Callable[[torch.dtype], torch.Tensor]
-    ) -> None:
+    def __init__(self, linear: nn.Linear, dequantize: Dequantize) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.out_features, linear.in_features
         self.register_parameter("bias", linear.bias)
@@ -465,3 +449,56 @@ def group_linears(linears: dict[str, QuantizedLinear]) -> list[InputGroup]:
         shared = next((row for row in SHARED_INPUTS if last in row), (last,))
         groups.setdefault((parent, *shared), []).append(linear)
     return [InputGroup(members) for members in groups.values()]
+
+
+class ExpertLinear(NamedTuple):
+    """A frozen matrix of one expert, as FrozenMatmul wants it.
+
+    Attributes:
+        dequantize: dtype -> the frozen weight_OI, made anew.
+        bias: none.
+    """
+
+    dequantize: Dequantize
+    bias: None = None
+
+
+class QuantizedExperts(nn.Module):
+    """The experts of a layer; nothing of their weights is saved for the backward pass.
+
+    transformers holds them in two 3-D parameters, which no 4-bit linear replaces; files hold a
+    matrix for each projection of each expert, and so do we.
+
+    Attributes:
+        experts: gate, up and down of each.
+        act_fn: on the gate.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[ExpertLinear]], act_fn: nn.Module) -> None:
+        super().__init__()
+        self.experts, self.act_fn = experts, act_fn
+
+    def forward(
+        self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum what the chosen experts make of each token.
+
+        Letters: M tokens, K experts a token goes to, H hidden size.
+
+        Args:
+            hidden_MH: compute dtype.
+            top_k_index, top_k_weights: [M, K], the experts of each token and their shares.
+
+        Returns:
+            [M, H].
+        """
+        out_MH = torch.zeros_like(hidden_MH)
+        for number in top_k_index.unique().tolist():
+            gate, up, down = self.experts[number]
+            tokens, place = torch.where(top_k_index == number)
+            gated, raised = FrozenMatmul.apply(hidden_MH[tokens], (gate, up), (), False, None, None)
+            product = self.act_fn(gated) * raised
+            (made,) = FrozenMatmul.apply(product, (down,), (), False, None)
+            made = made * top_k_weights[tokens, place, None]
+            out_MH = out_MH.index_add(0, tokens, made.to(out_MH.dtype))
+        return out_MH

@@ -1,42 +1,193 @@
-"""Where the quantized bytes of each decoder layer lie between their uses."""
+"""Where the quantized bytes of each decoder layer lie between their uses, and weight streaming.
+
+Streamed layers lie in host memory, and whole layers are copied to the GPU one layer ahead. The
+memory is a rank's own, or one copy for all ranks of a machine. `torch.pin_memory` rounds every
+block to a power of two; registering a mapping does not.
+"""
 
 import dataclasses
+import mmap
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
+import torch
+
+from fsdp_qlora.arch import ModelInfo, trained
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
-from fsdp_qlora.model import streaming
-from fsdp_qlora.model.layer import DecoderBlock, Layout
-from fsdp_qlora.model.streaming import Streamer
 from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of
 
+# Where a layer's bytes lie -> what that means, for the user.
+PLACEMENTS = {
+    "sharded": "sharded over the ranks",
+    "offloaded": "sharded over the ranks, slices on the host",
+    "streamed": "streamed from the host",
+    "resident": "whole on every rank",
+    "trained": "trained themselves, nothing quantized",
+}
+GROUPS = ("sharded", "offloaded")  # an FSDP group: a slice on every rank, gathered for use
 
-@dataclass(frozen=True)
-class Placement:
-    """A row of PLACEMENTS.
+
+class HostBytes:
+    """One block of host memory, pinned at its exact size where there is a GPU.
 
     Attributes:
-        is_group: the bytes are an FSDP group, a slice on every rank, gathered for use.
-        is_on_host: they lie in host memory.
-        meaning: for the user.
+        bytes: uint8 [nbytes].
+        pinned_bytes: nbytes, or 0.
     """
 
-    is_group: bool
-    is_on_host: bool
-    meaning: str
+    def __init__(self, mapping: mmap.mmap, pin: bool) -> None:
+        """Take over a mapping.
+
+        Args:
+            mapping: the memory; it lives as long as `bytes` or a view of it.
+            pin: page-lock it.
+
+        Raises:
+            UserError: it cannot be pinned (code 3).
+        """
+        self.bytes = torch.frombuffer(mapping, dtype=torch.uint8)
+        self.pinned_bytes = len(mapping) if pin else 0
+        if not pin:
+            return
+        cudart, address = torch.cuda.cudart(), self.bytes.data_ptr()
+        if int(cudart.cudaHostRegister(address, len(mapping), 0)):
+            got = f"{len(mapping) / GIB:.1f} GiB of host memory could not be pinned"
+            rule = "offloaded weights are copied to the GPU from pinned memory"
+            remedy = "raise the limit (ulimit -l unlimited) or free host memory; "
+            raise UserError(got, rule, remedy + "or --use_cpu_offload false", ENVIRONMENT)
+        # The driver must forget the pages before another mapping gets their address.
+        release = weakref.finalize(mapping, cudart.cudaHostUnregister, address)
+        release.atexit = False
 
 
-PLACEMENTS = {
-    "sharded": Placement(True, False, "sharded over the ranks"),
-    "offloaded": Placement(True, True, "sharded over the ranks, slices on the host"),
-    "streamed": Placement(False, True, "streamed from the host"),
-    "resident": Placement(False, False, "whole on every rank"),
-    "trained": Placement(False, False, "trained themselves, nothing quantized"),
-}
+def private(nbytes: int, pin: bool) -> HostBytes:
+    """Memory of this process alone.
+
+    Args:
+        nbytes: its size.
+        pin: page-lock it.
+    """
+    return HostBytes(mmap.mmap(-1, nbytes), pin)
+
+
+def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]:
+    """Memory that all ranks of one machine see.
+
+    It has no name anywhere (Linux: memfd), so that nothing is left behind however the ranks end,
+    and no limit of /dev/shm applies, only that of the machine or container.
+
+    Args:
+        nbytes: its size.
+        pin: page-lock it, each rank for itself.
+        world: the ranks, on one machine; all must call.
+
+    Returns:
+        Why there is none, the same on every rank, or ""; and the memory.
+    """
+    memory: HostBytes | None = None
+    refusal, fd, place = "", -1, ""
+    try:
+        if world.rank == 0:
+            fd = os.memfd_create("fsdp_qlora")
+            os.ftruncate(fd, nbytes)
+            place = f"/proc/{os.getpid()}/fd/{fd}"
+    except (OSError, AttributeError) as error:
+        refusal = f"no shared memory: {error}"
+    place = world.gather_objects(place)[0]
+    try:
+        if world.rank != 0 and place:
+            fd = os.open(place, os.O_RDWR)
+        if fd >= 0 and place:
+            memory = HostBytes(mmap.mmap(fd, nbytes), pin)
+    except OSError as error:
+        refusal = f"rank {world.rank} cannot map the memory of rank 0: {error}"
+    except UserError as error:
+        refusal = error.got
+    refusals = [text for text in world.gather_objects(refusal) if text]  # all have opened it now
+    if fd >= 0:
+        os.close(fd)
+    return (refusals[0], None) if refusals else ("", memory)
+
+
+class Streamer:
+    """The slots of one GPU (or of a CPU rank, which copies too, but in line).
+
+    Every layer has its slot (its number modulo the number of slots), so neighbours never share one.
+    Whoever reads a layer says by that where the computation is: forward, recomputation and
+    backward, with or without checkpointing, evaluation, generation alike. The layers that come next
+    in the direction of travel are fetched into the slots that have just become free, on a stream of
+    their own. The host waits for nothing. At the turn from forward to backward, and from a step to
+    the next, the slots hold what is needed first.
+
+    Attributes:
+        sources: uint8 [nbytes] of each streamed layer, on the host; given after the slots are made.
+        slots: uint8 [nbytes] each, on the device.
+        num_copies: layers copied so far.
+    """
+
+    def __init__(self, num_layers: int, nbytes: int, num_slots: int, device: torch.device) -> None:
+        """Allocate the slots.
+
+        Args:
+            num_layers: that are streamed.
+            nbytes: of a layer.
+            num_slots: at least 2: one at work, the others being filled.
+            device: of the rank.
+        """
+        self.sources: Sequence[torch.Tensor] = ()
+        self.num_layers = num_layers
+        self.slots = [
+            torch.empty(nbytes, dtype=torch.uint8, device=device)
+            for _ in range(min(num_slots, num_layers))
+        ]
+        self.num_copies = 0
+        self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
+        self._at = -1  # the layer read last
+        self._is_cuda = device.type == "cuda"
+        if self._is_cuda:
+            self._copies = torch.cuda.Stream(device)
+            self._filled = [torch.cuda.Event() for _ in self.slots]
+
+    def read(self, layer: int) -> torch.Tensor:
+        """The bytes of a layer, valid for what is computed until another layer is read.
+
+        Args:
+            layer: index into `sources`.
+
+        Returns:
+            Its slot, uint8 [nbytes].
+        """
+        if layer != self._at:
+            self._travel_to(layer)
+        return self.slots[layer % len(self.slots)]
+
+    def _travel_to(self, layer: int) -> None:
+        step = 1 if layer == (self._at + 1) % self.num_layers else -1
+        self._at = layer
+        for ahead in range(len(self.slots)):
+            self._fetch(layer + step * ahead)
+        if self._is_cuda:
+            torch.cuda.current_stream().wait_event(self._filled[layer % len(self.slots)])
+
+    def _fetch(self, layer: int) -> None:
+        slot = layer % len(self.slots)
+        if not 0 <= layer < self.num_layers or self._held[slot] == layer:
+            return
+        self._held[slot] = layer
+        self.num_copies += 1
+        if not self._is_cuda:
+            self.slots[slot].copy_(self.sources[layer])
+            return
+        # What used the slot so far has been enqueued: this layer is another, and it was read later.
+        self._copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copies):
+            self.slots[slot].copy_(self.sources[layer], non_blocking=True)
+            self._filled[slot].record()
 
 
 @dataclass
@@ -53,45 +204,23 @@ class Placed:
     names: tuple[str, ...]
     note: str
     streamer: Streamer | None = None
-    memory: streaming.HostBytes | None = field(default=None, repr=False)
+    memory: HostBytes | None = field(default=None, repr=False)
 
     def layers(self, name: str) -> list[int]:
         """Numbers of the layers with a placement."""
         return [layer for layer, own in enumerate(self.names) if own == name]
 
-    @property
-    def rows(self) -> list[Placement]:
-        """The placement of each layer."""
-        return [PLACEMENTS[name] for name in self.names]
-
-    def attach(self, blocks: Sequence[DecoderBlock]) -> None:
-        """Let layers with weight streaming read their slots; they have no parameter any more.
-
-        Args:
-            blocks: of a model on the meta device.
-        """
-        for number, layer in enumerate(self.layers("streamed")):
-            assert self.streamer is not None
-            blocks[layer].quantized = None  # type: ignore[assignment]
-            blocks[layer].layer_store.read = partial(self.streamer.read, number)
-
 
 def choose(
-    layout: Layout,
-    num_layers: int,
-    cfg: TrainConfig,
-    has_cache: bool,
-    world: World,
-    whole: Sequence[int] = (),
+    info: ModelInfo, cfg: TrainConfig, layer_bytes: int, has_cache: bool, world: World
 ) -> Placed:
     """Place the layers; take the host memory that weight streaming needs before anything is read.
 
     Args:
-        layout: of the quantized bytes of a layer.
-        num_layers: decoder layers.
-        cfg: see plan.sizes.setting_of; offload_impl "auto" is stream on one machine where memory
-            can be shared, else fsdp.
-        whole: layers that are trained themselves.
+        info: the model.
+        cfg: see planning.sizes.setting_of; offload_impl "auto" is stream on one machine where
+            memory can be shared, else fsdp.
+        layer_bytes: quantized, of a layer.
         has_cache: there is a copy on disk, to map what the host has no room for.
         world: the ranks; all must call and decide the same.
 
@@ -101,11 +230,12 @@ def choose(
     Raises:
         UserError: streaming was asked for and cannot be, or the host has no room (code 3).
     """
-    names = setting_of(cfg, num_layers, world.size, whole).placements
+    whole = trained.whole(info, cfg).layers
+    names = setting_of(cfg, info.num_layers, world.size, whole).placements
     num_streamed = names.count("streamed")
     if not num_streamed:
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
-    nbytes = num_streamed * layout.nbytes
+    nbytes = num_streamed * layer_bytes
     refusal, memory = _host_copy(nbytes, cfg, has_cache, world)
     if refusal and cfg.offload_impl == "stream":
         got, remedy = f"--offload_impl stream: {refusal}", "use --offload_impl fsdp"
@@ -113,13 +243,13 @@ def choose(
         raise UserError(got, rule, remedy, ENVIRONMENT)
     if refusal:
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
-        names = setting_of(by_fsdp, num_layers, world.size, whole).placements
+        names = setting_of(by_fsdp, info.num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
     num_slots = NUM_SLOTS + ("resident" in names)
-    streamer = Streamer(num_streamed, layout.nbytes, num_slots, world.device)
+    streamer = Streamer(num_streamed, layer_bytes, num_slots, world.device)
     place = " (mapped from the cache: the host has no room for a copy)"
     if memory is not None:
-        streamer.sources = memory.bytes.split(layout.nbytes)
+        streamer.sources = memory.bytes.split(layer_bytes)
         pinned = "pinned, " if memory.pinned_bytes else ""
         place = f" (one copy for all ranks, {pinned}{nbytes / GIB:.2f} GiB)"
     return Placed(names, _note(names, place), streamer, memory)
@@ -127,7 +257,7 @@ def choose(
 
 def _host_copy(
     nbytes: int, cfg: TrainConfig, has_cache: bool, world: World
-) -> tuple[str, streaming.HostBytes | None]:
+) -> tuple[str, HostBytes | None]:
     """(why weights cannot be streamed or "", the memory or None for mapped files)."""
     if world.size != world.local_size:
         return "the ranks are on several machines", None
@@ -136,12 +266,9 @@ def _host_copy(
         return "", None
     if shortage:
         got = f"{nbytes / GIB:.1f} GiB of quantized layers on the host"
-        remedy = (
-            "free host memory, give --resident_layers N, or let --quant_cache keep them on disk"
-        )
+        remedy = "free host memory, give --resident_layers, or let --quant_cache keep them on disk"
         raise UserError(got, f"only {shortage}", remedy, ENVIRONMENT)
-    memory = streaming.shared(nbytes, world.device.type == "cuda", world)
-    return (memory, None) if isinstance(memory, str) else ("", memory)
+    return shared(nbytes, world.device.type == "cuda", world)
 
 
 def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
@@ -161,5 +288,5 @@ def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
 
 def _note(names: Sequence[str], why: str) -> str:
     counts = {name: names.count(name) for name in PLACEMENTS if name in names}
-    parts = [f"{count} layers {PLACEMENTS[name].meaning}" for name, count in counts.items()]
+    parts = [f"{count} layers {PLACEMENTS[name]}" for name, count in counts.items()]
     return ", ".join(parts) + why

@@ -12,11 +12,12 @@ Shape letters: O out features, I in features, N = O*I weights of a linear.
 Source: mobiusml/hqq, hqq/core/bitpack.py and quantize.py (Quantizer.dequantize).
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib import import_module
 from types import ModuleType
 
@@ -24,46 +25,29 @@ import torch
 
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
 from fsdp_qlora.planning.sizes import FORMATS as STORAGES
-from fsdp_qlora.planning.sizes import PER_WORD, Storage
 
 
-def dequantize_hqq(
-    quantized: torch.Tensor,
-    constants: Sequence[torch.Tensor],
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    storage: Storage,
-) -> torch.Tensor:
-    """Dequantize one linear to the bits of hqq's own dequantization.
+def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> torch.Tensor:
+    """The bits of hqq's own dequantization.
 
     As there, difference and product are rounded to the wider one of the compute dtype and the
-    dtype of the constants; what is wider than the compute dtype is then rounded to it.
-
-    Args:
-        quantized: uint8, 1-D.
-        constants: zero and scale of each group, as stored.
-        shape: (O, I).
-        dtype: of the result.
-        storage: bits, group size and axis.
-
-    Returns:
-        weight_OI.
+    dtype of the constants (zero and scale of each group, as stored); what is wider than the compute
+    dtype is then rounded to it.
     """
-    zero, scale = constants
+    (zero, scale), bits = constants, storage.weight_bits
     cols = storage.group_size if storage.axis else math.prod(shape) // storage.group_size
     rows = math.prod(shape) // cols
-    words = quantized.view(torch.int32 if storage.weight_bits == 3 else torch.uint8).view(-1, cols)
+    words = quantized.view(torch.int32 if bits == 3 else torch.uint8).view(-1, cols)
     math_dtype = torch.promote_types(dtype, zero.dtype)
     kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
         out = torch.empty(rows, cols, dtype=dtype, device=quantized.device)
-        kernel.dequantize_hqq(
-            words, zero, scale, out, storage.weight_bits, storage.axis, math_dtype
-        )
+        kernel.dequantize_hqq(words, zero, scale, out, bits, storage.axis, math_dtype)
         return out.view(*shape)
     zero, scale = (part.unsqueeze(storage.axis) for part in constants)
-    values = _values(words, storage.weight_bits, math_dtype)[:rows]
+    values = _values(words, bits, math_dtype)[:rows]
     return values.sub_(zero).mul_(scale).view(*shape).to(dtype)
 
 
@@ -85,8 +69,6 @@ def triton_kernels() -> ModuleType | None:
 
 
 Fields = dict[str, torch.Tensor]
-NESTED_BLOCK = NESTED  # constants that share one second-level constant in double quantization
-GROUP_SIZE = GROUP  # weights of a bitsandbytes block
 
 
 @dataclass(frozen=True)
@@ -129,13 +111,9 @@ def import_bitsandbytes():
 
 def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:
     bnb = import_bitsandbytes()
-    quantized, state = bnb.quantize_4bit(
-        weight_OI.contiguous(),
-        blocksize=GROUP_SIZE,
-        quant_type=quant_type,
-        compress_statistics=double,
-        quant_storage=torch.uint8,
-    )
+    settings = {"blocksize": GROUP, "quant_type": quant_type, "quant_storage": torch.uint8}
+    settings["compress_statistics"] = double
+    quantized, state = bnb.quantize_4bit(weight_OI.contiguous(), **settings)
     if not double:
         return {"weight": quantized.view(-1), "absmax": state.absmax}
     nested = state.state2.absmax
@@ -190,11 +168,11 @@ def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]
     kernel = triton_kernels() if nested.is_cuda else None
     if kernel is not None:
         offset = fields["offset"]
-        return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED_BLOCK),)
+        return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED),)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        fields["qabsmax"], nested, code, NESTED_BLOCK, torch.float32
+        fields["qabsmax"], nested, code, NESTED, torch.float32
     )
-    absmax.view(-1, NESTED_BLOCK).add_(fields["offset"].unsqueeze(1))
+    absmax.view(-1, NESTED).add_(fields["offset"].unsqueeze(1))
     return (absmax,)
 
 
@@ -210,7 +188,7 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
     codes = torch.arange(16, dtype=torch.uint8, device=device).mul_(16).view(-1, 1)
     ones = torch.ones(1, device=device)
     pairs = torch.ops.bitsandbytes.dequantize_4bit(
-        codes, ones, GROUP_SIZE, quant_type, (16, 2), torch.float32
+        codes, ones, GROUP, quant_type, (16, 2), torch.float32
     )
     return pairs[:, 0].contiguous()
 
@@ -220,10 +198,10 @@ def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str) -> torc
     if kernel is not None:
         weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
         table = values_of(quant_type, quantized.device)
-        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP_SIZE)
+        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP)
         return weight_OI
     return torch.ops.bitsandbytes.dequantize_4bit(
-        quantized.view(-1, 1), constants[0], GROUP_SIZE, quant_type, shape, dtype
+        quantized.view(-1, 1), constants[0], GROUP, quant_type, shape, dtype
     )
 
 
@@ -240,13 +218,8 @@ def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
         got, rule = f"hqq cannot be imported ({error})", "an HQQ base needs the hqq package"
         remedy = "pip install hqq, or use --train_type qlora"
         raise UserError(got, rule, remedy, ENVIRONMENT) from None
-    quantized, meta = Quantizer.quantize(
-        weight_OI,
-        nbits=bits,
-        group_size=group_size,
-        axis=storage.axis,
-        device=weight_OI.device.type,
-    )
+    groups = {"group_size": group_size, "axis": storage.axis, "device": weight_OI.device.type}
+    quantized, meta = Quantizer.quantize(weight_OI, nbits=bits, **groups)
     dtype = getattr(torch, storage.fields[0].dtype)
     return {
         "weight": quantized.view(-1).view(torch.uint8),
@@ -297,7 +270,7 @@ def _hqq_row(storage: Storage) -> Format:
         quantize=partial(_quantize_hqq, storage=storage),
         constants=partial(_as_stored, names=("zero", "scale")),
         index_field="scale",
-        dequantize=partial(dequantize_hqq, storage=storage),
+        dequantize=partial(_dequantize_hqq, storage=storage),
         is_sequential=False,
     )
 
@@ -312,3 +285,194 @@ FORMATS: dict[str, Format] = {
         STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
     ),
 }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in the flat bytes of one decoder layer.
+
+    Attributes:
+        format_name: row of FORMATS.
+        shapes: (O, I) of each linear, in order.
+        weights: (start, stop) byte range of each linear's quantized weight.
+        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
+            the other.
+        elements: name -> (start, stop) element range of each linear within the field.
+        nbytes: length of the flat bytes.
+    """
+
+    format_name: str
+    shapes: tuple[tuple[int, int], ...]
+    weights: tuple[tuple[int, int], ...]
+    fields: dict[str, tuple[torch.dtype, int, int]]
+    elements: dict[str, tuple[tuple[int, int], ...]]
+    nbytes: int
+
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Weights of each linear."""
+        return tuple(rows * cols for rows, cols in self.shapes)
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Weights of the layer."""
+        return sum(self.numels)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """The layer's weights and constants are those of one long linear, without gaps."""
+        fmt = FORMATS[self.format_name]
+        if not fmt.is_sequential:
+            return False
+        has_gaps = any(before[1] != after[0] for before, after in itertools.pairwise(self.weights))
+        steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
+        return not has_gaps and not any(numel % step for numel in self.numels for step in steps)
+
+
+def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
+    """Lay out the linears of one decoder layer.
+
+    Args:
+        shapes: (out features, in features) of each linear.
+        format_name: row of FORMATS.
+
+    Returns:
+        The places; a layer of the same shapes has the same.
+    """
+    storage, offset = FORMATS[format_name].storage, 0
+    weights, fields, elements = [], {}, {}
+    for shape in shapes:
+        nbytes = storage.weight_bytes(shape)
+        weights.append((offset, offset + nbytes))
+        offset = _round_up(offset + nbytes, ALIGN_BYTES)
+    for field in storage.fields:
+        ranges, start, dtype = [], 0, getattr(torch, field.dtype)
+        for shape in shapes:
+            stop = start + field.num_elements(shape)
+            ranges.append((start, stop))
+            start = stop
+        elements[field.name] = tuple(ranges)
+        fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
+        offset = _round_up(fields[field.name][2], ALIGN_BYTES)
+    return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
+
+
+def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:
+    """The constant fields of a layer as typed views of its bytes.
+
+    Args:
+        flat_bytes: uint8 [nbytes].
+        layout: of the layer.
+
+    Returns:
+        Name -> 1-D view in the dtype of the field.
+    """
+    return {
+        name: flat_bytes[start:stop].view(dtype)
+        for name, (dtype, start, stop) in layout.fields.items()
+    }
+
+
+def store_linear(flat_bytes: torch.Tensor, layout: Layout, index: int, arrays: Fields) -> None:
+    """Put a quantized linear into its places in the bytes of its layer.
+
+    Args:
+        flat_bytes: uint8 [nbytes], written to; on the device of the arrays.
+        layout: of the layer.
+        index: of the linear.
+        arrays: of the format's `quantize`; emptied of the quantized weight.
+    """
+    start, stop = layout.weights[index]
+    flat_bytes[start:stop] = arrays.pop("weight")
+    fields = view_fields(flat_bytes, layout)
+    for name, values in arrays.items():
+        first = layout.elements[name][index][0]
+        fields[name][first : first + values.numel()] = values
+
+
+class LayerCache:
+    """What was made of the layer at work, replaced by the next one's.
+
+    Attributes:
+        key: (store, dtype) that it belongs to; () = none.
+        constants: per linear, what the format's `constants` made.
+        weights: the linears, dequantized; None = they are made anew for each matmul.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the layer."""
+        self.key: tuple = ()
+        self.constants: list[Sequence[torch.Tensor]] = []
+        self.weights: list[torch.Tensor] | None = None
+
+
+class LayerStore:
+    """Reads one layer's linears out of its flat bytes.
+
+    Attributes:
+        read: gives the bytes of the whole layer on the device of the rank: FSDP's gathered
+            parameter, or what a placement puts here.
+        layout: of the bytes.
+        cache: shared by all layers of a model; its own by default.
+        format: row of FORMATS.
+    """
+
+    def __init__(
+        self, read: Callable[[], torch.Tensor], layout: Layout, cache: LayerCache | None = None
+    ) -> None:
+        self.read, self.layout, self.cache = read, layout, cache or LayerCache()
+        self.format = FORMATS[layout.format_name]
+        self._viewed: torch.Tensor | None = None
+
+    def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+        """Dequantize one linear, or all of a small layer, which then serve until another layer.
+
+        Args:
+            index: of the linear in the layer.
+            dtype: of the result.
+
+        Returns:
+            weight_OI, on the device of the bytes.
+        """
+        cache = self.cache
+        if cache.key != (id(self), dtype):
+            self._dequantize_layer(dtype)
+        if cache.weights is not None:
+            return cache.weights[index]
+        return self._dequantize(index, dtype)
+
+    def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+        start, stop = self.layout.weights[index]
+        quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
+        return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
+
+    def _dequantize_layer(self, dtype: torch.dtype) -> None:
+        flat, layout, cache = self.read(), self.layout, self.cache
+        if flat is not self._viewed:
+            # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
+            # streaming a layer comes to the same slot again and again: views stay good.
+            self._viewed = flat
+            self._bytes = flat.detach().view(torch.uint8)
+            self._fields = view_fields(self._bytes, layout)
+        cache.clear()  # before the next weights are allocated
+        tensors = self.format.constants(self._fields, dtype)
+        cache.key = (id(self), dtype)
+        is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
+        if is_small and layout.is_contiguous:
+            quantized = self._bytes[: layout.weights[-1][1]]
+            flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)
+            parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
+            cache.weights = [part.view(shape) for part, shape in parts]
+            return
+        sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
+        split = [tensor.split(sizes) for tensor in tensors]
+        cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
+        if is_small and not self.format.is_sequential:
+            cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]

@@ -8,24 +8,19 @@ input embedding; output head; the rest. Only this module knows FSDP.
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.layer import DecoderBlock
-from fsdp_qlora.model.placement import Placed
+from fsdp_qlora.model.placement import GROUPS, Placed
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning.sizes import ONE_GROUP_BYTES
 
@@ -41,58 +36,55 @@ def num_shares(strategy: str, world: World) -> int:
     return 1 if row.replicates else world.local_size if row.is_hybrid else world.size
 
 
-def apply(
-    model: QuantizedModel, strategy: str, placed: Placed, compute_dtype: torch.dtype, world: World
-) -> None:
+def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) -> None:
     """Shard a model on the meta device, in place; no bytes exist yet.
 
     Args:
-        model: from skeleton.build, its adapters attached.
+        model: from skeleton.build, its adapters attached; adapters and norms are gathered in the
+            dtype of its kernels, gradients are reduced in float32.
         strategy: row of STRATEGIES.
         placed: where the quantized bytes of each decoder layer lie.
-        compute_dtype: dtype in which adapters and norms are gathered; gradients are reduced in
-            float32.
         world: the ranks.
     """
-    row = STRATEGIES[strategy]
-    device_type = world.device.type
-    shares = num_shares(strategy, world)
+    compute_dtype = model.kernels.dtype
+    row, device_type, shares = STRATEGIES[strategy], world.device.type, num_shares(strategy, world)
     has_copies = row.replicates or shares < world.size
     shape = (world.size // shares, shares) if has_copies else (world.size,)
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-    layers = list(zip(blocks(model), placed.rows, strict=True))
-    placed.attach([block for block, _ in layers])
-    ignored = {block.quantized for block, place in layers if not place.is_group}
+    layers = list(zip(blocks(model), placed.names, strict=True))
+    streamed = [block for block, name in layers if name == "streamed"]
+    for number, block in enumerate(streamed):  # they read their slots: no parameter any more
+        assert placed.streamer is not None
+        block.quantized = None  # type: ignore[assignment]
+        block.layer_store.read = partial(placed.streamer.read, number)
+    ignored = {block.quantized for block, name in layers if name not in GROUPS}
     if row.replicates:
         ignored = {p for p in model.parameters() if not p.requires_grad}
-    common: dict[str, Any] = {
-        "mesh": mesh,
-        "reshard_after_forward": row.reshards,
-        "ignored_params": ignored - {None},
-    }
-    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    pinned = CPUOffloadPolicy(pin_memory=device_type == "cuda")
-    trained = [block.body for block, _ in layers if block.body.is_trained]
-    bodies: list[Any] = trained if row.replicates else [block.body for block, _ in layers]
+    common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": row.reshards}
+    common["ignored_params"] = ignored - {None}
+    mixed = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    pinned = fsdp.CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    bodies: list[Any] = [block.body for block, _ in layers]
+    bodies = [body for body in bodies if body.is_trained or not row.replicates]
     light = [body for body in bodies if not body.is_whole]
     lora_bytes = sum(body.lora.numel() for body in light if body.slots) * compute_dtype.itemsize
     if light and lora_bytes <= ONE_GROUP_BYTES:  # gathered once a pass, reduced once
-        fully_shard(light, mp_policy=mixed, **{**common, "reshard_after_forward": False})
+        fsdp.fully_shard(light, mp_policy=mixed, **{**common, "reshard_after_forward": False})
         bodies = [body for body in bodies if body.is_whole]
     for body in bodies:
-        fully_shard(body, mp_policy=mixed, **common)
-    for block, place in layers:
-        if place.is_group:
-            policy = pinned if place.is_on_host else OffloadPolicy()
-            fully_shard(block, offload_policy=policy, **common)
+        fsdp.fully_shard(body, mp_policy=mixed, **common)
+    for block, name in layers:
+        if name in GROUPS:
+            policy = pinned if name == "offloaded" else fsdp.OffloadPolicy()
+            fsdp.fully_shard(block, offload_policy=policy, **common)
     if not row.replicates:
         for module in () if model.is_tied else (model.embedding, model.head):
-            fully_shard(module, mp_policy=mixed, **common)
+            fsdp.fully_shard(module, mp_policy=mixed, **common)
     # A tied embedding is needed at both ends of forward and backward: gather it once.
-    fully_shard(model, mp_policy=mixed, **{**common, "reshard_after_forward": False})
+    fsdp.fully_shard(model, mp_policy=mixed, **{**common, "reshard_after_forward": False})
     for module in _only_run_forward(model):
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.set_unshard_in_backward(False)
 
 
@@ -146,6 +138,19 @@ def set_local(module: nn.Module, name: str, local: torch.Tensor) -> None:
     setattr(module, name, nn.Parameter(local, requires_grad=old.requires_grad))
 
 
+def set_slice(module: nn.Module, name: str, whole: torch.Tensor, device: torch.device) -> None:
+    """Give a parameter its slice of what it is on all ranks together, in its own dtype.
+
+    Args:
+        module, name: see `set_local`.
+        whole: values, on the host.
+        device: where this rank keeps its slice.
+    """
+    param = getattr(module, name)
+    start, stop = local_range(param)
+    set_local(module, name, whole[start:stop].to(device, param.dtype))
+
+
 def local_parameters(model: nn.Module) -> list[nn.Parameter]:
     """This rank's slices of the trained parameters as plain tensors that share their memory."""
     return [nn.Parameter(_local(p.detach())) for p in trained_parameters(model)]
@@ -168,7 +173,7 @@ def reduce_gradients(model: nn.Module, is_wanted: bool) -> None:
         model: sharded.
         is_wanted: False: they are summed up until a pass reduces them all.
     """
-    assert isinstance(model, FSDPModule)
+    assert isinstance(model, fsdp.FSDPModule)
     model.set_requires_gradient_sync(is_wanted)
 
 
@@ -206,14 +211,14 @@ def gathered(block: DecoderBlock) -> torch.Tensor:
     Returns:
         uint8 [layout.nbytes] on the device of the rank.
     """
-    if isinstance(block, FSDPModule):
+    if isinstance(block, fsdp.FSDPModule):
         block.unshard()
     return block.layer_store.read().detach().view(torch.uint8)
 
 
 def release(block: DecoderBlock) -> None:
     """Free what `gathered` gathered."""
-    if isinstance(block, FSDPModule):
+    if isinstance(block, fsdp.FSDPModule):
         block.reshard()
 
 
@@ -233,9 +238,8 @@ def whole_parameters(
     settle(model)
     for name in names:
         module, attribute = model.tensors[name]
-        param = getattr(module, attribute).detach()
-        whole = param.full_tensor() if isinstance(param, DTensor) else param
-        yield name, whole.cpu() if is_kept else torch.empty(0)
+        param = _full(getattr(module, attribute))
+        yield name, param.cpu() if is_kept else torch.empty(0)
 
 
 def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
@@ -248,21 +252,20 @@ def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
     Returns:
         The whole flat float32 LoRA parameter of every layer, in order, on the host; or nothing.
     """
-    flats = []
-    for block in blocks(model):
-        if isinstance(block.body, FSDPModule):  # an evaluation may have left it gathered
-            block.body.reshard()
-        lora = block.body.lora.detach()
-        whole = lora.full_tensor() if isinstance(lora, DTensor) else lora
-        if is_kept:
-            flats.append(whole.float().cpu())
-    return flats
+    settle(model)
+    flats = (_full(block.body.lora) for block in blocks(model))
+    return [flat.float().cpu() for flat in flats if is_kept]
+
+
+def _full(param: torch.Tensor) -> torch.Tensor:
+    param = param.detach()
+    return param.full_tensor() if isinstance(param, DTensor) else param
 
 
 def settle(model: nn.Module) -> None:
     """Let every rank have its own slices again; an evaluation may have left some gathered."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, fsdp.FSDPModule):
             module.reshard()
 
 

@@ -4,27 +4,26 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 """
 
 import importlib.util
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import Linear, ModelInfo, trained
 from fsdp_qlora.arch.info import stored_name
-from fsdp_qlora.arch.trained import NOTHING, Whole
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model import experts
 from fsdp_qlora.model.attention import RowBounds, register
-from fsdp_qlora.model.checkpointing import Offload
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
-from fsdp_qlora.model.layer import DecoderBlock, LayerCache, Layout, TrainedLayer, build_layout
-from fsdp_qlora.model.lora import QuantizedLinear, group_linears
+from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
+from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
+from fsdp_qlora.model.quantize import LayerCache, Layout, build_layout
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -49,60 +48,49 @@ class KernelChoice:
     note: str
 
 
-def choose_kernels(
-    attn: str, liger: str, compute_dtype: str, device: torch.device, softcaps: bool
-) -> KernelChoice:
+def choose_kernels(cfg: TrainConfig, device: torch.device, softcaps: bool) -> KernelChoice:
     """Resolve `--attn` and `--liger` for a device.
 
     flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own
     flash kernel.
 
     Args:
-        attn: "auto" or transformers' name.
-        liger: "auto" or "off".
-        compute_dtype: name in torch, "bfloat16".
+        cfg: attn, liger, compute_dtype.
         device: where the run computes.
         softcaps: the model soft-caps its attention scores (Gemma 2), which SDPA leaves out.
     """
     has_gpu = device.type == "cuda"
-    attention, attention_why = attn, "as asked"
-    if attn == "auto":
+    attention, attention_why = cfg.attn, "as asked"
+    if cfg.attn == "auto":
         has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
         attention = "flash_attention_2" if has_flash else "eager" if softcaps else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if has_flash else missing + ", soft-capped" * softcaps
     has_liger = importlib.util.find_spec("liger_kernel") is not None
-    use_liger = liger == "auto" and has_gpu and has_liger
-    liger_why = "as asked" if liger == "off" else "not installed" if has_gpu else "no GPU"
-    note = f"{compute_dtype}, attention {attention} ({attention_why}), Liger "
+    use_liger = cfg.liger == "auto" and has_gpu and has_liger
+    liger_why = "as asked" if cfg.liger == "off" else "not installed" if has_gpu else "no GPU"
+    note = f"{cfg.compute_dtype}, attention {attention} ({attention_why}), Liger "
     note += "on" if use_liger else f"off ({liger_why})"
-    has_rows = has_gpu and compute_dtype != "float32"
+    has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    return KernelChoice(getattr(torch, compute_dtype), attention, use_liger, has_rows, note)
+    return KernelChoice(getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:
     """Let Liger's own API exchange the kernels of a transformers model.
 
-    The loss stays ours: its head is sharded in a group of its own.
+    The loss stays ours: its head is sharded in a group of its own. Which of RMSNorm, RoPE, SwiGLU
+    or GeGLU are exchanged is Liger's choice for the type.
 
     Args:
         hf_model: changed in place; left alone where Liger does not know its type.
     """
     # Liger warns of every backend that it cannot import.
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(hf_model.config.model_type)
-    if apply is not None:
-        apply(
-            model=hf_model,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-            rope=True,
-            rms_norm=True,
-            swiglu=True,
-        )
+    own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel_to_instance(model=hf_model, **own)
 
 
 LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
@@ -117,6 +105,7 @@ class QuantizedModel(nn.Module):
         embedding: the input embedding module (part of `decoder`).
         is_tied: input and output embedding are one parameter.
         layout: of the quantized bytes of a layer.
+        kernels: what it computes with.
         tensors: name in the model's files -> (module, parameter name), quantized weights left out.
     """
 
@@ -124,10 +113,11 @@ class QuantizedModel(nn.Module):
     head: LossHead
 
     def __init__(
-        self, decoder: "PreTrainedModel", head: LossHead, is_tied: bool, layout: Layout
+        self, decoder: "PreTrainedModel", head: LossHead, layout: Layout, kernels: KernelChoice
     ) -> None:
         super().__init__()
-        self.decoder, self.head, self.is_tied, self.layout = decoder, head, is_tied, layout
+        self.decoder, self.head, self.layout, self.kernels = decoder, head, layout, kernels
+        self.is_tied = head.weight is self.embedding.weight
         self.tensors: dict[str, tuple[nn.Module, str]] = {}
 
     @property
@@ -143,29 +133,20 @@ class QuantizedModel(nn.Module):
                 use_activation_cpu_offload.
             device: of the rank.
         """
-        bodies = [module for module in self.modules() if isinstance(module, TrainedLayer)]
+        blocks = [module for module in self.modules() if isinstance(module, DecoderBlock)]
+        bodies = [block.body for block in blocks]
         levels, is_reentrant = cfg.levels(len(bodies)), cfg.reentrant_checkpointing
-        # A graph has no inputs for the row lengths of DoRA, and hands back gradients of `lora`.
-        is_plain = all(not slot.has_magnitude for body in bodies for slot in body.slots)
-        is_plain = is_plain and all(body.slots for body in bodies)
-        # Nor can it follow tokens to their experts.
-        is_plain = is_plain and not any(
-            isinstance(m, experts.QuantizedExperts) for m in self.modules()
-        )
-        setting = cfg.cuda_graphs if is_plain else "off"
+        # A graph cannot follow tokens to their experts, has no inputs for the row lengths of DoRA,
+        # and hands back gradients of `lora`.
+        is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
+        has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
+        setting = cfg.cuda_graphs if is_plain and not has_experts else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
-        self._offload_inputs(cfg, levels, device)
-
-    def _offload_inputs(
-        self, cfg: TrainConfig, levels: tuple[str, ...], device: torch.device
-    ) -> None:
-        """Let layers that are recomputed keep their inputs on the host."""
-        blocks = [module for module in self.modules() if isinstance(module, DecoderBlock)]
         width = self.decoder.config.hidden_size * getattr(torch, cfg.compute_dtype).itemsize
         offload = blocks[0].offload
         if offload is None and cfg.use_activation_cpu_offload:
@@ -201,24 +182,16 @@ class QuantizedModel(nn.Module):
         return self.head(out.last_hidden_state, targets)
 
 
-def build(
-    info: ModelInfo,
-    format_name: str,
-    chosen: KernelChoice,
-    whole: Whole = NOTHING,
-    master: torch.dtype = torch.float32,
-) -> QuantizedModel:
+def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedModel:
     """Build the model on the meta device and put quantized linears into its decoder layers.
 
     Args:
         info: what the model is.
-        format_name: row of FORMATS.
-        chosen: dtype of everything that is not quantized, attention, kernels.
-        whole: what is trained itself.
-        master: dtype of that.
+        cfg: format_name, master_dtype, see `choose_kernels` and arch.trained.whole.
+        device: where it will compute.
 
     Returns:
-        The model in training mode, everything but `whole` frozen, without adapters.
+        The model in training mode, without adapters; all that is not trained itself is frozen.
 
     Raises:
         UserError: the linears of the built model are not those of `info` (code 5).
@@ -229,6 +202,7 @@ def build(
     logging.set_verbosity_error()
     config = AutoConfig.for_model(**info.config)
     config.use_cache = False
+    chosen = choose_kernels(cfg, device, info.softcaps_attention)
     hf_model = _on_meta(config, info, chosen)
     hf_model.requires_grad_(False)
     output = hf_model.get_output_embeddings()
@@ -236,20 +210,25 @@ def build(
         output.weight = hf_model.get_input_embeddings().weight
     if chosen.use_liger:
         apply_liger(hf_model)
-    shapes = [(linear.out_features, linear.in_features) for linear in info.linears]
-    layout = build_layout(shapes, format_name)
-    _build_blocks(hf_model.get_submodule(info.layers_prefix), layout, info, whole, master)
-    _train([hf_model.get_parameter(name) for name in whole.root], master)
-    tensors = {
-        stored_name(info, name.replace(".body.layer.", ".")): _owner(hf_model, name)
-        for name, _ in hf_model.named_parameters()
-        if not name.endswith(".quantized")
-    }
+    layout = build_layout([linear.shape for linear in info.linears], cfg.format_name)
+    whole, master = trained.whole(info, cfg), getattr(torch, cfg.master_dtype)
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(info.layers_prefix)), LayerCache()
+    params = [hf_model.get_parameter(name) for name in whole.root]
+    for index, layer in enumerate(layers):
+        is_whole = index in whole.layers
+        layers[index] = _build_block(layer, None if is_whole else layout, cache, info)
+        params += layer.parameters() if is_whole else ()
+    for param in params:
+        param.data = param.data.to(master)  # in place: a tied head is the same parameter
+        param.requires_grad_(True)
     head = LossHead(output.weight, config)
-    if not info.is_tied:
-        tensors[next(n for n, (m, _) in tensors.items() if m is output)] = (head, "weight")
-    model = QuantizedModel(hf_model.base_model, head, info.is_tied, layout)
-    model.tensors = tensors
+    model = QuantizedModel(hf_model.base_model, head, layout, chosen)
+    for name, _ in hf_model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        owner = hf_model.get_submodule(path)
+        if attribute != "quantized":
+            stored = stored_name(info, name.replace(".body.layer.", "."))
+            model.tensors[stored] = head if owner is output else owner, attribute
     return model.train()
 
 
@@ -277,39 +256,12 @@ def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
     return model
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
-
-
-def _train(params: Iterable[nn.Parameter], master: torch.dtype) -> None:
-    for param in params:
-        param.data = param.data.to(master)  # in place: a tied head is the same parameter
-        param.requires_grad_(True)
-
-
-def _build_blocks(
-    layers: nn.Module, layout: Layout, info: ModelInfo, whole: Whole, master: torch.dtype
-) -> None:
-    assert isinstance(layers, nn.ModuleList)
-    cache = LayerCache()
-    for index, layer in enumerate(layers):
-        is_whole = index in whole.layers
-        block = _build_block(layer, None if is_whole else layout, cache, info)
-        layers[index] = block
-        if is_whole:
-            _train(block.body.layer.parameters(), master)
-
-
 def _build_block(
     layer: nn.Module, layout: Layout | None, cache: LayerCache, info: ModelInfo
 ) -> DecoderBlock:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     places = {n.name: index for index, n in enumerate(info.linears) if n.expert is None}
-    expected = {
-        name: (info.linears[index].out_features, info.linears[index].in_features)
-        for name, index in places.items()
-    }
+    expected = {name: info.linears[index].shape for name, index in places.items()}
     if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
         got = f"linears {sorted(built)} in the {info.model_type} decoder layer"
         rule = f"its files and config.json say {sorted(expected)}"
@@ -318,10 +270,56 @@ def _build_block(
     if block.store is None:
         block.body = TrainedLayer(layer, (), None)
         return block
-    experts.replace(layer, info.linears, block.store.weight)
+    _replace_experts(layer, info.linears, block.store.weight)
     for name, index in places.items():
         linears[name] = QuantizedLinear(built[name], partial(block.store.weight, index))
-        module, attribute = _owner(layer, name)
-        setattr(module, attribute, linears[name])
+        layer.set_submodule(name, linears[name])
     block.body = TrainedLayer(layer, group_linears(linears), block.store)
     return block
+
+
+def _replace_experts(
+    layer: nn.Module, linears: Sequence[Linear], weight: Callable[[int, torch.dtype], torch.Tensor]
+) -> None:
+    """Put quantized experts in the place of a decoder layer's own.
+
+    Args:
+        layer: as transformers has built it.
+        linears: of the layer, in the order of its store.
+        weight: (index of a linear, dtype) -> weight_OI.
+
+    Raises:
+        UserError: other experts than those of Mixtral and Qwen's mixtures, or other shapes than
+            the files have (codes 2, 5).
+    """
+    paths = sorted({n.rpartition(".")[0] for n, p in layer.named_parameters() if p.dim() > 2})
+    found: dict[str, Any] = {path: layer.get_submodule(path) for path in paths}
+    parts = {part[1:]: i for i, linear in enumerate(linears) if (part := linear.expert)}
+    if not found and not parts:
+        return
+    names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+    names = names or "no module"
+    if len(found) != 1 or not _computes_as_mixtral(*found.values()):
+        rule = "are neither linears nor experts that compute as Mixtral's do"
+        raise UserError(f"3-D weights of {names}", rule, "take another model: these stay in 16 bit")
+    ((path, module),) = found.items()
+    num, _, hidden = module.gate_up_proj.shape
+    inner = module.down_proj.shape[2]
+    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+    wanted = {(n, k): shape for n in range(num) for k, shape in enumerate(shapes)}
+    if {part: linears[index].shape for part, index in parts.items()} != wanted:
+        rule = f"are {num} of {inner} features in config.json, not so in the files"
+        raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
+    matrices = {part: ExpertLinear(partial(weight, index)) for part, index in parts.items()}
+    experts = [[matrices[n, k] for k in range(3)] for n in range(num)]
+    layer.set_submodule(path, QuantizedExperts(experts, module.act_fn))
+
+
+def _computes_as_mixtral(module: nn.Module) -> bool:
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
+
+    # Two, because Liger puts its own class in the place of the one whose model is built.
+    kinds = (type(module), MixtralExperts, Qwen2MoeExperts)
+    own, *known = [inspect.getsource(inspect.unwrap(kind.forward)) for kind in kinds]
+    return own in known

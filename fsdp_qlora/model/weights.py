@@ -1,43 +1,55 @@
-"""Where 16-bit weights come from: safetensors files, range by range, or random numbers."""
+"""Where weights come from: safetensors files, range by range, random numbers, or the cache.
+
+The cache is one safetensors file of quantized bytes per decoder layer and a manifest of hashes; the
+second start of a run reads its bytes instead of 16-bit weights. Its directory is written beside its
+final name and renamed when it is whole; every file is verified by SHA-256 as it is read.
+"""
 
 import hashlib
+import json
+import mmap
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model.quantize import Fields, from_stored
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.hardware import GIB
+from fsdp_qlora.model.quantize import Fields, Layout, from_stored
 from fsdp_qlora.planning.sizes import NUM_READ_AHEAD
 
 T = TypeVar("T")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_BYTES = 32 * 2**20  # one read of one thread
 NUM_READERS = 4
+LAYOUT_VERSION = 1  # of the bytes of a cached layer; raise it when build_layout changes
+TENSOR = "packed"
 
 
 class Weights:
     """Tensors by their name in the model's files.
 
     Attributes:
-        source: "files" or "random", in words for the load report.
+        source: in words, for the load report.
         info: the model, with the places of its tensors.
         read_bytes: bytes read so far.
     """
 
-    source = "files"
-
     def __init__(self, info: ModelInfo) -> None:
-        self.info = info
-        self.read_bytes = 0
-        if info.quantized:
-            self.source = f"files, in {info.stored_format} as stored,"
+        self.info, self.read_bytes = info, 0
+        self.source = f"files, in {info.stored_format} as stored," if info.quantized else "files"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Account for every tensor.
@@ -49,16 +61,15 @@ class Weights:
             UserError: names missing, unknown, or of another shape (code 5).
         """
         found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items()}
-        missing = sorted(expected.keys() - found.keys())
-        unknown = sorted(found.keys() - expected.keys())
-        wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+        missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
+        wrong = {n for n in expected.keys() & found.keys() if expected[n] != found[n]}
         faults = {"missing": missing, "unknown": unknown, "of another shape": wrong}
         rule = f"the files in {self.info.path} must hold exactly what config.json describes"
         remedy = "check config.json (number of layers, sizes) or download the model again"
         for word, names in faults.items():
             if names:
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                got = f"tensors {word}: {', '.join(names[:3])}{more}"
+                got = f"tensors {word}: {', '.join(sorted(names)[:3])}{more}"
                 raise UserError(got, rule, remedy, INTEGRITY)
 
     def read_rows(
@@ -77,12 +88,7 @@ class Weights:
         Raises:
             UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
-        ref = self.info.tensors[name]
-        row_bytes = ref.nbytes // max(ref.shape[0], 1)
-        raw = self._read(ref, rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes)
-        shape = (rows[1] - rows[0], *ref.shape[1:])
-        tensor = raw.view(_dtype(ref, name)).view(shape)
-        return self._finite(name, tensor).to(device=device, dtype=dtype)
+        return self._finite(name, self._read_rows(name, rows)).to(device=device, dtype=dtype)
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
         """Yield whole tensors in order, the next two being read meanwhile.
@@ -97,7 +103,7 @@ class Weights:
         Raises:
             UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
-        found = zip(names, look_ahead(self._read_whole, names), strict=True)
+        found = zip(names, look_ahead(self._read_rows, names), strict=True)
         return (self._finite(name, tensor.to(device)) for name, tensor in found)
 
     def read_quantized(self, names: list[str], device: torch.device) -> Iterator[Fields] | None:
@@ -134,9 +140,18 @@ class Weights:
             raise UserError(f"{name} in {self.info.tensors[name].file}", rule, remedy, INTEGRITY)
         return tensor
 
-    def _read_whole(self, name: str) -> torch.Tensor:
+    def _read_rows(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         ref = self.info.tensors[name]
-        return self._read(ref, 0, ref.nbytes).view(_dtype(ref, name)).view(tuple(ref.shape))
+        if ref.dtype not in DTYPES:
+            rule = f"weights must be one of {', '.join(DTYPES)}"
+            remedy = "use the 16-bit release of this model"
+            raise UserError(f"{name} is stored as {ref.dtype}", rule, remedy, INTEGRITY)
+        start, nbytes, shape = 0, ref.nbytes, tuple(ref.shape)
+        if rows is not None:
+            row_bytes, num_rows = ref.nbytes // max(ref.shape[0], 1), rows[1] - rows[0]
+            start, nbytes = rows[0] * row_bytes, num_rows * row_bytes
+            shape = (num_rows, *ref.shape[1:])
+        return self._read(ref, start, nbytes).view(DTYPES[ref.dtype]).view(shape)
 
     def _read(self, ref: TensorRef, offset: int, nbytes: int) -> torch.Tensor:
         self.read_bytes += nbytes
@@ -153,11 +168,9 @@ class RandomWeights(Weights):
         shapes: name -> shape, from `check_names`.
     """
 
-    source = "random"
-
     def __init__(self, info: ModelInfo, seed: int) -> None:
         super().__init__(info)
-        self.seed = seed
+        self.source, self.seed = "random", seed
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -218,14 +231,6 @@ def build(info: ModelInfo, cfg: TrainConfig) -> Weights:
     return RandomWeights(info, cfg.seed) if cfg.weights == "random" else Weights(info)
 
 
-def _dtype(ref: TensorRef, name: str) -> torch.dtype:
-    if ref.dtype not in DTYPES:
-        rule = f"weights must be one of {', '.join(DTYPES)}"
-        remedy = "use the 16-bit release of this model"
-        raise UserError(f"{name} is stored as {ref.dtype}", rule, remedy, INTEGRITY)
-    return DTYPES[ref.dtype]
-
-
 def read_file(path: Path, offset: int, nbytes: int) -> torch.Tensor:
     """Read bytes of a file, in parallel pieces and without mapping the file.
 
@@ -244,18 +249,13 @@ def read_file(path: Path, offset: int, nbytes: int) -> torch.Tensor:
     """
     raw = torch.empty(nbytes, dtype=torch.uint8)
     view = raw.numpy().data
-    starts = range(0, nbytes, PIECE_BYTES)
+    parts = [(view[s : s + PIECE_BYTES], offset + s) for s in range(0, nbytes, PIECE_BYTES)]
     file = os.open(path, os.O_RDONLY)
     try:
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            read = pool.map(
-                lambda s: _read_piece(file, view[s : s + PIECE_BYTES], offset + s), starts
-            )
-            if not all(read):
-                got, remedy = (
-                    f"{path} ends before byte {offset + nbytes}",
-                    "download the file again",
-                )
+            reads = [pool.submit(_read_piece, file, *part) for part in parts]
+            if not all(read.result() for read in reads):
+                got, remedy = f"{path} ends before byte {offset + nbytes}", "download it again"
                 raise UserError(got, "its header promises more", remedy, INTEGRITY)
     finally:
         os.close(file)
@@ -270,3 +270,232 @@ def _read_piece(file: int, view: memoryview, offset: int) -> bool:
             return False
         done += count
     return True
+
+
+@dataclass
+class QuantizedCache:
+    """Quantized layers of one model in one format.
+
+    Attributes:
+        directory: where they are or will be; None = the cache is off.
+        note: one line for the user.
+        nbytes: of one layer.
+        is_complete: the directory holds every layer.
+        digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
+        read_bytes: read so far.
+        temporary: where layers are written until all are there; None = nothing is to be written.
+        writer, writing: the thread that writes, and the layer in its hands.
+        failure: why writing was given up, or "".
+    """
+
+    directory: Path | None
+    note: str
+    nbytes: int = 0
+    is_complete: bool = False
+    digests: dict[int, str] = field(default_factory=dict)
+    read_bytes: int = 0
+    temporary: Path | None = None
+    failure: str = ""
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    writing: Future | None = None
+
+    def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor]:
+        """Yield quantized bytes in order, the next layers being read and hashed meanwhile.
+
+        Args:
+            layers: numbers of the layers; the cache must be complete.
+
+        Yields:
+            uint8 [nbytes] on the host.
+
+        Raises:
+            UserError: a file is damaged (code 5).
+        """
+        return look_ahead(self._read_layer, layers)
+
+    def _read_layer(self, layer: int) -> torch.Tensor:
+        assert self.directory is not None, "a cache that is off was read"
+        path = self.directory / _file_name(layer)
+        # The tensor is the last thing in the file.
+        header_bytes = path.stat().st_size - self.nbytes if path.exists() else 0
+        if header_bytes < 8:
+            raise _damaged(path, "is too short" if path.exists() else "is missing")
+        quantized = read_file(path, header_bytes, self.nbytes)
+        self.read_bytes += self.nbytes
+        if hashlib.sha256(quantized.numpy().data).hexdigest() != self.digests[layer]:
+            raise _damaged(path, "does not match its SHA-256")
+        return quantized
+
+    def map_layers(self, layers: list[int]) -> list[torch.Tensor]:
+        """The quantized bytes as the kernel's page cache has them, read when they are touched.
+
+        Args:
+            layers: numbers of the layers; the cache must be complete.
+
+        Returns:
+            uint8 [nbytes] of each, not to be written to.
+
+        Raises:
+            UserError: the cache could not be written (code 3).
+        """
+        if not self.is_complete or self.directory is None:
+            rule = "layers that the host has no room for are mapped from it"
+            remedy = "give --quant_cache a directory with room, or free host memory"
+            raise UserError(f"quantized cache: {self.note}", rule, remedy, ENVIRONMENT)
+        maps = []
+        for layer in layers:
+            with (self.directory / _file_name(layer)).open("rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            maps.append(torch.frombuffer(mapping, dtype=torch.uint8)[-self.nbytes :])
+        return maps
+
+    def write_layer(self, layer: int, quantized: torch.Tensor) -> None:
+        """Keep the quantized bytes of one layer, in a thread; nothing when the cache is off.
+
+        Args:
+            layer: its number.
+            quantized: uint8 [nbytes], any device.
+        """
+        if self.temporary is None:
+            return
+        if not self._failure():
+            self.writing = self.writer.submit(self._write, self.temporary, layer, quantized.cpu())
+
+    def _write(self, directory: Path, layer: int, host: torch.Tensor) -> None:
+        self.digests[layer] = hashlib.sha256(host.numpy().data).hexdigest()
+        path = directory / _file_name(layer)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file({TENSOR: host}, path)
+            atomic.sync(path)
+        except (OSError, SafetensorError) as error:  # a full disk: train without the cache
+            self.failure = f"not written: {path}: {error}"
+
+    def _failure(self) -> str:
+        """`failure`, once the layer in hand is written."""
+        if self.writing is not None:
+            self.writing.result()
+        return self.failure
+
+    def commit(self, world: World) -> None:
+        """Give the directory its name once every rank has written its layers.
+
+        A rank that could not write makes all give the cache up; `note` says so.
+
+        Args:
+            world: the ranks; all must call.
+        """
+        if self.directory is None or self.temporary is None:
+            return
+        failures = [text for text in world.gather_objects(self._failure()) if text]
+        if failures:
+            self.note = failures[0]
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
+        if world.rank == 0:
+            manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
+            (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            atomic.commit(self.temporary, self.directory)
+        self.is_complete = True
+        world.barrier()
+
+
+def _file_name(layer: int) -> str:
+    return f"layer-{layer:05d}.safetensors"
+
+
+def key(info: ModelInfo, layout: Layout) -> str:
+    """Name the cache entry: another for other files, format, layout or version.
+
+    Args:
+        info: the model; of its files count names, sizes, times and every entry of their headers.
+        layout: of a layer.
+
+    Returns:
+        Name of a directory, for people too.
+    """
+    assert info.path is not None, "a model without files has no cache"
+    digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{layout}".encode())
+    for file in sorted({ref.file for ref in info.tensors.values()}):
+        status = os.stat(file)
+        digest.update(f"{Path(file).name}:{status.st_size}:{status.st_mtime_ns}".encode())
+    for name, ref in sorted(info.tensors.items()):
+        digest.update(f"{name}:{ref.dtype}:{ref.shape}:{ref.start}".encode())
+    return f"{info.path.name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
+
+
+def find_cache(setting: str, info: ModelInfo, layout: Layout) -> QuantizedCache:
+    """Find the quantized layers of a model that a run has left on this machine.
+
+    Args:
+        setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
+        info: the model; one without files is not cached.
+        layout: of a layer; bf16 is not cached.
+
+    Returns:
+        The cache; not complete where nothing was left, without a directory when it is off.
+
+    Raises:
+        UserError: what is there does not describe this model (code 5).
+    """
+    if setting == "off" or not info.tensors or layout.format_name == "bf16":
+        return QuantizedCache(None, "off")
+    directory = atomic.cache_dir(setting) / key(info, layout)
+    gib = layout.nbytes * info.num_layers / GIB
+    cache = QuantizedCache(directory, f"{directory} ({gib:.2f} GiB)", layout.nbytes)
+    manifest = directory / "manifest.json"
+    if manifest.exists():
+        cache.digests = _read_manifest(manifest, layout.nbytes, info.num_layers)
+        cache.is_complete = True
+    return cache
+
+
+def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> QuantizedCache:
+    """Find the cache entry of a model, or the place to write it; all ranks decide the same.
+
+    Args:
+        setting, info, layout: see `find_cache`.
+        world: the ranks; all must call.
+    """
+    cache = find_cache(setting, info, layout)
+    if cache.directory is None or all(world.gather_objects(cache.is_complete)):
+        return cache
+    cache.is_complete = False
+    refusal = _cannot_write(cache.directory.parent, layout.nbytes * info.num_layers, world)
+    refusals = [text for text in world.gather_objects(refusal) if text]
+    pids = world.gather_objects(os.getpid())
+    cache.temporary = cache.directory.with_name(f".tmp-{pids[0]}-{cache.directory.name}")
+    return QuantizedCache(None, refusals[0]) if refusals else cache
+
+
+def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
+    try:
+        manifest = json.loads(path.read_text())
+        digests = dict(enumerate(manifest["sha256"]))
+        is_good = manifest["nbytes"] == nbytes and len(digests) == num_layers
+    except (ValueError, KeyError, TypeError):
+        is_good = False
+    if not is_good:
+        raise _damaged(path, "does not describe this model")
+    return digests
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    rule = "the quantized cache is verified as it is read"
+    remedy = "delete its directory (it is made again) or use --quant_cache off"
+    return UserError(f"{path} {problem}", rule, remedy, INTEGRITY)
+
+
+def _cannot_write(root: Path, need_bytes: int, world: World) -> str:
+    if world.size != world.local_size:
+        return "not written: the ranks are on several machines"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        free_bytes = shutil.disk_usage(root).free
+    except OSError as error:
+        return f"not written: {root}: {error.strerror}"
+    if free_bytes < need_bytes * 1.1:
+        free_gib, need_gib = free_bytes / GIB, need_bytes / GIB
+        return f"not written: {root} has {free_gib:.1f} GiB free, {need_gib:.1f} needed"
+    return ""

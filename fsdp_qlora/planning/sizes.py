@@ -342,7 +342,7 @@ class Sizes:
 
     def _read_linears(self, info: ModelInfo, cfg: TrainConfig) -> None:
         linears, has_adapters = info.linears, trained.has_adapters(cfg)
-        shapes = [(linear.out_features, linear.in_features) for linear in linears]
+        shapes = [linear.shape for linear in linears]
         counts = [math.prod(shape) for shape in shapes]
         self.quantized, self.constants = quantized_bytes(shapes, cfg.format_name)
         active, num_experts = arch.active_linears(info)

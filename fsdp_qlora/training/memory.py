@@ -364,7 +364,7 @@ class MemoryTracker:
         for tensor, nbytes in _tensors(model):
             gib = nbytes / GIB
             if id(tensor) in layers:
-                if placed.rows[layers[id(tensor)]].is_on_host:
+                if placed.names[layers[id(tensor)]] == "offloaded":
                     on_host += gib
                     continue
                 # A slice is whatever bytes fall to the rank: it counts as a part of both.

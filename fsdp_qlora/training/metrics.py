@@ -575,7 +575,7 @@ def describe(
     """
     trainable = trained.count(info, cfg)
     total, load_peaks = num_params(info), _load_peaks(tracker)
-    model, chosen, cache = built.model, built.chosen, built.cache
+    model, cache = built.model, built.cache
     placed, loaded = built.placed, built.loaded
     num_quantized = info.num_layers - len(trained.whole(info, cfg).layers)
     quantized_gib = model.layout.nbytes * num_quantized / GIB
@@ -584,7 +584,7 @@ def describe(
         f"{cfg.format_name} ({quantized_gib:.2f} GiB quantized)",
         f"          not quantized, in 16 bit: {_unquantized(info)}",
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
-        f"kernels   {chosen.note}",
+        f"kernels   {model.kernels.note}",
         f"placement {placed.note}",
         f"loaded    {loaded}",
         f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
@@ -604,7 +604,7 @@ def describe(
         "load_s": loaded.seconds,
         "load_source": loaded.source,
         "load_peaks": load_peaks,
-        "kernels": chosen.note,
+        "kernels": model.kernels.note,
         "placement": placed.note,
         "quant_cache": cache.note,
         "data": data.audit.facts,

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from fsdp_qlora.model.quantize import GROUP_SIZE, dynamic_map, import_bitsandbytes, values_of
+from fsdp_qlora.arch.files import GROUP
+from fsdp_qlora.model.quantize import dynamic_map, import_bitsandbytes, values_of
 from tests import tiny
 
 
@@ -27,13 +28,13 @@ def test_weights_have_the_bits_of_bitsandbytes(kernel):
         shape = (rows, 128)
         num = rows * 128
         packed = torch.randint(0, 256, (num // 2, 1), dtype=torch.uint8, device=tiny.DEVICE)
-        absmax = torch.rand(num // GROUP_SIZE, device=tiny.DEVICE)
+        absmax = torch.rand(num // GROUP, device=tiny.DEVICE)
         expected = torch.ops.bitsandbytes.dequantize_4bit(
-            packed, absmax, GROUP_SIZE, quant_type, shape, dtype
+            packed, absmax, GROUP, quant_type, shape, dtype
         )
         out = torch.full_like(expected, float("nan"))
         table = values_of(quant_type, packed.device)
-        kernel.dequantize_bnb(packed.view(-1), absmax, table, out, GROUP_SIZE)
+        kernel.dequantize_bnb(packed.view(-1), absmax, table, out, GROUP)
         assert torch.equal(out, expected), (quant_type, dtype, rows)
 
 

@@ -69,9 +69,8 @@ def test_the_kernel_has_the_bits_of_plain_torch():
         if is_interpreted and dtype == torch.bfloat16:
             zero, scale = zero.mul_(4).floor_().div_(4), scale.mul_(4).ceil_().exp2_()
             zero = zero.floor() if row.weight_bits == 8 else zero
-        expected = quantize.dequantize_hqq(
-            packed, (zero, scale), (num_weights // cols, cols), dtype, row
-        )
+        dequantize = quantize.FORMATS[name].dequantize
+        expected = dequantize(packed, (zero, scale), (num_weights // cols, cols), dtype)
         words = packed.view(torch.int32 if row.weight_bits == 3 else torch.uint8).view(-1, cols)
         args = [tensor.to(tiny.DEVICE) for tensor in (words, zero, scale)]
         out = torch.full_like(expected, float("nan"), device=tiny.DEVICE)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fsdp_qlora.model import layer as layouts
+from fsdp_qlora.model import quantize as layouts
 from tests import tiny
 
 SHAPES = [(192, 128), (64, 128), (128, 320), (576, 576)]  # dequantised one by one for most formats

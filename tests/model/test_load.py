@@ -31,10 +31,12 @@ class CountedWeights(weights.Weights):
             self.alive_bytes += nbytes
             self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
 
-    def _read_whole(self, name):
+    def _read_rows(self, name, rows=None):
+        if rows is not None:
+            return super()._read_rows(name, rows)
         nbytes = self.info.tensors[name].nbytes
         self._count(nbytes)
-        tensor = super()._read_whole(name)
+        tensor = super()._read_rows(name)
         weakref.finalize(tensor, self._count, -nbytes)
         return tensor
 
@@ -50,9 +52,9 @@ def whole(param: torch.Tensor) -> torch.Tensor:
 
 def start(world, path, *flags):
     """Fill a model; return facts of it that a test process can compare."""
-    model, info, cfg, packed_cache, placed = tiny.shape(path, world, *flags)
+    built, info, cfg = tiny.shape(path, world, *flags)
     source = CountedWeights(info) if cfg.weights == "load" else weights.build(info, cfg)
-    report = load.fill(model, source, packed_cache, placed, cfg, world)
+    model, report = built.model, load.fill(built, source, cfg, world).loaded
     blocks = list(shard.blocks(model))
     local_bytes = [
         block.quantized.to_local().untyped_storage().nbytes()
@@ -76,7 +78,7 @@ def start(world, path, *flags):
         "local_bytes": local_bytes,
         "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
-        "directory": packed_cache.directory,
+        "directory": built.cache.directory,
     }
 
 
@@ -201,10 +203,13 @@ def damage(entry: Path, how: str) -> Path:
 
 
 def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path):
-    """Never trained on, never silently made again."""
+    """Never trained on, never silently made again; random numbers never lie there as a model's."""
     path = tiny.save_model(tmp_path / "model")
+    other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
     cases = [(path, f"--quant_cache={tmp_path / how}") for how in DAMAGES]
-    written = run_ranks(starts, 1, cases)[0]
+    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
+    *written, drawn = run_ranks(starts, 1, [*cases, random])[0]
+    assert drawn["directory"] is None
     files = [damage(facts["directory"], how) for facts, how in zip(written, DAMAGES, strict=True)]
     for (code, text), file in zip(run_ranks(faults, 1, cases)[0], files, strict=True):
         assert code == INTEGRITY

@@ -6,6 +6,7 @@ from torch import nn
 
 from fsdp_qlora.model import layer as layers
 from fsdp_qlora.model import lora as linears
+from fsdp_qlora.planning.sizes import LEVELS
 from tests import tiny
 
 DIM = 128
@@ -55,7 +56,7 @@ def build(last=nn.Identity, targets=("gate_proj", "up_proj", "o_proj", "down_pro
         replaced[name] = linears.QuantizedLinear(old, dequantize)
         setattr(layer, name, replaced[name])
     body = layers.TrainedLayer(layer, linears.group_linears(replaced), store)
-    slots = [layers.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]
+    slots = [linears.LoraSlot(n, replaced[n], 4, 2, dropout) for n in names if n in targets]
     body.lora = nn.Parameter(torch.randn(body.set_slots(slots) + 3) * 0.3)
     return body, plain, calls
 
@@ -76,7 +77,7 @@ def reference(body, plain, x):
 
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
-@pytest.mark.parametrize("level", layers.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("targets", [("gate_proj", "up_proj", "o_proj", "down_proj"), ("up_proj",)])
 @pytest.mark.parametrize("last", [nn.Identity, nn.Tanh])
 def test_gradients_are_those_of_plain_autograd(level, is_reentrant, targets, last):

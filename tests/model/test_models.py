@@ -147,7 +147,7 @@ def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
 
 def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
     """Not left in 16 bit, not computed wrongly: one line."""
-    from fsdp_qlora.model import experts
+    from fsdp_qlora.model import skeleton
 
     class Clamped(torch.nn.Module):
         def __init__(self):
@@ -159,7 +159,7 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
 
     layer = torch.nn.ModuleDict({"experts": Clamped()})
     with pytest.raises(UserError, match=r"3-D weights of experts \(Clamped\)"):
-        experts.replace(layer, (), lambda index, dtype: torch.zeros(0))
+        skeleton._replace_experts(layer, (), lambda index, dtype: torch.zeros(0))
     text = json.loads((seen[0] / "mixtral" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(text | {"num_local_experts": 2}))
     (tmp_path / "model.safetensors").symlink_to(seen[0] / "mixtral" / "model.safetensors")
@@ -180,5 +180,5 @@ def test_a_head_that_the_loss_does_not_know_is_refused():
 def build_one(info: arch.ModelInfo) -> None:
     from fsdp_qlora.model import skeleton
 
-    chosen = skeleton.choose_kernels("sdpa", "off", "float32", torch.device("cpu"), False)
-    skeleton.build(info, "nf4_dq", chosen)
+    cfg = config.parse(["--model_name=llama-2-7b", "--attn=sdpa", "--precision=fp32"])
+    skeleton.build(info, cfg, torch.device("cpu"))

@@ -13,7 +13,7 @@ from fsdp_qlora.arch.trained import adopt_format
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import shard
-from fsdp_qlora.model.layer import view_fields
+from fsdp_qlora.model.quantize import view_fields
 from tests import tiny
 from tests.ranks import run_ranks
 

@@ -184,9 +184,10 @@ def _plant_nan_patterns(world, path):
     num_wrong = {}
     for place, place_flags in PLACES.items():
         flags = (*FLAGS, *place_flags)
-        model, info, cfg, packed_cache, placed = tiny.shape(path, world, *flags)
+        built, info, cfg = tiny.shape(path, world, *flags)
+        model, placed = built.model, built.placed
         with patch.object(load, "verify_bytes", return_value=0):  # FSDP keeps what it has gathered
-            load.fill(model, weights.build(info, cfg), packed_cache, placed, cfg, world)
+            load.fill(built, weights.build(info, cfg), cfg, world)
         planted, streamed = [], placed.layers("streamed")
         for index, block in enumerate(shard.blocks(model)):
             words = torch.arange(model.layout.nbytes // 4, dtype=torch.int32) * 2654435 + index

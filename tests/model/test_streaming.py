@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model.streaming import Streamer
+from fsdp_qlora.model.placement import Streamer
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -64,7 +64,7 @@ def _choices(world, path):
     """(names, note) of two settings, and how a host without room is refused."""
     found = []
     for flags in ((), ("--offload_impl=fsdp",)):
-        *_, placed = tiny.shape(path, world, *flags)
+        placed = tiny.shape(path, world, *flags)[0].placed
         found.append((placed.names, placed.note, placed.memory is not None))
     with pytest.raises(UserError) as caught:
         tiny.shape(path, world, "--host_budget_gib=0.00001")

@@ -13,7 +13,7 @@ import torch
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
-from fsdp_qlora.model.layer import build_layout
+from fsdp_qlora.model.quantize import build_layout
 from fsdp_qlora.planning import memory, rows
 from fsdp_qlora.planning.rows import Table
 from fsdp_qlora.planning.sizes import FORMATS, Setting, Sizes, place, quantized_bytes, setting_of
@@ -318,10 +318,9 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path: Path, dropout: str):
     Left out by the formula: rotary tables (shared by all layers) and the norms' one number a token.
     """
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    argv = [f"--model_name={tmp_path}", "--lora_rank=8", f"--lora_dropout={dropout}"]
+    argv = [f"--model_name={tmp_path}", "--lora_rank=8", f"--lora_dropout={dropout}", "--attn=sdpa"]
     cfg, info = config.parse(argv), arch.read(str(tmp_path), need_weights=False)
-    chosen = skeleton.choose_kernels("sdpa", "off", "bfloat16", torch.device("cpu"), False)
-    model = skeleton.build(info, "nf4_dq", chosen)
+    model = skeleton.build(info, cfg, torch.device("cpu"))
     adapters.attach(model, info.linears, cfg, 1)
     (block,) = shard.blocks(model)
     for module in model.modules():
