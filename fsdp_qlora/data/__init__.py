@@ -58,10 +58,10 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, world.rank == 0)
     ready.check()
     pad_multiple = PAD_MULTIPLES[world.device.type]
-    if full is not None and text_tokenizer is not None and ready.formatter and ready.uses_chat:
-        source = ready.formatter.chat.template.source
+    if text_tokenizer is not None and ready.formatter is not None and ready.uses_chat:
+        source = ready.formatter.chat.source
         if source != text_tokenizer.chat_template:
-            full.chat_template = source  # it is saved with the adapter
+            text_tokenizer.full.chat_template = source  # it is saved with the adapter
     audit = prepare.audit(cfg, ready, world.size, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
     train: Batches | PackedBatches

@@ -27,7 +27,15 @@ from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.sources import Source, parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
-from fsdp_qlora.data.tokens import NUMBERS, Facts, Sample, StoreBuilder, TokenDataset, TokenStore
+from fsdp_qlora.data.tokens import (
+    NUM_UNCUT,
+    NUMBERS,
+    Facts,
+    Sample,
+    StoreBuilder,
+    TokenDataset,
+    TokenStore,
+)
 from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
@@ -38,20 +46,27 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
-LOSSES = {
-    "cut": "rows are longer than the context and lose {num_tokens_cut:,} tokens",
-    "empty": "rows have nothing to learn and are left out",
-    "beyond": "rows have nothing to learn within the context and are left out",
-    "repeated": "rows hold the same as another",
+LOSSES = ("cut", "empty", "beyond", "repeated")
+LINES = {
+    "rows": "{num_rows:,} of {sources} ({kinds})",
+    "learned": "{train_on}: {num_trained_tokens:,} of {num_tokens:,} tokens ({trained_share:.1%})",
+    "length": "median {median_tokens:,}, 95% up to {p95_tokens:,}, "
+    "longest {longest_uncut_tokens:,}; context {context_length:,}",
+    "cut": "{num_cut:,} rows are longer than the context and lose {num_tokens_cut:,} tokens: {cut}",
+    "empty": "{num_empty:,} rows have nothing to learn and are left out: {empty}",
+    "beyond": "{num_beyond:,} rows have nothing to learn within the context and are left out: "
+    "{beyond}",
+    "repeated": "{num_repeated:,} rows hold the same as another: {repeated}",
+    "end": "the end of text is learned in {end_share:.1%} of the rows",
+    "parts": "{num_train:,} to learn, {num_held_out:,} held out, {num_test:,} left for a test",
+    "epoch": "{epoch_tokens:,} tokens, {epoch_trained_tokens:,} of them learned",
+    "steps": "{steps}",
+    "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
+    "tokens": "{kept}",
 }
-USAGE = """usage: python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]
-
-Reads and tokenizes the data of a run as the run would, and says what is in it: rows, lengths
-against the context, what is cut or left out, steps, padding, and some rows with the tokens that
-are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer.
-
-  --rows N     how many rows are shown [3]
-  --json       all facts as one JSON object, no rows"""
+ABOUT = """Reads and tokenizes the data of a run as the run would, and says what is in it: rows,
+lengths against the context, what is cut or left out, steps, padding, and some rows with the tokens
+that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +248,7 @@ def _key(
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
-    jinja = [formatter.chat.template.source, own and own.source]
+    jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
     parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
     return f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
@@ -474,40 +489,30 @@ class Audit:
 
     def lines(self) -> list[str]:
         """Return all facts for people, a line each."""
-        facts, padding = self.facts, self.facts["padding_share"]
-        learned = TRAINED_ON.get(facts["train_on"], "everything")
-        share = facts["num_trained_tokens"] / max(facts["num_tokens"], 1)
-        end_share = facts["num_learning_end"] / max(self.num_samples, 1)
-        lines = {
-            "rows": f"{facts['num_rows']:,} of {', '.join(facts['sources'])} ("
-            + ", ".join(f"{count:,} {kind}" for kind, count in facts["kinds"].items())
-            + ")",
-            "learned": f"{learned}: {facts['num_trained_tokens']:,} of {facts['num_tokens']:,} "
-            f"tokens ({share:.1%})",
-            "length": f"median {facts['median_tokens']:,}, 95% up to {facts['p95_tokens']:,}, "
-            f"longest {facts['longest_uncut_tokens']:,}; context {facts['context_length']:,}",
-        }
-        for what, words in LOSSES.items():
-            places = ", ".join(facts["examples"].get(what, []))
-            if facts[f"num_{what}"]:
-                lines[what] = f"{facts[f'num_{what}']:,} {words.format_map(facts)}: {places}"
-        lines |= {
-            "end": f"the end of text is learned in {end_share:.1%} of the rows",
-            "parts": f"{facts['num_train']:,} to learn, {facts['num_held_out']:,} held out, "
-            f"{facts['num_test']:,} left for a test",
-            "epoch": f"{facts['epoch_tokens']:,} tokens, {facts['epoch_trained_tokens']:,} of them "
-            "learned",
-            "steps": "; ".join(
-                f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
-                f"{count['in_all']:,} in total"
-                for size, count in facts["steps"].items()
-            ),
-            "padding": f"{padding['batches']:.1%} in batches of like length, "
-            f"{padding['packed']:.1%} if rows are packed",
-            "tokens": facts["kept"],
-        }
-        notes = [f"note      {note}" for note in facts["notes"]]
-        return [f"{name:<9} {text}" for name, text in lines.items()] + notes
+        facts = self.facts
+        kinds = (f"{count:,} {kind}" for kind, count in facts["kinds"].items())
+        steps = (
+            f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
+            f"{count['in_all']:,} in total"
+            for size, count in facts["steps"].items()
+        )
+        shown = (
+            facts
+            | facts["padding_share"]
+            | {
+                "sources": ", ".join(facts["sources"]),
+                "kinds": ", ".join(kinds),
+                "train_on": TRAINED_ON.get(facts["train_on"], "everything"),
+                "trained_share": facts["num_trained_tokens"] / max(facts["num_tokens"], 1),
+                "end_share": facts["num_learning_end"] / max(self.num_samples, 1),
+                "steps": "; ".join(steps),
+            }
+        )
+        for what in LOSSES:
+            shown[what] = ", ".join(facts["examples"].get(what, []))
+        names = [name for name in LINES if name not in LOSSES or facts[f"num_{name}"]]
+        lines = [f"{name:<9} {LINES[name].format_map(shown)}" for name in names]
+        return lines + [f"note      {note}" for note in facts["notes"]]
 
 
 def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: int) -> Audit:
@@ -530,7 +535,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
     """
     parts = (ready.train, ready.held_out)
     repeated = _repeated(TokenDataset(ready.stores[0]))
-    uncut = np.concatenate([store.num_uncut for store in ready.stores])
+    uncut = np.concatenate([store.table[:-1, NUM_UNCUT] for store in ready.stores])
     lengths = np.concatenate([part.lengths for part in parts])
     facts = {
         "sources": list(ready.names),
@@ -562,7 +567,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
 
 def _repeated(whole: TokenDataset) -> list[str]:
     """Rows that hold the same tokens as one before, as "x.jsonl:9 repeats x.jsonl:3"."""
-    _, first, inverse = np.unique(whole.store.hashes, return_index=True, return_inverse=True)
+    _, first, inverse = np.unique(whole.hashes, return_index=True, return_inverse=True)
     earlier = first[inverse]
     again = np.nonzero(earlier != np.arange(len(whole)))[0].tolist()
     return [f"{whole.place(i)} repeats {whole.place(int(earlier[i]))}" for i in again]
@@ -571,10 +576,9 @@ def _repeated(whole: TokenDataset) -> list[str]:
 def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
     found = {}
     for size in sorted({1, 2, world_size}):
-        rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * size
-        per_epoch = batches.steps_per_epoch(num_rows, rows_per_step)
-        total = cfg.max_steps if cfg.max_steps > 0 else per_epoch * cfg.num_epochs
-        found[str(size)] = {"per_epoch": per_epoch, "in_all": total}
+        sampler = batches.sampler_config(cfg, size, 0, 1)
+        per_epoch = batches.steps_per_epoch(num_rows, sampler.rows_per_step)
+        found[str(size)] = {"per_epoch": per_epoch, "in_all": sampler.num_steps(per_epoch)}
     return found
 
 
@@ -598,22 +602,21 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     """What the user should look at before the run."""
     facts, uses_chat = found.facts, ready.formatter is not None and ready.uses_chat
     rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
-    place = ready.formatter.chat.template.place if ready.formatter is not None else ""
+    place = ready.formatter.chat.place if ready.formatter is not None else ""
     num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
+    is_cut = facts["num_cut"] * 10 > found.num_samples
+    is_few = 0 < facts["num_train"] < rows_per_step
+    is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     notes = {
-        "more than a tenth of the rows is cut: raise --context_length": facts["num_cut"] * 10
-        > found.num_samples,
+        "more than a tenth of the rows is cut: raise --context_length": is_cut,
         "the end of text is never learned: answers will not stop by it": not ends,
-        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": 0
-        < facts["num_train"]
-        < rows_per_step,
+        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
-        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": uses_chat
-        and place == tokenizer.PLAIN_PLACE,
+        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
-        "earlier turns in another way, so each answer stands alone": uses_chat
-        and num_texts > facts["num_rows"],
+        "earlier turns in another way, so each answer stands alone": is_split,
     }
     return [note for note, is_so in notes.items() if is_so]
 
@@ -631,12 +634,10 @@ def main(argv: list[str]) -> int:
         UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
             the rest has been printed.
     """
-    if "--help" in argv or "-h" in argv:
-        print(USAGE)
-        return DONE
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--rows", nargs="?", default="3")
-    parser.add_argument("--json", action="store_true")
+    usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
+    parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)
     if not (own.rows or "").isdecimal():
         raise UserError(f"--rows {own.rows}", "must be a whole number", "default is 3")

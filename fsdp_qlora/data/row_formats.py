@@ -279,9 +279,8 @@ class RowFormatter:
         is_text = self.format_name is None and found.name == TEXT
         if self.format_name == BLOCKS or (is_text and ASSISTANT not in str(row["text"])):
             return BLOCKS
-        return (
-            f"{found.name} as chat" if self._as_chat(found) and found.name != CHAT else found.name
-        )
+        is_made_chat = self._as_chat(found) and found.name != CHAT
+        return f"{found.name} as chat" if is_made_chat else found.name
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into text and say which parts of it are learned.
@@ -331,7 +330,7 @@ class RowFormatter:
 
     def _render(self, row: dict) -> list[Text]:
         if self.row_template is not None:
-            text, marks = self.row_template.render(**{str(key): row[key] for key in row})
+            text, marks = self.row_template.fill(**{str(key): row[key] for key in row})
             has_markup = "bos_token" in self.row_template.variables
             return [Text(text, marks or ((0, len(text)),), has_markup)]
         found = self._find(row)
@@ -418,9 +417,9 @@ def choose(
         return RowFormatter(chat, train_on, system, format_name=template)
     if template.endswith(JINJA_SUFFIXES):
         source = read_own_file(Path(template), "--template", "give a Jinja file")
-        jinja = Template(source, names, template)
+        jinja = Chat(source, names, template)
         if "messages" in jinja.variables:
-            return RowFormatter(Chat(jinja), train_on, system, format_name=CHAT)
+            return RowFormatter(jinja, train_on, system, format_name=CHAT)
         jinja.forbid_undefined()
         return RowFormatter(chat, train_on, system, row_template=jinja)
     if "{" in template:

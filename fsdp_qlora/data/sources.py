@@ -6,12 +6,12 @@ Rows come one at a time, each with its place; the name of a file tells its forma
 import csv
 import difflib
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
 import os
 import re
+import runpy
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -176,10 +176,9 @@ def _read_json(path: Path) -> PlacedRows:
             place = RowPlace(str(path), number)
             if is_first and line.lstrip().startswith("["):
                 rows = parse_json(line + file.read())
-                pairs = enumerate(rows, 1) if isinstance(rows, list) else ()
-                yield from ((RowPlace(str(path), -i), row) for i, row in pairs)
-                if not isinstance(rows, list):
-                    yield place, rows
+                places = (RowPlace(str(path), -i) for i in itertools.count(1))
+                is_list = isinstance(rows, list)
+                yield from zip(places, rows, strict=False) if is_list else [(place, rows)]
                 return
             if line.strip():
                 is_first = False
@@ -479,7 +478,10 @@ def _read_own(path: Path, name: str, split: str | None, tokenizer: Any) -> Place
     names = {"train_split": "train", "test_split": "validation"}
     settings = SimpleNamespace(dataset="custom_dataset", file=str(path), **names)
     try:
-        table = _own_function(path, name)(settings, tokenizer, split or "train")
+        function = runpy.run_path(str(path)).get(name)
+        if not callable(function):
+            raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
+        table = function(settings, tokenizer, split or "train")
         for number, row in enumerate(table, 1):
             if isinstance(row, dict):  # lists in place of tensors and arrays
                 row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
@@ -492,14 +494,3 @@ def _read_own(path: Path, name: str, split: str | None, tokenizer: Any) -> Place
         what = f"{type(error).__name__}: {error}"[:160]
         remedy = f"correct it; {name} must return rows"
         raise UserError(f"{path}:{[name, *lines][-1]}", what, remedy) from error
-
-
-def _own_function(path: Path, name: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
-    return function

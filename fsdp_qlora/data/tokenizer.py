@@ -83,8 +83,8 @@ class Template:
         """Make a name that is not there an error instead of empty text."""
         self.compiled.environment.undefined = jinja2.StrictUndefined
 
-    def render(self, **values: Any) -> tuple[str, tuple[Span, ...]]:
-        """Render the template.
+    def fill(self, **values: Any) -> tuple[str, tuple[Span, ...]]:
+        """Render the template with some values.
 
         Args:
             values: by name.
@@ -106,15 +106,8 @@ class Template:
         return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
 
 
-class Chat:
-    """A chat template in use.
-
-    Args:
-        template: rendered with messages, tools and add_generation_prompt.
-    """
-
-    def __init__(self, template: Template) -> None:
-        self.template = template
+class Chat(Template):
+    """A chat template: rendered with messages, tools and add_generation_prompt."""
 
     def prompt(self, messages: list[dict], tools: Any = None) -> str:
         """Return the text after which the assistant speaks."""
@@ -160,7 +153,7 @@ class Chat:
 
     def _less_end(self, after: str, whole: str) -> str:
         """The text up to an answer, less the end of text that some templates (Phi 3) set last."""
-        less = after.removesuffix(self.template.names.get("eos_token", ""))
+        less = after.removesuffix(self.names.get("eos_token", ""))
         return less if whole.startswith(less) and not whole.startswith(after) else after
 
     def _start(self, messages: list[dict], turn: int, after: str, tools: Any) -> int:
@@ -180,9 +173,7 @@ class Chat:
     def _render(
         self, messages: list[dict], tools: Any, asks: bool = False
     ) -> tuple[str, tuple[Span, ...]]:
-        return self.template.render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=asks
-        )
+        return self.fill(messages=messages, tools=tools, documents=None, add_generation_prompt=asks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +224,7 @@ class TextTokenizer:
             source, place = self.chat_template, f"chat template of {self.place}"
         else:
             source, place = "{{ bos_token }}" * self.adds_bos + PLAIN_TEMPLATE, PLAIN_PLACE
-        return Chat(Template(source, self.names, place))
+        return Chat(source, self.names, place)
 
     def encode(self, texts: list[str], adds_special: bool) -> list[Any]:
         """Tokenize texts; other threads run meanwhile.

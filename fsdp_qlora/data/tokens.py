@@ -81,16 +81,6 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.table) - 1
 
-    @property
-    def hashes(self) -> np.ndarray:
-        """uint64 [samples], the same for samples of the same tokens."""
-        return self.table[:-1, HASH].view(np.uint64)
-
-    @property
-    def num_uncut(self) -> np.ndarray:
-        """int64 [samples], tokens before the context cut them."""
-        return self.table[:-1, NUM_UNCUT]
-
 
 class TokenDataset(Sequence[Sample]):
     """Some samples of a store.
@@ -105,7 +95,7 @@ class TokenDataset(Sequence[Sample]):
         self.indices = np.arange(len(store)) if indices is None else indices
         self.lengths = np.diff(store.table[:, START])[self.indices]
         self.num_trained = store.table[self.indices, NUM_TRAINED]
-        self.hashes = store.hashes[self.indices]
+        self.hashes = store.table[self.indices, HASH].view(np.uint64)  # equal for equal tokens
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -140,9 +130,8 @@ def of_samples(samples: Sequence[Sample], name: str) -> TokenDataset:
     for number, sample in enumerate(samples, 1):
         codes = np.where(sample.is_trained, sample.input_ids, ~sample.input_ids)
         builder.add(codes.astype(np.int32), RowPlace(name, -number))
-    return TokenDataset(
-        builder.finish(no_facts() | {"num_rows": len(samples), "kinds": {name: len(samples)}})
-    )
+    counts = {"num_rows": len(samples), "kinds": {name: len(samples)}}
+    return TokenDataset(builder.finish(no_facts() | counts))
 
 
 class StoreBuilder:
@@ -247,7 +236,9 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
     lock = directory.with_name(f".{directory.name}.lock")
     is_new = not directory.parent.exists()
     try:
-        with _locked(lock):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             found = read_store(directory)
             if found is not None:
                 return replace(found, note=f"{directory} (made before)")
@@ -269,22 +260,10 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
                 directory.parent.rmdir()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def no_facts() -> Facts:
     """Return what `tokenize` counts, before a row has been read."""
-    return dict.fromkeys(NUMBERS, 0) | {
-        "kinds": {},
-        "bad": [],
-        "examples": {},
-        "largest_id": -1,
-    }
+    numbers = dict.fromkeys(NUMBERS, 0)
+    return numbers | {"kinds": {}, "bad": [], "examples": {}, "largest_id": -1}
 
 
 class _Job(NamedTuple):

@@ -198,7 +198,7 @@ def data_fingerprint(data: "Data") -> dict[str, Any]:
     return {
         "chat_template": _digest(str(getattr(data.tokenizer, "chat_template", None))),
         "rows": len(samples),
-        "tokens": hashlib.sha256(samples.store.hashes[samples.indices].tobytes()).hexdigest()[:16],
+        "tokens": hashlib.sha256(samples.hashes.tobytes()).hexdigest()[:16],
     }
 
 
