@@ -266,7 +266,6 @@ time.sleep(60)
     assert err.startswith("stopped by SIGINT; ") and not any(map(is_alive, pids))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path):
     """kill -9 of the parent leaves no orphan."""
     parent = start(tmp_path, "time.sleep(60)")
