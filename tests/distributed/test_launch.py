@@ -121,7 +121,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_every_rank_gets_its_place_and_the_argv_and_only_rank_0_speaks(tmp_path: Path):
-    """Values the user has set stay; both streams of rank 0 pass through, the others' stay in files."""
+    """Values the user has set stay; rank 0 speaks on both streams, the others in their files."""
     names = [
         "RANK",
         "LOCAL_RANK",
