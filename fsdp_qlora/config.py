@@ -527,7 +527,7 @@ def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
         if text.startswith("~") and os.path.expanduser(text) == text:
             fault = UserError(f"--{name} {text}", "no such home directory", "give another path")
             faults += [fault] * (name in (*HOME_PATHS, "sample_prompts"))
-        if redact(text, os.environ) != text:  # every option stands in the record of the run
+        if redact(text) != text:  # every option stands in the record of the run
             rule = "looks like a secret, and would be stored in the record of the run"
             remedy = "set HF_TOKEN, or run hf auth login"
             faults.append(UserError(f"--{name} {text}", rule, remedy))
