@@ -13,7 +13,7 @@ from safetensors import safe_open
 from fsdp_qlora import checkpoint_store as store
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.training import resume
+from fsdp_qlora.training import preflight
 from tests import faults
 
 NUM_FLIPS = 250  # of single bits, in every file
@@ -228,7 +228,7 @@ def test_a_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, mon
         assert store.may_hold_any(tmp_path) and store.latest(tmp_path) is None
         for wanted in (store.AUTO, store.LATEST):
             with pytest.raises(UserError, match="Input/output error") as caught:
-                resume.expand([f"--resume={wanted}", f"--output_dir={tmp_path}"])
+                preflight.expand_resume([f"--resume={wanted}", f"--output_dir={tmp_path}"])
             assert caught.value.code == INTEGRITY
     assert store.latest(tmp_path) == store.read(tmp_path / store.CHECKPOINTS / "step-1")
 
