@@ -206,8 +206,9 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        draft = out.with_name(f"{_prefix(out)}{os.getpid()}")
+        prefix = f".{out.name}.draft-"
+        _sweep(out.parent, prefix)
+        draft = out.with_name(f"{prefix}{os.getpid()}")
         draft.mkdir()
         lock = os.open(draft, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -232,14 +233,9 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
             signal.signal(signal.SIGTERM, former)
 
 
-def _prefix(out: Path) -> str:
-    return f".{out.name}.draft-"
-
-
-def _sweep(out: Path) -> None:
+def _sweep(directory: Path, prefix: str) -> None:
     """Remove the drafts whose process is gone."""
-    drafts = [path for path in out.parent.iterdir() if path.name.startswith(_prefix(out))]
-    for draft in drafts:
+    for draft in [path for path in directory.iterdir() if path.name.startswith(prefix)]:
         lock = os.open(draft, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -225,8 +225,6 @@ def _fault(path: Path, listed: dict[str, Any] | None) -> str:
         expected = str(listed["sha256"])
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    except (KeyError, TypeError):
-        return "has no size and hash in the manifest"
     same = digest == expected
     return "" if same else f"has SHA-256 {digest[:12]}, and the manifest {expected[:12]}"
 

@@ -489,7 +489,7 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
         owner, base, type_ = ("hqq", "an HQQ", "hqq_lora")
         if "quant" in name:
             owner, base, type_ = ("bnb", "a bitsandbytes", "qlora")
-        value, usual = getattr(cfg, name), cli.options(TrainConfig)[name].default
+        value, usual = getattr(cfg, name), getattr(TrainConfig, name)
         if TRAIN_TYPES[cfg.train_type].base != owner and value != usual:
             got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
             remedy = f"use --train_type {type_}, or leave it out"
@@ -527,7 +527,7 @@ def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
         if text.startswith("~") and os.path.expanduser(text) == text:
             fault = UserError(f"--{name} {text}", "no such home directory", "give another path")
             faults += [fault] * (name in (*HOME_PATHS, "sample_prompts"))
-        if redact(text, os.environ) != text:  # every option stands in the record of the run
+        if redact(text) != text:  # every option stands in the record of the run
             rule = "looks like a secret, and would be stored in the record of the run"
             remedy = "set HF_TOKEN, or run hf auth login"
             faults.append(UserError(f"--{name} {text}", rule, remedy))
@@ -581,7 +581,7 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
         (is_local, "project_name", "--log_to has no tracker that takes it"),
         (is_local, "tracker_args", "--log_to has no tracker that takes it"),
     ]
-    usual = {name: option.default for name, option in cli.options(TrainConfig).items()}
-    changed = [(name, why) for is_idle, name, why in unused if is_idle]
-    notes = [f"--{n} has no effect: {why}" for n, why in changed if getattr(cfg, n) != usual[n]]
-    return [note for is_due, note in table if is_due] + notes
+    for is_idle, name, why in unused:
+        is_set = getattr(cfg, name) != getattr(TrainConfig, name)
+        table.append((is_idle and is_set, f"--{name} has no effect: {why}"))
+    return [note for is_due, note in table if is_due]

@@ -21,10 +21,9 @@ OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it
 NUMBER: Any = (int, float, type(None))
 ROWS = {"*": (int, float)}
 PART = {"device_rows": ROWS, "host_rows": ROWS, "*": NUMBER}
-STEP = dict.fromkeys(["epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s"], NUMBER)
-STEP |= {"num_tokens": NUMBER, "num_trained_tokens": NUMBER}
 NEEDED = {"step": int, "step_s": (int, float), "ranks": [PART], "host": PART}
-STEP |= NEEDED
+NUMBERS = "epoch loss learning_rate grad_norm tokens_per_s num_tokens num_trained_tokens"
+STEP = NEEDED | dict.fromkeys(NUMBERS.split(), NUMBER)
 EVENTS = {"eval": {"step": NUMBER, "loss": NUMBER}, "sample": {}}
 LIMITS = ["max_steps", "num_epochs", "grad_norm", "gpu_budget_gib", "host_budget_gib"]
 PLACES = {"device": {"*": ROWS}, "host": {"*": ROWS}}
@@ -168,14 +167,14 @@ def _checked(row: dict[str, Any] | None, shape: dict[str, Any], place: str) -> d
     """A line of the record, or summary.json; an error where it is not of its shape."""
     if row is not None and shape is not STEP:
         row = {name: value for name, value in row.items() if value is not None}
-    missing = [name for name in NEEDED if (row or {}).get(name) in (None, [])]
-    fault = "no JSON object" if row is None else _fault(row, shape)
-    if row is not None and shape is STEP and missing:
-        fault = f"{missing[0]} is missing"
-    if fault or row is None:
-        rule = f"is not part of the record of a run: {fault}"
-        raise UserError(place, rule, "remove it, or give the output directory of a run")
-    return row
+    fault = "no JSON object"
+    if row is not None:
+        missing = [name for name in NEEDED if shape is STEP and row.get(name) in (None, [])]
+        fault = f"{missing[0]} is missing" if missing else _fault(row, shape)
+        if not fault:
+            return row
+    rule = f"is not part of the record of a run: {fault}"
+    raise UserError(place, rule, "remove it, or give the output directory of a run")
 
 
 def _fault(value: Any, shape: Any, place: str = "") -> str:

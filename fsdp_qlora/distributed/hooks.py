@@ -4,7 +4,6 @@ import faulthandler
 import os
 import signal
 import struct
-import tempfile
 import threading
 import time
 from collections import deque
@@ -114,9 +113,7 @@ def enable_stack_dumps(log: Path) -> None:
 
 def open_board() -> BinaryIO:
     """Return a file without a name that the supervisor hands to its ranks."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("heartbeat"), "r+b", buffering=0)
-    return tempfile.TemporaryFile(buffering=0)
+    return os.fdopen(os.memfd_create("heartbeat"), "r+b", buffering=0)
 
 
 def read(board: int, rank: int) -> Heartbeat:
@@ -214,7 +211,7 @@ class Watch:
 
 
 def _life(pid: int) -> tuple[str, float]:
-    """State of a process ("T": stopped) and the seconds of a core it has used; Linux only."""
+    """State of a process ("T": stopped) and the seconds of a core it has used."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
