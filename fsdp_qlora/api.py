@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fsdp_qlora import atomic
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import INPUT, UserError
+from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from fsdp_qlora.inference import Opened
@@ -51,38 +52,37 @@ class TrainResult:
 
 
 class _Follower:
-    """Reads metrics.jsonl as it grows, and calls back."""
+    """Reads metrics.jsonl as it grows, and calls back, once for each step and each evaluation."""
 
     def __init__(self, path: Path, on_step: Callback | None, on_eval: Callback | None) -> None:
-        self._path, self._on_step, self._on_eval = path, on_step, on_eval
-        self._offset, self._rest = 0, b""
-        self.steps: list[Event] = []
-        self.evaluations: list[Event] = []
+        self._path, self._offset = path, 0
+        self._callbacks = {"step": on_step, "eval": on_eval}
+        self._seen: set[tuple[Any, ...]] = set()
+        self.events: dict[str, list[Event]] = {"step": [], "eval": []}
 
     def poll(self) -> None:
         """Take what has come since the last call."""
         if not self._path.is_file():
             return
-        if self._path.stat().st_size < self._offset:  # a restarted run has cut its record
-            self._offset, self._rest = 0, b""
         with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._offset:  # a restarted run has cut its record
+                self._offset = 0
             file.seek(self._offset)
-            data = file.read()
-        self._offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in map(json.loads, lines):
-            self._take(line)
+            for raw in file:
+                if not raw.endswith(b"\n"):
+                    break
+                self._offset += len(raw)
+                self._take(json.loads(raw))
 
     def _take(self, line: Event) -> None:
         kind = line.get("event", "step")
-        if kind == "step" and line["step"] > len(self.steps):
-            self.steps.append(line)
-            if self._on_step is not None:
-                self._on_step(line)
-        if kind == "eval":
-            self.evaluations.append(line)
-            if self._on_eval is not None:
-                self._on_eval(line)
+        key = (kind, line.get("step"), line.get("when"))
+        if kind in self.events and key not in self._seen:
+            self._seen.add(key)
+            self.events[kind].append(line)
+            callback = self._callbacks[kind]
+            if callback is not None:
+                callback(line)
 
 
 def plan(config: TrainConfig) -> Any:
@@ -131,24 +131,26 @@ def train(
         UserError: the run cannot be started; the message has value, rule and remedy.
         TrainError: the run has failed. What a callback raises ends the run too.
     """
+    from fsdp_qlora import run
+
     if dataset is not None:
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
     config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
     if _is_rank():
-        from fsdp_qlora import run
-
         used = run.join_and_run(config, _given(config), follower.poll).cfg
-        follower.poll()
-        return _result(used.resolved_output_dir, follower)
-    from fsdp_qlora import run
-
-    lines: list[str] = []
-    code = run.launch_ranks(_argv(config), tell=lines.append, poll=follower.poll)
-    if code:
-        raise TrainError(code, lines)
+    else:
+        lines: list[str] = []
+        values = {name: getattr(config, name) for name in sorted(_given(config))}
+        argv, used = [f"--{name}={value}" for name, value in values.items()], config
+        code = run.launch_ranks(argv, tell=lines.append, poll=follower.poll)
+        if code:
+            raise TrainError(code, lines)
     follower.poll()
-    return _result(config.resolved_output_dir, follower)
+    summary = atomic.read_json(used.resolved_output_dir / "summary.json")
+    losses = [line["loss"] for line in follower.events["step"]]
+    memory, evaluations = summary.get("ledger", {}), follower.events["eval"]
+    return TrainResult(used.resolved_output_dir, losses, evaluations, memory, summary)
 
 
 def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
@@ -226,32 +228,16 @@ def _given(config: TrainConfig) -> frozenset[str]:
     return frozenset(f.name for f in fields if getattr(config, f.name) != f.default)
 
 
-def _argv(config: TrainConfig) -> list[str]:
-    """The command line of a configuration."""
-    values = {name: getattr(config, name) for name in sorted(_given(config))}
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
 def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows as JSON lines, once for equal ones."""
-    from fsdp_qlora import atomic
-
     try:
         text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         rule = f"every row must be a dict of JSON values ({error})"
-        raise UserError("dataset", rule, "convert the other values to text", INPUT) from error
+        raise UserError("dataset", rule, "convert the other values to text") from error
     data = text.encode()
     path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, data)
     return path
-
-
-def _result(output_dir: Path, follower: _Follower) -> TrainResult:
-    path = output_dir / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    losses = [line["loss"] for line in follower.steps]
-    memory = summary.get("ledger", {})
-    return TrainResult(output_dir, losses, follower.evaluations, memory, summary)

@@ -116,6 +116,29 @@ def write_json(path: Path, values: Any) -> Path:
     return write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
+def parse_json(text: bytes) -> dict[str, Any] | None:
+    """Read a JSON object.
+
+    Args:
+        text: such as a line of the record.
+
+    Returns:
+        The object, NaN and infinity as null; None for anything else, a torn line too.
+    """
+    try:
+        value = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; an empty one where none can be read."""
+    with contextlib.suppress(OSError):
+        return parse_json(path.read_bytes()) or {}
+    return {}
+
+
 def commit(draft: Path, final: Path) -> None:
     """Give a directory its name, in place of one that is there.
 
@@ -183,8 +206,9 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(SIGTERM))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        draft = out.with_name(f"{_prefix(out)}{os.getpid()}")
+        prefix = f".{out.name}.draft-"
+        _sweep(out.parent, prefix)
+        draft = out.with_name(f"{prefix}{os.getpid()}")
         draft.mkdir()
         lock = os.open(draft, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,14 +233,9 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
             signal.signal(signal.SIGTERM, former)
 
 
-def _prefix(out: Path) -> str:
-    return f".{out.name}.draft-"
-
-
-def _sweep(out: Path) -> None:
+def _sweep(directory: Path, prefix: str) -> None:
     """Remove the drafts whose process is gone."""
-    drafts = [path for path in out.parent.iterdir() if path.name.startswith(_prefix(out))]
-    for draft in drafts:
+    for draft in [path for path in directory.iterdir() if path.name.startswith(prefix)]:
         lock = os.open(draft, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -193,9 +193,9 @@ def read(path: Path, step: int | None = None) -> SavedCheckpoint:
         step = int(match[1]) if match else -1
     try:
         raw = (path / MANIFEST).read_bytes() if _is_file(path / MANIFEST) else b""
-        files = json.loads(raw).get("files", {}) if raw else {}
+        files = (atomic.parse_json(raw) or {}).get("files", {})
         is_sealed = raw == _manifest(step, files)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         is_sealed = False
     if not is_sealed:
         rule = f"is not the manifest of a finished checkpoint of step {step}"
@@ -225,8 +225,6 @@ def _fault(path: Path, listed: dict[str, Any] | None) -> str:
         expected = str(listed["sha256"])
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    except (KeyError, TypeError):
-        return "has no size and hash in the manifest"
     same = digest == expected
     return "" if same else f"has SHA-256 {digest[:12]}, and the manifest {expected[:12]}"
 
@@ -310,13 +308,14 @@ def best_of(run_dir: Path) -> dict[str, Any] | None:
         UserError: the mark is there and cannot be read (code 5).
     """
     path = run_dir / CHECKPOINTS / BEST
+    best = atomic.read_json(path)
+    if isinstance(best.get("step"), int) and best.get("loss") is not None:
+        return best
     try:
-        best = json.loads(path.read_bytes())
-        if isinstance(best["step"], int) and best["loss"] == best["loss"]:
-            return best
+        path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError:
         pass
     rule = "does not say which checkpoint is the best, so none is removed"
     raise UserError(str(path), rule, "the next best evaluation writes it anew", INTEGRITY)
@@ -387,15 +386,9 @@ def is_own(path: Path) -> bool:
         has_others = bool(set(os.listdir(path)) - {WEIGHTS, OPTIMIZER, STATE, MANIFEST})
     except OSError:
         return False
-    return not has_others and any(_has_mark(path / name) for name in (MANIFEST, STATE))
-
-
-def _has_mark(path: Path) -> bool:
-    try:
-        table = json.loads(path.read_bytes())
-        return isinstance(table["step"], int) and isinstance(table["version"], int)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    tables = [atomic.read_json(path / name) for name in (MANIFEST, STATE)]
+    marks = [[table.get("step"), table.get("version")] for table in tables]
+    return not has_others and any(all(isinstance(n, int) for n in mark) for mark in marks)
 
 
 def _unused(path: Path) -> Path:
@@ -477,9 +470,9 @@ def cut_record(path: Path, step: int) -> list[dict[str, Any]]:
     raw_kept: list[bytes] = []
     is_damaged = False
     for raw in raw_lines:
-        line = _line(raw)
-        is_damaged = is_damaged or (line is None and raw.endswith(b"\n"))
-        if line is None:
+        line = (atomic.parse_json(raw) or {}) if raw.endswith(b"\n") else {}
+        if "event" not in line and not isinstance(line.get("step"), int):
+            is_damaged = is_damaged or raw.endswith(b"\n")
             continue
         if line.get("when") == "after" or ("event" not in line and line["step"] > step):
             break
@@ -493,25 +486,13 @@ def cut_record(path: Path, step: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _line(raw: bytes) -> dict[str, Any] | None:
-    """A line of a record; None: it is torn or damaged."""
-    try:
-        line = json.loads(raw) if raw.endswith(b"\n") else {}
-        return line if "event" in line or isinstance(line["step"], int) else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def is_complete(run_dir: Path) -> bool:
     """Whether a run has come to its end.
 
     Args:
         run_dir: its output directory.
     """
-    try:
-        return bool(json.loads((run_dir / SUMMARY).read_bytes())["is_complete"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return bool(atomic.read_json(run_dir / SUMMARY).get("is_complete"))
 
 
 def lock(run_dir: Path) -> None:
@@ -546,12 +527,9 @@ def is_run(directory: Path) -> bool:
     Args:
         directory: any.
     """
-    if os.path.lexists(directory / LOCK):
+    known = atomic.read_json(directory / CONFIG).keys()
+    if os.path.lexists(directory / LOCK) or {"train_type", "versions"} <= known:
         return True
-    with contextlib.suppress(OSError, ValueError):
-        table = json.loads((directory / CONFIG).read_bytes())
-        if isinstance(table, dict) and {"train_type", "versions"} <= table.keys():
-            return True
     return any(is_own(step_dir(directory, step)) for step in steps(directory))
 
 

@@ -191,20 +191,20 @@ class Reader:
         given: dict[str, Given] = {}
         words = list(argv)
         while words:
-            word = words.pop(0)
-            shown, has_value, text = word.partition("=")
-            if not word.startswith("--"):
-                self._refuse(word, "belongs to no flag", "write --flag value")
+            shown, sign, text = words.pop(0).partition("=")
+            if not shown.startswith("--"):
+                self._refuse(shown + sign + text, "belongs to no flag", "write --flag value")
                 continue
             name = self._find(shown[2:])
-            if not has_value and words and not words[0].startswith("--"):
-                has_value, text = "yes", words.pop(0)
-            elif not has_value and self._is_switch(name):
-                has_value, text = "yes", "true"
+            if not sign and words and not words[0].startswith("--"):
+                text = words.pop(0)
+            elif not sign and self._is_switch(name):
+                text = "true"
+            elif not sign and name is not None:
+                self._refuse(shown, "has no value", f"write {shown}=VALUE")
+                continue
             if name is None:
                 self._refuse_name(shown, shown[2:])
-            elif not has_value:
-                self._refuse(shown, "has no value", f"write {shown}=VALUE")
             else:
                 given[name] = Given(text, f"{shown} {text}")
         return self.rename(given)

@@ -330,15 +330,11 @@ def default_output_dir(model_name: str, train_type: str) -> str:
     return f"output/{model}-{train_type}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def parse(
-    argv: Sequence[str], stored: TrainConfig | None = None, say: Callable[[str], Any] = str
-) -> TrainConfig:
+def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
     """Return the resolved configuration of a command line.
 
     Args:
         argv: arguments without the program's name.
-        stored: the configuration of a run that is resumed; every option that is neither on the
-            command line nor in the recipe it names is taken from here. None: the defaults.
         say: is told, in a line each, of names that have no effect.
 
     Returns:
@@ -351,13 +347,12 @@ def parse(
     cli.show_help_if_asked(argv, TrainConfig, USAGE)
     reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
     values, faults = reader.read(argv)
-    cfg = None
     try:
-        cfg = TrainConfig(**({} if stored is None else vars(stored)) | values)
+        cfg = TrainConfig(**values)
         faults += _written(cfg, values)
     except UserError as fault:
         faults.append(fault)
-    if cfg is None or faults:
+    if faults:
         raise join(faults)
     for note in reader.notes:
         say(f"note      {note}")
@@ -380,12 +375,12 @@ class _Reader(cli.Reader):
         """As cli.Reader; all that is in `given` stands on one command line, or in one recipe."""
         steps, profile = given.get("warmup_steps"), given.get("profile")
         is_on = profile is not None and cli.plain(profile.text) == "true"
-        if steps is None or not is_on or not steps.text.isdecimal() or not steps.text.strip("0"):
-            return super().rename(given)
-        why = "is the profiler's, as --profile is on; --lr_warmup_steps is the scheduler's"
-        self.notes.append(f"--warmup_steps {steps.text} {why}")
-        others = {name: entry for name, entry in given.items() if name != "warmup_steps"}
-        return super().rename(others | {"profile": steps})
+        if steps and is_on and steps.text.isdecimal() and steps.text.strip("0"):
+            why = "is the profiler's, as --profile is on; --lr_warmup_steps is the scheduler's"
+            self.notes.append(f"--warmup_steps {steps.text} {why}")
+            others = {name: given[name] for name in given if name != "warmup_steps"}
+            given = others | {"profile": steps}
+        return super().rename(given)
 
 
 def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]]:
@@ -494,7 +489,7 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
         owner, base, type_ = ("hqq", "an HQQ", "hqq_lora")
         if "quant" in name:
             owner, base, type_ = ("bnb", "a bitsandbytes", "qlora")
-        value, usual = getattr(cfg, name), cli.options(TrainConfig)[name].default
+        value, usual = getattr(cfg, name), getattr(TrainConfig, name)
         if TRAIN_TYPES[cfg.train_type].base != owner and value != usual:
             got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
             remedy = f"use --train_type {type_}, or leave it out"
@@ -532,7 +527,7 @@ def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
         if text.startswith("~") and os.path.expanduser(text) == text:
             fault = UserError(f"--{name} {text}", "no such home directory", "give another path")
             faults += [fault] * (name in (*HOME_PATHS, "sample_prompts"))
-        if redact(text, os.environ) != text:  # every option stands in the record of the run
+        if redact(text) != text:  # every option stands in the record of the run
             rule = "looks like a secret, and would be stored in the record of the run"
             remedy = "set HF_TOKEN, or run hf auth login"
             faults.append(UserError(f"--{name} {text}", rule, remedy))
@@ -586,7 +581,7 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
         (is_local, "project_name", "--log_to has no tracker that takes it"),
         (is_local, "tracker_args", "--log_to has no tracker that takes it"),
     ]
-    usual = {name: option.default for name, option in cli.options(TrainConfig).items()}
-    changed = [(name, why) for is_idle, name, why in unused if is_idle]
-    notes = [f"--{n} has no effect: {why}" for n, why in changed if getattr(cfg, n) != usual[n]]
-    return [note for is_due, note in table if is_due] + notes
+    for is_idle, name, why in unused:
+        is_set = getattr(cfg, name) != getattr(TrainConfig, name)
+        table.append((is_idle and is_set, f"--{name} has no effect: {why}"))
+    return [note for is_due, note in table if is_due]

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB = 4, 5, 1
+LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB, SLOW_MBS = 4, 5, 1, 100
 PACKAGE = "fsdp_qlora"  # its extras name one another by it
 SEE = "see the message"
 CACHE = "choose another with FSDP_QLORA_CACHE=DIR"
@@ -52,7 +52,7 @@ MARK = "doctor: "  # of a finding among the lines that a rank prints
 TOGETHER = ("meet", "gather")
 ON_CPU = ("4-bit", "speed", *TOGETHER)
 COLLECTIVE_S, MIN_S, NUM_GATHERS = 60.0, 0.3, 10
-LINK_BYTES = 2**28
+DISK_BYTES, LINK_BYTES = 2**27, 2**28
 # Kind of device -> size of a square matmul, bytes of a copy, bytes of each rank in a gather.
 SIZES = {"cuda": (8192, 2**29, 2**27), "cpu": (2048, 2**28, 2**24)}
 SUSTAINED_SHARE = 0.62  # of a large matmul, over a whole step: H200, 490 of 790 TFLOP/s
@@ -124,6 +124,8 @@ def main(argv: list[str]) -> int:
         ("measured speeds", partial(save, found, cache), CACHE, DONE),
     ]
     for check in checks:
+        if options.quick and check[0].startswith("disk"):
+            continue
         for finding in attempt(*check):
             found.append(finding)
             print("" if options.json else finding.line() + "\n", end="", flush=True)
@@ -254,7 +256,7 @@ def host() -> Iterator[Finding]:
 
 
 def disk(name: str, wanted: Path, elsewhere: str) -> Iterator[Finding]:
-    """Whether a disk can be written to, and how much room it has.
+    """Write a file, read it back from the disk, and compare; nothing is left behind.
 
     Args:
         name: what lies there.
@@ -263,14 +265,28 @@ def disk(name: str, wanted: Path, elsewhere: str) -> Iterator[Finding]:
 
     Raises:
         OSError: nothing can be written there.
+        UserError: other bytes are read than were written (code 5).
     """
-    place = wanted.expanduser().absolute()
+    place, block = wanted.expanduser().absolute(), os.urandom(DISK_BYTES)
     while not place.is_dir():
         place = place.parent
-    tempfile.TemporaryFile(dir=place).close()
+    began_s = time.perf_counter()
+    with tempfile.TemporaryFile(dir=place) as file:
+        file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        is_same = file.read() == block
+    mbs = 2 * DISK_BYTES / 1e6 / (time.perf_counter() - began_s)
     free_gib = shutil.disk_usage(place).free / GIB
-    remedy = f"the 4-bit base of a 7B takes 4 GiB: {elsewhere}" * (free_gib < LEAST_DISK_GIB)
-    yield Finding(f"disk of {name}", f"{wanted}: {free_gib:.0f} GiB free", remedy)
+    if not is_same:
+        rule, remedy = "reads other bytes than were written", f"check it, {elsewhere}"
+        raise UserError(str(wanted), rule, remedy, INTEGRITY)
+    value = f"{wanted}: writes and reads {mbs:,.0f} MB/s, {free_gib:.0f} GiB free"
+    is_bad = mbs < SLOW_MBS or free_gib < LEAST_DISK_GIB
+    remedy = f"loading a 7B reads 13 GB, its 4-bit base takes 4 GiB: {elsewhere}" * is_bad
+    yield Finding(f"disk of {name}", value, remedy)
 
 
 def devices(is_quick: bool) -> Iterator[Finding]:
@@ -388,10 +404,8 @@ def dtype_of(device: "torch.device") -> "torch.dtype":
     """What a run would compute in: bfloat16, or float16 on GPUs without matmuls of it."""
     import torch
 
-    is_old = (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) < hardware.FIRST_WITH_BF16
-    )
+    is_gpu, least = device.type == "cuda", hardware.FIRST_WITH_BF16
+    is_old = is_gpu and torch.cuda.get_device_capability(device) < least
     return torch.float16 if is_old else torch.bfloat16
 
 

@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
 SIGNALED = 128  # and the number of the signal that ended a command
@@ -26,20 +26,17 @@ SECRET_NAMES = re.compile(
 MIN_SECRET_CHARS = 8
 
 
-def redact(
-    text: str, environment: Mapping[str, str], patterns: Sequence[re.Pattern] = SECRETS
-) -> str:
+def redact(text: str, patterns: Sequence[re.Pattern] = SECRETS) -> str:
     """Replace what looks like a secret, and the values of variables that are named like one.
 
     Args:
         text: any text.
-        environment: variables of the process.
         patterns: what a secret looks like.
 
     Returns:
         The text with REDACTED in their place.
     """
-    values = [value for name, value in environment.items() if SECRET_NAMES.search(name.upper())]
+    values = [value for name, value in os.environ.items() if SECRET_NAMES.search(name.upper())]
     for value in sorted(values, key=len, reverse=True):
         if len(value) >= MIN_SECRET_CHARS and not value.startswith("/"):  # a file with a token
             text = text.replace(value, REDACTED)
@@ -62,8 +59,9 @@ def one_line(text: str) -> str:
     )
 
 
-def _printable(text: str) -> str:
-    return one_line(redact(text, os.environ))
+def printable(text: str) -> str:
+    """Return `text` safe to print as a single line, without secrets."""
+    return one_line(redact(text))
 
 
 class UserError(Exception):
@@ -86,7 +84,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Return the fault in at most 300 characters, then " | " and the next one, if any."""
-        got, rest = _printable(self.got), _printable(f": {self.rule}; {self.remedy}")
+        got, rest = printable(self.got), printable(f": {self.rule}; {self.remedy}")
         space = max(MAX_LINE_CHARS - len(rest), 40)
         if len(got) > space:  # of a path the end counts, of a value the beginning
             got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"

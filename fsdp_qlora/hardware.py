@@ -191,10 +191,9 @@ def gpu_like(name: str, memory_gib: float) -> Device:
     """
     plain = _plain(name)
     alike = [gpu for gpu in GPUS.values() if plain.startswith(_plain(gpu.name.split("-")[0]))]
-    sized = alike or [gpu for gpu in GPUS.values() if gpu.memory_gib <= memory_gib] or [*_TABLE]
+    smaller = [gpu for gpu in GPUS.values() if gpu.memory_gib <= memory_gib]
+    sized = alike or smaller or [*GPUS.values()]
     near = min(sized, key=lambda gpu: abs(gpu.memory_gib - memory_gib))
-    if math.isinf(memory_gib):
-        near = alike[0] if alike else GPUS["3090"]
     usable_gib = round(memory_gib * USABLE_OF_REPORTED, 1)
     return dataclasses.replace(near, name=name, memory_gib=usable_gib)
 
@@ -397,20 +396,19 @@ class Cgroup:
     Attributes:
         limit_gib: the tightest limit from the group up to the root; None when there is none.
         used_path: file with the bytes the group uses, page cache included; None when not found.
-        stat_path: file with the page cache among them.
+            memory.stat beside it says how many those are.
         events_path: file that counts the processes killed for want of memory.
     """
 
     limit_gib: float | None = None
     used_path: Path | None = None
-    stat_path: Path | None = None
     events_path: Path | None = None
 
     def used_gib(self) -> float | None:
         """GiB in use less the page cache that the kernel would drop first; None without a group."""
-        if self.used_path is None or self.stat_path is None:
+        if self.used_path is None:
             return None
-        used, stat = _read(self.used_path).strip(), _read(self.stat_path)
+        used, stat = _read(self.used_path).strip(), _read(self.used_path.with_name("memory.stat"))
         cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
         cache_bytes = int(cache[1]) if cache else 0
         return max(0, int(used) - cache_bytes) / GIB if used.isdigit() and stat else None
@@ -439,8 +437,7 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         if paths and used:
             limits = [read_limit_gib(place / limit_name) for place in groups]
             limit_gib = min((limit for limit in limits if limit is not None), default=None)
-            names = (used_name, "memory.stat", events_name)
-            return Cgroup(limit_gib, *(used[0] / name for name in names))
+            return Cgroup(limit_gib, used[0] / used_name, used[0] / events_name)
     return Cgroup()
 
 

@@ -1,7 +1,6 @@
 """The record of a run: metrics.jsonl, and summary.json once the run has ended."""
 
 import contextlib
-import json
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,22 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora import atomic
+from fsdp_qlora.cli import to_text
 from fsdp_qlora.config import TrainConfig, renamed, to_dict
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
-STATES = {True: "finished", False: "stopped early", None: "still running"}
 # What a record holds, as far as it is read: a type, a list of what is in it, or a table by name,
 # where "*" stands for every other name. What is not named here may be anything.
 NUMBER: Any = (int, float, type(None))
 ROWS = {"*": (int, float)}
 PART = {"device_rows": ROWS, "host_rows": ROWS, "*": NUMBER}
-STEP = dict.fromkeys(["epoch", "loss", "learning_rate", "grad_norm", "tokens_per_s"], NUMBER)
-STEP |= {"num_tokens": NUMBER, "num_trained_tokens": NUMBER}
 NEEDED = {"step": int, "step_s": (int, float), "ranks": [PART], "host": PART}
-STEP |= NEEDED
+NUMBERS = "epoch loss learning_rate grad_norm tokens_per_s num_tokens num_trained_tokens"
+STEP = NEEDED | dict.fromkeys(NUMBERS.split(), NUMBER)
 EVENTS = {"eval": {"step": NUMBER, "loss": NUMBER}, "sample": {}}
 LIMITS = ["max_steps", "num_epochs", "grad_norm", "gpu_budget_gib", "host_budget_gib"]
 PLACES = {"device": {"*": ROWS}, "host": {"*": ROWS}}
@@ -78,7 +77,8 @@ class Run:
     @property
     def state(self) -> str:
         """One of "finished", "stopped early" and, without a summary, "still running"."""
-        return STATES.get(self.facts.get("is_complete"), "still running")
+        is_complete: Any = self.facts.get("is_complete")
+        return {True: "finished", False: "stopped early"}.get(is_complete, "still running")
 
     def values(self, name: str) -> list[Any]:
         """A field of the steps: one value per step."""
@@ -145,7 +145,7 @@ def read(run_dir: Path) -> Run:
         raise UserError(str(path), reason, "give the output directory of a run") from error
     run = Run(directory.name, directory, [], [])
     for number, line in enumerate(lines, 1):
-        row = parse(line)
+        row = atomic.parse_json(line)
         if row is None and number == len(lines):
             break
         name = row.get("event") if row is not None else None
@@ -155,7 +155,7 @@ def read(run_dir: Path) -> Run:
         run = _step(run, row) if name is None else _event(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
-    summary = _checked(parse(ending), FACTS, str(end))
+    summary = _checked(atomic.parse_json(ending), FACTS, str(end))
     config = run.config or summary.get("config", {})
     with contextlib.suppress(UserError):  # what no version has written is shown as it stands
         values, removed = renamed(config)
@@ -163,34 +163,18 @@ def read(run_dir: Path) -> Run:
     return replace(run, config=config, facts=run.facts | summary)
 
 
-def parse(text: bytes) -> dict[str, Any] | None:
-    """Read a JSON object.
-
-    Args:
-        text: such as a line of the record.
-
-    Returns:
-        The object, NaN and infinity as null; None for anything else, a torn line too.
-    """
-    try:
-        value = json.loads(text, parse_constant=lambda _: None)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _checked(row: dict[str, Any] | None, shape: dict[str, Any], place: str) -> dict[str, Any]:
     """A line of the record, or summary.json; an error where it is not of its shape."""
     if row is not None and shape is not STEP:
         row = {name: value for name, value in row.items() if value is not None}
-    missing = [name for name in NEEDED if (row or {}).get(name) in (None, [])]
-    fault = "no JSON object" if row is None else _fault(row, shape)
-    if row is not None and shape is STEP and missing:
-        fault = f"{missing[0]} is missing"
-    if fault or row is None:
-        rule = f"is not part of the record of a run: {fault}"
-        raise UserError(place, rule, "remove it, or give the output directory of a run")
-    return row
+    fault = "no JSON object"
+    if row is not None:
+        missing = [name for name in NEEDED if shape is STEP and row.get(name) in (None, [])]
+        fault = f"{missing[0]} is missing" if missing else _fault(row, shape)
+        if not fault:
+            return row
+    rule = f"is not part of the record of a run: {fault}"
+    raise UserError(place, rule, "remove it, or give the output directory of a run")
 
 
 def _fault(value: Any, shape: Any, place: str = "") -> str:
@@ -234,9 +218,7 @@ def _event(run: Run, row: dict[str, Any]) -> Run:
 
 def word(value: Any) -> str:
     """The value of a flag as it is written on a command line; "not set" for None."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "not set" if value is None else str(value)
+    return "not set" if value is None else to_text(value)
 
 
 def command(options: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.training import preflight, resume
+from fsdp_qlora.training import preflight
 
 
 def run(
@@ -40,19 +40,15 @@ def run(
     from fsdp_qlora.report import page
     from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
 
-    cfg, info, is_writer = plan.cfg, plan.info, world.rank == 0
+    cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
-    dataset = data.build(cfg, info, world)
+    dataset = data.build(cfg, plan.info, world)
     num_steps = dataset.train.num_steps
-    resumed = checkpoint.load(cfg, given, info, adapter.digest(info), dataset, world)
+    resumed = checkpoint.load(plan, given, adapter.digest(plan.info), dataset, world)
     trained, tracker, record = _build(plan, dataset, world, **probe)
-    resumed.restore(trained)
+    checkpoint.restore(trained, resumed.saved)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
-
-    def follow() -> None:
-        after_step()
-        poll()
 
     with (
         preflight.explain_disk_full(cfg),
@@ -61,10 +57,20 @@ def run(
         trackers.attach(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
-        checkpointer = checkpoint.Checkpointer(trained, recorder, cfg, resumed, signals)
-        evaluator = _evaluator(trained, dataset, plan, recorder, tracker)
-        evaluator.num_done = resumed.step
-        loop.train(trained, dataset.train, recorder, checkpointer, evaluator, follow)
+        checkpointer = checkpoint.Checkpointer(trained, recorder, resumed, signals)
+        evaluator = _evaluator(trained, dataset, plan, recorder, resumed.step)
+
+        def follow() -> None:
+            after_step()
+            poll()
+            evaluator.after_step()
+            checkpointer.mark_best(evaluator.best)
+
+        evaluator.begin()
+        loop.fit(trained, dataset.train, recorder, checkpointer, follow)
+        evaluator.end()
+        checkpointer.mark_best(evaluator.best)
+        checkpointer.wait()
         if cfg.save_model:
             hooks.reach("export", world.rank)
             with tracker.phase("save"):
@@ -79,7 +85,7 @@ def run(
 def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, memory, memory_probe, metrics
+    from fsdp_qlora.training import memory, memory_probe, metrics, optim
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
@@ -88,15 +94,15 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
     tracker.record_model(built)
-    trained = loop.prepare(built.model, cfg, dataset.train.num_steps, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
-    record = metrics.describe(cfg, plan.info, dataset, built, tracker)
+    trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
+    tracker.record_optimizer(trained)
+    record = metrics.describe(dataset, built, tracker)
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
+def _evaluator(trained, dataset, plan: RunPlan, recorder, num_done: int) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.model_files import save
@@ -110,7 +116,7 @@ def _evaluator(trained, dataset, plan: RunPlan, recorder, tracker) -> Any:
     def save_as(cfg: config.TrainConfig) -> None:
         save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
 
-    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, tracker)
+    return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, num_done)
 
 
 def join_and_run(
@@ -219,9 +225,9 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
     if not is_supervised:
-        argv, saved = resume.expand(argv, say)
+        argv, saved = preflight.expand_resume(argv, say)
     cfg, given = config.parse(argv, say=say), config.given(argv)
-    if saved is not None and resume.is_done(saved, cfg):
+    if saved is not None and preflight.is_done(saved, cfg):
         print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
         return errors.DONE
     if launch.is_rank(os.environ):
@@ -234,9 +240,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
-    resume.check_early(saved, plan, adapter.digest(plan.info))
-    preflight.check_room(plan.cfg, plan.info)
-    preflight.check(plan)
+    preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
     code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:

@@ -6,12 +6,15 @@ rank is a number, or `all`; without a step the first time counts. It happens onc
 a run that the supervisor has started again is spared; only numbers are spoilt every time.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 from fsdp_qlora.distributed import hooks
@@ -108,6 +111,17 @@ def _signal_parent(number: int) -> None:
 
 def _note(point: str, step: int) -> None:
     os.write(2, f"reached {point} {step}\n".encode())  # at once: another thread may write too
+
+
+@contextlib.contextmanager
+def largest_file(nbytes: int) -> Iterator[None]:
+    """Let the system refuse what makes a file larger, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 KINDS = {

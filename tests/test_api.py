@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fsdp_qlora
-from fsdp_qlora import TrainConfig, TrainError
+from fsdp_qlora import TrainConfig, TrainError, api
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import UserError
 from tests import warm
@@ -60,6 +60,19 @@ def test_rows_of_a_script_train_on_ranks_of_their_own_and_in_a_group(place, monk
     assert (result.output_dir / "adapter_model.safetensors").is_file()
     (first, calls), (second, _) = run_ranks(train_in_group, 2, place)
     assert first == second == calls == result.losses
+
+
+def test_a_record_that_a_restart_has_cut_is_told_once(tmp_path):
+    """Steps and evaluations that are taken again call nobody a second time."""
+    path, heard = tmp_path / "metrics.jsonl", []
+    follower = api._Follower(path, heard.append, heard.append)
+    follower.poll()
+    lines = [{"step": 1}, {"event": "eval", "step": 1}, {"step": 2}, {"event": "eval", "step": 2}]
+    texts = [json.dumps(line) + "\n" for line in lines]
+    for text in ("".join(texts) + '{"st', texts[0], "".join(texts)):
+        path.write_text(text)
+        follower.poll()
+    assert heard == lines and follower.events["eval"] == lines[1::2]
 
 
 def test_what_cannot_be_is_an_exception(place, monkeypatch):

@@ -8,7 +8,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -26,6 +25,7 @@ from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
 from fsdp_qlora.export import new_weights  # noqa: F401 (once, not in every fork)
 from fsdp_qlora.export.model_files import safetensors_file, write_weights
+from tests import faults
 from tests.export.test_adapter import write_adapter
 from tests.model_files import write_model
 
@@ -121,13 +121,8 @@ def test_sigterm_takes_the_draft_away(place: Path, tmp_path: Path, number: int):
 @pytest.mark.parametrize("limit", [0, 100, 5_000, 20_000])
 def test_a_full_disk_is_one_line(place: Path, tmp_path: Path, limit: int, capsys):
     """Wherever it happens, nothing is left behind: the limit of file size stands for the disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(UserError) as caught:
-            main(words(place, tmp_path / "out"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with faults.largest_file(limit), pytest.raises(UserError) as caught:
+        main(words(place, tmp_path / "out"))
     assert caught.value.code == ENVIRONMENT
     assert "File too large" in str(caught.value) and "make room" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -229,13 +224,8 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path):
     with pytest.raises(KeyError), atomic.new_file(place) as draft:
         draft.write_bytes(b"half")
         raise KeyError
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            atomic.write(place, b"x" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with faults.largest_file(100), pytest.raises(OSError, match="too large"):
+        atomic.write(place, b"x" * 1000)
     assert json.loads(place.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [place]
     (tmp_path / "draft").mkdir()
     (tmp_path / "final").mkdir()

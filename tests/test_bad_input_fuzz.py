@@ -23,33 +23,9 @@ NUM_ROWS, NUM_ARGUMENTS = 10_000, 4_000
 NUM_HEADERS, NUM_CONFIGS, NUM_TOKENIZERS = 6_000, 4_000, 200
 ROWS_PER_FILE = 500
 MAX_PASSED = 0.6
-SIGNS = [
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b'"',
-    b":",
-    b",",
-    b"\\",
-    b"\\u",
-    b"-",
-    b"0",
-    b"1e9",
-    b"null",
-    b"NaN",
-]
-SIGNS += [
-    b"\0",
-    b"\xff",
-    b"\xed\xa0\x80",
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"9" * 400,
-    b'"a":',
-    b"[[[[",
-    b"1" * 20,
-]
+SIGNS = [bytes([sign]) for sign in b'{}[]":,\\-0\0\r\xff']
+SIGNS += [b"\\u", b"1e9", b"null", b"NaN", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"a":', b"[[[["]
+SIGNS += [b"9" * 400, b"1" * 20]
 
 
 def mutated(content: bytes, chance: random.Random) -> bytes:

@@ -3,10 +3,8 @@
 import errno
 import json
 import random
-import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from safetensors import safe_open
 from fsdp_qlora import checkpoint_store as store
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.training import resume
+from fsdp_qlora.training import preflight
 from tests import faults
 
 NUM_FLIPS = 250  # of single bits, in every file
@@ -143,17 +141,6 @@ def test_a_full_disk_leaves_the_one_before_and_nothing_half_done(
     assert content(root / "step-1") == before
 
 
-@contextmanager
-def largest_file(nbytes: int) -> Iterator[None]:
-    """Let the system refuse what makes a file larger, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_disk_that_fills_at_any_byte_leaves_the_one_before(tmp_path: Path):
     """16 sizes, so that it ends in every file in turn."""
     before = content(save(tmp_path, 1))
@@ -161,7 +148,7 @@ def test_a_disk_that_fills_at_any_byte_leaves_the_one_before(tmp_path: Path):
     root, largest = tmp_path / store.CHECKPOINTS, max(sizes.values())
     stopped_in = set()
     for nbytes in [*range(0, largest, largest // 16), *(size - 1 for size in sizes.values())]:
-        with largest_file(nbytes), pytest.raises(OSError) as caught:
+        with faults.largest_file(nbytes), pytest.raises(OSError) as caught:
             save(tmp_path, 2)
         assert caught.value.errno == errno.EFBIG
         stopped_in |= {name for name, size in sizes.items() if size > nbytes}
@@ -241,7 +228,7 @@ def test_a_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, mon
         assert store.may_hold_any(tmp_path) and store.latest(tmp_path) is None
         for wanted in (store.AUTO, store.LATEST):
             with pytest.raises(UserError, match="Input/output error") as caught:
-                resume.expand([f"--resume={wanted}", f"--output_dir={tmp_path}"])
+                preflight.expand_resume([f"--resume={wanted}", f"--output_dir={tmp_path}"])
             assert caught.value.code == INTEGRITY
     assert store.latest(tmp_path) == store.read(tmp_path / store.CHECKPOINTS / "step-1")
 

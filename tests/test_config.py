@@ -303,12 +303,6 @@ def test_a_record_of_an_older_version_is_read():
     assert caught.value.code == INTEGRITY
 
 
-def test_a_resumed_run_takes_what_is_not_given_from_the_stored_one():
-    stored = parse(["--lr=0.5", "--batch_size=3", "--output_dir=o"])
-    cfg = parse(["--batch_size=4"], stored)
-    assert (cfg.lr, cfg.batch_size, cfg.output_dir) == (0.5, 4, "o")
-
-
 def test_the_constructor_refuses_what_the_command_line_refuses():
     """With all faults at once; integers stand for floats, nothing else for anything."""
     assert TrainConfig(lr=1, sharding_strategy="ddp").use_cpu_offload is False
@@ -359,20 +353,8 @@ def test_joined_errors_keep_the_first_code_and_survive_pickling():
 
 def test_no_argument_escapes_as_another_error():
     """Every kind of rubbish gives a configuration or a UserError."""
-    rubbish = [
-        "",
-        "-",
-        "--",
-        "=",
-        "--=",
-        "\0",
-        "\udcff",
-        "9" * 5000,
-        "1e999",
-        "٣",
-        "--lr=--",
-        "none",
-    ]
+    rubbish = ["", "-", "--", "=", "--=", "--lr=--", "\0", "\udcff", "1e999", "٣", "none"]
+    rubbish.append("9" * 5000)
     refused = 0
     for field in dataclasses.fields(TrainConfig):
         for word in rubbish:

@@ -30,7 +30,7 @@ def samples(num, seed):
 
 def build(world, path, *flags):
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop
+    from fsdp_qlora.training import optim
     from fsdp_qlora.training.memory import MemoryTracker
 
     plan = plan_of(path, "--lora_dropout=0.3", "--lr=0.05", "--eval_samples=9", *flags)
@@ -38,8 +38,8 @@ def build(world, path, *flags):
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
     tracker.record_model(built)
-    trained = loop.prepare(built.model, plan.cfg, NUM_STEPS, world)
-    tracker.record_optimizer(trained.params, trained.optimizer)
+    trained = optim.prepare(built.model, plan.cfg, NUM_STEPS, world)
+    tracker.record_optimizer(trained)
     return plan, tracker, trained
 
 
@@ -69,13 +69,12 @@ def run(world, path, out, is_evaluated):
             lambda prompt: inference.answer(trained.model, tokenizer, prompt.ids, 5, world),
             lambda cfg: model_files.save(trained.model, plan.info, cfg, tokenizer, world.rank == 0),
             recorder,
-            tracker,
         )
         if not is_evaluated:
-            loop.fit(trained, train, recorder)
+            loop.fit(trained, train, recorder, tiny.unsaved())
             return {}
         evaluator.begin()
-        loop.fit(trained, train, recorder, evaluator.after_step)
+        loop.fit(trained, train, recorder, tiny.unsaved(), evaluator.after_step)
         evaluator.end()
     return {"losses": evaluator.losses, "best": evaluator.best, "answers": evaluator.answers}
 
@@ -185,7 +184,7 @@ def test_a_run_that_goes_on_knows_what_was_seen_before(looked):
     """From its record and the kept adapter: nothing is evaluated a second time."""
     place, found, _ = looked
     cfg = config.parse(["--model_name", "x", "--eval_every=2", f"--output_dir={place / 'with'}"])
-    later = Evaluator(None, None, cfg, None, None, None, None, num_done=4)
+    later = Evaluator(None, None, cfg, None, None, None, num_done=4)
     later.begin()
     assert later.losses == {0: found[0]["losses"][0]}
     assert later.answers == {0: found[0]["answers"][0]}

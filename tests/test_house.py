@@ -56,7 +56,7 @@ LIGHT_MODULES = (
     "data.sources",
     "report.page",
     "report.charts",
-    "training.resume",
+    "training.preflight",
     "distributed.launch",
     "run",
 )

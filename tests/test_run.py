@@ -18,16 +18,8 @@ NUM_STEPS = 12
 QUESTION = "What is 5?"
 STEP_FIELDS = {
     *("step", "epoch", "loss", "learning_rate", "grad_norm", "num_trained_tokens", "num_tokens"),
-    *(
-        "tokens_per_s",
-        "step_s",
-        "data_s",
-        "forward_s",
-        "backward_s",
-        "optimizer_s",
-        "ranks",
-        "host",
-    ),
+    *("tokens_per_s", "step_s", "data_s", "forward_s", "backward_s", "optimizer_s"),
+    *("ranks", "host"),
 }
 RANK_FIELDS = {
     *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
@@ -71,17 +63,7 @@ sys.exit(launch.supervise(launch.Attempt(config.parse(argv), argv, start=start))
 def place(tmp_path_factory) -> Path:
     """A directory with `model` and `data.jsonl`."""
     directory = tmp_path_factory.mktemp("run")
-    rows = [
-        {"instruction": f"What is {i}?", "input": "", "output": f"It is the number {i}."}
-        for i in range(60)
-    ]
-    (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = tiny.save_model(directory / "model", vocab_size=384)
-
-    from tests import small_tokenizers
-
-    texts = [text for row in rows for text in small_tokenizers.pair(row)]
-    tiny.save_tokenizer(model, texts)
+    warm.make_model(directory, **tiny.SIZES)
     return directory
 
 

@@ -5,11 +5,13 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model.quantize import FORMATS, LayerStore, build_layout, store_linear
@@ -56,6 +58,12 @@ def recorder(out: Path, world, num_steps: int, **info):
     with tracker.phase("load"):
         pass
     return metrics.Recorder(tracker, world, num_steps, info)
+
+
+def unsaved() -> SimpleNamespace:
+    """What stands for the Checkpointer of a training that saves nothing and hears no signal."""
+    never = {"poll": lambda step: (), "should_save": lambda agreed: False}
+    return SimpleNamespace(step=0, stop=StopFlag(), finish=lambda step: None, **never)
 
 
 def shape(path: Path, world: World, *flags: str):

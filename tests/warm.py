@@ -155,7 +155,7 @@ class Run:
         return found
 
 
-def make_model(directory: Path) -> None:
+def make_model(directory: Path, **sizes: int) -> None:
     """Write a tiny Llama with a tokenizer (`model`) and 60 rows (`data.jsonl`)."""
     from tests import tiny
 
@@ -164,8 +164,8 @@ def make_model(directory: Path) -> None:
         for i in range(60)
     ]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    model = tiny.save_model(directory / "model", vocab_size=384, **sizes)
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = tiny.save_model(directory / "model", **small | sizes | {"vocab_size": 384})
     from tests import small_tokenizers
 
     tiny.save_tokenizer(model, [text for row in rows for text in small_tokenizers.pair(row)])

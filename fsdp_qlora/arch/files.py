@@ -268,21 +268,25 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
         is_other = os.path.lexists(path)
         what = "is no regular file" if is_other else "is named by the index, and absent"
         raise _damaged(path, what)
-    with path.open("rb") as file:
-        head = file.read(64)
+    with path.open("rb") as raw:
+        head = raw.read(64)
     _refuse_stand_in(path, head)
-    end = 8 + int.from_bytes(head[:8], "little")  # of the header, then of the tensors so far
-    refs = {}
     try:
-        with safe_open(path, framework="np") as tensors:
-            for name in tensors.offset_keys():
-                part = tensors.get_slice(name)
-                ref = _tensor_ref(path, part.get_dtype(), part.get_shape(), end, item_bytes)
-                refs[name], end = ref, end + ref.nbytes
+        with safe_open(path, framework="np") as file:
+            parts = {name: file.get_slice(name) for name in file.offset_keys()}
+            kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         reason = str(error).partition("header: ")[2] or str(error)
         size = path.stat().st_size
         raise _damaged(path, f"{size} bytes are no safetensors file ({reason[:80]})") from None
+    if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
+        rule = f"holds {others[0]} tensors; a base is {', '.join(ITEM_BYTES)}"
+        raise UserError(str(path), rule, ORIGINAL)
+    start, refs = 8 + int.from_bytes(head[:8], "little"), {}  # the header; then byte upon byte
+    for name, (dtype, shape) in kinds.items():
+        nbytes = math.prod(shape) * item_bytes[dtype]
+        refs[name] = TensorRef(path, dtype, tuple(shape), start, nbytes)
+        start += nbytes
     return refs
 
 
@@ -324,15 +328,6 @@ def _list_files(directory: Path) -> list[str]:
         remedy = "add the *.safetensors files, or --weights random to measure without them"
         raise UserError(str(directory), "holds no safetensors weights", remedy)
     return weights
-
-
-def _tensor_ref(
-    path: Path, dtype: str, shape: list[int], start: int, item_bytes: Mapping[str, int]
-) -> TensorRef:
-    if dtype not in item_bytes:
-        rule = f"holds {dtype} tensors; a base is {', '.join(ITEM_BYTES)}"
-        raise UserError(str(path), rule, ORIGINAL)
-    return TensorRef(path, dtype, tuple(shape), start, math.prod(shape) * item_bytes[dtype])
 
 
 def _refuse_stand_in(path: Path, head: bytes) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import atomic, errors, hardware, record
+from fsdp_qlora import atomic, errors, hardware
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
@@ -134,7 +134,7 @@ def fail(error: Exception, cfg: TrainConfig, plan: RunPlan | None = None) -> NoR
     log, has_log = output_dir / LOGS / f"rank{rank}.log", (output_dir / LOGS).is_dir()
     found = _describe(error, rank, str(log) if has_log else "above")
     if not isinstance(error, UserError):
-        trace = errors.redact("".join(traceback.format_exception(error)), os.environ)
+        trace = errors.redact("".join(traceback.format_exception(error)))
         with suppress(OSError), log.open("a") if has_log else nullcontext(sys.stderr) as file:
             file.write(trace)
     if hooks.is_supervised():
@@ -156,8 +156,8 @@ def _describe(error: Exception, rank: int, trace: str) -> RankError:
         place = notes[0] if notes else "out of memory"
         line = f"{name}: {place} ({one_line(first or kind)[:120]}); the trace is in {trace}"
         return RankError(rank, RUN_FAILED, line, notes[1:], MEMORY)
-    sign, shown = hooks.own_heartbeat(), errors.redact(f"{kind}: {first}", os.environ)
-    line = f"{name}{sign if sign.point else ''}: {one_line(shown)[:160]}; the trace is in {trace}"
+    sign, shown = hooks.own_heartbeat(), errors.printable(f"{kind}: {first}")[:160]
+    line = f"{name}{sign if sign.point else ''}: {shown}; the trace is in {trace}"
     if isinstance(error, RuntimeError) and "CUDA error" in text:
         line += "; dmesg (lines with Xid) tells whether the GPU failed"
     code = RUN_FAILED if isinstance(error, RuntimeError | OSError) else BUG
@@ -289,7 +289,7 @@ def _killed_by_kernel(output_dir: Path, plan: RunPlan | None) -> tuple[str, list
     last: dict[str, Any] = {}
     where, phase, path = "load", "load", output_dir / METRICS
     if path.exists():
-        rows = filter(None, map(record.parse, path.read_bytes().splitlines()))
+        rows = filter(None, map(atomic.parse_json, path.read_bytes().splitlines()))
         last = ([row for row in rows if "step" in row and "event" not in row] or [{}])[-1]
         where, phase = f"training; {last.get('step', 0)} steps are recorded", "backward"
     found, host = plan.found if plan is not None else None, last.get("host", {})

@@ -4,7 +4,6 @@ import faulthandler
 import os
 import signal
 import struct
-import tempfile
 import threading
 import time
 from collections import deque
@@ -34,11 +33,6 @@ POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq32s")
-START_S = 300.0
-SHORTEST_S = 60.0
-SLOWEST_TIMES = 10.0
-NUM_RECENT = 50
-LIFE_SHARE = 0.001
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -119,9 +113,7 @@ def enable_stack_dumps(log: Path) -> None:
 
 def open_board() -> BinaryIO:
     """Return a file without a name that the supervisor hands to its ranks."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("heartbeat"), "r+b", buffering=0)
-    return tempfile.TemporaryFile(buffering=0)
+    return os.fdopen(os.memfd_create("heartbeat"), "r+b", buffering=0)
 
 
 def read(board: int, rank: int) -> Heartbeat:
@@ -156,7 +148,8 @@ class Watch:
     """Finds out whether ranks hang.
 
     In a step a rank is given 10 times as long as the slowest recent step, 60 s at least. Outside
-    (loading, the first step, evaluating, saving) 300 s, and as long as the ranks compute.
+    (loading, the first step, evaluating, saving) 300 s, and as long as the ranks compute: a
+    thousandth of the time on some core.
 
     Attributes:
         board: number of the file the ranks write to.
@@ -166,7 +159,7 @@ class Watch:
     board: int
     limit_s: float | None = None
     began_s: float = field(default_factory=time.monotonic)
-    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_RECENT))
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     last: Heartbeat = Heartbeat()
     used_s: float = 0.0
 
@@ -207,19 +200,18 @@ class Watch:
     def _limit_s(self, is_steady: bool) -> float:
         if self.limit_s is not None:
             return self.limit_s
-        slowest_s = SLOWEST_TIMES * max(self.steps_s, default=0.0)
-        return max(SHORTEST_S if is_steady else START_S, slowest_s)
+        return max(60.0 if is_steady else 300.0, 10.0 * max(self.steps_s, default=0.0))
 
     def _is_busy(self, pids: Sequence[int]) -> bool:
         """Whether the ranks have computed since they were last asked; they are given more time."""
         used_s, now_s = sum(_life(pid)[1] for pid in pids), time.monotonic()
-        is_busy = used_s - self.used_s > LIFE_SHARE * (now_s - self.began_s)
+        is_busy = used_s - self.used_s > 0.001 * (now_s - self.began_s)
         self.used_s, self.began_s = used_s, now_s
         return is_busy
 
 
 def _life(pid: int) -> tuple[str, float]:
-    """State of a process ("T": stopped) and the seconds of a core it has used; Linux only."""
+    """State of a process ("T": stopped) and the seconds of a core it has used."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -116,10 +116,8 @@ def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
         env: environment of the user.
         num_ranks: ranks on this machine.
     """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     wanted = {
-        "OMP_NUM_THREADS": str(max(num_cores // num_ranks, 1)),
+        "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // num_ranks, 1)),
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         "KINETO_LOG_LEVEL": "99",  # torch.profiler would tell of its own stages
@@ -175,9 +173,7 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
     if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
         paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
         place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    links = {}  # else they listen on the network
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        links = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")
+    links = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo")  # not the network
     return links | dict(env) | wishes(env, num_ranks) | place
 
 
@@ -219,10 +215,8 @@ def start(spec: RankSpec) -> Rank:
         )
 
 
-def tied_to_parent() -> Callable[[], None] | None:
+def tied_to_parent() -> Callable[[], None]:
     """Return what a child runs before its program, so that it is killed when we die."""
-    if sys.platform != "linux":
-        return None
     libc, parent = ctypes.CDLL(None), os.getpid()
 
     def tie() -> None:
@@ -518,16 +512,15 @@ def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
     cgroup = hardware.find_cgroup()
     num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
-        files = {LISTENER: listener.fileno(), BOARD: board.fileno()}
-        numbers = {**files, RESTARTS: attempt.num_restarts}
+        files, port = (listener.fileno(), board.fileno()), listener.getsockname()[1]
+        numbers = zip((LISTENER, BOARD, RESTARTS), (*files, attempt.num_restarts), strict=True)
         env = os.environ | (plan.env if plan is not None else {}) | attempt.env
-        env |= {name: str(number) for name, number in numbers.items()}
-        port, command = listener.getsockname()[1], [*PROGRAM, *attempt.argv]
+        env |= {name: str(number) for name, number in numbers}
         specs = []
         for i in range(num_ranks):
             log = output_dir / LOGS / f"rank{i}.log" if i else None
-            own_env = child_env(env, i, num_ranks, port)
-            specs.append(RankSpec(i, command, own_env, log, tuple(files.values())))
+            own_env, command = child_env(env, i, num_ranks, port), [*PROGRAM, *attempt.argv]
+            specs.append(RankSpec(i, command, own_env, log, files))
         watch = Watch(board.fileno(), cfg.hang_timeout)
         ended = run_ranks(specs, attempt.start, stops, watch, attempt.poll)
     saved = None if ended.is_done else checkpoint_store.latest(output_dir)

@@ -5,7 +5,6 @@ is put together from the options, and whatever looks like a secret is removed.
 """
 
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -54,7 +53,7 @@ def write_card(directory: Path, cfg: TrainConfig, info: ModelInfo) -> Path:
         run = record.read(directory)
     except UserError:  # what is saved already does not fail for want of its figures
         run = None
-    text = redact(card_text(cfg, info, run), os.environ, (*MAYBE_SECRETS, *SECRETS))
+    text = redact(card_text(cfg, info, run), (*MAYBE_SECRETS, *SECRETS))
     return atomic.write(directory / CARD_NAME, text)
 
 

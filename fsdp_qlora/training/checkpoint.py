@@ -6,36 +6,37 @@ No random state is saved: rows and dropout of a step follow from seed, step and 
 """
 
 import contextlib
+import functools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from fsdp_qlora import atomic, checkpoint_store, config
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoint
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
 from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
 from fsdp_qlora.record import RUN_FORMAT
-from fsdp_qlora.training import resume
-from fsdp_qlora.training.loop import Trained
+from fsdp_qlora.training import preflight
 from fsdp_qlora.training.metrics import Recorder, Resumed
+from fsdp_qlora.training.optim import Trained
 
 HEARTBEAT_S = 2.0
+Tensors = dict[str, dict[str, Array]]  # by file and name
 DTYPES = {
     **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
     **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"},
@@ -44,7 +45,11 @@ BY_RANK = "@ranks"  # ends the name of what the ranks keep for blocks of their s
 
 
 class HostBuffer:
-    """Host memory for a snapshot, touched before it is needed: the first touch takes longest."""
+    """Host memory for a snapshot, touched before it is needed: the first touch takes longest.
+
+    Attributes:
+        end: of the copies so far; 0 forgets them.
+    """
 
     def __init__(self, nbytes: int) -> None:
         """Reserve the memory.
@@ -53,66 +58,52 @@ class HostBuffer:
             nbytes: expected; what goes beyond gets memory of its own.
         """
         self._buffer = torch.empty(nbytes, dtype=torch.uint8)
-        self._end = 0
+        self.end = 0
 
     def touch(self) -> None:
         """Make the system give the memory."""
         self._buffer.zero_()
 
-    def clear(self) -> None:
-        """Forget the copies."""
-        self._end = 0
-
-    def copy(self, tensor: torch.Tensor) -> Array:
+    def copy(self, tensor: Tensor) -> Array:
         """Copy a tensor.
 
         Args:
             tensor: of a dtype in DTYPES, on any device.
         """
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        start, end = self._end, self._end + flat.numel()
-        self._end = end
+        start, end = self.end, self.end + flat.numel()
+        self.end = end
         fits = end <= self._buffer.numel()
         copy = self._buffer[start:end] if fits else torch.empty_like(flat, device="cpu")
         copy.copy_(flat)
         return Array(DTYPES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
 
 
-class Snapshot(NamedTuple):
-    """Everything that is trained.
-
-    Attributes:
-        tensors: file -> tensors by name, on the host of the rank that writes; empty elsewhere.
-        numbers: plain numbers of the optimizer, by name of the parameter.
-        is_finite: the weights are.
-    """
-
-    tensors: dict[str, dict[str, Array]]
-    numbers: dict[str, dict[str, float]]
-    is_finite: bool
-
-
-def snapshot(trained: Trained, buffer: HostBuffer, is_writer: bool) -> Snapshot:
+def snapshot(trained: Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, Any]]:
     """Copy everything that is trained; every rank must call.
 
     Args:
         trained: between two steps.
-        buffer: where to, on the rank that writes; cleared first.
-        is_writer: this rank does.
+        buffer: where to, on rank 0, which writes; cleared first.
+
+    Returns:
+        (file -> tensors by name, on the host of the rank that writes, empty elsewhere; for the
+        state: plain numbers of the optimizer by name of the parameter, whether the weights are
+        finite and so on).
     """
-    buffer.clear()
+    is_writer, buffer.end = trained.world.rank == 0, 0
     shard.settle(trained.model)
-    weights: dict[str, Array] = {}
-    moments: dict[str, Array] = {}
+    weights, moments = dict[str, Array](), dict[str, Array]()
     numbers: dict[str, dict[str, float]] = {}
-    sums: list[torch.Tensor] = []
+    sums: list[Tensor] = []
     for name, param, local, rows in _named(trained):
         whole = shard.whole(param, local.data)
         if is_writer:
             weights[name] = buffer.copy(whole[:rows])
             sums.append(whole.sum(dtype=torch.float64))
         state = trained.optimizer.state.get(local, {})
-        numbers[name] = {k: v for k, v in state.items() if isinstance(v, int | float)}
+        if kept := {k: v for k, v in state.items() if isinstance(v, int | float)}:
+            numbers[name] = kept
     for name, value, slice_of, rows in _states(trained):
         if slice_of is not None:
             value = shard.whole(slice_of, value)[:rows]
@@ -121,22 +112,23 @@ def snapshot(trained: Trained, buffer: HostBuffer, is_writer: bool) -> Snapshot:
         if is_writer:
             moments[name] = buffer.copy(value)
     is_finite = bool(torch.stack(sums).isfinite().all()) if sums else True
-    numbers = {name: values for name, values in numbers.items() if values}
-    return Snapshot({WEIGHTS: weights, OPTIMIZER: moments}, numbers, is_finite)
+    found: dict[str, Any] = {"is_finite": is_finite, "optimizer": numbers}
+    found |= {"num_ranks": trained.world.size, "num_scheduled": trained.schedule.last_epoch}
+    return {WEIGHTS: weights, OPTIMIZER: moments}, found | {"guard": trained.guard.state()}
 
 
-def _named(trained: Trained) -> Iterator[tuple[str, torch.Tensor, torch.nn.Parameter, int]]:
+def _named(trained: Trained) -> Iterator[tuple[str, Tensor, torch.nn.Parameter, int]]:
     """Name, parameter of the model, this rank's slice of it, rows that are no padding."""
     model = trained.model
     params, names = shard.trained_parameters(model), shard.trained_names(model)
     yield from zip(names, params, trained.params, shard.num_rows(model), strict=True)
 
 
-def _states(trained: Trained) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None, int]]:
+def _states(trained: Trained) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
     """Tensors of the optimizer: "NAME.KEY", the tensor, the parameter it is a slice like, rows."""
     for name, param, local, rows in _named(trained):
         for key, value in sorted(trained.optimizer.state.get(local, {}).items()):
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Tensor):
                 continue
             if value.shape == local.shape:
                 yield f"{name}.{key}", value, param, rows
@@ -144,7 +136,7 @@ def _states(trained: Trained) -> Iterator[tuple[str, torch.Tensor, torch.Tensor 
                 yield f"{name}.{key}{BY_RANK if value.ndim else ''}", value, None, 0
 
 
-def _of_all_ranks(value: torch.Tensor, world: World) -> torch.Tensor:
+def _of_all_ranks(value: Tensor, world: World) -> Tensor:
     """[ranks, longest]: what belongs to blocks of a slice, and so to the number of ranks."""
     lengths = world.gather([float(value.numel())])
     padded = value.new_zeros(int(max(length for (length,) in lengths)))
@@ -152,16 +144,18 @@ def _of_all_ranks(value: torch.Tensor, world: World) -> torch.Tensor:
     return world.share(padded)
 
 
-def restore(trained: Trained, saved: SavedCheckpoint) -> None:
+def restore(trained: Trained, saved: SavedCheckpoint | None) -> None:
     """Put a checkpoint into a model and its optimizer: every rank reads its own slices.
 
     Args:
         trained: built as for a new run.
-        saved: of any number of ranks; its fingerprint has been compared.
+        saved: of any number of ranks; its fingerprint has been compared. None: nothing to do.
 
     Raises:
         UserError: it does not have the tensors of this model (code 5).
     """
+    if saved is None:
+        return
     shard.settle(trained.model)
     optimizer, schedule, state = trained.optimizer, trained.schedule, saved.state
     with safe_open(saved.path / WEIGHTS, framework="pt") as file:
@@ -203,18 +197,14 @@ def _read_states(
             yield local, own
 
 
-def _state(
-    file: Any, name: str, param: torch.Tensor, local: torch.Tensor, rows: int, rank: int
-) -> torch.Tensor:
+def _state(file: Any, name: str, param: Tensor, local: Tensor, rows: int, rank: int) -> Tensor:
     if name.endswith(BY_RANK):
         return file.get_tensor(name)[rank]
     is_slice = bool(file.get_slice(name).get_shape())
     return _slice(file, name, param, local, rows) if is_slice else file.get_tensor(name)
 
 
-def _slice(
-    file: Any, name: str, param: torch.Tensor, local: torch.Tensor, rows: int
-) -> torch.Tensor:
+def _slice(file: Any, name: str, param: Tensor, local: Tensor, rows: int) -> Tensor:
     """This rank's slice of a saved tensor, padded with zeros."""
     start, stop = shard.local_range(param)
     stored = file.get_slice(name)
@@ -247,11 +237,6 @@ class ResumeState:
         """Optimizer steps that were taken before."""
         return 0 if self.saved is None else self.saved.step
 
-    def restore(self, trained: Trained) -> None:
-        """Put what was saved into a model and its optimizer, built as for a new run."""
-        if self.saved is not None:
-            restore(trained, self.saved)
-
     def record(self, output_dir: Path, is_writer: bool) -> Resumed:
         """Cut what was recorded after the checkpoint, on the rank that writes.
 
@@ -270,20 +255,14 @@ class ResumeState:
 
 
 def load(
-    cfg: TrainConfig,
-    given: frozenset[str],
-    info: ModelInfo,
-    base: str | None,
-    data: Data,
-    world: World,
+    plan: RunPlan, given: frozenset[str], base: str | None, data: Data, world: World
 ) -> ResumeState:
     """Find where a run starts, check that it is the same run, and write its configuration.
 
     Args:
-        cfg: the run, with what was chosen for it.
+        plan: of the run, with what was chosen for it.
         given: names of the options that the user wrote.
-        info: the model.
-        base: digest of its files.
+        base: digest of the model's files.
         data: what is learned.
         world: the ranks; all must call.
 
@@ -291,30 +270,27 @@ def load(
         UserError: base, adapter or data are not those of the checkpoint (code 2); the ranks do not
             read the same checkpoint (code 5).
     """
-    current = resume.fingerprint(cfg, info, base, world.size) | resume.data_fingerprint(data)
+    cfg = plan.cfg
+    current = preflight.fingerprint(cfg, plan.info, base, world.size)
+    current |= preflight.data_fingerprint(data)
     libraries, num_steps = versions(world.device), data.train.num_steps
-    saved, lines = resume.saved_of(cfg), []
-    at_steps = world.gather([float(saved.step if saved is not None else 0)])
-    if any(step != at_steps[0] for step in at_steps):
-        rule = f"is read differently by the ranks (steps {[int(step) for (step,) in at_steps]})"
+    saved, lines = preflight.saved_of(cfg), []
+    at_steps = [int(step) for (step,) in world.gather([float(saved.step if saved else 0)])]
+    if len(set(at_steps)) > 1:
+        rule = f"is read differently by the ranks (steps {at_steps})"
         raise UserError(f"--resume {cfg.resume}", rule, "see to the disk", INTEGRITY)
     if saved is not None:
         lines = [f"resume    {saved.path}: {saved.step} of {num_steps} steps are done"]
-        lines += resume.check(saved.state["fingerprint"], current, cfg.allow_data_change)
-        lines += resume.library_notes(saved.state.get("versions", {}), libraries)
+        lines += preflight.check_same(saved.state["fingerprint"], current, cfg.allow_data_change)
+        lines += preflight.library_notes(saved.state.get("versions", {}), libraries)
         if saved.state["num_ranks"] != world.size:
             ranks = f"{saved.state['num_ranks']} ranks, now {world.size}"
             lines.append(f"resume    {ranks}: the same steps to rounding, not bit for bit")
     if world.rank == 0:
         config.save(cfg, cfg.resolved_output_dir / checkpoint_store.CONFIG, libraries)
-    facts = {
-        "run_format": RUN_FORMAT,
-        "num_steps": num_steps,
-        "config": config.to_dict(cfg),
-        "given": sorted(given),
-        "fingerprint": current,
-        "versions": libraries,
-    }
+    facts: dict[str, Any] = {"run_format": RUN_FORMAT, "num_steps": num_steps}
+    facts |= {"config": config.to_dict(cfg), "given": sorted(given)}
+    facts |= {"fingerprint": current, "versions": libraries}
     return ResumeState(facts, saved, tuple(lines))
 
 
@@ -335,20 +311,19 @@ def period(save_every: str) -> tuple[int, float]:
 class Writer(threading.Thread):
     """Writes one checkpoint beside the training.
 
-    Attributes:
+    Args:
         step: of the checkpoint.
-        error: what went wrong, or None.
+        work: what writes it; its error is left for the training to see, in `error`.
     """
-
-    error: Exception | None
 
     def __init__(self, step: int, work: Callable[[], None]) -> None:
         super().__init__(name="checkpoint", daemon=True)
-        self.step, self.error, self._work = step, None, work
+        self.step, self._work = step, work
+        self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
-        """Work; an error is left for the training to see."""
+        """Work."""
         try:
             self._work()
         except Exception as error:
@@ -365,34 +340,27 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        trained: Trained,
-        recorder: Recorder,
-        cfg: TrainConfig,
-        resumed: ResumeState,
-        stop: StopFlag | None = None,
+        self, trained: Trained, recorder: Recorder, resumed: ResumeState, stop: hooks.StopFlag
     ) -> None:
         """Prepare; nothing is written before the first checkpoint is due.
 
         Args:
             trained: what is saved.
-            recorder: of the run, which must not lag behind a checkpoint.
-            cfg: save_every, keep_checkpoints, save_model (at the end too), the directory.
+            recorder: of the run, which must not lag behind a checkpoint; the configuration of its
+                plan gives save_every, keep_checkpoints, save_model (at the end too), the directory.
             resumed: where the run starts; its facts go into every checkpoint.
-            stop: installed already; None: signals are ignored.
+            stop: installed already.
         """
-        self.step = self._taken = resumed.step
-        self.stop = stop or StopFlag()
-        self._trained, self._recorder, self._cfg = trained, recorder, cfg
+        self.step, self._taken, self.stop = resumed.step, resumed.step, stop
+        self._trained, self._recorder = trained, recorder
+        self._cfg = cfg = recorder.tracker.plan.cfg
         self._facts, self._output_dir = resumed.facts, cfg.resolved_output_dir
         self._num_steps, self._seconds = period(cfg.save_every)
-        self._is_on = cfg.saves_checkpoints
-        self._is_writer = trained.world.rank == 0
-        self._saved_s = time.monotonic()
+        self._is_on, self._is_writer = cfg.saves_checkpoints, trained.world.rank == 0
+        self._saved_s, self._has_new_best = time.monotonic(), False
         self._writer: Writer | None = None
         best_step, loss = trained.world.gather(self._read_best())[0]
         self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
-        self._has_new_best = False
         params = shard.trained_parameters(trained.model)
         nbytes = sum(p.numel() * (p.element_size() + moment_bytes(cfg)) for p in params)
         nbytes *= self._is_on and self._is_writer
@@ -402,12 +370,12 @@ class Checkpointer:
 
     def _read_best(self) -> list[float]:
         """Step and loss of the best checkpoint as this rank reads them; step 0: there is none."""
+        best = None
         try:
-            best = checkpoint_store.best_of(self._output_dir) or {"step": 0, "loss": math.inf}
-            return [float(best["step"]), float(best["loss"])]
+            best = checkpoint_store.best_of(self._output_dir)
         except UserError as error:
             self._recorder.say(f"warning   {error}")
-            return [0.0, math.inf]
+        return [float(best["step"]), float(best["loss"])] if best else [0.0, math.inf]
 
     def mark_best(self, best: tuple[float, int] | None) -> None:
         """Keep the checkpoint of the best evaluation; every rank must call.
@@ -422,10 +390,9 @@ class Checkpointer:
         if step != self._taken:
             return  # known from before a resume
         self.best, self._has_new_best = (step, loss), step != self.step
-        if step == self.step:
-            marked = self.best
+        if not self._has_new_best:
             self._join()
-            self._start(lambda: self._tidy(marked))
+            self._start(functools.partial(self._tidy, self.best, checkpoint_store.ignore))
 
     def poll(self, step: int) -> list[float]:
         """What this rank asks for after a step; the highest of each number over the ranks counts.
@@ -494,23 +461,15 @@ class Checkpointer:
         self._recorder.flush()
         begin_s = time.monotonic()
         self.wait()
-        shot = snapshot(self._trained, self._buffer, self._is_writer)
+        tensors, found = snapshot(self._trained, self._buffer)
         best, self._has_new_best = self.best if self._has_new_best else None, False
-        trained, self.step, self._saved_s = self._trained, step, time.monotonic()
-        state = {
-            **self._facts,
-            "is_finite": shot.is_finite,
-            "num_ranks": trained.world.size,
-            "num_scheduled": trained.schedule.last_epoch,
-            "optimizer": shot.numbers,
-            "guard": trained.guard.state(),
-            "total_s": self._recorder.total_s(),
-        }
-        self._start(lambda: self._write(step, shot, state, best))
+        self.step, self._saved_s = step, time.monotonic()
+        state = {**self._facts, **found, "total_s": self._recorder.total_s()}
+        self._start(lambda: self._write(step, tensors, state, best))
         if not self._is_writer:
             for point in hooks.SAVE_POINTS:  # only kills and the like matter to those that wait
                 with contextlib.suppress(OSError):
-                    hooks.reach(point, trained.world.rank, step)
+                    hooks.reach(point, self._trained.world.rank, step)
         self._recorder.event("checkpoint", {"step": step, "blocked_s": time.monotonic() - begin_s})
 
     def wait(self) -> None:
@@ -524,24 +483,18 @@ class Checkpointer:
         self._join()
 
     def _write(
-        self, step: int, shot: Snapshot, state: dict[str, Any], best: tuple[int, float] | None
+        self, step: int, tensors: Tensors, state: dict[str, Any], best: tuple[int, float] | None
     ) -> None:
         """Write one checkpoint and remove those that it makes needless; in the thread."""
 
-        def reach(point: str) -> None:
-            hooks.reach(point, 0, step)
-
+        reach = functools.partial(hooks.reach, rank=0, step=step)
         with contextlib.suppress(FileNotFoundError):
             atomic.sync(self._output_dir / checkpoint_store.METRICS)
         root = self._output_dir / checkpoint_store.CHECKPOINTS
-        checkpoint_store.write(root, step, shot.tensors, state, reach)
+        checkpoint_store.write(root, step, tensors, state, reach)
         self._tidy(best, reach)
 
-    def _tidy(
-        self,
-        best: tuple[int, float] | None,
-        reach: Callable[[str], None] = checkpoint_store.ignore,
-    ) -> None:
+    def _tidy(self, best: tuple[int, float] | None, reach: Callable[[str], None]) -> None:
         """Mark the best checkpoint, if it is there, and remove those that nobody needs."""
         if best is not None and best[0] in checkpoint_store.steps(self._output_dir):
             checkpoint_store.set_best(self._output_dir, *best)

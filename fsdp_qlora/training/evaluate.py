@@ -15,8 +15,8 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.data.prepare import Prompt
 from fsdp_qlora.errors import one_line
 from fsdp_qlora.training import loop
-from fsdp_qlora.training.memory import MemoryTracker
 from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.training.optim import Trained
 
 BEST = "best"
 EVALUATION = "evaluation.json"
@@ -46,21 +46,19 @@ class Evaluator:
         cfg: eval_every, sample_tokens, save_model, the directory.
         answer: gives the continuation of a prompt.
         save: writes what was trained into the directory of a configuration.
-        recorder: gets the events and the lines.
-        tracker: of this rank's memory.
+        recorder: gets the events and the lines; its tracker the memory of an evaluation.
         num_done: steps that are done; not 0 after a resume.
         losses: held-out loss by step, 0 being before the first.
         answers: of all prompts, by step.
         best: loss and step of the adapter in `best`, or None.
     """
 
-    trained: loop.Trained
+    trained: Trained
     data: Data
     cfg: TrainConfig
     answer: Callable[[Prompt], str]
     save: Callable[[TrainConfig], object]
     recorder: Recorder
-    tracker: MemoryTracker
     num_done: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     answers: dict[int, list[str]] = field(default_factory=dict)
@@ -69,45 +67,44 @@ class Evaluator:
     @property
     def every(self) -> int:
         """Steps from one evaluation to the next; 0: only before and after."""
-        if self.cfg.eval_every == "epoch":
-            return self.data.train.steps_per_epoch
-        return int(self.cfg.eval_every or 0)
+        is_epoch = self.cfg.eval_every == "epoch"
+        return self.data.train.steps_per_epoch if is_epoch else int(self.cfg.eval_every or 0)
 
     def begin(self) -> None:
         """Evaluate the untrained model; after a resume, read what was seen of it."""
         if self.num_done:
             self._recall()
-            return
-        with self.tracker.phase("evaluation"):
+        else:
             self._evaluate("before")
-            self._ask("before")
 
     def after_step(self) -> None:
         """Count a step, and evaluate when it is time; the last step is left to `end`."""
         self.num_done += 1
         is_last = self.num_done == self.data.train.num_steps
         if self.every and self.num_done % self.every == 0 and not is_last:
-            with self.tracker.phase("evaluation"):
-                self._evaluate("step")
+            self._evaluate("step")
             loss = self.losses[self.num_done]
             words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
             self.recorder.say(f"step {self.num_done} {words}")
 
     def end(self) -> None:
         """Evaluate the trained model and compare."""
-        with self.tracker.phase("evaluation"):
-            self._evaluate("after")
-            self._ask("after")
+        self._evaluate("after")
         for line in self._compared():
             self.recorder.say(line)
 
     def _evaluate(self, when: str) -> None:
-        if not self.data.held_out:
-            return
+        with self.recorder.tracker.phase("evaluation"):
+            if self.data.held_out:
+                self._measure(when)
+            if when != "step":
+                self._ask(when)
+
+    def _measure(self, when: str) -> None:
         loss = loop.evaluate(self.trained.model, self.data.held_out, self.trained.world)
         self.losses[self.num_done] = loss
-        is_best = self.every > 0 and self.num_done > 0
-        is_best = is_best and loss < (self.best[0] if self.best else math.inf)
+        is_lowest = loss < (self.best[0] if self.best else math.inf)
+        is_best = self.every > 0 and self.num_done > 0 and is_lowest
         values = {"step": self.num_done, "loss": loss, "perplexity": perplexity(loss)}
         if is_best:
             self.best = (loss, self.num_done)
@@ -132,13 +129,11 @@ class Evaluator:
         return Path(self.cfg.resolved_output_dir) / BEST
 
     def _ask(self, when: str) -> None:
-        texts = []
+        texts = self.answers[self.num_done] = list[str]()
         for prompt in self.data.prompts:
-            text = self.answer(prompt)
-            values = {"prompt": prompt.shown, "answer": text, "expected": prompt.expected}
+            texts.append(self.answer(prompt))
+            values = {"prompt": prompt.shown, "answer": texts[-1], "expected": prompt.expected}
             self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
-            texts.append(text)
-        self.answers[self.num_done] = texts
 
     def _recall(self) -> None:
         """What the run saw before it was stopped; the record of a run that goes on is there."""

@@ -4,122 +4,27 @@ It knows batches, a model and an optimizer; nothing of quantisation or files, an
 that `shard` hands over the gradients.
 """
 
-import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
-from fsdp_qlora.training import optim
-from fsdp_qlora.training.metrics import Recorder, StepHook
-from fsdp_qlora.training.nonfinite import NonFiniteGuard
+from fsdp_qlora.training import metrics, optim
+from fsdp_qlora.training.checkpoint import Checkpointer
+from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.training.optim import Trained
 
-
-class Checkpointing(Protocol):
-    """What the loop needs of the one that saves: training.checkpoint.Checkpointer."""
-
-    step: int
-    stop: hooks.StopFlag
-
-    def poll(self, step: int) -> list[float]:
-        """What this rank asks for after a step."""
-
-    def should_save(self, polled: Sequence[float]) -> bool:
-        """Whether `after_step` must be called."""
-
-    def after_step(self, step: int, polled: Sequence[float]) -> None:
-        """Save; leave, if a signal has come."""
-
-    def finish(self, step: int) -> None:
-        """Save what the run has ended with."""
-
-    def mark_best(self, best: tuple[float, int] | None) -> None:
-        """Keep the checkpoint of the best evaluation: its loss, and the step it came after."""
-
-    def wait(self) -> None:
-        """Wait until the last checkpoint is on the disk."""
-
-
-class Evaluating(Protocol):
-    """What the loop needs of the one that measures held-out loss: evaluate.Evaluator."""
-
-    best: tuple[float, int] | None
-
-    def begin(self) -> None:
-        """Evaluate the model before the first step."""
-
-    def after_step(self) -> None:
-        """Evaluate the model after a step, if that is due."""
-
-    def end(self) -> None:
-        """Evaluate the model after the last step."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What an optimizer step works on.
-
-    Attributes:
-        model: the sharded model.
-        params: this rank's slices of the trained parameters, float32.
-        optimizer, schedule: over `params`.
-        max_norm: global gradient norm to clip to, or None.
-        world: the ranks.
-        guard: skips steps whose loss or gradient is not finite.
-        is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
-        seed: of dropout.
-    """
-
-    model: nn.Module
-    params: list[nn.Parameter]
-    optimizer: Optimizer
-    schedule: LRScheduler
-    max_norm: float | None
-    world: World
-    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
-    is_reduced_once: bool = False
-    seed: int = 0
-
-
-def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) -> Trained:
-    """Make a model ready to be trained.
-
-    Args:
-        model: sharded and filled.
-        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync, seed.
-        num_steps: optimizer steps of the run.
-        world: the ranks.
-    """
-    params = shard.local_parameters(model)
-    optimizer, schedule = optim.build(params, cfg, num_steps, shard.trained_names(model))
-    if cfg.loraplus_ratio != 1:
-        slices = adapters.b_slices(model, params)
-        optim.scale_updates(optimizer, slices, cfg.loraplus_ratio)
-    return Trained(
-        model,
-        params,
-        optimizer,
-        schedule,
-        cfg.grad_norm if cfg.apply_gradient_clipping else None,
-        world,
-        NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps),
-        cfg.no_sync,
-        cfg.seed,
-    )
+Hook = Callable[[str], None]  # is told of every point of a step
 
 
 def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -142,10 +47,7 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def train_step(
-    trained: Trained,
-    micro_batches: list[Batch],
-    step: int = 0,
-    hook: Callable[[str], None] = lambda point: None,
+    trained: Trained, micro_batches: list[Batch], step: int = 0, hook: Hook = lambda point: None
 ) -> dict[str, torch.Tensor]:
     """One optimizer step; every trained token of the global batch weighs the same.
 
@@ -153,7 +55,7 @@ def train_step(
         trained: model, parameters, optimizer.
         micro_batches: this rank's, as many on every rank.
         step: its number, from 1; 0: the guard is not told of it.
-        hook: told of every point of the step, see clock.StepHook.
+        hook: told of every point of the step, see metrics.reach.
 
     Returns:
         loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
@@ -188,46 +90,12 @@ def train_step(
     return results if guard.scale is None else results | {"loss_scale": status.facts[2]}
 
 
-def train(
-    trained: Trained,
-    batches: Batches | PackedBatches,
-    recorder: Recorder,
-    checkpointer: Checkpointing,
-    evaluator: Evaluating,
-    after_step: Callable[[], None] = lambda: None,
-) -> None:
-    """Train from the step that the checkpointer resumes; every rank must call.
-
-    Args:
-        trained: model, parameters, optimizer, restored.
-        batches: this rank's, of all steps.
-        recorder: gets a line per step.
-        checkpointer: saves, also the best evaluation.
-        evaluator: measures before, between and after the steps.
-        after_step: called when a step is recorded.
-
-    Raises:
-        Stopped: a signal has come; what was trained is saved.
-    """
-
-    def evaluate_step() -> None:
-        after_step()
-        evaluator.after_step()
-        checkpointer.mark_best(evaluator.best)
-
-    evaluator.begin()
-    fit(trained, batches, recorder, evaluate_step, checkpointer)
-    evaluator.end()
-    checkpointer.mark_best(evaluator.best)
-    checkpointer.wait()
-
-
 def fit(
     trained: Trained,
     batches: Batches | PackedBatches,
     recorder: Recorder,
+    checkpointer: Checkpointer,
     after_step: Callable[[], None] = lambda: None,
-    checkpointer: Checkpointing | None = None,
 ) -> None:
     """Take every optimizer step of the run, or those that are left.
 
@@ -238,9 +106,8 @@ def fit(
         trained: model, parameters, optimizer.
         batches: this rank's, of all steps.
         recorder: gets a line per step.
+        checkpointer: saves checkpoints, and knows how many steps were taken before.
         after_step: called when a step is recorded.
-        checkpointer: saves checkpoints, and knows how many steps were taken before; None: nothing
-            is saved, and no signal waited for.
 
     Raises:
         Stopped: a signal has come; what was trained is saved.
@@ -249,36 +116,27 @@ def fit(
     gc.collect()
     gc.freeze()  # else Python walks every module and tensor now and then: 0.2 s of a step at 7B
     world = trained.world
-    first_step = checkpointer.step if checkpointer is not None else 0
-    with checkpointer.stop.deferred() if checkpointer is not None else contextlib.nullcontext():
+    with checkpointer.stop.deferred():
         world.sum(0)  # no rank takes a step that another could still leave at once for a signal
-        for step in range(first_step, batches.num_steps):
+        for step in range(checkpointer.step, batches.num_steps):
             micro_batches = batches.step(step)
             torch.manual_seed(dropout_seed(trained.seed, step, world.rank))
             learning_rate = trained.schedule.get_last_lr()[0]
-            hook = StepHook(recorder.clock, world.rank, step + 1)
+            hook = functools.partial(metrics.reach, recorder.clock, world.rank, step + 1)
             results = train_step(trained, micro_batches, step + 1, hook)
-            agreed = recorder.step(
-                {
-                    "step": step + 1,
-                    "epoch": batches.epoch(step),
-                    "learning_rate": learning_rate,
-                    "num_trained_tokens": sum(b.num_trained_tokens for b in micro_batches),
-                    "num_tokens": sum(b.num_tokens for b in micro_batches),
-                    **results,
-                },
-                checkpointer.poll(step + 1) if checkpointer is not None else (),
-            )
+            line = {"step": step + 1, "epoch": batches.epoch(step), "learning_rate": learning_rate}
+            line["num_trained_tokens"] = sum(b.num_trained_tokens for b in micro_batches)
+            line["num_tokens"] = sum(b.num_tokens for b in micro_batches)
+            agreed = recorder.step({**line, **results}, checkpointer.poll(step + 1))
             hooks.reach("post-record", world.rank, step + 1)
             _note_skipped(trained, batches, recorder)
             hooks.beat("look", world.rank, step + 1)  # a profiler's trace takes its time
             after_step()
-            if checkpointer is not None and checkpointer.should_save(agreed):
+            if checkpointer.should_save(agreed):
                 _note_skipped(trained, batches, recorder, is_last=True)
                 checkpointer.after_step(step + 1, agreed)
         _note_skipped(trained, batches, recorder, is_last=True)
-        if checkpointer is not None:
-            checkpointer.finish(batches.num_steps)
+        checkpointer.finish(batches.num_steps)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
@@ -294,10 +152,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _note_skipped(
-    trained: Trained,
-    batches: Batches | PackedBatches,
-    recorder: Recorder,
-    is_last: bool = False,
+    trained: Trained, batches: Batches | PackedBatches, recorder: Recorder, is_last: bool = False
 ) -> None:
     for skipped in trained.guard.skipped_steps(batches, is_last):
         recorder.event("skipped", dataclasses.asdict(skipped))

@@ -10,7 +10,6 @@ over from there. What nobody has told apart stands in a row of its own.
 """
 
 import contextlib
-import functools
 import importlib
 import mmap
 import threading
@@ -38,43 +37,31 @@ from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import Sizes
 from fsdp_qlora.training import optim
 
+FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)  # what a shorter batch needs as well
 STEP_PHASES = ("forward", "backward", "optimizer")
 DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
 Phases = dict[str, GibByRow]
-DEVICE_FIELDS = (
-    *("device_allocated_gib", "device_reserved_gib", "device_peak_allocated_gib"),
-    *("device_peak_reserved_gib", "device_used_gib", "device_total_gib"),
+PROCESS_FIELDS = (
+    *("device_peak_allocated_gib", "device_peak_reserved_gib"),
+    *("device_allocated_gib", "device_reserved_gib", "device_used_gib", "device_total_gib"),
+    *("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib"),
 )
-HOST_FIELDS = ("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib")
-PROCESS_FIELDS = (*DEVICE_FIELDS, *HOST_FIELDS)
+PSS_SHARE = 0.005  # most of the time that measuring PSS may take, as a share of one core
+PROC = Path("/proc/self")
 PROCESS_KEYS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")  # of /proc/self/status
 
 
-def device_memory(device: torch.device) -> dict[str, float]:
-    """Device memory of this process since the last call, and start the next peak.
+def gpu_memory(device: torch.device) -> tuple[float, ...]:
+    """GiB of a GPU now: in torch's tensors, in its allocator, in use by all programs, in total.
 
     Args:
-        device: the GPU of this rank; a CPU device has no memory of its own.
-
-    Returns:
-        DEVICE_FIELDS in GiB: what torch's allocator holds now (allocated, reserved), its peaks
-        since the last call, and the whole GPU as the driver sees it (used by every process,
-        total). Zeros on a CPU.
+        device: of this rank; a CPU has no memory of its own: zeros.
     """
     if device.type != "cuda":
-        return dict.fromkeys(DEVICE_FIELDS, 0.0)
-    stats = torch.cuda.memory_stats(device)
-    torch.cuda.reset_peak_memory_stats(device)
+        return (0.0,) * 4
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    sizes_bytes = (
-        stats.get("allocated_bytes.all.current", 0),
-        stats.get("reserved_bytes.all.current", 0),
-        stats.get("allocated_bytes.all.peak", 0),
-        stats.get("reserved_bytes.all.peak", 0),
-        total_bytes - free_bytes,
-        total_bytes,
-    )
-    return {name: size / GIB for name, size in zip(DEVICE_FIELDS, sizes_bytes, strict=True)}
+    own = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return tuple(nbytes / GIB for nbytes in (*own, total_bytes - free_bytes, total_bytes))
 
 
 class Peak(NamedTuple):
@@ -89,10 +76,6 @@ class Peak(NamedTuple):
     allocated_gib: float = 0.0
     reserved_gib: float = 0.0
     left_gib: float = 0.0
-
-    def highest(self, other: "Peak") -> "Peak":
-        """The higher figures of two."""
-        return Peak(*map(max, self, other))
 
 
 class PhasePeaks:
@@ -117,7 +100,7 @@ class PhasePeaks:
         """End `phase`: what was held since the last mark belongs to it."""
         peak = self.now()
         self.marks.append(phase)
-        self._peaks[phase] = peak.highest(self._peaks.get(phase, peak))
+        self._peaks[phase] = Peak(*map(max, peak, self._peaks.get(phase, peak)))
 
     def take(self) -> dict[str, Peak]:
         """The peaks by phase since the last call."""
@@ -137,24 +120,16 @@ class PhasePeaks:
         return Peak(allocated["peak"] / GIB, reserved["peak"] / GIB, allocated["current"] / GIB)
 
 
-def process_peak(proc: Path = Path("/proc/self")) -> Peak:
+def process_peak() -> Peak:
     """Of this process's own pages since the last call, libraries and shared memory left out."""
-    try:
-        lines = (proc / "status").read_text().splitlines()
-    except OSError:
+    highest, own, files, shared = (read_kib(PROC / "status", name) for name in PROCESS_KEYS)
+    if not own:  # old kernels do not tell pages of files from others
         return Peak()
-    words = {line.partition(":")[0]: line.split() for line in lines if line.endswith("kB")}
-    kib = {name: int(words[name][1]) for name in PROCESS_KEYS if name in words}
-    if len(kib) < len(PROCESS_KEYS):  # old kernels do not tell pages of files from others
-        return Peak()
-    shared = kib["RssFile"] + kib["RssShmem"]
-    peak = kib["VmHWM"] - shared
-    try:
-        (proc / "clear_refs").write_text("5")  # the highest mark starts anew
-    except OSError:
-        peak = kib["RssAnon"]
-    peak_gib = max(peak, kib["RssAnon"]) / 1024**2
-    return Peak(peak_gib, peak_gib, kib["RssAnon"] / 1024**2)
+    peak = own
+    with contextlib.suppress(OSError):
+        (PROC / "clear_refs").write_text("5")  # the highest mark starts anew
+        peak = max(own, highest - files - shared)
+    return Peak(peak / 1024**2, peak / 1024**2, own / 1024**2)
 
 
 def pinned_gib(device: torch.device) -> float:
@@ -164,26 +139,24 @@ def pinned_gib(device: torch.device) -> float:
     return torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) / GIB
 
 
-def process_memory(device: torch.device, sampler: "HostSampler | None" = None) -> dict[str, float]:
-    """Device and host memory of this process; starts the next device peak.
+def process_memory(device: torch.device, peak: Peak, sampler: "HostSampler") -> dict[str, float]:
+    """Device and host memory of this process.
 
     Args:
-        device: the device of this rank.
-        sampler: where PSS was measured last; without one it is measured now (slow).
+        device: of this rank.
+        peak: on the device, since the last call; a CPU rank's stands elsewhere.
+        sampler: where PSS was measured last.
 
     Returns:
         PROCESS_FIELDS in GiB.
     """
-    return {
-        **device_memory(device),
-        "host_rss_gib": psutil.Process().memory_info().rss / GIB,
-        "host_pss_gib": pss_gib() if sampler is None else sampler.pss_gib,
-        "host_pinned_gib": pinned_gib(device),
-        "host_swap_gib": read_kib(Path("/proc/self/status"), "VmSwap") * 1024 / GIB,
-    }
+    peaks = (peak.allocated_gib, peak.reserved_gib) if device.type == "cuda" else (0.0, 0.0)
+    rss_gib = psutil.Process().memory_info().rss / GIB
+    swap_gib = read_kib(PROC / "status", "VmSwap") * 1024 / GIB
+    host = (rss_gib, sampler.pss_gib, pinned_gib(device), swap_gib)
+    return dict(zip(PROCESS_FIELDS, (*peaks, *gpu_memory(device), *host), strict=True))
 
 
-@dataclass
 class HostSampler:
     """Watches host memory from a thread: this process's PSS, and the machine's peak use.
 
@@ -191,32 +164,30 @@ class HostSampler:
     two steps is missed.
 
     Attributes:
-        interval_s: seconds between two looks at the machine.
-        pss_share: most of the time that measuring PSS may take, as a share of one core.
         pss_gib: PSS of this process when it was measured last.
         peak_used_gib: the most host memory that all processes used together since the start.
     """
 
-    interval_s: float = 0.5
-    pss_share: float = 0.005
-    pss_gib: float = 0.0
-    peak_used_gib: float = 0.0
-    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
-    _thread: threading.Thread | None = field(default=None, repr=False)
-    _next_pss_s: float = 0.0
+    def __init__(self, interval_s: float = 0.5) -> None:
+        """Prepare.
+
+        Args:
+            interval_s: seconds between two looks at the machine.
+        """
+        self.pss_gib = self.peak_used_gib = self._next_pss_s = 0.0
+        self._interval_s, self._stop = interval_s, threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="host-memory", daemon=True)
 
     def __enter__(self) -> "HostSampler":
         """Take the first sample, then go on in the background."""
         self.sample()
-        self._thread = threading.Thread(target=self._watch, name="host-memory", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Take the last sample and end the thread."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._thread.join()
         self._next_pss_s = 0.0
         self.sample()
 
@@ -229,24 +200,11 @@ class HostSampler:
             return
         self.pss_gib = pss_gib()
         ended_s = time.monotonic()
-        self._next_pss_s = ended_s + max(4.0, (ended_s - began_s) / self.pss_share)
+        self._next_pss_s = ended_s + max(4.0, (ended_s - began_s) / PSS_SHARE)
 
     def _watch(self) -> None:
-        while not self._stop.wait(self.interval_s):
+        while not self._stop.wait(self._interval_s):
             self.sample()
-
-
-@dataclass(frozen=True)
-class Transients:
-    """What comes and goes in a phase, as the memory probe told it apart, GiB by row.
-
-    Attributes:
-        fixed: what a shorter batch needs as well.
-        scaled: what grows with the tokens.
-    """
-
-    fixed: GibByRow = field(default_factory=dict)
-    scaled: GibByRow = field(default_factory=dict)
 
 
 class HostShare(NamedTuple):
@@ -282,9 +240,11 @@ class MemoryTracker:
         plan: what was predicted.
         peaks: of the phases; whoever begins or ends one marks it here.
         held: GiB that lie on the device of the rank, by row; filled by `record_model`.
-        transients: phase -> what comes and goes in it; filled by `set_transients`.
+        transients: phase -> what comes and goes in it, GiB by row, as the memory probe told it
+            apart; filled by `set_transients`.
         phases: phase -> rows at its peak, of the phases that happen once.
         used_gib: phase -> most of the host in use by all programs, of the same phases.
+        taken: phase -> what `phase` has measured.
         shared_gib: quantized layers on the host, one copy for all ranks.
         pinned_gib: page-locked by this rank itself, unknown to torch's pinned allocator.
         files_gib: the model's own files, where they lie in memory.
@@ -301,7 +261,7 @@ class MemoryTracker:
         self.plan, self.is_cuda = plan, device.type == "cuda"
         self.peaks = PhasePeaks(device)
         self.held: GibByRow = {}
-        self.transients: dict[str, Transients] = {}
+        self.transients: dict[str, GibByRow] = {}
         self.phases: dict[str, GibByRow] = {}
         self.used_gib: dict[str, float] = {}
         self.shared_gib = self.pinned_gib = 0.0
@@ -314,7 +274,7 @@ class MemoryTracker:
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
         self._context_gib = 0.0  # what the GPU holds beside torch's allocator, when last looked at
-        self._taken: dict[str, Peak] = {}
+        self.taken: dict[str, Peak] = {}
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -335,7 +295,7 @@ class MemoryTracker:
         self.peaks.mark(name)
         peak = self.peaks.take()[name]
         host = process_peak() if self.is_cuda else peak
-        self._taken[name], self.used_gib[name] = peak, sampler.peak_used_gib
+        self.taken[name], self.used_gib[name] = peak, sampler.peak_used_gib
         self._look_outside()
         if name in ("load", "save"):
             figures = {f"{name}_peak_gib": host.allocated_gib}
@@ -343,10 +303,6 @@ class MemoryTracker:
             self.share = self.share._replace(**figures)
         if name == "save":
             self.phases[name] = self.device_rows(names.PHASES[-1], peak)
-
-    def peak_of(self, name: str) -> Peak:
-        """What `phase` has measured."""
-        return self._taken[name]
 
     def record_model(self, built: Built) -> None:
         """Count what the load has left on the device, tensor by tensor.
@@ -361,35 +317,31 @@ class MemoryTracker:
         layers = {id(block.quantized): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
         self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
-        for tensor, nbytes in _tensors(model):
-            gib = nbytes / GIB
-            if id(tensor) in layers:
-                if placed.names[layers[id(tensor)]] == "offloaded":
-                    on_host += gib
-                    continue
-                # A slice is whatever bytes fall to the rank: it counts as a part of both.
-                self.held[names.PACKED] += gib * weights_share
-                self.held[names.CONSTANTS] += gib * (1 - weights_share)
-            else:
+        for tensor, gib in _tensors(model):
+            number = layers.get(id(tensor))
+            if number is None:
                 row = names.ADAPTERS if tensor.requires_grad else names.UNQUANTISED
                 self.held[row] += gib
+            elif placed.names[number] == "offloaded":
+                on_host += gib
+            else:  # a slice is whatever bytes fall to the rank: it counts as a part of both
+                self.held[names.PACKED] += gib * weights_share
+                self.held[names.CONSTANTS] += gib * (1 - weights_share)
         if placed.streamer is not None:
             self.held[names.BUFFERS] = sum(slot.nbytes for slot in placed.streamer.slots) / GIB
         if placed.memory is not None:
             self.shared_gib = placed.memory.bytes.nbytes / GIB
         self.share = self.share._replace(slices_gib=on_host)
-        peak = self._taken["load"]
+        peak = self.taken["load"]
         if self.is_cuda:  # what else stays, such as the workspace of a library
-            rest = peak.left_gib - sum(self.held.values())
-            self.held[names.LIBRARIES] = max(rest, 0.0)
+            self.held[names.LIBRARIES] = max(peak.left_gib - sum(self.held.values()), 0.0)
         load = dict(self.held)
         if peak.allocated_gib > peak.left_gib:  # quantized layers come first, see planning/memory
             load |= {names.UNQUANTISED: 0.0, names.ADAPTERS: 0.0}
         load[names.LOADING] = max(self._own(peak) - sum(load.values()), 0.0)
-        load |= self._beside(peak)
-        self.phases["load"] = {row: gib for row, gib in load.items() if gib > 0}
+        self.phases["load"] = _present(load | self._beside(peak))
 
-    def set_transients(self, transients: dict[str, Transients], stays_gib: float) -> None:
+    def set_transients(self, transients: dict[str, GibByRow], stays_gib: float) -> None:
         """Take over what the memory probe has told apart.
 
         Args:
@@ -400,16 +352,13 @@ class MemoryTracker:
         if stays_gib:
             self.held[names.LIBRARIES] = self.held.get(names.LIBRARIES, 0.0) + stays_gib
 
-    def record_optimizer(
-        self, params: list[nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> None:
+    def record_optimizer(self, trained: optim.Trained) -> None:
         """Say what is trained, so that gradients and moments are known.
 
         Args:
-            params: this rank's slices of the trained parameters.
-            optimizer: over them.
+            trained: this rank's slices of the trained parameters, and the optimizer over them.
         """
-        self._params, self._optimizer = params, optimizer
+        self._params, self._optimizer = trained.params, trained.optimizer
 
     def _own(self, peak: Peak) -> float:
         """What tensors took at a peak; of a CPU rank all but what it was before the model."""
@@ -418,12 +367,9 @@ class MemoryTracker:
     def _look_outside(self) -> None:
         """Ask the driver, once a step: it takes its time."""
         if self.is_cuda:
-            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-            reserved_bytes = torch.cuda.memory_reserved(self._device)
-            outside_gib = (total_bytes - free_bytes - reserved_bytes) / GIB
-            self._context_gib = max(
-                outside_gib - optim.state_gib(self._optimizer, only_paged=True), 0.0
-            )
+            _, reserved_gib, used_gib, _ = gpu_memory(self._device)
+            paged_gib = optim.state_gib(self._optimizer, only_paged=True)
+            self._context_gib = max(used_gib - reserved_gib - paged_gib, 0.0)
 
     def _beside(self, peak: Peak) -> GibByRow:
         """What the GPU holds beside tensors."""
@@ -443,20 +389,18 @@ class MemoryTracker:
         Returns:
             GiB by row, zeros left out; they sum up to the peak.
         """
-        found = dict(self.held)
-        found[names.OPTIMIZER] = (
-            optim.state_gib(self._optimizer) if moments_gib is None else moments_gib
-        )
+        if moments_gib is None:
+            moments_gib = optim.state_gib(self._optimizer)
+        found = self.held | {names.OPTIMIZER: moments_gib}
         transients = self.transients.get(phase)
         has_all_gradients = transients is None and self.plan.cfg.gradient_accumulation_steps > 1
         if phase == "optimizer" or (has_all_gradients and phase in STEP_PHASES):
             found[names.GRADIENTS] = sum(p.nbytes for p in self._params) / GIB
-        paged_gib = min(optim.state_gib(self._optimizer, only_paged=True), found[names.OPTIMIZER])
+        paged_gib = min(optim.state_gib(self._optimizer, only_paged=True), moments_gib)
         rest = max(self._own(peak) + paged_gib - sum(found.values()), 0.0)
         for row, gib in _spread(rest, transients).items():
             found[row] = found.get(row, 0.0) + gib
-        found |= self._beside(peak)
-        return {row: gib for row, gib in found.items() if gib > 0}
+        return _present(found | self._beside(peak))
 
     def step(self) -> tuple[dict[str, GibByRow], Peak]:
         """Account for an optimizer step that is over.
@@ -467,19 +411,16 @@ class MemoryTracker:
         taken = self.peaks.take()
         now_gib = optim.state_gib(self._optimizer)
         self._look_outside()
-        found = {}
-        for phase in STEP_PHASES:
-            if phase in taken:
-                moments = now_gib if phase == "optimizer" else self._moments_gib
-                found[phase] = self.device_rows(phase, taken[phase], moments)
+        moments_gib = dict.fromkeys(STEP_PHASES, self._moments_gib) | {"optimizer": now_gib}
         self._moments_gib = now_gib
+        phases = [phase for phase in STEP_PHASES if phase in taken]
+        found = {p: self.device_rows(p, taken[p], moments_gib[p]) for p in phases}
         offload = next(blocks(self._model)).offload if self._model is not None else None
         waiting_gib = offload.nbytes / GIB if offload is not None else 0.0
         own = dict.fromkeys(STEP_PHASES, process_peak()) if self.is_cuda else taken
         peaks = {f"{phase}_gib": own.get(phase, Peak()).allocated_gib for phase in STEP_PHASES}
         self.share = self.share._replace(waiting_gib=waiting_gib, **peaks)
-        highest = functools.reduce(Peak.highest, taken.values(), Peak())
-        return found, highest
+        return found, Peak(*map(max, Peak(), Peak(), *taken.values()))
 
     @property
     def running(self) -> str:
@@ -517,41 +458,39 @@ def _token_bytes(data: Data) -> int:
     return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
-    """(itself, bytes on this rank) of every parameter and buffer, shared ones once."""
+def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+    """(itself, GiB on this rank) of every parameter and buffer, shared ones once."""
     seen = set()
     for tensor in (*model.parameters(), *model.buffers()):
         local = tensor.detach()
         local = local.to_local() if hasattr(local, "to_local") else local
         if local.data_ptr() not in seen:
-            yield tensor, local.nbytes
+            yield tensor, local.nbytes / GIB
         seen.add(local.data_ptr())
 
 
-def _spread(rest_gib: float, transients: Transients | None) -> GibByRow:
-    """Deal what comes and goes to its rows."""
+def _spread(rest_gib: float, transients: GibByRow | None) -> GibByRow:
+    """Deal what comes and goes to its rows: what is not FIXED grows with the tokens."""
     if transients is None:
         return {names.REST: rest_gib}
-    fixed, scaled = sum(transients.fixed.values()), sum(transients.scaled.values())
-    if rest_gib < fixed or not scaled:  # less than the probe saw: all rows in proportion
-        share = rest_gib / (fixed + scaled) if fixed + scaled else 0.0
-        pairs = [*transients.fixed.items(), *transients.scaled.items()]
-        return {row: gib * share for row, gib in pairs}
-    share = (rest_gib - fixed) / scaled
-    return transients.fixed | {row: gib * share for row, gib in transients.scaled.items()}
+    total = sum(transients.values())
+    fixed = sum(gib for row, gib in transients.items() if row in FIXED)
+    if rest_gib < fixed or fixed == total:  # less than the probe saw: all rows in proportion
+        share = rest_gib / total if total else 0.0
+        return {row: gib * share for row, gib in transients.items()}
+    share = (rest_gib - fixed) / (total - fixed)
+    return {row: gib if row in FIXED else gib * share for row, gib in transients.items()}
 
 
 def _what_is_there(device: torch.device, peak: Peak) -> str:
     """The memory of the device in words."""
     if device.type != "cuda":
         return f"this rank held {peak.allocated_gib:.2f} GiB of its own at its highest"
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    reserved_gib = torch.cuda.memory_reserved(device) / GIB
-    outside_gib = (total_bytes - free_bytes) / GIB - reserved_gib
+    _, reserved_gib, used_gib, total_gib = gpu_memory(device)
     return (
-        f"{total_bytes / GIB:.1f} GiB on the GPU: {peak.left_gib:.2f} in tensors, "
-        f"{reserved_gib - peak.left_gib:.2f} reserved beside them, {outside_gib:.2f} of context "
-        f"and other programs, {free_bytes / GIB:.2f} free"
+        f"{total_gib:.1f} GiB on the GPU: {peak.left_gib:.2f} in tensors, "
+        f"{reserved_gib - peak.left_gib:.2f} reserved beside them, {used_gib - reserved_gib:.2f} "
+        f"of context and other programs, {total_gib - used_gib:.2f} free"
     )
 
 
@@ -658,11 +597,15 @@ class MemoryLedger:
             name = "load_peak_gib" if phase == "load" else f"{phase}_gib"
             own = sum(getattr(share, name) - share.base_gib for share in shares)
             found[names.RANKS] = max(own - found[names.WAITING], 0.0)
-        return {row: gib for row, gib in found.items() if gib > 0}
+        return _present(found)
 
     def to_dict(self) -> dict[str, Any]:
         """As summary.json has it."""
         return {"ranks": [{"device": phases} for phases in self.ranks], "host": self.host}
+
+
+def _present(rows: GibByRow) -> GibByRow:
+    return {row: gib for row, gib in rows.items() if gib > 0}
 
 
 def _keep_highest(kept: Phases, found: Phases) -> None:

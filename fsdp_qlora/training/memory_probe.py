@@ -8,7 +8,7 @@ byte for byte.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.training.loop import Trained, token_loss_sum
-from fsdp_qlora.training.memory import MemoryTracker, Transients
+from fsdp_qlora.training.loop import token_loss_sum
+from fsdp_qlora.training.memory import MemoryTracker
+from fsdp_qlora.training.optim import Trained
 
 PROFILES = "profiles"  # in the run's directory
 WAIT_STEPS, ACTIVE_STEPS, SNAPSHOT_STEPS = 2, 3, 3
 MAX_ROWS = 30  # of the table of operations
 MAX_EVENTS = 2_000_000
 Say = Callable[[str], None]
+AfterStep = Callable[[], None]
 # Where an allocation was made -> its row; the innermost place that is known counts.
 PLACES = (
     ("fsdp_qlora/model/cuda_graphs.py", names.LAYER),
@@ -37,7 +39,6 @@ PLACES = (
     ("fsdp_qlora/model/head.py", names.LOSS),
     ("torch/distributed/fsdp/", names.BUFFERS),
 )
-FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)
 # `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
 AllocatorEvent = dict[str, Any]
@@ -104,10 +105,13 @@ def run(
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
-    with tracker.phase("memory probe"), _random_numbers_kept(world.device):
+    gpus = [world.device] if world.device.type == "cuda" else []
+    with tracker.phase("memory probe"), torch.random.fork_rng(gpus):  # dropout draws as without it
         moments = [allocate(param) for param in trained.params for _ in range(2)]
-        with _traced(world.device) as trace:
-            num_passes = _num_passes(model, cfg)
+        with _traced(world.device) as events:
+            # the second finds gradients of the first, or graphs that it captures
+            has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
+            num_passes = 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
             for number in range(1, num_passes + 1):
                 _pass(trained, batch, cfg.gradient_accumulation_steps > 1, number == num_passes)
             _drop_gradients(trained)
@@ -116,15 +120,15 @@ def run(
         world.barrier()  # no rank goes on before all have come through
     model.train(was_training)
     model.set_checkpointing(cfg, world.device)  # CUDA graphs are captured anew
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-    tracker.set_transients(trace.transients, trace.stays_gib)
-    num_tokens = batch.num_tokens
-    peak_gib = tracker.peak_of("memory probe").allocated_gib
-    words = f"probe     {num_tokens:,} tokens at once fit"
-    if trace.failure:
-        words += f" (rows are not told apart: {trace.failure})"
-    return words + (f": {peak_gib:.2f} GiB in tensors" if tracker.is_cuda else "")
+    words = f"probe     {batch.num_tokens:,} tokens at once fit"
+    if not tracker.is_cuda:
+        return words
+    torch.cuda.empty_cache()
+    try:
+        tracker.set_transients(*told_apart(events))
+    except (KeyError, ValueError) as error:  # another torch, another form
+        words += f" (rows are not told apart: {type(error).__name__}: {error})"
+    return f"{words}: {tracker.taken['memory probe'].allocated_gib:.2f} GiB in tensors"
 
 
 def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) -> None:
@@ -140,39 +144,10 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
         _drop_gradients(trained)
 
 
-def _num_passes(model: QuantizedModel, cfg: TrainConfig) -> int:
-    """Two where the second finds gradients of the first, or graphs that it captures."""
-    has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
-    return 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
-
-
 def _drop_gradients(trained: Trained) -> None:
     if any(param.grad is not None for param in shard.trained_parameters(trained.model)):
         shard.collect_gradients(trained.model, trained.params)
-    for param in trained.params:
-        param.grad = None
-
-
-@contextlib.contextmanager
-def _random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Dropout draws the same numbers after the block as it would have without it."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-@dataclass
-class _Trace:
-    """What was found.
-
-    Attributes:
-        transients: phase -> what came and went at its peak; empty without a GPU.
-        stays_gib: what libraries have made and keep.
-        failure: why nothing was found, or "".
-    """
-
-    transients: dict[str, Transients] = field(default_factory=dict)
-    stays_gib: float = 0.0
-    failure: str = ""
+    trained.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -198,42 +173,37 @@ def _boundary(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _traced(device: torch.device) -> Iterator[_Trace]:
-    """Record the allocations of the block and tell them apart at its end.
+def _traced(device: torch.device) -> Iterator[list[AllocatorEvent]]:
+    """Record the allocations of the block.
 
     Args:
         device: of this rank; a CPU keeps no history.
 
     Yields:
-        The trace, which is filled at the end.
+        A list that holds them at the end.
     """
-    trace = _Trace()
+    events: list[AllocatorEvent] = []
     if device.type != "cuda":
-        yield trace
+        yield events
         return
     record = torch.cuda.memory._record_memory_history
     record("all", context="alloc", stacks="python", max_entries=MAX_EVENTS, device=device)
     try:
-        yield trace
-        history = torch.cuda.memory._snapshot(device)["device_traces"]
+        yield events
+        events += next(filter(None, torch.cuda.memory._snapshot(device)["device_traces"]), [])
     finally:
         record(None, device=device)
-    try:
-        events = next(events for events in history if events)
-        trace.transients, trace.stays_gib = told_apart(events)
-    except (KeyError, ValueError, StopIteration) as error:  # another torch, another form
-        trace.failure = f"{type(error).__name__}: {error}"
 
 
-def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, Transients], float]:
+def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, names.GibByRow], float]:
     """The rows at the peak of each phase.
 
     Args:
         events: of one device, in order: dicts of action, addr, size and frames (innermost first).
 
     Returns:
-        (phase -> what was alive at its highest moment and was made since the events began, GiB
-        that nobody of ours has made and that stay).
+        (phase -> GiB by row of what was alive at its highest moment and was made since the events
+        began, GiB that nobody of ours has made and that stay).
 
     Raises:
         ValueError: the boundaries are not those of whole passes.
@@ -241,26 +211,19 @@ def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, Transients],
     blocks, ends = _blocks(events)
     if len(ends) < 3 or len(ends) % 2 == 0:
         raise ValueError(f"{len(ends)} boundaries in {len(events)} events")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, names.GibByRow] = {}
     stays = [block for block in blocks if block.stop > ends[-1] and not block.place]
     blocks = [block for block in blocks if block.stop <= ends[-1] or block.place]
     for number, end in enumerate(ends[:-1]):
         phase, start = PASS[number % 2], ends[number - 1] if number else 0
         alive = _alive_at_peak(blocks, start, end)
-        rows: dict[str, float] = {}
+        rows: names.GibByRow = {}
         for block in alive:
             row = _row(block, ends)
             rows[row] = rows.get(row, 0.0) + block.nbytes / GIB
         if sum(rows.values()) >= sum(found.get(phase, {}).values()):
             found[phase] = rows
-    transients = {
-        phase: Transients(
-            {row: gib for row, gib in rows.items() if row in FIXED},
-            {row: gib for row, gib in rows.items() if row not in FIXED},
-        )
-        for phase, rows in found.items()
-    }
-    return transients, sum(block.nbytes for block in stays) / GIB
+    return found, sum(block.nbytes for block in stays) / GIB
 
 
 def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
@@ -328,9 +291,7 @@ def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Bloc
 
 
 @contextlib.contextmanager
-def profile(
-    cfg: TrainConfig, rank: int, device: torch.device, say: Say
-) -> Iterator[Callable[[], None]]:
+def profile(cfg: TrainConfig, rank: int, device: torch.device, say: Say) -> Iterator[AfterStep]:
     """Profile the training in the block, if the run asks for it.
 
     Args:
@@ -342,7 +303,7 @@ def profile(
     Yields:
         To be called after every optimizer step.
     """
-    folder, calls = cfg.resolved_output_dir / PROFILES, list[Callable[[], None]]()
+    folder, calls = cfg.resolved_output_dir / PROFILES, list[AfterStep]()
     with contextlib.ExitStack() as stack:
         if cfg.profile_memory and device.type != "cuda":
             say("note      --profile_memory needs a GPU: torch keeps no history of CPU memory")
@@ -373,21 +334,14 @@ def _profiler(
         (place / f"rank{rank}_operations.txt").write_text(table + "\n", encoding="utf-8")
         say(f"profile   steps up to {found.step_num}, for ui.perfetto.dev: {place}")
 
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(
-            wait=WAIT_STEPS, warmup=num_warmup, active=ACTIVE_STEPS, repeat=1
-        ),
-        on_trace_ready=write,
-        record_shapes=True,
-        profile_memory=True,
-        acc_events=True,
-    )
+    steps = {"wait": WAIT_STEPS, "warmup": num_warmup, "active": ACTIVE_STEPS, "repeat": 1}
+    schedule, records = torch.profiler.schedule(**steps), ("record_shapes", "profile_memory")
+    wanted: dict[str, Any] = dict.fromkeys((*records, "acc_events"), True)
+    return torch.profiler.profile(schedule=schedule, on_trace_ready=write, **wanted)
 
 
 @contextlib.contextmanager
-def _memory_history(
-    folder: Path, rank: int, device: torch.device, say: Say
-) -> Iterator[Callable[[], None]]:
+def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> Iterator[AfterStep]:
     """Record the allocator over the first steps; also what it held when the run fails in them."""
     num_left = [SNAPSHOT_STEPS]
     record = torch.cuda.memory._record_memory_history

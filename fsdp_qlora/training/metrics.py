@@ -5,6 +5,7 @@ step N + 1 has been launched.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,61 +22,28 @@ import torch
 from tqdm import tqdm
 
 from fsdp_qlora import atomic, hardware
-from fsdp_qlora.arch import ModelInfo, num_params, trained, unquantized
+from fsdp_qlora.arch import num_params, trained, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.hardware import GIB, versions
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
-from fsdp_qlora.training.memory import STEP_PHASES, MemoryLedger, MemoryTracker, Peak
+from fsdp_qlora.training.memory import MemoryLedger, MemoryTracker, Peak
 
 # The phase of the clock that ends at a point of a step.
-PHASES = {
-    "data": "data",
-    "post-forward": "forward",
-    "post-backward": "backward",
-    "post-optimizer": "optimizer",
-}
-
-IDLE = ("idle", "iowait")  # guest time is a part of user time already
-NOT_COUNTED = (*IDLE, "guest", "guest_nice")
+PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
 
 MIN_PLAIN_LINES = 20
 COUNTS = ("num_trained_tokens", "num_tokens")
+SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
 SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
 SAVED |= {"llama_pro": "new layers (merge makes a model of them)", "full": "the model"}
 
 
-@dataclass(frozen=True)
-class Lap:
-    """The marks of one step, read later so that nothing waits for the GPU now.
-
-    Attributes:
-        marks: (phase, end of it) in order; CUDA events, or seconds of perf_counter. The first
-            one only says where the lap begins.
-    """
-
-    marks: tuple[tuple[str, Any], ...]
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of every phase, summed over its marks; waits for the last CUDA event."""
-        if isinstance(self.marks[-1][1], torch.cuda.Event):
-            self.marks[-1][1].synchronize()
-        totals: dict[str, float] = {}
-        for (_, began), (phase, ended) in zip(self.marks, self.marks[1:], strict=False):
-            totals[phase] = totals.get(phase, 0.0) + _seconds_between(began, ended)
-        return totals
-
-
-def _seconds_between(began: Any, ended: Any) -> float:
-    if isinstance(began, torch.cuda.Event):
-        return began.elapsed_time(ended) / 1e3
-    return ended - began
+Marks = list[tuple[str, Any]]  # phase, its end: a CUDA event, or seconds of perf_counter
 
 
 class Clock:
@@ -110,60 +78,45 @@ class Clock:
         self._marks.append((phase, self._now()))
         self._at_mark(phase)
 
-    def lap(self) -> Lap:
-        """The marks since the last lap; the next one begins at the last mark."""
-        lap = Lap(tuple(self._marks))
-        self._marks = self._marks[-1:]
-        return lap
+    def lap(self) -> Marks:
+        """The marks since the last lap, for `seconds`; the next one begins at the last mark."""
+        marks, self._marks = self._marks, self._marks[-1:]
+        return marks
+
+    @staticmethod
+    def seconds(marks: Marks) -> dict[str, float]:
+        """Seconds of every phase, summed over its marks; waits for the last CUDA event.
+
+        Args:
+            marks: of a lap; the first one only says where it begins.
+        """
+        totals: dict[str, float] = {}
+        for (_, began), (phase, ended) in itertools.pairwise(marks):
+            if isinstance(ended, torch.cuda.Event):
+                ended.synchronize()
+                totals[phase] = totals.get(phase, 0.0) + began.elapsed_time(ended) / 1e3
+            else:
+                totals[phase] = totals.get(phase, 0.0) + ended - began
+        return totals
 
     def restart(self) -> None:
         """Forget the time since the last lap (after an evaluation, say)."""
         self._marks = [("", self._now())]
 
 
-class StepHook:
-    """The one hook of an optimizer step: ends phases of the clock, shows signs of life.
+def reach(clock: Clock, rank: int, step: int, point: str) -> None:
+    """The one hook of an optimizer step: ends a phase of the clock, shows a sign of life.
 
     Args:
         clock: whose marks are those of memory too.
         rank: of this process.
         step: that is under way, from 1.
+        point: of the step, one of PHASES or of hooks.STEP_POINTS.
     """
-
-    def __init__(self, clock: Clock, rank: int, step: int) -> None:
-        self._clock, self._rank, self._step = clock, rank, step
-
-    def __call__(self, point: str) -> None:
-        """Be at a point of the step: one of PHASES or of hooks.STEP_POINTS."""
-        if point in PHASES:
-            self._clock.mark(PHASES[point])
-        if point in hooks.STEP_POINTS:
-            hooks.reach(point, self._rank, self._step)
-
-
-class CpuUse:
-    """Cores that this process, and all programs together, keep busy between two looks."""
-
-    def __init__(self) -> None:
-        """Look for the first time."""
-        self._process = psutil.Process()
-        self._last = self._read()
-
-    def take(self) -> tuple[float, float]:
-        """Cores busy since the last call: 2.5 means that on average two and a half computed.
-
-        Returns:
-            Of this process with all its threads, and of the machine.
-        """
-        last, self._last = self._last, self._read()
-        wall_s, own_s, all_s = (new - old for new, old in zip(self._last, last, strict=True))
-        wall_s = max(wall_s, 1e-9)
-        return max(own_s, 0.0) / wall_s, max(all_s, 0.0) / wall_s
-
-    def _read(self) -> tuple[float, float, float]:
-        own, machine = self._process.cpu_times(), psutil.cpu_times()._asdict()
-        busy_s = sum(seconds for name, seconds in machine.items() if name not in NOT_COUNTED)
-        return time.monotonic(), own.user + own.system, busy_s
+    if point in PHASES:
+        clock.mark(PHASES[point])
+    if point in hooks.STEP_POINTS:
+        hooks.reach(point, rank, step)
 
 
 @dataclass
@@ -171,65 +124,43 @@ class Totals:
     """What summary.json is made of, kept up to date line by line.
 
     Attributes:
-        step_s, tokens_per_s: one number per step.
-        num_tokens, num_trained_tokens: over all ranks and steps.
-        loss_first, loss_last: loss of the first and of the last recorded step.
+        steps: SUMMED -> its value at each step.
         peaks: largest memory figures per rank, in GiB.
         host_peaks: largest memory figures of the machine, in GiB.
         events: the lines that are not steps.
-        num_skipped: steps that were not taken, because loss or gradient was not finite.
     """
 
-    step_s: list[float] = field(default_factory=list)
-    tokens_per_s: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-    loss_first: float | None = None
-    loss_last: float | None = None
+    steps: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in SUMMED})
     peaks: list[dict[str, float]] = field(default_factory=list)
     host_peaks: dict[str, float] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
-    num_skipped: int = 0
 
     def add(self, line: dict[str, Any]) -> None:
-        """Count one line of metrics.jsonl."""
-        self.step_s.append(line["step_s"])
-        self.tokens_per_s.append(line["tokens_per_s"])
-        self.num_tokens += line["num_tokens"]
-        self.num_trained_tokens += line["num_trained_tokens"]
-        self.loss_first = line["loss"] if len(self.step_s) == 1 else self.loss_first
-        self.loss_last = line["loss"]
-        self.num_skipped += bool(line.get("skipped"))
+        """Count one line of metrics.jsonl, a step or an event."""
+        if "event" in line:
+            self.events += [line] if line["event"] != "run" else []
+            return
+        for name, values in self.steps.items():
+            values.append(line.get(name))
         self.peaks += [{} for _ in line["ranks"][len(self.peaks) :]]  # a resumed run may have more
         for peak, rank in zip(self.peaks, line["ranks"], strict=False):
             raise_to(peak, rank)
         raise_to(self.host_peaks, line["host"])
 
-    def repeat(self, line: dict[str, Any]) -> None:
-        """Count a line, step or event, of a record that goes on."""
-        if "event" not in line:
-            self.add(line)
-        elif line["event"] != "run":
-            self.events.append(line)
-
     def summary(self) -> dict[str, Any]:
         """The totals by name; the median speed leaves out the first steps, which warm up."""
-        train_s = sum(self.step_s)
-        steady = self.tokens_per_s[NUM_WARMUP_STEPS:] or self.tokens_per_s
-        return {
-            "num_steps": len(self.step_s),
-            "train_s": train_s,
-            "steps_per_s": len(self.step_s) / train_s if train_s else 0.0,
-            "tokens_per_s": self.num_tokens / train_s if train_s else 0.0,
-            "tokens_per_s_median": statistics.median(steady) if steady else 0.0,
-            "num_tokens": self.num_tokens,
-            "num_trained_tokens": self.num_trained_tokens,
-            "loss_first": self.loss_first,
-            "loss_last": self.loss_last,
-            "num_skipped_steps": self.num_skipped,
-            "peaks": {"ranks": self.peaks, "host": self.host_peaks},
-            "events": self.events,
-        }
+        num_steps, train_s = len(self.steps["step_s"]), sum(self.steps["step_s"])
+        found: dict[str, Any] = {"num_steps": num_steps, "train_s": train_s}
+        found |= {name: sum(self.steps[name]) for name in COUNTS}
+        for name, number in (("steps_per_s", num_steps), ("tokens_per_s", found["num_tokens"])):
+            found[name] = number / train_s if train_s else 0.0
+        speeds, losses = self.steps["tokens_per_s"], self.steps["loss"] or [None]
+        steady = speeds[NUM_WARMUP_STEPS:] or speeds
+        found["tokens_per_s_median"] = statistics.median(steady) if steady else 0.0
+        found |= {"loss_first": losses[0], "loss_last": losses[-1]}
+        found["num_skipped_steps"] = sum(map(bool, self.steps["skipped"]))
+        peaks = {"ranks": self.peaks, "host": self.host_peaks}
+        return found | {"peaks": peaks, "events": self.events}
 
 
 @dataclass(frozen=True)
@@ -286,18 +217,14 @@ class Recorder:
             run_info: what the summary repeats: the config, the plan, the model's counts.
             resumed: the record that this one goes on with, on the rank that writes.
         """
-        cfg = tracker.plan.cfg
         self.clock = Clock(world.device, tracker.peaks.mark)
-        self._tracker, self._ledger = tracker, MemoryLedger(tracker)
-        self._step = 0
-        self._output_dir = cfg.resolved_output_dir
+        self.tracker, self._ledger = tracker, MemoryLedger(tracker)
+        self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
-        self._has_bar = "stdout" not in cfg.log_targets
-        self._sampler = memory.HostSampler()
-        self._cgroup = hardware.find_cgroup()
-        self._cpu = CpuUse()
-        self._totals = Totals()
-        self._pending: tuple[dict[str, Any], Lap] | None = None
+        self._sampler, self._cgroup = memory.HostSampler(), hardware.find_cgroup()
+        self._process, self._totals = psutil.Process(), Totals()
+        self._process.cpu_percent()  # from here on it counts
+        self._pending: tuple[dict[str, Any], Marks] | None = None
         self._file: Any = None
         self._unwritten = b""
         self._bar: Any = None
@@ -312,11 +239,11 @@ class Recorder:
             path = self._output_dir / "metrics.jsonl"
             self._file = path.open("ab" if self._resumed.lines else "wb", buffering=0)
             for line in self._resumed.lines:
-                self._totals.repeat(line)
-            num_done = len(self._totals.step_s)
-            self._bar = _progress_bar(self._num_steps, self._has_bar, num_done)
+                self._totals.add(line)
+            has_bar = "stdout" not in self.tracker.plan.cfg.log_targets
+            self._bar = _progress_bar(self._num_steps, has_bar, len(self._totals.steps["step_s"]))
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
-        info["versions"] = versions(self._world.device)
+        info["versions"] = hardware.versions(self._world.device)
         is_first = not self._resumed.lines
         self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
         self.collect("load")
@@ -325,7 +252,7 @@ class Recorder:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Write the last step and the summary, also when the run failed; say where memory went."""
         if error is not None and not hasattr(error, "__notes__"):
-            self._tracker.annotate_oom(error, self._where())
+            self.tracker.annotate_oom(error, self._where())
         self.close(is_complete=kind is None)
 
     def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
@@ -343,27 +270,21 @@ class Recorder:
         """
         self.clock.mark("other")
         lap = self.clock.lap()
-        mine = memory.process_memory(self._world.device, self._sampler)
-        mine["host_pinned_gib"] += self._tracker.pinned_gib
-        mine["cpu_cores"], cores = self._cpu.take()
-        values = [*(float(record[name]) for name in COUNTS), *self._by_row(mine)]
-        every = self._world.gather([*wishes, *mine.values(), *values])
-        agreed = [max(row[i] for row in every) for i in range(len(wishes))]
-        rows = [row[len(wishes) :] for row in every]
+        phases, highest = self.tracker.step()
+        mine = memory.process_memory(self._world.device, highest, self._sampler)
+        mine["host_pinned_gib"] += self.tracker.pinned_gib
+        mine["cpu_cores"] = self._process.cpu_percent() / 100
+        counts = [float(record[name]) for name in COUNTS]
+        by_row = memory.encode(phases, self.tracker.share)
+        every = self._world.gather([*wishes, *counts, *mine.values(), *by_row])
+        columns, begin = list(zip(*every, strict=True)), len(wishes)
+        agreed = [max(column) for column in columns[:begin]]
         self._step = record["step"]
         if self._world.rank == 0:
             self._write_pending()
-            sums = {
-                name: int(sum(row[i] for row in rows)) for i, name in enumerate(COUNTS, len(mine))
-            }
-            ranks = [dict(zip(mine, row, strict=False)) for row in rows]
-            host = {**hardware.machine_memory(self._cgroup), "cpu_cores": cores}
-            host["num_cpu_cores"] = os.cpu_count() or 1
-            host["host_peak_used_gib"] = max(
-                self._sampler.peak_used_gib, host["host_used_gib"] or 0
-            )
-            self._enter(rows, ranks, host)
-            self._pending = ({**record, **sums, "ranks": ranks, "host": host}, lap)
+            sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
+            memories = self._memories(mine, [row[begin + len(COUNTS) :] for row in every])
+            self._pending = ({**record, **sums, **memories}, lap)
         self.clock.mark("record")
         return agreed
 
@@ -378,29 +299,27 @@ class Recorder:
 
     def _where(self) -> str:
         """What is under way, in words."""
-        running = self._tracker.running
+        running = self.tracker.running
         if self._step >= self._num_steps:
             return "work after the last step"
         words = f"{running} of" if running else "work before"
         return f"{words} step {self._step + 1}"
 
-    def _by_row(self, mine: dict[str, float]) -> list[float]:
-        """This rank's tracker of the step, as numbers; corrects peaks that its marks have taken."""
-        phases, highest = self._tracker.step()
-        if self._tracker.is_cuda:
-            mine["device_peak_allocated_gib"] = highest.allocated_gib
-            mine["device_peak_reserved_gib"] = highest.reserved_gib
-        return memory.encode(phases, self._tracker.share)
-
-    def _enter(self, rows: list[list[float]], ranks: list[dict], host: dict[str, Any]) -> None:
-        """Put the rows of a step into the ledger and the line."""
-        values = [row[-memory.NUM_VALUES :] for row in rows]
+    def _memories(self, fields: Iterable[str], rows: list[list[float]]) -> dict[str, Any]:
+        """What a line says of memory and processor, of each rank and of the machine."""
+        ranks = [dict[str, Any](zip(fields, row, strict=False)) for row in rows]
+        host = dict[str, Any](hardware.machine_memory(self._cgroup))
+        num_cores = host["num_cpu_cores"] = os.cpu_count() or 1
+        host["cpu_cores"] = psutil.cpu_percent() / 100 * num_cores
+        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"] or 0)
         limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
         is_group = limit_gib is not None and limit_gib < total_gib
         used_gib = host["cgroup_used_gib" if is_group else "host_used_gib"]
-        tops, host["host_rows"] = self._ledger.update(values, used_gib, STEP_PHASES)
+        values = [row[-memory.NUM_VALUES :] for row in rows]
+        tops, host["host_rows"] = self._ledger.update(values, used_gib, memory.STEP_PHASES)
         for rank, top in zip(ranks, tops, strict=True):
             rank["device_rows"] = top
+        return {"ranks": ranks, "host": host}
 
     def collect(self, phase: str) -> None:
         """Keep the rows of a phase that happens once and is over; every rank must call.
@@ -408,8 +327,8 @@ class Recorder:
         Args:
             phase: "load" or "save".
         """
-        values = self._world.gather(memory.encode(self._tracker.phases, self._tracker.share))
-        self._ledger.update(values, self._tracker.used_gib[phase], (phase,))
+        values = self._world.gather(memory.encode(self.tracker.phases, self.tracker.share))
+        self._ledger.update(values, self.tracker.used_gib[phase], (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -423,15 +342,13 @@ class Recorder:
         """
         if self._world.rank == 0:
             self._write_pending()
-            line = {"event": name, **values}
-            self._write(line)
-            self._totals.events += [line] if name != "run" else []
+            self._write({"event": name, **values})
         self.clock.restart()
 
     def compared(self) -> list[str]:
         """What was predicted beside what was measured, on the rank that writes; else nothing."""
-        plan = self._tracker.plan.to_dict()
-        return names.comparison(plan, self._ledger.to_dict(), self._tracker.is_cuda)
+        plan = self.tracker.plan.to_dict()
+        return names.comparison(plan, self._ledger.to_dict(), self.tracker.is_cuda)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""
@@ -448,22 +365,14 @@ class Recorder:
         self._sampler.__exit__(None, None, None)
         if self._file is None:
             return
-        if is_complete:
+        # After a CUDA error the last loss cannot be read: what was written before must stand.
+        with contextlib.suppress(*() if is_complete else (RuntimeError,)):
             self._write_pending()
-        else:
-            # After a CUDA error the last loss cannot be read: what was written before must stand.
-            with contextlib.suppress(RuntimeError):
-                self._write_pending()
         raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
-        summary = {
-            "is_complete": is_complete,
-            "total_s": self.total_s(),
-            **self._totals.summary(),
-            "num_ranks": self._world.size,
-            "versions": versions(self._world.device),
-            "ledger": self._ledger.to_dict(),
-            **self._run_info,
-        }
+        summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
+        summary |= {**self._totals.summary(), "num_ranks": self._world.size}
+        summary["versions"] = hardware.versions(self._world.device)
+        summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
         atomic.write_json(self._output_dir / "summary.json", _plain(summary))
         self._bar.close()
         self._file.close()
@@ -473,26 +382,23 @@ class Recorder:
         if self._pending is None:
             return
         (record, lap), self._pending = self._pending, None
-        phases = lap.seconds()
+        phases = Clock.seconds(lap)
         step_s = sum(phases.values())
-        times = {
-            "tokens_per_s": record["num_tokens"] / step_s if step_s else 0.0,
-            "step_s": step_s,
-            **{f"{phase}_s": seconds for phase, seconds in phases.items()},
-        }
+        speed = record["num_tokens"] / step_s if step_s else 0.0
+        times = {f"{phase}_s": seconds for phase, seconds in phases.items()}
+        times = {"tokens_per_s": speed, "step_s": step_s, **times}
         memories = {name: record.pop(name) for name in ("ranks", "host")}
         line = _plain({**record, **times})
         nonfinite = [name for name in record if line[name] is None and record[name] is not None]
         line |= {"nonfinite": nonfinite} if nonfinite else {}
         line |= _plain(memories)
         self._write(line)
-        self._totals.add(line)
-        _show_progress(
-            self._bar, line, self._num_steps, statistics.median(self._totals.step_s[-50:])
-        )
+        recent_s = statistics.median(self._totals.steps["step_s"][-50:])
+        _show_progress(self._bar, line, self._num_steps, recent_s)
 
     def _write(self, line: dict[str, Any]) -> None:
-        """Write a line; what a full disk does not take is tried again with the next one."""
+        """Count and write a line; what a full disk does not take is tried again with the next."""
+        self._totals.add(line)
         was_full = bool(self._unwritten)
         self._unwritten += json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
         try:
@@ -516,7 +422,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | bool | None) else str(value)
 
 
-def _progress_bar(num_steps: int, has_bar: bool, num_done: int = 0) -> tqdm:
+def _progress_bar(num_steps: int, has_bar: bool, num_done: int) -> tqdm:
     """A progress bar on the terminal; disabled (plain lines instead) elsewhere.
 
     Args:
@@ -555,88 +461,58 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
         print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)
 
 
-def describe(
-    cfg: TrainConfig,
-    info: ModelInfo,
-    data: Data,
-    built: Built,
-    tracker: MemoryTracker,
-) -> dict[str, Any]:
+def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
-        cfg: the run.
-        info, built: what is trained, and how it came to lie where it does.
-        data: on what.
-        tracker: of this rank's memory, its model loaded.
+        data: on what it is trained.
+        built: what is trained, and how it came to lie where it does.
+        tracker: of this rank's memory, its model loaded; its plan is that of the run.
 
     Returns:
         For the record, by name; `lines` are what the console shows.
     """
-    trainable = trained.count(info, cfg)
-    total, load_peaks = num_params(info), _load_peaks(tracker)
-    model, cache = built.model, built.cache
-    placed, loaded = built.placed, built.loaded
+    plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
+    trainable, total, load_peaks = trained.count(info, cfg), num_params(info), _load_peaks(tracker)
+    kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
     num_quantized = info.num_layers - len(trained.whole(info, cfg).layers)
-    quantized_gib = model.layout.nbytes * num_quantized / GIB
+    quantized_gib = built.model.layout.nbytes * num_quantized / hardware.GIB
+    sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
+    whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
+    replanned = []
+    if plan.found is not None and plan.rows_note:  # what the plan says now that rows are known
+        host_gib = plan.found.host.peak_gib
+        replanned = [f"plan      {plan.rows_note}: {host_gib:.1f} GiB on the host"]
     lines = [
         f"model     {cfg.model_name}: {total:,} parameters, {info.num_layers} layers in "
         f"{cfg.format_name} ({quantized_gib:.2f} GiB quantized)",
-        f"          not quantized, in 16 bit: {_unquantized(info)}",
+        f"          not quantized, in 16 bit: {whole}",
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
-        f"kernels   {model.kernels.note}",
+        f"kernels   {kernels.note}",
         f"placement {placed.note}",
         f"loaded    {loaded}",
         f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
         f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a GPU",
         f"cache     {cache.note}",
         f"data      {data.audit}",
-        *_planned_again(tracker.plan),
+        *replanned,
         *(f"note      {note}" for note in cfg_notes(cfg)),
     ]
-    return {
-        "config": to_dict(cfg),
-        "plan": tracker.plan.to_dict(),
-        "model_type": info.model_type,
-        "num_params": total,
-        "num_trainable_params": trainable,
-        "packed_gib": quantized_gib,
-        "load_s": loaded.seconds,
-        "load_source": loaded.source,
-        "load_peaks": load_peaks,
-        "kernels": model.kernels.note,
-        "placement": placed.note,
-        "quant_cache": cache.note,
-        "data": data.audit.facts,
-        "lines": lines,
-    }
-
-
-def _planned_again(plan: RunPlan) -> list[str]:
-    """What the plan says now that the rows are known."""
-    found = plan.found
-    if found is None or not plan.rows_note:
-        return []
-    return [f"plan      {plan.rows_note}: {found.host.peak_gib:.1f} GiB on the host"]
-
-
-def _unquantized(info: ModelInfo) -> str:
-    """The matrices that no format quantizes, with their sizes."""
-    found = unquantized(info).items()
-    return ", ".join(
-        f"{name.removesuffix('.weight')} {2 * num / GIB:.2f} GiB" for name, num in found
-    )
+    facts: dict[str, Any] = {"config": to_dict(cfg), "plan": plan.to_dict()}
+    facts |= {"model_type": info.model_type, "num_params": total}
+    facts |= {"num_trainable_params": trainable, "packed_gib": quantized_gib}
+    facts |= {"load_s": loaded.seconds, "load_source": loaded.source, "load_peaks": load_peaks}
+    facts |= {"kernels": kernels.note, "placement": placed.note, "quant_cache": cache.note}
+    return facts | {"data": data.audit.facts, "lines": lines}
 
 
 def _load_peaks(tracker: MemoryTracker) -> dict[str, float]:
     """Peaks of memory in the load, GiB: of the rank's GPU and process, and of the whole host."""
-    peak = tracker.peak_of("load") if tracker.is_cuda else Peak()
-    return {
-        "device_peak_allocated_gib": peak.allocated_gib,
-        "device_peak_reserved_gib": peak.reserved_gib,
-        "host_peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "host_peak_used_gib": tracker.used_gib["load"],
-    }
+    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
+    rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
+    host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
+    return device | host
 
 
 def print_summary(cfg: TrainConfig) -> None:

@@ -1,36 +1,40 @@
-"""Optimizer and learning rate schedule of what is trained."""
+"""What follows a backward pass: is the step taken, how far, and with which optimizer.
+
+No step is taken on a loss or a gradient that is not finite; float16 has a loss scale. What decides
+is on the device and the same on every rank; the host learns of it a step later, when it has the
+next one launched, and waits for nothing.
+"""
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fsdp_qlora.config import OPTIMIZERS, TrainConfig, check_optimizer
+from fsdp_qlora.data.batches import Batches, PackedBatches
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import RUN_FAILED, UserError
+from fsdp_qlora.model import adapters, shard
 
 # Last parts of names that no weight decay pulls on: there is nothing small about a good norm.
 NO_DECAY = (".bias", "norm.weight", "magnitude")
+FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000  # those of torch.amp
+LEAST_SCALE = 1.0
+MOST_PLACES = 3  # rows named on the screen; the record has them all
 
 
-def _constant(progress: float) -> float:
-    return 1.0
-
-
-def _linear(progress: float) -> float:
-    return 1.0 - progress
-
-
-def _cosine(progress: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
+# Share of the highest rate by progress after the warmup, 0 to 1.
 SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": _constant,
-    "constant_with_warmup": _constant,
-    "linear": _linear,
-    "cosine": _cosine,
+    "constant": lambda progress: 1.0,
+    "constant_with_warmup": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
 
 
@@ -70,7 +74,7 @@ KINDS: dict[str, tuple[str, str, dict[str, bool]]] = {
 
 
 def build(
-    params: list[torch.nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
+    params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer over this rank's slices of what is trained, and its schedule.
 
@@ -88,21 +92,18 @@ def build(
     """
     check_optimizer(cfg.optimizer, params[0].device.type == "cuda")
     wd = cfg.wd if OPTIMIZERS[cfg.optimizer].decays else 0.0
-    groups: dict[float, list[torch.nn.Parameter]] = {}
+    groups: dict[float, list[nn.Parameter]] = {}
     for param, name in zip(params, names or [""] * len(params), strict=True):
         groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
     module, kind, options = KINDS[cfg.optimizer]
-    optimizer: Optimizer = getattr(importlib.import_module(module), kind)(
-        [{"params": own, "weight_decay": decay} for decay, own in groups.items()],
-        lr=cfg.lr,
-        **options,
-    )
-    return optimizer, LambdaLR(
-        optimizer, lambda step: factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
-    )
+    parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
+    make = getattr(importlib.import_module(module), kind)
+    optimizer: Optimizer = make(parts, lr=cfg.lr, **options)
+    shape = (num_steps, cfg.warmup_steps)
+    return optimizer, LambdaLR(optimizer, lambda step: factor(cfg.lr_scheduler, step, *shape))
 
 
-def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: float) -> None:
+def scale_updates(optimizer: Optimizer, slices: Sequence[Tensor], ratio: float) -> None:
     """Let some elements of the parameters move `ratio` times as far: a learning rate of their own.
 
     Every optimizer here moves an element by lr times something that no other element's lr enters.
@@ -114,7 +115,7 @@ def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: f
 
     Source: LoRA+, arXiv 2402.12354, section 4.
     """
-    before: list[torch.Tensor] = []
+    before: list[Tensor] = []
 
     def keep(*_) -> None:
         before[:] = [part.clone() for part in slices]
@@ -130,10 +131,7 @@ def scale_updates(optimizer: Optimizer, slices: Sequence[torch.Tensor], ratio: f
 
 
 def clip(
-    grads: Sequence[torch.Tensor],
-    norm: torch.Tensor,
-    max_norm: float | None,
-    scale: torch.Tensor | None = None,
+    grads: Sequence[Tensor], norm: Tensor, max_norm: float | None, scale: Tensor | None = None
 ) -> None:
     """Undo the loss scale, and scale gradients so that their global norm is at most `max_norm`.
 
@@ -154,7 +152,7 @@ def clip(
         torch._foreach_mul_(list(grads), share)
 
 
-def step(optimizer: Optimizer, is_bad: torch.Tensor) -> None:
+def step(optimizer: Optimizer, is_bad: Tensor) -> None:
     """Take a step, or none: parameters and moments then stay as they are, bit for bit.
 
     Args:
@@ -178,7 +176,255 @@ def state_gib(optimizer: Optimizer | None, only_paged: bool = False) -> float:
             does not know of it.
     """
     states = optimizer.state.values() if optimizer is not None else ()
-    found = [v for values in states for v in values.values() if isinstance(v, torch.Tensor)]
+    found = [v for values in states for v in values.values() if isinstance(v, Tensor)]
     if only_paged:
         found = [tensor for tensor in found if getattr(tensor, "is_paged", False)]
     return sum(tensor.nbytes for tensor in found if tensor.dim()) / 2**30
+
+
+class StepStatus(NamedTuple):
+    """What all ranks together know of a step before the optimizer; 0-d float32 on the device.
+
+    Attributes:
+        loss: mean over the trained tokens of all ranks.
+        grad_norm: of the whole gradient, unscaled, before clipping.
+        is_bad: 1 when one of the two is not finite, else 0.
+        facts: is_bad, whether it is the loss, the loss scale, then 1 for every rank whose own loss
+            or own gradient is not finite.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    is_bad: Tensor
+    facts: Tensor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step that was not taken.
+
+    Attributes:
+        step: from 1.
+        ranks: whose own loss or gradient was not finite; none: nobody's alone was.
+        is_loss: the loss was not finite, or the gradient alone.
+        loss_scale: of the step; 1 without one.
+        places: of the rows that these ranks (all, if none) had seen.
+    """
+
+    step: int
+    ranks: tuple[int, ...]
+    is_loss: bool
+    loss_scale: float
+    places: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line for the user."""
+        what = "loss" if self.is_loss else "gradient"
+        where = f" on rank {', '.join(map(str, self.ranks))}" if self.ranks else ""
+        scale = f" at loss scale {self.loss_scale:g}" if self.loss_scale != 1 else ""
+        rows = ", ".join(self.places[:MOST_PLACES])
+        rows += f" and {len(self.places) - MOST_PLACES} more" * (len(self.places) > MOST_PLACES)
+        return f"step {self.step} skipped: {what} not finite{where}{scale} (rows {rows})"
+
+
+class NonFiniteGuard:
+    """Checks every step, counts those that are skipped, and ends a run that skips too many.
+
+    Attributes:
+        scale: the loss is multiplied by it before the backward pass, 0-d float32; None: by 1.
+        num_skipped, num_in_a_row: steps, as far as the host knows; those that only the loss scale
+            is to blame for are not in the row.
+    """
+
+    def __init__(self, model: nn.Module | None = None, precision: str = "", most: int = 3) -> None:
+        """Watch a model.
+
+        Args:
+            model: sharded and filled; its first trained layer tells whose gradient is not finite.
+            precision: Torch name of the dtype of matmuls: float16 needs a loss scale.
+            most: skipped steps in a row that end the run.
+        """
+        self.scale: Tensor | None = None
+        self.num_skipped = self.num_in_a_row = 0
+        self._most = most
+        self._is_bad_here: Tensor | None = None
+        self._pending: list[tuple[int, Tensor, Any]] = []
+        if model is None:
+            return
+        blocks = [b for b in shard.blocks(model) if any(p.requires_grad for p in b.parameters())]
+        if blocks:
+            blocks[0].register_forward_hook(self._watch)
+        if precision == "float16":
+            device = shard.local_parameters(model)[0].device
+            self.scale = torch.full((), FIRST_SCALE, device=device)
+            self._growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    def _watch(self, _module: nn.Module, _args: tuple, hidden: Any) -> None:
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(self._look)
+
+    def _look(self, grad: Tensor) -> None:
+        """What goes wrong in the backward of later layers comes by here, before the ranks mix."""
+        is_bad = ~grad.sum(dtype=torch.float32).isfinite()
+        known = self._is_bad_here
+        self._is_bad_here = is_bad if known is None else is_bad | known
+
+    def begin(self) -> None:
+        """Forget what passes before the step have left, such as those of the memory probe."""
+        self._is_bad_here = None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss as the backward pass shall see it."""
+        return loss if self.scale is None else loss * self.scale
+
+    def check(
+        self,
+        grads: Sequence[Tensor],
+        loss_sum: Tensor,
+        num_tokens: float,
+        num_copies: int,
+        world: World,
+    ) -> StepStatus:
+        """Norm and loss of all ranks, in one collective.
+
+        Args:
+            grads: this rank's gradients, on one device, of the scaled loss.
+            loss_sum: over this rank's trained tokens.
+            num_tokens: trained tokens of all ranks.
+            num_copies: ranks that hold the same slices.
+            world: the ranks; all must call.
+        """
+        is_bad_here = ~loss_sum.isfinite()
+        if self._is_bad_here is not None:
+            is_bad_here = is_bad_here | self._is_bad_here
+        facts = loss_sum.new_zeros(2 + world.size)
+        facts[0] = torch.stack(torch._foreach_norm(list(grads), 2, torch.float32)).square().sum()
+        facts[1] = loss_sum
+        facts[2 + world.rank] = is_bad_here
+        world.sum_(facts)
+        scale = torch.ones_like(loss_sum) if self.scale is None else self.scale.clone()
+        norm, loss = (facts[0] / num_copies).sqrt() / scale, facts[1] / num_tokens
+        is_bad = (~(norm.isfinite() & loss.isfinite())).float()
+        told = torch.cat([torch.stack([is_bad, (~loss.isfinite()).float(), scale]), facts[2:]])
+        return StepStatus(loss, norm, is_bad, told)
+
+    def finish(self, step: int, status: StepStatus) -> None:
+        """Adapt the loss scale to a step that is over, and send its status to the host.
+
+        Args:
+            step: from 1; 0: the host is not told.
+            status: of it.
+
+        Source: torch.amp.GradScaler.update.
+        """
+        if self.scale is not None:
+            args = (status.is_bad, GROWTH, BACKOFF, GROWTH_STEPS)
+            torch._amp_update_scale_(self.scale, self._growth, *args)
+        if not step:
+            return
+        facts, done = status.facts, None
+        if facts.device.type == "cuda":
+            pinned = torch.empty(facts.shape, pin_memory=True)
+            facts, done = pinned.copy_(facts, non_blocking=True), torch.cuda.Event()
+            done.record()
+        self._pending.append((step, facts, done))
+
+    def skipped_steps(
+        self, rows: Batches | PackedBatches, is_last: bool = False
+    ) -> Iterator[Skipped]:
+        """Yield the steps that are known to be skipped since the last call; call it once a step.
+
+        Args:
+            rows: of the run, to name those of a skipped step.
+            is_last: read all; else the newest status is left for the next call.
+
+        Raises:
+            UserError: too many steps in a row, or the loss scale has fallen too low (code 4), on
+                every rank.
+        """
+        while len(self._pending) > (not is_last):
+            step, facts, done = self._pending.pop(0)
+            if done is not None:
+                done.synchronize()
+            is_bad, is_loss, scale, *by_rank = facts.tolist()
+            if not is_bad:
+                self.num_in_a_row = 0
+                continue
+            self.num_skipped += 1
+            self.num_in_a_row += bool(is_loss) or self.scale is None
+            ranks = tuple(rank for rank, is_own in enumerate(by_rank) if is_own)
+            seen = ranks or range(len(by_rank))
+            places = tuple(place for rank in seen for place in rows.places(step - 1, rank))
+            found = Skipped(step, ranks, bool(is_loss), scale, places)
+            yield found
+            self._stop_if_hopeless(found)
+
+    def _stop_if_hopeless(self, last: Skipped) -> None:
+        rule = "the weights are those before these steps"
+        if self.num_in_a_row >= self._most:
+            got = f"{self.num_in_a_row} steps in a row were skipped, the last: {last}"
+            remedy = "look at these rows, lower --lr, or allow more by --max_skipped_steps"
+            raise UserError(got, rule, remedy, RUN_FAILED)
+        if self.scale is not None and last.loss_scale * BACKOFF < LEAST_SCALE:
+            got = f"the loss scale has fallen below {LEAST_SCALE:g}: {last}"
+            raise UserError(got, rule, "use --precision bf16 or fp32", RUN_FAILED)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain numbers."""
+        scales = {}
+        if self.scale is not None:
+            scales = {"loss_scale": self.scale.item(), "growth": self._growth.item()}
+        return {"num_skipped": self.num_skipped, "num_in_a_row": self.num_in_a_row, **scales}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.num_skipped = int(state["num_skipped"])
+        self.num_in_a_row = int(state["num_in_a_row"])
+        if self.scale is not None and "loss_scale" in state:
+            self.scale.fill_(state["loss_scale"])
+            self._growth.fill_(int(state["growth"]))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an optimizer step works on.
+
+    Attributes:
+        model: the sharded model.
+        params: this rank's slices of the trained parameters, float32.
+        optimizer, schedule: over `params`.
+        max_norm: global gradient norm to clip to, or None.
+        world: the ranks.
+        guard: skips steps whose loss or gradient is not finite.
+        is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
+        seed: of dropout.
+    """
+
+    model: nn.Module
+    params: list[nn.Parameter]
+    optimizer: Optimizer
+    schedule: LRScheduler
+    max_norm: float | None
+    world: World
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    is_reduced_once: bool = False
+    seed: int = 0
+
+
+def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) -> Trained:
+    """Make a model ready to be trained.
+
+    Args:
+        model: sharded and filled.
+        cfg: optimizer, learning rate, clipping, precision, max_skipped_steps, no_sync, seed.
+        num_steps: optimizer steps of the run.
+        world: the ranks.
+    """
+    params = shard.local_parameters(model)
+    optimizer, schedule = build(params, cfg, num_steps, shard.trained_names(model))
+    if cfg.loraplus_ratio != 1:
+        scale_updates(optimizer, adapters.b_slices(model, params), cfg.loraplus_ratio)
+    max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
+    guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
+    parts = (model, params, optimizer, schedule, max_norm, world, guard)
+    return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed)

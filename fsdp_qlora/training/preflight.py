@@ -1,32 +1,263 @@
-"""What is checked before a rank is started: libraries, GPUs, tokenizer, all rows, room on the disk.
+"""What is settled before a rank is started: what --resume stands for, and whether all is there.
 
-Nothing here imports torch, so that the user knows within a second or two, and no directory has
-been made by then.
+Which checkpoint, with which options, and whether it is the same run; libraries, GPUs, tokenizer,
+all rows, room on the disk. Nothing here imports torch, so that the user knows within a second or
+two, and no directory has been made by then.
 """
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora.arch import ModelInfo, trained
-from fsdp_qlora.atomic import IS_FULL
-from fsdp_qlora.checkpoint_store import last_step, steps
-from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, check_optimizer
-from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
-from fsdp_qlora.hardware import GIB
-from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora import checkpoint_store, cli, config
+from fsdp_qlora.arch import ModelInfo, select_linears, trained
+from fsdp_qlora.atomic import GIB, IS_FULL
+from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
+from fsdp_qlora.planning import fit, memory, sizes
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import DTYPE_BYTES
+from fsdp_qlora.record import check_format
 
+if TYPE_CHECKING:
+    from fsdp_qlora.data import Data
+
+STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
+PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
+# Of the configuration, as it stands. DATA may change when the user says so, MODEL never.
+MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
+MODEL += ("modules_to_save", "optimizer")
+DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
+MAX_CHARS = 40
+Say = Callable[[str], None]
 ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
-def check(plan: RunPlan) -> None:
+def expand_resume(
+    argv: Sequence[str], notify: Say = lambda line: None
+) -> tuple[list[str], SavedCheckpoint | None]:
+    """Replace --resume in a command line by all that it stands for.
+
+    What is not on this command line is as the checkpoint has it, never a default of today.
+
+    Args:
+        argv: arguments without the program's name.
+        notify: is told what is passed over.
+
+    Returns:
+        A whole command line, with the checkpoint's own directory behind --resume and the run's
+        behind --output_dir; and the checkpoint. Without --resume, or with `auto` where there is no
+        checkpoint: `argv`, None.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged (code 5); its rows come from Python
+            that this command line does not name (code 2).
+    """
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
+            words[i] = f"--resume={LATEST}"
+    given = cli.Reader(TrainConfig, config.ALIASES, config.RECIPES_DIR).read_argv(words)
+    if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
+        return words, None
+    wanted = given["resume"].text
+    output_dir = given["output_dir"].text if "output_dir" in given else None
+    saved = _find(wanted, output_dir, notify)
+    if saved is None:
+        return words, None
+    if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
+        rule = f"is not where {wanted} was made"
+        raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
+    stored, removed = config.from_record(saved.state["config"])
+    config.check_own_code(vars(stored), given, saved.path)
+    if removed:
+        notify(f"resume    options that are no more, and were set: {', '.join(removed)}")
+    fixed = {*saved.state["given"], *PINNED}
+    left_open = {"resume", "output_dir", "overwrite", *config.given(words)}
+    if stored.fit != "off":
+        left_open |= (fit.PLACING | fit.KEEPING) - fixed  # the plan chooses anew
+    below = [  # lr_warmup_steps: --profile takes no --warmup_steps of the stored run
+        f"--{'lr_' * (name == 'warmup_steps')}{name}={cli.to_text(value)}"
+        for name, value in vars(stored).items()
+        if name not in left_open and (name in fixed or value != getattr(TrainConfig(), name))
+    ]
+    return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
+
+
+def _find(wanted: str, output_dir: str | None, notify: Say) -> SavedCheckpoint | None:
+    """The checkpoint that --resume means; None: there is none at all, and `auto` does not mind."""
+    if wanted in (LATEST, AUTO) and output_dir is None:
+        remedy = "give --output_dir of the run too, or --resume DIR"
+        raise UserError("--resume", "does not say which run shall go on", remedy)
+    place = Path(str(output_dir) if wanted in (LATEST, AUTO) else wanted).absolute()
+    if os.path.exists(place / MANIFEST) or checkpoint_store.STEP_NAME.fullmatch(place.name):
+        return _checked(checkpoint_store.read(place))
+    saved = checkpoint_store.latest(place, notify)
+    if saved is not None:
+        return _checked(saved)
+    number = len(checkpoint_store.steps(place))
+    rule, remedy = "holds no whole checkpoint", "start anew without --resume"
+    if number:
+        rule += f" ({number} damaged)"
+        remedy = "repair one, or give another --output_dir"
+        remedy += "; --overwrite without --resume removes them"
+    if number or wanted != AUTO:
+        raise UserError(f"--resume {place}", rule, remedy, INTEGRITY)
+    notify(f"resume    no whole checkpoint in {place}: a fresh start")
+    return None
+
+
+def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
+    """A checkpoint that was written by a trainer like this one."""
+    state = saved.state
+    check_format(state, str(saved.path / STATE))
+    wrong = [name for name, kind in STATE_TYPES.items() if not isinstance(state.get(name), kind)]
+    wrong += [] if wrong or all(isinstance(n, str) for n in state["given"]) else ["given"]
+    wrong += ["version"] if state["version"] != checkpoint_store.VERSION else []
+    if wrong:
+        rule = f"is not what this version of the trainer writes ({', '.join(wrong)})"
+        remedy = "go on with the version that wrote it"
+        raise UserError(str(saved.path / STATE), rule, remedy, INTEGRITY)
+    return saved
+
+
+def saved_of(cfg: TrainConfig) -> SavedCheckpoint | None:
+    """The checkpoint that a rank resumes; its bytes were checked when it was chosen.
+
+    Args:
+        cfg: resume, as `expand_resume` leaves it; `auto` means that there was none.
+    """
+    if cfg.resume in (None, AUTO):
+        return None
+    path = Path(str(cfg.resume))
+    state = json.loads((path / STATE).read_bytes())
+    return SavedCheckpoint(path, int(state["step"]), state)
+
+
+def is_done(saved: SavedCheckpoint, cfg: TrainConfig) -> bool:
+    """Whether the run of a checkpoint has come to its end, and is asked for no more than that.
+
+    Args:
+        saved: its last one.
+        cfg: the run as it shall go on.
+    """
+    stored = saved.state.get("config", {})
+    is_same = all(stored.get(name) == getattr(cfg, name) for name in ("max_steps", "num_epochs"))
+    return is_same and checkpoint_store.is_complete(saved.run_dir)
+
+
+def fingerprint(
+    cfg: TrainConfig, info: ModelInfo, base: str | None, num_ranks: int
+) -> dict[str, Any]:
+    """What a checkpoint belongs to, as far as it is known before data and model are loaded.
+
+    Args:
+        cfg: the run.
+        info: the model.
+        base: digest of its files; None for a shape without files.
+        num_ranks: of the run.
+
+    Returns:
+        Plain values by name, as JSON has them.
+    """
+    values: dict[str, Any] = {
+        "base": base or _digest(repr(sorted(info.config.items()))),
+        "format": cfg.format_name,
+        "adapter": TRAIN_TYPES[cfg.train_type].adapter,
+        "targets": sorted(linear.name for linear in select_linears(info, cfg.lora_target_modules)),
+        "compute_dtype": cfg.compute_dtype,
+        "global_batch": cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks,
+        "tokenizer": _tokenizer(info.path),
+    }
+    return values | {name: getattr(cfg, name) for name in (*MODEL, *DATA)}
+
+
+def data_fingerprint(data: "Data") -> dict[str, Any]:
+    """What the rows became.
+
+    Args:
+        data: of the run.
+
+    Returns:
+        Plain values by name: the chat template, how many rows, and a hash over the tokens of all in
+        their order (that of each is kept with it).
+    """
+    samples = data.train.samples
+    return {
+        "chat_template": _digest(str(getattr(data.tokenizer, "chat_template", None))),
+        "rows": len(samples),
+        "tokens": hashlib.sha256(samples.store.hashes[samples.indices].tobytes()).hexdigest()[:16],
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _tokenizer(path: Path | None) -> str | None:
+    for file in (path / name for name in TOKENIZER_FILES) if path is not None else ():
+        if file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return None
+
+
+def check_same(
+    saved: Mapping[str, Any], current: Mapping[str, Any], allow_data_change: bool
+) -> list[str]:
+    """Refuse to go on with another base, adapter or data than the checkpoint belongs to.
+
+    Args:
+        saved, current: fingerprints; what only one of them has is not compared.
+        allow_data_change: data, seed and batch may differ.
+
+    Returns:
+        A line for each difference that is allowed.
+
+    Raises:
+        UserError: something differs (code 2); its notes are a table.
+    """
+    other = [name for name in saved if name in current and saved[name] != current[name]]
+    table = [_row(name, saved[name], current[name]) for name in other]
+    refused = [name for name in other if not allow_data_change or name not in MAY_CHANGE]
+    if not refused:
+        return [f"resume    {row}" for row in table]
+    only_data = all(name in MAY_CHANGE for name in refused)
+    remedy = "--allow_data_change goes on with other data" if only_data else "start a new run"
+    got = f"--resume with another {', '.join(refused)}"
+    error = UserError(got, "the checkpoint belongs to what was", remedy)
+    for row in (_row("", "checkpoint", "this run"), *table):
+        error.add_note(row)
+    raise error
+
+
+def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
+    """A line for each library whose version is not that of the checkpoint.
+
+    Args:
+        saved, current: name -> version.
+    """
+    both = [name for name in saved if name in current and saved[name] != current[name]]
+    return [f"warning   {name} was {saved[name]}, now {current[name]}" for name in both]
+
+
+def _row(name: str, before: Any, after: Any) -> str:
+    texts = [one_line(",".join(v) if isinstance(v, list) else str(v)) for v in (before, after)]
+    old, new = (t if len(t) <= MAX_CHARS else f"{t[: MAX_CHARS - 3]}..." for t in texts)
+    return f"{name:<16}{old:<{MAX_CHARS}}  {new}".rstrip()
+
+
+def check(plan: RunPlan, saved: SavedCheckpoint | None = None, base: str | None = None) -> None:
     """Check all that a run needs besides its model, which has been read.
 
     Rows are read and tokenized here, into the cache of tokens where it is in use, so that the
@@ -35,12 +266,19 @@ def check(plan: RunPlan) -> None:
 
     Args:
         plan: of the run.
+        saved: what is resumed; None: nothing.
+        base: digest of the model's files.
 
     Raises:
-        UserError: a library is not installed, or a GPU is too old (code 3); no such data, a bad
-            row, no usable tokenizer, nothing left to train on.
+        UserError: a library is not installed, a GPU is too old, or the disk has no room (code 3);
+            no such data, a bad row, no usable tokenizer, nothing left to train on; what is resumed
+            is another run.
     """
-    check_optimizer(plan.cfg.optimizer, bool(plan.machine.gpus))
+    if saved is not None:
+        current = fingerprint(plan.cfg, plan.info, base, plan.machine.num_ranks)
+        check_same(saved.state["fingerprint"], current, plan.cfg.allow_data_change)
+    check_room(plan.cfg, plan.info)
+    config.check_optimizer(plan.cfg.optimizer, bool(plan.machine.gpus))
     _check_libraries(plan.cfg)
     _check_gpus(plan)
     _check_data(plan.cfg, plan.info)
@@ -48,15 +286,12 @@ def check(plan: RunPlan) -> None:
 
 def _check_libraries(cfg: TrainConfig) -> None:
     flash = "flash_attn" if cfg.attn == "flash_attention_2" else "torch"
-    for name in (*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash):
+    kind = f"--train_type {cfg.train_type} --attn {cfg.attn}"
+    needed = dict.fromkeys((*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash), kind)
+    for name, got in (needed | {name: f"--log_to {name}" for name in cfg.trackers}).items():
         if importlib.util.find_spec(name) is None:
-            got = f"--train_type {cfg.train_type} --attn {cfg.attn}"
             remedy = f"pip install {name.replace('_', '-')}"
             raise UserError(got, f"needs {name}, which is not installed", remedy, ENVIRONMENT)
-    for name in cfg.trackers:
-        if importlib.util.find_spec(name) is None:
-            remedy = f"pip install {name.replace('_', '-')}"
-            raise UserError(f"--log_to {name}", "is not installed", remedy, ENVIRONMENT)
 
 
 def _check_gpus(plan: RunPlan) -> None:
@@ -100,12 +335,12 @@ def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
         UserError: there is not enough room (code 3).
     """
     num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
-    num_left = cfg.keep_checkpoints + 2 - (len(steps(place)) if cfg.resume else 0)  # best, new one
-    weight_bytes = DTYPE_BYTES[cfg.master_dtype]
+    num_there = len(checkpoint_store.steps(place)) if cfg.resume else 0
+    num_left = cfg.keep_checkpoints + 2 - num_there  # with the best and a new one
+    weight_bytes = sizes.DTYPE_BYTES[cfg.master_dtype]
     num_checkpoints = cfg.saves_checkpoints * max(num_left, 1)
-    need_bytes = num_params * (
-        num_checkpoints * (weight_bytes + moment_bytes(cfg)) + cfg.save_model * weight_bytes
-    )
+    state_bytes = num_checkpoints * (weight_bytes + memory.moment_bytes(cfg))
+    need_bytes = num_params * (state_bytes + cfg.save_model * weight_bytes)
     while not os.path.exists(place):  # unlike pathlib's it bears names that are too long
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
@@ -132,12 +367,8 @@ def explain_disk_full(cfg: TrainConfig) -> Iterator[None]:
         is_full = isinstance(error, OSError) and error.errno in IS_FULL
         if not is_full and not FULL_TEXT.search(str(error)):
             raise
-        saved = last_step(cfg.resolved_output_dir)
-        rest = f"then --resume {cfg.resolved_output_dir} goes on"
-        what = f"is full; what was trained is saved up to step {saved}" if saved else "is full"
-        raise UserError(
-            f"the disk of {cfg.resolved_output_dir}",
-            what,
-            f"make room, {rest if saved else 'then start again'}",
-            RUN_FAILED,
-        ) from error
+        place, rule, remedy = cfg.resolved_output_dir, "is full", "make room, then start again"
+        if saved := checkpoint_store.last_step(place):
+            rule += f"; what was trained is saved up to step {saved}"
+            remedy = f"make room, then --resume {place} goes on"
+        raise UserError(f"the disk of {place}", rule, remedy, RUN_FAILED) from error

@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,10 +21,8 @@ from tqdm import tqdm
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import DONE, one_line
 
-FIGURES = (
-    *("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s"),
-    *("num_tokens", "num_trained_tokens"),
-)
+FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
+FIGURES += ("num_tokens", "num_trained_tokens")
 HELD_OUT = ("loss", "perplexity")
 SETTINGS = (
     *("train_type", "precision", "quant_type", "double_quant", "n_bits", "lora_rank", "lora_alpha"),
@@ -45,6 +42,7 @@ PROBES = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "mon
 POLL_S = 1.0
 PATIENCE_S = 15.0  # for the trackers to take the rest, once the run is over
 SHORT_S = 1.0  # the same, when the run has failed
+Say = Callable[[str], None]
 
 
 class _Quiet:
@@ -61,51 +59,40 @@ class _Quiet:
         return getattr(self.stream, name)
 
 
-@dataclass
-class Follower:
-    """Reads a record as it grows, for one tracker.
+def _follow(
+    name: str, cfg: TrainConfig, out_dir: Path, stop: threading.Event, tell: Say, quiet: _Quiet
+) -> None:
+    """Hand on every line of a record as it grows; a fault of the tracker ends this, not the run.
 
-    Attributes:
-        path: metrics.jsonl.
-        open_tracker: starts the tracker, an accelerate.tracking.GeneralTracker; called in the
-            thread, for it may wait for a network.
+    Args:
+        name: of the tracker.
+        cfg: how the run is named there.
+        out_dir: of the run.
         stop: set when no more lines will come.
-        failure: why the tracker is not used any more, or "".
+        tell: shows a line to the user.
+        quiet: the standard output.
     """
+    quiet.muted.add(threading.get_ident())
+    try:
+        tracker, step = _open(name, cfg, out_dir), 0
+        for line in _lines(out_dir / "metrics.jsonl", stop):
+            step = int(line.get("step") or step)
+            if values := figures(line):
+                tracker.log(values, step=step)
+        tracker.finish()
+    except BaseException as error:  # wandb leaves by SystemExit too
+        failure = one_line(str(error).partition("\n")[0]) or type(error).__name__
+        quiet.muted.discard(threading.get_ident())
+        tell(f"note      {name} failed ({failure}): metrics.jsonl goes on")
 
-    path: Path
-    open_tracker: Callable[[], Any]
-    stop: threading.Event = field(default_factory=threading.Event)
-    failure: str = ""
 
-    def run(self, name: str, tell: Callable[[str], None], quiet: _Quiet) -> None:
-        """Hand on every line until the end; a fault of the tracker ends this, not the run.
-
-        Args:
-            name: of the tracker.
-            tell: shows a line to the user.
-            quiet: the standard output.
-        """
-        quiet.muted.add(threading.get_ident())
-        try:
-            tracker, step = self.open_tracker(), 0
-            for line in self._lines():
-                step = int(line.get("step") or step)
-                if values := figures(line):
-                    tracker.log(values, step=step)
-            tracker.finish()
-        except BaseException as error:  # wandb leaves by SystemExit too
-            self.failure = one_line(str(error).partition("\n")[0]) or type(error).__name__
-            quiet.muted.discard(threading.get_ident())
-            tell(f"note      {name} failed ({self.failure}): metrics.jsonl goes on")
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        rest, is_over = "", False
-        with self.path.open(encoding="utf-8") as file:
-            while not is_over:
-                is_over = self.stop.wait(POLL_S)  # before the look: what was written then is read
-                *whole, rest = (rest + file.read()).split("\n")
-                yield from map(json.loads, whole)
+def _lines(path: Path, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    rest, is_over = "", False
+    with path.open(encoding="utf-8") as file:
+        while not is_over:
+            is_over = stop.wait(POLL_S)  # before the look: what was written by then is read
+            *whole, rest = (rest + file.read()).split("\n")
+            yield from map(json.loads, whole)
 
 
 def figures(line: Mapping[str, Any]) -> dict[str, float]:
@@ -130,11 +117,7 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def attach(
-    cfg: TrainConfig,
-    out_dir: Path,
-    is_writer: bool,
-    tell: Callable[[str], None] = tqdm.write,
-    patience_s: float = PATIENCE_S,
+    cfg: TrainConfig, out_dir: Path, is_writer: bool, tell: Say = tqdm.write
 ) -> Iterator[None]:
     """Hand the record on while the block runs; nothing where no tracker was asked for.
 
@@ -145,31 +128,27 @@ def attach(
         out_dir: of the run; metrics.jsonl is there.
         is_writer: this rank writes the record.
         tell: shows a line to the user.
-        patience_s: how long to wait for the trackers at the end.
     """
     if not cfg.trackers or not is_writer:
         yield
         return
     quiet, stop, wait_s = _Quiet(sys.stdout), threading.Event(), SHORT_S
-    threads = {}
-    for name in cfg.trackers:
-        follower = Follower(out_dir / "metrics.jsonl", _opener(name, cfg, out_dir), stop)
-        arguments = (name, tell, quiet)
-        threads[name] = threading.Thread(
-            target=follower.run, args=arguments, name=name, daemon=True
-        )
+    rest = (cfg, out_dir, stop, tell, quiet)
+    threads = [
+        threading.Thread(target=_follow, args=(name, *rest), name=name, daemon=True)
+        for name in cfg.trackers
+    ]
     with contextlib.redirect_stdout(quiet):
-        for thread in threads.values():
+        for thread in threads:
             thread.start()
         try:
             yield
-            wait_s = patience_s
+            wait_s = PATIENCE_S
         finally:
             stop.set()
-            for thread in threads.values():
+            for thread in threads:
                 thread.join(wait_s)
-            slow = " and ".join(name for name, thread in threads.items() if thread.is_alive())
-            if slow:
+            if slow := " and ".join(thread.name for thread in threads if thread.is_alive()):
                 tell(f"note      {slow} has not taken all of it yet: metrics.jsonl has it")
                 atexit.register(_end)  # before what the tracker wants to do at the end, and waits
 
@@ -180,28 +159,23 @@ def _end() -> None:
     os._exit(DONE)
 
 
-def _opener(name: str, cfg: TrainConfig, out_dir: Path) -> Callable[[], Any]:
-    def open_tracker() -> Any:
-        import accelerate
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+def _open(name: str, cfg: TrainConfig, out_dir: Path) -> Any:
+    """Start a tracker, an accelerate.tracking.GeneralTracker; it may wait for a network."""
+    import accelerate
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        accelerate.PartialState(cpu=True)  # a rank of the group that exists; no GPU is touched
-        project = name if name == "tensorboard" else cfg.project_name
-        tracker = LOGGER_TYPE_TO_CLASS[name](project, **_arguments(name, cfg, out_dir))
-        tracker.start()
-        tracker.store_init_configuration({key: getattr(cfg, key) for key in SETTINGS})
-        return tracker
-
-    return open_tracker
+    accelerate.PartialState(cpu=True)  # a rank of the group that exists; no GPU is touched
+    project = name if name == "tensorboard" else cfg.project_name
+    tracker = LOGGER_TYPE_TO_CLASS[name](project, **_arguments(name, cfg, out_dir))
+    tracker.start()
+    tracker.store_init_configuration({key: getattr(cfg, key) for key in SETTINGS})
+    return tracker
 
 
 def _arguments(name: str, cfg: TrainConfig, out_dir: Path) -> dict[str, Any]:
     """What keeps a tracker inside the run directory, quiet, and names the run."""
     named = {"name": out_dir.name, **cfg.tracker_options}
     entity = named.pop("entity", None)
-    if name == "tensorboard":
-        # A resumed run is told again from its first step: what an earlier file says is hidden.
-        return {"logging_dir": str(out_dir), "purge_step": 0}
     if name == "wandb":
         import wandb
 
@@ -220,8 +194,11 @@ def _arguments(name: str, cfg: TrainConfig, out_dir: Path) -> dict[str, Any]:
         settings = swanlab.Settings(interactive=False, probe=probe, terminal=terminal)
         place = {"log_dir": str(out_dir / "swanlab"), "settings": settings}
         return {**named, **place, "workspace": entity}
-    if name == "mlflow":
-        return {"run_name": named["name"]}
-    if name == "aim":
-        return {"logging_dir": str(out_dir)}
-    return {"dir": str(out_dir / "dvclive")} if name == "dvclive" else {}
+    simple: dict[str, dict[str, Any]] = {
+        # A resumed run is told again from its first step: what an earlier file says is hidden.
+        "tensorboard": {"logging_dir": str(out_dir), "purge_step": 0},
+        "mlflow": {"run_name": named["name"]},
+        "aim": {"logging_dir": str(out_dir)},
+        "dvclive": {"dir": str(out_dir / "dvclive")},
+    }
+    return simple.get(name, {})

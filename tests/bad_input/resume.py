@@ -11,7 +11,7 @@ from fsdp_qlora import arch, checkpoint_store, config
 from fsdp_qlora.checkpoint_store import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
 from fsdp_qlora.errors import INTEGRITY
 from fsdp_qlora.export import adapter as adapter_files
-from fsdp_qlora.training.resume import fingerprint
+from fsdp_qlora.training.preflight import fingerprint
 from tests import small_tokenizers
 from tests.bad_input.case import VOCAB_SIZE, Case, Place
 from tests.bad_input.models import PAGE, POINTER, loop

@@ -120,8 +120,8 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_every_rank_gets_its_place_and_the_argv(tmp_path: Path):
-    """Environment of the ranks; values the user has set stay."""
+def test_every_rank_gets_its_place_and_the_argv_and_only_rank_0_speaks(tmp_path: Path):
+    """Values the user has set stay; rank 0 speaks on both streams, the others in their files."""
     names = [
         "RANK",
         "LOCAL_RANK",
@@ -132,19 +132,12 @@ def test_every_rank_gets_its_place_and_the_argv(tmp_path: Path):
     ]
     names += ["OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM", "PYTORCH_CUDA_ALLOC_CONF"]
     body = f"print(*[os.environ[name] for name in {names}], sys.argv[1:3], flush=True)"
+    body += "\nprint('err', rank, file=sys.stderr)"
     code, out, err = run(tmp_path, body, "--seed", "7", OMP_WAIT_POLICY="active")
     threads = max(len(os.sched_getaffinity(0)) // 2, 1)
     rest = f"2 2 127.0.0.1 {threads} active false expandable_segments:True ['--seed', '7']\n"
-    assert (code, out, err) == (0, "0 0 " + rest, "")
-    assert (tmp_path / "out/logs/rank1.log").read_text() == "1 1 " + rest
-
-
-def test_only_rank_0_speaks_and_the_others_write_logs(tmp_path: Path):
-    """Both streams of rank 0 pass through; those of rank 1 stay in its file."""
-    body = "print('out', rank, flush=True); print('err', rank, file=sys.stderr)"
-    code, out, err = run(tmp_path, body)
-    assert (code, out, err) == (0, "out 0\n", "err 0\n")
-    assert (tmp_path / "out/logs/rank1.log").read_text() == "out 1\nerr 1\n"
+    assert (code, out, err) == (0, "0 0 " + rest, "err 0\n")
+    assert (tmp_path / "out/logs/rank1.log").read_text() == "1 1 " + rest + "err 1\n"
 
 
 def test_a_failed_rank_gives_its_line_and_code_and_ends_the_others(tmp_path: Path):
@@ -266,7 +259,6 @@ time.sleep(60)
     assert err.startswith("stopped by SIGINT; ") and not any(map(is_alive, pids))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path):
     """kill -9 of the parent leaves no orphan."""
     parent = start(tmp_path, "time.sleep(60)")

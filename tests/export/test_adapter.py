@@ -119,7 +119,7 @@ def test_files_that_are_no_adapter_are_one_line(place: Path):
     weights = place / "adapter" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
-    refuse(place, INTEGRITY, "where its header announces")
+    refuse(place, INTEGRITY, "not fully covered")
     weights.unlink()
     refuse(place, INTEGRITY, "adapter_model.safetensors")
     (place / "adapter" / "adapter_model.bin").write_bytes(b"x")

@@ -42,7 +42,7 @@ def _train(world, path, cases):
         model, _, cfg = tiny.build(path, world, "--lora_rank=4", "--lora_dropout=0", *flags)
         tiny.fill_lora(model)
         params = shard.local_parameters(model)
-        trained = loop.Trained(model, params, *optim.build(params, cfg, 9), 1.0, world)
+        trained = optim.Trained(model, params, *optim.build(params, cfg, 9), 1.0, world)
         steps = [loop.train_step(trained, [collate(batch)]) for batch in shapes * 3]
         bodies = [block.body for block in shard.blocks(model)]
         passes = bodies[0].graphs.passes.values() if bodies[0].graphs else []

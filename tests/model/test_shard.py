@@ -235,7 +235,7 @@ def _train(world, path, out, steps, flags):
     model, info, cfg = tiny.build(path, world, *FLAGS, *flags, f"--output_dir={out}", "--lr=0.01")
     params = shard.local_parameters(model)
     optimizer, schedule = optim.build(params, cfg, steps)
-    trained = loop.Trained(model, params, optimizer, schedule, 1.0, world)
+    trained = optim.Trained(model, params, optimizer, schedule, 1.0, world)
     losses = [
         loop.train_step(trained, micro_batches(world.rank, world.size, 1)) for _ in range(steps)
     ]

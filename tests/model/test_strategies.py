@@ -16,7 +16,7 @@ from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard
-from fsdp_qlora.training import loop
+from fsdp_qlora.training import loop, optim
 from tests import tiny
 from tests.model.test_shard import FLAGS, make_samples
 from tests.ranks import run_ranks
@@ -38,7 +38,7 @@ def trained_on(world, path, num_micro, *flags):
     """A step over all NUM_ROWS rows: (gradient by peft's names, loss, gradient norm)."""
     model, _, cfg = tiny.build(path, world, *SGD, *flags)
     before = tiny.fill_lora(model)
-    trained = loop.prepare(model, cfg, 1, world)
+    trained = optim.prepare(model, cfg, 1, world)
     rows = make_samples(NUM_ROWS)[world.rank :: world.size]
     size = len(rows) // num_micro
     batches = [collate(rows[i * size : (i + 1) * size]) for i in range(num_micro)]
@@ -74,7 +74,7 @@ def is_slice_of_the_machine(world, path):
 def is_bfloat16_throughout(world, path):
     """What is trained, and the moments; the sums of a step stay float32."""
     model, _, cfg = tiny.build(path, world, *FLAGS[1:], "--precision=bf16_pure", "--lr=0.01")
-    trained = loop.prepare(model, cfg, 3, world)
+    trained = optim.prepare(model, cfg, 3, world)
     batch = collate(make_samples(4))
     results = [loop.train_step(trained, [batch]) for _ in range(3)]
     assert results[2]["loss"] < results[0]["loss"]
@@ -164,7 +164,7 @@ def kept_on_the_host(world, path):
         for extra in ((), (OFFLOADED,)):
             torch.manual_seed(world.rank)
             model, _, cfg = tiny.build(path, world, *FLAGS, "--lr=0.01", *flags, *extra)
-            trained = loop.prepare(model, cfg, 2, world)
+            trained = optim.prepare(model, cfg, 2, world)
             losses = []
             for step in range(2):  # the second micro-batch is the longer one
                 batches = [collate(make_samples(2 + 2 * step)), collate(make_samples(9))]

@@ -93,7 +93,7 @@ def _losses(world, path, cases):
     for flags in cases:
         model, _, cfg = tiny.build(path, world, *FLAGS, "--lr=0.01", *flags)
         params = shard.local_parameters(model)
-        trained = loop.Trained(model, params, *optim.build(params, cfg, 3), 1.0, world)
+        trained = optim.Trained(model, params, *optim.build(params, cfg, 3), 1.0, world)
         batches = micro_batches(world.rank, world.size, 6)
         losses = [loop.train_step(trained, batches[2 * i : 2 * i + 2])["loss"] for i in range(3)]
         held_out = loop.evaluate(model, batches, world)

@@ -20,7 +20,7 @@ from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.planning import fit
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import setting_for
-from fsdp_qlora.training import loop
+from fsdp_qlora.training import loop, optim
 from tests import tiny
 from tests.model.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches
 from tests.ranks import run_ranks
@@ -230,7 +230,7 @@ def _two_rates(world, path):
     flags = ("--precision=fp32", "--loraplus_ratio=16", "--lr=0.01", "--train_type=bnb_dora")
     model, _, cfg = tiny.build(path, world, *LORA, *flags)
     flats = tiny.fill_lora(model)
-    trained = loop.prepare(model, cfg, 1, world)
+    trained = optim.prepare(model, cfg, 1, world)
     loop.train_step(trained, micro_batches(world.rank, world.size, 1))
     return [
         {name: tensor.numpy() for name, tensor in tiny.lora_dict(model, whole).items()}

@@ -10,13 +10,20 @@ import torch
 from fsdp_qlora import hardware
 from fsdp_qlora.training import memory
 
-CPU = torch.device("cpu")
+CPU, NOTHING = torch.device("cpu"), memory.Peak()
+
+
+def measured(device: torch.device = CPU, peak: memory.Peak = NOTHING) -> dict[str, float]:
+    """Of this process, PSS too."""
+    sampler = memory.HostSampler()
+    sampler.sample()
+    return memory.process_memory(device, peak, sampler)
 
 
 def test_process_memory_sees_what_this_process_allocates():
-    before = memory.process_memory(CPU)
+    before = measured()
     ballast = bytearray(b"x" * (256 * 2**20))
-    after = memory.process_memory(CPU)
+    after = measured()
     assert set(after) == {*memory.PROCESS_FIELDS}
     for name in ("host_rss_gib", "host_pss_gib"):
         assert after[name] - before[name] == pytest.approx(len(ballast) / memory.GIB, abs=0.02)
@@ -65,10 +72,10 @@ def test_phase_peaks_of_a_cpu_rank_are_its_own_pages_phase_by_phase():
 @pytest.mark.gpu
 def test_device_peaks_start_anew_at_every_reading():
     device = torch.device("cuda", 0)
-    memory.process_memory(device)
+    peaks = memory.PhasePeaks(device)
     ballast = torch.empty(2**30, dtype=torch.uint8, device=device)
     del ballast
-    first, second = memory.process_memory(device), memory.process_memory(device)
+    first, second = (measured(device, peaks.now()) for _ in range(2))
     assert first["device_peak_allocated_gib"] - first["device_allocated_gib"] >= 1.0
     assert second["device_peak_allocated_gib"] == second["device_allocated_gib"]
     assert first["device_used_gib"] >= first["device_reserved_gib"] > 0

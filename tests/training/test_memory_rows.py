@@ -1,6 +1,7 @@
 """The ledger by row (train/rows.py, memory.py): real models on two ranks, and its arithmetic."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -17,7 +18,7 @@ from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import memory
-from fsdp_qlora.training.memory import HostShare, MemoryTracker, Peak, Transients
+from fsdp_qlora.training.memory import HostShare, MemoryTracker, Peak
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -45,7 +46,7 @@ def _accounts(world, path, cases):
     from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
-    from fsdp_qlora.training.metrics import Clock, StepHook
+    from fsdp_qlora.training.metrics import Clock, reach
     from tests.model.test_shard import micro_batches
 
     found = []
@@ -57,12 +58,15 @@ def _accounts(world, path, cases):
         tracker.record_model(built)
         params = shard.local_parameters(built.model)
         optimizer, schedule = optim.build(params, plan.cfg, 2)
-        tracker.record_optimizer(params, optimizer)
-        trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
+        trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
+        tracker.record_optimizer(trained)
         clock = Clock(world.device, tracker.peaks.mark)
         for _ in range(2):
             loop.train_step(
-                trained, micro_batches(world.rank, world.size, 1), 1, StepHook(clock, 0, 1)
+                trained,
+                micro_batches(world.rank, world.size, 1),
+                1,
+                functools.partial(reach, clock, 0, 1),
             )
             steps, _ = tracker.step()
         found.append((tracker.phases | steps, tracker.share, tracker.shared_gib, tracker.held))
@@ -102,7 +106,7 @@ def test_rows_of_a_step_sum_up_to_its_peak_and_the_rest_is_dealt_as_the_probe_fo
     peak = Peak(base_gib + 10.0, base_gib + 10.0, base_gib)
     assert tracker.device_rows("forward", peak) == pytest.approx(tracker.held | {names.REST: 7.5})
     fixed, scaled = {names.SCRATCH: 1.0}, {names.KEPT: 8.0, names.LAYER: 2.0}
-    tracker.transients = {"forward": Transients(fixed, scaled)}
+    tracker.transients = {"forward": fixed | scaled}
     rows = tracker.device_rows("forward", peak)
     expected = tracker.held | {names.SCRATCH: 1.0, names.KEPT: 5.2, names.LAYER: 1.3}
     assert rows == pytest.approx(expected)
@@ -121,7 +125,7 @@ def test_paged_moments_are_told_apart_from_what_torch_holds(tmp_path):
     optimizer = torch.optim.Adam([param])
     moments = {name: torch.zeros(2**26) for name in ("state1", "state2")}
     optimizer.state[param] = moments
-    tracker.record_optimizer([param], optimizer)
+    tracker.record_optimizer(SimpleNamespace(params=[param], optimizer=optimizer))
     peak = Peak(tracker.share.base_gib + 3.0, 0.0, 0.0)
     expected = {names.PACKED: 2.0, names.OPTIMIZER: 0.5}
     assert tracker.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 0.5})
@@ -198,8 +202,8 @@ def _short_of_memory(world, path, out):
     tracker.record_model(built)
     params = shard.local_parameters(built.model)
     optimizer, schedule = optim.build(params, plan.cfg, 9)
-    tracker.record_optimizer(params, optimizer)
-    trained = loop.Trained(built.model, params, optimizer, schedule, None, world)
+    trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
+    tracker.record_optimizer(trained)
     batches = Batches(make_samples(40), SamplerConfig(2, 1, 1, 0, 42, 1, 9))
     calls = []
 
@@ -214,7 +218,7 @@ def _short_of_memory(world, path, out):
     notes = []
     try:
         with metrics.Recorder(tracker, world, 9, info) as recorder:
-            loop.fit(trained, batches, recorder)
+            loop.fit(trained, batches, recorder, tiny.unsaved())
     except torch.OutOfMemoryError as error:
         notes = error.__notes__
     costs = []

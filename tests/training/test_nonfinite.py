@@ -13,7 +13,7 @@ from fsdp_qlora.data import token_dataset
 from fsdp_qlora.data.batches import Batches, SamplerConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.training import loop, nonfinite
+from fsdp_qlora.training import loop, optim
 from tests import tiny
 from tests.model.test_shard import FLAGS, make_samples, micro_batches
 from tests.ranks import run_ranks
@@ -60,7 +60,7 @@ def step(trained, number, num_micro=2):
 def inject(world, path, optimizer):
     flags = (*FLAGS, "--lr=0.01", f"--optimizer={optimizer}", "--apply_gradient_clipping=true")
     model, _, cfg = tiny.build(path, world, *flags, "--max_skipped_steps=99")
-    trained = loop.prepare(model, cfg, 99, world)
+    trained = optim.prepare(model, cfg, 99, world)
     injector, found = Injector(model), []
     hashes = [state_hash(trained)]
     cases = INJECTIONS if optimizer == "adamw" else INJECTIONS[5:7]
@@ -98,7 +98,7 @@ def test_injected_nan_and_inf_change_no_weight_and_no_moment(tmp_path, optimizer
 def fit(world, path, out, fault, *flags):
     """Six steps of loop.fit; the last records of the metrics, and what stopped it."""
     model, _, cfg = tiny.build(path, world, *FLAGS, *flags)
-    trained = loop.prepare(model, cfg, 6, world)
+    trained = optim.prepare(model, cfg, 6, world)
     start = state_hash(trained)
     dealing = SamplerConfig(2, 1, world.size, world.rank, 0, 1, -1)
     batches = Batches(token_dataset.of_samples(make_samples(24), "rows"), dealing)
@@ -111,7 +111,7 @@ def fit(world, path, out, fault, *flags):
     with tiny.recorder(out, world, batches.num_steps) as recorder:
         next_step() if 1 in fault else None
         try:
-            loop.fit(trained, batches, recorder, next_step)
+            loop.fit(trained, batches, recorder, tiny.unsaved(), next_step)
         except UserError as caught:
             error = caught
     return error and (str(error), error.code), start == state_hash(trained), batches.rows(2)
@@ -156,7 +156,7 @@ def test_the_record_names_step_rank_and_rows_and_a_row_of_skips_ends_the_run(tmp
 def masked(world, path):
     """A step whose second micro-batch trains nothing on rank 1, and on no rank."""
     model, _, cfg = tiny.build(path, world, *FLAGS)
-    trained, found = loop.prepare(model, cfg, 2, world), []
+    trained, found = optim.prepare(model, cfg, 2, world), []
     for silent in ((1,), (0, 1)):
         first, second = micro_batches(world.rank, world.size, 2)
         if world.rank in silent:
@@ -192,9 +192,9 @@ def test_rows_in_which_nothing_is_trained_add_no_token_and_stay_finite(tmp_path)
 def scales(world, path):
     """The scaler's path beside torch's own, over steps some of which overflow."""
     model, _, cfg = tiny.build(path, world, *FLAGS[1:], "--precision=fp16_autocast", "--lr=0.01")
-    trained = loop.prepare(model, cfg, 30, world)
+    trained = optim.prepare(model, cfg, 30, world)
     injector = Injector(model)
-    theirs = torch.amp.GradScaler(world.device.type, growth_interval=nonfinite.GROWTH_STEPS)
+    theirs = torch.amp.GradScaler(world.device.type, growth_interval=optim.GROWTH_STEPS)
     param = torch.nn.Parameter(torch.zeros(2, device=world.device))
     sgd, found = torch.optim.SGD([param], lr=0.0), []
     bad = (0, 1, 2, 3, 7)
@@ -202,8 +202,8 @@ def scales(world, path):
     for number in range(12):
         injector.where = "backward" if number in bad and world.rank == 1 else ""
         injector.value = math.inf
-        trained.guard._growth.fill_(nonfinite.GROWTH_STEPS - 1) if number == 10 else None
-        theirs._growth_tracker.fill_(nonfinite.GROWTH_STEPS - 1) if number == 10 else None
+        trained.guard._growth.fill_(optim.GROWTH_STEPS - 1) if number == 10 else None
+        theirs._growth_tracker.fill_(optim.GROWTH_STEPS - 1) if number == 10 else None
         results = step(trained, number + 1)
         param.grad = theirs.scale(torch.full_like(param, math.inf if number in bad else 0.1))
         theirs.step(sgd)

@@ -75,7 +75,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     from fsdp_qlora import arch, config
     from fsdp_qlora import run as train
     from fsdp_qlora.planning import run as plans
-    from fsdp_qlora.training import resume
+    from fsdp_qlora.training import preflight
 
     argv = [
         f"--model_name={place / 'model'}",
@@ -85,7 +85,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
         f"--output_dir={out}",
         *flags,
     ]
-    argv, _ = resume.expand(argv)
+    argv, _ = preflight.expand_resume(argv)
     cfg = config.parse(argv)
     out.mkdir(exist_ok=True)
     info = arch.read(cfg.model_name, need_weights=True)

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -52,9 +53,10 @@ def follow(out: Path, names: str, patience_s: float = 5.0) -> tuple[list[str], f
     argv = ["--model_name=/home/ada/llama", "--group=g", "--dataset=/x/rows.jsonl"]
     cfg = config.parse([*argv, f"--log_to={names}", f"--output_dir={out}"])
     lines = (REAL / "metrics.jsonl").read_text().splitlines(keepends=True)
+    patience = mock.patch.object(trackers, "PATIENCE_S", patience_s)
     with (out / "metrics.jsonl").open("w", buffering=1) as file:
         began_s = time.monotonic()
-        with trackers.attach(cfg, out, True, shown.append, patience_s):
+        with patience, trackers.attach(cfg, out, True, shown.append):
             for line in lines:
                 file.write(line[:50])
                 file.write(line[50:])
@@ -150,11 +152,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Every tracker is a Fake: how it fails is set by a call."""
 
     def install(**faults: int) -> Path:
-        def opener(name: str, *_: Any) -> Any:
-            more = faults if name == "wandb" else {}
-            return lambda: Fake(tmp_path / name, **more)
+        def opened(name: str, *_: Any) -> Any:
+            return Fake(tmp_path / name, **(faults if name == "wandb" else {}))
 
-        monkeypatch.setattr(trackers, "_opener", opener)
+        monkeypatch.setattr(trackers, "_open", opened)
         return tmp_path / "wandb"
 
     return install
@@ -195,7 +196,7 @@ def test_a_tracker_that_hangs_delays_neither_the_run_nor_its_end(tmp_path):
         "import atexit, sys, time; from pathlib import Path\n"
         "from tests.training import test_trackers as t; atexit.register(time.sleep, 60)\n"
         "out = Path(sys.argv[1])\n"
-        "t.trackers._opener = lambda *_: lambda: t.Fake(out / 'told', hang_at=2)\n"
+        "t.trackers._open = lambda *_: t.Fake(out / 'told', hang_at=2)\n"
         "print(*t.follow(out / 'run', 'wandb', 0.2), sep='|', flush=True)"
     )
     argv = [sys.executable, "-c", code, str(tmp_path)]
@@ -236,7 +237,10 @@ def test_every_tracker_is_known_to_accelerate_and_reported_before_anything_start
     *lines, rest = done.stdout.splitlines()
     assert rest == "set()" and len(lines) == len(names), done.stderr
     for line, name, package in zip(lines, TRACKERS, names, strict=True):
-        assert line == f"3 --log_to {name}: is not installed; pip install {package}"
+        assert (
+            line
+            == f"3 --log_to {name}: needs {name}, which is not installed; pip install {package}"
+        )
 
 
 def test_options_of_trackers_that_no_tracker_takes_are_reported():

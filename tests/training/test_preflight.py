@@ -16,7 +16,7 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
-from fsdp_qlora.training import preflight, resume
+from fsdp_qlora.training import preflight
 from tests.model_files import write_model
 
 STEP = 20
@@ -63,7 +63,7 @@ def flags(model: Path, out: Path, *more: str) -> list[str]:
 def found_in(argv: list[str]) -> dict:
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=True)
-    return resume.fingerprint(cfg, info, adapter_files.digest(info), 2)
+    return preflight.fingerprint(cfg, info, adapter_files.digest(info), 2)
 
 
 def save(argv: list[str], **more) -> store.SavedCheckpoint:
@@ -82,17 +82,17 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
     more = ("--lora_rank=4", "--batch_size=3", "--packing=off", "--warmup_steps=9")
     saved = save(flags(model, out, *more))
     for wanted in (out, saved.path):
-        argv, found = resume.expand([f"--resume={wanted}", "--lr=0.25"])
+        argv, found = preflight.expand_resume([f"--resume={wanted}", "--lr=0.25"])
         cfg = config.parse(argv)
         assert found == saved and cfg.resume == str(saved.path)
         assert (cfg.lora_rank, cfg.batch_size, cfg.packing, cfg.lr) == (4, 3, "off", 0.25)
         assert (cfg.model_name, cfg.output_dir) == (str(model), str(out))
-        assert resume.expand(argv)[0][-2:] == argv[-2:]  # the ranks read the same
-    other, _ = resume.expand([f"--resume={out}", "--eval_samples=7", "--learning_rate=3"])
+        assert preflight.expand_resume(argv)[0][-2:] == argv[-2:]  # the ranks read the same
+    other, _ = preflight.expand_resume([f"--resume={out}", "--eval_samples=7", "--learning_rate=3"])
     assert (config.parse(other).eval_split, config.parse(other).lr) == ("7", 3)
-    traced, _ = resume.expand([f"--resume={out}", "--profile", "--warmup_steps=2"])
+    traced, _ = preflight.expand_resume([f"--resume={out}", "--profile", "--warmup_steps=2"])
     assert (config.parse(traced).profile, config.parse(traced).warmup_steps) == (2, 9)
-    bare, _ = resume.expand([f"--output_dir={out}", "--resume"])
+    bare, _ = preflight.expand_resume([f"--output_dir={out}", "--resume"])
     assert config.parse(bare).resume == str(saved.path)
 
 
@@ -101,10 +101,10 @@ def test_python_that_only_a_checkpoint_names_never_runs(tmp_path: Path, model: P
     for flag in ("dataset", "eval_split"):
         saved = save([*flags(model, tmp_path / "out"), f"--{flag}=own.py:rows"])
         with pytest.raises(UserError, match=f"add --{flag} own.py:rows$"):
-            resume.expand([f"--resume={saved.path}", "--lr=0.25"])
-        argv, _ = resume.expand([f"--resume={saved.path}", f"--{flag}=own.py:rows"])
+            preflight.expand_resume([f"--resume={saved.path}", "--lr=0.25"])
+        argv, _ = preflight.expand_resume([f"--resume={saved.path}", f"--{flag}=own.py:rows"])
         assert getattr(config.parse(argv), flag) == "own.py:rows"
-        assert resume.expand(argv)[0][-2:] == argv[-2:]
+        assert preflight.expand_resume(argv)[0][-2:] == argv[-2:]
 
 
 def test_a_default_of_today_does_not_change_a_run_of_yesterday(tmp_path: Path, model: Path):
@@ -114,7 +114,7 @@ def test_a_default_of_today_does_not_change_a_run_of_yesterday(tmp_path: Path, m
     yesterday = {"lr": 0.125, "lora_rank": 24, "save_every": "7", "no_such_option": 3}
     given = ["use_cpu_offload", "no_such_option"]
     save(argv, config=config.to_dict(config.parse(argv)) | yesterday, given=given)
-    words, _ = resume.expand([f"--resume={out}"], reported.append)
+    words, _ = preflight.expand_resume([f"--resume={out}"], reported.append)
     cfg = config.parse(words)
     assert (cfg.lr, cfg.lora_rank, cfg.save_every) == (0.125, 24, "7")
     assert "use_cpu_offload" in config.given(words)  # the plan must not choose it anew
@@ -127,7 +127,7 @@ def test_a_run_of_a_newer_format_is_refused_in_one_line(tmp_path: Path, model: P
     out = tmp_path / "out"
     save(flags(model, out), run_format=record.RUN_FORMAT + 1)
     with pytest.raises(UserError, match="run format 3, and this version reads up to 2") as caught:
-        resume.expand([f"--resume={out}"])
+        preflight.expand_resume([f"--resume={out}"])
     assert caught.value.code == INTEGRITY
     (out / "metrics.jsonl").write_text('{"event": "run", "run_format": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:1: is of run format 3"):
@@ -137,13 +137,15 @@ def test_a_run_of_a_newer_format_is_refused_in_one_line(tmp_path: Path, model: P
 def test_auto_starts_anew_where_nothing_is(tmp_path: Path):
     said: list[str] = []
     argv = ["--resume=auto", f"--output_dir={tmp_path / 'none'}"]
-    words, saved = resume.expand(argv, said.append)
+    words, saved = preflight.expand_resume(argv, said.append)
     assert (
-        saved is None and resume.saved_of(config.parse(words)) is None and "fresh start" in said[0]
+        saved is None
+        and preflight.saved_of(config.parse(words)) is None
+        and "fresh start" in said[0]
     )
-    assert resume.expand(["--lr=1"]) == (["--lr=1"], None)
+    assert preflight.expand_resume(["--lr=1"]) == (["--lr=1"], None)
     with pytest.raises(UserError, match="does not say which run"):
-        resume.expand(["--resume"])
+        preflight.expand_resume(["--resume"])
 
 
 def test_every_field_that_differs_is_refused_with_a_table(tmp_path: Path, model: Path):
@@ -154,21 +156,21 @@ def test_every_field_that_differs_is_refused_with_a_table(tmp_path: Path, model:
         now = found_in([*common, flag])
         assert [key for key in saved if saved[key] != now[key]] == [name]
         with pytest.raises(UserError, match=name) as caught:
-            resume.check(saved, now, allow_data_change=False)
+            preflight.check_same(saved, now, allow_data_change=False)
         assert caught.value.code == INPUT
         head, row = caught.value.__notes__
         assert "checkpoint" in head and row.split()[0] == name
         if name in OTHER_DATA.values():
-            assert len(resume.check(saved, now, allow_data_change=True)) == 1
+            assert len(preflight.check_same(saved, now, allow_data_change=True)) == 1
         else:
             with pytest.raises(UserError):
-                resume.check(saved, now, allow_data_change=True)
+                preflight.check_same(saved, now, allow_data_change=True)
     write_model(tmp_path / "model", vocab_size=97)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="another base, tokenizer"):
-        resume.check(saved, found_in(common), allow_data_change=False)
-    assert resume.check(saved, saved, allow_data_change=False) == []
-    assert resume.library_notes({"torch": "1", "x": "2"}, {"torch": "2"}) == [
+        preflight.check_same(saved, found_in(common), allow_data_change=False)
+    assert preflight.check_same(saved, saved, allow_data_change=False) == []
+    assert preflight.library_notes({"torch": "1", "x": "2"}, {"torch": "2"}) == [
         "warning   torch was 1, now 2"
     ]
 
@@ -185,11 +187,11 @@ def test_a_run_that_is_complete_is_already_done(tmp_path: Path, model: Path):
     saved = save(flags(model, out, "--max_steps=20"))
     summary = out / "summary.json"
     summary.write_text(json.dumps({"is_complete": False}))
-    cfg = config.parse(resume.expand([f"--resume={out}"])[0])
-    assert not resume.is_done(saved, cfg)
+    cfg = config.parse(preflight.expand_resume([f"--resume={out}"])[0])
+    assert not preflight.is_done(saved, cfg)
     summary.write_text(json.dumps({"is_complete": True}))
-    more = config.parse(resume.expand([f"--resume={out}", "--max_steps=30"])[0])
-    assert resume.is_done(saved, cfg) and not resume.is_done(saved, more)
+    more = config.parse(preflight.expand_resume([f"--resume={out}", "--max_steps=30"])[0])
+    assert preflight.is_done(saved, cfg) and not preflight.is_done(saved, more)
     code, said, err = call(f"--resume={out}")
     assert (code, err) == (DONE, "") and said.startswith("already done")
     assert summary.exists()
@@ -218,7 +220,7 @@ def whole(directory: Path) -> dict[str, bytes]:
 
 
 def claim(*argv: str) -> Path:
-    return launch.claim_output_dir(config.parse(resume.expand(argv)[0]))
+    return launch.claim_output_dir(config.parse(preflight.expand_resume(argv)[0]))
 
 
 def test_a_directory_of_a_run_is_kept_or_emptied_of_checkpoints(tmp_path: Path, model: Path):
