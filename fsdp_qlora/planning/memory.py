@@ -124,7 +124,6 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     ranks = {"sharded": setting.num_ranks, "resident": 1}
     layers = {name: setting.count(name) for name in ranks if setting.count(name)}
     slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), setting.count("streamed"))
-    is_tied = s.root < 2 * s.head  # gathered once for both ends
     return {
         row: [term(at, layers=layers[at], bytes=nbytes, per_ranks=ranks[at]) for at in layers]
         for row, nbytes in ((rows.PACKED, s.quantized), (rows.CONSTANTS, s.constants))
@@ -137,7 +136,7 @@ def _states(s: Sizes, setting: Setting) -> Rows:
         rows.ADAPTERS: _trained("master copy", s, setting, s.master),
         rows.BUFFERS: present(
             term("slots of weight streaming", slots=slots, bytes=s.layer_bytes),
-            term("tied embedding", n=is_tied and setting.shares > 1, params=s.head, bytes=s.item),
+            term("tied embedding", n=s.is_tied and setting.shares > 1, params=s.head, bytes=s.item),
         ),
     }
 
@@ -232,17 +231,13 @@ def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
     if setting.keeps_gathered:
         held = _buffers(s, setting)
     head = term("gathered head", copies=copies, params=s.head, bytes=s.item)
-    return [*held, head] if _gathers_head(s, setting) else held
-
-
-def _gathers_head(s: Sizes, setting: Setting) -> bool:
-    """Whether the head is sharded and no tied embedding, which is gathered from the start."""
-    return setting.shares > 1 and s.root >= 2 * s.head
+    return [*held, head] if setting.shares > 1 and not s.is_tied else held
 
 
 def _heap(s: Sizes, setting: Setting, forward: list[Rows], phase: str) -> list[Term]:
     """What the heap of a CPU process keeps of the forward pass: it does not shrink."""
-    terms = [term("gathered head", params=s.head, bytes=s.item)] * 2 * _gathers_head(s, setting)
+    num = 2 if setting.shares > 1 and not s.is_tied else 0
+    terms = [term("gathered head", params=s.head, bytes=s.item)] * num
     if phase != "backward":
         kept = max(total_bytes({rows.KEPT: found[rows.KEPT]}) for found in forward)
         terms = [term("activations", bytes=kept), *terms]

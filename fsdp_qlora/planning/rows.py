@@ -136,11 +136,8 @@ def present(*terms: Term) -> list[Term]:
 
 def merged(parts: list[Rows]) -> Rows:
     """Put rows of several tables together; terms of the same row stand side by side."""
-    found: Rows = {}
-    for part in parts:
-        for row, terms in part.items():
-            found.setdefault(row, []).extend(terms)
-    return found
+    names = dict.fromkeys(row for part in parts for row in part)
+    return {row: [item for part in parts for item in part.get(row, ())] for row in names}
 
 
 def total_bytes(rows: Rows) -> float:

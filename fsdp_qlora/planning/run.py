@@ -109,8 +109,8 @@ class RunPlan:
     @property
     def env(self) -> dict[str, str]:
         """What the ranks need to make the same plan."""
-        found = {"machine": dataclasses.asdict(self.machine), "notch": self.fallback}
-        return {ENV: json.dumps(found)}
+        machine = dataclasses.asdict(self.machine)
+        return {ENV: json.dumps({"machine": machine, "notch": self.fallback})}
 
     def to_dict(self) -> dict[str, Any]:
         """The prediction as the record has it; empty where nothing is planned."""

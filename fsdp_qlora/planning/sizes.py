@@ -292,6 +292,7 @@ class Sizes:
         quantized, constants: bytes of a layer's linears as stored.
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
+        is_tied: the embedding is the head, gathered once for both ends.
         lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
         magnitudes: features whose outputs DoRA scales.
         whole, trained_root: parameters of a layer; those outside the layers that are trained.
@@ -328,6 +329,7 @@ class Sizes:
         self.root = sum(math.prod(shape) for _, shape in info.root_params)
         self.small = sum(math.prod(shape) for _, shape in info.layer_params)
         self.head = self.vocab * self.hidden
+        self.is_tied = self.root < 2 * self.head
         self.magnitudes = trained.magnitudes(info, cfg)
         self.whole, self.trained_root = trained.layer_params(info), trained.root_params(info, cfg)
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
