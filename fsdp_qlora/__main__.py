@@ -9,7 +9,7 @@ from fsdp_qlora.errors import DONE, SIGINT, UserError
 COMMANDS = {
     "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
     "plan": ("fsdp_qlora.planning.run:main", "tell how much memory and time a run needs"),
-    "data": ("fsdp_qlora.data.inspect:main", "inspect the data of a run, without a GPU"),
+    "data": ("fsdp_qlora.data.prepare:main", "inspect the data of a run, without a GPU"),
     "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),

@@ -92,7 +92,7 @@ def test_damaged_rows_are_named_by_file_and_line(tmp_path: Path):
         numbers = [int(n) for n in re.findall(rf"{path}:(\d+): ", str(caught.value))]
         assert len(numbers) == 5 == 1 + len(caught.value.others)
         assert numbers == sorted(numbers) and 2 <= numbers[0] <= numbers[-1] <= ROWS_PER_FILE + 1
-        num_bad += ready.num_bad
+        num_bad += ready.facts["num_bad"]
     assert num_bad > NUM_ROWS // 4
 
 

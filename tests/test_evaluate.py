@@ -9,7 +9,7 @@ import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora.data.prepare import Prompt
-from fsdp_qlora.data.token_dataset import Sample, of_samples
+from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.training.evaluate import Evaluator
 from tests import tiny
 from tests.ranks import run_ranks

@@ -32,7 +32,7 @@ class Outer:
     def twice(self, value): pass
 raise RuntimeError("must not be run")
 '''
-DIALOGUES = """
+DIALOGUES = b"""
 categories:
 - science
 conversations:
@@ -49,6 +49,7 @@ aide/nn (/( Ed/np )/) left/vbd ./.
 
 \tNo/at evidence/nn ''/'' ./.
 """
+ZEROS = "0" * 64
 # Of the tensors that two other readers of GGUF gave, transformers' and one of our own, bit for bit.
 SMOLLM2_WEIGHTS = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
 
@@ -73,7 +74,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"tinything==1.0 {sha256}"
 
 
-def test_a_package_is_unpacked_when_its_hash_is_the_known_one(package: str, tmp_path: Path) -> None:
+def test_a_package_is_unpacked_when_its_hash_is_the_known_one(package: str) -> None:
     """Real pip; another hash or another name is refused, each with its own code."""
     with fetch.unpacked(package) as folder:
         assert (folder / "tinything" / "data.txt").read_text() == "content"
@@ -82,11 +83,12 @@ def test_a_package_is_unpacked_when_its_hash_is_the_known_one(package: str, tmp_
         ("tinything==1.0", "is not the file that this program knows", INTEGRITY),
         ("absent-thing==1.0", "No matching distribution", ENVIRONMENT),
     ):
-        (tmp_path / requirement).mkdir()
-        with pytest.raises(UserError, match=words) as caught:
-            fetch.download(f"{requirement} {'0' * 64}", tmp_path / requirement)
+        with (
+            pytest.raises(UserError, match=words) as caught,
+            fetch.unpacked(f"{requirement} {ZEROS}"),
+        ):
+            pass
         assert caught.value.code == code
-        assert not list((tmp_path / requirement).iterdir())
 
 
 def test_docstrings_are_read_without_running_the_module() -> None:
@@ -129,26 +131,18 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_failed_fetch_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a draft nor the target, for a file and for a directory; a library is named."""
+    """Neither a draft nor the target, for a file and for a directory."""
 
-    def fail(make, error: Exception):
-        def save(draft: Path) -> None:
-            make(draft)
-            raise error
+    def fail(*drafts: Path) -> None:
+        for draft in drafts:
+            (draft / "part").touch()
+        raise UserError("x", "y", "z")
 
-        return save
-
-    def part(draft: Path) -> None:
-        (draft / "part").touch()
-
-    monkeypatch.setattr(fetch, "save_smollm2", fail(part, UserError("x", "y", "z")))
-    with pytest.raises(UserError, match="x: y; z"):
-        fetch.main(["smollm2", "--out", str(tmp_path / "out")])
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(fetch, "save_dialogues", fail(Path.touch, ImportError(name="pyarrow")))
-    with pytest.raises(UserError, match="dialogues: needs pyarrow; pip install pyarrow") as caught:
-        fetch.main(["dialogues", "--out", str(tmp_path / "out")])
-    assert caught.value.code == ENVIRONMENT and not list(tmp_path.iterdir())
+    for name in ("smollm2", "dialogues"):
+        monkeypatch.setattr(fetch, {"smollm2": "save_smollm2"}.get(name, name), fail)
+        with pytest.raises(UserError, match="x: y; z"):
+            fetch.main([name, "--out", str(tmp_path / "out")])
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_the_environment(tmp_path: Path) -> None:
@@ -214,14 +208,14 @@ def test_alpaca_has_its_999_rows(tmp_path: Path) -> None:
 
 def test_a_conversation_becomes_description_patient_and_doctor() -> None:
     """Of more than two turns the first two count; one without an answer in text is left out."""
-    assert list(fetch.dialogues(DIALOGUES)) == [
+    assert list(fetch.dialogues_of(DIALOGUES)) == [
         {"Description": "science", "Patient": "What is light?", "Doctor": "A wave, and a particle."}
     ]
 
 
 def test_tagged_words_become_a_sentence_and_its_names() -> None:
     """Names of several words are joined; sentences without one are left out."""
-    (row,) = fetch.tagged_names(BROWN)
+    (row,) = fetch.names_of(BROWN)
     assert row == {
         "text": "The Fulton County jury said Ivan Allen Jr. and Pye's aide (Ed) left.",
         "label": {"name": ["Fulton", "Ivan Allen Jr.", "Pye", "Ed"]},

@@ -8,10 +8,9 @@ from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data import batches, inspect, prepare, sources, tokenizer
+from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
-from fsdp_qlora.data.inspect import Audit
-from fsdp_qlora.data.prepare import Prompt
+from fsdp_qlora.data.prepare import Audit, Prompt
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
@@ -56,14 +55,14 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     needs_text = cfg.dataset != sources.DUMMY or prepare.has_prompts(cfg)
     full = load_tokenizer(info) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
-    ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, lambda: full, world.rank == 0)
+    ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, world.rank == 0)
     ready.check()
     pad_multiple = PAD_MULTIPLES[world.device.type]
-    if full is not None and text_tokenizer is not None and ready.formatter and ready.uses_chat:
-        source = ready.formatter.chat.template.source
+    if text_tokenizer is not None and ready.formatter is not None and ready.uses_chat:
+        source = ready.formatter.chat.source
         if source != text_tokenizer.chat_template:
-            full.chat_template = source  # it is saved with the adapter
-    audit = inspect.audit(cfg, ready, world.size, pad_multiple)
+            text_tokenizer.full.chat_template = source  # it is saved with the adapter
+    audit = prepare.audit(cfg, ready, world.size, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
     train: Batches | PackedBatches
     if cfg.packing == "on":

@@ -15,7 +15,7 @@ import numpy as np
 
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.row_formats import NOT_TRAINED
-from fsdp_qlora.data.token_dataset import Sample, TokenDataset
+from fsdp_qlora.data.tokens import Sample, TokenDataset
 
 if TYPE_CHECKING:
     import torch

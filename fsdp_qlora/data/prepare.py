@@ -1,32 +1,72 @@
-"""What a run trains on and is asked: from a configuration to tokens and prompts, without torch."""
+"""What a run trains on and is asked, and an audit of it: from a configuration, without torch.
 
+`python -m fsdp_qlora data [options of train.py] [--rows 3] [--json]` shows the audit: look before
+you rent. The same facts are kept in the record of every run.
+"""
+
+import argparse
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from fsdp_qlora import __version__
+from fsdp_qlora import __version__, arch, config, hardware
+from fsdp_qlora.arch import files
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data import row_formats, sources, token_dataset, tokens
+from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source, SourceOptions, parse_json, read_own_file
-from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, split_name
+from fsdp_qlora.data.sources import Source, parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
-from fsdp_qlora.errors import UserError, join
+from fsdp_qlora.data.tokens import (
+    NUM_UNCUT,
+    NUMBERS,
+    Facts,
+    Sample,
+    StoreBuilder,
+    TokenDataset,
+    TokenStore,
+)
+from fsdp_qlora.errors import DONE, UserError, join, one_line
+from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 FEWEST_KEPT_BYTES = 2**20  # less is tokenized sooner than it is read back
-NUM_HELD_OUT = 3
+NUM_HELD_OUT = NUM_EXAMPLES = 3
 TEXT_TOKENS = 32  # of running text, in which nothing is a question
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+MOST_CHARS = 700  # of a stretch of text that is shown
+MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
+TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
+LOSSES = ("cut", "empty", "beyond", "repeated")
+LINES = {
+    "rows": "{num_rows:,} of {sources} ({kinds})",
+    "learned": "{train_on}: {num_trained_tokens:,} of {num_tokens:,} tokens ({trained_share:.1%})",
+    "length": "median {median_tokens:,}, 95% up to {p95_tokens:,}, "
+    "longest {longest_uncut_tokens:,}; context {context_length:,}",
+    "cut": "{num_cut:,} rows are longer than the context and lose {num_tokens_cut:,} tokens: {cut}",
+    "empty": "{num_empty:,} rows have nothing to learn and are left out: {empty}",
+    "beyond": "{num_beyond:,} rows have nothing to learn within the context and are left out: "
+    "{beyond}",
+    "repeated": "{num_repeated:,} rows hold the same as another: {repeated}",
+    "end": "the end of text is learned in {end_share:.1%} of the rows",
+    "parts": "{num_train:,} to learn, {num_held_out:,} held out, {num_test:,} left for a test",
+    "epoch": "{epoch_tokens:,} tokens, {epoch_trained_tokens:,} of them learned",
+    "steps": "{steps}",
+    "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
+    "tokens": "{kept}",
+}
+ABOUT = """Reads and tokenizes the data of a run as the run would, and says what is in it: rows,
+lengths against the context, what is cut or left out, steps, padding, and some rows with the tokens
+that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +91,24 @@ class PreparedData:
     formatter: RowFormatter | None = None
     example: Any = None
 
-    @property
-    def bad(self) -> list[tuple[str, str]]:
-        """Place and fault of the first rows that are none."""
-        return [tuple(pair) for store in self.stores for pair in store.facts.get("bad", ())]
-
-    @property
-    def num_bad(self) -> int:
-        """Rows that are none."""
-        return sum(store.facts.get("num_bad", 0) for store in self.stores)
+    @functools.cached_property
+    def facts(self) -> Facts:
+        """What was counted while the sources were read; see `tokens.tokenize`."""
+        tables = [store.facts for store in self.stores]
+        examples: dict[str, list[str]] = {}
+        for what, places in (pair for table in tables for pair in table["examples"].items()):
+            examples.setdefault(what, []).extend(places[:NUM_EXAMPLES])
+        return {
+            **{name: sum(table[name] for table in tables) for name in NUMBERS},
+            "kinds": dict(sum((Counter(table["kinds"]) for table in tables), Counter())),
+            "bad": [tuple(pair) for table in tables for pair in table["bad"]],
+            "examples": examples,
+        }
 
     @property
     def uses_chat(self) -> bool:
         """Whether some rows went through the chat template."""
-        return any("chat" in kind for store in self.stores for kind in store.facts.get("kinds", ()))
+        return any("chat" in kind for kind in self.facts["kinds"])
 
     def check(self) -> None:
         """Refuse bad rows, and a data set of which nothing can be learned.
@@ -72,12 +116,13 @@ class PreparedData:
         Raises:
             UserError: the first bad rows, named by file and line, and how many more there are.
         """
-        faults = [UserError(place, fault, "correct or remove it") for place, fault in self.bad]
+        pairs = self.facts["bad"]
+        faults = [UserError(place, fault, "correct or remove it") for place, fault in pairs]
         if faults:
-            more = self.num_bad - len(faults)
+            more = self.facts["num_bad"] - len(faults)
             faults[-1].remedy += f" and {more:,} more bad rows" if more else ""
             raise join(faults)
-        if not self.train.store.facts.get("num_rows"):
+        if not self.train.store.facts["num_rows"]:
             name = ", ".join(self.names)
             raise UserError(name, "holds no rows", "give a data set with at least one row")
 
@@ -86,7 +131,6 @@ def prepare(
     cfg: TrainConfig,
     tokenizer: TextTokenizer | None,
     vocab_size: int,
-    load_tokenizer: Callable[[], Any] = lambda: None,
     shows_progress: bool = False,
 ) -> PreparedData:
     """Read, tokenize and split the data of a run.
@@ -95,7 +139,6 @@ def prepare(
         cfg: the run.
         tokenizer: may be None for dummy rows.
         vocab_size: rows of the model's embedding.
-        load_tokenizer: gives the transformers tokenizer, for a function of the user's own.
         shows_progress: a bar on the terminal, if it takes seconds.
 
     Returns:
@@ -106,25 +149,22 @@ def prepare(
     """
     if cfg.dataset == sources.DUMMY:
         whole = tokens.dummy_samples(cfg.dataset_samples, cfg.context_length, vocab_size, cfg.seed)
-        return PreparedData(
-            *token_dataset.train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,)
-        )
+        return PreparedData(*train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,))
     assert tokenizer is not None, "text without a tokenizer"
     formatter = row_formats.choose(
         cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
     )
-    options = _options(cfg, load_tokenizer)
-    found = sources.find(cfg.dataset, options)
+    found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
     is_silent = not (shows_progress and sys.stderr.isatty())
     with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
         make = functools.partial(_tokenize, cfg, tokenizer, formatter, bar.update)
         whole = make(found)
-        train, held_out, num_test = token_dataset.train_test_split(whole, cfg)
+        train, held_out, num_test = train_test_split(whole, cfg)
         good = (row for _, row in sources.read(found) if formatter.problem(row) is None)
         example, stores = next(good, None), [whole.store]
         eval_name = None if cfg.eval_samples else split_name(cfg.eval_split)
         if eval_name is not None:
-            more = _find_eval(cfg, eval_name, options)
+            more = _find_eval(cfg, eval_name, tokenizer)
             held_out, found = make(more), [*found, *more]
             stores.append(held_out.store)
     largest = max(store.facts["largest_id"] for store in stores)
@@ -152,28 +192,23 @@ def prepare_early(
     Raises:
         UserError: as `prepare`.
     """
-    found = [] if cfg.dataset == sources.DUMMY else sources.find(cfg.dataset, _options(cfg))
-    can_keep = token_dataset.cache_root(cfg.token_cache) is not None
+    split = split_name(cfg.train_split)
+    found = [] if cfg.dataset == sources.DUMMY else sources.find(cfg.dataset, cfg, split)
+    can_keep = tokens.cache_root(cfg.token_cache) is not None
     if not _is_small(found) and not (can_keep and all(source.fingerprint() for source in found)):
         return None
     return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
-
-
-def _options(cfg: TrainConfig, load_tokenizer: Callable[[], Any] = lambda: None) -> SourceOptions:
-    split = split_name(cfg.train_split)
-    return SourceOptions(cfg.dataset_samples, cfg.seed, split, load_tokenizer)
 
 
 def _is_small(found: list[Source]) -> bool:
     return sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
 
 
-def _find_eval(cfg: TrainConfig, name: str, options: SourceOptions) -> list[Source]:
+def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
-    is_file = os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name
-    if is_file:
-        return sources.find(name, replace(options, split=None))
-    found = sources.find(cfg.dataset, replace(options, split=name))
+    if os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name:
+        return sources.find(name, cfg, None, tokenizer.full)
+    found = sources.find(cfg.dataset, cfg, name, tokenizer.full)
     if any(source.is_file for source in found):
         remedy = "give a share of the rows (0.1) or a file"
         raise UserError(f"--eval_split {name}", "is no file, and files have no splits", remedy)
@@ -193,13 +228,13 @@ def _tokenize(
         rows = sources.read(found)
         return tokens.tokenize(builder, rows, formatter, tokenizer, cfg.context_length, progress)
 
-    root = token_dataset.cache_root(cfg.token_cache)
+    root = tokens.cache_root(cfg.token_cache)
     prints = [source.fingerprint() for source in found]
     if root is None or None in prints or (cfg.token_cache == "auto" and _is_small(found)):
         made = build(StoreBuilder(None))
     else:
         key = _key(prints, tokenizer, formatter, cfg.context_length)
-        made = token_dataset.cached(root / key, build)
+        made = tokens.cached(root / key, build)
     if not len(made) and made.facts["num_rows"] and not made.facts["num_bad"]:
         rule = f"none has an answer within {cfg.context_length} tokens"
         remedy = "raise --context_length or check the answers"
@@ -213,10 +248,102 @@ def _key(
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
-    jinja = [formatter.chat.template.source, own and own.source]
-    versions = [token_dataset.VERSION, __version__, importlib.metadata.version("transformers")]
+    jinja = [formatter.chat.source, own and own.source]
+    versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
     parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
     return f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+
+def train_test_split(
+    whole: TokenDataset, cfg: TrainConfig
+) -> tuple[TokenDataset, TokenDataset, int]:
+    """Split samples into those to learn, those held out, and those for a later test.
+
+    What a sample holds decides, with the seed, not where it stands: rows that are added later
+    change nothing for those that were there, and equal rows fall into one part.
+
+    Args:
+        whole: all samples.
+        cfg: gives train_split and eval_split (shares), or eval_samples, and the seed.
+
+    Returns:
+        Train and held out, each in the order of the rows, and how many are left for a test.
+
+    Raises:
+        UserError: a part would be empty, or the shares are more than the whole.
+    """
+    at, num_rows = spread(whole.hashes, cfg.seed), len(whole)
+    learn = split_share(cfg.train_split)
+    if cfg.eval_samples:
+        if learn is not None:
+            got = f"--eval_split {cfg.eval_split} with --train_split {cfg.train_split}"
+            raise UserError(got, "both split the rows", "give a share (0.1) as --eval_split")
+        if num_rows and cfg.eval_samples >= num_rows:
+            rule = f"only {num_rows} rows can be used, and some must be trained on"
+            raise UserError(f"--eval_split {cfg.eval_samples}", rule, f"at most {num_rows - 1}")
+        chosen = np.argsort(at, kind="stable")[: cfg.eval_samples]
+        is_held_out = np.isin(np.arange(num_rows), chosen)
+        return whole.part(~is_held_out), whole.part(is_held_out), 0
+    hold = split_share(cfg.eval_split)
+    if learn is None and hold is None:
+        return whole, whole.part(at < 0), 0
+    has_file = split_name(cfg.eval_split) is not None
+    learn = 1.0 - hold if learn is None and hold is not None else learn or 0.0
+    hold = (0.0 if has_file else 1.0 - learn) if hold is None else hold
+    if learn + hold > 1.0 + 1e-9:
+        got = f"--train_split {learn} --eval_split {hold}"
+        raise UserError(got, "are more than all rows", "make them 1 or less together")
+    train, held_out = whole.part(at < learn), whole.part((at >= learn) & (at < learn + hold + 1e-9))
+    for name, made, share in (("train", train, learn), ("eval", held_out, hold)):
+        if not len(made) and share and num_rows:
+            rule = f"{share:g} of {num_rows} rows is none"
+            raise UserError(f"--{name}_split", rule, "give more rows or another --seed")
+    return train, held_out, num_rows - len(train) - len(held_out)
+
+
+def spread(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Spread samples evenly over [0, 1), equal ones at the same place.
+
+    Args:
+        hashes: uint64.
+        seed: another one spreads them in another way.
+
+    Returns:
+        float64, one each.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea, Flood 2014).
+    """
+    mixed = hashes ^ np.uint64((seed * 0x9E3779B97F4A7C15) % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return (mixed ^ (mixed >> np.uint64(31))).astype(np.float64) / 2.0**64
+
+
+def split_share(setting: str | None) -> float | None:
+    """Return a split as a number between 0 and 1, or None if it is a name.
+
+    Args:
+        setting: train_split or eval_split.
+
+    Raises:
+        UserError: it is another number.
+    """
+    try:
+        share = float(setting) if setting is not None else None
+    except ValueError:
+        return None
+    if share is not None and not 0 < share < 1:
+        raise UserError(f"a split of {setting}", "must be between 0 and 1", "0.1 is a tenth")
+    return share
+
+
+def split_name(setting: str | None) -> str | None:
+    """Return a split that is a name: of a file, or of a split of a hub set; else None.
+
+    Args:
+        setting: train_split or eval_split.
+    """
+    return setting if setting is not None and split_share(setting) is None else None
 
 
 @dataclass(frozen=True)
@@ -286,7 +413,7 @@ def _read_prompts(path: Path) -> list[tuple[str, Any]]:
 
 def _parse_prompt(place: str, line: str) -> Any:
     """A text, or the messages of a conversation."""
-    value = parse_json(line.encode())
+    value = parse_json(line)
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
@@ -329,3 +456,242 @@ def _ask_held_out(sample: Sample, tokenizer: TextTokenizer, num_tokens: int) -> 
         tuple(ids[:first]),
         tokenizer.core.decode(ids[first:last]).strip(),
     )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Facts of the data of a run.
+
+    Args:
+        facts: by name, as JSON can hold them; `audit()` below says which.
+    """
+
+    facts: dict[str, Any]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all parts."""
+        return sum(self.facts[name] for name in ("num_train", "num_held_out", "num_test"))
+
+    def __str__(self) -> str:
+        facts = self.facts
+        held_out = f" ({facts['num_held_out']:,} held out)" if facts["num_held_out"] else ""
+        cut = f", {facts['num_cut']:,} cut at {facts['context_length']}" if facts["num_cut"] else ""
+        num_dropped = facts["num_empty"] + facts["num_beyond"]
+        dropped = f", {num_dropped:,} dropped (nothing to learn)" if num_dropped else ""
+        is_text = "blocks" in facts["kinds"]
+        rows = f"{self.num_samples:,} blocks" if is_text else f"{facts['num_rows']:,} rows"
+        return (
+            f"{rows}{held_out}{cut}{dropped}; {facts['num_tokens']:,} tokens, "
+            f"{facts['num_trained_tokens']:,} of them trained, longest row "
+            f"{facts['longest_tokens']:,}"
+        )
+
+    def lines(self) -> list[str]:
+        """Return all facts for people, a line each."""
+        facts = self.facts
+        kinds = (f"{count:,} {kind}" for kind, count in facts["kinds"].items())
+        steps = (
+            f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
+            f"{count['in_all']:,} in total"
+            for size, count in facts["steps"].items()
+        )
+        shown = (
+            facts
+            | facts["padding_share"]
+            | {
+                "sources": ", ".join(facts["sources"]),
+                "kinds": ", ".join(kinds),
+                "train_on": TRAINED_ON.get(facts["train_on"], "everything"),
+                "trained_share": facts["num_trained_tokens"] / max(facts["num_tokens"], 1),
+                "end_share": facts["num_learning_end"] / max(self.num_samples, 1),
+                "steps": "; ".join(steps),
+            }
+        )
+        for what in LOSSES:
+            shown[what] = ", ".join(facts["examples"].get(what, []))
+        names = [name for name in LINES if name not in LOSSES or facts[f"num_{name}"]]
+        lines = [f"{name:<9} {LINES[name].format_map(shown)}" for name in names]
+        return lines + [f"note      {note}" for note in facts["notes"]]
+
+
+def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: int) -> Audit:
+    """Count what is worth knowing of the data of a run.
+
+    Args:
+        cfg: the run.
+        ready: its tokens.
+        world_size: ranks.
+        pad_multiple: the width of a batch is a multiple of this.
+
+    Returns:
+        The facts. Rows: num_rows, kinds, num_bad, bad. Samples: num_cut, num_empty (nothing to
+        learn), num_beyond (nothing to learn within the context), num_repeated, num_leaked (held
+        out but also learned), num_with_end, num_learning_end; examples of their places. Parts:
+        num_train, num_held_out, num_test. Tokens after cutting: num_tokens, num_trained_tokens,
+        longest_tokens, epoch_tokens, epoch_trained_tokens. Tokens before: median_tokens,
+        p95_tokens, longest_uncut_tokens. Steps by world size, padding_share, and notes for the
+        user.
+    """
+    parts = (ready.train, ready.held_out)
+    repeated = _repeated(TokenDataset(ready.stores[0]))
+    uncut = np.concatenate([store.table[:-1, NUM_UNCUT] for store in ready.stores])
+    lengths = np.concatenate([part.lengths for part in parts])
+    facts = {
+        "sources": list(ready.names),
+        "train_on": cfg.train_on,
+        "context_length": cfg.context_length,
+        **ready.facts,
+        "bad": [f"{place}: {fault}" for place, fault in ready.facts["bad"]],
+        "examples": ready.facts["examples"] | {"repeated": repeated[:NUM_EXAMPLES]},
+        "num_repeated": len(repeated),
+        "num_leaked": int(np.isin(ready.held_out.hashes, ready.train.hashes).sum()),
+        "num_train": len(ready.train),
+        "num_held_out": len(ready.held_out),
+        "num_test": ready.num_test,
+        "num_tokens": int(lengths.sum()),
+        "num_trained_tokens": int(sum(part.num_trained.sum() for part in parts)),
+        "longest_tokens": int(lengths.max(initial=0)),
+        "epoch_tokens": int(ready.train.lengths.sum()),
+        "epoch_trained_tokens": int(ready.train.num_trained.sum()),
+        "median_tokens": int(np.median(uncut)) if len(uncut) else 0,
+        "p95_tokens": int(np.percentile(uncut, 95)) if len(uncut) else 0,
+        "longest_uncut_tokens": int(uncut.max(initial=0)),
+        "num_tokens_cut": int(uncut.sum()) - sum(len(store.codes) for store in ready.stores),
+        "steps": _steps(cfg, len(ready.train), world_size),
+        "padding_share": _padding(cfg, ready.train.lengths, world_size, pad_multiple),
+        "kept": ready.stores[0].note or "in memory only",
+    }
+    return Audit({**facts, "notes": _notes(cfg, ready, Audit(facts), world_size)})
+
+
+def _repeated(whole: TokenDataset) -> list[str]:
+    """Rows that hold the same tokens as one before, as "x.jsonl:9 repeats x.jsonl:3"."""
+    _, first, inverse = np.unique(whole.hashes, return_index=True, return_inverse=True)
+    earlier = first[inverse]
+    again = np.nonzero(earlier != np.arange(len(whole)))[0].tolist()
+    return [f"{whole.place(i)} repeats {whole.place(int(earlier[i]))}" for i in again]
+
+
+def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
+    found = {}
+    for size in sorted({1, 2, world_size}):
+        sampler = batches.sampler_config(cfg, size, 0, 1)
+        per_epoch = batches.steps_per_epoch(num_rows, sampler.rows_per_step)
+        found[str(size)] = {"per_epoch": per_epoch, "in_all": sampler.num_steps(per_epoch)}
+    return found
+
+
+def _padding(
+    cfg: TrainConfig, lengths: np.ndarray, world_size: int, pad_multiple: int
+) -> dict[str, float]:
+    """Share of the tokens of an epoch that are padding, in batches and in packed sequences."""
+    if not len(lengths):
+        return {"batches": 0.0, "packed": 0.0}
+    if len(lengths) > MOST_SIMULATED_ROWS:
+        lengths = np.random.default_rng(cfg.seed).choice(lengths, MOST_SIMULATED_ROWS, False)
+    total = int(lengths.sum())
+    num_packed = len(batches.pack(lengths, cfg.context_length, world_size, cfg.seed, 0))
+    sampler = batches.sampler_config(cfg, world_size, 0, pad_multiple)
+    num_padded = sum(batches.padded_tokens(lengths, sampler))
+    packed = 1 - total / (num_packed * cfg.context_length)
+    return {"batches": 1 - total / num_padded, "packed": packed}
+
+
+def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int) -> list[str]:
+    """What the user should look at before the run."""
+    facts, uses_chat = found.facts, ready.formatter is not None and ready.uses_chat
+    rows_per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
+    place = ready.formatter.chat.place if ready.formatter is not None else ""
+    num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
+    is_cut = facts["num_cut"] * 10 > found.num_samples
+    is_few = 0 < facts["num_train"] < rows_per_step
+    is_split = uses_chat and num_texts > facts["num_rows"]
+    ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
+    notes = {
+        "more than a tenth of the rows is cut: raise --context_length": is_cut,
+        "the end of text is never learned: answers will not stop by it": not ends,
+        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
+        f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
+        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
+        f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
+        "earlier turns in another way, so each answer stands alone": is_split,
+    }
+    return [note for note, is_so in notes.items() if is_so]
+
+
+def main(argv: list[str]) -> int:
+    """Audit the data of a run and print what is found.
+
+    Args:
+        argv: --rows, --json, and the options of train.py.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
+            the rest has been printed.
+    """
+    usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
+    parser = argparse.ArgumentParser(usage=usage, description=ABOUT, allow_abbrev=False)
+    parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
+    parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
+    own, run_argv = parser.parse_known_args(argv)
+    if not (own.rows or "").isdecimal():
+        raise UserError(f"--rows {own.rows}", "must be a whole number", "default is 3")
+    cfg = config.parse(run_argv, say=lambda line: print(line, file=sys.stderr))
+    info = arch.read(cfg.model_name, need_weights=False)
+    is_dummy = cfg.dataset == sources.DUMMY
+    path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)
+    text_tokenizer = None if is_dummy else tokenizer.read(path)
+    ready = prepare(cfg, text_tokenizer, info.vocab_size, shows_progress=True)
+    num_gpus = hardware.count_gpus(os.environ)
+    world_size = cfg.world_size if cfg.world_size > 0 else max(num_gpus, 1)
+    found = audit(cfg, ready, world_size, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])
+    if own.json:
+        print(json.dumps(found.facts, indent=1))
+    else:
+        print("\n".join(map(one_line, found.lines())))
+        print("".join(_shown(cfg, ready, text_tokenizer, int(own.rows))), end="")
+    ready.check()
+    return DONE
+
+
+def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
+    """Where the tokenizer lies; of a model on the hub its files are brought, not its weights."""
+    if info.path is not None and tokenizer.has_files(info.path):
+        return info.path
+    if Path(model_name).expanduser().is_dir() or "/" not in model_name:
+        tokenizer.require_files(Path(model_name))
+    return files.fetch_tokenizer(model_name)
+
+
+def _shown(
+    cfg: TrainConfig, ready: PreparedData, text_tokenizer: TextTokenizer | None, num_rows: int
+) -> Iterator[str]:
+    """Some rows as the model sees them, what is learned between ⟦ and ⟧."""
+    if text_tokenizer is None or not len(ready.train):
+        return
+    chosen = np.random.default_rng(cfg.seed).permutation(len(ready.train))[:num_rows]
+    for index in sorted(chosen.tolist()):
+        sample = ready.train[index]
+        place, num_tokens = one_line(str(ready.train.place(index))), len(sample.input_ids)
+        yield f"\n{place}: {num_tokens:,} tokens, {sample.num_trained_tokens:,} learned\n"
+        is_learned = sample.is_trained.copy()
+        is_learned[:1] = False  # nothing is asked for the first token
+        edges = np.nonzero(np.diff(is_learned))[0] + 1
+        for part in np.split(np.arange(num_tokens), edges):
+            text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))
+            yield f"⟦{text}⟧" if is_learned[part[0]] else text
+        yield "\n"
+
+
+def _safe(text: str) -> str:
+    """Long text without its middle, and no terminal codes of the data's own."""
+    if len(text) > MOST_CHARS:
+        num_left_out = len(text) - MOST_CHARS
+        head, tail = text[: MOST_CHARS // 2], text[-MOST_CHARS // 2 :]
+        text = f"{head} [... {num_left_out:,} characters ...] {tail}"
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.data.sources import TextPiece, read_own_file
+from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
 from fsdp_qlora.errors import UserError, one_line
 
@@ -120,15 +120,8 @@ def _message(number: int, entry: object) -> dict:
 def _require_text(what: str, value: object) -> None:
     if not isinstance(value, str):
         raise Refused(f"{what} is {kind(value)} (want text)")
-    if not _is_unicode(value):
+    if not is_unicode(value):
         raise Refused(f"{what} holds half a surrogate pair (want valid Unicode)")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        return text.encode() is not None
-    except UnicodeEncodeError:
-        return False
 
 
 def _check_label(row: dict) -> None:
@@ -286,9 +279,8 @@ class RowFormatter:
         is_text = self.format_name is None and found.name == TEXT
         if self.format_name == BLOCKS or (is_text and ASSISTANT not in str(row["text"])):
             return BLOCKS
-        return (
-            f"{found.name} as chat" if self._as_chat(found) and found.name != CHAT else found.name
-        )
+        is_made_chat = self._as_chat(found) and found.name != CHAT
+        return f"{found.name} as chat" if is_made_chat else found.name
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into text and say which parts of it are learned.
@@ -303,7 +295,7 @@ class RowFormatter:
             Refused: a template cannot render it.
         """
         texts = self._render(row)
-        if not all(_is_unicode(text.text) for text in texts):
+        if not all(is_unicode(text.text) for text in texts):
             raise Refused("it holds half a surrogate pair (want valid Unicode)")
         if self.train_on == "all":
             return [text._replace(spans=((0, len(text.text)),)) for text in texts]
@@ -338,7 +330,7 @@ class RowFormatter:
 
     def _render(self, row: dict) -> list[Text]:
         if self.row_template is not None:
-            text, marks = self.row_template.render(**{str(key): row[key] for key in row})
+            text, marks = self.row_template.fill(**{str(key): row[key] for key in row})
             has_markup = "bos_token" in self.row_template.variables
             return [Text(text, marks or ((0, len(text)),), has_markup)]
         found = self._find(row)
@@ -425,9 +417,9 @@ def choose(
         return RowFormatter(chat, train_on, system, format_name=template)
     if template.endswith(JINJA_SUFFIXES):
         source = read_own_file(Path(template), "--template", "give a Jinja file")
-        jinja = Template(source, names, template)
+        jinja = Chat(source, names, template)
         if "messages" in jinja.variables:
-            return RowFormatter(Chat(jinja), train_on, system, format_name=CHAT)
+            return RowFormatter(jinja, train_on, system, format_name=CHAT)
         jinja.forbid_undefined()
         return RowFormatter(chat, train_on, system, row_template=jinja)
     if "{" in template:

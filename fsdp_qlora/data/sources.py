@@ -5,23 +5,21 @@ Rows come one at a time, each with its place; the name of a file tells its forma
 
 import csv
 import difflib
-import functools
-import gzip
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
 import os
 import re
-import zlib
+import runpy
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from fsdp_qlora.config import OWN_CODE
+from fsdp_qlora.config import OWN_CODE, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 
 DUMMY = "dummy"
@@ -32,14 +30,10 @@ MOST_NAMES = 50_000  # in a directory of rows and below it; `/` holds millions
 FORMATS = "a .jsonl, .json, .csv, .parquet or .txt file (or .gz, .zst), a directory of them"
 # What the datasets library leaves beside the rows it saves.
 LEFTOVERS = ("dataset_info.json", "state.json", "dataset_dict.json")
-COMPRESSIONS = (".gz", ".zst")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PIECE_CHARS = 2**16  # of plain text; a longer one would cost the tokenizer memory
 LONGEST_LINE = 2**20
 LONGEST_CELL = 2**31 - 1
-WRONG_BYTES = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of a wrong byte
-JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class RowPlace(NamedTuple):
@@ -62,10 +56,13 @@ class BadRow(NamedTuple):
     """What stands in the place of a row that cannot be read.
 
     Args:
-        fault: what is wrong, such as "is not JSON (column 3)".
+        fault: what is wrong, such as "has 1 cells (want 2, as in the first line)".
     """
 
     fault: str
+
+
+NOT_UTF8 = BadRow("is not UTF-8")
 
 
 class TextPiece(NamedTuple):
@@ -107,13 +104,12 @@ def read_file(path: Path) -> PlacedRows:
     Raises:
         UserError: the file as a whole cannot be read (code 3), or is damaged.
     """
-    remedy = "fetch it again"
     try:
         yield from READERS[suffix(path)](path)
-    except (EOFError, zlib.error, OSError) as error:
-        rule, code = f"is damaged ({str(error)[:80]})", INPUT
-        if isinstance(error, OSError) and error.errno is not None:  # wrong bytes have none
-            rule, remedy, code = str(error.strerror), "check its permissions", ENVIRONMENT
+    except OSError as error:
+        rule, remedy, code = str(error.strerror), "check its permissions", ENVIRONMENT
+        if error.errno is None:  # wrong bytes have none
+            rule, remedy, code = f"is damaged ({str(error)[:80]})", "fetch it again", INPUT
         raise UserError(str(path), rule, remedy, code) from error
 
 
@@ -137,26 +133,24 @@ def read_own_file(path: Path, flag: str, remedy: str) -> str:
     raise UserError(f"{flag} {path}", rule, remedy)
 
 
-def _open(path: Path) -> BinaryIO:
-    """A file that may be compressed, behind its byte order mark."""
+def _open(path: Path) -> io.TextIOWrapper:
+    """A file that may be compressed; a wrong byte of it becomes half a surrogate pair."""
     file: Any
-    if path.suffix.lower() == ".gz":
-        file = io.BufferedReader(gzip.GzipFile(path))
-    elif path.suffix.lower() == ".zst":
+    if compression := COMPRESSIONS.get(path.suffix.lower()):
         import pyarrow
 
-        file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        file = io.BufferedReader(pyarrow.input_stream(str(path), compression=compression))
     else:
         file = path.open("rb")
-    first = file.peek(3)[:3]
-    if first[:2] in UTF16_MARKS:
-        raise UserError(str(path), "is UTF-16", "save it as UTF-8")
-    file.read(len(BYTE_ORDER_MARK) if first == BYTE_ORDER_MARK else 0)
-    return file
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
 
 
-def _open_text(path: Path) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_open(path), "utf-8", "surrogateescape", newline="\n")
+def is_unicode(text: str) -> bool:
+    """Return whether a text holds no half of a surrogate pair, such as a wrong byte becomes."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
@@ -179,102 +173,61 @@ def _read_json(path: Path) -> PlacedRows:
     with _open(path) as file:
         is_first = True
         for number, line in enumerate(file, 1):
-            if is_first and line.lstrip().startswith(b"["):
-                yield from _read_json_list(str(path), line + file.read())
+            place = RowPlace(str(path), number)
+            if is_first and line.lstrip().startswith("["):
+                rows = parse_json(line + file.read())
+                places = (RowPlace(str(path), -i) for i in itertools.count(1))
+                is_list = isinstance(rows, list)
+                yield from zip(places, rows, strict=False) if is_list else [(place, rows)]
                 return
             if line.strip():
                 is_first = False
-                yield RowPlace(str(path), number), parse_json(line.rstrip())
+                yield place, parse_json(line.rstrip())
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(text: str) -> Any:
     """Return a value in strict JSON; a `BadRow` for what is none."""
     try:
-        return STRICT.decode(data.decode("utf-8"))
+        return STRICT.decode(text) if is_unicode(text) else NOT_UTF8
     except (ValueError, RecursionError) as error:
-        return _bad_json(error)
-
-
-def _bad_json(error: Exception) -> BadRow:
-    if isinstance(error, UnicodeDecodeError):
-        return BadRow(f"is not UTF-8 at byte {error.start}")
-    if isinstance(error, json.JSONDecodeError):
-        return BadRow(f"is not JSON (column {error.colno}: {error.msg})")
-    return BadRow(f"is not JSON we can read ({str(error)[:80]})")
-
-
-def _read_json_list(name: str, data: bytes) -> PlacedRows:
-    """The rows of a list, by number; nothing can be read behind the first fault."""
-    number = 0
-    try:
-        text = data.decode("utf-8").strip()
-        at = _skip_space(text, 1)
-        is_end = text.startswith("]", at)
-        while not is_end:
-            number += 1
-            row, at = STRICT.raw_decode(text, at)
-            yield RowPlace(name, -number), row
-            at = _skip_space(text, at)
-            is_end = not text.startswith(",", at)
-            at = _skip_space(text, at + (not is_end))
-        if text[at:] != "]":
-            raise ValueError("want a comma, or the list's end and no more")
-    except (ValueError, RecursionError) as error:
-        yield RowPlace(name, -max(number, 1)), _bad_json(error)
-
-
-def _skip_space(text: str, at: int) -> int:
-    found = JSON_SPACE.match(text, at)
-    return found.end() if found else at
+        return BadRow(f"is not JSON ({str(error)[:80].replace('line 1 ', '')})")
 
 
 def _read_csv(path: Path) -> PlacedRows:
     """Rows under a first line of names, separated by what that line has most: comma, ; or tab."""
     csv.field_size_limit(LONGEST_CELL)  # the default is 128 KiB
-    with _open_text(path) as lines:
-        first = lines.readline()
+    names: list[str] = []
+    with _open(path) as file:
+        first = file.readline()
         separator = "\t" if suffix(path) == ".tsv" else max(",;\t", key=first.count)
-        names = _column_names(path, first, separator)
-        rows = csv.reader(lines, delimiter=separator, strict=True)
+        lines = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
         while True:
-            place = RowPlace(str(path), rows.line_num + 2)
+            place = RowPlace(str(path), lines.line_num + 1)
             try:
-                cells = next(rows, None)
+                cells = next(lines, None)
             except csv.Error as error:
                 yield place, BadRow(f"is not CSV ({error})")
                 continue
             if cells is None:
                 return
-            if cells:
+            if names and cells:
                 yield place, _row_of_cells(names, cells)
-
-
-def _column_names(path: Path, line: str, separator: str) -> list[str]:
-    names: list[str] = []
-    fault = "is not UTF-8" if WRONG_BYTES.search(line) else None
-    try:
-        names = next(csv.reader([line], delimiter=separator, strict=True), [])
-    except csv.Error as error:
-        fault = fault or f"is not CSV ({error})"
-    twice = [name for name in names if names.count(name) > 1]
-    fault = fault or (f'two columns are called "{twice[0]}"' if twice else None)
-    if fault is not None:
-        raise UserError(f"{path}:1", fault, "correct the names of the columns")
-    return names
+            names = names or cells
+            if len(set(names)) < len(names) or not is_unicode("".join(names)):
+                rule = "must hold names of columns in UTF-8, each another one"
+                raise UserError(str(place), rule, "correct them")
 
 
 def _row_of_cells(names: list[str], cells: list[str]) -> Any:
     if len(cells) != len(names):
         return BadRow(f"has {len(cells)} cells (want {len(names)}, as in the first line)")
-    if any(WRONG_BYTES.search(cell) for cell in cells):
-        return BadRow("is not UTF-8")
-    return dict(zip(names, cells, strict=True))
+    return dict(zip(names, cells, strict=True)) if is_unicode("".join(cells)) else NOT_UTF8
 
 
 def _read_text(path: Path) -> PlacedRows:
     """Pieces of running text, cut where a line begins with a letter or sign: tokens keep whole."""
     start, number, piece = 1, 0, ""
-    with _open_text(path) as lines:
+    with _open(path) as lines:
         # A text may be one line only: it comes in parts.
         for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
             number += 1
@@ -289,7 +242,7 @@ def _read_text(path: Path) -> PlacedRows:
 
 
 def _piece(text: str, is_last: bool) -> Any:
-    return BadRow("is not UTF-8") if WRONG_BYTES.search(text) else TextPiece(text, is_last)
+    return TextPiece(text, is_last) if is_unicode(text) else NOT_UTF8
 
 
 def _read_arrow(path: Path) -> PlacedRows:
@@ -301,32 +254,16 @@ def _read_arrow(path: Path) -> PlacedRows:
     try:
         with pyarrow.OSFile(str(path)) as file:
             table = parquet.ParquetFile(file) if is_parquet else pyarrow.ipc.open_stream(file)
-            yield from _rows_of_batches(path, table.iter_batches(1024) if is_parquet else table)
+            batches = table.iter_batches(1024) if is_parquet else table
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield RowPlace(str(path), -number), row
     except OSError:
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
         kind = "parquet" if is_parquet else "Arrow"
         rule = f"is not a readable {kind} file ({str(error)[:80]})"
         raise UserError(str(path), rule, "fetch or save it again") from error
-
-
-def _rows_of_batches(path: Path, batches: Any) -> PlacedRows:
-    number = 0
-    for batch in batches:
-        try:
-            rows = batch.to_pylist()
-        except UnicodeDecodeError:
-            rows = [_one_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
-        for row in rows:
-            number += 1
-            yield RowPlace(str(path), -number), row
-
-
-def _one_row(batch: Any) -> Any:
-    try:
-        return batch.to_pylist()[0]
-    except UnicodeDecodeError:
-        return BadRow("is not UTF-8")
 
 
 READERS: dict[str, Callable[[Path], PlacedRows]] = {
@@ -354,24 +291,6 @@ class Source:
     fingerprint: Callable[[], str | None]
     num_bytes: int = 0
     is_file: bool = False
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """What some sources must know besides their name.
-
-    Args:
-        num_samples: rows to use of alpaca_sample and orca_math; all else is used whole.
-        seed: seed of the shuffle of sql and orca_math.
-        split: split of hub sets and own functions, whatever their name says; None for that one,
-            or the usual one.
-        load_tokenizer: gives the transformers tokenizer for a function of the user's own.
-    """
-
-    num_samples: int = 0
-    seed: int = 0
-    split: str | None = None
-    load_tokenizer: Callable[[], Any] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -408,13 +327,19 @@ HUB_SETS = {
 }
 
 
-def find(dataset: str, options: SourceOptions) -> list[Source]:
-    """Find what --dataset names.
+def find(
+    dataset: str, cfg: TrainConfig, split: str | None = None, tokenizer: Any = None
+) -> list[Source]:
+    """Find what --dataset or --eval_split names.
 
     Args:
         dataset: path of a file or directory, `ORG/NAME[:CONFIG[:SPLIT]]` of the hub, a name in
             `HUB_SETS`, `file.py[:function]`, or several of them with commas between.
-        options: what some sources must know besides.
+        cfg: dataset_samples, the rows to use of alpaca_sample and orca_math (all else is used
+            whole), and seed, of the shuffle of sql and orca_math.
+        split: split of hub sets and own functions, whatever their name says; None for that one,
+            or the usual one.
+        tokenizer: transformers tokenizer for a function of the user's own.
 
     Returns:
         At least one source, in the order given; the files of a directory by name.
@@ -426,7 +351,7 @@ def find(dataset: str, options: SourceOptions) -> list[Source]:
     names = [dataset] if is_one else [name.strip() for name in dataset.split(",") if name.strip()]
     if not names:
         _refuse_name(dataset)
-    return [source for name in names for source in _find_one(name, options)]
+    return [source for name in names for source in _find_one(name, cfg, split, tokenizer)]
 
 
 def read(sources: list[Source]) -> PlacedRows:
@@ -444,25 +369,24 @@ def read(sources: list[Source]) -> PlacedRows:
     return (pair for source in sources for pair in source.read())
 
 
-def _find_one(name: str, options: SourceOptions) -> list[Source]:
-    if name in HUB_SETS:
-        entry = HUB_SETS[name]
-        return [_hub_source(replace(entry, split=options.split or entry.split), name, options)]
+def _find_one(name: str, cfg: TrainConfig, split: str | None, tokenizer: Any) -> list[Source]:
     if match := OWN_CODE.fullmatch(name):
-        return [_own_source(Path(match[1]), match[2] or OWN_FUNCTION, options)]
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:
-        _refuse_name(name)
-    if os.path.isdir(path):
-        return _directory(path)
-    if os.path.lexists(path) or can_read(path):
-        return [_file(path)]
-    match = HUB_NAME.fullmatch(name)
-    if match is None or name.startswith("."):
-        _refuse_name(name)
-    entry = HubSet(match[1], options.split or match[3] or "train", match[2] or None)
-    return [_hub_source(entry, name, options)]
+        return [_own_source(Path(match[1]), match[2] or OWN_FUNCTION, split, tokenizer)]
+    entry = HUB_SETS.get(name)
+    if entry is None:
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError:
+            _refuse_name(name)
+        if os.path.isdir(path):
+            return _directory(path)
+        if os.path.lexists(path) or can_read(path):
+            return [_file(path)]
+        match = HUB_NAME.fullmatch(name)
+        if match is None or name.startswith("."):
+            _refuse_name(name)
+        entry = HubSet(match[1], match[3] or "train", match[2] or None)
+    return [_hub_source(replace(entry, split=split or entry.split), name, cfg)]
 
 
 def _refuse_name(dataset: str) -> NoReturn:
@@ -515,7 +439,7 @@ def _file_fingerprint(path: Path) -> str | None:
     return f"{path.name} {digest}"
 
 
-def _hub_source(entry: HubSet, name: str, options: SourceOptions) -> Source:
+def _hub_source(entry: HubSet, name: str, cfg: TrainConfig) -> Source:
     """The datasets library brings a set into its cache, or finds it there; rows stay on disk."""
     import datasets
 
@@ -525,43 +449,39 @@ def _hub_source(entry: HubSet, name: str, options: SourceOptions) -> Source:
         rule = f"{entry} cannot be had ({str(error)[:120]})"
         remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
         raise UserError(f"dataset {name}", rule, remedy, ENVIRONMENT) from error
-    read = functools.partial(_read_hub, table, entry, options)
-    fingerprint = functools.partial(_hub_fingerprint, table, entry, options)
+    stop = min(cfg.dataset_samples, len(table)) if entry.is_limited else len(table)
+
+    def read() -> PlacedRows:
+        rows = table.shuffle(seed=cfg.seed) if entry.is_shuffled else table
+        for index in range(entry.first, stop):
+            yield RowPlace(str(entry), -index - 1), rows[index]
+
+    def fingerprint() -> str | None:
+        files = [(file["filename"], os.stat(file["filename"])) for file in table.cache_files]
+        parts = [f"{path} {status.st_size} {status.st_mtime_ns}" for path, status in files]
+        seed = cfg.seed if entry.is_shuffled else ""
+        return f"{entry} {entry.first} {stop} {seed} {parts}" if parts else None
+
     return Source(str(entry), read, fingerprint, table.data.nbytes)
 
 
-def _read_hub(table: Any, entry: HubSet, options: SourceOptions) -> PlacedRows:
-    if entry.is_shuffled:
-        table = table.shuffle(seed=options.seed)
-    stop = min(options.num_samples, len(table)) if entry.is_limited else len(table)
-    for index in range(entry.first, stop):
-        yield RowPlace(str(entry), -index - 1), table[index]
-
-
-def _hub_fingerprint(table: Any, entry: HubSet, options: SourceOptions) -> str | None:
-    files = [file["filename"] for file in table.cache_files]
-    if not files:
-        return None
-    parts = [f"{path} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in files]
-    limit = options.num_samples if entry.is_limited else ""
-    seed = options.seed if entry.is_shuffled else ""
-    return f"{entry} {entry.first} {limit} {seed} {table.num_rows} {parts}"
-
-
-def _own_source(path: Path, function: str, options: SourceOptions) -> Source:
+def _own_source(path: Path, function: str, split: str | None, tokenizer: Any) -> Source:
     """The user's own local file is run; nothing fetched ever is."""
     if not path.is_file():
         raise UserError(f"dataset {path}", "does not exist", "give FILE.py:FUNCTION")
-    return Source(f"{path}:{function}", lambda: _read_own(path, function, options), lambda: None)
+    name = f"{path}:{function}"
+    return Source(name, lambda: _read_own(path, function, split, tokenizer), lambda: None)
 
 
-def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
+def _read_own(path: Path, name: str, split: str | None, tokenizer: Any) -> PlacedRows:
     """Source: llama-recipes' custom data sets, `get_custom_dataset(config, tokenizer, split)`."""
     names = {"train_split": "train", "test_split": "validation"}
     settings = SimpleNamespace(dataset="custom_dataset", file=str(path), **names)
-    split = options.split or settings.train_split
     try:
-        table = _own_function(path, name)(settings, options.load_tokenizer(), split)
+        function = runpy.run_path(str(path)).get(name)
+        if not callable(function):
+            raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
+        table = function(settings, tokenizer, split or "train")
         for number, row in enumerate(table, 1):
             if isinstance(row, dict):  # lists in place of tensors and arrays
                 row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
@@ -569,21 +489,8 @@ def _read_own(path: Path, name: str, options: SourceOptions) -> PlacedRows:
     except UserError:
         raise
     except Exception as error:  # whatever the user's code raises
-        trace, line = error.__traceback__, 0
-        while trace is not None:
-            is_theirs = trace.tb_frame.f_code.co_filename == str(path)
-            line, trace = trace.tb_lineno if is_theirs else line, trace.tb_next
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         what = f"{type(error).__name__}: {error}"[:160]
         remedy = f"correct it; {name} must return rows"
-        raise UserError(f"{path}:{line or name}", what, remedy) from error
-
-
-def _own_function(path: Path, name: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"{path}:{name}", "is no function there", f"define {name} in {path}")
-    return function
+        raise UserError(f"{path}:{[name, *lines][-1]}", what, remedy) from error

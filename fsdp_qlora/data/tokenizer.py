@@ -83,8 +83,8 @@ class Template:
         """Make a name that is not there an error instead of empty text."""
         self.compiled.environment.undefined = jinja2.StrictUndefined
 
-    def render(self, **values: Any) -> tuple[str, tuple[Span, ...]]:
-        """Render the template.
+    def fill(self, **values: Any) -> tuple[str, tuple[Span, ...]]:
+        """Render the template with some values.
 
         Args:
             values: by name.
@@ -106,15 +106,8 @@ class Template:
         return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
 
 
-class Chat:
-    """A chat template in use.
-
-    Args:
-        template: rendered with messages, tools and add_generation_prompt.
-    """
-
-    def __init__(self, template: Template) -> None:
-        self.template = template
+class Chat(Template):
+    """A chat template: rendered with messages, tools and add_generation_prompt."""
 
     def prompt(self, messages: list[dict], tools: Any = None) -> str:
         """Return the text after which the assistant speaks."""
@@ -160,7 +153,7 @@ class Chat:
 
     def _less_end(self, after: str, whole: str) -> str:
         """The text up to an answer, less the end of text that some templates (Phi 3) set last."""
-        less = after.removesuffix(self.template.names.get("eos_token", ""))
+        less = after.removesuffix(self.names.get("eos_token", ""))
         return less if whole.startswith(less) and not whole.startswith(after) else after
 
     def _start(self, messages: list[dict], turn: int, after: str, tools: Any) -> int:
@@ -180,9 +173,7 @@ class Chat:
     def _render(
         self, messages: list[dict], tools: Any, asks: bool = False
     ) -> tuple[str, tuple[Span, ...]]:
-        return self.template.render(
-            messages=messages, tools=tools, documents=None, add_generation_prompt=asks
-        )
+        return self.fill(messages=messages, tools=tools, documents=None, add_generation_prompt=asks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +185,14 @@ class TextTokenizer:
         names: texts of the special tokens by name, such as {"eos_token": "</s>"}.
         chat_template: Jinja, or None where the tokenizer has none.
         place: where it lies, for errors.
+        full: the transformers tokenizer that this is made of.
     """
 
     core: Any
     names: dict[str, str]
     chat_template: str | None
     place: str
+    full: Any = None
 
     @property
     def eos_id(self) -> int:
@@ -231,7 +224,7 @@ class TextTokenizer:
             source, place = self.chat_template, f"chat template of {self.place}"
         else:
             source, place = "{{ bos_token }}" * self.adds_bos + PLAIN_TEMPLATE, PLAIN_PLACE
-        return Chat(Template(source, self.names, place))
+        return Chat(source, self.names, place)
 
     def encode(self, texts: list[str], adds_special: bool) -> list[Any]:
         """Tokenize texts; other threads run meanwhile.
@@ -255,10 +248,10 @@ class TextTokenizer:
 
 
 def read(path: Path) -> TextTokenizer:
-    """Read a tokenizer without transformers, in a fraction of a second.
+    """Read a tokenizer in a fraction of a second: without torch where there is a tokenizer.json.
 
     Args:
-        path: directory of a model, with tokenizer.json.
+        path: directory of a model.
 
     Returns:
         The tokenizer.
@@ -266,31 +259,15 @@ def read(path: Path) -> TextTokenizer:
     Raises:
         UserError: there is none, or its files cannot be read.
     """
-    from tokenizers import Tokenizer
-
-    require_files(path)
-    if not (path / "tokenizer.json").exists():
-        return wrap(load(path), path)
-    try:
-        core = Tokenizer.from_file(str(path / "tokenizer.json"))
-        config = _read_json(path / "tokenizer_config.json")
-        names = _named_tokens(_read_json(path / "special_tokens_map.json"))
-        names |= _named_tokens(config)
-        # As transformers does: the named special tokens are tokens, in the file or not.
-        core.add_special_tokens([text for text in names.values() if core.token_to_id(text) is None])
-        template = config.get("chat_template")
-        if (path / CHAT_FILE).exists():
-            template = (path / CHAT_FILE).read_text(encoding="utf-8")
-    except Exception as error:  # the Rust side raises bare Exception
-        raise _unreadable(path, error) from error
-    return _make(core, names, template, str(path))
+    return wrap(load(path, is_light=True), path)
 
 
-def load(path: Path) -> Any:
+def load(path: Path, is_light: bool = False) -> Any:
     """Load a tokenizer with transformers; nothing is fetched, no code is run.
 
     Args:
         path: directory of a model.
+        is_light: without torch, which the choice among transformers' classes needs.
 
     Returns:
         A transformers tokenizer.
@@ -299,12 +276,15 @@ def load(path: Path) -> Any:
         UserError: there is none, or its files cannot be read.
     """
     require_files(path)
-    from transformers import AutoTokenizer
+    import transformers
 
+    is_light = is_light and (path / "tokenizer.json").exists()
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        made = transformers.PreTrainedTokenizerFast if is_light else transformers.AutoTokenizer
+        return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust side raises bare Exception
-        raise _unreadable(path, error) from error
+        rule = f"its tokenizer cannot be read ({str(error)[:120]})"
+        raise UserError(str(path), rule, "fetch its tokenizer files again") from error
 
 
 def wrap(full: Any, place: Path | str) -> TextTokenizer:
@@ -322,12 +302,19 @@ def wrap(full: Any, place: Path | str) -> TextTokenizer:
     """
     from tokenizers import Tokenizer
 
-    inner = getattr(full, "backend_tokenizer", None)
+    inner, template = getattr(full, "backend_tokenizer", None), full.chat_template
     if inner is None:
         remedy = "save one with transformers' fast tokenizer"
         raise UserError(str(place), "its tokenizer has no fast form (tokenizer.json)", remedy)
     core = Tokenizer.from_str(inner.to_str())
-    return _make(core, _named_tokens(full.special_tokens_map), full.chat_template, str(place))
+    core.no_truncation()
+    core.no_padding()
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if not isinstance(template, str | None):
+        raise UserError(f"chat template of {place}", "is no text", "correct tokenizer_config.json")
+    names = {k: v for k, v in full.special_tokens_map.items() if isinstance(v, str)}
+    return TextTokenizer(core, names, template, str(place), full)
 
 
 def has_files(path: Path) -> bool:
@@ -366,29 +353,3 @@ def require_files(path: Path) -> None:
     if not has_files(path):
         remedy = "put tokenizer.json there, or use --dataset dummy"
         raise UserError(str(path), "has no tokenizer", remedy)
-
-
-def _make(core: Any, names: dict[str, str], template: Any, place: str) -> TextTokenizer:
-    core.no_truncation()
-    core.no_padding()
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}
-    if isinstance(template, dict):
-        template = template.get("default")
-    if not isinstance(template, str | None):
-        raise UserError(f"chat template of {place}", "is no text", "correct tokenizer_config.json")
-    return TextTokenizer(core, names, template, place)
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _named_tokens(table: Mapping[str, Any]) -> dict[str, str]:
-    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in table.items()}
-    return {k: v for k, v in texts.items() if k.endswith("_token") and isinstance(v, str)}
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    rule = f"its tokenizer cannot be read ({str(error)[:120]})"
-    return UserError(str(path), rule, "fetch its tokenizer files again")

@@ -1,17 +1,34 @@
-"""Rows to token ids, many at a time, with what is lost on the way counted."""
+"""Rows to token ids: tokenized many at a time, and kept as one flat array.
 
+The array lies in memory, or on disk once for all ranks and later runs. A token that is learned is
+stored as its id, one that is only given as ~id, a negative number. What is lost is counted.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from fsdp_qlora import atomic
 from fsdp_qlora.data.row_formats import BLOCKS, TOKENS, RowFormatter
 from fsdp_qlora.data.sources import BadRow, PlacedRows, RowPlace, TextPiece
-from fsdp_qlora.data.token_dataset import Sample, StoreBuilder, TokenDataset, TokenStore, of_samples
 from fsdp_qlora.data.tokenizer import Refused, Span, Text, TextTokenizer
 
+VERSION = 2  # of what the files mean; raise it when that or the way rows become tokens changes
+CODES, TABLE, FACTS = "codes.bin", "table.bin", "facts.json"
+START, FILE, NUMBER, HASH, NUM_TRAINED, NUM_UNCUT = range(6)
 CHUNK = 1024  # texts that are tokenized at once
 NUM_EXAMPLES = 5
 NO_TEXT = Text("", (), has_markup=True)
@@ -22,9 +39,231 @@ NUMBERS = (
     *("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond"),
     *("num_with_end", "num_learning_end"),
 )
-
-
 Facts = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One row as ids.
+
+    Args:
+        input_ids: int32 [T].
+        is_trained: bool [T], tokens that are learned; the very first never is.
+    """
+
+    input_ids: np.ndarray
+    is_trained: np.ndarray
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Ids that are the target of a prediction."""
+        return int(np.count_nonzero(self.is_trained[1:]))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStore:
+    """All samples of a data set.
+
+    Args:
+        codes: int32 [tokens of all samples].
+        table: int64 [samples + 1, 6], of each sample: where it begins in `codes`, index into
+            facts["files"] and number of its `RowPlace`, a hash of its codes, tokens that are the
+            target of a prediction, tokens before the context cut them. The last row is the end.
+        facts: what was counted while the rows were read, as JSON can hold it.
+        note: one line for the user on where the tokens lie.
+    """
+
+    codes: np.ndarray
+    table: np.ndarray
+    facts: dict[str, Any]
+    note: str = ""
+
+    def __len__(self) -> int:
+        return len(self.table) - 1
+
+
+class TokenDataset(Sequence[Sample]):
+    """Some samples of a store.
+
+    Args:
+        store: holds them.
+        indices: int64, which ones, in order; None for all.
+    """
+
+    def __init__(self, store: TokenStore, indices: np.ndarray | None = None) -> None:
+        self.store = store
+        self.indices = np.arange(len(store)) if indices is None else indices
+        self.lengths = np.diff(store.table[:, START])[self.indices]
+        self.num_trained = store.table[self.indices, NUM_TRAINED]
+        self.hashes = store.table[self.indices, HASH].view(np.uint64)  # equal for equal tokens
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self.indices[index]
+        start, stop = self.store.table[row : row + 2, START]
+        codes = np.array(self.store.codes[start:stop])
+        return Sample(np.where(codes < 0, ~codes, codes), codes >= 0)
+
+    def part(self, is_in: np.ndarray) -> "TokenDataset":
+        """Return the samples for which a bool is true."""
+        return TokenDataset(self.store, self.indices[is_in])
+
+    def place(self, index: int) -> RowPlace:
+        """Return where the row of a sample stands."""
+        row = self.store.table[self.indices[index]]
+        return RowPlace(self.store.facts["files"][row[FILE]], int(row[NUMBER]))
+
+
+def of_samples(samples: Sequence[Sample], name: str) -> TokenDataset:
+    """Put samples into memory.
+
+    Args:
+        samples: any.
+        name: what their places are called.
+
+    Returns:
+        All of them.
+    """
+    builder = StoreBuilder(None)
+    for number, sample in enumerate(samples, 1):
+        codes = np.where(sample.is_trained, sample.input_ids, ~sample.input_ids)
+        builder.add(codes.astype(np.int32), RowPlace(name, -number))
+    counts = {"num_rows": len(samples), "kinds": {name: len(samples)}}
+    return TokenDataset(builder.finish(no_facts() | counts))
+
+
+class StoreBuilder:
+    """Collects samples.
+
+    Args:
+        directory: where the tokens are written; None for memory.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory, self.buffer = directory, io.BytesIO()
+        self.file: BinaryIO = self.buffer
+        if directory is not None:
+            directory.mkdir(parents=True)
+            self.file = (directory / CODES).open("wb")
+        self.num_tokens, self.table, self.names = 0, array("q"), dict[str, int]()
+
+    def add(self, codes: np.ndarray, place: RowPlace, num_uncut: int | None = None) -> None:
+        """Add a sample.
+
+        Args:
+            codes: int32 [T].
+            place: of its row.
+            num_uncut: tokens before it was cut; None for T.
+        """
+        whole = codes.tobytes()
+        self.file.write(whole)
+        digest = hashlib.blake2b(whole, digest_size=8).digest()
+        file = self.names.setdefault(place.name, len(self.names))
+        num_trained = int(np.count_nonzero(codes[1:] >= 0))
+        uncut = len(codes) if num_uncut is None else num_uncut
+        number = int.from_bytes(digest, "little", signed=True)
+        self.table.extend((self.num_tokens, file, place.number, number, num_trained, uncut))
+        self.num_tokens += len(codes)
+
+    def finish(self, facts: dict[str, Any]) -> TokenStore:
+        """Return the samples; they are whole on disk if there is a directory.
+
+        Args:
+            facts: what was counted.
+        """
+        facts = facts | {"files": list(self.names)}
+        self.table.extend((self.num_tokens, 0, 0, 0, 0, 0))
+        if self.directory is None:
+            codes = np.frombuffer(self.buffer.getbuffer(), np.int32)
+            return TokenStore(codes, np.array(self.table).reshape(-1, 6), facts)
+        self.file.close()
+        (self.directory / TABLE).write_bytes(self.table.tobytes())
+        sums = [_digest(self.directory / name) for name in (CODES, TABLE)]
+        (self.directory / FACTS).write_text(json.dumps({"sums": sums, "facts": facts}))
+        return _map(self.directory, facts)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _map(directory: Path, facts: dict[str, Any]) -> TokenStore:
+    has_codes = (directory / CODES).stat().st_size > 0  # nothing of that size can be mapped
+    codes = np.memmap(directory / CODES, np.int32, "r") if has_codes else np.zeros(0, np.int32)
+    return TokenStore(codes, np.memmap(directory / TABLE, np.int64, "r").reshape(-1, 6), facts)
+
+
+def read_store(directory: Path) -> TokenStore | None:
+    """Map what is on disk.
+
+    Args:
+        directory: of a finished store.
+
+    Returns:
+        The store; None if there is none or a byte of it is wrong.
+    """
+    try:
+        table = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+        sums = [_digest(directory / name) for name in (CODES, TABLE)]
+        return _map(directory, table["facts"]) if table["sums"] == sums else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def cache_root(setting: str) -> Path | None:
+    """Return where stores are kept.
+
+    Args:
+        setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
+    """
+    return None if setting == "off" else atomic.cache_dir(setting)
+
+
+def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> TokenStore:
+    """Map a store, or build it while the other ranks wait.
+
+    Args:
+        directory: of the store; another one for other tokens.
+        build: fills a builder; its errors are passed on.
+
+    Returns:
+        The store; in memory, with the reason in its note, if the disk does not take it.
+    """
+    draft = directory.with_name(f".tmp-{os.getpid()}-{directory.name}")
+    lock = directory.with_name(f".{directory.name}.lock")
+    is_new = not directory.parent.exists()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            found = read_store(directory)
+            if found is not None:
+                return replace(found, note=f"{directory} (made before)")
+            for stale in (directory, *directory.parent.glob(f".tmp-*-{directory.name}")):
+                shutil.rmtree(stale, ignore_errors=True)  # damaged, or of a run that was killed
+            made = build(StoreBuilder(draft))
+            if made.facts.get("num_bad"):  # mapped files live on until they are closed
+                return replace(made, note="not kept: there are bad rows")
+            atomic.commit(draft, directory)
+            return replace(made, note=str(directory))
+    except OSError as error:  # a full disk, or one that cannot be written or locked
+        note = f"not kept: {directory.parent}: {error.strerror or error}"
+        return replace(build(StoreBuilder(None)), note=note)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        if is_new and not directory.exists():  # nothing is kept, so nothing is left
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.parent.rmdir()
+
+
+def no_facts() -> Facts:
+    """Return what `tokenize` counts, before a row has been read."""
+    numbers = dict.fromkeys(NUMBERS, 0)
+    return numbers | {"kinds": {}, "bad": [], "examples": {}, "largest_id": -1}
 
 
 class _Job(NamedTuple):
@@ -68,8 +307,7 @@ def tokenize(
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    num_reported, facts = 0, Facts(dict.fromkeys(NUMBERS, 0))
-    facts |= {"kinds": Counter(), "bad": [], "examples": {}, "largest_id": -1}
+    num_reported, facts = 0, no_facts() | {"kinds": Counter()}
     maker = _SampleMaker(builder, facts, context_length, tokenizer)
     jobs = _jobs(rows, formatter, facts)
     while chunk := list(islice(jobs, CHUNK)):

@@ -569,7 +569,7 @@ def _rows_of_data(
 ) -> Rows:
     path = adapter.path if tokenizer.has_files(adapter.path) else tokenizer.directory(info)
     text = tokenizer.read(path)
-    ready = prepare.prepare(cfg, text, info.vocab_size, lambda: tokenizer.load(path))
+    ready = prepare.prepare(cfg, text, info.vocab_size)
     part = ready.held_out if len(ready.held_out) else ready.train
     rows = (part[i].input_ids[: shape[1]].tolist() for i in range(len(part)))
     ids = list(itertools.islice(filter(None, rows), shape[0]))

@@ -17,7 +17,7 @@ import torch
 
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
-from fsdp_qlora.data.token_dataset import Sample
+from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel

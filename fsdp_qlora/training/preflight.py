@@ -197,7 +197,7 @@ def data_fingerprint(data: "Data") -> dict[str, Any]:
     return {
         "chat_template": _digest(str(getattr(data.tokenizer, "chat_template", None))),
         "rows": len(samples),
-        "tokens": hashlib.sha256(samples.store.hashes[samples.indices].tobytes()).hexdigest()[:16],
+        "tokens": hashlib.sha256(samples.hashes.tobytes()).hexdigest()[:16],
     }
 
 
@@ -315,7 +315,7 @@ def _check_data(cfg: TrainConfig, info: ModelInfo) -> None:
     names = [name for name in (cfg.dataset, cfg.eval_split) if name is not None]
     own = [name for name in names if any(map(sources.OWN_CODE.fullmatch, name.split(",")))]
     for name in own:
-        sources.find(name, sources.SourceOptions())
+        sources.find(name, cfg)
     if own:
         return
     ready = prepare.prepare_early(cfg, light, info.vocab_size)

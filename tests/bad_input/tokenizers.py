@@ -77,7 +77,7 @@ CASES = [
     Case("settings a pipe", "no regular file", make=in_place_of(CONFIG, os.mkfifo)),
     Case("special tokens cut off", "cannot be", make=text("special_tokens_map.json", "{")),
     Case("no end of text", "has no end-of-text token", make=settings(eos_token=None)),
-    Case("end of text a number", "has no end-of-text token", make=settings(eos_token=7)),
+    Case("end of text a number", "its tokenizer cannot be read", make=settings(eos_token=7)),
     Case("ids beyond the embedding", "the model's embedding has 640 rows", make=too_many_ids),
     Case("small embedding", "the model's embedding has 96 rows", make=small_embedding),
     Case("template is no Jinja", "is not a Jinja template", make=template("{% for x %}")),

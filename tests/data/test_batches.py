@@ -8,7 +8,7 @@ import torch
 
 from fsdp_qlora.data import batches as batches_of
 from fsdp_qlora.data.batches import NOT_TRAINED, Batches, SamplerConfig, collate, held_out
-from fsdp_qlora.data.token_dataset import Sample, of_samples
+from fsdp_qlora.data.tokens import Sample, of_samples
 
 
 def sample(ids, num_given=0):

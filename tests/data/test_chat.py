@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.sources import RowPlace
-from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
+from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.data import trl_masks
@@ -195,12 +195,12 @@ def learned(texts: list[Text]) -> list[tuple[str, list[str]]]:
     ids=["earlier turns are written in another way", "the end stands once", "a cue is left out"],
 )
 def test_an_answer_is_learned_in_the_text_that_the_model_will_see(source, expected):
-    chat = Chat(Template(source, NAMES, "t"))
+    chat = Chat(source, NAMES, "t")
     assert learned(chat.render(PAIR, [1, 3])) == expected
 
 
 def test_a_conversation_may_begin_with_the_assistant():
-    chat = Chat(Template("{{ messages[0].role[:0] }}" + ENDING, NAMES, "t"))
+    chat = Chat("{{ messages[0].role[:0] }}" + ENDING, NAMES, "t")
     messages = [{"role": "assistant", "content": "Hello."}, *PAIR[:2]]
     ((_, spans),) = learned(chat.render(messages, [0, 2]))
     assert spans == ["Hello.|", "<think>why</think>A|</s>"]
@@ -230,7 +230,7 @@ def test_a_broken_template_is_named_with_its_line(source, words):
 )
 def test_what_a_template_raises_or_may_not_do_is_a_refusal(source):
     with pytest.raises(Refused):
-        Chat(Template(source, NAMES, "t")).render(PAIR, [1])
+        Chat(source, NAMES, "t").render(PAIR, [1])
 
 
 def test_a_template_sees_what_transformers_gives_it():
@@ -243,7 +243,7 @@ def test_a_template_sees_what_transformers_gives_it():
         "{{ strftime_now('%Y') }}{{ bos_token }}{% if tools is none %}none{% endif %}"
         "{{ 'x' if documents is none }}{{ namespace(a=1).a }}{{ undefined_name }}"
     )
-    ours = Chat(Template(source, NAMES, "t")).whole(PAIR)
+    ours = Chat(source, NAMES, "t").whole(PAIR)
     theirs, _ = render_jinja_template([PAIR], chat_template=source, **NAMES)
     assert ours == theirs[0]
     source = (
@@ -252,7 +252,7 @@ def test_a_template_sees_what_transformers_gives_it():
     texts, spans = render_jinja_template(
         [PAIR], chat_template=source, return_assistant_tokens_mask=True, **NAMES
     )
-    ours = Template(source, NAMES, "t").render(messages=PAIR)
+    ours = Template(source, NAMES, "t").fill(messages=PAIR)
     assert ours == (texts[0], tuple(spans[0])) and len(spans[0]) == len(PAIR)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data import prepare, token_dataset, tokenizer
+from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import ROWS as REAL_ROWS
@@ -29,7 +29,7 @@ def place(tmp_path_factory):
 def run(place, dataset, *flags, vocab_size=600, light=None):
     cfg = config.parse(["--dataset", str(dataset), "--token_cache=off", *map(str, flags)])
     light = light or tokenizer.read(place)
-    return prepare.prepare(cfg, light, vocab_size, lambda: tokenizer.load(place))
+    return prepare.prepare(cfg, light, vocab_size)
 
 
 def lines(part):
@@ -71,9 +71,9 @@ def test_equal_rows_fall_into_one_part(place, tmp_path):
 def test_shares_are_even_over_many_hashes():
     hashes = np.random.default_rng(0).integers(0, 2**63, 100_000, np.uint64)
     for seed in (0, 42, 2**32 - 1):
-        counts, _ = np.histogram(token_dataset.spread(hashes, seed), 10, (0, 1))
+        counts, _ = np.histogram(prepare.spread(hashes, seed), 10, (0, 1))
         assert counts.sum() == 100_000 and abs(counts - 10_000).max() < 500
-    assert (token_dataset.spread(hashes, 1) != token_dataset.spread(hashes, 2)).all()
+    assert (prepare.spread(hashes, 1) != prepare.spread(hashes, 2)).all()
 
 
 def test_a_number_of_rows_is_held_out_exactly(place, tmp_path):
@@ -133,7 +133,7 @@ def test_bad_rows_are_named_by_file_and_line_all_at_once(place, tmp_path):
     table = [*rows(3), {"prompt": 1, "completion": ""}, *rows(3), 7, *([[]] * 6)]
     path = write(tmp_path / "x.jsonl", table)
     ready = run(place, path)
-    assert ready.num_bad == 8 and len(ready.train) == 6
+    assert ready.facts["num_bad"] == 8 and len(ready.train) == 6
     with pytest.raises(UserError) as caught:
         ready.check()
     parts = str(caught.value).split(" | ")
@@ -144,7 +144,7 @@ def test_bad_rows_are_named_by_file_and_line_all_at_once(place, tmp_path):
 
 def test_a_file_of_another_kind_is_given_up_after_a_thousand_bad_rows(place, tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"no JSON\n" * 3000)
-    assert run(place, tmp_path / "x.jsonl").num_bad == 1000
+    assert run(place, tmp_path / "x.jsonl").facts["num_bad"] == 1000
 
 
 def test_no_rows_and_nothing_to_learn_are_refused(place, tmp_path):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fsdp_qlora.data import token_dataset
+from fsdp_qlora.data import tokens
 from fsdp_qlora.data.sources import RowPlace
-from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
+from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
 
 CODES = [[~5, 6, 7], [~1, ~2, 3], [4], [], [~5, 6, 7]]
 
@@ -21,24 +21,23 @@ def build(builder: StoreBuilder):
     return builder.finish({"num_rows": 5})
 
 
-def check(found: token_dataset.TokenStore):
+def check(found: tokens.TokenStore):
     part = TokenDataset(found)
     assert [s.input_ids.tolist() for s in part] == [[5, 6, 7], [1, 2, 3], [4], [], [5, 6, 7]]
     assert part[1].is_trained.tolist() == [False, False, True]
     assert part.num_trained.tolist() == [s.num_trained_tokens for s in part] == [2, 1, 0, 0, 2]
     assert part.lengths.tolist() == [3, 3, 1, 0, 3]
     assert [str(part.place(i)) for i in (0, 1, 4)] == ["b:1", "a:2", "b:5"]
-    assert found.hashes[0] == found.hashes[4] and len(set(found.hashes.tolist())) == 4
-    assert found.num_uncut.tolist() == [9] * 5 and found.facts["num_rows"] == 5
+    hashes = TokenDataset(found).hashes.tolist()
+    assert hashes[0] == hashes[4] and len(set(hashes)) == 4
+    assert found.table[:-1, tokens.NUM_UNCUT].tolist() == [9] * 5 and found.facts["num_rows"] == 5
 
 
 def test_samples_come_back_from_memory_and_from_disk(tmp_path):
     check(build(StoreBuilder(None)))
-    check(token_dataset.cached(tmp_path / "x" / "tokens", build))
-    check(
-        token_dataset.cached(tmp_path / "x" / "tokens", lambda builder: pytest.fail("made again"))
-    )
-    found = token_dataset.read(tmp_path / "x" / "tokens")
+    check(tokens.cached(tmp_path / "x" / "tokens", build))
+    check(tokens.cached(tmp_path / "x" / "tokens", lambda builder: pytest.fail("made again")))
+    found = tokens.read_store(tmp_path / "x" / "tokens")
     assert isinstance(found.codes, np.memmap) and not found.codes.flags.writeable
     part = TokenDataset(found, np.array([4, 1]))
     assert len(part) == 2 and part[0].input_ids.tolist() == [5, 6, 7]
@@ -46,36 +45,36 @@ def test_samples_come_back_from_memory_and_from_disk(tmp_path):
 
 
 def test_nothing_may_be_kept_too(tmp_path):
-    found = token_dataset.cached(tmp_path / "x", lambda builder: builder.finish({}))
-    assert len(TokenDataset(found)) == len(TokenDataset(token_dataset.read(tmp_path / "x"))) == 0
+    found = tokens.cached(tmp_path / "x", lambda builder: builder.finish({}))
+    assert len(TokenDataset(found)) == len(TokenDataset(tokens.read_store(tmp_path / "x"))) == 0
 
 
 @pytest.mark.parametrize("name", ["codes.bin", "table.bin", "facts.json"])
 def test_a_damaged_or_lost_file_is_noticed_and_all_made_again(tmp_path, name):
     path = tmp_path / "tokens" / name
     for damage in ("flip", "cut", "lose"):
-        check(token_dataset.cached(tmp_path / "tokens", build))
+        check(tokens.cached(tmp_path / "tokens", build))
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content if damage == "flip" else content[:-1])
         if damage == "lose":
             path.unlink()
-        assert token_dataset.read(tmp_path / "tokens") is None
-        check(token_dataset.cached(tmp_path / "tokens", build))
-        assert token_dataset.read(tmp_path / "tokens") is not None
+        assert tokens.read_store(tmp_path / "tokens") is None
+        check(tokens.cached(tmp_path / "tokens", build))
+        assert tokens.read_store(tmp_path / "tokens") is not None
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path / ".tmp-1-tokens").mkdir()
     (tmp_path / ".tmp-1-other").mkdir()
-    found = token_dataset.cached(tmp_path / "tokens", build)
+    found = tokens.cached(tmp_path / "tokens", build)
     assert found.note == str(tmp_path / "tokens")
     assert {path.name for path in tmp_path.iterdir()} == {"tokens", ".tmp-1-other", ".tokens.lock"}
 
 
 def test_without_a_disk_to_write_on_the_tokens_stay_in_memory(tmp_path):
     (tmp_path / "file").write_text("")
-    found = token_dataset.cached(tmp_path / "file" / "tokens", build)
+    found = tokens.cached(tmp_path / "file" / "tokens", build)
     check(found)
     assert found.note.startswith(f"not kept: {tmp_path}/file: ")
 
@@ -86,7 +85,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        token_dataset.cached(tmp_path / "tokens", fail)
+        tokens.cached(tmp_path / "tokens", fail)
     assert [path.name for path in tmp_path.iterdir()] == [".tokens.lock"]
 
 
@@ -96,7 +95,7 @@ def test_rows_with_faults_are_not_kept(tmp_path):
         found.facts["num_bad"] = 1
         return found
 
-    found = token_dataset.cached(tmp_path / "tokens", build_bad)
+    found = tokens.cached(tmp_path / "tokens", build_bad)
     assert found.note == "not kept: there are bad rows"
     found.facts["num_bad"] = 0
     check(found)
@@ -110,7 +109,7 @@ def keep_slowly(directory: Path, log: Path) -> None:
         time.sleep(0.3)
         return build(builder)
 
-    check(token_dataset.cached(directory, build_slowly))
+    check(tokens.cached(directory, build_slowly))
 
 
 def test_of_several_ranks_one_makes_the_tokens_and_the_others_wait(tmp_path):
@@ -127,7 +126,7 @@ def test_of_several_ranks_one_makes_the_tokens_and_the_others_wait(tmp_path):
 
 def test_the_root_is_off_usual_or_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
-    assert token_dataset.cache_root("off") is None and token_dataset.cache_root("auto") == tmp_path
-    assert token_dataset.cache_root("~/x") == Path.home() / "x"
+    assert tokens.cache_root("off") is None and tokens.cache_root("auto") == tmp_path
+    assert tokens.cache_root("~/x") == Path.home() / "x"
     monkeypatch.delenv("FSDP_QLORA_CACHE")
-    assert token_dataset.cache_root("auto") == Path.home() / ".cache" / "fsdp_qlora"
+    assert tokens.cache_root("auto") == Path.home() / ".cache" / "fsdp_qlora"

@@ -5,7 +5,7 @@ import pytest
 
 from fsdp_qlora.data import row_formats, sources, tokens
 from fsdp_qlora.data.sources import RowPlace, TextPiece
-from fsdp_qlora.data.token_dataset import StoreBuilder, TokenDataset
+from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 
@@ -85,7 +85,7 @@ def test_a_row_longer_than_the_context_is_cut_counted_and_does_not_end(tokenizer
     facts = part.store.facts
     assert (facts["num_cut"], facts["num_learning_end"], len(part)) == (1, 0, 1)
     assert part[0].input_ids.tolist() == whole[0].input_ids[:length].tolist()
-    assert part.store.num_uncut.tolist() == [length + 2]
+    assert part.store.table[:-1, tokens.NUM_UNCUT].tolist() == [length + 2]
     assert facts["examples"] == {"cut": ["x:1"]}
 
 

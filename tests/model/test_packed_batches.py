@@ -15,7 +15,7 @@ from fsdp_qlora.data.batches import (
     collate,
     flatten,
 )
-from fsdp_qlora.data.token_dataset import Sample, of_samples
+from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.model import shard
 from fsdp_qlora.training import loop
 from tests import tiny

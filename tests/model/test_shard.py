@@ -9,7 +9,7 @@ import torch
 
 from fsdp_qlora import config
 from fsdp_qlora.data.batches import collate
-from fsdp_qlora.data.token_dataset import Sample
+from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import load, shard, weights

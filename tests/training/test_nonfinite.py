@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from fsdp_qlora.data import token_dataset
+from fsdp_qlora.data import tokens
 from fsdp_qlora.data.batches import Batches, SamplerConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
@@ -101,7 +101,7 @@ def fit(world, path, out, fault, *flags):
     trained = optim.prepare(model, cfg, 6, world)
     start = state_hash(trained)
     dealing = SamplerConfig(2, 1, world.size, world.rank, 0, 1, -1)
-    batches = Batches(token_dataset.of_samples(make_samples(24), "rows"), dealing)
+    batches = Batches(tokens.of_samples(make_samples(24), "rows"), dealing)
     injector, error, done = Injector(model), None, itertools.count(2)
 
     def next_step():
