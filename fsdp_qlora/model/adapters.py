@@ -5,7 +5,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
-def attach(model: nn.Module, targets: Iterable[Linear], cfg: TrainConfig, world_size: int) -> None:
+def attach(model: nn.Module, targets: Sequence[Linear], cfg: TrainConfig, world_size: int) -> None:
     """Give each decoder layer one flat LoRA parameter (meta).
 
     Args:
@@ -36,13 +36,12 @@ def attach(model: nn.Module, targets: Iterable[Linear], cfg: TrainConfig, world_
             master_dtype.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
     """
-    names = [linear.name for linear in targets]
     for block in blocks(model):
         body = block.body
         linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, QuantizedLinear)}
         rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        slots = [LoraSlot(name, linears[name], *rest, has_magnitude) for name in names]
+        slots = [LoraSlot(n.name, linears[n.name], *rest, has_magnitude) for n in targets]
         numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))

@@ -133,13 +133,10 @@ class LossHead(nn.Module):
             Sum of the loss over the targets, 0-d float32; or logits [B, 1, V], or those of some
             positions [N, V], compute dtype.
         """
-        if targets is None:
-            return self._logits(hidden_BTH[:, -1:])
-        x_NH = hidden_BTH.flatten(0, 1).index_select(0, targets.positions_N)
-        if targets.tokens_N is None:
-            return self._logits(x_NH)
-        return ChunkedCrossEntropy.apply(x_NH, self.weight, targets.tokens_N, self.softcap)
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = hidden @ self.weight.t()
+        x = hidden_BTH[:, -1:]
+        if targets is not None:
+            x = hidden_BTH.flatten(0, 1).index_select(0, targets.positions_N)
+            if targets.tokens_N is not None:
+                return ChunkedCrossEntropy.apply(x, self.weight, targets.tokens_N, self.softcap)
+        logits = x @ self.weight.t()
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap

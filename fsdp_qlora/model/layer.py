@@ -182,6 +182,7 @@ class TrainedLayer(nn.Module):
             the order of the slots; None until adapters.initialise gives it.
         store: of the bytes of its linears; None when it is trained whole.
         slots: the adapted linears, in the order of the store.
+        num_lora: elements of `lora` that are no padding.
         level: row of planning.sizes.LEVELS.
         is_reentrant: recompute with torch's older checkpoint.
         is_whole: its own parameters are trained, nothing is quantized.
@@ -200,6 +201,7 @@ class TrainedLayer(nn.Module):
         self.register_parameter("lora", None)
         self.register_buffer("row_squares", None, persistent=False)
         self.slots: tuple[LoraSlot, ...] = ()
+        self.num_lora = 0
         self.level, self.is_reentrant = "none", False
         self.graphs: Graphs | None = None
         self.store = store
@@ -216,11 +218,6 @@ class TrainedLayer(nn.Module):
     def is_trained(self) -> bool:
         """Whether it has adapters, or is trained whole."""
         return self.is_whole or bool(self.slots)
-
-    @property
-    def num_lora(self) -> int:
-        """Elements of `lora` that are no padding."""
-        return sum(self._sizes)
 
     def set_slots(self, slots: Sequence[LoraSlot]) -> int:
         """Say which linears are adapted.
@@ -239,10 +236,11 @@ class TrainedLayer(nn.Module):
             self._sizes.append(sum(s.rank for s in members) * members[0].linear.in_features)
             self._sizes += [slot.linear.out_features * slot.rank for slot in members]
             self._sizes += [s.linear.out_features for s in members if s.has_magnitude]
-        return sum(self._sizes)
+        self.num_lora = sum(self._sizes)
+        return self.num_lora
 
     def _adapters(self, flat: torch.Tensor) -> list[Adapter]:
-        parts = iter(flat.split([*self._sizes, flat.numel() - sum(self._sizes)]))
+        parts = iter(flat.split([*self._sizes, flat.numel() - self.num_lora]))
         squares = dict(zip(self.slots, self.split_squares(), strict=False))
         return [
             Adapter(
@@ -261,8 +259,7 @@ class TrainedLayer(nn.Module):
         """[A_RI, B_OR, of DoRA change_O] of every slot: views of a whole tensor like `lora`."""
         found: dict[str, list[torch.Tensor]] = {}
         for (_, slots), adapter in zip(self._adapted, self._adapters(flat), strict=True):
-            a_RIs = adapter.a_RI.split([slot.rank for slot in slots])
-            columns = [a_RIs, adapter.b_ORs, adapter.changes_O]
+            columns = [adapter.a_RIs, adapter.b_ORs, adapter.changes_O]
             rows = zip(slots, *filter(len, columns), strict=True)
             found |= {slot.name: parts for slot, *parts in rows}
         return [found[slot.name] for slot in self.slots]
@@ -374,18 +371,17 @@ class DecoderBlock(nn.Module):
 
     quantized: nn.Parameter
     store: LayerStore | None
+    offload: Offload | None
     body: TrainedLayer
 
     def __init__(self, layout: Layout | None, cache: LayerCache) -> None:
         super().__init__()
         self.register_parameter("quantized", None)
-        self.offload: Offload | None = None
-        if layout is None:
-            self.store = None
-            return
-        quantized = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
-        self.quantized = nn.Parameter(quantized, requires_grad=False)
-        self.store = LayerStore(lambda: self.quantized, layout, cache)
+        self.store = self.offload = None
+        if layout is not None:
+            quantized = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
+            self.quantized = nn.Parameter(quantized, requires_grad=False)
+            self.store = LayerStore(lambda: self.quantized, layout, cache)
 
     def forward(self, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward."""

@@ -245,8 +245,7 @@ def choose(
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
         names = setting_of(by_fsdp, info.num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
-    num_slots = NUM_SLOTS + ("resident" in names)
-    streamer = Streamer(num_streamed, layer_bytes, num_slots, world.device)
+    streamer = Streamer(num_streamed, layer_bytes, NUM_SLOTS + ("resident" in names), world.device)
     place = " (mapped from the cache: the host has no room for a copy)"
     if memory is not None:
         streamer.sources = memory.bytes.split(layer_bytes)

@@ -122,8 +122,7 @@ def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fie
 
 
 def _nested_fields(weight, qabsmax, nested_absmax, offset) -> Fields:
-    fields = {"weight": weight, "qabsmax": qabsmax}
-    return fields | {"nested_absmax": nested_absmax, "offset": offset}
+    return {"weight": weight, "qabsmax": qabsmax, "nested_absmax": nested_absmax, "offset": offset}
 
 
 def from_stored(parts: Fields, offset: float | None, format_name: str, name: str) -> Fields:
@@ -221,11 +220,8 @@ def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
     groups = {"group_size": group_size, "axis": storage.axis, "device": weight_OI.device.type}
     quantized, meta = Quantizer.quantize(weight_OI, nbits=bits, **groups)
     dtype = getattr(torch, storage.fields[0].dtype)
-    return {
-        "weight": quantized.view(-1).view(torch.uint8),
-        "scale": meta["scale"].view(-1).to(dtype),
-        "zero": meta["zero"].view(-1).to(dtype),
-    }
+    constants = {name: meta[name].view(-1).to(dtype) for name in ("scale", "zero")}
+    return {"weight": quantized.view(-1).view(torch.uint8), **constants}
 
 
 def _quantize_int8(weight_OI: torch.Tensor) -> Fields:

@@ -46,12 +46,11 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
         placed: where the quantized bytes of each decoder layer lie.
         world: the ranks.
     """
-    compute_dtype = model.kernels.dtype
-    row, device_type, shares = STRATEGIES[strategy], world.device.type, num_shares(strategy, world)
+    row, shares, dtype = STRATEGIES[strategy], num_shares(strategy, world), model.kernels.dtype
     has_copies = row.replicates or shares < world.size
     shape = (world.size // shares, shares) if has_copies else (world.size,)
     names = ("replicate", "shard")[-len(shape) :]
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     layers = list(zip(blocks(model), placed.names, strict=True))
     streamed = [block for block, name in layers if name == "streamed"]
     for number, block in enumerate(streamed):  # they read their slots: no parameter any more
@@ -63,12 +62,12 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
         ignored = {p for p in model.parameters() if not p.requires_grad}
     common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": row.reshards}
     common["ignored_params"] = ignored - {None}
-    mixed = fsdp.MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    pinned = fsdp.CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    mixed = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    pinned = fsdp.CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     bodies: list[Any] = [block.body for block, _ in layers]
     bodies = [body for body in bodies if body.is_trained or not row.replicates]
     light = [body for body in bodies if not body.is_whole]
-    lora_bytes = sum(body.lora.numel() for body in light if body.slots) * compute_dtype.itemsize
+    lora_bytes = sum(body.lora.numel() for body in light if body.slots) * dtype.itemsize
     if light and lora_bytes <= ONE_GROUP_BYTES:  # gathered once a pass, reduced once
         fsdp.fully_shard(light, mp_policy=mixed, **{**common, "reshard_after_forward": False})
         bodies = [body for body in bodies if body.is_whole]

@@ -6,7 +6,7 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +23,7 @@ from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
-from fsdp_qlora.model.quantize import LayerCache, Layout, build_layout
+from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, build_layout
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -216,7 +216,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     params = [hf_model.get_parameter(name) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
-        layers[index] = _build_block(layer, None if is_whole else layout, cache, info)
+        block = DecoderBlock(None if is_whole else layout, cache)
+        layers[index], block.body = block, _build_body(layer, info, block.store)
         params += layer.parameters() if is_whole else ()
     for param in params:
         param.data = param.data.to(master)  # in place: a tied head is the same parameter
@@ -256,9 +257,7 @@ def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
     return model
 
 
-def _build_block(
-    layer: nn.Module, layout: Layout | None, cache: LayerCache, info: ModelInfo
-) -> DecoderBlock:
+def _build_body(layer: nn.Module, info: ModelInfo, store: LayerStore | None) -> TrainedLayer:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     places = {n.name: index for index, n in enumerate(info.linears) if n.expert is None}
     expected = {name: info.linears[index].shape for name, index in places.items()}
@@ -266,27 +265,23 @@ def _build_block(
         got = f"linears {sorted(built)} in the {info.model_type} decoder layer"
         rule = f"its files and config.json say {sorted(expected)}"
         raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)
-    block, linears = DecoderBlock(layout, cache), {}
-    if block.store is None:
-        block.body = TrainedLayer(layer, (), None)
-        return block
-    _replace_experts(layer, info.linears, block.store.weight)
+    if store is None:
+        return TrainedLayer(layer, (), None)
+    _replace_experts(layer, info.linears, store)
+    linears = {}
     for name, index in places.items():
-        linears[name] = QuantizedLinear(built[name], partial(block.store.weight, index))
+        linears[name] = QuantizedLinear(built[name], partial(store.weight, index))
         layer.set_submodule(name, linears[name])
-    block.body = TrainedLayer(layer, group_linears(linears), block.store)
-    return block
+    return TrainedLayer(layer, group_linears(linears), store)
 
 
-def _replace_experts(
-    layer: nn.Module, linears: Sequence[Linear], weight: Callable[[int, torch.dtype], torch.Tensor]
-) -> None:
+def _replace_experts(layer: nn.Module, linears: Sequence[Linear], store: LayerStore) -> None:
     """Put quantized experts in the place of a decoder layer's own.
 
     Args:
         layer: as transformers has built it.
         linears: of the layer, in the order of its store.
-        weight: (index of a linear, dtype) -> weight_OI.
+        store: of the layer.
 
     Raises:
         UserError: other experts than those of Mixtral and Qwen's mixtures, or other shapes than
@@ -310,7 +305,7 @@ def _replace_experts(
     if {part: linears[index].shape for part, index in parts.items()} != wanted:
         rule = f"are {num} of {inner} features in config.json, not so in the files"
         raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
-    matrices = {part: ExpertLinear(partial(weight, index)) for part, index in parts.items()}
+    matrices = {part: ExpertLinear(partial(store.weight, index)) for part, index in parts.items()}
     experts = [[matrices[n, k] for k in range(3)] for n in range(num)]
     layer.set_submodule(path, QuantizedExperts(experts, module.act_fn))
 

@@ -462,7 +462,7 @@ def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> Q
     if cache.directory is None or all(world.gather_objects(cache.is_complete)):
         return cache
     cache.is_complete = False
-    refusal = _cannot_write(cache.directory.parent, layout.nbytes * info.num_layers, world)
+    refusal = _cannot_write(cache.directory.parent, layout.nbytes * info.num_layers / GIB, world)
     refusals = [text for text in world.gather_objects(refusal) if text]
     pids = world.gather_objects(os.getpid())
     cache.temporary = cache.directory.with_name(f".tmp-{pids[0]}-{cache.directory.name}")
@@ -487,15 +487,14 @@ def _damaged(path: Path, problem: str) -> UserError:
     return UserError(f"{path} {problem}", rule, remedy, INTEGRITY)
 
 
-def _cannot_write(root: Path, need_bytes: int, world: World) -> str:
+def _cannot_write(root: Path, need_gib: float, world: World) -> str:
     if world.size != world.local_size:
         return "not written: the ranks are on several machines"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(root).free
+        free_gib = shutil.disk_usage(root).free / GIB
     except OSError as error:
         return f"not written: {root}: {error.strerror}"
-    if free_bytes < need_bytes * 1.1:
-        free_gib, need_gib = free_bytes / GIB, need_bytes / GIB
+    if free_gib < need_gib * 1.1:
         return f"not written: {root} has {free_gib:.1f} GiB free, {need_gib:.1f} needed"
     return ""
