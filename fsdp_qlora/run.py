@@ -78,7 +78,11 @@ def run(
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
-        page.write([out_dir], out_dir)
+        try:
+            page.write([out_dir], out_dir)
+        except Exception as error:  # a page about a finished run is no reason to call it failed
+            remedy = f"the result is whole; python -m fsdp_qlora report {out_dir} tries again"
+            recorder.say(f"warning   no report.html: {errors.printable(str(error))}; {remedy}")
         metrics.print_summary(cfg)
 
 
