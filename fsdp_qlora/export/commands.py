@@ -8,7 +8,7 @@ more than a few tensors at once.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DEVICES, BASES = ("auto", "cpu", "cuda"), ("auto", "16bit", "dequantized")
 # What stands beside a quantized weight; the last has the code and block size in its name.
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
@@ -108,7 +107,7 @@ def _new_model(
     names: Iterable[str],
     tensors: "Iterable[tuple[str, torch.Tensor]]",
     options: OutputOptions,
-) -> Iterator[tuple[Path, Mapping[str, float]]]:
+) -> Iterator[tuple[Path, dict[str, float]]]:
     """Write the tensors; give the directory, to be completed, and what `write_weights` says."""
     from fsdp_qlora.export import model_files
 
@@ -116,10 +115,7 @@ def _new_model(
         max_bytes = round(options.max_shard_gib * GIB)
         written = model_files.write_weights(draft, names, tensors, max_bytes)
         yield draft, written
-
-
-def _describe(out: Path, written: Mapping[str, float]) -> str:
-    return (
+    print(
         f"written   {out}: {written['num_files']} files, {written['gib']:.2f} GiB in "
         f"{written['written_s']:.1f} s; at most {written['host_peak_gib']:.2f} GiB of host memory"
     )
@@ -187,7 +183,7 @@ def _merge(
     is_dequantized |= options.base == "auto" and format_name not in (None, "bf16")
     note = f"{format_name} dequantized, as training saw it, {seen.note}"
     out, names = Path(str(options.out)), info.tensors
-    need_bytes = ITEM_BYTES[options.dtype] * sum(math.prod(ref.shape) for ref in names.values())
+    need_bytes = dtype.itemsize * sum(math.prod(ref.shape) for ref in names.values())
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
@@ -215,7 +211,7 @@ def _merge(
             "evidence": evidence,
         }
         atomic.write_json(draft / "merge.json", facts)
-    print("\n".join([_describe(out, written), new_weights.lines(evidence)]))
+    print(new_weights.lines(evidence))
 
 
 def quantize(argv: list[str]) -> int:
@@ -242,7 +238,9 @@ def quantize(argv: list[str]) -> int:
 
     num_linear, out = arch.num_linear_params(info), Path(str(options.out))
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
-    need_bytes = num_linear * QUANTIZED_BYTES + num_others * ITEM_BYTES.get(str(options.dtype), 4)
+    need_bytes = num_linear * QUANTIZED_BYTES + num_others * (
+        2 if options.dtype in ("bf16", "fp16") else 4
+    )
     names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
     device, dtype = _choose_device(options.device), DTYPES.get(str(options.dtype))
     stored = info.tensors[next(iter(new_weights.linear_places(info)))].dtype
@@ -253,11 +251,8 @@ def quantize(argv: list[str]) -> int:
         bnb_4bit_compute_dtype=dtype or STORED[stored],
     )
     tensors = new_weights.quantized(info, settings, dtype, device)
-    with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
+    with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
         model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
-    stored_gib = sum(ref.nbytes for ref in info.tensors.values()) / GIB
-    kind = options.quant_type + (" with double quantization" if options.double_quant else "")
-    print(f"{_describe(out, written)}; {kind}, from {stored_gib:.2f} GiB")
     print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return DONE
 
@@ -282,18 +277,9 @@ def expand(argv: list[str]) -> int:
         rate = 0.0 if options.add_tokens else 0.1
     num_new = int(info.num_layers * rate)
     if not 0 < num_new <= info.num_layers and (rate or not options.add_tokens):
-        rule = (
-            "makes no new layer of" if num_new < 1 else "makes more than one new layer for each of"
-        )
+        rule = f"makes {num_new} new layers, and there are {info.num_layers} to stand behind"
         remedy = f"take from {1 / info.num_layers:.3g} to 1"
-        got = f"--expansion_rate {rate:g}"
-        raise UserError(got, f"{rule} {info.num_layers} layers", remedy)
-    _expand(options, info, num_new)
-    return DONE
-
-
-def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
-    """Expand a model, tensor by tensor, and print what was done."""
+        raise UserError(f"--expansion_rate {rate:g}", rule, remedy)
     from fsdp_qlora.export import model_files, new_weights
 
     assert info.path is not None
@@ -305,10 +291,8 @@ def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
     names, tensors = [new for _, new, _ in expansion.sources], expansion.tensors(tokens)
     need_bytes = sum(ref.nbytes for ref in info.tensors.values()) * (1 + num_new / info.num_layers)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
-        changes = expansion.changes()
-        if tokens is not None:
-            changes["vocab_size"] = tokens.num_rows
-        model_files.copy_beside(draft, info, None, **changes)
+        changes = {} if tokens is None else {"vocab_size": tokens.num_rows}
+        model_files.copy_beside(draft, info, None, **expansion.changes(), **changes)
         if tokens is not None:
             model_files.write_tokens(draft, tokens.core)
     flags = f"--train_type qlora --model_name {out} --modules_to_save embed_tokens,lm_head"
@@ -318,4 +302,5 @@ def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
     if tokens is not None:
         num_tokens = tokens.core.get_vocab_size()
         print(f"tokens    {num_tokens:,}, embeddings of {tokens.num_rows:,} rows")
-    print(f"written   {out}\nnext      python train.py {flags} --dataset YOUR_ROWS.jsonl")
+    print(f"next      python train.py {flags} --dataset YOUR_ROWS.jsonl")
+    return DONE

@@ -251,19 +251,6 @@ class Vocabulary(NamedTuple):
     num_known: int
     num_rows: int
 
-    def extended(self, weight_VH: torch.Tensor) -> torch.Tensor:
-        """Give an embedding, or a head, rows for new tokens: the mean of the known ones.
-
-        Args:
-            weight_VH: as stored.
-
-        Returns:
-            [num_rows, H]; the rows of known tokens are as they were.
-        """
-        known = weight_VH[: self.num_known]
-        mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
-        return torch.cat([known, mean_H.expand(self.num_rows - len(known), -1)])
-
 
 def add_tokens(info: ModelInfo, text: str) -> Vocabulary:
     """Add tokens to the tokenizer of a model, in memory.
@@ -333,8 +320,11 @@ class Expansion:
         read = Weights(self.info).read_ahead(list(self.info.tensors), torch.device("cpu"))
         for old, group in itertools.groupby(self.sources, lambda source: source[0]):
             tensor = next(read)
-            if vocabulary is not None and old in ends:
-                tensor = vocabulary.extended(tensor)
+            if vocabulary is not None and old in ends:  # new rows: the mean of the known ones
+                known = tensor[: vocabulary.num_known]
+                mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
+                num_new = vocabulary.num_rows - len(known)
+                tensor = torch.cat([known, mean_H.expand(num_new, -1)])
             for _, new, is_zero in group:
                 yield new, torch.zeros_like(tensor) if is_zero else tensor
 
@@ -528,8 +518,7 @@ def lines(facts: dict[str, Any]) -> str:
         f"the same likeliest token in {facts['top1_agreement']:.2%}"
     )
     if "loss_trained" in facts:
-        both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
-        text += f"\n          loss on these rows {both}"
+        text += f", loss {facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
     return text
 
 
@@ -570,10 +559,8 @@ def _rows_of_data(
     path = adapter.path if tokenizer.has_files(adapter.path) else tokenizer.directory(info)
     text = tokenizer.read(path)
     ready = prepare.prepare(cfg, text, info.vocab_size)
-    part = ready.held_out if len(ready.held_out) else ready.train
-    rows = (part[i].input_ids[: shape[1]].tolist() for i in range(len(part)))
-    ids = list(itertools.islice(filter(None, rows), shape[0]))
-    if not ids:
-        raise UserError(cfg.dataset, "holds no rows to compare on", "name others with --dataset")
-    kind = "held-out rows" if len(ready.held_out) else "rows, none held out,"
+    part, kind = ready.held_out, "held-out rows"
+    if not len(part):
+        part, kind = ready.train, "rows, none held out,"
+    ids = [part[i].input_ids[: shape[1]].tolist() for i in range(min(shape[0], len(part)))]
     return ids, f"{len(ids)} {kind} of {cfg.dataset}", True
