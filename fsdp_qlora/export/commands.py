@@ -177,8 +177,7 @@ def _merge(
 
     device, dtype = _choose_device(options.device), getattr(torch, DTYPES[options.dtype])
     compute = getattr(torch, str(adapter.record.get("compute_dtype") or "bfloat16"))
-    cache = options.quant_cache
-    seen = new_weights.TrainedBase(info, compute, format_name, cache, adapter.replaced)
+    seen = new_weights.TrainedBase(info, adapter, compute, device, format_name, options.quant_cache)
     is_dequantized = options.base == "dequantized"
     is_dequantized |= options.base == "auto" and format_name not in (None, "bf16")
     note = f"{format_name} dequantized, as training saw it, {seen.note}"
@@ -188,13 +187,14 @@ def _merge(
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
-    tensors = new_weights.merged(adapter, base, dtype, device)
+    tensors = new_weights.merged(base, dtype)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
         result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
-        result_base = new_weights.TrainedBase(result, compute)
+        no_more = SavedAdapter(adapter.path, "", {})
+        result_base = new_weights.TrainedBase(result, no_more, compute, device)
         shape = options.evidence_rows, options.evidence_tokens
-        evidence = new_weights.check(adapter, seen, result_base, shape, options.dataset, device)
+        evidence = new_weights.check(seen, result_base, shape, options.dataset)
         facts = {
             "adapter": str(adapter.path),
             "base": str(info.path),

@@ -180,6 +180,7 @@ def write_tokens(out: Path, core: Any) -> None:
 
     names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
     table, settings, ids = (atomic.read_json(out / name) for name in names)
+    settings = settings if "added_tokens_decoder" in settings else {}  # else it names no token
     whole = json.loads(core.to_str())
     table = table or whole
     known = {entry["id"] for entry in table["added_tokens"]}
@@ -187,7 +188,7 @@ def write_tokens(out: Path, core: Any) -> None:
     table["added_tokens"] += new
     for entry in new:
         form = {key: value for key, value in entry.items() if key != "id"}
-        if "added_tokens_decoder" in settings:
+        if settings:
             settings["added_tokens_decoder"][str(entry["id"])] = form
         if ids:
             ids[entry["content"]] = entry["id"]

@@ -7,6 +7,8 @@ byte for byte.
 """
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,19 +305,22 @@ def profile(cfg: TrainConfig, rank: int, device: torch.device, say: Say) -> Iter
     Yields:
         To be called after every optimizer step.
     """
-    folder, calls = cfg.resolved_output_dir / PROFILES, list[AfterStep]()
+    folder, steps = cfg.resolved_output_dir / PROFILES, itertools.count(1)
+    write: AfterStep | None = None
     with contextlib.ExitStack() as stack:
         if cfg.profile_memory and device.type != "cuda":
             say("note      --profile_memory needs a GPU: torch keeps no history of CPU memory")
         elif cfg.profile_memory:
-            calls.append(stack.enter_context(_memory_history(folder, rank, device, say)))
-        if cfg.profile:
-            profiler = _profiler(folder, int(cfg.profile), rank, device, say)
-            calls.append(stack.enter_context(profiler).step)
+            write = _memory_history(folder, rank, device, say)
+            stack.callback(write)  # a run that fails sooner leaves what was held then
+        profiler = _profiler(folder, int(cfg.profile), rank, device, say) if cfg.profile else None
+        stack.enter_context(profiler or contextlib.nullcontext())
 
         def after_step() -> None:
-            for call in calls:
-                call()
+            if write is not None and next(steps) == SNAPSHOT_STEPS:
+                write()
+            if profiler is not None:
+                profiler.step()
 
         yield after_step
 
@@ -340,13 +345,12 @@ def _profiler(
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, **wanted)
 
 
-@contextlib.contextmanager
-def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> Iterator[AfterStep]:
-    """Record the allocator over the first steps; also what it held when the run fails in them."""
-    num_left = [SNAPSHOT_STEPS]
+def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> AfterStep:
+    """Record the allocator; what is returned ends that, once, and writes what it held."""
     record = torch.cuda.memory._record_memory_history
     record("all", max_entries=MAX_EVENTS, device=device)
 
+    @functools.cache
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank{rank}_memory.pickle"
@@ -354,13 +358,4 @@ def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> 
         record(None, device=device)
         say(f"memory    snapshot for pytorch.org/memory_viz: {path}")
 
-    def after_step() -> None:
-        num_left[0] -= 1
-        if num_left[0] == 0:
-            write()
-
-    try:
-        yield after_step
-    finally:
-        if num_left[0] > 0:
-            write()
+    return write
