@@ -72,7 +72,7 @@ class _Follower:
                 if not raw.endswith(b"\n"):
                     break
                 self._offset += len(raw)
-                self._take(json.loads(raw))
+                self._take(atomic.parse_json(raw) or {"event": "damaged"})
 
     def _take(self, line: Event) -> None:
         kind = line.get("event", "step")

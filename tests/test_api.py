@@ -71,8 +71,8 @@ def test_a_record_that_a_restart_has_cut_is_told_once(tmp_path):
     follower = api._Follower(path, heard.append, heard.append)
     follower.poll()
     lines = [{"step": 1}, {"event": "eval", "step": 1}, {"step": 2}, {"event": "eval", "step": 2}]
-    texts = [json.dumps(line) + "\n" for line in lines]
-    for text in ("".join(texts) + '{"st', texts[0], "".join(texts)):
+    texts = ["\0\0 torn\n", *(json.dumps(line) + "\n" for line in lines)]
+    for text in ("".join(texts) + '{"st', texts[1], "".join(texts)):
         path.write_text(text)
         follower.poll()
     assert heard == lines and follower.events["eval"] == lines[1::2]
