@@ -38,7 +38,7 @@ def run(
         probe: further arguments of training.memory_probe.run.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
+    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics
 
     cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
@@ -54,7 +54,7 @@ def run(
         preflight.explain_disk_full(cfg),
         metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
         memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
-        trackers.attach(cfg, out_dir, is_writer),
+        metrics.attach_trackers(cfg, out_dir, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, resumed, signals)
