@@ -52,7 +52,7 @@ def run(
         preflight.explain_disk_full(cfg),
         metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
         memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
-        metrics.attach_trackers(cfg, out_dir, is_writer),
+        metrics.attach_trackers(cfg, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, resumed, signals)

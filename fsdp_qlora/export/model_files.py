@@ -234,7 +234,7 @@ def save(
     """
     assert isinstance(model, QuantizedModel)
     is_full = TRAIN_TYPES[cfg.train_type].adapter == "full"
-    write = _save_model if is_full else _save_adapter
+    write = _save_model if is_full else _save_parts
     path = write(model, info, cfg, is_writer)
     if is_writer:
         directory = cfg.resolved_output_dir
@@ -244,9 +244,7 @@ def save(
     return path
 
 
-def _save_adapter(
-    model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool
-) -> Path:
+def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool) -> Path:
     """Write the LoRA matrices and what was trained whole, or the new layers of LLaMA-Pro."""
     has_adapters, own = trained.has_adapters(cfg), trained.whole(info, cfg)
     name = adapter_files.WEIGHTS_NAME if has_adapters else adapter_files.LAYERS_NAME

@@ -571,23 +571,20 @@ class _Quiet:
         return getattr(self.stream, name)
 
 
-def _follow(
-    name: str, cfg: TrainConfig, out_dir: Path, stop: threading.Event, tell: Say, quiet: _Quiet
-) -> None:
+def _follow(name: str, cfg: TrainConfig, stop: threading.Event, tell: Say, quiet: _Quiet) -> None:
     """Hand on every line of a record as it grows; a fault of the tracker ends this, not the run.
 
     Args:
         name: of the tracker.
-        cfg: how the run is named there.
-        out_dir: of the run.
+        cfg: how the run is named there, and its directory.
         stop: set when no more lines will come.
         tell: shows a line to the user.
         quiet: the standard output.
     """
     quiet.muted.add(threading.get_ident())
     try:
-        tracker, step = _open(name, cfg, out_dir), 0
-        for line in _lines(out_dir / "metrics.jsonl", stop):
+        tracker, step = _open(name, cfg), 0
+        for line in _lines(cfg.resolved_output_dir / "metrics.jsonl", stop):
             step = int(line.get("step") or step)
             if values := figures(line):
                 tracker.log(values, step=step)
@@ -628,16 +625,13 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def attach_trackers(
-    cfg: TrainConfig, out_dir: Path, is_writer: bool, tell: Say = tqdm.write
-) -> Iterator[None]:
+def attach_trackers(cfg: TrainConfig, is_writer: bool, tell: Say = tqdm.write) -> Iterator[None]:
     """Hand the record on while the block runs; nothing where no tracker was asked for.
 
     The process group must exist: accelerate would make one of its own from the environment.
 
     Args:
-        cfg: its trackers, and how the run is named there.
-        out_dir: of the run; metrics.jsonl is there.
+        cfg: its trackers, how the run is named there, and the directory with metrics.jsonl.
         is_writer: this rank writes the record.
         tell: shows a line to the user.
     """
@@ -645,7 +639,7 @@ def attach_trackers(
         yield
         return
     quiet, stop, wait_s = _Quiet(sys.stdout), threading.Event(), SHORT_S
-    rest = (cfg, out_dir, stop, tell, quiet)
+    rest = (cfg, stop, tell, quiet)
     threads = [
         threading.Thread(target=_follow, args=(name, *rest), name=name, daemon=True)
         for name in cfg.trackers
@@ -671,21 +665,22 @@ def _end() -> None:
     os._exit(DONE)
 
 
-def _open(name: str, cfg: TrainConfig, out_dir: Path) -> Any:
+def _open(name: str, cfg: TrainConfig) -> Any:
     """Start a tracker, an accelerate.tracking.GeneralTracker; it may wait for a network."""
     import accelerate
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     accelerate.PartialState(cpu=True)  # a rank of the group that exists; no GPU is touched
     project = name if name == "tensorboard" else cfg.project_name
-    tracker = LOGGER_TYPE_TO_CLASS[name](project, **_arguments(name, cfg, out_dir))
+    tracker = LOGGER_TYPE_TO_CLASS[name](project, **_arguments(name, cfg))
     tracker.start()
     tracker.store_init_configuration({key: getattr(cfg, key) for key in SETTINGS})
     return tracker
 
 
-def _arguments(name: str, cfg: TrainConfig, out_dir: Path) -> dict[str, Any]:
+def _arguments(name: str, cfg: TrainConfig) -> dict[str, Any]:
     """What keeps a tracker inside the run directory, quiet, and names the run."""
+    out_dir = cfg.resolved_output_dir
     named = {"name": out_dir.name, **cfg.tracker_options}
     entity = named.pop("entity", None)
     if name == "wandb":
