@@ -152,13 +152,13 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machi
     found = []
     if num_gpus:
         found = hardware.find_gpus(env.get("CUDA_VISIBLE_DEVICES"))
-        found = hardware.with_measured(found, hardware.machine_file(), None)
-        found = (found + [UNKNOWN] * num_ranks)[:num_ranks]
+        found = (hardware.with_measured(found) + [UNKNOWN] * num_ranks)[:num_ranks]
         if env.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
             found = [dataclasses.replace(gpu, peer_gbs=0.0) for gpu in found]
     cgroup = hardware.find_cgroup()
     limit_gib, used_gib = hardware.host_limit_gib(cgroup), hardware.host_used_gib(cgroup)
-    return Machine(tuple(found), limit_gib, num_ranks, used_gib, hardware.measured_cpu())
+    (cpu,) = hardware.with_measured([hardware.CPU])
+    return Machine(tuple(found), limit_gib, num_ranks, used_gib, cpu)
 
 
 def fallback_of(env: Mapping[str, str]) -> int:
@@ -393,8 +393,8 @@ def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
         rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
-    measured = hardware.with_measured(found[:num], hardware.machine_file(), options.link)
-    return Machine(tuple(measured), host_gib, num, cpu=hardware.measured_cpu())
+    gpus, (cpu,) = found[:num], hardware.with_measured([hardware.CPU])
+    return Machine(tuple(hardware.with_measured(gpus, options.link)), host_gib, num, cpu=cpu)
 
 
 def main(argv: list[str]) -> int:
