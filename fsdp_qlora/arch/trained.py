@@ -4,9 +4,9 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fsdp_qlora.arch.info import ModelInfo, select_linears
+from fsdp_qlora.arch.info import ModelInfo, num_layer_params, select_linears
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 
@@ -15,8 +15,7 @@ REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference 
 ENDS = ("embed_tokens", "lm_head")
 
 
-@dataclasses.dataclass(frozen=True)
-class Whole:
+class Whole(NamedTuple):
     """What is trained itself, without adapters, unquantised.
 
     Args:
@@ -28,7 +27,22 @@ class Whole:
     root: tuple[str, ...] = ()
 
 
-NOTHING = Whole()
+class Counts(NamedTuple):
+    """How many parameters a run trains.
+
+    Args:
+        adapters: of the adapters of one decoder layer, `magnitudes` included.
+        magnitudes: rows of one decoder layer whose length DoRA learns.
+        layer: of one decoder layer, were it trained whole.
+        root: outside the decoder layers.
+        total: of the model.
+    """
+
+    adapters: int
+    magnitudes: int
+    layer: int
+    root: int
+    total: int
 
 
 def has_adapters(cfg: TrainConfig) -> bool:
@@ -51,7 +65,7 @@ def whole(info: ModelInfo, cfg: TrainConfig) -> Whole:
         rule = "trains whole layers, and those with experts can have adapters only"
         raise UserError(f"--train_type {cfg.train_type}", rule, "use --train_type qlora or lora")
     if kind == "full":
-        return Whole(tuple(range(info.num_layers)), tuple(name for name, _ in info.root_params))
+        return Whole(tuple(range(info.num_layers)), tuple(dict(info.root_params)))
     layers = _new_layers(info) if kind == "llama_pro" else ()
     return Whole(layers, _saved(info, cfg.modules_to_save))
 
@@ -71,7 +85,7 @@ def new_layers(num_layers: int, num_new: int) -> tuple[int, ...]:
     return tuple(group + (group + 1) * number for number in range(num_new))
 
 
-def count(info: ModelInfo, cfg: TrainConfig) -> int:
+def count(info: ModelInfo, cfg: TrainConfig) -> Counts:
     """Count the trained parameters.
 
     Args:
@@ -81,36 +95,15 @@ def count(info: ModelInfo, cfg: TrainConfig) -> int:
     Raises:
         UserError: see `whole` and select_linears.
     """
-    num = adapter_params(info, cfg) * info.num_layers
-    return num + layer_params(info) * len(whole(info, cfg).layers) + root_params(info, cfg)
-
-
-def root_params(info: ModelInfo, cfg: TrainConfig) -> int:
-    """Count the trained parameters outside the decoder layers."""
-    root = dict(info.root_params)
-    return sum(math.prod(root[name]) for name in whole(info, cfg).root)
-
-
-def magnitudes(info: ModelInfo, cfg: TrainConfig) -> int:
-    """Count the rows of one decoder layer whose length DoRA learns."""
+    own, shapes = whole(info, cfg), dict(info.root_params)
     adapted = select_linears(info, cfg.lora_target_modules)
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-    return sum(linear.out_features for linear in adapted) * is_dora
-
-
-def adapter_params(info: ModelInfo, cfg: TrainConfig) -> int:
-    """Count the parameters of the adapters of one decoder layer."""
-    if not has_adapters(cfg):
-        return 0
-    adapted = select_linears(info, cfg.lora_target_modules)
-    num = sum(cfg.lora_rank * (n.in_features + n.out_features) for n in adapted)
-    return num + magnitudes(info, cfg)
-
-
-def layer_params(info: ModelInfo) -> int:
-    """Count all parameters of one decoder layer."""
-    others = sum(math.prod(shape) for _, shape in info.layer_params)
-    return sum(n.num_weights for n in info.linears) + others
+    magnitudes = sum(linear.out_features for linear in adapted) * is_dora
+    lora = sum(cfg.lora_rank * (linear.in_features + linear.out_features) for linear in adapted)
+    adapters, layer = has_adapters(cfg) * (lora + magnitudes), num_layer_params(info)
+    root = sum(math.prod(shapes[name]) for name in own.root)
+    total = adapters * info.num_layers + layer * len(own.layers) + root
+    return Counts(adapters, magnitudes, layer, root, total)
 
 
 def _new_layers(info: ModelInfo) -> tuple[int, ...]:
@@ -156,8 +149,8 @@ def adopt_format(
     if stored is None or cfg.format_name == stored:
         return cfg
     rule = f"the model is stored as {stored}, whose bytes are kept"
-    own: dict[str, Any] = {"quant_type": stored.removesuffix("_dq")}
-    own["double_quant"] = stored.endswith("_dq")
+    nf4, is_double = stored.removesuffix("_dq"), stored.endswith("_dq")
+    own: dict[str, Any] = {"quant_type": nf4, "double_quant": is_double}
     if TRAIN_TYPES[cfg.train_type].base != "bnb":
         own["train_type"] = "qlora"
     for name, value in own.items():

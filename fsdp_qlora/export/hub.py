@@ -123,7 +123,7 @@ def _usage(name: str, kind: str) -> str:
 
 def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
     total = arch.num_params(info)
-    num_trained = trained.count(info, cfg)
+    num_trained = trained.count(info, cfg).total
     yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
     yield "base in training", cfg.format_name
     yield "trained parameters", f"{num_trained:,} ({num_trained / total:.2%})"

@@ -442,7 +442,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
         "model": cfg.model_name,
         "format": cfg.format_name,
         "num_params": arch.num_params(info),
-        "num_trained": trained.count(info, cfg),
+        "num_trained": trained.count(info, cfg).total,
         "cards": [gpu.name for gpu in machine.gpus],
         "num_ranks": machine.num_ranks,
         "batch_size": setting.batch_size,

@@ -330,8 +330,9 @@ class Sizes:
         self.small = sum(math.prod(shape) for _, shape in info.layer_params)
         self.head = self.vocab * self.hidden
         self.is_tied = self.root < 2 * self.head
-        self.magnitudes = trained.magnitudes(info, cfg)
-        self.whole, self.trained_root = trained.layer_params(info), trained.root_params(info, cfg)
+        counts = trained.count(info, cfg)
+        self.lora, self.magnitudes = counts.adapters, counts.magnitudes
+        self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
         self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention)
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
@@ -360,7 +361,6 @@ class Sizes:
         self.gates = sum(linear.out_features for linear in gates)
         self._qk_features = sum(n.out_features for n in qkv[:2])
         adapted = arch.select_linears(info, cfg.lora_target_modules if has_adapters else "all")
-        self.lora = trained.adapter_params(info, cfg)
         self.lora_ranks = cfg.lora_rank * len(adapted) * has_adapters
         # Attention keeps its own output; else norms' outputs and the activation product are read.
         readers = (qkv, gates, linears[-1:])

@@ -468,7 +468,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         For the record, by name; `lines` are what the console shows.
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
-    trainable, total = trained.count(info, cfg), num_params(info)
+    trainable, total = trained.count(info, cfg).total, num_params(info)
     allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}

@@ -334,7 +334,7 @@ def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
     Raises:
         UserError: there is not enough room (code 3).
     """
-    num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
+    num_params, place = trained.count(info, cfg).total, cfg.resolved_output_dir.absolute()
     num_there = len(checkpoint_store.steps(place)) if cfg.resume else 0
     num_left = cfg.keep_checkpoints + 2 - num_there  # with the best and a new one
     weight_bytes = sizes.DTYPE_BYTES[cfg.master_dtype]

@@ -99,7 +99,7 @@ def test_trainable_counts_equal_those_of_peft() -> None:
     """Figures that peft prints for these two models."""
 
     def lora_params(info: arch.ModelInfo, targets: str) -> int:
-        return trained.count(info, TrainConfig(lora_rank=8, lora_target_modules=targets))
+        return trained.count(info, TrainConfig(lora_rank=8, lora_target_modules=targets)).total
 
     qwen = arch.read("qwen2.5-7b", need_weights=False)
     seven = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
