@@ -439,18 +439,6 @@ def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
     return dense + tuple(linear for linear in one for _ in range(num)), num
 
 
-def num_linear_params(info: ModelInfo) -> int:
-    """Count the weights that are quantized.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Elements of the linears of all decoder layers, without biases.
-    """
-    return info.num_layers * sum(linear.num_weights for linear in info.linears)
-
-
 def num_layer_params(info: ModelInfo) -> int:
     """Count all parameters of one decoder layer."""
     weights = sum(linear.num_weights for linear in info.linears)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
@@ -21,7 +21,7 @@ from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning.fit import Outcome, Speed
 from fsdp_qlora.planning.rows import Table, Term
-from fsdp_qlora.planning.sizes import Sizes, applied, setting_for
+from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
@@ -411,7 +411,7 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, machine = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    cfg = trained.adopt_format(cfg, info.stored_format)
+    cfg = adopt_format(cfg, info.stored_format)
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
     plan = RunPlan(cfg, cfg, info, machine, (found,), 0, "")
     values = as_dict(plan, found)
@@ -442,7 +442,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
         "model": cfg.model_name,
         "format": cfg.format_name,
         "num_params": arch.num_params(info),
-        "num_trained": trained.count(info, cfg).total,
+        "num_trained": count_trained(info, cfg).total,
         "cards": [gpu.name for gpu in machine.gpus],
         "num_ranks": machine.num_ranks,
         "batch_size": setting.batch_size,
