@@ -303,7 +303,7 @@ def _is_general(path: Path) -> bool:
 
     Other classes build the splitting of text anew, so that only they give the tokens of a run.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "config.json"):
         try:
             found |= {name: json.loads((path / name).read_text(encoding="utf-8"))}
