@@ -135,7 +135,7 @@ def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> dict[str, Any]
 
 
 def _results(run: Run) -> dict[str, str]:
-    held_out = [loss for _, loss in run.evals if loss is not None]
+    held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
     seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     size, peak = (
@@ -153,7 +153,7 @@ def _results(run: Run) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def _both(losses: list[float | None]) -> str:
+def _both(losses: list[Any]) -> str:
     before, after = losses[0], losses[-1]
     return "" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
 
