@@ -7,23 +7,23 @@ more than a few tensors at once.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
-from fsdp_qlora.arch.trained import new_layers
-from fsdp_qlora.cli import flag
+from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.hardware import GIB, versions
-from fsdp_qlora.planning.sizes import FORMATS
+from fsdp_qlora.planning.sizes import FORMATS, new_layers
 
 if TYPE_CHECKING:
     import torch
@@ -33,22 +33,6 @@ DEVICES, BASES = ("auto", "cpu", "cuda"), ("auto", "16bit", "dequantized")
 # What stands beside a quantized weight; the last has the code and block size in its name.
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
 QUANTIZED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
-MERGE_USAGE = """usage: python -m fsdp_qlora merge --adapter DIR --out DIR [--option value ...]
-
-Adds a LoRA adapter to its base, tensor by tensor, and writes a plain model that transformers and
-llama.cpp's converter read. `--base dequantized` adds it to the 4-bit base as training saw it,
-`16bit` to the original weights. The merge check measures how far the result is from base + adapter
-as trained; it is printed and kept in merge.json."""
-QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out DIR [--option ...]
-
-Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
-Tensor by tensor: the host holds no more than a few of them."""
-EXPAND_USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
-
-Writes the model with new layers between its own, which change nothing until they are trained: by
-train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR. With --add_tokens, its
-tokenizer and embeddings get new tokens, to be trained with --modules_to_save embed_tokens,lm_head.
-Tensor by tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +45,12 @@ class OutputOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MergeOptions(OutputOptions):
-    """Options of `merge`."""
+    """Add a LoRA adapter to its base, tensor by tensor, and write a plain model.
+
+    transformers and llama.cpp's converter read it. `--base dequantized` adds the adapter to the
+    4-bit base as training saw it, `16bit` to the original weights. The merge check measures how far
+    the result is from base + adapter as trained; it is printed and kept in merge.json.
+    """
 
     dtype: str = flag("bf16", "output", "of the weights that are written", tuple(DTYPES))
     adapter: str | None = flag(None, "merge", "directory of the adapter")
@@ -79,7 +68,10 @@ class MergeOptions(OutputOptions):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeOptions(OutputOptions):
-    """Options of `quantize`."""
+    """Write a 4-bit model that transformers loads with bitsandbytes, as it would save it itself.
+
+    Tensor by tensor: the host holds no more than a few of them.
+    """
 
     model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
     quant_type: str = flag("nf4", "quantize", "4-bit code", ("nf4", "fp4"))
@@ -90,23 +82,28 @@ class QuantizeOptions(OutputOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ExpandOptions(OutputOptions):
-    """Options of `expand`."""
+    """Write the model with new layers between its own, which change nothing until they are trained.
+
+    That is done by train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR.
+    With --add_tokens, tokenizer and embeddings get new tokens, to be trained with --modules_to_save
+    embed_tokens,lm_head. Tensor by tensor.
+    """
 
     out: str | None = flag(None, "output", "directory [MODEL_blk_exp-OLD-NEW, or MODEL_tokens]")
     model_name: str | None = flag(None, "expand", "directory or hub name of a 16-bit model")
-    expansion_rate: float | None = flag(
-        None, "expand", "new layers for each layer [0.1; 0 with add_tokens]", rule=">= 0"
-    )
+    expansion_rate: float | None = flag(None, "expand", "new layers a layer [0.1]", rule=">= 0")
     add_tokens: str | None = flag(None, "expand", "new tokens: a,b or a FILE, one a line")
+
+
+def _parse(name: str, argv: list[str], cls: type[OptionsT], *needed: str) -> OptionsT:
+    values = " ".join(f"--{option} {option.upper()}" for option in needed)
+    usage = f"usage: python -m fsdp_qlora {name} {values} [--option value ...]"
+    return cli.parse(argv, cls, f"{usage}\n\n{inspect.getdoc(cls)}", needed)
 
 
 @contextmanager
 def _new_model(
-    out: Path,
-    need_bytes: float,
-    names: Iterable[str],
-    tensors: "Iterable[tuple[str, torch.Tensor]]",
-    options: OutputOptions,
+    out: Path, need_bytes: float, names: Iterable[str], tensors: Any, options: OutputOptions
 ) -> Iterator[tuple[Path, dict[str, float]]]:
     """Write the tensors; give the directory, to be completed, and what `write_weights` says."""
     from fsdp_qlora.export import model_files
@@ -135,7 +132,7 @@ def merge(argv: list[str]) -> int:
     """Merge an adapter into its base.
 
     Args:
-        argv: see MERGE_USAGE.
+        argv: see MergeOptions.
 
     Returns:
         Exit code.
@@ -144,7 +141,7 @@ def merge(argv: list[str]) -> int:
         UserError: a wrong option, an adapter or a base that does not fit (codes 2, 5), a full
             disk (code 3), values that the dtype cannot hold (code 5).
     """
-    options = cli.parse(argv, MergeOptions, MERGE_USAGE, ("adapter", "out"))
+    options = _parse("merge", argv, MergeOptions, "adapter", "out")
     adapter = adapters.read(Path(str(options.adapter)).expanduser())
     if not (options.model_name or adapter.base_name):
         got = f"{adapter.path}: base_model_name_or_path"
@@ -218,7 +215,7 @@ def quantize(argv: list[str]) -> int:
     """Write a 4-bit model.
 
     Args:
-        argv: see QUANTIZE_USAGE.
+        argv: see QuantizeOptions.
 
     Returns:
         Exit code.
@@ -226,7 +223,7 @@ def quantize(argv: list[str]) -> int:
     Raises:
         UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
     """
-    options = cli.parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
+    options = _parse("quantize", argv, QuantizeOptions, "model_name", "out")
     info = arch.read(str(options.model_name), need_weights=True)
     if info.stored_format:
         rule = f"is quantized already, as {info.stored_format}"
@@ -236,11 +233,11 @@ def quantize(argv: list[str]) -> int:
     from fsdp_qlora.export import model_files, new_weights
     from fsdp_qlora.model.weights import DTYPES as STORED
 
-    num_linear, out = arch.num_linear_params(info), Path(str(options.out))
+    num_linear = info.num_layers * sum(linear.num_weights for linear in info.linears)
+    out = Path(str(options.out))
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
-    need_bytes = num_linear * QUANTIZED_BYTES + num_others * (
-        2 if options.dtype in ("bf16", "fp16") else 4
-    )
+    item_bytes = 2 if options.dtype in ("bf16", "fp16") else 4
+    need_bytes = num_linear * QUANTIZED_BYTES + num_others * item_bytes
     names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
     device, dtype = _choose_device(options.device), DTYPES.get(str(options.dtype))
     stored = info.tensors[next(iter(new_weights.linear_places(info)))].dtype
@@ -261,7 +258,7 @@ def expand(argv: list[str]) -> int:
     """Write a block-expanded model, or one with more tokens.
 
     Args:
-        argv: see EXPAND_USAGE.
+        argv: see ExpandOptions.
 
     Returns:
         Exit code.
@@ -270,7 +267,7 @@ def expand(argv: list[str]) -> int:
         UserError: a wrong option, no such model (codes 2, 3, 5), what writes into the residual
             stream is not known by name (code 2), a full disk (code 3).
     """
-    options = cli.parse(argv, ExpandOptions, EXPAND_USAGE, ("model_name",))
+    options = _parse("expand", argv, ExpandOptions, "model_name")
     info = arch.read(str(options.model_name), need_weights=True)
     rate = options.expansion_rate
     if rate is None:
@@ -291,8 +288,9 @@ def expand(argv: list[str]) -> int:
     names, tensors = [new for _, new, _ in expansion.sources], expansion.tensors(tokens)
     need_bytes = sum(ref.nbytes for ref in info.tensors.values()) * (1 + num_new / info.num_layers)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
-        changes = {} if tokens is None else {"vocab_size": tokens.num_rows}
-        model_files.copy_beside(draft, info, None, **expansion.changes(), **changes)
+        changes = expansion.changes()
+        changes |= {} if tokens is None else {"vocab_size": tokens.num_rows}
+        model_files.copy_beside(draft, info, None, **changes)
         if tokens is not None:
             model_files.write_tokens(draft, tokens.core)
     flags = f"--train_type qlora --model_name {out} --modules_to_save embed_tokens,lm_head"

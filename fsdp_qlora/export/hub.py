@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, atomic, record
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, WEIGHTS_NAME
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import OWN_FLAGS, Run, highest
 
 CARD_NAME = "README.md"
@@ -119,7 +120,7 @@ def _usage(name: str, kind: str) -> str:
 
 
 def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> dict[str, Any]:
-    total, num_trained = arch.num_params(info), trained.count(info, cfg)
+    total, num_trained = arch.num_params(info), count_trained(info, cfg).total
     facts: dict[str, Any] = {
         "base": f"{cfg.model_name}: {total:,} parameters, {info.model_type}",
         "base in training": cfg.format_name,
@@ -134,7 +135,7 @@ def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> dict[str, Any]
 
 
 def _results(run: Run) -> dict[str, str]:
-    held_out = [loss for _, loss in run.evals if loss is not None]
+    held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
     seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     size, peak = (
@@ -152,7 +153,7 @@ def _results(run: Run) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def _both(losses: list[float | None]) -> str:
+def _both(losses: list[Any]) -> str:
     before, after = losses[0], losses[-1]
     return "" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
 

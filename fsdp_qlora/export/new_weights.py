@@ -30,7 +30,6 @@ from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, TensorRef
 from fsdp_qlora.arch.info import expert_matrices, stored_name
-from fsdp_qlora.arch.trained import NEW_LAYERS
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -39,8 +38,9 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import quantize
 from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
+from fsdp_qlora.planning.sizes import NEW_LAYERS
 
-NamedTensors = Iterator[tuple[str, torch.Tensor]]
+Tensors = Iterator[tuple[str, torch.Tensor]]
 Rows = tuple[list[list[int]], str, bool]  # token ids, what they are, whether they are text
 # What writes into the residual stream, by its name in Llama, GPT-NeoX, GPT-2, Mixtral and kin.
 INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"}
@@ -171,7 +171,7 @@ def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
     return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)
 
 
-def merged(base: TrainedBase, dtype: torch.dtype) -> NamedTensors:
+def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
     """Yield the tensors of base + adapter; a few are held at once.
 
     Args:
@@ -200,9 +200,7 @@ def merged(base: TrainedBase, dtype: torch.dtype) -> NamedTensors:
         yield name, result
 
 
-def quantized(
-    info: ModelInfo, settings: Any, dtype: str | None, device: torch.device
-) -> NamedTensors:
+def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
     """Yield the tensors of a 4-bit model; a few are held at once.
 
     Args:
@@ -305,7 +303,7 @@ class Expansion:
             rule = f"none of {', '.join(sorted(INTO_RESIDUAL))} is in each half of its layers"
             raise UserError(f"{info.path}: {info.model_type}", rule, "expand a Llama-like model")
 
-    def tensors(self, vocabulary: Vocabulary | None) -> NamedTensors:
+    def tensors(self, vocabulary: Vocabulary | None) -> Tensors:
         """Yield the tensors of the expanded model; one is held at once.
 
         Args:

@@ -43,6 +43,7 @@ PLACES = (
 )
 # `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
+room_like = torch.empty_like  # for what the optimizer will keep
 AllocatorEvent = dict[str, Any]
 
 
@@ -78,13 +79,7 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     return collate(rows, batches.sampler.pad_multiple, longest)
 
 
-def run(
-    trained: Trained,
-    batches: Batches | PackedBatches,
-    cfg: TrainConfig,
-    tracker: MemoryTracker,
-    allocate: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
-) -> str:
+def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTracker) -> str:
     """Prove that the longest rows fit, and learn what comes and goes in a pass.
 
     Model, optimizer, random numbers and data are afterwards as if it had not been.
@@ -92,9 +87,7 @@ def run(
     Args:
         trained: what will be trained; all ranks must call.
         batches: this rank's.
-        cfg: batch_size, how layers are recomputed.
-        tracker: gets what comes and goes.
-        allocate: makes room as large as a tensor, for what the optimizer will keep.
+        tracker: of the run; gets what comes and goes.
 
     Returns:
         One line for the user.
@@ -102,14 +95,14 @@ def run(
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    model, world = trained.model, trained.world
+    model, world, cfg = trained.model, trained.world, tracker.plan.cfg
     assert isinstance(model, QuantizedModel)
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
     gpus = [world.device] if world.device.type == "cuda" else []
     with tracker.phase("memory probe"), torch.random.fork_rng(gpus):  # dropout draws as without it
-        moments = [allocate(param) for param in trained.params for _ in range(2)]
+        moments = [room_like(param) for param in trained.params for _ in range(2)]
         with _traced(world.device) as events:
             # the second finds gradients of the first, or graphs that it captures
             has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
@@ -276,19 +269,11 @@ def _row(block: _Block, ends: Sequence[int]) -> str:
 
 def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Block]:
     """The allocations that are alive when most is, between two events."""
-    changes: dict[int, int] = {}
-    held = 0
+    changes = np.zeros(end + 2, np.int64)
     for block in blocks:
-        if block.start < start < block.stop:
-            held += block.nbytes
-        for index, nbytes in ((block.start, block.nbytes), (block.stop, -block.nbytes)):
-            if start <= index <= end:
-                changes[index] = changes.get(index, 0) + nbytes
-    peak, at = held, start
-    for index in sorted(changes):
-        held += changes[index]
-        if held > peak:
-            peak, at = held, index
+        changes[min(block.start, end + 1)] += block.nbytes
+        changes[min(block.stop, end + 1)] -= block.nbytes
+    at = start + int(changes.cumsum()[start : end + 1].argmax())
     return [block for block in blocks if block.start <= at < block.stop]
 
 
