@@ -97,7 +97,10 @@ class PreparedData:
             examples.setdefault(what, []).extend(places[:NUM_EXAMPLES])
         return {
             **{name: sum(table[name] for table in tables) for name in NUMBERS},
-            "kinds": dict(sum((Counter(table["kinds"]) for table in tables), Counter())),
+            **{
+                name: dict(sum((Counter(table[name]) for table in tables), Counter()))
+                for name in ("kinds", "unused")
+            },
             "bad": [tuple(pair) for table in tables for pair in table["bad"]],
             "examples": examples,
         }
@@ -493,12 +496,14 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_few = 0 < facts["num_train"] < rows_per_step
     is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     notes = {
         "more than a tenth of the rows is cut: raise --context_length": is_cut,
         "the end of text is never learned: answers will not stop by it": not ends,
         f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
+        f"nothing uses these columns: {one_line(unused)[:MOST_CHARS]}": unused,
         "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
         "earlier turns in another way, so each answer stands alone": is_split,
