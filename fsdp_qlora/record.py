@@ -19,7 +19,7 @@ OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it
 NEEDED = ("step", "step_s", "ranks", "host")  # in the line of a step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """The record of a run.
 
@@ -130,15 +130,16 @@ def read(run_dir: Path) -> Run:
         is_step = row is not None and row.get("event") is None
         row = _checked(row, f"{path}:{number}", NEEDED if is_step else ())
         check_format(row, f"{path}:{number}")
-        run = _step(run, row) if is_step else _event(run, row)
+        _add(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
     summary = _checked(atomic.parse_json(ending), str(end))
-    config = run.config or summary.get("config", {})
+    run.facts |= summary
+    config = run.config = run.config or summary.get("config", {})
     with contextlib.suppress(UserError):  # what no version has written is shown as it stands
         values, removed = renamed(config)
-        config = values | {name: config[name] for name in removed}
-    return replace(run, config=config, facts=run.facts | summary)
+        run.config = values | {name: config[name] for name in removed}
+    return run
 
 
 def _checked(row: dict[str, Any] | None, place: str, needed: Sequence[str] = ()) -> dict[str, Any]:
@@ -151,29 +152,21 @@ def _checked(row: dict[str, Any] | None, place: str, needed: Sequence[str] = ())
     return row if needed else {name: value for name, value in row.items() if value is not None}
 
 
-def _step(run: Run, row: dict[str, Any]) -> Run:
-    """Add a step; one taken before (the run was resumed) replaces its first attempt."""
-    num_redone = run.num_redone
-    while run.steps and run.steps[-1]["step"] >= row["step"]:
-        run.steps.pop()
-        num_redone += 1
-    run.steps.append(row)
-    if num_redone == run.num_redone:
-        return run
-    evals = [entry for entry in run.evals if entry[0] < row["step"]]
-    return replace(run, evals=evals, num_redone=num_redone)
-
-
-def _event(run: Run, row: dict[str, Any]) -> Run:
-    if row["event"] == "eval":
-        last = run.steps[-1]["step"] if run.steps else 0
+def _add(run: Run, row: dict[str, Any]) -> None:
+    """Add a line; a step taken before (the run was resumed) replaces its first attempt."""
+    kind, last = row.get("event"), run.steps[-1]["step"] if run.steps else 0
+    if kind is None:
+        while run.steps and run.steps[-1]["step"] >= row["step"]:
+            run.steps.pop()
+            run.num_redone += 1
+        run.evals = [entry for entry in run.evals if entry[0] < row["step"]]
+        run.steps.append(row)
+    elif kind == "eval":
         run.evals.append((row.get("step", last), row.get("loss")))
-    elif row["event"] == "sample":
+    elif kind == "sample":
         run.samples.append(row)
-    elif row["event"] == "run":
-        facts = {name: value for name, value in row.items() if name not in ("event", "config")}
-        return replace(run, config=row.get("config") or {}, facts=facts)
-    return run
+    elif kind == "run":
+        run.config, run.facts = row.get("config", {}), row
 
 
 def word(value: Any) -> str:

@@ -1,7 +1,6 @@
 """Runs side by side from their records, as one page that needs nothing else: report.html."""
 
 import argparse
-import datetime
 import itertools
 import math
 import statistics
@@ -320,25 +319,24 @@ def figures(runs: list[Run]) -> list[PageTable]:
     for group in columns[0]:
         rows = []
         for same in zip(*(column[group] for column in columns), strict=True):
-            (name, form, one), has_ratio = same[0], "median" in same[0][0] or "GiB" in same[0][0]
-            cells = [cell(value, form, _note(name, value)) for _, _, value in same]
-            for i, found in enumerate(cells[1:] if one and has_ratio else (), 1):
-                if found.value is not None:
-                    cells[i] = found._replace(note=f"{found.value / one:.2f} ×")
-            rows += [(name, cells)] if any(found.value is not None for found in cells) else []
+            (name, form, _), values = same[0], [value for _, _, value in same]
+            rows += [(name, _figure(name, form, values))] if highest(values) is not None else []
         tables.append(PageTable(group, _heads(runs), rows))
     return tables
 
 
+def _figure(name: str, form: str, values: list[float | None]) -> list[Cell]:
+    one, has_ratio, cells = values[0], "median" in name or "GiB" in name, []
+    for i, value in enumerate(values):
+        note = f"{value / one:.2f} ×" if i and one and value is not None and has_ratio else ""
+        if value is not None and value < 100 and name.startswith("held-out"):
+            note = f"perplexity {math.exp(value):,.2f}"
+        cells.append(cell(value, form, note))
+    return cells
+
+
 def _heads(runs: list[Run]) -> list[str]:
     return [run.name for run in runs] if len(runs) > 1 else [""]
-
-
-def _note(name: str, value: float | None) -> str:
-    if name.startswith("held-out") and value is not None and value < 100:
-        return f"perplexity {math.exp(value):,.2f}"
-    is_long = name.startswith("seconds") and value is not None and 120 <= value < 1e9
-    return str(datetime.timedelta(seconds=round(value or 0))) if is_long else ""
 
 
 def peaks(run: Run, prefix: str) -> PageTable:
