@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
@@ -28,6 +28,7 @@ from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, W
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import adopt_format
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -352,11 +353,6 @@ class _Supervisor:
         _send(self._ranks, number)
 
 
-def to_stderr(line: str) -> None:
-    """Print a line for the user, beside what the run prints."""
-    print(line, file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class Attempt:
     """What the ranks are started with, and who follows them.
@@ -376,7 +372,7 @@ class Attempt:
     argv: Sequence[str]
     plan: RunPlan | None = None
     start: Callable[[RankSpec], Rank] = start
-    tell: Callable[[str], Any] = to_stderr
+    tell: Callable[[str], Any] = lambda line: print(line, file=sys.stderr)
     poll: Callable[[], None] = lambda: None
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     num_restarts: int = 0
@@ -578,7 +574,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     arch.select_linears(info, cfg.lora_target_modules)
-    return info, trained.adopt_format(cfg, info.stored_format, given)
+    return info, adopt_format(cfg, info.stored_format, given)
 
 
 def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> RunPlan:
