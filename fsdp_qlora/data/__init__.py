@@ -11,6 +11,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, prepare, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.prepare import Audit, Prompt
+from fsdp_qlora.hardware import release_freed_memory
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
@@ -73,7 +74,10 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         train = Batches(ready.train, sampler, is_flat)
     shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
     held_out = batches.held_out(ready.held_out, *shape)
-    return Data(train, held_out, full, audit, prepare.choose_prompts(cfg, ready, text_tokenizer))
+    prompts = prepare.choose_prompts(cfg, ready, text_tokenizer)
+    del ready
+    release_freed_memory()
+    return Data(train, held_out, full, audit, prompts)
 
 
 def load_tokenizer(info: ModelInfo) -> Any:
