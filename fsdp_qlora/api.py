@@ -72,7 +72,7 @@ class _Follower:
                 if not raw.endswith(b"\n"):
                     break
                 self._offset += len(raw)
-                self._take(json.loads(raw))
+                self._take(atomic.parse_json(raw) or {"event": "damaged"})
 
     def _take(self, line: Event) -> None:
         kind = line.get("event", "step")
@@ -189,12 +189,13 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
         UserError: no such model, no such adapter, or this process is one of several ranks.
     """
     from fsdp_qlora import inference
-    from fsdp_qlora.export.adapter import CONFIG_NAME
+    from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME
 
     if _is_rank():
         rule = "this process is in a process group already"
         raise UserError("load_model", rule, "close the other model, or use another process")
-    is_adapter = adapter is None and (Path(path) / CONFIG_NAME).is_file()
+    names = (CONFIG_NAME, LAYERS_NAME)
+    is_adapter = adapter is None and any((Path(path) / name).is_file() for name in names)
     flags = [] if is_adapter else [f"--model_name={path}"]
     place = Path(path if adapter is None else adapter) if is_adapter or adapter else None
     cfg, env = inference.config_of(place, flags), dict(os.environ)

@@ -31,9 +31,9 @@ from typing import Any
 
 import psutil
 
-from fsdp_qlora import arch, atomic, record
+from fsdp_qlora import __version__, arch, atomic, record
 from fsdp_qlora.arch import files
-from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
+from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
 from fsdp_qlora.planning import rows as names
@@ -271,11 +271,13 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of this project; "unknown" where git does not know it."""
-    argv = ["git", "-C", str(PROJECT_DIR), "describe", "--always", "--dirty"]
+    """Return the commit of this project's own repository, or the version of a package."""
+    git = ["git", f"--git-dir={PROJECT_DIR / '.git'}", f"--work-tree={PROJECT_DIR}"]
+    argv = [*git, "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
+        if own_project():
+            return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    return __version__
 
 
 def measure(args: argparse.Namespace, case: Case) -> BenchRow:

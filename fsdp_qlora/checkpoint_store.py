@@ -250,19 +250,20 @@ def steps(run_dir: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches), reverse=True)
 
 
-def may_hold_any(run_dir: Path) -> bool:
-    """Whether a run has checkpoints, whole or not; where that cannot be read, it may have."""
+def last_step(run_dir: Path, unknown: int | None = None) -> int | None:
+    """Return the step of the last checkpoint, whole or not, as far as its name tells.
+
+    Args:
+        run_dir: output directory of the run.
+        unknown: the answer where their directory cannot be read.
+
+    Returns:
+        The step; None: there is none.
+    """
     try:
-        return bool(steps(run_dir))
-    except UserError:
-        return True
-
-
-def last_step(run_dir: Path) -> int | None:
-    """The step of the last checkpoint, as far as its name tells; None: none is known."""
-    with contextlib.suppress(UserError):
         return next(iter(steps(run_dir)), None)
-    return None
+    except UserError:
+        return unknown
 
 
 def step_dir(run_dir: Path, step: int) -> Path:
@@ -285,7 +286,7 @@ def latest(
         notify: is told of every damaged one, in a line.
 
     Returns:
-        The checkpoint; None: none is whole, see `may_hold_any` for whether there is any.
+        The checkpoint; None: none is whole, see `last_step` for whether there is any.
     """
     try:
         numbers = steps(run_dir)

@@ -1,10 +1,12 @@
 """Every option of a run, once: name, type, default, meaning, values, and what goes with what."""
 
+import contextlib
 import dataclasses
 import os
 import re
 import shlex
 import time
+import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machi
 --option true and a bare --option are the same; --recipe reads options from a TOML file, and the
 command line overrides it."""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
+PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
 DATA_OPTIONS = ("dataset", "eval_split")  # those that may name one
@@ -449,6 +452,18 @@ def save(cfg: TrainConfig, path: str | os.PathLike[str], versions: Mapping[str, 
         versions: name -> version.
     """
     atomic.write_json(Path(path), to_dict(cfg) | {"versions": dict(versions)})
+
+
+def own_project() -> dict[str, Any]:
+    """Return [project] of this program's own pyproject.toml; empty for a package without it.
+
+    What lies around an installed or copied package is another project's.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        table = tomllib.loads((PROJECT_DIR / "pyproject.toml").read_text(encoding="utf-8"))
+        project: dict[str, Any] = table.get("project", {})
+        return project if project.get("name") == PACKAGE else {}
+    return {}
 
 
 def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Path | str) -> None:

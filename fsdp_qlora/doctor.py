@@ -17,7 +17,6 @@ import signal
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
-from fsdp_qlora.config import PROJECT_DIR
+from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.exit_report import RanksExit
 from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB, SLOW_MBS = 4, 5, 1, 100
-PACKAGE = "fsdp_qlora"  # its extras name one another by it
 SEE = "see the message"
 CACHE = "choose another with FSDP_QLORA_CACHE=DIR"
 OUTPUT = "choose another with --output_dir DIR"
@@ -228,10 +226,11 @@ def packages() -> Iterator[Finding]:
 
 def _requirements() -> list[str]:
     """Of pyproject.toml, or of the installed package; those of extras end in a marker."""
-    path = PROJECT_DIR / "pyproject.toml"
-    if not path.is_file():
-        return metadata.requires(PACKAGE) or []
-    table = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    table = own_project()
+    if not table:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.requires(PACKAGE) or []
+        return []
     extras = table["optional-dependencies"].items()
     marked = [f"{text}; extra == '{name}'" for name, texts in extras for text in texts]
     return [*table["dependencies"], *marked]

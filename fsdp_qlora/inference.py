@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.arch import trained
@@ -22,6 +22,9 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapter_files
+
+if TYPE_CHECKING:
+    import torch
 
 POLL_S = 0.1
 NAMES = ("base", "adapter")
@@ -53,6 +56,11 @@ class Opened:
         """Whether this rank speaks and writes."""
         return self.world.rank == 0
 
+    def say(self, text: str, end: str = "\n") -> None:
+        """Print, on one rank."""
+        if self.is_writer:
+            print(text, end=end, flush=True)
+
     def load_adapter(self) -> None:
         """Put the adapter on top of the base; nothing without one."""
         from fsdp_qlora.model import adapters
@@ -78,7 +86,7 @@ class Opened:
                 before it.
             num_tokens: longest answer, in tokens.
             is_raw: put no chat template around the last turn, and leave the others out.
-            drawn: temperature and seed, see `pieces`.
+            drawn: temperature and seed, see `chooser`.
 
         Yields:
             Pieces of the answer, without special tokens.
@@ -91,7 +99,7 @@ class Opened:
             if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
                 text = text.removeprefix(tokenizer.bos_token)
         ids = tokenizer(text).input_ids
-        return pieces(self.model, tokenizer, ids, num_tokens, self.world, **drawn)
+        return pieces(self.model, tokenizer, ids, num_tokens, self.world, chooser(**drawn))
 
     def generate(
         self, prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
@@ -159,18 +167,16 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
     command = [sys.executable, "-m", "fsdp_qlora", name, *argv]
     ranks: list[subprocess.Popen] = []
     with tempfile.TemporaryFile("w+") as words:
-        try:
+        with contextlib.ExitStack() as stack:
             for rank in range(num_ranks):
                 env = child_env(os.environ, rank, num_ranks, port)
                 stdin, out = (subprocess.DEVNULL, words) if rank else (None, None)
                 process = subprocess.Popen(command, env=env, stdin=stdin, stdout=out, stderr=out)
+                stack.enter_context(process)
+                stack.callback(process.kill)
                 ranks.append(process)
             while None in [rank.poll() for rank in ranks] and not any(r.returncode for r in ranks):
                 time.sleep(POLL_S)
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
         if ranks[0].returncode in (DONE, -9) and any(rank.returncode for rank in ranks):
             words.seek(0)
             print("".join(words.readlines()[-1:]), end="", file=sys.stderr)
@@ -200,8 +206,32 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
 
     world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
-    file = None if adapter is None else adapter / adapter_files.WEIGHTS_NAME
+    names = adapter_files.WEIGHTS_NAME, adapter_files.LAYERS_NAME
+    file = None if adapter is None else adapter / names[not trained.has_adapters(cfg)]
     return Opened(cfg, info, world, model, file)
+
+
+def chooser(temperature: float = 0.0, seed: int = 0) -> "Callable[[torch.Tensor], int]":
+    """Make a function that chooses the next token.
+
+    Args:
+        temperature: of the draws; 0 takes the likeliest token.
+        seed: of the draws.
+
+    Returns:
+        logits_V -> token.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits_V: torch.Tensor) -> int:
+        if not temperature:
+            return int(logits_V.argmax())
+        chances = (logits_V.float().cpu() / temperature).softmax(0)
+        return int(torch.multinomial(chances, 1, generator=generator))
+
+    return choose
 
 
 def pieces(
@@ -210,8 +240,7 @@ def pieces(
     prompt_ids: Sequence[int],
     num_tokens: int,
     world: Any,
-    temperature: float = 0.0,
-    seed: int = 0,
+    choose: "Callable[[torch.Tensor], int]",
 ) -> Iterator[str]:
     """Yield the model's continuation of a prompt as it comes; every rank must take all of it.
 
@@ -224,8 +253,7 @@ def pieces(
         prompt_ids: tokens of the prompt as the model was trained to see it.
         num_tokens: longest answer, in tokens.
         world: the ranks.
-        temperature: of the draws; 0 takes the likeliest token.
-        seed: of the draws.
+        choose: takes a token by its logits, see `chooser`.
 
     Yields:
         Pieces of the answer, without special tokens.
@@ -234,18 +262,12 @@ def pieces(
     from transformers import DynamicCache
 
     ids = torch.tensor([list(prompt_ids)], device=world.device)
-    generator = torch.Generator().manual_seed(seed)
     cache, answer_ids, shown = DynamicCache(), [], ""
     for _ in range(num_tokens):
         hooks.beat("generate", world.rank)
         with torch.no_grad():
             logits = model(ids, past_key_values=cache)[0, -1]
-        if temperature:
-            chances = (logits.float().cpu() / temperature).softmax(0)
-            chosen = torch.multinomial(chances, 1, generator=generator)
-        else:
-            chosen = logits.argmax()
-        next_id = int(world.gather([float(chosen)])[0][0])
+        next_id = int(world.gather([float(choose(logits))])[0][0])
         if next_id == tokenizer.eos_token_id:
             break
         answer_ids.append(next_id)
@@ -270,7 +292,7 @@ def answer(
     """
     was_training = model.training
     model.eval()
-    text = "".join(pieces(model, tokenizer, prompt_ids, num_tokens, world))
+    text = "".join(pieces(model, tokenizer, prompt_ids, num_tokens, world, chooser()))
     model.train(was_training)
     return text.strip()
 
@@ -303,8 +325,8 @@ def generate(argv: list[str]) -> int:
         reply, drawn = "", {"temperature": args.temperature, "seed": args.seed}
         for piece in opened.reply(turns, args.num_tokens, args.raw, **drawn):
             reply += piece
-            _print(opened, piece)
-        _print(opened, "\n")
+            opened.say(piece, end="")
+        opened.say("")
         turns.append({"role": "assistant", "content": reply})
     return DONE
 
@@ -326,11 +348,6 @@ def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
         yield line
 
 
-def _print(opened: Opened, text: str) -> None:
-    if opened.is_writer:
-        print(text, end="", flush=True)
-
-
 def evaluate(argv: list[str]) -> int:
     """Print, and write beside the adapter, what the adapter does on held-out rows and tasks."""
     parser = argparse.ArgumentParser(
@@ -344,19 +361,17 @@ def evaluate(argv: list[str]) -> int:
     parser.add_argument("--task_dir", type=Path, help="directory with tasks of your own")
     parser.add_argument("--limit", type=int, help="rows of each task [all]")
     args, flags = parser.parse_known_args(argv)
-    if args.tasks is not None:
-        require_tasks()
+    if args.tasks is not None and importlib.util.find_spec("lm_eval") is None:
+        rule = "needs lm-eval, which is not installed"
+        raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
     cfg = config_of(args.adapter, flags)
     if args.tasks is None:
         config.check_own_code(vars(cfg), config.given(flags), args.adapter)
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg)
-    path = args.adapter / "evaluation.json"
-    if args.tasks is not None:
-        found, path = _score_tasks(opened, args), args.adapter / "tasks.json"
-    else:
-        found = _held_out(opened)
+    path = args.adapter / ("evaluation.json" if args.tasks is None else "tasks.json")
+    found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)
     if opened.is_writer:
         atomic.write_json(path, found)
         print(path)
@@ -377,36 +392,36 @@ def _held_out(opened: Opened) -> dict[str, Any]:
     for name in NAMES:
         loss = loop.evaluate(opened.model, rows, opened.world)
         found[name] = {"loss": loss, "perplexity": perplexity(loss)}
-        if opened.is_writer:
-            print(f"{name:<8} loss {loss:.4f}, perplexity {perplexity(loss):.3f}", flush=True)
+        opened.say(f"{name:<8} loss {loss:.4f}, perplexity {perplexity(loss):.3f}")
         opened.load_adapter()
     num_tokens = opened.world.sum(sum(batch.num_trained_tokens for batch in rows))
     return {**found, "num_tokens": round(num_tokens)}
 
 
 def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
-    """What lm-eval measures, by task."""
+    """What lm-eval measures, by task, as it names it ("acc,none"); every rank does all the work."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    tasks, own = args.tasks.split(","), str(args.task_dir) if args.task_dir else None
+    manager = TaskManager(include_path=own, include_defaults=False)
+    if not set(tasks) <= set(manager.all_tasks):  # to read all of lm-eval's own takes its time
+        manager = TaskManager(include_path=own)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        remedy = "lm-eval ls tasks lists them; --task_dir DIR adds your own"
+        raise UserError(f"--tasks {','.join(unknown)}", "lm-eval has no such task", remedy)
+    settings = {"limit": args.limit, "log_samples": False, "bootstrap_iters": 0}
+    settings |= {"tasks": tasks, "task_manager": manager}
     found: dict[str, Any] = {}
     for name in NAMES:
-        found[name] = run_tasks(opened, args.tasks.split(","), args.task_dir, args.limit)
+        found[name] = lm_eval.simple_evaluate(model=_as_lm(opened), **settings)["results"]
         rows = [(task, *row) for task, figures in found[name].items() for row in figures.items()]
-        for task, figure, value in rows if opened.is_writer else ():
+        for task, figure, value in rows:
             kind = figure.partition(",")[0]
             if isinstance(value, float) and not kind.endswith("stderr"):
-                print(f"{name:<8} {task} {kind} {value:.4f}", flush=True)
+                opened.say(f"{name:<8} {task} {kind} {value:.4f}")
         opened.load_adapter()
     return found
-
-
-def require_tasks() -> None:
-    """Check that lm-eval is there, without importing it.
-
-    Raises:
-        UserError: it is not (code 3).
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        rule = "needs lm-eval, which is not installed"
-        raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
 
 
 def score(
@@ -431,62 +446,22 @@ def score(
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        wholes = [rows[i][0] + rows[i][1] for i in some]
-        width = len(wholes[0])
-        ids_BT = torch.tensor([whole + [0] * (width - len(whole)) for whole in wholes])
-        spans = [
-            range(number * width + len(rows[i][0]) - 1, number * width + len(whole) - 1)
-            for number, (i, whole) in enumerate(zip(some, wholes, strict=True))
-        ]
-        positions_N = torch.tensor([place for span in spans for place in span])
+        wholes = [torch.tensor(rows[i][0] + rows[i][1]) for i in some]
+        ids_BT = torch.nn.utils.rnn.pad_sequence(wholes, batch_first=True)
+        is_before_BT = torch.zeros_like(ids_BT, dtype=torch.bool)  # a token that is asked for
+        for mask_T, i, whole_T in zip(is_before_BT, some, wholes, strict=True):
+            mask_T[len(rows[i][0]) - 1 : len(whole_T) - 1] = True
+        positions_N = is_before_BT.flatten().nonzero().squeeze(1)
         following_N = ids_BT.flatten()[positions_N + 1].to(device)
         with torch.no_grad():
             logits_NV = model(ids_BT.to(device), Targets(positions_N.to(device), None)).float()
         chosen_N = logits_NV.gather(1, following_N.unsqueeze(1)).squeeze(1)
-        log_probs = (chosen_N - logits_NV.logsumexp(1)).double().cpu().split(list(map(len, spans)))
-        hits = (logits_NV.argmax(1) == following_N).cpu().split(list(map(len, spans)))
+        counts = [len(rows[i][1]) for i in some]
+        log_probs = (chosen_N - logits_NV.logsumexp(1)).double().cpu().split(counts)
+        hits = (logits_NV.argmax(1) == following_N).cpu().split(counts)
         for i, values, hit in zip(some, log_probs, hits, strict=True):
             found[i] = (values.sum().item(), bool(hit.all()))
     return found
-
-
-def run_tasks(
-    opened: Opened, names: list[str], task_dir: Path | None, limit: int | None
-) -> dict[str, Any]:
-    """Run tasks on the model as it is; every rank does all of the work.
-
-    Args:
-        opened: the model.
-        names: of the tasks.
-        task_dir: directory with more tasks, or None.
-        limit: rows of each task, or None for all.
-
-    Returns:
-        Figures by task, as lm-eval names them ("acc,none").
-
-    Raises:
-        UserError: there is no such task.
-    """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    own = str(task_dir) if task_dir else None
-    manager = TaskManager(include_path=own, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # to read all of lm-eval's own takes its time
-        manager = TaskManager(include_path=own)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        remedy = "lm-eval ls tasks lists them; --task_dir DIR adds your own"
-        raise UserError(f"--tasks {','.join(unknown)}", "lm-eval has no such task", remedy)
-    done = lm_eval.simple_evaluate(
-        model=_as_lm(opened),
-        tasks=list(names),
-        task_manager=manager,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
-    return done["results"]
 
 
 def _as_lm(opened: Opened) -> Any:
@@ -529,10 +504,10 @@ def _as_lm(opened: Opened) -> Any:
             ends = settings.get("until") or []
             ends = [ends] if isinstance(ends, str) else ends
             num_tokens = settings.get("max_gen_toks", ANSWER_TOKENS)
-            is_drawn = settings.get("do_sample")
-            temperature = float(settings.get("temperature") or 0.0) if is_drawn else 0.0
+            temperature = settings.get("temperature") if settings.get("do_sample") else None
             ids, text = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
-            for piece in pieces(model, tokenizer, ids, num_tokens, world, temperature):
+            choose = chooser(float(temperature or 0.0))
+            for piece in pieces(model, tokenizer, ids, num_tokens, world, choose):
                 text += piece
                 if any(end in text for end in ends):
                     break

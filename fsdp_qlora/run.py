@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 from fsdp_qlora import config, errors
@@ -37,7 +38,6 @@ def run(
         probe: further arguments of training.memory_probe.run.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.report import page
     from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
 
     cfg, is_writer = plan.cfg, world.rank == 0
@@ -78,8 +78,19 @@ def run(
             recorder.collect("save")
         recorder.say("\n".join(recorder.compared()))
     if cfg.save_model and is_writer:
-        page.write([out_dir], out_dir)
+        _report(out_dir)
         metrics.print_summary(cfg)
+
+
+def _report(out_dir: Path) -> None:
+    """Write the page of a finished run; what goes wrong with it does not make the run a failure."""
+    from fsdp_qlora.report import page
+
+    try:
+        page.write([out_dir], out_dir)
+    except Exception as error:
+        remedy = f"the result is whole; python -m fsdp_qlora report {out_dir} tries again"
+        print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
 def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -39,9 +40,10 @@ def config(place: Path, name: str, **more) -> TrainConfig:
 def train_in_group(world, place: Path):
     """What a worker of Ray Train does: the group is there already."""
     steps = []
-    cfg = config(place, "group")
-    result = fsdp_qlora.train(cfg, rows_of(place), on_step=lambda line: steps.append(line["loss"]))
-    return result.losses, steps
+    cfg = config(place, "group", push_to_hub="me/new")
+    with patch("fsdp_qlora.export.hub.push") as push:
+        result = fsdp_qlora.train(cfg, rows_of(place), lambda line: steps.append(line["loss"]))
+    return result.losses, steps, [call.args for call in push.call_args_list]
 
 
 def test_rows_of_a_script_train_on_ranks_of_their_own_and_in_a_group(place, monkeypatch):
@@ -58,8 +60,9 @@ def test_rows_of_a_script_train_on_ranks_of_their_own_and_in_a_group(place, monk
     assert result.evaluations == evaluations and len(evaluations) == 3
     assert result.memory["host"]["forward"] and len(result.memory["ranks"]) == 2
     assert (result.output_dir / "adapter_model.safetensors").is_file()
-    (first, calls), (second, _) = run_ranks(train_in_group, 2, place)
+    (first, calls, pushed), (second, _, silent) = run_ranks(train_in_group, 2, place)
     assert first == second == calls == result.losses
+    assert pushed == [(place / "group", "me/new")] and silent == []
 
 
 def test_a_record_that_a_restart_has_cut_is_told_once(tmp_path):
@@ -68,8 +71,8 @@ def test_a_record_that_a_restart_has_cut_is_told_once(tmp_path):
     follower = api._Follower(path, heard.append, heard.append)
     follower.poll()
     lines = [{"step": 1}, {"event": "eval", "step": 1}, {"step": 2}, {"event": "eval", "step": 2}]
-    texts = [json.dumps(line) + "\n" for line in lines]
-    for text in ("".join(texts) + '{"st', texts[0], "".join(texts)):
+    texts = ["\0\0 torn\n", *(json.dumps(line) + "\n" for line in lines)]
+    for text in ("".join(texts) + '{"st', texts[1], "".join(texts)):
         path.write_text(text)
         follower.poll()
     assert heard == lines and follower.events["eval"] == lines[1::2]

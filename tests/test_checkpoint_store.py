@@ -225,7 +225,7 @@ def test_a_directory_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(store.os, "listdir", fail)
-        assert store.may_hold_any(tmp_path) and store.latest(tmp_path) is None
+        assert store.last_step(tmp_path, unknown=0) == 0 and store.latest(tmp_path) is None
         for wanted in (store.AUTO, store.LATEST):
             with pytest.raises(UserError, match="Input/output error") as caught:
                 preflight.expand_resume([f"--resume={wanted}", f"--output_dir={tmp_path}"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data.prepare import Prompt
+from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.training.evaluate import Evaluator
 from tests import tiny

@@ -8,9 +8,10 @@ from typing import Any
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data import batches, prepare, sources, tokenizer
+from fsdp_qlora.data import batches, prepare, prompts, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
-from fsdp_qlora.data.prepare import Audit, Prompt
+from fsdp_qlora.data.prepare import Audit
+from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.hardware import release_freed_memory
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
@@ -53,7 +54,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     Raises:
         UserError: no such data, a bad row, no usable tokenizer, nothing left to train on.
     """
-    needs_text = cfg.dataset != sources.DUMMY or prepare.has_prompts(cfg)
+    needs_text = cfg.dataset != sources.DUMMY or prompts.has_prompts(cfg)
     full = load_tokenizer(info) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
     ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, world.rank == 0)
@@ -74,10 +75,9 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         train = Batches(ready.train, sampler, is_flat)
     shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
     held_out = batches.held_out(ready.held_out, *shape)
-    prompts = prepare.choose_prompts(cfg, ready, text_tokenizer)
-    del ready
+    asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()
-    return Data(train, held_out, full, audit, prompts)
+    return Data(train, held_out, full, audit, asked)
 
 
 def load_tokenizer(info: ModelInfo) -> Any:

@@ -1,4 +1,4 @@
-"""What a run trains on and is asked, and an audit of it: from a configuration, without torch.
+"""What a run trains on, and an audit of it: from a configuration, without torch.
 
 `python -m fsdp_qlora data [options of train.py] [--rows 3] [--json]` shows the audit: look before
 you rent. The same facts are kept in the record of every run.
@@ -25,13 +25,12 @@ from fsdp_qlora.arch import files
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source, parse_json, read_own_file
-from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
+from fsdp_qlora.data.sources import Source
+from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import (
     NUM_UNCUT,
     NUMBERS,
     Facts,
-    Sample,
     StoreBuilder,
     TokenDataset,
     TokenStore,
@@ -40,9 +39,7 @@ from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 FEWEST_KEPT_BYTES = 2**20  # less is tokenized sooner than it is read back
-NUM_HELD_OUT = NUM_EXAMPLES = 3
-TEXT_TOKENS = 32  # of running text, in which nothing is a question
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+NUM_EXAMPLES = 3
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
@@ -100,7 +97,10 @@ class PreparedData:
             examples.setdefault(what, []).extend(places[:NUM_EXAMPLES])
         return {
             **{name: sum(table[name] for table in tables) for name in NUMBERS},
-            "kinds": dict(sum((Counter(table["kinds"]) for table in tables), Counter())),
+            **{
+                name: dict(sum((Counter(table[name]) for table in tables), Counter()))
+                for name in ("kinds", "unused")
+            },
             "bad": [tuple(pair) for table in tables for pair in table["bad"]],
             "examples": examples,
         }
@@ -347,118 +347,6 @@ def split_name(setting: str | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A text that the model continues.
-
-    Args:
-        shown: what the user wrote, or the text itself.
-        ids: its tokens, in the form of the training rows.
-        expected: the answer of the data, or None.
-    """
-
-    shown: str
-    ids: tuple[int, ...]
-    expected: str | None = None
-
-
-def has_prompts(cfg: TrainConfig) -> bool:
-    """Return whether the user asks something of their own.
-
-    Args:
-        cfg: the run.
-    """
-    return cfg.sample_prompt is not None or cfg.sample_prompts not in ("auto", "off")
-
-
-def choose_prompts(
-    cfg: TrainConfig, ready: PreparedData, tokenizer: TextTokenizer | None
-) -> tuple[Prompt, ...]:
-    """Find the prompts of a run.
-
-    Args:
-        cfg: sample_prompt, sample_prompts, sample_tokens.
-        ready: the data; its held-out rows are asked where the user names no prompt.
-        tokenizer: None where there is no text.
-
-    Returns:
-        The prompts; none without a tokenizer.
-
-    Raises:
-        UserError: a file that cannot be read, a line of it that is no prompt, or a prompt that
-            the template cannot render.
-    """
-    if tokenizer is None:
-        return ()
-    asked = [] if cfg.sample_prompt is None else [("--sample_prompt", cfg.sample_prompt)]
-    if cfg.sample_prompts not in ("auto", "off"):
-        asked += _read_prompts(Path(cfg.sample_prompts).expanduser())
-    if asked or cfg.sample_prompts == "off" or ready.formatter is None:
-        return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
-    number = min(NUM_HELD_OUT, len(ready.held_out))
-    chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
-    samples = (ready.held_out[index] for index in sorted(chosen.tolist()))
-    return tuple(_ask_held_out(sample, tokenizer, cfg.sample_tokens) for sample in samples)
-
-
-def _read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """Place and question of every line that is not empty."""
-    remedy = "give a file with one prompt a line, auto or off"
-    lines = read_own_file(path, "--sample_prompts", remedy).splitlines()
-    found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise UserError(f"--sample_prompts {path}", "is empty", remedy)
-    is_json = path.suffix.lower() in JSON_SUFFIXES
-    return [(place, _parse_prompt(place, line) if is_json else line) for place, line in found]
-
-
-def _parse_prompt(place: str, line: str) -> Any:
-    """A text, or the messages of a conversation."""
-    value = parse_json(line)
-    if isinstance(value, dict):
-        value = value.get("prompt", value.get("messages"))
-    is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
-    if not value or not (isinstance(value, str) or is_chat):
-        remedy = 'write "text", {"prompt": "text"} or {"messages": [...]}'
-        raise UserError(place, "is no prompt in JSON", remedy)
-    return value
-
-
-def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
-    """A prompt as the rows have it, less the beginning of text that the tokenizer puts there."""
-    is_chat = isinstance(question, list)
-    shown = str(question[-1].get("content", "")) if is_chat else question
-    text = question
-    try:
-        if is_chat and ready.formatter is not None:
-            text = ready.formatter.chat.prompt(question)
-        elif ready.formatter is not None:
-            text = ready.formatter.ask(question, ready.example)
-    except Refused as refusal:
-        raise UserError(
-            f"{place} {shown}", f"cannot be asked ({refusal})", "leave it out"
-        ) from refusal
-    bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""
-    return Prompt(shown, tuple(tokenizer.encode([text.removeprefix(bos)], True)[0].ids))
-
-
-def _ask_held_out(sample: Sample, tokenizer: TextTokenizer, num_tokens: int) -> Prompt:
-    """What stands before the first answer of a row; the beginning of running text."""
-    flags = np.append(sample.is_trained, False)
-    flags[0] = False
-    first = int(flags.argmax())
-    last = first + int((~flags[first:]).argmax())
-    if first <= 1:
-        first = min(TEXT_TOKENS, max(len(sample.input_ids) // 2, 1))
-        last = min(last, first + num_tokens)
-    ids = sample.input_ids.tolist()
-    return Prompt(
-        tokenizer.core.decode(ids[:first]).strip(),
-        tuple(ids[:first]),
-        tokenizer.core.decode(ids[first:last]).strip(),
-    )
-
-
-@dataclass(frozen=True)
 class Audit:
     """Facts of the data of a run.
 
@@ -608,12 +496,14 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_few = 0 < facts["num_train"] < rows_per_step
     is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     notes = {
         "more than a tenth of the rows is cut: raise --context_length": is_cut,
         "the end of text is never learned: answers will not stop by it": not ends,
         f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
+        f"nothing uses these columns: {one_line(unused)[:MOST_CHARS]}": unused,
         "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
         "earlier turns in another way, so each answer stands alone": is_split,

@@ -52,6 +52,11 @@ class Refused(Exception):
     """A template cannot render a row; the text says why."""
 
 
+def says_something(message: Mapping[str, Any]) -> bool:
+    """Return whether a message holds text or calls of tools."""
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
 class Template:
     """A compiled template.
 
@@ -137,11 +142,12 @@ class Chat(Template):
             Refused: the template raises.
         """
         whole, marks = self._render(messages, tools)
-        if marks:
-            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            if len(marks) == len(answers):
-                marks = tuple(marks[answers.index(turn)] for turn in turns)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if marks and len(marks) == len(answers):
+            marks = tuple(marks[answers.index(turn)] for turn in turns)
             return [Text(whole, marks, has_markup=True)]
+        if marks and len(turns) >= sum(map(says_something, (messages[i] for i in answers))):
+            return [Text(whole, marks, has_markup=True)]  # of all answers, so of each
         ends = [(turn, self._render(messages[: turn + 1], tools)[0]) for turn in turns]
         parts = [(self._start(messages, turn, after, tools), after) for turn, after in ends]
         parts = [(start, self._less_end(after, whole)) for start, after in parts]

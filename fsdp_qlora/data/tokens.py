@@ -26,7 +26,7 @@ from fsdp_qlora.data.row_formats import BLOCKS, TOKENS, RowFormatter
 from fsdp_qlora.data.sources import BadRow, PlacedRows, RowPlace, TextPiece
 from fsdp_qlora.data.tokenizer import Refused, Span, Text, TextTokenizer
 
-VERSION = 2  # of what the files mean; raise it when that or the way rows become tokens changes
+VERSION = 3  # of what the files mean; raise it when that or the way rows become tokens changes
 CODES, TABLE, FACTS = "codes.bin", "table.bin", "facts.json"
 START, FILE, NUMBER, HASH, NUM_TRAINED, NUM_UNCUT = range(6)
 CHUNK = 1024  # texts that are tokenized at once
@@ -263,7 +263,7 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
 def no_facts() -> Facts:
     """Return what `tokenize` counts, before a row has been read."""
     numbers = dict.fromkeys(NUMBERS, 0)
-    return numbers | {"kinds": {}, "bad": [], "examples": {}, "largest_id": -1}
+    return numbers | {"kinds": {}, "unused": {}, "bad": [], "examples": {}, "largest_id": -1}
 
 
 class _Job(NamedTuple):
@@ -299,15 +299,15 @@ def tokenize(
         progress: called now and then with how many more rows are done.
 
     Returns:
-        The samples. Their facts: `NUMBERS`; kinds, how the rows were treated -> how many; bad,
-        place and fault of the first bad rows; examples, "cut", "empty" and "beyond" -> places of
-        the first of them; largest_id, of all samples.
+        The samples. Their facts: `NUMBERS`; kinds, how the rows were treated -> how many; unused,
+        what nothing used -> in how many rows; bad, place and fault of the first bad rows; examples,
+        "cut", "empty" and "beyond" -> places of the first of them; largest_id, of all samples.
 
     Raises:
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    num_reported, facts = 0, no_facts() | {"kinds": Counter()}
+    num_reported, facts = 0, no_facts() | {"kinds": Counter(), "unused": Counter()}
     maker = _SampleMaker(builder, facts, context_length, tokenizer)
     jobs = _jobs(rows, formatter, facts)
     while chunk := list(islice(jobs, CHUNK)):
@@ -317,7 +317,7 @@ def tokenize(
         num_reported = facts["num_rows"]
     if maker.num_running > 1:  # of a single token nothing can be learned
         maker.flush()
-    return builder.finish(facts | {"kinds": dict(facts["kinds"])})
+    return builder.finish(facts | {name: dict(facts[name]) for name in ("kinds", "unused")})
 
 
 def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_Job]:
@@ -345,6 +345,7 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
             starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
         facts["num_rows"] += 1
         facts["kinds"][treatment] += 1
+        facts["unused"].update(formatter.unused(row))
         yield from jobs
     if not starts_text and last is not None:
         yield _Job(last, NO_TEXT, None, True)

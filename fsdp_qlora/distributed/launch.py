@@ -548,7 +548,7 @@ def _again(found: ExitReport, attempt: Attempt) -> Attempt | None:
     if attempt.num_restarts >= cfg.max_restarts:
         return None
     number, saved = attempt.num_restarts + 1, checkpoint_store.latest(output_dir)
-    if saved is None and checkpoint_store.may_hold_any(output_dir):
+    if saved is None and checkpoint_store.last_step(output_dir, unknown=0) is not None:
         return None  # a new start would write over what cannot be read now
     where = "from the beginning" if saved is None else f"after step {saved.step}"
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES, BASES = ("auto", "cpu", "cuda"), ("auto", "16bit", "dequantized")
 # What stands beside a quantized weight; the last has the code and block size in its name.
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
 QUANTIZED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
@@ -67,10 +67,7 @@ class MergeOptions(OutputOptions):
     dtype: str = flag("bf16", "output", "of the weights that are written", tuple(DTYPES))
     adapter: str | None = flag(None, "merge", "directory of the adapter")
     model_name: str | None = flag(None, "merge", "its base [as adapter_config.json has it]")
-    base: str = flag(
-        *("auto", "merge", "what the adapter is added to; auto: what training saw, if it tells"),
-        ("auto", "16bit", "dequantized"),
-    )
+    base: str = flag("auto", "merge", "added to what; auto: to what training saw", BASES)
     format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
     quant_cache: str = flag("auto", "merge", "where training kept its 4-bit bytes", rule=TEXT)
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")

@@ -4,7 +4,6 @@ The card's figures come from the record of the run. Nothing of the environment i
 is put together from the options, and whatever looks like a secret is removed.
 """
 
-import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -139,24 +138,21 @@ def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> Iterator[tuple
 
 def _results(run: Run) -> Iterator[tuple[str, str]]:
     losses = [step["loss"] for step in run.steps]
-    if None not in (losses[0], losses[-1]):
-        yield "loss of the first and the last step", f"{losses[0]:.4f} -> {losses[-1]:.4f}"
     held_out = [loss for _, loss in run.evals if loss is not None]
-    if len(held_out) > 1:
-        yield "held-out loss before and after", f"{held_out[0]:.4f} -> {held_out[-1]:.4f}"
-        both = " -> ".join(f"{math.exp(loss):.2f}" for loss in (held_out[0], held_out[-1]))
-        yield "held-out perplexity before and after", both
+    pairs = {"loss of the first and the last step": losses}
+    pairs |= {"held-out loss before and after": held_out if len(held_out) > 1 else [None]}
+    for name, values in pairs.items():
+        if None not in (values[0], values[-1]):
+            yield name, f"{values[0]:.4f} -> {values[-1]:.4f}"
     seconds = sum(step["step_s"] for step in run.steps)
     num_tokens = sum(step["num_tokens"] for step in run.steps)
     yield "tokens, padding included", f"{num_tokens:,}"
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     yield "training time", f"{seconds / 60:.1f} minutes, {speed}"
-    size = highest(run.peaks("device_total_gib"))
-    if size:
+    if size := highest(run.peaks("device_total_gib")):
         peak = highest(run.peaks("device_peak_reserved_gib")) or 0
         yield "peak memory of a GPU", f"{peak:.2f} GiB reserved of {size:.1f}"
-    host = highest(run.host("host_peak_used_gib"))
-    if host is not None:
+    if (host := highest(run.host("host_peak_used_gib"))) is not None:
         yield "peak memory of the host, all programs", f"{host:.1f} GiB"
 
 

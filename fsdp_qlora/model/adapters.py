@@ -77,53 +77,48 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
 
 
 def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.device) -> None:
-    """Fill this rank's slices from an adapter in peft's format.
+    """Fill this rank's slices from an adapter in peft's format, or new layers of LLaMA-Pro.
 
     Args:
         model: sharded and filled, with slots as the adapter has them.
-        path: adapter_model.safetensors.
+        path: adapter_model.safetensors, or new_layers.safetensors.
         layers_prefix: where the layers are in the model, "model.layers".
         device: where this rank keeps its slices.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
     """
-    blocks_ = list(blocks(model))
+    blocks_ = [block for block in blocks(model) if block.body.slots]
     flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
-    places = dict(named_pairs(model, flats, layers_prefix))
-    saved = trained_root(model)
-    for name, shape in saved.items():
-        places[f"base_model.model.{name}"] = torch.empty(shape)
+    places = dict(named_pairs(model, flats, layers_prefix)) if flats else {}
+    stem = "base_model.model." if flats else ""
+    saved = {n: place for n, place in model.tensors.items() if getattr(*place).requires_grad}
+    for name, place in saved.items():
+        places[stem + name] = torch.empty(getattr(*place).shape)
     remedy = "check that it belongs to this model"
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
         if saved and model.is_tied:
-            found.discard("base_model.model.lm_head.weight")  # a copy
+            found.discard(f"{stem}lm_head.weight")  # a copy
         if found != set(places):
             other = sorted(found ^ set(places))
             rule = "an adapter must have just the tensors of the linears that it adapts"
             got = f"{path}: {other[0]} and {len(other) - 1} more"
             raise UserError(got, rule, remedy, INTEGRITY)
-        for name, place in places.items():
+        for name, tensor in places.items():
             values = file.get_tensor(name)
-            if values.shape != place.shape:
+            if values.shape != tensor.shape:
                 got, rule = f"{path}: {name} is {list(values.shape)}", "this model has "
-                raise UserError(got, rule + str(list(place.shape)), remedy, INTEGRITY)
-            place.copy_(values)
-    shift_magnitudes(model, flats, -1)
+                raise UserError(got, rule + str(list(tensor.shape)), remedy, INTEGRITY)
+            tensor.copy_(values)
+    if flats:
+        shift_magnitudes(model, flats, -1)
     for block, flat in zip(blocks_, flats, strict=True):
         shard.set_slice(block.body, "lora", flat, device)
-    for name in saved:
-        shard.set_slice(*model.tensors[name], places[f"base_model.model.{name}"], device)
+    for name, place in saved.items():
+        shard.set_slice(*place, places[stem + name], device)
     if model.is_tied:
         model.head.weight = model.embedding.get_parameter("weight")
-
-
-def trained_root(model: "QuantizedModel") -> dict[str, torch.Size]:
-    """Shapes of the trained parameters outside the decoder layers, by name in the files."""
-    params = {name: getattr(*place) for name, place in model.tensors.items()}
-    inside = {id(p) for block in blocks(model) for p in block.parameters()}
-    return {n: p.shape for n, p in params.items() if p.requires_grad and id(p) not in inside}
 
 
 def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[torch.Tensor]:

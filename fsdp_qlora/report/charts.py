@@ -85,7 +85,7 @@ def draw(chart: Chart) -> str:
         An HTML <figure>: caption, axes, SVG, legend, note.
     """
     series = [replace(s, points=[(x, _known(y)) for x, y in s.points]) for s in chart.series]
-    areas = _stack([s for s in series if s.style == "area"])
+    areas = _stack([s for s in series if s.style == "area" and s.points])
     lines = [s for s in series if s.style != "area"]
     points = [point for s in (*areas, *lines) for point in s.points]
     scale = _scale(points, chart.has_zero)
@@ -100,7 +100,8 @@ def draw(chart: Chart) -> str:
     ]
     words = escape(", ".join(f"{s.label} {s.figure}".strip() for s in named))
     title, tall = escape(chart.title), " tall" * bool(areas)
-    unit = chart.unit if any(y is not None for _, y in points) else "no finite value was recorded"
+    is_known = any(y is not None for s in series for _, y in s.points)
+    unit = chart.unit if is_known else "no finite value was recorded"
     return (
         f'<figure class="plot{tall}"><figcaption><b>{title}</b> <span>{escape(unit)}</span>'
         f'</figcaption><div class="frame"><div class="ys">{_marks_y(scale)}</div>'

@@ -48,6 +48,7 @@ class HostBuffer:
     """Host memory for a snapshot, touched before it is needed: the first touch takes longest.
 
     Attributes:
+        memory: uint8, flat.
         end: of the copies so far; 0 forgets them.
     """
 
@@ -57,12 +58,7 @@ class HostBuffer:
         Args:
             nbytes: expected; what goes beyond gets memory of its own.
         """
-        self._buffer = torch.empty(nbytes, dtype=torch.uint8)
-        self.end = 0
-
-    def touch(self) -> None:
-        """Make the system give the memory."""
-        self._buffer.zero_()
+        self.memory, self.end = torch.empty(nbytes, dtype=torch.uint8), 0
 
     def copy(self, tensor: Tensor) -> Array:
         """Copy a tensor.
@@ -71,10 +67,9 @@ class HostBuffer:
             tensor: of a dtype in DTYPES, on any device.
         """
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        start, end = self.end, self.end + flat.numel()
-        self.end = end
-        fits = end <= self._buffer.numel()
-        copy = self._buffer[start:end] if fits else torch.empty_like(flat, device="cpu")
+        start, self.end = self.end, self.end + flat.numel()
+        fits = self.end <= self.memory.numel()
+        copy = self.memory[start : self.end] if fits else torch.empty_like(flat, device="cpu")
         copy.copy_(flat)
         return Array(DTYPES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
 
@@ -316,7 +311,7 @@ class Writer(threading.Thread):
         work: what writes it; its error is left for the training to see, in `error`.
     """
 
-    def __init__(self, step: int, work: Callable[[], None]) -> None:
+    def __init__(self, step: int, work: Callable[[], object]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.step, self._work = step, work
         self.error: Exception | None = None
@@ -366,7 +361,7 @@ class Checkpointer:
         nbytes *= self._is_on and self._is_writer
         self._buffer = HostBuffer(nbytes)
         if nbytes <= MOST_TOUCHED_BYTES:
-            self._start(self._buffer.touch)
+            self._start(self._buffer.memory.zero_)  # makes the system give it
 
     def _read_best(self) -> list[float]:
         """Step and loss of the best checkpoint as this rank reads them; step 0: there is none."""
@@ -500,7 +495,7 @@ class Checkpointer:
             checkpoint_store.set_best(self._output_dir, *best)
         checkpoint_store.prune(self._output_dir, self._cfg.keep_checkpoints, reach)
 
-    def _start(self, work: Callable[[], None]) -> None:
+    def _start(self, work: Callable[[], object]) -> None:
         if self._is_writer:
             self._writer = Writer(self.step, work)
 

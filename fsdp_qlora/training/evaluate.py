@@ -12,7 +12,7 @@ from typing import Any
 from fsdp_qlora import atomic
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
-from fsdp_qlora.data.prepare import Prompt
+from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.errors import one_line
 from fsdp_qlora.training import loop
 from fsdp_qlora.training.metrics import Recorder

@@ -62,8 +62,7 @@ class Clock:
             device: the device whose current stream is timed; a CPU is timed by perf_counter.
             at_mark: told the name of every phase that ends, by the host's own time.
         """
-        self._is_cuda = device.type == "cuda"
-        self._at_mark = at_mark
+        self._is_cuda, self._at_mark = device.type == "cuda", at_mark
         self._marks = [("", self._now())]
 
     def _now(self) -> Any:
@@ -281,17 +280,12 @@ class Recorder:
         agreed = [max(column) for column in columns[:begin]]
         self._step = record["step"]
         if self._world.rank == 0:
-            self._write_pending()
+            self.flush()
             sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
             memories = self._memories(mine, [row[begin + len(COUNTS) :] for row in every])
             self._pending = ({**record, **sums, **memories}, lap)
         self.clock.mark("record")
         return agreed
-
-    def flush(self) -> None:
-        """Write the last step; waits for its loss."""
-        if self._world.rank == 0:
-            self._write_pending()
 
     def total_s(self) -> float:
         """Seconds since the run began, without those between an end and a resume."""
@@ -341,7 +335,7 @@ class Recorder:
             values: numbers, text, lists and dicts; 0-d tensors are read at once.
         """
         if self._world.rank == 0:
-            self._write_pending()
+            self.flush()
             self._write({"event": name, **values})
         self.clock.restart()
 
@@ -353,7 +347,7 @@ class Recorder:
     def say(self, text: str) -> None:
         """Print a line on rank 0, after the steps so far and without breaking the bar."""
         if self._world.rank == 0:
-            self._write_pending()
+            self.flush()
             tqdm.write(text)
 
     def close(self, is_complete: bool = True) -> None:
@@ -367,7 +361,7 @@ class Recorder:
             return
         # After a CUDA error the last loss cannot be read: what was written before must stand.
         with contextlib.suppress(*() if is_complete else (RuntimeError,)):
-            self._write_pending()
+            self.flush()
         raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
         summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
         summary |= {**self._totals.summary(), "num_ranks": self._world.size}
@@ -378,7 +372,8 @@ class Recorder:
         self._file.close()
         self._file = None
 
-    def _write_pending(self) -> None:
+    def flush(self) -> None:
+        """Write the last step, on the rank that writes; waits for its loss."""
         if self._pending is None:
             return
         (record, lap), self._pending = self._pending, None
@@ -473,7 +468,11 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         For the record, by name; `lines` are what the console shows.
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
-    trainable, total, load_peaks = trained.count(info, cfg), num_params(info), _load_peaks(tracker)
+    trainable, total = trained.count(info, cfg), num_params(info)
+    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
+    rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
+    host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
     num_quantized = info.num_layers - len(trained.whole(info, cfg).layers)
     quantized_gib = built.model.layout.nbytes * num_quantized / hardware.GIB
@@ -491,8 +490,8 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         f"kernels   {kernels.note}",
         f"placement {placed.note}",
         f"loaded    {loaded}",
-        f"          peak {load_peaks['host_peak_used_gib']:.1f} GiB of host memory in use (all "
-        f"programs), {load_peaks['device_peak_reserved_gib']:.1f} GiB reserved on a GPU",
+        f"          peak {tracker.used_gib['load']:.1f} GiB of host memory in use (all "
+        f"programs), {reserved_gib:.1f} GiB reserved on a GPU",
         f"cache     {cache.note}",
         f"data      {data.audit}",
         *replanned,
@@ -501,18 +500,9 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
     facts: dict[str, Any] = {"config": to_dict(cfg), "plan": plan.to_dict()}
     facts |= {"model_type": info.model_type, "num_params": total}
     facts |= {"num_trainable_params": trainable, "packed_gib": quantized_gib}
-    facts |= {"load_s": loaded.seconds, "load_source": loaded.source, "load_peaks": load_peaks}
+    facts |= {"load_s": loaded.seconds, "load_source": loaded.source, "load_peaks": device | host}
     facts |= {"kernels": kernels.note, "placement": placed.note, "quant_cache": cache.note}
     return facts | {"data": data.audit.facts, "lines": lines}
-
-
-def _load_peaks(tracker: MemoryTracker) -> dict[str, float]:
-    """Peaks of memory in the load, GiB: of the rank's GPU and process, and of the whole host."""
-    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
-    rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
-    host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
-    return device | host
 
 
 def print_summary(cfg: TrainConfig) -> None:

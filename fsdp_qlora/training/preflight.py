@@ -305,9 +305,9 @@ def _check_gpus(plan: RunPlan) -> None:
 
 
 def _check_data(cfg: TrainConfig, info: ModelInfo) -> None:
-    from fsdp_qlora.data import prepare, sources, tokenizer
+    from fsdp_qlora.data import prepare, prompts, sources, tokenizer
 
-    if cfg.dataset == sources.DUMMY and not prepare.has_prompts(cfg):
+    if cfg.dataset == sources.DUMMY and not prompts.has_prompts(cfg):
         return
     path = tokenizer.directory(info)
     if not (path / "tokenizer.json").exists():
@@ -322,7 +322,7 @@ def _check_data(cfg: TrainConfig, info: ModelInfo) -> None:
     ready = prepare.prepare_early(cfg, light, info.vocab_size)
     if ready is not None:
         ready.check()
-        prepare.choose_prompts(cfg, ready, light)
+        prompts.choose_prompts(cfg, ready, light)
 
 
 def check_room(cfg: TrainConfig, info: ModelInfo) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fsdp_qlora
 from fsdp_qlora import arch, bench, config
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import UserError
@@ -70,6 +72,38 @@ def test_the_bench_itself_loads_nothing_heavy_beside_its_runs():
     code = "import sys, fsdp_qlora.bench; print({'torch', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True)
     assert done.stdout == b"set()\n", done.stderr
+
+
+def test_the_version_is_of_the_package_and_never_of_a_repository_around_it(tmp_path, monkeypatch):
+    """Installed in a directory of another checkout, copied into its top, and a checkout of ours."""
+
+    def git(*words, cwd):
+        argv = ["git", "-c", "user.name=x", "-c", "user.email=x@x", *words]
+        return subprocess.run(argv, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+    def commits(place):
+        code = "from fsdp_qlora import bench, doctor; "
+        code += "print(bench.commit(), *doctor._requirements())"
+        argv, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": str(place)}
+        done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(" ")[0].strip(), "torch" in done.stdout
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    for place in (own, other, other / "venv" / "site-packages"):
+        ignored = shutil.ignore_patterns("recipes", "__pycache__")
+        shutil.copytree(PROJECT_DIR / "fsdp_qlora", place / "fsdp_qlora", ignore=ignored)
+    (other / "pyproject.toml").write_text('[project]\nname = "other"\n')
+    shutil.copy(PROJECT_DIR / "pyproject.toml", own)
+    for place in (other, own):
+        git("init", "-q", cwd=place)
+        git("add", "-A", cwd=place)
+        git("commit", "-qm", "all", cwd=place)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))  # as within a hook
+    head = git("--git-dir", own / ".git", "rev-parse", "HEAD", cwd=own).strip()
+    assert head.startswith(commits(own)[0]) and commits(own)[1]
+    for place in (other, other / "venv" / "site-packages"):
+        assert commits(place)[0] == fsdp_qlora.__version__
 
 
 def test_every_row_is_a_command_line_of_its_own():

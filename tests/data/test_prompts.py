@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data import prepare, tokenizer
+from fsdp_qlora.data import prepare, prompts, tokenizer
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import ROWS as REAL_ROWS
@@ -29,7 +29,7 @@ def choose(place, dataset, *flags):
     """The prompts, and their texts as the model sees them."""
     cfg = config.parse(["--dataset", str(dataset), "--token_cache=off", *map(str, flags)])
     light = tokenizer.read(place)
-    found = prepare.choose_prompts(cfg, prepare.prepare(cfg, light, 700), light)
+    found = prompts.choose_prompts(cfg, prepare.prepare(cfg, light, 700), light)
     return found, [light.core.decode(prompt.ids, False) for prompt in found]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from unittest.mock import patch
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, inference
 from fsdp_qlora import run as train_run
 from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
@@ -188,7 +189,7 @@ def _trained(world, places, out):
     return found
 
 
-def test_every_type_writes_files_that_give_the_logits_of_the_trained_model(tmp_path):
+def test_every_type_writes_files_that_give_the_logits_of_the_trained_model(tmp_path, monkeypatch):
     """Reference: transformers and peft on what was written; all that is no model, merged too."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -212,6 +213,15 @@ def test_every_type_writes_files_that_give_the_logits_of_the_trained_model(tmp_p
                 module.weight.data = tiny.dequantized(module.weight.data, "nf4_dq")
         return model
 
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    opened = inference.open_run(
+        tmp_path / "blocks", inference.config_of(tmp_path / "blocks", ["--precision=fp32"])
+    )
+    opened.load_adapter()
+    with torch.no_grad():
+        last = opened.model(ids)[0, -1].float()
+    opened.close()
+    np.testing.assert_allclose(last, found["blocks"], rtol=1e-4, atol=2e-4)
     for name in ("full", "full_tied"):
         check_logits(AutoModelForCausalLM.from_pretrained(tmp_path / name), name)
     for name in ("dora", "saved", "saved_tied"):

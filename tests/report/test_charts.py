@@ -71,9 +71,10 @@ def test_constant_tiny_and_huge_ranges_have_an_axis_that_holds_them(values, has_
         assert min(heights) <= 0
 
 
+@pytest.mark.parametrize("style", ("line", "dots", "area"))
 @pytest.mark.parametrize("points", [[], [(1, None)], [(1, math.nan), (2, math.inf)]])
-def test_a_chart_without_a_finite_value_says_so(points):
-    html = draw(Series("a", "#000", points))
+def test_a_chart_without_a_finite_value_says_so(points, style):
+    html = draw(Series("a", "#000", points, style))
     assert "no finite value was recorded" in html and len(marks(html)) > 1
 
 

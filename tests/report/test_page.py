@@ -311,6 +311,24 @@ def test_a_single_step_and_a_constant_run_are_shown(tmp_path):
     assert len(shapes(page, "Loss")["flat, smoothed"]) == 12
 
 
+@pytest.mark.parametrize("num_steps", (1, 2, 12))
+def test_no_value_that_a_run_can_record_ends_its_report(tmp_path, num_steps):
+    """Every step alike, or the last one alone; NaN is null in a record, huge values are gaps."""
+    values = (1e-30, 5e-324, 2.2e-308, 1e-300, 0.0, -1.0, 1e16, 1e299, 1e300, 1.7e308, None)
+    fields = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
+    for number, (value, other) in enumerate((v, o) for v in values for o in (v, 1 / 3)):
+        steps = [gpu_step(i) | dict.fromkeys(fields, other) for i in range(1, num_steps + 1)]
+        steps[-1] |= dict.fromkeys(fields, value)
+        run = write_run(tmp_path / str(number), steps, (value, other), summary=gpu_facts())
+        drawn = shapes(page_of(run, out=run), "Learning rate").get("learning rate", [])
+        is_drawn = [rate is not None and rate < 1e300 for rate in [other] * (num_steps - 1)]
+        is_drawn.append(value is not None and value < 1e300)
+        assert len(drawn) == sum(is_drawn) * (sum(is_drawn) > 1), (value, other)
+        rates = [step["learning_rate"] for step in steps[: len(drawn)]]
+        size = max(map(abs, rates), default=0.0)
+        assert [rate for _, rate in drawn] == pytest.approx(rates, abs=2e-4 * size + 1e-300)
+
+
 def test_plan_and_ledger_stand_side_by_side_by_row_and_phase(gpus):
     _, page = gpus
     for phase, rows in DEVICE.items():

@@ -72,6 +72,7 @@ def test_phase_peaks_of_a_cpu_rank_are_its_own_pages_phase_by_phase():
 @pytest.mark.gpu
 def test_device_peaks_start_anew_at_every_reading():
     device = torch.device("cuda", 0)
+    torch.zeros(1, device=device)  # from here on there is an allocator
     peaks = memory.PhasePeaks(device)
     ballast = torch.empty(2**30, dtype=torch.uint8, device=device)
     del ballast

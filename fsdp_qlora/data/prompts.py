@@ -1,0 +1,130 @@
+"""What a run asks the model before and after training: the user's questions, or held-out rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.data.sources import parse_json, read_own_file
+from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
+from fsdp_qlora.data.tokens import Sample
+from fsdp_qlora.errors import UserError
+
+NUM_HELD_OUT = 3
+TEXT_TOKENS = 32  # of running text, in which nothing is a question
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text that the model continues.
+
+    Args:
+        shown: what the user wrote, or the text itself.
+        ids: its tokens, in the form of the training rows.
+        expected: the answer of the data, or None.
+    """
+
+    shown: str
+    ids: tuple[int, ...]
+    expected: str | None = None
+
+
+def has_prompts(cfg: TrainConfig) -> bool:
+    """Return whether the user asks something of their own.
+
+    Args:
+        cfg: the run.
+    """
+    return cfg.sample_prompt is not None or cfg.sample_prompts not in ("auto", "off")
+
+
+def choose_prompts(
+    cfg: TrainConfig, ready: PreparedData, tokenizer: TextTokenizer | None
+) -> tuple[Prompt, ...]:
+    """Find the prompts of a run.
+
+    Args:
+        cfg: sample_prompt, sample_prompts, sample_tokens.
+        ready: the data; its held-out rows are asked where the user names no prompt.
+        tokenizer: None where there is no text.
+
+    Returns:
+        The prompts; none without a tokenizer.
+
+    Raises:
+        UserError: a file that cannot be read, a line of it that is no prompt, or a prompt that
+            the template cannot render.
+    """
+    if tokenizer is None:
+        return ()
+    asked = [] if cfg.sample_prompt is None else [("--sample_prompt", cfg.sample_prompt)]
+    if cfg.sample_prompts not in ("auto", "off"):
+        asked += _read_prompts(Path(cfg.sample_prompts).expanduser())
+    if asked or cfg.sample_prompts == "off" or ready.formatter is None:
+        return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
+    number = min(NUM_HELD_OUT, len(ready.held_out))
+    chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
+    samples = (ready.held_out[index] for index in sorted(chosen.tolist()))
+    return tuple(_ask_held_out(sample, tokenizer, cfg.sample_tokens) for sample in samples)
+
+
+def _read_prompts(path: Path) -> list[tuple[str, Any]]:
+    """Place and question of every line that is not empty."""
+    remedy = "give a file with one prompt a line, auto or off"
+    lines = read_own_file(path, "--sample_prompts", remedy).splitlines()
+    found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UserError(f"--sample_prompts {path}", "is empty", remedy)
+    is_json = path.suffix.lower() in JSON_SUFFIXES
+    return [(place, _parse_prompt(place, line) if is_json else line) for place, line in found]
+
+
+def _parse_prompt(place: str, line: str) -> Any:
+    """A text, or the messages of a conversation."""
+    value = parse_json(line)
+    if isinstance(value, dict):
+        value = value.get("prompt", value.get("messages"))
+    is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+    if not value or not (isinstance(value, str) or is_chat):
+        remedy = 'write "text", {"prompt": "text"} or {"messages": [...]}'
+        raise UserError(place, "is no prompt in JSON", remedy)
+    return value
+
+
+def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
+    """A prompt as the rows have it, less the beginning of text that the tokenizer puts there."""
+    is_chat = isinstance(question, list)
+    shown = str(question[-1].get("content", "")) if is_chat else question
+    text = question
+    try:
+        if is_chat and ready.formatter is not None:
+            text = ready.formatter.chat.prompt(question)
+        elif ready.formatter is not None:
+            text = ready.formatter.ask(question, ready.example)
+    except Refused as refusal:
+        raise UserError(
+            f"{place} {shown}", f"cannot be asked ({refusal})", "leave it out"
+        ) from refusal
+    bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""
+    return Prompt(shown, tuple(tokenizer.encode([text.removeprefix(bos)], True)[0].ids))
+
+
+def _ask_held_out(sample: Sample, tokenizer: TextTokenizer, num_tokens: int) -> Prompt:
+    """What stands before the first answer of a row; the beginning of running text."""
+    flags = np.append(sample.is_trained, False)
+    flags[0] = False
+    first = int(flags.argmax())
+    last = first + int((~flags[first:]).argmax())
+    if first <= 1:
+        first = min(TEXT_TOKENS, max(len(sample.input_ids) // 2, 1))
+        last = min(last, first + num_tokens)
+    ids = sample.input_ids.tolist()
+    return Prompt(
+        tokenizer.core.decode(ids[:first]).strip(),
+        tuple(ids[:first]),
+        tokenizer.core.decode(ids[first:last]).strip(),
+    )
