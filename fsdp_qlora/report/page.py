@@ -47,7 +47,6 @@ LEAST_GIB = 0.0005  # smaller rows are counted in the total only
 PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
 PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
 COMPARED = ["predicted", "measured", "difference"]
-MACHINE = ("host_total_gib", "cgroup_limit_gib", "num_cpu_cores")
 
 
 class Cell(NamedTuple):
@@ -486,18 +485,14 @@ def settings(runs: list[Run]) -> list[PageTable]:
 
 
 def environment(runs: list[Run]) -> PageTable:
-    """What ran, on what: the console's lines from the start; command, hardware, versions.
+    """What ran, on what: the console's lines from the start; command and versions.
 
     Args:
         runs: the records, one column each.
     """
     columns = []
     for run in runs:
-        gpu_gib = run.steps[-1]["ranks"][0].get("device_total_gib")
-        sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
-        sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
-        facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
-        facts |= {"command": command(run.config)} | run.table("versions")
+        facts = {"command": command(run.config)} | run.table("versions")
         columns.append(_console(run) | {name: Cell(str(value)) for name, value in facts.items()})
     return _beside("", _heads(runs), columns, "words")
 
