@@ -5,6 +5,7 @@ you rent. The same facts are kept in the record of every run.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -43,6 +44,14 @@ NUM_EXAMPLES = 3
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
+FINDINGS = {
+    "dropped": "lose text that the chat template does not write",
+    "reasoning": "lose the reasoning of earlier turns, which the chat template leaves out as when "
+    "the model is used",
+    "prompt": "do not hold the prompt that the template asks with, which ends so",
+    "developer": "have the role developer, which the chat template does not know: it is system",
+    "unread": "have chat_template_kwargs that the chat template does not read",
+}
 LOSSES = ("cut", "empty", "beyond", "repeated")
 LINES = {
     "rows": "{num_rows:,} of {sources} ({kinds})",
@@ -97,7 +106,10 @@ class PreparedData:
             examples.setdefault(what, []).extend(places[:NUM_EXAMPLES])
         return {
             **{name: sum(table[name] for table in tables) for name in NUMBERS},
-            "kinds": dict(sum((Counter(table["kinds"]) for table in tables), Counter())),
+            **{
+                name: dict(sum((Counter(table[name]) for table in tables), Counter()))
+                for name in ("kinds", "findings")
+            },
             "bad": [tuple(pair) for table in tables for pair in table["bad"]],
             "examples": examples,
         }
@@ -148,9 +160,7 @@ def prepare(
         whole = tokens.dummy_samples(cfg.dataset_samples, cfg.context_length, vocab_size, cfg.seed)
         return PreparedData(*train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,))
     assert tokenizer is not None, "text without a tokenizer"
-    formatter = row_formats.choose(
-        cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
-    )
+    formatter = _choose(cfg, tokenizer)
     found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
     is_silent = not (shows_progress and sys.stderr.isatty())
     with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
@@ -173,6 +183,20 @@ def prepare(
         raise UserError(f"--eval_every {cfg.eval_every}", "no rows are held out", remedy)
     names = tuple(source.name for source in found)
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
+
+
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
+    """How the rows of a run become text."""
+    found = row_formats.choose(
+        cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
+    )
+    kwargs = json.loads(cfg.chat_template_kwargs or "{}")
+    unread = set(found.chat.unread(kwargs)) & set(found.chat.unread(kwargs, tools=True))
+    if unread:
+        got = f"--chat_template_kwargs with {', '.join(sorted(unread))}"
+        raise UserError(got, "the chat template reads no such name", "correct it or leave it out")
+    allows = cfg.allow_dropped_text
+    return dataclasses.replace(found, chat_kwargs=kwargs, allows_dropped=allows)
 
 
 def prepare_early(
@@ -245,6 +269,7 @@ def _key(
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
+    how += [formatter.chat_kwargs, formatter.allows_dropped]
     jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
     parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
@@ -493,17 +518,24 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_few = 0 < facts["num_train"] < rows_per_step
     is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    is_idle = cfg.chat_template_kwargs is not None and not uses_chat
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     notes = {
         "more than a tenth of the rows is cut: raise --context_length": is_cut,
         "the end of text is never learned: answers will not stop by it": not ends,
         f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
+        "--chat_template_kwargs has no effect: no row goes through a chat template": is_idle,
         "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
         "earlier turns in another way, so each answer stands alone": is_split,
     }
-    return [note for note, is_so in notes.items() if is_so]
+    found_in_rows = [
+        f"{facts['findings'][kind]:,} rows {words}: {', '.join(facts['examples'][kind])}"
+        for kind, words in FINDINGS.items()
+        if facts["findings"].get(kind)
+    ]
+    return [*found_in_rows, *(note for note, is_so in notes.items() if is_so)]
 
 
 def main(argv: list[str]) -> int:

@@ -5,12 +5,12 @@ import json
 import operator
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
-from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
+from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
@@ -220,6 +220,9 @@ class RowFormatter:
         format_name: one of NAMES that every row must have; None: each row's columns tell.
         row_template: Jinja over a row's columns; None for none.
         parts: (text, column) pairs, the last column being what is learned; empty for none.
+        chat_kwargs: what a chat template reads besides; a row's own `chat_template_kwargs` stand
+            above them.
+        allows_dropped: rows are trained whose text the chat template does not write.
     """
 
     chat: Chat
@@ -228,6 +231,8 @@ class RowFormatter:
     format_name: str | None = None
     row_template: Template | None = None
     parts: tuple[tuple[str, str | None], ...] = ()
+    chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    allows_dropped: bool = False
 
     @functools.cached_property
     def wanted(self) -> RowFormat | None:
@@ -320,7 +325,7 @@ class RowFormatter:
         if self._as_chat(found):
             first = [{"role": "system", "content": LABEL_PROMPT}] * (found.name == LABEL)
             messages = [*first, {"role": "user", "content": question}]
-            return self.chat.prompt(self._with_system(messages))
+            return self.chat.prompt(self._with_system(messages), **self.chat_kwargs)
         assert found.pair is not None
         if ASSISTANT in str(example.get("text", "")):
             question = f"### Human: {question}\n{ASSISTANT}"
@@ -345,7 +350,18 @@ class RowFormatter:
 
     def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
         assert found.messages is not None
-        messages, tools = self._with_system(found.messages(row)), _tools(row)
+        messages, tools = found.messages(row), _json_value(row, "tools")
+        own = _json_value(row, "chat_template_kwargs") or {}
+        if not isinstance(own, dict):
+            raise Refused(f'field "chat_template_kwargs" is {kind(own)} (want an object)')
+        values = {**self.chat_kwargs, **{k: v for k, v in own.items() if v is not None}}
+        notes = [("unread", name) for name in self.chat.unread(values, tools)]
+        values["tools"] = tools
+        if "developer" not in self.chat.chosen(tools).source:
+            notes += [("developer", "") for m in messages if m["role"] == "developer"]
+            renamed = {"developer": "system"}
+            messages = [{**m, "role": renamed.get(m["role"], m["role"])} for m in messages]
+        messages = self._with_system(messages)
         answers = [
             number
             for number, message in enumerate(messages)
@@ -354,8 +370,12 @@ class RowFormatter:
         ]
         turns = answers[-1:] if self.train_on == "last" else answers
         if self.train_on == "all" or not turns:
-            return [Text(self.chat.whole(messages, tools), (), has_markup=True)]
-        return self.chat.render(messages, turns, tools)
+            texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
+        else:
+            texts, end = self.chat.render(messages, turns, **values), turns[-1]
+        if turns:
+            notes += find_lost(messages, turns, texts, end, tools)
+        return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
     def _find(self, row: dict) -> RowFormat:
         found = self.wanted or match(row)
@@ -428,15 +448,15 @@ def choose(
     raise UserError(f"--template {template}", "is no template", f"give {remedy}")
 
 
-def _tools(row: dict) -> Any:
-    """What a chat template shows as tools; some data sets hold them as JSON in text."""
-    tools = row.get("tools")
-    if not isinstance(tools, str) or not tools.strip():
-        return tools or None
+def _json_value(row: dict, name: str) -> Any:
+    """What a chat template reads, such as tools; some data sets hold it as JSON in text."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        return value or None
     try:
-        return json.loads(tools)
+        return json.loads(value)
     except ValueError as error:
-        raise Refused('field "tools" is not JSON') from error
+        raise Refused(f'field "{name}" is not JSON') from error
 
 
 def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:
