@@ -13,12 +13,12 @@ import json
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo, trained
@@ -39,25 +39,29 @@ ENTRY_BYTES = 160  # of a header entry besides the name, at most
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 SPECIAL = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+FORMAT = {"format": "pt"}  # what transformers wants in a header
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
 @contextlib.contextmanager
 def safetensors_file(
-    path: Path, names: Iterable[str]
+    path: Path, names: Iterable[str], metadata: Mapping[str, str] = FORMAT
 ) -> Iterator[Callable[[str, torch.Tensor], None]]:
     """Write one safetensors file; after an error it is left as it is, without a header.
+
+    Equal tensors and metadata are equal bytes: the library writes metadata in any order.
 
     Args:
         path: to be made.
         names: of all tensors that may come.
+        metadata: for the header, texts by name.
 
     Yields:
         A function that writes a tensor, by name. A small one of an odd size waits for the end, so
         that the others stay aligned.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in (*names, *entries))
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + len(json.dumps(entries))
     header_bytes = -(-room // ALIGN_BYTES) * ALIGN_BYTES
     waiting: dict[str, torch.Tensor] = {}
     with path.open("wb") as file:
@@ -273,7 +277,9 @@ def _save_adapter(
         _save_config(model, info, cfg)
     with atomic.new_file(path) as draft:
         metadata = adapter_files.metadata(adapter_files.record_of(info, cfg))
-        save_file(tensors, draft, metadata=metadata)
+        with safetensors_file(draft, tensors, metadata) as add:
+            for tensor_name, tensor in sorted(tensors.items()):
+                add(tensor_name, tensor)
     read = load_file(path)
     same = read.keys() == tensors.keys() and all(torch.equal(read[n], tensors[n]) for n in tensors)
     if not same:
@@ -319,7 +325,10 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
         inference_mode=True,
         modules_to_save=sorted(saved) or None,
     )
-    config.save_pretrained(str(cfg.resolved_output_dir))
+    # Not by save_pretrained: peft makes a set of the linears, and a set has no order.
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
+    place = cfg.resolved_output_dir / adapter_files.CONFIG_NAME
+    atomic.write_json(place, dict(sorted(values.items())))
 
 
 def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool) -> Path:

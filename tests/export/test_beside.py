@@ -1,11 +1,15 @@
-"""Tokenizers are copied byte for byte; only what changed is written."""
+"""Files of a result: tokenizers byte for byte, only what changed is written, always the same."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fsdp_qlora import arch
+from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.export import model_files
 from tests import tiny
 from tests.model_files import write_model
@@ -62,3 +66,46 @@ def test_an_adapter_saved_anew_brings_its_template_or_its_tokens(base: Path, tmp
     (tmp_path / "larger").mkdir()
     model_files.copy_beside(tmp_path / "larger", info, None, tmp_path / "more")
     assert files(tmp_path / "larger") == files(tmp_path / "more") != files(base)
+
+
+# Trains nothing: an adapter of one rank as it starts, and with it two whole tensors.
+SAVE = """
+import sys, tempfile, torch
+from pathlib import Path
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.export import model_files
+from tests import tiny
+model, out = sys.argv[1:]
+store = Path(tempfile.mkdtemp()) / "store"
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+world = World(0, 1, 0, 1, torch.device("cpu"))
+flags = (f"--output_dir={out}", "--lora_rank=4", "--modules_to_save=embed_tokens,lm_head")
+built, info, cfg = tiny.build(model, world, *flags)
+Path(out).mkdir()
+model_files.save(built, info, cfg, None, is_writer=True)
+"""
+
+
+def test_equal_adapters_are_equal_bytes_in_every_process(tmp_path: Path):
+    """Python hashes names anew in every process, and the library's header has any order."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    model = tiny.save_model(tmp_path / "model")
+    outs = [tmp_path / str(seed) for seed in range(3)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SAVE, str(model), str(out)],
+            env=os.environ | {"PYTHONHASHSEED": out.name, "CUDA_VISIBLE_DEVICES": ""},
+            cwd=PROJECT_DIR,
+        )
+        for out in outs
+    ]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert len({(out / name).read_bytes() for out in outs}) == 1, name
+    config = LoraConfig.from_pretrained(outs[0])
+    assert config.r == 4 and len(config.target_modules) == 7
+    assert sorted(config.modules_to_save) == ["embed_tokens", "lm_head"]
+    tensors = load_file(outs[0] / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * tiny.SIZES["num_hidden_layers"] + 2
