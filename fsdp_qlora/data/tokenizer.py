@@ -249,7 +249,9 @@ def find_lost(
     names = [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
     said = [_Said("tools", names, []), *map(_said, messages[: end + 1], itertools.count(1))]
     plain = [_plain(text.text) for text in texts]
-    for number, (which, pieces, thoughts) in enumerate(said):
+    # Equal pieces are told apart by role only: templates write those of users and assistants.
+    for number in sorted(range(len(said)), key=lambda i: said[i].is_usual):
+        which, pieces, thoughts, _ = said[number]
         is_own = len(texts) == len(turns) and number - 1 in turns
         text = plain[turns.index(number - 1)] if is_own else plain[-1]
         before = said[: number + 1] if is_own else said
@@ -275,6 +277,7 @@ class _Said(NamedTuple):
     which: str
     pieces: list[str]
     thoughts: list[str]
+    is_usual: bool = False  # every template writes its role
 
 
 def _said(message: dict, number: int) -> _Said:
@@ -290,7 +293,8 @@ def _said(message: dict, number: int) -> _Said:
             call = {name: call.get(name) for name in ("name", "arguments")}
         pieces += _leaves(call)
     which = f"message {number} ({message['role']})"
-    return _Said(which, list(filter(_plain, pieces)), list(filter(_plain, thoughts)))
+    is_usual = message["role"] in ("user", "assistant")
+    return _Said(which, list(filter(_plain, pieces)), list(filter(_plain, thoughts)), is_usual)
 
 
 def _leaves(value: Any) -> list[str]:

@@ -224,5 +224,7 @@ def test_a_prompt_whose_end_no_row_holds_is_named_with_the_count(tmp_path):
     for source in (template, template.replace(" + m.content", " }}{% generation %}{{ m.content")
                    .replace("'</s>' }}", "'</s>' }}{% endgeneration %}")):  # fmt: skip
         (note, *_), _ = audit(tmp_path, rows, source)
-        assert note.startswith("2 rows do not hold the prompt that the template asks with, which ends so: ")
+        assert note.startswith(
+            "2 rows do not hold the prompt that the template asks with, which ends so: "
+        )
         assert note.endswith(r"/x.jsonl:2 'user:a</s>assistant:<think>\n'")
