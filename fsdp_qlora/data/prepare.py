@@ -268,7 +268,7 @@ def _key(
 ) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
-    how = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
+    how: list[Any] = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
     how += [formatter.chat_kwargs, formatter.allows_dropped]
     jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]

@@ -117,7 +117,7 @@ def audit(directory, rows, template, *flags):
          ROLES, "message 3 (tool) 'b'"),
         (chat("Hi", "Ho", "Be brief.", "How?", "So")[:2] + chat("B.", "H?", "S", first="system"),
          ROLES, "message 3 (system) 'B.'"),
-        (TOOL_ROW["messages"], ROLES + "Oslo 3", "message 2 (assistant) 'weather'"),
+        (TOOL_ROW["messages"][:2], ROLES + "Oslo 3", "message 2 (assistant) 'weather'"),
         (TOOL_ROW["messages"], TOOL_USE, "tools 'weather'"),
     ],
     ids=["reasoning", "field", "tool", "late system", "call", "tools"],
