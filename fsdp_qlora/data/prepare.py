@@ -108,7 +108,7 @@ class PreparedData:
             **{name: sum(table[name] for table in tables) for name in NUMBERS},
             **{
                 name: dict(sum((Counter(table[name]) for table in tables), Counter()))
-                for name in ("kinds", "findings")
+                for name in ("kinds", "findings", "unused")
             },
             "bad": [tuple(pair) for table in tables for pair in table["bad"]],
             "examples": examples,
@@ -519,6 +519,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
     is_idle = cfg.chat_template_kwargs is not None and not uses_chat
+    unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     notes = {
         "more than a tenth of the rows is cut: raise --context_length": is_cut,
@@ -526,6 +527,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
         f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
         "--chat_template_kwargs has no effect: no row goes through a chat template": is_idle,
+        f"nothing uses these columns: {one_line(unused)[:MOST_CHARS]}": unused,
         "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
         "earlier turns in another way, so each answer stands alone": is_split,

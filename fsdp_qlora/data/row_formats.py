@@ -1,6 +1,7 @@
 """Rows to text: by the format that a row's columns tell, a chat template, or the user's own."""
 
 import functools
+import itertools
 import json
 import operator
 import string
@@ -10,16 +11,34 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
-from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost
+from fsdp_qlora.data.tokenizer import (
+    Chat,
+    Refused,
+    Template,
+    Text,
+    find_lost,
+    says_something,
+)
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
-ROLES = {
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
+CALL = "function_call"  # what ShareGPT calls an answer that is a call of a tool, in JSON
+ROLES = {  # in lower case
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", CALL)},
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "function", "function_response"), "tool"),
+    **dict.fromkeys(
+        ("gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot"), "assistant"
+    ),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+    "tool_call": CALL,
 }
+# Fields of a message that switch its loss: OpenAI's and mistral-finetune's, ms-swift's, axolotl's.
+SWITCHES = ("weight", "loss", "train")
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOL_COLUMNS = ("tools", "functions")
+KWARGS = "chat_template_kwargs"
+HISTORY = "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
@@ -39,7 +58,10 @@ class RowFormat:
         optional: columns that may be absent, null or empty.
         pair: row -> (prompt, completion) without a chat template; None where there is no such form.
         messages: row -> conversation; None for text that is no conversation.
-        check: raises Refused for a row whose columns are wrong; None: all of them hold text.
+        check: raises Refused for a row whose columns are wrong; None: all of them hold text, and
+            `history` earlier questions and answers.
+        holds: what the first required column must be in a row of this kind.
+        answers: the column whose messages alone are learned; None for all.
     """
 
     name: str
@@ -48,13 +70,40 @@ class RowFormat:
     pair: Callable[[dict], tuple[str, str]] | None = None
     messages: Callable[[dict], list[dict]] | None = None
     check: Callable[[dict], Any] | None = None
+    holds: type = object
+    answers: str | None = None
+
+    def has(self, row: dict) -> bool:
+        """Return whether a row has the columns of this kind."""
+        is_complete = all(name in row for name in self.required)
+        return is_complete and (not self.required or isinstance(row[self.required[0]], self.holds))
+
+    def spelled(self, **others: str) -> "RowFormat":
+        """Return the same kind with other names of columns.
+
+        Args:
+            others: the other name by the usual one, such as output="response".
+        """
+
+        def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(others.get(name, name) for name in names)
+
+        def through(function: Any) -> Any:
+            return function and (
+                lambda row: function(row | {k: row.get(v) for k, v in others.items()})
+            )
+
+        names = renamed(self.required), renamed(self.optional)
+        return RowFormat(self.name, *names, through(self.pair), through(self.messages))
 
     def problem(self, row: dict) -> str | None:
         """Say what is wrong with the columns of a row that has them, or return None."""
         names = self.required + self.optional if self.check is None else ()
         try:
             for name in names:
-                if row.get(name) is not None or name in self.required:
+                if name == HISTORY:
+                    _history(row)
+                elif row.get(name) is not None or name in self.required:
                     _require_text(f'field "{name}"', row[name])
             if self.check is not None:
                 self.check(row)
@@ -65,12 +114,7 @@ class RowFormat:
 
 def match(row: dict) -> RowFormat | None:
     """Return the first format whose columns a row has, or None."""
-    return _match(frozenset(row))
-
-
-@functools.lru_cache(1024)
-def _match(names: frozenset) -> RowFormat | None:
-    return next((found for found in ROW_FORMATS if names.issuperset(found.required)), None)
+    return next((found for found in ROW_FORMATS if found.has(row)), None)
 
 
 def kind(value: object) -> str:
@@ -87,15 +131,56 @@ def conversation(row: dict) -> list[dict]:
     Raises:
         Refused: it has none, or one of them is wrong.
     """
-    name = "messages" if row.get("messages") is not None else "conversations"
-    entries, system = row.get(name), row.get("system")
+    names = [name for name in CHAT_COLUMNS if name in row]
+    name = next((name for name in names if row[name] is not None), names[0])
+    return [*_system(row), *_messages(name, row[name])]
+
+
+def _completion(row: dict) -> list[dict]:
+    """Source: TRL's conversational form of prompt and completion, each a list of messages."""
+    prompt, completion = (row[name] for name in _PROMPT)
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return [*_system(row), *_messages("prompt", prompt), *_messages("completion", completion)]
+
+
+def _system(row: dict) -> list[dict]:
+    """The system message that a row holds in a column of its own."""
+    for name in SYSTEM_COLUMNS:
+        if row.get(name) is not None:
+            _require_text(f'"{name}"', row[name])
+    texts = [row[name] for name in SYSTEM_COLUMNS if row.get(name)]
+    return [{"role": "system", "content": text} for text in texts[:1]]
+
+
+def _history(row: dict) -> list[list[str]]:
+    """Earlier questions and answers of an alpaca row, as LLaMA-Factory has them."""
+    turns = _from_json(HISTORY, row.get(HISTORY)) or []
+    is_list = isinstance(turns, list) and all(isinstance(turn, list) for turn in turns)
+    if not is_list or not all(len(turn) == 2 and all(map(_is_text, turn)) for turn in turns):
+        raise Refused(f'field "{HISTORY}" is {kind(turns)} (want a list of [question, answer])')
+    return turns
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and is_unicode(value)
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """What some data sets hold as JSON in text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise Refused(f'field "{name}" is not JSON') from error
+
+
+def _messages(name: str, entries: object) -> list[dict]:
     if not isinstance(entries, list) or not entries:
         what = "an empty list" if entries == [] else kind(entries)
         raise Refused(f'field "{name}" is {what} (want a list of messages)')
-    if system is not None:
-        _require_text('"system"', system)
-    messages = [_message(number, entry) for number, entry in enumerate(entries, 1)]
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return [_message(number, entry) for number, entry in enumerate(entries, 1)]
 
 
 def _message(number: int, entry: object) -> dict:
@@ -103,18 +188,71 @@ def _message(number: int, entry: object) -> dict:
     if not isinstance(entry, dict):
         want = "want an object with role and content"
         raise Refused(f"message {number} is {kind(entry)} ({want})")
-    role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if not isinstance(role, str) or role not in ROLES:
+    others = {name: value for name, value in entry.items() if value is not None}
+    role, said = others.pop("from", None), others.pop("value", None)
+    role, content = others.pop("role", role), others.pop("content", said)
+    spelled = role.lower().replace("-", "_") if isinstance(role, str) else None
+    if spelled not in ROLES:
         want, shown = "want system, user, assistant or tool", one_line(str(role))[:30]
         raise Refused(f"message {number} has role {shown} ({want})")
+    for name in SWITCHES:
+        if others.get(name) not in (None, 0, 1):
+            raise Refused(
+                f"message {number} {name} is {one_line(str(others[name]))[:30]} (want 0 or 1)"
+            )
     if isinstance(content, list):
         are_texts = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
         content = "".join(part["text"] for part in content) if are_texts else content
-    if content is None and entry.get("tool_calls"):
+    if isinstance(others.get(CALL), dict):  # OpenAI's form before tool_calls
+        call = {"type": "function", "function": others.pop(CALL)}
+        others.setdefault("tool_calls", [call])
+    if content is None and others.get("tool_calls"):
         content = ""
     _require_text(f"message {number} content", content)
-    others = {k: v for k, v in entry.items() if v is not None and k not in ("from", "value")}
-    return {**others, "role": ROLES[role], "content": content}
+    return {**others, "role": ROLES[spelled], "content": content}
+
+
+def _call_message(message: dict, is_known: bool) -> dict:
+    """ShareGPT's function_call as calls where the template knows them, else as an answer."""
+    if message["role"] != CALL:
+        return message
+    try:
+        found = json.loads(message["content"])
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    are_calls = calls and all(isinstance(call, dict) and "name" in call for call in calls)
+    if not is_known or not are_calls:
+        return message | {"role": "assistant"}
+    made = [{"type": "function", "function": call} for call in calls]
+    return message | {"role": "assistant", "content": "", "tool_calls": made}
+
+
+def _as_object(arguments: Any) -> Any:
+    try:
+        found = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    is_text = isinstance(arguments, str)
+    return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+
+
+def _with_arguments(message: dict, form: Callable[[Any], Any]) -> dict:
+    """The message with the arguments of its calls in another form."""
+    if not isinstance(message.get("tool_calls"), list):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(inner, dict) and "arguments" in inner:
+            inner = inner | {"arguments": form(inner["arguments"])}
+            call = call | {"function": inner} if "function" in call else inner
+        calls.append(call)
+    return message | {"tool_calls": calls}
 
 
 def _require_text(what: str, value: object) -> None:
@@ -181,13 +319,18 @@ def _dialogue(row: dict) -> tuple[str, str]:
 def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
     """Make a function row -> conversation: the last column answers, the others are asked."""
     *given, answer = columns
-    first = [{"role": "system", "content": system}] if system else []
+    first = [{"role": "system", "content": system}] if system else None
+    has_history = "instruction" in columns
 
     def messages(row: dict) -> list[dict]:
         said = row[answer]
         said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
         asked = "\n\n".join(row[name] for name in given if row.get(name))
-        return [*first, {"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        pairs = [*(_history(row) if has_history else ()), (asked, said)]
+        roles = itertools.cycle(("user", "assistant"))
+        turns = zip(roles, itertools.chain.from_iterable(pairs), strict=False)
+        start = _system(row) if first is None else first
+        return [*start, *({"role": role, "content": text} for role, text in turns)]
 
     return messages
 
@@ -196,15 +339,38 @@ _ASK_ALPACA = _ask("instruction", "input", "output")
 _ASK_QUESTION = _ask("context", "question", "answer")
 _ASK_LABEL = _ask("text", "label", system=LABEL_PROMPT)
 _PROMPT = ("prompt", "completion")
+_ALPACA = RowFormat(
+    "alpaca",
+    ("instruction", "output"),
+    ("input", *SYSTEM_COLUMNS, HISTORY),
+    _alpaca,
+    _ASK_ALPACA,
+)
+_QUESTION = RowFormat(
+    "question", ("question", "answer"), ("context", *SYSTEM_COLUMNS), _question, _ASK_QUESTION
+)
+_PAIR = RowFormat("prompt", _PROMPT, SYSTEM_COLUMNS, operator.itemgetter(*_PROMPT), _ask(*_PROMPT))
+_CHATS = [
+    RowFormat(CHAT, (name,), SYSTEM_COLUMNS, None, conversation, conversation)
+    for name in CHAT_COLUMNS
+]
 ROW_FORMATS = (
     RowFormat(TOKENS, ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
-    RowFormat(CHAT, ("messages",), messages=conversation, check=conversation),
-    RowFormat(CHAT, ("conversations",), messages=conversation, check=conversation),
-    RowFormat("alpaca", ("instruction", "output"), ("input",), _alpaca, _ASK_ALPACA),
-    RowFormat("question", ("question", "answer"), ("context",), _question, _ASK_QUESTION),
-    RowFormat("prompt", _PROMPT, (), operator.itemgetter(*_PROMPT), _ask(*_PROMPT)),
+    *_CHATS[:2],
+    _ALPACA,
+    _QUESTION,
+    RowFormat(
+        *(CHAT, _PROMPT, SYSTEM_COLUMNS, None, _completion, _completion),
+        holds=list,
+        answers="completion",
+    ),
+    _PAIR,
     RowFormat(LABEL, ("text", "label"), messages=_ASK_LABEL, check=_check_label),
     RowFormat(TEXT, ("text",), (), _dialogue),
+    _CHATS[2],
+    _ALPACA.spelled(output="response", input="context"),
+    _QUESTION.spelled(answer="response"),
+    _PAIR.spelled(completion="response"),
 )
 NAMES = tuple(dict.fromkeys([*(found.name for found in ROW_FORMATS), BLOCKS]))
 
@@ -235,14 +401,14 @@ class RowFormatter:
     allows_dropped: bool = False
 
     @functools.cached_property
-    def wanted(self) -> RowFormat | None:
-        """The format that every row must have; None: each row's columns tell."""
+    def formats(self) -> tuple[RowFormat, ...]:
+        """The formats that a row may have: the first whose columns it has is its own."""
         if self.row_template is not None or self.parts:
             columns = tuple(column for _, column in self.parts if column is not None)
             check = functools.partial(_check_columns, columns)
-            return RowFormat(OWN, columns, (), functools.partial(_fill, self.parts), None, check)
+            return (RowFormat(OWN, columns, (), functools.partial(_fill, self.parts), None, check),)
         name = TEXT if self.format_name == BLOCKS else self.format_name
-        return next((f for f in ROW_FORMATS if f.name == name != CHAT), None)
+        return tuple(found for found in ROW_FORMATS if name in (None, CHAT, found.name))
 
     def problem(self, row: object) -> str | None:
         """Say what keeps a value read from a file from being a row of this run.
@@ -253,20 +419,40 @@ class RowFormatter:
         Returns:
             None for a good row, else a few words such as 'field "output" is null (want text)'.
         """
-        wanted = self.wanted
         if isinstance(row, TextPiece):
-            is_text = self.format_name != CHAT and (wanted is None or wanted.name == TEXT)
+            is_text = self.format_name != CHAT and any(f.name == TEXT for f in self.formats)
             return None if is_text else "is running text (the template wants columns)"
         if not isinstance(row, dict):
             return f"is {kind(row)} (want an object with named fields)"
-        found = match(row) if wanted is None else wanted
-        if found is None or any(name not in row for name in found.required):
-            kinds = " | ".join("+".join(f.required) for f in ([wanted] if wanted else ROW_FORMATS))
+        found = self._match(row)
+        if found is None:
+            usual = {f.name: f for f in reversed(self.formats)}
+            kinds = ["+".join(f.required) for f in self.formats if usual[f.name] is f]
             names = one_line(", ".join(map(str, row)))[:80]
-            return f"has fields {names or 'none'} (want {kinds})"
+            return f"has fields {names or 'none'} (want {' | '.join(kinds)})"
         is_refused = self.format_name == CHAT and found.messages is None
         fault = "is no conversation (want messages, or an answer)" if is_refused else None
         return found.problem(row) or fault
+
+    def unused(self, row: object) -> list[str]:
+        """Return what a row holds and nothing uses: names of columns, switches of loss elsewhere.
+
+        Args:
+            row: one without a problem.
+        """
+        if not isinstance(row, dict):
+            return []
+        found, names = self._find(row), []
+        used = {*found.required, *found.optional}
+        used |= self.row_template.variables if self.row_template is not None else set()
+        if self._as_chat(found):
+            used |= {*TOOL_COLUMNS, KWARGS}
+        if found.name == CHAT and found.messages is not None:
+            given = [m for m in found.messages(row) if m["role"] not in ("assistant", CALL)]
+            switched = ((n, m["role"]) for m in given for n in SWITCHES if m.get(n))
+            names = [f"{name} of {role} messages" for name, role in switched]
+        columns = (name for name, value in row.items() if value not in (None, "", [], {}))
+        return [*(str(name) for name in columns if name not in used), *dict.fromkeys(names)]
 
     def name(self, row: object) -> str:
         """Return how a row is treated, in a word or two for the user.
@@ -331,7 +517,7 @@ class RowFormatter:
             question = f"### Human: {question}\n{ASSISTANT}"
         blank = dict.fromkeys(found.required, "")
         prompt, completion = found.pair(blank | {found.required[0]: question})
-        return self._system_text() + (prompt or completion)
+        return self._system_text(found, {}) + (prompt or completion)
 
     def _render(self, row: dict) -> list[Text]:
         if self.row_template is not None:
@@ -342,43 +528,78 @@ class RowFormatter:
         if self._as_chat(found):
             return self._render_chat(found, row)
         assert found.pair is not None
-        prompt, completion = found.pair(row)
-        start = "" if self.parts else self._system_text()
-        text = start + prompt + completion
-        span = (len(start + prompt), len(text))
-        return [Text(text, (span,) if completion.strip() else ())]
+        start = "" if self.parts else self._system_text(found, row)
+        history = _history(row) if HISTORY in found.optional else []
+        turns = [dict(zip(found.required, turn, strict=True)) for turn in history]
+        text, spans = start, []
+        for number, turn in enumerate([*turns, row]):
+            prompt, completion = found.pair(turn)
+            if number:  # the head of alpaca's prompt stands once
+                prompt = "\n\n" + prompt[prompt.index("### Instruction:") :]
+            text += prompt + completion
+            spans.append((len(text) - len(completion), len(text)))
+        spans = spans[-1:] if self.train_on == "last" else spans
+        return [Text(text, tuple((a, b) for a, b in spans if text[a:b].strip()))]
 
     def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
         assert found.messages is not None
-        messages, tools = found.messages(row), _json_value(row, "tools")
-        own = _json_value(row, "chat_template_kwargs") or {}
+        tools, own = _tools(row), _from_json(KWARGS, row.get(KWARGS)) or {}
         if not isinstance(own, dict):
-            raise Refused(f'field "chat_template_kwargs" is {kind(own)} (want an object)')
+            raise Refused(f'field "{KWARGS}" is {kind(own)} (want an object)')
         values = {**self.chat_kwargs, **{k: v for k, v in own.items() if v is not None}}
         notes = [("unread", name) for name in self.chat.unread(values, tools)]
-        values["tools"] = tools
+        values["tools"], messages = tools, found.messages(row)
         if "developer" not in self.chat.chosen(tools).source:
             notes += [("developer", "") for m in messages if m["role"] == "developer"]
             renamed = {"developer": "system"}
             messages = [{**m, "role": renamed.get(m["role"], m["role"])} for m in messages]
-        messages = self._with_system(messages)
+        messages = self._with_calls(self._with_system(messages), values)
+        completion = row[found.answers] if found.answers else messages
+        first = len(messages) - (len(completion) if isinstance(completion, list) else 1)
         answers = [
             number
             for number, message in enumerate(messages)
-            if message["role"] == "assistant"
-            and (message["content"].strip() or message.get("tool_calls"))
+            if message["role"] == "assistant" and number >= first and says_something(message)
         ]
         turns = answers[-1:] if self.train_on == "last" else answers
-        if self.train_on == "all" or not turns:
+        learned = [n for n in turns if all(messages[n].get(name, 1) for name in SWITCHES)]
+        if self.train_on == "all" and learned != turns:
+            raise Refused("a message is switched off by its weight, and --train_on all learns all")
+        if self.train_on == "all" or not learned:
             texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
         else:
-            texts, end = self.chat.render(messages, turns, **values), turns[-1]
-        if turns:
-            notes += find_lost(messages, turns, texts, end, tools)
+            texts, end = self.chat.render(messages, learned, **values), learned[-1]
+        if learned:
+            notes += find_lost(messages, learned, texts, end, tools)
         return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
+    def _with_calls(self, messages: list[dict], values: dict[str, Any]) -> list[dict]:
+        """Calls as the template writes them: arguments as objects, as JSON text where it must be.
+
+        Templates that add text to text raise at an object, or write it as Python does.
+        """
+        is_known = "tool_calls" in self.chat.chosen(values["tools"]).source
+        messages = [_call_message(message, is_known) for message in messages]
+        if not any(message.get("tool_calls") for message in messages):
+            return messages
+        refusal = None
+        for form in (_as_object, _as_text):
+            made = [_with_arguments(message, form) for message in messages]
+            try:
+                text = self.chat.whole(made, **values)
+            except Refused as error:
+                refusal = refusal or error
+                continue
+            if form is _as_text or not _has_python(made, text):
+                return made
+        assert refusal is not None
+        raise refusal
+
+    def _match(self, row: dict) -> RowFormat | None:
+        return next((found for found in self.formats if found.has(row)), None)
+
     def _find(self, row: dict) -> RowFormat:
-        found = self.wanted or match(row)
+        found = self._match(row)
         assert found is not None, f"row of no kind: {sorted(row)}"
         return found
 
@@ -391,8 +612,20 @@ class RowFormatter:
         others = messages[1:] if messages[0]["role"] == "system" else messages
         return [{"role": "system", "content": self.system}, *others]
 
-    def _system_text(self) -> str:
-        return f"{self.system}\n\n" if self.system else ""
+    def _system_text(self, found: RowFormat, row: dict) -> str:
+        own = _system(row) if "system" in found.optional else []
+        text = own[0]["content"] if own and self.system is None else self.system
+        return f"{text}\n\n" if text else ""
+
+
+def _has_python(messages: list[dict], text: str) -> bool:
+    """Whether the arguments of a call stand in a text as Python writes them."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    inner = [call.get("function", call) for call in calls if isinstance(call, dict)]
+    written = [str(f["arguments"]) for f in inner if isinstance(f, dict) and f.get("arguments")]
+    written = [form for form in written if form.startswith("{'")]
+    said = [message["content"] for message in messages]
+    return any(form in text and not any(form in other for other in said) for form in written)
 
 
 def _fill(parts: tuple[tuple[str, str | None], ...], row: dict) -> tuple[str, str]:
@@ -448,15 +681,13 @@ def choose(
     raise UserError(f"--template {template}", "is no template", f"give {remedy}")
 
 
-def _json_value(row: dict, name: str) -> Any:
-    """What a chat template reads, such as tools; some data sets hold it as JSON in text."""
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        return value or None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise Refused(f'field "{name}" is not JSON') from error
+def _tools(row: dict) -> Any:
+    """What a chat template shows as tools: `tools`, or OpenAI's older `functions`."""
+    tools = _from_json("tools", row.get("tools"))
+    functions = row.get("functions")
+    if not tools and isinstance(functions, list):
+        tools = [{"type": "function", "function": function} for function in functions]
+    return tools or None
 
 
 def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:

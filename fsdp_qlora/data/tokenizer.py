@@ -65,6 +65,11 @@ class Refused(Exception):
     """A template cannot render a row; the text says why."""
 
 
+def says_something(message: Mapping[str, Any]) -> bool:
+    """Return whether a message holds text or calls of tools."""
+    return bool(message["content"].strip() or message.get("tool_calls"))
+
+
 class Template:
     """A compiled template.
 
@@ -170,11 +175,13 @@ class Chat(Template):
             Refused: the template raises.
         """
         whole, marks = self._render(messages, values)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if marks and len(marks) == len(answers):
+            marks = tuple(marks[answers.index(turn)] for turn in turns)
+        elif marks and len(turns) < sum(map(says_something, (messages[i] for i in answers))):
+            marks = ()  # of some answers, and they are not told apart
         if marks:
-            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             notes = self._start(messages, turns[-1], whole, values)[1]
-            if len(marks) == len(answers):
-                marks = tuple(marks[answers.index(turn)] for turn in turns)
             return [Text(whole, marks, True, notes)]
         ends = [(turn, self._render(messages[: turn + 1], values)[0]) for turn in turns]
         starts = [self._start(messages, turn, after, values) for turn, after in ends]

@@ -264,7 +264,8 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
 def no_facts() -> Facts:
     """Return what `tokenize` counts, before a row has been read."""
     numbers = dict.fromkeys(NUMBERS, 0)
-    return numbers | {"kinds": {}, "findings": {}, "bad": [], "examples": {}, "largest_id": -1}
+    tables: Facts = {name: {} for name in ("kinds", "findings", "unused", "examples")}
+    return {**numbers, **tables, "bad": [], "largest_id": -1}
 
 
 class _Job(NamedTuple):
@@ -301,15 +302,17 @@ def tokenize(
 
     Returns:
         The samples. Their facts: `NUMBERS`; kinds, how the rows were treated -> how many;
-        findings, kinds of `Text.notes` -> how many rows have one; bad, place and fault of the first
-        bad rows; examples, "cut", "empty", "beyond" and findings -> places of the first of them;
-        largest_id, of all samples.
+        findings, kinds of `Text.notes` -> how many rows have one; unused, what nothing used -> in
+        how many rows; bad, place and fault of the first bad rows; examples, "cut", "empty",
+        "beyond" and findings -> places of the first of them; largest_id, of all samples.
 
     Raises:
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    num_reported, facts = 0, no_facts() | {"kinds": Counter(), "findings": Counter()}
+    num_reported, facts = 0, no_facts()
+    counted: Facts = {name: Counter() for name in ("kinds", "findings", "unused")}
+    facts |= counted
     maker = _SampleMaker(builder, facts, context_length, tokenizer)
     jobs = _jobs(rows, formatter, facts)
     while chunk := list(itertools.islice(jobs, CHUNK)):
@@ -319,7 +322,7 @@ def tokenize(
         num_reported = facts["num_rows"]
     if maker.num_running > 1:  # of a single token nothing can be learned
         maker.flush()
-    return builder.finish(facts | {name: dict(facts[name]) for name in ("kinds", "findings")})
+    return builder.finish(facts | {name: dict(count) for name, count in counted.items()})
 
 
 def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_Job]:
@@ -348,6 +351,7 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
             starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
         facts["num_rows"] += 1
         facts["kinds"][treatment] += 1
+        facts["unused"].update(formatter.unused(row))
         yield from jobs
     if not starts_text and last is not None:
         yield _Job(last, NO_TEXT, None, True)

@@ -75,7 +75,7 @@ def test_every_loss_is_counted_and_named(place, tmp_path):
         "num_rows": 7,
         "kinds": {"prompt": 7},
         "num_bad": 1,
-        "bad": [f"{path}:6: has fields prompt (want input_ids | messages | conversations | "],
+        "bad": [f"{path}:6: has fields prompt (want input_ids | messages | "],
         "num_empty": 1,
         "num_beyond": 1,
         "num_cut": 1,
@@ -214,3 +214,18 @@ def test_wrong_options_are_refused(tmp_path, argv, words):
     path = write(tmp_path / "x.jsonl", rows(2))
     with pytest.raises(UserError, match=words):
         prepare.main([f"--dataset={path}", *argv])
+
+
+def test_columns_that_nothing_uses_are_named_in_one_line(place, tmp_path):
+    chat = [{"role": "user", "content": "Hi", "train": True}, {"role": "gpt", "content": "Oh."}]
+    given = [
+        {"messages": chat, "id": 1, "tools": None},
+        {"messages": chat, "id": 2, "lang\n": "de"},
+    ]
+    path = write(tmp_path / "x.jsonl", given)
+    used = "id (4 rows), train of user messages (4 rows), lang\\n (2 rows)"
+    found = facts(place, path, f"--eval_split={path}")
+    assert f"note      nothing uses these columns: {used}" in found.lines()
+    assert found.facts["unused"] == {"id": 4, "train of user messages": 4, "lang\n": 2}
+    (path := tmp_path / "y.jsonl").write_text(json.dumps({"messages": chat[1:], "id": None}))
+    assert "nothing uses" not in "".join(facts(place, path).lines())

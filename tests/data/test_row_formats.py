@@ -1,8 +1,11 @@
 """What a row's columns make of it, and what --template makes of it instead."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from fsdp_qlora import fetch
 from fsdp_qlora.data import row_formats
@@ -102,7 +105,7 @@ def test_labels_are_asked_for_with_a_system_prompt(choose):
 
 def test_sharegpt_rows_become_messages(choose):
     assert [m["role"] for m in row_formats.conversation(SHAREGPT)] == [
-        *("system", "user", "assistant", "tool", "assistant")
+        *("system", "user", "assistant", "tool", "function_call")
     ]
     text, learned = written(choose(), SHAREGPT)
     assert text.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
@@ -219,7 +222,7 @@ def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
     [
         ([1], "is a list (want an object with named fields)"),
         (None, "is null"),
-        ({}, "has fields none (want input_ids | messages | conversations | instruction+output |"),
+        ({}, "has fields none (want input_ids | messages | instruction+output |"),
         ({"a": 1, "b\n": 2}, "has fields a, b\\n (want"),
         (ALPACA | {"output": None}, 'field "output" is null (want text)'),
         (ALPACA | {"output": 7}, 'field "output" is a number (want text)'),
@@ -232,9 +235,12 @@ def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
         ({"text": 1, "label": "x"}, 'field "text" is a number'),
         ({"messages": []}, 'field "messages" is an empty list'),
         ({"messages": "Hi"}, 'field "messages" is text (want a list of messages)'),
-        ({"messages": None}, 'field "conversations" is null (want a list'),
+        ({"messages": None}, 'field "messages" is null (want a list'),
         ({"messages": [7]}, "message 1 is a number (want an object"),
-        ({"messages": [CHAT["messages"][0], {"role": "bot", "content": ""}]}, "message 2 has role"),
+        (
+            {"messages": [CHAT["messages"][0], {"role": "robot", "content": ""}]},
+            "message 2 has role",
+        ),
         ({"messages": [{"role": [], "content": ""}]}, "message 1 has role [] (want system"),
         ({"messages": [{"role": "user"}]}, "message 1 content is null (want text)"),
         (
@@ -243,6 +249,12 @@ def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
         ),
         ({"conversations": [{"from": "human", "value": 1}]}, "message 1 content is a number"),
         (SHAREGPT | {"system": 1}, '"system" is a number'),
+        ({"messages": [{"role": "user", "content": "", "weight": 0.5}]}, "weight is 0.5 (want 0"),
+        (ALPACA | {"system": 7}, '"system" is a number (want text)'),
+        (ALPACA | {"history": "[oops"}, 'field "history" is not JSON'),
+        (ALPACA | {"history": [["a"]]}, 'field "history" is a list (want a list of [question,'),
+        (ALPACA | {"history": {"a": 1}}, 'field "history" is an object (want'),
+        ({"prompt": [], "completion": []}, 'field "prompt" is an empty list (want a list of'),
         ({"input_ids": "1 2"}, 'field "input_ids" is not a list of whole numbers'),
         ({"input_ids": [1, True]}, 'field "input_ids" is not a list of whole numbers'),
         ({"input_ids": [1, 2], "labels": [1]}, 'field "labels" has 1 entries and "input_ids" 2'),
@@ -275,3 +287,177 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
         assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
         choose(str(path)).render(CHAT | {"tools": "[oops"})
+
+
+def turn(role, content, **others):
+    return {"role": role, "content": content, **others}
+
+
+def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
+    """OpenAI's and mistral-finetune's weight, ms-swift's loss, axolotl's train."""
+    asked = [turn("user", "Hi"), turn("assistant", "Off"), turn("user", "?")]
+    path = tmp_path / "one_block.jinja"  # marked, but not an answer a block
+    path.write_text(
+        "{% for m in messages %}{{ m.role }}:{% generation %}{{ m.content }};{% endgeneration %}"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    switches = (
+        ("weight", 1, 0),
+        ("weight", 1.0, 0.0),
+        ("loss", True, False),
+        ("train", True, False),
+    )
+    for name, on, off in switches:
+        messages = [*asked, turn("assistant", "On", **{name: on})]
+        messages[1] = messages[1] | {name: off}
+        row = {"messages": messages}
+        assert written(choose(), row)[1] == ["On<|im_end|>\n"]
+        assert written(choose(str(path)), row)[1] == ["On;"]
+        assert written(choose(train_on="last"), row)[1] == ["On<|im_end|>\n"]
+        assert written(choose(train_on="last"), {"messages": messages[:2]})[1] == []
+        with pytest.raises(Refused, match="--train_on all learns all"):
+            choose(train_on="all").render(row)
+    off_and_null = [turn("user", "Hi", weight=None, train=True), turn("assistant", "A", loss=None)]
+    assert written(choose(), {"messages": off_and_null})[1] == ["A<|im_end|>\n"]
+    assert choose().unused({"messages": off_and_null}) == ["train of user messages"]
+
+
+def test_an_alpaca_row_has_a_system_prompt_and_a_history(choose):
+    row = ALPACA | {"system": "S", "history": [["2 + 2?", "4"], ["Sure?", "Yes"]]}
+    text, learned = written(choose("chat"), row)
+    said = (("system", "S"), ("user", "2 + 2?"), ("assistant", "4"), ("user", "Sure?"))
+    said = (*said, ("assistant", "Yes"), ("user", "Add.\n\n1 + 1"), ("assistant", "2"))
+    chat = choose().chat.whole([turn(*pair) for pair in said])
+    assert text == chat and learned == [f"{answer}<|im_end|>\n" for answer in ("4", "Yes", "2")]
+    text, learned = written(choose(), row)
+    head, body = small_tokenizers.pair(ALPACA)[0].split("\n\n### Instruction:")
+    asked = "### Instruction:\n2 + 2?\n\n### Response:\n4\n\n### Instruction:\nSure?\n\n"
+    assert learned == ["4", "Yes", "2"] and text.startswith("S\n\nBelow is an instruction that")
+    assert text.endswith(f"{asked}### Response:\nYes\n\n### Instruction:{body}2")
+    assert text.count("Below is") == 1 and "Below is" in head
+    assert written(choose(train_on="last"), row)[1] == ["2"]
+    assert written(choose(system="T"), row)[0].startswith("T\n\nBelow")
+    for system, history in (("", None), (None, []), (None, "[]"), ("", "")):
+        same = ALPACA | {"system": system, "history": history}
+        assert written(choose(), same) == written(choose(), ALPACA)
+    row = {"prompt": "a ", "completion": "b", "system_prompt": "S"}
+    assert written(choose(), row) == ("S\n\na b", ["b"])
+
+
+def test_other_spellings_are_read_as_the_usual_ones_and_the_rest_is_named(choose):
+    for usual, other in (
+        (ALPACA, {"instruction": "Add.", "context": "1 + 1", "response": "2"}),  # dolly
+        ({"question": "Q", "answer": "A"}, {"question": "Q", "response": "A"}),
+        ({"prompt": "Q", "completion": "A"}, {"prompt": "Q", "response": "A"}),
+        (CHAT, {"conversation": [turn("Human", "Hi"), turn("AI", "Oh.")]}),
+        (CHAT, {"messages": [{"role": "USER", "content": "Hi"}, {"from": "Bot", "value": "Oh."}]}),
+    ):
+        name = row_formats.match(usual).name
+        for template in (None, "chat", name):
+            assert written(choose(template), other) == written(choose(template), usual)
+        extra = other | {"id": 7, "empty": "", "none": None, "topics": ["x"]}
+        assert choose().unused(extra) == ["id", "topics"] and choose().unused(other) == []
+    row = {"prompt": "Q", "response": "A", "text": "QA"}  # as before: text
+    assert choose().name(row) == "blocks" and choose().unused(row) == ["prompt", "response"]
+    assert choose("{prompt}{text}").unused(row) == ["response"]
+
+
+@pytest.mark.parametrize("completion", [[turn("assistant", "B")], "B"])
+def test_a_conversational_prompt_is_given_and_its_completion_learned(choose, completion):
+    """As TRL has it: an answer in the prompt is not learned."""
+    prompt = [turn("user", "Hi"), turn("assistant", "A"), turn("user", "?")]
+    row = {"prompt": prompt, "completion": completion}
+    whole = choose().chat.whole([*prompt, turn("assistant", "B")])
+    assert written(choose(), row) == (whole, ["B<|im_end|>\n"])
+    assert written(choose(train_on="all"), row)[1] == [whole]
+    assert choose().name(row) == "chat"
+
+
+def call(arguments, name="weather"):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(arguments):
+    found = turn("assistant", "", tool_calls=[call(arguments)])
+    return [turn("user", "Oslo?"), found, turn("tool", "rain"), turn("assistant", "Yes, é.")]
+
+
+TOJSON = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "CALL {{ c.function.name }} ARGS{% endfor %};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ c.function.arguments + '' }}",
+        "{% if c.function.arguments is string %}{{ c.function.arguments }}"
+        "{% else %}{{ c.function.arguments | tojson }}{% endif %}",
+        "{ {%- for k, v in c.function.arguments.items() %}{{ k | tojson }}: {{ v | tojson }}"
+        "{% endfor -%} }",
+    ],
+)
+def test_arguments_are_written_as_json_whatever_the_template_takes(choose, tmp_path, form):
+    path = tmp_path / "t.jinja"
+    path.write_text(TOJSON.replace("ARGS", form))
+    wanted = '<user>Oslo?;<assistant>CALL weather {"city": "Åre"};<tool>rain;<assistant>Yes, é.;'
+    given = {"city": "Åre"}
+    in_text = json.dumps(given, ensure_ascii=False)
+    sharegpt = [{"from": "human", "value": "Oslo?"}]
+    asked = json.dumps({"name": "weather", "arguments": given})
+    sharegpt += [
+        {"from": "function_call", "value": asked},
+        {"from": "observation", "value": "rain"},
+    ]
+    old = calls(given)
+    old[1] = turn("assistant", None, function_call=call(in_text)["function"])
+    old[2] = turn("function", "rain", name="weather")
+    for row in (
+        {"messages": calls(given)},
+        {"messages": calls(in_text)},
+        {"messages": old},
+        {"conversations": [*sharegpt, {"from": "gpt", "value": "Yes, é."}]},
+    ):
+        text, learned = written(choose(str(path)), row)
+        assert text == wanted and learned == ['CALL weather {"city": "Åre"};', "Yes, é.;"]
+
+
+def test_calls_that_a_template_does_not_know_stay_text(choose):
+    row = {"conversations": [{"from": "human", "value": "Hi"}]}
+    row["conversations"].append({"from": "function_call", "value": '{"name": "f"}'})
+    assert written(choose(), row)[1] == ['{"name": "f"}<|im_end|>\n']
+
+
+def trl_templates():
+    found = importlib.util.find_spec("trl")
+    folders = found.submodule_search_locations if found else ()
+    paths = [path for folder in folders for path in Path(folder).glob("chat_templates/*.jinja")]
+    return [path for path in sorted(paths) if "tool_calls" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", trl_templates(), ids=lambda path: path.stem)
+def test_arguments_in_text_give_what_transformers_makes_of_the_object(choose, path):
+    """Or of the text, where a template cannot take an object."""
+    source = path.read_text(encoding="utf-8")
+    given = {"city": "Åre", "n": [1, {"deep": None}]}
+    formatter, wanted = choose(str(path)), None
+    names = formatter.chat.names
+    for arguments in (given, json.dumps(given, ensure_ascii=False)):
+        try:
+            (text,), _ = render_jinja_template([calls(arguments)], chat_template=source, **names)
+        except Exception:  # whatever a template raises
+            continue
+        if str(given) not in text:
+            wanted = text if wanted is None else wanted
+    for arguments in (given, json.dumps(given, ensure_ascii=False)):
+        row = {"messages": calls(arguments)}
+        if wanted is None:
+            with pytest.raises(Refused):
+                formatter.render(row)
+        else:
+            shown = formatter._with_calls(row_formats.conversation(row), {"tools": None})
+            assert formatter.chat.whole(shown) == wanted
