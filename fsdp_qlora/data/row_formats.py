@@ -398,7 +398,7 @@ class RowFormatter:
     row_template: Template | None = None
     parts: tuple[tuple[str, str | None], ...] = ()
     chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    allows_dropped: bool = False
+    allows_dropped: bool = True
 
     @functools.cached_property
     def formats(self) -> tuple[RowFormat, ...]:
