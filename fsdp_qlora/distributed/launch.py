@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
@@ -28,6 +28,7 @@ from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, W
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import adopt_format
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -578,7 +579,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     arch.select_linears(info, cfg.lora_target_modules)
-    return info, trained.adopt_format(cfg, info.stored_format, given)
+    return info, adopt_format(cfg, info.stored_format, given)
 
 
 def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> RunPlan:

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
@@ -33,6 +33,7 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import DTYPES
+from fsdp_qlora.planning.sizes import NEW_LAYERS, has_adapters, trained_whole
 
 MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
@@ -145,7 +146,7 @@ def copy_beside(
         adapter: directory whose tokenizer stands above that of the base where it has other tokens.
         changes: other values for config.json.
     """
-    config = {key: value for key, value in info.config.items() if key != trained.NEW_LAYERS}
+    config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     atomic.write_json(out / "config.json", config | changes)
@@ -263,16 +264,16 @@ def _save_adapter(
     model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool
 ) -> Path:
     """Write the LoRA matrices and what was trained whole, or the new layers of LLaMA-Pro."""
-    has_adapters, own = trained.has_adapters(cfg), trained.whole(info, cfg)
-    name = adapter_files.WEIGHTS_NAME if has_adapters else adapter_files.LAYERS_NAME
+    is_lora, own = has_adapters(cfg), trained_whole(info, cfg)
+    name = adapter_files.WEIGHTS_NAME if is_lora else adapter_files.LAYERS_NAME
     path = cfg.resolved_output_dir / name
     prefixes = tuple(f"{info.layers_prefix}.{index}." for index in own.layers)
     names = [name for name in model.tensors if name in own.root or name.startswith(prefixes)]
     tensors = {n: t for n, t in shard.whole_parameters(model, names, is_writer) if is_writer}
-    flats = shard.whole_lora(model, is_writer) if has_adapters else []
+    flats = shard.whole_lora(model, is_writer) if is_lora else []
     if not is_writer:
         return path
-    if has_adapters:
+    if is_lora:
         tensors = _peft_tensors(model, info, flats, tensors)
         _save_config(model, info, cfg)
     with atomic.new_file(path) as draft:
@@ -308,7 +309,7 @@ def _peft_tensors(
 def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> None:
     import peft
 
-    saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
+    saved = {name.split(".")[-2] for name in trained_whole(info, cfg).root}
     saved |= {"lm_head"} if saved and info.is_tied else set()
     name, revision = adapter_files.base_name(info, cfg)
     slots = next(shard.blocks(model)).body.slots

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import checkpoint_store, cli, config
-from fsdp_qlora.arch import ModelInfo, select_linears, trained
+from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.atomic import GIB, IS_FULL
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import fit, memory, sizes
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import check_format
 
 if TYPE_CHECKING:
@@ -334,7 +335,7 @@ def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
     Raises:
         UserError: there is not enough room (code 3).
     """
-    num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
+    num_params, place = count_trained(info, cfg).total, cfg.resolved_output_dir.absolute()
     num_there = len(checkpoint_store.steps(place)) if cfg.resume else 0
     num_left = cfg.keep_checkpoints + 2 - num_there  # with the best and a new one
     weight_bytes = sizes.DTYPE_BYTES[cfg.master_dtype]
