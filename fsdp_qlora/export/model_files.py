@@ -68,7 +68,7 @@ def safetensors_file(
     with path.open("wb") as file:
 
         def write(name: str, tensor: torch.Tensor) -> None:
-            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            raw = _bytes(tensor).numpy()
             start = file.tell() - 8 - header_bytes
             place = {"shape": list(tensor.shape), "data_offsets": [start, start + raw.nbytes]}
             entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], **place}
@@ -89,6 +89,10 @@ def safetensors_file(
         file.seek(0)
         file.write(header_bytes.to_bytes(8, "little") + header)
     atomic.sync(path)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def write_weights(
@@ -282,8 +286,8 @@ def _save_adapter(
             for tensor_name, tensor in sorted(tensors.items()):
                 add(tensor_name, tensor)
     read = load_file(path)
-    same = read.keys() == tensors.keys() and all(torch.equal(read[n], tensors[n]) for n in tensors)
-    if not same:
+    is_same = read.keys() == tensors.keys()  # by bytes: NaN is not equal to itself
+    if not is_same or not all(_bytes(read[n]).equal(_bytes(tensors[n])) for n in tensors):
         got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
         raise UserError(got, rule, "check the disk and save again", INTEGRITY)
     return path
