@@ -368,9 +368,6 @@ def markdown(bench: BenchRow) -> str:
         TERMS.replace("\n", " "),
         "\n".join(f"| {' | '.join(row)} |" for row in cells),
     ]
-    measured = [row for row in rows if row["state"] == "measured"]
-    for key, (title, unit, *_) in FIGURES.items():
-        parts += bars(title, unit, {row["name"]: row[key] for row in measured})
     if bench["moved"]:
         parts.append("## Moved since the stored bench\n\n- " + "\n- ".join(bench["moved"]))
     parts.append("## Commands, and the plan beside what was measured\n\n```text")
@@ -395,22 +392,6 @@ def _cells(row: BenchRow) -> list[str]:
         f"{row['host_added_gib']:.1f} / {host}",
         *(" - ".join(losses[:: len(losses) - 1 or 1]) or "none", when),
     ]
-
-
-def bars(title: str, unit: str, values: Mapping[str, float]) -> list[str]:
-    """Return a chart in Mermaid, which GitHub draws; nothing where every value is 0.
-
-    Args:
-        title: of the chart.
-        unit: of the values.
-        values: name of a bar -> its length.
-    """
-    most = max(values.values(), default=0.0)
-    lines = ["```mermaid", "xychart-beta horizontal", f'title "{title}"']
-    lines.append(f"x-axis [{', '.join(map(json.dumps, values))}]")
-    lines.append(f'y-axis "{unit}" 0 --> {most:.2f}')
-    lines.append(f"bar [{', '.join(f'{max(value, 0.0):.2f}' for value in values.values())}]")
-    return ["\n".join([*lines, "```"])] if most > 0 else []
 
 
 def write(stem: Path, bench: BenchRow) -> None:

@@ -15,7 +15,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, with_trained
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -255,10 +255,10 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
-    frozen = [place(num_frozen, "sharded", 0)]
+    places = [place(num_layers, "sharded", 0, whole)]
     for i in range(RESIDENT_STEPS + 1 if has_gpus else 0):
-        frozen.append(place(num_frozen, "streamed", num_frozen * i // RESIDENT_STEPS))
-    placements = [with_trained(names, whole) for names in dict.fromkeys(frozen)]
+        places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
+    placements = list(dict.fromkeys(places))
     strategy = "full_shard"
     if fixed & PLACING:
         placements, strategy = [own.placements], own.strategy
