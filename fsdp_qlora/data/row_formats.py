@@ -439,7 +439,10 @@ class RowFormatter:
             switched = ((n, m["role"]) for m in given for n in SWITCHES if m.get(n))
             names = [f"{name} of {role} messages" for name, role in switched]
         columns = (name for name, value in row.items() if value not in (None, "", [], {}))
-        return [*(str(name) for name in columns if name not in used), *dict.fromkeys(names)]
+        return [
+            *(str(name) or "(unnamed)" for name in columns if name not in used),
+            *dict.fromkeys(names),
+        ]
 
     def name(self, row: object) -> str:
         """Return how a row is treated, in a word or two for the user.

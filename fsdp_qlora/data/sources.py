@@ -31,6 +31,7 @@ FORMATS = "a .jsonl, .json, .csv, .parquet or .txt file (or .gz, .zst), a direct
 # What the datasets library leaves beside the rows it saves.
 LEFTOVERS = ("dataset_info.json", "state.json", "dataset_dict.json")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+WRAPPER = "data"  # under which a .json file may hold its rows
 PIECE_CHARS = 2**16  # of plain text; a longer one would cost the tokenizer memory
 LONGEST_LINE = 2**20
 LONGEST_CELL = 2**31 - 1
@@ -169,20 +170,31 @@ STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
 def _read_json(path: Path) -> PlacedRows:
-    """One object a line, or one list of objects; a .json or .jsonl file may hold either."""
+    """One object a line, one list of objects, or that under "data"; by what the file holds."""
     with _open(path) as file:
-        is_first = True
-        for number, line in enumerate(file, 1):
-            place = RowPlace(str(path), number)
-            if is_first and line.lstrip().startswith("["):
-                rows = parse_json(line + file.read())
-                places = (RowPlace(str(path), -i) for i in itertools.count(1))
-                is_list = isinstance(rows, list)
-                yield from zip(places, rows, strict=False) if is_list else [(place, rows)]
-                return
-            if line.strip():
-                is_first = False
-                yield place, parse_json(line.rstrip())
+        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        number, line = next(numbered, (0, "[]"))
+        row = None if line.lstrip().startswith("[") else parse_json(line.rstrip())
+        second = next(numbered, None) if row is not None else None
+        is_part = isinstance(row, BadRow) and line.rstrip()[-1] in "{[,:"
+        if row is None or second is None or is_part:
+            value = parse_json("".join([line, second[1] if second else "", file.read()]))
+            value = value[WRAPPER] if _is_wrapped(value) else value
+            rows, place = (value, -1) if isinstance(value, list) else ([value], number)
+            for count, row in enumerate(rows):
+                yield RowPlace(str(path), place - count), row
+            return
+        yield RowPlace(str(path), number), row
+        for number, line in itertools.chain([second], numbered):
+            yield RowPlace(str(path), number), parse_json(line.rstrip())
+
+
+def _is_wrapped(value: Any) -> bool:
+    """Whether a value is a data set under a key, with a version or the like beside it."""
+    rows = value.get(WRAPPER) if isinstance(value, dict) else None
+    others = [name for name in value if name != WRAPPER] if rows else []
+    is_alone = not any(isinstance(value[name], list) for name in others)
+    return isinstance(rows, list) and all(isinstance(r, dict) for r in rows) and is_alone
 
 
 def parse_json(text: str) -> Any:
@@ -199,7 +211,8 @@ def _read_csv(path: Path) -> PlacedRows:
     names: list[str] = []
     with _open(path) as file:
         first = file.readline()
-        separator = "\t" if suffix(path) == ".tsv" else max(",;\t", key=first.count)
+        unquoted = re.sub(r'"[^"]*("|$)', "", first)  # a name may hold commas of its own
+        separator = "\t" if suffix(path) == ".tsv" else max(",;\t", key=unquoted.count)
         lines = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
         while True:
             place = RowPlace(str(path), lines.line_num + 1)
@@ -255,15 +268,42 @@ def _read_arrow(path: Path) -> PlacedRows:
         with pyarrow.OSFile(str(path)) as file:
             table = parquet.ParquetFile(file) if is_parquet else pyarrow.ipc.open_stream(file)
             batches = table.iter_batches(1024) if is_parquet else table
+            schema = table.schema_arrow if is_parquet else table.schema
+            known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+            features = known.get("info", {}).get("features") or {}
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
-                yield RowPlace(str(path), -number), row
+                yield RowPlace(str(path), -number), _without_nulls(row, features, decodes=True)
     except OSError:
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
         kind = "parquet" if is_parquet else "Arrow"
         rule = f"is not a readable {kind} file ({str(error)[:80]})"
         raise UserError(str(path), rule, "fetch or save it again") from error
+
+
+def _without_nulls(row: dict, features: dict, decodes: bool = False) -> dict:
+    """A row less the fields of its structs that are null: Arrow gives each the keys of all others.
+
+    Args:
+        row: as Arrow or the datasets library gives it.
+        features: of its columns, as the datasets library writes them; nulls of its JSON stay.
+        decodes: JSON of such columns is still text.
+
+    Source: TRL's remove_none_values.
+    """
+
+    def stripped(value: Any, feature: Any) -> Any:
+        feature = {"feature": feature[0]} if isinstance(feature, list) else feature or {}
+        if feature.get("_type") == "Json":
+            return json.loads(value) if decodes and isinstance(value, str) else value
+        if isinstance(value, list) and value and not isinstance(value[0], int | float):
+            return [stripped(entry, feature.get("feature")) for entry in value]
+        if not isinstance(value, dict):
+            return value
+        return {k: stripped(v, feature.get(k)) for k, v in value.items() if v is not None}
+
+    return {name: stripped(value, features.get(name)) for name, value in row.items()}
 
 
 READERS: dict[str, Callable[[Path], PlacedRows]] = {
@@ -453,8 +493,9 @@ def _hub_source(entry: HubSet, name: str, cfg: TrainConfig) -> Source:
 
     def read() -> PlacedRows:
         rows = table.shuffle(seed=cfg.seed) if entry.is_shuffled else table
+        features = table.features.to_dict()
         for index in range(entry.first, stop):
-            yield RowPlace(str(entry), -index - 1), rows[index]
+            yield RowPlace(str(entry), -index - 1), _without_nulls(rows[index], features)
 
     def fingerprint() -> str | None:
         files = [(file["filename"], os.stat(file["filename"])) for file in table.cache_files]
@@ -485,6 +526,8 @@ def _read_own(path: Path, name: str, split: str | None, tokenizer: Any) -> Place
         for number, row in enumerate(table, 1):
             if isinstance(row, dict):  # lists in place of tensors and arrays
                 row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+                features = getattr(table, "features", None)  # of the datasets library
+                row = _without_nulls(row, features.to_dict()) if features is not None else row
             yield RowPlace(f"{path}:{name}", -number), row
     except UserError:
         raise

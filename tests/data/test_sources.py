@@ -51,6 +51,9 @@ def faults(path):
         ("no_final_newline.jsonl", LINES.rstrip()),
         ("bom.jsonl", "\ufeff" + LINES),
         ("bom.json", "\ufeff" + json.dumps(ROWS)),
+        ("wrapped.json", json.dumps({"version": "1.0", "data": ROWS})),
+        ("wrapped.jsonl", json.dumps({"data": ROWS}, indent=1) + "\n"),
+        ("wrapped.json", "\n" + json.dumps({"data": ROWS, "info": {}}, indent=2)),
     ],
 )
 def test_a_json_file_gives_all_its_rows_in_order_whatever_its_form(tmp_path, name, text):
@@ -74,6 +77,11 @@ def test_a_csv_file_gives_its_rows_with_the_line_each_begins_in(tmp_path, name, 
     rows.append({"question": "last", "answer": "x" * 200_000})
     assert read(tmp_path / name) == rows
     assert [place.number for place, _ in found(tmp_path / name)] == [2, 3, 4, 5, 6, 8]
+
+
+def test_a_name_of_a_csv_column_may_hold_commas_and_lines(tmp_path):
+    (tmp_path / "x.csv").write_text('"q";"a";"note, if any, or\nnot, ever"\n1,5;2;3\n')
+    assert read(tmp_path / "x.csv") == [{"q": "1,5", "a": "2", "note, if any, or\nnot, ever": "3"}]
 
 
 def test_faults_of_a_csv_file_have_their_lines(tmp_path):
@@ -135,6 +143,24 @@ def test_arrow_files_give_all_their_rows_in_order(tmp_path):
     assert str(found(tmp_path / "x.parquet")[4][0]).endswith("x.parquet row 5")
 
 
+def test_arrow_gives_rows_without_the_nulls_that_it_invents(tmp_path):
+    """As JSON lines of the same rows, whatever the writer made of their structs."""
+    datasets = pytest.importorskip("datasets")
+    arguments = [{"city": "Oslo"}, {"left": 2, "right": [{"a": 1}, {"b": {"c": "x"}}]}]
+    rows = [{"calls": [{"name": "f", "arguments": a}], "n": None, "ids": [1]} for a in arguments]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    loaded = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "x.jsonl"), split="train", cache_dir=str(tmp_path / "c")
+    )  # of version 5 on, a column of JSON where keys differ
+    loaded.to_parquet(tmp_path / "y.parquet")
+    own = f"import datasets\ndef rows(*_): return datasets.load_from_disk('{tmp_path / 'saved'}')"
+    (tmp_path / "own.py").write_text(own)
+    for name in ("x.parquet", "saved", "y.parquet", "own.py:rows"):
+        assert read(tmp_path / name) == read(tmp_path / "x.jsonl") == rows
+
+
 def test_several_files_and_directories_are_read_in_order(tmp_path):
     parts = tmp_path / "parts"
     (parts / "deep").mkdir(parents=True)
@@ -194,6 +220,11 @@ def test_a_bad_line_is_named_by_file_and_line_and_the_next_is_read(tmp_path, dat
         ("[" * 100_000, [1], "is not JSON"),
         (b'\n[\n"\xff"]', [2], "x.json:2: is not UTF-8"),
         ("[]\n", [], None),
+        ('{"data": [\n{"a": 1},\n{"a" 2}\n]}\n', [1], "Expecting ':' delimiter: line 3 column 6"),
+        ('{\n "a": 1,\n "data": [1]\n}', [1], None),
+        ('{"a": [], "data": [{"b": 1}]}\n', [1], None),
+        ('{"data": [{"b": 1}]}\n{"data": [{"b": 2}]}\n', [1, 2], None),
+        ('{"a": NaN}\n{"a": 2}', [1, 2], "x.json:1: is not JSON (NaN"),
     ],
 )
 def test_rows_of_a_list_have_their_number_and_a_fault_its_line(tmp_path, text, numbers, fault):
