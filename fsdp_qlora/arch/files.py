@@ -9,14 +9,13 @@ also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...".
 Source: bitsandbytes, functional.py, QuantState.as_dict.
 """
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -169,8 +168,7 @@ def download(hub_name: str, files: list[str]) -> Path:
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
 
 
-@dataclass(frozen=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """Where the bytes of one tensor lie.
 
     Args:
@@ -334,8 +332,7 @@ def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError
     return UserError(str(path), rule, remedy, INTEGRITY)
 
 
-@dataclass(frozen=True)
-class QuantizedRef:
+class QuantizedRef(NamedTuple):
     """Where a linear that is stored in 4 bit lies.
 
     Args:
@@ -401,7 +398,7 @@ def fold(
         del folded[state_name]
         _check(f"{name} in {model_name}", state, refs, format_name)
         quantized[name] = QuantizedRef(refs, state.get("nested_offset"))
-        folded[name] = dataclasses.replace(refs["weight"], shape=tuple(state["shape"]))
+        folded[name] = refs["weight"]._replace(shape=tuple(state["shape"]))
     return folded, quantized
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
@@ -39,8 +39,7 @@ ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """An estimate.
 
     Args:
@@ -152,8 +151,7 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     return math.ceil(max(s.num_rows - cfg.eval_samples, 1) / rows_per_step) * cfg.num_epochs
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What becomes of a setting on a machine.
 
     Args:
@@ -319,8 +317,7 @@ def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
     return found[1:]
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """Something that would make a run fit.
 
     Args:

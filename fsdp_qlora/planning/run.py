@@ -434,7 +434,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
         "fits": found.fits,
         "card": _memory(found.device),
         "host": _memory(found.host),
-        **dataclasses.asdict(found.speed),
+        **found.speed._asdict(),
         "num_steps": num_steps,
         "eta_s": None if num_steps is None else num_steps * found.speed.step_s,
         "better": best and _brief(cfg, applied(cfg, best.setting), best, found),
@@ -447,15 +447,10 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
 
 
 def _memory(table: Table) -> dict[str, Any]:
-    return {
-        "limit_gib": table.limit_gib,
-        "peak_gib": table.peak_gib,
-        "peak_phase": table.peak_phase,
-        "reserved_gib": table.reserved_gib,
-        "allocated_gib": table.allocated_gib,
-        "phases_gib": table.to_dict(),
-        "totals_gib": {phase: table.total_gib(phase) for phase in rows.PHASES},
-    }
+    names = ("limit_gib", "peak_gib", "peak_phase", "reserved_gib", "allocated_gib")
+    figures = {name: getattr(table, name) for name in names}
+    totals = {phase: table.total_gib(phase) for phase in rows.PHASES}
+    return figures | {"phases_gib": table.to_dict(), "totals_gib": totals}
 
 
 def _brief(

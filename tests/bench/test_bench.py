@@ -166,6 +166,8 @@ def test_the_page_holds_the_rows_beside_their_plan(tmp_path):
         "# 4x2048-ddp. needs 2 GPUs",
         "# 4x2048-fit. 24 selective\ntrain.py\ntotal 8.2",
         "capped at 24 GiB",
+        'title "speed of all ranks"\nx-axis ["4x2048-full_shard", "4x2048-fit"]\n'
+        'y-axis "tokens/s" 0 --> 25000.00\nbar [20000.00, 25000.00]',
     ):
         assert part in page
 
