@@ -448,16 +448,16 @@ def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
     yield Finding(name, f"wrong: {value}", f"pip install --upgrade {library}", code)
 
 
-def kernel(path: str, world: "World") -> Iterator[Finding]:
+def kernel(name: str, world: "World") -> Iterator[Finding]:
     """Whether flash-attn or Liger runs; where they are installed, a run would choose them."""
     import torch
 
-    x, module = torch.randn(2, 128, 4, 64, device=world.device), import_module(path)
-    x, name = x.to(dtype_of(world.device)), path.partition(".")[0]
+    x = torch.randn(2, 128, 4, 64, device=world.device).to(dtype_of(world.device))
     if name == "flash_attn":
-        module.flash_attn_func(x, x, x, causal=True).sum().item()
+        y = import_module(name).flash_attn_func(x, x, x, causal=True)
     else:
-        module.LigerRMSNorm(64).to(x)(x).sum().item()
+        y = import_module(f"{name}.transformers").LigerRMSNorm(64).to(x)(x)
+    y.sum().item()
     yield Finding(name, "runs")
 
 
@@ -547,11 +547,7 @@ TASKS: dict[str, tuple[Callable[["World"], Iterator[Finding]], str, int]] = {
     "fp4": (partial(quantized, "fp4"), "reinstall bitsandbytes", ENVIRONMENT),
     "hqq4": (partial(quantized, "hqq4"), "reinstall hqq", DONE),
     "flash_attn": (partial(kernel, "flash_attn"), f"{AGAIN} --attn sdpa", ENVIRONMENT),
-    "liger_kernel": (
-        partial(kernel, "liger_kernel.transformers"),
-        f"{AGAIN} --liger off",
-        ENVIRONMENT,
-    ),
+    "liger_kernel": (partial(kernel, "liger_kernel"), f"{AGAIN} --liger off", ENVIRONMENT),
     "speed": (speed, "end other programs", DONE),
     "meet": (meet, NO_P2P, ENVIRONMENT),
     "host link": (host_link, "raise the limit (ulimit -l unlimited)", ENVIRONMENT),

@@ -110,12 +110,10 @@ def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Te
 def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0) -> list[Term]:
     """Something of all that is trained from a layer on."""
     share = {"bytes": nbytes, "per_ranks": setting.shares}
+    num_whole = setting.placements[first:].count("trained")
     parts = {
         what: {"params": s.lora, "layers": s.layers - first},
-        f"whole layers: {what}": {
-            "params": s.whole,
-            "layers": setting.placements[first:].count("trained"),
-        },
+        f"whole layers: {what}": {"params": s.whole, "layers": num_whole},
         f"embedding, head: {what}": {"params": s.trained_root},
     }
     return [term(name, **num, **share) for name, num in parts.items() if all(num.values())]

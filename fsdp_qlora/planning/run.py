@@ -115,18 +115,13 @@ class RunPlan:
         found = self.found
         if found is None:
             return {}
-        limit_gib = found.device.limit_gib
-        return {
-            "device": found.device.to_dict(),
-            "host": found.host.to_dict(),
-            "peak_device_gib": found.device.peak_gib,
-            "peak_host_gib": found.host.peak_gib,
-            "device_limit_gib": None if limit_gib == math.inf else limit_gib,
-            "host_limit_gib": found.host.limit_gib,
-            "step_s": found.speed.step_s,
-            "notch": self.fallback,
-            "note": "; ".join(filter(None, [self.note, self.rows_note])),
-        }
+        gpu, host, step_s = found.device, found.host, found.speed.step_s
+        limit_gib = None if gpu.limit_gib == math.inf else gpu.limit_gib
+        values: dict[str, Any] = {"device": gpu.to_dict(), "host": host.to_dict()}
+        values |= {"peak_device_gib": gpu.peak_gib, "peak_host_gib": host.peak_gib}
+        values |= {"device_limit_gib": limit_gib, "host_limit_gib": host.limit_gib}
+        note = "; ".join(filter(None, [self.note, self.rows_note]))
+        return values | {"step_s": step_s, "notch": self.fallback, "note": note}
 
 
 def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machine:
@@ -419,31 +414,23 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     if best is not None and found.fits and best.speed.step_s * WORTH > found.speed.step_s:
         best = None
     to_fit = [] if found.fits else fit.changes(info, cfg, machine)
-    return {
-        "model": cfg.model_name,
-        "format": cfg.format_name,
-        "num_params": arch.num_params(info),
-        "num_trained": count_trained(info, cfg).total,
-        "cards": [gpu.name for gpu in machine.gpus],
-        "num_ranks": machine.num_ranks,
-        "batch_size": setting.batch_size,
-        "accumulation": setting.accumulation,
-        "context_length": cfg.context_length,
-        "placements": {name: setting.count(name) for name in setting.placements},
-        "levels": {name: setting.count(name) for name in setting.levels},
-        "fits": found.fits,
-        "card": _memory(found.device),
-        "host": _memory(found.host),
-        **found.speed._asdict(),
-        "num_steps": num_steps,
-        "eta_s": None if num_steps is None else num_steps * found.speed.step_s,
-        "better": best and _brief(cfg, applied(cfg, best.setting), best, found),
-        "nearest": _brief(cfg, applied(cfg, nearest.setting), nearest, found),
-        "to_fit": [
-            {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
-            for item in to_fit
-        ],
-    }
+    values: dict[str, Any] = {"model": cfg.model_name, "format": cfg.format_name}
+    values |= {"num_params": arch.num_params(info), "num_trained": count_trained(info, cfg).total}
+    values |= {"cards": [gpu.name for gpu in machine.gpus], "num_ranks": machine.num_ranks}
+    values |= {"batch_size": setting.batch_size, "accumulation": setting.accumulation}
+    values["context_length"] = cfg.context_length
+    values["placements"] = {name: setting.count(name) for name in setting.placements}
+    values["levels"] = {name: setting.count(name) for name in setting.levels}
+    values |= {"fits": found.fits, "card": _memory(found.device), "host": _memory(found.host)}
+    eta_s = None if num_steps is None else num_steps * found.speed.step_s
+    values |= found.speed._asdict() | {"num_steps": num_steps, "eta_s": eta_s}
+    values["better"] = best and _brief(cfg, applied(cfg, best.setting), best, found)
+    values["nearest"] = _brief(cfg, applied(cfg, nearest.setting), nearest, found)
+    values["to_fit"] = [
+        {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
+        for item in to_fit
+    ]
+    return values
 
 
 def _memory(table: Table) -> dict[str, Any]:
@@ -457,12 +444,9 @@ def _brief(
     cfg: TrainConfig, changed: TrainConfig, outcome: Outcome, found: Outcome
 ) -> dict[str, Any]:
     """Another way to run it: what to add to the command line, and what that gives."""
-    return {
-        "flags": _flags(cfg, changed),
-        "speed": outcome.speed.tokens_per_s / found.speed.tokens_per_s,
-        "card_gib": outcome.device.peak_gib,
-        "host_gib": outcome.host.peak_gib,
-    }
+    speed = outcome.speed.tokens_per_s / found.speed.tokens_per_s
+    peaks = {"card_gib": outcome.device.peak_gib, "host_gib": outcome.host.peak_gib}
+    return {"flags": _flags(cfg, changed), "speed": speed, **peaks}
 
 
 def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> list[str]:

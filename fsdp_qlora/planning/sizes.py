@@ -129,12 +129,7 @@ FORMATS: dict[str, Storage] = {
     "fp4": Storage(4, _ABSMAX),
     "fp4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
     "int8": Storage(8, (Field("row_absmax", "float32", 0),)),
-    **{
-        hqq_name(bits, group_size, axis): _hqq(bits, group_size, axis)
-        for bits in HQQ_BITS
-        for group_size in GROUP_SIZES
-        for axis in HQQ_AXES
-    },
+    **{hqq_name(*row): _hqq(*row) for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)},
     "bf16": Storage(16, scratch_bytes=0),
 }
 
@@ -405,11 +400,8 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
         The run with the setting's options; what they already say stays as it is.
     """
     num_layers = len(setting.levels)
-    changed: dict[str, Any] = {
-        "batch_size": setting.batch_size,
-        "gradient_accumulation_steps": setting.accumulation,
-        "sharding_strategy": setting.strategy,
-    }
+    changed: dict[str, Any] = {"gradient_accumulation_steps": setting.accumulation}
+    changed |= {"batch_size": setting.batch_size, "sharding_strategy": setting.strategy}
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):
