@@ -1,6 +1,7 @@
 """What this machine has: GPUs with their speeds, host memory and the limits on it. No torch."""
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -490,6 +491,15 @@ def pss_gib() -> float:
     a second for tens of GiB), so it does not belong in a step: see training.memory.HostSampler.
     """
     return read_kib(Path("/proc/self/smaps_rollup"), "Pss") * 1024 / GIB
+
+
+def release_freed_memory() -> None:
+    """Give the system back what this process has freed; glibc keeps it for itself otherwise.
+
+    Reading a tokenizer of 262,144 tokens leaves 0.4 GiB of it.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:

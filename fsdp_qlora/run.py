@@ -6,12 +6,13 @@ the ranks.
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
@@ -172,36 +173,23 @@ def join_and_run(
     return plan
 
 
-class _SteadyStream:
-    """A text stream that prints into nowhere once its reader has gone (EPIPE, EIO).
+class _SteadyFile(io.FileIO):
+    """A file that loses what it cannot take: nobody reads it any more (EPIPE, EIO)."""
 
-    Args:
-        stream: stdout or stderr of this process.
-    """
+    def write(self, data: Any) -> int:
+        """Write, and say that all is written."""
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
-    def write(self, text: str) -> int:
-        """Write, as the stream does."""
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, as the stream does."""
-        self._try(self._stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the stream's."""
-        return getattr(self._stream, name)
-
-    def _try(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+def _steady(stream: Any) -> TextIO:
+    try:
+        buffer = io.BufferedWriter(_SteadyFile(stream.fileno(), "wb", closefd=False))
+    except OSError:  # it is no file of the system, so it has no reader that could go
+        return stream
+    is_prompt = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=is_prompt)
 
 
 @contextlib.contextmanager
@@ -210,7 +198,7 @@ def ignore_broken_pipe() -> Iterator[None]:
 
     A decorator too.
     """
-    out, err = cast(TextIO, _SteadyStream(sys.stdout)), cast(TextIO, _SteadyStream(sys.stderr))
+    out, err = _steady(sys.stdout), _steady(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield

@@ -353,11 +353,6 @@ class _Supervisor:
         _send(self._ranks, number)
 
 
-def to_stderr(line: str) -> None:
-    """Print a line for the user, beside what the run prints."""
-    print(line, file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class Attempt:
     """What the ranks are started with, and who follows them.
@@ -377,7 +372,7 @@ class Attempt:
     argv: Sequence[str]
     plan: RunPlan | None = None
     start: Callable[[RankSpec], Rank] = start
-    tell: Callable[[str], Any] = to_stderr
+    tell: Callable[[str], Any] = lambda line: print(line, file=sys.stderr)
     poll: Callable[[], None] = lambda: None
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     num_restarts: int = 0

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import checkpoint_store, cli, config
+from fsdp_qlora import checkpoint_store, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.atomic import GIB, IS_FULL
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
@@ -283,6 +283,7 @@ def check(plan: RunPlan, saved: SavedCheckpoint | None = None, base: str | None 
     _check_libraries(plan.cfg)
     _check_gpus(plan)
     _check_data(plan.cfg, plan.info)
+    hardware.release_freed_memory()  # this process lives as long as the ranks
 
 
 def _check_libraries(cfg: TrainConfig) -> None:
