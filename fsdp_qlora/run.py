@@ -18,12 +18,11 @@ from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training import preflight
 
 
 def run(
-    plan: RunPlan,
+    plan: plans.RunPlan,
     world,
     given: frozenset[str] = frozenset(),
     poll: Callable[[], None] = lambda: None,
@@ -94,7 +93,7 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
-def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
+def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import memory, memory_probe, metrics, optim
@@ -114,7 +113,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, num_done: int) -> Any:
+def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.model_files import save
@@ -136,7 +135,7 @@ def join_and_run(
     given: frozenset[str],
     poll: Callable[[], None] = lambda: None,
     owns_process: bool = False,
-) -> RunPlan:
+) -> plans.RunPlan:
     """Be one of the ranks, of a process group that is there or of a new one.
 
     Args:
