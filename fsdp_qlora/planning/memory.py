@@ -289,13 +289,14 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
         ],
         rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
-    num, tokens, what = num_offloaded(s, setting), s.tokens(setting) * ranks, "layers' inputs"
-    inputs = term(f"{what}, of all ranks", layers=num, tokens=tokens, hidden=s.hidden, bytes=s.item)
+    wide = {"tokens": s.tokens(setting) * ranks, "hidden": s.hidden, "bytes": s.item}
+    num = num_offloaded(s, setting)
+    inputs = term("layers' inputs, of all ranks", layers=num, **wide)
     waiting: Rows = {rows.WAITING: [inputs]} if num else {}  # for the backward: the room stays
     phases = {name: always | (waiting if name != "load" else {}) for name in rows.PHASES}
     # What is trained, as rank 0 writes it beside the training (training/checkpoint.py).
-    wide = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(cfg)}
-    copies = [term("copies for checkpoints: weights, moments", **wide)] * cfg.saves_checkpoints
+    held = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(cfg)}
+    copies = [term("copies for checkpoints: weights, moments", **held)] * cfg.saves_checkpoints
     is_early = total_bytes({rows.SAVING: copies}) <= sizes.MOST_TOUCHED_BYTES
     for phase in rows.PHASES[1:] if is_early else ("save",):
         phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
