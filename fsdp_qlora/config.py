@@ -25,7 +25,6 @@ PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
-DATA_OPTIONS = ("dataset", "eval_split")  # those that may name one
 
 
 class TrainType(NamedTuple):
@@ -33,13 +32,6 @@ class TrainType(NamedTuple):
 
     base: Literal["bnb", "hqq", "none"]
     adapter: Literal["lora", "dora", "llama_pro", "full"]
-
-
-class Precision(NamedTuple):
-    """A precision: torch names of the dtypes of the activations and of the trained weights."""
-
-    compute: str
-    master: str
 
 
 class Strategy(NamedTuple):
@@ -82,12 +74,8 @@ TRAIN_TYPES = {
     "hqq_llama_pro": TrainType("hqq", "llama_pro"),
 }
 BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
-PRECISIONS = {
-    **dict.fromkeys(BF16, Precision("bfloat16", "float32")),
-    "bf16_pure": Precision("bfloat16", "bfloat16"),
-    "fp32": Precision("float32", "float32"),
-    "fp16_autocast": Precision("float16", "float32"),
-}
+PRECISIONS = dict.fromkeys((*BF16, "bf16_pure"), "bfloat16")  # dtype of matmuls and activations
+PRECISIONS |= {"fp32": "float32", "fp16_autocast": "float16"}
 STRATEGIES = {
     "full_shard": Strategy(),
     "shard_grad_op": Strategy(reshards=False),
@@ -266,12 +254,12 @@ class TrainConfig:
     @property
     def compute_dtype(self) -> str:
         """Torch name of the dtype of matmuls and activations."""
-        return PRECISIONS[self.precision].compute
+        return PRECISIONS[self.precision]
 
     @property
     def master_dtype(self) -> str:
         """Torch name of the dtype of adapters and optimizer states."""
-        return PRECISIONS[self.precision].master
+        return "bfloat16" if self.precision == "bf16_pure" else "float32"
 
     @property
     def eval_samples(self) -> int:
@@ -477,7 +465,9 @@ def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Pat
     Raises:
         UserError: `dataset` or `eval_split` is `file.py[:function]` and was not given (code 2).
     """
-    values = {key: str(stored.get(key) or "") for key in DATA_OPTIONS if key not in given}
+    values = {
+        key: str(stored.get(key) or "") for key in ("dataset", "eval_split") if key not in given
+    }
     code = {
         key: value
         for key, value in values.items()
