@@ -382,7 +382,9 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         tensors = files.read_tensors(path, item_bytes)
         if stored:
             tensors, quantized = files.fold(tensors, stored, model_name)
-        tensors = _without_copies(tensors, config)
+        # Stored twice or to be computed: a tied head, old rotary tables.
+        left_out = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * _is_tied(config)
+        tensors = {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}
     shapes = {name: ref.shape for name, ref in tensors.items()}
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
@@ -393,7 +395,11 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     if stored and tensors:
         prefix, numbers = structure.layers_prefix, range(structure.num_layers)
         names = {f"{prefix}.{i}.{name}" for i in numbers for name in weights}
-        files.check_quantized(quantized, names, model_name)
+        faults = {
+            "not in 4 bit, where others are": sorted(names - quantized.keys()),
+            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
+        }
+        files.refuse(faults, model_name, files.ORIGINAL)
     return ModelInfo(
         path=path,
         model_type=config["model_type"],
@@ -473,16 +479,10 @@ def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
     return dense + tuple(linear for linear in one for _ in range(num)), num
 
 
-def num_linear_params(info: ModelInfo) -> int:
-    """Count the weights that are quantized.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Elements of the linears of all decoder layers, without biases.
-    """
-    return info.num_layers * sum(linear.num_weights for linear in info.linears)
+def num_layer_params(info: ModelInfo) -> int:
+    """Count all parameters of one decoder layer."""
+    weights = sum(linear.num_weights for linear in info.linears)
+    return weights + sum(math.prod(shape) for _, shape in info.layer_params)
 
 
 def num_params(info: ModelInfo) -> int:
@@ -494,9 +494,8 @@ def num_params(info: ModelInfo) -> int:
     Returns:
         Elements of all parameters.
     """
-    per_layer = sum(math.prod(shape) for _, shape in info.layer_params)
     root = sum(math.prod(shape) for _, shape in info.root_params)
-    return num_linear_params(info) + info.num_layers * per_layer + root
+    return info.num_layers * num_layer_params(info) + root
 
 
 def _checked_config(config: dict, model_name: str) -> dict:
@@ -513,12 +512,6 @@ def _checked_config(config: dict, model_name: str) -> dict:
     _check_values(config)
     left_out = ("auto_map", "quantization_config")
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
-
-
-def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
-    """Leave out what is stored twice or can be computed: a tied head, old rotary tables."""
-    left_out = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * _is_tied(config)
-    return {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}
 
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
