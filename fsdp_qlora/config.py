@@ -465,14 +465,12 @@ def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Pat
     Raises:
         UserError: `dataset` or `eval_split` is `file.py[:function]` and was not given (code 2).
     """
-    values = {
-        key: str(stored.get(key) or "") for key in ("dataset", "eval_split") if key not in given
-    }
-    code = {
-        key: value
-        for key, value in values.items()
-        if any(OWN_CODE.fullmatch(name.strip()) for name in (value, *value.split(",")))
-    }
+    code = {}
+    for key in ("dataset", "eval_split"):
+        value = str(stored.get(key) or "")
+        names = map(str.strip, (value, *value.split(",")))
+        if key not in given and any(map(OWN_CODE.fullmatch, names)):
+            code[key] = value
     if code:
         got = ", ".join(f"{key} {value}" for key, value in code.items())
         flags = " ".join(f"--{key} {shlex.quote(value)}" for key, value in code.items())
@@ -505,12 +503,11 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if cfg.push_to_hub is not None and not cfg.save_model:
         got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
         faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
-    if cfg.reentrant_checkpointing and not cfg.use_gradient_checkpointing:
-        rule = "needs --use_gradient_checkpointing true"
-        faults.append(UserError("--reentrant_checkpointing true", rule, "set both or none"))
-    if cfg.use_activation_cpu_offload and not cfg.use_gradient_checkpointing:
-        got, rule = "--use_activation_cpu_offload true", "moves the inputs of recomputed layers"
-        faults.append(UserError(got, rule, "set --use_gradient_checkpointing true"))
+    recomputing = ("reentrant_checkpointing", "use_activation_cpu_offload")
+    for name in () if cfg.use_gradient_checkpointing else recomputing:
+        if getattr(cfg, name):
+            rule = "needs --use_gradient_checkpointing true"
+            faults.append(UserError(f"--{name} true", rule, "set both or none"))
     if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
         got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
         faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))

@@ -345,6 +345,9 @@ def test_an_alpaca_row_has_a_system_prompt_and_a_history(choose):
     for system, history in (("", None), (None, []), (None, "[]"), ("", "")):
         same = ALPACA | {"system": system, "history": history}
         assert written(choose(), same) == written(choose(), ALPACA)
+    chat = [turn("system", "S"), turn("user", "Hi"), turn("assistant", "Oh.")]
+    for row in ({"messages": chat[1:], "system": "S"}, {"messages": chat, "system_prompt": "S"}):
+        assert written(choose(), row) == written(choose(), {"messages": chat})
     row = {"prompt": "a ", "completion": "b", "system_prompt": "S"}
     assert written(choose(), row) == ("S\n\na b", ["b"])
 
