@@ -494,7 +494,7 @@ class Sizes:
         self.lora, self.magnitudes = counts.adapters, counts.magnitudes
         self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
-        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.softcaps_attention)
+        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.attention_extra != "")
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         is_small = self.active == self.weights and self.weights * self.item <= WHOLE_LAYER_BYTES
