@@ -96,7 +96,7 @@ def _report(out_dir: Path) -> None:
 def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import memory, memory_probe, metrics, optim
+    from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
@@ -105,9 +105,11 @@ def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
     tracker.record_model(built)
+    packing = loop.keep_rows_apart(built.model, dataset.train, plan.info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
+    record["lines"] += [line for line in (packing, plan.info.rope_note(cfg.context_length)) if line]
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     return trained, tracker, record

@@ -584,7 +584,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
         return info.path
     if Path(model_name).expanduser().is_dir() or "/" not in model_name:
         tokenizer.require_files(Path(model_name))
-    return files.fetch_tokenizer(model_name)
+    return files.download(model_name, [*files.CONFIG_FILES, *files.TOKENIZER_FILES])
 
 
 def _shown(
