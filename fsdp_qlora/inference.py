@@ -95,7 +95,8 @@ class Opened:
         if is_chat:
             system = self.cfg.system_prompt or ""
             turns = [{"role": "system", "content": system}] * bool(system) + turns
-            kwargs = {"tokenize": False, "add_generation_prompt": True}
+            kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
+            kwargs |= {"tokenize": False, "add_generation_prompt": True}
             try:
                 text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything

@@ -255,7 +255,7 @@ class RowFormatter:
     row_template: Template | None = None
     parts: tuple[tuple[str, str | None], ...] = ()
     chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    allows_dropped: bool = True
+    allows_dropped: bool = False
 
     @functools.cached_property
     def formats(self) -> tuple[RowFormat, ...]:
