@@ -210,7 +210,9 @@ def _tokenizer(place: Path | None) -> tokenizers.TextTokenizer | None:
 
 
 def _copy(source: Path | None, out: Path, patterns: tuple[str, ...]) -> None:
-    for path in {path for name in patterns for path in source.glob(name)} if source else ():
+    if source is None:
+        return
+    for path in {path for name in patterns for path in source.glob(name)}:
         if path.is_file() and path.suffix != ".py":
             place = out / path.relative_to(source)
             place.parent.mkdir(exist_ok=True)
