@@ -190,6 +190,8 @@ def _merge(
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
+    if said := adapters.base_note(adapter, str(format_name) if is_dequantized else "bf16"):
+        print(said)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
     tensors = new_weights.merged(adapter, base, dtype, device)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
