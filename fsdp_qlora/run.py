@@ -18,12 +18,11 @@ from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training import preflight
 
 
 def run(
-    plan: RunPlan,
+    plan: plans.RunPlan,
     world,
     given: frozenset[str] = frozenset(),
     poll: Callable[[], None] = lambda: None,
@@ -94,10 +93,10 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
-def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
+def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import memory, memory_probe, metrics, optim
+    from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
@@ -106,15 +105,17 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
     tracker.record_model(built)
+    packing = loop.keep_rows_apart(built.model, dataset.train, plan.info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
+    record["lines"] += [line for line in (packing, plan.info.rope_note(cfg.context_length)) if line]
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, num_done: int) -> Any:
+def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.model_files import save
@@ -136,7 +137,7 @@ def join_and_run(
     given: frozenset[str],
     poll: Callable[[], None] = lambda: None,
     owns_process: bool = False,
-) -> RunPlan:
+) -> plans.RunPlan:
     """Be one of the ranks, of a process group that is there or of a new one.
 
     Args:

@@ -31,11 +31,17 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
 FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
-ACTIVATIONS += " relu relu2 relu6 silu swish tanh"
+ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
 SAME_PLACE = "copy config.json and the weights from the same place"
+# As transformers' attribute_map has them for GPT-2, Bloom, MPT and others.
+OTHER_NAMES = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
+    "hidden_size": ("n_embd", "d_model"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -186,7 +192,7 @@ def from_headers(shapes: Shapes) -> Structure:
     layer = {match["name"]: shapes[match[0]] for match in matches if match["index"] == "0"}
     for name, shape in layer.items():
         part = _expert_part(name)
-        if len(shape) not in (1, 2) or (INDEXED.fullmatch(name) and part is None):
+        if len(shape) > 2 or (INDEXED.fullmatch(name) and part is None):
             rule = "is no linear, no vector and no expert as Mixtral or Qwen has them"
             raise UserError(f"{prefixes[0]}.0.{name}", rule, "take another model")
     num_layers = 1 + max(int(match["index"]) for match in matches)
@@ -202,7 +208,8 @@ def _is_tied(config: dict) -> bool:
 
 def _size(config: dict, key: str, default: int | None = None) -> int:
     """Read one size of a config.json; the default counts when the key is absent or null."""
-    value = default if config.get(key) is None else config[key]
+    names = (key, *OTHER_NAMES.get(key, ()))
+    value = next((config[name] for name in names if config.get(name) is not None), default)
     if type(value) is not int or value < 1:
         rule = "must be a positive integer in config.json"
         raise UserError(f"{key} = {value!r}", rule, OWN_CONFIG)
@@ -259,10 +266,9 @@ def find_linears(layer: Shapes) -> tuple[Linear, ...]:
         UserError: a matrix that is no linear (code 2).
     """
     found = []
-    mixtures = {part[0] for name in layer if (part := _expert_part(name))}
-    routers = {f"{block}.gate.weight" for block in mixtures}  # small, and they choose: 16 bit
+    routers = _routers(layer)  # small, and they choose: 16 bit
     for name, shape in layer.items():
-        if len(shape) != 2 or name in routers:
+        if len(shape) != 2 or name in routers or name.endswith("norm.weight"):
             continue
         module = name.removesuffix(".weight")
         bias = layer.get(f"{module}.bias")
@@ -272,6 +278,20 @@ def find_linears(layer: Shapes) -> tuple[Linear, ...]:
         found.append(Linear(module, shape[0], shape[1], bias is not None))
     order = {name: place for place, name in enumerate(EXECUTION_ORDER)}
     return tuple(sorted(found, key=lambda n: (order.get(n.last_name, len(order)), n.name)))
+
+
+def _routers(layer: Shapes) -> set[str]:
+    """Weights beside the experts of a mixture that give each expert a number."""
+    num_experts: dict[str, int] = {}
+    for block, number, _ in filter(None, map(_expert_part, layer)):
+        num_experts[block] = max(num_experts.get(block, 0), number + 1)
+    return {
+        name
+        for name, shape in layer.items()
+        for block, num in num_experts.items()
+        if name.startswith(f"{block}.") and len(shape) == 2 and shape[0] == num
+        if _expert_part(name) is None
+    }
 
 
 @dataclass(frozen=True)
@@ -311,9 +331,29 @@ class ModelInfo:
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
     @property
-    def softcaps_attention(self) -> bool:
-        """Whether attention scores are soft-capped (Gemma 2)."""
-        return bool(self.config.get("attn_logit_softcapping"))
+    def attention_extra(self) -> str:
+        """What PyTorch's attention leaves out: "soft-capped" (Gemma 2), "sinks" (gpt-oss) or ""."""
+        if self.config.get("attn_logit_softcapping"):
+            return "soft-capped"
+        return "sinks" if any("sink" in name for name, _ in self.layer_params) else ""
+
+    def rope_note(self, context_length: int) -> str:
+        """Say where a row's rotary table depends on the longest row of its batch.
+
+        Args:
+            context_length: tokens of the longest row that can come.
+
+        Returns:
+            One line, or "".
+        """
+        table = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        kind = table.get("rope_type", table.get("type"))
+        names = "original_max_position_embeddings", "max_position_embeddings"
+        sizes = [at[name] for name in names for at in (table, self.config) if at.get(name)]
+        if kind not in ("dynamic", "longrope") or not sizes or context_length <= sizes[0]:
+            return ""
+        where = f"a row in one batch with one of more than {sizes[0]} tokens"
+        return f"rope      {kind}: {where} is computed as if it were as long"
 
 
 def read(model_name: str, need_weights: bool) -> ModelInfo:
@@ -481,6 +521,8 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, SAME_PLACE)
+    if config["model_type"] not in LAYOUTS:
+        _check_repetition(structure, shapes, model_name)
     expected = structure.all_shapes()
     wrong = [name for name in expected if shapes.get(name, expected[name]) != expected[name]]
     faults = {
@@ -489,6 +531,19 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
         "of another shape than config.json says": wrong,
     }
     files.refuse(faults, model_name, SAME_PLACE, INTEGRITY)
+
+
+def _check_repetition(structure: Structure, shapes: Shapes, model_name: str) -> None:
+    """Every layer of the files must have the tensors of the first."""
+    for index in range(1, structure.num_layers):
+        prefix = f"{structure.layers_prefix}.{index}."
+        layer = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+        names = sorted(layer.keys() | structure.layer.keys())
+        other = [name for name in names if layer.get(name) != structure.layer.get(name)]
+        if other:
+            rule = f"layer {index} differs from layer 0 in {files.describe(other)}"
+            remedy = "take a model all of whose decoder layers are of one kind"
+            raise UserError(model_name, rule, remedy)
 
 
 def stored_name(info: ModelInfo, name: str) -> str:
@@ -576,9 +631,10 @@ NEEDED = ("rms_norm_eps", "max_position_embeddings")  # null is no value for the
 
 def _check_values(config: dict[str, Any]) -> None:
     """Refuse a value that transformers does not take."""
+    needed = NEEDED if config["model_type"] in LAYOUTS else ()
     for is_good, rule, key in ((*row[:2], key) for row in RULES for key in row[2].split()):
         value = config.get(key)
-        is_left_out = value is None and (key not in NEEDED or key not in config)
+        is_left_out = value is None and (key not in needed or key not in config)
         if not is_left_out and not is_good(value):
             got = f"{key} = {value!r} in config.json"
             raise UserError(got, f"must be {rule}", OWN_CONFIG)

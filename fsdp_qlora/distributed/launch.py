@@ -168,9 +168,8 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
         num_ranks: number of ranks.
         port: where the ranks meet on 127.0.0.1.
     """
-    numbers = map(str, (rank, rank, num_ranks, num_ranks))
-    place = dict(zip(NUMBERS + MASTER, (*numbers, "127.0.0.1", str(port)), strict=True))
-    place[hooks.SUPERVISOR] = str(os.getpid())
+    values = map(str, (rank, rank, num_ranks, num_ranks, "127.0.0.1", port, os.getpid()))
+    place = dict(zip((*NUMBERS, *MASTER, hooks.SUPERVISOR), values, strict=True))
     if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
         paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
         place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -509,9 +508,8 @@ def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
     num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
         files, port = (listener.fileno(), board.fileno()), listener.getsockname()[1]
-        numbers = zip((LISTENER, BOARD, RESTARTS), (*files, attempt.num_restarts), strict=True)
         env = os.environ | (plan.env if plan is not None else {}) | attempt.env
-        env |= {name: str(number) for name, number in numbers}
+        env |= {LISTENER: str(files[0]), BOARD: str(files[1]), RESTARTS: str(attempt.num_restarts)}
         specs = []
         for i in range(num_ranks):
             log = output_dir / LOGS / f"rank{i}.log" if i else None
@@ -594,7 +592,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
     info, cfg = _read(cfg, given)
     if world.size != world.local_size:
         note = "off: a plan is made for one machine, and these ranks are on several"
-        return plans.unplanned(info, cfg, note)
+        return RunPlan(cfg, cfg, info, hardware.Machine(()), note=note)
     num_gpus = world.local_size if world.device.type == "cuda" else 0
     machine = plans.find_machine(os.environ, world.size, num_gpus)
     machine = world.gather_objects(machine)[0]  # they have looked one after the other

@@ -68,7 +68,7 @@ def safetensors_file(
     with path.open("wb") as file:
 
         def write(name: str, tensor: torch.Tensor) -> None:
-            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            raw = _bytes(tensor).numpy()
             start = file.tell() - 8 - header_bytes
             place = {"shape": list(tensor.shape), "data_offsets": [start, start + raw.nbytes]}
             entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], **place}
@@ -89,6 +89,10 @@ def safetensors_file(
         file.seek(0)
         file.write(header_bytes.to_bytes(8, "little") + header)
     atomic.sync(path)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def write_weights(
@@ -221,7 +225,9 @@ def _tokenizer(place: Path | None) -> tokenizers.TextTokenizer | None:
 def _copy(source: Path, out: Path, patterns: tuple[str, ...]) -> None:
     for path in {path for pattern in patterns for path in source.glob(pattern)}:
         if path.is_file() and path.suffix != ".py":
-            shutil.copyfile(path, out / path.name)
+            place = out / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def save(
@@ -280,8 +286,8 @@ def _save_adapter(
             for tensor_name, tensor in sorted(tensors.items()):
                 add(tensor_name, tensor)
     read = load_file(path)
-    same = read.keys() == tensors.keys() and all(torch.equal(read[n], tensors[n]) for n in tensors)
-    if not same:
+    is_same = read.keys() == tensors.keys()  # by bytes: NaN is not equal to itself
+    if not is_same or not all(_bytes(read[n]).equal(_bytes(tensors[n])) for n in tensors):
         got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
         raise UserError(got, rule, "check the disk and save again", INTEGRITY)
     return path

@@ -30,7 +30,7 @@ from torch import nn
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, TensorRef
-from fsdp_qlora.arch.info import expert_matrices, stored_name
+from fsdp_qlora.arch.info import expert_matrices
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -38,6 +38,7 @@ from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import quantize
 from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.skeleton import stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
 
@@ -135,8 +136,8 @@ class TrainedBase:
                 yield next(read).to(self.dtype)
 
     def read(self, name: str, device: torch.device) -> torch.Tensor:
-        """Read a parameter by its name in the model: experts lie one by one in the files."""
-        parts = expert_matrices(self.info, name) or [[stored_name(self.info, name)]]
+        """Read a parameter by its name of stored_names: experts lie one by one in the files."""
+        parts = expert_matrices(self.info, name) or [[name]]
         names = [part for matrix in parts for part in matrix]
         read = self.read_ahead(names, device)
         if len(names) == 1:
@@ -340,13 +341,11 @@ class Expansion:
 
     def changes(self) -> dict[str, Any]:
         """What config.json must say of new layers; lists of one entry a layer grow with them."""
-        from transformers import AutoConfig
-
         if not self.added:
             return {}
         lists = {
             key: [values[old] for old in self.order]
-            for key, values in AutoConfig.for_model(**self.info.config).to_dict().items()
+            for key, values in transformers_config(self.info).to_dict().items()
             if isinstance(values, list) and len(values) == self.info.num_layers
         }
         return lists | {"num_hidden_layers": len(self.order), NEW_LAYERS: list(self.added)}
@@ -414,15 +413,19 @@ def logits(
         logits_NV of the rows, one after the other, float32 on the host.
     """
     model = _build(base.info).to(dtype=torch.float32).eval()
-    embedding = model.get_input_embeddings()
+    embedding, stored = model.get_input_embeddings(), stored_names(model, base.info)
     embedded = next(name for name, module in model.named_modules() if module is embedding)
     for name, module in model.named_modules():
-        module._buffers.update({k: b.to(device) for k, b in module._buffers.items()})
+        for part, buffer in module._buffers.items():
+            at = stored.get(f"{name}.{part}")
+            if buffer is not None:
+                module._buffers[part] = base.read(at, device) if at else buffer.to(device)
         if name in pairs:
             module.register_forward_hook(partial(_add_product, pairs[name]))
-        own = {part: f"{name}.{part}" for part, p in module._parameters.items() if p is not None}
-        if base.info.is_tied and own.get("weight") == "lm_head.weight":
-            own["weight"] = f"{embedded}.weight"
+        params = [part for part, param in module._parameters.items() if param is not None]
+        own = {part: stored[f"{name}.{part}"] for part in params}
+        if base.info.is_tied and module is model.get_output_embeddings():
+            own["weight"] = stored[f"{embedded}.weight"]
         if own:
             module.register_forward_pre_hook(partial(_bring, own, base, device))
             module.register_forward_hook(_drop)
@@ -436,11 +439,11 @@ def logits(
 def _build(info: ModelInfo) -> Any:
     """The model as transformers has it, its weights on the meta device."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    config = AutoConfig.for_model(**info.config)
+    config = transformers_config(info)
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager"

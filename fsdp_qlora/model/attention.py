@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fsdp_qlora.errors import UserError
+
 
 class RowBounds(NamedTuple):
     """Where the rows of a sequence of T tokens begin and end.
@@ -56,6 +58,10 @@ PLAIN = "fsdp_qlora_causal"  # names by which transformers finds `attend`, witho
 MASKED = "fsdp_qlora_masked"  # and with masks, for sliding windows
 WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config
 HEAD_SIZES = range(8, 257, 8)
+# Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
+KEYWORDS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
+KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"}
+KEYWORDS |= {"indices", "block_indices", "output_router_logits", "logits_to_keep"}
 
 
 def register(config, has_row_kernel: bool) -> str:
@@ -93,7 +99,14 @@ def attend(module, query, key, value, attention_mask, **kwargs):
 
     Returns:
         ([B, T, N, D], None).
+
+    Raises:
+        UserError: a keyword asks for what is not computed here, such as sinks (code 2).
     """
+    unknown = [key for key in kwargs if key not in KEYWORDS and kwargs[key] is not None]
+    if unknown:
+        rule = f"{type(module).__name__} wants {unknown[0]}, which it does not compute"
+        raise UserError("--attn sdpa", rule, "use --attn eager")
     saved = getattr(module, "saved", None)
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is not None and attention_mask is None and query.device.type == "cuda":

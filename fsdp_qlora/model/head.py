@@ -14,7 +14,7 @@ IGNORE = -100  # label of a token that is not trained
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over N tokens of -log softmax(x W^T)[target].
+    """Sum over N tokens of -log softmax(logits)[target], logits = cap(scale * (x W^T + b)).
 
     Loss and gradients of x and, if it is trained, of W come from the same logits, a chunk of tokens
     at a time, so that nothing is computed twice and only [chunk, V] is ever held.
@@ -24,14 +24,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         weight_VH: output embedding, compute dtype; the gradient of a trained one is summed up in
             float32.
         targets_N: int64.
-        softcap: see LossHead, or None.
+        bias_V, scale, softcap: see LossHead.
 
     Returns:
         The sum, 0-d float32.
     """
 
     @staticmethod
-    def forward(ctx, x_NH, weight_VH, targets_N, softcap):
+    def forward(ctx, x_NH, weight_VH, targets_N, bias_V, scale, softcap):
         chunk = max(16, LOGITS_BYTES // (4 * weight_VH.shape[0]))
         grad_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
         grad_VH = None
@@ -41,7 +41,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x_NH.shape[0], chunk):
             part = slice(start, start + chunk)
             target = targets_N[part].unsqueeze(1)
-            part_loss, grad = _loss_and_gradient(x_NH[part] @ weight_VH.t(), target, softcap)
+            part_loss, grad = _loss_and_gradient(
+                nn.functional.linear(x_NH[part], weight_VH, bias_V), target, scale, softcap
+            )
             loss += part_loss
             if grad_NH is not None:
                 torch.mm(grad, weight_VH, out=grad_NH[part])
@@ -59,16 +61,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_NH = grad_NH * grad_loss.to(grad_NH.dtype)
         if grad_VH is not None:
             grad_VH = (grad_VH * grad_loss).to(ctx.dtype)
-        return grad_NH, grad_VH, None, None
+        return grad_NH, grad_VH, None, None, None, None
 
 
-def _loss_and_gradient(logits_NV, target_N1, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(logits_NV, target_N1, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss, 0-d, and its gradient, dtype of the logits, with one float32 copy of them.
 
     Gradient of -log softmax(z)[t] to z: softmax(z) - onehot(t).
     """
     dtype, logits_NV = logits_NV.dtype, logits_NV.float()
     squashed = None
+    if scale != 1:
+        logits_NV.mul_(scale)
     if softcap is not None:
         squashed = logits_NV.div_(softcap).tanh_()
         logits_NV = squashed * softcap
@@ -81,6 +85,8 @@ def _loss_and_gradient(logits_NV, target_N1, softcap) -> tuple[torch.Tensor, tor
     grad.scatter_add_(1, target_N1, grad.new_full(target_N1.shape, -1.0))
     if squashed is not None:
         grad.mul_(squashed.square_().neg_().add_(1))
+    if scale != 1:
+        grad.mul_(scale)
     return loss, grad.to(dtype)
 
 
@@ -114,13 +120,24 @@ class LossHead(nn.Module):
 
     Attributes:
         weight: [V, H] (the input embedding's own parameter when tied).
-        softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), or None.
+        bias: [V], frozen (Phi-2), or None.
+        scale: logits are multiplied by it (Cohere, Granite).
+        softcap: then they become softcap * tanh(logits / softcap) (Gemma 2), or None.
     """
 
-    def __init__(self, weight: nn.Parameter, config) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.weight = weight
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.register_parameter("bias", bias)
+        self.scale, self.softcap = scale, softcap
 
     def forward(self, hidden_BTH: torch.Tensor, targets: Targets | None) -> torch.Tensor:
         """Compute the loss, or logits.
@@ -137,6 +154,12 @@ class LossHead(nn.Module):
         if targets is not None:
             x = hidden_BTH.flatten(0, 1).index_select(0, targets.positions_N)
             if targets.tokens_N is not None:
-                return ChunkedCrossEntropy.apply(x, self.weight, targets.tokens_N, self.softcap)
-        logits = x @ self.weight.t()
+                rest = self.bias, self.scale, self.softcap
+                return ChunkedCrossEntropy.apply(x, self.weight, targets.tokens_N, *rest)
+        return self.logits(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., V] of hidden states [..., H], compute dtype."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap

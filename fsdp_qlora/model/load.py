@@ -100,6 +100,11 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     fingerprints, report.pinned_bytes = dealer.run(), dealer.pinned_bytes
     for name, (module, attribute) in model.tensors.items():
         param = getattr(module, attribute)
+        if attribute in module._buffers:  # a bias of a router, in float32 where it is stored so
+            whole = next(source.read_ahead([name], world.device))
+            is_wide = whole.dtype == torch.float32
+            module._buffers[attribute] = whole if is_wide else whole.to(param.dtype)
+            continue
         rows = shard.local_range(param)
         shard.set_local(module, attribute, source.read_rows(name, rows, param.dtype, world.device))
     if model.is_tied:

@@ -49,7 +49,7 @@ class KernelChoice:
     note: str
 
 
-def choose_kernels(cfg: TrainConfig, device: torch.device, softcaps: bool) -> KernelChoice:
+def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> KernelChoice:
     """Resolve `--attn` and `--liger` for a device.
 
     flash-attn serves where it is installed and there is a GPU, else SDPA, which runs PyTorch's own
@@ -58,15 +58,17 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, softcaps: bool) -> Ke
     Args:
         cfg: attn, liger, compute_dtype.
         device: where the run computes.
-        softcaps: the model soft-caps its attention scores (Gemma 2), which SDPA leaves out.
+        extra: ModelInfo.attention_extra, which SDPA leaves out.
     """
     has_gpu = device.type == "cuda"
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
-        has_flash = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        attention = "flash_attention_2" if has_flash else "eager" if softcaps else "sdpa"
+        is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
+        has_flash = is_installed and extra != "sinks"
+        attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
-        attention_why = "installed" if has_flash else missing + ", soft-capped" * softcaps
+        attention_why = "installed" if is_installed else missing
+        attention_why += f", {extra}" * bool(extra)
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     use_liger = cfg.liger == "auto" and has_gpu and has_liger
     liger_why = "as asked" if cfg.liger == "off" else "not installed" if has_gpu else "no GPU"
@@ -92,9 +94,6 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     _apply_liger_kernel_to_instance(model=hf_model, **own)
-
-
-LOGIT_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # Cohere, Granite, Falcon-H1
 
 
 class QuantizedModel(nn.Module):
@@ -195,20 +194,22 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         The model in training mode, without adapters; all that is not trained itself is frozen.
 
     Raises:
-        UserError: the linears of the built model are not those of `info` (code 5).
+        UserError: the linears of the built model are not those of `info` (code 5), or it computes
+            otherwise than is known here (code 2).
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    config = AutoConfig.for_model(**info.config)
+    config = transformers_config(info)
     config.use_cache = False
-    chosen = choose_kernels(cfg, device, info.softcaps_attention)
+    chosen = choose_kernels(cfg, device, info.attention_extra)
     hf_model = _on_meta(config, info, chosen)
     hf_model.requires_grad_(False)
-    output = hf_model.get_output_embeddings()
-    if info.is_tied:
-        output.weight = hf_model.get_input_embeddings().weight
+    head = _loss_head(hf_model, info)
+    if chosen.attention == "sdpa" and not hf_model._supports_sdpa:
+        rule = f"computes otherwise than the attention of model type {info.model_type}"
+        raise UserError("--attn sdpa", rule, "use --attn eager")
+    names = stored_names(hf_model, info)
     if chosen.use_liger:
         apply_liger(hf_model)
     layout = build_layout([linear.shape for linear in info.linears], cfg.format_name)
@@ -223,15 +224,41 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     for param in params:
         param.data = param.data.to(master)  # in place: a tied head is the same parameter
         param.requires_grad_(True)
-    head = LossHead(output.weight, config)
     model = QuantizedModel(hf_model.base_model, head, layout, chosen)
-    for name, _ in hf_model.named_parameters():
-        path, _, attribute = name.rpartition(".")
-        owner = hf_model.get_submodule(path)
-        if attribute != "quantized":
-            stored = stored_name(info, name.replace(".body.layer.", "."))
-            model.tensors[stored] = head if owner is output else owner, attribute
+    model.tensors = _places(hf_model, head, names)
     return model.train()
+
+
+def _places(
+    hf_model: Any, head: LossHead, names: dict[str, str]
+) -> dict[str, tuple[nn.Module, str]]:
+    """Name in the files -> (module, name there) of what is not quantized."""
+    parts = {**dict(hf_model.named_parameters()), **dict(hf_model.named_buffers())}
+    own_names = {name: name.replace(".body.layer.", ".") for name in parts}
+    found = {names[own]: _owner(hf_model, name) for name, own in own_names.items() if own in names}
+    own = {id(param): name for name, param in head.named_parameters()}
+    own.pop(id(hf_model.get_input_embeddings().weight), None)  # tied: it stays the embedding's
+    at_head = {name: own.get(id(getattr(*place))) for name, place in found.items()}
+    return found | {name: (head, part) for name, part in at_head.items() if part}
+
+
+def _loss_head(hf_model: Any, info: ModelInfo) -> LossHead:
+    """The head that computes what the model's own does; tied to the embedding if it is."""
+    output = hf_model.get_output_embeddings()
+    softcap = getattr(hf_model.config, "final_logit_softcapping", None)
+    scale = _measure_scale(hf_model, softcap)
+    try:
+        embedding = hf_model.base_model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):  # the decoder of something else
+        embedding = None
+    is_odd = info.is_tied and embedding is not None and embedding.shape != output.weight.shape
+    if embedding is None or scale is None or is_odd:
+        got = f"model type {info.model_type}"
+        rule = "has more than an embedding and a head that is a matrix with a bias, a scale, a cap"
+        raise UserError(got, rule, "take another model")
+    if info.is_tied:
+        output.weight = embedding
+    return LossHead(output.weight, output.bias, scale, softcap)
 
 
 def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
@@ -244,25 +271,122 @@ def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
         attention = register(config, chosen.has_row_kernel)
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 config, dtype=chosen.dtype, attn_implementation=attention
             )
     except KeyError as error:
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
-    has = [key for key in LOGIT_SCALES if getattr(config, key, None) not in (None, 1)]
-    has += ["a bias"] if model.get_output_embeddings().bias is not None else []
-    if has:
-        rule = f"its output head has {' and '.join(has)}, which the loss does not know"
-        raise UserError(f"model type {info.model_type}", rule, "take another model")
-    return model
+
+
+class _StandIn(nn.Module):
+    """In the place of a decoder: whatever it is asked, these hidden states are its answer."""
+
+    def __init__(self, decoder: nn.Module, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.own, self.hidden = (decoder,), hidden  # a tuple: no child
+
+    def forward(self, *args, **kwargs):
+        from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
+
+        return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = getattr(self.own[0], name)
+            return self if isinstance(found, nn.Module) else found
+
+
+def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
+    """What transformers multiplies logits by, measured on a small head of random numbers.
+
+    Returns:
+        None: it does not compute cap(scale * (x W^T + b)).
+    """
+    own, decoder = hf_model.get_output_embeddings(), hf_model.base_model
+    if type(own) is not nn.Linear or decoder is hf_model:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 4, own.in_features, generator=generator) / own.in_features**0.5
+    head = nn.Linear(own.in_features, 16, own.bias is not None, device="cpu")
+    for param in head.requires_grad_(False).parameters():
+        param.normal_(generator=generator)
+    hf_model.set_output_embeddings(head)
+    setattr(hf_model, hf_model.base_model_prefix, _StandIn(decoder, hidden))
+    try:
+        with torch.no_grad():
+            wanted = hf_model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits
+    except Exception:  # it asks its decoder for more
+        return None
+    finally:
+        hf_model.set_output_embeddings(own)
+        setattr(hf_model, hf_model.base_model_prefix, decoder)
+    inner = wanted if softcap is None else (wanted / softcap).atanh() * softcap
+    scale = float(f"{(inner / head(hidden)).median():.6g}")
+    weight, bias = head.get_parameter("weight"), head._parameters["bias"]
+    own_logits = LossHead(weight, bias, scale, softcap).logits(hidden)
+    return scale if torch.allclose(own_logits, wanted, 1e-4, 1e-4) else None
+
+
+def stored_names(hf_model: Any, info: ModelInfo) -> dict[str, str]:
+    """Names in the files of what transformers loads into a model.
+
+    Args:
+        hf_model: as transformers has built it, on the meta device.
+        info: what the model is.
+
+    Returns:
+        Name of a parameter or buffer -> name in the files, or, of experts held together, of none.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    own = hf_model.state_dict()
+    written = {id(t): name for name, t in revert_weight_conversion(hf_model, dict(own)).items()}
+    found = {name: written.get(id(tensor), name) for name, tensor in own.items()}
+    return {n: at if at in info.tensors else stored_name(info, n) for n, at in found.items()}
+
+
+def transformers_config(info: ModelInfo) -> Any:
+    """The config of a model as transformers has it.
+
+    Args:
+        info: the model.
+
+    Raises:
+        UserError: transformers does not know its type, or takes no such values (code 2).
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**_with_numbers(info.config))
+    except Exception as error:  # of transformers, and of huggingface_hub's dataclasses
+        rule = f"transformers takes no such config.json ({' '.join(str(error).split())[:300]})"
+        remedy = "take the model's own config.json, or a newer transformers"
+        raise UserError(f"model type {info.model_type}", rule, remedy) from error
+
+
+def _with_numbers(value: Any) -> Any:
+    """Read {"__float__": "Infinity"}, which transformers writes where JSON has no number."""
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, dict):
+        return {key: _with_numbers(entry) for key, entry in value.items()}
+    return [_with_numbers(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
 
 
 def _build_body(layer: nn.Module, info: ModelInfo, store: LayerStore | None) -> TrainedLayer:
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
     places = {n.name: index for index, n in enumerate(info.linears) if n.expert is None}
     expected = {name: info.linears[index].shape for name, index in places.items()}
-    if {n: tuple(m.weight.shape) for n, m in built.items()} != expected:
+    # Other linears, such as routers, are tensors like all else.
+    if {n: tuple(m.weight.shape) for n, m in built.items() if n in expected} != expected:
         got = f"linears {sorted(built)} in the {info.model_type} decoder layer"
         rule = f"its files and config.json say {sorted(expected)}"
         raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)

@@ -196,7 +196,7 @@ class RandomWeights(Weights):
 
     def _make(self, name: str, device: torch.device) -> torch.Tensor:
         shape = self.shapes[name]
-        if len(shape) == 1:
+        if len(shape) < 2:
             make = torch.zeros if name.endswith("bias") else torch.ones
             return make(shape, dtype=torch.bfloat16, device=device)
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "little")

@@ -46,7 +46,7 @@ ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
 PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
 PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
-MACHINE = ("host_total_gib", "cgroup_limit_gib", "num_cpu_cores")
+COMPARED = ["predicted", "measured", "difference"]
 
 
 class Cell(NamedTuple):
@@ -130,14 +130,13 @@ def sections(runs: list[Run]) -> list[Section]:
         Those for which a run recorded something.
     """
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
-    compared = [predicted(*pair) for pair in named]
-    sentences = [line for _, lines in compared for line in lines] or [NO_PLAN]
+    compared = [table for pair in named for table in predicted(*pair)]
     charts = [chart for pair in named for chart in memory(*pair)]
     chapters = [
         Section("Figures", [], [], figures(runs)),
         Section("Curves", curves(runs), [], []),
         Section("Memory", charts, [], [peaks(*pair) for pair in named]),
-        Section("Predicted and measured", [], sentences, [t for part, _ in compared for t in part]),
+        Section("Predicted and measured", [], [] if compared else [NO_PLAN], compared),
         Section("Answers", [], [], [answers(*pair) for pair in named]),
         Section("Data", [], *data(runs)),
         Section("Settings", [], [], settings(runs)),
@@ -352,18 +351,18 @@ def peaks(run: Run, prefix: str) -> PageTable:
     return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
 
 
-def predicted(run: Run, prefix: str) -> tuple[list[PageTable], list[str]]:
+def predicted(run: Run, prefix: str) -> list[PageTable]:
     """Predicted, measured, difference by row, a table a phase.
 
     Args:
         run: the record.
-        prefix: of titles and sentences.
+        prefix: of titles.
 
     Returns:
-        Tables of its GPUs and its host (of many ranks the one that holds most in a phase), and a
-        sentence on the peak of each.
+        A table of the peaks, then those of its GPUs and its host (of many ranks the one that holds
+        most in a phase); none without a plan and a ledger.
     """
-    plan, ledger, tables, words = run.table("plan"), run.table("ledger"), [], []
+    plan, ledger, tables, peaks = run.table("plan"), run.table("ledger"), [], []
     gpu, aim = ("GPU", PEAK_AIM) if run.has_gpus else ("Rank", CPU_AIM)
     ranks = [rank["device"] for rank in ledger.get("ranks", []) if rank.get("device")]
     host = [ledger["host"]] if ledger.get("host") else []
@@ -380,12 +379,10 @@ def predicted(run: Run, prefix: str) -> tuple[list[PageTable], list[str]]:
             measured = held[who].get(phase, {}) if held else {}
             tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))
         top = highest(_total(rows) for rank in held for rows in rank.values())
-        p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
-        is_large = max(p.value or 0, m.value or 0) > LARGE_GIB
-        aimed = f", {'OUTSIDE' if off.is_off else 'within'} the aim of {aim:.0%}" * is_large
-        line = f"{prefix}{name}, peak: predicted {p.text} GiB, measured {m.text} GiB"
-        words += [f"{line} ({off.note}{aimed})." if off.note else f"{line}."] if known else []
-    return tables, words
+        peak_gib = plan.get(f"peak_{place}_gib") if planned else None
+        peaks += [(name, _difference(peak_gib, top, aim))] if known else []
+    peak_table = PageTable(f"{prefix}Peaks, to be within {aim:.0%}", COMPARED, peaks)
+    return [peak_table, *tables] if peaks else []
 
 
 def _total(rows: GibByRow) -> float | None:
@@ -403,7 +400,7 @@ def _compared(
         if (highest([p, m]) or 0.0) >= LEAST_GIB:
             rows.append((row, _difference(p, m, max(aim, ROW_AIM))))
     rows.append(("total", _difference(_total(plan), _total(measured), aim)))
-    return PageTable(title, ["predicted", "measured", "difference"], rows)
+    return PageTable(title, COMPARED, rows)
 
 
 def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
@@ -427,9 +424,8 @@ def data(runs: list[Run]) -> tuple[list[str], list[PageTable]]:
     known, columns, notes = [run for run in runs if run.table("data")], [], []
     for run in known:
         audit = run.table("data")
-        counts = {name: n for name, n in audit.items() if isinstance(n, int) and n}
-        column = {"sources": Cell(", ".join(map(str, audit.get("sources", ()))))}
-        column |= {_plain(name): cell(number, ",") for name, number in counts.items()}
+        counts = {_plain(n): cell(v, ",") for n, v in audit.items() if isinstance(v, int) and v}
+        column = {"sources": Cell(", ".join(map(str, audit.get("sources", ()))))} | counts
         shares = audit.get("padding_share", {}).items()
         columns.append(column | {f"padding, {name}": cell(share, ".1%") for name, share in shares})
         notes += [f"{run.name}: {note}" for note in audit.get("notes", ())]
@@ -488,18 +484,14 @@ def settings(runs: list[Run]) -> list[PageTable]:
 
 
 def environment(runs: list[Run]) -> PageTable:
-    """What ran, on what: the console's lines from the start; command, hardware, versions.
+    """What ran, on what: the console's lines from the start; command and versions.
 
     Args:
         runs: the records, one column each.
     """
     columns = []
     for run in runs:
-        gpu_gib = run.steps[-1]["ranks"][0].get("device_total_gib")
-        sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
-        sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
-        facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
-        facts |= {"command": command(run.config)} | run.table("versions")
+        facts = {"command": command(run.config)} | run.table("versions")
         columns.append(_console(run) | {name: Cell(str(value)) for name, value in facts.items()})
     return _beside("", _heads(runs), columns, "words")
 

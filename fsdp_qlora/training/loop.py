@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
@@ -25,6 +27,8 @@ from fsdp_qlora.training.metrics import Recorder
 from fsdp_qlora.training.optim import Trained
 
 Hook = Callable[[str], None]  # is told of every point of a step
+SHORT_ROWS = (9, 7)  # tokens of two rows that are laid one after the other for a trial
+MOST_ROW_ERROR = 0.2  # of what seeing the other row does; 16 bit round to some hundredths of it
 
 
 def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -40,6 +44,58 @@ def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torc
     """
     rows = RowBounds.of(batch.row_lengths, device)
     return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
+
+
+def keep_rows_apart(
+    model: nn.Module, batches: Batches | PackedBatches, info: ModelInfo, world: World
+) -> str:
+    """Lay no rows one after the other where they would see each other.
+
+    Args:
+        model: filled.
+        batches: of the run; padded from now on where that is needed.
+        info: the model.
+        world: the ranks; all must call.
+
+    Returns:
+        One line for the user, or "".
+
+    Raises:
+        UserError: --packing on, and they would (code 2).
+    """
+    if not batches.is_flat or are_rows_apart(model, world):
+        return ""
+    rule = f"rows of a {info.model_type} model that lie one after the other see each other"
+    if isinstance(batches, PackedBatches):
+        raise UserError("--packing on", rule, "use --packing off")
+    batches.is_flat = False
+    return f"packing   off: {rule}"
+
+
+def are_rows_apart(model: nn.Module, world: World) -> bool:
+    """Whether a short row behind another one has the logits that it has alone.
+
+    Args:
+        model: a QuantizedModel, filled.
+        world: the ranks; all must call.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.get_parameter("head.weight").shape[0]
+    ids = torch.randint(vocab_size, (1, SHORT_ROWS[0] + SHORT_ROWS[1]), generator=generator)
+    ids = ids.to(world.device)
+    rows = RowBounds.of(SHORT_ROWS, world.device)
+    positions = torch.arange(SHORT_ROWS[1], device=world.device)
+    is_training = model.training
+    with torch.no_grad():
+        model.eval()
+        alone = model(ids[:, SHORT_ROWS[0] :], Targets(positions, None)).float()
+        behind = Targets(positions + SHORT_ROWS[0], None)
+        apart, seeing = (model(ids, behind, rows=at).float() - alone for at in (rows, None))
+        model.train(is_training)
+    shard.settle(model)
+    # A median, because a rounding can send a token to another expert.
+    error = (apart.norm(dim=1) / seeing.norm(dim=1)).median().item()
+    return world.sum(float(error > MOST_ROW_ERROR)) == 0
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -136,6 +192,7 @@ def fit(
                 _note_skipped(trained, batches, recorder, is_last=True)
                 checkpointer.after_step(step + 1, agreed)
         _note_skipped(trained, batches, recorder, is_last=True)
+        optim.check_weights(trained, batches.num_steps)
         checkpointer.finish(batches.num_steps)
 
 
@@ -157,6 +214,7 @@ def _note_skipped(
     for skipped in trained.guard.skipped_steps(batches, is_last):
         recorder.event("skipped", dataclasses.asdict(skipped))
         recorder.say(str(skipped))
+        optim.check_weights(trained, skipped.step - 1)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import checkpoint_store, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, select_linears
-from fsdp_qlora.atomic import GIB, IS_FULL
+from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
@@ -36,6 +36,17 @@ PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose 
 MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
 MODEL += ("modules_to_save", "optimizer")
 DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
+# These may change, and are named: they decide how the weights move from here on.
+COURSE: tuple[str, ...] = (
+    "max_steps",
+    "num_epochs",
+    "lr",
+    "lr_scheduler",
+    "warmup_steps",
+    "wd",
+    "loraplus_ratio",
+)
+COURSE += ("apply_gradient_clipping", "grad_norm", "precision")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
 MAX_CHARS = 40
@@ -130,6 +141,15 @@ def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
         rule = f"is not what this version of the trainer writes ({', '.join(wrong)})"
         remedy = "go on with the version that wrote it"
         raise UserError(str(saved.path / STATE), rule, remedy, INTEGRITY)
+    if state.get("is_finite") is False:
+        places = [
+            checkpoint_store.step_dir(saved.run_dir, n)
+            for n in checkpoint_store.steps(saved.run_dir)
+        ]
+        good = [place for place in places if read_json(place / STATE).get("is_finite")]
+        remedy = f"a lower --lr and --resume {good[0]}" if good else "start anew with a lower --lr"
+        rule = "holds weights that are NaN or infinite: no step leads out of that"
+        raise UserError(str(saved.path), rule, remedy, INTEGRITY)
     return saved
 
 
@@ -240,6 +260,16 @@ def check_same(
     for row in (_row("", "checkpoint", "this run"), *table):
         error.add_note(row)
     raise error
+
+
+def course_notes(stored: TrainConfig, cfg: TrainConfig) -> list[str]:
+    """A line for each option of the training itself that is not as the checkpoint has it.
+
+    Args:
+        stored, cfg: options of the checkpoint and of this run.
+    """
+    both = [(name, getattr(stored, name), getattr(cfg, name)) for name in COURSE]
+    return [f"resume    --{name} was {old}, now {new}" for name, old, new in both if old != new]
 
 
 def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:

@@ -29,6 +29,10 @@ SHAREGPT = {
 }
 
 
+def turn(role, content, **others):
+    return {"role": role, "content": content, **others}
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return small_tokenizers.make(tmp_path_factory.mktemp("tokenizer"), "chatml")
@@ -175,7 +179,7 @@ def test_a_jinja_file_over_columns_learns_what_is_marked_or_all(choose, tmp_path
     assert choose(str(path)).render({"q": 1, "a": "x"})[0].has_markup is False
     path.write_text("{{ bos_token }}{{ q }}")
     (text,) = choose(str(path)).render({"q": "x"})
-    assert text == ("<|endoftext|>x", ((0, 14),), True)
+    assert text == ("<|endoftext|>x", ((0, 14),), True, ())
     for row in ({"p": 1}, {}):
         with pytest.raises(Refused, match="'q' is undefined"):
             choose(str(path)).render(row)
@@ -250,6 +254,11 @@ def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
         ({"conversations": [{"from": "human", "value": 1}]}, "message 1 content is a number"),
         (SHAREGPT | {"system": 1}, '"system" is a number'),
         ({"messages": [{"role": "user", "content": "", "weight": 0.5}]}, "weight is 0.5 (want 0"),
+        ({"messages": [turn("gpt", None, tool_calls="f()")]}, 'field "tool_calls" is not JSON'),
+        (
+            {"messages": [turn("gpt", None, tool_calls="[1]")]},
+            "tool_calls is a list (want a list of",
+        ),
         (ALPACA | {"system": 7}, '"system" is a number (want text)'),
         (ALPACA | {"history": "[oops"}, 'field "history" is not JSON'),
         (ALPACA | {"history": [["a"]]}, 'field "history" is a list (want a list of [question,'),
@@ -287,10 +296,6 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
         assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
         choose(str(path)).render(CHAT | {"tools": "[oops"})
-
-
-def turn(role, content, **others):
-    return {"role": role, "content": content, **others}
 
 
 def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
@@ -340,6 +345,9 @@ def test_an_alpaca_row_has_a_system_prompt_and_a_history(choose):
     for system, history in (("", None), (None, []), (None, "[]"), ("", "")):
         same = ALPACA | {"system": system, "history": history}
         assert written(choose(), same) == written(choose(), ALPACA)
+    chat = [turn("system", "S"), turn("user", "Hi"), turn("assistant", "Oh.")]
+    for row in ({"messages": chat[1:], "system": "S"}, {"messages": chat, "system_prompt": "S"}):
+        assert written(choose(), row) == written(choose(), {"messages": chat})
     row = {"prompt": "a ", "completion": "b", "system_prompt": "S"}
     assert written(choose(), row) == ("S\n\na b", ["b"])
 
@@ -413,12 +421,14 @@ def test_arguments_are_written_as_json_whatever_the_template_takes(choose, tmp_p
         {"from": "function_call", "value": asked},
         {"from": "observation", "value": "rain"},
     ]
+    listed = turn("assistant", "", tool_calls=json.dumps([call(in_text)]))
     old = calls(given)
     old[1] = turn("assistant", None, function_call=call(in_text)["function"])
     old[2] = turn("function", "rain", name="weather")
     for row in (
         {"messages": calls(given)},
         {"messages": calls(in_text)},
+        {"messages": [calls(0)[0], listed, *calls(0)[2:]]},
         {"messages": old},
         {"conversations": [*sharegpt, {"from": "gpt", "value": "Yes, é."}]},
     ):
@@ -459,5 +469,5 @@ def test_arguments_in_text_give_what_transformers_makes_of_the_object(choose, pa
             with pytest.raises(Refused):
                 formatter.render(row)
         else:
-            shown = formatter._with_calls(row_formats.conversation(row), None)
+            shown = formatter._with_calls(row_formats.conversation(row), {"tools": None})
             assert formatter.chat.whole(shown) == wanted

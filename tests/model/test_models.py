@@ -9,6 +9,7 @@ import torch
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.arch import info as shapes
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import model_files as export
@@ -167,18 +168,23 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
         build_one(arch.read(str(tmp_path), need_weights=True))
 
 
-def test_a_head_that_the_loss_does_not_know_is_refused():
+def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
     """Granite divides its logits: trained as if it did not, it would learn wrongly."""
     from transformers import AutoConfig
 
-    sizes = AutoConfig.for_model("granite", **{**tiny.SIZES, "logits_scaling": 8.0}).to_dict()
-    info = dataclasses.replace(arch.read("llama-2-7b", need_weights=False), config=sizes)
-    with pytest.raises(UserError, match="output head has logits_scaling"):
-        build_one(info)
+    def info_of(model_type: str, **values) -> arch.ModelInfo:
+        sizes = AutoConfig.for_model(model_type, **{**tiny.SIZES, **values}).to_dict()
+        return dataclasses.replace(info, config=sizes, layers_prefix="model.layers")
+
+    linears = shapes.find_linears(shapes.from_config({"model_type": "llama", **tiny.SIZES}).layer)
+    info = dataclasses.replace(arch.read("llama-2-7b", need_weights=False), linears=linears)
+    assert build_one(info_of("granite", logits_scaling=8.0)).head.scale == 0.125
+    with pytest.raises(UserError, match="a head that is a matrix"):
+        build_one(info_of("xlstm", num_blocks=2))
 
 
-def build_one(info: arch.ModelInfo) -> None:
+def build_one(info: arch.ModelInfo):
     from fsdp_qlora.model import skeleton
 
     cfg = config.parse(["--model_name=llama-2-7b", "--attn=sdpa", "--precision=fp32"])
-    skeleton.build(info, cfg, torch.device("cpu"))
+    return skeleton.build(info, cfg, torch.device("cpu"))

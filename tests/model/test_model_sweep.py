@@ -1,0 +1,256 @@
+"""Every causal language model of transformers: equal to transformers + peft, or refused in a line.
+
+A tiny random checkpoint of each type is read by the trainer. Loss, logits and the gradient of every
+adapter, of rows padded and of rows one after the other, at every checkpointing level, are those of
+transformers + peft with each row alone.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from fsdp_qlora import arch, config
+from fsdp_qlora.data.batches import Batch, collate, flatten
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.model import adapters, load, shard, weights
+from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.head import Targets
+from fsdp_qlora.training import loop
+from tests import tiny, tiny_models
+from tests.model.test_packed_batches import make_samples
+
+FLAGS = ("--train_type=lora", "--precision=fp32", "--lora_rank=4", "--lora_alpha=8")
+FLAGS += ("--lora_dropout=0", "--quant_cache=off")
+LEVELS = {
+    "full": {},
+    "selective": {"selective_layers": 99},
+    "none": {"use_gradient_checkpointing": False},
+}
+LAYINGS = {"padded": collate, "packed": flatten}
+TOLERANCE = 1e-5
+TABLE = Path(__file__).parents[2] / "recipes" / "models.md"
+# Configs of many parts, of a draft model, or (dbrx) that transformers 5.23 cannot build itself.
+NOT_BUILT = {"blt", "dbrx", "gemma4_assistant", "gemma4_unified_assistant"}
+
+
+class Finding(NamedTuple):
+    """What became of a type.
+
+    Attributes:
+        verdict: "equal", "refused", "different", "crash" or "not built".
+        note: why it is refused; where it differs and by how much; the error.
+    """
+
+    verdict: str
+    note: str
+
+
+class Results(NamedTuple):
+    """Of rows: loss sum, logits [N, V] where a token is trained, and gradients by peft's names."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+def judge(path: Path, world: World) -> Finding:
+    """Say what becomes of the model in `path`."""
+    cfg = config.parse([f"--model_name={path}", *FLAGS])
+    with patch.object(weights, "read_file", wraps=weights.read_file) as reader:
+        try:
+            model, info, cfg = build(cfg, world)
+        except UserError as error:
+            verdict = "different" if reader.called else "refused"
+            return Finding(verdict, str(error).replace(str(path), "DIR"))
+    flats = tiny.fill_lora(model)
+    routers = [n.name for n in info.linears if n.out_features == tiny_models.EXPERTS]
+    if routers:
+        return Finding("different", f"routers are quantized: {routers[0]}")
+    lora = dict(adapters.named_pairs(model, flats, info.layers_prefix))
+    said = info.rope_note(64)  # then a row has the loss of a row alone only in a batch of its own
+    samples = make_samples(1 if said else 3)
+    wanted = reference(path, lora, cfg, samples)
+    if isinstance(wanted, str):
+        return Finding("different", wanted)
+    is_apart = loop.are_rows_apart(model, world)
+    worst: dict[str, float] = {}
+    for laying, lay in LAYINGS.items():
+        batch = lay(samples, 1)
+        if laying == "packed" and not is_apart:
+            continue
+        for level, flags in LEVELS.items():
+            model.set_checkpointing(dataclasses.replace(cfg, **flags), world.device)
+            found = run(model, batch, world, info.layers_prefix)
+            for what, size in differences(found, wanted).items():
+                worst[f"{laying} {level} {what}"] = size
+    bad = {where: size for where, size in worst.items() if not size < TOLERANCE}
+    notes = [f"{max(worst.values()):.1e}"] + ["with --attn eager"] * (cfg.attn == "eager")
+    notes += ["packing off"] * (not is_apart) + ["rope said"] * bool(said)
+    if bad:
+        notes[0] = ", ".join(f"{w} {s:.1e}" for w, s in bad.items())
+    return Finding("equal" if len(notes[0]) < 10 else "different", ", ".join(notes))
+
+
+def build(cfg, world: World) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
+    """The model as a run builds it; with the flag that a refusal names, if it names one."""
+    try:
+        info = arch.read(cfg.model_name, need_weights=True)
+        return load.build(cfg, info, world).model, info, cfg
+    except UserError as error:
+        if cfg.attn == "eager" or not str(error).endswith("use --attn eager"):
+            raise
+        return build(dataclasses.replace(cfg, attn="eager"), world)
+
+
+def run(model, batch: Batch, world: World, prefix: str) -> Results:
+    """What the trainer computes."""
+    shard.settle(model)  # the logits of the last batch left parameters gathered
+    model.zero_grad()
+    model.train()
+    loss = loop.token_loss_sum(model, batch, world.device)
+    loss.backward()
+    grads = [block.body.lora.grad for block in shard.blocks(model)]
+    grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+    targets = Targets.of(batch.labels, world.device)
+    rows = RowBounds.of(batch.row_lengths, world.device)
+    with torch.no_grad():
+        logits = model(batch.input_ids, Targets(targets.positions_N, None), rows=rows)
+    return Results(loss.detach(), logits, dict(adapters.named_pairs(model, grads, prefix)))
+
+
+def reference(path: Path, lora: dict[str, torch.Tensor], cfg, samples) -> Results | str:
+    """What transformers and peft compute, a row at a time; or what hinders them."""
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import transformers_weight_conversion
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    names = {re.sub(r"base_model\.model\.(.*)\.lora_[AB]\.weight", r"\1", name) for name in lora}
+    unknown = sorted(names - {name for name, _ in model.named_modules()})
+    if unknown:
+        return f"adapters are named {unknown[0]}, as no module of transformers is"
+    lora_config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
+    # It takes the linears of shared experts for those of experts.
+    with patch.object(transformers_weight_conversion, "_convert_peft_config_moe"):
+        model = get_peft_model(model, lora_config)
+    named = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    for name, param in named.items():
+        param.data = lora[name].clone()
+    losses, logits = [], []
+    for sample in samples:
+        batch = collate([sample], 1)
+        out = model(input_ids=batch.input_ids, use_cache=False).logits[0, :-1].float()
+        is_trained = batch.labels[0, 1:] != -100
+        logits.append(out[is_trained])
+        labels = batch.labels[0, 1:][is_trained]
+        losses.append(torch.nn.functional.cross_entropy(logits[-1], labels, reduction="sum"))
+    torch.stack(losses).sum().backward()
+    grads = {
+        name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in named.items()
+    }
+    return Results(torch.stack(losses).sum().detach(), torch.cat(logits).detach(), grads)
+
+
+def differences(found: Results, wanted: Results) -> dict[str, float]:
+    """How far results are from those wanted, each as a share of its largest number."""
+    most = max(float(g.abs().max()) for g in wanted.gradients.values())
+    sizes = [
+        share(found.gradients[name], grad, 1e-2 * most) for name, grad in wanted.gradients.items()
+    ]
+    return {
+        "loss": share(found.loss, wanted.loss),
+        "logits": share(found.logits, wanted.logits),
+        "gradients": max(sizes),
+    }
+
+
+def share(found: torch.Tensor, wanted: torch.Tensor, least: float = 1e-30) -> float:
+    """The largest difference, as a share of the largest number wanted."""
+    return float((found - wanted).abs().max()) / max(float(wanted.abs().max()), least)
+
+
+def judge_type(name: str, path: Path, world: World) -> Finding:
+    """Make a tiny model of a type in `path`, and say what becomes of it."""
+    try:
+        tiny_models.save(path, name)
+    except Exception as error:
+        return Finding("not built", f"{type(error).__name__}: {error}")
+    try:
+        return judge(path, world)
+    except Exception as error:
+        return Finding("crash", f"{type(error).__name__}: {error}")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Finding]:
+    """What became of every type."""
+    place = tmp_path_factory.mktemp("sweep")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place / 'store'}", rank=0, world_size=1
+    )
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    names = tiny_models.all_types()
+    yield {name: judge_type(name, place / f"{i}", world) for i, name in enumerate(names)}
+    torch.distributed.destroy_process_group()
+
+
+def names_of(found: dict[str, Finding], verdict: str) -> dict[str, str]:
+    return {name: finding.note for name, finding in found.items() if finding.verdict == verdict}
+
+
+def test_what_is_accepted_computes_as_transformers_and_peft(found):
+    assert not names_of(found, "different")
+    assert not names_of(found, "crash")
+    assert len(names_of(found, "equal")) >= 65 + len(tiny_models.VARIANTS)
+
+
+def test_every_type_is_built_but_those_named(found):
+    assert names_of(found, "not built").keys() == NOT_BUILT
+
+
+def test_the_table_in_recipes_is_that_of_this_sweep(found):
+    """Where it differs it is written anew: look at it, and commit it."""
+    old = TABLE.read_text() if TABLE.exists() else ""
+    TABLE.write_text(new := table(found))
+    assert old == new, f"{TABLE} was not what the sweep finds; it is now"
+
+
+def table(found: dict[str, Finding]) -> str:
+    """Markdown: what becomes of every type, the accepted ones first."""
+    import transformers
+
+    out = tiny_models.left_out()
+    equal, refused = names_of(found, "equal"), names_of(found, "refused")
+    rows = [f"| {name} | {', '.join(note.split(', ')[1:])} |" for name, note in equal.items()]
+    rows = [
+        "# Models that can be trained",
+        "",
+        f"Every causal language model of transformers {transformers.__version__}, as a tiny random "
+        "checkpoint: loss, logits and every LoRA gradient, padded and packed, at all three "
+        f"checkpointing levels, are those of transformers + peft within {TOLERANCE:.0e} in fp32, "
+        "or the model is refused before its weights are read. Written by "
+        "tests/model/test_model_sweep.py.",
+        "",
+        f"## Accepted and equal: {len(equal)}",
+        "",
+        *("| type | what a run says or needs |", "|---|---|", *rows, ""),
+        f"## Refused: {len(refused)}",
+        "",
+        *("| type | the line |", "|---|---|"),
+        *(f"| {name} | {note.replace('|', '/')} |" for name, note in refused.items()),
+        "",
+        f"## Not tried: {len(NOT_BUILT) + len(out)}",
+        "",
+        f"transformers builds no tiny one: {', '.join(sorted(NOT_BUILT))}.",
+        "",
+        f"Of another task first, or with such a part: {', '.join(sorted(out))}.",
+    ]
+    return "\n".join(rows) + "\n"
