@@ -90,9 +90,8 @@ def load(
         path: adapter_model.safetensors, or new_layers.safetensors.
         layers_prefix: where the layers are in the model, "model.layers".
         device: where this rank keeps its slices.
-        scales: of an adapter whose linears differ: linear in the model -> scale of its pair. Ranks
-            may be smaller than the slots' then, and linears without a pair stay as they are. None:
-            every slot has its pair, of its own rank and scale.
+        scales: linear in the model -> scale of its pair; ranks may be smaller than the slots' then
+            and pairs may be missing. None: every slot has its pair, of its own rank and scale.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
