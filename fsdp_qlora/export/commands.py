@@ -44,7 +44,16 @@ class OutputOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeOptions(OutputOptions):
+class CheckOptions(OutputOptions):
+    """Options of every command that compares what it writes with what it read."""
+
+    evidence_rows: int = flag(8, "check", "rows to compare on; 0: none", rule=">= 0")
+    evidence_tokens: int = flag(64, "check", "longest such row in tokens", rule=">= 2")
+    dataset: str | None = flag(None, "check", "where they come from [of the run, else random]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions(CheckOptions):
     """Add a LoRA adapter to its base, tensor by tensor, and write a plain model.
 
     transformers and llama.cpp's converter read it. `--base dequantized` adds the adapter to the
@@ -61,16 +70,13 @@ class MergeOptions(OutputOptions):
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
     device: str = flag("auto", "merge", "where it is computed", DEVICES)
 
-    evidence_rows: int = flag(8, "merge check", "rows to compare on; 0: none", rule=">= 0")
-    evidence_tokens: int = flag(64, "merge check", "longest such row in tokens", rule=">= 2")
-    dataset: str | None = flag(None, "merge check", "where they come from [that of the run]")
-
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeOptions(OutputOptions):
+class QuantizeOptions(CheckOptions):
     """Write a 4-bit model that transformers loads with bitsandbytes, as it would save it itself.
 
-    Tensor by tensor: the host holds no more than a few of them.
+    Tensor by tensor: the host holds no more than a few of them. The check says what was lost: how
+    far its logits are from the original's, and both losses on rows of --dataset.
     """
 
     model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
@@ -183,6 +189,8 @@ def _merge(
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
+    if said := adapters.base_note(adapter, str(format_name) if is_dequantized else "bf16"):
+        print(said)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
     tensors = new_weights.merged(base, dtype)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
@@ -250,6 +258,13 @@ def quantize(argv: list[str]) -> int:
     tensors = new_weights.quantized(info, settings, dtype, device)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
         model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
+        result, compute = arch.read(str(draft), need_weights=True), settings.bnb_4bit_compute_dtype
+        nothing, stored_as = SavedAdapter(out, "", {}), result.stored_format
+        seen = new_weights.TrainedBase(info, nothing, compute, device)
+        packed = new_weights.TrainedBase(result, nothing, compute, device, stored_as)
+        shape = options.evidence_rows, options.evidence_tokens
+        lost = new_weights.check(seen, packed, shape, options.dataset)
+    print(new_weights.lines(lost, "in 4 bit against the original"))
     print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return DONE
 

@@ -368,7 +368,9 @@ def check(
     ids, note, is_text = choose_rows(seen, shape, dataset)
     trained, merged = logits(seen, ids), logits(result, ids)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
-    return {"rows": note, "base_of_adapter": base} | compare(trained, merged, ids, is_text)
+    has_run = seen.adapter.pairs or seen.adapter.replaced
+    known = {"base_of_adapter": base} if has_run else {}
+    return {"rows": note} | known | compare(trained, merged, ids, is_text)
 
 
 @torch.inference_mode()
@@ -485,17 +487,19 @@ def compare(
     return facts
 
 
-def lines(facts: dict[str, Any]) -> str:
+def lines(facts: dict[str, Any], both: str = "merged against base + adapter") -> str:
     """Show the merge check on the console.
 
     Args:
         facts: what `check` returned.
+        both: what was compared.
     """
     if "skipped" in facts:
         return f"check     skipped: {facts['skipped']}"
+    base = f"; base {facts['base_of_adapter']}" if "base_of_adapter" in facts else ""
     text = (
-        f"check     {facts['num_tokens']} tokens, {facts['rows']}; base {facts['base_of_adapter']}"
-        f"\n          merged against base + adapter: logits differ by at most "
+        f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}"
+        f"\n          {both}: logits differ by at most "
         f"{facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a token, "
         f"the same likeliest token in {facts['top1_agreement']:.2%}"
     )
@@ -520,7 +524,8 @@ def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) 
     """
     if dataset is not None:
         return _rows_of_data(TrainConfig(dataset=dataset), base, shape)
-    path, why = base.adapter.path, "no run_config.json beside the adapter"
+    path, has_run = base.adapter.path, base.adapter.pairs or base.adapter.replaced
+    why = "no run_config.json beside the adapter" if has_run else "--dataset takes rows of text"
     try:
         if (run := run_config(path)) is not None:
             check_own_code(vars(run), (), path)
