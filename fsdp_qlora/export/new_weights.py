@@ -504,7 +504,8 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
         f"the same likeliest token in {facts['top1_agreement']:.2%}"
     )
     if "loss_trained" in facts:
-        text += f", loss {facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
+        both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
+        text += f"\n          loss on these rows {both}"
     return text
 
 
