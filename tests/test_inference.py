@@ -258,9 +258,7 @@ def test_an_answer_ends_at_every_end_that_transformers_stops_at(tmp_path, name):
     def ours(ids, past_key_values):
         return model(ids, past_key_values=past_key_values).logits
 
-    found = "".join(
-        inference.pieces(ours, tokenizer, given[0].tolist(), 9, world, inference.chooser())
-    )
+    found = "".join(inference.pieces(ours, tokenizer, given[0].tolist(), 9, world))
     said = theirs[given.shape[1] : -1]
     assert found == tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
 

@@ -95,7 +95,8 @@ def test_it_says_what_was_lost(tmp_path: Path, capfd):
         bnb_4bit_compute_dtype=torch.float32,
     )
     nothing, info = SavedAdapter(model, "", {}), arch.read(str(model), need_weights=False)
-    ids, _, is_text = new_weights.choose_rows(nothing, info, (8, 16), str(rows))
+    base = new_weights.TrainedBase(info, nothing, torch.float32, torch.device("cpu"))
+    ids, _, is_text = new_weights.choose_rows(base, (8, 16), str(rows))
     assert is_text and ids
     for shown, how in zip(said.groups(), ({}, {"quantization_config": settings}), strict=True):
         plain = AutoModelForCausalLM.from_pretrained(
