@@ -349,21 +349,15 @@ def prune(run_dir: Path, num_kept: int, reach: Reach = ignore) -> list[int]:
         best = best_of(run_dir) or {}
     except UserError:
         return []
-    valid: list[SavedCheckpoint] = []
-    has_finite = False
+    has_finite, valid = False, list[int]()
     for step in steps(run_dir):
         if len(valid) >= num_kept and has_finite:
             break
-        try:
-            saved = read(step_dir(run_dir, step))
-        except (UserError, OSError):
-            continue
-        is_finite = saved.state.get("is_finite") is True
-        if len(valid) < num_kept or is_finite:
-            valid.append(saved)
+        with contextlib.suppress(UserError, OSError):
+            is_finite = read(step_dir(run_dir, step)).state.get("is_finite") is True
             has_finite = has_finite or is_finite
-    stays = {saved.step for saved in valid} | {best.get("step")}
-    last = valid[0].step if len(valid) >= num_kept else 0
+            valid += [step] * (len(valid) < num_kept or is_finite)
+    stays, last = {*valid, best.get("step")}, valid[0] if len(valid) >= num_kept else 0
     old = [step for step in steps(run_dir) if step < last and step not in stays]
     removed = [step for step in old if is_own(step_dir(run_dir, step))]
     reach("prune-before")
@@ -383,13 +377,10 @@ def is_own(path: Path) -> bool:
         True when it holds no other files than those of a checkpoint, and its manifest or its state
         is of our form.
     """
-    try:
-        has_others = bool(set(os.listdir(path)) - {WEIGHTS, OPTIMIZER, STATE, MANIFEST})
-    except OSError:
-        return False
-    tables = [atomic.read_json(path / name) for name in (MANIFEST, STATE)]
-    marks = [[table.get("step"), table.get("version")] for table in tables]
-    return not has_others and any(all(isinstance(n, int) for n in mark) for mark in marks)
+    names = {entry.name for entry in path.glob("*")}
+    marks = [atomic.read_json(path / name).keys() for name in (MANIFEST, STATE)]
+    is_marked = any({"step", "version"} <= mark for mark in marks)
+    return is_marked and names <= {WEIGHTS, OPTIMIZER, STATE, MANIFEST}
 
 
 def _unused(path: Path) -> Path:
@@ -421,12 +412,10 @@ def remove(path: Path) -> None:
 def remove_drafts(run_dir: Path) -> None:
     """Remove what a killed run has left half-written."""
     for path in (run_dir / CHECKPOINTS).glob(".*"):
-        if not DRAFT_NAME.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        if DRAFT_NAME.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)  # of a file or a link: nothing
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def go_back(run_dir: Path, step: int) -> list[int]:
@@ -467,9 +456,7 @@ def cut_record(path: Path, step: int) -> list[dict[str, Any]]:
             raw_lines = list(file)
     except FileNotFoundError:
         return []
-    lines: list[dict[str, Any]] = []
-    raw_kept: list[bytes] = []
-    is_damaged = False
+    lines, raw_kept, is_damaged = [], [], False
     for raw in raw_lines:
         line = (atomic.parse_json(raw) or {}) if raw.endswith(b"\n") else {}
         if "event" not in line and not isinstance(line.get("step"), int):
@@ -550,8 +537,8 @@ def refuse_files(directory: Path, overwrite: bool, is_auto: bool) -> None:
         return
     numbers, got = steps(directory), f"--output_dir {directory}"
     if overwrite:
-        places = [step_dir(directory, step) for step in numbers]
-        others = [place for place in places if not is_own(place)]
+        others = [step_dir(directory, step) for step in numbers]
+        others = [place for place in others if not is_own(place)]
         if not is_run(directory):
             others += [place for pattern in RESULTS for place in directory.glob(pattern)]
         if others:

@@ -361,16 +361,15 @@ def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
     if not {"--help", "-h"} & {*argv}:
         return
     groups: dict[str, list[str]] = {}
-    width = min(shutil.get_terminal_size().columns, 100)
+    width = max(min(shutil.get_terminal_size().columns, 100), 53)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=" " * 33, break_on_hyphens=False)
     for name, option in options(cls).items():
         choices = " | ".join(map(to_text, option.choices or ()))
         parts = [option.help, f"({choices})" if choices else ""]
         parts += [f"[{to_text(option.default)}]" if option.default is not None else ""]
-        text = " ".join(part for part in parts if part)
-        body = textwrap.wrap(text, max(width - 33, 20), break_on_hyphens=False)
-        head = f"  --{name} "
-        lines = [head.ljust(33) + body[0]] if len(head) <= 33 else [head, " " * 33 + body[0]]
-        groups.setdefault(option.group, []).extend(lines + [" " * 33 + more for more in body[1:]])
+        wrapper.initial_indent = f"  --{name} ".ljust(33)
+        entry = wrapper.fill(" ".join(filter(None, parts)))
+        groups.setdefault(option.group, []).append(entry)
     sections = [f"{group}\n" + "\n".join(lines) for group, lines in groups.items()]
     sys.stdout.write("\n\n".join([usage, *sections]) + "\n")
     raise SystemExit(0)

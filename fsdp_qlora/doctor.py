@@ -6,7 +6,6 @@ Exit code 0: training works here; 3: something keeps it from working; 5: bytes o
 wrong.
 """
 
-import collections
 import dataclasses
 import importlib.util
 import json
@@ -44,11 +43,15 @@ SEE = "see the message"
 CACHE = "choose another with FSDP_QLORA_CACHE=DIR"
 OUTPUT = "choose another with --output_dir DIR"
 NO_P2P = "switch the IOMMU (ACS) off in the BIOS, export NCCL_P2P_DISABLE=1, or start one rank"
+AGAIN = "reinstall it for this torch, or"
 NEW_TORCH = "update the driver, or install the build of torch for it (pytorch.org)"
+CRASHED = "export NCCL_P2P_DISABLE=1, or see the driver's log (dmesg)"
 NUM_CPU_RANKS = 2
 MARK = "doctor: "  # of a finding among the lines that a rank prints
 TOGETHER = ("meet", "gather")
-ON_CPU = ("4-bit", "speed", *TOGETHER)
+ON_CPU = ("nf4_dq", "fp4", "hqq4", "speed", *TOGETHER)
+# Task -> module without which it is left out.
+OPTIONAL = {"hqq4": "hqq", "flash_attn": "flash_attn", "liger_kernel": "liger_kernel"}
 COLLECTIVE_S, MIN_S, NUM_GATHERS = 60.0, 0.3, 10
 DISK_BYTES, LINK_BYTES = 2**27, 2**28
 # Kind of device -> size of a square matmul, bytes of a copy, bytes of each rank in a gather.
@@ -112,27 +115,26 @@ def main(argv: list[str]) -> int:
     """
     options = cli.parse(argv, DoctorOptions, __doc__.strip())
     found: list[Finding] = []
-    cache, output = hardware.machine_file(), Path(options.output_dir)
+    cache, output = hardware.machine_file().parent, Path(options.output_dir)
     checks: list[tuple[str, Callable[[], Iterable[Finding]], str, int]] = [
         ("packages", packages, SEE, ENVIRONMENT),
         ("host", host, SEE, DONE),
-        ("disk of cache", partial(disk, "cache", cache.parent, CACHE), CACHE, DONE),
+        ("disk of cache", partial(disk, "cache", cache, CACHE), CACHE, DONE),
         ("disk of output", partial(disk, "output", output, OUTPUT), OUTPUT, ENVIRONMENT),
         ("GPUs", partial(devices, options.quick), SEE, ENVIRONMENT),
-        ("measured speeds", partial(save, found, cache), CACHE, DONE),
+        ("measured speeds", partial(save, found), CACHE, DONE),
     ]
-    for check in checks:
-        if options.quick and check[0].startswith("disk"):
-            continue
+    for check in [*checks[:2], *checks[4:]] if options.quick else checks:
         for finding in attempt(*check):
             found.append(finding)
             print("" if options.json else finding.line() + "\n", end="", flush=True)
-    code, counts = max(f.code for f in found), collections.Counter(f.status for f in found)
+    code, states = max(f.code for f in found), [f.status for f in found]
     if options.json:
         rows = [{**dataclasses.asdict(finding), "status": finding.status} for finding in found]
         print(json.dumps({"code": code, "cards": measured(found), "findings": rows}, indent=1))
     else:
-        print(f"{counts[PROBLEM]} problems, {counts[WARNING]} warnings, {counts[OK]} fine")
+        counts = map(states.count, (PROBLEM, WARNING, OK))
+        print("{} problems, {} warnings, {} fine".format(*counts))
     return code
 
 
@@ -149,12 +151,12 @@ def attempt(
     """
     findings: list[Finding] = []
     try:
-        findings.extend(check())
+        findings += check()
     except UserError as error:
         findings.append(Finding(name, f"{error.got}: {error.rule}", error.remedy, error.code))
     except Exception as error:  # whatever is broken here
-        value = f"{type(error).__name__}: {[*str(error).strip().splitlines(), ''][0]}"[:200]
-        findings.append(Finding(name, value, remedy, code))
+        first = str(error).strip().partition("\n")[0]
+        findings.append(Finding(name, f"{type(error).__name__}: {first}"[:200], remedy, code))
     return findings
 
 
@@ -175,28 +177,26 @@ def measured(findings: Iterable[Finding]) -> dict[str, dict[str, float]]:
     return table
 
 
-def save(findings: Iterable[Finding], path: Path) -> Iterator[Finding]:
+def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     """Write speeds where `plan` finds them; devices of other machines stay in the file.
 
     Args:
         findings: of all ranks.
-        path: of hardware.machine_file.
 
     Raises:
         OSError: the file cannot be written.
     """
-    table, note = measured(findings), ""
+    path, table, note = hardware.machine_file(), measured(findings), ""
     if not table:
         yield Finding("measured speeds", f"none; {path} is left as it is")
         return
     try:
-        hardware.with_measured([], path, None)
-        known = json.loads(path.read_text(encoding="utf-8"))["cards"] if path.exists() else {}
+        known = hardware.measured_speeds()
     except UserError:
         known, note = {}, " (the old file was unreadable)"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = {device: {**known.get(device, {}), **speeds} for device, speeds in table.items()}
-    atomic.write_json(path, {"cards": {**known, **rows}})
+    rows = {device: known.get(device, {}) | speeds for device, speeds in table.items()}
+    atomic.write_json(path, {"cards": known | rows})
     value = f"of {', '.join(table)} are in {path}, where plan finds them{note}"
     yield Finding("measured speeds", value)
 
@@ -207,13 +207,14 @@ def packages() -> Iterator[Finding]:
 
     own = [need for need in map(Requirement, _requirements()) if need.name != PACKAGE]
     versions = {need.name: _version(need.name) for need in own}
-    there = {name: version for name, version in versions.items() if version}
-    value = ", ".join(f"{name} {version}" for name, version in there.items())
+    there = [name for name, version in versions.items() if version]
+    value = ", ".join(
+        [f"python {platform.python_version()}", *(f"{n} {versions[n]}" for n in there)]
+    )
     absent = ", ".join(name for name in versions if name not in there) or "none"
-    value = f"python {platform.python_version()}, {value}; not installed: {absent}"
-    yield Finding("packages", value)
+    yield Finding("packages", f"{value}; not installed: {absent}")
     needs = [(PACKAGE, need) for need in own]
-    needs += [(n, need) for n in there for need in map(Requirement, metadata.requires(n) or [])]
+    needs += [(n, Requirement(text)) for n in there for text in metadata.requires(n) or []]
     for owner, need in needs:
         found, is_own = _version(need.name), owner == PACKAGE
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
@@ -226,11 +227,8 @@ def packages() -> Iterator[Finding]:
 
 def _requirements() -> list[str]:
     """Of pyproject.toml, or of the installed package; those of extras end in a marker."""
-    table = own_project()
-    if not table:
-        with suppress(metadata.PackageNotFoundError):
-            return metadata.requires(PACKAGE) or []
-        return []
+    if not (table := own_project()):
+        return (metadata.requires(PACKAGE) or []) if _version(PACKAGE) else []
     extras = table["optional-dependencies"].items()
     marked = [f"{text}; extra == '{name}'" for name, texts in extras for text in texts]
     return [*table["dependencies"], *marked]
@@ -361,11 +359,10 @@ def _collect(
     value = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     value = "no answer in time" if ended.stop is not None else value
     value += f" ({words[-1][:160]})" if words else ""
-    rest = tasks[tasks.index(sign.point) + 1 :] if sign.point else tasks
+    rest, remedy = tasks, NEW_TORCH
+    if sign.point:
+        rest, remedy = tasks[tasks.index(sign.point) + 1 :], CRASHED
     value += f"; not checked: {', '.join(rest)}" if rest else ""
-    remedy = (
-        "export NCCL_P2P_DISABLE=1, or see the driver's log (dmesg)" if sign.point else NEW_TORCH
-    )
     yield Finding(f"{who} {sign.point or 'start'}", value, remedy, ENVIRONMENT)
 
 
@@ -388,6 +385,8 @@ def do_tasks(kind: str, *tasks: str) -> None:
         hooks.beat(task, rank)
         if kind == "cpu" and rank and task not in TOGETHER:
             continue  # the ranks share the CPU: the first one tries it
+        if importlib.util.find_spec(OPTIONAL.get(task, "torch")) is None:
+            continue
         check, remedy, code = TASKS[task]
         world, who = World(rank, size, rank, size, device), every if task in TOGETHER else one
         for finding in (findings := attempt(task, partial(check, world), remedy, code)):
@@ -425,27 +424,20 @@ def describe(world: "World") -> Iterator[Finding]:
     torch.ones(8, device=world.device).sum().item()  # raises where torch has no kernels for it
 
 
-def four_bit(world: "World") -> Iterator[Finding]:
-    """Every 4-bit format that is installed, on this rank's device."""
-    for name, library in {"nf4_dq": "bitsandbytes", "fp4": "bitsandbytes", "hqq4": "hqq"}.items():
-        if library != "hqq" or importlib.util.find_spec(library) is not None:
-            check, code = partial(quantized, world.device, name), ENVIRONMENT * (library != "hqq")
-            yield from attempt(name, check, f"reinstall {library}", code)
-
-
-def quantized(device: "torch.device", name: str, fmt: Any = None) -> Iterator[Finding]:
+def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
     """Quantize a weight, multiply with it, and compare with its decoding on the CPU.
 
     Args:
-        device: of this rank.
         name: row of quantize.FORMATS.
+        world: whose device this rank has.
         fmt: another row, for the test.
     """
     import torch
 
     from fsdp_qlora.model.quantize import FORMATS
 
-    generator, row, half = torch.Generator().manual_seed(0), fmt or FORMATS[name], dtype_of(device)
+    generator, row, device = torch.Generator().manual_seed(0), fmt or FORMATS[name], world.device
+    half = dtype_of(device)
     weight_OI = (torch.randn(256, 512, generator=generator) * 0.02).bfloat16()
     x_MI = torch.randn(64, 512, generator=generator).to(half)
     fields = row.quantize(weight_OI.to(device))
@@ -470,24 +462,17 @@ def quantized(device: "torch.device", name: str, fmt: Any = None) -> Iterator[Fi
     yield Finding(name, f"wrong: {value}", f"pip install --upgrade {library}", code)
 
 
-def kernels(world: "World") -> Iterator[Finding]:
-    """Whether flash-attn and Liger run, where they are installed; a run would choose them."""
+def kernel(path: str, world: "World") -> Iterator[Finding]:
+    """Whether flash-attn or Liger runs; where they are installed, a run would choose them."""
     import torch
 
-    x = torch.randn(2, 128, 4, 64, device=world.device).to(dtype_of(world.device))
-    trials: dict[str, tuple[str, Callable[[Any], torch.Tensor]]] = {
-        "flash_attn": ("--attn sdpa", lambda module: module.flash_attn_func(x, x, x, causal=True)),
-        "liger_kernel.transformers": ("--liger off", lambda m: m.LigerRMSNorm(64).to(x)(x)),
-    }
-
-    def tried(name: str, path: str) -> Iterator[Finding]:
-        trials[path][1](import_module(path)).sum().item()
-        yield Finding(name, "runs")
-
-    for path, (without, _) in trials.items():
-        name, remedy = path.partition(".")[0], f"reinstall it for this torch, or {without}"
-        if importlib.util.find_spec(name) is not None:
-            yield from attempt(name, partial(tried, name, path), remedy, ENVIRONMENT)
+    x, module = torch.randn(2, 128, 4, 64, device=world.device), import_module(path)
+    x, name = x.to(dtype_of(world.device)), path.partition(".")[0]
+    if name == "flash_attn":
+        module.flash_attn_func(x, x, x, causal=True).sum().item()
+    else:
+        module.LigerRMSNorm(64).to(x)(x).sum().item()
+    yield Finding(name, "runs")
 
 
 def rate(work: Callable[[], object], num: int = 0) -> float:
@@ -573,8 +558,15 @@ def gather(world: "World") -> Iterator[Finding]:
 # Name -> what to do, remedy and exit code when it fails.
 TASKS: dict[str, tuple[Callable[["World"], Iterator[Finding]], str, int]] = {
     "device": (describe, NEW_TORCH, ENVIRONMENT),
-    "4-bit": (four_bit, SEE, DONE),
-    "kernels": (kernels, SEE, DONE),
+    "nf4_dq": (partial(quantized, "nf4_dq"), "reinstall bitsandbytes", ENVIRONMENT),
+    "fp4": (partial(quantized, "fp4"), "reinstall bitsandbytes", ENVIRONMENT),
+    "hqq4": (partial(quantized, "hqq4"), "reinstall hqq", DONE),
+    "flash_attn": (partial(kernel, "flash_attn"), f"{AGAIN} --attn sdpa", ENVIRONMENT),
+    "liger_kernel": (
+        partial(kernel, "liger_kernel.transformers"),
+        f"{AGAIN} --liger off",
+        ENVIRONMENT,
+    ),
     "speed": (speed, "end other programs", DONE),
     "meet": (meet, NO_P2P, ENVIRONMENT),
     "host link": (host_link, "raise the limit (ulimit -l unlimited)", ENVIRONMENT),

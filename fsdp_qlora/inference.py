@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, config
-from fsdp_qlora.arch import trained
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.planning.sizes import adopt_format, has_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
         UserError: see arch.read and model.build.
     """
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    cfg = trained.adopt_format(cfg, info.stored_format, frozenset())
+    cfg = adopt_format(cfg, info.stored_format, frozenset())
     is_one = not is_rank(os.environ)
     own = child_env(os.environ, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
     os.environ.update(own)
@@ -207,7 +207,7 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
     names = adapter_files.WEIGHTS_NAME, adapter_files.LAYERS_NAME
-    file = None if adapter is None else adapter / names[not trained.has_adapters(cfg)]
+    file = None if adapter is None else adapter / names[not has_adapters(cfg)]
     return Opened(cfg, info, world, model, file)
 
 

@@ -16,31 +16,10 @@ from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
-# What a record holds, as far as it is read: a type, a list of what is in it, or a table by name,
-# where "*" stands for every other name. What is not named here may be anything.
-NUMBER: Any = (int, float, type(None))
-ROWS = {"*": (int, float)}
-PART = {"device_rows": ROWS, "host_rows": ROWS, "*": NUMBER}
-NEEDED = {"step": int, "step_s": (int, float), "ranks": [PART], "host": PART}
-NUMBERS = "epoch loss learning_rate grad_norm tokens_per_s num_tokens num_trained_tokens"
-STEP = NEEDED | dict.fromkeys(NUMBERS.split(), NUMBER)
-EVENTS = {"eval": {"step": NUMBER, "loss": NUMBER}, "sample": {}}
-LIMITS = ["max_steps", "num_epochs", "grad_norm", "gpu_budget_gib", "host_budget_gib"]
-PLACES = {"device": {"*": ROWS}, "host": {"*": ROWS}}
-FACTS = {
-    "config": dict.fromkeys(LIMITS, NUMBER),
-    "plan": PLACES | dict.fromkeys(["peak_device_gib", "peak_host_gib", "step_s"], NUMBER),
-    "ledger": PLACES | {"ranks": [PLACES]},
-    "data": {"sources": list, "padding_share": ROWS, "examples": {"*": list}, "notes": list},
-    "peaks": {"host": {"*": NUMBER}},
-    "load_peaks": {"*": NUMBER},
-    "is_complete": bool,
-    "versions": dict,
-    "lines": [str],
-} | dict.fromkeys(["total_s", "load_s", "num_trainable_params"], NUMBER)
+NEEDED = ("step", "step_s", "ranks", "host")  # in the line of a step
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """The record of a run.
 
@@ -148,72 +127,46 @@ def read(run_dir: Path) -> Run:
         row = atomic.parse_json(line)
         if row is None and number == len(lines):
             break
-        name = row.get("event") if row is not None else None
-        shape = STEP if name is None else EVENTS.get(str(name), FACTS)
-        row = _checked(row, shape, f"{path}:{number}")
+        is_step = row is not None and row.get("event") is None
+        row = _checked(row, f"{path}:{number}", NEEDED if is_step else ())
         check_format(row, f"{path}:{number}")
-        run = _step(run, row) if name is None else _event(run, row)
+        _add(run, row)
     if not run.steps:
         raise UserError(str(path), "holds no optimizer step", "wait for the first, then try again")
-    summary = _checked(atomic.parse_json(ending), FACTS, str(end))
-    config = run.config or summary.get("config", {})
+    summary = _checked(atomic.parse_json(ending), str(end))
+    run.facts |= summary
+    config = run.config = run.config or summary.get("config", {})
     with contextlib.suppress(UserError):  # what no version has written is shown as it stands
         values, removed = renamed(config)
-        config = values | {name: config[name] for name in removed}
-    return replace(run, config=config, facts=run.facts | summary)
-
-
-def _checked(row: dict[str, Any] | None, shape: dict[str, Any], place: str) -> dict[str, Any]:
-    """A line of the record, or summary.json; an error where it is not of its shape."""
-    if row is not None and shape is not STEP:
-        row = {name: value for name, value in row.items() if value is not None}
-    fault = "no JSON object"
-    if row is not None:
-        missing = [name for name in NEEDED if shape is STEP and row.get(name) in (None, [])]
-        fault = f"{missing[0]} is missing" if missing else _fault(row, shape)
-        if not fault:
-            return row
-    rule = f"is not part of the record of a run: {fault}"
-    raise UserError(place, rule, "remove it, or give the output directory of a run")
-
-
-def _fault(value: Any, shape: Any, place: str = "") -> str:
-    """Say where a value is not of its shape; nothing where it is."""
-    kind: Any = shape if isinstance(shape, type | tuple) else type(shape)
-    if not isinstance(value, kind):
-        return f"{place} is {value!r:.40}"
-    inner: Iterable[tuple[Any, Any, str]] = ()
-    if isinstance(shape, list):
-        inner = ((part, shape[0], f"{place}[{i}]") for i, part in enumerate(value))
-    elif isinstance(shape, dict):
-        other = shape.get("*", object)
-        inner = ((part, shape.get(name, other), f"{place} {name}") for name, part in value.items())
-    return next((fault for parts in inner if (fault := _fault(*parts))), "")
-
-
-def _step(run: Run, row: dict[str, Any]) -> Run:
-    """Add a step; one taken before (the run was resumed) replaces its first attempt."""
-    num_redone = run.num_redone
-    while run.steps and run.steps[-1]["step"] >= row["step"]:
-        run.steps.pop()
-        num_redone += 1
-    run.steps.append(row)
-    if num_redone == run.num_redone:
-        return run
-    evals = [entry for entry in run.evals if entry[0] < row["step"]]
-    return replace(run, evals=evals, num_redone=num_redone)
-
-
-def _event(run: Run, row: dict[str, Any]) -> Run:
-    if row["event"] == "eval":
-        last = run.steps[-1]["step"] if run.steps else 0
-        run.evals.append((row.get("step", last), row.get("loss")))
-    elif row["event"] == "sample":
-        run.samples.append(row)
-    elif row["event"] == "run":
-        facts = {name: value for name, value in row.items() if name not in ("event", "config")}
-        return replace(run, config=row.get("config") or {}, facts=facts)
+        run.config = values | {name: config[name] for name in removed}
     return run
+
+
+def _checked(row: dict[str, Any] | None, place: str, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """A step, or an event or summary.json without its nulls; an error where it is none."""
+    missing = [name for name in needed if row is not None and row.get(name) in (None, [])]
+    if row is None or missing:
+        fault = f"{missing[0]} is missing" if missing else "no JSON object"
+        rule = f"is not part of the record of a run: {fault}"
+        raise UserError(place, rule, "remove it, or give the output directory of a run")
+    return row if needed else {name: value for name, value in row.items() if value is not None}
+
+
+def _add(run: Run, row: dict[str, Any]) -> None:
+    """Add a line; a step taken before (the run was resumed) replaces its first attempt."""
+    kind, last = row.get("event"), run.steps[-1]["step"] if run.steps else 0
+    if kind is None:
+        while run.steps and run.steps[-1]["step"] >= row["step"]:
+            run.steps.pop()
+            run.num_redone += 1
+        run.evals = [entry for entry in run.evals if entry[0] < row["step"]]
+        run.steps.append(row)
+    elif kind == "eval":
+        run.evals.append((row.get("step", last), row.get("loss")))
+    elif kind == "sample":
+        run.samples.append(row)
+    elif kind == "run":
+        run.config, run.facts = row.get("config", {}), row
 
 
 def word(value: Any) -> str:

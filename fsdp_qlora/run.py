@@ -6,23 +6,23 @@ the ranks.
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from fsdp_qlora import config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training import preflight
 
 
 def run(
-    plan: RunPlan,
+    plan: plans.RunPlan,
     world,
     given: frozenset[str] = frozenset(),
     poll: Callable[[], None] = lambda: None,
@@ -93,7 +93,7 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
-def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
+def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
@@ -115,7 +115,7 @@ def _build(plan: RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, 
     return trained, tracker, record
 
 
-def _evaluator(trained, dataset, plan: RunPlan, recorder, num_done: int) -> Any:
+def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -> Any:
     """What measures a run: it answers prompts and saves the best adapter."""
     from fsdp_qlora import inference
     from fsdp_qlora.export.model_files import save
@@ -137,7 +137,7 @@ def join_and_run(
     given: frozenset[str],
     poll: Callable[[], None] = lambda: None,
     owns_process: bool = False,
-) -> RunPlan:
+) -> plans.RunPlan:
     """Be one of the ranks, of a process group that is there or of a new one.
 
     Args:
@@ -174,36 +174,23 @@ def join_and_run(
     return plan
 
 
-class _SteadyStream:
-    """A text stream that prints into nowhere once its reader has gone (EPIPE, EIO).
+class _SteadyFile(io.FileIO):
+    """A file that loses what it cannot take: nobody reads it any more (EPIPE, EIO)."""
 
-    Args:
-        stream: stdout or stderr of this process.
-    """
+    def write(self, data: Any) -> int:
+        """Write, and say that all is written."""
+        with contextlib.suppress(OSError):
+            return super().write(data)
+        return len(data)
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
-    def write(self, text: str) -> int:
-        """Write, as the stream does."""
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush, as the stream does."""
-        self._try(self._stream.flush)
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the stream's."""
-        return getattr(self._stream, name)
-
-    def _try(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+def _steady(stream: Any) -> TextIO:
+    try:
+        buffer = io.BufferedWriter(_SteadyFile(stream.fileno(), "wb", closefd=False))
+    except OSError:  # it is no file of the system, so it has no reader that could go
+        return stream
+    is_prompt = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=is_prompt)
 
 
 @contextlib.contextmanager
@@ -212,7 +199,7 @@ def ignore_broken_pipe() -> Iterator[None]:
 
     A decorator too.
     """
-    out, err = cast(TextIO, _SteadyStream(sys.stdout)), cast(TextIO, _SteadyStream(sys.stderr))
+    out, err = _steady(sys.stdout), _steady(sys.stderr)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             yield

@@ -21,6 +21,7 @@ from tests import fake_nvml
 from tests.tiny import require
 
 CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, 1, CPU)
 FOUR_BIT = ("nf4", "nf4_dq", "fp4", "fp4_dq", "hqq4")
 
 
@@ -54,7 +55,7 @@ def test_a_machine_is_checked_and_measured_for_the_plan(
     table = json.loads(path.read_text())["cards"]
     assert table["RTX 3090"] == {"memory_gbs": 900} and table["CPU"] == values["cards"]["CPU"]
     listed = [hardware.CPU, *hardware.parse_gpus("3090")]
-    measured, known = hardware.with_measured(listed, path, None)
+    measured, known = hardware.with_measured(listed)
     assert measured.is_measured and known.memory_gbs == 900
     for key in ("bf16_tflops", "memory_gbs", "card_link_gbs"):
         assert getattr(measured, hardware.SPEEDS[key]) == table["CPU"][key] > 0
@@ -103,7 +104,7 @@ def test_ranks_that_crash_or_hang_are_findings(tmp_path: Path):
 def test_a_quantized_matmul_is_compared_with_the_right_one(name: str):
     """A block that is off, nothing at all, a code of something else: each is a problem."""
     require(name)
-    (right,) = doctor.quantized(CPU, name)
+    (right,) = doctor.quantized(name, ALONE)
     assert right.status == OK
     row = FORMATS[name]
 
@@ -119,7 +120,7 @@ def test_a_quantized_matmul_is_compared_with_the_right_one(name: str):
         return row.quantize(weight_OI.sign() * 0.02)
 
     for spoiled in ({"dequantize": one_block_off}, {"dequantize": zeros}, {"quantize": coarse}):
-        (wrong,) = doctor.quantized(CPU, name, dataclasses.replace(row, **spoiled))
+        (wrong,) = doctor.quantized(name, ALONE, dataclasses.replace(row, **spoiled))
         assert wrong.name == name and wrong.value.startswith("wrong: ")
         assert wrong.code == (DONE if name == "hqq4" else INTEGRITY)
         assert "pip install --upgrade" in wrong.remedy
@@ -174,7 +175,9 @@ def test_a_disk_that_cannot_be_written_is_a_problem_with_a_way_out(tmp_path: Pat
     assert output.code == DONE and not list(tmp_path.iterdir())
 
 
-def test_speeds_of_the_slowest_gpu_are_saved_beside_those_of_other_machines(tmp_path: Path):
+def test_speeds_of_the_slowest_gpu_are_saved_beside_those_of_other_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A broken file is replaced, and that is said; a place that cannot be written is a problem."""
 
     def of_h200(**speeds: float) -> Finding:
@@ -184,16 +187,17 @@ def test_speeds_of_the_slowest_gpu_are_saved_beside_those_of_other_machines(tmp_
     findings.append(of_h200(memory_gbs=3900.04))
     table = doctor.measured(findings)
     assert table == {"H200": {"memory_gbs": 3900.0, "bf16_tflops": 480.0}}
-    path = tmp_path / "machine.json"
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
+    path = hardware.machine_file()
     path.write_text("[]")
-    (replaced,) = doctor.save(findings, path)
+    (replaced,) = doctor.save(findings)
     cpu = Finding("c", "", device="CPU", speeds={"memory_gbs": 9.0})
-    (added,) = doctor.save([cpu], path)
+    (added,) = doctor.save([cpu])
     assert "unreadable" in replaced.value and "unreadable" not in added.value
     assert json.loads(path.read_text())["cards"] == {**table, "CPU": {"memory_gbs": 9.0}}
     assert [entry.name for entry in tmp_path.iterdir()] == ["machine.json"]
-    place = Path("/proc/none/machine.json")
-    (refused,) = doctor.attempt("x", lambda: doctor.save(findings, place), doctor.CACHE)
+    monkeypatch.setenv("FSDP_QLORA_CACHE", "/proc/none")
+    (refused,) = doctor.attempt("x", lambda: doctor.save(findings), doctor.CACHE)
     assert refused.status == WARNING and "FSDP_QLORA_CACHE" in refused.remedy
 
 

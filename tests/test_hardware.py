@@ -158,20 +158,22 @@ def test_the_drivers_names_find_their_row(name: str, total_gib: float, like: str
     assert found.memory_gib == pytest.approx(total_gib, rel=0.02)
 
 
-def test_measured_speeds_replace_those_of_the_table(tmp_path: Path):
+def test_measured_speeds_replace_those_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What doctor writes stands above the table, --link above both; a broken file is named."""
-    path = tmp_path / "machine.json"
-    listed = hardware.parse_gpus("3090")
-    assert hardware.with_measured(listed, path, None) == [GPUS["3090"]]
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
+    path, listed = hardware.machine_file(), hardware.parse_gpus("3090")
+    assert hardware.with_measured(listed) == [GPUS["3090"]]
     row = {"bf16_tflops": 55.5, "host_link_gbs": 13, "card_link_gbs": 7}
     path.write_text(json.dumps({"cards": {RTX: row}}))
-    (found,) = hardware.with_measured(listed, path, None)
+    (found,) = hardware.with_measured(listed)
     assert found.is_measured and (found.bf16_tflops, found.host_link_gbs) == (55.5, 13)
     assert (found.peer_gbs, found.memory_gbs) == (7, 936)
-    assert hardware.with_measured(listed, path, 5.0)[0].host_link_gbs == 5
+    assert hardware.with_measured(listed, 5.0)[0].host_link_gbs == 5
     path.write_text("[]")
     with pytest.raises(UserError, match="not what doctor writes"):
-        hardware.with_measured(listed, path, None)
+        hardware.with_measured(listed)
 
 
 def group(folder: Path, text: str, files: dict[str, str]) -> Cgroup:

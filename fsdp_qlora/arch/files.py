@@ -468,24 +468,6 @@ def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str
         raise UserError(where, rule, ORIGINAL, INTEGRITY)
 
 
-def check_quantized(quantized: dict[str, QuantizedRef], linears: set[str], model_name: str) -> None:
-    """All linears of the decoder layers must be quantized, and nothing else.
-
-    Args:
-        quantized: of `fold`.
-        linears: names of the weights of all decoder layers' linears.
-        model_name: for the message.
-
-    Raises:
-        UserError: some are not (code 2).
-    """
-    faults = {
-        "not in 4 bit, where others are": sorted(linears - quantized.keys()),
-        "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - linears),
-    }
-    refuse(faults, model_name, ORIGINAL)
-
-
 def refuse(
     faults: Mapping[str, list[str]], model_name: str, remedy: str, code: int = INPUT
 ) -> None:

@@ -44,6 +44,7 @@ OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
     "hidden_size": ("n_embd", "d_model"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_experts_per_tok": ("moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
 }
 
 Shapes = dict[str, tuple[int, ...]]
@@ -401,7 +402,11 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     if stored and tensors:
         prefix, numbers = structure.layers_prefix, range(structure.num_layers)
         names = {f"{prefix}.{i}.{name}" for i in numbers for name in weights}
-        files.check_quantized(quantized, names, model_name)
+        faults = {
+            "not in 4 bit, where others are": sorted(names - quantized.keys()),
+            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
+        }
+        files.refuse(faults, model_name, files.ORIGINAL)
     return ModelInfo(
         path=path,
         model_type=config["model_type"],
@@ -481,16 +486,10 @@ def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
     return dense + tuple(linear for linear in one for _ in range(num)), num
 
 
-def num_linear_params(info: ModelInfo) -> int:
-    """Count the weights that are quantized.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Elements of the linears of all decoder layers, without biases.
-    """
-    return info.num_layers * sum(linear.num_weights for linear in info.linears)
+def num_layer_params(info: ModelInfo) -> int:
+    """Count all parameters of one decoder layer."""
+    weights = sum(linear.num_weights for linear in info.linears)
+    return weights + sum(math.prod(shape) for _, shape in info.layer_params)
 
 
 def num_params(info: ModelInfo) -> int:
@@ -502,9 +501,8 @@ def num_params(info: ModelInfo) -> int:
     Returns:
         Elements of all parameters.
     """
-    per_layer = sum(math.prod(shape) for _, shape in info.layer_params)
     root = sum(math.prod(shape) for _, shape in info.root_params)
-    return num_linear_params(info) + info.num_layers * per_layer + root
+    return info.num_layers * num_layer_params(info) + root
 
 
 def _checked_config(config: dict, model_name: str) -> dict:

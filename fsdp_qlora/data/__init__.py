@@ -12,6 +12,7 @@ from fsdp_qlora.data import batches, prepare, prompts, sources, tokenizer
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.prepare import Audit
 from fsdp_qlora.data.prompts import Prompt
+from fsdp_qlora.hardware import release_freed_memory
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
@@ -74,7 +75,9 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         train = Batches(ready.train, sampler, is_flat)
     shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
     held_out = batches.held_out(ready.held_out, *shape)
-    return Data(train, held_out, full, audit, prompts.choose_prompts(cfg, ready, text_tokenizer))
+    asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
+    release_freed_memory()
+    return Data(train, held_out, full, audit, asked)
 
 
 def load_tokenizer(info: ModelInfo) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.data.messages import read_messages
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.sources import parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
@@ -92,7 +93,12 @@ def _parse_prompt(place: str, line: str) -> Any:
     if not value or not (isinstance(value, str) or is_chat):
         remedy = 'write "text", {"prompt": "text"} or {"messages": [...]}'
         raise UserError(place, "is no prompt in JSON", remedy)
-    return value
+    if not is_chat:
+        return value
+    try:
+        return read_messages("messages", value)
+    except Refused as refusal:
+        raise UserError(place, str(refusal), "correct it") from refusal
 
 
 def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:

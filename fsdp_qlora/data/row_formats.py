@@ -10,25 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.data.messages import (
+    CALL,
+    CHAT_COLUMNS,
+    SWITCHES,
+    SYSTEM_COLUMNS,
+    as_object,
+    as_text,
+    call_message,
+    conversation,
+    earlier_turns,
+    from_json,
+    has_python,
+    kind,
+    prompted,
+    require_text,
+    system_message,
+    with_arguments,
+)
 from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, says_something
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
-CALL = "function_call"  # what ShareGPT calls an answer that is a call of a tool, in JSON
-ROLES = {  # in lower case
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool", CALL)},
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot"), "assistant"
-    ),
-    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
-    "tool_call": CALL,
-}
-# Fields of a message that switch its loss: OpenAI's and mistral-finetune's, ms-swift's, axolotl's.
-SWITCHES = ("weight", "loss", "train")
-CHAT_COLUMNS = ("messages", "conversations", "conversation")
-SYSTEM_COLUMNS = ("system", "system_prompt")
 TOOL_COLUMNS = ("tools", "functions")
 HISTORY = "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
@@ -36,8 +40,6 @@ NOT_TRAINED = -100
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
 TOKENS, OWN = "tokens", "own template"
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
-JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
-JSON_KINDS |= {type(None): "null", list: "a list"}
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ class RowFormat:
         try:
             for name in names:
                 if name == HISTORY:
-                    _history(row)
+                    earlier_turns(row)
                 elif row.get(name) is not None or name in self.required:
-                    _require_text(f'field "{name}"', row[name])
+                    require_text(f'field "{name}"', row[name])
             if self.check is not None:
                 self.check(row)
         except Refused as refusal:
@@ -109,151 +111,6 @@ def match(row: dict) -> RowFormat | None:
     return next((found for found in ROW_FORMATS if found.has(row)), None)
 
 
-def kind(value: object) -> str:
-    """Return what a value is, in words of people who know JSON."""
-    return JSON_KINDS.get(type(value), "an object")
-
-
-def conversation(row: dict) -> list[dict]:
-    """Return the messages of a chat row as {"role", "content", ...}.
-
-    Args:
-        row: a row of the format "chat"; `system` stands before the messages.
-
-    Raises:
-        Refused: it has none, or one of them is wrong.
-    """
-    names = [name for name in CHAT_COLUMNS if name in row]
-    name = next((name for name in names if row[name] is not None), names[0])
-    return [*_system(row), *_messages(name, row[name])]
-
-
-def _completion(row: dict) -> list[dict]:
-    """Source: TRL's conversational form of prompt and completion, each a list of messages."""
-    prompt, completion = (row[name] for name in _PROMPT)
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    return [*_system(row), *_messages("prompt", prompt), *_messages("completion", completion)]
-
-
-def _system(row: dict) -> list[dict]:
-    """The system message that a row holds in a column of its own."""
-    for name in SYSTEM_COLUMNS:
-        if row.get(name) is not None:
-            _require_text(f'"{name}"', row[name])
-    texts = [row[name] for name in SYSTEM_COLUMNS if row.get(name)]
-    return [{"role": "system", "content": text} for text in texts[:1]]
-
-
-def _history(row: dict) -> list[list[str]]:
-    """Earlier questions and answers of an alpaca row, as LLaMA-Factory has them."""
-    turns = _from_json(HISTORY, row.get(HISTORY)) or []
-    is_list = isinstance(turns, list) and all(isinstance(turn, list) for turn in turns)
-    if not is_list or not all(len(turn) == 2 and all(map(_is_text, turn)) for turn in turns):
-        raise Refused(f'field "{HISTORY}" is {kind(turns)} (want a list of [question, answer])')
-    return turns
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and is_unicode(value)
-
-
-def _from_json(name: str, value: Any) -> Any:
-    """What some data sets hold as JSON in text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
-        raise Refused(f'field "{name}" is not JSON') from error
-
-
-def _messages(name: str, entries: object) -> list[dict]:
-    if not isinstance(entries, list) or not entries:
-        what = "an empty list" if entries == [] else kind(entries)
-        raise Refused(f'field "{name}" is {what} (want a list of messages)')
-    return [_message(number, entry) for number, entry in enumerate(entries, 1)]
-
-
-def _message(number: int, entry: object) -> dict:
-    """ShareGPT's from and value become role and content; empty fields of a table are left out."""
-    if not isinstance(entry, dict):
-        want = "want an object with role and content"
-        raise Refused(f"message {number} is {kind(entry)} ({want})")
-    others = {name: value for name, value in entry.items() if value is not None}
-    role, said = others.pop("from", None), others.pop("value", None)
-    role, content = others.pop("role", role), others.pop("content", said)
-    spelled = role.lower().replace("-", "_") if isinstance(role, str) else None
-    if spelled not in ROLES:
-        want, shown = "want system, user, assistant or tool", one_line(str(role))[:30]
-        raise Refused(f"message {number} has role {shown} ({want})")
-    for name in SWITCHES:
-        if others.get(name) not in (None, 0, 1):
-            raise Refused(
-                f"message {number} {name} is {one_line(str(others[name]))[:30]} (want 0 or 1)"
-            )
-    if isinstance(content, list):
-        are_texts = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
-        content = "".join(part["text"] for part in content) if are_texts else content
-    if isinstance(others.get(CALL), dict):  # OpenAI's form before tool_calls
-        call = {"type": "function", "function": others.pop(CALL)}
-        others.setdefault("tool_calls", [call])
-    if content is None and others.get("tool_calls"):
-        content = ""
-    _require_text(f"message {number} content", content)
-    return {**others, "role": ROLES[spelled], "content": content}
-
-
-def _call_message(message: dict, is_known: bool) -> dict:
-    """ShareGPT's function_call as calls where the template knows them, else as an answer."""
-    if message["role"] != CALL:
-        return message
-    try:
-        found = json.loads(message["content"])
-    except ValueError:
-        found = None
-    calls = found if isinstance(found, list) else [found]
-    are_calls = calls and all(isinstance(call, dict) and "name" in call for call in calls)
-    if not is_known or not are_calls:
-        return message | {"role": "assistant"}
-    made = [{"type": "function", "function": call} for call in calls]
-    return message | {"role": "assistant", "content": "", "tool_calls": made}
-
-
-def _as_object(arguments: Any) -> Any:
-    try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-    return found if isinstance(found, dict) else arguments
-
-
-def _as_text(arguments: Any) -> Any:
-    is_text = isinstance(arguments, str)
-    return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
-
-
-def _with_arguments(message: dict, form: Callable[[Any], Any]) -> dict:
-    """The message with the arguments of its calls in another form."""
-    if not isinstance(message.get("tool_calls"), list):
-        return message
-    calls = []
-    for call in message["tool_calls"]:
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(inner, dict) and "arguments" in inner:
-            inner = inner | {"arguments": form(inner["arguments"])}
-            call = call | {"function": inner} if "function" in call else inner
-        calls.append(call)
-    return message | {"tool_calls": calls}
-
-
-def _require_text(what: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise Refused(f"{what} is {kind(value)} (want text)")
-    if not is_unicode(value):
-        raise Refused(f"{what} holds half a surrogate pair (want valid Unicode)")
-
-
 def _check_label(row: dict) -> None:
     if row["label"] is None:
         raise Refused('field "label" is null (want text, a list or an object)')
@@ -261,8 +118,8 @@ def _check_label(row: dict) -> None:
         written = json.dumps(row["label"], ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise Refused('field "label" cannot be written as JSON') from error
-    _require_text('field "label"', written)
-    _require_text('field "text"', row["text"])
+    require_text('field "label"', written)
+    require_text('field "text"', row["text"])
 
 
 def _check_ids(row: dict) -> None:
@@ -318,10 +175,10 @@ def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
         said = row[answer]
         said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
         asked = "\n\n".join(row[name] for name in given if row.get(name))
-        pairs = [*(_history(row) if has_history else ()), (asked, said)]
+        pairs = [*(earlier_turns(row) if has_history else ()), (asked, said)]
         roles = itertools.cycle(("user", "assistant"))
         turns = zip(roles, itertools.chain.from_iterable(pairs), strict=False)
-        start = _system(row) if first is None else first
+        start = system_message(row) if first is None else first
         return [*start, *({"role": role, "content": text} for role, text in turns)]
 
     return messages
@@ -352,7 +209,7 @@ ROW_FORMATS = (
     _ALPACA,
     _QUESTION,
     RowFormat(
-        *(CHAT, _PROMPT, SYSTEM_COLUMNS, None, _completion, _completion),
+        *(CHAT, _PROMPT, SYSTEM_COLUMNS, None, prompted, prompted),
         holds=list,
         answers="completion",
     ),
@@ -519,7 +376,7 @@ class RowFormatter:
             return self._render_chat(found, row)
         assert found.pair is not None
         start = "" if self.parts else self._system_text(found, row)
-        history = _history(row) if HISTORY in found.optional else []
+        history = earlier_turns(row) if HISTORY in found.optional else []
         turns = [dict(zip(found.required, turn, strict=True)) for turn in history]
         text, spans = start, []
         for number, turn in enumerate([*turns, row]):
@@ -556,18 +413,18 @@ class RowFormatter:
         Templates that add text to text raise at an object, or write it as Python does.
         """
         is_known = "tool_calls" in self.chat.source
-        messages = [_call_message(message, is_known) for message in messages]
+        messages = [call_message(message, is_known) for message in messages]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         refusal = None
-        for form in (_as_object, _as_text):
-            made = [_with_arguments(message, form) for message in messages]
+        for form in (as_object, as_text):
+            made = [with_arguments(message, form) for message in messages]
             try:
                 text = self.chat.whole(made, tools)
             except Refused as error:
                 refusal = refusal or error
                 continue
-            if form is _as_text or not _has_python(made, text):
+            if form is as_text or not has_python(made, text):
                 return made
         assert refusal is not None
         raise refusal
@@ -590,19 +447,9 @@ class RowFormatter:
         return [{"role": "system", "content": self.system}, *others]
 
     def _system_text(self, found: RowFormat, row: dict) -> str:
-        own = _system(row) if "system" in found.optional else []
+        own = system_message(row) if "system" in found.optional else []
         text = own[0]["content"] if own and self.system is None else self.system
         return f"{text}\n\n" if text else ""
-
-
-def _has_python(messages: list[dict], text: str) -> bool:
-    """Whether the arguments of a call stand in a text as Python writes them."""
-    calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    inner = [call.get("function", call) for call in calls if isinstance(call, dict)]
-    written = [str(f["arguments"]) for f in inner if isinstance(f, dict) and f.get("arguments")]
-    written = [form for form in written if form.startswith("{'")]
-    said = [message["content"] for message in messages]
-    return any(form in text and not any(form in other for other in said) for form in written)
 
 
 def _fill(parts: tuple[tuple[str, str | None], ...], row: dict) -> tuple[str, str]:
@@ -660,7 +507,7 @@ def choose(
 
 def _tools(row: dict) -> Any:
     """What a chat template shows as tools: `tools`, or OpenAI's older `functions`."""
-    tools = _from_json("tools", row.get("tools"))
+    tools = from_json("tools", row.get("tools"))
     functions = row.get("functions")
     if not tools and isinstance(functions, list):
         tools = [{"type": "function", "function": function} for function in functions]

@@ -270,7 +270,7 @@ def _read_arrow(path: Path) -> PlacedRows:
             batches = table.iter_batches(1024) if is_parquet else table
             schema = table.schema_arrow if is_parquet else table.schema
             known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-            features = known.get("info", {}).get("features") or {}
+            features = (known.get("info") or {}).get("features") or {}
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
                 yield RowPlace(str(path), -number), _without_nulls(row, features, decodes=True)

@@ -20,6 +20,9 @@ from fsdp_qlora.errors import UserError, one_line
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
 CHAT_FILE = "chat_template.jinja"
+GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Types of models for which transformers trusts its own class and not the one that the files name.
+REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
 PLAIN_TEMPLATE = """{% for message in messages %}\
@@ -249,12 +252,13 @@ class TextTokenizer:
         table = json.loads(self.core.to_str())
         if not (table["post_processor"] or {}).get("special_tokens", True):
             table["post_processor"] = None  # transformers puts one there that does nothing
+        table["split_special_tokens"] = self.core.encode_special_tokens
         whole = json.dumps([table, self.names, self.chat_template], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def read(path: Path) -> TextTokenizer:
-    """Read a tokenizer in a fraction of a second: without torch where there is a tokenizer.json.
+    """Read a tokenizer that gives the tokens of a run: without torch where its class is general.
 
     Args:
         path: directory of a model.
@@ -273,7 +277,8 @@ def load(path: Path, is_light: bool = False) -> Any:
 
     Args:
         path: directory of a model.
-        is_light: without torch, which the choice among transformers' classes needs.
+        is_light: without torch, which the choice among transformers' classes needs, where the
+            files tell that the general class is chosen.
 
     Returns:
         A transformers tokenizer.
@@ -284,13 +289,31 @@ def load(path: Path, is_light: bool = False) -> Any:
     require_files(path)
     import transformers
 
-    is_light = is_light and (path / "tokenizer.json").exists()
+    is_light = is_light and _is_general(path)
     try:
         made = transformers.PreTrainedTokenizerFast if is_light else transformers.AutoTokenizer
         return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust side raises bare Exception
         rule = f"its tokenizer cannot be read ({str(error)[:120]})"
         raise UserError(str(path), rule, "fetch its tokenizer files again") from error
+
+
+def _is_general(path: Path) -> bool:
+    """Whether transformers' own choice is its general class, which reads tokenizer.json as it is.
+
+    Other classes build the splitting of text anew, so that only they give the tokens of a run.
+    """
+    found: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "config.json"):
+        try:
+            found |= {name: json.loads((path / name).read_text(encoding="utf-8"))}
+        except (OSError, ValueError):
+            found |= {name: {}}
+    settings, config = (value if isinstance(value, dict) else {} for value in found.values())
+    is_rebuilt = str(config.get("model_type")).startswith(REBUILT_TYPES)
+    is_named = settings.get("tokenizer_class") in GENERAL_CLASSES and "auto_map" not in settings
+    has_files = (path / "tokenizer.json").exists() and not (path / "tekken.json").exists()
+    return is_named and has_files and not is_rebuilt
 
 
 def wrap(full: Any, place: Path | str) -> TextTokenizer:
@@ -315,6 +338,7 @@ def wrap(full: Any, place: Path | str) -> TextTokenizer:
     core = Tokenizer.from_str(inner.to_str())
     core.no_truncation()
     core.no_padding()
+    core.encode_special_tokens = inner.encode_special_tokens  # its JSON leaves that out
     if isinstance(template, dict):  # several, by name
         template = template.get("default")
     if not isinstance(template, str | None):

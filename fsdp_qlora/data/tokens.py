@@ -345,7 +345,8 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
             starts_text = bool(jobs[0].block) or (starts_text and not jobs[0].text.text)
         facts["num_rows"] += 1
         facts["kinds"][treatment] += 1
-        facts["unused"].update(formatter.unused(row))
+        if len(facts["unused"]) < MOST_BAD:
+            facts["unused"].update(formatter.unused(row))
         yield from jobs
     if not starts_text and last is not None:
         yield _Job(last, NO_TEXT, None, True)

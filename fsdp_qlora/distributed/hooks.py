@@ -21,14 +21,11 @@ SUPERVISOR = "FSDP_QLORA_SUPERVISOR"  # its process, which prints the errors
 LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
 RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
-STEP_POINTS = (
-    *("pre-forward", "post-forward", "post-backward"),
-    *("pre-optimizer", "post-optimizer", "post-record"),
-)
-SAVE_POINTS = (
-    *("save-mkdir", "save-before-file", "save-after-file", "save-manifest", "save-fsync"),
-    *("save-rename", "save-dir-fsync", "prune-before", "prune-after"),
-)
+STEP_POINTS: tuple[str, ...] = ("pre-forward", "post-forward", "post-backward", "pre-optimizer")
+STEP_POINTS += ("post-optimizer", "post-record")
+SAVE_POINTS: tuple[str, ...] = ("save-mkdir", "save-before-file", "save-after-file")
+SAVE_POINTS += ("save-manifest", "save-fsync", "save-rename", "save-dir-fsync")
+SAVE_POINTS += ("prune-before", "prune-after")
 POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"

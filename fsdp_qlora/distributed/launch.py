@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
@@ -28,6 +28,7 @@ from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, W
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import adopt_format
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -167,9 +168,8 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
         num_ranks: number of ranks.
         port: where the ranks meet on 127.0.0.1.
     """
-    numbers = map(str, (rank, rank, num_ranks, num_ranks))
-    place = dict(zip(NUMBERS + MASTER, (*numbers, "127.0.0.1", str(port)), strict=True))
-    place[hooks.SUPERVISOR] = str(os.getpid())
+    values = map(str, (rank, rank, num_ranks, num_ranks, "127.0.0.1", port, os.getpid()))
+    place = dict(zip((*NUMBERS, *MASTER, hooks.SUPERVISOR), values, strict=True))
     if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
         paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
         place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -352,11 +352,6 @@ class _Supervisor:
         _send(self._ranks, number)
 
 
-def to_stderr(line: str) -> None:
-    """Print a line for the user, beside what the run prints."""
-    print(line, file=sys.stderr)
-
-
 @dataclass(frozen=True)
 class Attempt:
     """What the ranks are started with, and who follows them.
@@ -376,7 +371,7 @@ class Attempt:
     argv: Sequence[str]
     plan: RunPlan | None = None
     start: Callable[[RankSpec], Rank] = start
-    tell: Callable[[str], Any] = to_stderr
+    tell: Callable[[str], Any] = lambda line: print(line, file=sys.stderr)
     poll: Callable[[], None] = lambda: None
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     num_restarts: int = 0
@@ -513,9 +508,8 @@ def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
     num_kills = hardware.oom_kills(cgroup)
     with open_listener(cfg.master_port) as listener, hooks.open_board() as board:
         files, port = (listener.fileno(), board.fileno()), listener.getsockname()[1]
-        numbers = zip((LISTENER, BOARD, RESTARTS), (*files, attempt.num_restarts), strict=True)
         env = os.environ | (plan.env if plan is not None else {}) | attempt.env
-        env |= {name: str(number) for name, number in numbers}
+        env |= {LISTENER: str(files[0]), BOARD: str(files[1]), RESTARTS: str(attempt.num_restarts)}
         specs = []
         for i in range(num_ranks):
             log = output_dir / LOGS / f"rank{i}.log" if i else None
@@ -578,7 +572,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     arch.select_linears(info, cfg.lora_target_modules)
-    return info, trained.adopt_format(cfg, info.stored_format, given)
+    return info, adopt_format(cfg, info.stored_format, given)
 
 
 def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> RunPlan:

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
-from fsdp_qlora.arch.trained import new_layers
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.hardware import GIB, versions
-from fsdp_qlora.planning.sizes import FORMATS
+from fsdp_qlora.planning.sizes import FORMATS, new_layers
 
 if TYPE_CHECKING:
     import torch
@@ -240,7 +239,8 @@ def quantize(argv: list[str]) -> int:
     from fsdp_qlora.export import model_files, new_weights
     from fsdp_qlora.model.weights import DTYPES as STORED
 
-    num_linear, out = arch.num_linear_params(info), Path(str(options.out))
+    num_linear = info.num_layers * sum(linear.num_weights for linear in info.linears)
+    out = Path(str(options.out))
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
     need_bytes = num_linear * QUANTIZED_BYTES + num_others * ITEM_BYTES.get(str(options.dtype), 4)
     names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]

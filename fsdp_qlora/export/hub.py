@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, atomic, record
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, WEIGHTS_NAME
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import OWN_FLAGS, Run, highest
 
 CARD_NAME = "README.md"
@@ -123,7 +124,7 @@ def _usage(name: str, kind: str) -> str:
 
 def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
     total = arch.num_params(info)
-    num_trained = trained.count(info, cfg)
+    num_trained = count_trained(info, cfg).total
     yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
     yield "base in training", cfg.format_name
     yield "trained parameters", f"{num_trained:,} ({num_trained / total:.2%})"

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
@@ -33,6 +33,7 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import DTYPES
+from fsdp_qlora.planning.sizes import NEW_LAYERS, has_adapters, trained_whole
 
 MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
@@ -67,7 +68,7 @@ def safetensors_file(
     with path.open("wb") as file:
 
         def write(name: str, tensor: torch.Tensor) -> None:
-            raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            raw = _bytes(tensor).numpy()
             start = file.tell() - 8 - header_bytes
             place = {"shape": list(tensor.shape), "data_offsets": [start, start + raw.nbytes]}
             entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], **place}
@@ -88,6 +89,10 @@ def safetensors_file(
         file.seek(0)
         file.write(header_bytes.to_bytes(8, "little") + header)
     atomic.sync(path)
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def write_weights(
@@ -145,7 +150,7 @@ def copy_beside(
         adapter: directory whose tokenizer stands above that of the base where it has other tokens.
         changes: other values for config.json.
     """
-    config = {key: value for key, value in info.config.items() if key != trained.NEW_LAYERS}
+    config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     atomic.write_json(out / "config.json", config | changes)
@@ -261,16 +266,16 @@ def _save_adapter(
     model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool
 ) -> Path:
     """Write the LoRA matrices and what was trained whole, or the new layers of LLaMA-Pro."""
-    has_adapters, own = trained.has_adapters(cfg), trained.whole(info, cfg)
-    name = adapter_files.WEIGHTS_NAME if has_adapters else adapter_files.LAYERS_NAME
+    is_lora, own = has_adapters(cfg), trained_whole(info, cfg)
+    name = adapter_files.WEIGHTS_NAME if is_lora else adapter_files.LAYERS_NAME
     path = cfg.resolved_output_dir / name
     prefixes = tuple(f"{info.layers_prefix}.{index}." for index in own.layers)
     names = [name for name in model.tensors if name in own.root or name.startswith(prefixes)]
     tensors = {n: t for n, t in shard.whole_parameters(model, names, is_writer) if is_writer}
-    flats = shard.whole_lora(model, is_writer) if has_adapters else []
+    flats = shard.whole_lora(model, is_writer) if is_lora else []
     if not is_writer:
         return path
-    if has_adapters:
+    if is_lora:
         tensors = _peft_tensors(model, info, flats, tensors)
         _save_config(model, info, cfg)
     with atomic.new_file(path) as draft:
@@ -279,8 +284,8 @@ def _save_adapter(
             for tensor_name, tensor in sorted(tensors.items()):
                 add(tensor_name, tensor)
     read = load_file(path)
-    same = read.keys() == tensors.keys() and all(torch.equal(read[n], tensors[n]) for n in tensors)
-    if not same:
+    is_same = read.keys() == tensors.keys()  # by bytes: NaN is not equal to itself
+    if not is_same or not all(_bytes(read[n]).equal(_bytes(tensors[n])) for n in tensors):
         got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
         raise UserError(got, rule, "check the disk and save again", INTEGRITY)
     return path
@@ -306,7 +311,7 @@ def _peft_tensors(
 def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> None:
     import peft
 
-    saved = {name.split(".")[-2] for name in trained.whole(info, cfg).root}
+    saved = {name.split(".")[-2] for name in trained_whole(info, cfg).root}
     saved |= {"lm_head"} if saved and info.is_tied else set()
     name, revision = adapter_files.base_name(info, cfg)
     slots = next(shard.blocks(model)).body.slots

@@ -31,7 +31,6 @@ from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, TensorRef
 from fsdp_qlora.arch.info import expert_matrices
-from fsdp_qlora.arch.trained import NEW_LAYERS
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -41,6 +40,7 @@ from fsdp_qlora.model import quantize
 from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
 from fsdp_qlora.model.skeleton import stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
+from fsdp_qlora.planning.sizes import NEW_LAYERS
 
 NamedTensors = Iterator[tuple[str, torch.Tensor]]
 Rows = tuple[list[list[int]], str, bool]  # token ids, what they are, whether they are text

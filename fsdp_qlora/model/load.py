@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
@@ -25,6 +25,7 @@ from fsdp_qlora.model.placement import GROUPS, PLACEMENTS, Placed
 from fsdp_qlora.model.quantize import FORMATS, store_linear
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import QuantizedCache, Weights
+from fsdp_qlora.planning.sizes import has_adapters, trained_whole
 
 
 @dataclass
@@ -274,10 +275,10 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
         UserError: see placement.choose.
     """
     model = skeleton.build(info, cfg, world.device)
-    if trained.has_adapters(cfg):
+    if has_adapters(cfg):
         adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
     # The cache keeps whole models, and what is in their files.
-    is_cached = cfg.weights == "load" and not trained.whole(info, cfg).layers
+    is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"
     cache = weights.open_cache(setting, info, model.layout, world)
     has_cache = cache.directory is not None

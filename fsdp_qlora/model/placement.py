@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
-from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of
+from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of, trained_whole
 
 # Where a layer's bytes lie -> what that means, for the user.
 PLACEMENTS = {
@@ -230,7 +230,7 @@ def choose(
     Raises:
         UserError: streaming was asked for and cannot be, or the host has no room (code 3).
     """
-    whole = trained.whole(info, cfg).layers
+    whole = trained_whole(info, cfg).layers
     names = setting_of(cfg, info.num_layers, world.size, whole).placements
     num_streamed = names.count("streamed")
     if not num_streamed:

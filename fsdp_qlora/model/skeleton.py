@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from fsdp_qlora.arch import Linear, ModelInfo, trained
+from fsdp_qlora.arch import Linear, ModelInfo
 from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -24,6 +24,7 @@ from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, build_layout
+from fsdp_qlora.planning.sizes import trained_whole
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -186,7 +187,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
 
     Args:
         info: what the model is.
-        cfg: format_name, master_dtype, see `choose_kernels` and arch.trained.whole.
+        cfg: format_name, master_dtype, see `choose_kernels` and `trained_whole`_whole.
         device: where it will compute.
 
     Returns:
@@ -215,7 +216,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     if chosen.use_liger:
         apply_liger(hf_model)
     layout = build_layout([linear.shape for linear in info.linears], cfg.format_name)
-    whole, master = trained.whole(info, cfg), getattr(torch, cfg.master_dtype)
+    whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
     layers, cache = cast(nn.ModuleList, hf_model.get_submodule(info.layers_prefix)), LayerCache()
     params = [hf_model.get_parameter(name) for name in whole.root]
     for index, layer in enumerate(layers):

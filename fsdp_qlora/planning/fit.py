@@ -194,7 +194,7 @@ def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machi
 
 
 def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
-    device = memory.device(s, setting, machine.has_peer)
+    device = memory.device(s, setting, all(gpu.peer_gbs > 0 for gpu in machine.gpus))
     gpu_limits = [gpu.memory_gib for gpu in machine.gpus]
     if machine.gpus and s.cfg.gpu_budget_gib is not None:
         gpu_limits.append(s.cfg.gpu_budget_gib + device.gib(device.peak_phase, CONTEXT))

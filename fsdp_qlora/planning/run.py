@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
@@ -21,7 +21,7 @@ from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning.fit import Outcome, Speed
 from fsdp_qlora.planning.rows import Table, Term
-from fsdp_qlora.planning.sizes import Sizes, applied, setting_for
+from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
@@ -152,13 +152,13 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machi
     found = []
     if num_gpus:
         found = hardware.find_gpus(env.get("CUDA_VISIBLE_DEVICES"))
-        found = hardware.with_measured(found, hardware.machine_file(), None)
-        found = (found + [UNKNOWN] * num_ranks)[:num_ranks]
+        found = (hardware.with_measured(found) + [UNKNOWN] * num_ranks)[:num_ranks]
         if env.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
             found = [dataclasses.replace(gpu, peer_gbs=0.0) for gpu in found]
     cgroup = hardware.find_cgroup()
     limit_gib, used_gib = hardware.host_limit_gib(cgroup), hardware.host_used_gib(cgroup)
-    return Machine(tuple(found), limit_gib, num_ranks, used_gib, hardware.measured_cpu())
+    (cpu,) = hardware.with_measured([hardware.CPU])
+    return Machine(tuple(found), limit_gib, num_ranks, used_gib, cpu)
 
 
 def fallback_of(env: Mapping[str, str]) -> int:
@@ -393,8 +393,8 @@ def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
         rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
-    measured = hardware.with_measured(found[:num], hardware.machine_file(), options.link)
-    return Machine(tuple(measured), host_gib, num, cpu=hardware.measured_cpu())
+    gpus, (cpu,) = found[:num], hardware.with_measured([hardware.CPU])
+    return Machine(tuple(hardware.with_measured(gpus, options.link)), host_gib, num, cpu=cpu)
 
 
 def main(argv: list[str]) -> int:
@@ -411,7 +411,7 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, machine = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    cfg = trained.adopt_format(cfg, info.stored_format)
+    cfg = adopt_format(cfg, info.stored_format)
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
     plan = RunPlan(cfg, cfg, info, machine, (found,), 0, "")
     values = as_dict(plan, found)
@@ -442,7 +442,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
         "model": cfg.model_name,
         "format": cfg.format_name,
         "num_params": arch.num_params(info),
-        "num_trained": trained.count(info, cfg),
+        "num_trained": count_trained(info, cfg).total,
         "cards": [gpu.name for gpu in machine.gpus],
         "num_ranks": machine.num_ranks,
         "batch_size": setting.batch_size,

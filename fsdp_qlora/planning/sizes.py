@@ -10,14 +10,24 @@ import functools
 import itertools
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo, trained
+from fsdp_qlora.arch import ModelInfo, num_layer_params, select_linears
 from fsdp_qlora.arch.files import GROUP, NESTED
-from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, STRATEGIES, TrainConfig, hqq_name
+from fsdp_qlora.config import (
+    GROUP_SIZES,
+    HQQ_AXES,
+    HQQ_BITS,
+    STRATEGIES,
+    TRAIN_TYPES,
+    TrainConfig,
+    hqq_name,
+)
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB
 
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
@@ -40,6 +50,9 @@ MAX_COUNTED_BYTES = 100 * 2**20
 PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
 LEVELS = ("full", "selective", "none")
 IN_MEMORY = ("/dev/shm/", "/run/")
+NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
+REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference names its result
+ENDS = ("embed_tokens", "lm_head")
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 
 
@@ -146,6 +159,153 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+class Trained(NamedTuple):
+    """What is trained itself, without adapters, unquantised.
+
+    Args:
+        layers: numbers of decoder layers.
+        root: full names of parameters outside the layers.
+    """
+
+    layers: tuple[int, ...] = ()
+    root: tuple[str, ...] = ()
+
+
+class Counts(NamedTuple):
+    """How many parameters a run trains.
+
+    Args:
+        adapters: of the adapters of one decoder layer, `magnitudes` included.
+        magnitudes: rows of one decoder layer whose length DoRA learns.
+        layer: of one decoder layer, were it trained whole.
+        root: outside the decoder layers.
+        total: of the model.
+    """
+
+    adapters: int
+    magnitudes: int
+    layer: int
+    root: int
+    total: int
+
+
+def has_adapters(cfg: TrainConfig) -> bool:
+    """Whether a run trains adapters of linears."""
+    return TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
+
+
+def trained_whole(info: ModelInfo, cfg: TrainConfig) -> Trained:
+    """Find what a run trains whole.
+
+    Args:
+        info: the model.
+        cfg: train_type, modules_to_save.
+
+    Raises:
+        UserError: the model has no new layers, or no such module (code 2).
+    """
+    kind = TRAIN_TYPES[cfg.train_type].adapter
+    if kind in ("full", "llama_pro") and any(linear.expert is not None for linear in info.linears):
+        rule = "trains whole layers, and those with experts can have adapters only"
+        raise UserError(f"--train_type {cfg.train_type}", rule, "use --train_type qlora or lora")
+    if kind == "full":
+        return Trained(tuple(range(info.num_layers)), tuple(dict(info.root_params)))
+    layers = _new_layers(info) if kind == "llama_pro" else ()
+    return Trained(layers, _saved(info, cfg.modules_to_save))
+
+
+def new_layers(num_layers: int, num_new: int) -> tuple[int, ...]:
+    """Numbers of the new layers in a block-expanded model.
+
+    One stands behind each of the first `num_new` groups of num_layers // num_new old layers.
+
+    Args:
+        num_layers: of the old model.
+        num_new: how many there are.
+
+    Source: LLaMA Pro, arXiv 2401.02415, section 3.2; AnswerDotAI/fsdp_qlora, train.py.
+    """
+    group = num_layers // num_new
+    return tuple(group + (group + 1) * number for number in range(num_new))
+
+
+def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
+    """Count the trained parameters.
+
+    Args:
+        info: the model.
+        cfg: the run.
+
+    Raises:
+        UserError: see `trained_whole` and select_linears.
+    """
+    own, shapes = trained_whole(info, cfg), dict(info.root_params)
+    adapted = select_linears(info, cfg.lora_target_modules)
+    is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+    magnitudes = sum(linear.out_features for linear in adapted) * is_dora
+    lora = sum(cfg.lora_rank * (linear.in_features + linear.out_features) for linear in adapted)
+    adapters, layer = has_adapters(cfg) * (lora + magnitudes), num_layer_params(info)
+    root = sum(math.prod(shapes[name]) for name in own.root)
+    total = adapters * info.num_layers + layer * len(own.layers) + root
+    return Counts(adapters, magnitudes, layer, root, total)
+
+
+def _new_layers(info: ModelInfo) -> tuple[int, ...]:
+    if NEW_LAYERS in info.config:
+        return tuple(info.config[NEW_LAYERS])
+    match = REFERENCE_DIRECTORY.fullmatch((info.path or Path()).name)
+    numbers = tuple(map(int, match.groups())) if match else (0, 0)
+    if not 0 < numbers[1] - numbers[0] <= numbers[0] or numbers[1] != info.num_layers:
+        rule = "has no new blocks to train"
+        remedy = "make them with python -m fsdp_qlora expand, give the result as --llama_pro_path"
+        raise UserError(str(info.path or info.model_type), rule, remedy)
+    return new_layers(numbers[0], numbers[1] - numbers[0])
+
+
+def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
+    names = {name.strip() for name in (modules or "").split(",")} - {""}
+    if unknown := sorted(names - set(ENDS)):
+        remedy = f"use some of {','.join(ENDS)}"
+        raise UserError(f"modules_to_save {unknown[0]!r}", "cannot be trained whole", remedy)
+    if info.is_tied and names:
+        names = {ENDS[0]}  # one parameter for both
+    found = [name for name, _ in info.root_params if name.split(".")[-2] in names]
+    assert len(found) == len(names), "embedding and head are named otherwise"
+    return tuple(found)
+
+
+def adopt_format(
+    cfg: TrainConfig, stored: str | None, given: frozenset[str] | None = None
+) -> TrainConfig:
+    """Take the format of the base from its files, where they are in 4 bit.
+
+    Args:
+        cfg: the run.
+        stored: format of the files, or None.
+        given: names of the options that the user wrote; None: those that are not as usual.
+
+    Returns:
+        The run with the format of the files.
+
+    Raises:
+        UserError: an option asks for another format (code 2).
+    """
+    if stored is None or cfg.format_name == stored:
+        return cfg
+    rule = f"the model is stored as {stored}, whose bytes are kept"
+    nf4, is_double = stored.removesuffix("_dq"), stored.endswith("_dq")
+    own: dict[str, Any] = {"quant_type": nf4, "double_quant": is_double}
+    if TRAIN_TYPES[cfg.train_type].base != "bnb":
+        own["train_type"] = "qlora"
+    for name, value in own.items():
+        got = getattr(cfg, name)
+        is_given = got != getattr(TrainConfig, name) if given is None else name in given
+        if is_given and got != value:
+            remedy = "leave it out, or take the 16-bit original"
+            raise UserError(f"--{name} {str(got).lower()}", rule, remedy)
+    return dataclasses.replace(cfg, **own)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What may be chosen about a run without changing what it computes.
@@ -237,7 +397,7 @@ def setting_of(
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> Setting:
     """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
-    return setting_of(cfg, info.num_layers, num_ranks, trained.whole(info, cfg).layers)
+    return setting_of(cfg, info.num_layers, num_ranks, trained_whole(info, cfg).layers)
 
 
 def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
@@ -330,8 +490,9 @@ class Sizes:
         self.small = sum(math.prod(shape) for _, shape in info.layer_params)
         self.head = self.vocab * self.hidden
         self.is_tied = self.root < 2 * self.head
-        self.magnitudes = trained.magnitudes(info, cfg)
-        self.whole, self.trained_root = trained.layer_params(info), trained.root_params(info, cfg)
+        counts = count_trained(info, cfg)
+        self.lora, self.magnitudes = counts.adapters, counts.magnitudes
+        self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
         self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.attention_extra != "")
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
@@ -343,7 +504,7 @@ class Sizes:
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
 
     def _read_linears(self, info: ModelInfo, cfg: TrainConfig) -> None:
-        linears, has_adapters = info.linears, trained.has_adapters(cfg)
+        linears, is_lora = info.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
         counts = [math.prod(shape) for shape in shapes]
         self.quantized, self.constants = quantized_bytes(shapes, cfg.format_name)
@@ -359,9 +520,8 @@ class Sizes:
         self.attention = o_proj.in_features
         self.gates = sum(linear.out_features for linear in gates)
         self._qk_features = sum(n.out_features for n in qkv[:2])
-        adapted = arch.select_linears(info, cfg.lora_target_modules if has_adapters else "all")
-        self.lora = trained.adapter_params(info, cfg)
-        self.lora_ranks = cfg.lora_rank * len(adapted) * has_adapters
+        adapted = select_linears(info, cfg.lora_target_modules if is_lora else "all")
+        self.lora_ranks = cfg.lora_rank * len(adapted) * is_lora
         # Attention keeps its own output; else norms' outputs and the activation product are read.
         readers = (qkv, gates, linears[-1:])
         read = [group[0].in_features for group in readers if set(group) & set(adapted)]

@@ -92,6 +92,13 @@ def draw(chart: Chart) -> str:
     shapes = [f'<path class="grid" d="M0 {scale.y(v):.1f}h{SIDE}"/>' for v in scale.ticks]
     shapes += [_area(area, scale) for area in reversed(areas)]
     shapes += [_line(line, scale) for line in lines]
+    ys = [f'<span style="top:{scale.y(v) / SIDE:.2%}">{mark(v)}</span>' for v in scale.ticks]
+    steps = [v for v in ticks(0.0, scale.x_max) if v <= scale.x_max * 1.001 and v == int(v)]
+    xs = [
+        f'<span class="{"end" * (v > 0.96 * scale.x_max)}" style="left:{v / scale.x_max:.2%}">'
+        f"{mark(v)}</span>"
+        for v in steps
+    ]
     named = [s for s in (*lines, *reversed(areas)) if s.label]
     keys = [
         f'<li><i class="{s.style}" style="color:{s.colour}"></i>{escape(s.label)} '
@@ -104,11 +111,11 @@ def draw(chart: Chart) -> str:
     unit = chart.unit if is_known else "no finite value was recorded"
     return (
         f'<figure class="plot{tall}"><figcaption><b>{title}</b> <span>{escape(unit)}</span>'
-        f'</figcaption><div class="frame"><div class="ys">{_marks_y(scale)}</div>'
+        f'</figcaption><div class="frame"><div class="ys">{"".join(ys)}</div>'
         f'<div class="view"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" '
         f'role="img" aria-label="{title}: {words}" data-x="{scale.x_max:g}" '
         f'data-low="{scale.ticks[0]:g}" data-high="{scale.ticks[-1]:g}">{"".join(shapes)}</svg>'
-        f'</div><div class="xs">{_marks_x(scale)}</div></div><p class="axis">optimizer step</p>'
+        f'</div><div class="xs">{"".join(xs)}</div></div><p class="axis">optimizer step</p>'
         f'<ul class="key">{"".join(keys)}</ul></figure>'
     )
 
@@ -183,20 +190,6 @@ def _line(line: Series, scale: _Scale) -> str:
             dots = "".join(f"M{place.replace(',', ' ')}h0" for place in places)
             shapes.append(f'<path class="dot" d="{dots}" stroke="{line.colour}"/>')
     return "".join(shapes)
-
-
-def _marks_y(scale: _Scale) -> str:
-    marks = [(scale.y(value) / SIDE, mark(value)) for value in scale.ticks]
-    return "".join(f'<span style="top:{place:.2%}">{text}</span>' for place, text in marks)
-
-
-def _marks_x(scale: _Scale) -> str:
-    values = [v for v in ticks(0.0, scale.x_max) if v <= scale.x_max * 1.001 and v == int(v)]
-    places = [(scale.x(value) / SIDE, mark(value)) for value in values]
-    return "".join(
-        f'<span class="{"end" * (place > 0.96)}" style="left:{place:.2%}">{text}</span>'
-        for place, text in places
-    )
 
 
 def mark(value: float) -> str:

@@ -1,11 +1,10 @@
 """Runs side by side from their records, as one page that needs nothing else: report.html."""
 
 import argparse
-import datetime
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +37,8 @@ MEMORY = {
     "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
     "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "machine has"),
 }
+# A value of another type than a run records; a record is not checked value by value.
+NO_RECORD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NO_PLAN = "No plan was recorded, so nothing is predicted here."
 UNKNOWN = "–"
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
@@ -45,7 +46,7 @@ ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
 PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
 PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
-MACHINE = ("host_total_gib", "cgroup_limit_gib", "num_cpu_cores")
+COMPARED = ["predicted", "measured", "difference"]
 
 
 class Cell(NamedTuple):
@@ -102,53 +103,21 @@ def write(run_dirs: list[Path], out: Path) -> Path:
     Raises:
         UserError: no record, a line that cannot be read, a directory that cannot be written.
     """
-    page, path = text(distinct([read(run_dir) for run_dir in run_dirs])), out / "report.html"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, page)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        remedy = "make room or check permissions"
-        raise UserError(str(path), reason, remedy, code=ENVIRONMENT) from error
-    return path
-
-
-def text(runs: list[Run]) -> str:
-    """Write the page.
-
-    Args:
-        runs: with different names.
-
-    Returns:
-        A whole HTML document.
-    """
-    loader, strict = jinja2.PackageLoader("fsdp_qlora", "report"), jinja2.StrictUndefined
+    path, strict = out / "report.html", jinja2.StrictUndefined
+    loader = jinja2.PackageLoader("fsdp_qlora", "report")
     env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=strict)
-    return env.get_template("page.html.j2").render(
-        title="  ·  ".join(run.name for run in runs),
-        lines=[headline(run) for run in runs],
-        sections=sections(runs),
-        draw=draw,
-    )
-
-
-def headline(run: Run) -> str:
-    """Say what ran and how far, in a line.
-
-    Args:
-        run: the record.
-    """
-    words: dict[str, Any] = {
-        "{}": run.name,
-        "{} ": run.state,
-        "model {}": Path(str(run.config.get("model_name") or "not recorded")).name,
-        "type {}": run.config.get("train_type"),
-        "ranks: {}": run.num_ranks,
-        "batch {}": run.config.get("batch_size"),
-        "context {}": run.config.get("context_length"),
-        "{} steps were taken again after a resume": run.num_redone or None,
-    }
-    return "  ·  ".join(form.format(value) for form, value in words.items() if value is not None)
+    try:
+        runs = distinct([read(run_dir) for run_dir in run_dirs])
+        template, chapters = env.get_template("page.html.j2"), sections(runs)
+        page = template.render(runs=runs, sections=chapters, draw=draw)
+        out.mkdir(parents=True, exist_ok=True)
+        return atomic.write(path, page)
+    except OSError as error:
+        reason, remedy = error.strerror or str(error), "make room or check permissions"
+        raise UserError(str(path), reason, remedy, code=ENVIRONMENT) from error
+    except NO_RECORD as error:
+        got, rule = ", ".join(map(str, run_dirs)), f"cannot be shown ({error!r:.120})"
+        raise UserError(got, rule, "give directories whose record nobody has changed") from error
 
 
 def sections(runs: list[Run]) -> list[Section]:
@@ -161,14 +130,13 @@ def sections(runs: list[Run]) -> list[Section]:
         Those for which a run recorded something.
     """
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
-    compared = [predicted(*pair) for pair in named]
-    sentences = [line for _, lines in compared for line in lines] or [NO_PLAN]
+    compared = [table for pair in named for table in predicted(*pair)]
     charts = [chart for pair in named for chart in memory(*pair)]
     chapters = [
         Section("Figures", [], [], figures(runs)),
         Section("Curves", curves(runs), [], []),
         Section("Memory", charts, [], [peaks(*pair) for pair in named]),
-        Section("Predicted and measured", [], sentences, [t for part, _ in compared for t in part]),
+        Section("Predicted and measured", [], [] if compared else [NO_PLAN], compared),
         Section("Answers", [], [], [answers(*pair) for pair in named]),
         Section("Data", [], *data(runs)),
         Section("Settings", [], [], settings(runs)),
@@ -200,7 +168,10 @@ def curves(runs: list[Run]) -> list[Chart]:
             if field == "loss" and _last(loss for _, loss in run.evals) is not None:
                 colour = colour if len(runs) > 1 else COLOURS[1]
                 series.append(_curve(f"{label}, held out", colour, run.evals, form, "dots"))
-            series += _clip(run) if field == "grad_norm" and points else []
+            norm = run.config.get("grad_norm") if field == "grad_norm" and points else None
+            if norm and run.config.get("apply_gradient_clipping"):
+                ends: Points = [(0, norm), (run.steps[-1]["step"], norm)]
+                series.append(Series("clipped to", LIMIT, ends, "dash", f"{norm}"))
         charts.append(Chart(title, unit, series, has_zero=field != "loss"))
     return [chart for chart in charts if chart.series]
 
@@ -213,12 +184,6 @@ def _curve(label: str, colour: str, points: Points, form: str, style: str = "lin
 def _last(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return known[-1] if known else None
-
-
-def _clip(run: Run) -> list[Series]:
-    norm, last = run.config.get("grad_norm"), run.steps[-1]["step"]
-    line = Series("clipped to", LIMIT, [(0, norm), (last, norm)], "dash", f"{norm}")
-    return [line] if norm and run.config.get("apply_gradient_clipping") else []
 
 
 def memory(run: Run, prefix: str) -> list[Chart]:
@@ -286,10 +251,6 @@ def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
     return Cell(UNKNOWN) if value is None else Cell(format(value, form), value, note)
 
 
-def _sum(values: Iterable[float | None]) -> float | None:
-    return sum(value for value in values if value is not None) or None
-
-
 def _left_s(run: Run) -> float | None:
     """Seconds until the last step, at the median speed."""
     planned, last = run.config.get("max_steps") or -1, run.steps[-1]
@@ -299,71 +260,49 @@ def _left_s(run: Run) -> float | None:
     return left if planned > 0 and run.state != "finished" else None
 
 
-def _planned_s(run: Run) -> float | None:
-    """The plan knows the speed of GPUs only."""
-    return run.table("plan").get("step_s") if run.has_gpus else None
-
-
-def _gpu_peak(run: Run) -> float | None:
-    return highest(run.peaks("device_peak_reserved_gib")) if run.has_gpus else None
-
-
-def _host_loading(run: Run) -> float | None:
-    return run.table("load_peaks").get("host_peak_used_gib")
-
-
-def _host_peak(run: Run) -> float | None:
-    recorded = run.table("peaks").get("host", {}).get("host_peak_used_gib")
-    return highest([recorded, *run.host("host_peak_used_gib"), *run.host("host_used_gib")])
-
-
-def _cpu_cores(run: Run) -> float | None:
-    known = [cores for cores in run.host("cpu_cores") if cores is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _num_not_finite(run: Run) -> float | None:
-    return run.values("loss").count(None) or None
-
-
-def _held_out_before(run: Run) -> float | None:
-    return next((loss for step, loss in run.evals if not step), None)
-
-
-def _held_out_after(run: Run) -> float | None:
-    return _last(loss for step, loss in run.evals if step)
-
-
-# Table -> rows: name, format, and where it is found in a record; None where it is not.
-FIGURES: dict[str, list[tuple[str, str, Callable[[Run], float | None]]]] = {
-    "Time": [
-        ("steps", ",.0f", lambda run: len(run.steps)),
-        ("epochs", ",.3f", lambda run: run.steps[-1].get("epoch")),
-        ("tokens", ",.0f", lambda run: _sum(run.values("num_tokens"))),
-        ("trained tokens", ",.0f", lambda run: _sum(run.values("num_trained_tokens"))),
-        ("seconds of training", ",.1f", lambda run: _sum(run.values("step_s"))),
-        ("seconds in total", ",.1f", lambda run: run.facts.get("total_s")),
-        ("seconds of loading", ",.1f", lambda run: run.facts.get("load_s")),
-        ("seconds left", ",.0f", _left_s),
-        ("seconds a step, median", ",.3f", lambda run: run.median("step_s")),
-        ("seconds a step, predicted", ",.3f", _planned_s),
-        ("tokens/s, median", ",.0f", lambda run: run.median("tokens_per_s")),
-    ],
-    "Memory and processors": [
-        ("GiB per GPU, peak reserved", ",.2f", _gpu_peak),
-        ("GiB of the host, peak", ",.2f", _host_peak),
-        ("GiB of the host while loading", ",.2f", _host_loading),
-        ("CPU cores busy, mean", ",.2f", _cpu_cores),
-    ],
-    "Loss": [
-        ("trained parameters", ",.0f", lambda run: run.facts.get("num_trainable_params")),
-        ("training loss, first step", ",.4f", lambda run: run.steps[0].get("loss")),
-        ("training loss, last step", ",.4f", lambda run: run.steps[-1].get("loss")),
-        ("losses that are not a number", ",.0f", _num_not_finite),
-        ("held-out loss before", ",.4f", _held_out_before),
-        ("held-out loss after", ",.4f", _held_out_after),
-    ],
-}
+def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
+    """Table -> rows: name, format, and the figure; None where the record has none."""
+    facts, first, last, has_gpus = run.facts, run.steps[0], run.steps[-1], run.has_gpus
+    names = ("num_tokens", "num_trained_tokens", "step_s")
+    tokens, trained, train_s = [sum(v or 0 for v in run.values(name)) or None for name in names]
+    plan_s, gpu_gib = (
+        run.table("plan").get("step_s"),
+        highest(run.peaks("device_peak_reserved_gib")),
+    )
+    loading_gib = run.table("load_peaks").get("host_peak_used_gib")
+    host_gib = [run.table("peaks").get("host", {}).get("host_peak_used_gib")]
+    host_gib += run.host("host_peak_used_gib") + run.host("host_used_gib")
+    cores = [busy for busy in run.host("cpu_cores") if busy is not None]
+    before = next((loss for step, loss in run.evals if not step), None)
+    return {
+        "Time": [
+            ("steps", ",.0f", len(run.steps)),
+            ("epochs", ",.3f", last.get("epoch")),
+            ("tokens", ",.0f", tokens),
+            ("trained tokens", ",.0f", trained),
+            ("seconds of training", ",.1f", train_s),
+            ("seconds in total", ",.1f", facts.get("total_s")),
+            ("seconds of loading", ",.1f", facts.get("load_s")),
+            ("seconds left", ",.0f", _left_s(run)),
+            ("seconds a step, median", ",.3f", run.median("step_s")),
+            ("seconds a step, predicted", ",.3f", plan_s if has_gpus else None),
+            ("tokens/s, median", ",.0f", run.median("tokens_per_s")),
+        ],
+        "Memory and processors": [
+            ("GiB per GPU, peak reserved", ",.2f", gpu_gib if has_gpus else None),
+            ("GiB of the host, peak", ",.2f", highest(host_gib)),
+            ("GiB of the host while loading", ",.2f", loading_gib),
+            ("CPU cores busy, mean", ",.2f", statistics.fmean(cores) if cores else None),
+        ],
+        "Loss": [
+            ("trained parameters", ",.0f", facts.get("num_trainable_params")),
+            ("training loss, first step", ",.4f", first.get("loss")),
+            ("training loss, last step", ",.4f", last.get("loss")),
+            ("losses that are not a number", ",.0f", run.values("loss").count(None) or None),
+            ("held-out loss before", ",.4f", before),
+            ("held-out loss after", ",.4f", _last(loss for step, loss in run.evals if step)),
+        ],
+    }
 
 
 def figures(runs: list[Run]) -> list[PageTable]:
@@ -375,31 +314,28 @@ def figures(runs: list[Run]) -> list[PageTable]:
     Returns:
         Tables of what at least one run recorded.
     """
-    tables = []
-    for group, measures in FIGURES.items():
+    columns, tables = [_measures(run) for run in runs], []
+    for group in columns[0]:
         rows = []
-        for name, form, find in measures:
-            values = [find(run) for run in runs]
-            cells = [cell(value, form, _note(name, value)) for value in values]
-            if values[0] and ("median" in name or "GiB" in name):
-                cells[1:] = [
-                    c if c.value is None else c._replace(note=f"{c.value / values[0]:.2f} ×")
-                    for c in cells[1:]
-                ]
-            rows += [(name, cells)] if highest(values) is not None else []
+        for same in zip(*(column[group] for column in columns), strict=True):
+            (name, form, _), values = same[0], [value for _, _, value in same]
+            rows += [(name, _figure(name, form, values))] if highest(values) is not None else []
         tables.append(PageTable(group, _heads(runs), rows))
     return tables
 
 
+def _figure(name: str, form: str, values: list[float | None]) -> list[Cell]:
+    one, has_ratio, cells = values[0], "median" in name or "GiB" in name, []
+    for i, value in enumerate(values):
+        note = f"{value / one:.2f} ×" if i and one and value is not None and has_ratio else ""
+        if value is not None and value < 100 and name.startswith("held-out"):
+            note = f"perplexity {math.exp(value):,.2f}"
+        cells.append(cell(value, form, note))
+    return cells
+
+
 def _heads(runs: list[Run]) -> list[str]:
     return [run.name for run in runs] if len(runs) > 1 else [""]
-
-
-def _note(name: str, value: float | None) -> str:
-    if name.startswith("held-out") and value is not None and value < 100:
-        return f"perplexity {math.exp(value):,.2f}"
-    is_long = name.startswith("seconds") and value is not None and 120 <= value < 1e9
-    return str(datetime.timedelta(seconds=round(value or 0))) if is_long else ""
 
 
 def peaks(run: Run, prefix: str) -> PageTable:
@@ -415,18 +351,18 @@ def peaks(run: Run, prefix: str) -> PageTable:
     return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
 
 
-def predicted(run: Run, prefix: str) -> tuple[list[PageTable], list[str]]:
+def predicted(run: Run, prefix: str) -> list[PageTable]:
     """Predicted, measured, difference by row, a table a phase.
 
     Args:
         run: the record.
-        prefix: of titles and sentences.
+        prefix: of titles.
 
     Returns:
-        Tables of its GPUs and its host (of many ranks the one that holds most in a phase), and a
-        sentence on the peak of each.
+        A table of the peaks, then those of its GPUs and its host (of many ranks the one that holds
+        most in a phase); none without a plan and a ledger.
     """
-    plan, ledger, tables, words = run.table("plan"), run.table("ledger"), [], []
+    plan, ledger, tables, peaks = run.table("plan"), run.table("ledger"), [], []
     gpu, aim = ("GPU", PEAK_AIM) if run.has_gpus else ("Rank", CPU_AIM)
     ranks = [rank["device"] for rank in ledger.get("ranks", []) if rank.get("device")]
     host = [ledger["host"]] if ledger.get("host") else []
@@ -443,12 +379,10 @@ def predicted(run: Run, prefix: str) -> tuple[list[PageTable], list[str]]:
             measured = held[who].get(phase, {}) if held else {}
             tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))
         top = highest(_total(rows) for rank in held for rows in rank.values())
-        p, m, off = _difference(plan.get(f"peak_{place}_gib") if planned else None, top, aim)
-        is_large = max(p.value or 0, m.value or 0) > LARGE_GIB
-        aimed = f", {'OUTSIDE' if off.is_off else 'within'} the aim of {aim:.0%}" * is_large
-        line = f"{prefix}{name}, peak: predicted {p.text} GiB, measured {m.text} GiB"
-        words += [f"{line} ({off.note}{aimed})." if off.note else f"{line}."] if known else []
-    return tables, words
+        peak_gib = plan.get(f"peak_{place}_gib") if planned else None
+        peaks += [(name, _difference(peak_gib, top, aim))] if known else []
+    peak_table = PageTable(f"{prefix}Peaks, to be within {aim:.0%}", COMPARED, peaks)
+    return [peak_table, *tables] if peaks else []
 
 
 def _total(rows: GibByRow) -> float | None:
@@ -466,7 +400,7 @@ def _compared(
         if (highest([p, m]) or 0.0) >= LEAST_GIB:
             rows.append((row, _difference(p, m, max(aim, ROW_AIM))))
     rows.append(("total", _difference(_total(plan), _total(measured), aim)))
-    return PageTable(title, ["predicted", "measured", "difference"], rows)
+    return PageTable(title, COMPARED, rows)
 
 
 def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
@@ -551,18 +485,14 @@ def settings(runs: list[Run]) -> list[PageTable]:
 
 
 def environment(runs: list[Run]) -> PageTable:
-    """What ran, on what: the console's lines from the start; command, hardware, versions.
+    """What ran, on what: the console's lines from the start; command and versions.
 
     Args:
         runs: the records, one column each.
     """
     columns = []
     for run in runs:
-        gpu_gib = run.steps[-1]["ranks"][0].get("device_total_gib")
-        sizes = {"ranks": run.num_ranks, "GiB per GPU": gpu_gib}
-        sizes |= {_plain(name): run.steps[-1]["host"].get(name) for name in MACHINE}
-        facts = {name: f"{size:,.4g}" for name, size in sizes.items() if size}
-        facts |= {"command": command(run.config)} | run.table("versions")
+        facts = {"command": command(run.config)} | run.table("versions")
         columns.append(_console(run) | {name: Cell(str(value)) for name, value in facts.items()})
     return _beside("", _heads(runs), columns, "words")
 
@@ -587,10 +517,8 @@ def main(argv: list[str]) -> int:
         Exit code.
     """
     parser = argparse.ArgumentParser("python -m fsdp_qlora report", description=__doc__)
-    run_help = "output directory of a run"
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help=run_help)
-    out_help = "directory of report.html [of one run its own, else here]"
-    parser.add_argument("--out", type=Path, help=out_help)
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
+    parser.add_argument("--out", type=Path, help="of report.html [of one run its own, else here]")
     args = parser.parse_args(argv)
     run_dirs = list({path.resolve(): path for path in args.runs}.values())
     print(write(run_dirs, args.out or (run_dirs[0] if len(run_dirs) == 1 else Path())))

@@ -33,7 +33,7 @@ from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
 from fsdp_qlora.record import RUN_FORMAT
 from fsdp_qlora.training import preflight
 from fsdp_qlora.training.metrics import Recorder, Resumed
-from fsdp_qlora.training.optim import Trained
+from fsdp_qlora.training.optim import Trained, learning_rate
 
 HEARTBEAT_S = 2.0
 Tensors = dict[str, dict[str, Array]]  # by file and name
@@ -277,6 +277,7 @@ def load(
     if saved is not None:
         lines = [f"resume    {saved.path}: {saved.step} of {num_steps} steps are done"]
         lines += preflight.check_same(saved.state["fingerprint"], current, cfg.allow_data_change)
+        lines += _course_notes(saved, cfg, num_steps)
         lines += preflight.library_notes(saved.state.get("versions", {}), libraries)
         if saved.state["num_ranks"] != world.size:
             ranks = f"{saved.state['num_ranks']} ranks, now {world.size}"
@@ -287,6 +288,22 @@ def load(
     facts |= {"config": config.to_dict(cfg), "given": sorted(given)}
     facts |= {"fingerprint": current, "versions": libraries}
     return ResumeState(facts, saved, tuple(lines))
+
+
+def _course_notes(saved: SavedCheckpoint, cfg: config.TrainConfig, num_steps: int) -> list[str]:
+    """What this run does otherwise than the checkpoint's, and how the learning rate jumps."""
+    step, path = saved.step, saved.path
+    if step > num_steps:
+        rule = f"is already after step {step}, and this run has {num_steps}"
+        raise UserError(f"--resume {path}", rule, "ask for more steps, or resume an earlier one")
+    stored, _ = config.from_record(saved.state["config"])
+    before = functools.partial(learning_rate, stored, saved.state.get("num_steps", num_steps))
+    lines = preflight.course_notes(stored, cfg)
+    rate, planned = learning_rate(cfg, num_steps, step), before(step)
+    if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.lr):
+        words = f"{before(max(step - 1, 0)):.3g} in step {step}, {rate:.3g} in the next"
+        lines.append(f"resume    learning rate: {words} ({planned:.3g} without these changes)")
+    return lines
 
 
 def period(save_every: str) -> tuple[int, float]:
@@ -368,6 +385,8 @@ class Checkpointer:
         best = None
         try:
             best = checkpoint_store.best_of(self._output_dir)
+            if best and best["step"] not in checkpoint_store.steps(self._output_dir):
+                best = None  # the run has gone back behind it
         except UserError as error:
             self._recorder.say(f"warning   {error}")
         return [float(best["step"]), float(best["loss"])] if best else [0.0, math.inf]

@@ -1,15 +1,15 @@
 """Evaluation before, while and after a model is trained: held-out loss, answers, the best."""
 
 import dataclasses
-import json
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
+from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
+from fsdp_qlora.checkpoint_store import METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.data.prompts import Prompt
@@ -119,7 +119,8 @@ class Evaluator:
         is_writer = self.trained.world.rank == 0
         if is_writer:
             place.mkdir(exist_ok=True)
-            shutil.copy(place.parent / "run_config.json", place)
+            (place / EVALUATION).unlink(missing_ok=True)  # it is there when all the others are
+            atomic.write(place / RUN_CONFIG, (place.parent / RUN_CONFIG).read_bytes())
         self.save(cfg)
         if is_writer:
             atomic.write_json(place / EVALUATION, values)
@@ -136,18 +137,17 @@ class Evaluator:
             self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
 
     def _recall(self) -> None:
-        """What the run saw before it was stopped; the record of a run that goes on is there."""
-        place = self._best_dir / EVALUATION
-        if place.is_file():
-            best = json.loads(place.read_text())
-            self.best = (best["loss"], best["step"])
-        record = self._best_dir.parent / "metrics.jsonl"
-        lines = record.read_text().splitlines() if record.is_file() else []
-        for line in map(json.loads, (line for line in lines if '"event"' in line)):
-            if line["event"] == "eval" and line.get("when") == "before":
-                self.losses[0] = line["loss"]
-            elif line["event"] == "sample" and line.get("when") == "before":
-                self.answers.setdefault(0, []).append(line["answer"])
+        """What the run saw before it was stopped: its record, as rank 0 has cut it."""
+        record = self._best_dir.parent / METRICS
+        lines = record.read_bytes().splitlines() if record.is_file() else []
+        events = [atomic.parse_json(line) or {} for line in lines if b'"event"' in line]
+        for event in self.trained.world.gather_objects(events)[0]:
+            loss, step = event.get("loss"), event.get("step", 0)
+            if event.get("event") == "eval" and loss is not None:
+                self.losses[step] = loss
+                self.best = (loss, step) if event.get("is_best") else self.best
+            elif event.get("event") == "sample" and event.get("when") == "before":
+                self.answers.setdefault(0, []).append(event["answer"])
 
     def _compared(self) -> list[str]:
         lines = []
@@ -157,7 +157,8 @@ class Evaluator:
             words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
             if self.best is not None and self.best[1] != self.num_done:
                 words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
-                words += f", kept in {self._best_dir}" if self.cfg.save_model else ""
+                kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
+                words += f", kept in {self._best_dir}" * (kept.get("step") == self.best[1])
             lines.append(f"held-out  {words}")
         before_all = self.answers.get(0, [""] * len(self.data.prompts))
         rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)

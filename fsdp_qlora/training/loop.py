@@ -192,6 +192,7 @@ def fit(
                 _note_skipped(trained, batches, recorder, is_last=True)
                 checkpointer.after_step(step + 1, agreed)
         _note_skipped(trained, batches, recorder, is_last=True)
+        optim.check_weights(trained, batches.num_steps)
         checkpointer.finish(batches.num_steps)
 
 
@@ -213,6 +214,7 @@ def _note_skipped(
     for skipped in trained.guard.skipped_steps(batches, is_last):
         recorder.event("skipped", dataclasses.asdict(skipped))
         recorder.say(str(skipped))
+        optim.check_weights(trained, skipped.step - 1)
 
 
 @torch.no_grad()

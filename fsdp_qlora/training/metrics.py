@@ -22,13 +22,14 @@ import torch
 from tqdm import tqdm
 
 from fsdp_qlora import atomic, hardware
-from fsdp_qlora.arch import num_params, trained, unquantized
+from fsdp_qlora.arch import num_params, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.planning.sizes import count_trained, trained_whole
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
 from fsdp_qlora.training.memory import MemoryLedger, MemoryTracker, Peak
@@ -468,13 +469,13 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         For the record, by name; `lines` are what the console shows.
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
-    trainable, total = trained.count(info, cfg), num_params(info)
+    trainable, total = count_trained(info, cfg).total, num_params(info)
     allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
-    num_quantized = info.num_layers - len(trained.whole(info, cfg).layers)
+    num_quantized = info.num_layers - len(trained_whole(info, cfg).layers)
     quantized_gib = built.model.layout.nbytes * num_quantized / hardware.GIB
     sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())

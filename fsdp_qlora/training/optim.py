@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from fsdp_qlora.arch.files import describe
 from fsdp_qlora.config import OPTIMIZERS, TrainConfig, check_optimizer
 from fsdp_qlora.data.batches import Batches, PackedBatches
 from fsdp_qlora.distributed.world import World
@@ -59,6 +60,17 @@ def factor(name: str, step: int, num_steps: int, warmup: int | float) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return SCHEDULES[name]((step - warmup) / max(num_steps - warmup, 1))
+
+
+def learning_rate(cfg: TrainConfig, num_steps: int, step: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        cfg: lr, lr_scheduler, warmup_steps.
+        num_steps: of the run.
+        step: 0-based.
+    """
+    return cfg.lr * factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
 
 
 # Module, class, options. A fused kernel reads on the device whether the step is to be skipped.
@@ -165,6 +177,25 @@ def step(optimizer: Optimizer, is_bad: Tensor) -> None:
     elif is_bad.item():
         return
     optimizer.step()
+
+
+def check_weights(trained: "Trained", step: int) -> None:
+    """Refuse to go on with, or to save, weights that are not finite; every rank must call.
+
+    Args:
+        trained: between two steps.
+        step: the last one taken.
+
+    Raises:
+        UserError: some are NaN or infinite (code 4).
+    """
+    sums = torch.stack([param.detach().sum(dtype=torch.float64) for param in trained.params])
+    faults = trained.world.sum_((~sums.isfinite()).float()).tolist()
+    names = [n for n, k in zip(shard.trained_names(trained.model), faults, strict=True) if k]
+    if names:
+        rule = f"are NaN or infinite after step {step}: no step leads out of that"
+        remedy = "go on with a lower --lr from a checkpoint before it, or start anew"
+        raise UserError(f"the weights of {describe(names)}", rule, remedy, RUN_FAILED)
 
 
 def state_gib(optimizer: Optimizer | None, only_paged: bool = False) -> float:

@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import checkpoint_store, cli, config
-from fsdp_qlora.arch import ModelInfo, select_linears, trained
-from fsdp_qlora.atomic import GIB, IS_FULL
+from fsdp_qlora import checkpoint_store, cli, config, hardware
+from fsdp_qlora.arch import ModelInfo, select_linears
+from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import fit, memory, sizes
 from fsdp_qlora.planning.run import RunPlan
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import check_format
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose 
 MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
 MODEL += ("modules_to_save", "optimizer")
 DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
+# These may change, and are named: they decide how the weights move from here on.
+COURSE: tuple[str, ...] = (
+    "max_steps",
+    "num_epochs",
+    "lr",
+    "lr_scheduler",
+    "warmup_steps",
+    "wd",
+    "loraplus_ratio",
+)
+COURSE += ("apply_gradient_clipping", "grad_norm", "precision")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
 MAX_CHARS = 40
@@ -129,6 +141,15 @@ def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
         rule = f"is not what this version of the trainer writes ({', '.join(wrong)})"
         remedy = "go on with the version that wrote it"
         raise UserError(str(saved.path / STATE), rule, remedy, INTEGRITY)
+    if state.get("is_finite") is False:
+        places = [
+            checkpoint_store.step_dir(saved.run_dir, n)
+            for n in checkpoint_store.steps(saved.run_dir)
+        ]
+        good = [place for place in places if read_json(place / STATE).get("is_finite")]
+        remedy = f"a lower --lr and --resume {good[0]}" if good else "start anew with a lower --lr"
+        rule = "holds weights that are NaN or infinite: no step leads out of that"
+        raise UserError(str(saved.path), rule, remedy, INTEGRITY)
     return saved
 
 
@@ -241,6 +262,16 @@ def check_same(
     raise error
 
 
+def course_notes(stored: TrainConfig, cfg: TrainConfig) -> list[str]:
+    """A line for each option of the training itself that is not as the checkpoint has it.
+
+    Args:
+        stored, cfg: options of the checkpoint and of this run.
+    """
+    both = [(name, getattr(stored, name), getattr(cfg, name)) for name in COURSE]
+    return [f"resume    --{name} was {old}, now {new}" for name, old, new in both if old != new]
+
+
 def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """A line for each library whose version is not that of the checkpoint.
 
@@ -282,6 +313,7 @@ def check(plan: RunPlan, saved: SavedCheckpoint | None = None, base: str | None 
     _check_libraries(plan.cfg)
     _check_gpus(plan)
     _check_data(plan.cfg, plan.info)
+    hardware.release_freed_memory()  # this process lives as long as the ranks
 
 
 def _check_libraries(cfg: TrainConfig) -> None:
@@ -334,7 +366,7 @@ def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
     Raises:
         UserError: there is not enough room (code 3).
     """
-    num_params, place = trained.count(info, cfg), cfg.resolved_output_dir.absolute()
+    num_params, place = count_trained(info, cfg).total, cfg.resolved_output_dir.absolute()
     num_there = len(checkpoint_store.steps(place)) if cfg.resume else 0
     num_left = cfg.keep_checkpoints + 2 - num_there  # with the best and a new one
     weight_bytes = sizes.DTYPE_BYTES[cfg.master_dtype]

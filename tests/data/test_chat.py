@@ -1,10 +1,12 @@
 """What the assistant says: found in every template, token by token as transformers marks it."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
+from transformers.models.auto import tokenization_auto
 
 from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.sources import RowPlace
@@ -17,6 +19,24 @@ from tests.small_tokenizers import MARKED, conversations
 
 KINDS = sorted(MARKED)
 STORED = json.loads(trl_masks.FILE.read_text(encoding="utf-8"))
+# Special and added tokens, what classes of tokenizers split in other ways, decomposed letters.
+PIECES = ["<|user|>", "<new>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "</s>", "<s>"]
+PIECES += [
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "Hi",
+    " the",
+    "ing",
+    "UP",
+    "'s",
+    "e\u0301",
+    "漢字",
+    "2026",
+    "1",
+    ".",
+]
 CAFE = [
     {"role": "user", "content": "Où est le café 😀😀?"},
     {"role": "assistant", "content": "  Là-bas 😀😀\n"},
@@ -76,6 +96,8 @@ def check_light_tokenizer(place):
     full = AutoTokenizer.from_pretrained(place)
     light, wrapped = tokenizer.read(place), tokenizer.wrap(full, "x")
     texts = [text for chat in [*conversations(), CAFE] for text in (m["content"] for m in chat)]
+    chance = random.Random(0)
+    texts += ["".join(chance.choices(PIECES, k=chance.randint(1, 12))) for _ in range(100)]
     expected = full(texts)["input_ids"]
     for ours in (light, wrapped):
         assert [encoding.ids for encoding in ours.encode(texts, True)] == expected
@@ -97,6 +119,47 @@ def check_light_tokenizer(place):
 def test_the_light_tokenizer_heeds_its_configuration(tmp_path, config):
     for kind in ("plain", "llama3"):
         check_light_tokenizer(small_tokenizers.save(tmp_path / kind, kind, **config))
+
+
+def added(number, text, is_special):
+    others = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {str(number): {"content": text, "special": is_special, **others}}
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"added_tokens_decoder": added(600, "<|user|>", True) | added(601, "<new>", False)}, {}),
+        ({}, {"added_tokens.json": {"<|user|>": 600, "<new>": 601}}),
+        ({}, {"special_tokens_map.json": {"additional_special_tokens": ["<|user|>"]}}),
+        ({"extra_special_tokens": ["<|user|>"]}, {}),
+        ({"extra_special_tokens": {"user_token": "<|user|>"}}, {}),
+        ({"split_special_tokens": True}, {}),
+        ({"split_special_tokens": True, "added_tokens_decoder": added(600, "<new>", False)}, {}),
+        ({"tokenizer_class": "Qwen2Tokenizer"}, {"config.json": {"model_type": "qwen3"}}),
+        ({}, {"config.json": {"model_type": "qwen2"}}),
+        ({"tokenizer_class": "CohereTokenizer"}, {}),
+        ({"tokenizer_class": "GPTNeoXTokenizerFast"}, {"config.json": {"model_type": "gpt_neox"}}),
+        ({"tokenizer_class": "LlamaTokenizer"}, {"config.json": {"model_type": "llama"}}),
+        ({"tokenizer_class": None}, {"config.json": {"model_type": "gpt2"}}),
+    ],
+)
+def test_every_layout_of_files_gives_the_ids_of_transformers(tmp_path, config, files):
+    place = small_tokenizers.save(tmp_path, "chatml", **config)
+    for name, value in files.items():
+        (place / name).write_text(json.dumps(value))
+    check_light_tokenizer(place)
+    usual = tokenizer.read(small_tokenizers.save(tmp_path / "usual", "chatml")).fingerprint()
+    is_usual = config.get("tokenizer_class") == "LlamaTokenizer"  # its file is believed
+    assert (usual == tokenizer.read(place).fingerprint()) == is_usual
+
+
+def test_types_whose_class_is_not_that_of_the_files_are_known():
+    names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    general = {*tokenizer.GENERAL_CLASSES, "PythonBackend", "MistralCommonBackend"}
+    for model_type in tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        is_known = model_type.startswith(tokenizer.REBUILT_TYPES)
+        assert is_known or names[model_type] in general, model_type
 
 
 def test_a_template_in_a_file_of_its_own_or_among_several_is_found(tmp_path):

@@ -29,6 +29,10 @@ SHAREGPT = {
 }
 
 
+def turn(role, content, **others):
+    return {"role": role, "content": content, **others}
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return small_tokenizers.make(tmp_path_factory.mktemp("tokenizer"), "chatml")
@@ -250,6 +254,11 @@ def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
         ({"conversations": [{"from": "human", "value": 1}]}, "message 1 content is a number"),
         (SHAREGPT | {"system": 1}, '"system" is a number'),
         ({"messages": [{"role": "user", "content": "", "weight": 0.5}]}, "weight is 0.5 (want 0"),
+        ({"messages": [turn("gpt", None, tool_calls="f()")]}, 'field "tool_calls" is not JSON'),
+        (
+            {"messages": [turn("gpt", None, tool_calls="[1]")]},
+            "tool_calls is a list (want a list of",
+        ),
         (ALPACA | {"system": 7}, '"system" is a number (want text)'),
         (ALPACA | {"history": "[oops"}, 'field "history" is not JSON'),
         (ALPACA | {"history": [["a"]]}, 'field "history" is a list (want a list of [question,'),
@@ -287,10 +296,6 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
         assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
         choose(str(path)).render(CHAT | {"tools": "[oops"})
-
-
-def turn(role, content, **others):
-    return {"role": role, "content": content, **others}
 
 
 def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
@@ -413,12 +418,14 @@ def test_arguments_are_written_as_json_whatever_the_template_takes(choose, tmp_p
         {"from": "function_call", "value": asked},
         {"from": "observation", "value": "rain"},
     ]
+    listed = turn("assistant", "", tool_calls=json.dumps([call(in_text)]))
     old = calls(given)
     old[1] = turn("assistant", None, function_call=call(in_text)["function"])
     old[2] = turn("function", "rain", name="weather")
     for row in (
         {"messages": calls(given)},
         {"messages": calls(in_text)},
+        {"messages": [calls(0)[0], listed, *calls(0)[2:]]},
         {"messages": old},
         {"conversations": [*sharegpt, {"from": "gpt", "value": "Yes, é."}]},
     ):

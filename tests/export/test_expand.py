@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import trained
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import commands
+from fsdp_qlora.planning.sizes import NEW_LAYERS, new_layers, trained_whole
 from tests import tiny
 
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -32,8 +32,8 @@ def test_an_expanded_model_computes_the_same_bits(tmp_path, model_type):
     assert commands.expand([*argv, "--max_shard_gib=0.001"]) == 0
     assert len(list(out.glob("*.safetensors"))) > 1
     info = arch.read(str(out), need_weights=True)
-    assert info.num_layers == 6 and info.config[trained.NEW_LAYERS] == [2, 5]
-    assert trained.new_layers(4, 2) == (2, 5)
+    assert info.num_layers == 6 and info.config[NEW_LAYERS] == [2, 5]
+    assert new_layers(4, 2) == (2, 5)
     assert logits(out).equal(logits(path))
     assert logits(out, torch.bfloat16).equal(logits(path, torch.bfloat16))
 
@@ -42,7 +42,7 @@ def test_new_layers_stand_where_the_reference_puts_them():
     """Reference: AnswerDotAI/fsdp_qlora, train.py: [split + (split + 1) * n for n in new]."""
     for old, new in ((32, 3), (80, 8), (12, 12), (28, 5)):
         split = old // new
-        assert trained.new_layers(old, new) == tuple(split + (split + 1) * n for n in range(new))
+        assert new_layers(old, new) == tuple(split + (split + 1) * n for n in range(new))
 
 
 def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
@@ -88,4 +88,4 @@ def test_a_rate_that_adds_nothing_is_refused(tmp_path):
         from fsdp_qlora import config
 
         cfg = config.parse([f"--llama_pro_path={path}", "--train_type=bnb_llama_pro"])
-        trained.whole(arch.read(cfg.model_name, need_weights=True), cfg)
+        trained_whole(arch.read(cfg.model_name, need_weights=True), cfg)

@@ -9,11 +9,11 @@ from safetensors import safe_open
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
-from fsdp_qlora.arch.trained import adopt_format
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.quantize import view_fields
+from fsdp_qlora.planning.sizes import adopt_format
 from tests import tiny
 from tests.ranks import run_ranks
 

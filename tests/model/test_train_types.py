@@ -75,7 +75,7 @@ def reference(path, flags, values, accumulation):
     from transformers import AutoModelForCausalLM
 
     from fsdp_qlora import arch
-    from fsdp_qlora.arch import trained
+    from fsdp_qlora.planning.sizes import trained_whole
 
     cfg = config.parse([f"--model_name={path}", *LORA, *flags])
     info = arch.read(cfg.model_name, need_weights=True)
@@ -84,7 +84,7 @@ def reference(path, flags, values, accumulation):
         model, named = tiny.reference_model(path, cfg.format_name, lora, cfg)
     else:
         model, named = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), {}
-    own = trained.whole(info, cfg)
+    own = trained_whole(info, cfg)
     layers = tuple(f"model.layers.{i}." for i in own.layers)
     for name, param in model.named_parameters():
         if "lora_" in name:

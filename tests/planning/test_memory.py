@@ -5,10 +5,13 @@ Packed bytes and kept activations, which the plan knows without torch, are check
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.hardware import GIB
@@ -347,3 +350,51 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path: Path, dropout: str):
     total = sum(nbytes for place, nbytes in saved.items() if place not in others)
     kept = memory.kept_bytes(Sizes(info, cfg, "cpu"), tokens, "none")
     assert total == sum(item.nbytes for item in kept) + 2 * tokens * 4
+
+
+HELD = """
+import sys
+from pathlib import Path
+from fsdp_qlora import hardware
+from fsdp_qlora.data import tokenizer
+
+def own():
+    hardware.release_freed_memory()
+    return hardware.read_kib(Path("/proc/self/status"), "RssAnon") * 1024
+
+tokenizer.wrap(tokenizer.load(Path(sys.argv[1])), "small")
+before = own()
+kept = tokenizer.load(Path(sys.argv[2]))
+text = tokenizer.wrap(kept, "large")
+text.fingerprint()
+print(own() - before)
+"""
+
+
+def test_a_tokenizer_of_262144_tokens_is_counted_in_every_rank(tmp_path: Path):
+    """Gemma's size, two merges a token: what a process holds of it, measured; none for dummy."""
+    letters = [chr(0x4E00 + i) for i in range(95)]
+    two = [a + b for a in letters for b in letters]
+    for name, size in (("small", len(letters)), ("large", 262_144)):
+        more = size - len(letters) - len(two)
+        three = [letters[i % 95] + two[i // 95] for i in range(max(more, 0))]
+        tokens = letters + (two + three) * (more > 0)
+        merges = [(t[:i], t[i:]) for t in tokens for i in range(1, len(t))]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        (tmp_path / name).mkdir()
+        Tokenizer(models.BPE(vocab, merges)).save(str(tmp_path / name / "tokenizer.json"))
+        settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        (tmp_path / name / "tokenizer_config.json").write_text(settings)
+    argv = [sys.executable, "-c", HELD, str(tmp_path / "small"), str(tmp_path / "large")]
+    held_bytes = int(subprocess.check_output(argv, text=True))
+    assert near(262_144 * memory.TOKENIZER_BYTES, held_bytes, 0.15), held_bytes
+    shape = SHAPE | {"vocab_size": 262_144, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    info = arch.read(str(tmp_path), need_weights=False)
+    tables = []
+    for dataset in ("dummy", "rows.jsonl"):
+        cfg = config.parse([f"--model_name={tmp_path}", f"--dataset={dataset}"])
+        tables.append(memory.host(Sizes(info, cfg, "cpu"), setting_of(cfg, 1, 2)))
+    for phase in rows.PHASES:
+        gib = [table.gib(phase, rows.PROCESSES) for table in tables]
+        assert gib[1] - gib[0] == pytest.approx(2 * 262_144 * memory.TOKENIZER_BYTES / GIB)

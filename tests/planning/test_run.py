@@ -271,9 +271,9 @@ def test_nccl_told_to_leave_peer_access_alone_is_planned_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml)
     monkeypatch.setenv("FAKE_GPUS", fake_nvml.gpus("NVIDIA H200", gib=140))
     only = {"CUDA_VISIBLE_DEVICES": "0"}
-    assert run.find_machine(only, 1, 1).has_peer
-    assert run.find_machine(only | {"NCCL_P2P_DISABLE": "0"}, 1, 1).has_peer
-    assert not run.find_machine(only | {"NCCL_P2P_DISABLE": "1"}, 1, 1).has_peer
+    assert run.find_machine(only, 1, 1).gpus[0].peer_gbs
+    assert run.find_machine(only | {"NCCL_P2P_DISABLE": "0"}, 1, 1).gpus[0].peer_gbs
+    assert not run.find_machine(only | {"NCCL_P2P_DISABLE": "1"}, 1, 1).gpus[0].peer_gbs
 
 
 ROOT = Path(__file__).parents[1]

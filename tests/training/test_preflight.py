@@ -11,11 +11,11 @@ import pytest
 
 from fsdp_qlora import arch, config, record
 from fsdp_qlora import checkpoint_store as store
-from fsdp_qlora.arch import trained
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.training import preflight
 from tests.model_files import write_model
 
@@ -320,7 +320,7 @@ def test_a_disk_without_room_is_refused_before_the_run(
     saving = ("--save_every=5", "--keep_checkpoints=3", f"--precision={precision}")
     cfg = config.parse(flags(model, tmp_path / "out", *saving))
     info = arch.read(cfg.model_name, need_weights=False)
-    num_params = trained.count(info, cfg)
+    num_params = count_trained(info, cfg).total
     checkpoint, result = 3 * weight_bytes, weight_bytes  # with two moments
     need_bytes = (5 * checkpoint + result) * num_params  # 3 that stay, the best, a new one
     usage = shutil.disk_usage(tmp_path)

@@ -3,12 +3,15 @@
 The runs are those of train.py on two gloo ranks, without its supervisor; test_resume_run.py has it.
 """
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.errors import RUN_FAILED, UserError
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -142,3 +145,99 @@ def _goes_on(world, place: Path, name: str) -> None:
 def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(place: Path, name: str):
     """Losses, gradient norms, rates, rows, weights and moments; nothing recorded twice."""
     run_ranks(_goes_on, 2, place, name)
+
+
+def _said(world, place: Path, out: Path, *flags: str) -> str:
+    """What rank 0 prints in a run."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run(world, place, out, *COMMON, *flags)
+    world.barrier()
+    return said.getvalue()
+
+
+def _evaluations(out: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    names = ("when", "step", "loss", "is_best")
+    return [tuple(line[n] for n in names) for line in lines if line.get("event") == "eval"]
+
+
+def _evaluated_again(world, place: Path) -> None:
+    from fsdp_qlora.report import page
+
+    page.write = lambda *_: 1 / 0  # whatever goes wrong with the page, the run is whole
+    flags = ("--eval_split=4", "--eval_every=2", "--save_model=true")
+    whole = place / "evaluated"
+    said = _said(world, place, whole, *flags)
+    assert world.rank or "warning   no report.html (division by zero): the result" in said
+    expected = _evaluations(whole)
+    assert [step for _, step, *_ in expected] == [0, 2, 4, 6, 8]
+    lowest = [min(loss for _, step, loss, _ in expected[1:n]) for n in range(2, 6)]
+    assert [best for *_, best in expected[1:]] == [
+        loss == low for (_, _, loss, _), low in zip(expected[1:], lowest, strict=True)
+    ]
+    best = (whole / "best" / "evaluation.json").read_bytes()
+    for number, text in enumerate((best, b"")):
+        out = place / f"evaluated{number}"
+        break_off(world, whole, out, 3)  # the best that is kept is of a step that is to come
+        if world.rank == 0:
+            (out / "best" / "evaluation.json").write_bytes(text)
+        world.barrier()
+        said = _said(world, place, out, *flags, "--resume=latest")
+        assert _evaluations(out) == expected
+        assert (out / "best" / "evaluation.json").read_bytes() == best
+        assert world.rank or said.count("kept in") == (json.loads(best)["step"] != 8)
+        adapters = {(p / "best" / "adapter_model.safetensors").read_bytes() for p in (whole, out)}
+        assert len(adapters) == 1
+
+
+def test_what_a_kill_lets_be_evaluated_again_is_the_best_again(place: Path):
+    """Also beside a torn evaluation.json, which once ended every --resume."""
+    run_ranks(_evaluated_again, 2, place)
+
+
+def _changed(world, place: Path) -> None:
+    whole, out = place / "planned", place / "changed"
+    _said(world, place, whole, "--warmup_steps=0")
+    break_off(world, whole, out, 5)
+    said = _said(world, place, out, "--warmup_steps=0", "--resume=latest")
+    assert "--" not in said.partition("step 6/8")[0] and "resume    learning rate" not in said
+    shutil.rmtree(out) if world.rank == 0 else None
+    world.barrier()
+    break_off(world, whole, out, 5)
+    options = {"max_steps": (8, 30), "lr": (0.01, 0.002), "warmup_steps": (0, 0.5)}
+    options |= {"lr_scheduler": ("cosine", "linear"), "wd": (0.1, 0.0), "grad_norm": (0.3, 2.0)}
+    options |= {"loraplus_ratio": (1.0, 16.0), "apply_gradient_clipping": (True, False)}
+    flags = [f"--{name}={new}" for name, (_, new) in options.items()]
+    said = _said(world, place, out, *flags, "--resume=latest")
+    rates = [[row[2] for row in traces(path, 8)[0]] for path in (whole, out)]  # as they were
+    if world.rank == 0:
+        for name, (old, new) in options.items():
+            assert f"resume    --{name} was {old}, now {new}\n" in said
+        jump = (
+            f"resume    learning rate: {rates[0][4]:.3g} in step 5, {rates[1][5]:.3g} in the next"
+        )
+        assert f"{jump} ({rates[0][5]:.3g} without these changes)\n" in said
+    with pytest.raises(UserError, match="is already after step 30, and this run has 3"):
+        _said(world, place, out, "--max_steps=3", "--resume=latest")
+
+
+def test_a_run_that_goes_on_otherwise_says_what_changes_and_how_the_rate_jumps(place: Path):
+    run_ranks(_changed, 2, place)
+
+
+def _not_finite(world, place: Path) -> None:
+    last, later = place / "nan-last", place / "nan-later"
+    with pytest.raises(UserError, match=r"NaN or infinite after step 1: .* a lower --lr") as caught:
+        _said(world, place, last, "--max_steps=1", "--lr=1e38", "--save_model=true")
+    assert caught.value.code == RUN_FAILED and not (last / "adapter_model.safetensors").exists()
+    _said(world, place, later, "--max_steps=1")
+    with pytest.raises(UserError, match="NaN or infinite after step 2"):
+        _said(world, place, later, "--max_steps=4", "--lr=1e38", "--resume=latest")
+    rule = "step-2: holds weights that are NaN .*; a lower --lr and --resume .*step-1"
+    with pytest.raises(UserError, match=rule):
+        run(world, place, later, "--resume=latest")
+
+
+def test_weights_that_are_not_finite_are_called_so_and_never_saved_as_a_result(place: Path):
+    """After the last step, before it, and in a checkpoint that shall be resumed."""
+    run_ranks(_not_finite, 2, place)
