@@ -95,6 +95,7 @@ def _report(out_dir: Path) -> None:
 
 def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
+    from fsdp_qlora.model.adapters import peft_note
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
 
@@ -109,7 +110,8 @@ def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
-    record["lines"] += [line for line in (packing, plan.info.rope_note(cfg.context_length)) if line]
+    notes = packing, plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)
+    record["lines"] += [line for line in notes if line]
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
     return trained, tracker, record

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import files
-from fsdp_qlora.arch.info import LAYOUTS, Shapes, from_config, from_headers
+from fsdp_qlora.arch.info import LAYOUTS, OTHER_NAMES, Shapes, from_config, from_headers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import count_trained
@@ -272,3 +272,22 @@ def test_targets_that_match_nothing_are_refused() -> None:
         arch.select_linears(info, "")
     chosen = arch.select_linears(info, "down_proj,qkv_proj")
     assert [linear.name for linear in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]
+
+
+def test_sizes_have_the_names_of_transformers_attribute_maps():
+    """XGLM's attention_heads, hunyuan's moe_topk, n_embd of GPT-2; encoders are none of ours."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"xlm"}:
+        for ours, theirs in CONFIG_MAPPING[model_type].attribute_map.items():
+            if ours in OTHER_NAMES and "encoder" not in theirs:
+                assert theirs in OTHER_NAMES[ours], model_type
+
+
+def test_random_weights_of_an_unknown_type_are_not_answered_by_that_flag(tmp_path: Path):
+    write_model(tmp_path)
+    edit_json(tmp_path / "config.json", model_type="olmo2")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"of model type olmo2 is read from its files only; add"):
+        arch.read(str(tmp_path), need_weights=False)

@@ -333,3 +333,25 @@ def test_a_single_file_beside_the_index_of_another_model_is_refused(tmp_path):
     edit_files(path, lambda tensors: {n: t + 1 for n, t in tensors.items()})
     with pytest.raises(UserError, match=r"model.safetensors: holds another model than the files"):
         arch.read(str(path), need_weights=True)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "solar_open", "qwen2_moe", "llama"])
+def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path, samples = tmp_path / "model", make_samples(1)
+    tiny_models.save(path, name)
+    cfg = config.parse([f"--model_name={path}", *FLAGS])
+    model, info, _ = build(cfg, world)
+    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), info.layers_prefix))
+    names = sorted({key.split(".")[-3] for key in lora})
+    LoraConfig(r=4, lora_alpha=8, target_modules=names).save_pretrained(tmp_path)
+    save_file({n: t.contiguous() for n, t in lora.items()}, tmp_path / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        ids = collate(samples, 1).input_ids
+        found = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits[:, -1:]
+        is_same = torch.allclose(model.eval()(ids), found, 1e-4, 1e-4)
+    assert is_same == (adapters.peft_note(model, info) == "")
+    assert is_same == (name in ("qwen2_moe", "llama"))
