@@ -22,16 +22,6 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    """Say which commands there are.
-
-    Returns:
-        A few lines of text.
-    """
-    rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
-    return "\n".join(["usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)", "", *rows])
-
-
 def main(argv: list[str]) -> int:
     """Run a command; only its own module is imported.
 
@@ -45,7 +35,8 @@ def main(argv: list[str]) -> int:
         UserError: there is no such command.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
+        print("usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)", "", *rows, sep="\n")
         return DONE
     if argv[0] not in COMMANDS:
         raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")

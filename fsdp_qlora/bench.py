@@ -25,9 +25,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -70,8 +69,7 @@ SMALL = "small"
 BenchRow = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where the base lies.
 
     Args:
@@ -96,8 +94,7 @@ PLACES = {
 }
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """One row of a bench.
 
     Args:
@@ -126,7 +123,7 @@ CASES_7B = (
     *(Case(place, 8, length, 2) for length in (512, 2048) for place in PLAIN[2:]),
 )
 CASES_70B = (*(Case("offload", n, length) for length in (512, 2048) for n in (1, 2, 4)),)
-CASES_SMALL = tuple(replace(case, context_length=case.context_length // 8) for case in CASES_7B)
+CASES_SMALL = tuple(case._replace(context_length=case.context_length // 8) for case in CASES_7B)
 KINDS = {  # title, known shape, rows in the order in which they run
     "7b": ("Llama-2 7B", "llama-2-7b", CASES_7B),
     "70b": ("Llama-2 70B", "llama-2-70b", (*CASES_70B, Case("fit", 2, 2048))),
@@ -292,9 +289,10 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
     """
     place, out = PLACES[case.place], args.out / "runs" / f"{case.name}-{time.time():.0f}"
     num_ranks = min(args.world_size, place.max_ranks)
-    row: BenchRow = {"name": case.name, "what": place.what, **asdict(case), "num_ranks": num_ranks}
-    row |= {"weights": args.weights, "p2p": args.p2p, "num_steps": args.steps, "command": ""}
-    row |= {"date": str(datetime.date.today()), "commit": commit(), "where": args.where}
+    row: BenchRow = {"name": case.name, "what": place.what, "command": "", **case._asdict()}
+    row |= {"num_ranks": num_ranks, "weights": args.weights, "p2p": args.p2p}
+    row |= {"num_steps": args.steps, "commit": commit(), "where": args.where}
+    row["date"] = str(datetime.date.today())
     if num_ranks < place.min_ranks:
         return {**row, "state": "left out", "reason": f"needs {place.min_ranks} GPUs"}
     out.mkdir(parents=True)

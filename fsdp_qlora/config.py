@@ -25,7 +25,6 @@ PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
-DATA_OPTIONS = ("dataset", "eval_split")  # those that may name one
 
 
 class TrainType(NamedTuple):
@@ -33,13 +32,6 @@ class TrainType(NamedTuple):
 
     base: Literal["bnb", "hqq", "none"]
     adapter: Literal["lora", "dora", "llama_pro", "full"]
-
-
-class Precision(NamedTuple):
-    """A precision: torch names of the dtypes of the activations and of the trained weights."""
-
-    compute: str
-    master: str
 
 
 class Strategy(NamedTuple):
@@ -82,12 +74,8 @@ TRAIN_TYPES = {
     "hqq_llama_pro": TrainType("hqq", "llama_pro"),
 }
 BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
-PRECISIONS = {
-    **dict.fromkeys(BF16, Precision("bfloat16", "float32")),
-    "bf16_pure": Precision("bfloat16", "bfloat16"),
-    "fp32": Precision("float32", "float32"),
-    "fp16_autocast": Precision("float16", "float32"),
-}
+PRECISIONS = dict.fromkeys((*BF16, "bf16_pure"), "bfloat16")  # dtype of matmuls and activations
+PRECISIONS |= {"fp32": "float32", "fp16_autocast": "float16"}
 STRATEGIES = {
     "full_shard": Strategy(),
     "shard_grad_op": Strategy(reshards=False),
@@ -266,12 +254,12 @@ class TrainConfig:
     @property
     def compute_dtype(self) -> str:
         """Torch name of the dtype of matmuls and activations."""
-        return PRECISIONS[self.precision].compute
+        return PRECISIONS[self.precision]
 
     @property
     def master_dtype(self) -> str:
         """Torch name of the dtype of adapters and optimizer states."""
-        return PRECISIONS[self.precision].master
+        return "bfloat16" if self.precision == "bf16_pure" else "float32"
 
     @property
     def eval_samples(self) -> int:
@@ -477,12 +465,12 @@ def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Pat
     Raises:
         UserError: `dataset` or `eval_split` is `file.py[:function]` and was not given (code 2).
     """
-    values = {key: str(stored.get(key) or "") for key in DATA_OPTIONS if key not in given}
-    code = {
-        key: value
-        for key, value in values.items()
-        if any(OWN_CODE.fullmatch(name.strip()) for name in (value, *value.split(",")))
-    }
+    code = {}
+    for key in ("dataset", "eval_split"):
+        value = str(stored.get(key) or "")
+        names = map(str.strip, (value, *value.split(",")))
+        if key not in given and any(map(OWN_CODE.fullmatch, names)):
+            code[key] = value
     if code:
         got = ", ".join(f"{key} {value}" for key, value in code.items())
         flags = " ".join(f"--{key} {shlex.quote(value)}" for key, value in code.items())
@@ -515,12 +503,11 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if cfg.push_to_hub is not None and not cfg.save_model:
         got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
         faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
-    if cfg.reentrant_checkpointing and not cfg.use_gradient_checkpointing:
-        rule = "needs --use_gradient_checkpointing true"
-        faults.append(UserError("--reentrant_checkpointing true", rule, "set both or none"))
-    if cfg.use_activation_cpu_offload and not cfg.use_gradient_checkpointing:
-        got, rule = "--use_activation_cpu_offload true", "moves the inputs of recomputed layers"
-        faults.append(UserError(got, rule, "set --use_gradient_checkpointing true"))
+    recomputing = ("reentrant_checkpointing", "use_activation_cpu_offload")
+    for name in () if cfg.use_gradient_checkpointing else recomputing:
+        if getattr(cfg, name):
+            rule = "needs --use_gradient_checkpointing true"
+            faults.append(UserError(f"--{name} true", rule, "set both or none"))
     if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
         got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
         faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))

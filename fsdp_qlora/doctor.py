@@ -27,10 +27,9 @@ from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
-from fsdp_qlora.distributed.exit_report import RanksExit
 from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
-from fsdp_qlora.hardware import GIB
+from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +201,7 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Whether the packages are there, in the wanted ranges, and agree with one another."""
+    """Whether the packages are there, in the wanted ranges."""
     from packaging.requirements import Requirement
 
     own = [need for need in map(Requirement, _requirements()) if need.name != PACKAGE]
@@ -213,16 +212,14 @@ def packages() -> Iterator[Finding]:
     )
     absent = ", ".join(name for name in versions if name not in there) or "none"
     yield Finding("packages", f"{value}; not installed: {absent}")
-    needs = [(PACKAGE, need) for need in own]
-    needs += [(n, Requirement(text)) for n in there for text in metadata.requires(n) or []]
-    for owner, need in needs:
-        found, is_own = _version(need.name), owner == PACKAGE
+    for need in own:
+        found, wanted = versions[need.name], need.specifier
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
-        is_right = found and need.specifier.contains(found, prereleases=True)
-        if not is_right and (is_needed or (is_own and found)):
-            value = f"{owner} wants {need.specifier or 'it'}, found {found or 'none'}"
-            code, remedy = ENVIRONMENT * (is_own and is_needed), f"{need.name}{need.specifier}"
-            yield Finding(need.name, value, f"pip install '{remedy}'", code)
+        is_right = wanted.contains(found, prereleases=True) if found else not is_needed
+        if not is_right:
+            value = f"{PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
+            remedy = f"pip install '{need.name}{wanted}'"
+            yield Finding(need.name, value, remedy, ENVIRONMENT * is_needed)
 
 
 def _requirements() -> list[str]:
@@ -333,37 +330,28 @@ def run_ranks(
         board, port = file.fileno(), find_port(None)
         own = {hooks.BOARD: str(board)} | ({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
         command = [sys.executable, "-P", "-m", "fsdp_qlora.doctor", kind, *tasks]
-        specs = [
-            RankSpec(i, command, child_env({**env, **own}, i, size, port), log, (board,))
-            for i, log in enumerate(Path(place, f"{i}.log") for i in range(size))
-        ]
-        watch = hooks.Watch(board, limit_s=0)
-        ended = launch.run_ranks(specs, launch.start, stops, watch, poll)
-        logs = [Path(place, f"{i}.log").read_text(errors="replace") for i in range(size)]
-    who = "GPU" if kind == "cuda" else "CPU rank"
-    found = [f for i in range(size) for f in _collect(f"{who} {i}", i, logs[i], ended, tasks)]
+        logs = [Path(place, f"{i}.log") for i in range(size)]
+        envs = [child_env({**env, **own}, i, size, port) for i in range(size)]
+        specs = [RankSpec(i, command, envs[i], logs[i], (board,)) for i in range(size)]
+        ended = launch.run_ranks(specs, launch.start, stops, hooks.Watch(board, limit_s=0), poll)
+        texts = [log.read_text(errors="replace").strip().splitlines() for log in logs]
+    who, found = "GPU" if kind == "cuda" else "CPU rank", list[Finding]()
+    for i, lines in enumerate(texts):
+        words = [line for line in lines if not line.startswith(MARK)]
+        marked = [line.removeprefix(MARK) for line in lines if line.startswith(MARK)]
+        found += [Finding(**json.loads(line)) for line in marked]
+        code, sign = ended.codes[i], ended.signs[i]
+        if sign.is_last or i in ended.ended:  # those wait in vain for the one that crashed
+            continue
+        value = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        value = "no answer in time" if ended.stop is not None else value
+        value += f" ({words[-1][:160]})" if words else ""
+        rest, remedy = tasks, NEW_TORCH
+        if sign.point:
+            rest, remedy = tasks[tasks.index(sign.point) + 1 :], CRASHED
+        value += f"; not checked: {', '.join(rest)}" if rest else ""
+        found.append(Finding(f"{who} {i} {sign.point or 'start'}", value, remedy, ENVIRONMENT))
     return list({finding.line(): finding for finding in found}.values())
-
-
-def _collect(
-    who: str, rank: int, log: str, ended: RanksExit, tasks: Sequence[str]
-) -> Iterator[Finding]:
-    """What a rank has found, and what ended it before its time."""
-    lines = log.strip().splitlines()
-    words = [line for line in lines if not line.startswith(MARK)]
-    for line in (line for line in lines if line.startswith(MARK)):
-        yield Finding(**json.loads(line.removeprefix(MARK)))
-    code, sign = ended.codes[rank], ended.signs[rank]
-    if sign.is_last or rank in ended.ended:  # those wait in vain for the one that crashed
-        return
-    value = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    value = "no answer in time" if ended.stop is not None else value
-    value += f" ({words[-1][:160]})" if words else ""
-    rest, remedy = tasks, NEW_TORCH
-    if sign.point:
-        rest, remedy = tasks[tasks.index(sign.point) + 1 :], CRASHED
-    value += f"; not checked: {', '.join(rest)}" if rest else ""
-    yield Finding(f"{who} {sign.point or 'start'}", value, remedy, ENVIRONMENT)
 
 
 def do_tasks(kind: str, *tasks: str) -> None:
@@ -379,8 +367,7 @@ def do_tasks(kind: str, *tasks: str) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cuda", rank) if kind == "cuda" else torch.device(kind)
     one, every = (f"GPU {rank}", f"{size} GPUs") if kind == "cuda" else ("CPU", f"{size} CPU ranks")
-    has_gpu = torch.cuda.is_available()
-    name = torch.cuda.get_device_name(device) if has_gpu else hardware.CPU.name
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else hardware.CPU.name
     for task in tasks:
         hooks.beat(task, rank)
         if kind == "cpu" and rank and task not in TOGETHER:
@@ -402,8 +389,7 @@ def dtype_of(device: "torch.device") -> "torch.dtype":
     """What a run would compute in: bfloat16, or float16 on GPUs without matmuls of it."""
     import torch
 
-    is_gpu, least = device.type == "cuda", hardware.FIRST_WITH_BF16
-    is_old = is_gpu and torch.cuda.get_device_capability(device) < least
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_WITH_BF16
     return torch.float16 if is_old else torch.bfloat16
 
 
@@ -462,16 +448,16 @@ def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
     yield Finding(name, f"wrong: {value}", f"pip install --upgrade {library}", code)
 
 
-def kernel(path: str, world: "World") -> Iterator[Finding]:
+def kernel(name: str, world: "World") -> Iterator[Finding]:
     """Whether flash-attn or Liger runs; where they are installed, a run would choose them."""
     import torch
 
-    x, module = torch.randn(2, 128, 4, 64, device=world.device), import_module(path)
-    x, name = x.to(dtype_of(world.device)), path.partition(".")[0]
+    x = torch.randn(2, 128, 4, 64, device=world.device).to(dtype_of(world.device))
     if name == "flash_attn":
-        module.flash_attn_func(x, x, x, causal=True).sum().item()
+        y = import_module(name).flash_attn_func(x, x, x, causal=True)
     else:
-        module.LigerRMSNorm(64).to(x)(x).sum().item()
+        y = import_module(f"{name}.transformers").LigerRMSNorm(64).to(x)(x)
+    y.sum().item()
     yield Finding(name, "runs")
 
 
@@ -484,8 +470,7 @@ def rate(work: Callable[[], object], num: int = 0) -> float:
     """
     from torch.utils.benchmark import Timer
 
-    num_cores = len(os.sched_getaffinity(0))
-    timer = Timer("work()", globals={"work": work}, num_threads=num_cores)
+    timer = Timer("work()", globals={"work": work}, num_threads=len(os.sched_getaffinity(0)))
     return 1 / (timer.timeit(num) if num else timer.blocked_autorange(min_run_time=MIN_S)).mean
 
 
@@ -562,11 +547,7 @@ TASKS: dict[str, tuple[Callable[["World"], Iterator[Finding]], str, int]] = {
     "fp4": (partial(quantized, "fp4"), "reinstall bitsandbytes", ENVIRONMENT),
     "hqq4": (partial(quantized, "hqq4"), "reinstall hqq", DONE),
     "flash_attn": (partial(kernel, "flash_attn"), f"{AGAIN} --attn sdpa", ENVIRONMENT),
-    "liger_kernel": (
-        partial(kernel, "liger_kernel.transformers"),
-        f"{AGAIN} --liger off",
-        ENVIRONMENT,
-    ),
+    "liger_kernel": (partial(kernel, "liger_kernel"), f"{AGAIN} --liger off", ENVIRONMENT),
     "speed": (speed, "end other programs", DONE),
     "meet": (meet, NO_P2P, ENVIRONMENT),
     "host link": (host_link, "raise the limit (ulimit -l unlimited)", ENVIRONMENT),

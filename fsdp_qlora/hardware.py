@@ -27,10 +27,8 @@ from fsdp_qlora.errors import ENVIRONMENT, UserError
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = (
-    *("torch", "transformers", "bitsandbytes", "peft", "hqq", "accelerate", "datasets"),
-    *("safetensors", "tokenizers", "liger-kernel", "flash-attn"),
-)
+PACKAGES = "torch transformers bitsandbytes peft hqq accelerate datasets safetensors tokenizers"
+PACKAGES += " liger-kernel flash-attn"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,16 +432,11 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
         used = [place for place in groups if (place / used_name).is_file()]
         if paths and used:
-            limits = [read_limit_gib(place / limit_name) for place in groups]
-            limit_gib = min((limit for limit in limits if limit is not None), default=None)
-            return Cgroup(limit_gib, used[0] / used_name, used[0] / events_name)
+            texts = [_read(place / limit_name).strip() for place in groups]
+            # No limit: "max", v1's huge number, or a missing file.
+            limits = [int(text) / GIB for text in texts if text.isdigit() and int(text) < 2**60]
+            return Cgroup(min(limits, default=None), used[0] / used_name, used[0] / events_name)
     return Cgroup()
-
-
-def read_limit_gib(path: Path) -> float | None:
-    """A control group's limit in GiB; None for "max", v1's huge number, or a missing file."""
-    limit = _read(path).strip()
-    return int(limit) / GIB if limit.isdigit() and int(limit) < 2**60 else None
 
 
 def oom_kills(cgroup: Cgroup, vmstat: Path = Path("/proc/vmstat")) -> int:
@@ -540,7 +533,7 @@ def versions(device: "torch.device") -> dict[str, str]:
         Name -> version; packages that are not installed are left out.
     """
     facts = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
+    for name in PACKAGES.split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
     if device.type == "cuda":

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format, has_adapters
 
@@ -95,9 +96,14 @@ class Opened:
         if tokenizer.chat_template and not is_raw:
             system = self.cfg.system_prompt or ""
             turns = [{"role": "system", "content": system}] * bool(system) + turns
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
-                text = text.removeprefix(tokenizer.bos_token)
+            kwargs = {"tokenize": False, "add_generation_prompt": True}
+            try:
+                text = tokenizer.apply_chat_template(turns, **kwargs)
+            except Exception as error:  # code of others: it may raise anything
+                rule = f"the chat template cannot render the conversation ({one_line(str(error))})"
+                raise UserError("generate", rule, "use --raw") from error
+        if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
+            text = text.removeprefix(tokenizer.bos_token)
         ids = tokenizer(text).input_ids
         return pieces(self.model, tokenizer, ids, num_tokens, self.world, chooser(**drawn))
 
@@ -262,13 +268,13 @@ def pieces(
     from transformers import DynamicCache
 
     ids = torch.tensor([list(prompt_ids)], device=world.device)
-    cache, answer_ids, shown = DynamicCache(), [], ""
+    cache, answer_ids, shown, ends = DynamicCache(), [], "", end_ids(tokenizer)
     for _ in range(num_tokens):
         hooks.beat("generate", world.rank)
         with torch.no_grad():
             logits = model(ids, past_key_values=cache)[0, -1]
         next_id = int(world.gather([float(choose(logits))])[0][0])
-        if next_id == tokenizer.eos_token_id:
+        if next_id in ends:
             break
         answer_ids.append(next_id)
         text = tokenizer.decode(answer_ids, skip_special_tokens=True)
@@ -276,6 +282,25 @@ def pieces(
             yield text[len(shown) :]
             shown = text
         ids = torch.tensor([[next_id]], device=world.device)
+
+
+def end_ids(tokenizer: Any) -> set[int]:
+    """Find the tokens that end an answer: many chat models have several.
+
+    Args:
+        tokenizer: transformers tokenizer.
+
+    Returns:
+        Ids of its end of text, and of generation_config.json (else config.json) beside it.
+    """
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        path = Path(tokenizer.name_or_path or os.devnull) / name
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            ids = json.loads(path.read_text("utf-8")).get("eos_token_id")
+            found |= set(ids if isinstance(ids, list) else [ids])
+            break
+    return found
 
 
 def answer(

@@ -111,7 +111,7 @@ def test_all_faults_are_told_at_once():
         ("--quant_type int8 --double_quant true", "no block scales"),
         ("--fit best", "no such choice"),
         ("--plan no", "no such choice"),
-        ("--use_activation_cpu_offload true --use_gradient_checkpointing false", "recomputed"),
+        ("--use_activation_cpu_offload true --use_gradient_checkpointing false", "set both"),
         ("--n_bits 5", "no such choice"),
         ("--lora_dropout 1", "must be from 0 to below 1"),
         ("--lr nan", "must be a number"),

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -148,22 +147,17 @@ def test_a_gpu_that_torch_cannot_see_and_a_broken_driver_are_named(
     assert not (tmp_path / "cache").exists()
 
 
-def test_packages_out_of_range_or_at_odds_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """An old peft in front of the real one, which wants another torch than there is."""
+def test_packages_out_of_range_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An old peft in front of the real one."""
     assert [f for f in doctor.packages() if f.status != OK] == []
     place = tmp_path / "peft-0.1.dist-info"
     place.mkdir()
-    meta = "Metadata-Version: 2.1\nName: peft\nVersion: 0.1\nRequires-Dist: torch<2\n"
-    (place / "METADATA").write_text(meta)
+    (place / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    old, odds = [f for f in doctor.packages() if f.status != OK and "peft" in f.name + f.value]
+    (old,) = [f for f in doctor.packages() if f.status != OK]
     assert (old.name, old.status, old.code) == ("peft", PROBLEM, ENVIRONMENT)
     assert old.value.startswith("fsdp_qlora wants >=") and old.value.endswith(", found 0.1")
     assert old.remedy.startswith("pip install 'peft>=")
-    assert (odds.name, odds.status) == ("torch", WARNING)
-    assert odds.value == f"peft wants <2, found {metadata.version('torch')}"
 
 
 def test_a_disk_that_cannot_be_written_is_a_problem_with_a_way_out(tmp_path: Path):

@@ -9,14 +9,13 @@ also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...".
 Source: bitsandbytes, functional.py, QuantState.as_dict.
 """
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -83,10 +82,13 @@ def locate(model_name: str, need_weights: bool) -> Path:
         remedy = "give the directory that holds config.json"
         raise UserError(model_name, "is no model directory", remedy, INPUT)
     if is_hub_name and need_weights:
-        return _without_metas_files(_download(model_name, MODEL_FILES))
+        return _without_metas_files(download(model_name, MODEL_FILES))
     if is_hub_name:
-        known = _find_cached(model_name) or _shape_of(model_name)
-        return known or _download(model_name, CONFIG_FILES)
+        shapes = {path: read_json(path) for path in sorted(SHAPES_DIRECTORY.glob("*.json"))}
+        name = model_name.partition("@")[0].lower()
+        known = [path for path in shapes if shapes[path]["_name_or_path"].lower() == name]
+        found = [*filter(None, [_find_cached(model_name)]), *known]
+        return found[0] if found else download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():
         near = get_close_matches(model_name.lower(), known_shapes(), 3, 0.5) or known_shapes()[:3]
         remedy = f"give a directory, a hub name ORGANISATION/MODEL, or a shape ({', '.join(near)})"
@@ -95,21 +97,6 @@ def locate(model_name: str, need_weights: bool) -> Path:
         remedy = "add --weights random to measure, or give a model directory or hub name"
         raise UserError(model_name, "is a shape without weights", remedy, INPUT)
     return SHAPES_DIRECTORY / f"{model_name.lower()}.json"
-
-
-def fetch_tokenizer(hub_name: str) -> Path:
-    """Find the tokenizer of a model on the hub, without its weights.
-
-    Args:
-        hub_name: ORGANISATION/MODEL.
-
-    Returns:
-        A directory with its files.
-
-    Raises:
-        UserError: gated, unknown or out of reach (code 3).
-    """
-    return _download(hub_name, [*CONFIG_FILES, *TOKENIZER_FILES])
 
 
 def _without_metas_files(path: Path) -> Path:
@@ -125,12 +112,6 @@ def _without_metas_files(path: Path) -> Path:
     raise UserError(str(path), rule, remedy, INPUT)
 
 
-def _shape_of(hub_name: str) -> Path | None:
-    shapes = {path: json.loads(path.read_text()) for path in SHAPES_DIRECTORY.glob("*.json")}
-    name = hub_name.partition("@")[0].lower()
-    return min((it for it in shapes if shapes[it]["_name_or_path"].lower() == name), default=None)
-
-
 def _find_cached(hub_name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -143,8 +124,19 @@ def _find_cached(hub_name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _download(hub_name: str, files: list[str]) -> Path:
-    """Bring files into the hub cache, or find them there when the hub cannot be reached."""
+def download(hub_name: str, files: list[str]) -> Path:
+    """Bring files into the hub cache, or find them there when the hub cannot be reached.
+
+    Args:
+        hub_name: ORGANISATION/MODEL, with @REVISION behind it or without.
+        files: their names or patterns.
+
+    Returns:
+        The directory with them.
+
+    Raises:
+        UserError: no hub name (code 2); gated, unknown or out of reach (code 3).
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
@@ -178,8 +170,7 @@ def _download(hub_name: str, files: list[str]) -> Path:
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
 
 
-@dataclass(frozen=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """Where the bytes of one tensor lie.
 
     Args:
@@ -369,8 +360,7 @@ def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError
     return UserError(str(path), rule, remedy, INTEGRITY)
 
 
-@dataclass(frozen=True)
-class QuantizedRef:
+class QuantizedRef(NamedTuple):
     """Where a linear that is stored in 4 bit lies.
 
     Args:
@@ -436,7 +426,7 @@ def fold(
         del folded[state_name]
         _check(f"{name} in {model_name}", state, refs, format_name)
         quantized[name] = QuantizedRef(refs, state.get("nested_offset"))
-        folded[name] = dataclasses.replace(refs["weight"], shape=tuple(state["shape"]))
+        folded[name] = refs["weight"]._replace(shape=tuple(state["shape"]))
     return folded, quantized
 
 

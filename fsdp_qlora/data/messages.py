@@ -42,7 +42,8 @@ def conversation(row: dict) -> list[dict]:
     """
     names = [name for name in CHAT_COLUMNS if name in row]
     name = next((name for name in names if row[name] is not None), names[0])
-    return [*system_message(row), *read_messages(name, row[name])]
+    messages = read_messages(name, row[name])
+    return [*(m for m in system_message(row) if m != messages[0]), *messages]
 
 
 def prompted(row: dict) -> list[dict]:

@@ -43,6 +43,14 @@ NUM_EXAMPLES = 3
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
+FINDINGS = {
+    "dropped": "lose text that the chat template does not write",
+    "reasoning": "lose the reasoning of earlier turns, which the chat template leaves out as when "
+    "the model is used",
+    "prompt": "do not hold the prompt that the template asks with, which ends so",
+    "developer": "have the role developer, which the chat template does not know: it is system",
+    "unread": "have chat_template_kwargs that the chat template does not read",
+}
 LOSSES = ("cut", "empty", "beyond", "repeated")
 LINES = {
     "rows": "{num_rows:,} of {sources} ({kinds})",
@@ -99,7 +107,7 @@ class PreparedData:
             **{name: sum(table[name] for table in tables) for name in NUMBERS},
             **{
                 name: dict(sum((Counter(table[name]) for table in tables), Counter()))
-                for name in ("kinds", "unused")
+                for name in ("kinds", "findings", "unused")
             },
             "bad": [tuple(pair) for table in tables for pair in table["bad"]],
             "examples": examples,
@@ -247,7 +255,8 @@ def _key(
 ) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
-    how = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
+    how: list[Any] = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
+    how += [formatter.chat_kwargs, formatter.allows_dropped]
     jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
     parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
@@ -508,7 +517,12 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
         "earlier turns in another way, so each answer stands alone": is_split,
     }
-    return [note for note, is_so in notes.items() if is_so]
+    found_in_rows = [
+        f"{facts['findings'][kind]:,} rows {words}: {', '.join(facts['examples'][kind])}"
+        for kind, words in FINDINGS.items()
+        if facts["findings"].get(kind)
+    ]
+    return [*found_in_rows, *(note for note, is_so in notes.items() if is_so)]
 
 
 def main(argv: list[str]) -> int:
@@ -555,7 +569,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
         return info.path
     if Path(model_name).expanduser().is_dir() or "/" not in model_name:
         tokenizer.require_files(Path(model_name))
-    return files.fetch_tokenizer(model_name)
+    return files.download(model_name, [*files.CONFIG_FILES, *files.TOKENIZER_FILES])
 
 
 def _shown(

@@ -108,7 +108,7 @@ def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenize
     text = question
     try:
         if is_chat and ready.formatter is not None:
-            text = ready.formatter.chat.prompt(question)
+            text = ready.formatter.chat.prompt(question, **ready.formatter.chat_kwargs)
         elif ready.formatter is not None:
             text = ready.formatter.ask(question, ready.example)
     except Refused as refusal:

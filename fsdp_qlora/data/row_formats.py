@@ -6,7 +6,7 @@ import json
 import operator
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,19 @@ from fsdp_qlora.data.messages import (
     with_arguments,
 )
 from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
-from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, says_something
+from fsdp_qlora.data.tokenizer import (
+    Chat,
+    Refused,
+    Template,
+    Text,
+    find_lost,
+    says_something,
+)
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
 TOOL_COLUMNS = ("tools", "functions")
+KWARGS = "chat_template_kwargs"
 HISTORY = "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
@@ -235,6 +243,9 @@ class RowFormatter:
         format_name: one of NAMES that every row must have; None: each row's columns tell.
         row_template: Jinja over a row's columns; None for none.
         parts: (text, column) pairs, the last column being what is learned; empty for none.
+        chat_kwargs: what a chat template reads besides; a row's own `chat_template_kwargs` stand
+            above them.
+        allows_dropped: rows are trained whose text the chat template does not write.
     """
 
     chat: Chat
@@ -243,6 +254,8 @@ class RowFormatter:
     format_name: str | None = None
     row_template: Template | None = None
     parts: tuple[tuple[str, str | None], ...] = ()
+    chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    allows_dropped: bool = True
 
     @functools.cached_property
     def formats(self) -> tuple[RowFormat, ...]:
@@ -290,7 +303,7 @@ class RowFormatter:
         used = {*found.required, *found.optional}
         used |= self.row_template.variables if self.row_template is not None else set()
         if self._as_chat(found):
-            used |= set(TOOL_COLUMNS)
+            used |= {*TOOL_COLUMNS, KWARGS}
         if found.name == CHAT and found.messages is not None:
             given = [m for m in found.messages(row) if m["role"] not in ("assistant", CALL)]
             switched = ((n, m["role"]) for m in given for n in SWITCHES if m.get(n))
@@ -358,7 +371,7 @@ class RowFormatter:
         if self._as_chat(found):
             first = [{"role": "system", "content": LABEL_PROMPT}] * (found.name == LABEL)
             messages = [*first, {"role": "user", "content": question}]
-            return self.chat.prompt(self._with_system(messages))
+            return self.chat.prompt(self._with_system(messages), **self.chat_kwargs)
         assert found.pair is not None
         if ASSISTANT in str(example.get("text", "")):
             question = f"### Human: {question}\n{ASSISTANT}"
@@ -390,8 +403,17 @@ class RowFormatter:
 
     def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
         assert found.messages is not None
-        tools = _tools(row)
-        messages = self._with_calls(self._with_system(found.messages(row)), tools)
+        tools, own = _tools(row), from_json(KWARGS, row.get(KWARGS)) or {}
+        if not isinstance(own, dict):
+            raise Refused(f'field "{KWARGS}" is {kind(own)} (want an object)')
+        values = {**self.chat_kwargs, **{k: v for k, v in own.items() if v is not None}}
+        notes = [("unread", name) for name in self.chat.unread(values, tools)]
+        values["tools"], messages = tools, found.messages(row)
+        if "developer" not in self.chat.chosen(tools).source:
+            notes += [("developer", "") for m in messages if m["role"] == "developer"]
+            renamed = {"developer": "system"}
+            messages = [{**m, "role": renamed.get(m["role"], m["role"])} for m in messages]
+        messages = self._with_calls(self._with_system(messages), values)
         completion = row[found.answers] if found.answers else messages
         first = len(messages) - (len(completion) if isinstance(completion, list) else 1)
         answers = [
@@ -404,15 +426,19 @@ class RowFormatter:
         if self.train_on == "all" and learned != turns:
             raise Refused("a message is switched off by its weight, and --train_on all learns all")
         if self.train_on == "all" or not learned:
-            return [Text(self.chat.whole(messages, tools), (), has_markup=True)]
-        return self.chat.render(messages, learned, tools)
+            texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
+        else:
+            texts, end = self.chat.render(messages, learned, **values), learned[-1]
+        if learned:
+            notes += find_lost(messages, learned, texts, end, tools)
+        return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
-    def _with_calls(self, messages: list[dict], tools: Any) -> list[dict]:
+    def _with_calls(self, messages: list[dict], values: dict[str, Any]) -> list[dict]:
         """Calls as the template writes them: arguments as objects, as JSON text where it must be.
 
         Templates that add text to text raise at an object, or write it as Python does.
         """
-        is_known = "tool_calls" in self.chat.source
+        is_known = "tool_calls" in self.chat.chosen(values["tools"]).source
         messages = [call_message(message, is_known) for message in messages]
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -420,7 +446,7 @@ class RowFormatter:
         for form in (as_object, as_text):
             made = [with_arguments(message, form) for message in messages]
             try:
-                text = self.chat.whole(made, tools)
+                text = self.chat.whole(made, **values)
             except Refused as error:
                 refusal = refusal or error
                 continue

@@ -3,10 +3,13 @@
 Templates come with models from the hub: they run in the sandbox that transformers makes for them.
 """
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +38,13 @@ PLAIN_TEMPLATE = """{% for message in messages %}\
 {% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"""
 
 Span = tuple[int, int]
+# Names of what the assistant thought, as transformers knows them.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+END_OF_THOUGHT = "</think>"
+SET_BY_US = {"messages", "tools", "documents", "add_generation_prompt"}
+# What templates, JSON and Python write in several ways.
+NO_WORDS = re.compile(r"</?think>|\\u00[01][0-9a-f]|\\[bfnrt]|[\s\x00-\x1f\x7f\\\"']")
+MOST_SHOWN = 40  # characters of a text that is named
 
 
 class Text(NamedTuple):
@@ -44,11 +54,14 @@ class Text(NamedTuple):
         text: the whole.
         spans: parts that are learned, as (first character, end), in order.
         has_markup: special tokens are written out in it; the tokenizer must add none in front.
+        notes: what the user should know of it: "dropped", "reasoning", "prompt", "developer" or
+            "unread", and a few words.
     """
 
     text: str
     spans: tuple[Span, ...]
     has_markup: bool = False
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 class Refused(Exception):
@@ -115,17 +128,36 @@ class Template:
 
 
 class Chat(Template):
-    """A chat template: rendered with messages, tools and add_generation_prompt."""
+    """A chat template: rendered with messages, tools and values of the user.
 
-    def prompt(self, messages: list[dict], tools: Any = None) -> str:
+    Args:
+        source, names, place: see Template.
+        tool_source: Jinja for conversations with tools; None: the same.
+    """
+
+    def __init__(
+        self, source: str, names: Mapping[str, str], place: str, tool_source: str | None = None
+    ) -> None:
+        super().__init__(source, names, place)
+        self.with_tools = self if tool_source is None else Template(tool_source, names, place)
+
+    def chosen(self, tools: Any) -> Template:
+        """Return the template of a conversation: a tokenizer may have one for tools."""
+        return self.with_tools if tools else self
+
+    def unread(self, values: Mapping[str, Any], tools: Any = None) -> list[str]:
+        """Return the names of values that the template does not read."""
+        return sorted(set(values) - (self.chosen(tools).variables - SET_BY_US))
+
+    def prompt(self, messages: list[dict], **values: Any) -> str:
         """Return the text after which the assistant speaks."""
-        return self._render(messages, tools, asks=True)[0]
+        return self._render(messages, values, asks=True)[0]
 
-    def whole(self, messages: list[dict], tools: Any = None) -> str:
+    def whole(self, messages: list[dict], **values: Any) -> str:
         """Return the text of a conversation."""
-        return self._render(messages, tools)[0]
+        return self._render(messages, values)[0]
 
-    def render(self, messages: list[dict], turns: list[int], tools: Any = None) -> list[Text]:
+    def render(self, messages: list[dict], turns: list[int], **values: Any) -> list[Text]:
         """Render a conversation and find what the assistant says in it.
 
         An answer begins where the prompt for it ends and ends where the conversation up to it
@@ -136,53 +168,154 @@ class Chat(Template):
         Args:
             messages: {"role", "content", ...} each.
             turns: numbers of the messages that are learned, all of the assistant.
-            tools: what the template shows as tools.
+            values: what else the template reads, such as tools.
 
         Returns:
-            One text, or one for each of `turns`.
+            One text, or one for each of `turns`; with a note where the end of the last prompt,
+            such as an opening think tag, is not in it.
 
         Raises:
             Refused: the template raises.
         """
-        whole, marks = self._render(messages, tools)
+        whole, marks = self._render(messages, values)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if marks and len(marks) == len(answers):
             marks = tuple(marks[answers.index(turn)] for turn in turns)
-            return [Text(whole, marks, has_markup=True)]
-        if marks and len(turns) >= sum(map(says_something, (messages[i] for i in answers))):
-            return [Text(whole, marks, has_markup=True)]  # of all answers, so of each
-        ends = [(turn, self._render(messages[: turn + 1], tools)[0]) for turn in turns]
-        parts = [(self._start(messages, turn, after, tools), after) for turn, after in ends]
-        parts = [(start, self._less_end(after, whole)) for start, after in parts]
+        elif marks and len(turns) < sum(map(says_something, (messages[i] for i in answers))):
+            marks = ()  # of some answers, and they are not told apart
+        if marks:
+            notes = self._start(messages, turns[-1], whole, values)[1]
+            return [Text(whole, marks, True, notes)]
+        ends = [(turn, self._render(messages[: turn + 1], values)[0]) for turn in turns]
+        starts = [self._start(messages, turn, after, values) for turn, after in ends]
+        notes = starts[-1][1]
+        parts = [
+            (start, self._less_end(after, whole))
+            for (start, _), (_, after) in zip(starts, ends, strict=True)
+        ]
         if all(whole.startswith(after) for _, after in parts):
             spans = tuple((start, len(after)) for start, after in parts)
-            return [Text(whole, spans, has_markup=True)]
+            return [Text(whole, spans, True, notes)]
         parts = [(start, after) for (start, _), (_, after) in zip(parts, ends, strict=True)]
-        return [Text(after, ((start, len(after)),), has_markup=True) for start, after in parts]
+        return [Text(after, ((start, len(after)),), True, notes) for start, after in parts]
 
     def _less_end(self, after: str, whole: str) -> str:
         """The text up to an answer, less the end of text that some templates (Phi 3) set last."""
         less = after.removesuffix(self.names.get("eos_token", ""))
         return less if whole.startswith(less) and not whole.startswith(after) else after
 
-    def _start(self, messages: list[dict], turn: int, after: str, tools: Any) -> int:
-        """Where an answer begins in the text that ends with it."""
+    def _start(
+        self, messages: list[dict], turn: int, after: str, values: Mapping[str, Any]
+    ) -> tuple[int, tuple[tuple[str, str], ...]]:
+        """Where an answer begins in the text that ends with it; what of its prompt is not there."""
         try:
-            before = self._render(messages[:turn], tools, asks=True)[0]
+            before = self._render(messages[:turn], values, asks=True)[0]
         except Refused:
             if turn > 0:
                 raise
             # Many templates cannot ask for a first message: it begins with its own words.
-            return max(after.find(messages[0]["content"].strip()), 0)
+            return max(after.find(messages[0]["content"].strip()), 0), ()
         if after.startswith(before):
-            return len(before)
+            return len(before), ()
         pairs = zip(before, after, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
+        return start, (("prompt", repr(before[-MOST_SHOWN:])),)
 
     def _render(
-        self, messages: list[dict], tools: Any, asks: bool = False
+        self, messages: list[dict], values: Mapping[str, Any], asks: bool = False
     ) -> tuple[str, tuple[Span, ...]]:
-        return self.fill(messages=messages, tools=tools, documents=None, add_generation_prompt=asks)
+        own = {"messages": list(map(_aliased, messages)), "add_generation_prompt": asks}
+        return self.chosen(values.get("tools")).fill(
+            **{"tools": None, "documents": None, **values, **own}
+        )
+
+
+def _aliased(message: dict) -> dict:
+    """The reasoning under every name that a template may read, as transformers has it."""
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    return message if found is None else {"thinking": found, **message, REASONING[0]: found}
+
+
+def find_lost(
+    messages: list[dict], turns: list[int], texts: list[Text], end: int, tools: Any
+) -> Iterator[tuple[str, str]]:
+    """Find what of a conversation its texts do not hold.
+
+    They are compared without whitespace, quotes, escapes and think tags; of JSON the leaf values.
+    A piece must be in the text as often as in the conversation.
+
+    Args:
+        messages: {"role", "content", ...} each.
+        turns: numbers of those that are learned.
+        texts: one, or one for each of `turns`.
+        end: number of the last message that the last text holds.
+        tools: of the row.
+
+    Yields:
+        ("reasoning", which) for an earlier turn whose reasoning the template leaves out, as it does
+        when the model is used; ("dropped", which) for anything else.
+    """
+    named = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
+    names = [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
+    said = [_Said("tools", names, []), *map(_said, messages[: end + 1], itertools.count(1))]
+    plain = [_plain(text.text) for text in texts]
+    # Equal pieces are told apart by role only: templates write those of users and assistants.
+    for number in sorted(range(len(said)), key=lambda i: said[i].is_usual):
+        which, pieces, thoughts, _ = said[number]
+        is_own = len(texts) == len(turns) and number - 1 in turns
+        text = plain[turns.index(number - 1)] if is_own else plain[-1]
+        before = said[: number + 1] if is_own else said
+        pool = "\0".join(_plain(piece) for entry in before for piece in entry.pieces)
+        lost = [piece for piece in pieces if text.count(_plain(piece)) < pool.count(_plain(piece))]
+        if lost:
+            yield "dropped", f"{which} {lost[0][:MOST_SHOWN]!r}"
+        lost = [
+            piece for piece in thoughts if text.count(_plain(piece)) <= pool.count(_plain(piece))
+        ]
+        if lost:
+            kind = "dropped" if is_own or number - 1 == max(turns) else "reasoning"
+            yield kind, f"the reasoning of {which} {lost[0][:MOST_SHOWN]!r}"
+
+
+def _plain(text: str) -> str:
+    return NO_WORDS.sub("", text)
+
+
+class _Said(NamedTuple):
+    """What a rendering must hold of a message, and what the assistant thought."""
+
+    which: str
+    pieces: list[str]
+    thoughts: list[str]
+    is_usual: bool = False  # every template writes its role
+
+
+def _said(message: dict, number: int) -> _Said:
+    content = message["content"]
+    thoughts = [message[name] for name in REASONING if isinstance(message.get(name), str)][:1]
+    if message["role"] == "assistant" and END_OF_THOUGHT in content:
+        thought, _, content = content.rpartition(END_OF_THOUGHT)
+        thoughts.append(thought)
+    pieces = [content]
+    for call in message.get("tool_calls") or ():
+        call = call.get("function", call) if isinstance(call, dict) else call
+        if isinstance(call, dict):
+            call = {name: call.get(name) for name in ("name", "arguments")}
+        pieces += _leaves(call)
+    which = f"message {number} ({message['role']})"
+    is_usual = message["role"] in ("user", "assistant")
+    return _Said(which, list(filter(_plain, pieces)), list(filter(_plain, thoughts)), is_usual)
+
+
+def _leaves(value: Any) -> list[str]:
+    """Texts and numbers in a JSON value; a text may be JSON itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, Mapping | list):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return [leaf for entry in inner for leaf in _leaves(entry)]
+    return [] if value is None or isinstance(value, bool) else [str(value)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,6 +328,7 @@ class TextTokenizer:
         chat_template: Jinja, or None where the tokenizer has none.
         place: where it lies, for errors.
         full: the transformers tokenizer that this is made of.
+        tool_template: Jinja for conversations with tools, where it has one by that name.
     """
 
     core: Any
@@ -202,6 +336,7 @@ class TextTokenizer:
     chat_template: str | None
     place: str
     full: Any = None
+    tool_template: str | None = None
 
     @property
     def eos_id(self) -> int:
@@ -233,7 +368,7 @@ class TextTokenizer:
             source, place = self.chat_template, f"chat template of {self.place}"
         else:
             source, place = "{{ bos_token }}" * self.adds_bos + PLAIN_TEMPLATE, PLAIN_PLACE
-        return Chat(source, self.names, place)
+        return Chat(source, self.names, place, self.tool_template)
 
     def encode(self, texts: list[str], adds_special: bool) -> list[Any]:
         """Tokenize texts; other threads run meanwhile.
@@ -253,7 +388,8 @@ class TextTokenizer:
         if not (table["post_processor"] or {}).get("special_tokens", True):
             table["post_processor"] = None  # transformers puts one there that does nothing
         table["split_special_tokens"] = self.core.encode_special_tokens
-        whole = json.dumps([table, self.names, self.chat_template], sort_keys=True)
+        parts = [table, self.names, self.chat_template, self.tool_template]
+        whole = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()
 
 
@@ -339,12 +475,16 @@ def wrap(full: Any, place: Path | str) -> TextTokenizer:
     core.no_truncation()
     core.no_padding()
     core.encode_special_tokens = inner.encode_special_tokens  # its JSON leaves that out
+    tool_template = None
     if isinstance(template, dict):  # several, by name
-        template = template.get("default")
-    if not isinstance(template, str | None):
+        tool_template = template.get("tool_use")
+        words = f"none is the default (--template FILE.jinja is) of {', '.join(map(str, template))}"
+        absent = f"{{{{ raise_exception({json.dumps(words)}) }}}}"
+        template = template.get("default", absent)
+    if not isinstance(template, str | None) or not isinstance(tool_template, str | None):
         raise UserError(f"chat template of {place}", "is no text", "correct tokenizer_config.json")
     names = {k: v for k, v in full.special_tokens_map.items() if isinstance(v, str)}
-    return TextTokenizer(core, names, template, str(place), full)
+    return TextTokenizer(core, names, template, str(place), full, tool_template)
 
 
 def has_files(path: Path) -> bool:

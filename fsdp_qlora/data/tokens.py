@@ -8,14 +8,15 @@ import contextlib
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -263,7 +264,8 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
 def no_facts() -> Facts:
     """Return what `tokenize` counts, before a row has been read."""
     numbers = dict.fromkeys(NUMBERS, 0)
-    return numbers | {"kinds": {}, "unused": {}, "bad": [], "examples": {}, "largest_id": -1}
+    tables: Facts = {name: {} for name in ("kinds", "findings", "unused", "examples")}
+    return {**numbers, **tables, "bad": [], "largest_id": -1}
 
 
 class _Job(NamedTuple):
@@ -299,25 +301,28 @@ def tokenize(
         progress: called now and then with how many more rows are done.
 
     Returns:
-        The samples. Their facts: `NUMBERS`; kinds, how the rows were treated -> how many; unused,
-        what nothing used -> in how many rows; bad, place and fault of the first bad rows; examples,
-        "cut", "empty" and "beyond" -> places of the first of them; largest_id, of all samples.
+        The samples. Their facts: `NUMBERS`; kinds, how the rows were treated -> how many;
+        findings, kinds of `Text.notes` -> how many rows have one; unused, what nothing used -> in
+        how many rows; bad, place and fault of the first bad rows; examples, "cut", "empty",
+        "beyond" and findings -> places of the first of them; largest_id, of all samples.
 
     Raises:
         UserError: no end-of-text token, or a source that cannot be read. Bad rows are counted,
             not raised.
     """
-    num_reported, facts = 0, no_facts() | {"kinds": Counter(), "unused": Counter()}
+    num_reported, facts = 0, no_facts()
+    counted: Facts = {name: Counter() for name in ("kinds", "findings", "unused")}
+    facts |= counted
     maker = _SampleMaker(builder, facts, context_length, tokenizer)
     jobs = _jobs(rows, formatter, facts)
-    while chunk := list(islice(jobs, CHUNK)):
+    while chunk := list(itertools.islice(jobs, CHUNK)):
         for job, codes in zip(chunk, _encode(maker, chunk), strict=True):
             maker.take(job, codes)
         progress(facts["num_rows"] - num_reported)
         num_reported = facts["num_rows"]
     if maker.num_running > 1:  # of a single token nothing can be learned
         maker.flush()
-    return builder.finish(facts | {name: dict(facts[name]) for name in ("kinds", "unused")})
+    return builder.finish(facts | {name: dict(count) for name, count in counted.items()})
 
 
 def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_Job]:
@@ -332,6 +337,7 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
             try:
                 treatment = formatter.name(row)
                 jobs = _jobs_of_row(place, row, formatter, treatment)
+                _count_notes(place, jobs[0].text, formatter, facts)
             except Refused as refusal:
                 fault = f"cannot be written as text ({refusal})"
         if fault is not None:
@@ -364,6 +370,18 @@ def _jobs_of_row(place: RowPlace, row: Any, formatter: RowFormatter, treatment: 
     return [_Job(place, Text(text, (), has_markup=True), None, ends)]
 
 
+def _count_notes(place: RowPlace, text: Text, formatter: RowFormatter, facts: Facts) -> None:
+    """Refuse a row that loses text without leave; count what else is found in it."""
+    notes = dict(reversed(text.notes))  # the first of each kind
+    if "dropped" in notes and not formatter.allows_dropped:
+        rule = f"the chat template leaves out {notes['dropped']}"
+        raise Refused(f"{rule}; --allow_dropped_text trains the rest")
+    for kind, words in notes.items():
+        facts["findings"][kind] += 1
+        places = facts["examples"].setdefault(kind, [])
+        places += [f"{place} {words}".strip()] * (len(places) < NUM_EXAMPLES)
+
+
 def _codes_of_ids(row: dict, learns_all: bool) -> np.ndarray:
     ids = np.array(row["input_ids"], np.int32)
     labels, mask = row.get("labels"), row.get("attention_mask")
@@ -380,9 +398,10 @@ def _encode(maker: "_SampleMaker", jobs: list[_Job]) -> list[np.ndarray]:
     for has_markup in (False, True):
         of_kind = (job.codes is None and job.text.has_markup == has_markup for job in jobs)
         chosen = [i for i, is_chosen in enumerate(of_kind) if is_chosen]
-        encodings = maker.tokenizer.encode([jobs[i].text.text for i in chosen], not has_markup)
-        for i, encoding in zip(chosen, encodings, strict=True):
-            found[i] = maker.codes(jobs[i], encoding)
+        named = [jobs[i]._replace(text=maker.once(jobs[i])) for i in chosen]
+        encodings = maker.tokenizer.encode([job.text.text for job in named], not has_markup)
+        for i, job, encoding in zip(chosen, named, encodings, strict=True):
+            found[i] = maker.codes(job, encoding)
     return [codes for codes in found if codes is not None]
 
 
@@ -397,16 +416,38 @@ class _SampleMaker:
         self.added_ids = np.array(sorted(tokenizer.added_ids | {self.eos_id}), np.int32)
         bos_id = tokenizer.core.token_to_id(tokenizer.names.get("bos_token", ""))
         self.bos_codes = np.array([~bos_id] if tokenizer.adds_bos else [], np.int32)
+        bos, eos = (re.escape(tokenizer.names.get(name, "")) for name in ("bos_token", "eos_token"))
+        plain = rf"{eos}((?:\s*{eos})*\s*)\Z" + rf"|\A((?:\s*{bos})+)" * tokenizer.adds_bos
+        chat = rf"{eos}((?:\s*{eos})+)" + rf"|{bos}((?:{bos})+)" * bool(bos)
+        self.repeats = re.compile(plain), None if bos == eos else re.compile(chat)
         self.running: list[np.ndarray] = []  # codes of the block that is being filled
         self.num_running, self.running_place = 0, RowPlace("", 0)
+
+    def once(self, job: _Job) -> Text:
+        """A text without the tokens written in it that a template or the tokenizer adds as well."""
+        text, pattern = job.text, self.repeats[job.text.has_markup]
+        if job.block is not None or pattern is None:
+            return text
+        found = [match.span(match.lastindex or 0) for match in pattern.finditer(text.text)]
+        if all(start == stop for start, stop in found):
+            return text
+        is_kept = np.ones(len(text.text) + 1, bool)
+        for start, stop in found:
+            is_kept[start:stop] = False
+        moved = np.cumsum(is_kept) - is_kept  # characters kept before each
+        kept = "".join(itertools.compress(text.text, is_kept))
+        spans = ((int(moved[start]), int(moved[stop])) for start, stop in text.spans)
+        return text._replace(text=kept, spans=tuple(span for span in spans if span[0] < span[1]))
 
     def codes(self, job: _Job, encoding: Any) -> np.ndarray:
         """Ids with what is given marked, the end of text appended where none is."""
         text = job.text
         ids = np.array(encoding.ids, np.int32)
         if job.block is not None:
-            start = [self.bos_codes] if job.starts_text else []
-            end = [np.array([self.eos_id], np.int32)] if job.block else []
+            has_start = np.array_equal(~ids[:1], self.bos_codes)  # written in the text itself
+            start = [self.bos_codes] if job.starts_text and not has_start else []
+            has_end = text.text.rstrip().endswith(self.tokenizer.names["eos_token"])
+            end = [np.array([self.eos_id], np.int32)] if job.block and not has_end else []
             return np.concatenate([*start, ids, *end])
         is_trained, last_span = mask(encoding, text.spans, len(ids))
         reaches_end = bool(text.spans) and text.spans[-1][1] == len(text.text)

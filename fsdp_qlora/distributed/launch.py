@@ -592,7 +592,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
     info, cfg = _read(cfg, given)
     if world.size != world.local_size:
         note = "off: a plan is made for one machine, and these ranks are on several"
-        return plans.unplanned(info, cfg, note)
+        return RunPlan(cfg, cfg, info, hardware.Machine(()), note=note)
     num_gpus = world.local_size if world.device.type == "cuda" else 0
     machine = plans.find_machine(os.environ, world.size, num_gpus)
     machine = world.gather_objects(machine)[0]  # they have looked one after the other

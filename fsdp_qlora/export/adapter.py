@@ -46,7 +46,7 @@ BY_PEFT = "merge it with peft's merge_and_unload"
 SAME_PLACE = "take both files from the same place"
 # What an adapter brings of its tokenizer, and a hub is sent.
 OF_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "chat_template.json", "*.model")
-OF_TOKENIZER += ("*.tiktoken",)
+OF_TOKENIZER += ("*.tiktoken", "additional_chat_templates/*.jinja")
 
 
 @dataclass(frozen=True)

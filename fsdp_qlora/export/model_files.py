@@ -225,7 +225,9 @@ def _tokenizer(place: Path | None) -> tokenizers.TextTokenizer | None:
 def _copy(source: Path, out: Path, patterns: tuple[str, ...]) -> None:
     for path in {path for pattern in patterns for path in source.glob(pattern)}:
         if path.is_file() and path.suffix != ".py":
-            shutil.copyfile(path, out / path.name)
+            place = out / path.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def save(

@@ -8,14 +8,14 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for, with_trained
+from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -39,8 +39,7 @@ ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """An estimate.
 
     Args:
@@ -152,8 +151,7 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     return math.ceil(max(s.num_rows - cfg.eval_samples, 1) / rows_per_step) * cfg.num_epochs
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What becomes of a setting on a machine.
 
     Args:
@@ -255,10 +253,10 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
-    frozen = [place(num_frozen, "sharded", 0)]
+    places = [place(num_layers, "sharded", 0, whole)]
     for i in range(RESIDENT_STEPS + 1 if has_gpus else 0):
-        frozen.append(place(num_frozen, "streamed", num_frozen * i // RESIDENT_STEPS))
-    placements = [with_trained(names, whole) for names in dict.fromkeys(frozen)]
+        places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
+    placements = list(dict.fromkeys(places))
     strategy = "full_shard"
     if fixed & PLACING:
         placements, strategy = [own.placements], own.strategy
@@ -319,8 +317,7 @@ def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
     return found[1:]
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """Something that would make a run fit.
 
     Args:

@@ -63,7 +63,10 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
         "optimizer": {rows.GRADIENTS: grads},
         "save": {rows.LAYER: [term(f"a gathered {what}", params=num, bytes=4)]},
     }
-    staying = _staying(s, setting)
+    # What layers leave there: their graphs, or the small layer that was last at work.
+    staying: Rows = {rows.SCRATCH: at_work(s)} if s.is_kept_whole else {}
+    if uses_graphs(s, setting):
+        staying = graph_rows(s, setting)
     moments = {phase: [states, trained, part, staying] for phase, part in own.items()}
     always: Rows = {rows.LIBRARIES: [term("cuBLAS", bytes=LIBRARY_BYTES)]}
     if s.kind == "cuda":
@@ -110,12 +113,10 @@ def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Te
 def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0) -> list[Term]:
     """Something of all that is trained from a layer on."""
     share = {"bytes": nbytes, "per_ranks": setting.shares}
+    num_whole = setting.placements[first:].count("trained")
     parts = {
         what: {"params": s.lora, "layers": s.layers - first},
-        f"whole layers: {what}": {
-            "params": s.whole,
-            "layers": setting.placements[first:].count("trained"),
-        },
+        f"whole layers: {what}": {"params": s.whole, "layers": num_whole},
         f"embedding, head: {what}": {"params": s.trained_root},
     }
     return [term(name, **num, **share) for name, num in parts.items() if all(num.values())]
@@ -142,13 +143,6 @@ def _states(s: Sizes, setting: Setting) -> Rows:
             term("tied embedding", n=s.is_tied and setting.shares > 1, params=s.head, bytes=s.item),
         ),
     }
-
-
-def _staying(s: Sizes, setting: Setting) -> Rows:
-    """What layers leave on the GPU: their graphs, or the small layer that was last at work."""
-    if uses_graphs(s, setting):
-        return graph_rows(s, setting)
-    return {rows.SCRATCH: at_work(s)} if s.is_kept_whole else {}
 
 
 def _buffers(s: Sizes, setting: Setting) -> list[Term]:
@@ -195,7 +189,7 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
         if setting.levels[at] == "full" and uses_graphs(s, setting):
             wide = {"tokens": tokens, "hidden": s.hidden, "bytes": s.item}
             owns = [{rows.LAYER: [term("gradients of input and output", n=2, **wide)]}]
-        elif s.is_kept_whole:  # it stays, see _staying
+        elif s.is_kept_whole:  # it stays, see `device`
             owns = [own | {rows.SCRATCH: []} for own in owns]
         moments += [merged([common, own]) for own in owns]
     return moments
@@ -295,9 +289,14 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
         ],
         rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
-    waiting = _waiting(s, setting)
+    wide = {"tokens": s.tokens(setting) * ranks, "hidden": s.hidden, "bytes": s.item}
+    num = num_offloaded(s, setting)
+    inputs = term("layers' inputs, of all ranks", layers=num, **wide)
+    waiting: Rows = {rows.WAITING: [inputs]} if num else {}  # for the backward: the room stays
     phases = {name: always | (waiting if name != "load" else {}) for name in rows.PHASES}
-    copies = _copies(s, setting)
+    # What is trained, as rank 0 writes it beside the training (training/checkpoint.py).
+    held = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(cfg)}
+    copies = [term("copies for checkpoints: weights, moments", **held)] * cfg.saves_checkpoints
     is_early = total_bytes({rows.SAVING: copies}) <= sizes.MOST_TOUCHED_BYTES
     for phase in rows.PHASES[1:] if is_early else ("save",):
         phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
@@ -315,27 +314,11 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     return Table(phases)
 
 
-def _copies(s: Sizes, setting: Setting) -> list[Term]:
-    """What is trained, as rank 0 writes it beside the training (training/checkpoint.py)."""
-    if not s.cfg.saves_checkpoints:
-        return []
-    wide = {"params": s.num_trained(setting), "bytes": s.master + moment_bytes(s.cfg)}
-    return [term("copies for checkpoints: weights, moments", **wide)]
-
-
 def _saving(s: Sizes, setting: Setting) -> list[Term]:
     if setting.count("trained"):  # one after the other
         return [term("the largest tensor", params=max(s.largest, s.head), bytes=4)]
     gathered = {"params": s.lora, "layers": s.layers, "bytes": 4}
     return [term("gathered", **gathered, ranks=setting.num_ranks), term("read back", **gathered)]
-
-
-def _waiting(s: Sizes, setting: Setting) -> Rows:
-    """Inputs of layers that wait for the backward pass: the room for them stays."""
-    num, tokens = num_offloaded(s, setting), s.tokens(setting) * setting.num_ranks
-    what = "layers' inputs, of all ranks"
-    found = term(what, layers=num, tokens=tokens, hidden=s.hidden, bytes=s.item)
-    return {rows.WAITING: [found]} if num else {}
 
 
 def _hosted(s: Sizes, setting: Setting) -> list[Term]:

@@ -58,9 +58,9 @@ class RunPlan:
     asked: TrainConfig
     info: ModelInfo
     machine: Machine
-    candidates: tuple[Outcome, ...]
-    fallback: int
-    note: str
+    candidates: tuple[Outcome, ...] = ()
+    fallback: int = 0
+    note: str = ""
     rows_note: str = ""
 
     @property
@@ -98,13 +98,11 @@ class RunPlan:
     @property
     def lines(self) -> list[str]:
         """What the user reads before the run: a few lines of at most 100 columns."""
-        found, lines = self.found, list[tuple[str, str]]()
-        if found is not None:
-            lines.append(_fit_line(self.machine, found))
+        found, lines = self.found, [("fit", self.note)]
         if found is not None and self.machine.gpus:
             words = f"{_pace(found.speed)}, were every row full length"
-            lines.append(("time", f"{words}; bottleneck: {found.speed.bound}"))
-        return _wrapped([*lines, *([("fit", self.note)] if self.note else [])])
+            lines.insert(0, ("time", f"{words}; bottleneck: {found.speed.bound}"))
+        return _wrapped([_fit_line(self.machine, found), *lines] if found else lines)
 
     @property
     def env(self) -> dict[str, str]:
@@ -117,18 +115,13 @@ class RunPlan:
         found = self.found
         if found is None:
             return {}
-        limit_gib = found.device.limit_gib
-        return {
-            "device": found.device.to_dict(),
-            "host": found.host.to_dict(),
-            "peak_device_gib": found.device.peak_gib,
-            "peak_host_gib": found.host.peak_gib,
-            "device_limit_gib": None if limit_gib == math.inf else limit_gib,
-            "host_limit_gib": found.host.limit_gib,
-            "step_s": found.speed.step_s,
-            "notch": self.fallback,
-            "note": "; ".join(filter(None, [self.note, self.rows_note])),
-        }
+        gpu, host, step_s = found.device, found.host, found.speed.step_s
+        limit_gib = None if gpu.limit_gib == math.inf else gpu.limit_gib
+        values: dict[str, Any] = {"device": gpu.to_dict(), "host": host.to_dict()}
+        values |= {"peak_device_gib": gpu.peak_gib, "peak_host_gib": host.peak_gib}
+        values |= {"device_limit_gib": limit_gib, "host_limit_gib": host.limit_gib}
+        note = "; ".join(filter(None, [self.note, self.rows_note]))
+        return values | {"step_s": step_s, "notch": self.fallback, "note": note}
 
 
 def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machine:
@@ -207,17 +200,6 @@ def make(
     return RunPlan(chosen, cfg, info, machine, candidates, number, note + why)
 
 
-def unplanned(info: ModelInfo, cfg: TrainConfig, note: str) -> RunPlan:
-    """A run of which nothing is predicted.
-
-    Args:
-        info: the model.
-        cfg: the run as the user gave it.
-        note: why.
-    """
-    return RunPlan(cfg, cfg, info, Machine(()), (), 0, note)
-
-
 def _not_fitted(cfg: TrainConfig, given: frozenset[str], machine: Machine) -> str:
     """Why nothing is chosen, or ""."""
     if cfg.fit == "off":
@@ -266,9 +248,10 @@ def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
     values = as_dict(plan, found)
     for line in _summary(plan, found, values):
         say(line)
-    is_gpu = found.device.free_gib < 0
-    place, table = ("a GPU", found.device) if is_gpu else ("the host", found.host)
-    remedies = [_flags(item) for item in values["to_fit"][:1]]
+    place, table = "the host", found.host
+    if found.device.free_gib < 0:
+        place, table = "a GPU", found.device
+    remedies = [_words(item["flags"]) for item in values["to_fit"][:1]]
     raise UserError(
         f"{table.peak_gib:.1f} GiB on {place} ({table.peak_phase})",
         f"there are {table.limit_gib or 0:.1f}: it does not fit",
@@ -283,17 +266,16 @@ def flags_of(old: TrainConfig, new: TrainConfig) -> str:
     Args:
         old, new: the runs.
     """
-    return _flags({"flags": _changed(old, new)})
+    return _words(_flags(old, new))
 
 
-def _changed(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
+def _flags(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
     before, after = to_dict(old), to_dict(new)
     return {name: str(after[name]).lower() for name in after if after[name] != before[name]}
 
 
-def _flags(item: Mapping[str, Any]) -> str:
-    """The options of an entry of `as_dict` as a command line has them."""
-    return " ".join(f"--{name} {value}" for name, value in item["flags"].items())
+def _words(flags: Mapping[str, str]) -> str:
+    return " ".join(f"--{name} {value}" for name, value in flags.items())
 
 
 def next_change(plan: RunPlan) -> str:
@@ -345,7 +327,12 @@ def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, PlanOptions, USAGE)
-    own, rest = _split(argv, {*cli.options(PlanOptions), *ALIASES})
+    names, own, rest = {*cli.options(PlanOptions), *ALIASES}, list[str](), list[str]()
+    part = rest
+    for word in argv:
+        if word.startswith("--"):
+            part = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
+        part.append(word)
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
     options, cfg, machine = PlanOptions(**values), TrainConfig(), Machine(())
     try:
@@ -359,17 +346,6 @@ def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
     if faults:
         raise join(faults)
     return options, cfg, machine
-
-
-def _split(argv: Sequence[str], own_names: set[str]) -> tuple[list[str], list[str]]:
-    """The words of the plan's own options, and all others."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    is_own = False
-    for word in argv:
-        if word.startswith("--"):
-            is_own = word[2:].partition("=")[0].replace("-", "_") in own_names
-        parts[0 if is_own else 1].append(word)
-    return parts
 
 
 def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
@@ -413,7 +389,7 @@ def main(argv: list[str]) -> int:
     info = arch.read(cfg.model_name, need_weights=False)
     cfg = adopt_format(cfg, info.stored_format)
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
-    plan = RunPlan(cfg, cfg, info, machine, (found,), 0, "")
+    plan = RunPlan(cfg, cfg, info, machine, (found,))
     values = as_dict(plan, found)
     whole = "\n".join(_text(plan, found, values, options.explain))
     print(json.dumps(values, indent=1) if options.json else whole)
@@ -438,55 +414,39 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     if best is not None and found.fits and best.speed.step_s * WORTH > found.speed.step_s:
         best = None
     to_fit = [] if found.fits else fit.changes(info, cfg, machine)
-    return {
-        "model": cfg.model_name,
-        "format": cfg.format_name,
-        "num_params": arch.num_params(info),
-        "num_trained": count_trained(info, cfg).total,
-        "cards": [gpu.name for gpu in machine.gpus],
-        "num_ranks": machine.num_ranks,
-        "batch_size": setting.batch_size,
-        "accumulation": setting.accumulation,
-        "context_length": cfg.context_length,
-        "placements": {name: setting.count(name) for name in setting.placements},
-        "levels": {name: setting.count(name) for name in setting.levels},
-        "fits": found.fits,
-        "card": _memory(found.device),
-        "host": _memory(found.host),
-        **dataclasses.asdict(found.speed),
-        "num_steps": num_steps,
-        "eta_s": None if num_steps is None else num_steps * found.speed.step_s,
-        "better": best and _brief(cfg, applied(cfg, best.setting), best, found),
-        "nearest": _brief(cfg, applied(cfg, nearest.setting), nearest, found),
-        "to_fit": [
-            {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
-            for item in to_fit
-        ],
-    }
+    values: dict[str, Any] = {"model": cfg.model_name, "format": cfg.format_name}
+    values |= {"num_params": arch.num_params(info), "num_trained": count_trained(info, cfg).total}
+    values |= {"cards": [gpu.name for gpu in machine.gpus], "num_ranks": machine.num_ranks}
+    values |= {"batch_size": setting.batch_size, "accumulation": setting.accumulation}
+    values["context_length"] = cfg.context_length
+    values["placements"] = {name: setting.count(name) for name in setting.placements}
+    values["levels"] = {name: setting.count(name) for name in setting.levels}
+    values |= {"fits": found.fits, "card": _memory(found.device), "host": _memory(found.host)}
+    eta_s = None if num_steps is None else num_steps * found.speed.step_s
+    values |= found.speed._asdict() | {"num_steps": num_steps, "eta_s": eta_s}
+    values["better"] = best and _brief(cfg, applied(cfg, best.setting), best, found)
+    values["nearest"] = _brief(cfg, applied(cfg, nearest.setting), nearest, found)
+    values["to_fit"] = [
+        {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
+        for item in to_fit
+    ]
+    return values
 
 
 def _memory(table: Table) -> dict[str, Any]:
-    return {
-        "limit_gib": table.limit_gib,
-        "peak_gib": table.peak_gib,
-        "peak_phase": table.peak_phase,
-        "reserved_gib": table.reserved_gib,
-        "allocated_gib": table.allocated_gib,
-        "phases_gib": table.to_dict(),
-        "totals_gib": {phase: table.total_gib(phase) for phase in rows.PHASES},
-    }
+    names = ("limit_gib", "peak_gib", "peak_phase", "reserved_gib", "allocated_gib")
+    figures = {name: getattr(table, name) for name in names}
+    totals = {phase: table.total_gib(phase) for phase in rows.PHASES}
+    return figures | {"phases_gib": table.to_dict(), "totals_gib": totals}
 
 
 def _brief(
     cfg: TrainConfig, changed: TrainConfig, outcome: Outcome, found: Outcome
 ) -> dict[str, Any]:
     """Another way to run it: what to add to the command line, and what that gives."""
-    return {
-        "flags": _changed(cfg, changed),
-        "speed": outcome.speed.tokens_per_s / found.speed.tokens_per_s,
-        "card_gib": outcome.device.peak_gib,
-        "host_gib": outcome.host.peak_gib,
-    }
+    speed = outcome.speed.tokens_per_s / found.speed.tokens_per_s
+    peaks = {"card_gib": outcome.device.peak_gib, "host_gib": outcome.host.peak_gib}
+    return {"flags": _flags(cfg, changed), "speed": speed, **peaks}
 
 
 def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> list[str]:
@@ -537,11 +497,11 @@ def _terms(names: Sequence[str], table: Table) -> list[str]:
 
 
 def _term(item: Term) -> list[str]:
-    product = ""
-    for unit, number in item.factors:
-        sign = " / " if unit.startswith("per_") else " x "
-        if number != 1 or len(item.factors) == 1:
-            product += f"{sign}{_number(number)} {unit.removeprefix('per_')}"
+    product = "".join(
+        f"{' / ' if unit.startswith('per_') else ' x '}{_number(num)} {unit.removeprefix('per_')}"
+        for unit, num in item.factors
+        if num != 1 or len(item.factors) == 1
+    )
     line = f"{item.what}: {product[3:]} = {item.nbytes / GIB:.3f} GiB"
     return textwrap.wrap(line, WIDTH, initial_indent="      ", subsequent_indent="        ")
 
@@ -561,16 +521,17 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     for number, item in enumerate(values["to_fit"], 1):
         lost = f"; without {item['lost']}" * bool(item["lost"])
         cost = f"({item['speed']:.2f}x its speed{lost})"
-        lines.append(("to fit", f"{number}. {item['words']}: {_flags(item)} {cost}"))
+        lines.append(("to fit", f"{number}. {item['words']}: {_words(item['flags'])} {cost}"))
     if better:
         cost = f"{better['speed']:.2f}x its speed in {better['card_gib']:.1f} GiB"
-        lines.append(("best" if found.fits else "or best", f"{cost}: {_flags(better)}"))
+        lines.append(("best" if found.fits else "or best", f"{cost}: {_words(better['flags'])}"))
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
         words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
         words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        lines.append(("to fit", f"{words}host by {_flags(nearest) or 'what was asked for'}"))
+        words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
+        lines.append(("to fit", words))
     lines += [
         ("note", f"a {gpu.name} has no bfloat16 matmuls: several times slower than in float16")
         for gpu in dict.fromkeys(plan.machine.gpus)

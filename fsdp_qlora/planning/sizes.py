@@ -129,12 +129,7 @@ FORMATS: dict[str, Storage] = {
     "fp4": Storage(4, _ABSMAX),
     "fp4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
     "int8": Storage(8, (Field("row_absmax", "float32", 0),)),
-    **{
-        hqq_name(bits, group_size, axis): _hqq(bits, group_size, axis)
-        for bits in HQQ_BITS
-        for group_size in GROUP_SIZES
-        for axis in HQQ_AXES
-    },
+    **{hqq_name(*row): _hqq(*row) for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)},
     "bf16": Storage(16, scratch_bytes=0),
 }
 
@@ -346,31 +341,25 @@ class Setting:
         return collections.Counter((*self.placements, *self.levels))
 
 
-def place(num_layers: int, rest: str, num_resident: int) -> tuple[str, ...]:
+def place(
+    num_layers: int, rest: str, num_resident: int, whole: Sequence[int] = ()
+) -> tuple[str, ...]:
     """Placements with some layers whole on each GPU, evenly spread, and the others alike.
 
     Args:
         num_layers: decoder layers.
         rest: placement of the layers that are not resident.
         num_resident: layers that are; what is too many is cut.
+        whole: numbers of the layers that are trained themselves.
 
     Returns:
         One placement a layer.
     """
-    num_resident = min(num_resident, num_layers)
-    counts = [i * num_resident // max(num_layers, 1) for i in range(num_layers + 1)]
-    return tuple("resident" if low < high else rest for low, high in itertools.pairwise(counts))
-
-
-def with_trained(frozen: Sequence[str], whole: Sequence[int]) -> tuple[str, ...]:
-    """Add the layers that are trained themselves to the placements of all others.
-
-    Args:
-        frozen: placements of the others, in order.
-        whole: numbers of those layers.
-    """
-    rest = iter(frozen)
-    return tuple("trained" if i in whole else next(rest) for i in range(len(frozen) + len(whole)))
+    num_frozen = num_layers - len(whole)
+    num_resident = min(num_resident, num_frozen)
+    counts = [i * num_resident // max(num_frozen, 1) for i in range(num_frozen + 1)]
+    frozen = ("resident" if low < high else rest for low, high in itertools.pairwise(counts))
+    return tuple("trained" if i in whole else next(frozen) for i in range(num_layers))
 
 
 def setting_of(
@@ -389,8 +378,8 @@ def setting_of(
     """
     hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
     num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
-    num_frozen, rest = num_layers - len(whole), hosted if cfg.use_cpu_offload else "sharded"
-    placements = with_trained(place(num_frozen, rest, num_resident), whole)
+    rest = hosted if cfg.use_cpu_offload else "sharded"
+    placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
     return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy)
 
@@ -411,11 +400,8 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
         The run with the setting's options; what they already say stays as it is.
     """
     num_layers = len(setting.levels)
-    changed: dict[str, Any] = {
-        "batch_size": setting.batch_size,
-        "gradient_accumulation_steps": setting.accumulation,
-        "sharding_strategy": setting.strategy,
-    }
+    changed: dict[str, Any] = {"gradient_accumulation_steps": setting.accumulation}
+    changed |= {"batch_size": setting.batch_size, "sharding_strategy": setting.strategy}
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):

@@ -424,9 +424,8 @@ def data(runs: list[Run]) -> tuple[list[str], list[PageTable]]:
     known, columns, notes = [run for run in runs if run.table("data")], [], []
     for run in known:
         audit = run.table("data")
-        counts = {name: n for name, n in audit.items() if isinstance(n, int) and n}
-        column = {"sources": Cell(", ".join(map(str, audit.get("sources", ()))))}
-        column |= {_plain(name): cell(number, ",") for name, number in counts.items()}
+        counts = {_plain(n): cell(v, ",") for n, v in audit.items() if isinstance(v, int) and v}
+        column = {"sources": Cell(", ".join(map(str, audit.get("sources", ()))))} | counts
         shares = audit.get("padding_share", {}).items()
         columns.append(column | {f"padding, {name}": cell(share, ".1%") for name, share in shares})
         notes += [f"{run.name}: {note}" for note in audit.get("notes", ())]

@@ -495,6 +495,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
         f"programs), {reserved_gib:.1f} GiB reserved on a GPU",
         f"cache     {cache.note}",
         f"data      {data.audit}",
+        *(f"note      {note}" for note in data.audit.facts["notes"]),
         *replanned,
         *(f"note      {note}" for note in cfg_notes(cfg)),
     ]

@@ -144,13 +144,13 @@ def test_what_the_chat_template_makes_of_rows_is_told(place, tmp_path):
     assert note.startswith("the tokenizer has no chat template: '### Human")
     jinja = tmp_path / "t.jinja"
     jinja.write_text(
-        "{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else m.content[:1]) }}"
+        "{% for m in messages %}{{ (m.role if loop.last else m.role | upper) + ':' + m.content }}"
         "{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
     )
     found = facts(place, path, "--context_length=4096", f"--template={jinja}").facts
     num_answers = sum(line.count('"assistant"') for line in path.read_text().splitlines())
     assert found["num_train"] == num_answers > found["num_rows"] == 6
-    assert found["notes"][0].startswith(f"6 rows give {num_answers} samples")
+    assert found["notes"][-1].startswith(f"6 rows give {num_answers} samples")
 
 
 def run(place, *flags, **env):

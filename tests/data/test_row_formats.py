@@ -179,7 +179,7 @@ def test_a_jinja_file_over_columns_learns_what_is_marked_or_all(choose, tmp_path
     assert choose(str(path)).render({"q": 1, "a": "x"})[0].has_markup is False
     path.write_text("{{ bos_token }}{{ q }}")
     (text,) = choose(str(path)).render({"q": "x"})
-    assert text == ("<|endoftext|>x", ((0, 14),), True)
+    assert text == ("<|endoftext|>x", ((0, 14),), True, ())
     for row in ({"p": 1}, {}):
         with pytest.raises(Refused, match="'q' is undefined"):
             choose(str(path)).render(row)
@@ -345,6 +345,9 @@ def test_an_alpaca_row_has_a_system_prompt_and_a_history(choose):
     for system, history in (("", None), (None, []), (None, "[]"), ("", "")):
         same = ALPACA | {"system": system, "history": history}
         assert written(choose(), same) == written(choose(), ALPACA)
+    chat = [turn("system", "S"), turn("user", "Hi"), turn("assistant", "Oh.")]
+    for row in ({"messages": chat[1:], "system": "S"}, {"messages": chat, "system_prompt": "S"}):
+        assert written(choose(), row) == written(choose(), {"messages": chat})
     row = {"prompt": "a ", "completion": "b", "system_prompt": "S"}
     assert written(choose(), row) == ("S\n\na b", ["b"])
 
@@ -466,5 +469,5 @@ def test_arguments_in_text_give_what_transformers_makes_of_the_object(choose, pa
             with pytest.raises(Refused):
                 formatter.render(row)
         else:
-            shown = formatter._with_calls(row_formats.conversation(row), None)
+            shown = formatter._with_calls(row_formats.conversation(row), {"tools": None})
             assert formatter.chat.whole(shown) == wanted

@@ -1,5 +1,7 @@
 """Token ids: what is masked, what is learned, what is counted."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -76,6 +78,31 @@ def test_characters_of_several_tokens_are_trained_whole(tokenizer):
 def test_a_row_that_ends_with_the_end_gets_no_second_one(tokenizer):
     (sample,) = fill([{"prompt": "a", "completion": "b" + END}], tokenizer)
     assert sample.input_ids.tolist().count(tokenizer.eos_id) == 1 and sample.is_trained[-1]
+
+
+@pytest.mark.parametrize("space", ["", " ", "\n"])
+def test_ends_and_beginnings_written_in_the_text_are_not_doubled(space, tokenizer, with_bos):
+    """In pairs, running text, and chats whose template adds them too."""
+    row = {"prompt": "<s>Sky? ", "completion": f"Blue.{END}{space}"}
+    assert learned(fill([row], with_bos), with_bos) == [("<s>Sky? ", f"Blue.{END}")]
+    assert learned(fill([row], tokenizer), tokenizer) == [("<s>Sky? ", f"Blue.{END}")]
+    row = {"prompt": f"{space}<s><s>{space}Sky? ", "completion": f"Blue.{END}{END}"}
+    given = f"<s>{space}Sky? "
+    assert learned(fill([row], with_bos), with_bos) == [(given, f"Blue.{END}")]
+    texts = [f"<s>One.{space}{END}", "Two.", f"<s>{END}{END} Three.{END}"]
+    part = fill([{"text": text} for text in texts], with_bos)
+    ids = [number for sample in part for number in sample.input_ids.tolist()]
+    written = f"<s>One.{space}{END}<s>Two.{END}<s>{END}{END} Three.{END}"
+    assert with_bos.core.decode(ids, False) == written
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}"
+    path = Path(tokenizer.place) / "t.jinja"
+    path.write_text(template + "{{ eos_token }}{% endif %}{% endfor %}")
+    pair = [{"role": "user", "content": "<s>Sky?"}, {"role": "assistant", "content": f"B.{space}"}]
+    answer = pair[1] | {"content": f"Blue.{END}{space}"}
+    ((given, said),) = learned(
+        fill([{"messages": [*pair, pair[0], answer]}], with_bos, template=str(path)), with_bos
+    )
+    assert (given, said) == ("<s>Sky?<s>Sky?", f"B.{space}{END}Blue.{END}")
 
 
 def test_a_row_longer_than_the_context_is_cut_counted_and_does_not_end(tokenizer):

@@ -251,7 +251,9 @@ def test_the_plan_of_the_record_has_every_row_of_every_phase():
     }
     assert math.isclose(totals["device"], table["peak_device_gib"])
     assert math.isclose(totals["host"], table["peak_host_gib"])
-    several = run.unplanned(plan.info, plan.asked, "off: several machines")
+    several = run.RunPlan(
+        plan.cfg, plan.asked, plan.info, Machine(()), note="off: several machines"
+    )
     assert several.to_dict() == {} and several.lines == ["fit       off: several machines"]
 
 

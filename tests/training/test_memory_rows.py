@@ -1,6 +1,5 @@
 """The ledger by row (train/rows.py, memory.py): real models on two ranks, and its arithmetic."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -147,7 +146,7 @@ def book_of(kind: str, system_gib: float | None = 1.5) -> memory.MemoryLedger:
     """An empty book of two ranks, 4 GiB of layers shared on the host, 0.5 of files in memory."""
     info = arch.read("llama-2-7b", need_weights=False)
     machine = Machine((), 64, 2, system_gib)
-    plan = dataclasses.replace(plans.unplanned(info, config.TrainConfig(), ""), machine=machine)
+    plan = plans.RunPlan(config.TrainConfig(), config.TrainConfig(), info, machine)
     tracker = SimpleNamespace(plan=plan, is_cuda=kind == "cuda", shared_gib=4.0, files_gib=0.5)
     return memory.MemoryLedger(tracker)
 

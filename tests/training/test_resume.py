@@ -75,7 +75,7 @@ def place(tmp_path_factory) -> Path:
 
 def run(world, place: Path, out: Path, *flags: str) -> None:
     """Train as a rank of train.py does."""
-    from fsdp_qlora import arch, config
+    from fsdp_qlora import arch, config, hardware
     from fsdp_qlora import run as train
     from fsdp_qlora.planning import run as plans
     from fsdp_qlora.training import preflight
@@ -92,7 +92,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     cfg = config.parse(argv)
     out.mkdir(exist_ok=True)
     info = arch.read(cfg.model_name, need_weights=True)
-    train.run(plans.unplanned(info, cfg, ""), world, config.given(argv))
+    train.run(plans.RunPlan(cfg, cfg, info, hardware.Machine(())), world, config.given(argv))
 
 
 def break_off(world, whole: Path, out: Path, step: int) -> None:

@@ -1,0 +1,216 @@
+"""What a row holds and its rendering does not: refused, or counted and named; nothing is silent."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jinja2
+import pytest
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fsdp_qlora import config
+from fsdp_qlora.data import prepare, tokenizer
+from fsdp_qlora.data.tokenizer import Chat, Refused, Text, find_lost
+from fsdp_qlora.errors import UserError
+from tests import small_tokenizers
+
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+OF_IMAGES = ("idefics3", "llava_next", "smolvlm")  # a text content is nothing to these
+AWKWARD = (
+    *(
+        "  Là-bas 😀😀\n",
+        "C:\\new\\table \\nabla \\u0007 \"q\" 'x'",
+        "a\u3000b\u00a0c\u200bd\te\r\nf",
+    ),
+    *('{"a": [1, 2.50, null], "b": "c\\"d"}', "<|im_end|> <b>x</b> {{ y }} {% z %}", "1", "0"),
+)
+ROLES = (
+    "{% if messages[0].role == 'system' %}{{ 'S:' + messages[0].content + '|' }}{% endif %}"
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+    "{{ m.role + ':' + m.content + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+CUTTING = ROLES.replace("m.content +", "m.content.split('</think>')[-1] +")
+THINKING = (  # Qwen 3 in short: what was thought stays in the last turn only
+    "{% for m in messages %}{{ m.role + ':' }}{% if loop.last and m.reasoning_content %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content + '</s>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}{% endif %}"
+    "{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo", "n": 3}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+TOOL_ROW = {
+    "messages": [
+        {"role": "user", "content": "Wet?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "rain in Bergen"},
+        {"role": "assistant", "content": "Yes."},
+    ],
+    "tools": [TOOL],
+}
+TOOL_USE = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m.role + ':' "
+    "+ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "{{ '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def chat(*contents, first="user"):
+    roles = ("user", "assistant") if first == "user" else (first, "user", "assistant")
+    return [{"role": role, "content": c} for role, c in zip(roles * 9, contents, strict=False)]
+
+
+@pytest.mark.parametrize("path", sorted(TRL.glob("*.jinja")), ids=lambda path: path.stem)
+def test_no_template_of_trl_loses_a_row_without_extras_and_every_lost_message_is_found(path):
+    source = path.read_text(encoding="utf-8")
+    ours = Chat(source, NAMES, path.stem)
+    rows = small_tokenizers.conversations()[:3]
+    rows += [chat(a, b, b, a) for a, b in zip(AWKWARD, AWKWARD[1:] + AWKWARD[:1], strict=True)]
+    num_read = 0
+    for row in rows + [[{"role": "system", "content": "Say Zürich."}, *row] for row in rows]:
+        turns = [i for i, message in enumerate(row) if message["role"] == "assistant"]
+        try:
+            texts = ours.render(row, turns)
+        except Refused:
+            with pytest.raises((jinja2.TemplateError, TypeError)):
+                render_jinja_template([row], chat_template=source, **NAMES)
+            continue
+        assert ours.whole(row) == render_jinja_template([row], chat_template=source, **NAMES)[0][0]
+        lost = list(find_lost(row, turns, texts, turns[-1], None))
+        num_read += 1
+        if path.stem.removesuffix("_training") in OF_IMAGES:
+            assert lost[0][0] == "dropped"
+            continue
+        assert lost == []
+        for number, message in enumerate(row):
+            content = message["content"].strip()
+            cut = [Text(text.text.replace(content, "", 1), ()) for text in texts]
+            if cut[-1].text != texts[-1].text and len(content) > 8:
+                found = list(find_lost(row, turns, cut, turns[-1], None))
+                assert f"message {number + 1} (" in str(found), content
+    assert num_read or path.stem.startswith("llava_next")
+
+
+def audit(directory, rows, template, *flags):
+    """Notes of the audit, decoded samples; UserError for bad rows."""
+    place = small_tokenizers.save(directory / "m", "plain", chat_template=template)
+    path = directory / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = config.parse([f"--dataset={path}", "--context_length=400", *flags])
+    light = tokenizer.read(place)
+    ready = prepare.prepare(cfg, light, 600)
+    ready.check()
+    texts = [light.core.decode(s.input_ids.tolist(), False) for s in ready.train]
+    notes = prepare.audit(cfg, ready, 1, 8).facts["notes"]
+    return [note.replace(str(directory), "") for note in notes], texts
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "words"),
+    [
+        (chat("17?", "<think>Ten, seven.</think>51"), CUTTING, "the reasoning of message 2 (assis"),
+        ([*chat("17?", "51")[:1], {**chat("", "5")[1], "thinking": "So"}], ROLES, "reasoning of m"),
+        ([*chat("a", "b"), {"role": "tool", "content": "b"}, *chat("c", "d")],
+         ROLES, "message 3 (tool) 'b'"),
+        (chat("Hi", "Ho", "Be brief.", "How?", "So")[:2] + chat("B.", "H?", "S", first="system"),
+         ROLES, "message 3 (system) 'B.'"),
+        (TOOL_ROW["messages"][:2], ROLES + "Oslo 3", "message 2 (assistant) 'weather'"),
+        (TOOL_ROW["messages"], TOOL_USE, "tools 'weather'"),
+    ],
+    ids=["reasoning", "field", "tool", "late system", "call", "tools"],
+)  # fmt: skip
+def test_lost_text_is_refused_with_its_place_or_trained_with_leave(tmp_path, row, template, words):
+    rows = [{"messages": row, "tools": [TOOL] if words.startswith("tools") else None}]
+    template = template.replace("for t in tools or []", "for t in []")
+    (note, *_), texts = audit(tmp_path, rows, template)
+    assert words in note
+    assert note.startswith("1 rows lose text that the chat template does not write: /x.jsonl:1 ")
+    assert texts[-1] == Chat(template, NAMES, "").whole(row)
+
+
+def test_reasoning_of_earlier_turns_that_is_cut_as_at_inference_is_counted_and_trained(tmp_path):
+    """In one text it is lost and named; where each answer stands alone nothing is lost."""
+    thought = [
+        {**m, "reasoning_content": f"hmm {i}"} for i, m in enumerate(chat("a", "b", "c", "d"))
+    ]
+    row = {"messages": [m if m["role"] == "assistant" else chat("q")[0] for m in thought]}
+    notes, texts = audit(tmp_path, [row], THINKING, "--train_on=last")
+    assert notes == [
+        "1 rows lose the reasoning of earlier turns, which the chat template leaves out as when "
+        "the model is used: /x.jsonl:1 the reasoning of message 2 (assistant) 'hmm 1'"
+    ]
+    assert texts == ["user:q</s>assistant:b</s>user:q</s>assistant:<think>hmm 3</think>d</s>"]
+    (note,), texts = audit(tmp_path, [row], THINKING)
+    assert note.startswith("1 rows give 2 samples") and "hmm 1" in texts[0] and "hmm 3" in texts[1]
+
+
+def test_developer_is_system_where_the_template_knows_none(tmp_path):
+    rows = [{"messages": chat("In French.", "Hi", "Salut", first="developer")}]
+    notes, texts = audit(tmp_path, rows, ROLES)
+    assert texts == ["S:In French.|user:Hi</s>assistant:Salut</s>"]
+    assert notes == [
+        "1 rows have the role developer, which the chat template does not know: it is system: "
+        "/x.jsonl:1"
+    ]
+    knows = ROLES.replace("('user',", "('developer', 'user',")
+    assert audit(tmp_path, rows, knows) == (
+        [], ["developer:In French.</s>user:Hi</s>assistant:Salut</s>"]
+    )  # fmt: skip
+
+
+def test_values_for_the_template_come_from_the_option_and_the_row(tmp_path):
+    template = "{{ 'T' if enable_thinking else 'F' }}{{ style }}" + ROLES
+    row = {"messages": chat("a", "b")}
+    rows = [row, row | {"chat_template_kwargs": {"enable_thinking": True, "style": None}}]
+    rows += [row | {"chat_template_kwargs": '{"enable_thinking": true, "tyle": "x"}'}]
+    notes, texts = audit(tmp_path, rows, template)
+    said = "user:a</s>assistant:b</s>"
+    assert texts == [f"F{said}", f"T{said}", f"T{said}"]
+    (note,) = (note for note in notes if "kwargs" in note)
+    assert note.endswith("that the chat template does not read: /x.jsonl:3 tyle")
+
+
+@pytest.mark.parametrize("layout", ["list", "files"])
+def test_rows_with_tools_use_the_template_for_them_as_transformers_does(tmp_path, layout):
+    several = [{"name": "default", "template": ROLES}, {"name": "tool_use", "template": TOOL_USE}]
+    place = small_tokenizers.save(
+        tmp_path / "m", chat_template=several if layout == "list" else None
+    )
+    if layout == "files":
+        (place / "chat_template.jinja").write_text(ROLES)
+        (place / "additional_chat_templates").mkdir()
+        (place / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+    full, light = AutoTokenizer.from_pretrained(place), tokenizer.read(place)
+    path = tmp_path / "x.jsonl"
+    rows = [TOOL_ROW, {"messages": chat("Hi", "Ho")}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ready = prepare.prepare(config.parse([f"--dataset={path}"]), light, 600)
+    ready.check()
+    for row, sample in zip(rows, ready.train, strict=True):
+        theirs = full.apply_chat_template(row["messages"], tools=row.get("tools"))
+        assert sample.input_ids.tolist() == theirs["input_ids"]
+    assert light.fingerprint() == tokenizer.wrap(full, "x").fingerprint()
+
+
+def test_a_list_without_a_default_is_refused_by_name_for_rows_that_need_one(tmp_path):
+    named = [{"name": name, "template": TOOL_USE} for name in ("tool_use", "rag")]
+    notes, texts = audit(tmp_path, [TOOL_ROW], named)
+    assert notes == [] and '"city": "Oslo"' in texts[0]
+    with pytest.raises(UserError, match=r"--template FILE\.jinja.* of tool_use, rag"):
+        audit(tmp_path, [{"messages": chat("Hi", "Ho")}], named)
+
+
+def test_a_prompt_whose_end_no_row_holds_is_named_with_the_count(tmp_path):
+    """DeepSeek R1: the model is asked with an opening think tag that it never saw."""
+    template = ROLES.replace("{{ 'assistant:' }}", "{{ 'assistant:<think>\n' }}")
+    rows = [{"messages": chat("a", "b")}] * 2 + [{"messages": chat("a", "<think>\nc</think>b")}]
+    for source in (template, template.replace(" + m.content", " }}{% generation %}{{ m.content")
+                   .replace("'</s>' }}", "'</s>' }}{% endgeneration %}")):  # fmt: skip
+        (note, *_), _ = audit(tmp_path, rows, source)
+        assert note.startswith(
+            "2 rows do not hold the prompt that the template asks with, which ends so: "
+        )
+        assert note.endswith(r"/x.jsonl:2 'user:a</s>assistant:<think>\n'")
