@@ -545,8 +545,8 @@ def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, Te
     """
     head, is_tied = tensors.get(HEADS[0]), _is_tied(config)
     if head is not None and is_tied:
-        others = [ref for name, ref in tensors.items() if name != HEADS[0]]
-        is_tied = any(files.same_bytes(head, ref, head.nbytes) for ref in others)
+        others = [ref for n, ref in tensors.items() if n != HEADS[0] and ref.shape == head.shape]
+        is_tied = not others or any(files.same_bytes(head, ref, head.nbytes) for ref in others)
         config["tie_word_embeddings"] = is_tied
     left_out = ("rotary_emb.inv_freq",) + HEADS[:1] * is_tied
     return {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}

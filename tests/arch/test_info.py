@@ -157,7 +157,7 @@ def test_an_unlisted_type_is_understood_from_its_headers(model_type: str, tmp_pa
     ]
     assert arch.num_params(info) == sum(value.numel() for value in model.parameters())
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no safetensors weights"):
+    with pytest.raises(UserError, match="from its files only; add the"):
         arch.read(str(tmp_path), need_weights=False)
 
 
@@ -239,7 +239,7 @@ def test_a_config_unlike_its_weights_is_refused(
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({"h.0.attn.weight": (4, 12), "h.0.attn.bias": (12,)}, "is no linear"),
+        ({"h.0.attn.weight": (4, 12), "h.0.attn.bias": (12,)}, "as GPT-2's Conv1D"),
         ({"h.0.mlp.experts.0.weight": (4, 4)}, "no expert as Mixtral or Qwen has them"),
         ({"h.0.mlp.experts": (8, 4, 4)}, "no expert as Mixtral or Qwen has them"),
         ({"text.0.q.weight": (4, 4), "vision.0.q.weight": (4, 4)}, "found 2"),
@@ -283,11 +283,3 @@ def test_sizes_have_the_names_of_transformers_attribute_maps():
         for ours, theirs in CONFIG_MAPPING[model_type].attribute_map.items():
             if ours in OTHER_NAMES and "encoder" not in theirs:
                 assert theirs in OTHER_NAMES[ours], model_type
-
-
-def test_random_weights_of_an_unknown_type_are_not_answered_by_that_flag(tmp_path: Path):
-    write_model(tmp_path)
-    edit_json(tmp_path / "config.json", model_type="olmo2")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"of model type olmo2 is read from its files only; add"):
-        arch.read(str(tmp_path), need_weights=False)
