@@ -93,7 +93,8 @@ class Opened:
             Pieces of the answer, without special tokens.
         """
         text, tokenizer = turns[-1]["content"], self.tokenizer
-        if tokenizer.chat_template and not is_raw:
+        is_chat = bool(tokenizer.chat_template) and not is_raw
+        if is_chat:
             system = self.cfg.system_prompt or ""
             turns = [{"role": "system", "content": system}] * bool(system) + turns
             kwargs = {"tokenize": False, "add_generation_prompt": True}
@@ -102,9 +103,9 @@ class Opened:
             except Exception as error:  # code of others: it may raise anything
                 rule = f"the chat template cannot render the conversation ({one_line(str(error))})"
                 raise UserError("generate", rule, "use --raw") from error
-        if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
+        elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
-        ids = tokenizer(text).input_ids
+        ids = tokenizer(text, add_special_tokens=not is_chat).input_ids
         return pieces(self.model, tokenizer, ids, num_tokens, self.world, chooser(**drawn))
 
     def generate(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -198,6 +199,39 @@ def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_a
     found = json.loads((finished / "tasks.json").read_text())
     base, adapter = (found[name]["say"]["acc,none"] for name in ("base", "adapter"))
     assert adapter > base
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_an_answer_ends_at_every_end_that_transformers_stops_at(tmp_path, name):
+    """Llama 3, Gemma and Phi 3 have several; the tokenizer knows one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny.save_model(tmp_path, vocab_size=384, initializer_range=0.3)
+    tiny.save_tokenizer(tmp_path, [row["prompt"] for row in ROWS])
+    (tmp_path / "generation_config.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    given = tokenizer(ASKED, return_tensors="pt").input_ids
+    free = AutoModelForCausalLM.from_pretrained(tmp_path).generate(
+        given, do_sample=False, max_new_tokens=9, eos_token_id=-1, pad_token_id=0
+    )[0, given.shape[1] :]
+    end = next(int(t) for i, t in enumerate(free) if i > 2 and t not in free[:i])
+    table = json.loads((tmp_path / name).read_text()) if name == "config.json" else {}
+    table["eos_token_id"] = [tokenizer.eos_token_id, end]
+    (tmp_path / name).write_text(json.dumps(table))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs = model.generate(given, do_sample=False, max_new_tokens=9, pad_token_id=0)[0]
+    assert theirs[-1] == end and len(theirs) < given.shape[1] + 9
+    world = SimpleNamespace(rank=0, device=torch.device("cpu"), gather=lambda values: [values])
+
+    def ours(ids, past_key_values):
+        return model(ids, past_key_values=past_key_values).logits
+
+    found = "".join(
+        inference.pieces(ours, tokenizer, given[0].tolist(), 9, world, inference.chooser())
+    )
+    said = theirs[given.shape[1] : -1]
+    assert found == tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
 
 
 def test_a_directory_without_an_adapter_is_refused_in_one_line(tmp_path):

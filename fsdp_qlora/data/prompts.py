@@ -102,7 +102,7 @@ def _parse_prompt(place: str, line: str) -> Any:
 
 
 def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
-    """A prompt as the rows have it, less the beginning of text that the tokenizer puts there."""
+    """A prompt as the rows have it; the template of a chat writes the beginning of text itself."""
     is_chat = isinstance(question, list)
     shown = str(question[-1].get("content", "")) if is_chat else question
     text = question
@@ -115,6 +115,8 @@ def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenize
         raise UserError(
             f"{place} {shown}", f"cannot be asked ({refusal})", "leave it out"
         ) from refusal
+    if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
+        return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""
     return Prompt(shown, tuple(tokenizer.encode([text.removeprefix(bos)], True)[0].ids))
 

@@ -379,6 +379,10 @@ class RowFormatter:
         prompt, completion = found.pair(blank | {found.required[0]: question})
         return self._system_text(found, {}) + (prompt or completion)
 
+    def is_chat(self, row: object) -> bool:
+        """Return whether a row goes through the chat template."""
+        return isinstance(row, dict) and self._as_chat(self._find(row))
+
     def _render(self, row: dict) -> list[Text]:
         if self.row_template is not None:
             text, marks = self.row_template.fill(**{str(key): row[key] for key in row})

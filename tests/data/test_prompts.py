@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from fsdp_qlora import config
 from fsdp_qlora.data import prepare, prompts, tokenizer
@@ -80,6 +81,17 @@ def test_a_file_of_prompts_is_asked_in_the_shape_of_the_rows(places, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     found, more = choose(places["llama3"], rows, f"--sample_prompts={tmp_path / 'x.jsonl'}")
     assert more[:2] == texts[1:] and "Be brief." in more[2] and found[2].shown == "Where?"
+
+
+def test_a_chat_is_asked_with_the_ids_that_transformers_makes(tmp_path):
+    """The tokenizer puts <|endoftext|> before plain texts, the template before none."""
+    place = small_tokenizers.save(tmp_path / "m", "chatml", adds_bos=True)
+    rows = REAL_ROWS / "chitchat.jsonl"
+    (prompt,), _ = choose(place, rows, "--eval_samples=3", "--sample_prompt=Who?")
+    theirs = AutoTokenizer.from_pretrained(place).apply_chat_template(
+        [{"role": "user", "content": "Who?"}], add_generation_prompt=True
+    )
+    assert list(prompt.ids) == theirs["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,23 @@ def test_a_trained_tokenizer_is_the_bases_files_and_its_template(base: Path, tmp
         assert again("What is 5?").input_ids == full("What is 5?").input_ids
 
 
+def test_templates_by_name_go_with_what_was_trained(base: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    (base / "chat_template.jinja").write_text(TEMPLATE)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}" + TEMPLATE)
+    info, full = arch.read(str(base), need_weights=True), AutoTokenizer.from_pretrained(base)
+    assert set(full.chat_template) == {"default", "tool_use"}
+    for name in ("adapter", "merged"):
+        (tmp_path / name).mkdir()
+    model_files.write_tokenizer(tmp_path / "adapter", info, full)
+    model_files.copy_beside(tmp_path / "merged", info, None, tmp_path / "adapter")
+    for name in ("adapter", "merged"):
+        again = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert again.chat_template == full.chat_template
+
+
 def test_an_adapter_saved_anew_brings_its_template_or_its_tokens(base: Path, tmp_path: Path):
     """By transformers 5, as older versions of ours did: its names for classes are not taken on."""
     from transformers import AutoTokenizer
