@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import os
 import re
@@ -37,6 +38,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
     "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
     "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
+    "a JSON object": lambda value: _is_object(value),
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 
@@ -75,6 +77,12 @@ class Alias(NamedTuple):
     def changes(self, text: str) -> bool:
         """Whether a value is another than the usual one, however true and false are spelled."""
         return plain(text) != plain(self.usual)
+
+
+def _is_object(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError):
+        return isinstance(json.loads(text), dict)
+    return False
 
 
 def flag(default: Any, group: str, meaning: str, choices: Any = None, rule: str = "") -> Any:

@@ -102,6 +102,7 @@ TRAINED = ("assistant", "completion", "last", "all")
 ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
+JSON = "a JSON object"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
@@ -174,6 +175,8 @@ class TrainConfig:
     template: str | None = flag(None, "data", "row format, x.jinja, or text with {columns}")
     train_on: str = flag("assistant", "data", "trained: answers, the last one, all", TRAINED)
     system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
+    chat_template_kwargs: str | None = flag(None, "data", "for the template", rule=JSON)
+    allow_dropped_text: bool = flag(False, "data", "train what the chat template leaves of a row")
     packing: str = flag("auto", "data", "on: fill context_length with several rows", ON_OFF)
     context_length: int = flag(512, "data", "longest row in tokens", rule=">= 2")
     token_cache: str = flag("auto", "data", "cache of tokens: auto, off or DIR", rule=TEXT)

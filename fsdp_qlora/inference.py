@@ -22,7 +22,7 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export import adapter as adapter_files
-from fsdp_qlora.planning.sizes import adopt_format, has_adapters
+from fsdp_qlora.planning.sizes import adopt_format
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Opened:
         info: the base.
         world: this process among the ranks.
         model: a QuantizedModel in evaluation mode, its adapter not loaded: it computes the base.
-        adapter: file with the adapter, or None.
+        adapter: what is loaded on top of it, or None.
         tokenizer: transformers tokenizer of the base.
     """
 
@@ -50,7 +50,7 @@ class Opened:
     info: arch.ModelInfo
     world: Any
     model: Any
-    adapter: Path | None
+    adapter: adapter_files.SavedAdapter | None
 
     @property
     def is_writer(self) -> bool:
@@ -68,7 +68,10 @@ class Opened:
 
         if self.adapter is not None:
             device = self.world.device
-            adapters.load(self.model, self.adapter, self.info.layers_prefix, device)
+            pairs, folder = self.adapter.pairs, self.adapter.path
+            name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
+            scales = {name: pair.scale for name, pair in pairs.items()}
+            adapters.load(self.model, folder / name, self.info.layers_prefix, device, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -97,7 +100,8 @@ class Opened:
         if is_chat:
             system = self.cfg.system_prompt or ""
             turns = [{"role": "system", "content": system}] * bool(system) + turns
-            kwargs = {"tokenize": False, "add_generation_prompt": True}
+            kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
+            kwargs |= {"tokenize": False, "add_generation_prompt": True}
             try:
                 text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything
@@ -205,6 +209,12 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     """
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     cfg = adopt_format(cfg, info.stored_format, frozenset())
+    saved = None if adapter is None else adapter_files.read(adapter)
+    if saved is not None:
+        adapter_files.check_open(saved, info)
+        note = adapter_files.base_note(saved, cfg.format_name)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note, file=sys.stderr)
     is_one = not is_rank(os.environ)
     own = child_env(os.environ, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
     os.environ.update(own)
@@ -213,9 +223,7 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
 
     world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
-    names = adapter_files.WEIGHTS_NAME, adapter_files.LAYERS_NAME
-    file = None if adapter is None else adapter / names[not has_adapters(cfg)]
-    return Opened(cfg, info, world, model, file)
+    return Opened(cfg, info, world, model, saved)
 
 
 def chooser(temperature: float = 0.0, seed: int = 0) -> "Callable[[torch.Tensor], int]":
@@ -338,8 +346,7 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
     parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
     args, flags = parser.parse_known_args(argv)
-    if args.adapter is None and "--model_name" not in " ".join(flags):
-        raise UserError("generate", "needs --adapter or --model_name", "give one of them")
+    require_model("generate", args.adapter, flags)
     cfg = config_of(args.adapter, flags)
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("generate", argv, cfg)
@@ -382,7 +389,7 @@ def evaluate(argv: list[str]) -> int:
         "are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say. "
         "With --tasks those of lm-eval instead (pip install lm-eval).",
     )
-    parser.add_argument("--adapter", type=Path, required=True, help="directory")
+    parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
     parser.add_argument("--tasks", help="names of lm-eval's tasks: a,comma,list")
     parser.add_argument("--task_dir", type=Path, help="directory with tasks of your own")
     parser.add_argument("--limit", type=int, help="rows of each task [all]")
@@ -390,18 +397,33 @@ def evaluate(argv: list[str]) -> int:
     if args.tasks is not None and importlib.util.find_spec("lm_eval") is None:
         rule = "needs lm-eval, which is not installed"
         raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
+    require_model("evaluate", args.adapter, flags)
     cfg = config_of(args.adapter, flags)
     if args.tasks is None:
-        config.check_own_code(vars(cfg), config.given(flags), args.adapter)
+        config.check_own_code(vars(cfg), config.given(flags), args.adapter or Path())
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg)
-    path = args.adapter / ("evaluation.json" if args.tasks is None else "tasks.json")
     found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)
-    if opened.is_writer:
+    if opened.is_writer and args.adapter is not None:
+        path = args.adapter / ("evaluation.json" if args.tasks is None else "tasks.json")
         atomic.write_json(path, found)
         print(path)
     return DONE
+
+
+def require_model(name: str, adapter: Path | None, flags: list[str]) -> None:
+    """Check that a command names a model.
+
+    Args:
+        name: of the command.
+        adapter, flags: see `config_of`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if adapter is None and "model_name" not in config.given(flags):
+        raise UserError(name, "needs --adapter or --model_name", "give one of them")
 
 
 def _held_out(opened: Opened) -> dict[str, Any]:
@@ -415,7 +437,7 @@ def _held_out(opened: Opened) -> dict[str, Any]:
         remedy = "say --eval_split 100, 0.1 or a file"
         raise UserError(f"{opened.cfg.dataset}", "holds no rows out", remedy)
     found: dict[str, Any] = {}
-    for name in NAMES:
+    for name in NAMES if opened.adapter else NAMES[:1]:
         loss = loop.evaluate(opened.model, rows, opened.world)
         found[name] = {"loss": loss, "perplexity": perplexity(loss)}
         opened.say(f"{name:<8} loss {loss:.4f}, perplexity {perplexity(loss):.3f}")
@@ -439,7 +461,7 @@ def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     settings = {"limit": args.limit, "log_samples": False, "bootstrap_iters": 0}
     settings |= {"tasks": tasks, "task_manager": manager}
     found: dict[str, Any] = {}
-    for name in NAMES:
+    for name in NAMES if opened.adapter else NAMES[:1]:
         found[name] = lm_eval.simple_evaluate(model=_as_lm(opened), **settings)["results"]
         rows = [(task, *row) for task, figures in found[name].items() for row in figures.items()]
         for task, figure, value in rows:

@@ -52,8 +52,9 @@ def leaky(argv: list[str], start) -> int:
 
     whole = train.run
 
-    def run(*args) -> None:
-        whole(*args)
+    def run(plan, world, *args) -> None:
+        whole(plan, world, *args)
+        world.barrier()  # rank 0 has written the whole record
         known = [f"{name}={os.environ[name]}" for name in CANARIES]
         known += [Path(os.environ["HF_HOME"], "token").read_text()]
         raise LookupError(f"no https://x.org/rows?token={IN_ADDRESS} {' '.join(known)}")

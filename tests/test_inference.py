@@ -174,9 +174,40 @@ def test_a_merged_model_answers_as_base_and_adapter(finished):
     done = run("-m", "fsdp_qlora", "generate", *flags, "--num_tokens=6")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == answer_of(finished)
+    losses = evaluated(finished, merged, "--precision=fp32")
+    assert losses == pytest.approx([loss_of(finished, "after")], abs=2e-3)
     cfg = inference.config_of(None, ["--model_name", str(merged)])
     assert cfg.format_name == "bf16"
     assert inference.config_of(None, ["--train_type", "qlora"]).format_name == "nf4_dq"
+
+
+def loss_of(finished, when):
+    """Held-out loss that training recorded."""
+    lines = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+    (loss,) = (e["loss"] for e in lines if e.get("event") == "eval" and e["when"] == when)
+    return loss
+
+
+def evaluated(finished, model, *more):
+    """Losses that `evaluate` prints of a model without an adapter, on the run's held-out rows."""
+    rows = finished.parent / "rows.jsonl"
+    flags = ("--model_name", str(model), f"--dataset={rows}", "--eval_samples=4", *more)
+    done = run("-m", "fsdp_qlora", "evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    return [
+        float(line.split()[2].rstrip(",")) for line in done.stdout.splitlines() if "loss" in line
+    ]
+
+
+def test_a_quantised_model_is_evaluated(finished):
+    """As the run saw its base: the same 4 bit, made anew."""
+    base, out = finished.parent / "models--tests--tiny" / "snapshots" / REVISION, finished.parent
+    argv = ["--model_name", str(base), "--out", str(out / "nf4"), "--evidence_rows=0"]
+    assert commands.quantize([*argv, "--device=cpu"]) == DONE
+    losses = evaluated(finished, out / "nf4", "--precision=fp32")
+    assert losses == pytest.approx([loss_of(finished, "before")], abs=2e-3)
+    with pytest.raises(UserError, match="needs --adapter or --model_name"):
+        inference.evaluate([])
 
 
 def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_are_scored(finished):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
@@ -53,7 +53,9 @@ def recorder(out: Path, world, num_steps: int, **info):
     from fsdp_qlora.training import memory, metrics
 
     cfg = config.parse([f"--output_dir={out}"])
-    plan = plans.unplanned(arch.read("llama-2-7b", need_weights=False), cfg, "")
+    plan = plans.RunPlan(
+        cfg, cfg, arch.read("llama-2-7b", need_weights=False), hardware.Machine(())
+    )
     tracker = memory.MemoryTracker(plan, world.device)
     with tracker.phase("load"):
         pass

@@ -5,6 +5,7 @@ you rent. The same facts are kept in the record of every run.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -159,9 +160,7 @@ def prepare(
         whole = tokens.dummy_samples(cfg.dataset_samples, cfg.context_length, vocab_size, cfg.seed)
         return PreparedData(*train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,))
     assert tokenizer is not None, "text without a tokenizer"
-    formatter = row_formats.choose(
-        cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
-    )
+    formatter = _choose(cfg, tokenizer)
     found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
     is_silent = not (shows_progress and sys.stderr.isatty())
     with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
@@ -184,6 +183,20 @@ def prepare(
         raise UserError(f"--eval_every {cfg.eval_every}", "no rows are held out", remedy)
     names = tuple(source.name for source in found)
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
+
+
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
+    """How the rows of a run become text."""
+    found = row_formats.choose(
+        cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
+    )
+    kwargs = json.loads(cfg.chat_template_kwargs or "{}")
+    unread = set(found.chat.unread(kwargs)) & set(found.chat.unread(kwargs, tools=True))
+    if unread:
+        got = f"--chat_template_kwargs with {', '.join(sorted(unread))}"
+        raise UserError(got, "the chat template reads no such name", "correct it or leave it out")
+    allows = cfg.allow_dropped_text
+    return dataclasses.replace(found, chat_kwargs=kwargs, allows_dropped=allows)
 
 
 def prepare_early(
@@ -505,6 +518,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_few = 0 < facts["num_train"] < rows_per_step
     is_split = uses_chat and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
+    is_idle = cfg.chat_template_kwargs is not None and not uses_chat
     unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     notes = {
@@ -512,6 +526,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
         "the end of text is never learned: answers will not stop by it": not ends,
         f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
+        "--chat_template_kwargs has no effect: no row goes through a chat template": is_idle,
         f"nothing uses these columns: {one_line(unused)[:MOST_CHARS]}": unused,
         "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "

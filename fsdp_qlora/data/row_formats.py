@@ -255,7 +255,7 @@ class RowFormatter:
     row_template: Template | None = None
     parts: tuple[tuple[str, str | None], ...] = ()
     chat_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    allows_dropped: bool = True
+    allows_dropped: bool = False
 
     @functools.cached_property
     def formats(self) -> tuple[RowFormat, ...]:
@@ -427,7 +427,8 @@ class RowFormatter:
         ]
         turns = answers[-1:] if self.train_on == "last" else answers
         learned = [n for n in turns if all(messages[n].get(name, 1) for name in SWITCHES)]
-        if self.train_on == "all" and learned != turns:
+        is_off = any(not message.get(name, 1) for message in messages for name in SWITCHES)
+        if self.train_on == "all" and is_off:
             raise Refused("a message is switched off by its weight, and --train_on all learns all")
         if self.train_on == "all" or not learned:
             texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1

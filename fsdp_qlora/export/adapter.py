@@ -8,6 +8,7 @@ base was quantized to, the dtype it computed in, and a digest that tells one bas
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -18,17 +19,19 @@ from typing import Any
 from safetensors import safe_open
 
 from fsdp_qlora import __version__
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import TrainConfig, from_record
+from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, TrainConfig, from_record, hqq_name
 from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.planning.sizes import ENDS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora saves
 RECORD_KEY = "fsdp_qlora"
 LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files
+IN_LAYER = re.compile(r".*?\.\d+\.(.+)")  # a linear of a layer, by its name in the layer
 PAIR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
 # Keys of adapter_config.json that may say anything, because the tensors tell it, or because it is
 # looked at here; every other one must be absent, false or empty.
@@ -154,16 +157,78 @@ def options(adapter: SavedAdapter) -> dict[str, Any]:
     if not adapter.pairs:
         return {"train_type": "bnb_llama_pro"} | known
     config = read_json(adapter.path / CONFIG_NAME)
-    targets = config.get("target_modules") or "all"
+    rank = max(pair.a.shape[0] for pair in adapter.pairs.values())
+    alpha, use_rslora = config["lora_alpha"], bool(config.get("use_rslora"))
+    if {pair.scale for pair in adapter.pairs.values()} != {_scale(alpha, rank, use_rslora)}:
+        alpha, use_rslora = rank, False  # each pair has its own scale, see model/adapters.load
+    targets = {inside[1] for name in adapter.pairs if (inside := IN_LAYER.fullmatch(name))}
     return {
-        "train_type": "bnb_dora" if config.get("use_dora") else "qlora",
+        **_format_options(adapter.record.get("format"), bool(config.get("use_dora"))),
         **known,
-        "lora_rank": config["r"],
-        "lora_alpha": config["lora_alpha"],
-        "use_rslora": config.get("use_rslora", False),
+        "lora_rank": rank,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
         "modules_to_save": ",".join(config.get("modules_to_save") or ()) or None,
-        "lora_target_modules": targets if isinstance(targets, str) else ",".join(targets),
+        "lora_target_modules": ",".join(sorted(targets)) or "all",
     }
+
+
+def _format_options(name: str | None, is_dora: bool) -> dict[str, Any]:
+    """The options that quantize a base to a format; None, it is not known: as it is stored."""
+    kind = "dora" if is_dora else "lora"
+    if name in (None, "bf16"):
+        return {"train_type": kind}
+    for bits, size, axis in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES):
+        if name == hqq_name(bits, size, axis):
+            numbers = {"n_bits": bits, "group_size": size, "hqq_axis": axis}
+            return {"train_type": f"hqq_{kind}", **numbers}
+    codes = {"quant_type": str(name).removesuffix("_dq"), "double_quant": name.endswith("_dq")}
+    return {"train_type": "bnb_dora" if is_dora else "qlora", **codes}
+
+
+def base_note(adapter: SavedAdapter, format_name: str) -> str:
+    """Say that a base is not computed as the adapter was trained over it.
+
+    Args:
+        adapter: what `read` found.
+        format_name: row of planning.sizes.FORMATS that the base is computed in.
+
+    Returns:
+        A line; empty where both are the same.
+    """
+    trained_over = adapter.record.get("format")
+    if trained_over == format_name:
+        return ""
+    here = "16 bit" if format_name == "bf16" else format_name
+    was = "16 bit" if trained_over == "bf16" else trained_over
+    told = f"was trained over a base in {was}" if was else "does not tell what it was trained over"
+    return f"note      {adapter.path} {told}; its base is in {here} here"
+
+
+def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
+    """See that a model with adapters on the linears of its layers can compute an adapter.
+
+    Args:
+        adapter: what `read` found.
+        info: the base.
+
+    Raises:
+        UserError: it changes something else (code 2), or is not of this base (code 5).
+    """
+    known = {
+        f"{info.layers_prefix}.{layer}.{linear.name}"
+        for layer in range(info.num_layers)
+        for linear in select_linears(info, "all")
+    }
+    outside = [name for name in adapter.pairs if name not in known]
+    if adapter.pairs:
+        outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]
+    if info.tensors and (outside or (adapter.pairs and adapter.replaced)):
+        check(adapter, info)
+    if outside:
+        rule = "is changed by it; here only linears of the layers, embedding and head can be"
+        remedy = "merge it (python -m fsdp_qlora merge), give the result as --model_name"
+        raise UserError(f"{adapter.path}: {describe(outside)}", rule, remedy)
 
 
 def check(adapter: SavedAdapter, info: ModelInfo) -> None:
@@ -181,6 +246,7 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
         shapes[f"{name}.weight"] = pair.b.shape[0], pair.a.shape[1]
     if info.is_tied:
         shapes.pop("lm_head.weight", None)  # a copy
+        _check_copy(adapter)
     for name, shape in shapes.items():
         stored = info.tensors[name].shape if name in info.tensors else None
         if stored != shape:
@@ -190,6 +256,26 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
             got = f"adapter for {name.removesuffix('.weight')} {list(shape)}"
             remedy = "give the base it was trained on with --model_name"
             raise UserError(got, rule, remedy, INTEGRITY)
+
+
+def _check_copy(adapter: SavedAdapter) -> None:
+    """Of a tied base: a head that peft has trained by itself is no copy of the embedding."""
+    refs = [ref for name, ref in adapter.replaced.items() if name.split(".")[-2] in ENDS]
+    if "lm_head.weight" not in adapter.replaced or not adapter.pairs:
+        return
+    digests = set()
+    for ref in refs:
+        with ref.file.open("rb") as file:
+            file.seek(ref.start)
+            left, whole = ref.nbytes, hashlib.sha256()
+            while left:
+                whole.update(part := file.read(min(left, 2**24)))
+                left -= len(part)
+            digests.add(whole.digest())
+    if len(refs) == 1 or len(digests) > 1:
+        rule = "was trained apart from the embedding, and its base has one matrix for both"
+        remedy = "merge it with peft, into a base with tie_word_embeddings false"
+        raise UserError(f"{adapter.path}: lm_head.weight", rule, remedy)
 
 
 def base_name(info: ModelInfo, cfg: TrainConfig) -> tuple[str, str | None]:
@@ -314,8 +400,12 @@ def _pair(place: str, sides: dict[str, TensorRef], config: dict[str, Any]) -> Pa
     alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", name)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"lora_alpha {alpha!r} for {name}", "must be a number", "correct it")
-    divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return Pair(sides["A"], sides["B"], alpha / divisor, sides.get("magnitude_vector"))
+    scale = _scale(alpha, rank, bool(config.get("use_rslora")))
+    return Pair(sides["A"], sides["B"], scale, sides.get("magnitude_vector"))
+
+
+def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
 def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:

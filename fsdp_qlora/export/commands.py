@@ -42,7 +42,8 @@ as trained; it is printed and kept in merge.json."""
 QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out DIR [--option ...]
 
 Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
-Tensor by tensor: the host holds no more than a few of them."""
+Tensor by tensor: the host holds no more than a few of them. The check says what was lost: how far
+its logits are from the original's, and both losses on rows of --dataset."""
 EXPAND_USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
 
 Writes the model with new layers between its own, which change nothing until they are trained: by
@@ -60,7 +61,16 @@ class OutputOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeOptions(OutputOptions):
+class CheckOptions(OutputOptions):
+    """Options of every command that compares what it writes with what it read."""
+
+    evidence_rows: int = flag(8, "check", "rows to compare on; 0: none", rule=">= 0")
+    evidence_tokens: int = flag(64, "check", "longest such row in tokens", rule=">= 2")
+    dataset: str | None = flag(None, "check", "where they come from [of the run, else random]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeOptions(CheckOptions):
     """Options of `merge`."""
 
     dtype: str = flag("bf16", "output", "of the weights that are written", tuple(DTYPES))
@@ -72,13 +82,9 @@ class MergeOptions(OutputOptions):
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
     device: str = flag("auto", "merge", "where it is computed", DEVICES)
 
-    evidence_rows: int = flag(8, "merge check", "rows to compare on; 0: none", rule=">= 0")
-    evidence_tokens: int = flag(64, "merge check", "longest such row in tokens", rule=">= 2")
-    dataset: str | None = flag(None, "merge check", "where they come from [that of the run]")
-
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeOptions(OutputOptions):
+class QuantizeOptions(CheckOptions):
     """Options of `quantize`."""
 
     model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
@@ -190,6 +196,8 @@ def _merge(
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
+    if said := adapters.base_note(adapter, str(format_name) if is_dequantized else "bf16"):
+        print(said)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
     tensors = new_weights.merged(adapter, base, dtype, device)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
@@ -255,9 +263,15 @@ def quantize(argv: list[str]) -> int:
     tensors = new_weights.quantized(info, settings, dtype, device)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
+        result, compute = arch.read(str(draft), need_weights=True), settings.bnb_4bit_compute_dtype
+        seen = new_weights.TrainedBase(info, compute)
+        packed = new_weights.TrainedBase(result, compute, result.stored_format)
+        shape, nothing = (options.evidence_rows, options.evidence_tokens), SavedAdapter(out, "", {})
+        lost = new_weights.check(nothing, seen, packed, shape, options.dataset, device)
     stored_gib = sum(ref.nbytes for ref in info.tensors.values()) / GIB
     kind = options.quant_type + (" with double quantization" if options.double_quant else "")
     print(f"{_describe(out, written)}; {kind}, from {stored_gib:.2f} GiB")
+    print(new_weights.lines(lost, "in 4 bit against the original"))
     print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return DONE
 

@@ -393,7 +393,8 @@ def check(
     trained = logits(seen, adapter.pairs, ids, device)
     merged = logits(result, {}, ids, device)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
-    return {"rows": note, "base_of_adapter": base} | compare(trained, merged, ids, is_text)
+    known = {"base_of_adapter": base} if adapter.pairs or adapter.replaced else {}
+    return {"rows": note} | known | compare(trained, merged, ids, is_text)
 
 
 @torch.inference_mode()
@@ -516,17 +517,19 @@ def compare(
     return facts
 
 
-def lines(facts: dict[str, Any]) -> str:
+def lines(facts: dict[str, Any], both: str = "merged against base + adapter") -> str:
     """Show the merge check on the console.
 
     Args:
         facts: what `check` returned.
+        both: what was compared.
     """
     if "skipped" in facts:
         return f"check     skipped: {facts['skipped']}"
+    base = f"; base {facts['base_of_adapter']}" if "base_of_adapter" in facts else ""
     text = (
-        f"check     {facts['num_tokens']} tokens, {facts['rows']}; base {facts['base_of_adapter']}"
-        f"\n          merged against base + adapter: logits differ by at most "
+        f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}"
+        f"\n          {both}: logits differ by at most "
         f"{facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a token, "
         f"the same likeliest token in {facts['top1_agreement']:.2%}"
     )
@@ -556,7 +559,8 @@ def choose_rows(
     if dataset is not None:
         cfg = dataclasses.replace(TrainConfig(), dataset=dataset)
         return _rows_of_data(cfg, adapter, info, shape)
-    why = "no run_config.json beside the adapter"
+    has_run = adapter.pairs or adapter.replaced
+    why = "no run_config.json beside the adapter" if has_run else "--dataset takes rows of text"
     try:
         if (run := run_config(adapter.path)) is not None:
             check_own_code(vars(run), (), adapter.path)

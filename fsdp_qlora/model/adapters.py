@@ -5,7 +5,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1.
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -77,7 +77,13 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
             shard.release(block)
 
 
-def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.device) -> None:
+def load(
+    model: "QuantizedModel",
+    path: Path,
+    layers_prefix: str,
+    device: torch.device,
+    scales: Mapping[str, float] | None = None,
+) -> None:
     """Fill this rank's slices from an adapter in peft's format, or new layers of LLaMA-Pro.
 
     Args:
@@ -85,6 +91,8 @@ def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.
         path: adapter_model.safetensors, or new_layers.safetensors.
         layers_prefix: where the layers are in the model, "model.layers".
         device: where this rank keeps its slices.
+        scales: linear in the model -> scale of its pair; ranks may be smaller than the slots' then
+            and pairs may be missing. None: every slot has its pair, of its own rank and scale.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
@@ -101,19 +109,28 @@ def load(model: "QuantizedModel", path: Path, layers_prefix: str, device: torch.
         found = set(file.keys())
         if saved and model.is_tied:
             found.discard(f"{stem}lm_head.weight")  # a copy
-        if found != set(places):
+        absent = [n for n in places if scales and n not in found and ".lora_" in n]
+        if {*found, *absent} != set(places):
             other = sorted(found ^ set(places))
             rule = "an adapter must have just the tensors of the linears that it adapts"
             got = f"{path}: {other[0]} and {len(other) - 1} more"
             raise UserError(got, rule, remedy, INTEGRITY)
-        for name, tensor in places.items():
-            values = file.get_tensor(name)
+        for name in (name for name in places if name in found):
+            values, tensor = file.get_tensor(name), places[name]
+            linear, _, part = name.removeprefix(stem).partition(".lora_")
+            if scales and part == "A.weight":
+                tensor = tensor[: len(values)]
+            elif scales and part == "B.weight":
+                tensor = tensor[:, : values.shape[-1]]
+                values = values.float() * (scales[linear] / blocks_[0].body.slots[0].scale)
             if values.shape != tensor.shape:
                 got, rule = f"{path}: {name} is {list(values.shape)}", "this model has "
                 raise UserError(got, rule + str(list(tensor.shape)), remedy, INTEGRITY)
             tensor.copy_(values)
     if flats:
         shift_magnitudes(model, flats, -1)
+    for name in absent:
+        places[name].zero_()
     for block, flat in zip(blocks_, flats, strict=True):
         shard.set_slice(block.body, "lora", flat, device)
     for name, place in saved.items():

@@ -291,7 +291,8 @@ def adopt_format(
     nf4, is_double = stored.removesuffix("_dq"), stored.endswith("_dq")
     own: dict[str, Any] = {"quant_type": nf4, "double_quant": is_double}
     if TRAIN_TYPES[cfg.train_type].base != "bnb":
-        own["train_type"] = "qlora"
+        is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+        own["train_type"] = "bnb_dora" if is_dora else "qlora"
     for name, value in own.items():
         got = getattr(cfg, name)
         is_given = got != getattr(TrainConfig, name) if given is None else name in given

@@ -125,8 +125,11 @@ def audit(directory, rows, template, *flags):
 def test_lost_text_is_refused_with_its_place_or_trained_with_leave(tmp_path, row, template, words):
     rows = [{"messages": row, "tools": [TOOL] if words.startswith("tools") else None}]
     template = template.replace("for t in tools or []", "for t in []")
-    (note, *_), texts = audit(tmp_path, rows, template)
-    assert words in note
+    with pytest.raises(UserError) as error:
+        audit(tmp_path, rows, template)
+    assert "x.jsonl:1: cannot be written as text (the chat template leaves out" in str(error.value)
+    assert words in str(error.value) and "--allow_dropped_text" in str(error.value)
+    (note, *_), texts = audit(tmp_path, rows, template, "--allow_dropped_text")
     assert note.startswith("1 rows lose text that the chat template does not write: /x.jsonl:1 ")
     assert texts[-1] == Chat(template, NAMES, "").whole(row)
 
@@ -166,11 +169,22 @@ def test_values_for_the_template_come_from_the_option_and_the_row(tmp_path):
     row = {"messages": chat("a", "b")}
     rows = [row, row | {"chat_template_kwargs": {"enable_thinking": True, "style": None}}]
     rows += [row | {"chat_template_kwargs": '{"enable_thinking": true, "tyle": "x"}'}]
-    notes, texts = audit(tmp_path, rows, template)
+    option = '--chat_template_kwargs={"enable_thinking": false, "style": "!"}'
+    notes, texts = audit(tmp_path, rows, template, option)
     said = "user:a</s>assistant:b</s>"
-    assert texts == [f"F{said}", f"T{said}", f"T{said}"]
+    assert texts == [f"F!{said}", f"T!{said}", f"T!{said}"]
     (note,) = (note for note in notes if "kwargs" in note)
     assert note.endswith("that the chat template does not read: /x.jsonl:3 tyle")
+    for values, words in (
+        ('{"enable_thinkin": 1}', "with enable_thinkin: the chat template reads no such name"),
+        ('{"messages": []}', "with messages: the chat template reads no such name"),
+        ("[1]", "must be a JSON object"),
+        ("{oops", "must be a JSON object"),
+    ):
+        with pytest.raises(UserError, match=words):
+            audit(tmp_path, rows, template, f"--chat_template_kwargs={values}")
+    notes, _ = audit(tmp_path, [{"text": "x " * 9}], template, option)
+    assert "--chat_template_kwargs has no effect: no row goes through a chat template" in notes
 
 
 @pytest.mark.parametrize("layout", ["list", "files"])

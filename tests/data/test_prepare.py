@@ -176,6 +176,7 @@ def test_kept_tokens_are_used_for_the_same_data_and_settings_only(place, tmp_pat
             lambda: note("--context_length=65"),
             lambda: note("--train_on=all"),
             lambda: note("--system_prompt=S"),
+            lambda: note("--allow_dropped_text"),
             lambda: note("--template=chat"),
             lambda: note("--template={prompt}{completion}"),
             lambda: jinja.write_text("{{ prompt }}") and note(f"--template={jinja}"),

@@ -322,6 +322,8 @@ def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
         assert written(choose(train_on="last"), {"messages": messages[:2]})[1] == []
         with pytest.raises(Refused, match="--train_on all learns all"):
             choose(train_on="all").render(row)
+    with pytest.raises(Refused, match="--train_on all learns all"):
+        choose(train_on="all").render({"messages": [turn("user", "?", loss=False), messages[3]]})
     off_and_null = [turn("user", "Hi", weight=None, train=True), turn("assistant", "A", loss=None)]
     assert written(choose(), {"messages": off_and_null})[1] == ["A<|im_end|>\n"]
     assert choose().unused({"messages": off_and_null}) == ["train of user messages"]
@@ -442,14 +444,31 @@ def test_calls_that_a_template_does_not_know_stay_text(choose):
     assert written(choose(), row)[1] == ['{"name": "f"}<|im_end|>\n']
 
 
-def trl_templates():
+def trl_templates(word):
     found = importlib.util.find_spec("trl")
     folders = found.submodule_search_locations if found else ()
     paths = [path for folder in folders for path in Path(folder).glob("chat_templates/*.jinja")]
-    return [path for path in sorted(paths) if "tool_calls" in path.read_text(encoding="utf-8")]
+    return [path for path in sorted(paths) if word in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("path", trl_templates(), ids=lambda path: path.stem)
+def test_every_template_of_trl_heeds_the_switches(choose):
+    """Also those marked in other parts than an answer each."""
+    questions = [turn("user", f"Q{i}") for i in range(3)]
+    answers = [turn("assistant", "ONE", train=False), turn("assistant", "TWO"), turn("gpt", "END")]
+    row = {"messages": [m for pair in zip(questions, answers, strict=True) for m in pair]}
+    for path in trl_templates("messages"):
+        for train_on, wanted in (
+            ("assistant", [False, True, True]),
+            ("last", [False, False, True]),
+        ):
+            if path.stem.startswith(("idefics3", "llava_next", "smolvlm")):
+                continue  # they take lists of pictures and texts only
+            texts = choose(str(path), train_on=train_on).render(row)
+            learned = "".join(text.text[a:b] for text in texts for a, b in text.spans)
+            assert [word in learned for word in ("ONE", "TWO", "END")] == wanted, path
+
+
+@pytest.mark.parametrize("path", trl_templates("tool_calls"), ids=lambda path: path.stem)
 def test_arguments_in_text_give_what_transformers_makes_of_the_object(choose, path):
     """Or of the text, where a template cannot take an object."""
     source = path.read_text(encoding="utf-8")

@@ -2,15 +2,18 @@
 
 import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from fsdp_qlora import arch
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE
-from fsdp_qlora.export import new_weights  # noqa: F401 (once, not in every fork)
+from fsdp_qlora.export import new_weights  # once, not in every fork
+from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.model.quantize import import_bitsandbytes
 from fsdp_qlora.training import memory
 from tests import tiny
@@ -73,6 +76,42 @@ def test_it_writes_what_transformers_saves(
     assert torch.equal(logits(ours), logits(saved))
 
 
+def test_it_says_what_was_lost(tmp_path: Path, capfd):
+    """Both losses on rows of text are those of transformers, original and its own 4 bit."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    texts = [f"{word} and {word}, said {word} again" for word in ("la", "lo", "li")]
+    model = tiny.save_model(tmp_path / "model", vocab_size=384, initializer_range=0.3)
+    tiny.save_tokenizer(model, texts)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    argv = [f"--model_name={model}", "--device=cpu", f"--out={tmp_path / 'out'}"]
+    assert main(["quantize", *argv, f"--dataset={rows}", "--evidence_tokens=16"]) == DONE
+    out = capfd.readouterr().out
+    said = re.search(r"loss on these rows (\S+) -> (\S+)", out)
+    assert said is not None and "in 4 bit against the original" in out, out
+    settings = BitsAndBytesConfig(
+        **{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    nothing, info = SavedAdapter(model, "", {}), arch.read(str(model), need_weights=False)
+    ids, _, is_text = new_weights.choose_rows(nothing, info, (8, 16), str(rows))
+    assert is_text and ids
+    for shown, how in zip(said.groups(), ({}, {"quantization_config": settings}), strict=True):
+        plain = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, device_map="cpu", **how
+        )
+        plain = plain.dequantize().float() if how else plain  # bitsandbytes computes in less
+        total, num = 0.0, 0
+        for row in map(torch.tensor, ids):
+            with torch.no_grad():
+                logs = plain(row[None]).logits[0, :-1].double().log_softmax(-1)
+            total -= logs.gather(1, row[1:, None]).sum().item()
+            num += len(row) - 1
+        assert float(shown) == pytest.approx(total / num, abs=2e-3)
+    assert said[1] != said[2]
+
+
 def growth_mib(argv: list[str], found) -> None:
     """Run a verb in this process; say how far its memory went up at most."""
     memory.process_peak()
@@ -89,7 +128,7 @@ def test_the_host_holds_a_few_tensors_and_no_file(tmp_path: Path, verb: str):
     model = write_model(tmp_path / "model", **sizes)
     adapter = write_adapter(tmp_path / "adapter", model)
     own = {
-        "quantize": [f"--model_name={model}"],
+        "quantize": [f"--model_name={model}", "--evidence_rows=0"],
         "merge": [f"--adapter={adapter}", "--evidence_rows=0", "--dtype=fp32", "--base=16bit"],
     }
     context = multiprocessing.get_context("fork")
