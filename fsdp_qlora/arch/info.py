@@ -390,7 +390,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     tensors: dict[str, TensorRef] = {}
     quantized: dict[str, QuantizedRef] = {}
     if reads_headers := path and (need_weights or not is_known):
-        if not need_weights and not any(path.glob("*.safetensors")):
+        if not (need_weights or any(path.glob("*.safetensors"))):
             rule = f"the shape of model type {config['model_type']} is read from its files only"
             raise UserError(model_name, rule, "add the *.safetensors files")
         item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
