@@ -384,14 +384,13 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     found = files.locate(model_name, need_weights)
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
-    config = _checked_config(raw, model_name)
-    stored = files.stored_format(raw, model_name)
+    config, stored = _checked_config(raw, model_name), files.stored_format(raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors: dict[str, TensorRef] = {}
     quantized: dict[str, QuantizedRef] = {}
     if reads_headers := path and (need_weights or not is_known):
         if not (need_weights or any(path.glob("*.safetensors"))):
-            rule = f"the shape of model type {config['model_type']} is read from its files only"
+            rule = f"{config['model_type']} models are read from their files only"
             raise UserError(model_name, rule, "add the *.safetensors files")
         item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
         tensors = _own_names(files.read_tensors(path, item_bytes), config)

@@ -157,7 +157,7 @@ def test_an_unlisted_type_is_understood_from_its_headers(model_type: str, tmp_pa
     ]
     assert arch.num_params(info) == sum(value.numel() for value in model.parameters())
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="from its files only; add the"):
+    with pytest.raises(UserError, match="from their files only; add the"):
         arch.read(str(tmp_path), need_weights=False)
 
 
