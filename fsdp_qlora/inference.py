@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.config import TrainConfig
@@ -24,9 +24,7 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
-if TYPE_CHECKING:
-    import torch
-
+Draws = tuple[float, int] | tuple[()]
 POLL_S = 0.1
 NAMES = ("base", "adapter")
 LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
@@ -81,7 +79,7 @@ class Opened:
         return data.load_tokenizer(self.info)
 
     def reply(
-        self, turns: list[dict[str, str]], num_tokens: int, is_raw: bool = False, **drawn: Any
+        self, turns: list[dict[str, str]], num_tokens: int, draws: Draws, is_raw: bool = False
     ) -> Iterator[str]:
         """Yield the answer to the last turn as it comes; every rank must take all of it.
 
@@ -89,8 +87,8 @@ class Opened:
             turns: the conversation so far, role and content; the system prompt of the run is put
                 before it.
             num_tokens: longest answer, in tokens.
+            draws: see `pieces`.
             is_raw: put no chat template around the last turn, and leave the others out.
-            drawn: temperature and seed, see `chooser`.
 
         Yields:
             Pieces of the answer, without special tokens.
@@ -110,7 +108,7 @@ class Opened:
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
         ids = tokenizer(text, add_special_tokens=not is_chat).input_ids
-        return pieces(self.model, tokenizer, ids, num_tokens, self.world, chooser(**drawn))
+        return pieces(self.model, tokenizer, ids, num_tokens, self.world, draws)
 
     def generate(
         self, prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
@@ -127,7 +125,7 @@ class Opened:
             The answer alone, without special tokens.
         """
         turns = [{"role": "user", "content": prompt}]
-        return "".join(self.reply(turns, max_tokens, temperature=temperature, seed=seed))
+        return "".join(self.reply(turns, max_tokens, (temperature, seed)))
 
     def close(self) -> None:
         """Leave the process group; the model answers no more, `train` may start ranks again."""
@@ -226,36 +224,8 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     return Opened(cfg, info, world, model, saved)
 
 
-def chooser(temperature: float = 0.0, seed: int = 0) -> "Callable[[torch.Tensor], int]":
-    """Make a function that chooses the next token.
-
-    Args:
-        temperature: of the draws; 0 takes the likeliest token.
-        seed: of the draws.
-
-    Returns:
-        logits_V -> token.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits_V: torch.Tensor) -> int:
-        if not temperature:
-            return int(logits_V.argmax())
-        chances = (logits_V.float().cpu() / temperature).softmax(0)
-        return int(torch.multinomial(chances, 1, generator=generator))
-
-    return choose
-
-
 def pieces(
-    model: Any,
-    tokenizer: Any,
-    prompt_ids: Sequence[int],
-    num_tokens: int,
-    world: Any,
-    choose: "Callable[[torch.Tensor], int]",
+    model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, world: Any, draws: Draws = ()
 ) -> Iterator[str]:
     """Yield the model's continuation of a prompt as it comes; every rank must take all of it.
 
@@ -265,10 +235,10 @@ def pieces(
     Args:
         model: a QuantizedModel, sharded or not, in evaluation mode.
         tokenizer: transformers tokenizer.
-        prompt_ids: tokens of the prompt as the model was trained to see it.
+        ids: tokens of the prompt as the model was trained to see it.
         num_tokens: longest answer, in tokens.
         world: the ranks.
-        choose: takes a token by its logits, see `chooser`.
+        draws: temperature, and seed, of a drawn token; () takes the likeliest, as temperature 0.
 
     Yields:
         Pieces of the answer, without special tokens.
@@ -276,13 +246,19 @@ def pieces(
     import torch
     from transformers import DynamicCache
 
-    ids = torch.tensor([list(prompt_ids)], device=world.device)
+    temperature, seed = draws or (0.0, 0)
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.tensor([list(ids)], device=world.device)
     cache, answer_ids, shown, ends = DynamicCache(), [], "", end_ids(tokenizer)
     for _ in range(num_tokens):
         hooks.beat("generate", world.rank)
         with torch.no_grad():
-            logits = model(ids, past_key_values=cache)[0, -1]
-        next_id = int(world.gather([float(choose(logits))])[0][0])
+            logits_V = model(ids_BT, past_key_values=cache)[0, -1]
+        own_id = int(logits_V.argmax())
+        if temperature:
+            chances_V = (logits_V.float().cpu() / temperature).softmax(0)
+            own_id = int(torch.multinomial(chances_V, 1, generator=generator))
+        next_id = int(world.gather([float(own_id)])[0][0])
         if next_id in ends:
             break
         answer_ids.append(next_id)
@@ -290,7 +266,7 @@ def pieces(
         if not text.endswith("\ufffd"):  # a character is not whole yet
             yield text[len(shown) :]
             shown = text
-        ids = torch.tensor([[next_id]], device=world.device)
+        ids_BT = torch.tensor([[next_id]], device=world.device)
 
 
 def end_ids(tokenizer: Any) -> set[int]:
@@ -312,21 +288,19 @@ def end_ids(tokenizer: Any) -> set[int]:
     return found
 
 
-def answer(
-    model: Any, tokenizer: Any, prompt_ids: Sequence[int], num_tokens: int, world: Any
-) -> str:
+def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, world: Any) -> str:
     """The model's greedy continuation of a prompt; every rank must call it, all the same.
 
     Args:
         model: a QuantizedModel; its mode is left as it was.
-        tokenizer, prompt_ids, num_tokens, world: see `pieces`.
+        tokenizer, ids, num_tokens, world: see `pieces`.
 
     Returns:
         The answer alone, without special tokens.
     """
     was_training = model.training
     model.eval()
-    text = "".join(pieces(model, tokenizer, prompt_ids, num_tokens, world, chooser()))
+    text = "".join(pieces(model, tokenizer, ids, num_tokens, world))
     model.train(was_training)
     return text.strip()
 
@@ -355,8 +329,8 @@ def generate(argv: list[str]) -> int:
     turns: list[dict[str, str]] = []
     for prompt in _prompts(args.prompt, opened):
         turns.append({"role": "user", "content": prompt})
-        reply, drawn = "", {"temperature": args.temperature, "seed": args.seed}
-        for piece in opened.reply(turns, args.num_tokens, args.raw, **drawn):
+        reply, draws = "", (args.temperature, args.seed)
+        for piece in opened.reply(turns, args.num_tokens, draws, args.raw):
             reply += piece
             opened.say(piece, end="")
         opened.say("")
@@ -554,8 +528,8 @@ def _as_lm(opened: Opened) -> Any:
             num_tokens = settings.get("max_gen_toks", ANSWER_TOKENS)
             temperature = settings.get("temperature") if settings.get("do_sample") else None
             ids, text = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
-            choose = chooser(float(temperature or 0.0))
-            for piece in pieces(model, tokenizer, ids, num_tokens, world, choose):
+            draws = float(temperature or 0.0), 0
+            for piece in pieces(model, tokenizer, ids, num_tokens, world, draws):
                 text += piece
                 if any(end in text for end in ends):
                     break

@@ -26,7 +26,6 @@ def run(
     world,
     given: frozenset[str] = frozenset(),
     poll: Callable[[], None] = lambda: None,
-    **probe,
 ) -> None:
     """Train as one of the ranks.
 
@@ -35,17 +34,16 @@ def run(
         world: this process among the ranks, a distributed.world.World.
         given: names of the options that the user wrote.
         poll: called after each step.
-        probe: further arguments of training.memory_probe.run.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics, trackers
+    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics
 
     cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
     dataset = data.build(cfg, plan.info, world)
     num_steps = dataset.train.num_steps
     resumed = checkpoint.load(plan, given, adapter.digest(plan.info), dataset, world)
-    trained, tracker, record = _build(plan, dataset, world, **probe)
+    trained, tracker, record = _build(plan, dataset, world)
     checkpoint.restore(trained, resumed.saved)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
@@ -54,7 +52,7 @@ def run(
         preflight.explain_disk_full(cfg),
         metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
         memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
-        trackers.attach(cfg, out_dir, is_writer),
+        metrics.attach_trackers(cfg, is_writer),
     ):
         recorder.say("\n".join([*record["lines"], *resumed.lines]))
         checkpointer = checkpoint.Checkpointer(trained, recorder, resumed, signals)
@@ -93,8 +91,9 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
-def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict[str, Any]]:
+def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
+    from fsdp_qlora.model.adapters import peft_note
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
 
@@ -109,9 +108,10 @@ def _build(plan: plans.RunPlan, dataset, world, **probe) -> tuple[Any, Any, dict
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
-    record["lines"] += [line for line in (packing, plan.info.rope_note(cfg.context_length)) if line]
+    notes = packing, plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)
+    record["lines"] += [line for line in notes if line]
     if is_probed:
-        record["lines"].append(memory_probe.run(trained, dataset.train, cfg, tracker, **probe))
+        record["lines"].append(memory_probe.run(trained, dataset.train, tracker))
     return trained, tracker, record
 
 

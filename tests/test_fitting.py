@@ -1,6 +1,5 @@
 """train.py goes by the plan: refusals before torch, a lower setting, plan against ledger."""
 
-import functools
 import json
 import os
 import re
@@ -54,7 +53,15 @@ def on_two_cards(argv: list[str], start) -> int:
     from fsdp_qlora import run as train
     from fsdp_qlora.distributed import launch
 
-    fit.FALLBACK_SHARE, train.run = 0.9999999, functools.partial(train.run, allocate=no_room)
+    run = train.run
+
+    def run_without_room(*args) -> None:
+        from fsdp_qlora.training import memory_probe
+
+        memory_probe.room_like = no_room
+        run(*args)
+
+    fit.FALLBACK_SHARE, train.run = 0.9999999, run_without_room
     cfg, given = config.parse(argv), config.given(argv)
     machine = hardware.Machine(tuple(hardware.parse_gpus("2x24")), 64, 2)
     plan = plans.make(arch.read(cfg.model_name, need_weights=False), cfg, given, machine)

@@ -7,16 +7,17 @@ more than a few tensors at once.
 """
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
-from fsdp_qlora.cli import flag
+from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
@@ -28,28 +29,10 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DEVICES, BASES = ("auto", "cpu", "cuda"), ("auto", "16bit", "dequantized")
 # What stands beside a quantized weight; the last has the code and block size in its name.
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
 QUANTIZED_BYTES = 0.5 + 4 / 64  # of a weight in 4 bit with its constants, at most
-MERGE_USAGE = """usage: python -m fsdp_qlora merge --adapter DIR --out DIR [--option value ...]
-
-Adds a LoRA adapter to its base, tensor by tensor, and writes a plain model that transformers and
-llama.cpp's converter read. `--base dequantized` adds it to the 4-bit base as training saw it,
-`16bit` to the original weights. The merge check measures how far the result is from base + adapter
-as trained; it is printed and kept in merge.json."""
-QUANTIZE_USAGE = """usage: python -m fsdp_qlora quantize --model_name NAME --out DIR [--option ...]
-
-Writes a 4-bit model that transformers loads with bitsandbytes, in the bytes it would save itself.
-Tensor by tensor: the host holds no more than a few of them. The check says what was lost: how far
-its logits are from the original's, and both losses on rows of --dataset."""
-EXPAND_USAGE = """usage: python -m fsdp_qlora expand --model_name NAME [--option value ...]
-
-Writes the model with new layers between its own, which change nothing until they are trained: by
-train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR. With --add_tokens, its
-tokenizer and embeddings get new tokens, to be trained with --modules_to_save embed_tokens,lm_head.
-Tensor by tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +54,12 @@ class CheckOptions(OutputOptions):
 
 @dataclasses.dataclass(frozen=True)
 class MergeOptions(CheckOptions):
-    """Options of `merge`."""
+    """Add a LoRA adapter to its base, tensor by tensor, and write a plain model.
+
+    transformers and llama.cpp's converter read it. `--base dequantized` adds the adapter to the
+    4-bit base as training saw it, `16bit` to the original weights. The merge check measures how far
+    the result is from base + adapter as trained; it is printed and kept in merge.json.
+    """
 
     dtype: str = flag("bf16", "output", "of the weights that are written", tuple(DTYPES))
     adapter: str | None = flag(None, "merge", "directory of the adapter")
@@ -85,7 +73,11 @@ class MergeOptions(CheckOptions):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeOptions(CheckOptions):
-    """Options of `quantize`."""
+    """Write a 4-bit model that transformers loads with bitsandbytes, as it would save it itself.
+
+    Tensor by tensor: the host holds no more than a few of them. The check says what was lost: how
+    far its logits are from the original's, and both losses on rows of --dataset.
+    """
 
     model_name: str | None = flag(None, "quantize", "directory or hub name of a 16-bit model")
     quant_type: str = flag("nf4", "quantize", "4-bit code", ("nf4", "fp4"))
@@ -96,24 +88,29 @@ class QuantizeOptions(CheckOptions):
 
 @dataclasses.dataclass(frozen=True)
 class ExpandOptions(OutputOptions):
-    """Options of `expand`."""
+    """Write the model with new layers between its own, which change nothing until they are trained.
+
+    That is done by train.py --train_type bnb_llama_pro (or hqq_llama_pro) --llama_pro_path DIR.
+    With --add_tokens, tokenizer and embeddings get new tokens, to be trained with --modules_to_save
+    embed_tokens,lm_head. Tensor by tensor.
+    """
 
     out: str | None = flag(None, "output", "directory [MODEL_blk_exp-OLD-NEW, or MODEL_tokens]")
     model_name: str | None = flag(None, "expand", "directory or hub name of a 16-bit model")
-    expansion_rate: float | None = flag(
-        None, "expand", "new layers for each layer [0.1; 0 with add_tokens]", rule=">= 0"
-    )
+    expansion_rate: float | None = flag(None, "expand", "new layers a layer [0.1]", rule=">= 0")
     add_tokens: str | None = flag(None, "expand", "new tokens: a,b or a FILE, one a line")
+
+
+def _parse(name: str, argv: list[str], cls: type[OptionsT], *needed: str) -> OptionsT:
+    values = " ".join(f"--{option} {option.upper()}" for option in needed)
+    usage = f"usage: python -m fsdp_qlora {name} {values} [--option value ...]"
+    return cli.parse(argv, cls, f"{usage}\n\n{inspect.getdoc(cls)}", needed)
 
 
 @contextmanager
 def _new_model(
-    out: Path,
-    need_bytes: float,
-    names: Iterable[str],
-    tensors: "Iterable[tuple[str, torch.Tensor]]",
-    options: OutputOptions,
-) -> Iterator[tuple[Path, Mapping[str, float]]]:
+    out: Path, need_bytes: float, names: Iterable[str], tensors: Any, options: OutputOptions
+) -> Iterator[tuple[Path, dict[str, float]]]:
     """Write the tensors; give the directory, to be completed, and what `write_weights` says."""
     from fsdp_qlora.export import model_files
 
@@ -121,10 +118,7 @@ def _new_model(
         max_bytes = round(options.max_shard_gib * GIB)
         written = model_files.write_weights(draft, names, tensors, max_bytes)
         yield draft, written
-
-
-def _describe(out: Path, written: Mapping[str, float]) -> str:
-    return (
+    print(
         f"written   {out}: {written['num_files']} files, {written['gib']:.2f} GiB in "
         f"{written['written_s']:.1f} s; at most {written['host_peak_gib']:.2f} GiB of host memory"
     )
@@ -144,7 +138,7 @@ def merge(argv: list[str]) -> int:
     """Merge an adapter into its base.
 
     Args:
-        argv: see MERGE_USAGE.
+        argv: see MergeOptions.
 
     Returns:
         Exit code.
@@ -153,7 +147,7 @@ def merge(argv: list[str]) -> int:
         UserError: a wrong option, an adapter or a base that does not fit (codes 2, 5), a full
             disk (code 3), values that the dtype cannot hold (code 5).
     """
-    options = cli.parse(argv, MergeOptions, MERGE_USAGE, ("adapter", "out"))
+    options = _parse("merge", argv, MergeOptions, "adapter", "out")
     adapter = adapters.read(Path(str(options.adapter)).expanduser())
     if not (options.model_name or adapter.base_name):
         got = f"{adapter.path}: base_model_name_or_path"
@@ -186,26 +180,26 @@ def _merge(
 
     device, dtype = _choose_device(options.device), getattr(torch, DTYPES[options.dtype])
     compute = getattr(torch, str(adapter.record.get("compute_dtype") or "bfloat16"))
-    cache = options.quant_cache
-    seen = new_weights.TrainedBase(info, compute, format_name, cache, adapter.replaced)
+    seen = new_weights.TrainedBase(info, adapter, compute, device, format_name, options.quant_cache)
     is_dequantized = options.base == "dequantized"
     is_dequantized |= options.base == "auto" and format_name not in (None, "bf16")
     note = f"{format_name} dequantized, as training saw it, {seen.note}"
     out, names = Path(str(options.out)), info.tensors
-    need_bytes = ITEM_BYTES[options.dtype] * sum(math.prod(ref.shape) for ref in names.values())
+    need_bytes = dtype.itemsize * sum(math.prod(ref.shape) for ref in names.values())
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
     if said := adapters.base_note(adapter, str(format_name) if is_dequantized else "bf16"):
         print(said)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
-    tensors = new_weights.merged(adapter, base, dtype, device)
+    tensors = new_weights.merged(base, dtype)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
         result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
-        result_base = new_weights.TrainedBase(result, compute)
+        no_more = SavedAdapter(adapter.path, "", {})
+        result_base = new_weights.TrainedBase(result, no_more, compute, device)
         shape = options.evidence_rows, options.evidence_tokens
-        evidence = new_weights.check(adapter, seen, result_base, shape, options.dataset, device)
+        evidence = new_weights.check(seen, result_base, shape, options.dataset)
         facts = {
             "adapter": str(adapter.path),
             "base": str(info.path),
@@ -222,14 +216,14 @@ def _merge(
             "evidence": evidence,
         }
         atomic.write_json(draft / "merge.json", facts)
-    print("\n".join([_describe(out, written), new_weights.lines(evidence)]))
+    print(new_weights.lines(evidence))
 
 
 def quantize(argv: list[str]) -> int:
     """Write a 4-bit model.
 
     Args:
-        argv: see QUANTIZE_USAGE.
+        argv: see QuantizeOptions.
 
     Returns:
         Exit code.
@@ -237,7 +231,7 @@ def quantize(argv: list[str]) -> int:
     Raises:
         UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
     """
-    options = cli.parse(argv, QuantizeOptions, QUANTIZE_USAGE, ("model_name", "out"))
+    options = _parse("quantize", argv, QuantizeOptions, "model_name", "out")
     info = arch.read(str(options.model_name), need_weights=True)
     if info.stored_format:
         rule = f"is quantized already, as {info.stored_format}"
@@ -250,7 +244,8 @@ def quantize(argv: list[str]) -> int:
     num_linear = info.num_layers * sum(linear.num_weights for linear in info.linears)
     out = Path(str(options.out))
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
-    need_bytes = num_linear * QUANTIZED_BYTES + num_others * ITEM_BYTES.get(str(options.dtype), 4)
+    item_bytes = 2 if options.dtype in ("bf16", "fp16") else 4
+    need_bytes = num_linear * QUANTIZED_BYTES + num_others * item_bytes
     names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
     device, dtype = _choose_device(options.device), DTYPES.get(str(options.dtype))
     stored = info.tensors[next(iter(new_weights.linear_places(info)))].dtype
@@ -261,16 +256,14 @@ def quantize(argv: list[str]) -> int:
         bnb_4bit_compute_dtype=dtype or STORED[stored],
     )
     tensors = new_weights.quantized(info, settings, dtype, device)
-    with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
+    with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
         model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
         result, compute = arch.read(str(draft), need_weights=True), settings.bnb_4bit_compute_dtype
-        seen = new_weights.TrainedBase(info, compute)
-        packed = new_weights.TrainedBase(result, compute, result.stored_format)
-        shape, nothing = (options.evidence_rows, options.evidence_tokens), SavedAdapter(out, "", {})
-        lost = new_weights.check(nothing, seen, packed, shape, options.dataset, device)
-    stored_gib = sum(ref.nbytes for ref in info.tensors.values()) / GIB
-    kind = options.quant_type + (" with double quantization" if options.double_quant else "")
-    print(f"{_describe(out, written)}; {kind}, from {stored_gib:.2f} GiB")
+        nothing, stored_as = SavedAdapter(out, "", {}), result.stored_format
+        seen = new_weights.TrainedBase(info, nothing, compute, device)
+        packed = new_weights.TrainedBase(result, nothing, compute, device, stored_as)
+        shape = options.evidence_rows, options.evidence_tokens
+        lost = new_weights.check(seen, packed, shape, options.dataset)
     print(new_weights.lines(lost, "in 4 bit against the original"))
     print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return DONE
@@ -280,7 +273,7 @@ def expand(argv: list[str]) -> int:
     """Write a block-expanded model, or one with more tokens.
 
     Args:
-        argv: see EXPAND_USAGE.
+        argv: see ExpandOptions.
 
     Returns:
         Exit code.
@@ -289,25 +282,16 @@ def expand(argv: list[str]) -> int:
         UserError: a wrong option, no such model (codes 2, 3, 5), what writes into the residual
             stream is not known by name (code 2), a full disk (code 3).
     """
-    options = cli.parse(argv, ExpandOptions, EXPAND_USAGE, ("model_name",))
+    options = _parse("expand", argv, ExpandOptions, "model_name")
     info = arch.read(str(options.model_name), need_weights=True)
     rate = options.expansion_rate
     if rate is None:
         rate = 0.0 if options.add_tokens else 0.1
     num_new = int(info.num_layers * rate)
     if not 0 < num_new <= info.num_layers and (rate or not options.add_tokens):
-        rule = (
-            "makes no new layer of" if num_new < 1 else "makes more than one new layer for each of"
-        )
+        rule = f"makes {num_new} new layers, and there are {info.num_layers} to stand behind"
         remedy = f"take from {1 / info.num_layers:.3g} to 1"
-        got = f"--expansion_rate {rate:g}"
-        raise UserError(got, f"{rule} {info.num_layers} layers", remedy)
-    _expand(options, info, num_new)
-    return DONE
-
-
-def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
-    """Expand a model, tensor by tensor, and print what was done."""
+        raise UserError(f"--expansion_rate {rate:g}", rule, remedy)
     from fsdp_qlora.export import model_files, new_weights
 
     assert info.path is not None
@@ -320,8 +304,7 @@ def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
     need_bytes = sum(ref.nbytes for ref in info.tensors.values()) * (1 + num_new / info.num_layers)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
         changes = expansion.changes()
-        if tokens is not None:
-            changes["vocab_size"] = tokens.num_rows
+        changes |= {} if tokens is None else {"vocab_size": tokens.num_rows}
         model_files.copy_beside(draft, info, None, **changes)
         if tokens is not None:
             model_files.write_tokens(draft, tokens.core)
@@ -332,4 +315,5 @@ def _expand(options: ExpandOptions, info: ModelInfo, num_new: int) -> None:
     if tokens is not None:
         num_tokens = tokens.core.get_vocab_size()
         print(f"tokens    {num_tokens:,}, embeddings of {tokens.num_rows:,} rows")
-    print(f"written   {out}\nnext      python train.py {flags} --dataset YOUR_ROWS.jsonl")
+    print(f"next      python train.py {flags} --dataset YOUR_ROWS.jsonl")
+    return DONE

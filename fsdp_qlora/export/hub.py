@@ -6,7 +6,6 @@ is put together from the options, and whatever looks like a secret is removed.
 
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +68,15 @@ def card_text(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> str:
         Markdown, with the header that the hub reads.
     """
     name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
-    intro = _INTROS[kind].format(base=f"`{_code(cfg.model_name)}`", form=f"`{cfg.format_name}`")
+    base = one_line(cfg.model_name).replace("`", "'")
+    intro = _INTROS[kind].format(base=f"`{base}`", form=f"`{cfg.format_name}`")
     parts = [_metadata(cfg), f"# {one_line(name)}", intro, _usage(name, kind)]
-    versions = {} if run is None else run.facts.get("versions", {})
-    tables = {
-        "Training": list(_facts(cfg, info, run)),
-        "Results": [] if run is None else list(_results(run)),
-        "Versions": list(versions.items()),
-    }
+    tables = {"Training": _facts(cfg, info, run)}
+    if run is not None:
+        tables |= {"Results": _results(run), "Versions": run.table("versions")}
     for title, rows in tables.items():
-        lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows]
-        parts += ["\n".join([f"## {title}\n", "| | |", "|---|---|", *lines])] * bool(rows)
+        lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+        parts += ["\n".join([f"## {title}\n", "| | |", "|---|---|", *lines])]
     options = {flag: value for flag, value in to_dict(cfg).items() if flag not in OWN_FLAGS}
     command = record.command(options)
     return "\n\n".join([*parts, f"## Command\n\n```bash\n{command}\n```"]) + "\n"
@@ -122,47 +119,47 @@ def _usage(name: str, kind: str) -> str:
     return "\n\n".join([load] * (kind != "llama_pro") + [merge] * (kind != "full"))
 
 
-def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> Iterator[tuple[str, Any]]:
-    total = arch.num_params(info)
-    num_trained = count_trained(info, cfg).total
-    yield "base", f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
-    yield "base in training", cfg.format_name
-    yield "trained parameters", f"{num_trained:,} ({num_trained / total:.2%})"
-    yield "data set", cfg.dataset
-    for line in "\n".join(run.facts.get("lines", []) if run else []).splitlines():
-        if line.startswith("data "):
-            yield "data", line.removeprefix("data").strip()
-    if run is not None:
-        yield "ranks", run.num_ranks
-        yield "steps", f"{run.steps[-1]['step']:,}"
+def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> dict[str, Any]:
+    total, num_trained = arch.num_params(info), count_trained(info, cfg).total
+    facts: dict[str, Any] = {
+        "base": f"{cfg.model_name}: {total:,} parameters, {info.model_type}",
+        "base in training": cfg.format_name,
+        "trained parameters": f"{num_trained:,} ({num_trained / total:.2%})",
+        "data set": cfg.dataset,
+    }
+    if run is None:
+        return facts
+    lines = "\n".join(run.facts.get("lines", [])).splitlines()
+    facts["data"] = "".join(line[4:].strip() for line in lines if line.startswith("data "))
+    return facts | {"ranks": run.num_ranks, "steps": f"{run.steps[-1]['step']:,}"}
 
 
-def _results(run: Run) -> Iterator[tuple[str, str]]:
-    losses = [step["loss"] for step in run.steps]
-    held_out = [loss for _, loss in run.evals if loss is not None]
-    pairs = {"loss of the first and the last step": losses}
-    pairs |= {"held-out loss before and after": held_out if len(held_out) > 1 else [None]}
-    for name, values in pairs.items():
-        if None not in (values[0], values[-1]):
-            yield name, f"{values[0]:.4f} -> {values[-1]:.4f}"
-    seconds = sum(step["step_s"] for step in run.steps)
-    num_tokens = sum(step["num_tokens"] for step in run.steps)
-    yield "tokens, padding included", f"{num_tokens:,}"
+def _results(run: Run) -> dict[str, str]:
+    held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
+    seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
-    yield "training time", f"{seconds / 60:.1f} minutes, {speed}"
-    if size := highest(run.peaks("device_total_gib")):
-        peak = highest(run.peaks("device_peak_reserved_gib")) or 0
-        yield "peak memory of a GPU", f"{peak:.2f} GiB reserved of {size:.1f}"
-    if (host := highest(run.host("host_peak_used_gib"))) is not None:
-        yield "peak memory of the host, all programs", f"{host:.1f} GiB"
+    size, peak = (
+        highest(run.peaks(f"device_{name}_gib")) or 0.0 for name in ("total", "peak_reserved")
+    )
+    host_gib = highest(run.host("host_peak_used_gib")) or 0.0
+    rows = {
+        "loss of the first and the last step": _both(run.values("loss")),
+        "held-out loss before and after": _both(held_out) if len(held_out) > 1 else "",
+        "tokens, padding included": f"{num_tokens:,}",
+        "training time": f"{seconds / 60:.1f} minutes, {speed}",
+        "peak memory of a GPU": f"{peak:.2f} GiB reserved of {size:.1f}" if size else "",
+        "peak memory of the host, all programs": f"{host_gib:.1f} GiB" if host_gib else "",
+    }
+    return {name: text for name, text in rows.items() if text}
+
+
+def _both(losses: list[Any]) -> str:
+    before, after = losses[0], losses[-1]
+    return "" if before is None or after is None else f"{before:.4f} -> {after:.4f}"
 
 
 def _cell(value: Any) -> str:
     return one_line(str(value)).replace("|", "\\|")
-
-
-def _code(value: str) -> str:
-    return one_line(value).replace("`", "'")
 
 
 def check(name: str | None) -> None:
@@ -177,17 +174,14 @@ def check(name: str | None) -> None:
     if name is None:
         return
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     got = f"--push_to_hub {name}"
     try:
         validate_repo_id(name)
-        rule = None if name.count("/") == 1 else "names no owner"
-    except HFValidationError:
-        rule = "is no name of a repository"
-    if rule is not None:
-        raise UserError(got, rule, "give OWNER/NAME")
+        _owner, _name = name.split("/")
+    except ValueError:
+        raise UserError(got, "is no name of a repository", "give OWNER/NAME") from None
     if get_token() is None:
         remedy = "run hf auth login, or set HF_TOKEN"
         raise UserError(got, "there is no token of the hub", remedy, ENVIRONMENT)
@@ -207,7 +201,6 @@ def push(directory: Path, name: str | None) -> None:
     if name is None:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
@@ -221,7 +214,7 @@ def push(directory: Path, name: str | None) -> None:
     except Exception as error:  # the transport's own errors differ between releases
         status = getattr(getattr(error, "response", None), "status_code", None)
         words = one_line(str(error).strip().partition("\n")[0])[:120] or type(error).__name__
-        is_refused = isinstance(error, HfHubHTTPError) and status in (401, 403)
+        is_refused = status in (401, 403)
         rule = "the hub refuses the token" if is_refused else f"the hub has not taken it: {words}"
         remedy = f"it is in {directory}: hf auth login, then hf upload {name} {directory}"
         raise UserError(f"--push_to_hub {name}", rule, remedy, ENVIRONMENT) from error

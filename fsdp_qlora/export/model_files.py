@@ -39,7 +39,6 @@ MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
-SPECIAL = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 FORMAT = {"format": "pt"}  # what transformers wants in a header
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -154,15 +153,12 @@ def copy_beside(
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     atomic.write_json(out / "config.json", config | changes)
-    if info.path is not None:
-        _copy(info.path, out, ("generation_config.json", *OF_TOKENIZER))
     own, base = _tokenizer(adapter), _tokenizer(info.path)
-    if adapter is None or own is None:
-        return
-    if base is None or (base.names, base.core.get_vocab()) != (own.names, own.core.get_vocab()):
+    _copy(info.path, out, ("generation_config.json",))
+    write_tokenizer(out, info, own)
+    words = [None if text is None else (text.names, text.core.get_vocab()) for text in (own, base)]
+    if own is not None and words[0] != words[1]:
         _copy(adapter, out, OF_TOKENIZER)
-    else:
-        _write_template(out, own.chat_template, base)
 
 
 def write_tokenizer(out: Path, info: ModelInfo, tokenizer: Any) -> None:
@@ -171,14 +167,10 @@ def write_tokenizer(out: Path, info: ModelInfo, tokenizer: Any) -> None:
     Args:
         out: directory of the result.
         info: the base.
-        tokenizer: transformers tokenizer, as training used it: its chat template may be another.
+        tokenizer: with the chat template of training, which may be another; None: of the base.
     """
-    assert info.path is not None, "a tokenizer without files"
     _copy(info.path, out, OF_TOKENIZER)
-    _write_template(out, tokenizer.chat_template, _tokenizer(info.path))
-
-
-def _write_template(out: Path, template: Any, base: tokenizers.TextTokenizer | None) -> None:
+    template, base = getattr(tokenizer, "chat_template", None), _tokenizer(info.path)
     if isinstance(template, str) and (base is None or template != base.chat_template):
         atomic.write(out / tokenizers.CHAT_FILE, template)
 
@@ -191,26 +183,21 @@ def write_tokens(out: Path, core: Any) -> None:
         core: `tokenizers.Tokenizer` with the new tokens.
     """
 
-    def read(name: str) -> dict[str, Any]:
-        path = out / name
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-
-    table = read("tokenizer.json") or json.loads(core.to_str())
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    table, settings, ids = (atomic.read_json(out / name) for name in names)
+    settings = settings if "added_tokens_decoder" in settings else {}  # else it names no token
+    whole = json.loads(core.to_str())
+    table = table or whole
     known = {entry["id"] for entry in table["added_tokens"]}
-    new = {
-        number: {key: getattr(token, key) for key in SPECIAL}
-        for number, token in sorted(core.get_added_tokens_decoder().items())
-        if number not in known
-    }
-    table["added_tokens"] += [{"id": number, **entry} for number, entry in new.items()]
-    settings, ids = read("tokenizer_config.json"), read("added_tokens.json")
-    if "added_tokens_decoder" in settings:
-        settings["added_tokens_decoder"] |= {str(number): entry for number, entry in new.items()}
-    if ids:
-        ids |= {entry["content"]: number for number, entry in new.items()}
-    files = {"tokenizer.json": table, "added_tokens.json": ids}
-    files |= {"tokenizer_config.json": settings} if "added_tokens_decoder" in settings else {}
-    for name, values in files.items():
+    new = [entry for entry in whole["added_tokens"] if entry["id"] not in known]
+    table["added_tokens"] += new
+    for entry in new:
+        form = {key: value for key, value in entry.items() if key != "id"}
+        if settings:
+            settings["added_tokens_decoder"][str(entry["id"])] = form
+        if ids:
+            ids[entry["content"]] = entry["id"]
+    for name, values in zip(names, (table, settings, ids), strict=True):
         if values:
             atomic.write(out / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
@@ -222,8 +209,10 @@ def _tokenizer(place: Path | None) -> tokenizers.TextTokenizer | None:
     return None
 
 
-def _copy(source: Path, out: Path, patterns: tuple[str, ...]) -> None:
-    for path in {path for pattern in patterns for path in source.glob(pattern)}:
+def _copy(source: Path | None, out: Path, patterns: tuple[str, ...]) -> None:
+    if source is None:
+        return
+    for path in {path for name in patterns for path in source.glob(name)}:
         if path.is_file() and path.suffix != ".py":
             place = out / path.relative_to(source)
             place.parent.mkdir(exist_ok=True)
@@ -254,7 +243,7 @@ def save(
     """
     assert isinstance(model, QuantizedModel)
     is_full = TRAIN_TYPES[cfg.train_type].adapter == "full"
-    write = _save_model if is_full else _save_adapter
+    write = _save_model if is_full else _save_parts
     path = write(model, info, cfg, is_writer)
     if is_writer:
         directory = cfg.resolved_output_dir
@@ -264,9 +253,7 @@ def save(
     return path
 
 
-def _save_adapter(
-    model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool
-) -> Path:
+def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool) -> Path:
     """Write the LoRA matrices and what was trained whole, or the new layers of LLaMA-Pro."""
     is_lora, own = has_adapters(cfg), trained_whole(info, cfg)
     name = adapter_files.WEIGHTS_NAME if is_lora else adapter_files.LAYERS_NAME
@@ -278,7 +265,12 @@ def _save_adapter(
     if not is_writer:
         return path
     if is_lora:
-        tensors = _peft_tensors(model, info, flats, tensors)
+        adapters.shift_magnitudes(model, flats, 1)
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        if tensors and info.is_tied:  # a tied embedding stands for the head, too
+            tensors["base_model.model.lm_head.weight"] = next(iter(tensors.values())).clone()
+        tensors |= adapters.named_pairs(model, flats, info.layers_prefix)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _save_config(model, info, cfg)
     with atomic.new_file(path) as draft:
         metadata = adapter_files.metadata(adapter_files.record_of(info, cfg))
@@ -291,23 +283,6 @@ def _save_adapter(
         got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
         raise UserError(got, rule, "check the disk and save again", INTEGRITY)
     return path
-
-
-def _peft_tensors(
-    model: QuantizedModel,
-    info: ModelInfo,
-    flats: list[torch.Tensor],
-    saved: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """By peft's names; a tied embedding stands for the head, too."""
-    adapters.shift_magnitudes(model, flats, 1)
-    pairs = adapters.named_pairs(model, flats, info.layers_prefix)
-    tensors = {name: tensor.contiguous() for name, tensor in pairs}
-    for name, tensor in saved.items():
-        tensors[f"base_model.model.{name}"] = tensor.contiguous()
-        if info.is_tied:
-            tensors["base_model.model.lm_head.weight"] = tensor.clone()
-    return tensors
 
 
 def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> None:

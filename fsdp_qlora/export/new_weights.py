@@ -14,10 +14,9 @@ features, R LoRA rank.
 Source: LLaMA Pro, arXiv 2401.02415, section 3.2.
 """
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -42,7 +41,7 @@ from fsdp_qlora.model.skeleton import stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
 
-NamedTensors = Iterator[tuple[str, torch.Tensor]]
+Tensors = Iterator[tuple[str, torch.Tensor]]
 Rows = tuple[list[list[int]], str, bool]  # token ids, what they are, whether they are text
 # What writes into the residual stream, by its name in Llama, GPT-NeoX, GPT-2, Mixtral and kin.
 INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"}
@@ -68,17 +67,20 @@ class TrainedBase:
 
     Args:
         info: the base.
+        adapter: trained over it; what it replaces is read in place of a weight, in float32.
         dtype: what linears are dequantized to, and what all others are rounded to.
+        device: where weights go; there they are quantized (the GPU's kernels are the ones that
+            training on GPUs used).
         format_name: row of FORMATS that linears go through; None leaves every weight as stored.
         quant_cache: where training kept its 4-bit bytes: auto, off or a directory.
-        replaced: by name, what is read in place of a weight, in float32.
     """
 
     info: ModelInfo
+    adapter: SavedAdapter
     dtype: torch.dtype
+    device: torch.device
     format_name: str | None = None
     quant_cache: str = "off"
-    replaced: Mapping[str, TensorRef] = field(default_factory=dict)
     _held: dict[int, LayerStore] = field(default_factory=dict, init=False)  # a layer of the cache
 
     def __post_init__(self) -> None:
@@ -107,62 +109,59 @@ class TrainedBase:
     def _places(self) -> dict[str, tuple[int, int]]:
         return linear_places(self.info)
 
-    def read_ahead(self, names: Sequence[str], device: torch.device) -> Iterator[torch.Tensor]:
+    def read_ahead(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """Yield weights as training saw them, the next two being read meanwhile.
 
         Args:
             names: in the files.
-            device: where they go; there they are quantized (the GPU's kernels are the ones that
-                training on GPUs used).
 
         Raises:
             UserError: a cached layer is damaged (code 5).
         """
         known = self._places if self.cached.is_complete or self.info.quantized else {}
-        others = [name for name in names if name not in known and name not in self.replaced]
-        read = Weights(self.info).read_ahead(others, device)
+        replaced = self.adapter.replaced
+        others = [name for name in names if name not in known and name not in replaced]
+        read = Weights(self.info).read_ahead(others, self.device)
         for name in names:
-            if name in self.replaced:
-                yield read_float(self.replaced[name], device)
+            if name in replaced:
+                yield read_float(replaced[name], self.device)
             elif name in known:
-                yield self._known(name, device)
+                yield self._known(name)
             elif self.format_name is None:
                 yield next(read)
             elif name in self._places:
                 weight = next(read)
                 fields = quantize.FORMATS[self.format_name].quantize(weight)
-                yield self._dequantized(fields, weight.shape, device)
+                yield self._dequantized(fields, weight.shape)
             else:
                 yield next(read).to(self.dtype)
 
-    def read(self, name: str, device: torch.device) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         """Read a parameter by its name of stored_names: experts lie one by one in the files."""
         parts = expert_matrices(self.info, name) or [[name]]
         names = [part for matrix in parts for part in matrix]
-        read = self.read_ahead(names, device)
+        read = self.read_ahead(names)
         if len(names) == 1:
             return next(read)
         return torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
 
-    def _known(self, name: str, device: torch.device) -> torch.Tensor:
+    def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
         layer, index = self._places[name]
         if self.info.quantized:
-            packed = Weights(self.info).read_quantized([name], device)
+            packed = Weights(self.info).read_quantized([name], self.device)
             assert packed is not None
-            return self._dequantized(next(packed), self.info.tensors[name].shape, device)
+            return self._dequantized(next(packed), self.info.tensors[name].shape)
         if layer not in self._held:
             (packed_layer,) = self.cached.read_layers([layer])
-            flat = packed_layer.to(device)
+            flat = packed_layer.to(self.device)
             self._held.clear()
             self._held[layer] = LayerStore(lambda: flat, self._layout)
         return self._held[layer].weight(index, self.dtype)
 
-    def _dequantized(
-        self, fields: Fields, shape: Sequence[int], device: torch.device
-    ) -> torch.Tensor:
+    def _dequantized(self, fields: Fields, shape: Sequence[int]) -> torch.Tensor:
         layout = build_layout([(shape[0], shape[1])], str(self.format_name))
-        flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device)
+        flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.device)
         store_linear(flat, layout, 0, fields)
         return LayerStore(lambda: flat, layout).weight(0, self.dtype)
 
@@ -173,16 +172,12 @@ def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
     return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)
 
 
-def merged(
-    adapter: SavedAdapter, base: TrainedBase, dtype: torch.dtype, device: torch.device
-) -> NamedTensors:
+def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
     """Yield the tensors of base + adapter; a few are held at once.
 
     Args:
-        adapter: added to the base; of DoRA, the rows get their lengths then.
-        base: gives the base's weights, and those that the adapter replaces.
+        base: with its adapter; of DoRA, the rows get their lengths when that is added, in float32.
         dtype: of the results.
-        device: where it is computed, in float32.
 
     Yields:
         Name and tensor, in the order of the base's files.
@@ -190,9 +185,9 @@ def merged(
     Raises:
         UserError: a result is not finite (code 5).
     """
-    names = list(base.info.tensors)
-    for name, weight_OI in zip(names, base.read_ahead(names, device), strict=True):
-        pair = adapter.pairs.get(name.removesuffix(".weight"))
+    names, device = list(base.info.tensors), base.device
+    for name, weight_OI in zip(names, base.read_ahead(names), strict=True):
+        pair = base.adapter.pairs.get(name.removesuffix(".weight"))
         if pair is not None:
             a_RI, b_OR = read_float(pair.a, device), read_float(pair.b, device)
             weight_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=pair.scale)
@@ -206,9 +201,7 @@ def merged(
         yield name, result
 
 
-def quantized(
-    info: ModelInfo, settings: Any, dtype: str | None, device: torch.device
-) -> NamedTensors:
+def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
     """Yield the tensors of a 4-bit model; a few are held at once.
 
     Args:
@@ -251,19 +244,6 @@ class Vocabulary(NamedTuple):
     core: Any
     num_known: int
     num_rows: int
-
-    def extended(self, weight_VH: torch.Tensor) -> torch.Tensor:
-        """Give an embedding, or a head, rows for new tokens: the mean of the known ones.
-
-        Args:
-            weight_VH: as stored.
-
-        Returns:
-            [num_rows, H]; the rows of known tokens are as they were.
-        """
-        known = weight_VH[: self.num_known]
-        mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
-        return torch.cat([known, mean_H.expand(self.num_rows - len(known), -1)])
 
 
 def add_tokens(info: ModelInfo, text: str) -> Vocabulary:
@@ -324,7 +304,7 @@ class Expansion:
             rule = f"none of {', '.join(sorted(INTO_RESIDUAL))} is in each half of its layers"
             raise UserError(f"{info.path}: {info.model_type}", rule, "expand a Llama-like model")
 
-    def tensors(self, vocabulary: Vocabulary | None) -> NamedTensors:
+    def tensors(self, vocabulary: Vocabulary | None) -> Tensors:
         """Yield the tensors of the expanded model; one is held at once.
 
         Args:
@@ -334,8 +314,11 @@ class Expansion:
         read = Weights(self.info).read_ahead(list(self.info.tensors), torch.device("cpu"))
         for old, group in itertools.groupby(self.sources, lambda source: source[0]):
             tensor = next(read)
-            if vocabulary is not None and old in ends:
-                tensor = vocabulary.extended(tensor)
+            if vocabulary is not None and old in ends:  # new rows: the mean of the known ones
+                known = tensor[: vocabulary.num_known]
+                mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
+                num_new = vocabulary.num_rows - len(known)
+                tensor = torch.cat([known, mean_H.expand(num_new, -1)])
             for _, new, is_zero in group:
                 yield new, torch.zeros_like(tensor) if is_zero else tensor
 
@@ -352,22 +335,15 @@ class Expansion:
 
 
 def check(
-    adapter: SavedAdapter,
-    seen: TrainedBase,
-    result: TrainedBase,
-    shape: tuple[int, int],
-    dataset: str | None,
-    device: torch.device,
+    seen: TrainedBase, result: TrainedBase, shape: tuple[int, int], dataset: str | None
 ) -> dict[str, Any]:
     """Compare a merged model with base + adapter as trained.
 
     Args:
-        adapter: what was merged.
-        seen: the base as training saw it.
+        seen: the base as training saw it, and the adapter.
         result: the merged model, as stored.
         shape: (rows, tokens of the longest) to compare on.
         dataset: where they come from; None: see `choose_rows`.
-        device: where to compute.
 
     Returns:
         For merge.json, see `compare`; or why there is none, as "skipped".
@@ -377,7 +353,7 @@ def check(
     """
     if not shape[0]:
         return {"skipped": "--evidence_rows 0"}
-    info = seen.info
+    info, device = seen.info, seen.device
     num_experts = sum(linear.expert is not None for linear in info.linears)
     largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
     logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
@@ -389,25 +365,21 @@ def check(
     if need_gib > free_gib:
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
-    ids, note, is_text = choose_rows(adapter, info, shape, dataset)
-    trained = logits(seen, adapter.pairs, ids, device)
-    merged = logits(result, {}, ids, device)
+    ids, note, is_text = choose_rows(seen, shape, dataset)
+    trained, merged = logits(seen, ids), logits(result, ids)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
-    known = {"base_of_adapter": base} if adapter.pairs or adapter.replaced else {}
+    has_run = seen.adapter.pairs or seen.adapter.replaced
+    known = {"base_of_adapter": base} if has_run else {}
     return {"rows": note} | known | compare(trained, merged, ids, is_text)
 
 
 @torch.inference_mode()
-def logits(
-    base: TrainedBase, pairs: Mapping[str, Pair], ids: list[list[int]], device: torch.device
-) -> torch.Tensor:
+def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
     """Run a model whose weights are read as they are needed.
 
     Args:
-        base: what the model is, and its weights.
-        pairs: LoRA matrices by the name of their linear; empty for a merged model.
+        base: what the model is, its weights and its adapter.
         ids: rows of tokens.
-        device: where to compute.
 
     Returns:
         logits_NV of the rows, one after the other, float32 on the host.
@@ -419,20 +391,20 @@ def logits(
         for part, buffer in module._buffers.items():
             at = stored.get(f"{name}.{part}")
             if buffer is not None:
-                module._buffers[part] = base.read(at, device) if at else buffer.to(device)
-        if name in pairs:
-            module.register_forward_hook(partial(_add_product, pairs[name]))
+                module._buffers[part] = base.read(at) if at else buffer.to(base.device)
+        if name in base.adapter.pairs:
+            module.register_forward_hook(partial(_add_product, base.adapter.pairs[name]))
         params = [part for part, param in module._parameters.items() if param is not None]
         own = {part: stored[f"{name}.{part}"] for part in params}
         if base.info.is_tied and module is model.get_output_embeddings():
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
-            module.register_forward_pre_hook(partial(_bring, own, base, device))
+            module.register_forward_pre_hook(partial(_bring, own, base))
             module.register_forward_hook(_drop)
     batch_BT = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
     for row, tokens in zip(batch_BT, ids, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)  # causal: the padding behind is not seen
-    out = model(input_ids=batch_BT.to(device), use_cache=False).logits
+    out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
     return torch.cat([out[i, : len(tokens)].cpu() for i, tokens in enumerate(ids)])
 
 
@@ -450,11 +422,9 @@ def _build(info: ModelInfo) -> Any:
         )
 
 
-def _bring(
-    own: dict[str, str], base: TrainedBase, device: torch.device, module: nn.Module, args: tuple
-) -> None:
+def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, args: tuple) -> None:
     for part, name in own.items():
-        weight = base.read(name, device).float()
+        weight = base.read(name).float()
         module._parameters[part] = nn.Parameter(weight, requires_grad=False)
 
 
@@ -534,19 +504,15 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
         f"the same likeliest token in {facts['top1_agreement']:.2%}"
     )
     if "loss_trained" in facts:
-        both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
-        text += f"\n          loss on these rows {both}"
+        text += f", loss {facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
     return text
 
 
-def choose_rows(
-    adapter: SavedAdapter, info: ModelInfo, shape: tuple[int, int], dataset: str | None
-) -> Rows:
+def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) -> Rows:
     """Take the rows that the run held out, else some that it learned, else random tokens.
 
     Args:
-        adapter: whose run it was.
-        info: the base.
+        base: with the adapter whose run it was.
         shape: (rows, tokens of the longest).
         dataset: where they come from; None: the run's.
 
@@ -557,30 +523,25 @@ def choose_rows(
         UserError: `dataset` cannot be read.
     """
     if dataset is not None:
-        cfg = dataclasses.replace(TrainConfig(), dataset=dataset)
-        return _rows_of_data(cfg, adapter, info, shape)
-    has_run = adapter.pairs or adapter.replaced
+        return _rows_of_data(TrainConfig(dataset=dataset), base, shape)
+    path, has_run = base.adapter.path, base.adapter.pairs or base.adapter.replaced
     why = "no run_config.json beside the adapter" if has_run else "--dataset takes rows of text"
     try:
-        if (run := run_config(adapter.path)) is not None:
-            check_own_code(vars(run), (), adapter.path)
-            return _rows_of_data(run, adapter, info, shape)
+        if (run := run_config(path)) is not None:
+            check_own_code(vars(run), (), path)
+            return _rows_of_data(run, base, shape)
     except UserError as error:
         why = f"the run's rows cannot be read: {error}"
-    ids = np.random.default_rng(SEED).integers(0, info.vocab_size, shape).tolist()
+    ids = np.random.default_rng(SEED).integers(0, base.info.vocab_size, shape).tolist()
     return ids, f"{shape[0]} rows of random tokens ({why})", False
 
 
-def _rows_of_data(
-    cfg: TrainConfig, adapter: SavedAdapter, info: ModelInfo, shape: tuple[int, int]
-) -> Rows:
-    path = adapter.path if tokenizer.has_files(adapter.path) else tokenizer.directory(info)
-    text = tokenizer.read(path)
-    ready = prepare.prepare(cfg, text, info.vocab_size)
-    part = ready.held_out if len(ready.held_out) else ready.train
-    rows = (part[i].input_ids[: shape[1]].tolist() for i in range(len(part)))
-    ids = list(itertools.islice(filter(None, rows), shape[0]))
-    if not ids:
-        raise UserError(cfg.dataset, "holds no rows to compare on", "name others with --dataset")
-    kind = "held-out rows" if len(ready.held_out) else "rows, none held out,"
+def _rows_of_data(cfg: TrainConfig, base: TrainedBase, shape: tuple[int, int]) -> Rows:
+    path = base.adapter.path
+    path = path if tokenizer.has_files(path) else tokenizer.directory(base.info)
+    ready = prepare.prepare(cfg, tokenizer.read(path), base.info.vocab_size)
+    part, kind = ready.held_out, "held-out rows"
+    if not len(part):
+        part, kind = ready.train, "rows, none held out,"
+    ids = [part[i].input_ids[: shape[1]].tolist() for i in range(min(shape[0], len(part)))]
     return ids, f"{len(ids)} {kind} of {cfg.dataset}", True

@@ -121,12 +121,8 @@ class Offload:
     def _put(self, tensor: torch.Tensor) -> int:
         depth = len(self._stack)
         copy = self._room(depth, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        if self._copies is None:
-            copy.copy_(tensor)
-        else:
-            self._copies.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._copies):
-                copy.copy_(tensor, non_blocking=True)
+        placement.copy(copy, tensor, self._copies)
+        if self._copies is not None:
             tensor.record_stream(self._copies)
         self._stack.append(copy)
         self.num_copies += 1
@@ -157,17 +153,9 @@ class Offload:
         if depth in self._fetched:
             return
         # Made in the stream that computes: its memory is free once what uses it has run there.
-        copy, arrived = self._stack[depth], None
+        copy = self._stack[depth]
         fetched = torch.empty_like(copy, device=self._device)
-        if self._copies is None:
-            fetched.copy_(copy)
-        else:
-            self._copies.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._copies):
-                fetched.copy_(copy, non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record()
-        self._fetched[depth] = fetched, arrived
+        self._fetched[depth] = fetched, placement.copy(fetched, copy, self._copies)
 
 
 class TrainedLayer(nn.Module):

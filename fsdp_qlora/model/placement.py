@@ -114,6 +114,27 @@ def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]
     return (refusals[0], None) if refusals else ("", memory)
 
 
+def copy(
+    target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None
+) -> torch.cuda.Event | None:
+    """Copy between host and GPU while the GPU computes.
+
+    Args:
+        target, source: of one shape.
+        stream: that copies, after all that is enqueued now; None: the copy is made at once.
+
+    Returns:
+        The moment at which it is done; None: it is.
+    """
+    if stream is None:
+        target.copy_(source)
+        return None
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        target.copy_(source, non_blocking=True)
+        return stream.record_event()
+
+
 class Streamer:
     """The slots of one GPU (or of a CPU rank, which copies too, but in line).
 
@@ -148,10 +169,8 @@ class Streamer:
         self.num_copies = 0
         self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
         self._at = -1  # the layer read last
-        self._is_cuda = device.type == "cuda"
-        if self._is_cuda:
-            self._copies = torch.cuda.Stream(device)
-            self._filled = [torch.cuda.Event() for _ in self.slots]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._filled: list[torch.cuda.Event | None] = [None] * len(self.slots)
 
     def read(self, layer: int) -> torch.Tensor:
         """The bytes of a layer, valid for what is computed until another layer is read.
@@ -163,16 +182,14 @@ class Streamer:
             Its slot, uint8 [nbytes].
         """
         if layer != self._at:
-            self._travel_to(layer)
+            step = 1 if layer == (self._at + 1) % self.num_layers else -1
+            self._at = layer
+            for ahead in range(len(self.slots)):
+                self._fetch(layer + step * ahead)
+            filled = self._filled[layer % len(self.slots)]
+            if filled is not None:
+                torch.cuda.current_stream().wait_event(filled)
         return self.slots[layer % len(self.slots)]
-
-    def _travel_to(self, layer: int) -> None:
-        step = 1 if layer == (self._at + 1) % self.num_layers else -1
-        self._at = layer
-        for ahead in range(len(self.slots)):
-            self._fetch(layer + step * ahead)
-        if self._is_cuda:
-            torch.cuda.current_stream().wait_event(self._filled[layer % len(self.slots)])
 
     def _fetch(self, layer: int) -> None:
         slot = layer % len(self.slots)
@@ -180,14 +197,8 @@ class Streamer:
             return
         self._held[slot] = layer
         self.num_copies += 1
-        if not self._is_cuda:
-            self.slots[slot].copy_(self.sources[layer])
-            return
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            self.slots[slot].copy_(self.sources[layer], non_blocking=True)
-            self._filled[slot].record()
+        self._filled[slot] = copy(self.slots[slot], self.sources[layer], self._copies)
 
 
 @dataclass

@@ -558,9 +558,7 @@ class MemoryLedger:
         _keep_highest(self.host, host)
         return tops, max(host.values(), key=_total)
 
-    def host_rows(
-        self, phase: str, shares: Sequence[HostShare], used_gib: float | None
-    ) -> GibByRow:
+    def host_rows(self, phase: str, shares: list[HostShare], used_gib: float | None) -> GibByRow:
         """What the host holds in a phase.
 
         What other programs and the system use is as it was before the run. On a machine with GPUs

@@ -7,6 +7,8 @@ byte for byte.
 """
 
 import contextlib
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ PLACES = (
 )
 # `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
+room_like = torch.empty_like  # for what the optimizer will keep
 AllocatorEvent = dict[str, Any]
 
 
@@ -76,13 +79,7 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     return collate(rows, batches.sampler.pad_multiple, longest)
 
 
-def run(
-    trained: Trained,
-    batches: Batches | PackedBatches,
-    cfg: TrainConfig,
-    tracker: MemoryTracker,
-    allocate: Callable[[torch.Tensor], torch.Tensor] = torch.empty_like,
-) -> str:
+def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTracker) -> str:
     """Prove that the longest rows fit, and learn what comes and goes in a pass.
 
     Model, optimizer, random numbers and data are afterwards as if it had not been.
@@ -90,9 +87,7 @@ def run(
     Args:
         trained: what will be trained; all ranks must call.
         batches: this rank's.
-        cfg: batch_size, how layers are recomputed.
-        tracker: gets what comes and goes.
-        allocate: makes room as large as a tensor, for what the optimizer will keep.
+        tracker: of the run; gets what comes and goes.
 
     Returns:
         One line for the user.
@@ -100,14 +95,14 @@ def run(
     Raises:
         torch.OutOfMemoryError: it does not fit.
     """
-    model, world = trained.model, trained.world
+    model, world, cfg = trained.model, trained.world, tracker.plan.cfg
     assert isinstance(model, QuantizedModel)
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
     gpus = [world.device] if world.device.type == "cuda" else []
     with tracker.phase("memory probe"), torch.random.fork_rng(gpus):  # dropout draws as without it
-        moments = [allocate(param) for param in trained.params for _ in range(2)]
+        moments = [room_like(param) for param in trained.params for _ in range(2)]
         with _traced(world.device) as events:
             # the second finds gradients of the first, or graphs that it captures
             has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
@@ -274,19 +269,11 @@ def _row(block: _Block, ends: Sequence[int]) -> str:
 
 def _alive_at_peak(blocks: Sequence[_Block], start: int, end: int) -> list[_Block]:
     """The allocations that are alive when most is, between two events."""
-    changes: dict[int, int] = {}
-    held = 0
+    changes = np.zeros(end + 2, np.int64)
     for block in blocks:
-        if block.start < start < block.stop:
-            held += block.nbytes
-        for index, nbytes in ((block.start, block.nbytes), (block.stop, -block.nbytes)):
-            if start <= index <= end:
-                changes[index] = changes.get(index, 0) + nbytes
-    peak, at = held, start
-    for index in sorted(changes):
-        held += changes[index]
-        if held > peak:
-            peak, at = held, index
+        changes[min(block.start, end + 1)] += block.nbytes
+        changes[min(block.stop, end + 1)] -= block.nbytes
+    at = start + int(changes.cumsum()[start : end + 1].argmax())
     return [block for block in blocks if block.start <= at < block.stop]
 
 
@@ -303,19 +290,22 @@ def profile(cfg: TrainConfig, rank: int, device: torch.device, say: Say) -> Iter
     Yields:
         To be called after every optimizer step.
     """
-    folder, calls = cfg.resolved_output_dir / PROFILES, list[AfterStep]()
+    folder, steps = cfg.resolved_output_dir / PROFILES, itertools.count(1)
+    write: AfterStep | None = None
     with contextlib.ExitStack() as stack:
         if cfg.profile_memory and device.type != "cuda":
             say("note      --profile_memory needs a GPU: torch keeps no history of CPU memory")
         elif cfg.profile_memory:
-            calls.append(stack.enter_context(_memory_history(folder, rank, device, say)))
-        if cfg.profile:
-            profiler = _profiler(folder, int(cfg.profile), rank, device, say)
-            calls.append(stack.enter_context(profiler).step)
+            write = _memory_history(folder, rank, device, say)
+            stack.callback(write)  # a run that fails sooner leaves what was held then
+        profiler = _profiler(folder, int(cfg.profile), rank, device, say) if cfg.profile else None
+        stack.enter_context(profiler or contextlib.nullcontext())
 
         def after_step() -> None:
-            for call in calls:
-                call()
+            if write is not None and next(steps) == SNAPSHOT_STEPS:
+                write()
+            if profiler is not None:
+                profiler.step()
 
         yield after_step
 
@@ -340,13 +330,12 @@ def _profiler(
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write, **wanted)
 
 
-@contextlib.contextmanager
-def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> Iterator[AfterStep]:
-    """Record the allocator over the first steps; also what it held when the run fails in them."""
-    num_left = [SNAPSHOT_STEPS]
+def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> AfterStep:
+    """Record the allocator; what is returned ends that, once, and writes what it held."""
     record = torch.cuda.memory._record_memory_history
     record("all", max_entries=MAX_EVENTS, device=device)
 
+    @functools.cache
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank{rank}_memory.pickle"
@@ -354,13 +343,4 @@ def _memory_history(folder: Path, rank: int, device: torch.device, say: Say) -> 
         record(None, device=device)
         say(f"memory    snapshot for pytorch.org/memory_viz: {path}")
 
-    def after_step() -> None:
-        num_left[0] -= 1
-        if num_left[0] == 0:
-            write()
-
-    try:
-        yield after_step
-    finally:
-        if num_left[0] > 0:
-            write()
+    return write

@@ -136,7 +136,7 @@ def test_the_hub_gets_what_was_trained_in_a_private_place_and_nothing_else(hub, 
     [
         ("you/new", TOKEN, "3 --push_to_hub you/new: the hub refuses the token; it is in"),
         ("me/new", None, "3 --push_to_hub me/new: there is no token of the hub; run hf auth login"),
-        ("new", TOKEN, "2 --push_to_hub new: names no owner; give OWNER/NAME"),
+        ("new", TOKEN, "2 --push_to_hub new: is no name of a repository; give OWNER/NAME"),
         ("a b/new", TOKEN, "2 --push_to_hub a b/new: is no name of a repository; give OWNER/NAME"),
     ],
 )

@@ -172,7 +172,8 @@ def test_the_evidence_tells_the_bases_apart(places, tmp_path: Path):
     from fsdp_qlora.export import new_weights
 
     info, read = arch.read(str(model), True), adapter_files.read(adapter)
-    ids = torch.tensor(new_weights.choose_rows(read, info, (4, 32), None)[0])
+    own = new_weights.TrainedBase(info, read, torch.bfloat16, torch.device("cpu"))
+    ids = torch.tensor(new_weights.choose_rows(own, (4, 32), None)[0])
     with torch.no_grad():
         merged = load(tmp_path / "far").float()(ids).logits.flatten(0, 1)
         base = peft_model(model, adapter, "nf4_dq").float()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def _train(world, path, cases, is_rehearsed):
             make_samples(60), SamplerConfig(2, num_micro, world.size, world.rank, 42, 1, 3)
         )
         if is_rehearsed:
-            words = memory_probe.run(trained, batches, cfg, tracker)
+            words = memory_probe.run(trained, batches, tracker)
             assert words == f"probe     {2 * batches.longest:,} tokens at once fit"
             assert tracker.taken["memory probe"].allocated_gib > 0
         found = [digest([torch.get_rng_state(), *params]), len(optimizer.state)]
@@ -95,7 +96,8 @@ def _no_room(world, path):
         raise torch.OutOfMemoryError(f"no room for {tensor.numel()}")
 
     try:
-        memory_probe.run(trained, batches, plan.cfg, tracker, allocate=refuse)
+        with mock.patch.object(memory_probe, "room_like", refuse):
+            memory_probe.run(trained, batches, tracker)
     except torch.OutOfMemoryError as error:
         return error.__notes__
     return []
@@ -233,7 +235,7 @@ def _told(world, path):
     params = shard.local_parameters(built.model)
     trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(60), SamplerConfig(8, 1, world.size, world.rank, 42, 1, 3))
-    words = memory_probe.run(trained, batches, plan.cfg, tracker)
+    words = memory_probe.run(trained, batches, tracker)
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
     return (
         words,
