@@ -93,6 +93,7 @@ def _report(out_dir: Path) -> None:
 
 def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
+    from fsdp_qlora.model.adapters import peft_note
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
 
@@ -107,7 +108,8 @@ def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
-    record["lines"] += [line for line in (packing, plan.info.rope_note(cfg.context_length)) if line]
+    notes = packing, plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)
+    record["lines"] += [line for line in notes if line]
     if is_probed:
         record["lines"].append(memory_probe.run(trained, dataset.train, tracker))
     return trained, tracker, record

@@ -40,6 +40,8 @@ GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
 STATE = ".quant_state.bitsandbytes__"
 ORIGINAL = "take the 16-bit original of this model"
+NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
+PIECE = 1 << 16  # bytes compared at once
 
 
 def known_shapes() -> list[str]:
@@ -238,7 +240,31 @@ def read_tensors(
     lost = [name for name in index if name not in tensors or tensors[name].file.name != index[name]]
     if lost:
         raise _damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
+    single = directory / SINGLE_NAME
+    if index and single.is_file() and SINGLE_NAME not in index.values():
+        header = read_header(single, item_bytes)
+        is_same = header.keys() == tensors.keys()
+        if not is_same or not all(same_bytes(ref, tensors[n], PIECE) for n, ref in header.items()):
+            rule = f"holds another model than the files that {INDEX_NAME} names"
+            raise _damaged(single, rule, "remove what is left of the other model")
     return tensors
+
+
+def same_bytes(one: TensorRef, other: TensorRef, num_bytes: int) -> bool:
+    """Whether two tensors are stored alike.
+
+    Args:
+        one, other: the tensors.
+        num_bytes: compare so many of the first.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    starts = range(0, min(num_bytes, one.nbytes), PIECE)
+    with one.file.open("rb") as file, other.file.open("rb") as other_file:
+        file.seek(one.start)
+        other_file.seek(other.start)
+        sizes = (min(PIECE, one.nbytes - start) for start in starts)
+        return all(file.read(size) == other_file.read(size) for size in sizes)
 
 
 def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[str, TensorRef]:
@@ -271,8 +297,10 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
         size = path.stat().st_size
         raise _damaged(path, f"{size} bytes are no safetensors file ({reason[:80]})") from None
     if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
-        rule = f"holds {others[0]} tensors; a base is {', '.join(ITEM_BYTES)}"
-        raise UserError(str(path), rule, ORIGINAL)
+        of_kind = [name for name, (dtype, _) in kinds.items() if dtype == others[0]]
+        rule = f"holds {others[0]} tensors ({of_kind[0]}); a base is {', '.join(ITEM_BYTES)}"
+        remedy = "take a model without such" if others[0] in NUMBERS else ORIGINAL
+        raise UserError(str(path), rule, remedy)
     start, refs = 8 + int.from_bytes(head[:8], "little"), {}  # the header; then byte upon byte
     for name, (dtype, shape) in kinds.items():
         nbytes = math.prod(shape) * item_bytes[dtype]

@@ -28,6 +28,9 @@ EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
 HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
+# Start of the layers' names in files of a model saved without its head -> what all names lack.
+BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
 FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
 FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
@@ -40,7 +43,14 @@ SAME_PLACE = "copy config.json and the weights from the same place"
 OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
     "hidden_size": ("n_embd", "d_model"),
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_attention_heads": (
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "attention_heads",
+        "decoder_attention_heads",
+    ),
+    "num_experts_per_tok": ("moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
 }
 
 Shapes = dict[str, tuple[int, ...]]
@@ -163,7 +173,7 @@ def from_config(config: dict) -> Structure:
         UserError: a size is absent or no positive integer (code 2).
     """
     hidden, vocab = _size(config, "hidden_size"), _size(config, "vocab_size")
-    root: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    root: Shapes = {EMBEDDING: (vocab, hidden), "model.norm.weight": (hidden,)}
     if not _is_tied(config):
         root["lm_head.weight"] = (vocab, hidden)
     num_layers = _size(config, "num_hidden_layers")
@@ -274,6 +284,8 @@ def find_linears(layer: Shapes) -> tuple[Linear, ...]:
         bias = layer.get(f"{module}.bias")
         if module == name or bias not in (None, shape[:1]):
             rule = f"shape {list(shape)} with bias {bias} is no linear of [out, in]"
+            if bias == shape[1:]:
+                rule = f"is stored as [in, out] {list(shape)}, as GPT-2's Conv1D; [out, in] is read"
             raise UserError(name, rule, "take a model whose decoder layers are linears and norms")
         found.append(Linear(module, shape[0], shape[1], bias is not None))
     order = {name: place for place, name in enumerate(EXECUTION_ORDER)}
@@ -372,19 +384,19 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     found = files.locate(model_name, need_weights)
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
-    config = _checked_config(raw, model_name)
-    stored = files.stored_format(raw, model_name)
+    config, stored = _checked_config(raw, model_name), files.stored_format(raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors: dict[str, TensorRef] = {}
     quantized: dict[str, QuantizedRef] = {}
     if reads_headers := path and (need_weights or not is_known):
+        if not (need_weights or any(path.glob("*.safetensors"))):
+            rule = f"{config['model_type']} models are read from their files only"
+            raise UserError(model_name, rule, "add the *.safetensors files")
         item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
-        tensors = files.read_tensors(path, item_bytes)
+        tensors = _own_names(files.read_tensors(path, item_bytes), config)
         if stored:
             tensors, quantized = files.fold(tensors, stored, model_name)
-        # Stored twice or to be computed: a tied head, old rotary tables.
-        left_out = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * _is_tied(config)
-        tensors = {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}
+        tensors = _without_copies(tensors, config)
     shapes = {name: ref.shape for name, ref in tensors.items()}
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
@@ -511,7 +523,32 @@ def _checked_config(config: dict, model_name: str) -> dict:
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
     _check_values(config)
     left_out = ("auto_map", "quantization_config")
+    if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
+        config = config | {"sliding_window": None}
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
+
+
+def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
+    """Name the tensors of a model saved without its head, or its embedding as its head, in full."""
+    lacks = [own for start, own in BARE.items() if any(name.startswith(start) for name in tensors)]
+    bare = {name if name in HEADS else "".join(lacks) + name: ref for name, ref in tensors.items()}
+    if _is_tied(config) and HEADS[0] in bare and config["model_type"] in LAYOUTS:
+        bare.setdefault(EMBEDDING, bare[HEADS[0]])
+    return bare
+
+
+def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
+    """Leave out what is stored twice or can be computed: a tied head, old rotary tables.
+
+    A head of other bytes than the embedding's is none of these: `config` is untied, in place.
+    """
+    head, is_tied = tensors.get(HEADS[0]), _is_tied(config)
+    if head is not None and is_tied:
+        others = [ref for n, ref in tensors.items() if n != HEADS[0] and ref.shape == head.shape]
+        is_tied = not others or any(files.same_bytes(head, ref, head.nbytes) for ref in others)
+        config["tie_word_embeddings"] = is_tied
+    left_out = ("rotary_emb.inv_freq",) + HEADS[:1] * is_tied
+    return {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}
 
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import meta
 
+from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import UserError, one_line
 
@@ -439,13 +440,13 @@ def _is_general(path: Path) -> bool:
 
     Other classes build the splitting of text anew, so that only they give the tokens of a run.
     """
-    found: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "config.json"):
-        try:
-            found |= {name: json.loads((path / name).read_text(encoding="utf-8"))}
-        except (OSError, ValueError):
-            found |= {name: {}}
-    settings, config = (value if isinstance(value, dict) else {} for value in found.values())
+    found: list[dict[str, Any]] = []
+    for place in (path / "tokenizer_config.json", path / "config.json"):
+        value = atomic.parse_json(place.read_bytes()) if place.is_file() else {}
+        if value is None or (place.exists() and not place.is_file()):
+            return True  # every class refuses such a file; the general one does so without torch
+        found.append(value)
+    settings, config = found
     is_rebuilt = str(config.get("model_type")).startswith(REBUILT_TYPES)
     is_named = settings.get("tokenizer_class") in GENERAL_CLASSES and "auto_map" not in settings
     has_files = (path / "tokenizer.json").exists() and not (path / "tekken.json").exists()

@@ -7,13 +7,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from fsdp_qlora.arch import Linear
+from fsdp_qlora.arch import Linear, ModelInfo
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
@@ -198,3 +199,34 @@ def shift_magnitudes(model: nn.Module, flats: list[torch.Tensor], sign: int) -> 
         squares = block.body.split_squares()
         for parts, square_O in zip(block.body.split_lora(flat), squares, strict=False):
             parts[2].add_(square_O.cpu().sqrt(), alpha=sign)
+
+
+def peft_note(model: nn.Module, info: ModelInfo) -> str:
+    """Say where peft takes the linears of shared experts for those of the experts themselves.
+
+    Args:
+        model: with adapters, or without.
+        info: the model.
+
+    Returns:
+        One line, or "".
+    """
+    if all(linear.expert is None for linear in info.linears):
+        return ""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    slots = next(blocks(model)).body.slots
+    names = {slot.name.rpartition(".")[2] for slot in slots}
+    config = LoraConfig(target_modules=list(names))
+    stand_in = cast(nn.Module, SimpleNamespace(config=SimpleNamespace(model_type=info.model_type)))
+    try:
+        convert_peft_config_for_transformers(config, stand_in, None)
+        kept = set(config.target_modules or ())
+    except ValueError:  # only some of what it would fuse
+        kept = {name for name in names if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))}
+    if kept == names:
+        return ""
+    wrong = f"peft takes {', '.join(sorted(names - kept))} of {info.model_type} for experts"
+    remedy = f"merge it, or use --lora_target_modules {','.join(sorted(kept))}"
+    return f"adapter   {wrong} and would compute otherwise: {remedy}"

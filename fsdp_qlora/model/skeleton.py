@@ -209,6 +209,9 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     if chosen.attention == "sdpa" and not hf_model._supports_sdpa:
         rule = f"computes otherwise than the attention of model type {info.model_type}"
         raise UserError("--attn sdpa", rule, "use --attn eager")
+    if info.layers_prefix not in dict(hf_model.named_modules()):
+        got, rule = f"weights named {info.layers_prefix}.0", f"are no part of {info.model_type}"
+        raise UserError(got, rule, "save the model with its head, as AutoModelForCausalLM")
     names = stored_names(hf_model, info)
     if chosen.use_liger:
         apply_liger(hf_model)

@@ -154,7 +154,7 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-class Trained(NamedTuple):
+class TrainedWhole(NamedTuple):
     """What is trained itself, without adapters, unquantised.
 
     Args:
@@ -189,7 +189,7 @@ def has_adapters(cfg: TrainConfig) -> bool:
     return TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
 
 
-def trained_whole(info: ModelInfo, cfg: TrainConfig) -> Trained:
+def trained_whole(info: ModelInfo, cfg: TrainConfig) -> TrainedWhole:
     """Find what a run trains whole.
 
     Args:
@@ -204,9 +204,9 @@ def trained_whole(info: ModelInfo, cfg: TrainConfig) -> Trained:
         rule = "trains whole layers, and those with experts can have adapters only"
         raise UserError(f"--train_type {cfg.train_type}", rule, "use --train_type qlora or lora")
     if kind == "full":
-        return Trained(tuple(range(info.num_layers)), tuple(dict(info.root_params)))
+        return TrainedWhole(tuple(range(info.num_layers)), tuple(dict(info.root_params)))
     layers = _new_layers(info) if kind == "llama_pro" else ()
-    return Trained(layers, _saved(info, cfg.modules_to_save))
+    return TrainedWhole(layers, _saved(info, cfg.modules_to_save))
 
 
 def new_layers(num_layers: int, num_new: int) -> tuple[int, ...]:

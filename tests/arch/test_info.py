@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import files
-from fsdp_qlora.arch.info import LAYOUTS, Shapes, from_config, from_headers
+from fsdp_qlora.arch.info import LAYOUTS, OTHER_NAMES, Shapes, from_config, from_headers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import count_trained
@@ -157,7 +157,7 @@ def test_an_unlisted_type_is_understood_from_its_headers(model_type: str, tmp_pa
     ]
     assert arch.num_params(info) == sum(value.numel() for value in model.parameters())
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no safetensors weights"):
+    with pytest.raises(UserError, match="from their files only; add the"):
         arch.read(str(tmp_path), need_weights=False)
 
 
@@ -239,7 +239,7 @@ def test_a_config_unlike_its_weights_is_refused(
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({"h.0.attn.weight": (4, 12), "h.0.attn.bias": (12,)}, "is no linear"),
+        ({"h.0.attn.weight": (4, 12), "h.0.attn.bias": (12,)}, "as GPT-2's Conv1D"),
         ({"h.0.mlp.experts.0.weight": (4, 4)}, "no expert as Mixtral or Qwen has them"),
         ({"h.0.mlp.experts": (8, 4, 4)}, "no expert as Mixtral or Qwen has them"),
         ({"text.0.q.weight": (4, 4), "vision.0.q.weight": (4, 4)}, "found 2"),
@@ -272,3 +272,14 @@ def test_targets_that_match_nothing_are_refused() -> None:
         arch.select_linears(info, "")
     chosen = arch.select_linears(info, "down_proj,qkv_proj")
     assert [linear.name for linear in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]
+
+
+def test_sizes_have_the_names_of_transformers_attribute_maps():
+    """XGLM's attention_heads, hunyuan's moe_topk, n_embd of GPT-2; encoders are none of ours."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"xlm"}:
+        for ours, theirs in CONFIG_MAPPING[model_type].attribute_map.items():
+            if ours in OTHER_NAMES and "encoder" not in theirs:
+                assert theirs in OTHER_NAMES[ours], model_type

@@ -6,6 +6,7 @@ transformers + peft with each row alone.
 """
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.data.batches import Batch, collate, flatten
@@ -24,6 +26,7 @@ from fsdp_qlora.model.head import Targets
 from fsdp_qlora.training import loop
 from tests import tiny, tiny_models
 from tests.model.test_packed_batches import make_samples
+from tests.model_files import edit_json
 
 FLAGS = ("--train_type=lora", "--precision=fp32", "--lora_rank=4", "--lora_alpha=8")
 FLAGS += ("--lora_dropout=0", "--quant_cache=off")
@@ -190,16 +193,19 @@ def judge_type(name: str, path: Path, world: World) -> Finding:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[str, Finding]:
-    """What became of every type."""
-    place = tmp_path_factory.mktemp("sweep")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{place / 'store'}", rank=0, world_size=1
-    )
-    world = World(0, 1, 0, 1, torch.device("cpu"))
-    names = tiny_models.all_types()
-    yield {name: judge_type(name, place / f"{i}", world) for i, name in enumerate(names)}
+def world(tmp_path_factory) -> World:
+    """The only rank."""
+    store = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield World(0, 1, 0, 1, torch.device("cpu"))
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, world) -> dict[str, Finding]:
+    """What became of every type."""
+    place, names = tmp_path_factory.mktemp("sweep"), tiny_models.all_types()
+    return {name: judge_type(name, place / f"{i}", world) for i, name in enumerate(names)}
 
 
 def names_of(found: dict[str, Finding], verdict: str) -> dict[str, str]:
@@ -254,3 +260,98 @@ def table(found: dict[str, Finding]) -> str:
         f"Of another task first, or with such a part: {', '.join(sorted(out))}.",
     ]
     return "\n".join(rows) + "\n"
+
+
+def edit_files(path: Path, edit) -> None:
+    """Write the tensors of a model anew, `edit` having changed the dict of them."""
+    tensors = load_file(path / "model.safetensors")
+    save_file(edit(tensors) or tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def other_head(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+
+
+def same_head(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def only_head(tensors):
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+
+def no_prefix(tensors):
+    return {re.sub(r"^(model|transformer)\.", "", name): t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "is_tied"),
+    [
+        ("llama, tied", other_head, False),
+        ("llama, tied", same_head, True),
+        ("llama, tied", only_head, True),
+        ("gemma", other_head, False),
+        ("llama, tied", no_prefix, True),
+        ("llama", no_prefix, False),
+        ("cohere", other_head, False),
+        *[(name, no_prefix, True) for name in ("bloom", "opt", "olmo2")],
+    ],
+)
+def test_files_are_read_as_transformers_reads_them(tmp_path, world, name, edit, is_tied):
+    """The head of a tied config that is another; one name for both; names of a part."""
+    tiny_models.save(tmp_path / "model", name)
+    edit_files(tmp_path / "model", edit)
+    found = judge(tmp_path / "model", world)
+    assert found.verdict == "equal", found
+    info = arch.read(str(tmp_path / "model"), need_weights=True)
+    assert name == "olmo2" or info.is_tied == is_tied
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_of_nothing_is_none(tmp_path, world, window):
+    path = tmp_path / "model"
+    tiny_models.save(path, "mistral")
+    edit_json(path / "config.json", sliding_window=window)
+    cfg = config.parse([f"--model_name={path}", *FLAGS])
+    model, info, _ = build(cfg, world)
+    flats, samples = tiny.fill_lora(model), make_samples(3)
+    own = run(model, collate(samples, 1), world, info.layers_prefix)
+    raw = json.loads((path / "config.json").read_text()) | {"sliding_window": None}
+    (path / "config.json").write_text(json.dumps(raw))
+    lora = dict(adapters.named_pairs(model, flats, info.layers_prefix))
+    assert max(differences(own, reference(path, lora, cfg, samples)).values()) < TOLERANCE
+
+
+def test_a_single_file_beside_the_index_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "model"
+    tiny_models.save(path, "llama")
+    tensors = load_file(path / "model.safetensors")
+    save_file(tensors, path / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert arch.read(str(path), need_weights=True).num_layers == tiny_models.LAYERS
+    edit_files(path, lambda tensors: {n: t + 1 for n, t in tensors.items()})
+    with pytest.raises(UserError, match=r"model.safetensors: holds another model than the files"):
+        arch.read(str(path), need_weights=True)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "solar_open", "qwen2_moe", "llama"])
+def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
+    from peft import LoraConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path, samples = tmp_path / "model", make_samples(1)
+    tiny_models.save(path, name)
+    cfg = config.parse([f"--model_name={path}", *FLAGS])
+    model, info, _ = build(cfg, world)
+    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), info.layers_prefix))
+    names = sorted({key.split(".")[-3] for key in lora})
+    LoraConfig(r=4, lora_alpha=8, target_modules=names).save_pretrained(tmp_path)
+    save_file({n: t.contiguous() for n, t in lora.items()}, tmp_path / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        ids = collate(samples, 1).input_ids
+        found = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits[:, -1:]
+        is_same = torch.allclose(model.eval()(ids), found, 1e-4, 1e-4)
+    assert is_same == (adapters.peft_note(model, info) == "")
+    assert is_same == (name in ("qwen2_moe", "llama"))
