@@ -231,7 +231,6 @@ def _told(world, path):
     with tracker.phase("load"):
         built = build(plan.cfg, plan.info, world)
     tracker.record_model(built)
-    held_gib = sum(tracker.held.values())
     params = shard.local_parameters(built.model)
     trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(60), SamplerConfig(8, 1, world.size, world.rank, 42, 1, 3))
