@@ -54,6 +54,7 @@ def _train(world, path, cases, is_rehearsed):
         )
         if is_rehearsed:
             words = memory_probe.run(trained, batches, tracker)
+    held_gib = sum(tracker.held.values())  # workspaces of libraries too: the probe has seen them
             assert words == f"probe     {2 * batches.longest:,} tokens at once fit"
             assert tracker.taken["memory probe"].allocated_gib > 0
         found = [digest([torch.get_rng_state(), *params]), len(optimizer.state)]
