@@ -54,7 +54,6 @@ def _train(world, path, cases, is_rehearsed):
         )
         if is_rehearsed:
             words = memory_probe.run(trained, batches, tracker)
-    held_gib = sum(tracker.held.values())  # workspaces of libraries too: the probe has seen them
             assert words == f"probe     {2 * batches.longest:,} tokens at once fit"
             assert tracker.taken["memory probe"].allocated_gib > 0
         found = [digest([torch.get_rng_state(), *params]), len(optimizer.state)]
@@ -236,6 +235,7 @@ def _told(world, path):
     trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
     batches = Batches(make_samples(60), SamplerConfig(8, 1, world.size, world.rank, 42, 1, 3))
     words = memory_probe.run(trained, batches, tracker)
+    held_gib = sum(tracker.held.values())  # with workspaces of libraries: the probe has seen them
     moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
     return (
         words,
