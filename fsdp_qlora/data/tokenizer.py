@@ -260,13 +260,13 @@ def find_lost(
     names = [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
     said = [_Said("tools", names, []), *map(_said, messages[: end + 1], itertools.count(1))]
     plain = [_plain(text.text) for text in texts]
+    held = ["\0".join(map(_plain, entry.pieces)) for entry in said]
     # Equal pieces are told apart by role only: templates write those of users and assistants.
     for number in sorted(range(len(said)), key=lambda i: said[i].is_usual):
         which, pieces, thoughts, _ = said[number]
         is_own = len(texts) == len(turns) and number - 1 in turns
         text = plain[turns.index(number - 1)] if is_own else plain[-1]
-        before = said[: number + 1] if is_own else said
-        pool = "\0".join(_plain(piece) for entry in before for piece in entry.pieces)
+        pool = "\0".join(filter(None, held[: number + 1] if is_own else held))
         lost = [piece for piece in pieces if text.count(_plain(piece)) < pool.count(_plain(piece))]
         if lost:
             yield "dropped", f"{which} {lost[0][:MOST_SHOWN]!r}"
