@@ -157,9 +157,8 @@ def join_and_run(
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = known or worlds.join(
-            cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic
-        )
+        join = functools.partial(worlds.join, cfg.gpu_budget_gib, cfg.seed)
+        world = worlds.find_neighbors(known or join(is_deterministic=cfg.deterministic))
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
         run(plan, world, given, poll)
         if known is None:

@@ -1,10 +1,12 @@
 """The ranks: who they are, and every collective outside FSDP."""
 
+import dataclasses
 import datetime
 import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from fsdp_qlora.distributed.exit_report import LinkError
 from fsdp_qlora.distributed.hooks import LISTENER
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
+MACHINE_NUMBERS = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")  # of torchrun, srun, Ray
+
 
 @dataclass(frozen=True)
 class World:
@@ -24,6 +28,7 @@ class World:
         rank, size: this process's number, and how many there are, on all machines.
         local_rank, local_size: the same on this machine.
         device: where this rank computes.
+        neighbors: the ranks of this machine, if `find_neighbors` has looked.
     """
 
     rank: int
@@ -31,6 +36,13 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    neighbors: tuple[int, ...] = ()
+
+    @property
+    def peers(self) -> Sequence[int]:
+        """The ranks of this machine, this one included; the first acts for the machine."""
+        first = self.rank - self.local_rank  # where nobody has looked: machine by machine
+        return self.neighbors or range(first, first + self.local_size)
 
     def sum(self, value: float) -> float:
         """Sum a host number over ranks; no device is involved.
@@ -81,18 +93,19 @@ class World:
         dist.all_gather_object(every, value)
         return every
 
-    def exchange(self, flat: torch.Tensor) -> torch.Tensor:
-        """Cut a tensor into slices, one per rank, and send each rank its slice.
+    def exchange(self, slices: torch.Tensor) -> torch.Tensor:
+        """Send each rank of this machine its slice; nothing crosses to other machines.
 
         Args:
-            flat: 1-D, its length divisible by `size`.
+            slices: [local_size, n], contiguous; `n` is the same on all ranks, which all must call.
 
         Returns:
-            [size, len/size]: this rank's slice of every rank's tensor.
+            [local_size, n]: this rank's slice of every one of `peers`.
         """
-        received = torch.empty_like(flat)
-        dist.all_to_all_single(received, flat)
-        return received.view(self.size, -1)
+        received = torch.empty_like(slices)
+        sizes = [slices.shape[1] * (rank in self.peers) for rank in range(self.size)]
+        dist.all_to_all_single(received.view(-1), slices.view(-1), sizes, sizes)
+        return received
 
     def share(self, flat: torch.Tensor) -> torch.Tensor:
         """Send every rank the whole tensor.
@@ -134,6 +147,24 @@ def of_process_group() -> World | None:
         raise UserError(got, rule, remedy, ENVIRONMENT)
     local = int(os.environ.get("LOCAL_RANK", rank))
     return World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), _device(local))
+
+
+def find_neighbors(world: World) -> World:
+    """Find out which ranks are on which machine: they need not be numbered machine by machine.
+
+    A machine is what the launcher numbers as one (torchrun, srun, Ray), else a host by its name.
+
+    Args:
+        world: the ranks; all must call.
+
+    Returns:
+        The same, `neighbors`, `local_rank` and `local_size` as they are.
+    """
+    names = (os.environ[name] for name in MACHINE_NUMBERS if name in os.environ)
+    machines = world.gather_objects(next(names, os.uname().nodename))
+    peers = tuple(rank for rank in range(world.size) if machines[rank] == machines[world.rank])
+    place = {"local_rank": peers.index(world.rank), "local_size": len(peers)}
+    return dataclasses.replace(world, neighbors=peers, **place)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -378,27 +378,31 @@ class QuantizedCache:
         return self.failure
 
     def commit(self, world: World) -> None:
-        """Give the directory its name once every rank has written its layers.
+        """Give the directory its name once every rank of the machine has written its layers.
 
-        A rank that could not write makes all give the cache up; `note` says so.
+        A rank that could not write makes its machine give the cache up; `note` says so.
 
         Args:
             world: the ranks; all must call.
         """
-        if self.directory is None or self.temporary is None:
-            return
-        failures = [text for text in world.gather_objects(self._failure()) if text]
-        if failures:
-            self.note = failures[0]
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
-        if world.rank == 0:
-            manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
-            (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            atomic.commit(self.temporary, self.directory)
-        self.is_complete = True
+        every = world.gather_objects((self._failure(), self.digests))
+        if self.temporary is not None and self.directory is not None:
+            own = [every[peer] for peer in world.peers]
+            if failures := [text for text, _ in own if text]:
+                self.note = failures[0]
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            else:
+                digests = {layer: digest for _, part in own for layer, digest in part.items()}
+                if world.local_rank == 0:
+                    self._name(digests)
+                self.is_complete = True
         world.barrier()
+
+    def _name(self, digests: dict[int, str]) -> None:
+        assert self.temporary is not None and self.directory is not None
+        manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
+        (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        atomic.commit(self.temporary, self.directory)
 
 
 def _file_name(layer: int) -> str:
@@ -452,21 +456,26 @@ def find_cache(setting: str, info: ModelInfo, layout: Layout) -> QuantizedCache:
 
 
 def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> QuantizedCache:
-    """Find the cache entry of a model, or the place to write it; all ranks decide the same.
+    """Find the cache entry of a model on each machine, or the place to write it.
+
+    The ranks of a machine decide the same; each machine has an entry of its own.
 
     Args:
         setting, info, layout: see `find_cache`.
         world: the ranks; all must call.
     """
     cache = find_cache(setting, info, layout)
-    if cache.directory is None or all(world.gather_objects(cache.is_complete)):
+    if cache.directory is None:
+        return cache
+    refusal = _cannot_write(cache.directory.parent, layout.nbytes * info.num_layers / GIB)
+    place = f"{os.uname().nodename}-{os.getpid()}"
+    every = world.gather_objects((cache.is_complete, refusal, place))
+    are_complete, refusals, places = zip(*(every[peer] for peer in world.peers), strict=True)
+    if all(are_complete):
         return cache
     cache.is_complete = False
-    refusal = _cannot_write(cache.directory.parent, layout.nbytes * info.num_layers / GIB, world)
-    refusals = [text for text in world.gather_objects(refusal) if text]
-    pids = world.gather_objects(os.getpid())
-    cache.temporary = cache.directory.with_name(f".tmp-{pids[0]}-{cache.directory.name}")
-    return QuantizedCache(None, refusals[0]) if refusals else cache
+    cache.temporary = cache.directory.with_name(f".tmp-{places[0]}-{cache.directory.name}")
+    return QuantizedCache(None, next(filter(None, refusals))) if any(refusals) else cache
 
 
 def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
@@ -487,9 +496,7 @@ def _damaged(path: Path, problem: str) -> UserError:
     return UserError(f"{path} {problem}", rule, remedy, INTEGRITY)
 
 
-def _cannot_write(root: Path, need_gib: float, world: World) -> str:
-    if world.size != world.local_size:
-        return "not written: the ranks are on several machines"
+def _cannot_write(root: Path, need_gib: float) -> str:
     try:
         root.mkdir(parents=True, exist_ok=True)
         free_gib = shutil.disk_usage(root).free / GIB
