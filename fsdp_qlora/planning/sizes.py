@@ -378,7 +378,8 @@ def setting_of(
         The setting; `--offload_impl auto` means weight streaming, as on one host.
     """
     hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
-    num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
+    is_whole = cfg.sharding_strategy == "ddp" and not cfg.use_cpu_offload
+    num_resident = num_layers if is_whole else cfg.resident_layers
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
