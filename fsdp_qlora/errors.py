@@ -90,8 +90,8 @@ def redact_tracebacks() -> None:
 
 
 def brief(error: BaseException, num_chars: int = 120) -> str:
-    """Return the beginning of what an error says: without secrets first, then cut."""
-    return printable(" ".join(str(error).split()))[:num_chars]
+    """Return the beginning of an error's first line: without secrets first, then cut."""
+    return one_line(redact(str(error)).strip().partition("\n")[0])[:num_chars]
 
 
 def one_line(text: str) -> str:

@@ -17,9 +17,7 @@ from fsdp_qlora import errors
 from fsdp_qlora.errors import BUG, INPUT, INTEGRITY
 from tests import warm
 
-PEM = (
-    "-----BEGIN RSA PRIVATE KEY-----\nMIIEcanaryPEM1\n+/canaryPEM2==\n-----END RSA PRIVATE KEY-----"
-)
+PEM = "-----BEGIN EC PRIVATE KEY-----\nMIIEcanaryPEM1\n+/canaryPEM2==\n-----END EC PRIVATE KEY-----"
 CANARIES = {
     "HF_TOKEN": "hf_" + "canaryAcanaryAcanaryAcanary",
     "WANDB_API_KEY": "0123456789abcdefcafe0123456789abcdefcafe",
@@ -52,7 +50,7 @@ PLAIN = {
     **{
         "PATH": "/usr/local/bin:/usr/bin",
         "MY_AUTH": "/home/auth/models",
-        "OLDPWD": "/srv/x/canary",
+        "OLDPWD": "/srv/canary",
     },
     **{"SORT_KEY": "short", "MAX_TOKENS": "2147483648", "TOKEN_LIMIT": "1,000,000,000"},
     **{"TOKENIZERS_PARALLELISM": "disabled!", "KEYBOARD": "us-international", "PASSIVE": "a" * 20},
