@@ -281,7 +281,7 @@ def _host_copy(
 
 def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
     """What there is on a machine with less than `nbytes`, else "": the same on every rank."""
-    free_gib = host_limit_gib() - (host_used_gib() or 0.0)
+    free_gib = host_limit_gib() - host_used_gib()
     by_rank = world.gather([free_gib, 0.0 if budget_gib is None else pss_gib()])
     free_gib = by_rank[world.peers[0]][0]
     words = f"{free_gib:.1f} GiB of host memory are free" if free_gib * GIB < nbytes else ""
