@@ -2,8 +2,9 @@
 
 Decoder layers are dealt to the ranks of each machine in turn: in each round every rank makes the
 quantized bytes of one layer (from 16-bit files, from the cache, or at random), then one exchange
-hands every rank of the machine its slice of all of them. No rank ever holds more than three linears in 16 bit (one at work, two read
-ahead). Everything else is read by each rank as its own range of bytes.
+hands every rank of the machine its slice of all of them. No rank ever holds more than three linears
+in 16 bit (one at work, two read ahead). Everything else is read by each rank as its own range of
+bytes.
 """
 
 import time
