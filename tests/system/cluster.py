@@ -7,8 +7,9 @@ the hosts; all that was started on them ends with them.
 import contextlib
 import fcntl
 import os
+import re
 import shlex
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -22,31 +23,15 @@ LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 TIMEOUT_S = 120.0
 SLURM_CONF = """
-ClusterName=toy
-SlurmctldHost=ctl({subnet}.254)
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-CryptoType=crypto/munge
-AuthInfo=socket={place}/munge.socket
-StateSaveLocation={place}/state
-SlurmdSpoolDir={place}/%n
-SlurmctldPidFile={place}/ctld.pid
-SlurmdPidFile={place}/%n.pid
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SwitchType=switch/none
-MpiDefault=none
-ReturnToService=2
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmdTimeout=20
-MinJobAge=3000
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+ClusterName=toy SlurmctldHost=ctl({subnet}.254) SlurmUser=root SlurmdUser=root AuthType=auth/munge
+CryptoType=crypto/munge AuthInfo=socket={place}/munge.socket StateSaveLocation={place}/state
+SlurmdSpoolDir={place}/%n SlurmctldPidFile={place}/ctld.pid SlurmdPidFile={place}/%n.pid
+SlurmdParameters=config_overrides ProctrackType=proctrack/linuxproc TaskPlugin=task/none
+SwitchType=switch/none MpiDefault=none ReturnToService=2 SelectType=select/cons_tres
+SelectTypeParameters=CR_Core PreemptType=preempt/partition_prio PreemptMode=REQUEUE SlurmdTimeout=20
+MinJobAge=3000 JobAcctGatherType=jobacct_gather/none AccountingStorageType=accounting_storage/none
+"""
+MEMBERS = """
 NodeName=h1 NodeHostname=host1 NodeAddr={subnet}.1 CPUs=8 RealMemory=20000
 NodeName=h2 NodeHostname=host2 NodeAddr={subnet}.2 CPUs=8 RealMemory=20000
 PartitionName=low Nodes=h1,h2 Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE
@@ -59,6 +44,12 @@ def run(*command: object, env: dict[str, str] | None = None) -> str:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
+
+
+def ip(*lines: str) -> None:
+    """Run `ip` with each line's words."""
+    for line in lines:
+        run("ip", *line.split())
 
 
 def wait_until(is_true: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
@@ -89,29 +80,23 @@ class Process:
 
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         """Its exit code."""
-        try:
-            return self.popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still runs:\n{self.text}") from None
+        wait_until(lambda: self.popen.poll() is not None, f"{self.out} goes on", timeout_s)
+        return self.popen.returncode
 
     def wait_for(self, words: str, timeout_s: float = TIMEOUT_S) -> None:
         """Until it has printed something."""
-        wait_until(
-            lambda: words in self.text or self.popen.poll() is not None, self.text, timeout_s
-        )
-        assert words in self.text, self.text
-
-    def send_signal(self, number: int) -> None:
-        """Signal the command itself: the grandchild of what makes its name spaces."""
-        pid = self.popen.pid
-        for _ in range(2):
-            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-        os.kill(pid, number)
+        wait_until(lambda: words in self.text, f"no {words!r} in {self.out}", timeout_s)
 
     def kill(self) -> None:
         """End it and all that it has started, at once."""
         self.popen.kill()
         self.popen.wait()
+
+
+def start(command: list[str], out: Path, env: dict[str, str]) -> Process:
+    """Start a command on this machine; both its streams go to `out`."""
+    with out.open("ab") as file:
+        return Process(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file), out)
 
 
 @dataclass
@@ -130,11 +115,6 @@ class Host:
     def name(self) -> str:
         """Its name, as its hosts file has it."""
         return f"host{self.number}"
-
-    @property
-    def address(self) -> str:
-        """Its address."""
-        return f"{SUBNET}.{self.number}"
 
     def start(
         self, command: Sequence[object], out: Path, own: Sequence[Path] = (), **env: str
@@ -155,16 +135,7 @@ class Host:
             script += f"mount --bind {shlex.quote(str(disk))} {shlex.quote(str(path))} || exit 99\n"
         spaces = ["ip", "netns", "exec", f"h{self.number}", "unshare", *ALL_SPACES, "bash", "-c"]
         whole = [*spaces, script + '"$@"; exit $?', self.name, *map(str, command)]
-        with out.open("ab") as file:
-            popen = subprocess.Popen(
-                whole,
-                cwd=ROOT,
-                env=clean_env(**env),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-            )
-        self.started.append(Process(popen, out))
+        self.started.append(start(whole, out, clean_env(**env)))
         return self.started[-1]
 
     def torchrun(self, how: Sequence[str], argv: Sequence[object], out: Path, **more) -> Process:
@@ -174,11 +145,11 @@ class Host:
 
     def cut(self) -> None:
         """Cut its link: nothing is refused, nothing arrives."""
-        run("ip", "link", "set", f"ve{self.number}", "down")
+        ip(f"link set ve{self.number} down")
 
     def mend(self) -> None:
         """Join it to the others again."""
-        run("ip", "link", "set", f"ve{self.number}", "up")
+        ip(f"link set ve{self.number} up")
 
     def kill(self) -> None:
         """Lose its power: the link is silent, then every process is gone."""
@@ -196,9 +167,8 @@ def hosts(count: int = 2) -> Iterator[list[Host]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         _take_down()  # what a killed test has left
         try:
-            run("ip", "link", "add", BRIDGE, "type", "bridge")
-            run("ip", "addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
-            run("ip", "link", "set", BRIDGE, "up")
+            ip(f"link add {BRIDGE} type bridge", f"addr add {SUBNET}.254/24 dev {BRIDGE}")
+            ip(f"link set {BRIDGE} up")
             for number in range(1, count + 1):
                 _make(number, count)
                 found.append(Host(number, []))
@@ -213,32 +183,22 @@ def hosts(count: int = 2) -> Iterator[list[Host]]:
 def _make(number: int, count: int) -> None:
     """Make a network with one link, and the files in which it has its name and the others'."""
     space, link = f"h{number}", f"ve{number}"
-    run("ip", "netns", "add", space)
-    run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", space)
-    run("ip", "link", "set", link, "master", BRIDGE, "up")
-    run("ip", "-n", space, "addr", "add", f"{SUBNET}.{number}/24", "dev", "eth0")
-    for name in ("eth0", "lo"):
-        run("ip", "-n", space, "link", "set", name, "up")
+    ip(f"netns add {space}", f"link add {link} type veth peer name eth0 netns {space}")
+    ip(f"link set {link} master {BRIDGE} up", f"-n {space} link set lo up")
+    ip(f"-n {space} addr add {SUBNET}.{number}/24 dev eth0", f"-n {space} link set eth0 up")
     files = Path("/etc/netns") / space
     files.mkdir(parents=True, exist_ok=True)
     names = [f"{SUBNET}.{other} host{other} h{other}\n" for other in range(1, count + 1)]
     (files / "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
-    (files / "hostname").write_text(f"host{number}\n")
 
 
 def _take_down() -> None:
-    for line in run("ip", "netns", "list").splitlines():
-        space = line.split()[0]
-        if space[0] == "h" and space[1:].isdigit():
-            for pid in run("ip", "netns", "pids", space).split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
-            run("ip", "netns", "del", space)
-            run("rm", "-rf", f"/etc/netns/{space}")
-    links = run("ip", "-o", "link").splitlines()
-    for name in (line.split(":")[1].strip().partition("@")[0] for line in links):
-        if name == BRIDGE or (name[:2] == "ve" and name[2:].isdigit()):
-            subprocess.run(["ip", "link", "del", name], capture_output=True)
+    for space in re.findall(r"^h\d+", run("ip", "netns", "list"), re.MULTILINE):
+        run("bash", "-c", f"ip netns pids {space} | xargs -r kill -9; true")
+        ip(f"netns del {space}")
+        shutil.rmtree(f"/etc/netns/{space}", ignore_errors=True)
+    for name in re.findall(rf"^\d+: (ve\d+|{BRIDGE})", run("ip", "-o", "link"), re.MULTILINE):
+        subprocess.run(["ip", "link", "del", name], capture_output=True)  # may go by itself
 
 
 @dataclass
@@ -249,14 +209,7 @@ class Slurm:
 
     def start(self, command: Sequence[object], out: Path, **env: str) -> Process:
         """Start srun, or another of its tools, as on the login node."""
-        with out.open("ab") as file:
-            whole = self.env | env
-            return Process(
-                subprocess.Popen(
-                    [*map(str, command)], env=whole, cwd=ROOT, stdout=file, stderr=file
-                ),
-                out,
-            )
+        return start([*map(str, command)], out, self.env | env)
 
     def batch(self, script: Path, *flags: object) -> str:
         """Submit a script; return the job's number."""
@@ -269,11 +222,8 @@ class Slurm:
 
     def wait(self, number: str, *states: str, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
         """Until a job is in one of some states; return what is known of it."""
-        wait_until(
-            lambda: self.job(number)["JobState"] in states,
-            f"{states}: {self.job(number)}",
-            timeout_s,
-        )
+        what = f"job {number} is not {states}"
+        wait_until(lambda: self.job(number)["JobState"] in states, what, timeout_s)
         return self.job(number)
 
 
@@ -285,8 +235,10 @@ def slurm(members: Sequence[Host], place: Path) -> Iterator[Slurm]:
         members: host1 and host2.
         place: empty directory for what they write.
     """
-    (place / "state").mkdir(parents=True)
-    (place / "slurm.conf").write_text(SLURM_CONF.format(place=place, subnet=SUBNET))
+    for name in ("state", "h1", "h2"):
+        (place / name).mkdir(parents=True)
+    conf = "\n".join(SLURM_CONF.split()) + MEMBERS
+    (place / "slurm.conf").write_text(conf.format(place=place, subnet=SUBNET))
     (place / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (place / "munge.key").write_bytes(os.urandom(128))
     (place / "munge.key").chmod(0o400)
@@ -300,17 +252,10 @@ def slurm(members: Sequence[Host], place: Path) -> Iterator[Slurm]:
         wait_until((place / "munge.socket").exists, "no munge.socket", 20)
         daemons.append(found.start(ctld, place / "slurmctld.log"))
         for host in members:
-            (place / f"h{host.number}").mkdir()
-            log = place / f"slurmd{host.number}.log"
             slurmd = ["slurmd", "-D", "-N", f"h{host.number}"]
-            host.start(slurmd, log, SLURM_CONF=str(place / "slurm.conf"))
-        sinfo = ["sinfo", "--noheader", "--partition=high", "--format=%T %D"]
-
-        def is_up() -> bool:
-            done = subprocess.run(sinfo, env=found.env, capture_output=True, text=True)
-            return done.stdout.strip() == f"idle {len(members)}"
-
-        wait_until(is_up, "\n".join(log.read_text() for log in place.glob("*.log")), 40)
+            host.start(slurmd, place / f"{host.name}.log", SLURM_CONF=found.env["SLURM_CONF"])
+        sinfo = ("sinfo", "--noheader", "--partition=high", "--format=%T %D")
+        wait_until(lambda: run(*sinfo, env=found.env) == "idle 2\n", f"see {place}/*.log", 40)
         yield found
     finally:
         subprocess.run(["scancel", "--user=root", "--full"], env=found.env, capture_output=True)
