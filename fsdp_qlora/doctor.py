@@ -240,7 +240,7 @@ def _version(package: str) -> str:
 def host() -> Iterator[Finding]:
     """Host memory within the container's limit, and /dev/shm."""
     limit_gib = hardware.host_limit_gib()
-    free_gib = limit_gib - (hardware.host_used_gib() or 0.0)
+    free_gib = limit_gib - hardware.host_used_gib()
     remedy = "end other programs, or raise the container's limit: an offloaded 7B takes 7 GiB"
     value = f"{limit_gib:.1f} GiB, {free_gib:.1f} free"
     yield Finding("host memory", value, remedy * (free_gib < LEAST_HOST_GIB))
