@@ -22,21 +22,7 @@ BRIDGE, SUBNET = "br77", "10.77.0"
 LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 TIMEOUT_S = 120.0
-SLURM_CONF = """
-ClusterName=toy SlurmctldHost=ctl({subnet}.254) SlurmUser=root SlurmdUser=root AuthType=auth/munge
-CryptoType=crypto/munge AuthInfo=socket={place}/munge.socket StateSaveLocation={place}/state
-SlurmdSpoolDir={place}/%n SlurmctldPidFile={place}/ctld.pid SlurmdPidFile={place}/%n.pid
-SlurmdParameters=config_overrides ProctrackType=proctrack/linuxproc TaskPlugin=task/none
-SwitchType=switch/none MpiDefault=none ReturnToService=2 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core PreemptType=preempt/partition_prio PreemptMode=REQUEUE SlurmdTimeout=20
-MinJobAge=3000 JobAcctGatherType=jobacct_gather/none AccountingStorageType=accounting_storage/none
-"""
-MEMBERS = """
-NodeName=h1 NodeHostname=host1 NodeAddr={subnet}.1 CPUs=8 RealMemory=20000
-NodeName=h2 NodeHostname=host2 NodeAddr={subnet}.2 CPUs=8 RealMemory=20000
-PartitionName=low Nodes=h1,h2 Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE
-PartitionName=high Nodes=h1,h2 State=UP PriorityTier=10
-"""
+SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
 
 def run(*command: object, env: dict[str, str] | None = None) -> str:
@@ -66,37 +52,26 @@ def clean_env(**more: str) -> dict[str, str]:
     return dict(os.environ) | ours | more
 
 
-@dataclass
-class Process:
-    """A command that runs on a host; its streams go to one file."""
+class Process(subprocess.Popen):
+    """A command under way; both its streams go to one file, `out`."""
 
-    popen: subprocess.Popen
-    out: Path
+    def __init__(self, command: Sequence[object], out: Path, env: dict[str, str]) -> None:
+        self.out = out
+        with out.open("ab") as file:
+            super().__init__([*map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=file)
 
     @property
     def text(self) -> str:
         """What it has printed so far."""
         return self.out.read_text()
 
-    def wait(self, timeout_s: float = TIMEOUT_S) -> int:
-        """Its exit code."""
-        wait_until(lambda: self.popen.poll() is not None, f"{self.out} goes on", timeout_s)
-        return self.popen.returncode
-
     def wait_for(self, words: str, timeout_s: float = TIMEOUT_S) -> None:
         """Until it has printed something."""
         wait_until(lambda: words in self.text, f"no {words!r} in {self.out}", timeout_s)
 
-    def kill(self) -> None:
-        """End it and all that it has started, at once."""
-        self.popen.kill()
-        self.popen.wait()
-
-
-def start(command: list[str], out: Path, env: dict[str, str]) -> Process:
-    """Start a command on this machine; both its streams go to `out`."""
-    with out.open("ab") as file:
-        return Process(subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file), out)
+    def wait(self, timeout: float | None = TIMEOUT_S) -> int:
+        """Until it ends, not for ever; return its exit code."""
+        return super().wait(timeout)
 
 
 @dataclass
@@ -134,8 +109,8 @@ class Host:
             path.mkdir(exist_ok=True)
             script += f"mount --bind {shlex.quote(str(disk))} {shlex.quote(str(path))} || exit 99\n"
         spaces = ["ip", "netns", "exec", f"h{self.number}", "unshare", *ALL_SPACES, "bash", "-c"]
-        whole = [*spaces, script + '"$@"; exit $?', self.name, *map(str, command)]
-        self.started.append(start(whole, out, clean_env(**env)))
+        whole = [*spaces, script + '"$@"; exit $?', self.name, *command]
+        self.started.append(Process(whole, out, clean_env(**env)))
         return self.started[-1]
 
     def torchrun(self, how: Sequence[str], argv: Sequence[object], out: Path, **more) -> Process:
@@ -156,6 +131,7 @@ class Host:
         self.cut()
         for process in self.started:
             process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -175,8 +151,7 @@ def hosts(count: int = 2) -> Iterator[list[Host]]:
             yield found
         finally:
             for host in found:
-                for process in host.started:
-                    process.kill()
+                host.kill()
             _take_down()
 
 
@@ -209,7 +184,7 @@ class Slurm:
 
     def start(self, command: Sequence[object], out: Path, **env: str) -> Process:
         """Start srun, or another of its tools, as on the login node."""
-        return start([*map(str, command)], out, self.env | env)
+        return Process(command, out, self.env | env)
 
     def batch(self, script: Path, *flags: object) -> str:
         """Submit a script; return the job's number."""
@@ -237,8 +212,8 @@ def slurm(members: Sequence[Host], place: Path) -> Iterator[Slurm]:
     """
     for name in ("state", "h1", "h2"):
         (place / name).mkdir(parents=True)
-    conf = "\n".join(SLURM_CONF.split()) + MEMBERS
-    (place / "slurm.conf").write_text(conf.format(place=place, subnet=SUBNET))
+    conf = SLURM_CONF.read_text().format(place=place, subnet=SUBNET)
+    (place / "slurm.conf").write_text(conf)
     (place / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (place / "munge.key").write_bytes(os.urandom(128))
     (place / "munge.key").chmod(0o400)
@@ -260,5 +235,5 @@ def slurm(members: Sequence[Host], place: Path) -> Iterator[Slurm]:
     finally:
         subprocess.run(["scancel", "--user=root", "--full"], env=found.env, capture_output=True)
         for daemon in reversed(daemons):
-            daemon.popen.terminate()
-            daemon.popen.wait()
+            daemon.terminate()
+            daemon.wait()
