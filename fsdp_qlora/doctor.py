@@ -28,7 +28,7 @@ from fsdp_qlora.cli import flag
 from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Finding:
     def line(self) -> str:
         """The finding in one line of printable text."""
         text = f"{self.value}; {self.remedy}" if self.remedy else self.value
-        return one_line(f"{self.status:<8} {self.name:<24} {text}")
+        return printable(f"{self.status:<8} {self.name:<24} {text}")
 
 
 def main(argv: list[str]) -> int:
@@ -154,8 +154,7 @@ def attempt(
     except UserError as error:
         findings.append(Finding(name, f"{error.got}: {error.rule}", error.remedy, error.code))
     except Exception as error:  # whatever is broken here
-        first = str(error).strip().partition("\n")[0]
-        findings.append(Finding(name, f"{type(error).__name__}: {first}"[:200], remedy, code))
+        findings.append(Finding(name, f"{type(error).__name__}: {brief(error)}", remedy, code))
     return findings
 
 

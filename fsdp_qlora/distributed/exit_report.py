@@ -154,7 +154,7 @@ def _describe(error: Exception, rank: int, trace: str) -> RankError:
     first = text.splitlines()[0] if text else ""
     if errors.is_memory(error):
         place = notes[0] if notes else "out of memory"
-        line = f"{name}: {place} ({one_line(first or kind)[:120]}); the trace is in {trace}"
+        line = f"{name}: {place} ({errors.printable(first or kind)[:120]}); the trace is in {trace}"
         return RankError(rank, RUN_FAILED, line, notes[1:], MEMORY)
     sign, shown = hooks.own_heartbeat(), errors.printable(f"{kind}: {first}")[:160]
     line = f"{name}{sign if sign.point else ''}: {shown}; the trace is in {trace}"

@@ -35,7 +35,7 @@ from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import DONE, one_line
+from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained, trained_whole
@@ -590,7 +590,7 @@ def _follow(name: str, cfg: TrainConfig, stop: threading.Event, tell: Say, quiet
                 tracker.log(values, step=step)
         tracker.finish()
     except BaseException as error:  # wandb leaves by SystemExit too
-        failure = one_line(str(error).partition("\n")[0]) or type(error).__name__
+        failure = brief(error) or type(error).__name__
         quiet.muted.discard(threading.get_ident())
         tell(f"note      {name} failed ({failure}): metrics.jsonl goes on")
 
