@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 BRIDGE, SUBNET = "br77", "10.77.0"
 LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
-TIMEOUT_S = 120.0
+TIMEOUT_S, PORT = 120.0, 29501
+TRAIN = ("-m", "fsdp_qlora", "train")
 SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
 
@@ -113,11 +114,6 @@ class Host:
         self.started.append(Process(whole, out, clean_env(**env)))
         return self.started[-1]
 
-    def torchrun(self, how: Sequence[str], argv: Sequence[object], out: Path, **more) -> Process:
-        """Start `torchrun HOW -m fsdp_qlora train ARGV` there."""
-        command = [sys.executable, "-m", "torch.distributed.run", *how, "-m", "fsdp_qlora", "train"]
-        return self.start([*command, *argv], out, **more)
-
     def cut(self) -> None:
         """Cut its link: nothing is refused, nothing arrives."""
         ip(f"link set ve{self.number} down")
@@ -132,6 +128,22 @@ class Host:
         for process in self.started:
             process.kill()
             process.wait()
+
+
+def torchrun(
+    members: Sequence[Host], argv: Sequence[object], out: Path, how: Sequence[str] = (), **more
+) -> list[Process]:
+    """Start `torchrun HOW train ARGV`, one rank a host, static as a rule.
+
+    Host N prints to `out` + N; `more` is for Host.start.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(members)}"]
+    command += ["--nproc_per_node=1", "--master_addr=host1", f"--master_port={PORT}"]
+    started = []
+    for host in members:
+        whole = [*command, f"--node_rank={host.number - 1}", *how, *TRAIN, *argv]
+        started.append(host.start(whole, out.with_name(f"{out.name}{host.number}"), **more))
+    return started
 
 
 @contextlib.contextmanager
@@ -185,21 +197,6 @@ class Slurm:
     def start(self, command: Sequence[object], out: Path, **env: str) -> Process:
         """Start srun, or another of its tools, as on the login node."""
         return Process(command, out, self.env | env)
-
-    def batch(self, script: Path, *flags: object) -> str:
-        """Submit a script; return the job's number."""
-        return run("sbatch", "--parsable", *flags, script, env=self.env).strip()
-
-    def job(self, number: str) -> dict[str, str]:
-        """What is known of a job: JobState, ExitCode, Restarts, ..."""
-        words = run("scontrol", "-o", "show", "job", number, env=self.env).split()
-        return dict(word.partition("=")[::2] for word in words)
-
-    def wait(self, number: str, *states: str, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
-        """Until a job is in one of some states; return what is known of it."""
-        what = f"job {number} is not {states}"
-        wait_until(lambda: self.job(number)["JobState"] in states, what, timeout_s)
-        return self.job(number)
 
 
 @contextlib.contextmanager
