@@ -163,8 +163,8 @@ def find_neighbors(world: World) -> World:
     names = (os.environ[name] for name in MACHINE_NUMBERS if name in os.environ)
     machines = world.gather_objects(next(names, os.uname().nodename))
     peers = tuple(rank for rank in range(world.size) if machines[rank] == machines[world.rank])
-    place = {"local_rank": peers.index(world.rank), "local_size": len(peers)}
-    return dataclasses.replace(world, neighbors=peers, **place)
+    number, num = peers.index(world.rank), len(peers)
+    return dataclasses.replace(world, neighbors=peers, local_rank=number, local_size=num)
 
 
 def _device(local_rank: int) -> torch.device:
