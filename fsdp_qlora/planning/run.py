@@ -373,10 +373,10 @@ def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
         rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
-    network = {"network_gbs": options.link_gbps / 8}
-    (cpu,) = hardware.with_measured([dataclasses.replace(hardware.CPU, **network)])
+    network: dict[str, Any] = {"network_gbs": options.link_gbps / 8}
     gpus = [dataclasses.replace(gpu, **network) for gpu in found[:num]]
     gpus = hardware.with_measured(gpus, options.link)
+    (cpu,) = hardware.with_measured([dataclasses.replace(hardware.CPU, **network)])
     return Machine(tuple(gpus), host_gib, num, cpu=cpu, num_machines=options.machines)
 
 
@@ -466,7 +466,8 @@ def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> 
         f"{len(setting.levels)} layers in {values['format']}",
         f"{TRAINED[kind].format(plan.cfg.lora_rank)}: {values['num_trained']:,} trained parameters",
         f"step      ranks {values['num_ranks']}{on_machines} x micro-batches "
-        f"{values['accumulation']} x rows {values['batch_size']} x tokens {values['context_length']}",
+        f"{values['accumulation']} x rows {values['batch_size']} x tokens "
+        f"{values['context_length']}",
         f"layers    {_counts(setting.placements)}; checkpointing {_counts(setting.levels)}",
     ]
     place = "GPU" if plan.machine.gpus else "CPU rank"
