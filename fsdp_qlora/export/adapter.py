@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import safe_open
 
 from fsdp_qlora import __version__
-from fsdp_qlora.arch import ModelInfo, select_linears
-from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
+from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
+from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -258,19 +258,12 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
 
 def _check_copy(adapter: SavedAdapter) -> None:
     """Of a tied base: a head that peft has trained by itself is no copy of the embedding."""
-    refs = [ref for name, ref in adapter.replaced.items() if name.split(".")[-2] in ENDS]
-    if "lm_head.weight" not in adapter.replaced or not adapter.pairs:
+    head = adapter.replaced.get("lm_head.weight")
+    if head is None or not adapter.pairs:
         return
-    digests = set()
-    for ref in refs:
-        with ref.file.open("rb") as file:
-            file.seek(ref.start)
-            left, whole = ref.nbytes, hashlib.sha256()
-            while left:
-                whole.update(part := file.read(min(left, 2**24)))
-                left -= len(part)
-            digests.add(whole.digest())
-    if len(refs) == 1 or len(digests) > 1:
+    names = (name for name in adapter.replaced if name.split(".")[-2] == ENDS[0])
+    embeddings = (adapter.replaced[name] for name in names)
+    if not any(same_bytes(head, embedding, head.nbytes) for embedding in embeddings):
         rule = "was trained apart from the embedding, and its base has one matrix for both"
         remedy = "merge it with peft, into a base with tie_word_embeddings false"
         raise UserError(f"{adapter.path}: lm_head.weight", rule, remedy)

@@ -206,6 +206,9 @@ class Recorder:
             ...
             recorder.clock.mark("forward")
             recorder.step({"step": 1, "epoch": 0.1, "loss": loss, ...})
+
+    Attributes:
+        resumed: the record that this one goes on with, on the rank that writes.
     """
 
     def __init__(
@@ -237,8 +240,8 @@ class Recorder:
         self._file: Any = None
         self._unwritten = b""
         self._bar: Any = None
-        self._resumed = resumed or Resumed()
-        self._began_s = time.perf_counter() - self._resumed.seconds
+        self.resumed = resumed or Resumed()
+        self._began_s = time.perf_counter() - self.resumed.seconds
 
     def __enter__(self) -> "Recorder":
         """Open the files, write the `run` event, start the clock."""
@@ -246,14 +249,14 @@ class Recorder:
         if self._world.rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             path = self._output_dir / "metrics.jsonl"
-            self._file = path.open("ab" if self._resumed.lines else "wb", buffering=0)
-            for line in self._resumed.lines:
+            self._file = path.open("ab" if self.resumed.lines else "wb", buffering=0)
+            for line in self.resumed.lines:
                 self._totals.add(line)
             has_bar = "stdout" not in self.tracker.plan.cfg.log_targets
             self._bar = _progress_bar(self._num_steps, has_bar, len(self._totals.steps["step_s"]))
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
-        is_first = not self._resumed.lines
+        is_first = not self.resumed.lines
         self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
         self.collect("load")
         return self
