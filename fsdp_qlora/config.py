@@ -9,7 +9,6 @@ import shlex
 import time
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -149,7 +148,7 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All options of a run. Fields are the flags of train.py; `--help` prints their meanings.
 

@@ -27,7 +27,6 @@ from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
-from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
 
@@ -327,12 +326,12 @@ def run_ranks(
         stops[:] = [signal.SIGKILL] * (time.monotonic() > deadline_s)
 
     with tempfile.TemporaryDirectory(prefix="doctor-") as place, hooks.open_board() as file:
-        board, port = file.fileno(), find_port(None)
+        board, port = file.fileno(), launch.find_port(None)
         own = {hooks.BOARD: str(board)} | ({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
         command = [sys.executable, "-P", "-m", "fsdp_qlora.doctor", kind, *tasks]
         logs = [Path(place, f"{i}.log") for i in range(size)]
-        envs = [child_env({**env, **own}, i, size, port) for i in range(size)]
-        specs = [RankSpec(i, command, envs[i], logs[i], (board,)) for i in range(size)]
+        envs = [launch.child_env({**env, **own}, i, size, port) for i in range(size)]
+        specs = [launch.RankSpec(i, command, envs[i], logs[i], (board,)) for i in range(size)]
         ended = launch.run_ranks(specs, launch.start, stops, hooks.Watch(board, limit_s=0), poll)
         texts = [log.read_text(errors="replace").strip().splitlines() for log in logs]
     who, found = "GPU" if kind == "cuda" else "CPU rank", list[Finding]()

@@ -12,13 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, config
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line
@@ -32,7 +30,7 @@ LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Opened:
     """A model that answers.
 
@@ -45,7 +43,7 @@ class Opened:
         tokenizer: transformers tokenizer of the base.
     """
 
-    cfg: TrainConfig
+    cfg: config.TrainConfig
     info: arch.ModelInfo
     world: Any
     model: Any
@@ -135,7 +133,7 @@ class Opened:
         world.leave()
 
 
-def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
+def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
     """The run that made an adapter, or what is known of it.
 
     Args:
@@ -159,7 +157,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
     return dataclasses.replace(config.parse([]), **known)
 
 
-def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
+def spread(name: str, argv: list[str], cfg: config.TrainConfig) -> int:
     """Run a command on several ranks of this machine; rank 0 has the terminal.
 
     Args:
@@ -193,7 +191,7 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
 
 
-def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
+def open_run(adapter: Path | None, cfg: config.TrainConfig) -> Opened:
     """Build the base of a run on this rank, without its adapter.
 
     Args:
@@ -304,7 +302,7 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, worl
 
 def _parse(
     command: Callable, argv: list[str], **options: dict[str, Any]
-) -> tuple[argparse.Namespace, TrainConfig]:
+) -> tuple[argparse.Namespace, config.TrainConfig]:
     """The arguments of a command, `given` those of train.py among them, and the run they name."""
     name = command.__name__
     parser = argparse.ArgumentParser(f"python -m fsdp_qlora {name}", description=command.__doc__)

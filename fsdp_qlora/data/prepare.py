@@ -14,7 +14,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from fsdp_qlora import __version__, arch, config, hardware
-from fsdp_qlora.arch import files
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
-from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
@@ -68,7 +64,7 @@ lengths against the context, what is cut or left out, steps, padding, and some r
 that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PreparedData:
     """Tokens of a run.
 
@@ -87,7 +83,7 @@ class PreparedData:
     num_test: int
     stores: tuple[TokenStore, ...]
     names: tuple[str, ...]
-    formatter: RowFormatter | None = None
+    formatter: row_formats.RowFormatter | None = None
     example: Any = None
 
     @functools.cached_property
@@ -178,7 +174,7 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
-def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormatter:
     """How the rows of a run become text."""
     found = row_formats.choose(
         cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
@@ -214,11 +210,11 @@ def prepare_early(
     return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
 
 
-def _is_small(found: list[Source]) -> bool:
+def _is_small(found: list[sources.Source]) -> bool:
     return sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
 
 
-def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[Source]:
+def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[sources.Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
     if os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name:
         return sources.find(name, cfg, None, tokenizer.full)
@@ -232,9 +228,9 @@ def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[So
 def _tokenize(
     cfg: TrainConfig,
     tokenizer: TextTokenizer,
-    formatter: RowFormatter,
+    formatter: row_formats.RowFormatter,
     progress: Callable[[int], Any],
-    found: list[Source],
+    found: list[sources.Source],
 ) -> TokenDataset:
     """All samples of some sources, from the cache of tokens where they are in it."""
 
@@ -257,7 +253,7 @@ def _tokenize(
 
 
 def _key(
-    prints: list, tokenizer: TextTokenizer, formatter: RowFormatter, context_length: int
+    prints: list, tokenizer: TextTokenizer, formatter: row_formats.RowFormatter, context_length: int
 ) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
@@ -361,7 +357,7 @@ def split_name(setting: str | None) -> str | None:
     return setting if setting is not None and split_share(setting) is None else None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Audit:
     """Facts of the data of a run.
 
@@ -577,7 +573,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
         return info.path
     if Path(model_name).expanduser().is_dir() or "/" not in model_name:
         tokenizer.require_files(Path(model_name))
-    return files.download(model_name, [*files.CONFIG_FILES, *files.TOKENIZER_FILES])
+    return arch.files.download(model_name, [*arch.files.CONFIG_FILES, *arch.files.TOKENIZER_FILES])
 
 
 def _shown(

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
@@ -171,7 +170,7 @@ def merge(argv: list[str]) -> int:
 
 
 def _merge(
-    options: MergeOptions, adapter: SavedAdapter, info: ModelInfo, format_name: str | None
+    options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo, format_name: str | None
 ) -> None:
     """Merge, compare, and print what was done."""
     import torch

@@ -34,7 +34,6 @@ from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
-from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import quantize
 from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
 from fsdp_qlora.model.skeleton import stored_names, transformers_config
@@ -357,9 +356,9 @@ def check(
     num_experts = sum(linear.expert is not None for linear in info.linears)
     largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
     logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
-    need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / GIB
+    need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / hardware.GIB
     if device.type == "cuda":
-        free_gib = torch.cuda.mem_get_info(device)[0] / GIB
+        free_gib = torch.cuda.mem_get_info(device)[0] / hardware.GIB
     else:
         free_gib = hardware.host_limit_gib() - (hardware.host_used_gib() or 0.0)
     if need_gib > free_gib:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, LARGEST_EXPONENT))
 
 
-@dataclass
+@dataclasses.dataclass
 class Evaluator:
     """Held-out loss and answers of a run; the adapter with the lowest loss is kept.
 
@@ -59,8 +58,8 @@ class Evaluator:
     save: Callable[[TrainConfig], object]
     recorder: Recorder
     num_done: int = 0
-    losses: dict[int, float] = field(default_factory=dict)
-    answers: dict[int, list[str]] = field(default_factory=dict)
+    losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    answers: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     best: tuple[float, int] | None = None
 
     @property

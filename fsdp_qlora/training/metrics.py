@@ -41,7 +41,6 @@ from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained, trained_whole
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
-from fsdp_qlora.training.memory import MemoryLedger, MemoryTracker, Peak
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
@@ -213,7 +212,7 @@ class Recorder:
 
     def __init__(
         self,
-        tracker: MemoryTracker,
+        tracker: memory.MemoryTracker,
         world: World,
         num_steps: int,
         run_info: dict[str, Any],
@@ -230,7 +229,7 @@ class Recorder:
             resumed: the record that this one goes on with, on the rank that writes.
         """
         self.clock = Clock(world.device, tracker.peaks.mark)
-        self.tracker, self._ledger = tracker, MemoryLedger(tracker)
+        self.tracker, self._ledger = tracker, memory.MemoryLedger(tracker)
         self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
         self._sampler, self._cgroup = memory.HostSampler(), hardware.find_cgroup()
@@ -469,7 +468,7 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
         print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)
 
 
-def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]:
+def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
@@ -482,7 +481,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
     trainable, total = count_trained(info, cfg).total, num_params(info)
-    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
+    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else memory.Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
