@@ -19,7 +19,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
@@ -102,7 +102,7 @@ class Opened:
             try:
                 text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything
-                rule = f"the chat template cannot render the conversation ({one_line(str(error))})"
+                rule = f"the chat template cannot render the conversation ({brief(error)})"
                 raise UserError("generate", rule, "use --raw") from error
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)

@@ -42,7 +42,6 @@ KNOWN_KEYS = {
     *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
-SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 BY_PEFT = "merge it with peft's merge_and_unload"
 SAME_PLACE = "take both files from the same place"
@@ -328,28 +327,8 @@ def metadata(record: dict[str, Any]) -> dict[str, str]:
 
 
 def digest(info: ModelInfo) -> str | None:
-    """Tell a base from others of the same shape, however its files are cut.
-
-    Names, dtypes, shapes and the first bytes of every tensor count.
-
-    Args:
-        info: the base.
-
-    Returns:
-        16 characters; None for a model without files, or whose files cannot be read any more.
-    """
-    if not info.tensors:
-        return None
-    whole = hashlib.sha256()
-    try:
-        for name, ref in sorted(info.tensors.items()):
-            whole.update(f"{name}:{ref.dtype}:{ref.shape}".encode())
-            with ref.file.open("rb") as file:
-                file.seek(ref.start)
-                whole.update(file.read(min(ref.nbytes, SAMPLE_BYTES)))
-    except OSError:
-        return None  # a finished run must not end here
-    return whole.hexdigest()[:16]
+    """Return `ModelInfo.digest` as the records of older versions have it, by one place a tensor."""
+    return info.digest(1)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

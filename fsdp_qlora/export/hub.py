@@ -12,7 +12,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
-from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, one_line, redact
+from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, brief, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, WEIGHTS_NAME
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import OWN_FLAGS, Run, highest
@@ -193,7 +193,7 @@ def push(directory: Path, name: str | None) -> None:
         )
     except Exception as error:  # the transport's own errors differ between releases
         status = getattr(getattr(error, "response", None), "status_code", None)
-        words = one_line(str(error).strip().partition("\n")[0])[:120] or type(error).__name__
+        words = brief(error) or type(error).__name__
         is_refused = status in (401, 403)
         rule = "the hub refuses the token" if is_refused else f"the hub has not taken it: {words}"
         remedy = f"it is in {directory}: hf auth login, then hf upload {name} {directory}"
