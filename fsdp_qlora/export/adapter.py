@@ -7,7 +7,6 @@ base was quantized to, the dtype it computed in, and a digest that tells one bas
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import re
