@@ -44,11 +44,7 @@ OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
     "hidden_size": ("n_embd", "d_model"),
     "num_attention_heads": (
-        "n_head",
-        "n_heads",
-        "num_heads",
-        "attention_heads",
-        "decoder_attention_heads",
+        *("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
     ),
     "num_experts_per_tok": ("moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
 }

@@ -126,10 +126,7 @@ class PreparedData:
 
 
 def prepare(
-    cfg: TrainConfig,
-    tokenizer: TextTokenizer | None,
-    vocab_size: int,
-    shows_progress: bool = False,
+    cfg: TrainConfig, tokenizer: TextTokenizer | None, vocab_size: int, shows_progress: bool = False
 ) -> PreparedData:
     """Read, tokenize and split the data of a run.
 

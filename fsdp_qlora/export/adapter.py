@@ -6,7 +6,6 @@ The record lies in the header of the weights, so that it goes wherever they go: 
 base was quantized to, the dtype it computed in, and a digest that tells one base from another.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -16,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fsdp_qlora import __version__
+from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
@@ -397,11 +396,11 @@ def _read_record(weights: Path) -> dict[str, Any]:
     with safe_open(weights, "np") as file:
         text = (file.metadata() or {}).get(RECORD_KEY)
     if text is not None:
-        with contextlib.suppress(ValueError):
-            if isinstance(record := json.loads(text), dict):
-                return record
-        rule = "has a damaged record of its base"
-        raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+        record = atomic.parse_json(text.encode())
+        if record is None:
+            rule = "has a damaged record of its base"
+            raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+        return record
     cfg = run_config(weights.parent)
     if cfg is None:
         return {}
