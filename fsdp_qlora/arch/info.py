@@ -9,6 +9,7 @@ rank fails over one. tests/arch compares every row with the model that transform
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,21 @@ class ModelInfo:
             tensors |= {f"{name}.{part} {stored.offset}": r for part, r in stored.refs.items()}
         return files.sample_digest(tensors, num_places)
 
+    def linear_places(self, layers: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
+        """Find the weights of the linears.
+
+        Args:
+            layers: numbers of decoder layers; None: all.
+
+        Returns:
+            Name in the files -> (layer, place among `linears`), in the order of both.
+        """
+        return {
+            f"{self.layers_prefix}.{layer}.{linear.name}.weight": (layer, index)
+            for layer in (range(self.num_layers) if layers is None else layers)
+            for index, linear in enumerate(self.linears)
+        }
+
     def rope_note(self, context_length: int) -> str:
         """Say where a row's rotary table depends on the longest row of its batch.
 
@@ -412,15 +428,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
 
     linears = find_linears(structure.layer)
     weights = {f"{linear.name}.weight" for linear in linears}
-    if stored and tensors:
-        prefix, numbers = structure.layers_prefix, range(structure.num_layers)
-        names = {f"{prefix}.{i}.{name}" for i in numbers for name in weights}
-        faults = {
-            "not in 4 bit, where others are": sorted(names - quantized.keys()),
-            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
-        }
-        files.refuse(faults, model_name, files.ORIGINAL)
-    return ModelInfo(
+    info = ModelInfo(
         path=path,
         model_type=config["model_type"],
         config=config,
@@ -436,6 +444,14 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         stored_format=stored,
         quantized=quantized,
     )
+    if stored and tensors:
+        names = info.linear_places().keys()
+        faults = {
+            "not in 4 bit, where others are": sorted(names - quantized.keys()),
+            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
+        }
+        files.refuse(faults, model_name, files.ORIGINAL)
+    return info
 
 
 def select_linears(info: ModelInfo, target_modules: str) -> tuple[Linear, ...]:

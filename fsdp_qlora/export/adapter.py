@@ -210,12 +210,9 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
     Raises:
         UserError: it changes something else (code 2), or is not of this base (code 5).
     """
-    known = {
-        f"{info.layers_prefix}.{layer}.{linear.name}"
-        for layer in range(info.num_layers)
-        for linear in select_linears(info, "all")
-    }
-    outside = [name for name in adapter.pairs if name not in known]
+    places, adapted = info.linear_places(), select_linears(info, "all")
+    known = {name for name, (_, index) in places.items() if info.linears[index] in adapted}
+    outside = [name for name in adapter.pairs if f"{name}.weight" not in known]
     if adapter.pairs:
         outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]
     if info.tensors and (outside or (adapter.pairs and adapter.replaced)):

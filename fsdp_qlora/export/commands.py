@@ -247,7 +247,7 @@ def quantize(argv: list[str]) -> int:
     need_bytes = num_linear * QUANTIZED_BYTES + num_others * item_bytes
     names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
     device, dtype = _choose_device(options.device), DTYPES.get(str(options.dtype))
-    stored = info.tensors[next(iter(new_weights.linear_places(info)))].dtype
+    stored = info.tensors[next(iter(info.linear_places()))].dtype
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quant_type,

@@ -51,15 +51,6 @@ LOGITS_COPIES = 4
 SEED = 0  # of random tokens
 
 
-def linear_places(info: ModelInfo) -> dict[str, tuple[int, int]]:
-    """The weights that training quantizes: name -> layer, and place among its linears."""
-    return {
-        f"{info.layers_prefix}.{layer}.{linear.name}.weight": (layer, index)
-        for layer in range(info.num_layers)
-        for index, linear in enumerate(info.linears)
-    }
-
-
 @dataclass(frozen=True)
 class TrainedBase:
     """Makes of the weights in the files what training computes with.
@@ -106,7 +97,7 @@ class TrainedBase:
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
-        return linear_places(self.info)
+        return self.info.linear_places()
 
     def read_ahead(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """Yield weights as training saw them, the next two being read meanwhile.
@@ -213,7 +204,7 @@ def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.d
         Name and tensor: of a quantized weight its codes, uint8 [weights / 2, 1], then its
         constants as bitsandbytes names them.
     """
-    linears, names, bnb = linear_places(info), list(info.tensors), quantize.import_bitsandbytes()
+    linears, names, bnb = info.linear_places(), list(info.tensors), quantize.import_bitsandbytes()
     for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
         weight = stored if dtype is None else stored.to(getattr(torch, dtype))
         if name not in linears:

@@ -7,7 +7,7 @@ ahead). Everything else is read by each rank as its own range of bytes.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,8 +87,8 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     """
     start, model, cache = time.monotonic(), built.model, built.cache
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
-    linears = weight_names(source.info, range(source.info.num_layers))
-    shapes |= {name: linear.shape for name, linear in linears.items()}
+    places = source.info.linear_places()
+    shapes |= {name: source.info.linears[index].shape for name, (_, index) in places.items()}
     source.check_names(shapes)
     report = LoadReport(source="cache" if cache.is_complete else source.source)
     shares = shard.num_shares(cfg.sharding_strategy, world)
@@ -113,17 +113,6 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     report.read_bytes = source.read_bytes + cache.read_bytes
     report.seconds = time.monotonic() - start
     return replace(built, loaded=report)
-
-
-def weight_names(info: arch.ModelInfo, layers: Iterable[int]) -> dict[str, arch.Linear]:
-    """The quantized weights of some layers: name in the files -> linear, in the order of the store.
-
-    Args:
-        info: the model.
-        layers: numbers of the layers.
-    """
-    stems = [f"{info.layers_prefix}.{layer}" for layer in layers]
-    return {f"{stem}.{linear.name}.weight": linear for stem in stems for linear in info.linears}
 
 
 class _Dealer:
@@ -178,7 +167,7 @@ class _Dealer:
                 flat[: layout.nbytes] = quantized.to(device, non_blocking=True)
                 yield flat
             return
-        names = list(weight_names(source.info, own))
+        names = list(source.info.linear_places(own))
         arrays = source.read_quantized(names, device)
         quantize = FORMATS[layout.format_name].quantize
         arrays = arrays or map(quantize, source.read_ahead(names, device))
