@@ -16,7 +16,7 @@ from typing import Any
 
 from fsdp_qlora.arch import files
 from fsdp_qlora.arch.files import QuantizedRef, TensorRef
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -39,7 +39,6 @@ ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
-SAME_PLACE = "copy config.json and the weights from the same place"
 # As transformers' attribute_map has them for GPT-2, Bloom, MPT and others.
 OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
@@ -581,17 +580,10 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
     num_found = from_headers(shapes).num_layers
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
-        raise UserError(model_name, rule, SAME_PLACE)
+        raise UserError(model_name, rule, files.SAME_PLACE)
     if config["model_type"] not in LAYOUTS:
         _check_repetition(structure, shapes, model_name)
-    expected = structure.all_shapes()
-    wrong = [name for name in expected if shapes.get(name, expected[name]) != expected[name]]
-    faults = {
-        "absent from the files": [name for name in expected if name not in shapes],
-        "in the files, but no part of this model type": [n for n in shapes if n not in expected],
-        "of another shape than config.json says": wrong,
-    }
-    files.refuse(faults, model_name, SAME_PLACE, INTEGRITY)
+    files.check_shapes(structure.all_shapes(), shapes, model_name)
 
 
 def _check_repetition(structure: Structure, shapes: Shapes, model_name: str) -> None:
