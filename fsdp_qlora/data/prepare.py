@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -59,9 +60,6 @@ LINES = {
     "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
     "tokens": "{kept}",
 }
-ABOUT = """Reads and tokenizes the data of a run as the run would, and says what is in it: rows,
-lengths against the context, what is cut or left out, steps, padding, and some rows with the tokens
-that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -527,7 +525,11 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
 
 
 def main(argv: list[str]) -> int:
-    """Audit the data of a run and print what is found.
+    """Read and tokenize the data of a run as the run would, and say what is in it.
+
+    Rows, lengths against the context, what is cut or left out, steps, padding, and some rows with
+    the tokens that are learned marked. It needs neither a GPU nor the model's weights, only its
+    tokenizer.
 
     Args:
         argv: --rows, --json, and the options of train.py.
@@ -539,8 +541,9 @@ def main(argv: list[str]) -> int:
         UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
             the rest has been printed.
     """
+    about = str(inspect.getdoc(main)).partition("\n\nArgs:")[0]
     usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=ABOUT, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
     parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -28,10 +29,7 @@ WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
 TRAINED = {"lora": "adapter   LoRA r {}", "dora": "adapter   DoRA r {}"}
 TRAINED |= {"llama_pro": "trained   new layers", "full": "trained   all weights"}
-USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
-
-Says how many GiB a run needs on each GPU and on the host, whether it fits, how long it takes,
-and what to change. Reads config.json only. Exit code 0: it fits, 3: it does not."""
+USAGE = "usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]"
 IMAGINED = "2x24"
 ALIASES = {"gpus": cli.Alias("cards")}
 
@@ -302,7 +300,11 @@ def next_change(plan: RunPlan) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """The options that `plan` has besides those of train.py."""
+    """Says how many GiB a run needs on each GPU and on the host, and how long it takes.
+
+    Whether it fits, and what to change where it does not. Reads config.json only. Exit code 0: it
+    fits, 3: it does not.
+    """
 
     cards: str = cli.flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
     host: float | None = cli.flag(None, "plan", "GiB of host memory [this machine's]", rule="> 0")
@@ -324,7 +326,7 @@ def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, PlanOptions, USAGE)
+    cli.show_help_if_asked(argv, PlanOptions, f"{USAGE}\n\n{inspect.getdoc(PlanOptions)}")
     names, own, rest = {*cli.options(PlanOptions), *ALIASES}, list[str](), list[str]()
     part = rest
     for word in argv:
