@@ -1,10 +1,4 @@
-"""usage: python -m fsdp_qlora doctor [options]
-
-Checks packages, GPUs, memory and disks, tries 4-bit matmuls, lets ranks meet, measures
-speeds, and reports of each whether it works or what to do. `plan` uses the speeds.
-Exit code 0: training works here; 3: something keeps it from working; 5: bytes or results are
-wrong.
-"""
+"""What works on this machine, and how fast: `python -m fsdp_qlora doctor`."""
 
 import dataclasses
 import importlib.util
@@ -61,7 +55,11 @@ MAX_ERRORS = (1e-5, 0.01, 0.15)
 
 @dataclasses.dataclass(frozen=True)
 class DoctorOptions:
-    """The options of `doctor`."""
+    """Checks packages, GPUs, memory, disks, tries 4-bit matmuls, lets ranks meet, measures speeds.
+
+    It reports of each whether it works or what to do. `plan` uses the speeds. Exit code 0: training
+    works here; 3: something keeps it from working; 5: bytes or results are wrong.
+    """
 
     json: bool = flag(False, "doctor", "print one JSON object")
     quick: bool = flag(False, "doctor", "measure nothing: versions, GPUs, memory")
@@ -111,7 +109,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: bad options, all at once.
     """
-    options = cli.parse(argv, DoctorOptions, __doc__.strip())
+    options = cli.parse(argv, DoctorOptions, "usage: python -m fsdp_qlora doctor [options]")
     found: list[Finding] = []
     cache, output = hardware.machine_file().parent, Path(options.output_dir)
     checks: list[tuple[str, Callable[[], Iterable[Finding]], str, int]] = [

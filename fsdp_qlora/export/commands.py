@@ -7,7 +7,6 @@ more than a few tensors at once.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -103,7 +102,7 @@ class ExpandOptions(OutputOptions):
 def _parse(name: str, argv: list[str], cls: type[OptionsT], *needed: str) -> OptionsT:
     values = " ".join(f"--{option} {option.upper()}" for option in needed)
     usage = f"usage: python -m fsdp_qlora {name} {values} [--option value ...]"
-    return cli.parse(argv, cls, f"{usage}\n\n{inspect.getdoc(cls)}", needed)
+    return cli.parse(argv, cls, usage, needed)
 
 
 @contextmanager

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -326,7 +325,7 @@ def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, PlanOptions, f"{USAGE}\n\n{inspect.getdoc(PlanOptions)}")
+    cli.show_help_if_asked(argv, PlanOptions, USAGE)
     names, own, rest = {*cli.options(PlanOptions), *ALIASES}, list[str](), list[str]()
     part = rest
     for word in argv:
