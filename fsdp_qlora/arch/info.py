@@ -349,6 +349,18 @@ class ModelInfo:
             return "soft-capped"
         return "sinks" if any("sink" in name for name, _ in self.layer_params) else ""
 
+    def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
+        """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.
+
+        Args:
+            num_places: of every tensor; 0: every byte; 1: as adapters of older versions record it,
+                by the codes of 4-bit weights alone.
+        """
+        tensors = dict(self.tensors)
+        for name, stored in self.quantized.items() if num_places != 1 else ():
+            tensors |= {f"{name}.{part} {stored.offset}": r for part, r in stored.refs.items()}
+        return files.sample_digest(tensors, num_places)
+
     def rope_note(self, context_length: int) -> str:
         """Say where a row's rotary table depends on the longest row of its batch.
 
@@ -522,7 +534,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
     _check_values(config)
-    left_out = ("auto_map", "quantization_config")
+    left_out = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
         config = config | {"sliding_window": None}
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}

@@ -8,7 +8,6 @@ base was quantized to, the dtype it computed in, and a digest that tells one bas
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, TrainConfig, from_record, hqq_name
+from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
@@ -43,7 +42,6 @@ KNOWN_KEYS = {
     *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
-SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 BY_PEFT = "merge it with peft's merge_and_unload"
 SAME_PLACE = "take both files from the same place"
@@ -178,10 +176,9 @@ def _format_options(name: str | None, is_dora: bool) -> dict[str, Any]:
     kind = "dora" if is_dora else "lora"
     if name in (None, "bf16"):
         return {"train_type": kind}
-    for bits, size, axis in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES):
-        if name == hqq_name(bits, size, axis):
-            numbers = {"n_bits": bits, "group_size": size, "hqq_axis": axis}
-            return {"train_type": f"hqq_{kind}", **numbers}
+    if name in HQQ_FORMATS:
+        numbers = zip(("n_bits", "group_size", "hqq_axis"), HQQ_FORMATS[name], strict=True)
+        return {"train_type": f"hqq_{kind}", **dict(numbers)}
     codes = {"quant_type": str(name).removesuffix("_dq"), "double_quant": name.endswith("_dq")}
     return {"train_type": "bnb_dora" if is_dora else "qlora", **codes}
 
@@ -337,28 +334,8 @@ def metadata(record: dict[str, Any]) -> dict[str, str]:
 
 
 def digest(info: ModelInfo) -> str | None:
-    """Tell a base from others of the same shape, however its files are cut.
-
-    Names, dtypes, shapes and the first bytes of every tensor count.
-
-    Args:
-        info: the base.
-
-    Returns:
-        16 characters; None for a model without files, or whose files cannot be read any more.
-    """
-    if not info.tensors:
-        return None
-    whole = hashlib.sha256()
-    try:
-        for name, ref in sorted(info.tensors.items()):
-            whole.update(f"{name}:{ref.dtype}:{ref.shape}".encode())
-            with ref.file.open("rb") as file:
-                file.seek(ref.start)
-                whole.update(file.read(min(ref.nbytes, SAMPLE_BYTES)))
-    except OSError:
-        return None  # a finished run must not end here
-    return whole.hexdigest()[:16]
+    """Return `ModelInfo.digest` as the records of older versions have it, by one place a tensor."""
+    return info.digest(1)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
