@@ -108,7 +108,7 @@ def test_who_is_missing_is_named(place: Path):
     port = launch.find_port(None)
     alone = start(place, 0, port, main=impatient)
     assert alone.wait(30) == ENVIRONMENT
-    assert f"waiting   1 s for rank 1 of 2 (there: 0 on " in alone.out
+    assert "waiting   1 s for rank 1 of 2 (there: 0 on " in alone.out
     assert f"at localhost:{port}" in alone.out and "rank 1 of 2" in alone.err
     alone = start(place, 1, port, main=impatient)
     assert alone.wait(30) == ENVIRONMENT
