@@ -8,23 +8,19 @@ bytes.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, placement, shard, skeleton, weights
-from fsdp_qlora.model.placement import GROUPS, PLACEMENTS, Placed
 from fsdp_qlora.model.quantize import FORMATS, store_linear
-from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import QuantizedCache, Weights
 from fsdp_qlora.planning.sizes import has_adapters, trained_whole
 
@@ -68,9 +64,9 @@ class Built:
         loaded: how its bytes came.
     """
 
-    model: QuantizedModel
+    model: skeleton.QuantizedModel
     cache: QuantizedCache
-    placed: Placed
+    placed: placement.Placed
     loaded: LoadReport = field(default_factory=LoadReport)
 
 
@@ -92,8 +88,8 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     """
     start, model, cache = time.monotonic(), built.model, built.cache
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
-    linears = weight_names(source.info, range(source.info.num_layers))
-    shapes |= {name: linear.shape for name, linear in linears.items()}
+    places = source.info.linear_places()
+    shapes |= {name: source.info.linears[index].shape for name, (_, index) in places.items()}
     source.check_names(shapes)
     report = LoadReport(source="cache" if cache.is_complete else source.source)
     shares = shard.num_shares(cfg.sharding_strategy, world)
@@ -120,17 +116,6 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     return replace(built, loaded=report)
 
 
-def weight_names(info: ModelInfo, layers: Iterable[int]) -> dict[str, arch.Linear]:
-    """The quantized weights of some layers: name in the files -> linear, in the order of the store.
-
-    Args:
-        info: the model.
-        layers: numbers of the layers.
-    """
-    stems = [f"{info.layers_prefix}.{layer}" for layer in layers]
-    return {f"{stem}.{linear.name}.weight": linear for stem in stems for linear in info.linears}
-
-
 class _Dealer:
     """Makes this rank's layers, and keeps its part of every layer where the placement says."""
 
@@ -153,7 +138,7 @@ class _Dealer:
         placed, world, fingerprints = self.placed, self.world, {}
         rounds = [
             (name, layers[start : start + self.num_makers])
-            for name, layers in ((name, placed.layers(name)) for name in PLACEMENTS)
+            for name, layers in ((name, placed.layers(name)) for name in placement.PLACEMENTS)
             if name != "trained"
             for start in range(0, len(layers), self.num_makers)
         ]
@@ -186,7 +171,7 @@ class _Dealer:
                 flat[: layout.nbytes] = quantized.to(device, non_blocking=True)
                 yield flat
             return
-        names = list(weight_names(source.info, own))
+        names = list(source.info.linear_places(own))
         arrays = source.read_quantized(names, device)
         quantize = FORMATS[layout.format_name].quantize
         arrays = arrays or map(quantize, source.read_ahead(names, device))
@@ -206,7 +191,7 @@ class _Dealer:
                 source = streamer.sources[self.placed.layers(name).index(layers[me])]
                 source.copy_(flat[: source.numel()])
             return
-        if name in GROUPS:
+        if name in placement.GROUPS:
             slices, wanted = flat.view(self.num_shares, -1), [p % self.num_shares for p in peers]
             is_all = wanted == [*range(self.num_shares)]
             parts = [*world.exchange(slices if is_all else slices[wanted])]
@@ -237,7 +222,7 @@ def fingerprint(flat: torch.Tensor) -> int:
     return total % 2**64
 
 
-def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> int:
+def verify_bytes(model: torch.nn.Module, own_fingerprints: dict[int, int], world: World) -> int:
     """Gather each layer as training will; compare its bytes on every rank with what was made.
 
     Args:
