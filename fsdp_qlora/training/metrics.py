@@ -135,14 +135,14 @@ class Totals:
         steps: SUMMED -> its value at each step.
         peaks: largest memory figures per rank, in GiB.
         host_peaks: largest memory figures of the machine of rank 0, in GiB.
-        hosts: name -> the same of each of several machines.
+        hosts: the same of each of several machines, by name.
         events: the lines that are not steps.
     """
 
     steps: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in SUMMED})
     peaks: list[dict[str, float]] = field(default_factory=list)
     host_peaks: dict[str, float] = field(default_factory=dict)
-    hosts: dict[str, dict[str, float]] = field(default_factory=dict)
+    hosts: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -156,8 +156,10 @@ class Totals:
         for peak, rank in zip(self.peaks, line["ranks"], strict=False):
             raise_to(peak, rank)
         raise_to(self.host_peaks, line["host"])
-        for host in line.get("hosts", ()):
-            raise_to(self.hosts.setdefault(host["name"], {}), host)
+        hosts = line.get("hosts", [])
+        self.hosts += [{"name": host["name"]} for host in hosts[len(self.hosts) :]]
+        for peak, host in zip(self.hosts, hosts, strict=False):
+            raise_to(peak, host)
 
     def summary(self) -> dict[str, Any]:
         """The totals by name; the median speed leaves out the first steps, which warm up."""

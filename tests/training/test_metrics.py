@@ -279,7 +279,9 @@ def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path, capsys):
     assert (there["host_used_gib"], there["host_total_gib"]) == (90.0, 100.0)
     assert [host["host_rows"][names.HOSTED] for host in (here, there)] == [1.0, 2.0]
     totals = summary(tmp_path)
-    assert totals["peaks"]["hosts"]["far"]["host_peak_used_gib"] == 90.0
+    assert (
+        totals["peaks"]["hosts"][1].items() >= {"name": "far", "host_peak_used_gib": 90.0}.items()
+    )
     assert [place["forward"][names.HOSTED] for place in totals["ledger"]["hosts"]] == [1.0, 2.0]
     metrics._show_progress(metrics._progress_bar(1, False, 0), steps(tmp_path)[0], 1, 1.0)
     assert " host far 90.0/100 GiB " in capsys.readouterr().out
