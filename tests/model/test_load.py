@@ -1,8 +1,14 @@
 """A model gets its bytes: from 16-bit files, from the cache, at random, on any number of ranks."""
 
+import errno
 import hashlib
 import json
+import os
+import random
+import shutil
+import signal
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -10,13 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fsdp_qlora import arch, atomic
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import load, shard, weights
 from tests import tiny
+from tests.faults import largest_file
 from tests.ranks import run_ranks
 
 NAME = "model.layers.1.mlp.up_proj.weight"
-DAMAGES = ("flipped bit", "truncated", "missing", "short manifest", "torn manifest")
+DAMAGES = ("flipped bit", "truncated", "missing", "no manifest", "torn manifest", "other manifest")
+PLAIN = ("--use_cpu_offload=false", "--fit=off")
 
 
 class CountedWeights(weights.Weights):
@@ -79,6 +88,7 @@ def start(world, path, *flags):
         "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
         "directory": built.cache.directory,
+        "note": built.cache.note,
     }
 
 
@@ -132,9 +142,16 @@ def test_the_second_start_reads_the_cache_and_no_linear(tmp_path):
     entry = first[0]["directory"]
     files = [f"layer-{index:05d}.safetensors" for index in range(3)]
     assert sorted(item.name for item in entry.iterdir()) == [*files, "manifest.json"]
-    assert [item.name for item in (tmp_path / "cache").iterdir()] == [entry.name]
+    assert {item.name for item in (tmp_path / "cache").iterdir()} == {
+        entry.name,
+        lock_of(entry).name,
+    }
     stored = [load_file(entry / name)["packed"] for name in files]
     assert [digest(tensor) for tensor in stored] == first[0]["packed"]
+
+
+def lock_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.lock")
 
 
 def split_files(path: Path, directory: Path, num_files: int) -> Path:
@@ -187,33 +204,185 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         assert set(host) == {facts[1]["slice_bytes"] * 3}  # one block for the slices of all layers
 
 
-def damage(entry: Path, how: str) -> Path:
+def damage(entry: Path, how: str) -> None:
     """Damage one file of a cache entry."""
     path = entry / ("manifest.json" if "manifest" in how else "layer-00001.safetensors")
     content = bytearray(path.read_bytes())
     if how == "flipped bit":
         content[-1000] ^= 1
-    elif how == "short manifest":
-        manifest = json.loads(content)
-        content = json.dumps(manifest | {"sha256": manifest["sha256"][:1]}).encode()
+    elif how == "other manifest":
+        table = json.loads(content)
+        table["table"]["sha256"][1] = "0" * 64
+        content = json.dumps(table).encode()
     path.write_bytes(content[:-7] if how in ("truncated", "torn manifest") else content)
-    if how == "missing":
+    if how in ("missing", "no manifest"):
         path.unlink()
+
+
+def damaged_starts(world, cases):
+    """Start, damage, start again, and once more, for each case."""
+    found = []
+    for how, *case in cases:
+        found.append([start(world, *case)])
+        if world.rank == 0:
+            damage(found[-1][0]["directory"], how)
+        world.barrier()
+        found[-1] += [start(world, *case), start(world, *case)]
+    return found
+
+
+def test_a_damaged_cache_is_made_again_and_named(tmp_path):
+    """On the rank that meets it; all ranks have the same bytes. Random numbers never lie there."""
+    path = tiny.save_model(tmp_path / "model")
+    cases = [(how, path, f"--quant_cache={tmp_path / how}", *PLAIN) for how in DAMAGES]
+    by_rank = run_ranks(damaged_starts, 2, cases)
+    for number, how in enumerate(DAMAGES):
+        firsts, agains, thirds = zip(*(facts[number] for facts in by_rank), strict=True)
+        models = [json.dumps(bytes_of(facts)) for facts in (*firsts, *agains, *thirds)]
+        assert len(set(models)) == 1, how
+        is_manifest = "manifest" in how
+        word = "made again: manifest.json was damaged" if is_manifest else "made again: layers 1"
+        assert all(word in facts["note"] for facts in agains), agains[0]["note"]
+        assert {facts["source"] for facts in agains} == {"files" if is_manifest else "cache"}
+        for facts in thirds:  # nothing is left to repair
+            assert facts["source"] == "cache" and facts["note"] == firsts[0]["note"]
+    other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
+    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
+    assert run_ranks(starts, 1, [random])[0][0]["directory"] is None
+
+
+def mutations(world, path, cache):
+    """Flip bits of an entry: starts without a manifest, damaged layers, layers that are others."""
+    first, draw = start(world, path, f"--quant_cache={cache}", *PLAIN), random.Random(0)
+    built, info, _ = tiny.shape(path, world, *PLAIN)
+    layout, counts = built.model.layout, [0, 0, 0]
+    sound = weights.find_cache(str(cache), info, layout)
+    layers = [layer.clone() for layer in sound.read_layers([0, 1, 2])]
+    for number in range(120):
+        name = ("manifest.json", "layer-00000.safetensors")[number % 2]
+        file = first["directory"] / name
+        content = bytearray(whole := file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content[: draw.randrange(len(content))] if number % 5 == 0 else content)
+        cache_now = weights.find_cache(str(cache), info, layout)
+        counts[0] += not cache_now.is_complete
+        for layer, read in enumerate(
+            cache_now.read_layers([0, 1, 2]) if cache_now.is_complete else ()
+        ):
+            counts[1] += read is None
+            counts[2] += read is not None and not torch.equal(read, layers[layer])
+        file.write_bytes(whole)
+    return counts
+
+
+def test_no_flipped_bit_of_an_entry_is_trained_on(tmp_path):
+    path = tiny.save_model(tmp_path / "model")
+    ((num_torn, num_damaged, num_wrong),) = run_ranks(mutations, 1, path, tmp_path / "cache")
+    assert num_wrong == 0 and num_torn > 40 and num_damaged > 40
+
+
+def same_times(path: Path, like: Path) -> Path:
+    for name in ("model.safetensors", "config.json"):
+        at = (like / name).stat()
+        os.utime(path / name, ns=(at.st_atime_ns, at.st_mtime_ns))
     return path
 
 
-def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path):
-    """Never trained on, never silently made again; random numbers never lie there as a model's."""
+def write_over(path: Path, content: bytes) -> None:
+    """Write other bytes into a model's file where it lies, its time kept."""
+    file = path / "model.safetensors"
+    status = file.stat()
+    assert len(content) == status.st_size
+    with file.open("r+b") as opened:
+        opened.write(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_ino == status.st_ino and file.stat().st_mtime_ns == status.st_mtime_ns
+
+
+def other_models(world, tmp_path, one, other):
+    """The layers of each start, through one cache and without any."""
+    found = []
+
+    def go(path, *flags):
+        kept = start(world, path, f"--quant_cache={tmp_path / 'cache'}", *PLAIN, *flags)
+        fresh = start(world, path, "--quant_cache=off", *PLAIN)
+        found.append((kept["source"], kept["packed"] == fresh["packed"], kept["note"]))
+
+    go(one)
+    go(other)
+    content = bytearray((other / "model.safetensors").read_bytes())
+    write_over(one, content)
+    go(one)
+    ref = arch.read(str(one), need_weights=True).tensors[NAME]
+    assert ref.nbytes > 16 * 4096
+    between = (ref.nbytes - 4096) // 30 // 4 * 4
+    content[ref.start + between + 2103] ^= 0x80  # the sign of a float32 between sampled places
+    write_over(one, content)
+    go(one)
+    for _ in range(2):
+        go(one, "--verify_base=full")
+    return found
+
+
+def test_another_model_of_one_name_size_and_time_has_another_cache(tmp_path):
+    """Beside it or in its place; between the sampled places only --verify_base full sees it."""
+    one = tiny.save_model(tmp_path / "a" / "model")
+    torch.manual_seed(1)
+    other = shutil.copytree(one, tmp_path / "b" / "model")
+    tensors = {n: t.flip(0).contiguous() for n, t in load_file(one / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    same_times(other, one)
+    (found,) = run_ranks(other_models, 1, tmp_path, one, other)
+    sources, are_equal, notes = zip(*found, strict=True)
+    assert sources == ("files", "files", "files", "cache", "files", "cache")
+    assert are_equal == (True, True, True, False, True, True)
+    assert "not known to be made of all these bytes" in notes[4] and "again" not in notes[5]
+
+
+def two_runs(world, path, cache):
+    """A start while another process writes the same entry, and one when that has been killed."""
+    built, info, _ = tiny.shape(path, world, *PLAIN)
+    layout, flags = built.model.layout, (f"--quant_cache={cache}", *PLAIN)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        begun = weights.find_cache(str(cache), info, layout)
+        weights._claim(begun, begun.directory, 0.0, world)
+        begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
+        begun._failure()
+        os.write(writer, b"x")
+        time.sleep(100)
+    os.read(reader, 1)
+    meanwhile = [start(world, path, *flags) for _ in range(2)]
+    drafts = [len(list(cache.glob(".tmp-*/layer*")))]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    after = [start(world, path, *flags) for _ in range(2)]
+    drafts.append(len(list(cache.glob(".tmp-*"))))
+    with largest_file(layout.nbytes // 2):
+        full = start(world, path, f"--quant_cache={cache}-full", *PLAIN)
+    commit, atomic.commit = atomic.commit, fail
+    late = start(world, path, f"--quant_cache={cache}-late", *PLAIN)
+    atomic.commit = commit
+    left = [item.name for end in ("full", "late") for item in Path(f"{cache}-{end}").iterdir()]
+    return [*meanwhile, *after, full, late], drafts, left
+
+
+def fail(draft, final):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_one_run_writes_the_cache_and_a_full_disk_is_no_error(tmp_path):
+    """The others train without it; what a killed one left is swept; so is what did not fit."""
     path = tiny.save_model(tmp_path / "model")
-    other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
-    cases = [(path, f"--quant_cache={tmp_path / how}") for how in DAMAGES]
-    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
-    *written, drawn = run_ranks(starts, 1, [*cases, random])[0]
-    assert drawn["directory"] is None
-    files = [damage(facts["directory"], how) for facts, how in zip(written, DAMAGES, strict=True)]
-    for (code, text), file in zip(run_ranks(faults, 1, cases)[0], files, strict=True):
-        assert code == INTEGRITY
-        assert file.name in text and "--quant_cache off" in text
+    ((found, drafts, left),) = run_ranks(two_runs, 1, path, tmp_path / "cache")
+    assert len({json.dumps(bytes_of(facts)) for facts in found}) == 1
+    assert [facts["source"] for facts in found] == [*["files"] * 3, "cache", "files", "files"]
+    notes = [facts["note"] for facts in found]
+    assert all("not written: " in notes[i] and "in use by another run" in notes[i] for i in (0, 1))
+    assert drafts == [1, 0] and all(name.endswith(".lock") for name in left)
+    assert all(note.startswith("not written: ") for note in notes[4:])
+    assert "File too large" in notes[4] and "No space left" in notes[5]
 
 
 def edit(path: Path, directory: Path, how: str) -> Path:
