@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from fsdp_qlora.errors import DONE, SIGINT, UserError
+from fsdp_qlora.errors import DONE, SIGINT, UserError, redact_tracebacks
 
 # Name -> where its function is, what it does; in the order of the work.
 COMMANDS = {
@@ -50,6 +50,7 @@ def console() -> int:
     Returns:
         Exit code; a UserError is one line on stderr.
     """
+    redact_tracebacks()
     try:
         return main(sys.argv[1:])
     except UserError as error:

@@ -34,7 +34,7 @@ from fsdp_qlora import __version__, arch, atomic, record
 from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
-from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
+from fsdp_qlora.hardware import count_gpus, find_gpus, host_limit_gib, host_used_gib
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.record import NUM_WARMUP_STEPS
 
@@ -154,12 +154,6 @@ def train_command(
     ]
 
 
-def used_gib() -> float:
-    """Host memory in use by all programs, GiB: shared memory counts, page cache does not."""
-    host = psutil.virtual_memory()
-    return (host.total - host.available) / GIB
-
-
 def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: float) -> BenchRow:
     """Run a program to its end; end it when its time is over or this process is stopped.
 
@@ -172,7 +166,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
     Returns:
         command, log, wall_s, host_peak_gib, host_added_gib, and reason: why it failed, or None.
     """
-    before_gib = peak_gib = used_gib()
+    before_gib = peak_gib = host_used_gib()
     began_s = time.perf_counter()
     with log.open("wb") as file:
         # A session of its own: Ctrl-C reaches this process only, which ends that one.
@@ -180,7 +174,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
         process = psutil.Popen(argv, env=env, start_new_session=True, **streams)
         try:
             while process.poll() is None and time.perf_counter() - began_s < timeout_s:
-                peak_gib = max(peak_gib, used_gib())
+                peak_gib = max(peak_gib, host_used_gib())
                 time.sleep(POLL_S)
             code = process.poll()
         finally:
@@ -262,7 +256,7 @@ def machine() -> dict[str, Any]:
     return {
         "cards": "; ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "no GPU",
         "cpu": cpu[1] if cpu else platform.processor(),
-        "host_total_gib": psutil.virtual_memory().total / GIB,
+        "host_total_gib": host_limit_gib(),
         **{"num_cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shlex
@@ -112,6 +113,15 @@ per_device_train_batch_size=batch_size lr_warmup_steps=warmup_steps"""
 TRACED = "--profile writes one trace of three steps, with shapes, into profiles/ of the run"
 PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 active_steps=4 repeat=0
 export_trace=true with_stack=false with_shapes=false"""
+
+
+def hqq_name(bits: int, group_size: int, axis: int) -> str:
+    """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
+    group = "" if group_size == 64 else f"_g{group_size}"
+    return f"hqq{bits}{group}" + ("" if axis else "_a0")
+
+
+HQQ_FORMATS = {hqq_name(*row): row for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)}
 
 
 def _pairs(text: str) -> list[list[str]]:
@@ -311,12 +321,6 @@ class TrainConfig:
         """Directory of the run; `parse` has put its name, with the time of the start, in here."""
         name = self.output_dir or default_output_dir(self.model_name, self.train_type)
         return Path(os.path.expanduser(name))
-
-
-def hqq_name(bits: int, group_size: int, axis: int) -> str:
-    """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
-    group = "" if group_size == 64 else f"_g{group_size}"
-    return f"hqq{bits}{group}" + ("" if axis else "_a0")
 
 
 def default_output_dir(model_name: str, train_type: str) -> str:

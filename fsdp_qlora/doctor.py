@@ -28,7 +28,7 @@ from fsdp_qlora.cli import flag
 from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Finding:
     def line(self) -> str:
         """The finding in one line of printable text."""
         text = f"{self.value}; {self.remedy}" if self.remedy else self.value
-        return one_line(f"{self.status:<8} {self.name:<24} {text}")
+        return printable(f"{self.status:<8} {self.name:<24} {text}")
 
 
 def main(argv: list[str]) -> int:
@@ -154,8 +154,7 @@ def attempt(
     except UserError as error:
         findings.append(Finding(name, f"{error.got}: {error.rule}", error.remedy, error.code))
     except Exception as error:  # whatever is broken here
-        first = str(error).strip().partition("\n")[0]
-        findings.append(Finding(name, f"{type(error).__name__}: {first}"[:200], remedy, code))
+        findings.append(Finding(name, f"{type(error).__name__}: {brief(error)}", remedy, code))
     return findings
 
 
@@ -240,7 +239,7 @@ def _version(package: str) -> str:
 def host() -> Iterator[Finding]:
     """Host memory within the container's limit, and /dev/shm."""
     limit_gib = hardware.host_limit_gib()
-    free_gib = limit_gib - (hardware.host_used_gib() or 0.0)
+    free_gib = limit_gib - hardware.host_used_gib()
     remedy = "end other programs, or raise the container's limit: an offloaded 7B takes 7 GiB"
     value = f"{limit_gib:.1f} GiB, {free_gib:.1f} free"
     yield Finding("host memory", value, remedy * (free_gib < LEAST_HOST_GIB))

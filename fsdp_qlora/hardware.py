@@ -392,8 +392,9 @@ class Cgroup:
 
     Attributes:
         limit_gib: the tightest limit from the group up to the root; None when there is none.
-        used_path: file with the bytes the group uses, page cache included; None when not found.
-            memory.stat beside it says how many those are.
+        used_path: file with the bytes that count against that limit, page cache included (where
+            there is none: those of the own group); None when not found. memory.stat beside it says
+            how many those are.
         events_path: file that counts the processes killed for want of memory.
     """
 
@@ -406,8 +407,8 @@ class Cgroup:
         if self.used_path is None:
             return None
         used, stat = _read(self.used_path).strip(), _read(self.used_path.with_name("memory.stat"))
-        cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-        cache_bytes = int(cache[1]) if cache else 0
+        cache = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
+        cache_bytes = int(cache[-1]) if cache else 0  # v1: the total stands behind the group's own
         return max(0, int(used) - cache_bytes) / GIB if used.isdigit() and stat else None
 
 
@@ -432,10 +433,12 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
         used = [place for place in groups if (place / used_name).is_file()]
         if paths and used:
-            texts = [_read(place / limit_name).strip() for place in groups]
+            texts = {place: _read(place / limit_name).strip() for place in reversed(groups)}
             # No limit: "max", v1's huge number, or a missing file.
-            limits = [int(text) / GIB for text in texts if text.isdigit() and int(text) < 2**60]
-            return Cgroup(min(limits, default=None), used[0] / used_name, used[0] / events_name)
+            numbers = {place: int(text) for place, text in texts.items() if text.isdigit()}
+            limits = {place: n / GIB for place, n in numbers.items() if n < 2**60}
+            place = min(limits, key=lambda place: limits[place], default=used[0])
+            return Cgroup(limits.get(place), place / used_name, used[0] / events_name)
     return Cgroup()
 
 
@@ -468,20 +471,21 @@ def host_limit_gib(cgroup: Cgroup | None = None) -> float:
     return min(total_gib, limit_gib or total_gib)
 
 
-def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
-    """GiB that are in use now, page cache left out, where `host_limit_gib` is the limit.
+def host_used_gib(cgroup: Cgroup | None = None) -> float:
+    """GiB of `host_limit_gib` that are in use now, page cache left out.
 
     Args:
         cgroup: from find_cgroup (looked up when None).
 
     Returns:
-        Of the machine, or of the control group if that has the tighter limit; None: not known.
+        Of the machine, or of the control group if that has the tighter limit; what the machine
+        has not left of that counts as used.
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
-    host = psutil.virtual_memory()
-    if cgroup.limit_gib is not None and cgroup.limit_gib < host.total / GIB:
-        return cgroup.used_gib()
-    return (host.total - host.available) / GIB
+    limit_gib, host = host_limit_gib(cgroup), psutil.virtual_memory()
+    is_group = limit_gib < host.total / GIB
+    used_gib = (cgroup.used_gib() or 0.0) if is_group else 0.0
+    return max(used_gib, limit_gib - host.available / GIB)
 
 
 def pss_gib() -> float:
@@ -503,7 +507,7 @@ def release_freed_memory() -> None:
 
 
 def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
-    """Memory of the machine, all processes together.
+    """Memory of the machine, or of the control group with a tighter limit, all processes together.
 
     Args:
         cgroup: from find_cgroup (looked up when None).
@@ -513,11 +517,11 @@ def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
         does not. The cgroup fields are None where there is no limit.
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
-    host = psutil.virtual_memory()
+    limit_gib, used_gib = host_limit_gib(cgroup), host_used_gib(cgroup)
     return {
-        "host_total_gib": host.total / GIB,
-        "host_available_gib": host.available / GIB,
-        "host_used_gib": host.total / GIB - host.available / GIB,
+        "host_total_gib": limit_gib,
+        "host_available_gib": limit_gib - used_gib,
+        "host_used_gib": used_gib,
         "cgroup_limit_gib": cgroup.limit_gib,
         "cgroup_used_gib": cgroup.used_gib(),
     }

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 CONFIG_FILES = ["config.json"]
@@ -333,9 +333,9 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
             parts = {name: file.get_slice(name) for name in file.offset_keys()}
             kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        reason = str(error).partition("header: ")[2] or str(error)
+        why = brief(error).partition("header: ")[2] or brief(error)
         size = path.stat().st_size
-        raise _damaged(path, f"{size} bytes are no safetensors file ({reason[:80]})") from None
+        raise _damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
     if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
         of_kind = [name for name, (dtype, _) in kinds.items() if dtype == others[0]]
         rule = f"holds {others[0]} tensors ({of_kind[0]}); a base is {', '.join(ITEM_BYTES)}"

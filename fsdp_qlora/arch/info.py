@@ -534,7 +534,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
     _check_values(config)
-    left_out = ("auto_map", "quantization_config")
+    left_out = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
         config = config | {"sliding_window": None}
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}

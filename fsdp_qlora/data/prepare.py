@@ -28,14 +28,7 @@ from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.sources import Source
 from fsdp_qlora.data.tokenizer import TextTokenizer
-from fsdp_qlora.data.tokens import (
-    NUM_UNCUT,
-    NUMBERS,
-    Facts,
-    StoreBuilder,
-    TokenDataset,
-    TokenStore,
-)
+from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
@@ -245,14 +238,14 @@ def _tokenize(
 ) -> TokenDataset:
     """All samples of some sources, from the cache of tokens where they are in it."""
 
-    def build(builder: StoreBuilder) -> TokenStore:
+    def build(builder: tokens.StoreBuilder) -> TokenStore:
         rows = sources.read(found)
         return tokens.tokenize(builder, rows, formatter, tokenizer, cfg.context_length, progress)
 
     root = tokens.cache_root(cfg.token_cache)
     prints = [source.fingerprint() for source in found]
     if root is None or None in prints or (cfg.token_cache == "auto" and _is_small(found)):
-        made = build(StoreBuilder(None))
+        made = build(tokens.StoreBuilder(None))
     else:
         key = _key(prints, tokenizer, formatter, cfg.context_length)
         made = tokens.cached(root / key, build)
@@ -445,7 +438,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
     """
     parts = (ready.train, ready.held_out)
     repeated = _repeated(TokenDataset(ready.stores[0]))
-    uncut = np.concatenate([store.table[:-1, NUM_UNCUT] for store in ready.stores])
+    uncut = np.concatenate([store.table[:-1, tokens.NUM_UNCUT] for store in ready.stores])
     lengths = np.concatenate([part.lengths for part in parts])
     facts = {
         "sources": list(ready.names),

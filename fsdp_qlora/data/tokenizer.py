@@ -19,7 +19,7 @@ from jinja2 import meta
 
 from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.errors import UserError, brief
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
@@ -97,7 +97,7 @@ class Template:
             tree = self.compiled.environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
-            rule = f"is not a Jinja template ({one_line(str(error))[:100]})"
+            rule = f"is not a Jinja template ({brief(error)})"
             raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
         self.variables = meta.find_undeclared_variables(tree)
 
@@ -124,7 +124,7 @@ class Template:
                 for block in self.compiled.generate({**self.names, **values}):
                     blocks.append(block)  # the tracker counts them meanwhile
         except Exception as error:  # code of others: it may raise anything
-            raise Refused(f"{type(error).__name__}: {str(error)[:100]}") from error
+            raise Refused(f"{type(error).__name__}: {brief(error)}") from error
         return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
 
 
@@ -431,7 +431,7 @@ def load(path: Path, is_light: bool = False) -> Any:
         made = transformers.PreTrainedTokenizerFast if is_light else transformers.AutoTokenizer
         return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust side raises bare Exception
-        rule = f"its tokenizer cannot be read ({str(error)[:120]})"
+        rule = f"its tokenizer cannot be read ({brief(error)})"
         raise UserError(str(path), rule, "fetch its tokenizer files again") from error
 
 

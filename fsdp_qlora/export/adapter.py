@@ -8,7 +8,6 @@ base was quantized to, the dtype it computed in, and a digest that tells one bas
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, TrainConfig, from_record, hqq_name
+from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
@@ -177,10 +176,9 @@ def _format_options(name: str | None, is_dora: bool) -> dict[str, Any]:
     kind = "dora" if is_dora else "lora"
     if name in (None, "bf16"):
         return {"train_type": kind}
-    for bits, size, axis in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES):
-        if name == hqq_name(bits, size, axis):
-            numbers = {"n_bits": bits, "group_size": size, "hqq_axis": axis}
-            return {"train_type": f"hqq_{kind}", **numbers}
+    if name in HQQ_FORMATS:
+        numbers = zip(("n_bits", "group_size", "hqq_axis"), HQQ_FORMATS[name], strict=True)
+        return {"train_type": f"hqq_{kind}", **dict(numbers)}
     codes = {"quant_type": str(name).removesuffix("_dq"), "double_quant": name.endswith("_dq")}
     return {"train_type": "bnb_dora" if is_dora else "qlora", **codes}
 

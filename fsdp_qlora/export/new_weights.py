@@ -368,7 +368,7 @@ def check(
     if device.type == "cuda":
         free_gib = torch.cuda.mem_get_info(device)[0] / GIB
     else:
-        free_gib = hardware.host_limit_gib() - (hardware.host_used_gib() or 0.0)
+        free_gib = hardware.host_limit_gib() - hardware.host_used_gib()
     if need_gib > free_gib:
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}

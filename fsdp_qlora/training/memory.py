@@ -27,7 +27,7 @@ from torch import nn
 from fsdp_qlora import errors
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report
-from fsdp_qlora.hardware import GIB, pss_gib, read_kib
+from fsdp_qlora.hardware import GIB, find_cgroup, host_used_gib, pss_gib, read_kib
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -158,12 +158,13 @@ def process_memory(device: torch.device, peak: Peak, sampler: "HostSampler") -> 
 
 
 class HostSampler:
-    """Watches host memory from a thread: this process's PSS, and the machine's peak use.
+    """Watches host memory from a thread: this process's PSS, and the peak use of all processes.
 
     Use as a context manager, around the load and around the training, so that no peak between
     two steps is missed.
 
     Attributes:
+        cgroup: what bounds this process, besides the machine.
         pss_gib: PSS of this process when it was measured last.
         peak_used_gib: the most host memory that all processes used together since the start.
     """
@@ -174,6 +175,7 @@ class HostSampler:
         Args:
             interval_s: seconds between two looks at the machine.
         """
+        self.cgroup = find_cgroup()
         self.pss_gib = self.peak_used_gib = self._next_pss_s = 0.0
         self._interval_s, self._stop = interval_s, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="host-memory", daemon=True)
@@ -193,8 +195,7 @@ class HostSampler:
 
     def sample(self) -> None:
         """Look once: the machine always, PSS when its share of the time allows it."""
-        machine = psutil.virtual_memory()
-        self.peak_used_gib = max(self.peak_used_gib, (machine.total - machine.available) / GIB)
+        self.peak_used_gib = max(self.peak_used_gib, host_used_gib(self.cgroup))
         began_s = time.monotonic()
         if began_s < self._next_pss_s:
             return

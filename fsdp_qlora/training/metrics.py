@@ -35,7 +35,7 @@ from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import DONE, one_line
+from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained, trained_whole
@@ -230,8 +230,8 @@ class Recorder:
         self.tracker, self._ledger = tracker, MemoryLedger(tracker)
         self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
-        self._sampler, self._cgroup = memory.HostSampler(), hardware.find_cgroup()
-        self._process, self._totals = psutil.Process(), Totals()
+        self._sampler, self._totals = memory.HostSampler(), Totals()
+        self._process = psutil.Process()
         self._process.cpu_percent()  # from here on it counts
         self._pending: tuple[dict[str, Any], Marks] | None = None
         self._file: Any = None
@@ -312,13 +312,11 @@ class Recorder:
     def _memories(self, fields: Iterable[str], rows: list[list[float]]) -> dict[str, Any]:
         """What a line says of memory and processor, of each rank and of the machine."""
         ranks = [dict[str, Any](zip(fields, row, strict=False)) for row in rows]
-        host = dict[str, Any](hardware.machine_memory(self._cgroup))
+        host = dict[str, Any](hardware.machine_memory(self._sampler.cgroup))
         num_cores = host["num_cpu_cores"] = os.cpu_count() or 1
         host["cpu_cores"] = psutil.cpu_percent() / 100 * num_cores
-        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"] or 0)
-        limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
-        is_group = limit_gib is not None and limit_gib < total_gib
-        used_gib = host["cgroup_used_gib" if is_group else "host_used_gib"]
+        used_gib = host["host_used_gib"]
+        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, used_gib)
         values = [row[-memory.NUM_VALUES :] for row in rows]
         tops, host["host_rows"] = self._ledger.update(values, used_gib, memory.STEP_PHASES)
         for rank, top in zip(ranks, tops, strict=True):
@@ -592,7 +590,7 @@ def _follow(name: str, cfg: TrainConfig, stop: threading.Event, tell: Say, quiet
                 tracker.log(values, step=step)
         tracker.finish()
     except BaseException as error:  # wandb leaves by SystemExit too
-        failure = one_line(str(error).partition("\n")[0]) or type(error).__name__
+        failure = brief(error) or type(error).__name__
         quiet.muted.discard(threading.get_ident())
         tell(f"note      {name} failed ({failure}): metrics.jsonl goes on")
 
