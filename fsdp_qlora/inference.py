@@ -193,12 +193,13 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
 
 
-def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
+def open_run(adapter: Path | None, cfg: TrainConfig, any_base: bool = False) -> Opened:
     """Build the base of a run on this rank, without its adapter.
 
     Args:
         adapter: directory of the adapter; None for a bare base.
         cfg: see `config_of`.
+        any_base: it may be another one than the adapter was trained on.
 
     Returns:
         The model.
@@ -211,6 +212,7 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     saved = None if adapter is None else adapter_files.read(adapter)
     if saved is not None:
         adapter_files.check_open(saved, info)
+        adapter_files.check_base(saved, info, any_base)
         note = adapter_files.base_note(saved, cfg.format_name)
         if note and os.environ.get("RANK", "0") == "0":
             print(note, file=sys.stderr)
@@ -315,6 +317,9 @@ def generate(argv: list[str]) -> int:
         "--resident_layers, ...) may follow.",
     )
     parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
+    parser.add_argument(
+        "--any_base", choices=("true", "false"), help="not the one it was trained on"
+    )
     parser.add_argument("--prompt", help="none: a conversation, line by line")
     parser.add_argument("--num_tokens", type=int, default=256, help="longest answer [256]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest [0]")
@@ -325,7 +330,7 @@ def generate(argv: list[str]) -> int:
     cfg = config_of(args.adapter, flags)
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("generate", argv, cfg)
-    opened = open_run(args.adapter, cfg)
+    opened = open_run(args.adapter, cfg, args.any_base == "true")
     opened.load_adapter()
     turns: list[dict[str, str]] = []
     for prompt in _prompts(args.prompt, opened):
@@ -365,6 +370,9 @@ def evaluate(argv: list[str]) -> int:
         "With --tasks those of lm-eval instead (pip install lm-eval).",
     )
     parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
+    parser.add_argument(
+        "--any_base", choices=("true", "false"), help="not the one it was trained on"
+    )
     parser.add_argument("--tasks", help="names of lm-eval's tasks: a,comma,list")
     parser.add_argument("--task_dir", type=Path, help="directory with tasks of your own")
     parser.add_argument("--limit", type=int, help="rows of each task [all]")
@@ -378,7 +386,7 @@ def evaluate(argv: list[str]) -> int:
         config.check_own_code(vars(cfg), config.given(flags), args.adapter or Path())
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
-    opened = open_run(args.adapter, cfg)
+    opened = open_run(args.adapter, cfg, args.any_base == "true")
     found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)
     if opened.is_writer and args.adapter is not None:
         path = args.adapter / ("evaluation.json" if args.tasks is None else "tasks.json")

@@ -10,6 +10,7 @@ rank fails over one. tests/arch compares every row with the model that transform
 import math
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,11 @@ class ModelInfo:
         for name, stored in self.quantized.items() if num_places != 1 else ():
             tensors |= {f"{name}.{part} {stored.offset}": r for part, r in stored.refs.items()}
         return files.sample_digest(tensors, num_places)
+
+    @cached_property
+    def whole_digest(self) -> str | None:
+        """`digest` by every byte, for which all files are read once."""
+        return self.digest(0)
 
     def rope_note(self, context_length: int) -> str:
         """Say where a row's rotary table depends on the longest row of its batch.

@@ -499,7 +499,7 @@ def open_cache(
     """
     cache = QuantizedCache(None, "off")
     if world.local_rank == 0:
-        base_bytes = info.digest(0) if is_verified and setting != "off" else None
+        base_bytes = info.whole_digest if is_verified and setting != "off" else None
         cache = find_cache(setting, info, layout, base_bytes)
         if cache.directory is not None and not cache.is_complete:
             _claim(cache, cache.directory, layout.nbytes * info.num_layers / GIB, world)
