@@ -176,9 +176,8 @@ def try_lock(file: IO[bytes] | int, is_shared: bool = False, waits: bool = False
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        place = getattr(file, "name", "a file")
-        rule = f"the file system has no locks ({error.strerror}): let only one run use it at a time"
-        print(f"warning   {place}: {rule}", file=sys.stderr)
+        rule = f"its file system has no locks ({error.strerror}): let only one run use it at a time"
+        print(f"warning   {getattr(file, 'name', 'a file')}: {rule}", file=sys.stderr)
     return True
 
 
@@ -210,6 +209,26 @@ def lock(entry: Path, is_shared: bool = False, waits: bool = False) -> IO[bytes]
     return file
 
 
+def remove(path: Path, entry: Path) -> bool:
+    """Remove an entry of a cache, or a draft of it, unless a process holds the entry.
+
+    Args:
+        path: what is removed.
+        entry: its own name.
+
+    Returns:
+        False: a process holds it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    held = lock(entry)
+    if held is not None:
+        with held:
+            shutil.rmtree(path)
+    return held is not None
+
+
 def sweep(entry: Path) -> None:
     """Remove the drafts, `.tmp-PID-NAME`, that killed writers have left in a cache.
 
@@ -217,13 +236,9 @@ def sweep(entry: Path) -> None:
         entry: an entry of the cache that the caller has locked.
     """
     for draft in entry.parent.glob(".tmp-*-*"):
-        name = draft.name.split("-", 2)[2]
+        owner = entry.with_name(draft.name.split("-", 2)[2])
         with contextlib.suppress(OSError):
-            held = None if name == entry.name else lock(entry.with_name(name))
-            if held is not None or name == entry.name:
-                shutil.rmtree(draft, ignore_errors=True)
-            if held is not None:
-                held.close()
+            shutil.rmtree(draft) if owner == entry else remove(draft, owner)
 
 
 def commit(draft: Path, final: Path) -> None:

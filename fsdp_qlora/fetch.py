@@ -112,35 +112,24 @@ def cache(argv: list[str]) -> int:
         raise UserError(f"cache clear {args.name}", f"no such entry in {root}", "see cache list")
     for path in chosen:
         gib = sum(file.stat().st_size for file in path.glob("*")) / atomic.GIB
-        lock = path.with_name(f".{names[path]}.lock")
+        entry, lock = path.with_name(names[path]), path.with_name(f".{names[path]}.lock")
         day = time.strftime("%F", time.localtime((lock if lock.exists() else path).stat().st_mtime))
-        made = atomic.read_sealed(path / "manifest.json") or {}
-        data = atomic.read_sealed(path / "facts.json") or {
-            "facts": {"files": ["unfinished, or old"]}
-        }
-        what = one_line(str(made.get("model") or ", ".join(data["facts"]["files"])))
-        if is_clear and not _clear(path, names[path]):
-            in_use.append(path.name)
-        else:
-            print(f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {what}")
+        tables = [atomic.read_sealed(path / name) for name in ("manifest.json", "facts.json")]
+        made = tables[0] or {"model": "unfinished, or by an older version"}
+        what = ", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"]
+        try:
+            if is_clear and not atomic.remove(path, entry):
+                in_use.append(path.name)
+                continue
+        except OSError as error:
+            reason, remedy = error.strerror or str(error), "see to its permissions"
+            raise UserError(str(path), reason, remedy, ENVIRONMENT) from error
+        print(
+            f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {one_line(what)}"
+        )
     if in_use:
         raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
     return DONE
-
-
-def _clear(path: Path, name: str) -> bool:
-    """Remove an entry of a cache, or its draft; False if a process uses it."""
-    try:
-        held = atomic.lock(path.with_name(name))
-        if held is None:
-            return False
-        with held:
-            shutil.rmtree(path)
-            path.with_name(f".{name}.lock").unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(str(path), reason, "see to its permissions", ENVIRONMENT) from error
-    return True
 
 
 def save_rows(rows: Any, path: Path, suffix: str) -> None:

@@ -19,14 +19,7 @@ from safetensors import safe_open
 
 from fsdp_qlora import __version__
 from fsdp_qlora.arch import ModelInfo, select_linears
-from fsdp_qlora.arch.files import (
-    NUM_SAMPLES,
-    TOKENIZER_FILES,
-    TensorRef,
-    describe,
-    read_header,
-    read_json,
-)
+from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -220,9 +213,9 @@ def check_base(adapter: SavedAdapter, info: ModelInfo, any_base: bool = False) -
     Raises:
         UserError: it is another one (code 2).
     """
-    name, places = ("samples", NUM_SAMPLES) if "samples" in adapter.record else ("digest", 1)
+    name = "samples" if "samples" in adapter.record else "digest"
     trained_on = adapter.record.get(name) if info.tensors and not any_base else None
-    if trained_on not in (None, info.digest(places)):
+    if trained_on not in (None, info.digest() if name == "samples" else digest(info)):
         rule = f"is not the base that {adapter.path} was trained on ({adapter.record.get('base')})"
         remedy = "give that one with --model_name, or add --any_base true"
         raise UserError(str(info.path), rule, remedy)

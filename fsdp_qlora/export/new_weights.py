@@ -152,19 +152,14 @@ class TrainedBase:
         if layer not in self._held:
             self._held.clear()
             (stored,) = self.cached.read_layers([layer])
-            flat = self._quantized(layer) if stored is None else stored.to(self.device)
+            if stored is None:
+                print(f"warning   {name} in {self.cached.directory} is damaged: quantized anew")
+                weight = next(Weights(self.info).read_ahead([name], self.device))
+                fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
+                return self._dequantized(fields, weight.shape)
+            flat = stored.to(self.device)
             self._held[layer] = LayerStore(lambda: flat, self._layout)
         return self._held[layer].weight(index, self.dtype)
-
-    def _quantized(self, layer: int) -> torch.Tensor:
-        """The bytes of a layer whose file in the cache is damaged."""
-        print(f"warning   layer {layer} of {self.cached.directory} is damaged: quantized anew")
-        flat = torch.zeros(self._layout.nbytes, dtype=torch.uint8, device=self.device)
-        names = [name for name, (number, _) in self._places.items() if number == layer]
-        for index, weight in enumerate(Weights(self.info).read_ahead(names, self.device)):
-            fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
-            store_linear(flat, self._layout, index, fields)
-        return flat
 
     def _dequantized(self, fields: Fields, shape: Sequence[int]) -> torch.Tensor:
         layout = build_layout([(shape[0], shape[1])], str(self.format_name))

@@ -287,8 +287,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     # The cache keeps whole models, and what is in their files.
     is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"
-    is_verified = cfg.verify_base == "full"
-    cache = weights.open_cache(setting, info, model.layout, world, is_verified)
+    cache = weights.open_cache(setting, info, model.layout, world, cfg.verify_base == "full")
     has_cache = cache.directory is not None
     placed = placement.choose(info, cfg, model.layout.nbytes, has_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, world)

@@ -296,7 +296,7 @@ def _refuse_to_open(adapter: Path, model: Path, tmp_path: Path) -> None:
     (near / ref.file.name).write_bytes(content)
     refuse(INPUT, "is not the base that", adapter, tmp_path / "no", f"--model_name={near}")
     for command in (["generate", "--prompt=a"], ["evaluate"]):
-        with pytest.raises(UserError, match="is not the base that .* --any_base true"):
+        with pytest.raises(UserError, match=r"is not the base that .* --any_base true"):
             main([*command, f"--adapter={adapter}", f"--model_name={near}"])
     saved, other = adapter_files.read(adapter), arch.read(str(near), need_weights=True)
     adapter_files.check_base(saved, info)
