@@ -1,7 +1,6 @@
 """Tokens on disk: written once, mapped by all, never trusted blindly."""
 
 import errno
-import json
 import multiprocessing
 import os
 import random
@@ -74,23 +73,17 @@ def test_facts_that_are_others_are_none(tmp_path):
     """Valid JSON whose facts lack a name, or have another number, ended every start before."""
     path, draw = tmp_path / "tokens" / "facts.json", random.Random(0)
     check(tokens.cached(tmp_path / "tokens", build))
-    whole = path.read_bytes()
-    damaged = [json.dumps({"sums": json.loads(whole)["table"]["sums"], "facts": {}}).encode()]
-    for old, new in ((b"num_rows", b"num_raws"), (b'"num_rows": 5', b'"num_rows": 6')):
-        assert whole != whole.replace(old, new)
-        damaged.append(whole.replace(old, new))
+    whole, num_read = path.read_bytes(), 0
+    damaged = [whole.replace(b"num_rows", b"num_raws"), whole.replace(b" 5", b" 6")]
     for _ in range(100):
-        content = bytearray(whole)
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        damaged.append(bytes(content))
-    num_read = 0
+        damaged.append(bytearray(whole))
+        damaged[-1][draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
     for content in damaged:
         path.write_bytes(content)
-        found = tokens.read_store(tmp_path / "tokens")
-        if found is not None:  # other blanks
+        if (found := tokens.read_store(tmp_path / "tokens")) is not None:  # other blanks
             num_read += 1
             check(found)
-    assert num_read < 30
+    assert num_read < 20
     check(tokens.cached(tmp_path / "tokens", build))
 
 

@@ -10,6 +10,8 @@ import signal
 import threading
 import time
 import weakref
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ from tests.faults import largest_file
 from tests.ranks import run_ranks
 
 NAME = "model.layers.1.mlp.up_proj.weight"
-DAMAGES = ("flipped bit", "truncated", "missing", "no manifest", "torn manifest", "other manifest")
+DAMAGES = (("layer-00001.safetensors", -1000), ("layer-00001.safetensors", None))
+DAMAGES += (("manifest.json", -7), ("manifest.json", None))
 PLAIN = ("--use_cpu_offload=false", "--fit=off")
 
 
@@ -204,185 +207,121 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         assert set(host) == {facts[1]["slice_bytes"] * 3}  # one block for the slices of all layers
 
 
-def damage(entry: Path, how: str) -> None:
-    """Damage one file of a cache entry."""
-    path = entry / ("manifest.json" if "manifest" in how else "layer-00001.safetensors")
-    content = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        content[-1000] ^= 1
-    elif how == "other manifest":
-        table = json.loads(content)
-        table["table"]["sha256"][1] = "0" * 64
-        content = json.dumps(table).encode()
-    path.write_bytes(content[:-7] if how in ("truncated", "torn manifest") else content)
-    if how in ("missing", "no manifest"):
-        path.unlink()
-
-
-def damaged_starts(world, cases):
-    """Start, damage, start again, and once more, for each case."""
-    found = []
-    for how, *case in cases:
-        found.append([start(world, *case)])
-        if world.rank == 0:
-            damage(found[-1][0]["directory"], how)
+def damaged_starts(world, path, cache):
+    """Start, then twice after each damage to a file of the cache; of others only read."""
+    go = partial(start, world, path, f"--quant_cache={cache}", *PLAIN)
+    found, draw, counts = [go()], random.Random(0), Counter()
+    for name, size in DAMAGES:
         world.barrier()
-        found[-1] += [start(world, *case), start(world, *case)]
-    return found
+        if world.rank == 0:
+            file = found[0]["directory"] / name
+            file.unlink() if size is None else file.write_bytes(file.read_bytes()[:size] + b"0")
+        world.barrier()
+        found += [go(), go()]
+    built, info, _ = tiny.shape(path, world)
+    for number in range(80 if world.rank == 0 else 0):
+        file = found[0]["directory"] / ("manifest.json", "layer-00000.safetensors")[number % 2]
+        content = bytearray(whole := file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        cache_now = weights.find_cache(str(cache), info, built.model.layout)
+        counts[cache_now.is_complete, number % 2] += 1
+        for layer, read in enumerate(
+            cache_now.read_layers([0, 1]) if cache_now.is_complete else ()
+        ):
+            counts["damaged"] += read is None
+            assert read is None or digest(read) == found[0]["packed"][layer]
+        file.write_bytes(whole)
+    return found, counts
 
 
 def test_a_damaged_cache_is_made_again_and_named(tmp_path):
-    """On the rank that meets it; all ranks have the same bytes. Random numbers never lie there."""
+    """On the rank that meets it; all have the same bytes. No flipped bit is trained on."""
     path = tiny.save_model(tmp_path / "model")
-    cases = [(how, path, f"--quant_cache={tmp_path / how}", *PLAIN) for how in DAMAGES]
-    by_rank = run_ranks(damaged_starts, 2, cases)
-    for number, how in enumerate(DAMAGES):
-        firsts, agains, thirds = zip(*(facts[number] for facts in by_rank), strict=True)
-        models = [json.dumps(bytes_of(facts)) for facts in (*firsts, *agains, *thirds)]
-        assert len(set(models)) == 1, how
-        is_manifest = "manifest" in how
-        word = "made again: manifest.json was damaged" if is_manifest else "made again: layers 1"
-        assert all(word in facts["note"] for facts in agains), agains[0]["note"]
-        assert {facts["source"] for facts in agains} == {"files" if is_manifest else "cache"}
-        for facts in thirds:  # nothing is left to repair
-            assert facts["source"] == "cache" and facts["note"] == firsts[0]["note"]
+    by_rank, counts = zip(*run_ranks(damaged_starts, 2, path, tmp_path / "cache"), strict=True)
+    assert len({json.dumps(bytes_of(facts)) for found in by_rank for facts in found}) == 1
+    for first, *others in by_rank:
+        for (name, _), again, third in zip(DAMAGES, others[::2], others[1::2], strict=True):
+            is_layer = name.startswith("layer")
+            assert again["source"] == ("cache" if is_layer else "files")
+            words = "made again: layers 1" if is_layer else "made again: manifest.json was damaged"
+            assert words in again["note"]
+            assert third["source"] == "cache" and third["note"] == first["note"]  # as new
+    assert counts[0][False, 0] > 30 and counts[0][True, 1] == 40 and counts[0]["damaged"] > 30
     other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
-    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
-    assert run_ranks(starts, 1, [random])[0][0]["directory"] is None
+    drawn = (other, "--weights=random", f"--quant_cache={tmp_path}")
+    assert run_ranks(starts, 1, [drawn])[0][0]["directory"] is None
 
 
-def mutations(world, path, cache):
-    """Flip bits of an entry: starts without a manifest, damaged layers, layers that are others."""
-    first, draw = start(world, path, f"--quant_cache={cache}", *PLAIN), random.Random(0)
-    built, info, _ = tiny.shape(path, world, *PLAIN)
-    layout, counts = built.model.layout, [0, 0, 0]
-    sound = weights.find_cache(str(cache), info, layout)
-    layers = [layer.clone() for layer in sound.read_layers([0, 1, 2])]
-    for number in range(120):
-        name = ("manifest.json", "layer-00000.safetensors")[number % 2]
-        file = first["directory"] / name
-        content = bytearray(whole := file.read_bytes())
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        file.write_bytes(content[: draw.randrange(len(content))] if number % 5 == 0 else content)
-        cache_now = weights.find_cache(str(cache), info, layout)
-        counts[0] += not cache_now.is_complete
-        for layer, read in enumerate(
-            cache_now.read_layers([0, 1, 2]) if cache_now.is_complete else ()
-        ):
-            counts[1] += read is None
-            counts[2] += read is not None and not torch.equal(read, layers[layer])
-        file.write_bytes(whole)
-    return counts
-
-
-def test_no_flipped_bit_of_an_entry_is_trained_on(tmp_path):
-    path = tiny.save_model(tmp_path / "model")
-    ((num_torn, num_damaged, num_wrong),) = run_ranks(mutations, 1, path, tmp_path / "cache")
-    assert num_wrong == 0 and num_torn > 40 and num_damaged > 40
-
-
-def same_times(path: Path, like: Path) -> Path:
-    for name in ("model.safetensors", "config.json"):
-        at = (like / name).stat()
-        os.utime(path / name, ns=(at.st_atime_ns, at.st_mtime_ns))
-    return path
-
-
-def write_over(path: Path, content: bytes) -> None:
-    """Write other bytes into a model's file where it lies, its time kept."""
-    file = path / "model.safetensors"
-    status = file.stat()
-    assert len(content) == status.st_size
-    with file.open("r+b") as opened:
-        opened.write(content)
-    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert file.stat().st_ino == status.st_ino and file.stat().st_mtime_ns == status.st_mtime_ns
-
-
-def other_models(world, tmp_path, one, other):
-    """The layers of each start, through one cache and without any."""
-    found = []
-
-    def go(path, *flags):
-        kept = start(world, path, f"--quant_cache={tmp_path / 'cache'}", *PLAIN, *flags)
-        fresh = start(world, path, "--quant_cache=off", *PLAIN)
-        found.append((kept["source"], kept["packed"] == fresh["packed"], kept["note"]))
-
-    go(one)
-    go(other)
-    content = bytearray((other / "model.safetensors").read_bytes())
-    write_over(one, content)
-    go(one)
-    ref = arch.read(str(one), need_weights=True).tensors[NAME]
-    assert ref.nbytes > 16 * 4096
-    between = (ref.nbytes - 4096) // 30 // 4 * 4
-    content[ref.start + between + 2103] ^= 0x80  # the sign of a float32 between sampled places
-    write_over(one, content)
-    go(one)
-    for _ in range(2):
-        go(one, "--verify_base=full")
+def other_models(world, cache, one, other):
+    """Whether each start reads the cache, and has the bytes that it has without one."""
+    ref, found = arch.read(str(one), need_weights=True).tensors[NAME], []
+    content, at = bytearray(ref.file.read_bytes()), ref.file.stat()
+    # Nothing; in a sampled place, of a model beside it, then in place; between two places, thrice.
+    for path, place in ((one, None), (other, 3), (one, 3), (one, 7427), (one, None), (one, None)):
+        file, flag = path / ref.file.name, "full" if len(found) > 3 else "auto"
+        content[ref.start + (place or 0)] ^= 0x80 * (place is not None and path is one)
+        with file.open("r+b") as opened:
+            opened.write(content)
+        os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+        kept = start(world, path, f"--quant_cache={cache}", f"--verify_base={flag}", *PLAIN)
+        found.append((kept["source"], kept["packed"] == start(world, path, *PLAIN)["packed"]))
     return found
 
 
 def test_another_model_of_one_name_size_and_time_has_another_cache(tmp_path):
     """Beside it or in its place; between the sampled places only --verify_base full sees it."""
     one = tiny.save_model(tmp_path / "a" / "model")
-    torch.manual_seed(1)
     other = shutil.copytree(one, tmp_path / "b" / "model")
-    tensors = {n: t.flip(0).contiguous() for n, t in load_file(one / "model.safetensors").items()}
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    same_times(other, one)
-    (found,) = run_ranks(other_models, 1, tmp_path, one, other)
-    sources, are_equal, notes = zip(*found, strict=True)
-    assert sources == ("files", "files", "files", "cache", "files", "cache")
-    assert are_equal == (True, True, True, False, True, True)
-    assert "not known to be made of all these bytes" in notes[4] and "again" not in notes[5]
+    (found,) = run_ranks(other_models, 1, tmp_path / "cache", one, other)
+    sources = ("files", "files", "files", "cache", "files", "cache")
+    assert found == [*zip(sources, (True, True, True, False, True, True), strict=True)]
+
+
+def hold(cache, info, layout, world, writer):
+    """Write a layer of an entry, say so, and do not end."""
+    begun = weights.find_cache(str(cache), info, layout)
+    weights._claim(begun, begun.directory, 0.0, world)
+    begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
+    begun._failure()
+    os.write(writer, b"x")
+    time.sleep(100)
+
+
+def no_room(draft, final):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def two_runs(world, path, cache):
-    """A start while another process writes the same entry, and one when that has been killed."""
+    """Starts while another process writes the entry, and when it is killed; two on full disks."""
     built, info, _ = tiny.shape(path, world, *PLAIN)
-    layout, flags = built.model.layout, (f"--quant_cache={cache}", *PLAIN)
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        begun = weights.find_cache(str(cache), info, layout)
-        weights._claim(begun, begun.directory, 0.0, world)
-        begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
-        begun._failure()
-        os.write(writer, b"x")
-        time.sleep(100)
+    layout, (reader, writer) = built.model.layout, os.pipe()
+    if not (child := os.fork()):
+        hold(cache, info, layout, world, writer)
     os.read(reader, 1)
-    meanwhile = [start(world, path, *flags) for _ in range(2)]
+    found = [start(world, path, f"--quant_cache={cache}", *PLAIN)]
     drafts = [len(list(cache.glob(".tmp-*/layer*")))]
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    after = [start(world, path, *flags) for _ in range(2)]
-    drafts.append(len(list(cache.glob(".tmp-*"))))
+    found += starts(world, [(path, f"--quant_cache={cache}", *PLAIN)] * 2)
     with largest_file(layout.nbytes // 2):
-        full = start(world, path, f"--quant_cache={cache}-full", *PLAIN)
-    commit, atomic.commit = atomic.commit, fail
-    late = start(world, path, f"--quant_cache={cache}-late", *PLAIN)
+        found.append(start(world, path, f"--quant_cache={cache}-full", *PLAIN))
+    commit, atomic.commit = atomic.commit, no_room
+    found.append(start(world, path, f"--quant_cache={cache}-late", *PLAIN))
     atomic.commit = commit
-    left = [item.name for end in ("full", "late") for item in Path(f"{cache}-{end}").iterdir()]
-    return [*meanwhile, *after, full, late], drafts, left
-
-
-def fail(draft, final):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return found, [*drafts, len(list(cache.parent.glob("cache*/.tmp-*")))]
 
 
 def test_one_run_writes_the_cache_and_a_full_disk_is_no_error(tmp_path):
     """The others train without it; what a killed one left is swept; so is what did not fit."""
     path = tiny.save_model(tmp_path / "model")
-    ((found, drafts, left),) = run_ranks(two_runs, 1, path, tmp_path / "cache")
-    assert len({json.dumps(bytes_of(facts)) for facts in found}) == 1
-    assert [facts["source"] for facts in found] == [*["files"] * 3, "cache", "files", "files"]
-    notes = [facts["note"] for facts in found]
-    assert all("not written: " in notes[i] and "in use by another run" in notes[i] for i in (0, 1))
-    assert drafts == [1, 0] and all(name.endswith(".lock") for name in left)
-    assert all(note.startswith("not written: ") for note in notes[4:])
-    assert "File too large" in notes[4] and "No space left" in notes[5]
+    ((found, num_drafts),) = run_ranks(two_runs, 1, path, tmp_path / "cache")
+    assert len({json.dumps(bytes_of(facts)) for facts in found}) == 1 and num_drafts == [1, 0]
+    sources, notes = zip(*((facts["source"], facts["note"]) for facts in found), strict=True)
+    assert sources == ("files", "files", "cache", "files", "files")
+    words = ("in use by another run", "", "", "File too large", "No space left")
+    for note, word in zip(notes, words, strict=True):
+        assert word in note and note.startswith("not written: ") == bool(word)
 
 
 def edit(path: Path, directory: Path, how: str) -> Path:
