@@ -654,7 +654,8 @@ def attach_trackers(cfg: TrainConfig, is_writer: bool, tell: Say = tqdm.write) -
                 thread.join(wait_s)
             if slow := " and ".join(thread.name for thread in threads if thread.is_alive()):
                 tell(f"note      {slow} has not taken all of it yet: metrics.jsonl has it")
-                atexit.register(exit_report.leave, DONE)  # before what the tracker wants to do at the end, and waits
+                # Before what the tracker wants to do at the end, and waits.
+                atexit.register(exit_report.leave, DONE)
 
 
 def _open(name: str, cfg: TrainConfig) -> Any:
