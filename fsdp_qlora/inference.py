@@ -19,7 +19,7 @@ from typing import Any
 
 from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
 from fsdp_qlora.export import adapter as adapter_files
@@ -181,7 +181,9 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
             for rank in range(num_ranks):
                 env = child_env(os.environ, rank, num_ranks, port)
                 stdin, out = (subprocess.DEVNULL, words) if rank else (None, None)
-                process = subprocess.Popen(command, env=env, stdin=stdin, stdout=out, stderr=out)
+                streams = {"stdin": stdin, "stdout": out, "stderr": out}
+                tie = launch.tied_to_parent()
+                process = subprocess.Popen(command, env=env, preexec_fn=tie, **streams)
                 stack.enter_context(process)
                 stack.callback(process.kill)
                 ranks.append(process)
@@ -323,7 +325,7 @@ def generate(argv: list[str]) -> int:
     args, flags = parser.parse_known_args(argv)
     require_model("generate", args.adapter, flags)
     cfg = config_of(args.adapter, flags)
-    if cfg.world_size > 1 and not is_rank(os.environ):
+    if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("generate", argv, cfg)
     opened = open_run(args.adapter, cfg)
     opened.load_adapter()
@@ -376,7 +378,7 @@ def evaluate(argv: list[str]) -> int:
     cfg = config_of(args.adapter, flags)
     if args.tasks is None:
         config.check_own_code(vars(cfg), config.given(flags), args.adapter or Path())
-    if cfg.world_size > 1 and not is_rank(os.environ):
+    if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg)
     found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)
