@@ -181,9 +181,8 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
             for rank in range(num_ranks):
                 env = child_env(os.environ, rank, num_ranks, port)
                 stdin, out = (subprocess.DEVNULL, words) if rank else (None, None)
-                streams = {"stdin": stdin, "stdout": out, "stderr": out}
-                tie = launch.tied_to_parent()
-                process = subprocess.Popen(command, env=env, preexec_fn=tie, **streams)
+                tie, streams = launch.tied_to_parent(), (stdin, out, out)
+                process = subprocess.Popen(command, -1, None, *streams, preexec_fn=tie, env=env)
                 stack.enter_context(process)
                 stack.callback(process.kill)
                 ranks.append(process)
