@@ -337,8 +337,8 @@ def test_a_disk_without_room_is_refused_before_the_run(
             preflight.explain_disk_full(cfg),
         ):
             raise error
-    with pytest.raises(UserError, match="File too large.*ulimit -f"):
-        with preflight.explain_disk_full(cfg):
-            raise OSError(27, "File too large")
+    large = pytest.raises(UserError, match=r"File too large.*ulimit -f")
+    with large, preflight.explain_disk_full(cfg):
+        raise OSError(27, "File too large")
     with pytest.raises(KeyError), preflight.explain_disk_full(cfg):
         raise KeyError("28")
