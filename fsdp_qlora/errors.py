@@ -14,7 +14,12 @@ from urllib.parse import quote, quote_plus, unquote
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
 SIGNALED = 128  # and the number of the signal that ended a command
 SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc")
+OUT_OF_MEMORY: tuple[str, ...] = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+)
 # As the system, the loader of libraries and oneDNN say it, of which the last gives no reason.
 OUT_OF_MEMORY += ("Cannot allocate memory", "failed to map segment", "could not create a primitive")
 
