@@ -138,7 +138,7 @@ def train(
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
     config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
-    rank = _rank()
+    rank = _rank(config)
     if rank is not None:
         poll = (lambda: None) if rank else follower.poll
         used = run.join_and_run(config, _given(config), poll).cfg
@@ -204,7 +204,7 @@ def load_model(
     from fsdp_qlora import inference
     from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME
 
-    if _rank() is not None:
+    if _rank(TrainConfig()) is not None:
         rule = "this process is in a process group already"
         raise UserError("load_model", rule, "close the other model, or use another process")
     names = (CONFIG_NAME, LAYERS_NAME)
@@ -234,14 +234,14 @@ def _group() -> "World | None":
     return world.of_process_group()
 
 
-def _rank() -> int | None:
+def _rank(config: TrainConfig) -> int | None:
     """The number of this process in its process group; None: it is in none."""
     from fsdp_qlora.distributed import launch
 
     if (group := _group()) is not None:
         return group.rank
-    is_rank = launch.is_rank(os.environ)
-    return int(launch.rank_env(os.environ, TrainConfig())["RANK"]) if is_rank else None
+    is_rank = launch.is_rank(os.environ, config.world_size)
+    return int(launch.rank_env(os.environ, config)["RANK"]) if is_rank else None
 
 
 def _given(config: TrainConfig) -> frozenset[str]:
