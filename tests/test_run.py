@@ -210,21 +210,6 @@ def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
     assert log.read_text().count("Traceback") == 1 and "broken.py" in log.read_text()
 
 
-def test_a_damaged_cache_is_mended_by_the_rank_that_reads_it(place: Path, tmp_path: Path):
-    """Only one of them reads the damaged file; the run is the same."""
-    short = ("--world_size=2", "--max_steps=1", "--save_model=false")
-    argv = flags(place, *short, f"--quant_cache={tmp_path / 'kept'}")
-    assert warm.start([*argv, f"--output_dir={tmp_path / 'first'}"], tmp_path).wait() == DONE
-    (file,) = (tmp_path / "kept").glob("*/layer-00001.safetensors")
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1000] + bytes([whole[-1000] ^ 1]) + whole[-999:])
-    second = warm.start([*argv, f"--output_dir={tmp_path / 'second'}"], tmp_path)
-    assert (second.wait(), second.err) == (DONE, "") and file.read_bytes() == whole
-    assert "damaged and made again: layers 1\n" in second.out
-    losses = [steps_of(tmp_path / name)[0]["loss"] for name in ("first", "second")]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize(
     ("argv", "code"),
     [
