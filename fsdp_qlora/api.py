@@ -138,14 +138,12 @@ def train(
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
     config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
-    rank = _rank(config)
+    values, used = {name: getattr(config, name) for name in sorted(_given(config))}, config
+    argv, rank = [f"--{name}={value}" for name, value in values.items()], _rank(config)
     if rank is not None:
-        poll = (lambda: None) if rank else follower.poll
-        used = run.join_and_run(config, _given(config), poll).cfg
+        used = run.join_and_run(argv, (lambda: None) if rank else follower.poll)
     else:
         lines: list[str] = []
-        values = {name: getattr(config, name) for name in sorted(_given(config))}
-        argv, used = [f"--{name}={value}" for name, value in values.items()], config
         code = run.launch_ranks(argv, tell=lines.append, poll=follower.poll)
         if code:
             raise TrainError(code, lines)

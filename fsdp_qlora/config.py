@@ -363,6 +363,27 @@ def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
     return dataclasses.replace(cfg, output_dir=str(cfg.resolved_output_dir))
 
 
+def place(argv: Sequence[str]) -> TrainConfig:
+    """Return where a command line lets a run be; all else, which --resume may change, is left out.
+
+    Args:
+        argv: arguments without the program's name, see `parse`.
+
+    Raises:
+        UserError, SystemExit: see `parse`.
+    """
+    cli.show_help_if_asked(argv, TrainConfig, USAGE)
+    values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
+    names = ("world_size", "master_port", "output_dir", "model_name", "train_type")
+    try:
+        if faults:
+            raise join(faults)
+        return TrainConfig(**{name: values[name] for name in names if name in values})
+    except UserError:
+        parse(argv)  # tells all faults at once
+        raise
+
+
 def given(argv: Sequence[str]) -> frozenset[str]:
     """Return the names of the options that a command line, or the recipe it names, sets.
 

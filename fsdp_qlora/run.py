@@ -25,6 +25,7 @@ def run(
     plan: plans.RunPlan,
     world,
     given: frozenset[str] = frozenset(),
+    saved=None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Train as one of the ranks.
@@ -33,6 +34,7 @@ def run(
         plan: the run, with what was chosen for it; its output directory is there.
         world: this process among the ranks, a distributed.world.World.
         given: names of the options that the user wrote.
+        saved: the checkpoint that is resumed, as rank 0 has read it; None: the run starts anew.
         poll: called after each step.
     """
     from fsdp_qlora import data
@@ -40,9 +42,9 @@ def run(
 
     cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
-    dataset = data.build(cfg, plan.info, world)
+    dataset = world.each(lambda: data.build(cfg, plan.info, world))
     num_steps = dataset.train.num_steps
-    resumed = checkpoint.load(plan, given, adapter.digest(plan.info), dataset, world)
+    resumed = checkpoint.load(plan, given, saved, dataset, world)
     trained, tracker, record = _build(plan, dataset, world)
     checkpoint.restore(trained, resumed.saved)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
@@ -134,34 +136,42 @@ def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -
 
 
 def join_and_run(
-    cfg: config.TrainConfig,
-    given: frozenset[str],
-    poll: Callable[[], None] = lambda: None,
-    owns_process: bool = False,
-) -> plans.RunPlan:
+    argv: list[str], poll: Callable[[], None] = lambda: None, owns_process: bool = False
+) -> config.TrainConfig:
     """Be one of the ranks, of a process group that is there or of a new one.
 
     Args:
-        cfg: the run.
-        given: names of the options that the user wrote.
+        argv: the command line, the same on every rank but for what is of its host.
         poll: called after each step.
         owns_process: this process is the rank's alone; what goes wrong ends it, and is left as one
             line for the supervisor.
 
     Returns:
-        The plan that was gone by.
+        The configuration that was gone by.
     """
     from fsdp_qlora.distributed import world as worlds
 
-    plan = world = None
+    cfg, plan, world = config.place(argv), None, None
     try:
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
         world = worlds.find_neighbors(known or worlds.join())
+        own_dir = cfg.output_dir if "output_dir" in config.given(argv) else None
+        argv, saved = _choose_start(argv, world)
+        is_silent = hooks.is_supervised() or world.rank
+        cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
-        plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
-        run(plan, world, given, poll)
+        world.agree(preflight.facts(cfg, world.device))
+        world.first(lambda: hub.check(cfg.push_to_hub))
+        if saved is not None and world.first(lambda: _is_done(saved, cfg)):
+            return cfg
+        cfg = launch.agree_output_dir(cfg, world)
+        if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
+            unused = f"--output_dir {own_dir} is not used"
+            print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
+        plan = launch.broadcast_plan(cfg, given, world)
+        run(plan, world, given, saved, poll)
         if known is None:
             worlds.leave()
         hooks.beat(hooks.DONE, world.rank)
@@ -172,7 +182,26 @@ def join_and_run(
         if owns_process:
             exit_report.fail(cause, cfg, plan)
         raise cause from error
-    return plan
+    return plan.cfg
+
+
+def _is_done(saved, cfg: config.TrainConfig) -> bool:
+    is_done = preflight.is_done(saved, cfg)
+    if is_done:
+        print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
+    return is_done
+
+
+def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
+    """What --resume stands for: rank 0 chooses the checkpoint, other hosts need not have it."""
+    if hooks.is_supervised():
+        return argv, preflight.saved_of(config.parse(argv))
+    place, cfg = world.meeting, config.place(argv)
+    if place is not None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        own_dir = cfg.output_dir if "output_dir" in config.given(argv) else ""
+        before = place.read("output_dir") or own_dir
+        argv = [*argv, *([f"--output_dir={before}", "--resume=auto"] if before else [])]
+    return preflight.expand_resume(argv, functools.partial(print, flush=True), world.first)
 
 
 class _SteadyFile(io.FileIO):
@@ -222,15 +251,10 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     Raises:
         UserError: what was checked is not as it must be.
     """
-    saved, is_supervised = None, hooks.is_supervised()
-    is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
+    is_silent = hooks.is_supervised() or os.environ.get("RANK", "0") != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
-    if not is_supervised:
-        argv, saved = preflight.expand_resume(argv, say)
-    cfg, given = config.parse(argv, say=say), config.given(argv)
-    if saved is not None and preflight.is_done(saved, cfg):
-        print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
-        return errors.DONE
+    argv = preflight.spell_out(argv)
+    cfg = config.place(argv)
     if launch.is_rank(os.environ, cfg.world_size):
         # No KeyboardInterrupt while libraries are imported: some of them swallow it.
         signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
@@ -241,7 +265,11 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
             say(f"ranks     {size}, as RANK and WORLD_SIZE in the environment say{words}")
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
-        join_and_run(cfg, given, owns_process=True)
+        join_and_run(argv, owns_process=True)
+        return errors.DONE
+    argv, saved = preflight.expand_resume(argv, say)
+    cfg, given = config.parse(argv, say=say), config.given(argv)
+    if saved is not None and _is_done(saved, cfg):
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)

@@ -3,6 +3,7 @@
 `build` goes the whole way. torch and transformers are imported by it, not with this package.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Data:
         tokenizer: transformers tokenizer, or None where none is needed.
         audit: what became of the rows; its text form is one line, `facts` are for the record.
         prompts: what is asked before and after; may be empty.
+        digest: of the held-out rows and the prompts, the same on every rank.
     """
 
     train: batches.Batches | batches.PackedBatches
@@ -32,6 +34,7 @@ class Data:
     tokenizer: Any
     audit: prepare.Audit
     prompts: tuple[prompts.Prompt, ...]
+    digest: str
 
 
 def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
@@ -74,7 +77,9 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     held_out = batches.held_out(ready.held_out, *shape)
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()
-    return Data(train, held_out, full, audit, asked)
+    held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()
+    digest = hashlib.sha256(held_back).hexdigest()[:16]
+    return Data(train, held_out, full, audit, asked, digest)
 
 
 def load_tokenizer(info: ModelInfo) -> Any:

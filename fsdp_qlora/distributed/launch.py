@@ -138,6 +138,7 @@ def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         "KINETO_LOG_LEVEL": "99",  # torch.profiler would tell of its own stages
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a rank that has gone its store warns the others
     }
     if "PYTORCH_ALLOC_CONF" not in env:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
@@ -456,6 +457,8 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     if hooks.is_supervised():
         return cfg
     path = str(world.first(lambda: claim_output_dir(cfg)))
+    if world.meeting is not None and world.rank == 0:
+        world.meeting.store.set("output_dir", path)  # torchrun starts the ranks again
     agreed = dataclasses.replace(cfg, output_dir=path)
     (agreed.resolved_output_dir / LOGS).mkdir(parents=True, exist_ok=True)  # on other machines
     return agreed
@@ -612,4 +615,6 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
     if not hooks.is_supervised():
         say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
         world.each(lambda: plans.announce(found, say))
-    return dataclasses.replace(found, cfg=world.gather_objects(found.cfg)[0])
+    chosen = {name: v for name, v in vars(found.cfg).items() if v != getattr(cfg, name)}
+    chosen = world.gather_objects(chosen)[0]  # paths stay those of each host
+    return dataclasses.replace(found, cfg=dataclasses.replace(cfg, **chosen))

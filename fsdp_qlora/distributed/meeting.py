@@ -135,13 +135,13 @@ class Meeting:
                 rule = f"not at {self._where} within {MEETING_S:.0f} s"
                 remedy = "see whether their hosts run, and reach that port"
                 raise UserError(self._missing(), rule, remedy, ENVIRONMENT)
-        self.places = [self._read(key).split(" ") for key in self._keys()]
+        self.places = [self.read(key).split(" ") for key in self._keys()]
 
     def _is_complete(self) -> bool:
         """Whether rank 0, alive, has seen all ranks, and this process as the one of its number."""
         if self._rank:
             self._refuse_stranger()
-            self.round = self._read("round")
+            self.round = self.read("round")
         if not self.round:
             return False
         closed, own = f"{self.round}/closed", self._keys()[self._rank]
@@ -159,20 +159,21 @@ class Meeting:
     def _keys(self) -> list[str]:
         return [f"{self.round}/{rank}" for rank in range(self._size)]
 
-    def _read(self, key: str) -> str:
+    def read(self, key: str) -> str:
+        """Return what stands in the store; "" for nothing."""
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
     def _missing(self) -> str:
         """The ranks that are not there, and the hosts of those that are."""
         if not self.round:
             return "rank 0"
-        there = {i: self._read(key).split(" ")[0] for i, key in enumerate(self._keys())}
+        there = {i: self.read(key).split(" ")[0] for i, key in enumerate(self._keys())}
         absent = ", ".join(str(rank) for rank, host in there.items() if not host)
         known = ", ".join(f"{rank} on {host}" for rank, host in there.items() if host)
         return f"rank {absent or 'none'} of {self._size} (there: {known})"
 
     def _refuse_stranger(self) -> None:
-        found = self._read("run")
+        found = self.read("run")
         if found not in ("", self._run):
             rule = f"is where another run meets ({found}; this one is {self._run})"
             remedy = "give each a --master_port or MASTER_PORT of its own"
@@ -207,7 +208,7 @@ class Meeting:
         Raises:
             UserError: one has; with its exit code.
         """
-        text = self._read(self._key("failed"))
+        text = self.read(self._key("failed"))
         if text:
             word = json.loads(text)
             self._leave()

@@ -115,16 +115,8 @@ class World:
         Raises:
             UserError: as it was raised there; on every rank.
         """
-        found: Any = None
-        if self.rank == 0:
-            try:
-                found = work()
-            except UserError as error:
-                found = error
-        found = self.gather_objects(found)[0]
-        if isinstance(found, UserError):
-            raise found
-        return found
+        found: Any = self.each(lambda: work() if self.rank == 0 else None)
+        return self.gather_objects(found)[0]
 
     def each(self, work: Callable[[], T]) -> T:
         """Do work on every rank, and go on only if all could do it.
@@ -138,17 +130,16 @@ class World:
         Raises:
             UserError: raised on one rank, on every rank.
         """
-        found: Any = None
+        found, own = None, None
         try:
             found = work()
         except UserError as error:
-            found = error
-        own = found if isinstance(found, UserError) else None
+            own = error
         for rank, fault in enumerate(self.gather_objects(own)):
             if fault is not None:
                 got = f"rank {rank}: {fault.got}"
                 raise own or UserError(got, fault.rule, fault.remedy, fault.code)
-        return found
+        return found  # type: ignore[return-value]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Refuse to go on unless all ranks say the same; all must call.
@@ -161,6 +152,20 @@ class World:
         """
         hosts, every = zip(*self.gather_objects((socket.gethostname(), facts)), strict=True)
         meeting.compare(every, hosts)
+
+    def from_first(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Send a tensor from rank 0 to all ranks.
+
+        Args:
+            tensor: on the host of rank 0; elsewhere it is not looked at.
+
+        Returns:
+            The same on every rank.
+        """
+        shape, dtype = self.first(lambda: (tensor.shape, tensor.dtype))  # type: ignore[union-attr]
+        whole = tensor if self.rank == 0 and tensor is not None else torch.empty(shape, dtype=dtype)
+        dist.broadcast(whole.reshape(-1).view(torch.uint8), 0)
+        return whole
 
     def exchange(self, slices: torch.Tensor) -> torch.Tensor:
         """Send each rank of this machine its slice; nothing crosses to other machines.

@@ -153,14 +153,14 @@ def restore(trained: Trained, saved: SavedCheckpoint | None) -> None:
         return
     shard.settle(trained.model)
     optimizer, schedule, state = trained.optimizer, trained.schedule, saved.state
-    with safe_open(saved.path / WEIGHTS, framework="pt") as file:
-        names = [name for name, *_ in _named(trained)]
-        if sorted(file.keys()) != sorted(names):
-            other = sorted(set(file.keys()) ^ set(names))[:3]
-            rule = f"does not have what this run trains ({', '.join(other)})"
-            raise UserError(str(saved.path / WEIGHTS), rule, "start a new run", INTEGRITY)
-        for name, param, local, rows in _named(trained):
-            local.data.copy_(_slice(file, name, param, local, rows))
+    file = _open(saved.path / WEIGHTS, trained.world)
+    names = [name for name, *_ in _named(trained)]
+    if sorted(file.keys()) != sorted(names):
+        other = sorted(set(file.keys()) ^ set(names))[:3]
+        rule = f"does not have what this run trains ({', '.join(other)})"
+        raise UserError(str(saved.path / WEIGHTS), rule, "start a new run", INTEGRITY)
+    for name, param, local, rows in _named(trained):
+        local.data.copy_(_slice(file.get_slice(name), name, param, local, rows))
     by_param = dict(_read_states(trained, saved))
     groups = optimizer.state_dict()["param_groups"]
     order = [param for group in optimizer.param_groups for param in group["params"]]
@@ -177,32 +177,58 @@ def _read_states(
 ) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
     """What the optimizer keeps of each slice: all of `_states`, and the numbers."""
     world, num_ranks = trained.world, saved.state["num_ranks"]
-    with safe_open(saved.path / OPTIMIZER, framework="pt") as file:
-        by_owner: dict[str, list[str]] = {}
-        for full_name in file.keys():  # noqa: SIM118 - it is no mapping
-            by_owner.setdefault(full_name.rpartition(".")[0], []).append(full_name)
-            if full_name.endswith(BY_RANK) and num_ranks != world.size:
-                got = f"{type(trained.optimizer).__name__} on {world.size} ranks"
-                raise UserError(got, f"was saved by {num_ranks}, blockwise", "start as many")
-        for name, param, local, rows in _named(trained):
-            own: dict[str, Any] = dict(saved.state["optimizer"].get(name, {}))
-            for full_name in by_owner.get(name, ()):
-                key = full_name.rpartition(".")[2].removesuffix(BY_RANK)
-                own[key] = _state(file, full_name, param, local, rows, world.rank)
-            yield local, own
+    file, by_owner = _open(saved.path / OPTIMIZER, world), dict[str, list[str]]()
+    for full_name in file.keys():  # noqa: SIM118 - it is no mapping
+        by_owner.setdefault(full_name.rpartition(".")[0], []).append(full_name)
+        if full_name.endswith(BY_RANK) and num_ranks != world.size:
+            got = f"{type(trained.optimizer).__name__} on {world.size} ranks"
+            raise UserError(got, f"was saved by {num_ranks}, blockwise", "start as many")
+    for name, param, local, rows in _named(trained):
+        own: dict[str, Any] = dict(saved.state["optimizer"].get(name, {}))
+        for full_name in by_owner.get(name, ()):
+            key, stored = full_name.rpartition(".")[2], file.get_slice(full_name)
+            if key.endswith(BY_RANK):
+                own[key.removesuffix(BY_RANK)] = stored[:][world.rank]
+            elif stored.get_shape():
+                own[key] = _slice(stored, full_name, param, local, rows)
+            else:
+                own[key] = file.get_tensor(full_name)
+        yield local, own
 
 
-def _state(file: Any, name: str, param: Tensor, local: Tensor, rows: int, rank: int) -> Tensor:
-    if name.endswith(BY_RANK):
-        return file.get_tensor(name)[rank]
-    is_slice = bool(file.get_slice(name).get_shape())
-    return _slice(file, name, param, local, rows) if is_slice else file.get_tensor(name)
+class _FromFirst:
+    """A file of a checkpoint that rank 0 reads for all: other machines need not have it."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self._world, self._whole = world, torch.empty(0)
+        self._file: Any = safe_open(path, framework="pt") if world.rank == 0 else None
+        self._names = world.first(lambda: list(self._file.keys()))
+
+    def keys(self) -> list[str]:
+        return self._names
+
+    def get_slice(self, name: str) -> "_FromFirst":
+        self._whole = self._world.from_first(self._file.get_tensor(name) if self._file else None)
+        return self
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self._whole  # its slice has been asked for
+
+    def get_shape(self) -> list[int]:
+        return list(self._whole.shape)
+
+    def __getitem__(self, part: slice) -> Tensor:
+        return self._whole[part]
 
 
-def _slice(file: Any, name: str, param: Tensor, local: Tensor, rows: int) -> Tensor:
+def _open(path: Path, world: World) -> Any:
+    is_here = world.size == world.local_size
+    return safe_open(path, framework="pt") if is_here else _FromFirst(path, world)
+
+
+def _slice(stored: Any, name: str, param: Tensor, local: Tensor, rows: int) -> Tensor:
     """This rank's slice of a saved tensor, padded with zeros."""
     start, stop = shard.local_range(param)
-    stored = file.get_slice(name)
     if stored.get_shape() != [rows, *local.shape[1:]]:
         rule = f"is {stored.get_shape()}, and this run has {[rows, *local.shape[1:]]}"
         raise UserError(f"{name} of the checkpoint", rule, "start a new run", INTEGRITY)
@@ -250,33 +276,31 @@ class ResumeState:
 
 
 def load(
-    plan: RunPlan, given: frozenset[str], base: str | None, data: Data, world: World
+    plan: RunPlan, given: frozenset[str], saved: SavedCheckpoint | None, data: Data, world: World
 ) -> ResumeState:
-    """Find where a run starts, check that it is the same run, and write its configuration.
+    """Check that all ranks do the same, and go on with what it was; write its configuration.
 
     Args:
         plan: of the run, with what was chosen for it.
         given: names of the options that the user wrote.
-        base: digest of the model's files.
+        saved: the checkpoint that is resumed, the same on every rank; None: none is.
         data: what is learned.
         world: the ranks; all must call.
 
     Raises:
-        UserError: base, adapter or data are not those of the checkpoint (code 2); the ranks do not
-            read the same checkpoint (code 5).
+        UserError: base, data or steps of the ranks differ, or base, adapter or data are not those
+            of the checkpoint (code 2).
     """
-    cfg = plan.cfg
-    current = preflight.fingerprint(cfg, plan.info, base, world.size)
+    cfg, lines = plan.cfg, list[str]()
+    current = preflight.fingerprint(cfg, plan.info, plan.info.digest(1), world.size)
     current |= preflight.data_fingerprint(data)
     if cfg.verify_base == "full":  # one rank of each machine reads all of its files
         mine = plan.info.whole_digest if world.local_rank == 0 else None
         current["base_bytes"] = world.gather_objects(mine)[world.rank - world.local_rank]
     libraries, num_steps = versions(world.device), data.train.num_steps
-    saved, lines = preflight.saved_of(cfg), []
-    at_steps = [int(step) for (step,) in world.gather([float(saved.step if saved else 0)])]
-    if len(set(at_steps)) > 1:
-        rule = f"is read differently by the ranks (steps {at_steps})"
-        raise UserError(f"--resume {cfg.resume}", rule, "see to the disk", INTEGRITY)
+    facts: dict[str, Any] = {name: current[name] for name in current if name != "template"}
+    facts |= {"steps": num_steps, "held-out rows and prompts": data.digest}
+    world.agree(facts)
     if saved is not None:
         lines = [f"resume    {saved.path}: {saved.step} of {num_steps} steps are done"]
         lines += preflight.check_same(saved.state["fingerprint"], current, cfg.allow_data_change)
@@ -287,7 +311,7 @@ def load(
             lines.append(f"resume    {ranks}: the same steps to rounding, not bit for bit")
     if world.rank == 0:
         config.save(cfg, cfg.resolved_output_dir / checkpoint_store.CONFIG, libraries)
-    facts: dict[str, Any] = {"run_format": RUN_FORMAT, "num_steps": num_steps}
+    facts = {"run_format": RUN_FORMAT, "num_steps": num_steps}
     facts |= {"config": config.to_dict(cfg), "given": sorted(given)}
     facts |= {"fingerprint": current, "versions": libraries}
     return ResumeState(facts, saved, tuple(lines))

@@ -6,6 +6,7 @@ two, and no directory has been made by then.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -28,6 +29,8 @@ from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import check_format
 
 if TYPE_CHECKING:
+    import torch
+
     from fsdp_qlora.data import Data
 
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
@@ -47,6 +50,13 @@ COURSE: tuple[str, ...] = (
     "loraplus_ratio",
 )
 COURSE += ("apply_gradient_clipping", "grad_norm", "precision")
+# Where a host keeps things, what only rank 0 does, what only a supervisor looks at; GPUs.
+MAY_DIFFER: tuple[str, ...] = ("--model_name", "--dataset", "--eval_split", "--template")
+MAY_DIFFER += ("--sample_prompts", "--quant_cache", "--token_cache", "--output_dir", "--overwrite")
+MAY_DIFFER += ("--push_to_hub", "--log_to", "--project_name", "--tracker_args", "--world_size")
+MAY_DIFFER += ("--gpu_budget_gib", "--host_budget_gib", "--master_port", "--plan", "--fit")
+MAY_DIFFER += ("--max_restarts", "--hang_timeout")
+MAY_DIFFER += tuple(f"version of {name}" for name in ("platform", "card", "num_cards", "driver"))
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
 MAX_CHARS = 40
@@ -56,8 +66,19 @@ FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # 
 BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
+def spell_out(argv: Sequence[str]) -> list[str]:
+    """Return a command line in which --resume has a value: a bare one means the latest."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
+            words[i] = f"--resume={LATEST}"
+    return words
+
+
 def expand_resume(
-    argv: Sequence[str], notify: Say = lambda line: None
+    argv: Sequence[str],
+    notify: Say = lambda line: None,
+    on_first: Callable[[Callable[[], Any]], Any] = lambda work: work(),
 ) -> tuple[list[str], SavedCheckpoint | None]:
     """Replace --resume in a command line by all that it stands for.
 
@@ -66,6 +87,7 @@ def expand_resume(
     Args:
         argv: arguments without the program's name.
         notify: is told what is passed over.
+        on_first: does work on rank 0 for all, which chooses the checkpoint and reads it.
 
     Returns:
         A whole command line, with the checkpoint's own directory behind --resume and the run's
@@ -76,21 +98,12 @@ def expand_resume(
         UserError: there is no such checkpoint, or it is damaged (code 5); its rows come from Python
             that this command line does not name (code 2).
     """
-    words = list(argv)
-    for i, word in enumerate(words):
-        if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
-            words[i] = f"--resume={LATEST}"
+    words = spell_out(argv)
     given = cli.Reader(TrainConfig, config.ALIASES, config.RECIPES_DIR).read_argv(words)
-    if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
-        return words, None
-    wanted = given["resume"].text
-    output_dir = given["output_dir"].text if "output_dir" in given else None
-    saved = _find(wanted, output_dir, notify)
+    texts = {name: given[name].text for name in ("resume", "output_dir") if name in given}
+    saved = on_first(functools.partial(_find, texts.get("resume"), texts.get("output_dir"), notify))
     if saved is None:
         return words, None
-    if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
-        rule = f"is not where {wanted} was made"
-        raise UserError(f"--output_dir {output_dir}", rule, "leave it out: the run goes on there")
     stored, removed = config.from_record(saved.state["config"])
     config.check_own_code(vars(stored), given, saved.path)
     if removed:
@@ -107,16 +120,22 @@ def expand_resume(
     return [*below, *words, f"--output_dir={saved.run_dir}", f"--resume={saved.path}"], saved
 
 
-def _find(wanted: str, output_dir: str | None, notify: Say) -> SavedCheckpoint | None:
+def _find(wanted: str | None, output_dir: str | None, notify: Say) -> SavedCheckpoint | None:
     """The checkpoint that --resume means; None: there is none at all, and `auto` does not mind."""
+    if wanted is None or wanted.lower() in ("none", "null"):
+        return None
     if wanted in (LATEST, AUTO) and output_dir is None:
         remedy = "give --output_dir of the run too, or --resume DIR"
         raise UserError("--resume", "does not say which run shall go on", remedy)
     place = Path(str(output_dir) if wanted in (LATEST, AUTO) else wanted).absolute()
     if os.path.exists(place / MANIFEST) or checkpoint_store.STEP_NAME.fullmatch(place.name):
-        return _checked(checkpoint_store.read(place))
-    saved = checkpoint_store.latest(place, notify)
+        saved: SavedCheckpoint | None = checkpoint_store.read(place)
+    else:
+        saved = checkpoint_store.latest(place, notify)
     if saved is not None:
+        if output_dir is not None and Path(output_dir).resolve() != saved.run_dir.resolve():
+            got, rule = f"--output_dir {output_dir}", f"is not where {wanted} was made"
+            raise UserError(got, rule, "leave it out: the run goes on there")
         return _checked(saved)
     number = len(checkpoint_store.steps(place))
     rule, remedy = "holds no whole checkpoint", "start anew without --resume"
@@ -176,6 +195,23 @@ def is_done(saved: SavedCheckpoint, cfg: TrainConfig) -> bool:
     stored = saved.state.get("config", {})
     is_same = all(stored.get(name) == getattr(cfg, name) for name in ("max_steps", "num_epochs"))
     return is_same and checkpoint_store.is_complete(saved.run_dir)
+
+
+def facts(cfg: TrainConfig, device: "torch.device") -> dict[str, Any]:
+    """What all ranks of a run must have in common before model and data are known.
+
+    Args:
+        cfg: the run.
+        device: of this rank.
+
+    Returns:
+        Plain values by name: options, versions, a digest of the sources of this program.
+    """
+    sources = sorted(config.PROJECT_DIR.glob(f"{config.PACKAGE}/**/*.py"))
+    product = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    libraries = {f"version of {name}": v for name, v in hardware.versions(device).items()}
+    every = {f"--{name}": value for name, value in vars(cfg).items()} | libraries
+    return {k: v for k, v in every.items() if k not in MAY_DIFFER} | {"fsdp_qlora": product}
 
 
 def fingerprint(

@@ -3,6 +3,7 @@
 Two process groups of torchrun on this machine, each with a directory of its own, stand for hosts.
 """
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import pytest
 import torch.distributed as dist
 
 from fsdp_qlora import run as train_run
+from fsdp_qlora.arch import files
 from fsdp_qlora.distributed import launch, meeting
 from fsdp_qlora.distributed.meeting import Meeting
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, UserError
-from tests import warm
+from fsdp_qlora.training import checkpoint, preflight
+from tests import faults, warm
+from tests import test_kill_sweep as kill_sweep
 
 SHORT = ("--max_steps=2", "--save_model=false", "--context_length=64", "--log_to=stdout")
 
@@ -114,3 +118,66 @@ def test_who_is_missing_is_named(place: Path):
     assert alone.wait(30) == ENVIRONMENT
     assert f"waiting   1 s for rank 0 at localhost:{port} (Connection refused)" in alone.out
     assert alone.err.count("\n") == 1 and "rank 0 could not be reached for 2 s" in alone.err
+
+
+def both(place: Path, argv: tuple[str, ...], *more: tuple[str, ...], main=None, **env: str):
+    """A run of a rank on each host, each with arguments of its own; the last of a kind wins."""
+    port = launch.find_port(None)
+    mains = (None, main)
+    return [start(place, i, port, *argv, *more[i], main=mains[i], **env) for i in (0, 1)]
+
+
+def test_ranks_that_differ_are_refused_on_all_of_them(place: Path):
+    """Options first; then what the files hold, whatever their paths are called."""
+    ranks = both(place, ("--lr=0.01",), (), ("--lr=0.02", "--seed=7", "--max_steps=3"))
+    for rank in ranks:
+        assert rank.wait(30) == INPUT
+        lines = rank.err.splitlines()
+        assert "differ in --max_steps, --lr, --seed; start all with" in lines[0]
+        assert [line.split()[0] for line in lines[1:]] == ["rank", "--max_steps", "--lr", "--seed"]
+        assert "0.01" in lines[3] and "rank 1 (" in lines[3] and lines[3].endswith(": 0.02")
+    own = place / "own"
+    shutil.copytree(place / "model", own / "model", dirs_exist_ok=True)
+    rows = (place / "data.jsonl").read_text().splitlines(keepends=True)
+    (own / "rows.jsonl").write_text("".join(rows))
+    same = (f"--model_name={own / 'model'}", f"--dataset={own / 'rows.jsonl'}")
+    ranks = both(place, (f"--output_dir={place / 'same'}",), (), same)
+    assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[1].err
+    (own / "rows.jsonl").write_text("".join(rows[1::-1] + rows[2:-8]))
+    (file,) = (own / "model").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    last = max(files.read_header(file).values(), key=lambda ref: ref.nbytes)
+    content[last.start + last.nbytes - 1] ^= 1
+    file.write_bytes(content)
+    ranks = both(place, ("--max_steps=-1",), (), same)
+    for rank in ranks:
+        assert rank.wait(30) == INPUT
+        assert "differ in base_samples, rows, tokens, steps; start" in rank.err.splitlines()[0]
+
+
+def without_disk(argv, **more) -> int:
+    """`train` on a host that has no checkpoint."""
+
+    def fail(*_, **__):
+        raise OSError("no such file")
+
+    checkpoint.safe_open = preflight._find = fail
+    return train_run.main(argv, **more)
+
+
+def test_a_restart_goes_on_from_the_disk_of_rank_0(place: Path):
+    """By itself, with equal bits, although the other host has neither checkpoint nor directory."""
+    argv = ("--max_steps=4", "--save_every=2", "--save_model=true", "--lora_dropout=0.1")
+    whole, broken, other = (f"--output_dir={place / name}" for name in ("whole", "broken", "other"))
+    ranks = both(place, argv, (whole,), (other,))
+    assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[1].err
+    line = f"rank 0 writes to {place / 'whole'}; --output_dir {place / 'other'} is not used"
+    assert line in ranks[1].out and line not in ranks[0].out
+    fault = {faults.VARIABLE: "kill:all:post-backward:4"}
+    assert DONE not in [rank.wait() for rank in both(place, argv, (broken,), (other,), **fault)]
+    restart = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    ranks = both(place, argv, (broken,), (other,), main=without_disk, **restart)
+    assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[1].err
+    assert "step-2: 2 of 4 steps are done" in ranks[0].out and not (place / "other").exists()
+    first, second = (kill_sweep.result(place / name, 4) for name in ("whole", "broken"))
+    assert first == second
