@@ -12,7 +12,19 @@ import pytest
 from fsdp_qlora.config import TrainConfig, renamed, to_dict
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.record import OWN_FLAGS
-from tests.report import runs
+from tests.report.runs import (
+    CONFIG,
+    DEVICE,
+    REAL,
+    gpu_facts,
+    gpu_step,
+    measured,
+    page_of,
+    step_line,
+    steps_of,
+    write_gpus,
+    write_run,
+)
 
 MAX_PAGE_BYTES = 1_000_000
 
@@ -20,13 +32,13 @@ MAX_PAGE_BYTES = 1_000_000
 @pytest.fixture(scope="module")
 def gpus(tmp_path_factory):
     """A finished run on two GPUs with plan and ledger, and its page."""
-    path = runs.write_gpus(tmp_path_factory.mktemp("runs") / "gpus")
-    return path, runs.page_of(path, out=path)
+    path = write_gpus(tmp_path_factory.mktemp("runs") / "gpus")
+    return path, page_of(path, out=path)
 
 
 def test_every_figure_of_a_real_run_is_that_of_its_files(tmp_path):
-    page = runs.page_of(runs.REAL, out=tmp_path)
-    summary, steps = json.loads((runs.REAL / "summary.json").read_text()), runs.steps_of(runs.REAL)
+    page = page_of(REAL, out=tmp_path)
+    summary, steps = json.loads((REAL / "summary.json").read_text()), steps_of(REAL)
     found = {
         name: cells[0][1]
         for title in ("Time", "Memory and processors", "Loss")
@@ -73,7 +85,7 @@ def test_peaks_of_every_rank_are_the_largest_of_its_steps(gpus):
     path, page = gpus
     for rank in (0, 1):
         peaks = [
-            max(step["ranks"][rank][f"device_{name}_gib"] for step in runs.steps_of(path))
+            max(step["ranks"][rank][f"device_{name}_gib"] for step in steps_of(path))
             for name in ("peak_allocated", "peak_reserved", "used")
         ]
         assert page.row("Peaks of every rank", f"rank {rank}")[:3] == peaks
@@ -98,7 +110,7 @@ def shapes(page, title):
 
 def test_memory_is_stacked_by_row_below_the_plan_and_the_limit(gpus):
     path, page = gpus
-    drawn, last = shapes(page, "GPU of rank 1"), runs.steps_of(path)[-1]["ranks"][1]
+    drawn, last = shapes(page, "GPU of rank 1"), steps_of(path)[-1]["ranks"][1]
     order = [row for row in names.DEVICE_ROWS if row in last["device_rows"]]
     assert [name for name in drawn if name in order] == order[::-1]  # the highest edge first
     height = 0.0
@@ -116,20 +128,20 @@ def test_memory_is_stacked_by_row_below_the_plan_and_the_limit(gpus):
 
 
 def test_the_budget_takes_the_place_of_the_gpu_and_a_far_limit_is_told_in_words(tmp_path):
-    steps = [runs.gpu_step(i) for i in (1, 2)]
-    run = runs.write_run(tmp_path / "run", steps, config=runs.CONFIG | {"gpu_budget_gib": 12.0})
-    assert {
-        round(y, 1) for _, y in shapes(runs.page_of(run, out=run), "GPU of rank 0")["budget"]
-    } == {12.0}
-    runs.write_run(run, steps, config=runs.CONFIG | {"gpu_budget_gib": 80.0})
-    page = runs.page_of(run, out=run)
+    steps = [gpu_step(i) for i in (1, 2)]
+    run = write_run(tmp_path / "run", steps, config=CONFIG | {"gpu_budget_gib": 12.0})
+    assert {round(y, 1) for _, y in shapes(page_of(run, out=run), "GPU of rank 0")["budget"]} == {
+        12.0
+    }
+    write_run(run, steps, config=CONFIG | {"gpu_budget_gib": 80.0})
+    page = page_of(run, out=run)
     assert "budget" not in shapes(page, "GPU of rank 0")
     assert "GiB; budget 80.0, far above" in page.words
 
 
 def test_curves_run_through_the_recorded_values(gpus):
     path, page = gpus
-    steps = runs.steps_of(path)
+    steps = steps_of(path)
     rate = shapes(page, "Learning rate")["learning rate"]
     assert [y for _, y in rate] == pytest.approx([s["learning_rate"] for s in steps], abs=2e-8)
     assert {"Loss", "Speed", "Gradient norm"} <= {
@@ -150,14 +162,14 @@ def test_nothing_refers_to_the_network(gpus, tmp_path):
 
 
 def test_ten_thousand_steps_of_four_ranks_stay_below_a_megabyte_and_keep_their_peak(tmp_path):
-    steps = [runs.gpu_step(i, num_ranks=4) for i in range(1, 21)]
+    steps = [gpu_step(i, num_ranks=4) for i in range(1, 21)]
     many = [steps[i % 20] | {"step": i + 1} for i in range(10_000)]
     spike = json.loads(json.dumps(many[4321]))
     spike["ranks"][2]["device_rows"][names.KEPT] = 9.0
     many[4321] = spike
-    run = runs.write_run(tmp_path / "long", many, summary=runs.gpu_facts(4))
+    run = write_run(tmp_path / "long", many, summary=gpu_facts(4))
     began = time.process_time()
-    page = runs.page_of(run, out=run)
+    page = page_of(run, out=run)
     assert time.process_time() - began < 20
     assert (run / "report.html").stat().st_size < MAX_PAGE_BYTES
     edge = shapes(page, "GPU of rank 2")[names.KEPT]
@@ -167,10 +179,8 @@ def test_ten_thousand_steps_of_four_ranks_stay_below_a_megabyte_and_keep_their_p
 
 
 def test_a_run_of_an_early_version_is_shown_and_what_it_lacks_is_said(tmp_path):
-    run = runs.write_run(
-        tmp_path / "old", [runs.step_line(i, 2.0, gpu_gib=10.0) for i in (1, 2, 3)]
-    )
-    page = runs.page_of(run, out=run)
+    run = write_run(tmp_path / "old", [step_line(i, 2.0, gpu_gib=10.0) for i in (1, 2, 3)])
+    page = page_of(run, out=run)
     assert page.row("Memory and processors", "GiB per GPU, peak reserved") == [10.0]
     assert "No plan was recorded" in page.words and "tokens" not in page.tables["Time"]
     drawn = shapes(page, "GPU of rank 0")
@@ -179,51 +189,47 @@ def test_a_run_of_an_early_version_is_shown_and_what_it_lacks_is_said(tmp_path):
 
 
 def test_a_run_that_goes_on_tells_what_is_left(tmp_path):
-    run = runs.write_run(
+    run = write_run(
         tmp_path / "run",
-        [runs.step_line(i, 2.0) for i in range(1, 6)],
-        config=runs.CONFIG | {"max_steps": 45, "num_epochs": 3},
+        [step_line(i, 2.0) for i in range(1, 6)],
+        config=CONFIG | {"max_steps": 45, "num_epochs": 3},
     )
-    page = runs.page_of(run, out=run)
+    page = page_of(run, out=run)
     assert "still running" in page.words
     assert page.row("Time", "seconds left") == [40 * 2.0]
-    steps = [runs.step_line(i, 2.0) for i in range(1, 6)]
-    run = runs.write_run(tmp_path / "run", steps, config=runs.CONFIG | {"num_epochs": 3})
-    assert runs.page_of(run, out=run).row("Time", "seconds left") == [25 * 2.0]
+    steps = [step_line(i, 2.0) for i in range(1, 6)]
+    run = write_run(tmp_path / "run", steps, config=CONFIG | {"num_epochs": 3})
+    assert page_of(run, out=run).row("Time", "seconds left") == [25 * 2.0]
 
 
 def test_many_ranks_show_the_fullest_and_the_emptiest_gpu(tmp_path):
-    run = runs.write_run(tmp_path / "run", [runs.gpu_step(i, num_ranks=8) for i in (1, 2)])
-    page = runs.page_of(run, out=run)
+    run = write_run(tmp_path / "run", [gpu_step(i, num_ranks=8) for i in (1, 2)])
+    page = page_of(run, out=run)
     labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     assert len([label for label in labels if label.startswith("GPU of rank")]) == 2
     assert len(page.tables["Peaks of every rank"]) == 8
 
 
 def test_every_host_has_its_chart_and_the_fullest_is_the_peak(tmp_path):
-    steps = [runs.gpu_step(i) for i in range(1, 4)]
+    steps = [gpu_step(i) for i in range(1, 4)]
     for step in steps:
         far = step["host"] | {"host_used_gib": 9.5, "host_peak_used_gib": 9.75}
         step["hosts"] = [{"name": "near", **step["host"]}, {"name": "far", **far}]
-    facts = runs.gpu_facts()
+    facts = gpu_facts()
     highest = {phase: {"row": 9.5} for phase in facts["ledger"]["host"]}
     facts["ledger"]["hosts"] = [facts["ledger"]["host"], highest]
-    page = runs.page_of(
-        runs.write_run(tmp_path / "run", steps, (3.0, 2.0), summary=facts), out=tmp_path
-    )
+    page = page_of(write_run(tmp_path / "run", steps, (3.0, 2.0), summary=facts), out=tmp_path)
     assert shapes(page, "Host near, all programs") and shapes(page, "Host far, all programs")
     assert page.tables["Memory and processors"]["GiB of the host, peak"][0][1] == 9.75
     assert page.tables["Host, forward (host 1, the highest)"]["row"][1][1] == 9.5
 
 
 def test_runs_side_by_side_show_ratios_and_the_flags_that_differ(gpus, tmp_path):
-    config = runs.CONFIG | {"max_steps": 30, "batch_size": 8, "output_dir": "x"}
-    other = runs.write_run(
-        tmp_path / "other", [runs.gpu_step(i, seed=7) for i in range(1, 31)], (), config
-    )
-    page = runs.page_of(gpus[0], other, out=tmp_path)
+    config = CONFIG | {"max_steps": 30, "batch_size": 8, "output_dir": "x"}
+    other = write_run(tmp_path / "other", [gpu_step(i, seed=7) for i in range(1, 31)], (), config)
+    page = page_of(gpus[0], other, out=tmp_path)
     speeds = [
-        statistics.median(step["tokens_per_s"] for step in runs.steps_of(path)[3:])
+        statistics.median(step["tokens_per_s"] for step in steps_of(path)[3:])
         for path in (gpus[0], other)
     ]
     assert page.row("Time", "tokens/s, median") == speeds
@@ -238,16 +244,16 @@ def test_runs_side_by_side_show_ratios_and_the_flags_that_differ(gpus, tmp_path)
 def test_runs_of_one_name_are_told_apart(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        shutil.copytree(runs.REAL, tmp_path / name / "run")
-    page = runs.page_of(tmp_path / "a" / "run", tmp_path / "b" / "run", out=tmp_path)
+        shutil.copytree(REAL, tmp_path / name / "run")
+    page = page_of(tmp_path / "a" / "run", tmp_path / "b" / "run", out=tmp_path)
     assert "a/run" in page.words and "b/run" in page.words
     assert "Flags that differ between the runs" not in page.tables
 
 
 def test_one_run_shows_what_differs_from_the_defaults_and_a_command_that_says_so(tmp_path):
     page, config = (
-        runs.page_of(runs.REAL, out=tmp_path),
-        renamed(json.loads((runs.REAL / "summary.json").read_text())["config"])[0],
+        page_of(REAL, out=tmp_path),
+        renamed(json.loads((REAL / "summary.json").read_text())["config"])[0],
     )
     defaults = to_dict(TrainConfig())
     changed = {k for k in config if config[k] != defaults.get(k, "")} - {*OWN_FLAGS}
@@ -258,12 +264,12 @@ def test_one_run_shows_what_differs_from_the_defaults_and_a_command_that_says_so
 
 def test_names_and_answers_cannot_break_out_of_their_place(tmp_path):
     bad = "<script>alert(1)</script> & | `x`"
-    config = runs.CONFIG | {"sample_prompt": bad, "max_steps": 1}
-    run = runs.write_run(tmp_path / "a<b>&", [runs.step_line(1, 2.0)], config=config)
+    config = CONFIG | {"sample_prompt": bad, "max_steps": 1}
+    run = write_run(tmp_path / "a<b>&", [step_line(1, 2.0)], config=config)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"event": "sample", "when": "before", "prompt": bad, "answer": bad}))
         file.write("\n")
-    page = runs.page_of(run, out=run)
+    page = page_of(run, out=run)
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert "a<b>&" in page.words and page.tables["Answers"][bad] == [(bad, None)]
 
@@ -281,9 +287,9 @@ AUDIT = {
 
 
 def test_the_audit_stands_in_the_report_with_the_places_of_what_is_lost(tmp_path):
-    run = runs.write_run(tmp_path / "run", [runs.step_line(1, 2.0)], summary={"data": AUDIT})
-    old = runs.write_run(tmp_path / "old", [runs.step_line(1, 2.0)])
-    page = runs.page_of(run, old, out=tmp_path / "both")
+    run = write_run(tmp_path / "run", [step_line(1, 2.0)], summary={"data": AUDIT})
+    old = write_run(tmp_path / "old", [step_line(1, 2.0)])
+    page = page_of(run, old, out=tmp_path / "both")
     assert page.tables["Data"] == {
         "sources": [("a<b>.jsonl", None)],
         "rows": [("1,200", 1200)],
@@ -294,29 +300,27 @@ def test_the_audit_stands_in_the_report_with_the_places_of_what_is_lost(tmp_path
     }
     assert "run: the end of text is never learned" in page.words
     assert "run: cut: a<b>.jsonl:7, a<b>.jsonl:9" in page.words and "empty:" not in page.words
-    assert "Data" not in runs.page_of(old, out=tmp_path / "one").tables
+    assert "Data" not in page_of(old, out=tmp_path / "one").tables
 
 
 def test_every_prompt_has_a_row_with_its_answers(tmp_path):
-    run = runs.write_run(tmp_path / "run", [runs.step_line(1, 2.0)], config=runs.CONFIG)
+    run = write_run(tmp_path / "run", [step_line(1, 2.0)], config=CONFIG)
     with (run / "metrics.jsonl").open("a") as file:
         for when in ("before", "after"):
             for name, expected in (("p", "the truth"), ("q", None)):
                 values = {"prompt": name, "answer": f"{name} {when}", "expected": expected}
                 file.write(json.dumps({"event": "sample", "when": when, **values}) + "\n")
-    found = runs.page_of(run, out=run).tables["Answers"]
+    found = page_of(run, out=run).tables["Answers"]
     assert [text for text, _ in found["p"]] == ["p before", "p after", "the truth"]
     assert [text for text, _ in found["q"]] == ["q before", "q after", "–"]
 
 
 def test_a_single_step_and_a_constant_run_are_shown(tmp_path):
     """A constant range once ended a finished run with exit code 1."""
-    one = runs.write_run(tmp_path / "one", [runs.step_line(1, 2.0)])
-    steps = [
-        runs.gpu_step(1) | {"step": i, "loss": 1e-14, "learning_rate": 0.0} for i in range(1, 13)
-    ]
-    flat = runs.write_run(tmp_path / "flat", steps, (1e-14, 1e-14), summary=runs.gpu_facts())
-    page = runs.page_of(one, flat, out=tmp_path)
+    one = write_run(tmp_path / "one", [step_line(1, 2.0)])
+    steps = [gpu_step(1) | {"step": i, "loss": 1e-14, "learning_rate": 0.0} for i in range(1, 13)]
+    flat = write_run(tmp_path / "flat", steps, (1e-14, 1e-14), summary=gpu_facts())
+    page = page_of(one, flat, out=tmp_path)
     assert page.row("Time", "steps") == [1, 12]
     assert len(shapes(page, "Loss")["flat, smoothed"]) == 12
 
@@ -327,12 +331,10 @@ def test_no_value_that_a_run_can_record_ends_its_report(tmp_path, num_steps):
     values = (1e-30, 5e-324, 2.2e-308, 1e-300, 0.0, -1.0, 1e16, 1e299, 1e300, 1.7e308, None)
     fields = ("loss", "learning_rate", "grad_norm", "tokens_per_s")
     for number, (value, other) in enumerate((v, o) for v in values for o in (v, 1 / 3)):
-        steps = [runs.gpu_step(i) | dict.fromkeys(fields, other) for i in range(1, num_steps + 1)]
+        steps = [gpu_step(i) | dict.fromkeys(fields, other) for i in range(1, num_steps + 1)]
         steps[-1] |= dict.fromkeys(fields, value)
-        run = runs.write_run(
-            tmp_path / str(number), steps, (value, other), summary=runs.gpu_facts()
-        )
-        drawn = shapes(runs.page_of(run, out=run), "Learning rate").get("learning rate", [])
+        run = write_run(tmp_path / str(number), steps, (value, other), summary=gpu_facts())
+        drawn = shapes(page_of(run, out=run), "Learning rate").get("learning rate", [])
         is_drawn = [rate is not None and rate < 1e300 for rate in [other] * (num_steps - 1)]
         is_drawn.append(value is not None and value < 1e300)
         assert len(drawn) == sum(is_drawn) * (sum(is_drawn) > 1), (value, other)
@@ -343,9 +345,9 @@ def test_no_value_that_a_run_can_record_ends_its_report(tmp_path, num_steps):
 
 def test_plan_and_ledger_stand_side_by_side_by_row_and_phase(gpus):
     _, page = gpus
-    for phase, rows in runs.DEVICE.items():
+    for phase, rows in DEVICE.items():
         title = f"GPU, {phase} (rank 1, the highest)"
-        ledger = runs.measured({phase: rows}, rank=1)[phase]
+        ledger = measured({phase: rows}, rank=1)[phase]
         for row, gib in rows.items():
             assert page.row(title, row) == [gib, ledger[row], ledger[row] - gib]
         sums = [sum(rows.values()), sum(ledger.values())]
@@ -358,19 +360,17 @@ def test_rows_off_by_more_than_the_aim_stand_out_and_are_counted(gpus):
     html = (path / "report.html").read_text()
     off = re.findall(r'<tr[^>]*><th scope="row">([^<]*)</th>(?:(?!</tr>).)*class="off"', html, re.S)
     assert sorted(off) == sorted([names.LAYER, names.SLACK, "total", "GPU"])  # 29, 33, +11 %, peak
-    peak = sum(runs.measured(runs.DEVICE, 1)["backward"].values())
+    peak = sum(measured(DEVICE, 1)["backward"].values())
     assert page.row("Peaks, to be within 5%", "GPU") == [6.5, peak, peak - 6.5]
     assert page.row("Peaks, to be within 5%", "Host") == [7.0, 7.125, 0.125]
 
 
 def test_rows_of_nothing_count_as_nothing_and_small_ones_count_in_the_total(tmp_path):
-    facts = runs.gpu_facts(1)
+    facts = gpu_facts(1)
     ledger = facts["ledger"]["ranks"][0]["device"]["load"]
     ledger |= {names.ADAPTERS: 0.001, names.GRADIENTS: 0.0002}
     del ledger[names.CONTEXT]
-    page = runs.page_of(
-        runs.write_run(tmp_path / "run", [runs.gpu_step(1, 1)], summary=facts), out=tmp_path
-    )
+    page = page_of(write_run(tmp_path / "run", [gpu_step(1, 1)], summary=facts), out=tmp_path)
     table = page.tables["GPU, load"]
     assert [value for _, value in table[names.CONTEXT]] == [1.25, 0.0, -1.25]
     assert [value for _, value in table[names.ADAPTERS]] == [0.0, 0.001, 0.001]
@@ -378,12 +378,10 @@ def test_rows_of_nothing_count_as_nothing_and_small_ones_count_in_the_total(tmp_
 
 
 def test_rows_that_no_dry_run_told_apart_stay_open(tmp_path):
-    facts = runs.gpu_facts(1)
+    facts = gpu_facts(1)
     ledger = facts["ledger"]["ranks"][0]["device"]["load"]
     ledger[names.REST] = ledger.pop(names.CONTEXT)
-    page = runs.page_of(
-        runs.write_run(tmp_path / "run", [runs.gpu_step(1, 1)], summary=facts), out=tmp_path
-    )
+    page = page_of(write_run(tmp_path / "run", [gpu_step(1, 1)], summary=facts), out=tmp_path)
     table = page.tables["GPU, load"]
     assert [value for _, value in table[names.CONTEXT]] == [1.25, None, None]
     assert [value for _, value in table[names.REST]] == [None, 1.3125, None]
@@ -392,23 +390,21 @@ def test_rows_that_no_dry_run_told_apart_stay_open(tmp_path):
 
 
 def test_what_was_not_measured_stays_open(tmp_path):
-    facts = runs.gpu_facts(1)
+    facts = gpu_facts(1)
     del facts["ledger"]
-    page = runs.page_of(
-        runs.write_run(tmp_path / "run", [runs.gpu_step(1, 1)], summary=facts), out=tmp_path
-    )
+    page = page_of(write_run(tmp_path / "run", [gpu_step(1, 1)], summary=facts), out=tmp_path)
     assert page.tables["GPU, load"][names.CONTEXT] == [("1.250", 1.25), ("–", None), ("–", None)]
     assert page.row("Peaks, to be within 5%", "GPU") == [6.5, None, None]
 
 
 def test_cpu_ranks_are_held_to_the_aims_of_the_host_only_where_figures_are_large(tmp_path):
-    facts = runs.gpu_facts(2)
+    facts = gpu_facts(2)
     for rank in facts["ledger"]["ranks"]:
         rank["device"] = {"forward": {names.ADAPTERS: 0.25}}
     facts["plan"] |= {"device": {"forward": {names.ADAPTERS: 0.125}}, "peak_device_gib": 0.125}
     facts["ledger"]["host"]["forward"][names.PROCESSES] = 4.5
-    run = runs.write_run(tmp_path / "run", [runs.step_line(1, 2.0)], summary=facts)
-    page = runs.page_of(run, out=tmp_path)
+    run = write_run(tmp_path / "run", [step_line(1, 2.0)], summary=facts)
+    page = page_of(run, out=tmp_path)
     assert page.row("Peaks, to be within 15%", "Rank") == [0.125, 0.25, 0.125]
     assert page.row("Peaks, to be within 15%", "Host") == [7.0, 7.5625, 0.5625]
     assert 'class="off"' not in (tmp_path / "report.html").read_text()
