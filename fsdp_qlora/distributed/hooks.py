@@ -1,6 +1,7 @@
 """Signs of life that ranks give at named points and their supervisor reads; stop signals."""
 
 import faulthandler
+import math
 import os
 import signal
 import struct
@@ -31,6 +32,7 @@ DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq32s")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+BURST_S = 2.0  # Slurm sends SIGTERM twice in 16 ms, torchrun passes on what its ranks have heard
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,18 @@ def _life(pid: int) -> tuple[str, float]:
     return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+class Burst:
+    """Tells a stop signal that is sent again from the first one, sent several times over."""
+
+    def __init__(self) -> None:
+        self._at_s = -math.inf
+
+    def is_new(self) -> bool:
+        """Whether a signal that comes now is not of the burst before."""
+        before_s, self._at_s = self._at_s, time.monotonic()
+        return self._at_s - before_s > BURST_S
+
+
 class StopFlag:
     """What the handlers of a rank leave for the loop.
 
@@ -226,7 +240,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self._burst = 0, Burst()
         self._is_deferred = False
 
     def install(self) -> None:
@@ -237,6 +251,8 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._burst.is_new():
+            return
         if self.number and self._is_deferred:
             os._exit(errors.SIGNALED + number)  # asked twice: the checkpoint before stays as it is
         self.number = self.number or number

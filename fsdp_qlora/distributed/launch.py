@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import PROJECT_DIR, TrainConfig
+from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
 from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
-SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
 GRACE_S = 4.0
@@ -102,12 +102,21 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
     else:
         rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         local = env.get("SLURM_LOCALID", rank)
-        local_size = str(int(size) // int(env.get("SLURM_STEP_NUM_NODES", "1")))
+        local_size = _tasks_here(env)
         host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         port = 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
     address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
     place = dict(zip(NUMBERS + MASTER, (rank, local, size, local_size, *address), strict=True))
     return place | wishes(env, int(local_size))
+
+
+def _tasks_here(env: Mapping[str, str]) -> str:
+    """How many tasks of the step are on this node; Slurm writes "2(x2),1" for 2, 2 and 1."""
+    counts = []
+    words = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])
+    for count, num_nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", words):
+        counts += [count] * int(num_nodes or 1)
+    return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
 def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
@@ -234,10 +243,14 @@ def caught_signals() -> Iterator[list[int]]:
     Outside the main thread Python hands no signals over: the list stays empty.
     """
     stops: list[int] = []
-    before = {}
+    before, burst = {}, hooks.Burst()
+
+    def catch(number: int, frame: object) -> None:
+        stops.extend([number] * burst.is_new())
+
     if threading.current_thread() is threading.main_thread():
         for number in hooks.STOP_SIGNALS:
-            before[number] = signal.signal(number, lambda caught, _: stops.append(caught))
+            before[number] = signal.signal(number, catch)
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # ranks inherit it
     try:
         yield stops
@@ -590,6 +603,11 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
     info, cfg = _read(cfg, given)
+    sizes = sorted(set(world.gather_objects(world.local_size)))
+    if len(sizes) > 1 and STRATEGIES[cfg.sharding_strategy].is_hybrid:
+        rule = f"every machine must have as many ranks; these have {' and '.join(map(str, sizes))}"
+        remedy = "use full_shard, or as many ranks on each"
+        raise UserError(f"--sharding_strategy {cfg.sharding_strategy}", rule, remedy)
     if world.size != world.local_size:
         note = "off: a plan is made for one machine, and these ranks are on several"
         return RunPlan(cfg, cfg, info, hardware.Machine(()), note=note)

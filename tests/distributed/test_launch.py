@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
-from fsdp_qlora.distributed import exit_report, launch
+from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 from tests import fake_nvml
 
@@ -202,7 +202,7 @@ finally: time.sleep(5 * rank); (out / f"saved{rank}").touch()
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path):
-    """A user who presses Ctrl-C twice does not wait."""
+    """A user who presses Ctrl-C again does not wait; signals sent together are one."""
     body = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 (out / f"deaf{rank}").write_text("now")
@@ -210,8 +210,10 @@ time.sleep(60)
 """
     parent = start(tmp_path, body)
     pids = wait_for_ranks(tmp_path, "deaf")
-    parent.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    for _ in range(2):  # as Slurm does
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    time.sleep(hooks.BURST_S)
     assert all(map(is_alive, pids))
     parent.send_signal(signal.SIGINT)
     parent.communicate(timeout=5)
@@ -346,7 +348,7 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "70007"}
     step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
-    step["SLURM_STEP_NUM_NODES"] = "2"
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "1,2(x2),1", "SLURM_NODEID": "2"}
     step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
     assert launch.is_rank(torchrun) and launch.is_rank(step)
     assert not launch.is_rank({}) and not launch.is_rank(batch)
@@ -356,6 +358,8 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
     place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
     assert place.items() <= launch.rank_env(step, TrainConfig()).items()
+    nodes = [launch.rank_env(step | {"SLURM_NODEID": n}, TrainConfig()) for n in "0123"]
+    assert [env["LOCAL_WORLD_SIZE"] for env in nodes] == ["1", "2", "2", "1"]
     assert launch.rank_env(step, TrainConfig(master_port=99))["MASTER_PORT"] == "99"
 
 
