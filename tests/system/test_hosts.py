@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora import checkpoint_store
 from fsdp_qlora.errors import DONE
 from tests import warm
 from tests.system import cluster
@@ -12,7 +13,9 @@ from tests.test_kill_sweep import argv_of, result
 
 pytestmark = pytest.mark.system
 MEETING = ("--rdzv_backend=c10d", f"--rdzv_endpoint=host1:{cluster.PORT}", "--rdzv_id=7")
-SRUN = ("srun", "--nodes=2", "--ntasks=2", sys.executable, *cluster.TRAIN)
+TRAIN = (sys.executable, "-m", "tests.faults")  # as train.py
+SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1", *TRAIN)
+LONG = ("--max_steps=60", "--num_epochs=99", "--save_every=50", "--resume=auto")
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +30,38 @@ def test_two_hosts_come_to_what_one_host_comes_to(place: Path):
     """By torchrun static, by its rendezvous and by srun, bit for bit."""
     run = warm.start(argv_of(place, place / "one"), place)
     assert run.wait() == DONE, run.err
-    with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
+    with cluster.hosts(2) as hosts:
         for name, how in {"static": (), "rendezvous": MEETING}.items():
             argv = argv_of(place, place / name)
             ranks = cluster.torchrun(hosts, argv, place / f"{name}.out", how=how)
             assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[0].text + ranks[1].text
-        srun = slurm.start([*SRUN, *argv_of(place, place / "srun")], place / "srun.out")
-        assert srun.wait() == DONE, srun.text
-    for name in ("static", "rendezvous", "srun"):
+    for name in ("static", "rendezvous"):
         assert result(place / name) == result(place / "one")
+
+
+def batch(slurm: cluster.Slurm, place: Path, name: str, lines: str, *flags: str) -> str:
+    """Submit a script of these lines; return the job's number."""
+    script = place / f"{name}.sbatch"
+    script.write_text(f"#!/bin/bash\ncd {cluster.ROOT}\n{lines}\n")
+    output = f"--output={place / name}.out"
+    return slurm.batch(script, "--nodes=2", "--requeue", "--open-mode=append", output, *flags)
+
+
+def test_a_job_of_slurm_that_is_pre_empted_goes_on_bit_for_bit(place: Path):
+    """Slurm sends SIGTERM twice within 16 ms, and starts the job again when there is room."""
+    run = warm.start(argv_of(place, place / "whole", *LONG), place)
+    assert run.wait() == DONE, run.err
+    out = place / "low"
+    with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
+        words = ["FSDP_QLORA_FAULT=slow:0:pre-forward:5", *SRUN, *argv_of(place, out, *LONG)]
+        low = batch(slurm, place, "low", " ".join(words))
+        is_under_way = lambda: '"step": 4' in (out / "metrics.jsonl").read_text()
+        cluster.wait_until((out / "metrics.jsonl").is_file, "no record of the low job")
+        cluster.wait_until(is_under_way, "no step of the low job")
+        high = batch(slurm, place, "high", "sleep 2", "--partition=high", "--exclusive")
+        slurm.wait(high, "RUNNING", "COMPLETED")
+        (saved,) = checkpoint_store.steps(out)
+        assert 4 <= saved < 50 and slurm.job(low)["Restarts"] == "1"
+        slurm.wait(low, "COMPLETED")
+    assert f"stopped by SIGTERM at step {saved}" in (place / "low.out").read_text()
+    assert result(out, 60) == result(place / "whole", 60)
