@@ -311,6 +311,12 @@ class FakeWorld:
         self.words += [] if self.rank else [word]
         return self.words
 
+    def first(self, work) -> object:
+        """As the ranks do it."""
+        from fsdp_qlora.distributed.world import World
+
+        return World.first(self, work)
+
 
 def test_ranks_of_torchrun_settle_on_the_directory_of_rank_0(tmp_path: Path, monkeypatch):
     """Their clocks may differ by a second; a directory that cannot be used ends all of them."""
@@ -356,8 +362,14 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     found = launch.rank_env(torchrun, TrainConfig())
     assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
     place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
+    step["SLURM_STEP_ID"] = "0"
     place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
-    assert place.items() <= launch.rank_env(step, TrainConfig()).items()
+    found = launch.rank_env(step, TrainConfig())
+    assert place.items() <= found.items()
+    again = launch.rank_env(step | found, TrainConfig())  # in the rank itself
+    assert again.items() <= found.items() and again["FSDP_QLORA_RUN"] == "step 70007.0 of Slurm"
+    other = launch.rank_env(step | {"SLURM_STEP_ID": "1"}, TrainConfig())
+    assert all(other[name] != found[name] for name in ("MASTER_PORT", "FSDP_QLORA_RUN"))
     nodes = [launch.rank_env(step | {"SLURM_NODEID": n}, TrainConfig()) for n in "0123"]
     assert [env["LOCAL_WORLD_SIZE"] for env in nodes] == ["1", "2", "2", "1"]
     assert launch.rank_env(step, TrainConfig(master_port=99))["MASTER_PORT"] == "99"

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 BRIDGE, SUBNET = "br77", "10.77.0"
 LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
-TIMEOUT_S, PORT = 120.0, 29501
+TIMEOUT_S, PORT = 240.0, 29501
 TRAIN = ("-m", "fsdp_qlora", "train")
 SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
