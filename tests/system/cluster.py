@@ -28,8 +28,7 @@ SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
 def run(*command: object, env: dict[str, str] | None = None) -> str:
     """What a command prints; it must succeed."""
-    whole = [*map(str, command)]
-    done = subprocess.run(whole, capture_output=True, text=True, env=env, cwd=ROOT)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -55,9 +55,10 @@ def test_a_job_of_slurm_that_is_pre_empted_goes_on_bit_for_bit(place: Path):
     with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
         words = ["FSDP_QLORA_FAULT=slow:0:pre-forward:5", *SRUN, *argv_of(place, out, *LONG)]
         low = batch(slurm, place, "low", " ".join(words))
-        cluster.wait_until((out / "metrics.jsonl").is_file, "no record of the low job")
-        steps = (out / "metrics.jsonl").read_text
-        cluster.wait_until(lambda: '"step": 4' in steps(), "no step of the low job")
+        record = out / "metrics.jsonl"
+        cluster.wait_until(
+            lambda: record.is_file() and '"step": 4' in record.read_text(), "no step"
+        )
         high = batch(slurm, place, "high", "sleep 2", "--partition=high", "--exclusive")
         slurm.wait(high, "RUNNING", "COMPLETED")
         assert 4 <= checkpoint_store.last_step(out) < 30
