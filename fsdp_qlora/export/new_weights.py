@@ -104,9 +104,6 @@ class TrainedBase:
 
         Args:
             names: in the files.
-
-        Raises:
-            UserError: a cached layer is damaged (code 5).
         """
         known = self._places if self.cached.is_complete or self.info.quantized else {}
         replaced = self.adapter.replaced
@@ -143,9 +140,14 @@ class TrainedBase:
             assert packed is not None
             return self._dequantized(next(packed), self.info.tensors[name].shape)
         if layer not in self._held:
-            (packed_layer,) = self.cached.read_layers([layer])
-            flat = packed_layer.to(self.device)
             self._held.clear()
+            (stored,) = self.cached.read_layers([layer])
+            if stored is None:
+                print(f"warning   {name} in {self.cached.directory} is damaged: quantized anew")
+                weight = next(Weights(self.info).read_ahead([name], self.device))
+                fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
+                return self._dequantized(fields, weight.shape)
+            flat = stored.to(self.device)
             self._held[layer] = LayerStore(lambda: flat, self._layout)
         return self._held[layer].weight(index, self.dtype)
 
