@@ -463,6 +463,27 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     return agreed
 
 
+def watch_peers(cfg: TrainConfig, world: "World") -> hooks.Peers | None:
+    """Watch over the ranks of all hosts, as a supervisor would.
+
+    Args:
+        cfg: the run, its output directory agreed on.
+        world: the ranks.
+
+    Returns:
+        What does it, begun; None where a supervisor does, or in a process group of the caller's.
+    """
+    if hooks.is_supervised() or world.meeting is None:
+        return None
+    place, rank, out = world.meeting, world.rank, cfg.resolved_output_dir
+    hosts = [words[0] for words in place.places]
+    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, output_dir=out)
+    keys = [f"{place.round}/beat {i}" for i in range(world.size)]
+    peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
+    peers.start()
+    return peers
+
+
 def supervise(attempt: Attempt) -> int:
     """Run `train` once per rank and wait for all of them.
 
