@@ -151,7 +151,7 @@ def join_and_run(
     """
     from fsdp_qlora.distributed import world as worlds
 
-    cfg, plan, world = config.place(argv), None, None
+    cfg, plan, world, peers = config.place(argv), None, None, None
     try:
         known = worlds.of_process_group()
         if known is None:
@@ -170,15 +170,18 @@ def join_and_run(
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
             unused = f"--output_dir {own_dir} is not used"
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
+        peers = launch.watch_peers(cfg, world) if owns_process else None
         plan = launch.broadcast_plan(cfg, given, world)
         run(plan, world, given, saved, poll)
+        if peers is not None:
+            peers.stop()
         if known is None:
             worlds.leave()
         hooks.beat(hooks.DONE, world.rank)
         if world.rank == 0 and not hooks.is_supervised():
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
-        cause = error if world is None else worlds.explain(error, world)
+        cause = error if world is None else worlds.explain(error, world, peers)
         if owns_process:
             exit_report.fail(cause, cfg, plan)
         raise cause from error
@@ -251,7 +254,8 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     Raises:
         UserError: what was checked is not as it must be.
     """
-    is_silent = hooks.is_supervised() or os.environ.get("RANK", "0") != "0"
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    is_silent = hooks.is_supervised() or number != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
     argv = preflight.spell_out(argv)
     cfg = config.place(argv)

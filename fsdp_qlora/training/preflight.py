@@ -40,16 +40,8 @@ MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout
 MODEL += ("modules_to_save", "optimizer")
 DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
 # These may change, and are named: they decide how the weights move from here on.
-COURSE: tuple[str, ...] = (
-    "max_steps",
-    "num_epochs",
-    "lr",
-    "lr_scheduler",
-    "warmup_steps",
-    "wd",
-    "loraplus_ratio",
-)
-COURSE += ("apply_gradient_clipping", "grad_norm", "precision")
+COURSE: tuple[str, ...] = ("max_steps", "num_epochs", "lr", "lr_scheduler", "warmup_steps", "wd")
+COURSE += ("loraplus_ratio", "apply_gradient_clipping", "grad_norm", "precision")
 # Where a host keeps things, what only rank 0 does, what only a supervisor looks at; GPUs.
 MAY_DIFFER: tuple[str, ...] = ("--model_name", "--dataset", "--eval_split", "--template")
 MAY_DIFFER += ("--sample_prompts", "--quant_cache", "--token_cache", "--output_dir", "--overwrite")
