@@ -57,8 +57,7 @@ class _Follower:
     def __init__(self, path: Path, on_step: Callback | None, on_eval: Callback | None) -> None:
         self._path, self._offset = path, 0
         self._callbacks = {"step": on_step, "eval": on_eval}
-        self._seen: set[tuple[Any, ...]] = set()
-        self.events: dict[str, list[Event]] = {"step": [], "eval": []}
+        self.events: dict[str, dict[Any, Event]] = {"step": {}, "eval": {}}
 
     def poll(self) -> None:
         """Take what has come since the last call."""
@@ -76,12 +75,12 @@ class _Follower:
 
     def _take(self, line: Event) -> None:
         kind = line.get("event", "step")
-        key = (kind, line.get("step"), line.get("when"))
-        if kind in self.events and key not in self._seen:
-            self._seen.add(key)
-            self.events[kind].append(line)
+        key = (line.get("step"), line.get("when"))
+        if kind in self.events:
+            is_new = key not in self.events[kind]
+            self.events[kind][key] = line  # of a step that was taken again the last one counts
             callback = self._callbacks[kind]
-            if callback is not None:
+            if is_new and callback is not None:
                 callback(line)
 
 
@@ -131,25 +130,28 @@ def train(
         UserError: the run cannot be started; the message has value, rule and remedy.
         TrainError: the run has failed. What a callback raises ends the run too.
     """
+    from fsdp_qlora import config as configs
     from fsdp_qlora import run
+    from fsdp_qlora.training import preflight
 
     if dataset is not None:
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
-    config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
-    follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
+    given = [f"--{name}={getattr(config, name)}" for name in sorted(_given(config))]
+    argv, _ = preflight.expand_resume(given)
+    used = configs.parse(argv)
+    argv += [f"--output_dir={used.output_dir}"]
+    follower = _Follower(used.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
     if _is_rank():
-        used = run.join_and_run(config, _given(config), follower.poll).cfg
+        used = run.join_and_run(used, configs.given(argv), follower.poll).cfg
     else:
         lines: list[str] = []
-        values = {name: getattr(config, name) for name in sorted(_given(config))}
-        argv, used = [f"--{name}={value}" for name, value in values.items()], config
         code = run.launch_ranks(argv, tell=lines.append, poll=follower.poll)
         if code:
             raise TrainError(code, lines)
     follower.poll()
     summary = atomic.read_json(used.resolved_output_dir / "summary.json")
-    losses = [line["loss"] for line in follower.events["step"]]
-    memory, evaluations = summary.get("ledger", {}), follower.events["eval"]
+    losses = [line["loss"] for line in follower.events["step"].values()]
+    memory, evaluations = summary.get("ledger", {}), [*follower.events["eval"].values()]
     return TrainResult(used.resolved_output_dir, losses, evaluations, memory, summary)
 
 

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
+from fsdp_qlora.checkpoint_store import BEST_DRAFT, METRICS
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
-from fsdp_qlora.checkpoint_store import METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.data.prompts import Prompt
@@ -87,11 +88,10 @@ class Evaluator:
             words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
             self.recorder.say(f"step {self.num_done} {words}")
 
-    def end(self) -> None:
-        """Evaluate the trained model and compare."""
+    def end(self) -> list[str]:
+        """Evaluate the trained model; return how it compares with the untrained one, in lines."""
         self._evaluate("after")
-        for line in self._compared():
-            self.recorder.say(line)
+        return self._compared()
 
     def _evaluate(self, when: str) -> None:
         with self.recorder.tracker.phase("evaluation"):
@@ -113,17 +113,23 @@ class Evaluator:
         self.recorder.event("eval", {"when": when, **values, "is_best": is_best})
 
     def _keep(self, values: dict[str, Any]) -> None:
-        """Save the adapter as the best, with what `generate` and `evaluate` need."""
-        place = self._best_dir
-        cfg = dataclasses.replace(self.cfg, output_dir=str(place))
-        is_writer = self.trained.world.rank == 0
+        """Save the adapter as the best, with what `generate` and `evaluate` need.
+
+        Where the disk does not take it the one before stays, and the training goes on.
+        """
+        place, is_writer = self._best_dir, self.trained.world.rank == 0
+        draft = place.with_name(BEST_DRAFT) / BEST
+        try:
+            self.save(dataclasses.replace(self.cfg, output_dir=str(draft)))
+            if is_writer:
+                atomic.write(draft / RUN_CONFIG, (place.parent / RUN_CONFIG).read_bytes())
+                atomic.write_json(draft / EVALUATION, values)
+                atomic.commit(draft, place)
+        except OSError as error:
+            words = f"the best adapter so far could not be saved ({error.strerror or error})"
+            self.recorder.say(f"warning   {words}; the training goes on")
         if is_writer:
-            place.mkdir(exist_ok=True)
-            (place / EVALUATION).unlink(missing_ok=True)  # it is there when all the others are
-            atomic.write(place / RUN_CONFIG, (place.parent / RUN_CONFIG).read_bytes())
-        self.save(cfg)
-        if is_writer:
-            atomic.write_json(place / EVALUATION, values)
+            shutil.rmtree(draft.parent, ignore_errors=True)
 
     @property
     def _best_dir(self) -> Path:

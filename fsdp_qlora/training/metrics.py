@@ -179,10 +179,12 @@ class Resumed:
     Args:
         lines: of metrics.jsonl, up to the checkpoint.
         seconds: that the run had taken.
+        step: after which it goes on, on every rank.
     """
 
     lines: Sequence[dict[str, Any]] = ()
     seconds: float = 0.0
+    step: int = 0
 
 
 def raise_to(peaks: dict[str, float], values: dict[str, Any]) -> None:
@@ -228,7 +230,7 @@ class Recorder:
         """
         self.clock = Clock(world.device, tracker.peaks.mark)
         self.tracker, self._ledger = tracker, MemoryLedger(tracker)
-        self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
+        self._output_dir = tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
         self._sampler, self._cgroup = memory.HostSampler(), hardware.find_cgroup()
         self._process, self._totals = psutil.Process(), Totals()
@@ -238,7 +240,7 @@ class Recorder:
         self._unwritten = b""
         self._bar: Any = None
         self._resumed = resumed or Resumed()
-        self._began_s = time.perf_counter() - self._resumed.seconds
+        self._step, self._began_s = self._resumed.step, time.perf_counter() - self._resumed.seconds
 
     def __enter__(self) -> "Recorder":
         """Open the files, write the `run` event, start the clock."""
