@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from fsdp_qlora.cli import safe_output
-from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
 # Name -> where its function is, what it does; in the order of the work.
 COMMANDS = {
@@ -54,6 +54,7 @@ def console() -> int:
         Exit code; a UserError is one line on stderr. Where the answer of a command is lost, it has
         failed; files are whole all the same.
     """
+    redact_tracebacks()
     code = SIGINT
     with safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
         try:

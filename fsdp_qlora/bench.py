@@ -31,12 +31,10 @@ from typing import Any, NamedTuple
 import psutil
 
 from fsdp_qlora import __version__, arch, atomic, record
-from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
-from fsdp_qlora.hardware import GIB, count_gpus, find_gpus
+from fsdp_qlora.hardware import count_gpus, find_gpus, host_limit_gib, host_used_gib
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.record import NUM_WARMUP_STEPS
 
 POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
@@ -60,11 +58,6 @@ FIGURES = {
     "tokens_per_s": ("speed of all ranks", "tokens/s", 0.15, 0.0),
 }
 CONDITIONS = ("num_ranks", "p2p", "weights")
-TERMS = """Speed: median (least - most) of the steps after the third, all ranks together. GPU: the
-rank with most; allocated and reserved by torch, then the total of the ledger with CUDA context and
-collectives, and how far it is from the plan. Host: what the run added at its peak; then the total
-of all programs, and how far it is from the plan. To be beaten at 7B, batch 4: 22 GB a GPU without
-FSDP, 7 GB a GPU and 18 GB host with FSDP and offload."""
 SMALL = "small"
 BenchRow = dict[str, Any]
 
@@ -154,12 +147,6 @@ def train_command(
     ]
 
 
-def used_gib() -> float:
-    """Host memory in use by all programs, GiB: shared memory counts, page cache does not."""
-    host = psutil.virtual_memory()
-    return (host.total - host.available) / GIB
-
-
 def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: float) -> BenchRow:
     """Run a program to its end; end it when its time is over or this process is stopped.
 
@@ -172,7 +159,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
     Returns:
         command, log, wall_s, host_peak_gib, host_added_gib, and reason: why it failed, or None.
     """
-    before_gib = peak_gib = used_gib()
+    before_gib = peak_gib = host_used_gib()
     began_s = time.perf_counter()
     with log.open("wb") as file:
         # A session of its own: Ctrl-C reaches this process only, which ends that one.
@@ -180,7 +167,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
         process = psutil.Popen(argv, env=env, start_new_session=True, **streams)
         try:
             while process.poll() is None and time.perf_counter() - began_s < timeout_s:
-                peak_gib = max(peak_gib, used_gib())
+                peak_gib = max(peak_gib, host_used_gib())
                 time.sleep(POLL_S)
             code = process.poll()
         finally:
@@ -249,7 +236,7 @@ def read_run(run_dir: Path) -> BenchRow:
 
 def spread_of(steps_s: Sequence[float]) -> dict[str, float]:
     """Return median, min, max and num of the seconds of steps after those that warm up."""
-    steady = steps_s[NUM_WARMUP_STEPS:] or steps_s[-1:]
+    steady = steps_s[record.NUM_WARMUP_STEPS :] or steps_s[-1:]
     ends = {"min": min(steady), "max": max(steady), "num": len(steady)}
     return {"median": statistics.median(steady), **ends}
 
@@ -262,7 +249,7 @@ def machine() -> dict[str, Any]:
     return {
         "cards": "; ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "no GPU",
         "cpu": cpu[1] if cpu else platform.processor(),
-        "host_total_gib": psutil.virtual_memory().total / GIB,
+        "host_total_gib": host_limit_gib(),
         **{"num_cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
     }
 
@@ -298,7 +285,7 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
     out.mkdir(parents=True)
     flags = [*COMMON, *place.flags, *["--weights=random"] * (args.weights == "random")]
     flags += [f"--gpu_budget_gib={args.gpu_budget_gib}"]
-    shape = (case, args.steps + NUM_WARMUP_STEPS, num_ranks)
+    shape = (case, args.steps + record.NUM_WARMUP_STEPS, num_ranks)
     argv = train_command(args.model_name, flags, *shape, out / "run")
     row |= {"state": "failed", **run_program(argv, os.environ, out / "log.txt", args.timeout_s)}
     if row["reason"]:
@@ -346,34 +333,20 @@ def markdown(bench: BenchRow) -> str:
     Args:
         bench: what the JSON file holds.
     """
-    here, rows, budget = bench["machine"], bench["rows"], bench["gpu_budget_gib"]
-    versions = ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform")
-    capped = f"each GPU's allocator capped at {budget:g} GiB; " if budget else ""
-    heads = ["row", "ranks", "step s", "tokens/s", "GPU: allocated / reserved / total (to plan)"]
-    heads += ["host: added / total (to plan)", "loss", "measured"]
-    cells = [heads, ["---"] * len(heads), *map(_cells, rows)]
-    details = [bench["command"]]
-    for row in rows:
-        texts = [f"# {row['name']}. {row['reason'] or row['plan_note']}", row["command"]]
-        details.append("\n".join(filter(None, [*texts, *row.get("table", ())])))
-    parts = [
-        f"# {bench['title']}: what each setting needs and how fast it is",
-        *(f"**{note}.**" for note in bench["notes"]),
-        f"{bench['date']}. Machine: {here['cards']}; {here['cpu']}, {here['num_cores']} cores, "
-        f"{here['host_total_gib']:.0f} GiB; {here['platform']}. {versions}; fsdp_qlora at "
-        f"{bench['commit']}. Weights: {bench['weights']}; random tokens; {capped}LoRA r 16 on all "
-        "linears, NF4 with double quantization, every layer recomputed unless the plan chose.",
-        TERMS.replace("\n", " "),
-        "\n".join(f"| {' | '.join(row)} |" for row in cells),
-    ]
-    measured = [row for row in rows if row["state"] == "measured"]
-    for key, (title, unit, *_) in FIGURES.items():
-        parts += bars(title, unit, {row["name"]: row[key] for row in measured})
-    if bench["moved"]:
-        parts.append("## Moved since the stored bench\n\n- " + "\n- ".join(bench["moved"]))
-    parts.append("## Commands, and the plan beside what was measured\n\n```text")
-    parts[-1] += "\n" + "\n\n".join(details) + "\n```"
-    return "\n\n".join(parts) + "\n"
+    from jinja2 import Template
+
+    measured = [row for row in bench["rows"] if row["state"] == "measured"]
+    parts = {
+        "versions": ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform"),
+        "cells": map(_cells, bench["rows"]),
+        "charts": [
+            chart
+            for key, (title, unit, *_) in FIGURES.items()
+            for chart in bars(title, unit, {row["name"]: row[key] for row in measured})
+        ],
+    }
+    template = Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    return template.render(bench | parts) + "\n"
 
 
 def _cells(row: BenchRow) -> list[str]:
@@ -504,7 +477,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args.p2p = "off" if os.environ.get("NCCL_P2P_DISABLE") == "1" else "on"
     args.world_size = args.world_size or args.num_gpus or 2
     args.model_name, args.weights = args.model_name or KINDS[args.kind][1], "random"
-    if args.model_name.lower() not in (*files.known_shapes(), KINDS[SMALL][1].lower()):
+    if args.model_name.lower() not in (*arch.files.known_shapes(), KINDS[SMALL][1].lower()):
         args.weights = f"real, from {arch.read(args.model_name, need_weights=True).path}"
     args.command = shlex.join(["python", "-m", "fsdp_qlora", "bench", *argv])
     return args

@@ -2,13 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import shlex
 import time
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +16,7 @@ from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
-USAGE = """usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]
-
-Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machine.
---option true and a bare --option are the same; --recipe reads options from a TOML file, and the
-command line overrides it."""
+USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]"
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
@@ -114,6 +110,15 @@ PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 acti
 export_trace=true with_stack=false with_shapes=false"""
 
 
+def hqq_name(bits: int, group_size: int, axis: int) -> str:
+    """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
+    group = "" if group_size == 64 else f"_g{group_size}"
+    return f"hqq{bits}{group}" + ("" if axis else "_a0")
+
+
+HQQ_FORMATS = {hqq_name(*row): row for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)}
+
+
 def _pairs(text: str) -> list[list[str]]:
     return [pair.split("=") for pair in text.split()]
 
@@ -139,9 +144,12 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All options of a run. Fields are the flags of train.py; `--help` prints their meanings.
+    """All options of a run, which fine-tunes a language model on 4-bit weights sharded over GPUs.
+
+    Fields are the flags of train.py. --option true and a bare --option are the same; --recipe reads
+    options from a TOML file, and the command line overrides it.
 
     Raises:
         UserError: a value of the wrong type or out of range, or options that exclude each other.
@@ -310,12 +318,6 @@ class TrainConfig:
         """Directory of the run; `parse` has put its name, with the time of the start, in here."""
         name = self.output_dir or default_output_dir(self.model_name, self.train_type)
         return Path(os.path.expanduser(name))
-
-
-def hqq_name(bits: int, group_size: int, axis: int) -> str:
-    """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
-    group = "" if group_size == 64 else f"_g{group_size}"
-    return f"hqq{bits}{group}" + ("" if axis else "_a0")
 
 
 def default_output_dir(model_name: str, train_type: str) -> str:

@@ -1,9 +1,15 @@
 """What a user is told when something is wrong, the exit codes of every command, and no secrets."""
 
+import functools
+import json
 import os
 import re
 import signal
+import sys
+import threading
+import traceback
 from collections.abc import Sequence
+from urllib.parse import quote, quote_plus, unquote
 
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
 SIGNALED = 128  # and the number of the signal that ended a command
@@ -13,17 +19,47 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 MAX_LINE_CHARS = 300
 Faults = Sequence["UserError"]
 REDACTED = "[secret]"
-# A name may begin like a token: only what is as long as one and has no word in it counts.
+# What looks like a secret, wherever it stands. A name may begin like a token: only what is as long
+# as one and has no word in it counts.
 SECRETS = (
-    re.compile(r"\b(?:hf_|sk-|gh[po]_|glpat-)[A-Za-z0-9]{16,}"),
-    re.compile(r"\bgithub_pat_\w{8,}|\bAKIA[A-Z0-9]{12,}|\bAIza[\w-]{20,}"),
-    re.compile(r"(?<=://)[^/\s@]+(?=@)"),
-    re.compile(r"(?i)(?<=[?&])[a-z_]*(token|key|secret|password)=[^\s&'\"]+"),
+    re.compile(r"\b(?:hf_|r8_|gsk_|npm_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"),
+    re.compile(r"\bsk-(?:[a-z]+\d*-)*(?=\w*\d)\w{16,}|\bgithub_pat_\w{8,}|\bxox[a-z]-[\w-]{8,}"),
+    re.compile(r"\bA[KS]IA[A-Z0-9]{12,}|\bAIza[\w-]{20,}|\bya29\.[\w-]{20,}|\bdapi[0-9a-f]{16,}"),
+    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL),
+    re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=//hooks\.slack\.com/)\S+|(?<=/webhooks/)\S+"),
+    re.compile(r"(?i)(?<=[?&])[a-z_-]*(?:token|key|secret|password|sig|signature)=[^\s&'\"]+"),
+    re.compile(r"(?i)\bbearer (?=\S*\d)[\w.~+/=-]{16,}|\bbasic (?=\S*\d)[a-z0-9+/]{16,}=*"),
+    re.compile(
+        r"(?i)(?:passw(?:or)?d|secret(?:[_-]?key)?|(?:api|access|auth|account)[_-]?(?:key|token))"
+        r"['\"]?(?:=|: ?| )['\"]?(?=[^\s'\",;&]*\d)[^\s'\",;&]{8,}"
+    ),
 )
 SECRET_NAMES = re.compile(
-    r"TOKEN(?!IZER|S)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY"
+    r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|BEARER|COOKIE|WEBHOOK|JWT|CONN\w*_STR"
+    r"|(?:(?:^|[_-])O?|PG|SSH|DB|API|ACCESS|ACCOUNT|PRIVATE|SECRET)"
+    r"(?:PASS|PATS?|PWD?|AUTH\d?|AUTHORIZATION|CREDS?|DSN|SAS|KEYS?)(?=[_-]|$)"
 )
+PLAIN_NAMES = re.compile(r"_(?:PATH|FILE|DIR|HOME|SOCK|TYPE|MODE|METHOD|NAME|USER|HOST|PORT)$")
+BASE64 = r"(?=\S*\d)(?=\S*[a-z])(?=\S*[A-Z])[\w+/]{32,}=*$"  # it may begin like a path
+PLAIN_VALUES = re.compile(rf"(?!{BASE64})(?:~|\.{{0,2}})/\S*|[\d.,:+ -]+")  # paths, numbers
+URL_PASSWORD = re.compile(r"(?:://|^)[^:/\s@]*:(\S+)@")
+PIECES = re.compile(r"(?=[^\s\"',;]*\d)(?=[^\s\"',;]*[a-zA-Z])[^\s\"',;]{16,}")
 MIN_SECRET_CHARS = 8
+
+
+@functools.lru_cache(1)
+def _secret_values(env: tuple[tuple[str, str], ...]) -> list[str]:
+    """The secrets in an environment, in every form in which a text may have them."""
+    patterns = (URL_PASSWORD, *SECRETS[:5])
+    found = {text for _, value in env for row in patterns for text in row.findall(value)}
+    for name, value in ((name.upper(), value) for name, value in env):
+        if SECRET_NAMES.search(name) and not PLAIN_NAMES.search(name):
+            found |= {value, *value.splitlines(), *PIECES.findall(value)}
+    found = {value.strip() for value in found if not PLAIN_VALUES.fullmatch(value.strip())}
+    found |= {form(value) for value in found for form in (quote, quote_plus, unquote)}
+    found |= {form(value)[1:-1] for value in found for form in (repr, json.dumps)}
+    return sorted((v for v in found if len(v) >= MIN_SECRET_CHARS), key=len, reverse=True)
 
 
 def redact(text: str, patterns: Sequence[re.Pattern] = SECRETS) -> str:
@@ -36,13 +72,26 @@ def redact(text: str, patterns: Sequence[re.Pattern] = SECRETS) -> str:
     Returns:
         The text with REDACTED in their place.
     """
-    values = [value for name, value in os.environ.items() if SECRET_NAMES.search(name.upper())]
-    for value in sorted(values, key=len, reverse=True):
-        if len(value) >= MIN_SECRET_CHARS and not value.startswith("/"):  # a file with a token
-            text = text.replace(value, REDACTED)
+    for value in _secret_values(tuple(os.environ.items())):
+        text = text.replace(value, REDACTED)
     for pattern in patterns:
         text = pattern.sub(REDACTED, text)
     return text
+
+
+def redact_tracebacks() -> None:
+    """Let no traceback that ends this process, or a thread of it, show a secret."""
+
+    def show(kind: type[BaseException], error: BaseException | None, *_: object) -> None:
+        if error is not None and not issubclass(kind, SystemExit):
+            sys.stderr.write(redact("".join(traceback.format_exception(error))))
+
+    sys.excepthook, threading.excepthook = show, lambda args: show(*args[:2])
+
+
+def brief(error: BaseException, num_chars: int = 120) -> str:
+    """Return the beginning of an error's first line: without secrets first, then cut."""
+    return one_line(redact(str(error)).strip().partition("\n")[0])[:num_chars]
 
 
 def one_line(text: str) -> str:

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -56,26 +57,8 @@ class Device:
     has_bf16: bool = True
 
 
-# Memory as torch reports it. Matmuls: H200 measured (recipes/llama-2-7b.md: 3.2e14 operations in
-# 0.65 s); 3090, 4090, 5090 estimates, the others in the same ratio to their data sheet.
-# Bandwidths: data sheets; links: PCIe 3, 4, 5 as they are measured in practice.
-_TABLE = (
-    Device("3060-12G", 11.6, 18, 360, 24),
-    Device("3080-20G", 19.6, 42, 760, 24),
-    Device("3090", 23.6, 50, 936, 24),
-    Device("4060Ti-16G", 15.6, 30, 288, 12),
-    Device("4090", 23.6, 120, 1008, 25),
-    Device("5090", 31.4, 160, 1792, 52),
-    Device("A6000", 47.4, 100, 768, 24),
-    Device("A100-40", 39.4, 200, 1555, 24, 200),
-    Device("A100-80", 79.2, 210, 2039, 24, 200),
-    Device("H100", 79.1, 450, 3350, 55, 350),
-    Device("H200", 139.8, 490, 4800, 55, 475),
-    Device("T4", 14.6, 15, 320, 12, has_bf16=False),
-    Device("V100", 15.8, 40, 900, 12, 100, has_bf16=False),
-    Device("V100-32", 31.7, 40, 900, 12, 100, has_bf16=False),
-)
-GPUS = {gpu.name: gpu for gpu in _TABLE}
+_TABLE = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
+GPUS = {name: Device(name, **row) for name, row in _TABLE.items()}
 # What "24" means: the slower of the common GPUs of that size; smaller ones as the smallest.
 _BY_SIZE = {12: "3060-12G", 16: "4060Ti-16G", 20: "3080-20G", 24: "3090", 32: "5090"}
 _BY_SIZE |= {40: "A100-40", 48: "A6000", 80: "A100-80", 141: "H200"}
@@ -221,10 +204,8 @@ def find_gpus(visible: str | None = None) -> list[Device]:
     """
     if visible is not None and visible.strip() in ("", "-1"):
         return []
-    try:
-        import pynvml as nvml
-    except ImportError:
-        return _torch_gpus(visible)
+    import pynvml as nvml
+
     try:
         nvml.nvmlInit()
         return [_nvml_gpu(nvml, handle) for handle in _nvml_handles(nvml, visible)]
@@ -392,8 +373,9 @@ class Cgroup:
 
     Attributes:
         limit_gib: the tightest limit from the group up to the root; None when there is none.
-        used_path: file with the bytes the group uses, page cache included; None when not found.
-            memory.stat beside it says how many those are.
+        used_path: file with the bytes that count against that limit, page cache included (where
+            there is none: those of the own group); None when not found. memory.stat beside it says
+            how many those are.
         events_path: file that counts the processes killed for want of memory.
     """
 
@@ -406,8 +388,8 @@ class Cgroup:
         if self.used_path is None:
             return None
         used, stat = _read(self.used_path).strip(), _read(self.used_path.with_name("memory.stat"))
-        cache = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-        cache_bytes = int(cache[1]) if cache else 0
+        cache = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
+        cache_bytes = int(cache[-1]) if cache else 0  # v1: the total stands behind the group's own
         return max(0, int(used) - cache_bytes) / GIB if used.isdigit() and stat else None
 
 
@@ -432,10 +414,12 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         groups = [group, *(parent for parent in group.parents if parent.is_relative_to(mount))]
         used = [place for place in groups if (place / used_name).is_file()]
         if paths and used:
-            texts = [_read(place / limit_name).strip() for place in groups]
+            texts = {place: _read(place / limit_name).strip() for place in reversed(groups)}
             # No limit: "max", v1's huge number, or a missing file.
-            limits = [int(text) / GIB for text in texts if text.isdigit() and int(text) < 2**60]
-            return Cgroup(min(limits, default=None), used[0] / used_name, used[0] / events_name)
+            numbers = {place: int(text) for place, text in texts.items() if text.isdigit()}
+            limits = {place: n / GIB for place, n in numbers.items() if n < 2**60}
+            place = min(limits, key=lambda place: limits[place], default=used[0])
+            return Cgroup(limits.get(place), place / used_name, used[0] / events_name)
     return Cgroup()
 
 
@@ -468,20 +452,21 @@ def host_limit_gib(cgroup: Cgroup | None = None) -> float:
     return min(total_gib, limit_gib or total_gib)
 
 
-def host_used_gib(cgroup: Cgroup | None = None) -> float | None:
-    """GiB that are in use now, page cache left out, where `host_limit_gib` is the limit.
+def host_used_gib(cgroup: Cgroup | None = None) -> float:
+    """GiB of `host_limit_gib` that are in use now, page cache left out.
 
     Args:
         cgroup: from find_cgroup (looked up when None).
 
     Returns:
-        Of the machine, or of the control group if that has the tighter limit; None: not known.
+        Of the machine, or of the control group if that has the tighter limit; what the machine
+        has not left of that counts as used.
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
-    host = psutil.virtual_memory()
-    if cgroup.limit_gib is not None and cgroup.limit_gib < host.total / GIB:
-        return cgroup.used_gib()
-    return (host.total - host.available) / GIB
+    limit_gib, host = host_limit_gib(cgroup), psutil.virtual_memory()
+    is_group = limit_gib < host.total / GIB
+    used_gib = (cgroup.used_gib() or 0.0) if is_group else 0.0
+    return max(used_gib, limit_gib - host.available / GIB)
 
 
 def pss_gib() -> float:
@@ -503,7 +488,7 @@ def release_freed_memory() -> None:
 
 
 def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
-    """Memory of the machine, all processes together.
+    """Memory of the machine, or of the control group with a tighter limit, all processes together.
 
     Args:
         cgroup: from find_cgroup (looked up when None).
@@ -513,11 +498,11 @@ def machine_memory(cgroup: Cgroup | None = None) -> dict[str, float | None]:
         does not. The cgroup fields are None where there is no limit.
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
-    host = psutil.virtual_memory()
+    limit_gib, used_gib = host_limit_gib(cgroup), host_used_gib(cgroup)
     return {
-        "host_total_gib": host.total / GIB,
-        "host_available_gib": host.available / GIB,
-        "host_used_gib": host.total / GIB - host.available / GIB,
+        "host_total_gib": limit_gib,
+        "host_available_gib": limit_gib - used_gib,
+        "host_used_gib": used_gib,
         "cgroup_limit_gib": cgroup.limit_gib,
         "cgroup_used_gib": cgroup.used_gib(),
     }

@@ -11,16 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, config
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
@@ -31,7 +30,7 @@ LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Opened:
     """A model that answers.
 
@@ -44,7 +43,7 @@ class Opened:
         tokenizer: transformers tokenizer of the base.
     """
 
-    cfg: TrainConfig
+    cfg: config.TrainConfig
     info: arch.ModelInfo
     world: Any
     model: Any
@@ -103,7 +102,7 @@ class Opened:
             try:
                 text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything
-                rule = f"the chat template cannot render the conversation ({one_line(str(error))})"
+                rule = f"the chat template cannot render the conversation ({brief(error)})"
                 raise UserError("generate", rule, "use --raw") from error
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
@@ -134,7 +133,7 @@ class Opened:
         world.leave()
 
 
-def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
+def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
     """The run that made an adapter, or what is known of it.
 
     Args:
@@ -158,7 +157,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
     return dataclasses.replace(config.parse([]), **known)
 
 
-def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
+def spread(name: str, argv: list[str], cfg: config.TrainConfig) -> int:
     """Run a command on several ranks of this machine; rank 0 has the terminal.
 
     Args:
@@ -192,7 +191,7 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
 
 
-def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
+def open_run(adapter: Path | None, cfg: config.TrainConfig) -> Opened:
     """Build the base of a run on this rank, without its adapter.
 
     Args:
@@ -219,7 +218,8 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 
-    world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
+    world = worlds.join()
+    worlds.configure(world, cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
     return Opened(cfg, info, world, model, saved)
 
@@ -278,14 +278,10 @@ def end_ids(tokenizer: Any) -> set[int]:
     Returns:
         Ids of its end of text, and of generation_config.json (else config.json) beside it.
     """
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        path = Path(tokenizer.name_or_path or os.devnull) / name
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            ids = json.loads(path.read_text("utf-8")).get("eos_token_id")
-            found |= set(ids if isinstance(ids, list) else [ids])
-            break
-    return found
+    place = Path(tokenizer.name_or_path or os.devnull)
+    files = (place / name for name in ("generation_config.json", "config.json"))
+    ids = next(filter(None, map(atomic.read_json, files)), {}).get("eos_token_id")
+    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
 
 
 def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, world: Any) -> str:
@@ -305,23 +301,36 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, worl
     return text.strip()
 
 
-def generate(argv: list[str]) -> int:
-    """The command `generate`: one answer, or a conversation on the terminal."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fsdp_qlora generate",
-        description="Answer a prompt with a base and its adapter, or with a merged model, on one "
-        "GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name, "
-        "--resident_layers, ...) may follow.",
-    )
+def _parse(
+    command: Callable, argv: list[str], **options: dict[str, Any]
+) -> tuple[argparse.Namespace, config.TrainConfig]:
+    """The arguments of a command, `given` those of train.py among them, and the run they name."""
+    name = command.__name__
+    parser = argparse.ArgumentParser(f"python -m fsdp_qlora {name}", description=command.__doc__)
     parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
-    parser.add_argument("--prompt", help="none: a conversation, line by line")
-    parser.add_argument("--num_tokens", type=int, default=256, help="longest answer [256]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest [0]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
-    parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    for option, settings in options.items():
+        parser.add_argument(f"--{option}", **settings)
     args, flags = parser.parse_known_args(argv)
-    require_model("generate", args.adapter, flags)
-    cfg = config_of(args.adapter, flags)
+    args.given = config.given(flags)
+    if args.adapter is None and "model_name" not in args.given:
+        raise UserError(name, "needs --adapter or --model_name", "give one of them")
+    return args, config_of(args.adapter, flags)
+
+
+def generate(argv: list[str]) -> int:
+    """Answer a prompt with a base and its adapter, or with a merged model.
+
+    On one GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name,
+    --resident_layers, ...) may follow.
+    """
+    args, cfg = _parse(
+        *(generate, argv),
+        prompt={"help": "none: a conversation, line by line"},
+        num_tokens={"type": int, "default": 256, "help": "longest answer [256]"},
+        temperature={"type": float, "default": 0.0, "help": "0: the likeliest [0]"},
+        seed={"type": int, "default": 0, "help": "of the draws [0]"},
+        raw={"action": "store_true", "help": "no chat template around the prompt"},
+    )
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("generate", argv, cfg)
     opened = open_run(args.adapter, cfg)
@@ -356,25 +365,23 @@ def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Print, and write beside the adapter, what the adapter does on held-out rows and tasks."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fsdp_qlora evaluate",
-        description="Loss and perplexity on held-out rows, before and after the adapter; the rows "
-        "are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say. "
-        "With --tasks those of lm-eval instead (pip install lm-eval).",
+    """Print loss and perplexity on held-out rows, before and after the adapter.
+
+    The rows are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say.
+    With --tasks those of lm-eval instead (pip install lm-eval). What is found is written beside
+    the adapter, too.
+    """
+    args, cfg = _parse(
+        *(evaluate, argv),
+        tasks={"help": "names of lm-eval's tasks: a,comma,list"},
+        task_dir={"type": Path, "help": "directory with tasks of your own"},
+        limit={"type": int, "help": "rows of each task [all]"},
     )
-    parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
-    parser.add_argument("--tasks", help="names of lm-eval's tasks: a,comma,list")
-    parser.add_argument("--task_dir", type=Path, help="directory with tasks of your own")
-    parser.add_argument("--limit", type=int, help="rows of each task [all]")
-    args, flags = parser.parse_known_args(argv)
-    if args.tasks is not None and importlib.util.find_spec("lm_eval") is None:
+    if args.tasks is None:
+        config.check_own_code(vars(cfg), args.given, args.adapter or Path())
+    elif importlib.util.find_spec("lm_eval") is None:
         rule = "needs lm-eval, which is not installed"
         raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
-    require_model("evaluate", args.adapter, flags)
-    cfg = config_of(args.adapter, flags)
-    if args.tasks is None:
-        config.check_own_code(vars(cfg), config.given(flags), args.adapter or Path())
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg)
@@ -384,20 +391,6 @@ def evaluate(argv: list[str]) -> int:
         atomic.write_json(path, found)
         print(path)
     return DONE
-
-
-def require_model(name: str, adapter: Path | None, flags: list[str]) -> None:
-    """Check that a command names a model.
-
-    Args:
-        name: of the command.
-        adapter, flags: see `config_of`.
-
-    Raises:
-        UserError: it does not.
-    """
-    if adapter is None and "model_name" not in config.given(flags):
-        raise UserError(name, "needs --adapter or --model_name", "give one of them")
 
 
 def _held_out(opened: Opened) -> dict[str, Any]:
@@ -446,78 +439,37 @@ def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def score(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int, device: Any
-) -> list[tuple[float, bool]]:
-    """Say how likely each row's continuation is; every rank must call it, all the same.
+def all_logits(model: Any, ids_BT: Any) -> Any:
+    """Compute a model on whole rows; every rank must call it, all the same.
 
     Args:
         model: a QuantizedModel in evaluation mode.
-        rows: ids that are given (at least one) and ids that follow (at least one).
-        batch_size: rows computed at once.
-        device: of this rank.
+        ids_BT: int64, on the device of this rank, padded on the right.
 
     Returns:
-        Sum of the log probabilities, and whether each token is the likeliest, by row.
+        logits_BTV: what the model says after each token.
     """
     import torch
 
     from fsdp_qlora.model.head import Targets
 
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        wholes = [torch.tensor(rows[i][0] + rows[i][1]) for i in some]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(wholes, batch_first=True)
-        is_before_BT = torch.zeros_like(ids_BT, dtype=torch.bool)  # a token that is asked for
-        for mask_T, i, whole_T in zip(is_before_BT, some, wholes, strict=True):
-            mask_T[len(rows[i][0]) - 1 : len(whole_T) - 1] = True
-        positions_N = is_before_BT.flatten().nonzero().squeeze(1)
-        following_N = ids_BT.flatten()[positions_N + 1].to(device)
-        with torch.no_grad():
-            logits_NV = model(ids_BT.to(device), Targets(positions_N.to(device), None)).float()
-        chosen_N = logits_NV.gather(1, following_N.unsqueeze(1)).squeeze(1)
-        counts = [len(rows[i][1]) for i in some]
-        log_probs = (chosen_N - logits_NV.logsumexp(1)).double().cpu().split(counts)
-        hits = (logits_NV.argmax(1) == following_N).cpu().split(counts)
-        for i, values, hit in zip(some, log_probs, hits, strict=True):
-            found[i] = (values.sum().item(), bool(hit.all()))
-    return found
+    with torch.no_grad():
+        positions_N = torch.arange(ids_BT.numel(), device=ids_BT.device)
+        return model(ids_BT, Targets(positions_N, None)).view(*ids_BT.shape, -1)
 
 
 def _as_lm(opened: Opened) -> Any:
     """The model as lm-eval wants it: a class of its own, made here so that it stays optional."""
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.huggingface import HFLM
 
     model, world, tokenizer = opened.model, opened.world, opened.tokenizer
     longest = min(opened.info.config.get("max_position_embeddings", LONGEST_TOKENS), LONGEST_TOKENS)
 
-    class Model(TemplateLM):
+    class Model(HFLM):
         """base + adapter."""
 
-        @property
-        def eot_token_id(self):
-            return tokenizer.eos_token_id
-
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return tokenizer(string, add_special_tokens=add_special_tokens is not False).input_ids
-
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            pairs = [(given, answer) for _, given, answer in requests]
-            cut = [(given[-max(longest - len(answer), 1) :], answer) for given, answer in pairs]
-            return score(model, cut, opened.cfg.batch_size, world.device)
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            sums = []
-            for (text,) in (request.args for request in requests):
-                ids = self.tok_encode(text, add_special_tokens=False)
-                windows = utils.get_rolling_token_windows(ids, self.eot_token_id, longest, 1)
-                pairs = [utils.make_disjoint_window(window) for window in windows]
-                found = score(model, pairs, opened.cfg.batch_size, world.device)
-                sums.append(sum(value for value, _ in found))
-            return sums
+        def _model_call(self, inps, **kwargs):
+            return all_logits(model, inps)
 
         def generate_until(self, requests, disable_tqdm=False):
             return [self._continue(*request.args) for request in requests]
@@ -535,4 +487,6 @@ def _as_lm(opened: Opened) -> Any:
                     break
             return text[: min([text.find(end) for end in ends if end in text] + [len(text)])]
 
-    return Model()
+    own = SimpleNamespace(device=world.device, config=model.decoder.config)
+    settings = {"batch_size": opened.cfg.batch_size, "max_length": longest, "backend": "causal"}
+    return Model(own, tokenizer=tokenizer, softmax_dtype="float32", **settings)

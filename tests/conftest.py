@@ -3,6 +3,9 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +45,23 @@ def pytest_configure() -> None:
     """Stop where REQUIRE_HQQ=1 promises hqq and it is absent: its tests would be skipped."""
     if os.environ.get("REQUIRE_HQQ") == "1" and importlib.util.find_spec("hqq") is None:
         raise pytest.UsageError("REQUIRE_HQQ=1 but hqq is not installed")
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group of 300 MiB, where this process may make one."""
+    number = os.getpid()
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        place = Path(root) / f"fsdp_qlora_test_{number}"
+        with suppress(OSError):
+            place.mkdir()
+            (place / limit).write_text(str(300 * 2**20))
+            yield place
+            place.rmdir()
+            return
+        with suppress(OSError):
+            place.rmdir()
+    pytest.skip("no control group can be made here")

@@ -1,26 +1,65 @@
 """What only the ranks can find, secrets in a run that crashes, and who can reach the ranks."""
 
+import json
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from fsdp_qlora import errors
 from fsdp_qlora.errors import BUG, INPUT, INTEGRITY
 from tests import warm
 
+PEM = "-----BEGIN EC PRIVATE KEY-----\nMIIEcanaryPEM1\n+/canaryPEM2==\n-----END EC PRIVATE KEY-----"
 CANARIES = {
     "HF_TOKEN": "hf_" + "canaryAcanaryAcanaryAcanary",
     "WANDB_API_KEY": "0123456789abcdefcafe0123456789abcdefcafe",
-    "AWS_SECRET_ACCESS_KEY": "canary/B+canary/B+canary/B",
+    "AWS_SECRET_ACCESS_KEY": "/anaryB2+canary/canary/B+canary/B",  # not a path
+    "AWS_SESSION_TOKEN": "canary25//session+token=",
     "HTTPS_PROXY": "http://alice:canary-C-password@127.0.0.1:9",
+    "GITLAB_PAT": "canary-pat-1a2b3c",
+    "DB_PASS": "canary pass 4",
+    "SMTP_PASSWORD": "canary$pw\"quo'te\\5",
+    "PGPASSWORD": "canarypgpassword",
+    "REDISCLI_AUTH": "canary-redis-9",
+    "DOCKER_AUTH_CONFIG": '{"auths": {"r.io": {"auth": "canaryWZG9ja2VyMTA="}}}',
+    "HTTP_BEARER": "canarybearer11",
+    "SESSION_COOKIE": "sid=canary-cookie-12; Path=/",
+    "SENTRY_DSN": "https://canary13key@o1.ingest.sentry.io/55",
+    "SLACK_WEBHOOK": "https://hooks.slack.com/services/T0/B0/canary14",
+    "DATABASE_URL": "postgres://alice:canary%2F21@db/x",
+    "AZURE_STORAGE_CONNECTION_STRING": "AccountName=a;AccountKey=canary23canary23==;Suffix=x",
+    "GOOGLE_CREDENTIALS": f'{{"private_key": "{PEM[:-1]}-", "private_key_id": "canary27id0123"}}',
+    "SSH_PRIVATE_KEY": PEM,
+    "api_tokens": "canary-38-a,canary-38-b-longer-value",
+    # by their look, whatever the name
+    "A": "eyJhbGciOiJIUzI1NiJ9.eyJjYW5hcnkiOjE3fQ.canarysignature",
+    "B": "xoxb-canary-18-abc",
+    "C": "dapi" + "0123456789abcdef" * 2,
+    "D": "r8_canary20canary20canary20",
+    "E": "sk-ant-api03-canary31canary31_canaryAA",
+}
+PLAIN = {
+    **{
+        "PATH": "/usr/local/bin:/usr/bin",
+        "MY_AUTH": "/home/auth/models",
+        "OLDPWD": "/srv/canary",
+    },
+    **{"SORT_KEY": "short", "MAX_TOKENS": "2147483648", "TOKEN_LIMIT": "1,000,000,000"},
+    **{"TOKENIZERS_PARALLELISM": "disabled!", "KEYBOARD": "us-international", "PASSIVE": "a" * 20},
+    **{"GIT_AUTHOR_NAME": "Alice Author", "AUTH_TYPE": "kerberos5", "PATTERN": "some-pattern"},
+    **{"SSH_AUTH_SOCK": "/tmp/ssh-1/agent.11", "DATASET_URL": "https://example.org/x.jsonl"},
 }
 IN_FILE = "hf_" + "canaryDcanaryDcanaryDcanary"  # as `hf auth login` leaves it
 IN_ADDRESS = "canaryEcanaryE"
-SECRETS = [*CANARIES.values(), "canary-C-password", IN_FILE, IN_ADDRESS]
+SHOWN = re.compile(r"(?i)canary|0123456789abcdef")  # of any secret above, in any form
 OWN = (
     "def rows(config, tokenizer, split):\n    yield {'text': 'a'}\n    raise KeyError('no more')\n"
 )
@@ -46,8 +85,6 @@ def argv_of(place: Path, out: Path, *more: str) -> list[str]:
 
 def leaky(argv: list[str], start) -> int:
     """train.py, whose run ends in an error that tells all it knows (the ranks are forked)."""
-    import os
-
     from fsdp_qlora import run as train
 
     whole = train.run
@@ -56,6 +93,7 @@ def leaky(argv: list[str], start) -> int:
         whole(plan, world, *args)
         world.barrier()  # rank 0 has written the whole record
         known = [f"{name}={os.environ[name]}" for name in CANARIES]
+        known += [json.dumps(dict(os.environ)), repr(os.environ), *PEM.splitlines()[1:3]]
         known += [Path(os.environ["HF_HOME"], "token").read_text()]
         raise LookupError(f"no https://x.org/rows?token={IN_ADDRESS} {' '.join(known)}")
 
@@ -108,13 +146,29 @@ def test_no_secret_is_written_and_nobody_else_can_reach_the_ranks(place: Path):
         path.name for path in written
     }
     written |= {run.out_file: run.out.encode(), run.err_file: run.err.encode()}
-    found = [
-        (path, secret)
-        for path, data in written.items()
-        for secret in SECRETS
-        if secret.encode() in data
-    ]
-    assert found == []
+    texts = {path: data.decode(errors="replace") for path, data in written.items()}
+    assert {path: SHOWN.findall(text) for path, text in texts.items() if SHOWN.search(text)} == {}
+
+
+def test_no_secret_in_what_is_cut_nor_in_what_ends_a_process_and_no_harmless_value_is_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A text cut in the midst of a secret; a thread and a command that nobody has foreseen."""
+    program = "import os, threading; from fsdp_qlora import errors; errors.redact_tracebacks()\n"
+    program += "def end(): raise LookupError(dict(os.environ))\n"
+    program += "thread = threading.Thread(target=end); thread.start(); thread.join(); end()"
+    env = dict(os.environ) | CANARIES | {"PYTHONPATH": os.getcwd()}
+    ended = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert ended.stderr.count("LookupError: {") == 2 and not SHOWN.search(ended.stderr)
+    for name, value in (CANARIES | PLAIN).items():
+        monkeypatch.setenv(name, value)
+    for value in CANARIES.values():
+        texts = [errors.brief(LookupError("x" * num + value)) for num in range(120)]
+        assert not any(map(SHOWN.search, texts)), value
+    for name, value in PLAIN.items():
+        assert errors.redact(f"{name}={value}") == f"{name}={value}"
+    for text in ("--sample_tokens 48", "sorted(rows, key=len)", "https://x.org/a?download=true"):
+        assert errors.redact(text) == text
 
 
 def test_rows_that_only_the_ranks_can_make_fail_in_one_line_and_leave_nothing(place: Path):

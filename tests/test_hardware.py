@@ -64,7 +64,7 @@ def test_the_driver_reports_what_a_name_does_not(driver):
 
 
 def test_a_machine_without_a_driver_has_no_gpu_and_a_broken_driver_is_named(driver, monkeypatch):
-    """No library, no driver, no pynvml: nothing is said. A driver that does not answer: code 3."""
+    """No library, no driver: nothing is said. A driver that does not answer: code 3."""
     monkeypatch.setattr(hardware, "DRIVERS", ())
     for value in (fake_nvml.NVML_ERROR_LIBRARY_NOT_FOUND, fake_nvml.NVML_ERROR_DRIVER_NOT_LOADED):
         driver(fake_nvml.broken(value))
@@ -74,15 +74,13 @@ def test_a_machine_without_a_driver_has_no_gpu_and_a_broken_driver_is_named(driv
         hardware.find_gpus()
     assert caught.value.code == ENVIRONMENT
     assert hardware.find_gpus("") == [] and hardware.driver_version() is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert hardware.find_gpus() == [] and hardware.driver_version() is None
 
 
 def test_without_the_library_torch_is_asked_where_a_driver_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, driver, monkeypatch: pytest.MonkeyPatch
 ):
     """AMD, and containers without NVML; a torch that cannot be imported is named."""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+    driver(fake_nvml.broken(fake_nvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     monkeypatch.setattr(hardware, "DRIVERS", (str(tmp_path),))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     text = """
@@ -194,9 +192,13 @@ def test_the_tightest_cgroup_limit_above_this_process_counts(tmp_path: Path):
         "job/step/memory.stat": f"anon 1\ninactive_file {GIB}\n",
         "job/memory.max": f"{8 * GIB}\n",
         "job/memory.current": f"{5 * GIB}\n",
+        "job/memory.stat": f"anon 1\ninactive_file {GIB}\n",
     }
     found = group(tmp_path, "0::/job/step\n", files)
-    assert (found.limit_gib, found.used_gib()) == (8.0, 2.0)
+    assert (found.limit_gib, found.used_gib()) == (8.0, 4.0)  # other steps use it too
+    now = hardware.machine_memory(found)
+    assert now["host_total_gib"] == now["cgroup_limit_gib"] == 8.0 and now["host_used_gib"] >= 4.0
+    assert str(found.events_path).endswith("job/step/memory.events")
 
 
 def test_a_version_one_cgroup_is_read_at_the_mount_when_its_own_path_is_hidden(tmp_path: Path):
@@ -207,7 +209,7 @@ def test_a_version_one_cgroup_is_read_at_the_mount_when_its_own_path_is_hidden(t
     }
     found = group(tmp_path, "4:cpu,memory:/docker/abc\n0::/\n", files)
     assert found.limit_gib == 6.0
-    assert found.used_gib() == pytest.approx(4.0, abs=1e-6)
+    assert found.used_gib() == 3.0  # children count, and so does their cache
 
 
 def test_no_cgroup_and_no_limit_are_none(tmp_path: Path):
@@ -228,7 +230,36 @@ def test_a_control_group_or_the_machine_sets_the_limit():
     assert hardware.host_limit_gib(Cgroup(limit_gib=1e9)) == machine_gib
     used_gib = (now.total - now.available) / GIB
     assert hardware.host_used_gib(Cgroup()) == pytest.approx(used_gib, abs=0.3)
-    assert hardware.host_used_gib(Cgroup(limit_gib=0.5)) is None
+    kib = hardware.read_kib(Path("/proc/meminfo"), "MemAvailable")
+    loose = Cgroup(limit_gib=machine_gib - 0.001)  # the machine has less left than the group
+    assert hardware.host_used_gib(loose) == pytest.approx(machine_gib - kib / 2**20, abs=0.3)
+
+
+def test_in_a_real_group_all_numbers_are_those_of_the_group(memory_group: Path):
+    """As in a Slurm job: the limit stands above; what a neighbour holds counts, cache does not."""
+    held = ["held = b'x' * (80 * 2**20)", "print(flush=True)", "input()"]
+    look = ["import json", "from fsdp_qlora import hardware", "from fsdp_qlora.hardware import *"]
+    look += ["print(json.dumps([machine_memory(), host_limit_gib() - host_used_gib()]))"]
+    found, children = [], []
+    try:
+        for name, lines in (("neighbour", held), ("own", look)):
+            (place := memory_group / name).mkdir()
+            enter = f'echo $$ > {place}/cgroup.procs && exec "$@"'
+            command = ["sh", "-c", enter, "sh", sys.executable, "-c", "\n".join(lines)]
+            child = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
+            children.append(child)
+            found.append(child.stdout.readline())
+    finally:
+        for child in children:
+            child.communicate("\n")
+        for place in memory_group.glob("*/"):
+            place.rmdir()
+    now, free_gib = json.loads(found[1])
+    limit_gib = 300 / 1024
+    assert now["host_total_gib"] == now["cgroup_limit_gib"] == pytest.approx(limit_gib)
+    assert 80 / 1024 < now["host_used_gib"] < 160 / 1024
+    assert now["host_available_gib"] == pytest.approx(limit_gib - now["host_used_gib"])
+    assert free_gib == pytest.approx(now["host_available_gib"], abs=0.02)
 
 
 def test_kills_are_counted_in_the_group_or_else_on_the_machine(tmp_path: Path):

@@ -9,17 +9,18 @@ also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...".
 Source: bitsandbytes, functional.py, QuantState.as_dict.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 CONFIG_FILES = ["config.json"]
@@ -40,8 +41,11 @@ GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
 STATE = ".quant_state.bitsandbytes__"
 ORIGINAL = "take the 16-bit original of this model"
+SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 PIECE = 1 << 16  # bytes compared at once
+# Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
+NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
 
 
 def known_shapes() -> list[str]:
@@ -267,6 +271,43 @@ def same_bytes(one: TensorRef, other: TensorRef, num_bytes: int) -> bool:
         return all(file.read(size) == other_file.read(size) for size in sizes)
 
 
+def sample_digest(tensors: Mapping[str, TensorRef], num_places: int = NUM_SAMPLES) -> str | None:
+    """Tell weights from others of the same shape, however their files are cut.
+
+    Names, dtypes, shapes and some bytes of every tensor count. What is changed outside of the
+    sampled places is not seen; training changes a tensor everywhere.
+
+    Args:
+        tensors: by name.
+        num_places: so many pieces of 4 KiB, evenly apart from the first byte to the last, count; 0:
+            every byte does.
+
+    Returns:
+        16 characters; None without tensors, or when their files cannot be read any more.
+    """
+    whole = hashlib.sha256()
+    try:
+        for name, ref in sorted(tensors.items()):
+            whole.update(f"{name}:{ref.dtype}:{ref.shape}".encode())
+            for part in _sampled(ref, num_places):
+                whole.update(part)
+    except OSError:
+        return None  # a finished run must not end here
+    return whole.hexdigest()[:16] if tensors else None
+
+
+def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
+    size = min(SAMPLE_BYTES if num_places else WHOLE_BYTES, ref.nbytes)
+    starts: Sequence[int] = range(0, ref.nbytes, size or 1)
+    if num_places and size:
+        starts = [(ref.nbytes - size) * i // max(num_places - 1, 1) for i in range(num_places)]
+    with ref.file.open("rb", buffering=0) as file:
+        for start in starts if num_places else ():  # a disk over a network reads all places at once
+            os.posix_fadvise(file.fileno(), ref.start + start, size, os.POSIX_FADV_WILLNEED)
+        for start in starts:
+            yield os.pread(file.fileno(), min(size, ref.nbytes - start), ref.start + start)
+
+
 def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[str, TensorRef]:
     """Read and check the header of one safetensors file.
 
@@ -293,9 +334,9 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
             parts = {name: file.get_slice(name) for name in file.offset_keys()}
             kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        reason = str(error).partition("header: ")[2] or str(error)
+        why = brief(error).partition("header: ")[2] or brief(error)
         size = path.stat().st_size
-        raise _damaged(path, f"{size} bytes are no safetensors file ({reason[:80]})") from None
+        raise _damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
     if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
         of_kind = [name for name, (dtype, _) in kinds.items() if dtype == others[0]]
         rule = f"holds {others[0]} tensors ({of_kind[0]}); a base is {', '.join(ITEM_BYTES)}"
@@ -470,3 +511,25 @@ def refuse(
     for rule, names in faults.items():
         if names:
             raise UserError(f"{describe(names)} in {model_name}", rule, remedy, code)
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], model_name: str
+) -> None:
+    """Account for every tensor of a model.
+
+    Args:
+        expected: name -> shape of everything that the model has.
+        found: the same of its files.
+        model_name: for the error.
+
+    Raises:
+        UserError: one is absent, unknown or of another shape (code 5).
+    """
+    wrong = [name for name in expected if found.get(name, expected[name]) != expected[name]]
+    faults = {
+        "absent from the files": [name for name in expected if name not in found],
+        "in the files, but no part of this model type": [n for n in found if n not in expected],
+        "of another shape than config.json says": wrong,
+    }
+    refuse(faults, model_name, SAME_PLACE, INTEGRITY)

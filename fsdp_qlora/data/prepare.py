@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fsdp_qlora import __version__, arch, config, hardware
-from fsdp_qlora.arch import files
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
-from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source
 from fsdp_qlora.data.tokenizer import TextTokenizer
-from fsdp_qlora.data.tokens import (
-    NUM_UNCUT,
-    NUMBERS,
-    Facts,
-    StoreBuilder,
-    TokenDataset,
-    TokenStore,
-)
+from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
@@ -44,38 +35,11 @@ NUM_EXAMPLES = 3
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
-FINDINGS = {
-    "dropped": "lose text that the chat template does not write",
-    "reasoning": "lose the reasoning of earlier turns, which the chat template leaves out as when "
-    "the model is used",
-    "prompt": "do not hold the prompt that the template asks with, which ends so",
-    "developer": "have the role developer, which the chat template does not know: it is system",
-    "unread": "have chat_template_kwargs that the chat template does not read",
-}
 LOSSES = ("cut", "empty", "beyond", "repeated")
-LINES = {
-    "rows": "{num_rows:,} of {sources} ({kinds})",
-    "learned": "{train_on}: {num_trained_tokens:,} of {num_tokens:,} tokens ({trained_share:.1%})",
-    "length": "median {median_tokens:,}, 95% up to {p95_tokens:,}, "
-    "longest {longest_uncut_tokens:,}; context {context_length:,}",
-    "cut": "{num_cut:,} rows are longer than the context and lose {num_tokens_cut:,} tokens: {cut}",
-    "empty": "{num_empty:,} rows have nothing to learn and are left out: {empty}",
-    "beyond": "{num_beyond:,} rows have nothing to learn within the context and are left out: "
-    "{beyond}",
-    "repeated": "{num_repeated:,} rows hold the same as another: {repeated}",
-    "end": "the end of text is learned in {end_share:.1%} of the rows",
-    "parts": "{num_train:,} to learn, {num_held_out:,} held out, {num_test:,} left for a test",
-    "epoch": "{epoch_tokens:,} tokens, {epoch_trained_tokens:,} of them learned",
-    "steps": "{steps}",
-    "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
-    "tokens": "{kept}",
-}
-ABOUT = """Reads and tokenizes the data of a run as the run would, and says what is in it: rows,
-lengths against the context, what is cut or left out, steps, padding, and some rows with the tokens
-that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
+TEXTS = tomllib.loads(Path(__file__).with_name("audit.toml").read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PreparedData:
     """Tokens of a run.
 
@@ -94,7 +58,7 @@ class PreparedData:
     num_test: int
     stores: tuple[TokenStore, ...]
     names: tuple[str, ...]
-    formatter: RowFormatter | None = None
+    formatter: row_formats.RowFormatter | None = None
     example: Any = None
 
     @functools.cached_property
@@ -137,10 +101,7 @@ class PreparedData:
 
 
 def prepare(
-    cfg: TrainConfig,
-    tokenizer: TextTokenizer | None,
-    vocab_size: int,
-    shows_progress: bool = False,
+    cfg: TrainConfig, tokenizer: TextTokenizer | None, vocab_size: int, shows_progress: bool = False
 ) -> PreparedData:
     """Read, tokenize and split the data of a run.
 
@@ -185,7 +146,7 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
-def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormatter:
     """How the rows of a run become text."""
     found = row_formats.choose(
         cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
@@ -221,11 +182,11 @@ def prepare_early(
     return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
 
 
-def _is_small(found: list[Source]) -> bool:
+def _is_small(found: list[sources.Source]) -> bool:
     return sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
 
 
-def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[Source]:
+def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[sources.Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
     if os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name:
         return sources.find(name, cfg, None, tokenizer.full)
@@ -239,20 +200,20 @@ def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[So
 def _tokenize(
     cfg: TrainConfig,
     tokenizer: TextTokenizer,
-    formatter: RowFormatter,
+    formatter: row_formats.RowFormatter,
     progress: Callable[[int], Any],
-    found: list[Source],
+    found: list[sources.Source],
 ) -> TokenDataset:
     """All samples of some sources, from the cache of tokens where they are in it."""
 
-    def build(builder: StoreBuilder) -> TokenStore:
+    def build(builder: tokens.StoreBuilder) -> TokenStore:
         rows = sources.read(found)
         return tokens.tokenize(builder, rows, formatter, tokenizer, cfg.context_length, progress)
 
     root = tokens.cache_root(cfg.token_cache)
     prints = [source.fingerprint() for source in found]
     if root is None or None in prints or (cfg.token_cache == "auto" and _is_small(found)):
-        made = build(StoreBuilder(None))
+        made = build(tokens.StoreBuilder(None))
     else:
         key = _key(prints, tokenizer, formatter, cfg.context_length)
         made = tokens.cached(root / key, build)
@@ -264,7 +225,7 @@ def _tokenize(
 
 
 def _key(
-    prints: list, tokenizer: TextTokenizer, formatter: RowFormatter, context_length: int
+    prints: list, tokenizer: TextTokenizer, formatter: row_formats.RowFormatter, context_length: int
 ) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
@@ -368,7 +329,7 @@ def split_name(setting: str | None) -> str | None:
     return setting if setting is not None and split_share(setting) is None else None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Audit:
     """Facts of the data of a run.
 
@@ -420,8 +381,9 @@ class Audit:
         )
         for what in LOSSES:
             shown[what] = ", ".join(facts["examples"].get(what, []))
-        names = [name for name in LINES if name not in LOSSES or facts[f"num_{name}"]]
-        lines = [f"{name:<9} {LINES[name].format_map(shown)}" for name in names]
+        texts = TEXTS["lines"].items()
+        due = [pair for pair in texts if pair[0] not in LOSSES or facts[f"num_{pair[0]}"]]
+        lines = [f"{name:<9} {text.format_map(shown)}" for name, text in due]
         return lines + [f"note      {note}" for note in facts["notes"]]
 
 
@@ -445,7 +407,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
     """
     parts = (ready.train, ready.held_out)
     repeated = _repeated(TokenDataset(ready.stores[0]))
-    uncut = np.concatenate([store.table[:-1, NUM_UNCUT] for store in ready.stores])
+    uncut = np.concatenate([store.table[:-1, tokens.NUM_UNCUT] for store in ready.stores])
     lengths = np.concatenate([part.lengths for part in parts])
     facts = {
         "sources": list(ready.names),
@@ -534,14 +496,18 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     }
     found_in_rows = [
         f"{facts['findings'][kind]:,} rows {words}: {', '.join(facts['examples'][kind])}"
-        for kind, words in FINDINGS.items()
+        for kind, words in TEXTS["findings"].items()
         if facts["findings"].get(kind)
     ]
     return [*found_in_rows, *(note for note, is_so in notes.items() if is_so)]
 
 
 def main(argv: list[str]) -> int:
-    """Audit the data of a run and print what is found.
+    """Read and tokenize the data of a run as the run would, and say what is in it.
+
+    Rows, lengths against the context, what is cut or left out, steps, padding, and some rows with
+    the tokens that are learned marked. It needs neither a GPU nor the model's weights, only its
+    tokenizer.
 
     Args:
         argv: --rows, --json, and the options of train.py.
@@ -553,8 +519,9 @@ def main(argv: list[str]) -> int:
         UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
             the rest has been printed.
     """
+    about = str(inspect.getdoc(main)).partition("\n\nArgs:")[0]
     usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=ABOUT, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
     parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)
@@ -584,7 +551,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
         return info.path
     if Path(model_name).expanduser().is_dir() or "/" not in model_name:
         tokenizer.require_files(Path(model_name))
-    return files.download(model_name, [*files.CONFIG_FILES, *files.TOKENIZER_FILES])
+    return arch.files.download(model_name, [*arch.files.CONFIG_FILES, *arch.files.TOKENIZER_FILES])
 
 
 def _shown(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data.messages import read_messages
+from fsdp_qlora.data.chats import read_messages
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.sources import parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer

@@ -10,33 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.data.messages import (
-    CALL,
-    CHAT_COLUMNS,
-    SWITCHES,
-    SYSTEM_COLUMNS,
-    as_object,
-    as_text,
-    call_message,
-    conversation,
-    earlier_turns,
-    from_json,
-    has_python,
-    kind,
-    prompted,
-    require_text,
-    system_message,
-    with_arguments,
-)
+from fsdp_qlora.data import chats
 from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
-from fsdp_qlora.data.tokenizer import (
-    Chat,
-    Refused,
-    Template,
-    Text,
-    find_lost,
-    says_something,
-)
+from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost, says_something
 from fsdp_qlora.errors import UserError, one_line
 
 ASSISTANT = "### Assistant:"
@@ -104,9 +80,9 @@ class RowFormat:
         try:
             for name in names:
                 if name == HISTORY:
-                    earlier_turns(row)
+                    chats.earlier_turns(row)
                 elif row.get(name) is not None or name in self.required:
-                    require_text(f'field "{name}"', row[name])
+                    chats.require_text(f'field "{name}"', row[name])
             if self.check is not None:
                 self.check(row)
         except Refused as refusal:
@@ -126,8 +102,8 @@ def _check_label(row: dict) -> None:
         written = json.dumps(row["label"], ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise Refused('field "label" cannot be written as JSON') from error
-    require_text('field "label"', written)
-    require_text('field "text"', row["text"])
+    chats.require_text('field "label"', written)
+    chats.require_text('field "text"', row["text"])
 
 
 def _check_ids(row: dict) -> None:
@@ -183,51 +159,38 @@ def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
         said = row[answer]
         said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
         asked = "\n\n".join(row[name] for name in given if row.get(name))
-        pairs = [*(earlier_turns(row) if has_history else ()), (asked, said)]
+        pairs = [*(chats.earlier_turns(row) if has_history else ()), (asked, said)]
         roles = itertools.cycle(("user", "assistant"))
         turns = zip(roles, itertools.chain.from_iterable(pairs), strict=False)
-        start = system_message(row) if first is None else first
+        start = chats.system_message(row) if first is None else first
         return [*start, *({"role": role, "content": text} for role, text in turns)]
 
     return messages
 
 
-_ASK_ALPACA = _ask("instruction", "input", "output")
-_ASK_QUESTION = _ask("context", "question", "answer")
-_ASK_LABEL = _ask("text", "label", system=LABEL_PROMPT)
-_PROMPT = ("prompt", "completion")
+_SYSTEM, _PROMPT = chats.SYSTEM_COLUMNS, ("prompt", "completion")
 _ALPACA = RowFormat(
-    "alpaca",
-    ("instruction", "output"),
-    ("input", *SYSTEM_COLUMNS, HISTORY),
-    _alpaca,
-    _ASK_ALPACA,
+    *("alpaca", ("instruction", "output"), ("input", *_SYSTEM, HISTORY)),
+    *(_alpaca, _ask("instruction", "input", "output")),
 )
 _QUESTION = RowFormat(
-    "question", ("question", "answer"), ("context", *SYSTEM_COLUMNS), _question, _ASK_QUESTION
+    *("question", ("question", "answer"), ("context", *_SYSTEM)),
+    *(_question, _ask("context", "question", "answer")),
 )
-_PAIR = RowFormat("prompt", _PROMPT, SYSTEM_COLUMNS, operator.itemgetter(*_PROMPT), _ask(*_PROMPT))
+_PAIR = RowFormat("prompt", _PROMPT, _SYSTEM, operator.itemgetter(*_PROMPT), _ask(*_PROMPT))
 _CHATS = [
-    RowFormat(CHAT, (name,), SYSTEM_COLUMNS, None, conversation, conversation)
-    for name in CHAT_COLUMNS
+    RowFormat(CHAT, (name,), _SYSTEM, None, chats.conversation, chats.conversation)
+    for name in chats.CHAT_COLUMNS
 ]
+_PARTS = RowFormat(CHAT, _PROMPT, _SYSTEM, None, chats.prompted, chats.prompted, list, "completion")
+_LABELS = _ask("text", "label", system=LABEL_PROMPT)
 ROW_FORMATS = (
     RowFormat(TOKENS, ("input_ids",), ("labels", "attention_mask"), check=_check_ids),
-    *_CHATS[:2],
-    _ALPACA,
-    _QUESTION,
-    RowFormat(
-        *(CHAT, _PROMPT, SYSTEM_COLUMNS, None, prompted, prompted),
-        holds=list,
-        answers="completion",
-    ),
-    _PAIR,
-    RowFormat(LABEL, ("text", "label"), messages=_ASK_LABEL, check=_check_label),
+    *(*_CHATS[:2], _ALPACA, _QUESTION, _PARTS, _PAIR),
+    RowFormat(LABEL, ("text", "label"), messages=_LABELS, check=_check_label),
     RowFormat(TEXT, ("text",), (), _dialogue),
-    _CHATS[2],
-    _ALPACA.spelled(output="response", input="context"),
-    _QUESTION.spelled(answer="response"),
-    _PAIR.spelled(completion="response"),
+    *(_CHATS[2], _ALPACA.spelled(output="response", input="context")),
+    *(_QUESTION.spelled(answer="response"), _PAIR.spelled(completion="response")),
 )
 NAMES = tuple(dict.fromkeys([*(found.name for found in ROW_FORMATS), BLOCKS]))
 
@@ -280,7 +243,7 @@ class RowFormatter:
             is_text = self.format_name != CHAT and any(f.name == TEXT for f in self.formats)
             return None if is_text else "is running text (the template wants columns)"
         if not isinstance(row, dict):
-            return f"is {kind(row)} (want an object with named fields)"
+            return f"is {chats.kind(row)} (want an object with named fields)"
         found = self._match(row)
         if found is None:
             usual = {f.name: f for f in reversed(self.formats)}
@@ -305,8 +268,8 @@ class RowFormatter:
         if self._as_chat(found):
             used |= {*TOOL_COLUMNS, KWARGS}
         if found.name == CHAT and found.messages is not None:
-            given = [m for m in found.messages(row) if m["role"] not in ("assistant", CALL)]
-            switched = ((n, m["role"]) for m in given for n in SWITCHES if m.get(n))
+            given = [m for m in found.messages(row) if m["role"] not in ("assistant", chats.CALL)]
+            switched = ((n, m["role"]) for m in given for n in chats.SWITCHES if m.get(n))
             names = [f"{name} of {role} messages" for name, role in switched]
         columns = (name for name, value in row.items() if value not in (None, "", [], {}))
         return [
@@ -393,7 +356,7 @@ class RowFormatter:
             return self._render_chat(found, row)
         assert found.pair is not None
         start = "" if self.parts else self._system_text(found, row)
-        history = earlier_turns(row) if HISTORY in found.optional else []
+        history = chats.earlier_turns(row) if HISTORY in found.optional else []
         turns = [dict(zip(found.required, turn, strict=True)) for turn in history]
         text, spans = start, []
         for number, turn in enumerate([*turns, row]):
@@ -407,9 +370,9 @@ class RowFormatter:
 
     def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
         assert found.messages is not None
-        tools, own = _tools(row), from_json(KWARGS, row.get(KWARGS)) or {}
+        tools, own = _tools(row), chats.from_json(KWARGS, row.get(KWARGS)) or {}
         if not isinstance(own, dict):
-            raise Refused(f'field "{KWARGS}" is {kind(own)} (want an object)')
+            raise Refused(f'field "{KWARGS}" is {chats.kind(own)} (want an object)')
         values = {**self.chat_kwargs, **{k: v for k, v in own.items() if v is not None}}
         notes = [("unread", name) for name in self.chat.unread(values, tools)]
         values["tools"], messages = tools, found.messages(row)
@@ -426,8 +389,8 @@ class RowFormatter:
             if message["role"] == "assistant" and number >= first and says_something(message)
         ]
         turns = answers[-1:] if self.train_on == "last" else answers
-        learned = [n for n in turns if all(messages[n].get(name, 1) for name in SWITCHES)]
-        is_off = any(not message.get(name, 1) for message in messages for name in SWITCHES)
+        learned = [n for n in turns if all(messages[n].get(name, 1) for name in chats.SWITCHES)]
+        is_off = any(not message.get(name, 1) for message in messages for name in chats.SWITCHES)
         if self.train_on == "all" and is_off:
             raise Refused("a message is switched off by its weight, and --train_on all learns all")
         if self.train_on == "all" or not learned:
@@ -444,18 +407,18 @@ class RowFormatter:
         Templates that add text to text raise at an object, or write it as Python does.
         """
         is_known = "tool_calls" in self.chat.chosen(values["tools"]).source
-        messages = [call_message(message, is_known) for message in messages]
+        messages = [chats.call_message(message, is_known) for message in messages]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         refusal = None
-        for form in (as_object, as_text):
-            made = [with_arguments(message, form) for message in messages]
+        for form in (chats.as_object, chats.as_text):
+            made = [chats.with_arguments(message, form) for message in messages]
             try:
                 text = self.chat.whole(made, **values)
             except Refused as error:
                 refusal = refusal or error
                 continue
-            if form is as_text or not has_python(made, text):
+            if form is chats.as_text or not chats.has_python(made, text):
                 return made
         assert refusal is not None
         raise refusal
@@ -478,7 +441,7 @@ class RowFormatter:
         return [{"role": "system", "content": self.system}, *others]
 
     def _system_text(self, found: RowFormat, row: dict) -> str:
-        own = system_message(row) if "system" in found.optional else []
+        own = chats.system_message(row) if "system" in found.optional else []
         text = own[0]["content"] if own and self.system is None else self.system
         return f"{text}\n\n" if text else ""
 
@@ -494,7 +457,7 @@ def _fill(parts: tuple[tuple[str, str | None], ...], row: dict) -> tuple[str, st
 def _check_columns(columns: tuple[str, ...], row: dict) -> None:
     for column in columns:
         if not isinstance(row[column], str | int | float):
-            raise Refused(f'field "{column}" is {kind(row[column])} (want text)')
+            raise Refused(f'field "{column}" is {chats.kind(row[column])} (want text)')
 
 
 def choose(
@@ -538,7 +501,7 @@ def choose(
 
 def _tools(row: dict) -> Any:
     """What a chat template shows as tools: `tools`, or OpenAI's older `functions`."""
-    tools = from_json("tools", row.get("tools"))
+    tools = chats.from_json("tools", row.get("tools"))
     functions = row.get("functions")
     if not tools and isinstance(functions, list):
         tools = [{"type": "function", "function": function} for function in functions]

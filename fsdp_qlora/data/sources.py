@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 from fsdp_qlora.config import OWN_CODE, TrainConfig
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief
 
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
@@ -110,7 +110,7 @@ def read_file(path: Path) -> PlacedRows:
     except OSError as error:
         rule, remedy, code = str(error.strerror), "check its permissions", ENVIRONMENT
         if error.errno is None:  # wrong bytes have none
-            rule, remedy, code = f"is damaged ({str(error)[:80]})", "fetch it again", INPUT
+            rule, remedy, code = f"is damaged ({brief(error)})", "fetch it again", INPUT
         raise UserError(str(path), rule, remedy, code) from error
 
 
@@ -202,7 +202,7 @@ def parse_json(text: str) -> Any:
     try:
         return STRICT.decode(text) if is_unicode(text) else NOT_UTF8
     except (ValueError, RecursionError) as error:
-        return BadRow(f"is not JSON ({str(error)[:80].replace('line 1 ', '')})")
+        return BadRow(f"is not JSON ({brief(error).replace('line 1 ', '')})")
 
 
 def _read_csv(path: Path) -> PlacedRows:
@@ -278,7 +278,7 @@ def _read_arrow(path: Path) -> PlacedRows:
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
         kind = "parquet" if is_parquet else "Arrow"
-        rule = f"is not a readable {kind} file ({str(error)[:80]})"
+        rule = f"is not a readable {kind} file ({brief(error)})"
         raise UserError(str(path), rule, "fetch or save it again") from error
 
 
@@ -486,7 +486,7 @@ def _hub_source(entry: HubSet, name: str, cfg: TrainConfig) -> Source:
     try:
         table = datasets.load_dataset(entry.repo, entry.config, split=entry.split)
     except Exception as error:  # hub, network, cache and Arrow each raise their own
-        rule = f"{entry} cannot be had ({str(error)[:120]})"
+        rule = f"{entry} cannot be had ({brief(error)})"
         remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
         raise UserError(f"dataset {name}", rule, remedy, ENVIRONMENT) from error
     stop = min(cfg.dataset_samples, len(table)) if entry.is_limited else len(table)
@@ -534,6 +534,6 @@ def _read_own(path: Path, name: str, split: str | None, tokenizer: Any) -> Place
     except Exception as error:  # whatever the user's code raises
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        what = f"{type(error).__name__}: {error}"[:160]
+        what = f"{type(error).__name__}: {brief(error)}"
         remedy = f"correct it; {name} must return rows"
         raise UserError(f"{path}:{[name, *lines][-1]}", what, remedy) from error

@@ -19,7 +19,7 @@ from jinja2 import meta
 
 from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.errors import UserError, brief
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
@@ -29,15 +29,7 @@ GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
-PLAIN_TEMPLATE = """{% for message in messages %}\
-{% if message['role'] == 'assistant' %}\
-{{ '### Assistant: ' + message['content'] + eos_token + '\n' }}\
-{% else %}\
-{{ '### ' + {'user': 'Human'}.get(message['role'], message['role'] | capitalize) + ': ' }}\
-{{ message['content'] + '\n' }}\
-{% endif %}{% endfor %}\
-{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"""
-
+PLAIN_TEMPLATE = Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")[:-1]
 Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -97,7 +89,7 @@ class Template:
             tree = self.compiled.environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
-            rule = f"is not a Jinja template ({one_line(str(error))[:100]})"
+            rule = f"is not a Jinja template ({brief(error)})"
             raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
         self.variables = meta.find_undeclared_variables(tree)
 
@@ -124,7 +116,7 @@ class Template:
                 for block in self.compiled.generate({**self.names, **values}):
                     blocks.append(block)  # the tracker counts them meanwhile
         except Exception as error:  # code of others: it may raise anything
-            raise Refused(f"{type(error).__name__}: {str(error)[:100]}") from error
+            raise Refused(f"{type(error).__name__}: {brief(error)}") from error
         return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
 
 
@@ -431,7 +423,7 @@ def load(path: Path, is_light: bool = False) -> Any:
         made = transformers.PreTrainedTokenizerFast if is_light else transformers.AutoTokenizer
         return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust side raises bare Exception
-        rule = f"its tokenizer cannot be read ({str(error)[:120]})"
+        rule = f"its tokenizer cannot be read ({brief(error)})"
         raise UserError(str(path), rule, "fetch its tokenizer files again") from error
 
 

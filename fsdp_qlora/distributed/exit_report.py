@@ -156,7 +156,7 @@ def _describe(error: Exception, rank: int, trace: str) -> RankError:
     first = text.splitlines()[0] if text else ""
     if errors.is_memory(error):
         place = notes[0] if notes else "out of memory"
-        line = f"{name}: {place} ({one_line(first or kind)[:120]}); the trace is in {trace}"
+        line = f"{name}: {place} ({errors.printable(first or kind)[:120]}); the trace is in {trace}"
         return RankError(rank, RUN_FAILED, line, notes[1:], MEMORY)
     sign, shown = hooks.own_heartbeat(), errors.printable(f"{kind}: {first}")[:160]
     line = f"{name}{sign if sign.point else ''}: {shown}; the trace is in {trace}"
@@ -296,7 +296,7 @@ def _killed_by_kernel(output_dir: Path, plan: RunPlan | None) -> tuple[str, list
         last = ([row for row in rows if "step" in row and "event" not in row] or [{}])[-1]
         where, phase = f"training; {last.get('step', 0)} steps are recorded", "backward"
     found, host = plan.found if plan is not None else None, last.get("host", {})
-    there = f"{hardware.host_limit_gib() or 0:.2f} GiB may be used here"
+    there = f"{hardware.host_limit_gib():.2f} GiB may be used here"
     there += f", {host['host_used_gib']:.2f} in use at the last record" if host else ""
     advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
     if found is not None and plan is not None and plan.machine.gpus:

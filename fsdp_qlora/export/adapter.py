@@ -6,9 +6,6 @@ The record lies in the header of the weights, so that it goes wherever they go: 
 base was quantized to, the dtype it computed in, and a digest that tells one base from another.
 """
 
-import contextlib
-import hashlib
-import itertools
 import json
 import math
 import re
@@ -19,10 +16,10 @@ from typing import Any
 from safetensors import safe_open
 
 from fsdp_qlora import __version__, arch, atomic, checkpoint_store
-from fsdp_qlora.arch import ModelInfo, select_linears
-from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
+from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
+from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import GROUP_SIZES, HQQ_AXES, HQQ_BITS, TrainConfig, from_record, hqq_name
+from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
@@ -43,7 +40,6 @@ KNOWN_KEYS = {
     *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
-SAMPLE_BYTES = 4096  # of every tensor, for the digest of a base
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 BY_PEFT = "merge it with peft's merge_and_unload"
 SAME_PLACE = "take both files from the same place"
@@ -195,10 +191,9 @@ def _format_options(name: str | None, is_dora: bool) -> dict[str, Any]:
     kind = "dora" if is_dora else "lora"
     if name in (None, "bf16"):
         return {"train_type": kind}
-    for bits, size, axis in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES):
-        if name == hqq_name(bits, size, axis):
-            numbers = {"n_bits": bits, "group_size": size, "hqq_axis": axis}
-            return {"train_type": f"hqq_{kind}", **numbers}
+    if name in HQQ_FORMATS:
+        numbers = zip(("n_bits", "group_size", "hqq_axis"), HQQ_FORMATS[name], strict=True)
+        return {"train_type": f"hqq_{kind}", **dict(numbers)}
     codes = {"quant_type": str(name).removesuffix("_dq"), "double_quant": name.endswith("_dq")}
     return {"train_type": "bnb_dora" if is_dora else "qlora", **codes}
 
@@ -232,12 +227,9 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
     Raises:
         UserError: it changes something else (code 2), or is not of this base (code 5).
     """
-    known = {
-        f"{info.layers_prefix}.{layer}.{linear.name}"
-        for layer in range(info.num_layers)
-        for linear in select_linears(info, "all")
-    }
-    outside = [name for name in adapter.pairs if name not in known]
+    places, adapted = info.linear_places(), select_linears(info, "all")
+    known = {name for name, (_, index) in places.items() if info.linears[index] in adapted}
+    outside = [name for name in adapter.pairs if f"{name}.weight" not in known]
     if adapter.pairs:
         outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]
     if info.tensors and (outside or (adapter.pairs and adapter.replaced)):
@@ -277,19 +269,12 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
 
 def _check_copy(adapter: SavedAdapter) -> None:
     """Of a tied base: a head that peft has trained by itself is no copy of the embedding."""
-    refs = [ref for name, ref in adapter.replaced.items() if name.split(".")[-2] in ENDS]
-    if "lm_head.weight" not in adapter.replaced or not adapter.pairs:
+    head = adapter.replaced.get("lm_head.weight")
+    if head is None or not adapter.pairs:
         return
-    digests = set()
-    for ref in refs:
-        with ref.file.open("rb") as file:
-            file.seek(ref.start)
-            left, whole = ref.nbytes, hashlib.sha256()
-            while left:
-                whole.update(part := file.read(min(left, 2**24)))
-                left -= len(part)
-            digests.add(whole.digest())
-    if len(refs) == 1 or len(digests) > 1:
+    names = (name for name in adapter.replaced if name.split(".")[-2] == ENDS[0])
+    embeddings = (adapter.replaced[name] for name in names)
+    if not any(same_bytes(head, embedding, head.nbytes) for embedding in embeddings):
         rule = "was trained apart from the embedding, and its base has one matrix for both"
         remedy = "merge it with peft, into a base with tie_word_embeddings false"
         raise UserError(f"{adapter.path}: lm_head.weight", rule, remedy)
@@ -354,28 +339,8 @@ def metadata(record: dict[str, Any]) -> dict[str, str]:
 
 
 def digest(info: ModelInfo) -> str | None:
-    """Tell a base from others of the same shape, however its files are cut.
-
-    Names, dtypes, shapes and the first bytes of every tensor count.
-
-    Args:
-        info: the base.
-
-    Returns:
-        16 characters; None for a model without files, or whose files cannot be read any more.
-    """
-    if not info.tensors:
-        return None
-    whole = hashlib.sha256()
-    try:
-        for name, ref in sorted(info.tensors.items()):
-            whole.update(f"{name}:{ref.dtype}:{ref.shape}".encode())
-            with ref.file.open("rb") as file:
-                file.seek(ref.start)
-                whole.update(file.read(min(ref.nbytes, SAMPLE_BYTES)))
-    except OSError:
-        return None  # a finished run must not end here
-    return whole.hexdigest()[:16]
+    """Return `ModelInfo.digest` as the records of older versions have it, by one place a tensor."""
+    return info.digest(1)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -445,11 +410,11 @@ def _read_record(weights: Path) -> dict[str, Any]:
     with safe_open(weights, "np") as file:
         text = (file.metadata() or {}).get(RECORD_KEY)
     if text is not None:
-        with contextlib.suppress(ValueError):
-            if isinstance(record := json.loads(text), dict):
-                return record
-        rule = "has a damaged record of its base"
-        raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+        record = atomic.parse_json(text.encode())
+        if record is None:
+            rule = "has a damaged record of its base"
+            raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+        return record
     cfg = run_config(weights.parent)
     if cfg is None:
         return {}

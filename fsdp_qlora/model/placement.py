@@ -10,7 +10,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -18,7 +17,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.hardware import GIB, machine_memory, pss_gib
+from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
 from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of, trained_whole
 
 # Where a layer's bytes lie -> what that means, for the user.
@@ -201,7 +200,7 @@ class Streamer:
         self._filled[slot] = copy(self.slots[slot], self.sources[layer], self._copies)
 
 
-@dataclass
+@dataclasses.dataclass
 class Placed:
     """The placement of a model.
 
@@ -215,7 +214,7 @@ class Placed:
     names: tuple[str, ...]
     note: str
     streamer: Streamer | None = None
-    memory: HostBytes | None = field(default=None, repr=False)
+    memory: HostBytes | None = dataclasses.field(default=None, repr=False)
 
     def layers(self, name: str) -> list[int]:
         """Numbers of the layers with a placement."""
@@ -288,11 +287,7 @@ def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
         if (budget_gib - used_gib) * GIB < nbytes:
             left_gib = max(budget_gib - used_gib, 0.0)
             return f"{left_gib:.1f} GiB are left of --host_budget_gib {budget_gib:g}"
-    now = machine_memory()
-    free_gib = now["host_available_gib"] or 0.0
-    if now["cgroup_limit_gib"] is not None:
-        free_gib = min(free_gib, now["cgroup_limit_gib"] - (now["cgroup_used_gib"] or 0.0))
-    free_gib = world.gather([free_gib])[0][0]
+    free_gib = world.gather([host_limit_gib() - host_used_gib()])[0][0]
     return f"{free_gib:.1f} GiB of host memory are free" if free_gib * GIB < nbytes else ""
 
 

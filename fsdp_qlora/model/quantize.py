@@ -15,6 +15,7 @@ Source: mobiusml/hqq, hqq/core/bitpack.py and quantize.py (Quantizer.dequantize)
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -97,16 +98,25 @@ class Format:
 
 
 def import_bitsandbytes():
-    """bitsandbytes.functional, without warnings that mean nothing here.
+    """bitsandbytes.functional, without warnings that mean nothing here, and without foreign code.
 
-    (It does not find a CPU kernel that is not used; and where it compiles one, a torch made for
-    CUDA looks for a GPU.)
+    (As it is imported on a CPU with bfloat16 instructions, bitsandbytes 0.50 has the package
+    `kernels`, where that is installed, fetch a compiled kernel from the hub, or run a cached one,
+    which is not used here. And where it compiles one, a torch made for CUDA looks for a GPU.)
     """
     for name in ("bitsandbytes", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import bitsandbytes.functional as bnb
-
+    own = sys.modules.pop("kernels", None)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # it cannot be imported
+    try:
+        import bitsandbytes.functional as bnb
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update({"kernels": own} if own else {})
     return bnb
+
+
+import_bitsandbytes()  # before peft does
 
 
 def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fields:

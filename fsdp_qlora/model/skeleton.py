@@ -17,7 +17,7 @@ from torch import nn
 from fsdp_qlora.arch import Linear, ModelInfo
 from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import INTEGRITY, UserError, printable
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
@@ -365,7 +365,8 @@ def transformers_config(info: ModelInfo) -> Any:
     try:
         return AutoConfig.for_model(**_with_numbers(info.config))
     except Exception as error:  # of transformers, and of huggingface_hub's dataclasses
-        rule = f"transformers takes no such config.json ({' '.join(str(error).split())[:300]})"
+        words = printable(" ".join(str(error).split()))[:300]
+        rule = f"transformers takes no such config.json ({words})"
         remedy = "take the model's own config.json, or a newer transformers"
         raise UserError(f"model type {info.model_type}", rule, remedy) from error
 

@@ -18,15 +18,7 @@ from typing import Any, NamedTuple
 from fsdp_qlora import arch
 from fsdp_qlora.arch import ModelInfo, num_layer_params, select_linears
 from fsdp_qlora.arch.files import GROUP, NESTED
-from fsdp_qlora.config import (
-    GROUP_SIZES,
-    HQQ_AXES,
-    HQQ_BITS,
-    STRATEGIES,
-    TRAIN_TYPES,
-    TrainConfig,
-    hqq_name,
-)
+from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB
 
@@ -129,7 +121,7 @@ FORMATS: dict[str, Storage] = {
     "fp4": Storage(4, _ABSMAX),
     "fp4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
     "int8": Storage(8, (Field("row_absmax", "float32", 0),)),
-    **{hqq_name(*row): _hqq(*row) for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)},
+    **{name: _hqq(*row) for name, row in HQQ_FORMATS.items()},
     "bf16": Storage(16, scratch_bytes=0),
 }
 

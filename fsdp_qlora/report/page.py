@@ -35,7 +35,7 @@ FIELDS = {
 # What a chart of memory shows besides its rows: a field and its label; the limits.
 MEMORY = {
     "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
-    "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "machine has"),
+    "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "may be used"),
 }
 # A value of another type than a run records; a record is not checked value by value.
 NO_RECORD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)

@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from torch import nn
 
 from fsdp_qlora import errors
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report
-from fsdp_qlora.hardware import GIB, pss_gib, read_kib
+from fsdp_qlora.hardware import GIB, find_cgroup, host_used_gib, pss_gib, read_kib
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -158,12 +157,13 @@ def process_memory(device: torch.device, peak: Peak, sampler: "HostSampler") -> 
 
 
 class HostSampler:
-    """Watches host memory from a thread: this process's PSS, and the machine's peak use.
+    """Watches host memory from a thread: this process's PSS, and the peak use of all processes.
 
     Use as a context manager, around the load and around the training, so that no peak between
     two steps is missed.
 
     Attributes:
+        cgroup: what bounds this process, besides the machine.
         pss_gib: PSS of this process when it was measured last.
         peak_used_gib: the most host memory that all processes used together since the start.
     """
@@ -174,6 +174,7 @@ class HostSampler:
         Args:
             interval_s: seconds between two looks at the machine.
         """
+        self.cgroup = find_cgroup()
         self.pss_gib = self.peak_used_gib = self._next_pss_s = 0.0
         self._interval_s, self._stop = interval_s, threading.Event()
         self._thread = threading.Thread(target=self._watch, name="host-memory", daemon=True)
@@ -193,8 +194,7 @@ class HostSampler:
 
     def sample(self) -> None:
         """Look once: the machine always, PSS when its share of the time allows it."""
-        machine = psutil.virtual_memory()
-        self.peak_used_gib = max(self.peak_used_gib, (machine.total - machine.available) / GIB)
+        self.peak_used_gib = max(self.peak_used_gib, host_used_gib(self.cgroup))
         began_s = time.monotonic()
         if began_s < self._next_pss_s:
             return
@@ -269,7 +269,7 @@ class MemoryTracker:
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
         self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
         self._device = device
-        self._params: list[nn.Parameter] = []
+        self._params: list[torch.nn.Parameter] = []
         self._model: QuantizedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
@@ -458,7 +458,7 @@ def _token_bytes(data: Data) -> int:
     return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
     """(itself, GiB on this rank) of every parameter and buffer, shared ones once."""
     seen = set()
     for tensor in (*model.parameters(), *model.buffers()):

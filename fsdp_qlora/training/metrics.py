@@ -29,19 +29,18 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic, hardware
+from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.arch import num_params, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import DONE, one_line
+from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained, trained_whole
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
-from fsdp_qlora.training.memory import MemoryLedger, MemoryTracker, Peak
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
@@ -208,11 +207,14 @@ class Recorder:
             ...
             recorder.clock.mark("forward")
             recorder.step({"step": 1, "epoch": 0.1, "loss": loss, ...})
+
+    Attributes:
+        resumed: the record that this one goes on with, on the rank that writes.
     """
 
     def __init__(
         self,
-        tracker: MemoryTracker,
+        tracker: memory.MemoryTracker,
         world: World,
         num_steps: int,
         run_info: dict[str, Any],
@@ -229,18 +231,18 @@ class Recorder:
             resumed: the record that this one goes on with, on the rank that writes.
         """
         self.clock = Clock(world.device, tracker.peaks.mark)
-        self.tracker, self._ledger = tracker, MemoryLedger(tracker)
+        self.tracker, self._ledger = tracker, memory.MemoryLedger(tracker)
         self._output_dir = tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
-        self._sampler, self._cgroup = memory.HostSampler(), hardware.find_cgroup()
-        self._process, self._totals = psutil.Process(), Totals()
+        self._sampler, self._totals = memory.HostSampler(), Totals()
+        self._process = psutil.Process()
         self._process.cpu_percent()  # from here on it counts
         self._pending: tuple[dict[str, Any], Marks] | None = None
         self._file: Any = None
         self._unwritten = b""
         self._bar: Any = None
-        self._resumed = resumed or Resumed()
-        self._step, self._began_s = self._resumed.step, time.perf_counter() - self._resumed.seconds
+        self.resumed = resumed or Resumed()
+        self._step, self._began_s = self.resumed.step, time.perf_counter() - self.resumed.seconds
 
     def __enter__(self) -> "Recorder":
         """Open the files, write the `run` event, start the clock."""
@@ -248,14 +250,14 @@ class Recorder:
         if self._world.rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             path = self._output_dir / "metrics.jsonl"
-            self._file = path.open("ab" if self._resumed.lines else "wb", buffering=0)
-            for line in self._resumed.lines:
+            self._file = path.open("ab" if self.resumed.lines else "wb", buffering=0)
+            for line in self.resumed.lines:
                 self._totals.add(line)
             has_bar = "stdout" not in self.tracker.plan.cfg.log_targets
             self._bar = _progress_bar(self._num_steps, has_bar, len(self._totals.steps["step_s"]))
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
-        is_first = not self._resumed.lines
+        is_first = not self.resumed.lines
         self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
         self.collect("load")
         return self
@@ -314,13 +316,11 @@ class Recorder:
     def _memories(self, fields: Iterable[str], rows: list[list[float]]) -> dict[str, Any]:
         """What a line says of memory and processor, of each rank and of the machine."""
         ranks = [dict[str, Any](zip(fields, row, strict=False)) for row in rows]
-        host = dict[str, Any](hardware.machine_memory(self._cgroup))
+        host = dict[str, Any](hardware.machine_memory(self._sampler.cgroup))
         num_cores = host["num_cpu_cores"] = os.cpu_count() or 1
         host["cpu_cores"] = psutil.cpu_percent() / 100 * num_cores
-        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"] or 0)
-        limit_gib, total_gib = host["cgroup_limit_gib"], host["host_total_gib"]
-        is_group = limit_gib is not None and limit_gib < total_gib
-        used_gib = host["cgroup_used_gib" if is_group else "host_used_gib"]
+        used_gib = host["host_used_gib"]
+        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, used_gib)
         values = [row[-memory.NUM_VALUES :] for row in rows]
         tops, host["host_rows"] = self._ledger.update(values, used_gib, memory.STEP_PHASES)
         for rank, top in zip(ranks, tops, strict=True):
@@ -468,7 +468,7 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
         print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)
 
 
-def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]:
+def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
@@ -481,7 +481,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
     trainable, total = count_trained(info, cfg).total, num_params(info)
-    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
+    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else memory.Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
@@ -540,12 +540,8 @@ def print_summary(cfg: TrainConfig) -> None:
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
 FIGURES += ("num_tokens", "num_trained_tokens")
 HELD_OUT = ("loss", "perplexity")
-SETTINGS = (
-    *("train_type", "precision", "quant_type", "double_quant", "n_bits", "lora_rank", "lora_alpha"),
-    *("lora_dropout", "use_rslora", "context_length", "packing", "batch_size", "num_epochs"),
-    *("gradient_accumulation_steps", "max_steps", "lr", "lr_scheduler", "warmup_steps", "wd"),
-    *("optimizer", "apply_gradient_clipping", "grad_norm", "seed", "world_size"),
-    *("sharding_strategy", "use_cpu_offload", "use_gradient_checkpointing"),
+SETTINGS = tuple(  # options that are no text of the user's own
+    name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
 )
 # What trackers log of their own accord, switched off: the terminal, the system, git, packages.
 WANDB_QUIET = {
@@ -594,7 +590,7 @@ def _follow(name: str, cfg: TrainConfig, stop: threading.Event, tell: Say, quiet
                 tracker.log(values, step=step)
         tracker.finish()
     except BaseException as error:  # wandb leaves by SystemExit too
-        failure = one_line(str(error).partition("\n")[0]) or type(error).__name__
+        failure = brief(error) or type(error).__name__
         quiet.muted.discard(threading.get_ident())
         tell(f"note      {name} failed ({failure}): metrics.jsonl goes on")
 

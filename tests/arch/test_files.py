@@ -374,3 +374,30 @@ def test_a_hub_name_that_is_no_shape_is_asked_of_the_hub(command: str, tmp_path:
     assert away.stderr.startswith("error: meta-llama/Llama-3.1-8B-Instruct: no such directory")
     assert "hf download meta-llama/Llama-3.1-8B-Instruct" in away.stderr
     assert "llama-3.1-8b" in away.stderr, "the shape that is nearest"
+
+
+def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Path):
+    """A byte in the first 4 KiB, in the last, in one between; only all bytes see the others."""
+    path, size = tmp_path / "x.safetensors", 1 << 18
+    refs = {
+        n: files.TensorRef(path, "U8", (size,), 100 + i * size, size) for i, n in enumerate("ab")
+    }
+    refs["c"] = files.TensorRef(path, "F32", (0,), 0, 0)
+    content = bytes(range(256)) * (2 * size // 256 + 1)
+
+    def digests(at: int | None = None) -> tuple[str | None, ...]:
+        changed = bytearray(content)
+        if at is not None:
+            changed[100 + at] ^= 1
+        path.write_bytes(changed)
+        return tuple(files.sample_digest(refs, num) for num in (files.NUM_SAMPLES, 0, 1))
+
+    plain, apart = digests(), (size - 4096) / 15
+    for place in range(16):
+        found = digests(size + round(place * apart) + 2000)
+        assert [new != old for new, old in zip(found, plain, strict=True)] == [1, 1, place == 0]
+    found = digests(size + round(apart / 2) + 2000)
+    assert [new != old for new, old in zip(found, plain, strict=True)] == [0, 1, 0]
+    assert digests() == plain and files.sample_digest({}) is None
+    path.unlink()
+    assert files.sample_digest(refs) is None

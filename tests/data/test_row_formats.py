@@ -108,7 +108,7 @@ def test_labels_are_asked_for_with_a_system_prompt(choose):
 
 
 def test_sharegpt_rows_become_messages(choose):
-    assert [m["role"] for m in row_formats.conversation(SHAREGPT)] == [
+    assert [m["role"] for m in row_formats.chats.conversation(SHAREGPT)] == [
         *("system", "user", "assistant", "tool", "function_call")
     ]
     text, learned = written(choose(), SHAREGPT)
@@ -488,5 +488,5 @@ def test_arguments_in_text_give_what_transformers_makes_of_the_object(choose, pa
             with pytest.raises(Refused):
                 formatter.render(row)
         else:
-            shown = formatter._with_calls(row_formats.conversation(row), {"tools": None})
+            shown = formatter._with_calls(row_formats.chats.conversation(row), {"tools": None})
             assert formatter.chat.whole(shown) == wanted

@@ -5,8 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -94,30 +92,12 @@ def test_once_the_training_has_begun_nothing_starts_again(tmp_path: Path):
     assert (code, out) == (RUN_FAILED, "") and err.startswith("error: rank 1: out of memory")
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[str]:
-    """A control group of 300 MiB, where this process may make one."""
-    number = os.getpid()
-    for root, limit in (
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-        ("/sys/fs/cgroup", "memory.max"),
-    ):
-        place = Path(root) / f"fsdp_qlora_test_{number}"
-        with suppress(OSError):
-            place.mkdir()
-            (place / limit).write_text(str(300 * 2**20))
-            yield str(place)
-            place.rmdir()
-            return
-        with suppress(OSError):
-            place.rmdir()
-    pytest.skip("no control group can be made here")
-
-
-def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_apart(tmp_path: Path, group: str):
+def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_apart(
+    tmp_path: Path, memory_group: Path
+):
     """A real limit, a real kill: exit signal and the group's own count."""
     body = "meet()\nheld = []\nwhile rank == 1: held.append(bytearray(2**22))\ntime.sleep(30)"
-    code, out, err = supervised(tmp_path, body, group=group)
+    code, out, err = supervised(tmp_path, body, group=str(memory_group))
     first, *rest = err.splitlines()
     assert (code, out) == (RUN_FAILED, "")
     assert first.startswith("error: rank 1: was killed by the kernel (SIGKILL): host memory ran ")

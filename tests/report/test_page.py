@@ -124,7 +124,7 @@ def test_memory_is_stacked_by_row_below_the_plan_and_the_limit(gpus):
     )
     host = shapes(page, "Host, all programs")
     assert {round(y, 2) for _, y in host["plan: peak"]} == {7.0}
-    assert {round(y, 2) for _, y in host["machine has"]} == {16.0}
+    assert {round(y, 2) for _, y in host["may be used"]} == {16.0}
 
 
 def test_the_budget_takes_the_place_of_the_gpu_and_a_far_limit_is_told_in_words(tmp_path):
@@ -185,7 +185,7 @@ def test_a_run_of_an_early_version_is_shown_and_what_it_lacks_is_said(tmp_path):
     assert "No plan was recorded" in page.words and "tokens" not in page.tables["Time"]
     drawn = shapes(page, "GPU of rank 0")
     assert {*drawn} == {"reserved by torch, peak", "GPU has"}
-    assert {*shapes(page, "Host")} == {"in use by all programs", "machine has"}
+    assert {*shapes(page, "Host")} == {"in use by all programs", "may be used"}
 
 
 def test_a_run_that_goes_on_tells_what_is_left(tmp_path):
