@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import select
 import shutil
 import sys
 import textwrap
@@ -54,9 +53,7 @@ class _SafeFile(io.FileIO):
     def write(self, data: Any) -> int:
         """Write, and say that all is written."""
         try:
-            while (num_bytes := super().write(data)) is None:
-                select.select((), (self,), ())  # it does not block by itself
-            return num_bytes
+            return super().write(data)
         except BrokenPipeError:
             pass  # its reader has seen enough
         except OSError as error:
@@ -67,6 +64,7 @@ class _SafeFile(io.FileIO):
 def _safe(stream: Any) -> TextIO:
     try:
         buffer = io.BufferedWriter(_SafeFile(stream.buffer.fileno(), "wb", closefd=False))
+        os.set_blocking(stream.buffer.fileno(), True)  # else a slow reader is an error
     except (OSError, AttributeError):  # a notebook's, a test's: no file of the system
         return stream
     is_prompt = stream.line_buffering or stream.write_through

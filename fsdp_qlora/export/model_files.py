@@ -12,7 +12,6 @@ import collections
 import contextlib
 import json
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -216,8 +215,7 @@ def _copy(source: Path | None, out: Path, patterns: tuple[str, ...]) -> None:
         if path.is_file() and path.suffix != ".py":
             place = out / path.relative_to(source)
             place.parent.mkdir(exist_ok=True)
-            with atomic.new_file(place) as draft:
-                shutil.copyfile(path, draft)
+            atomic.write(place, path.read_bytes())
 
 
 def save(

@@ -90,7 +90,25 @@ class Evaluator:
     def end(self) -> list[str]:
         """Evaluate the trained model; return how it compares with the untrained one, in lines."""
         self._evaluate("after")
-        return self._compared()
+        lines = []
+        if {0, self.num_done} <= self.losses.keys():
+            before, after = self.losses[0], self.losses[self.num_done]
+            words = f"loss {before:.3f} -> {after:.3f}, perplexity "
+            words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
+            if self.best is not None and self.best[1] != self.num_done:
+                words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
+                kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
+                words += f", kept in {self._best_dir}" * (kept.get("step") == self.best[1])
+            lines.append(f"held-out  {words}")
+        before_all = self.answers.get(0, [""] * len(self.data.prompts))
+        rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)
+        for prompt, old, new in rows:
+            shown = one_line(prompt.shown)
+            shown = shown if len(shown) <= MOST_CHARS else f"… {shown[-MOST_CHARS:]}"
+            lines += [f"prompt    {shown}", f"before    {one_line(old)}"]
+            lines += [f"after     {one_line(new)}"]
+            lines += [f"the data  {one_line(prompt.expected)}"] if prompt.expected else []
+        return lines
 
     def _evaluate(self, when: str) -> None:
         with self.recorder.tracker.phase("evaluation"):
@@ -151,24 +169,3 @@ class Evaluator:
                 self.best = (loss, step) if event.get("is_best") else self.best
             elif event["event"] == "sample" and event.get("when") == "before":
                 self.answers.setdefault(0, []).append(event["answer"])
-
-    def _compared(self) -> list[str]:
-        lines = []
-        if {0, self.num_done} <= self.losses.keys():
-            before, after = self.losses[0], self.losses[self.num_done]
-            words = f"loss {before:.3f} -> {after:.3f}, perplexity "
-            words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
-            if self.best is not None and self.best[1] != self.num_done:
-                words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
-                kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
-                words += f", kept in {self._best_dir}" * (kept.get("step") == self.best[1])
-            lines.append(f"held-out  {words}")
-        before_all = self.answers.get(0, [""] * len(self.data.prompts))
-        rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)
-        for prompt, old, new in rows:
-            shown = one_line(prompt.shown)
-            shown = shown if len(shown) <= MOST_CHARS else f"… {shown[-MOST_CHARS:]}"
-            lines += [f"prompt    {shown}", f"before    {one_line(old)}"]
-            lines += [f"after     {one_line(new)}"]
-            lines += [f"the data  {one_line(prompt.expected)}"] if prompt.expected else []
-        return lines
