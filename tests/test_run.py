@@ -248,10 +248,10 @@ def test_no_command_depends_on_its_screen(place: Path):
         "fetch": (["docstrings", f"--out={place / 'rows'}"], place / "rows"),
         "report": ([str(out), f"--out={place}"], place / "report.html"),
         "evaluate": ([f"--adapter={out}"], out / "evaluation.json"),
-        "generate": ([f"--adapter={out}", "--prompt=你", "--max_tokens=2"], None),
+        "generate": ([f"--adapter={out}", "--prompt=你", "--num_tokens=2"], None),
         "merge": ([f"--adapter={out}", f"--out={place / 'm'}"], place / "m" / "merge.json"),
         "quantize": ([name, f"--out={place / 'q'}"], place / "q" / "config.json"),
-        "expand": ([name, f"--out={place / 'e'}", "--layers=1"], place / "e" / "config.json"),
+        "expand": ([name, f"--out={place / 'e'}", "--expansion_rate=0.5"], place / "e" / "config.json"),
     }
     assert [*made, "bench"] == sorted(COMMANDS, key=[*made, "bench"].index)
     for command, (argv, file) in made.items():
