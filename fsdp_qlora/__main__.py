@@ -14,6 +14,7 @@ COMMANDS = {
     "data": ("fsdp_qlora.data.prepare:main", "inspect the data of a run, without a GPU"),
     "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
+    "cache": ("fsdp_qlora.fetch:cache", "list or clear the kept 4-bit weights and tokens"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
@@ -43,6 +44,9 @@ def main(argv: list[str]) -> int:
         return DONE
     if argv[0] not in COMMANDS:
         raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")
+    if sys.flags.optimize > 1 and argv[0] != "train":  # whose ranks start without it
+        rule = "transformers reads its docstrings, which are gone"
+        raise UserError("python -OO", rule, "leave it and PYTHONOPTIMIZE out", ENVIRONMENT)
     module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 

@@ -13,7 +13,7 @@ from fsdp_qlora import config
 from fsdp_qlora import run as train_run
 from fsdp_qlora.__main__ import COMMANDS, console
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT, INPUT, INTEGRITY
+from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT, INPUT
 from tests import tiny, warm
 
 NUM_STEPS = 12
@@ -212,21 +212,6 @@ def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
     assert log.read_text().count("Traceback") == 1 and "broken.py" in log.read_text()
 
 
-def test_a_damaged_cache_stops_both_ranks_with_one_line(place: Path, tmp_path: Path):
-    """Only one of them reads the damaged file."""
-    short = ("--world_size=2", "--max_steps=1", "--save_model=false")
-    argv = flags(place, *short, f"--quant_cache={tmp_path / 'kept'}")
-    assert warm.start([*argv, f"--output_dir={tmp_path / 'first'}"], tmp_path).wait() == DONE
-    (file,) = (tmp_path / "kept").glob("*/layer-00001.safetensors")
-    content = bytearray(file.read_bytes())
-    content[-1000] ^= 1
-    file.write_bytes(content)
-    second = warm.start([*argv, f"--output_dir={tmp_path / 'second'}"], tmp_path)
-    assert (second.wait(), second.err.count("\n")) == (INTEGRITY, 1)
-    assert [line.split()[0] for line in second.out.splitlines()] == ["fits", "fit"]  # of the plan
-    assert second.err.startswith("error: ") and file.name in second.err
-
-
 def on_no_screen(argv: list[str], start) -> int:
     """As `fsdp-qlora argv` whose stdout is on a full disk, and knows Latin-1 only."""
     sys.stdout.reconfigure(encoding="latin-1", errors="strict")
@@ -251,9 +236,12 @@ def test_no_command_depends_on_its_screen(place: Path):
         "generate": ([f"--adapter={out}", "--prompt=你", "--num_tokens=2"], None),
         "merge": ([f"--adapter={out}", f"--out={place / 'm'}"], place / "m" / "merge.json"),
         "quantize": ([name, f"--out={place / 'q'}"], place / "q" / "config.json"),
-        "expand": ([name, f"--out={place / 'e'}", "--expansion_rate=0.5"], place / "e" / "config.json"),
+        "expand": (
+            [name, f"--out={place / 'e'}", "--expansion_rate=0.5"],
+            place / "e" / "config.json",
+        ),
     }
-    assert [*made, "bench"] == sorted(COMMANDS, key=[*made, "bench"].index)
+    assert {*made, "bench"} == {*COMMANDS}
     for command, (argv, file) in made.items():
         number = len(list(place.glob("*.out"))) + 1
         (place / f"{number}.out").symlink_to("/dev/full")
