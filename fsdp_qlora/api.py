@@ -132,15 +132,10 @@ def train(
         TrainError: the run has failed. What a callback raises ends the run too.
     """
     from fsdp_qlora import run
-    from fsdp_qlora.training import preflight
 
     if dataset is not None:
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
-    place = config.resolved_output_dir
-    if config.resume is not None and config.output_dir is None:
-        _, saved = preflight.expand_resume([f"--resume={config.resume}"])
-        place = saved.run_dir if saved else place
-    config = dataclasses.replace(config, output_dir=str(place))
+    config = dataclasses.replace(config, output_dir=str(_place(config)))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
     rank = _rank(config)
     if rank is not None:
@@ -246,6 +241,16 @@ def _rank(config: TrainConfig) -> int | None:
         return group.rank
     is_rank = launch.is_rank(os.environ, config.world_size)
     return int(launch.rank_env(os.environ, config)["RANK"]) if is_rank else None
+
+
+def _place(config: TrainConfig) -> Path:
+    """The output directory of a run; of one that goes on, its own."""
+    from fsdp_qlora.training import preflight
+
+    saved = None
+    if config.resume is not None and config.output_dir is None:
+        _, saved = preflight.expand_resume([f"--resume={config.resume}"])
+    return saved.run_dir if saved else config.resolved_output_dir
 
 
 def _given(config: TrainConfig) -> frozenset[str]:
