@@ -6,15 +6,14 @@ the ranks.
 
 import contextlib
 import functools
-import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from fsdp_qlora import config, errors
+from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
@@ -51,7 +50,6 @@ def run(
     signals.install()  # from here on a stop is recorded
 
     with (
-        preflight.explain_disk_full(cfg),
         metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
         memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
         metrics.attach_trackers(cfg, is_writer),
@@ -68,7 +66,7 @@ def run(
 
         evaluator.begin()
         loop.fit(trained, dataset.train, recorder, checkpointer, follow)
-        evaluator.end()
+        lines = evaluator.end()
         checkpointer.mark_best(evaluator.best)
         checkpointer.wait()
         if cfg.save_model:
@@ -76,7 +74,10 @@ def run(
             with tracker.phase("save"):
                 evaluator.save(cfg)
             recorder.collect("save")
-        recorder.say("\n".join(recorder.compared()))
+            if is_writer:
+                files = sorted(out_dir.glob("*.safetensors"))
+                record["result"] = {path.name: checkpoint_store.listing(path) for path in files}
+        recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
@@ -164,7 +165,8 @@ def join_and_run(
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         world.agree(preflight.facts(cfg, world.device))
         world.first(lambda: hub.check(cfg.push_to_hub))
-        if saved is not None and world.first(lambda: _is_done(saved, cfg)):
+        may_end = saved is not None and not hooks.is_supervised()
+        if may_end and world.first(lambda: _is_done(saved, cfg, False, print)):
             return cfg
         cfg = launch.agree_output_dir(cfg, world)
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
@@ -172,7 +174,8 @@ def join_and_run(
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
         peers = launch.watch_peers(cfg, world) if owns_process else None
         plan = launch.broadcast_plan(cfg, given, world)
-        run(plan, world, given, saved, poll)
+        with preflight.explain_disk_full(plan.cfg):
+            run(plan, world, given, saved, poll)
         if peers is not None:
             peers.stop()
         if known is None:
@@ -188,13 +191,6 @@ def join_and_run(
     return plan.cfg
 
 
-def _is_done(saved, cfg: config.TrainConfig) -> bool:
-    is_done = preflight.is_done(saved, cfg)
-    if is_done:
-        print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
-    return is_done
-
-
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
     """What --resume stands for: rank 0 chooses the checkpoint, other hosts need not have it."""
     if hooks.is_supervised():
@@ -207,38 +203,18 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
     return preflight.expand_resume(argv, functools.partial(print, flush=True), world.first)
 
 
-class _SteadyFile(io.FileIO):
-    """A file that loses what it cannot take: nobody reads it any more (EPIPE, EIO)."""
-
-    def write(self, data: Any) -> int:
-        """Write, and say that all is written."""
-        with contextlib.suppress(OSError):
-            return super().write(data)
-        return len(data)
-
-
-def _steady(stream: Any) -> TextIO:
-    try:
-        buffer = io.BufferedWriter(_SteadyFile(stream.fileno(), "wb", closefd=False))
-    except OSError:  # it is no file of the system, so it has no reader that could go
-        return stream
-    is_prompt = stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=is_prompt)
-
-
-@contextlib.contextmanager
-def ignore_broken_pipe() -> Iterator[None]:
-    """Let the run outlive its terminal: once nobody reads what it prints, it goes on in silence.
-
-    A decorator too.
-    """
-    out, err = _steady(sys.stdout), _steady(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            yield
-        finally:
-            out.flush()
-            err.flush()
+def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str], Any]) -> bool:
+    """Whether a run is over and its result whole; makes the page that a kill has prevented."""
+    if not preflight.is_done(saved, cfg):
+        return False
+    place = saved.run_dir
+    if cfg.save_model and (fault := adapter.fault(place, cfg)):
+        say(f"resume    {fault}: the result is made again from step {saved.step}")
+        return False
+    if cfg.save_model and not is_silent and not (place / checkpoint_store.REPORTS[0]).exists():
+        _report(place)
+    say(f"already done: {place} holds the result of all {saved.step} steps")
+    return True
 
 
 def launch_ranks(argv: list[str], **followed: Any) -> int:
@@ -273,7 +249,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         return errors.DONE
     argv, saved = preflight.expand_resume(argv, say)
     cfg, given = config.parse(argv, say=say), config.given(argv)
-    if saved is not None and _is_done(saved, cfg):
+    if saved is not None and _is_done(saved, cfg, is_silent, say):
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
@@ -295,7 +271,7 @@ def _tell_ranks(error: errors.UserError) -> None:
             worlds.tell(error)
 
 
-@ignore_broken_pipe()
+@cli.safe_output()
 def main(argv: list[str], **followed: Any) -> int:
     """Run the command line `argv`; every error is one line. Returns the exit code."""
     try:
