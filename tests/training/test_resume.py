@@ -88,11 +88,12 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
         f"--output_dir={out}",
         *flags,
     ]
-    argv, _ = preflight.expand_resume(argv)
+    argv, saved = preflight.expand_resume(argv)
     cfg = config.parse(argv)
     out.mkdir(exist_ok=True)
     info = arch.read(cfg.model_name, need_weights=True)
-    train.run(plans.RunPlan(cfg, cfg, info, hardware.Machine(())), world, config.given(argv))
+    plan = plans.RunPlan(cfg, cfg, info, hardware.Machine(()))
+    train.run(plan, world, config.given(argv), saved)
 
 
 def break_off(world, whole: Path, out: Path, step: int) -> None:
