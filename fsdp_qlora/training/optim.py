@@ -70,7 +70,7 @@ def learning_rate(cfg: TrainConfig, num_steps: int, step: int) -> float:
         num_steps: of the run.
         step: 0-based.
     """
-    return cfg.lr * factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
+    return cfg.base_lr * factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
 
 
 # Module, class, options. A fused kernel reads on the device whether the step is to be skipped.
@@ -110,7 +110,7 @@ def build(
     module, kind, options = KINDS[cfg.optimizer]
     parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
     make = getattr(importlib.import_module(module), kind)
-    optimizer: Optimizer = make(parts, lr=cfg.lr, **options)
+    optimizer: Optimizer = make(parts, lr=cfg.base_lr, **options)
     shape = (num_steps, cfg.warmup_steps)
     return optimizer, LambdaLR(optimizer, lambda step: factor(cfg.lr_scheduler, step, *shape))
 
