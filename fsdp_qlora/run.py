@@ -157,7 +157,7 @@ def join_and_run(
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = known or worlds.join()
+        world = worlds.find_neighbors(known or worlds.join())
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
         run(plan, world, given, poll)
