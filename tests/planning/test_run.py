@@ -411,6 +411,6 @@ def test_measured_speeds_are_used_and_named(
 def test_the_learning_rate_follows_the_width_of_the_model(name, flags, lr):
     info = arch.read(name, need_weights=False)
     cfg = config.parse([f"--model_name={name}", *flags])
-    plan = run.make(info, cfg, frozenset(), Machine((), 64, 2))
+    plan = run.make(info, cfg, frozenset(), hardware.Machine((), 64, 2))
     assert plan.cfg.lr == plan.asked.lr == lr
     assert run.learning_rate(cfg, dataclasses.replace(info, hidden_size=576)) in (5e-4, lr)
