@@ -167,7 +167,7 @@ def test_every_field_that_differs_is_refused_with_a_table(tmp_path: Path, model:
                 preflight.check_same(saved, now, allow_data_change=True)
     write_model(tmp_path / "model", vocab_size=97)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="another base, tokenizer"):
+    with pytest.raises(UserError, match="another base, base_samples, tokenizer"):
         preflight.check_same(saved, found_in(common), allow_data_change=False)
     assert preflight.check_same(saved, saved, allow_data_change=False) == []
     assert preflight.library_notes({"torch": "1", "x": "2"}, {"torch": "2"}) == [
@@ -337,5 +337,8 @@ def test_a_disk_without_room_is_refused_before_the_run(
             preflight.explain_disk_full(cfg),
         ):
             raise error
+    large = pytest.raises(UserError, match=r"File too large.*ulimit -f")
+    with large, preflight.explain_disk_full(cfg):
+        raise OSError(27, "File too large")
     with pytest.raises(KeyError), preflight.explain_disk_full(cfg):
         raise KeyError("28")
