@@ -61,7 +61,7 @@ def test_its_figures_are_those_of_the_record(run_dir: Path):
     peak = max(step["host"]["host_peak_used_gib"] for step in steps)
     assert value(text, "peak memory of the host, all programs") == f"{peak:.1f} GiB"
     assert value(text, "steps") == str(len(steps)) and value(text, "data set") == "my.jsonl"
-    assert value(text, "trained parameters").startswith("39,976,960 (")
+    assert value(text, "trained parameters").startswith("19,988,480 (")
     assert value(text, "base in training") == "nf4_dq" and "--lora_rank 8" in text
     for name, version in lines[0]["versions"].items():
         assert value(text, name) == version
