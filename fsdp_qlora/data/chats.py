@@ -155,7 +155,8 @@ def _message(number: int, entry: object) -> dict:
             raise Refused(f"message {number} {name} is {shown} (want 0 or 1)")
     if isinstance(content, list):
         parts = [p.get("text", p.get("value")) if isinstance(p, dict) else None for p in content]
-        content = "".join(map(str, parts)) if all(isinstance(part, str) for part in parts) else content
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(map(str, parts))
     if isinstance(others.get(CALL), dict):  # OpenAI's form before tool_calls
         call = {"type": "function", "function": others.pop(CALL)}
         others.setdefault("tool_calls", [call])
