@@ -244,7 +244,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
             words = f", not --world_size {asked}" if asked not in ("-1", size) else ""
             say(f"ranks     {size}, as RANK and WORLD_SIZE in the environment say{words}")
         is_port_taken = os.environ["MASTER_PORT"] == str(cfg.master_port)
-        idle = given & {"max_restarts", *(() if is_port_taken else ("master_port",))}
+        idle = config.given(argv) & {"max_restarts", *(() if is_port_taken else ("master_port",))}
         if idle:
             what = ", ".join(f"--{name}" for name in sorted(idle))
             say(f"note      {what}: without effect, what has started the ranks decides")
