@@ -78,6 +78,7 @@ def run(
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
+    world.barrier()  # what rank 0 writes is there for all
 
 
 def _report(out_dir: Path) -> None:
