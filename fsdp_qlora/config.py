@@ -48,14 +48,21 @@ class Optimizer(NamedTuple):
     """An optimizer.
 
     Args:
+        kind: its class.
         decays: weight decay is part of its method.
         state_bytes: of a trained parameter on the GPU; paged state can leave it.
-        on_cpu: it runs on CPU ranks too.
+        is_fused: its kernel reads on the device whether the step is to be skipped.
     """
 
+    kind: str
     decays: bool
     state_bytes: int
-    on_cpu: bool = True
+    is_fused: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on CPU ranks too."""
+        return self.kind.startswith("torch.")
 
 
 TRAIN_TYPES = {
@@ -80,13 +87,13 @@ STRATEGIES = {
     "hybrid_shard_grad_op": Strategy(is_hybrid=True, reshards=False),
 }
 OPTIMIZERS = {
-    "adamw": Optimizer(True, 8),
-    "adam": Optimizer(False, 8),
-    "sgd": Optimizer(False, 0),
-    "adadelta": Optimizer(False, 8),
-    "adamw_8bit": Optimizer(True, 2, on_cpu=False),
-    "paged_adamw": Optimizer(True, 8, on_cpu=False),
-    "paged_adamw_8bit": Optimizer(True, 2, on_cpu=False),
+    "adamw": Optimizer("torch.optim.AdamW", True, 8, is_fused=True),
+    "adam": Optimizer("torch.optim.Adam", False, 8, is_fused=True),
+    "sgd": Optimizer("torch.optim.SGD", False, 0, is_fused=True),
+    "adadelta": Optimizer("torch.optim.Adadelta", False, 8),
+    "adamw_8bit": Optimizer("bitsandbytes.optim.AdamW8bit", True, 2),
+    "paged_adamw": Optimizer("bitsandbytes.optim.PagedAdamW", True, 8),
+    "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", True, 2),
 }
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Packages of the same names, in accelerate.tracking.
@@ -164,6 +171,7 @@ class TrainConfig:
     group_size: int = flag(64, "model", "HQQ weights that share a scale", GROUP_SIZES)
     hqq_axis: int = flag(1, "model", "1: groups lie in a row; 0: across rows", HQQ_AXES)
     quant_cache: str = flag("auto", "model", "cache of 4-bit weights: auto, off or DIR", rule=TEXT)
+    verify_base: str = flag("auto", "model", "full: hash all bytes of the model", ("auto", "full"))
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
@@ -251,7 +259,7 @@ class TrainConfig:
         faults = [fault for fault in found if fault is not None] or find_conflicts(self)
         if faults:
             raise join(faults)
-        if self.sharding_strategy == "ddp":
+        if self.sharding_strategy == "ddp" and self.offload_impl != "stream":
             object.__setattr__(self, "use_cpu_offload", False)
 
     @property
@@ -522,9 +530,10 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
 def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
     """Faults of what the user wrote: what this run overrides, a home of nobody, a secret."""
     faults = []
-    if values.get("use_cpu_offload") and cfg.sharding_strategy == "ddp":
+    if values.get("use_cpu_offload") and not cfg.use_cpu_offload:
         got, rule = "--use_cpu_offload true with ddp", "ddp keeps the whole base on each GPU"
-        faults.append(UserError(got, rule, "use full_shard, or leave offload out"))
+        remedy = "use full_shard or --offload_impl stream, or leave offload out"
+        faults.append(UserError(got, rule, remedy))
     if values.get("double_quant") and cfg.quant_type == "int8":
         got, rule = "--double_quant true with --quant_type int8", "int8 has no block scales"
         faults.append(UserError(got, rule, "leave --double_quant out"))
@@ -571,7 +580,10 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     is_local = cfg.trackers in ((), ("tensorboard",))
     table = [
         (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
-        (is_ddp, "cpu offload is off: ddp keeps the whole base on each GPU"),
+        (
+            is_ddp and not cfg.use_cpu_offload,
+            "cpu offload is off: ddp keeps the whole base on each GPU",
+        ),
         (kind == "dora", "CUDA graphs are off: they have no inputs for the row norms of DoRA"),
         (kind == "dora" and cfg.lora_dropout, "--lora_dropout doubles DoRA's frozen matmuls"),
         (kind == "full" and cfg.use_cpu_offload, "cpu offload has no effect: nothing is frozen"),

@@ -78,6 +78,7 @@ def run(
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
+    world.barrier()  # what rank 0 writes is there for all
 
 
 def _report(out_dir: Path) -> None:
@@ -157,7 +158,7 @@ def join_and_run(
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = known or worlds.join()
+        world = worlds.find_neighbors(known or worlds.join())
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
         run(plan, world, given, poll)

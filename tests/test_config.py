@@ -147,6 +147,8 @@ def test_ddp_switches_the_default_offload_off_and_says_so():
     cfg = parse(["--sharding_strategy", "ddp"])
     assert not cfg.use_cpu_offload
     assert cfg_notes(cfg) == ["cpu offload is off: ddp keeps the whole base on each GPU"]
+    streamed = parse(["--sharding_strategy", "ddp", "--offload_impl", "stream"])
+    assert streamed.use_cpu_offload and cfg_notes(streamed) == []
     assert parse([]).use_cpu_offload
 
 

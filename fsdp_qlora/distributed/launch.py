@@ -594,20 +594,22 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
         world: the ranks; all of them must call.
 
     Returns:
-        The plan, the same on every rank.
+        The plan, of one configuration on all ranks, for each machine's own memory.
 
     Raises:
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
     info, cfg = world.each(lambda: _read(cfg, given))
-    if world.size != world.local_size:
-        note = "off: a plan is made for one machine, and these ranks are on several"
-        return RunPlan(cfg, cfg, info, hardware.Machine(()), note=note)
     num_gpus = world.local_size if world.device.type == "cuda" else 0
-    machine = plans.find_machine(os.environ, world.size, num_gpus)
-    machine = world.gather_objects(machine)[0]  # they have looked one after the other
+    machine = plans.find_machine(os.environ, world.local_size, num_gpus)
+    every = world.gather_objects((world.local_size, machine))  # they have looked one by one
+    sizes, machine = {size for size, _ in every}, every[world.peers[0]][1]
+    if len(sizes) > 1:
+        note = "off: the machines have different numbers of ranks"
+        return RunPlan(cfg, cfg, info, machine, note=note)
+    machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)
     found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
     if not hooks.is_supervised():
         say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
-        plans.announce(found, say)
-    return found
+        world.each(lambda: plans.announce(found, say))
+    return dataclasses.replace(found, cfg=world.gather_objects(found.cfg)[0])

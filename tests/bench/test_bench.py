@@ -13,15 +13,16 @@ import pytest
 
 import fsdp_qlora
 from fsdp_qlora import arch, bench, config
-from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.sizes import Sizes, setting_for
 
 ROW = "4x64-one_card"
+PLAIN = ("one_card", "ddp", "full_shard", "offload")
 STORED = [
     (page.stem, row)
-    for page in sorted(RECIPES_DIR.glob("bench-*.json"))
+    for page in sorted(config.RECIPES_DIR.glob("bench-*.json"))
     for row in json.loads(page.read_text())["rows"]
     if row["state"] == "measured" and row["place"] != "fit"
 ]
@@ -32,7 +33,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
     argv = [sys.executable, "-m", "fsdp_qlora", "bench", *words]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        argv, cwd=PROJECT_DIR, env=env, capture_output=True, text=True, timeout=200
+        argv, cwd=config.PROJECT_DIR, env=env, capture_output=True, text=True, timeout=200
     )
 
 
@@ -70,7 +71,7 @@ def test_what_cannot_be_measured_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_the_bench_itself_loads_nothing_heavy_beside_its_runs():
     code = "import sys, fsdp_qlora.bench; print({'torch', 'numpy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.PROJECT_DIR, capture_output=True)
     assert done.stdout == b"set()\n", done.stderr
 
 
@@ -92,9 +93,9 @@ def test_the_version_is_of_the_package_and_never_of_a_repository_around_it(tmp_p
     own, other = tmp_path / "own", tmp_path / "other"
     for place in (own, other, other / "venv" / "site-packages"):
         ignored = shutil.ignore_patterns("recipes", "__pycache__")
-        shutil.copytree(PROJECT_DIR / "fsdp_qlora", place / "fsdp_qlora", ignore=ignored)
+        shutil.copytree(config.PROJECT_DIR / "fsdp_qlora", place / "fsdp_qlora", ignore=ignored)
     (other / "pyproject.toml").write_text('[project]\nname = "other"\n')
-    shutil.copy(PROJECT_DIR / "pyproject.toml", own)
+    shutil.copy(config.PROJECT_DIR / "pyproject.toml", own)
     for place in (other, own):
         git("init", "-q", cwd=place)
         git("add", "-A", cwd=place)
@@ -108,7 +109,7 @@ def test_the_version_is_of_the_package_and_never_of_a_repository_around_it(tmp_p
 
 def test_every_row_is_a_command_line_of_its_own():
     names = [case.name for case in bench.KINDS["7b"][2]]
-    assert names[:8] == [f"4x{n}-{place}" for n in (512, 2048) for place in bench.PLAIN]
+    assert names[:8] == [f"4x{n}-{place}" for n in (512, 2048) for place in PLAIN]
     assert names[8:10] == ["4x2048-fit", "8x2x512-full_shard"] and len(names) == 13
     wanted = [f"{size}x{length}-offload" for length in (512, 2048) for size in (1, 2, 4)]
     assert [case.name for case in bench.KINDS["70b"][2]] == [*wanted, "2x2048-fit"]
@@ -214,7 +215,7 @@ def test_the_plan_predicts_a_gpu_of_the_bench(page, row):
     argv = [word for word in shlex.split(row["command"]) if word.startswith("--")]
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    setting = setting_for(info, cfg, row["num_ranks"])
+    setting = setting_for(info, cfg, Machine((), None, row["num_ranks"]))
     has_peer = row["p2p"] == "on" and row["num_ranks"] > 1
     planned = memory.device(Sizes(info, cfg), setting, has_peer=has_peer).peak_gib
     measured = row["peaks"]["card"][1]

@@ -1,22 +1,36 @@
 """A model gets its bytes: from 16-bit files, from the cache, at random, on any number of ranks."""
 
+import dataclasses
+import errno
 import hashlib
 import json
+import os
+import random
+import shutil
+import signal
 import threading
+import time
 import weakref
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fsdp_qlora import arch, atomic
+from fsdp_qlora.distributed.world import find_neighbors
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import load, shard, weights
 from tests import tiny
+from tests.faults import largest_file
 from tests.ranks import run_ranks
 
 NAME = "model.layers.1.mlp.up_proj.weight"
-DAMAGES = ("flipped bit", "truncated", "missing", "short manifest", "torn manifest")
+DAMAGES = (("layer-00001.safetensors", -1000), ("layer-00001.safetensors", None))
+DAMAGES += (("manifest.json", -7), ("manifest.json", None))
+PLAIN = ("--use_cpu_offload=false", "--fit=off")
 
 
 class CountedWeights(weights.Weights):
@@ -79,6 +93,7 @@ def start(world, path, *flags):
         "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
         "directory": built.cache.directory,
+        "note": built.cache.note,
     }
 
 
@@ -132,9 +147,63 @@ def test_the_second_start_reads_the_cache_and_no_linear(tmp_path):
     entry = first[0]["directory"]
     files = [f"layer-{index:05d}.safetensors" for index in range(3)]
     assert sorted(item.name for item in entry.iterdir()) == [*files, "manifest.json"]
-    assert [item.name for item in (tmp_path / "cache").iterdir()] == [entry.name]
+    assert {item.name for item in (tmp_path / "cache").iterdir()} == {
+        entry.name,
+        lock_of(entry).name,
+    }
     stored = [load_file(entry / name)["packed"] for name in files]
     assert [digest(tensor) for tensor in stored] == first[0]["packed"]
+
+
+def lock_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.lock")
+
+
+MACHINES = (0, 1, 0)  # of three ranks: uneven, and not numbered machine by machine
+
+
+def on_machines(world, path, place):
+    """Starts on two machines, each with a cache of its own, and whose host copy a rank sees."""
+    machine = os.environ["GROUP_RANK"] = str(MACHINES[world.rank])
+    world = find_neighbors(world)
+    flags = f"--quant_cache={place / machine}", "--use_cpu_offload=false"
+    found = [start(world, path, *flags), start(world, path, *flags)]
+    world.barrier()
+    if world.rank == 1:
+        shutil.rmtree(place / machine)
+    found += [start(world, path, *flags), start(world, path, "--offload_impl=stream")]
+    memory = tiny.shape(path, world, "--offload_impl=stream")[0].placed.memory.bytes
+    if world.local_rank == 0:
+        memory.fill_(world.rank + 1)
+    world.barrier()
+    return found, (world.local_rank, world.local_size, int(memory[-1]))
+
+
+def other_bytes_on_a_machine(world, path):
+    """Machine 1 has another base: (code, text) of the error on this rank."""
+    world = dataclasses.replace(world, local_rank=0, local_size=1)
+    other = load.store_linear
+
+    def flipped(flat, *rest):
+        other(flat, *rest)
+        flat[0] ^= 1
+
+    with patch.object(load, "store_linear", flipped if world.rank else other):
+        return fault_of(world, path, "--offload_impl=stream")
+
+
+def test_every_machine_keeps_a_host_copy_and_a_cache_of_its_own(tmp_path):
+    """The model is that of one rank; a machine without a cache reads files while others do not."""
+    path = tiny.save_model(tmp_path / "model")
+    one = run_ranks(starts, 1, [(path,)])[0][0]
+    by_rank = run_ranks(on_machines, 3, path, tmp_path)
+    for found, _ in by_rank:
+        assert [bytes_of(facts) for facts in found] == [bytes_of(one)] * 4
+    sources = [[facts["source"] for facts in found] for found, _ in by_rank]
+    assert sources == [["files", "cache", "files" if m else "cache", "files"] for m in MACHINES]
+    assert [place for _, place in by_rank] == [(0, 2, 1), (0, 1, 2), (1, 2, 1)]
+    for code, text in run_ranks(other_bytes_on_a_machine, 2, path):
+        assert code == INTEGRITY and "machines' quantized bytes differ" in text
 
 
 def split_files(path: Path, directory: Path, num_files: int) -> Path:
@@ -164,7 +233,7 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         (path, "--offload_impl=fsdp"),
         (split_files(path, tmp_path / "split", 3),),
         (tied,),
-        (path, "--weights=random"),
+        (path, "--weights=random", f"--quant_cache={tmp_path}"),
     ]
     by_world = {size: run_ranks(starts, size, cases) for size in (1, 2, 3)}
     layer_bytes = file_bytes(path)[0] // 3
@@ -179,7 +248,7 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
     tensors = load_file(path / "model.safetensors")
     want = {name: digest(tensors[name]) for name in tensors if not is_linear(name)}
     assert on_card["others"] == want
-    assert random["source"] == "random" and random["read_bytes"] == 0
+    assert random["source"] == "random" and random["read_bytes"] == 0 == bool(random["directory"])
     assert not set(random["packed"]) & set(on_card["packed"])
     for facts in (facts for by_rank in by_world.values() for facts in by_rank):
         slices, host = facts[0]["local_bytes"], facts[1]["local_bytes"]
@@ -187,33 +256,115 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         assert set(host) == {facts[1]["slice_bytes"] * 3}  # one block for the slices of all layers
 
 
-def damage(entry: Path, how: str) -> Path:
-    """Damage one file of a cache entry."""
-    path = entry / ("manifest.json" if "manifest" in how else "layer-00001.safetensors")
-    content = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        content[-1000] ^= 1
-    elif how == "short manifest":
-        manifest = json.loads(content)
-        content = json.dumps(manifest | {"sha256": manifest["sha256"][:1]}).encode()
-    path.write_bytes(content[:-7] if how in ("truncated", "torn manifest") else content)
-    if how == "missing":
-        path.unlink()
-    return path
+def damaged_starts(world, path, cache):
+    """Start, then twice after each damage to a file of the cache; of others only read."""
+    go = partial(start, world, path, f"--quant_cache={cache}", *PLAIN)
+    found, draw, num_seen = [go()], random.Random(0), 0
+    for name, size in DAMAGES:
+        world.barrier()
+        if world.rank == 0:
+            file = found[0]["directory"] / name
+            file.unlink() if size is None else file.write_bytes(file.read_bytes()[:size] + b"0")
+        world.barrier()
+        found += [go(), go()]
+    built, info, _ = tiny.shape(path, world)
+    for number in range(80 if world.rank == 0 else 0):
+        file = found[0]["directory"] / ("manifest.json", "layer-00000.safetensors")[number % 2]
+        content = bytearray(whole := file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        now = weights.find_cache(str(cache), info, built.model.layout)
+        read = next(now.read_layers([0])) if now.is_complete else None
+        num_seen += read is None
+        assert read is None or digest(read) == found[0]["packed"][0]
+        file.write_bytes(whole)
+    return found, num_seen
 
 
-def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path):
-    """Never trained on, never silently made again; random numbers never lie there as a model's."""
+def test_a_damaged_cache_is_made_again_and_named(tmp_path):
+    """On the rank that meets it; all have the same bytes. No flipped bit is trained on."""
     path = tiny.save_model(tmp_path / "model")
-    other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
-    cases = [(path, f"--quant_cache={tmp_path / how}") for how in DAMAGES]
-    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
-    *written, drawn = run_ranks(starts, 1, [*cases, random])[0]
-    assert drawn["directory"] is None
-    files = [damage(facts["directory"], how) for facts, how in zip(written, DAMAGES, strict=True)]
-    for (code, text), file in zip(run_ranks(faults, 1, cases)[0], files, strict=True):
-        assert code == INTEGRITY
-        assert file.name in text and "--quant_cache off" in text
+    by_rank, num_seen = zip(*run_ranks(damaged_starts, 2, path, tmp_path / "cache"), strict=True)
+    assert len({json.dumps(bytes_of(facts)) for found in by_rank for facts in found}) == 1
+    for first, *others in by_rank:
+        for (name, _), again, third in zip(DAMAGES, others[::2], others[1::2], strict=True):
+            is_layer = name.startswith("layer")
+            assert again["source"] == ("cache" if is_layer else "files")
+            words = "made again: layers 1" if is_layer else "made again: manifest.json was damaged"
+            assert words in again["note"]
+            assert third["source"] == "cache" and third["note"] == first["note"]  # as new
+    assert num_seen[0] > 70  # not in blanks of the header
+
+
+def other_models(world, cache, one, other):
+    """Whether each start reads the cache, and has the bytes that it has without one."""
+    ref, found = arch.read(str(one), need_weights=True).tensors[NAME], []
+    content, at = bytearray(ref.file.read_bytes()), ref.file.stat()
+    # Nothing; in a sampled place, of a model beside it, then in place; between two places, thrice.
+    for path, place in ((one, None), (other, 3), (one, 3), (one, 7427), (one, None), (one, None)):
+        file, flag = path / ref.file.name, "full" if len(found) > 3 else "auto"
+        content[ref.start + (place or 0)] ^= 0x80 * (place is not None and path is one)
+        with file.open("r+b") as opened:
+            opened.write(content)
+        os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+        kept = start(world, path, f"--quant_cache={cache}", f"--verify_base={flag}", *PLAIN)
+        found.append((kept["source"], kept["packed"] == start(world, path, *PLAIN)["packed"]))
+    return found
+
+
+def test_another_model_of_one_name_size_and_time_has_another_cache(tmp_path):
+    """Beside it or in its place; between the sampled places only --verify_base full sees it."""
+    one = tiny.save_model(tmp_path / "a" / "model")
+    other = shutil.copytree(one, tmp_path / "b" / "model")
+    (found,) = run_ranks(other_models, 1, tmp_path / "cache", one, other)
+    sources = ("files", "files", "files", "cache", "files", "cache")
+    assert found == [*zip(sources, (True, True, True, False, True, True), strict=True)]
+
+
+def hold(cache, info, layout, world, writer):
+    """Write a layer of an entry, say so, and do not end."""
+    begun = weights.find_cache(str(cache), info, layout)
+    weights._claim(begun, begun.directory, 0.0, world)
+    begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
+    begun._failure()
+    os.write(writer, b"x")
+    time.sleep(100)
+
+
+def no_room(draft, final):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def two_runs(world, path, cache):
+    """Starts while another process writes the entry, and when it is killed; two on full disks."""
+    built, info, _ = tiny.shape(path, world, *PLAIN)
+    layout, (reader, writer) = built.model.layout, os.pipe()
+    if not (child := os.fork()):
+        hold(cache, info, layout, world, writer)
+    os.read(reader, 1)
+    found = [start(world, path, f"--quant_cache={cache}", *PLAIN)]
+    drafts = [len(list(cache.glob(".tmp-*/layer*")))]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found += starts(world, [(path, f"--quant_cache={cache}", *PLAIN)] * 2)
+    with largest_file(layout.nbytes // 2):
+        found.append(start(world, path, f"--quant_cache={cache}-full", *PLAIN))
+    commit, atomic.commit = atomic.commit, no_room
+    found.append(start(world, path, f"--quant_cache={cache}-late", *PLAIN))
+    atomic.commit = commit
+    return found, [*drafts, len(list(cache.parent.glob("cache*/.tmp-*")))]
+
+
+def test_one_run_writes_the_cache_and_a_full_disk_is_no_error(tmp_path):
+    """The others train without it; what a killed one left is swept; so is what did not fit."""
+    path = tiny.save_model(tmp_path / "model")
+    ((found, num_drafts),) = run_ranks(two_runs, 1, path, tmp_path / "cache")
+    assert len({json.dumps(bytes_of(facts)) for facts in found}) == 1 and num_drafts == [1, 0]
+    sources, notes = zip(*((facts["source"], facts["note"]) for facts in found), strict=True)
+    assert sources == ("files", "files", "cache", "files", "files")
+    words = ("in use by another run", "", "", "File too large", "No space left")
+    for note, word in zip(notes, words, strict=True):
+        assert word in note and note.startswith("not written: ") == bool(word)
 
 
 def edit(path: Path, directory: Path, how: str) -> Path:

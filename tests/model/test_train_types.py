@@ -13,7 +13,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fsdp_qlora import arch, config, inference
 from fsdp_qlora import run as train_run
-from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.export import commands
 from fsdp_qlora.hardware import Device, Machine
@@ -39,7 +38,7 @@ FILES = {
     "saved": ("llama", SAVED),
     "saved_tied": ("qwen2", SAVED),
 }
-TYPES = [name for name in TRAIN_TYPES if not name.startswith("custom_")]
+TYPES = [name for name in config.TRAIN_TYPES if not name.startswith("custom_")]
 
 
 def whole(tensor):
@@ -329,8 +328,8 @@ def test_a_small_model_trained_in_full_fits_a_card_of_8_gb_by_plan():
             ["--model_name=qwen2.5-0.5b", "--train_type=full", f"--optimizer={optimizer}"]
         )
         info = arch.read(cfg.model_name, need_weights=False)
-        card = Device("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0)
-        found = fit.evaluate(info, cfg, setting_for(info, cfg, 1), Machine((card,), 64.0))
+        machine = Machine((Device("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0),), 64.0)
+        found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
         fits[optimizer] = found.fits
         assert found.device.gib("load", "packed weights") == 0
         weights = found.device.gib("forward", "adapters") * 2**30

@@ -40,25 +40,30 @@ def plan_of(path: Path, *flags: str) -> plans.RunPlan:
     return plans.make(info, cfg, frozenset(), Machine((), None, 2, 0.0))
 
 
+def tracked(world, path: Path, num_steps: int, *flags: str):
+    """A model that is loaded, its optimizer, and what is known of their memory."""
+    from fsdp_qlora.model.load import build
+    from fsdp_qlora.training import optim
+
+    plan = plan_of(path, *flags)
+    tracker = MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
+        built = build(plan.cfg, plan.info, world)
+    tracker.record_model(built)
+    trained = optim.prepare(built.model, plan.cfg, num_steps, world)
+    tracker.record_optimizer(trained)
+    return tracker, trained
+
+
 def _accounts(world, path, cases):
     """Load and take two steps under every case; rows and host shares by case."""
-    from fsdp_qlora.model import shard
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training import loop
     from fsdp_qlora.training.metrics import Clock, reach
     from tests.model.test_shard import micro_batches
 
     found = []
     for flags in cases:
-        plan = plan_of(path, *flags)
-        tracker = MemoryTracker(plan, world.device)
-        with tracker.phase("load"):
-            built = build(plan.cfg, plan.info, world)
-        tracker.record_model(built)
-        params = shard.local_parameters(built.model)
-        optimizer, schedule = optim.build(params, plan.cfg, 2)
-        trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
-        tracker.record_optimizer(trained)
+        tracker, trained = tracked(world, path, 2, *flags)
         clock = Clock(world.device, tracker.peaks.mark)
         for _ in range(2):
             loop.train_step(
@@ -68,7 +73,8 @@ def _accounts(world, path, cases):
                 functools.partial(reach, clock, 0, 1),
             )
             steps, _ = tracker.step()
-        found.append((tracker.phases | steps, tracker.share, tracker.shared_gib, tracker.held))
+        share = tracker.share
+        found.append((tracker.phases | steps, share, share.shared_gib, tracker.held))
     return found
 
 
@@ -142,37 +148,38 @@ def test_numbers_of_a_rank_survive_the_gather():
     assert memory.decode(values) == (phases, share)
 
 
-def book_of(kind: str, system_gib: float | None = 1.5) -> memory.MemoryLedger:
-    """An empty book of two ranks, 4 GiB of layers shared on the host, 0.5 of files in memory."""
-    info = arch.read("llama-2-7b", need_weights=False)
-    machine = Machine((), 64, 2, system_gib)
-    plan = plans.RunPlan(config.TrainConfig(), config.TrainConfig(), info, machine)
-    tracker = SimpleNamespace(plan=plan, is_cuda=kind == "cuda", shared_gib=4.0, files_gib=0.5)
-    return memory.MemoryLedger(tracker)
+# 4 GiB of layers shared on the host, 0.5 of files in memory.
+HOST = {"shared_gib": 4.0, "files_gib": 0.5, "system_gib": 1.5, "used_gib": 12.0}
+
+
+def book_of(kind: str) -> memory.MemoryLedger:
+    """An empty book of two ranks."""
+    return memory.MemoryLedger(kind == "cuda", [(0, 1)])
 
 
 def test_host_rows_of_cards_leave_the_rest_to_the_processes():
     """What was in use before the run is not the run's; what the load read ahead is told apart."""
-    shares = [HostShare(1.0, 0.25, 0.5, 1.0, 1.25)] * 2
-    assert book_of("cuda").host_rows("load", shares, 12.0) == pytest.approx({
+    shares = [HostShare(1.0, 0.25, 0.5, 1.0, 1.25, **HOST)] * 2
+    assert book_of("cuda").host_rows("load", shares) == pytest.approx({
         names.HOSTED: 5.0, names.FILES: 0.5, names.SYSTEM: 1.0, names.DATA: 0.5,
         names.LOADING: 0.5, names.PROCESSES: 4.5,
     })  # fmt: skip
-    saved = [HostShare(1.0, 0.25, 0.5, save_gib=2.0, save_peak_gib=2.5)] * 2
-    rows = book_of("cuda").host_rows("save", saved, 12.0)
+    saved = [HostShare(1.0, 0.25, 0.5, save_gib=2.0, save_peak_gib=2.5, **HOST)] * 2
+    rows = book_of("cuda").host_rows("save", saved)
     assert rows[names.SAVING] == pytest.approx(1.0)
     assert sum(rows.values()) == pytest.approx(12.0)
 
 
 def test_host_rows_of_cpu_ranks_tell_their_models_from_their_processes():
     """By what each process had before it had a model."""
-    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, 4.0, 3.0, 2.0)] * 2
-    found = {phase: book_of("cpu").host_rows(phase, shares, None) for phase in names.PHASES}
+    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, 4.0, 3.0, 2.0, **HOST)] * 2
+    found = {phase: book_of("cpu").host_rows(phase, shares) for phase in names.PHASES}
     models = {phase: rows[names.RANKS] for phase, rows in found.items()}
     assert models == {"load": 2.0, "forward": 6.0, "backward": 4.0, "optimizer": 2.0, "save": 3.0}
     assert {rows[names.PROCESSES] for rows in found.values()} == {1.5}
     assert found["save"][names.SAVING] == 0.5
-    assert names.SYSTEM not in book_of("cpu", None).host_rows("load", shares, None)
+    alone = [share._replace(system_gib=0.0) for share in shares]
+    assert names.SYSTEM not in book_of("cpu").host_rows("load", alone)
 
 
 def test_the_book_keeps_the_rows_of_the_highest_step():
@@ -180,8 +187,8 @@ def test_the_book_keeps_the_rows_of_the_highest_step():
     kept = book_of("cpu")
     for packed, other in ((1.0, 5.0), (2.0, 1.0)):
         phases = {"forward": {names.PACKED: packed, names.REST: other}}
-        values = [memory.encode(phases, HostShare())] * 2
-        tops, host = kept.update(values, None, ("forward",))
+        values = [memory.encode(phases, HostShare(**HOST))] * 2
+        tops, (host,) = kept.update(values, ("forward",))
         assert tops == [phases["forward"]] * 2 and host[names.HOSTED] == 4.0
     assert kept.to_dict()["ranks"][1]["device"]["forward"] == {names.PACKED: 1.0, names.REST: 5.0}
 
@@ -190,30 +197,24 @@ def _short_of_memory(world, path, out):
     """Train until the third forward pass finds no memory; the error, its notes, a step's cost."""
     from fsdp_qlora.data.batches import Batches, SamplerConfig
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, metrics, optim
+    from fsdp_qlora.training import loop, metrics
     from tests.data.test_batches import make_samples
 
-    plan = plan_of(path, "--use_cpu_offload=false", f"--output_dir={out}")
-    tracker = MemoryTracker(plan, world.device)
-    with tracker.phase("load"):
-        built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built)
-    params = shard.local_parameters(built.model)
-    optimizer, schedule = optim.build(params, plan.cfg, 9)
-    trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
-    tracker.record_optimizer(trained)
+    flags = ("--use_cpu_offload=false", f"--output_dir={out}")
+    tracker, trained = tracked(world, path, 9, *flags)
     batches = Batches(make_samples(40), SamplerConfig(2, 1, 1, 0, 42, 1, 9))
     calls = []
 
     def no_room(module, args):
         calls.append(module)
-        if len(calls) == 6 * plan.info.num_layers + 2:  # forward and recomputation of two steps
+        if (
+            len(calls) == 6 * tracker.plan.info.num_layers + 2
+        ):  # forward and recomputation of two steps
             raise torch.OutOfMemoryError("tried to allocate 5 GiB")
 
-    for block in shard.blocks(built.model):
+    for block in shard.blocks(trained.model):
         block.body.layer.register_forward_pre_hook(no_room)
-    info = {"plan": plan.to_dict()}
+    info = {"plan": tracker.plan.to_dict()}
     notes = []
     try:
         with metrics.Recorder(tracker, world, 9, info) as recorder:
