@@ -455,13 +455,18 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         quantized=quantized,
     )
     if stored and tensors:
-        names = info.linear_places().keys()
-        faults = {
-            "not in 4 bit, where others are": sorted(names - quantized.keys()),
-            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
-        }
-        files.refuse(faults, model_name, files.ORIGINAL)
+        _check_quantized(info, model_name)
     return info
+
+
+def _check_quantized(info: ModelInfo, model_name: str) -> None:
+    """All linears of the layers are in 4 bit, and nothing else is."""
+    names, quantized = info.linear_places().keys(), info.quantized.keys()
+    faults = {
+        "not in 4 bit, where others are": sorted(names - quantized),
+        "in 4 bit, but no linear of a decoder layer": sorted(quantized - names),
+    }
+    files.refuse(faults, model_name, files.ORIGINAL)
 
 
 def select_linears(info: ModelInfo, target_modules: str) -> tuple[Linear, ...]:

@@ -128,7 +128,7 @@ def read_own_file(path: Path, flag: str, remedy: str) -> str:
     path, rule = path.expanduser(), "is no regular file"
     try:
         if not os.path.lexists(path) or os.path.isfile(path):  # a pipe would wait
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         rule = getattr(error, "strerror", None) or "is not UTF-8"
     raise UserError(f"{flag} {path}", rule, remedy)
