@@ -194,8 +194,9 @@ def count_gpus(env: Mapping[str, str]) -> int:
 def find_gpus(visible: str | None = None) -> list[Device]:
     """The GPUs that a CUDA program sees, less what other programs hold of them.
 
-    NVIDIA's driver is asked through its library (NVML). Without it (AMD, some containers) torch is
-    asked, in another process, where it is a build for GPUs and a driver is loaded.
+    NVIDIA's driver is asked through its library (NVML). Without it (AMD, some containers), and of
+    GPUs in parts (MIG), torch is asked, in another process, where it is a build for GPUs and a
+    driver is loaded.
 
     Args:
         visible: CUDA_VISIBLE_DEVICES; None: all. A wrong number ends the list, as in CUDA.
@@ -212,7 +213,10 @@ def find_gpus(visible: str | None = None) -> list[Device]:
 
     try:
         nvml.nvmlInit()
-        return [_nvml_gpu(nvml, handle) for handle in _nvml_handles(nvml, visible)]
+        handles = _nvml_handles(nvml, visible)
+        if "MIG-" in (visible or "") or any(_is_split(nvml, handle) for handle in handles):
+            return _torch_gpus(visible)  # of parts of GPUs, CUDA alone says which it sees
+        return [_nvml_gpu(nvml, handle) for handle in handles]
     except nvml.NVMLError as error:
         if error.value in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
             return _torch_gpus(visible)
@@ -231,13 +235,18 @@ def _nvml_handles(nvml: Any, visible: str | None) -> list[Any]:
         matches = handles[int(entry) : int(entry) + 1] if entry.isdigit() else []
         if entry.startswith("GPU-"):
             matches = [h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(entry)]
-        if entry.startswith("MIG-"):  # a part of a GPU
-            with contextlib.suppress(nvml.NVMLError):
-                matches = [nvml.nvmlDeviceGetHandleByUUID(entry)]
-        if not matches:
+        if len(matches) != 1:  # none, or a prefix of several
             break
-        chosen.append(matches[0])
-    return chosen
+        chosen += matches
+    names = [nvml.nvmlDeviceGetUUID(handle) for handle in chosen]
+    return chosen if len({*names}) == len(names) else []  # one twice: CUDA sees none
+
+
+def _is_split(nvml: Any, handle: Any) -> bool:
+    """Whether a GPU is in parts (MIG)."""
+    with contextlib.suppress(nvml.NVMLError):
+        return nvml.nvmlDeviceGetMigMode(handle)[0] == 1
+    return False
 
 
 def _nvml_gpu(nvml: Any, handle: Any) -> Device:
