@@ -271,7 +271,7 @@ def _read_arrow(path: Path) -> PlacedRows:
             schema = table.schema_arrow if is_parquet else table.schema
             known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
             features = (known.get("info") or {}).get("features") or {}
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
             for number, row in enumerate(rows, 1):
                 yield RowPlace(str(path), -number), _without_nulls(row, features, decodes=True)
     except OSError:
