@@ -36,11 +36,10 @@ def cache_dir(setting: str = "auto") -> Path:
     """
     if setting == "auto":
         setting = os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")
-    try:
-        return Path(setting).expanduser()
-    except RuntimeError as error:  # a user that no list knows, in a container or a job
+    if (path := os.path.expanduser(setting)).startswith("~"):  # of a user that no list knows
         remedy = "export HOME=DIR, or FSDP_QLORA_CACHE=DIR"
-        raise UserError(setting, "there is no home directory", remedy, ENVIRONMENT) from error
+        raise UserError(setting, "there is no home directory", remedy, ENVIRONMENT)
+    return Path(path)
 
 
 def sync(path: Path) -> None:

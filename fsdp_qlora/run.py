@@ -223,8 +223,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         os.environ.update(launch.rank_env(os.environ, cfg))
         size, asked = os.environ["WORLD_SIZE"], str(cfg.world_size)
         if size == "1" or asked not in ("-1", size, os.environ["LOCAL_WORLD_SIZE"]):
-            words = f", not --world_size {asked}" if asked not in ("-1", size) else ""
-            say(f"ranks     {size}, as RANK and WORLD_SIZE in the environment say{words}")
+            say(f"ranks     {size}, as RANK and WORLD_SIZE say; --world_size {asked} has no effect")
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
         join_and_run(cfg, given, owns_process=True)

@@ -236,9 +236,8 @@ def read_tensors(
     index, single = _read_index(directory / INDEX_NAME), directory / SINGLE_NAME
     has_both = bool(index) and single.is_file() and SINGLE_NAME not in index.values()
     if has_both and not all((directory / name).exists() for name in set(index.values())):
-        header = read_header(single, item_bytes)
-        if header.keys() == index.keys():  # the whole model: transformers prefers it too
-            return header
+        # The whole model lies in one file: transformers prefers that too.
+        index = {} if read_header(single, item_bytes).keys() == index.keys() else index
     tensors: dict[str, TensorRef] = {}
     for name in sorted(set(index.values())) or _list_files(directory):
         header = read_header(directory / name, item_bytes)

@@ -555,8 +555,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
         config = config | {"sliding_window": None}
     if SLIDING in str(config.get("layer_types")) and config.get("sliding_window", 1) is None:
-        rule = f"layer_types has {SLIDING}, and sliding_window is none"
-        raise UserError(got, rule, "say in config.json how long the window is")
+        raise UserError(got, f"has {SLIDING}, and its window is none", "say how long it is")
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
 
 

@@ -303,14 +303,12 @@ def _said(message: dict, number: int) -> _Said:
 def _leaves(value: Any) -> list[str]:
     """Texts and numbers in a JSON value, however deep; a text may be JSON itself."""
     found, waiting = [], [value]
-    while waiting:
-        value = waiting.pop()
+    for value in waiting:  # it grows
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(value)
         if isinstance(value, Mapping | list):
-            inner = value.values() if isinstance(value, Mapping) else value
-            waiting += [*inner][::-1]
+            waiting += value.values() if isinstance(value, Mapping) else value
         elif value is not None and not isinstance(value, bool):
             found.append(str(value))
     return found
