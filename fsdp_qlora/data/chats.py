@@ -117,7 +117,7 @@ def from_json(name: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f'field "{name}" is not JSON') from error
 
 
@@ -180,7 +180,7 @@ def call_message(message: dict, is_known: bool) -> dict:
         return message
     try:
         found = json.loads(message["content"])
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     calls = found if isinstance(found, list) else [found]
     are_calls = calls and all(isinstance(call, dict) and "name" in call for call in calls)
@@ -194,7 +194,7 @@ def as_object(arguments: Any) -> Any:
     """Return arguments of a call as an object where they are one in JSON."""
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments
 
