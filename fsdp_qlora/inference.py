@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, config
@@ -446,78 +447,37 @@ def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def score(
-    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int, device: Any
-) -> list[tuple[float, bool]]:
-    """Say how likely each row's continuation is; every rank must call it, all the same.
+def all_logits(model: Any, ids_BT: Any) -> Any:
+    """Compute a model on whole rows; every rank must call it, all the same.
 
     Args:
         model: a QuantizedModel in evaluation mode.
-        rows: ids that are given (at least one) and ids that follow (at least one).
-        batch_size: rows computed at once.
-        device: of this rank.
+        ids_BT: int64, on the device of this rank, padded on the right.
 
     Returns:
-        Sum of the log probabilities, and whether each token is the likeliest, by row.
+        logits_BTV: what the model says after each token.
     """
     import torch
 
     from fsdp_qlora.model.head import Targets
 
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0] + rows[i][1]))
-    for start in range(0, len(order), batch_size):
-        some = order[start : start + batch_size]
-        wholes = [torch.tensor(rows[i][0] + rows[i][1]) for i in some]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(wholes, batch_first=True)
-        is_before_BT = torch.zeros_like(ids_BT, dtype=torch.bool)  # a token that is asked for
-        for mask_T, i, whole_T in zip(is_before_BT, some, wholes, strict=True):
-            mask_T[len(rows[i][0]) - 1 : len(whole_T) - 1] = True
-        positions_N = is_before_BT.flatten().nonzero().squeeze(1)
-        following_N = ids_BT.flatten()[positions_N + 1].to(device)
-        with torch.no_grad():
-            logits_NV = model(ids_BT.to(device), Targets(positions_N.to(device), None)).float()
-        chosen_N = logits_NV.gather(1, following_N.unsqueeze(1)).squeeze(1)
-        counts = [len(rows[i][1]) for i in some]
-        log_probs = (chosen_N - logits_NV.logsumexp(1)).double().cpu().split(counts)
-        hits = (logits_NV.argmax(1) == following_N).cpu().split(counts)
-        for i, values, hit in zip(some, log_probs, hits, strict=True):
-            found[i] = (values.sum().item(), bool(hit.all()))
-    return found
+    with torch.no_grad():
+        positions_N = torch.arange(ids_BT.numel(), device=ids_BT.device)
+        return model(ids_BT, Targets(positions_N, None)).view(*ids_BT.shape, -1)
 
 
 def _as_lm(opened: Opened) -> Any:
     """The model as lm-eval wants it: a class of its own, made here so that it stays optional."""
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.models.huggingface import HFLM
 
     model, world, tokenizer = opened.model, opened.world, opened.tokenizer
     longest = min(opened.info.config.get("max_position_embeddings", LONGEST_TOKENS), LONGEST_TOKENS)
 
-    class Model(TemplateLM):
+    class Model(HFLM):
         """base + adapter."""
 
-        @property
-        def eot_token_id(self):
-            return tokenizer.eos_token_id
-
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return tokenizer(string, add_special_tokens=add_special_tokens is not False).input_ids
-
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            pairs = [(given, answer) for _, given, answer in requests]
-            cut = [(given[-max(longest - len(answer), 1) :], answer) for given, answer in pairs]
-            return score(model, cut, opened.cfg.batch_size, world.device)
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            sums = []
-            for (text,) in (request.args for request in requests):
-                ids = self.tok_encode(text, add_special_tokens=False)
-                windows = utils.get_rolling_token_windows(ids, self.eot_token_id, longest, 1)
-                pairs = [utils.make_disjoint_window(window) for window in windows]
-                found = score(model, pairs, opened.cfg.batch_size, world.device)
-                sums.append(sum(value for value, _ in found))
-            return sums
+        def _model_call(self, inps, **kwargs):
+            return all_logits(model, inps)
 
         def generate_until(self, requests, disable_tqdm=False):
             return [self._continue(*request.args) for request in requests]
@@ -535,4 +495,6 @@ def _as_lm(opened: Opened) -> Any:
                     break
             return text[: min([text.find(end) for end in ends if end in text] + [len(text)])]
 
-    return Model()
+    own = SimpleNamespace(device=world.device, config=model.decoder.config)
+    settings = {"batch_size": opened.cfg.batch_size, "max_length": longest, "backend": "causal"}
+    return Model(own, tokenizer=tokenizer, softmax_dtype="float32", **settings)

@@ -1,4 +1,4 @@
-"""How likely a continuation is, as lm-eval asks: batches of rows on two ranks."""
+"""What lm-eval asks of the model: the logits of rows, side by side, on two ranks."""
 
 import numpy as np
 import pytest
@@ -7,41 +7,30 @@ from tests import tiny
 from tests.ranks import run_ranks
 
 
-def _score(world, path, rows):
-    from fsdp_qlora.inference import score
+def _logits(world, path, rows):
+    import torch
+
+    from fsdp_qlora.inference import all_logits
 
     model, _, _ = tiny.build(path, world, "--precision=fp32", "--train_type=lora")
-    model.eval()
-    return [score(model, rows, size, world.device) for size in (1, 3)]
+    ids_BT = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True)
+    return all_logits(model.eval(), ids_BT).tolist()
 
 
-def _reference(path):
-    """transformers alone over the same rounded base: ids -> logits [T, V]."""
+def test_logits_are_those_of_transformers_whatever_the_batch(tmp_path):
+    """Rows of unlike lengths, over the same rounded base."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    path = tiny.save_model(tmp_path / "model", initializer_range=0.1)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers." in name:
             module.weight.data = module.weight.data.bfloat16().float()
-    return torch.no_grad()(lambda ids: model(torch.tensor([ids])).logits[0])
-
-
-def test_scores_are_those_of_transformers_whatever_the_batch(tmp_path):
-    """Rows of unlike lengths side by side; two of them are what the model would say itself."""
-    path = tiny.save_model(tmp_path / "model", initializer_range=0.1)
-    logits_of, random = _reference(path), np.random.default_rng(0)
-    rows = []
-    for num_given, num_said in ((3, 2), (9, 1), (1, 6), (20, 3), (5, 5)):
-        given, said = random.integers(3, 250, num_given).tolist(), []
-        for _ in range(num_said):
-            likeliest = int(logits_of(given + said)[-1].argmax())
-            said.append(likeliest if len(rows) < 2 else int(random.integers(3, 250)))
-        rows.append((given, said))
-    expected = []
-    for given, said in rows:
-        log_probs = logits_of(given + said)[len(given) - 1 : -1].log_softmax(1)
-        expected.append(sum(log_probs[i, token].item() for i, token in enumerate(said)))
-    for ours in (found for rank in run_ranks(_score, 2, path, rows) for found in rank):
-        assert [is_greedy for _, is_greedy in ours] == [True, True, False, False, False]
-        assert [value for value, _ in ours] == pytest.approx(expected, rel=1e-4)
+    random = np.random.default_rng(0)
+    rows = [random.integers(3, 250, length).tolist() for length in (5, 10, 23)]
+    expected = [torch.no_grad()(model)(torch.tensor([row])).logits[0] for row in rows]
+    for ours in run_ranks(_logits, 2, path, rows):
+        for row, wanted in zip(ours, expected, strict=True):
+            got = torch.tensor(row[: len(wanted)])
+            assert got.numpy() == pytest.approx(wanted.numpy(), abs=1e-4)

@@ -28,13 +28,7 @@ MAYBE_SECRETS = (
     re.compile(r"\b[0-9a-f]{40}\b"),
     re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
 )
-_ADAPTER = " adapter for {base}, trained with fsdp_qlora over a base in {form}, in peft's format."
-_INTROS = {
-    "lora": "A LoRA" + _ADAPTER,
-    "dora": "A DoRA" + _ADAPTER,
-    "llama_pro": "The new layers of {base}, trained with fsdp_qlora between layers in {form}.",
-    "full": "All weights of {base}, trained with fsdp_qlora.",
-}
+CARD = Path(__file__).with_name("card.md")  # its text, a template of Jinja
 
 
 def write_card(directory: Path, cfg: TrainConfig, info: ModelInfo) -> Path:
@@ -67,34 +61,36 @@ def card_text(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> str:
     Returns:
         Markdown, with the header that the hub reads.
     """
+    from huggingface_hub import ModelCard, ModelCardData
+
     name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
-    base = one_line(cfg.model_name).replace("`", "'")
-    intro = _INTROS[kind].format(base=f"`{base}`", form=f"`{cfg.format_name}`")
-    parts = [_metadata(cfg), f"# {one_line(name)}", intro, _usage(name, kind)]
-    tables = {"Training": _facts(cfg, info, run)}
-    if run is not None:
-        tables |= {"Results": _results(run), "Versions": run.table("versions")}
-    for title, rows in tables.items():
-        lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
-        parts += ["\n".join([f"## {title}\n", "| | |", "|---|---|", *lines])]
-    options = {flag: value for flag, value in to_dict(cfg).items() if flag not in OWN_FLAGS}
-    command = record.command(options)
-    return "\n\n".join([*parts, f"## Command\n\n```bash\n{command}\n```"]) + "\n"
-
-
-def _metadata(cfg: TrainConfig) -> str:
-    """What the hub reads, as YAML between lines of dashes."""
-    from huggingface_hub import ModelCardData
-
-    base, kind = cfg.model_name.partition("@")[0], TRAIN_TYPES[cfg.train_type].adapter
-    data = ModelCardData(
+    base = cfg.model_name.partition("@")[0]
+    header = ModelCardData(
         base_model=base if _is_hub_name(base) else None,
         library_name="peft" if kind in ("lora", "dora") else "transformers",
         pipeline_tag="text-generation",
         datasets=[cfg.dataset.partition(":")[0]] if _is_hub_name(cfg.dataset) else None,
         tags=[kind, "fsdp_qlora", cfg.train_type],
     )
-    return f"---\n{data.to_yaml()}\n---"
+    tables = {"Training": _facts(cfg, info, run)}
+    if run is not None:
+        tables |= {"Results": _results(run), "Versions": run.table("versions")}
+    options = {flag: value for flag, value in to_dict(cfg).items() if flag not in OWN_FLAGS}
+    merge = ("python", "-m", "fsdp_qlora", "merge", "--adapter", name, "--out", f"{name}-merged")
+    card = ModelCard.from_template(
+        header,
+        template_path=str(CARD),
+        title=one_line(name),
+        path=repr(name),
+        kind=kind,
+        base=one_line(cfg.model_name).replace("`", "'"),
+        form=cfg.format_name,
+        loader="AutoModelForCausalLM" if kind == "full" else "AutoPeftModelForCausalLM",
+        merge=shlex.join(merge),
+        tables={title: [map(_cell, row) for row in rows.items()] for title, rows in tables.items()},
+        command=record.command(options),
+    )
+    return f"{card}\n"
 
 
 def _is_hub_name(name: str) -> bool:
@@ -102,21 +98,6 @@ def _is_hub_name(name: str) -> bool:
     form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.:-]*)?"
     is_form = re.fullmatch(form, name) is not None and ".py" not in name
     return is_form and not Path(name).expanduser().exists()
-
-
-def _usage(name: str, kind: str) -> str:
-    library = "transformers" if kind == "full" else "peft"
-    loader = "AutoModelForCausalLM" if kind == "full" else "AutoPeftModelForCausalLM"
-    load = (
-        f"```python\nfrom {library} import {loader}\n\n"
-        f"model = {loader}.from_pretrained({name!r})\n```"
-    )
-    merge = (
-        "To make a plain model of base and adapter, with the difference measured:\n\n"
-        f"```bash\npython -m fsdp_qlora merge --adapter {shlex.quote(name)} "
-        f"--out {shlex.quote(name + '-merged')}\n```"
-    )
-    return "\n\n".join([load] * (kind != "llama_pro") + [merge] * (kind != "full"))
 
 
 def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> dict[str, Any]:
