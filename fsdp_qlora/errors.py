@@ -23,16 +23,16 @@ REDACTED = "[secret]"
 # as one and has no word in it counts.
 SECRETS = (
     re.compile(r"\b(?:hf_|r8_|gsk_|npm_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"),
-    re.compile(r"\bsk-(?:[a-z]+\d*-)*(?=\w*\d)\w{16,}|\bgithub_pat_\w{8,}|\bxox[a-z]-[\w-]{8,}"),
+    re.compile(r"\bsk-(?:[a-z]{1,9}\d*-){0,3}(?=\w{0,99}\d)\w{16,}|\bgithub_pat_\w{8,}|\bxox[a-z]-[\w-]{8,}"),
     re.compile(r"\bA[KS]IA[A-Z0-9]{12,}|\bAIza[\w-]{20,}|\bya29\.[\w-]{20,}|\bdapi[0-9a-f]{16,}"),
-    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
+    re.compile(r"\beyJ[\w-]{8,2000}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL),
     re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=//hooks\.slack\.com/)\S+|(?<=/webhooks/)\S+"),
-    re.compile(r"(?i)(?<=[?&])[a-z_-]*(?:token|key|secret|password|sig|signature)=[^\s&'\"]+"),
-    re.compile(r"(?i)\bbearer (?=\S*\d)[\w.~+/=-]{16,}|\bbasic (?=\S*\d)[a-z0-9+/]{16,}=*"),
+    re.compile(r"(?i)(?<=[?&])[a-z_-]{0,40}(?:token|key|secret|password|sig|signature)=[^\s&'\"]+"),
+    re.compile(r"(?i)\bbearer (?=\S{0,40}\d)[\w.~+/=-]{16,}|\bbasic (?=\S{0,40}\d)[a-z\d+/]{16,}"),
     re.compile(
         r"(?i)(?:passw(?:or)?d|secret(?:[_-]?key)?|(?:api|access|auth|account)[_-]?(?:key|token))"
-        r"['\"]?(?:=|: ?| )['\"]?(?=[^\s'\",;&]*\d)[^\s'\",;&]{8,}"
+        r"['\"]?(?:=|: ?| )['\"]?(?=[^\s'\",;&]{0,99}\d)[^\s'\",;&]{8,}"
     ),
 )
 SECRET_NAMES = re.compile(
@@ -44,7 +44,7 @@ PLAIN_NAMES = re.compile(r"_(?:PATH|FILE|DIR|HOME|SOCK|TYPE|MODE|METHOD|NAME|USE
 BASE64 = r"(?=\S*\d)(?=\S*[a-z])(?=\S*[A-Z])[\w+/]{32,}=*$"  # it may begin like a path
 PLAIN_VALUES = re.compile(rf"(?!{BASE64})(?:~|\.{{0,2}})/\S*|[\d.,:+ -]+")  # paths, numbers
 URL_PASSWORD = re.compile(r"(?:://|^)[^:/\s@]*:(\S+)@")
-PIECES = re.compile(r"(?=[^\s\"',;]*\d)(?=[^\s\"',;]*[a-zA-Z])[^\s\"',;]{16,}")
+PIECES = re.compile(r"(?=[^\s\"',;]{0,99}\d)(?=[^\s\"',;]{0,99}[a-zA-Z])[^\s\"',;]{16,}")
 MIN_SECRET_CHARS = 8
 
 
