@@ -1,6 +1,6 @@
 # make quickstart   install, fetch a small model and data, fine-tune it
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
-# make test-system  the tests that need the network or more than Python
+# make test-system  the tests that need root, the network, or more than Python (.ci/run installs it)
 # make check        style, format and types
 # make soak         kill a run at random for ten minutes, and compare (ARGS="--minutes 60")
 # make bench-peers  measure ours against TRL + PEFT + accelerate, in turn (ARGS="--arms ours,trl_fsdp2")

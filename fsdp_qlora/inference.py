@@ -220,7 +220,8 @@ def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 
-    world = worlds.join(cfg.gpu_budget_gib, cfg.seed)
+    world = worlds.join()
+    worlds.configure(world, cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
     return Opened(cfg, info, world, model, saved)
 

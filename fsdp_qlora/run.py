@@ -150,16 +150,15 @@ def join_and_run(
     Returns:
         The plan that was gone by.
     """
-    plan = None
-    try:
-        from fsdp_qlora.distributed import world as worlds
+    from fsdp_qlora.distributed import world as worlds
 
+    plan = world = None
+    try:
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = known or worlds.join(
-            cfg.gpu_budget_gib, cfg.seed, is_deterministic=cfg.deterministic
-        )
+        world = known or worlds.join()
+        worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
         run(plan, world, given, poll)
         if known is None:
@@ -168,9 +167,10 @@ def join_and_run(
         if world.rank == 0 and not hooks.is_supervised():
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
+        cause = error if world is None else worlds.explain(error, world)
         if owns_process:
-            exit_report.fail(error, cfg, plan)
-        raise
+            exit_report.fail(cause, cfg, plan)
+        raise cause from error
     return plan
 
 
@@ -248,13 +248,25 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     return code
 
 
+def _tell_ranks(error: errors.UserError) -> None:
+    """A rank that fails before it has met the others tells them."""
+    with contextlib.suppress(errors.UserError):
+        if launch.is_rank(os.environ) and not hooks.is_supervised():
+            os.environ.update(launch.rank_env(os.environ, config.TrainConfig()))
+            from fsdp_qlora.distributed import world as worlds
+
+            worlds.tell(error)
+
+
 @ignore_broken_pipe()
 def main(argv: list[str], **followed: Any) -> int:
     """Run the command line `argv`; every error is one line. Returns the exit code."""
     try:
         return launch_ranks(argv, **followed)
     except errors.UserError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        _tell_ranks(error)
         return error.code
     except errors.Stopped as stopped:
         if not hooks.is_supervised() and os.environ.get("RANK") == "0":

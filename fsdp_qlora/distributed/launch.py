@@ -25,6 +25,7 @@ from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
 from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
+from fsdp_qlora.distributed.meeting import IDENTITY
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
-SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+SLURM: tuple[str, ...] = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+SLURM += ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
 GRACE_S = 4.0
@@ -93,20 +95,24 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
 
     Returns:
         The place of the rank: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and
-        MASTER_PORT; under srun the first host of the step is the master. And the settings of
-        libraries that the user has not made.
+        MASTER_PORT; under srun the first host of the step is the master. What the run is called,
+        and the settings of libraries that the user has not made.
     """
     if "RANK" in env:
         rank, size, local = env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", env["RANK"])
         local_size, host, port = env.get("LOCAL_WORLD_SIZE", size), "127.0.0.1", 29500
+        run = env.get(IDENTITY) or f"torchrun {env.get('TORCHELASTIC_RUN_ID', 'without id')}"
     else:
         rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         local = env.get("SLURM_LOCALID", rank)
         local_size = str(int(size) // int(env.get("SLURM_STEP_NUM_NODES", "1")))
         host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-        port = 20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000
+        job, step = (int(env.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
+        port = 20000 + (job + 7919 * step) % 12000  # below those that the system gives away
+        run = f"step {job}.{step} of Slurm"
     address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
     place = dict(zip(NUMBERS + MASTER, (rank, local, size, local_size, *address), strict=True))
+    place[IDENTITY] = run
     return place | wishes(env, int(local_size))
 
 
@@ -170,6 +176,7 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
     """
     values = map(str, (rank, rank, num_ranks, num_ranks, "127.0.0.1", port, os.getpid()))
     place = dict(zip((*NUMBERS, *MASTER, hooks.SUPERVISOR), values, strict=True))
+    place[IDENTITY] = f"process {os.getpid()}"
     if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
         paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
         place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -437,16 +444,8 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     """
     if hooks.is_supervised():
         return cfg
-    word: str | UserError | None = cfg.output_dir
-    if world.rank == 0:
-        try:
-            claim_output_dir(cfg)
-        except UserError as fault:
-            word = fault
-    first = world.gather_objects(word)[0]
-    if isinstance(first, UserError):
-        raise first
-    agreed = dataclasses.replace(cfg, output_dir=first)
+    path = str(world.first(lambda: claim_output_dir(cfg)))
+    agreed = dataclasses.replace(cfg, output_dir=path)
     (agreed.resolved_output_dir / LOGS).mkdir(parents=True, exist_ok=True)  # on other machines
     return agreed
 
@@ -589,7 +588,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
     Raises:
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
-    info, cfg = _read(cfg, given)
+    info, cfg = world.each(lambda: _read(cfg, given))
     if world.size != world.local_size:
         note = "off: a plan is made for one machine, and these ranks are on several"
         return RunPlan(cfg, cfg, info, hardware.Machine(()), note=note)

@@ -1,19 +1,29 @@
 """The ranks: who they are, and every collective outside FSDP."""
 
+import dataclasses
 import datetime
 import os
+import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.utils import deterministic
 
+from fsdp_qlora.distributed import meeting
 from fsdp_qlora.distributed.exit_report import LinkError
-from fsdp_qlora.distributed.hooks import LISTENER
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.distributed.hooks import LISTENER, is_supervised
+from fsdp_qlora.distributed.meeting import AGENT_STORE, Meeting
+from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
+
+GLOO_LINK = "GLOO_SOCKET_IFNAME"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class World:
         rank, size: this process's number, and how many there are, on all machines.
         local_rank, local_size: the same on this machine.
         device: where this rank computes.
+        meeting: where they have met; None in a process group of the caller's.
     """
 
     rank: int
@@ -31,6 +42,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    meeting: Meeting | None = None
 
     def sum(self, value: float) -> float:
         """Sum a host number over ranks; no device is involved.
@@ -80,6 +92,65 @@ class World:
         every: list = [None] * self.size
         dist.all_gather_object(every, value)
         return every
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do work on rank 0 for all; every rank must call.
+
+        Args:
+            work: its result is picklable.
+
+        Returns:
+            What it returned there.
+
+        Raises:
+            UserError: as it was raised there; on every rank.
+        """
+        found: Any = None
+        if self.rank == 0:
+            try:
+                found = work()
+            except UserError as error:
+                found = error
+        found = self.gather_objects(found)[0]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Do work on every rank, and go on only if all could do it.
+
+        Args:
+            work: each rank's own.
+
+        Returns:
+            What it returned on this rank.
+
+        Raises:
+            UserError: raised on one rank, on every rank.
+        """
+        found: Any = None
+        try:
+            found = work()
+        except UserError as error:
+            found = error
+        own = found if isinstance(found, UserError) else None
+        for rank, fault in enumerate(self.gather_objects(own)):
+            if fault is not None:
+                got = f"rank {rank}: {fault.got}"
+                raise own or UserError(got, fault.rule, fault.remedy, fault.code)
+        return found
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Refuse to go on unless all ranks say the same; all must call.
+
+        Args:
+            facts: of this rank by name, picklable; what a rank leaves out is not compared.
+
+        Raises:
+            UserError: they differ, see `meeting.compare`; raised on every rank.
+        """
+        hosts, every = zip(*self.gather_objects((socket.gethostname(), facts)), strict=True)
+        meeting.compare(every, hosts)
 
     def exchange(self, flat: torch.Tensor) -> torch.Tensor:
         """Cut a tensor into slices, one per rank, and send each rank its slice.
@@ -145,12 +216,7 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def join(
-    gpu_budget_gib: float | None,
-    seed: int,
-    timeout_s: float = 1800.0,
-    is_deterministic: bool = False,
-) -> World:
+def join(timeout_s: float = 1800.0) -> World:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Uses NCCL for tensors on GPUs and gloo for tensors on the host, both in one group: host numbers
@@ -158,40 +224,123 @@ def join(
     themselves what they deprecate, unless Python was started with -W or PYTHONWARNINGS.
 
     Args:
-        gpu_budget_gib: cap of this rank's allocator, GiB.
-        seed: of dropout, different on every rank; adapters and data have their own generators.
         timeout_s: after which a collective fails.
-        is_deterministic: let every kernel sum in the same order each time; on GPUs the backward
-            passes of attention do not by themselves, CPU ranks always do.
 
     Returns:
         This process among the ranks.
+
+    Raises:
+        UserError: the others have not come, or are of another run (code 3), or one has failed.
     """
     if not sys.warnoptions:  # FSDP and transformers call each other's deprecated names
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.manual_seed(seed + rank)
-    if is_deterministic:
-        _be_deterministic()
     device = _device(int(os.environ["LOCAL_RANK"]))
-    has_gpu = device.type == "cuda"
-    if has_gpu and gpu_budget_gib is not None:
-        total_bytes = torch.cuda.get_device_properties(device).total_memory
-        fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
-        torch.cuda.set_per_process_memory_fraction(fraction)
-    limit, store = datetime.timedelta(seconds=timeout_s), None
-    if LISTENER in os.environ:  # torch would listen on all addresses, on a port that may be taken
-        opened = int(os.environ[LISTENER]) if rank == 0 else None
-        place = "127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0, limit
-        store = dist.TCPStore(*place, master_listen_fd=opened)
-    backend, own_device = ("cpu:gloo,cuda:nccl", device) if has_gpu else ("gloo", None)
+    backend, own_device = "gloo", None
+    if device.type == "cuda":
+        backend, own_device = "cpu:gloo,cuda:nccl", device
+    limit, place = datetime.timedelta(seconds=timeout_s), _open_meeting(meeting.MEETING_S)
+    try:
+        place.hold(_say)
+    except UserError as error:
+        with suppress(UserError, RuntimeError):
+            place.tell_failure(str(error), error.code, lingers=False)
+        raise
+    except RuntimeError as error:  # the store is gone
+        rule, remedy = "has left before all ranks were there", "see what it has printed"
+        raise UserError("rank 0", rule, remedy, RUN_FAILED) from error
+    if GLOO_LINK not in os.environ and (link := place.link()):
+        os.environ[GLOO_LINK] = link  # gloo asks for the host's name, in Debian 127.0.1.1
+    store = dist.PrefixStore(f"group {place.round}", place.store)
     dist.init_process_group(backend, None, limit, size, rank, store, device_id=own_device)
     world = of_process_group()
     assert world is not None
-    if has_gpu and size > 1:
+    world = dataclasses.replace(world, meeting=place)
+    world.agree({"device": device.type})
+    if own_device is not None and size > 1:
         check_links(world)
     return world
+
+
+def _open_meeting(limit_s: float) -> Meeting:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_owner = rank == 0 and os.environ.get(AGENT_STORE) != "True"
+    more: dict[str, Any] = {"multi_tenant": True}
+    if LISTENER in os.environ:  # torch would listen on all addresses, on a port that may be taken
+        more = {"master_listen_fd": int(os.environ[LISTENER]) if is_owner else None}
+    if not is_owner:
+        meeting.await_server(host, port, limit_s, _say)
+    limit = datetime.timedelta(seconds=meeting.MEETING_S)
+    try:
+        store = dist.TCPStore(host, port, None, is_owner, limit, wait_for_workers=False, **more)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        rule = f"the ranks cannot meet there ({reason[-100:]})"
+        remedy = "give another --master_port or MASTER_PORT"
+        raise UserError(f"{host}:{port}", rule, remedy, ENVIRONMENT) from error
+    return Meeting(dist.PrefixStore("fsdp_qlora", store), rank, size, f"{host}:{port}")
+
+
+def _say(line: str) -> None:
+    if os.environ["LOCAL_RANK"] == "0":
+        print(line, flush=True)
+
+
+def tell(error: UserError) -> None:
+    """Let the other ranks know that this one fails before it has met them.
+
+    Args:
+        error: what ends it.
+    """
+    with suppress(UserError, RuntimeError):
+        _open_meeting(meeting.LINGER_S).tell_failure(str(error), error.code, lingers=True)
+
+
+def explain(error: Exception, world: World) -> Exception:
+    """Let the other ranks know that this one fails; without a supervisor nobody else would.
+
+    Args:
+        error: what ends it.
+        world: this process among the ranks.
+
+    Returns:
+        What to show: the word of a rank whose failure has caused this one, else the error.
+    """
+    if is_supervised() or world.meeting is None:
+        return error
+    try:
+        if isinstance(error, UserError):
+            world.meeting.tell_failure(str(error), error.code, lingers=False)
+        else:
+            world.meeting.heed_failure()
+            world.meeting.tell_failure(repr(error), RUN_FAILED, lingers=False)
+    except (UserError, RuntimeError) as cause:  # a RuntimeError: the store is gone
+        return cause if isinstance(cause, UserError) else error
+    return error
+
+
+def configure(
+    world: World, gpu_budget_gib: float | None, seed: int, is_deterministic: bool = False
+) -> None:
+    """Prepare this process for a run.
+
+    Args:
+        world: this process among the ranks.
+        gpu_budget_gib: cap of this rank's allocator, GiB.
+        seed: of dropout, different on every rank; adapters and data have their own generators.
+        is_deterministic: let every kernel sum in the same order each time; on GPUs the backward
+            passes of attention do not by themselves, CPU ranks always do.
+    """
+    device = world.device
+    torch.manual_seed(seed + world.rank)
+    if is_deterministic:
+        _be_deterministic()
+    if device.type == "cuda" and gpu_budget_gib is not None:
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
+        torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def _be_deterministic() -> None:

@@ -129,19 +129,11 @@ CASES = [
     Case("zero bytes", SIX + "is not JSON", (), line(b'{"prompt": "\0"}')),
     Case("half a surrogate pair", "half a surrogate pair", (), line(r'{"text": "\ud800"}')),
     Case("open brace", SIX + "is not JSON (Expecting property name", (), line("{")),
-    Case(
-        "two objects",
-        SIX + "is not JSON (Extra data",
-        (),
-        line('{"text": "a"} {"text": "b"}'),
-    ),
+    Case("two objects", SIX + "is not JSON (Extra data", (), line('{"text": "a"} {"text": "b"}')),
     Case("single quotes", SIX + "is not JSON", (), line("{'prompt': 'a'}")),
     Case("NaN", "NaN is not a JSON value", (), line('{"text": NaN}')),
     Case(
-        "number of 5,000 digits",
-        SIX + "is not JSON (Ex",
-        (),
-        line('{"text": ' + "9" * 5000 + "}"),
+        "number of 5,000 digits", SIX + "is not JSON (Ex", (), line('{"text": ' + "9" * 5000 + "}")
     ),
     Case("100,000 brackets", SIX + "is not JSON", (), line('{"text": ' + "[" * 100_000)),
     Case("field twice", "a field is given twice", (), line('{"text": "a", "text": "b"}')),
@@ -171,12 +163,7 @@ CASES = [
     Case(
         "cells missing", "x.csv:3: has 1 cells", CSV, file("x.csv", b"prompt,completion\na,b\nc\n")
     ),
-    Case(
-        "column twice",
-        "must hold names of columns",
-        CSV,
-        file("x.csv", b"text,text\na,b\n"),
-    ),
+    Case("column twice", "must hold names of columns", CSV, file("x.csv", b"text,text\na,b\n")),
     Case("csv not UTF-8", "x.csv:2: is not UTF-8", CSV, file("x.csv", b"text\n\xff\n")),
     Case("csv of other columns", "x.csv:2: has fields", CSV, file("x.csv", b"a,b\n1,2\n")),
     Case("text not UTF-8", "x.txt:1: is not UTF-8", TXT, file("x.txt", b"good\nb\xffd\n")),

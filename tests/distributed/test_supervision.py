@@ -117,13 +117,10 @@ def test_a_crash_is_answered_by_as_many_new_starts_as_were_asked_for(tmp_path: P
 
 def test_restarts_end_at_their_number_and_at_faults_of_the_user(tmp_path: Path):
     """The last failure is the one that is told."""
-    code, out, err = run(
-        tmp_path, "meet()\nsys.exit(7 if rank else time.sleep(60))", "--max_restarts=2"
-    )
-    assert code == 7 and [line[:13] for line in out.splitlines()] == [
-        "restart   1/2",
-        "restart   2/2",
-    ]
+    body = "meet()\nsys.exit(7 if rank else time.sleep(60))"
+    code, out, err = run(tmp_path, body, "--max_restarts=2")
+    starts = [line[:13] for line in out.splitlines()]
+    assert (code, starts) == (7, ["restart   1/2", "restart   2/2"])
     assert err.startswith("error: rank 1: ended with code 7") and err.count("\n") == 1
     for own in (2, 3, 5):
         body = f"meet()\nwrite_error(out, rank, {own}, 'bad; repair it')\nsys.exit({own})"
@@ -160,9 +157,7 @@ print(os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"])
 
 def test_a_terminal_that_hangs_up_stops_nothing(tmp_path: Path):
     """SIGHUP, and every write to the terminal fails from then on."""
-    body = (
-        STEPS
-        + """
+    body = """
 sys.path.insert(0, PROJECT)
 from fsdp_qlora.run import ignore_broken_pipe
 with ignore_broken_pipe():
@@ -172,9 +167,8 @@ with ignore_broken_pipe():
         print("still here", flush=True)
     (out / f"end{rank}").touch()
 """
-    )
     ours, theirs = pty.openpty()
-    parent = start(tmp_path, body.replace("PROJECT", repr(str(PROJECT_DIR))), stdout=theirs)
+    parent = start(tmp_path, STEPS + body.replace("PROJECT", repr(str(PROJECT_DIR))), stdout=theirs)
     os.close(theirs)
     wait_for_ranks(tmp_path)
     os.close(ours)

@@ -7,12 +7,7 @@ import torch
 from fsdp_qlora.model import adapters, lora
 from fsdp_qlora.model.lora import Adapter, InputGroup, QuantizedLinear
 from tests import tiny
-from tests.model.test_shard import (
-    CHECKPOINTING,
-    FLAGS,
-    check_gradients,
-    sharded_gradients,
-)
+from tests.model.test_shard import CHECKPOINTING, FLAGS, check_gradients, sharded_gradients
 from tests.ranks import run_ranks
 
 CASES = [

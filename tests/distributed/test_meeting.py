@@ -1,0 +1,116 @@
+"""Ranks of several machines meet, or say why not: fsdp_qlora/distributed/meeting.py.
+
+Two process groups of torchrun on this machine, each with a directory of its own, stand for hosts.
+"""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fsdp_qlora import run as train_run
+from fsdp_qlora.distributed import launch, meeting
+from fsdp_qlora.distributed.meeting import Meeting
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, UserError
+from tests import warm
+
+SHORT = ("--max_steps=2", "--save_model=false", "--context_length=64", "--log_to=stdout")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("meeting")
+    warm.call(warm.make_model, directory)
+    return directory
+
+
+def start(place: Path, rank: int, port: int, *argv: str, main=None, **env: str) -> warm.Run:
+    """Start a rank that is alone on its host."""
+    names = ("RANK", "GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    env = dict(zip(names, map(str, (rank, rank, 0, 2, 1)), strict=True)) | env
+    env |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    flags = [f"--model_name={place / 'model'}", f"--dataset={place / 'data.jsonl'}", *SHORT]
+    own = place / f"host{rank}"
+    own.mkdir(exist_ok=True)
+    flags += [f"--quant_cache={own / 'quantized'}", f"--token_cache={own / 'tokens'}"]
+    return warm.start([*flags, *argv], place, main, **env)
+
+
+def impatient(argv, **more) -> int:
+    """`train` that waits for two seconds."""
+    meeting.MEETING_S, meeting.REMIND_S = 2.0, 1.0
+    return train_run.main(argv, **more)
+
+
+def test_every_start_is_a_round_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    """What ranks that are gone have left in torchrun's store is taken for no living rank."""
+    monkeypatch.setenv(meeting.AGENT_STORE, "True")
+    monkeypatch.setattr(meeting, "POLL_S", 0.001)
+    store = dist.HashStore()
+    places = []
+    for number in ("1", "2"):
+        late = Meeting(store, 1, 2, "127.0.0.1:1")
+        waiting = threading.Thread(target=late.hold, args=(print,))
+        waiting.start()  # sees the round before, which was complete
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        first = Meeting(store, 0, 2, "127.0.0.1:1")
+        first.hold(print)
+        waiting.join(5)
+        assert (first.round, late.round) == (number, number) and first.places == late.places
+        places.append(first.places)
+    assert places[0] != places[1] and first.link() == "lo"
+
+
+def test_a_process_that_is_a_rank_already_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Twice RANK=1 by hand."""
+    monkeypatch.setattr(meeting, "MEETING_S", 0.2)
+    store = dist.HashStore()
+    Meeting(store, 0, 3, "127.0.0.1:1")
+    store.set("1/1", "host9 12 0 10.0.0.9")
+    with pytest.raises(UserError, match="rank 1: is process 12 on host9 already; start each"):
+        Meeting(store, 1, 3, "127.0.0.1:1").hold(print)
+    with pytest.raises(UserError, match=r"rank 0 of 3 \(there: 1 on host9, 2 on .*\): not at 127"):
+        Meeting(store, 2, 3, "127.0.0.1:1").hold(print)
+
+
+def test_a_stranger_is_refused_and_the_run_goes_on(place: Path):
+    """It has the same host, port and rank, and another torchrun has started it."""
+    port = launch.find_port(None)
+    ours, theirs = {"TORCHELASTIC_RUN_ID": "ours"}, {"TORCHELASTIC_RUN_ID": "theirs"}
+    out = f"--output_dir={place / 'ours'}"
+    first = start(place, 0, port, out, **ours)
+    stranger = start(place, 1, port, out, **theirs)
+    assert stranger.wait() == ENVIRONMENT
+    line = f"error: localhost:{port}: is where another run meets (torchrun ours, 2 ranks; this one"
+    assert stranger.err.startswith(line) and stranger.err.count("\n") == 1
+    second = start(place, 1, port, out, **ours)
+    assert (first.wait(), second.wait()) == (DONE, DONE), first.err + second.err
+    assert {path.name for path in (place / "ours").iterdir()} >= {"metrics.jsonl", "logs"}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_fails_before_the_meeting_tells_the_others(place: Path, failing: int):
+    """They end at once, and name it."""
+    port = launch.find_port(None)
+    argv = [["--max_steps=2"], ["--max_steps=2"]]
+    argv[failing] = ["--lora_rank=none"]
+    ranks = [start(place, rank, port, *argv[rank]) for rank in (0, 1)]
+    assert [rank.wait(20) for rank in ranks] == [INPUT, INPUT]
+    own, other = ranks[failing].err, ranks[1 - failing].err
+    assert own.startswith("error: --lora_rank none") and own.count("\n") == 1
+    assert other.startswith(f"error: rank {failing} (") and "--lora_rank none" in other
+
+
+def test_who_is_missing_is_named(place: Path):
+    """Every 30 s, and after 300 s in the error."""
+    port = launch.find_port(None)
+    alone = start(place, 0, port, main=impatient)
+    assert alone.wait(30) == ENVIRONMENT
+    assert "waiting   1 s for rank 1 of 2 (there: 0 on " in alone.out
+    assert f"at localhost:{port}" in alone.out and "rank 1 of 2" in alone.err
+    alone = start(place, 1, port, main=impatient)
+    assert alone.wait(30) == ENVIRONMENT
+    assert f"waiting   1 s for rank 0 at localhost:{port} (Connection refused)" in alone.out
+    assert alone.err.count("\n") == 1 and "rank 0 could not be reached for 2 s" in alone.err
