@@ -23,6 +23,7 @@ from fastcore.basics import str2bool  # it reads the reference's command lines t
 from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
+TOO_LARGE, MOST_CHARS = 2**32, 100_000  # of a number; of a text, which command lines must hold
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,
@@ -350,6 +351,10 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
         return UserError(place, f"must be {kinds}", remedy)
     if option.choices is not None and value not in option.choices:
         return UserError(place, "no such choice", f"use {', '.join(map(to_text, option.choices))}")
+    if isinstance(value, int | float) and abs(value) >= TOO_LARGE:
+        return UserError(place, "must be below 2**32", remedy)
+    if isinstance(value, str) and len(value) > MOST_CHARS:
+        return UserError(place, f"must have at most {MOST_CHARS:,} characters", remedy)
     if not RULES[option.rule](value):
         return UserError(place, f"must be {option.rule}", remedy)
     return None

@@ -16,7 +16,7 @@ SIGNALED = 128  # and the number of the signal that ended a command
 SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
-MAX_LINE_CHARS = 300
+MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it is looked through
 Faults = Sequence["UserError"]
 REDACTED = "[secret]"
 # What looks like a secret, wherever it stands. A name may begin like a token: only what is as long
@@ -133,7 +133,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Return the fault in at most 300 characters, then " | " and the next one, if any."""
-        got, rest = printable(self.got), printable(f": {self.rule}; {self.remedy}")
+        whole, rest = self.got, printable(f": {self.rule}; {self.remedy}"[:MOST_CHARS])
+        got = printable(whole if len(whole) < MOST_CHARS else whole[:2000] + whole[-2000:])
         space = max(MAX_LINE_CHARS - len(rest), 40)
         if len(got) > space:  # of a path the end counts, of a value the beginning
             got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"

@@ -20,6 +20,7 @@ from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
 RESIDENT_STEPS = 16  # in sixteenths
+MOST_ROWS, MOST_BATCHES = 2**16, 32  # what is tried
 TIE = 0.01  # settings this close in speed: the one that needs least
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
@@ -249,7 +250,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     per_step = own.batch_size * own.accumulation
     batches = [own.batch_size]
     if not fixed & BATCHING:
-        batches = [n for n in range(1, per_step + 1) if per_step % n == 0]
+        batches = _divisors(per_step)
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
@@ -266,6 +267,12 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     for batch, where in itertools.product(batches, placements):
         rest = (own.num_ranks, batch, per_step // batch, where)
         yield tuple(Setting(*rest, kept, strategy) for kept in levels)
+
+
+def _divisors(number: int) -> list[int]:
+    """The smallest ones: a micro-batch of more rows than MOST_ROWS is the user's own choice."""
+    small = (n for n in range(1, min(number, MOST_ROWS) + 1) if number % n == 0)
+    return list(itertools.islice(small, MOST_BATCHES))
 
 
 def _keep(num_layers: int, num_selective: int, num_none: int) -> tuple[str, ...]:
@@ -347,7 +354,7 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
     sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
     recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
     rows: list[Row] = []
-    for size in (n for n in range(1, cfg.batch_size) if per_step % n == 0):
+    for size in (n for n in _divisors(per_step) if n < cfg.batch_size):
         values = {"batch_size": size, "gradient_accumulation_steps": per_step // size}
         rows.append((f"micro-batches of {size}", "", 0, values))
     for num in (num_layers * i // STEPS for i in range(1, STEPS)):
