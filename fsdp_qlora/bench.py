@@ -31,12 +31,10 @@ from typing import Any, NamedTuple
 import psutil
 
 from fsdp_qlora import __version__, arch, atomic, record
-from fsdp_qlora.arch import files
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import count_gpus, find_gpus, host_limit_gib, host_used_gib
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.record import NUM_WARMUP_STEPS
 
 POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
@@ -243,7 +241,7 @@ def read_run(run_dir: Path) -> BenchRow:
 
 def spread_of(steps_s: Sequence[float]) -> dict[str, float]:
     """Return median, min, max and num of the seconds of steps after those that warm up."""
-    steady = steps_s[NUM_WARMUP_STEPS:] or steps_s[-1:]
+    steady = steps_s[record.NUM_WARMUP_STEPS :] or steps_s[-1:]
     ends = {"min": min(steady), "max": max(steady), "num": len(steady)}
     return {"median": statistics.median(steady), **ends}
 
@@ -292,7 +290,7 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
     out.mkdir(parents=True)
     flags = [*COMMON, *place.flags, *["--weights=random"] * (args.weights == "random")]
     flags += [f"--gpu_budget_gib={args.gpu_budget_gib}"]
-    shape = (case, args.steps + NUM_WARMUP_STEPS, num_ranks)
+    shape = (case, args.steps + record.NUM_WARMUP_STEPS, num_ranks)
     argv = train_command(args.model_name, flags, *shape, out / "run")
     row |= {"state": "failed", **run_program(argv, os.environ, out / "log.txt", args.timeout_s)}
     if row["reason"]:
@@ -498,7 +496,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args.p2p = "off" if os.environ.get("NCCL_P2P_DISABLE") == "1" else "on"
     args.world_size = args.world_size or args.num_gpus or 2
     args.model_name, args.weights = args.model_name or KINDS[args.kind][1], "random"
-    if args.model_name.lower() not in (*files.known_shapes(), KINDS[SMALL][1].lower()):
+    if args.model_name.lower() not in (*arch.files.known_shapes(), KINDS[SMALL][1].lower()):
         args.weights = f"real, from {arch.read(args.model_name, need_weights=True).path}"
     args.command = shlex.join(["python", "-m", "fsdp_qlora", "bench", *argv])
     return args

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import os
@@ -134,7 +135,7 @@ def parse(
     Args:
         argv: arguments without the command.
         cls: dataclass of its options.
-        usage: the lines above the options in the help.
+        usage: the first line of the help.
         needed: options that have no default.
 
     Returns:
@@ -365,8 +366,8 @@ def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
 
     Args:
         argv: arguments without the program's name; --help or -h asks.
-        cls: dataclass made of `flag` fields.
-        usage: the lines above the options.
+        cls: dataclass made of `flag` fields; its docstring, up to Raises, stands above them.
+        usage: the line above that.
 
     Raises:
         SystemExit: help was asked for (code 0).
@@ -383,6 +384,7 @@ def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
         wrapper.initial_indent = f"  --{name} ".ljust(33)
         entry = wrapper.fill(" ".join(filter(None, parts)))
         groups.setdefault(option.group, []).append(entry)
+    about = str(inspect.getdoc(cls)).partition("\n\nRaises:")[0]
     sections = [f"{group}\n" + "\n".join(lines) for group, lines in groups.items()]
-    sys.stdout.write("\n\n".join([usage, *sections]) + "\n")
+    sys.stdout.write("\n\n".join([usage, about, *sections]) + "\n")
     raise SystemExit(0)

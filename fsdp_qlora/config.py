@@ -9,7 +9,6 @@ import shlex
 import time
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,11 +16,7 @@ from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
-USAGE = """usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]
-
-Fine-tunes a language model on 4-bit weights sharded over the GPUs of this machine.
---option true and a bare --option are the same; --recipe reads options from a TOML file, and the
-command line overrides it."""
+USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]"
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
@@ -149,9 +144,12 @@ ALIASES: dict[str, Alias] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """All options of a run. Fields are the flags of train.py; `--help` prints their meanings.
+    """All options of a run, which fine-tunes a language model on 4-bit weights sharded over GPUs.
+
+    Fields are the flags of train.py. --option true and a bare --option are the same; --recipe reads
+    options from a TOML file, and the command line overrides it.
 
     Raises:
         UserError: a value of the wrong type or out of range, or options that exclude each other.

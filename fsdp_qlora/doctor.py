@@ -1,10 +1,4 @@
-"""usage: python -m fsdp_qlora doctor [options]
-
-Checks packages, GPUs, memory and disks, tries 4-bit matmuls, lets ranks meet, measures
-speeds, and reports of each whether it works or what to do. `plan` uses the speeds.
-Exit code 0: training works here; 3: something keeps it from working; 5: bytes or results are
-wrong.
-"""
+"""What works on this machine, and how fast: `python -m fsdp_qlora doctor`."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +21,6 @@ from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.cli import flag
 from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
-from fsdp_qlora.distributed.launch import RankSpec, child_env, find_port
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
 
@@ -62,7 +55,11 @@ MAX_ERRORS = (1e-5, 0.01, 0.15)
 
 @dataclasses.dataclass(frozen=True)
 class DoctorOptions:
-    """The options of `doctor`."""
+    """Checks packages, GPUs, memory, disks, tries 4-bit matmuls, lets ranks meet, measures speeds.
+
+    It reports of each whether it works or what to do. `plan` uses the speeds. Exit code 0: training
+    works here; 3: something keeps it from working; 5: bytes or results are wrong.
+    """
 
     json: bool = flag(False, "doctor", "print one JSON object")
     quick: bool = flag(False, "doctor", "measure nothing: versions, GPUs, memory")
@@ -112,7 +109,7 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: bad options, all at once.
     """
-    options = cli.parse(argv, DoctorOptions, __doc__.strip())
+    options = cli.parse(argv, DoctorOptions, "usage: python -m fsdp_qlora doctor [options]")
     found: list[Finding] = []
     cache, output = hardware.machine_file().parent, Path(options.output_dir)
     checks: list[tuple[str, Callable[[], Iterable[Finding]], str, int]] = [
@@ -326,12 +323,12 @@ def run_ranks(
         stops[:] = [signal.SIGKILL] * (time.monotonic() > deadline_s)
 
     with tempfile.TemporaryDirectory(prefix="doctor-") as place, hooks.open_board() as file:
-        board, port = file.fileno(), find_port(None)
+        board, port = file.fileno(), launch.find_port(None)
         own = {hooks.BOARD: str(board)} | ({} if kind == "cuda" else {"CUDA_VISIBLE_DEVICES": ""})
         command = [sys.executable, "-P", "-m", "fsdp_qlora.doctor", kind, *tasks]
         logs = [Path(place, f"{i}.log") for i in range(size)]
-        envs = [child_env({**env, **own}, i, size, port) for i in range(size)]
-        specs = [RankSpec(i, command, envs[i], logs[i], (board,)) for i in range(size)]
+        envs = [launch.child_env({**env, **own}, i, size, port) for i in range(size)]
+        specs = [launch.RankSpec(i, command, envs[i], logs[i], (board,)) for i in range(size)]
         ended = launch.run_ranks(specs, launch.start, stops, hooks.Watch(board, limit_s=0), poll)
         texts = [log.read_text(errors="replace").strip().splitlines() for log in logs]
     who, found = "GPU" if kind == "cuda" else "CPU rank", list[Finding]()

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -56,26 +57,8 @@ class Device:
     has_bf16: bool = True
 
 
-# Memory as torch reports it. Matmuls: H200 measured (recipes/llama-2-7b.md: 3.2e14 operations in
-# 0.65 s); 3090, 4090, 5090 estimates, the others in the same ratio to their data sheet.
-# Bandwidths: data sheets; links: PCIe 3, 4, 5 as they are measured in practice.
-_TABLE = (
-    Device("3060-12G", 11.6, 18, 360, 24),
-    Device("3080-20G", 19.6, 42, 760, 24),
-    Device("3090", 23.6, 50, 936, 24),
-    Device("4060Ti-16G", 15.6, 30, 288, 12),
-    Device("4090", 23.6, 120, 1008, 25),
-    Device("5090", 31.4, 160, 1792, 52),
-    Device("A6000", 47.4, 100, 768, 24),
-    Device("A100-40", 39.4, 200, 1555, 24, 200),
-    Device("A100-80", 79.2, 210, 2039, 24, 200),
-    Device("H100", 79.1, 450, 3350, 55, 350),
-    Device("H200", 139.8, 490, 4800, 55, 475),
-    Device("T4", 14.6, 15, 320, 12, has_bf16=False),
-    Device("V100", 15.8, 40, 900, 12, 100, has_bf16=False),
-    Device("V100-32", 31.7, 40, 900, 12, 100, has_bf16=False),
-)
-GPUS = {gpu.name: gpu for gpu in _TABLE}
+_TABLE = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
+GPUS = {name: Device(name, **row) for name, row in _TABLE.items()}
 # What "24" means: the slower of the common GPUs of that size; smaller ones as the smallest.
 _BY_SIZE = {12: "3060-12G", 16: "4060Ti-16G", 20: "3080-20G", 24: "3090", 32: "5090"}
 _BY_SIZE |= {40: "A100-40", 48: "A6000", 80: "A100-80", 141: "H200"}

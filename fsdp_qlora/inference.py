@@ -11,14 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, config
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
@@ -32,7 +30,7 @@ LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Opened:
     """A model that answers.
 
@@ -45,7 +43,7 @@ class Opened:
         tokenizer: transformers tokenizer of the base.
     """
 
-    cfg: TrainConfig
+    cfg: config.TrainConfig
     info: arch.ModelInfo
     world: Any
     model: Any
@@ -135,7 +133,7 @@ class Opened:
         world.leave()
 
 
-def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
+def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
     """The run that made an adapter, or what is known of it.
 
     Args:
@@ -159,7 +157,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> TrainConfig:
     return dataclasses.replace(config.parse([]), **known)
 
 
-def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
+def spread(name: str, argv: list[str], cfg: config.TrainConfig) -> int:
     """Run a command on several ranks of this machine; rank 0 has the terminal.
 
     Args:
@@ -193,7 +191,7 @@ def spread(name: str, argv: list[str], cfg: TrainConfig) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
 
 
-def open_run(adapter: Path | None, cfg: TrainConfig) -> Opened:
+def open_run(adapter: Path | None, cfg: config.TrainConfig) -> Opened:
     """Build the base of a run on this rank, without its adapter.
 
     Args:
@@ -280,14 +278,10 @@ def end_ids(tokenizer: Any) -> set[int]:
     Returns:
         Ids of its end of text, and of generation_config.json (else config.json) beside it.
     """
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        path = Path(tokenizer.name_or_path or os.devnull) / name
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            ids = json.loads(path.read_text("utf-8")).get("eos_token_id")
-            found |= set(ids if isinstance(ids, list) else [ids])
-            break
-    return found
+    place = Path(tokenizer.name_or_path or os.devnull)
+    files = (place / name for name in ("generation_config.json", "config.json"))
+    ids = next(filter(None, map(atomic.read_json, files)), {}).get("eos_token_id")
+    return {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])}
 
 
 def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, world: Any) -> str:
@@ -307,23 +301,36 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, worl
     return text.strip()
 
 
-def generate(argv: list[str]) -> int:
-    """The command `generate`: one answer, or a conversation on the terminal."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fsdp_qlora generate",
-        description="Answer a prompt with a base and its adapter, or with a merged model, on one "
-        "GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name, "
-        "--resident_layers, ...) may follow.",
-    )
+def _parse(
+    command: Callable, argv: list[str], **options: dict[str, Any]
+) -> tuple[argparse.Namespace, config.TrainConfig]:
+    """The arguments of a command, `given` those of train.py among them, and the run they name."""
+    name = command.__name__
+    parser = argparse.ArgumentParser(f"python -m fsdp_qlora {name}", description=command.__doc__)
     parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
-    parser.add_argument("--prompt", help="none: a conversation, line by line")
-    parser.add_argument("--num_tokens", type=int, default=256, help="longest answer [256]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest [0]")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws [0]")
-    parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    for option, settings in options.items():
+        parser.add_argument(f"--{option}", **settings)
     args, flags = parser.parse_known_args(argv)
-    require_model("generate", args.adapter, flags)
-    cfg = config_of(args.adapter, flags)
+    args.given = config.given(flags)
+    if args.adapter is None and "model_name" not in args.given:
+        raise UserError(name, "needs --adapter or --model_name", "give one of them")
+    return args, config_of(args.adapter, flags)
+
+
+def generate(argv: list[str]) -> int:
+    """Answer a prompt with a base and its adapter, or with a merged model.
+
+    On one GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name,
+    --resident_layers, ...) may follow.
+    """
+    args, cfg = _parse(
+        *(generate, argv),
+        prompt={"help": "none: a conversation, line by line"},
+        num_tokens={"type": int, "default": 256, "help": "longest answer [256]"},
+        temperature={"type": float, "default": 0.0, "help": "0: the likeliest [0]"},
+        seed={"type": int, "default": 0, "help": "of the draws [0]"},
+        raw={"action": "store_true", "help": "no chat template around the prompt"},
+    )
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("generate", argv, cfg)
     opened = open_run(args.adapter, cfg)
@@ -358,25 +365,23 @@ def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Print, and write beside the adapter, what the adapter does on held-out rows and tasks."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fsdp_qlora evaluate",
-        description="Loss and perplexity on held-out rows, before and after the adapter; the rows "
-        "are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say. "
-        "With --tasks those of lm-eval instead (pip install lm-eval).",
+    """Print loss and perplexity on held-out rows, before and after the adapter.
+
+    The rows are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say.
+    With --tasks those of lm-eval instead (pip install lm-eval). What is found is written beside
+    the adapter, too.
+    """
+    args, cfg = _parse(
+        *(evaluate, argv),
+        tasks={"help": "names of lm-eval's tasks: a,comma,list"},
+        task_dir={"type": Path, "help": "directory with tasks of your own"},
+        limit={"type": int, "help": "rows of each task [all]"},
     )
-    parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
-    parser.add_argument("--tasks", help="names of lm-eval's tasks: a,comma,list")
-    parser.add_argument("--task_dir", type=Path, help="directory with tasks of your own")
-    parser.add_argument("--limit", type=int, help="rows of each task [all]")
-    args, flags = parser.parse_known_args(argv)
-    if args.tasks is not None and importlib.util.find_spec("lm_eval") is None:
+    if args.tasks is None:
+        config.check_own_code(vars(cfg), args.given, args.adapter or Path())
+    elif importlib.util.find_spec("lm_eval") is None:
         rule = "needs lm-eval, which is not installed"
         raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
-    require_model("evaluate", args.adapter, flags)
-    cfg = config_of(args.adapter, flags)
-    if args.tasks is None:
-        config.check_own_code(vars(cfg), config.given(flags), args.adapter or Path())
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg)
@@ -386,20 +391,6 @@ def evaluate(argv: list[str]) -> int:
         atomic.write_json(path, found)
         print(path)
     return DONE
-
-
-def require_model(name: str, adapter: Path | None, flags: list[str]) -> None:
-    """Check that a command names a model.
-
-    Args:
-        name: of the command.
-        adapter, flags: see `config_of`.
-
-    Raises:
-        UserError: it does not.
-    """
-    if adapter is None and "model_name" not in config.given(flags):
-        raise UserError(name, "needs --adapter or --model_name", "give one of them")
 
 
 def _held_out(opened: Opened) -> dict[str, Any]:

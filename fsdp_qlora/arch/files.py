@@ -41,6 +41,7 @@ GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
 STATE = ".quant_state.bitsandbytes__"
 ORIGINAL = "take the 16-bit original of this model"
+SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 PIECE = 1 << 16  # bytes compared at once
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
@@ -510,3 +511,25 @@ def refuse(
     for rule, names in faults.items():
         if names:
             raise UserError(f"{describe(names)} in {model_name}", rule, remedy, code)
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], model_name: str
+) -> None:
+    """Account for every tensor of a model.
+
+    Args:
+        expected: name -> shape of everything that the model has.
+        found: the same of its files.
+        model_name: for the error.
+
+    Raises:
+        UserError: one is absent, unknown or of another shape (code 5).
+    """
+    wrong = [name for name in expected if found.get(name, expected[name]) != expected[name]]
+    faults = {
+        "absent from the files": [name for name in expected if name not in found],
+        "in the files, but no part of this model type": [n for n in found if n not in expected],
+        "of another shape than config.json says": wrong,
+    }
+    refuse(faults, model_name, SAME_PLACE, INTEGRITY)

@@ -9,13 +9,14 @@ rank fails over one. tests/arch compares every row with the model that transform
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.arch import files
 from fsdp_qlora.arch.files import QuantizedRef, TensorRef
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -39,17 +40,12 @@ DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 MOST_LAYERS, MOST_SIZE = 10_000, 2**31
 OWN_CONFIG = "take the model's own config.json"
-SAME_PLACE = "copy config.json and the weights from the same place"
 # As transformers' attribute_map has them for GPT-2, Bloom, MPT and others.
 OTHER_NAMES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
     "hidden_size": ("n_embd", "d_model"),
     "num_attention_heads": (
-        "n_head",
-        "n_heads",
-        "num_heads",
-        "attention_heads",
-        "decoder_attention_heads",
+        *("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
     ),
     "num_experts_per_tok": ("moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
 }
@@ -363,6 +359,21 @@ class ModelInfo:
             tensors |= {f"{name}.{part} {stored.offset}": r for part, r in stored.refs.items()}
         return files.sample_digest(tensors, num_places)
 
+    def linear_places(self, layers: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
+        """Find the weights of the linears.
+
+        Args:
+            layers: numbers of decoder layers; None: all.
+
+        Returns:
+            Name in the files -> (layer, place among `linears`), in the order of both.
+        """
+        return {
+            f"{self.layers_prefix}.{layer}.{linear.name}.weight": (layer, index)
+            for layer in (range(self.num_layers) if layers is None else layers)
+            for index, linear in enumerate(self.linears)
+        }
+
     def rope_note(self, context_length: int) -> str:
         """Say where a row's rotary table depends on the longest row of its batch.
 
@@ -418,15 +429,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
 
     linears = find_linears(structure.layer)
     weights = {f"{linear.name}.weight" for linear in linears}
-    if stored and tensors:
-        prefix, numbers = structure.layers_prefix, range(structure.num_layers)
-        names = {f"{prefix}.{i}.{name}" for i in numbers for name in weights}
-        faults = {
-            "not in 4 bit, where others are": sorted(names - quantized.keys()),
-            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
-        }
-        files.refuse(faults, model_name, files.ORIGINAL)
-    return ModelInfo(
+    info = ModelInfo(
         path=path,
         model_type=config["model_type"],
         config=config,
@@ -442,6 +445,14 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         stored_format=stored,
         quantized=quantized,
     )
+    if stored and tensors:
+        names = info.linear_places().keys()
+        faults = {
+            "not in 4 bit, where others are": sorted(names - quantized.keys()),
+            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
+        }
+        files.refuse(faults, model_name, files.ORIGINAL)
+    return info
 
 
 def select_linears(info: ModelInfo, target_modules: str) -> tuple[Linear, ...]:
@@ -571,17 +582,10 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
     num_found = from_headers(shapes).num_layers
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
-        raise UserError(model_name, rule, SAME_PLACE)
+        raise UserError(model_name, rule, files.SAME_PLACE)
     if config["model_type"] not in LAYOUTS:
         _check_repetition(structure, shapes, model_name)
-    expected = structure.all_shapes()
-    wrong = [name for name in expected if shapes.get(name, expected[name]) != expected[name]]
-    faults = {
-        "absent from the files": [name for name in expected if name not in shapes],
-        "in the files, but no part of this model type": [n for n in shapes if n not in expected],
-        "of another shape than config.json says": wrong,
-    }
-    files.refuse(faults, model_name, SAME_PLACE, INTEGRITY)
+    files.check_shapes(structure.all_shapes(), shapes, model_name)
 
 
 def _check_repetition(structure: Structure, shapes: Shapes, model_name: str) -> None:

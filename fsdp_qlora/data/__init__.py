@@ -9,9 +9,6 @@ from typing import Any
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, prepare, prompts, sources, tokenizer
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
-from fsdp_qlora.data.prepare import Audit
-from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.hardware import release_freed_memory
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
@@ -30,11 +27,11 @@ class Data:
         prompts: what is asked before and after; may be empty.
     """
 
-    train: Batches | PackedBatches
-    held_out: list[Batch]
+    train: batches.Batches | batches.PackedBatches
+    held_out: list[batches.Batch]
     tokenizer: Any
-    audit: Audit
-    prompts: tuple[Prompt, ...]
+    audit: prepare.Audit
+    prompts: tuple[prompts.Prompt, ...]
 
 
 def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
@@ -66,13 +63,13 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
             text_tokenizer.full.chat_template = source  # it is saved with the adapter
     audit = prepare.audit(cfg, ready, world.size, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
-    train: Batches | PackedBatches
+    train: batches.Batches | batches.PackedBatches
     if cfg.packing == "on":
-        train = PackedBatches(ready.train, cfg.context_length, sampler)
+        train = batches.PackedBatches(ready.train, cfg.context_length, sampler)
     else:
         is_flat = cfg.packing == "auto" and world.device.type == "cuda"
         is_flat = is_flat and audit.facts["padding_share"]["batches"] > MOST_PADDING
-        train = Batches(ready.train, sampler, is_flat)
+        train = batches.Batches(ready.train, sampler, is_flat)
     shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
     held_out = batches.held_out(ready.held_out, *shape)
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)

@@ -9,12 +9,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from fsdp_qlora import __version__, arch, config, hardware
-from fsdp_qlora.arch import files
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
-from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.sources import Source
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
@@ -63,12 +60,9 @@ LINES = {
     "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
     "tokens": "{kept}",
 }
-ABOUT = """Reads and tokenizes the data of a run as the run would, and says what is in it: rows,
-lengths against the context, what is cut or left out, steps, padding, and some rows with the tokens
-that are learned marked. It needs neither a GPU nor the model's weights, only its tokenizer."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PreparedData:
     """Tokens of a run.
 
@@ -87,7 +81,7 @@ class PreparedData:
     num_test: int
     stores: tuple[TokenStore, ...]
     names: tuple[str, ...]
-    formatter: RowFormatter | None = None
+    formatter: row_formats.RowFormatter | None = None
     example: Any = None
 
     @functools.cached_property
@@ -130,10 +124,7 @@ class PreparedData:
 
 
 def prepare(
-    cfg: TrainConfig,
-    tokenizer: TextTokenizer | None,
-    vocab_size: int,
-    shows_progress: bool = False,
+    cfg: TrainConfig, tokenizer: TextTokenizer | None, vocab_size: int, shows_progress: bool = False
 ) -> PreparedData:
     """Read, tokenize and split the data of a run.
 
@@ -178,7 +169,7 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
-def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormatter:
     """How the rows of a run become text."""
     found = row_formats.choose(
         cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
@@ -214,11 +205,11 @@ def prepare_early(
     return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
 
 
-def _is_small(found: list[Source]) -> bool:
+def _is_small(found: list[sources.Source]) -> bool:
     return sum(source.num_bytes for source in found) < FEWEST_KEPT_BYTES
 
 
-def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[Source]:
+def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[sources.Source]:
     """A file (or a hub set) of its own, or another split of what is trained on."""
     if os.path.exists(os.path.expanduser(name)) or "/" in name or "." in name:
         return sources.find(name, cfg, None, tokenizer.full)
@@ -232,9 +223,9 @@ def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[So
 def _tokenize(
     cfg: TrainConfig,
     tokenizer: TextTokenizer,
-    formatter: RowFormatter,
+    formatter: row_formats.RowFormatter,
     progress: Callable[[int], Any],
-    found: list[Source],
+    found: list[sources.Source],
 ) -> TokenDataset:
     """All samples of some sources, from the cache of tokens where they are in it."""
 
@@ -257,7 +248,7 @@ def _tokenize(
 
 
 def _key(
-    prints: list, tokenizer: TextTokenizer, formatter: RowFormatter, context_length: int
+    prints: list, tokenizer: TextTokenizer, formatter: row_formats.RowFormatter, context_length: int
 ) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
@@ -361,7 +352,7 @@ def split_name(setting: str | None) -> str | None:
     return setting if setting is not None and split_share(setting) is None else None
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Audit:
     """Facts of the data of a run.
 
@@ -534,7 +525,11 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
 
 
 def main(argv: list[str]) -> int:
-    """Audit the data of a run and print what is found.
+    """Read and tokenize the data of a run as the run would, and say what is in it.
+
+    Rows, lengths against the context, what is cut or left out, steps, padding, and some rows with
+    the tokens that are learned marked. It needs neither a GPU nor the model's weights, only its
+    tokenizer.
 
     Args:
         argv: --rows, --json, and the options of train.py.
@@ -546,8 +541,9 @@ def main(argv: list[str]) -> int:
         UserError: a wrong option, or data that cannot be trained on; bad rows come last, after
             the rest has been printed.
     """
+    about = str(inspect.getdoc(main)).partition("\n\nArgs:")[0]
     usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=ABOUT, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
     parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)
@@ -577,7 +573,7 @@ def _tokenizer_directory(model_name: str, info: arch.ModelInfo) -> Path:
         return info.path
     if Path(model_name).expanduser().is_dir() or "/" not in model_name:
         tokenizer.require_files(Path(model_name))
-    return files.download(model_name, [*files.CONFIG_FILES, *files.TOKENIZER_FILES])
+    return arch.files.download(model_name, [*arch.files.CONFIG_FILES, *arch.files.TOKENIZER_FILES])
 
 
 def _shown(

@@ -29,15 +29,7 @@ GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
-PLAIN_TEMPLATE = """{% for message in messages %}\
-{% if message['role'] == 'assistant' %}\
-{{ '### Assistant: ' + message['content'] + eos_token + '\n' }}\
-{% else %}\
-{{ '### ' + {'user': 'Human'}.get(message['role'], message['role'] | capitalize) + ': ' }}\
-{{ message['content'] + '\n' }}\
-{% endif %}{% endfor %}\
-{% if add_generation_prompt %}{{ '### Assistant:' }}{% endif %}"""
-
+PLAIN_TEMPLATE = Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")[:-1]
 Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
 REASONING = ("reasoning_content", "thinking", "reasoning")

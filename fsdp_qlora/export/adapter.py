@@ -6,8 +6,6 @@ The record lies in the header of the weights, so that it goes wherever they go: 
 base was quantized to, the dtype it computed in, and a digest that tells one base from another.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import re
@@ -17,9 +15,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fsdp_qlora import __version__
-from fsdp_qlora.arch import ModelInfo, select_linears
-from fsdp_qlora.arch.files import TOKENIZER_FILES, TensorRef, describe, read_header, read_json
+from fsdp_qlora import __version__, atomic
+from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
+from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -212,12 +210,9 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
     Raises:
         UserError: it changes something else (code 2), or is not of this base (code 5).
     """
-    known = {
-        f"{info.layers_prefix}.{layer}.{linear.name}"
-        for layer in range(info.num_layers)
-        for linear in select_linears(info, "all")
-    }
-    outside = [name for name in adapter.pairs if name not in known]
+    places, adapted = info.linear_places(), select_linears(info, "all")
+    known = {name for name, (_, index) in places.items() if info.linears[index] in adapted}
+    outside = [name for name in adapter.pairs if f"{name}.weight" not in known]
     if adapter.pairs:
         outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]
     if info.tensors and (outside or (adapter.pairs and adapter.replaced)):
@@ -257,19 +252,12 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
 
 def _check_copy(adapter: SavedAdapter) -> None:
     """Of a tied base: a head that peft has trained by itself is no copy of the embedding."""
-    refs = [ref for name, ref in adapter.replaced.items() if name.split(".")[-2] in ENDS]
-    if "lm_head.weight" not in adapter.replaced or not adapter.pairs:
+    head = adapter.replaced.get("lm_head.weight")
+    if head is None or not adapter.pairs:
         return
-    digests = set()
-    for ref in refs:
-        with ref.file.open("rb") as file:
-            file.seek(ref.start)
-            left, whole = ref.nbytes, hashlib.sha256()
-            while left:
-                whole.update(part := file.read(min(left, 2**24)))
-                left -= len(part)
-            digests.add(whole.digest())
-    if len(refs) == 1 or len(digests) > 1:
+    names = (name for name in adapter.replaced if name.split(".")[-2] == ENDS[0])
+    embeddings = (adapter.replaced[name] for name in names)
+    if not any(same_bytes(head, embedding, head.nbytes) for embedding in embeddings):
         rule = "was trained apart from the embedding, and its base has one matrix for both"
         remedy = "merge it with peft, into a base with tie_word_embeddings false"
         raise UserError(f"{adapter.path}: lm_head.weight", rule, remedy)
@@ -405,11 +393,11 @@ def _read_record(weights: Path) -> dict[str, Any]:
     with safe_open(weights, "np") as file:
         text = (file.metadata() or {}).get(RECORD_KEY)
     if text is not None:
-        with contextlib.suppress(ValueError):
-            if isinstance(record := json.loads(text), dict):
-                return record
-        rule = "has a damaged record of its base"
-        raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+        record = atomic.parse_json(text.encode())
+        if record is None:
+            rule = "has a damaged record of its base"
+            raise UserError(str(weights), rule, "copy it again", INTEGRITY)
+        return record
     cfg = run_config(weights.parent)
     if cfg is None:
         return {}

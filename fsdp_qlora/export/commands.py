@@ -7,7 +7,6 @@ more than a few tensors at once.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import read_tensors
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
@@ -104,7 +102,7 @@ class ExpandOptions(OutputOptions):
 def _parse(name: str, argv: list[str], cls: type[OptionsT], *needed: str) -> OptionsT:
     values = " ".join(f"--{option} {option.upper()}" for option in needed)
     usage = f"usage: python -m fsdp_qlora {name} {values} [--option value ...]"
-    return cli.parse(argv, cls, f"{usage}\n\n{inspect.getdoc(cls)}", needed)
+    return cli.parse(argv, cls, usage, needed)
 
 
 @contextmanager
@@ -171,7 +169,7 @@ def merge(argv: list[str]) -> int:
 
 
 def _merge(
-    options: MergeOptions, adapter: SavedAdapter, info: ModelInfo, format_name: str | None
+    options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo, format_name: str | None
 ) -> None:
     """Merge, compare, and print what was done."""
     import torch
@@ -248,7 +246,7 @@ def quantize(argv: list[str]) -> int:
     need_bytes = num_linear * QUANTIZED_BYTES + num_others * item_bytes
     names = [*info.tensors, *(f"{n}.{part}xxx" for n in info.tensors for part in PARTS)]
     device, dtype = _choose_device(options.device), DTYPES.get(str(options.dtype))
-    stored = info.tensors[next(iter(new_weights.linear_places(info)))].dtype
+    stored = info.tensors[next(iter(info.linear_places()))].dtype
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options.quant_type,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, atomic, record
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, brief, one_line, redact
@@ -31,7 +30,7 @@ MAYBE_SECRETS = (
 CARD = Path(__file__).with_name("card.md")  # its text, a template of Jinja
 
 
-def write_card(directory: Path, cfg: TrainConfig, info: ModelInfo) -> Path:
+def write_card(directory: Path, cfg: TrainConfig, info: arch.ModelInfo) -> Path:
     """Write the card of a run that has just ended.
 
     Args:
@@ -50,7 +49,7 @@ def write_card(directory: Path, cfg: TrainConfig, info: ModelInfo) -> Path:
     return atomic.write(directory / CARD_NAME, text)
 
 
-def card_text(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> str:
+def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> str:
     """Compose the card; `redact` it before it is written.
 
     Args:
@@ -100,7 +99,7 @@ def _is_hub_name(name: str) -> bool:
     return is_form and not Path(name).expanduser().exists()
 
 
-def _facts(cfg: TrainConfig, info: ModelInfo, run: Run | None) -> dict[str, Any]:
+def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> dict[str, Any]:
     total, num_trained = arch.num_params(info), count_trained(info, cfg).total
     facts: dict[str, Any] = {
         "base": f"{cfg.model_name}: {total:,} parameters, {info.model_type}",

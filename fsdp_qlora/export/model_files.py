@@ -28,7 +28,6 @@ from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import hub
-from fsdp_qlora.export.adapter import OF_TOKENIZER
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -158,7 +157,7 @@ def copy_beside(
     write_tokenizer(out, info, own)
     words = [None if text is None else (text.names, text.core.get_vocab()) for text in (own, base)]
     if own is not None and words[0] != words[1]:
-        _copy(adapter, out, OF_TOKENIZER)
+        _copy(adapter, out, adapter_files.OF_TOKENIZER)
 
 
 def write_tokenizer(out: Path, info: ModelInfo, tokenizer: Any) -> None:
@@ -169,7 +168,7 @@ def write_tokenizer(out: Path, info: ModelInfo, tokenizer: Any) -> None:
         info: the base.
         tokenizer: with the chat template of training, which may be another; None: of the base.
     """
-    _copy(info.path, out, OF_TOKENIZER)
+    _copy(info.path, out, adapter_files.OF_TOKENIZER)
     template, base = getattr(tokenizer, "chat_template", None), _tokenizer(info.path)
     if isinstance(template, str) and (base is None or template != base.chat_template):
         atomic.write(out / tokenizers.CHAT_FILE, template)

@@ -34,7 +34,6 @@ from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
-from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import quantize
 from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
 from fsdp_qlora.model.skeleton import stored_names, transformers_config
@@ -50,15 +49,6 @@ CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4
 SEED = 0  # of random tokens
-
-
-def linear_places(info: ModelInfo) -> dict[str, tuple[int, int]]:
-    """The weights that training quantizes: name -> layer, and place among its linears."""
-    return {
-        f"{info.layers_prefix}.{layer}.{linear.name}.weight": (layer, index)
-        for layer in range(info.num_layers)
-        for index, linear in enumerate(info.linears)
-    }
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class TrainedBase:
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
-        return linear_places(self.info)
+        return self.info.linear_places()
 
     def read_ahead(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """Yield weights as training saw them, the next two being read meanwhile.
@@ -214,7 +204,7 @@ def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.d
         Name and tensor: of a quantized weight its codes, uint8 [weights / 2, 1], then its
         constants as bitsandbytes names them.
     """
-    linears, names, bnb = linear_places(info), list(info.tensors), quantize.import_bitsandbytes()
+    linears, names, bnb = info.linear_places(), list(info.tensors), quantize.import_bitsandbytes()
     for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
         weight = stored if dtype is None else stored.to(getattr(torch, dtype))
         if name not in linears:
@@ -357,9 +347,9 @@ def check(
     num_experts = sum(linear.expert is not None for linear in info.linears)
     largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
     logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
-    need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / GIB
+    need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / hardware.GIB
     if device.type == "cuda":
-        free_gib = torch.cuda.mem_get_info(device)[0] / GIB
+        free_gib = torch.cuda.mem_get_info(device)[0] / hardware.GIB
     else:
         free_gib = hardware.host_limit_gib() - hardware.host_used_gib()
     if need_gib > free_gib:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from fsdp_qlora.planning.sizes import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
@@ -140,7 +139,7 @@ class Graphs:
 
 
 def choose(
-    setting: str, layers: Sequence[nn.Module], device: torch.device, work: float
+    setting: str, layers: Sequence[torch.nn.Module], device: torch.device, work: float
 ) -> Graphs | None:
     """Graphs for a model whose layers differ in nothing but their weights.
 
@@ -161,7 +160,7 @@ def choose(
     return Graphs() if all(facts == first for facts in others) else None
 
 
-def _facts(layer: nn.Module) -> list[tuple]:
+def _facts(layer: torch.nn.Module) -> list[tuple]:
     plain = (int, float, str, type(None))
     return [
         (

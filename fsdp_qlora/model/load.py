@@ -7,23 +7,19 @@ ahead). Everything else is read by each rank as its own range of bytes.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, placement, shard, skeleton, weights
-from fsdp_qlora.model.placement import GROUPS, PLACEMENTS, Placed
 from fsdp_qlora.model.quantize import FORMATS, store_linear
-from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import QuantizedCache, Weights
 from fsdp_qlora.planning.sizes import has_adapters, trained_whole
 
@@ -67,9 +63,9 @@ class Built:
         loaded: how its bytes came.
     """
 
-    model: QuantizedModel
+    model: skeleton.QuantizedModel
     cache: QuantizedCache
-    placed: Placed
+    placed: placement.Placed
     loaded: LoadReport = field(default_factory=LoadReport)
 
 
@@ -91,8 +87,8 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     """
     start, model, cache = time.monotonic(), built.model, built.cache
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
-    linears = weight_names(source.info, range(source.info.num_layers))
-    shapes |= {name: linear.shape for name, linear in linears.items()}
+    places = source.info.linear_places()
+    shapes |= {name: source.info.linears[index].shape for name, (_, index) in places.items()}
     source.check_names(shapes)
     report = LoadReport(source="cache" if cache.is_complete else source.source)
     shares = shard.num_shares(cfg.sharding_strategy, world)
@@ -119,17 +115,6 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     return replace(built, loaded=report)
 
 
-def weight_names(info: ModelInfo, layers: Iterable[int]) -> dict[str, arch.Linear]:
-    """The quantized weights of some layers: name in the files -> linear, in the order of the store.
-
-    Args:
-        info: the model.
-        layers: numbers of the layers.
-    """
-    stems = [f"{info.layers_prefix}.{layer}" for layer in layers]
-    return {f"{stem}.{linear.name}.weight": linear for stem in stems for linear in info.linears}
-
-
 class _Dealer:
     """Makes this rank's layers, and keeps its part of every layer where the placement says."""
 
@@ -150,7 +135,7 @@ class _Dealer:
         placed, world, fingerprints = self.placed, self.world, {}
         rounds = [
             (name, layers[start : start + world.size])
-            for name, layers in ((name, placed.layers(name)) for name in PLACEMENTS)
+            for name, layers in ((name, placed.layers(name)) for name in placement.PLACEMENTS)
             if name != "trained"
             for start in range(0, len(layers), world.size)
         ]
@@ -182,7 +167,7 @@ class _Dealer:
                 flat[: layout.nbytes] = quantized.to(device, non_blocking=True)
                 yield flat
             return
-        names = list(weight_names(source.info, own))
+        names = list(source.info.linear_places(own))
         arrays = source.read_quantized(names, device)
         quantize = FORMATS[layout.format_name].quantize
         arrays = arrays or map(quantize, source.read_ahead(names, device))
@@ -202,8 +187,8 @@ class _Dealer:
                 source.copy_(flat[: source.numel()])
             return
         copies = self.copied_bytes // flat.numel()
-        whole = flat.repeat(copies) if name in GROUPS and copies > 1 else flat
-        parts = world.exchange(whole) if name in GROUPS else world.share(flat)
+        whole = flat.repeat(copies) if name in placement.GROUPS and copies > 1 else flat
+        parts = world.exchange(whole) if name in placement.GROUPS else world.share(flat)
         for layer, part in zip(layers, parts, strict=False):
             first, last = shard.local_range(self.blocks[layer].quantized)
             local = self.slices.pop(0).copy_(part) if name == "offloaded" else part.clone()
@@ -228,7 +213,7 @@ def fingerprint(flat: torch.Tensor) -> int:
     return total % 2**64
 
 
-def verify_bytes(model: nn.Module, own_fingerprints: dict[int, int], world: World) -> int:
+def verify_bytes(model: torch.nn.Module, own_fingerprints: dict[int, int], world: World) -> int:
     """Gather each layer as training will; compare its bytes on every rank with what was made.
 
     Args:

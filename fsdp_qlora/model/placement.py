@@ -10,7 +10,6 @@ import mmap
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 
@@ -201,7 +200,7 @@ class Streamer:
         self._filled[slot] = copy(self.slots[slot], self.sources[layer], self._copies)
 
 
-@dataclass
+@dataclasses.dataclass
 class Placed:
     """The placement of a model.
 
@@ -215,7 +214,7 @@ class Placed:
     names: tuple[str, ...]
     note: str
     streamer: Streamer | None = None
-    memory: HostBytes | None = field(default=None, repr=False)
+    memory: HostBytes | None = dataclasses.field(default=None, repr=False)
 
     def layers(self, name: str) -> list[int]:
         """Numbers of the layers with a placement."""

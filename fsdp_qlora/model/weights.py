@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo, TensorRef
+from fsdp_qlora.arch.files import check_shapes
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
@@ -58,19 +59,10 @@ class Weights:
             expected: name -> shape of everything the model needs.
 
         Raises:
-            UserError: names missing, unknown, or of another shape (code 5).
+            UserError: one is absent, unknown or of another shape (code 5).
         """
         found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items()}
-        missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
-        wrong = {n for n in expected.keys() & found.keys() if expected[n] != found[n]}
-        faults = {"missing": missing, "unknown": unknown, "of another shape": wrong}
-        rule = f"the files in {self.info.path} must hold exactly what config.json describes"
-        remedy = "check config.json (number of layers, sizes) or download the model again"
-        for word, names in faults.items():
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                got = f"tensors {word}: {', '.join(sorted(names)[:3])}{more}"
-                raise UserError(got, rule, remedy, INTEGRITY)
+        check_shapes(expected, found, str(self.info.path))
 
     def read_rows(
         self, name: str, rows: tuple[int, int], dtype: torch.dtype, device: torch.device

@@ -14,13 +14,11 @@ from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.cli import flag
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning.fit import Outcome, Speed
-from fsdp_qlora.planning.rows import Table, Term
 from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
@@ -30,10 +28,7 @@ WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
 TRAINED = {"lora": "adapter   LoRA r {}", "dora": "adapter   DoRA r {}"}
 TRAINED |= {"llama_pro": "trained   new layers", "full": "trained   all weights"}
-USAGE = """usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]
-
-Says how many GiB a run needs on each GPU and on the host, whether it fits, how long it takes,
-and what to change. Reads config.json only. Exit code 0: it fits, 3: it does not."""
+USAGE = "usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]"
 IMAGINED = "2x24"
 ALIASES = {"gpus": cli.Alias("cards")}
 
@@ -304,13 +299,17 @@ def next_change(plan: RunPlan) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions:
-    """The options that `plan` has besides those of train.py."""
+    """Says how many GiB a run needs on each GPU and on the host, and how long it takes.
 
-    cards: str = flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
-    host: float | None = flag(None, "plan", "GiB of host memory [this machine's]", rule="> 0")
-    link: float | None = flag(None, "plan", "GB/s from host to each GPU", rule="> 0")
-    explain: bool = flag(False, "plan", "show the formula of every row, numbers filled in")
-    json: bool = flag(False, "plan", "print JSON")
+    Whether it fits, and what to change where it does not. Reads config.json only. Exit code 0: it
+    fits, 3: it does not.
+    """
+
+    cards: str = cli.flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
+    host: float | None = cli.flag(None, "plan", "GiB of host memory [this machine's]", rule="> 0")
+    link: float | None = cli.flag(None, "plan", "GB/s from host to each GPU", rule="> 0")
+    explain: bool = cli.flag(False, "plan", "show the formula of every row, numbers filled in")
+    json: bool = cli.flag(False, "plan", "print JSON")
 
 
 def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
@@ -433,7 +432,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     return values
 
 
-def _memory(table: Table) -> dict[str, Any]:
+def _memory(table: rows.Table) -> dict[str, Any]:
     names = ("limit_gib", "peak_gib", "peak_phase", "reserved_gib", "allocated_gib")
     figures = {name: getattr(table, name) for name in names}
     totals = {phase: table.total_gib(phase) for phase in rows.PHASES}
@@ -474,7 +473,7 @@ def _counts(names: Sequence[str]) -> str:
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
 
-def _table(title: str, names: Sequence[str], table: Table) -> list[str]:
+def _table(title: str, names: Sequence[str], table: rows.Table) -> list[str]:
     lines = [f"{title:<48}" + "".join(f"{phase:>10}" for phase in rows.PHASES)]
     found = {name: [table.gib(phase, name) for phase in rows.PHASES] for name in names}
     found["total"] = [table.total_gib(phase) for phase in rows.PHASES]
@@ -485,7 +484,7 @@ def _table(title: str, names: Sequence[str], table: Table) -> list[str]:
     return lines
 
 
-def _terms(names: Sequence[str], table: Table) -> list[str]:
+def _terms(names: Sequence[str], table: rows.Table) -> list[str]:
     """Every row in the phase where it is largest, with the products it is the sum of."""
     lines = [""]
     for name in names:
@@ -496,7 +495,7 @@ def _terms(names: Sequence[str], table: Table) -> list[str]:
     return lines
 
 
-def _term(item: Term) -> list[str]:
+def _term(item: rows.Term) -> list[str]:
     product = "".join(
         f"{' / ' if unit.startswith('per_') else ' x '}{_number(num)} {unit.removeprefix('per_')}"
         for unit, num in item.factors

@@ -3,13 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
-from fsdp_qlora.checkpoint_store import METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
 from fsdp_qlora.data.prompts import Prompt
@@ -33,7 +31,7 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, LARGEST_EXPONENT))
 
 
-@dataclass
+@dataclasses.dataclass
 class Evaluator:
     """Held-out loss and answers of a run; the adapter with the lowest loss is kept.
 
@@ -60,8 +58,8 @@ class Evaluator:
     save: Callable[[TrainConfig], object]
     recorder: Recorder
     num_done: int = 0
-    losses: dict[int, float] = field(default_factory=dict)
-    answers: dict[int, list[str]] = field(default_factory=dict)
+    losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    answers: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     best: tuple[float, int] | None = None
 
     @property
@@ -138,15 +136,13 @@ class Evaluator:
 
     def _recall(self) -> None:
         """What the run saw before it was stopped: its record, as rank 0 has cut it."""
-        record = self._best_dir.parent / METRICS
-        lines = record.read_bytes().splitlines() if record.is_file() else []
-        events = [atomic.parse_json(line) or {} for line in lines if b'"event"' in line]
+        events = [line for line in self.recorder.resumed.lines if "event" in line]
         for event in self.trained.world.gather_objects(events)[0]:
             loss, step = event.get("loss"), event.get("step", 0)
-            if event.get("event") == "eval" and loss is not None:
+            if event["event"] == "eval" and loss is not None:
                 self.losses[step] = loss
                 self.best = (loss, step) if event.get("is_best") else self.best
-            elif event.get("event") == "sample" and event.get("when") == "before":
+            elif event["event"] == "sample" and event.get("when") == "before":
                 self.answers.setdefault(0, []).append(event["answer"])
 
     def _compared(self) -> list[str]:

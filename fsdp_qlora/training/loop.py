@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
@@ -31,7 +30,7 @@ SHORT_ROWS = (9, 7)  # tokens of two rows that are laid one after the other for 
 MOST_ROW_ERROR = 0.2  # of what seeing the other row does; 16 bit round to some hundredths of it
 
 
-def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+def token_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
     """Sum of the cross entropy over the trained tokens of a batch.
 
     Args:
@@ -47,7 +46,7 @@ def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> torc
 
 
 def keep_rows_apart(
-    model: nn.Module, batches: Batches | PackedBatches, info: ModelInfo, world: World
+    model: torch.nn.Module, batches: Batches | PackedBatches, info: ModelInfo, world: World
 ) -> str:
     """Lay no rows one after the other where they would see each other.
 
@@ -72,7 +71,7 @@ def keep_rows_apart(
     return f"packing   off: {rule}"
 
 
-def are_rows_apart(model: nn.Module, world: World) -> bool:
+def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
     """Whether a short row behind another one has the logits that it has alone.
 
     Args:
@@ -218,7 +217,7 @@ def _note_skipped(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World) -> float:
+def evaluate(model: torch.nn.Module, batches: Iterable[Batch], world: World) -> float:
     """Mean loss over all trained tokens of all ranks' batches.
 
     Args:

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
-from torch import nn
 
 from fsdp_qlora import errors
 from fsdp_qlora.data import Data
@@ -270,7 +269,7 @@ class MemoryTracker:
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
         self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
         self._device = device
-        self._params: list[nn.Parameter] = []
+        self._params: list[torch.nn.Parameter] = []
         self._model: QuantizedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
@@ -459,7 +458,7 @@ def _token_bytes(data: Data) -> int:
     return sum(array.nbytes for array in own if not isinstance(array.base, np.memmap | mmap.mmap))
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, float]]:
     """(itself, GiB on this rank) of every parameter and buffer, shared ones once."""
     seen = set()
     for tensor in (*model.parameters(), *model.buffers()):

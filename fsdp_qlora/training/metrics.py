@@ -41,7 +41,6 @@ from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained, trained_whole
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
 from fsdp_qlora.training import memory
-from fsdp_qlora.training.memory import MemoryLedger, MemoryTracker, Peak
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
@@ -206,11 +205,14 @@ class Recorder:
             ...
             recorder.clock.mark("forward")
             recorder.step({"step": 1, "epoch": 0.1, "loss": loss, ...})
+
+    Attributes:
+        resumed: the record that this one goes on with, on the rank that writes.
     """
 
     def __init__(
         self,
-        tracker: MemoryTracker,
+        tracker: memory.MemoryTracker,
         world: World,
         num_steps: int,
         run_info: dict[str, Any],
@@ -227,7 +229,7 @@ class Recorder:
             resumed: the record that this one goes on with, on the rank that writes.
         """
         self.clock = Clock(world.device, tracker.peaks.mark)
-        self.tracker, self._ledger = tracker, MemoryLedger(tracker)
+        self.tracker, self._ledger = tracker, memory.MemoryLedger(tracker)
         self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
         self._sampler, self._totals = memory.HostSampler(), Totals()
@@ -237,8 +239,8 @@ class Recorder:
         self._file: Any = None
         self._unwritten = b""
         self._bar: Any = None
-        self._resumed = resumed or Resumed()
-        self._began_s = time.perf_counter() - self._resumed.seconds
+        self.resumed = resumed or Resumed()
+        self._began_s = time.perf_counter() - self.resumed.seconds
 
     def __enter__(self) -> "Recorder":
         """Open the files, write the `run` event, start the clock."""
@@ -246,14 +248,14 @@ class Recorder:
         if self._world.rank == 0:
             self._output_dir.mkdir(parents=True, exist_ok=True)
             path = self._output_dir / "metrics.jsonl"
-            self._file = path.open("ab" if self._resumed.lines else "wb", buffering=0)
-            for line in self._resumed.lines:
+            self._file = path.open("ab" if self.resumed.lines else "wb", buffering=0)
+            for line in self.resumed.lines:
                 self._totals.add(line)
             has_bar = "stdout" not in self.tracker.plan.cfg.log_targets
             self._bar = _progress_bar(self._num_steps, has_bar, len(self._totals.steps["step_s"]))
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
-        is_first = not self._resumed.lines
+        is_first = not self.resumed.lines
         self.event("run" if is_first else "resume", info | (self._run_info if is_first else {}))
         self.collect("load")
         return self
@@ -464,7 +466,7 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
         print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)
 
 
-def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]:
+def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
@@ -477,7 +479,7 @@ def describe(data: Data, built: Built, tracker: MemoryTracker) -> dict[str, Any]
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
     trainable, total = count_trained(info, cfg).total, num_params(info)
-    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else Peak()
+    allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else memory.Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}

@@ -164,9 +164,9 @@ def rows_of(runs, tokens_per_step):
         good = [run for run in group if run["state"] != "failed"]
         if good:
             steps_s = [
-                second for run in good for second in run["steps_s"][bench.NUM_WARMUP_STEPS :]
+                second for run in good for second in run["steps_s"][bench.record.NUM_WARMUP_STEPS :]
             ]
-            row["step_s"] = bench.spread_of([0.0] * bench.NUM_WARMUP_STEPS + steps_s)
+            row["step_s"] = bench.spread_of([0.0] * bench.record.NUM_WARMUP_STEPS + steps_s)
             row["tokens_per_s"] = tokens_per_step / row["step_s"]["median"]
             for name in ("peak_allocated_gib", "peak_reserved_gib", "host_added_gib"):
                 row[name] = max(run[name] for run in good)
@@ -299,7 +299,7 @@ def parse(argv):
         raise UserError(
             f"--arms {','.join(unknown)}", "no such arm", f"use {' '.join([*OURS, *TRL])}"
         )
-    if args.max_steps <= bench.NUM_WARMUP_STEPS:
+    if args.max_steps <= bench.record.NUM_WARMUP_STEPS:
         raise UserError(
             f"--max_steps {args.max_steps}", "the first 3 steps warm up", "use 13 or more"
         )
@@ -326,7 +326,7 @@ def write(args, runs, command):
     runs = compared(runs)
     rows = rows_of(runs, args.batch_size * args.context_length * args.world_size)
     versions = [run["versions"] for run in runs if "versions" in run]
-    is_trial = args.max_steps - bench.NUM_WARMUP_STEPS < 10
+    is_trial = args.max_steps - bench.record.NUM_WARMUP_STEPS < 10
     title = f"{Path(args.model_name).name}, {args.batch_size} x {args.context_length}"
     facts = {
         "title": f"{title}, {args.world_size} ranks: ours against its peers",

@@ -234,9 +234,9 @@ def edit(path: Path, directory: Path, how: str) -> Path:
 def test_every_tensor_is_accounted_for_before_any_training(tmp_path):
     """On both ranks alike: names missing, unknown, of another shape."""
     path = tiny.save_model(tmp_path / "model")
-    words = ("missing", "unknown", "of another shape")
-    cases = [(edit(path, tmp_path / word.replace(" ", "-"), word),) for word in words]
+    words = {"missing": "absent", "unknown": "no part", "of another shape": "of another shape"}
+    cases = [(edit(path, tmp_path / how.replace(" ", "-"), how),) for how in words]
     for by_rank in run_ranks(faults, 2, cases):
-        for (code, text), word in zip(by_rank, words, strict=True):
+        for (code, text), word in zip(by_rank, words.values(), strict=True):
             assert code == INTEGRITY
             assert NAME in text and word in text
