@@ -235,7 +235,7 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
     """
     draft = directory.with_name(f".tmp-{os.getpid()}-{directory.name}")
     lock = directory.with_name(f".{directory.name}.lock")
-    is_new = not directory.parent.exists()
+    is_new = not os.path.exists(directory.parent)  # too long a name is no fault here
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("w") as file:
@@ -255,9 +255,9 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
         return replace(build(StoreBuilder(None)), note=note)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if is_new and not directory.exists():  # nothing is kept, so nothing is left
-            lock.unlink(missing_ok=True)
+        if is_new and not os.path.exists(directory):  # nothing is kept, so nothing is left
             with contextlib.suppress(OSError):
+                lock.unlink(missing_ok=True)
                 directory.parent.rmdir()
 
 
