@@ -24,7 +24,8 @@ from fastcore.basics import str2bool  # it reads the reference's command lines t
 from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
-TOO_LARGE, MOST_CHARS = 2**32, 100_000  # of a number; of a text, which command lines must hold
+TOO_SMALL, TOO_LARGE = 1e-30, 2**32  # for any number
+MOST_CHARS = 100_000  # of a text: ranks are told on their command lines
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,
@@ -352,8 +353,8 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
         return UserError(place, f"must be {kinds}", remedy)
     if option.choices is not None and value not in option.choices:
         return UserError(place, "no such choice", f"use {', '.join(map(to_text, option.choices))}")
-    if isinstance(value, int | float) and abs(value) >= TOO_LARGE:
-        return UserError(place, "must be below 2**32", remedy)
+    if isinstance(value, int | float) and not (value == 0 or TOO_SMALL < abs(value) < TOO_LARGE):
+        return UserError(place, f"must be below 2**32, and 0 or above {TOO_SMALL}", remedy)
     if isinstance(value, str) and len(value) > MOST_CHARS:
         return UserError(place, f"must have at most {MOST_CHARS:,} characters", remedy)
     if not RULES[option.rule](value):
