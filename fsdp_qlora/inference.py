@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, config
+from fsdp_qlora.data.tokenizer import bounded
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
@@ -100,7 +101,8 @@ class Opened:
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
             kwargs |= {"tokenize": False, "add_generation_prompt": True}
             try:
-                text = tokenizer.apply_chat_template(turns, **kwargs)
+                with bounded("the chat template"):
+                    text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything
                 rule = f"the chat template cannot render the conversation ({brief(error)})"
                 raise UserError("generate", rule, "use --raw") from error
