@@ -58,11 +58,6 @@ FIGURES = {
     "tokens_per_s": ("speed of all ranks", "tokens/s", 0.15, 0.0),
 }
 CONDITIONS = ("num_ranks", "p2p", "weights")
-TERMS = """Speed: median (least - most) of the steps after the third, all ranks together. GPU: the
-rank with most; allocated and reserved by torch, then the total of the ledger with CUDA context and
-collectives, and how far it is from the plan. Host: what the run added at its peak; then the total
-of all programs, and how far it is from the plan. To be beaten at 7B, batch 4: 22 GB a GPU without
-FSDP, 7 GB a GPU and 18 GB host with FSDP and offload."""
 SMALL = "small"
 BenchRow = dict[str, Any]
 
@@ -338,34 +333,20 @@ def markdown(bench: BenchRow) -> str:
     Args:
         bench: what the JSON file holds.
     """
-    here, rows, budget = bench["machine"], bench["rows"], bench["gpu_budget_gib"]
-    versions = ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform")
-    capped = f"each GPU's allocator capped at {budget:g} GiB; " if budget else ""
-    heads = ["row", "ranks", "step s", "tokens/s", "GPU: allocated / reserved / total (to plan)"]
-    heads += ["host: added / total (to plan)", "loss", "measured"]
-    cells = [heads, ["---"] * len(heads), *map(_cells, rows)]
-    details = [bench["command"]]
-    for row in rows:
-        texts = [f"# {row['name']}. {row['reason'] or row['plan_note']}", row["command"]]
-        details.append("\n".join(filter(None, [*texts, *row.get("table", ())])))
-    parts = [
-        f"# {bench['title']}: what each setting needs and how fast it is",
-        *(f"**{note}.**" for note in bench["notes"]),
-        f"{bench['date']}. Machine: {here['cards']}; {here['cpu']}, {here['num_cores']} cores, "
-        f"{here['host_total_gib']:.0f} GiB; {here['platform']}. {versions}; fsdp_qlora at "
-        f"{bench['commit']}. Weights: {bench['weights']}; random tokens; {capped}LoRA r 16 on all "
-        "linears, NF4 with double quantization, every layer recomputed unless the plan chose.",
-        TERMS.replace("\n", " "),
-        "\n".join(f"| {' | '.join(row)} |" for row in cells),
-    ]
-    measured = [row for row in rows if row["state"] == "measured"]
-    for key, (title, unit, *_) in FIGURES.items():
-        parts += bars(title, unit, {row["name"]: row[key] for row in measured})
-    if bench["moved"]:
-        parts.append("## Moved since the stored bench\n\n- " + "\n- ".join(bench["moved"]))
-    parts.append("## Commands, and the plan beside what was measured\n\n```text")
-    parts[-1] += "\n" + "\n\n".join(details) + "\n```"
-    return "\n\n".join(parts) + "\n"
+    from jinja2 import Template
+
+    measured = [row for row in bench["rows"] if row["state"] == "measured"]
+    parts = {
+        "versions": ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform"),
+        "cells": map(_cells, bench["rows"]),
+        "charts": [
+            chart
+            for key, (title, unit, *_) in FIGURES.items()
+            for chart in bars(title, unit, {row["name"]: row[key] for row in measured})
+        ],
+    }
+    template = Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    return template.render(bench | parts) + "\n"
 
 
 def _cells(row: BenchRow) -> list[str]:

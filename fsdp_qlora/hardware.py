@@ -204,10 +204,8 @@ def find_gpus(visible: str | None = None) -> list[Device]:
     """
     if visible is not None and visible.strip() in ("", "-1"):
         return []
-    try:
-        import pynvml as nvml
-    except ImportError:
-        return _torch_gpus(visible)
+    import pynvml as nvml
+
     try:
         nvml.nvmlInit()
         return [_nvml_gpu(nvml, handle) for handle in _nvml_handles(nvml, visible)]

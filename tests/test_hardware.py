@@ -64,7 +64,7 @@ def test_the_driver_reports_what_a_name_does_not(driver):
 
 
 def test_a_machine_without_a_driver_has_no_gpu_and_a_broken_driver_is_named(driver, monkeypatch):
-    """No library, no driver, no pynvml: nothing is said. A driver that does not answer: code 3."""
+    """No library, no driver: nothing is said. A driver that does not answer: code 3."""
     monkeypatch.setattr(hardware, "DRIVERS", ())
     for value in (fake_nvml.NVML_ERROR_LIBRARY_NOT_FOUND, fake_nvml.NVML_ERROR_DRIVER_NOT_LOADED):
         driver(fake_nvml.broken(value))
@@ -74,15 +74,13 @@ def test_a_machine_without_a_driver_has_no_gpu_and_a_broken_driver_is_named(driv
         hardware.find_gpus()
     assert caught.value.code == ENVIRONMENT
     assert hardware.find_gpus("") == [] and hardware.driver_version() is None
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert hardware.find_gpus() == [] and hardware.driver_version() is None
 
 
 def test_without_the_library_torch_is_asked_where_a_driver_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, driver, monkeypatch: pytest.MonkeyPatch
 ):
     """AMD, and containers without NVML; a torch that cannot be imported is named."""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+    driver(fake_nvml.broken(fake_nvml.NVML_ERROR_LIBRARY_NOT_FOUND))
     monkeypatch.setattr(hardware, "DRIVERS", (str(tmp_path),))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     text = """

@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,32 +35,8 @@ NUM_EXAMPLES = 3
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
-FINDINGS = {
-    "dropped": "lose text that the chat template does not write",
-    "reasoning": "lose the reasoning of earlier turns, which the chat template leaves out as when "
-    "the model is used",
-    "prompt": "do not hold the prompt that the template asks with, which ends so",
-    "developer": "have the role developer, which the chat template does not know: it is system",
-    "unread": "have chat_template_kwargs that the chat template does not read",
-}
 LOSSES = ("cut", "empty", "beyond", "repeated")
-LINES = {
-    "rows": "{num_rows:,} of {sources} ({kinds})",
-    "learned": "{train_on}: {num_trained_tokens:,} of {num_tokens:,} tokens ({trained_share:.1%})",
-    "length": "median {median_tokens:,}, 95% up to {p95_tokens:,}, "
-    "longest {longest_uncut_tokens:,}; context {context_length:,}",
-    "cut": "{num_cut:,} rows are longer than the context and lose {num_tokens_cut:,} tokens: {cut}",
-    "empty": "{num_empty:,} rows have nothing to learn and are left out: {empty}",
-    "beyond": "{num_beyond:,} rows have nothing to learn within the context and are left out: "
-    "{beyond}",
-    "repeated": "{num_repeated:,} rows hold the same as another: {repeated}",
-    "end": "the end of text is learned in {end_share:.1%} of the rows",
-    "parts": "{num_train:,} to learn, {num_held_out:,} held out, {num_test:,} left for a test",
-    "epoch": "{epoch_tokens:,} tokens, {epoch_trained_tokens:,} of them learned",
-    "steps": "{steps}",
-    "padding": "{batches:.1%} in batches of like length, {packed:.1%} if rows are packed",
-    "tokens": "{kept}",
-}
+TEXTS = tomllib.loads(Path(__file__).with_name("audit.toml").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,8 +381,9 @@ class Audit:
         )
         for what in LOSSES:
             shown[what] = ", ".join(facts["examples"].get(what, []))
-        names = [name for name in LINES if name not in LOSSES or facts[f"num_{name}"]]
-        lines = [f"{name:<9} {LINES[name].format_map(shown)}" for name in names]
+        texts = TEXTS["lines"].items()
+        due = [pair for pair in texts if pair[0] not in LOSSES or facts[f"num_{pair[0]}"]]
+        lines = [f"{name:<9} {text.format_map(shown)}" for name, text in due]
         return lines + [f"note      {note}" for note in facts["notes"]]
 
 
@@ -518,7 +496,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     }
     found_in_rows = [
         f"{facts['findings'][kind]:,} rows {words}: {', '.join(facts['examples'][kind])}"
-        for kind, words in FINDINGS.items()
+        for kind, words in TEXTS["findings"].items()
         if facts["findings"].get(kind)
     ]
     return [*found_in_rows, *(note for note, is_so in notes.items() if is_so)]

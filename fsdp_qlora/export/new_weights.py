@@ -391,9 +391,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
         if own:
             module.register_forward_pre_hook(partial(_bring, own, base))
             module.register_forward_hook(_drop)
-    batch_BT = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.int64)
-    for row, tokens in zip(batch_BT, ids, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)  # causal: the padding behind is not seen
+    # Causal: the padding behind is not seen.
+    batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
     return torch.cat([out[i, : len(tokens)].cpu() for i, tokens in enumerate(ids)])
 

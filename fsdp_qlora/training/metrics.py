@@ -29,7 +29,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic, hardware
+from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.arch import num_params, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
@@ -538,12 +538,8 @@ def print_summary(cfg: TrainConfig) -> None:
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
 FIGURES += ("num_tokens", "num_trained_tokens")
 HELD_OUT = ("loss", "perplexity")
-SETTINGS = (
-    *("train_type", "precision", "quant_type", "double_quant", "n_bits", "lora_rank", "lora_alpha"),
-    *("lora_dropout", "use_rslora", "context_length", "packing", "batch_size", "num_epochs"),
-    *("gradient_accumulation_steps", "max_steps", "lr", "lr_scheduler", "warmup_steps", "wd"),
-    *("optimizer", "apply_gradient_clipping", "grad_norm", "seed", "world_size"),
-    *("sharding_strategy", "use_cpu_offload", "use_gradient_checkpointing"),
+SETTINGS = tuple(  # options that are no text of the user's own
+    name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
 )
 # What trackers log of their own accord, switched off: the terminal, the system, git, packages.
 WANDB_QUIET = {
