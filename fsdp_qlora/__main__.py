@@ -12,6 +12,7 @@ COMMANDS = {
     "data": ("fsdp_qlora.data.prepare:main", "inspect the data of a run, without a GPU"),
     "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
+    "cache": ("fsdp_qlora.fetch:cache", "list or clear the kept 4-bit weights and tokens"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),

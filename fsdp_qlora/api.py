@@ -173,7 +173,9 @@ def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
     return Path(out)
 
 
-def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
+def load_model(
+    path: str | Path, adapter: str | Path | None = None, any_base: bool = False
+) -> "Opened":
     """Load a model that answers, in this process, on its CPU or one GPU.
 
     The process is a torch.distributed group of one rank until the model's `close` is called.
@@ -181,6 +183,7 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
     Args:
         path: directory or hub name of a model, or directory of an adapter, which names its base.
         adapter: directory of an adapter to put on top of the model.
+        any_base: the model may be another one than the adapter was trained on.
 
     Returns:
         The model; `generate(prompt, max_tokens=256, temperature=0.0)` returns its answer.
@@ -200,7 +203,7 @@ def load_model(path: str | Path, adapter: str | Path | None = None) -> "Opened":
     place = Path(path if adapter is None else adapter) if is_adapter or adapter else None
     cfg, env = inference.config_of(place, flags), dict(os.environ)
     try:
-        opened = inference.open_run(place, cfg)
+        opened = inference.open_run(place, cfg, any_base)
         opened.load_adapter()
     except BaseException:
         from fsdp_qlora.distributed import world

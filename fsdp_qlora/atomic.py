@@ -6,6 +6,7 @@ Everything is written under a hidden name beside its own, brought to the disk, a
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fsdp_qlora.errors import ENVIRONMENT, SIGTERM, UserError
 
@@ -22,6 +23,7 @@ GIB = 2**30
 SPARE = 1.01  # of the disk: what lies beside the weights
 IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems whose directories take no fsync
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}  # file systems without locks
 
 
 def cache_dir(setting: str = "auto") -> Path:
@@ -139,12 +141,112 @@ def read_json(path: Path) -> dict[str, Any]:
     return {}
 
 
+def write_sealed(path: Path, table: dict[str, Any]) -> Path:
+    """Write JSON with a checksum beside it; see `write`."""
+    return write(path, json.dumps({"seal": _seal(table), "table": table}))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Read what `write_sealed` wrote; None where it is not there, or not as it was written."""
+    content = read_json(path)
+    table = content.get("table")
+    return table if isinstance(table, dict) and content.get("seal") == _seal(table) else None
+
+
+def _seal(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def try_lock(file: IO[bytes] | int, is_shared: bool = False, waits: bool = False) -> bool:
+    """Lock an open file until it is closed, or say that its file system has no locks.
+
+    Args:
+        file: open for writing, or for reading where the lock is shared.
+        is_shared: with others that share it.
+        waits: for those that hold it.
+
+    Returns:
+        False: another process holds it.
+    """
+    try:
+        how = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
+        fcntl.flock(file, how if waits else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        rule = f"its file system has no locks ({error.strerror}): let only one run use it at a time"
+        print(f"warning   {getattr(file, 'name', 'a file')}: {rule}", file=sys.stderr)
+    return True
+
+
+def lock(entry: Path, is_shared: bool = False, waits: bool = False) -> IO[bytes] | None:
+    """Hold an entry of a cache, by a hidden file beside it that tells its last use, too.
+
+    Args:
+        entry: its path; it need not be there.
+        is_shared, waits: see `try_lock`.
+
+    Returns:
+        The open file, which holds it until it is closed; None: another process holds it.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    path = entry.with_name(f".{entry.name}.lock")
+    try:
+        file: IO[bytes] = path.open("a+b")
+    except OSError:
+        if not is_shared:
+            raise
+        file = path.open("rb")  # in a cache that only others may write to
+    if not try_lock(file, is_shared, waits):
+        file.close()
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(path)
+    return file
+
+
+def remove(path: Path, entry: Path) -> bool:
+    """Remove an entry of a cache, or a draft of it, unless a process holds the entry.
+
+    Args:
+        path: what is removed.
+        entry: its own name.
+
+    Returns:
+        False: a process holds it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    held = lock(entry)
+    if held is not None:
+        with held:
+            shutil.rmtree(path)
+    return held is not None
+
+
+def sweep(entry: Path) -> None:
+    """Remove the drafts, `.tmp-PID-NAME`, that killed writers have left in a cache.
+
+    Args:
+        entry: an entry of the cache that the caller has locked.
+    """
+    for draft in entry.parent.glob(".tmp-*-*"):
+        owner = entry.with_name(draft.name.split("-", 2)[2])
+        with contextlib.suppress(OSError):
+            shutil.rmtree(draft) if owner == entry else remove(draft, owner)
+
+
 def commit(draft: Path, final: Path) -> None:
     """Give a directory its name, in place of one that is there.
 
     Args:
         draft: on the same file system, its files written and closed.
-        final: its own name.
+        final: its own name, locked by the caller.
 
     Raises:
         OSError: the disk does not take it.

@@ -164,6 +164,7 @@ class TrainConfig:
     group_size: int = flag(64, "model", "HQQ weights that share a scale", GROUP_SIZES)
     hqq_axis: int = flag(1, "model", "1: groups lie in a row; 0: across rows", HQQ_AXES)
     quant_cache: str = flag("auto", "model", "cache of 4-bit weights: auto, off or DIR", rule=TEXT)
+    verify_base: str = flag("auto", "model", "full: hash all bytes of the model", ("auto", "full"))
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)

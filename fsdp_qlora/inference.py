@@ -193,12 +193,13 @@ def spread(name: str, argv: list[str], cfg: config.TrainConfig) -> int:
     return next((rank.returncode for rank in ranks if rank.returncode > 0), DONE)
 
 
-def open_run(adapter: Path | None, cfg: config.TrainConfig) -> Opened:
+def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = False) -> Opened:
     """Build the base of a run on this rank, without its adapter.
 
     Args:
         adapter: directory of the adapter; None for a bare base.
         cfg: see `config_of`.
+        any_base: it may be another one than the adapter was trained on.
 
     Returns:
         The model.
@@ -211,6 +212,7 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig) -> Opened:
     saved = None if adapter is None else adapter_files.read(adapter)
     if saved is not None:
         adapter_files.check_open(saved, info)
+        adapter_files.check_base(saved, info, any_base)
         note = adapter_files.base_note(saved, cfg.format_name)
         if note and os.environ.get("RANK", "0") == "0":
             print(note, file=sys.stderr)
@@ -310,6 +312,8 @@ def _parse(
     name = command.__name__
     parser = argparse.ArgumentParser(f"python -m fsdp_qlora {name}", description=command.__doc__)
     parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
+    words = "not the one it was trained on"
+    parser.add_argument("--any_base", choices=("true", "false"), help=words)
     for option, settings in options.items():
         parser.add_argument(f"--{option}", **settings)
     args, flags = parser.parse_known_args(argv)
@@ -335,7 +339,7 @@ def generate(argv: list[str]) -> int:
     )
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("generate", argv, cfg)
-    opened = open_run(args.adapter, cfg)
+    opened = open_run(args.adapter, cfg, args.any_base == "true")
     opened.load_adapter()
     turns: list[dict[str, str]] = []
     for prompt in _prompts(args.prompt, opened):
@@ -386,7 +390,7 @@ def evaluate(argv: list[str]) -> int:
         raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
     if cfg.world_size > 1 and not is_rank(os.environ):
         return spread("evaluate", argv, cfg)
-    opened = open_run(args.adapter, cfg)
+    opened = open_run(args.adapter, cfg, args.any_base == "true")
     found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)
     if opened.is_writer and args.adapter is not None:
         path = args.adapter / ("evaluation.json" if args.tasks is None else "tasks.json")

@@ -6,7 +6,6 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fsdp_qlora.data import row_formats, tokenizer
-from fsdp_qlora.data.tokenizer import TextTokenizer
 
 ROWS = Path(__file__).parent / "data" / "rows"
 TEXTS = (ROWS / "chitchat.jsonl").read_text(encoding="utf-8").splitlines()
@@ -109,7 +108,7 @@ def save_as(
     return directory
 
 
-def make(directory: Path, kind: str = "plain", **options) -> TextTokenizer:
+def make(directory: Path, kind: str = "plain", **options) -> tokenizer.TextTokenizer:
     """Write one and read it."""
     return tokenizer.read(save(directory, kind, **options))
 

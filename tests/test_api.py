@@ -10,7 +10,6 @@ from unittest.mock import patch
 import pytest
 
 import fsdp_qlora
-from fsdp_qlora import TrainConfig, TrainError, api
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import UserError
 from tests import warm
@@ -30,11 +29,11 @@ def rows_of(place: Path) -> list[dict]:
     return [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
 
 
-def config(place: Path, name: str, **more) -> TrainConfig:
+def config(place: Path, name: str, **more) -> fsdp_qlora.TrainConfig:
     values = {"world_size": 2, "max_steps": NUM_STEPS, "context_length": 64, "lora_rank": 4}
     values |= {"lr": 1e-3, "eval_split": "8", "eval_every": "2", "sample_prompts": "off"}
     names = {"model_name": str(place / "model"), "output_dir": str(place / name)}
-    return TrainConfig(**values | names | more)
+    return fsdp_qlora.TrainConfig(**values | names | more)
 
 
 def train_in_group(world, place: Path):
@@ -68,7 +67,7 @@ def test_rows_of_a_script_train_on_ranks_of_their_own_and_in_a_group(place, monk
 def test_a_record_that_a_restart_has_cut_is_told_once(tmp_path):
     """Steps and evaluations that are taken again call nobody a second time."""
     path, heard = tmp_path / "metrics.jsonl", []
-    follower = api._Follower(path, heard.append, heard.append)
+    follower = fsdp_qlora.api._Follower(path, heard.append, heard.append)
     follower.poll()
     lines = [{"step": 1}, {"event": "eval", "step": 1}, {"step": 2}, {"event": "eval", "step": 2}]
     texts = ["\0\0 torn\n", *(json.dumps(line) + "\n" for line in lines)]
@@ -94,7 +93,7 @@ def test_what_cannot_be_is_an_exception(place, monkeypatch):
 
     with pytest.raises(KeyError, match="enough"):
         fsdp_qlora.train(config(place, "stopped", max_steps=99), rows_of(place), on_step=enough)
-    assert issubclass(TrainError, RuntimeError)
+    assert issubclass(fsdp_qlora.TrainError, RuntimeError)
 
 
 def generate(place: Path, *flags: str) -> str:

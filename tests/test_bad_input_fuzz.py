@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.arch import files
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from tests import small_tokenizers
@@ -102,14 +101,14 @@ def test_damaged_headers_of_weights_are_refused_or_harmless(tmp_path: Path):
     content = (model / "model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header, data, path = content[8 : 8 + length], content[8 + length :], tmp_path / "x.safetensors"
-    good, chance = files.read_header(model / "model.safetensors"), random.Random(3)
+    good, chance = arch.files.read_header(model / "model.safetensors"), random.Random(3)
 
     def read(text: bytes) -> None:
         size = len(text) if chance.random() < 0.8 else length
         path.write_bytes(struct.pack("<Q", size) + text + data[:4096])
         with path.open("r+b") as file:
             file.truncate(8 + len(text) + len(data))
-        for name, ref in files.read_header(path).items():
+        for name, ref in arch.files.read_header(path).items():
             assert isinstance(name, str) and 0 < ref.start <= ref.start + ref.nbytes
             assert ref.start + ref.nbytes <= path.stat().st_size
 

@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fsdp_qlora import errors
-from fsdp_qlora.errors import BUG, INPUT, INTEGRITY
 from tests import warm
 
 PEM = "-----BEGIN EC PRIVATE KEY-----\nMIIEcanaryPEM1\n+/canaryPEM2==\n-----END EC PRIVATE KEY-----"
@@ -47,11 +46,7 @@ CANARIES = {
     "E": "sk-ant-api03-canary31canary31_canaryAA",
 }
 PLAIN = {
-    **{
-        "PATH": "/usr/local/bin:/usr/bin",
-        "MY_AUTH": "/home/auth/models",
-        "OLDPWD": "/srv/canary",
-    },
+    **{"PATH": "/usr/local/bin:/usr/bin", "MY_AUTH": "/home/auth/models", "OLDPWD": "/srv/canary"},
     **{"SORT_KEY": "short", "MAX_TOKENS": "2147483648", "TOKEN_LIMIT": "1,000,000,000"},
     **{"TOKENIZERS_PARALLELISM": "disabled!", "KEYBOARD": "us-international", "PASSIVE": "a" * 20},
     **{"GIT_AUTHOR_NAME": "Alice Author", "AUTH_TYPE": "kerberos5", "PATTERN": "some-pattern"},
@@ -133,7 +128,7 @@ def test_no_secret_is_written_and_nobody_else_can_reach_the_ranks(place: Path):
     while run.process.is_alive():
         addresses |= listening(run.orphans())
         run.process.join(0.05)
-    assert run.wait() == BUG and run.orphans() == []
+    assert run.wait() == errors.BUG and run.orphans() == []
     assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert run.err.count("\n") == 1 and "LookupError: no https://x.org/rows?" in run.err
     trace = "".join(path.read_text() for path in (out / "logs").glob("rank*.log"))
@@ -206,7 +201,7 @@ def test_rows_that_only_the_ranks_can_make_fail_in_one_line_and_leave_nothing(pl
     (place / "own.py").write_text(OWN)
     out = place / "own"
     run = warm.start(argv_of(place, out, f"--dataset={place / 'own.py'}:rows"), place)
-    assert run.wait() == INPUT and run.orphans() == []
+    assert run.wait() == errors.INPUT and run.orphans() == []
     assert re.fullmatch(r"error: \S+own\.py:3: KeyError: 'no more'; correct it; .*\n", run.err)
     assert not out.exists()
 
@@ -221,7 +216,7 @@ def test_weights_that_are_not_numbers_are_named(place: Path):
     tensors[name][3, 5] = np.nan
     save_file(tensors, path)
     run = warm.start(argv_of(place, out), place)
-    assert run.wait() == INTEGRITY and run.orphans() == []
+    assert run.wait() == errors.INTEGRITY and run.orphans() == []
     assert run.err.startswith(f"error: {name} in {path}: holds numbers that are not finite")
     assert run.err.count("\n") == 1 and not out.exists()
     path.write_bytes(good)

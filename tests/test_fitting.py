@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config, hardware
-from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT
 from fsdp_qlora.planning import fit
 from fsdp_qlora.planning import rows as names
@@ -16,7 +15,7 @@ from fsdp_qlora.planning import run as plans
 from tests import warm
 from tests.test_run import run
 
-TRAIN = str(PROJECT_DIR / "train.py")
+TRAIN = str(config.PROJECT_DIR / "train.py")
 WIDE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 
 from fsdp_qlora import run as train_run
 from fsdp_qlora.distributed import launch
-from fsdp_qlora.distributed.launch import RankSpec, tied_to_parent
 from tests import faults
 from tests.ranks import PRELOAD
 
@@ -52,9 +51,9 @@ class Forked:
         return self.returncode
 
 
-def fork(task: RankSpec) -> Forked:
+def fork(task: launch.RankSpec) -> Forked:
     """Start one rank (see launch.start)."""
-    tie = tied_to_parent()
+    tie = launch.tied_to_parent()
     sys.stdout.flush()  # or the child says again what is waiting there
     pid = os.fork()
     if pid == 0:

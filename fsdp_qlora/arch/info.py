@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,11 @@ class ModelInfo:
         for name, stored in self.quantized.items() if num_places != 1 else ():
             tensors |= {f"{name}.{part} {stored.offset}": r for part, r in stored.refs.items()}
         return files.sample_digest(tensors, num_places)
+
+    @cached_property
+    def whole_digest(self) -> str | None:
+        """`digest` by every byte, for which all files are read once."""
+        return self.digest(0)
 
     def linear_places(self, layers: Iterable[int] | None = None) -> dict[str, tuple[int, int]]:
         """Find the weights of the linears.

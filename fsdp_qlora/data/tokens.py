@@ -5,11 +5,9 @@ stored as its id, one that is only given as ~id, a negative number. What is lost
 """
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import shutil
@@ -182,7 +180,7 @@ class StoreBuilder:
         self.file.close()
         (self.directory / TABLE).write_bytes(self.table.tobytes())
         sums = [_digest(self.directory / name) for name in (CODES, TABLE)]
-        (self.directory / FACTS).write_text(json.dumps({"sums": sums, "facts": facts}))
+        atomic.write_sealed(self.directory / FACTS, {"sums": sums, "facts": facts})
         return _map(self.directory, facts)
 
 
@@ -207,10 +205,10 @@ def read_store(directory: Path) -> TokenStore | None:
         The store; None if there is none or a byte of it is wrong.
     """
     try:
-        table = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+        table = atomic.read_sealed(directory / FACTS)
         sums = [_digest(directory / name) for name in (CODES, TABLE)]
-        return _map(directory, table["facts"]) if table["sums"] == sums else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return _map(directory, table["facts"]) if table and table["sums"] == sums else None
+    except OSError:
         return None
 
 
@@ -234,22 +232,21 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
         The store; in memory, with the reason in its note, if the disk does not take it.
     """
     draft = directory.with_name(f".tmp-{os.getpid()}-{directory.name}")
-    lock = directory.with_name(f".{directory.name}.lock")
     is_new = not os.path.exists(directory.parent)  # too long a name is no fault here
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with atomic.lock(directory, waits=True) or contextlib.nullcontext():
             found = read_store(directory)
             if found is not None:
                 return replace(found, note=f"{directory} (made before)")
-            for stale in (directory, *directory.parent.glob(f".tmp-*-{directory.name}")):
-                shutil.rmtree(stale, ignore_errors=True)  # damaged, or of a run that was killed
+            again = " (made again: it was damaged, or by an older version)" * directory.exists()
+            shutil.rmtree(directory, ignore_errors=True)
+            atomic.sweep(directory)
             made = build(StoreBuilder(draft))
             if made.facts.get("num_bad"):  # mapped files live on until they are closed
                 return replace(made, note="not kept: there are bad rows")
             atomic.commit(draft, directory)
-            return replace(made, note=str(directory))
+            return replace(made, note=f"{directory}{again}")
     except OSError as error:  # a full disk, or one that cannot be written or locked
         note = f"not kept: {directory.parent}: {error.strerror or error}"
         return replace(build(StoreBuilder(None)), note=note)
@@ -257,7 +254,7 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
         shutil.rmtree(draft, ignore_errors=True)
         if is_new and not os.path.exists(directory):  # nothing is kept, so nothing is left
             with contextlib.suppress(OSError):
-                lock.unlink(missing_ok=True)
+                directory.with_name(f".{directory.name}.lock").unlink()
                 directory.parent.rmdir()
 
 

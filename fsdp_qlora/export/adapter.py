@@ -200,6 +200,25 @@ def base_note(adapter: SavedAdapter, format_name: str) -> str:
     return f"note      {adapter.path} {told}; its base is in {here} here"
 
 
+def check_base(adapter: SavedAdapter, info: ModelInfo, any_base: bool = False) -> None:
+    """See that a base is the one that an adapter was trained on, where its record tells.
+
+    Args:
+        adapter: what `read` found.
+        info: the base.
+        any_base: take another one, too.
+
+    Raises:
+        UserError: it is another one (code 2).
+    """
+    name = "samples" if "samples" in adapter.record else "digest"
+    trained_on = adapter.record.get(name) if info.tensors and not any_base else None
+    if trained_on not in (None, info.digest() if name == "samples" else digest(info)):
+        rule = f"is not the base that {adapter.path} was trained on ({adapter.record.get('base')})"
+        remedy = "give that one with --model_name, or add --any_base true"
+        raise UserError(str(info.path), rule, remedy)
+
+
 def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
     """See that a model with adapters on the linears of its layers can compute an adapter.
 
@@ -298,7 +317,7 @@ def record_of(info: ModelInfo, cfg: TrainConfig) -> dict[str, Any]:
         cfg: of the run.
 
     Returns:
-        version, base, format, compute_dtype, digest; see the module.
+        version, base, format, compute_dtype, digest (for older versions), samples; see the module.
     """
     return {
         "version": __version__,
@@ -306,6 +325,7 @@ def record_of(info: ModelInfo, cfg: TrainConfig) -> dict[str, Any]:
         "format": cfg.format_name,
         "compute_dtype": cfg.compute_dtype,
         "digest": digest(info),
+        "samples": info.digest(),
     }
 
 

@@ -159,11 +159,7 @@ def merge(argv: list[str]) -> int:
     if options.base == "dequantized" and format_name is None:
         rule = "the adapter does not tell what its base was quantized to"
         raise UserError("--base dequantized", rule, f"add --format: {' '.join(FORMATS)}")
-    trained_on, digest = adapter.record.get("digest"), adapters.digest(info)
-    if trained_on is not None and digest != trained_on and not options.any_base:
-        rule = f"is not the base that {adapter.path} was trained on ({adapter.record.get('base')})"
-        remedy = "give that one with --model_name, or add --any_base true"
-        raise UserError(str(info.path), rule, remedy)
+    adapters.check_base(adapter, info, options.any_base)
     _merge(options, adapter, info, format_name)
     return DONE
 

@@ -36,7 +36,7 @@ from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.model import quantize
 from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
-from fsdp_qlora.model.skeleton import stored_names, transformers_config
+from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
 
@@ -104,9 +104,6 @@ class TrainedBase:
 
         Args:
             names: in the files.
-
-        Raises:
-            UserError: a cached layer is damaged (code 5).
         """
         known = self._places if self.cached.is_complete or self.info.quantized else {}
         replaced = self.adapter.replaced
@@ -143,9 +140,14 @@ class TrainedBase:
             assert packed is not None
             return self._dequantized(next(packed), self.info.tensors[name].shape)
         if layer not in self._held:
-            (packed_layer,) = self.cached.read_layers([layer])
-            flat = packed_layer.to(self.device)
             self._held.clear()
+            (stored,) = self.cached.read_layers([layer])
+            if stored is None:
+                print(f"warning   {name} in {self.cached.directory} is damaged: quantized anew")
+                weight = next(Weights(self.info).read_ahead([name], self.device))
+                fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
+                return self._dequantized(fields, weight.shape)
+            flat = stored.to(self.device)
             self._held[layer] = LayerStore(lambda: flat, self._layout)
         return self._held[layer].weight(index, self.dtype)
 
@@ -374,7 +376,7 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
     Returns:
         logits_NV of the rows, one after the other, float32 on the host.
     """
-    model = _build(base.info).to(dtype=torch.float32).eval()
+    model = on_meta(transformers_config(base.info), torch.float32, "eager").float().eval()
     embedding, stored = model.get_input_embeddings(), stored_names(model, base.info)
     embedded = next(name for name, module in model.named_modules() if module is embedding)
     for name, module in model.named_modules():
@@ -395,20 +397,6 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
     batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
     return torch.cat([out[i, : len(tokens)].cpu() for i, tokens in enumerate(ids)])
-
-
-def _build(info: ModelInfo) -> Any:
-    """The model as transformers has it, its weights on the meta device."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    config = transformers_config(info)
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
-        )
 
 
 def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, args: tuple) -> None:

@@ -160,18 +160,25 @@ class _Dealer:
 
     def _make(self, own: list[int]) -> Iterator[torch.Tensor]:
         """Yield the quantized bytes of this rank's layers, uint8 [padded] on its device."""
-        layout, source, device = self.layout, self.source, self.world.device
-        if self.cache.is_complete:
-            for quantized in self.cache.read_layers(own):
-                flat = self._zeros()
-                flat[: layout.nbytes] = quantized.to(device, non_blocking=True)
-                yield flat
+        if not self.cache.is_complete:
+            yield from self._quantize(own)
             return
-        names = list(source.info.linear_places(own))
+        for layer, quantized in zip(own, self.cache.read_layers(own), strict=True):
+            if quantized is None:
+                yield from self._quantize([layer])
+                continue
+            flat = self._zeros()
+            flat[: self.layout.nbytes] = quantized.to(self.world.device, non_blocking=True)
+            yield flat
+
+    def _quantize(self, layers: list[int]) -> Iterator[torch.Tensor]:
+        """As `_make`, from 16-bit files or at random, and into the cache."""
+        layout, source, device = self.layout, self.source, self.world.device
+        names = list(source.info.linear_places(layers))
         arrays = source.read_quantized(names, device)
         quantize = FORMATS[layout.format_name].quantize
         arrays = arrays or map(quantize, source.read_ahead(names, device))
-        for layer in own:
+        for layer in layers:
             flat = self._zeros()
             for index in range(len(layout.shapes)):
                 store_linear(flat, layout, index, next(arrays))
@@ -265,7 +272,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     # The cache keeps whole models, and what is in their files.
     is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"
-    cache = weights.open_cache(setting, info, model.layout, world)
+    cache = weights.open_cache(setting, info, model.layout, world, cfg.verify_base == "full")
     has_cache = cache.directory is not None
     placed = placement.choose(info, cfg, model.layout.nbytes, has_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, world)

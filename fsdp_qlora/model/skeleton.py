@@ -197,14 +197,15 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         UserError: the linears of the built model are not those of `info` (code 5), or it computes
             otherwise than is known here (code 2).
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    config = transformers_config(info)
-    config.use_cache = False
-    chosen = choose_kernels(cfg, device, info.attention_extra)
-    hf_model = _on_meta(config, info, chosen)
-    hf_model.requires_grad_(False)
+    config, chosen = transformers_config(info), choose_kernels(cfg, device, info.attention_extra)
+    config.use_cache, attention = False, chosen.attention
+    if attention == "sdpa":
+        attention = register(config, chosen.has_row_kernel)
+    try:
+        hf_model = on_meta(config, chosen.dtype, attention).requires_grad_(False)
+    except KeyError as error:
+        rule = f"model type {info.model_type} has attention classes of its own ({error})"
+        raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
     head = _loss_head(hf_model, info)
     if chosen.attention == "sdpa" and not hf_model._supports_sdpa:
         rule = f"computes otherwise than the attention of model type {info.model_type}"
@@ -264,22 +265,21 @@ def _loss_head(hf_model: Any, info: ModelInfo) -> LossHead:
     return LossHead(output.weight, output.bias, scale, softcap)
 
 
-def _on_meta(config: Any, info: ModelInfo, chosen: KernelChoice) -> Any:
+def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
+    """Build a model as transformers has it: no weights yet, but buffers such as rotary tables.
+
+    Args:
+        config: from `transformers_config`.
+        dtype: of its parameters.
+        attention: name of the implementation.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    # Weights are read later; buffers (rotary tables) are computed here.
-    attention = chosen.attention
-    if attention == "sdpa":
-        attention = register(config, chosen.has_row_kernel)
-    try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=chosen.dtype, attn_implementation=attention
-            )
-    except KeyError as error:
-        rule = f"model type {info.model_type} has attention classes of its own ({error})"
-        raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
+    logging.set_verbosity_error()
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
 class _StandIn(nn.Module):

@@ -2,11 +2,14 @@
 
 The cache is one safetensors file of quantized bytes per decoder layer and a manifest of hashes; the
 second start of a run reads its bytes instead of 16-bit weights. Its directory is written beside its
-final name and renamed when it is whole; every file is verified by SHA-256 as it is read.
+final name, by one run at a time, and renamed when it is whole; every file is verified by SHA-256 as
+it is read, and a damaged one is made again from the model's files. What is changed in those outside
+of `ModelInfo.digest`'s places, in a file whose inode, size and time stay as they are, is not seen
+without --verify_base full.
 """
 
+import contextlib
 import hashlib
-import json
 import mmap
 import os
 import shutil
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +39,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 PIECE_BYTES = 32 * 2**20  # one read of one thread
 NUM_READERS = 4
 LAYOUT_VERSION = 1  # of the bytes of a cached layer; raise it when build_layout changes
+MANIFEST = "manifest.json"
 TENSOR = "packed"
 
 
@@ -273,9 +277,12 @@ class QuantizedCache:
         note: one line for the user.
         nbytes: of one layer.
         is_complete: the directory holds every layer.
-        digests: layer -> SHA-256 of its bytes, of this rank's writes or of the manifest.
-        read_bytes: read so far.
+        manifest: "nbytes", "sha256" of every layer, "model" for people, "base_bytes", a hash of all
+            bytes of the model's files if it was asked for.
         temporary: where layers are written until all are there; None = nothing is to be written.
+        lock: of the entry, while it is in use, held by the first rank of a machine.
+        read_bytes: read so far.
+        made: layer -> SHA-256 of its bytes, of this rank's writes.
         writer, writing: the thread that writes, and the layer in its hands.
         failure: why writing was given up, or "".
     """
@@ -284,39 +291,36 @@ class QuantizedCache:
     note: str
     nbytes: int = 0
     is_complete: bool = False
-    digests: dict[int, str] = field(default_factory=dict)
-    read_bytes: int = 0
+    manifest: dict[str, Any] = field(default_factory=dict)
     temporary: Path | None = None
+    lock: IO[bytes] | None = None
+    read_bytes: int = 0
+    made: dict[int, str] = field(default_factory=dict)
     failure: str = ""
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     writing: Future | None = None
 
-    def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor]:
+    def read_layers(self, layers: list[int]) -> Iterator[torch.Tensor | None]:
         """Yield quantized bytes in order, the next layers being read and hashed meanwhile.
 
         Args:
             layers: numbers of the layers; the cache must be complete.
 
         Yields:
-            uint8 [nbytes] on the host.
-
-        Raises:
-            UserError: a file is damaged (code 5).
+            uint8 [nbytes] on the host; None for a layer whose file is damaged.
         """
         return look_ahead(self._read_layer, layers)
 
-    def _read_layer(self, layer: int) -> torch.Tensor:
+    def _read_layer(self, layer: int) -> torch.Tensor | None:
         assert self.directory is not None, "a cache that is off was read"
         path = self.directory / _file_name(layer)
-        # The tensor is the last thing in the file.
-        header_bytes = path.stat().st_size - self.nbytes if path.exists() else 0
-        if header_bytes < 8:
-            raise _damaged(path, "is too short" if path.exists() else "is missing")
-        quantized = read_file(path, header_bytes, self.nbytes)
+        try:  # the tensor is the last thing in the file
+            quantized = read_file(path, path.stat().st_size - self.nbytes, self.nbytes)
+        except (OSError, UserError):
+            return None
         self.read_bytes += self.nbytes
-        if hashlib.sha256(quantized.numpy().data).hexdigest() != self.digests[layer]:
-            raise _damaged(path, "does not match its SHA-256")
-        return quantized
+        digest = hashlib.sha256(quantized.numpy().data).hexdigest()
+        return quantized if digest == self.manifest["sha256"][layer] else None
 
     def map_layers(self, layers: list[int]) -> list[torch.Tensor]:
         """The quantized bytes as the kernel's page cache has them, read when they are touched.
@@ -345,21 +349,19 @@ class QuantizedCache:
         """Keep the quantized bytes of one layer, in a thread; nothing when the cache is off.
 
         Args:
-            layer: its number.
+            layer: its number; of a complete cache, one whose file is damaged.
             quantized: uint8 [nbytes], any device.
         """
-        if self.temporary is None:
-            return
-        if not self._failure():
-            self.writing = self.writer.submit(self._write, self.temporary, layer, quantized.cpu())
+        place = self.directory if self.is_complete else self.temporary
+        if place is not None and not self._failure():
+            self.writing = self.writer.submit(self._write, place, layer, quantized.cpu())
 
     def _write(self, directory: Path, layer: int, host: torch.Tensor) -> None:
-        self.digests[layer] = hashlib.sha256(host.numpy().data).hexdigest()
+        self.made[layer] = hashlib.sha256(host.numpy().data).hexdigest()
         path = directory / _file_name(layer)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            save_file({TENSOR: host}, path)
-            atomic.sync(path)
+            with atomic.new_file(path) as draft:
+                save_file({TENSOR: host}, draft)
         except (OSError, SafetensorError) as error:  # a full disk: train without the cache
             self.failure = f"not written: {path}: {error}"
 
@@ -372,25 +374,49 @@ class QuantizedCache:
     def commit(self, world: World) -> None:
         """Give the directory its name once every rank has written its layers.
 
-        A rank that could not write makes all give the cache up; `note` says so.
+        A rank that could not write makes all give the cache up; `note` says so, and which layers
+        were damaged.
 
         Args:
             world: the ranks; all must call.
         """
-        if self.directory is None or self.temporary is None:
-            return
-        failures = [text for text in world.gather_objects(self._failure()) if text]
-        if failures:
-            self.note = failures[0]
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        digests = {k: v for part in world.gather_objects(self.digests) for k, v in part.items()}
-        if world.rank == 0:
-            manifest = {"nbytes": self.nbytes, "sha256": [digests[i] for i in sorted(digests)]}
-            (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            atomic.commit(self.temporary, self.directory)
-        self.is_complete = True
-        world.barrier()
+        first = world.rank - world.local_rank
+        every = world.gather_objects((self._failure(), self.made))[first:][: world.local_size]
+        made = {layer: digest for _, part in every for layer, digest in part.items()}
+        if self.is_complete and made:
+            numbers = ", ".join(map(str, sorted(made)))
+            self.note += f"; damaged and made again: layers {numbers}"
+        self.failure = next((text for text, _ in every if text), "")
+        if world.local_rank == 0 and made and not self.failure:
+            self._finish(made)
+        self.failure = world.gather_objects(self.failure)[first]
+        self.is_complete = (self.is_complete or bool(made)) and not self.failure
+        if self.failure:
+            self.note = self.failure
+            self.close()
+
+    def _finish(self, made: dict[int, str]) -> None:
+        """Write the manifest; a new directory gets its name, and others may read it from now on."""
+        assert self.directory is not None
+        place = self.temporary or self.directory
+        digests = {**dict(enumerate(self.manifest.get("sha256", ()))), **made}
+        in_order = {"sha256": [digests[layer] for layer in sorted(digests)]}
+        try:
+            atomic.write_sealed(place / MANIFEST, self.manifest | in_order)
+            if self.temporary is not None:
+                atomic.commit(self.temporary, self.directory)
+        except OSError as error:
+            self.failure = f"not written: {place}: {error.strerror or error}"
+        if self.lock is not None:
+            atomic.try_lock(self.lock, is_shared=True)
+
+    def close(self) -> None:
+        """Leave the entry, and nothing of one that is not whole."""
+        if self.lock is not None:
+            if self.temporary is not None:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            self.lock.close()
+        self.lock = self.temporary = None
 
 
 def _file_name(layer: int) -> str:
@@ -401,92 +427,100 @@ def key(info: ModelInfo, layout: Layout) -> str:
     """Name the cache entry: another for other files, format, layout or version.
 
     Args:
-        info: the model; of its files count names, sizes, times and every entry of their headers.
+        info: the model; of its files count their names, devices, inodes, sizes and times, and of
+            every tensor name, dtype, shape and sixteen places.
         layout: of a layer.
 
     Returns:
         Name of a directory, for people too.
     """
     assert info.path is not None, "a model without files has no cache"
-    digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{layout}".encode())
+    digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{layout}:{info.digest()}".encode())
     for file in sorted({ref.file for ref in info.tensors.values()}):
-        status = os.stat(file)
-        digest.update(f"{Path(file).name}:{status.st_size}:{status.st_mtime_ns}".encode())
-    for name, ref in sorted(info.tensors.items()):
-        digest.update(f"{name}:{ref.dtype}:{ref.shape}:{ref.start}".encode())
+        at = os.stat(file)
+        place = at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns
+        digest.update(f"{Path(file).name}:{place}".encode())
     return f"{info.path.name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
 
 
-def find_cache(setting: str, info: ModelInfo, layout: Layout) -> QuantizedCache:
+def find_cache(
+    setting: str, info: ModelInfo, layout: Layout, base_bytes: str | None = None
+) -> QuantizedCache:
     """Find the quantized layers of a model that a run has left on this machine.
 
     Args:
         setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
         info: the model; one without files is not cached.
         layout: of a layer; bf16 is not cached.
+        base_bytes: hash of all bytes of the model's files, if the layers must be made of those.
 
     Returns:
         The cache; not complete where nothing was left, without a directory when it is off.
-
-    Raises:
-        UserError: what is there does not describe this model (code 5).
     """
     if setting == "off" or not info.tensors or layout.format_name == "bf16":
         return QuantizedCache(None, "off")
     directory = atomic.cache_dir(setting) / key(info, layout)
-    gib = layout.nbytes * info.num_layers / GIB
-    cache = QuantizedCache(directory, f"{directory} ({gib:.2f} GiB)", layout.nbytes)
-    manifest = directory / "manifest.json"
-    if manifest.exists():
-        cache.digests = _read_manifest(manifest, layout.nbytes, info.num_layers)
-        cache.is_complete = True
+    note = f"{directory} ({layout.nbytes * info.num_layers / GIB:.2f} GiB)"
+    cache = QuantizedCache(directory, note, layout.nbytes)
+    cache.manifest = {"model": str(info.path), "nbytes": layout.nbytes, "base_bytes": base_bytes}
+    if not directory.exists():
+        return cache
+    with contextlib.suppress(OSError):  # of a cache that only others may write to
+        cache.lock = atomic.lock(directory, is_shared=True)
+        if cache.lock is None:
+            return cache
+    found = atomic.read_sealed(directory / MANIFEST)
+    if found is None or len(found["sha256"]) != info.num_layers:
+        cache.note += f"; made again: {MANIFEST} was damaged"
+    elif base_bytes is not None and found["base_bytes"] != base_bytes:
+        cache.note += "; made again: its layers were not known to be made of all these bytes"
+    else:
+        cache.is_complete, cache.manifest = True, found
     return cache
 
 
-def open_cache(setting: str, info: ModelInfo, layout: Layout, world: World) -> QuantizedCache:
-    """Find the cache entry of a model, or the place to write it; all ranks decide the same.
+def open_cache(
+    setting: str, info: ModelInfo, layout: Layout, world: World, is_verified: bool = False
+) -> QuantizedCache:
+    """Find the cache entry of a model, or the place to write it; one rank decides for all.
 
     Args:
         setting, info, layout: see `find_cache`.
         world: the ranks; all must call.
+        is_verified: the layers must be made of these very bytes, all of which are hashed.
     """
-    cache = find_cache(setting, info, layout)
-    if cache.directory is None or all(world.gather_objects(cache.is_complete)):
-        return cache
-    cache.is_complete = False
-    refusal = _cannot_write(cache.directory.parent, layout.nbytes * info.num_layers / GIB, world)
-    refusals = [text for text in world.gather_objects(refusal) if text]
-    pids = world.gather_objects(os.getpid())
-    cache.temporary = cache.directory.with_name(f".tmp-{pids[0]}-{cache.directory.name}")
-    return QuantizedCache(None, refusals[0]) if refusals else cache
+    cache = QuantizedCache(None, "off")
+    if world.local_rank == 0:
+        base_bytes = info.whole_digest if is_verified and setting != "off" else None
+        cache = find_cache(setting, info, layout, base_bytes)
+        if cache.directory is not None and not cache.is_complete:
+            _claim(cache, cache.directory, layout.nbytes * info.num_layers / GIB, world)
+    facts = cache.directory, cache.note, cache.nbytes, cache.is_complete, cache.manifest
+    facts = world.gather_objects((*facts, cache.temporary))[world.rank - world.local_rank]
+    return cache if world.local_rank == 0 else QuantizedCache(*facts)
 
 
-def _read_manifest(path: Path, nbytes: int, num_layers: int) -> dict[int, str]:
-    try:
-        manifest = json.loads(path.read_text())
-        digests = dict(enumerate(manifest["sha256"]))
-        is_good = manifest["nbytes"] == nbytes and len(digests) == num_layers
-    except (ValueError, KeyError, TypeError):
-        is_good = False
-    if not is_good:
-        raise _damaged(path, "does not describe this model")
-    return digests
-
-
-def _damaged(path: Path, problem: str) -> UserError:
-    rule = "the quantized cache is verified as it is read"
-    remedy = "delete its directory (it is made again) or use --quant_cache off"
-    return UserError(f"{path} {problem}", rule, remedy, INTEGRITY)
-
-
-def _cannot_write(root: Path, need_gib: float, world: World) -> str:
-    if world.size != world.local_size:
-        return "not written: the ranks are on several machines"
+def _claim(cache: QuantizedCache, directory: Path, need_gib: float, world: World) -> None:
+    """Take the place to write a cache; where that cannot be, it is off, and `note` says why."""
+    root, reason = directory.parent, ""
+    cache.close()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        cache.lock = atomic.lock(directory)
+        if cache.lock is not None:
+            atomic.sweep(directory)
         free_gib = shutil.disk_usage(root).free / GIB
+        if world.size != world.local_size:
+            reason = "the ranks are on several machines"
+        elif cache.lock is None:
+            reason = f"{directory} is in use by another run"
+        elif free_gib < need_gib * 1.1:
+            reason = f"{root} has {free_gib:.1f} GiB free, {need_gib:.1f} needed"
+        else:
+            cache.temporary = directory.with_name(f".tmp-{os.getpid()}-{directory.name}")
+            cache.temporary.mkdir()
     except OSError as error:
-        return f"not written: {root}: {error.strerror}"
-    if free_gib < need_gib * 1.1:
-        return f"not written: {root} has {free_gib:.1f} GiB free, {need_gib:.1f} needed"
-    return ""
+        reason = f"{root}: {error.strerror or error}"
+    if reason:
+        cache.close()
+        cache.directory, cache.note = None, f"not written: {reason}"

@@ -33,7 +33,7 @@ from fsdp_qlora import atomic, cli, hardware
 from fsdp_qlora.arch import num_params, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
-from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
@@ -654,13 +654,8 @@ def attach_trackers(cfg: TrainConfig, is_writer: bool, tell: Say = tqdm.write) -
                 thread.join(wait_s)
             if slow := " and ".join(thread.name for thread in threads if thread.is_alive()):
                 tell(f"note      {slow} has not taken all of it yet: metrics.jsonl has it")
-                atexit.register(_end)  # before what the tracker wants to do at the end, and waits
-
-
-def _end() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(DONE)
+                # Before what the tracker wants to do at the end, and waits.
+                atexit.register(exit_report.leave, DONE)
 
 
 def _open(name: str, cfg: TrainConfig) -> Any:

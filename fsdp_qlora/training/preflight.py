@@ -194,6 +194,7 @@ def fingerprint(
     """
     values: dict[str, Any] = {
         "base": base or _digest(repr(sorted(info.config.items()))),
+        **({"base_samples": info.digest()} if base else {}),
         "format": cfg.format_name,
         "adapter": TRAIN_TYPES[cfg.train_type].adapter,
         "targets": sorted(linear.name for linear in select_linears(info, cfg.lora_target_modules)),

@@ -378,26 +378,21 @@ def test_a_hub_name_that_is_no_shape_is_asked_of_the_hub(command: str, tmp_path:
 
 def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Path):
     """A byte in the first 4 KiB, in the last, in one between; only all bytes see the others."""
-    path, size = tmp_path / "x.safetensors", 1 << 18
-    refs = {
-        n: files.TensorRef(path, "U8", (size,), 100 + i * size, size) for i, n in enumerate("ab")
-    }
-    refs["c"] = files.TensorRef(path, "F32", (0,), 0, 0)
-    content = bytes(range(256)) * (2 * size // 256 + 1)
+    path, size, apart = tmp_path / "x.safetensors", 1 << 18, ((1 << 18) - 4096) / 15
+    refs = {"a": files.TensorRef(path, "U8", (size,), 100, size)}
+    refs["b"] = refs["a"]._replace(start=100 + size)
+    content = bytearray(100 + 2 * size)
 
-    def digests(at: int | None = None) -> tuple[str | None, ...]:
-        changed = bytearray(content)
-        if at is not None:
-            changed[100 + at] ^= 1
-        path.write_bytes(changed)
-        return tuple(files.sample_digest(refs, num) for num in (files.NUM_SAMPLES, 0, 1))
+    def seen(at: float) -> list[bool]:
+        found = []
+        for bit in (0, 1):
+            content[100 + size + round(at) + 2000] = bit
+            path.write_bytes(content)
+            found.append([files.sample_digest(refs, num) for num in (files.NUM_SAMPLES, 0, 1)])
+        content[100 + size + round(at) + 2000] = 0
+        return [old != new for old, new in zip(*found, strict=True)]
 
-    plain, apart = digests(), (size - 4096) / 15
-    for place in range(16):
-        found = digests(size + round(place * apart) + 2000)
-        assert [new != old for new, old in zip(found, plain, strict=True)] == [1, 1, place == 0]
-    found = digests(size + round(apart / 2) + 2000)
-    assert [new != old for new, old in zip(found, plain, strict=True)] == [0, 1, 0]
-    assert digests() == plain and files.sample_digest({}) is None
+    assert [seen(place * apart) for place in range(16)] == [[True] * 3] + [[True, True, False]] * 15
+    assert seen(apart / 2) == [False, True, False] and files.sample_digest({}) is None
     path.unlink()
     assert files.sample_digest(refs) is None

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import files
 from fsdp_qlora.arch.info import LAYOUTS, OTHER_NAMES, Shapes, from_config, from_headers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
@@ -69,7 +68,7 @@ def save_tiny(directory: Path, model_type: str, max_shard_size: str = "5GB", **m
     return model
 
 
-@pytest.mark.parametrize("name", files.known_shapes())
+@pytest.mark.parametrize("name", arch.files.known_shapes())
 def test_shape_of_a_known_model_equals_what_transformers_builds(name: str) -> None:
     """All parameters, linears and the tying, from config.json alone; two layers suffice."""
     info = arch.read(name, need_weights=False)

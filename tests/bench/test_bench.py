@@ -13,7 +13,6 @@ import pytest
 
 import fsdp_qlora
 from fsdp_qlora import arch, bench, config
-from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.sizes import Sizes, setting_for
@@ -21,7 +20,7 @@ from fsdp_qlora.planning.sizes import Sizes, setting_for
 ROW = "4x64-one_card"
 STORED = [
     (page.stem, row)
-    for page in sorted(RECIPES_DIR.glob("bench-*.json"))
+    for page in sorted(config.RECIPES_DIR.glob("bench-*.json"))
     for row in json.loads(page.read_text())["rows"]
     if row["state"] == "measured" and row["place"] != "fit"
 ]
@@ -32,7 +31,7 @@ def command(*words: str) -> subprocess.CompletedProcess:
     argv = [sys.executable, "-m", "fsdp_qlora", "bench", *words]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        argv, cwd=PROJECT_DIR, env=env, capture_output=True, text=True, timeout=200
+        argv, cwd=config.PROJECT_DIR, env=env, capture_output=True, text=True, timeout=200
     )
 
 
@@ -70,7 +69,7 @@ def test_what_cannot_be_measured_is_refused_at_once(tmp_path, monkeypatch):
 
 def test_the_bench_itself_loads_nothing_heavy_beside_its_runs():
     code = "import sys, fsdp_qlora.bench; print({'torch', 'numpy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_DIR, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=config.PROJECT_DIR, capture_output=True)
     assert done.stdout == b"set()\n", done.stderr
 
 
@@ -92,9 +91,9 @@ def test_the_version_is_of_the_package_and_never_of_a_repository_around_it(tmp_p
     own, other = tmp_path / "own", tmp_path / "other"
     for place in (own, other, other / "venv" / "site-packages"):
         ignored = shutil.ignore_patterns("recipes", "__pycache__")
-        shutil.copytree(PROJECT_DIR / "fsdp_qlora", place / "fsdp_qlora", ignore=ignored)
+        shutil.copytree(config.PROJECT_DIR / "fsdp_qlora", place / "fsdp_qlora", ignore=ignored)
     (other / "pyproject.toml").write_text('[project]\nname = "other"\n')
-    shutil.copy(PROJECT_DIR / "pyproject.toml", own)
+    shutil.copy(config.PROJECT_DIR / "pyproject.toml", own)
     for place in (other, own):
         git("init", "-q", cwd=place)
         git("add", "-A", cwd=place)

@@ -11,7 +11,6 @@ from transformers.models.auto import tokenization_auto
 from fsdp_qlora.data import row_formats, tokenizer, tokens
 from fsdp_qlora.data.sources import RowPlace
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text
-from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 from tests.data import trl_masks
@@ -57,9 +56,9 @@ def samples(text_tokenizer, chats, template=None, **how):
     chat = text_tokenizer.chat()
     formatter = row_formats.choose(template, chat, text_tokenizer.names, **how)
     rows = ((RowPlace("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
-    store = tokens.tokenize(StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
+    store = tokens.tokenize(tokens.StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
     assert store.facts["bad"] == []
-    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in TokenDataset(store)]
+    return [(s.input_ids.tolist(), s.is_trained.tolist()) for s in tokens.TokenDataset(store)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fsdp_qlora import config
 from fsdp_qlora.data import prepare, tokenizer
-from fsdp_qlora.data.tokenizer import Chat, Refused, Text, find_lost
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
 
@@ -66,7 +65,7 @@ def chat(*contents, first="user"):
 @pytest.mark.parametrize("path", sorted(TRL.glob("*.jinja")), ids=lambda path: path.stem)
 def test_no_template_of_trl_loses_a_row_without_extras_and_every_lost_message_is_found(path):
     source = path.read_text(encoding="utf-8")
-    ours = Chat(source, NAMES, path.stem)
+    ours = tokenizer.Chat(source, NAMES, path.stem)
     rows = small_tokenizers.conversations()[:3]
     rows += [chat(a, b, b, a) for a, b in zip(AWKWARD, AWKWARD[1:] + AWKWARD[:1], strict=True)]
     num_read = 0
@@ -74,12 +73,12 @@ def test_no_template_of_trl_loses_a_row_without_extras_and_every_lost_message_is
         turns = [i for i, message in enumerate(row) if message["role"] == "assistant"]
         try:
             texts = ours.render(row, turns)
-        except Refused:
+        except tokenizer.Refused:
             with pytest.raises((jinja2.TemplateError, TypeError)):
                 render_jinja_template([row], chat_template=source, **NAMES)
             continue
         assert ours.whole(row) == render_jinja_template([row], chat_template=source, **NAMES)[0][0]
-        lost = list(find_lost(row, turns, texts, turns[-1], None))
+        lost = list(tokenizer.find_lost(row, turns, texts, turns[-1], None))
         num_read += 1
         if path.stem.removesuffix("_training") in OF_IMAGES:
             assert lost[0][0] == "dropped"
@@ -87,9 +86,9 @@ def test_no_template_of_trl_loses_a_row_without_extras_and_every_lost_message_is
         assert lost == []
         for number, message in enumerate(row):
             content = message["content"].strip()
-            cut = [Text(text.text.replace(content, "", 1), ()) for text in texts]
+            cut = [tokenizer.Text(text.text.replace(content, "", 1), ()) for text in texts]
             if cut[-1].text != texts[-1].text and len(content) > 8:
-                found = list(find_lost(row, turns, cut, turns[-1], None))
+                found = list(tokenizer.find_lost(row, turns, cut, turns[-1], None))
                 assert f"message {number + 1} (" in str(found), content
     assert num_read or path.stem.startswith("llava_next")
 
@@ -131,7 +130,7 @@ def test_lost_text_is_refused_with_its_place_or_trained_with_leave(tmp_path, row
     assert words in str(error.value) and "--allow_dropped_text" in str(error.value)
     (note, *_), texts = audit(tmp_path, rows, template, "--allow_dropped_text")
     assert note.startswith("1 rows lose text that the chat template does not write: /x.jsonl:1 ")
-    assert texts[-1] == Chat(template, NAMES, "").whole(row)
+    assert texts[-1] == tokenizer.Chat(template, NAMES, "").whole(row)
 
 
 def test_reasoning_of_earlier_turns_that_is_cut_as_at_inference_is_counted_and_trained(tmp_path):

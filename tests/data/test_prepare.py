@@ -9,7 +9,6 @@ from fsdp_qlora import config
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
-from tests.small_tokenizers import ROWS as REAL_ROWS
 
 
 def rows(num, first=0):
@@ -206,7 +205,7 @@ def test_small_data_is_not_kept_unless_asked_for_and_bad_rows_never(place, tmp_p
 
 def test_kept_tokens_are_those_of_memory(place, tmp_path):
     flags = ("--eval_split=0.3", "--template=chat", "--train_on=last")
-    path = REAL_ROWS / "chitchat.jsonl"
+    path = small_tokenizers.ROWS / "chitchat.jsonl"
     memory = run(place, path, *flags)
     for _ in range(2):
         disk = run(place, path, *flags, f"--token_cache={tmp_path}")

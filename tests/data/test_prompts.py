@@ -9,7 +9,6 @@ from fsdp_qlora import config
 from fsdp_qlora.data import prepare, prompts, tokenizer
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
-from tests.small_tokenizers import ROWS as REAL_ROWS
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_three_held_out_rows_are_asked_up_to_their_answer(places, pairs):
 
 
 def test_a_held_out_chat_is_asked_up_to_the_assistants_first_turn(places):
-    rows = REAL_ROWS / "chitchat.jsonl"
+    rows = small_tokenizers.ROWS / "chitchat.jsonl"
     found, texts = choose(places["chatml"], rows, "--eval_samples=3", "--context_length=2048")
     chats = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
     firsts = {next(m["content"] for m in c if m["role"] == "assistant").strip() for c in chats}
@@ -68,7 +67,7 @@ def test_running_text_is_continued_from_its_first_tokens(places, tmp_path):
 def test_a_file_of_prompts_is_asked_in_the_shape_of_the_rows(places, tmp_path):
     """Lines of text, or JSON: text, {"prompt"}, {"messages"}; with --sample_prompt first."""
     (tmp_path / "x.txt").write_text("How?\n\nWhy <b>?\n")
-    rows = REAL_ROWS / "chitchat.jsonl"
+    rows = small_tokenizers.ROWS / "chitchat.jsonl"
     flags = ("--eval_samples=3", "--sample_prompt=Who?", f"--sample_prompts={tmp_path / 'x.txt'}")
     found, texts = choose(places["llama3"], rows, *flags)
     assert [prompt.shown for prompt in found] == ["Who?", "How?", "Why <b>?"]
@@ -86,7 +85,7 @@ def test_a_file_of_prompts_is_asked_in_the_shape_of_the_rows(places, tmp_path):
 def test_a_chat_is_asked_with_the_ids_that_transformers_makes(tmp_path):
     """The tokenizer puts <|endoftext|> before plain texts, the template before none."""
     place = small_tokenizers.save(tmp_path / "m", "chatml", adds_bos=True)
-    rows = REAL_ROWS / "chitchat.jsonl"
+    rows = small_tokenizers.ROWS / "chitchat.jsonl"
     (prompt,), _ = choose(place, rows, "--eval_samples=3", "--sample_prompt=Who?")
     theirs = AutoTokenizer.from_pretrained(place).apply_chat_template(
         [{"role": "user", "content": "Who?"}], add_generation_prompt=True

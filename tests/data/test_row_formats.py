@@ -14,7 +14,6 @@ from fsdp_qlora.data.sources import TextPiece
 from fsdp_qlora.data.tokenizer import Refused
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
-from tests.small_tokenizers import conversations
 
 ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Oh."}]}
@@ -93,7 +92,7 @@ def test_real_rows_of_every_kind_are_learned_where_they_answer(choose):
         ):
             whole, learned = written(formatter, row)
             assert learned == [answer] and whole.endswith(answer) and len(whole) > len(answer)
-    for messages in conversations():
+    for messages in small_tokenizers.conversations():
         said = [f"{m['content']}<|im_end|>\n" for m in messages if m["role"] == "assistant"]
         assert written(formatter, {"messages": messages})[1] == said
 

@@ -1,13 +1,16 @@
 """Tokens on disk: written once, mapped by all, never trusted blindly."""
 
+import errno
 import multiprocessing
 import os
+import random
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fsdp_qlora import atomic
 from fsdp_qlora.data import tokens
 from fsdp_qlora.data.sources import RowPlace
 from fsdp_qlora.data.tokens import StoreBuilder, TokenDataset
@@ -60,16 +63,53 @@ def test_a_damaged_or_lost_file_is_noticed_and_all_made_again(tmp_path, name):
         if damage == "lose":
             path.unlink()
         assert tokens.read_store(tmp_path / "tokens") is None
-        check(tokens.cached(tmp_path / "tokens", build))
+        found = tokens.cached(tmp_path / "tokens", build)
+        check(found)
+        assert "made again: it was damaged" in found.note
         assert tokens.read_store(tmp_path / "tokens") is not None
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path):
-    (tmp_path / ".tmp-1-tokens").mkdir()
-    (tmp_path / ".tmp-1-other").mkdir()
+def test_facts_that_are_others_are_none(tmp_path):
+    """Valid JSON whose facts lack a name, or have another number, ended every start before."""
+    path, draw = tmp_path / "tokens" / "facts.json", random.Random(0)
+    check(tokens.cached(tmp_path / "tokens", build))
+    whole, num_read = path.read_bytes(), 0
+    damaged = [whole.replace(b"num_rows", b"num_raws"), whole.replace(b" 5", b" 6")]
+    for _ in range(100):
+        damaged.append(bytearray(whole))
+        damaged[-1][draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+    for content in damaged:
+        path.write_bytes(content)
+        if (found := tokens.read_store(tmp_path / "tokens")) is not None:  # other blanks
+            num_read += 1
+            check(found)
+    assert num_read < 20
+    check(tokens.cached(tmp_path / "tokens", build))
+
+
+def test_what_killed_runs_left_is_removed_and_what_others_write_is_not(tmp_path):
+    for name in ("tokens", "other-1", "alive-2"):
+        (tmp_path / f".tmp-1-{name}").mkdir()
+    held = atomic.lock(tmp_path / "alive-2")
     found = tokens.cached(tmp_path / "tokens", build)
     assert found.note == str(tmp_path / "tokens")
-    assert {path.name for path in tmp_path.iterdir()} == {"tokens", ".tmp-1-other", ".tokens.lock"}
+    left = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
+    assert left == {"tokens", ".tmp-1-alive-2"}
+    held.close()
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(atomic.fcntl, "flock", flock)
+    for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        found = tokens.cached(tmp_path / str(number), build)
+        check(found)
+        assert found.note == str(tmp_path / str(number))
+        assert f"has no locks ({os.strerror(number)})" in capsys.readouterr().err
+    number = errno.EIO
+    assert tokens.cached(tmp_path / "no", build).note.startswith(f"not kept: {tmp_path}: ")
 
 
 def test_without_a_disk_to_write_on_the_tokens_stay_in_memory(tmp_path):

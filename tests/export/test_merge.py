@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE, INPUT, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.training import preflight
 from tests import tiny
 
 MODELS = {
@@ -284,6 +286,30 @@ def refuse(code: int, words: str, adapter: Path, out: Path, *more: str) -> None:
     assert not out.exists() and not list(out.parent.glob(".out*"))
 
 
+def _refuse_to_open(adapter: Path, model: Path, tmp_path: Path) -> None:
+    """A base that differs where none of its tensors begins: by all commands, where it is known."""
+    info, near = arch.read(str(model), need_weights=True), tmp_path / "near"
+    ref = info.tensors["model.layers.0.mlp.up_proj.weight"]
+    shutil.copytree(model, near)
+    content = bytearray(ref.file.read_bytes())
+    content[ref.start + ref.nbytes - 1] ^= 1
+    (near / ref.file.name).write_bytes(content)
+    refuse(INPUT, "is not the base that", adapter, tmp_path / "no", f"--model_name={near}")
+    for command in (["generate", "--prompt=a"], ["evaluate"]):
+        with pytest.raises(UserError, match=r"is not the base that .* --any_base true"):
+            main([*command, f"--adapter={adapter}", f"--model_name={near}"])
+    saved, other = adapter_files.read(adapter), arch.read(str(near), need_weights=True)
+    adapter_files.check_base(saved, info)
+    adapter_files.check_base(saved, other, any_base=True)
+    saved.record.pop("samples")  # of an older version: by the first bytes alone
+    adapter_files.check_base(saved, other)
+    cfg = config.parse([f"--model_name={model}", "--dataset=dummy"])
+    prints = [preflight.fingerprint(cfg, base, base.digest(1), 1) for base in (info, other)]
+    with pytest.raises(UserError, match="--resume with another base_samples"):
+        preflight.check_same(*prints, allow_data_change=True)
+    preflight.check_same(prints[0] | {"base_samples": prints[1]["base_samples"]}, prints[1], True)
+
+
 def test_another_base_is_refused(places, tmp_path: Path):
     """By shape, by what its weights begin with; of the same weights cut otherwise it is not."""
     (model, adapters), (other, _) = places["llama"], places["qwen2"]
@@ -296,6 +322,7 @@ def test_another_base_is_refused(places, tmp_path: Path):
         merge(adapter, model)
     taken = merge(adapter, out, f"--model_name={other}", "--any_base=true", "--evidence_rows=0")
     assert taken["base"] == str(other)
+    _refuse_to_open(adapter, model, tmp_path)
     info = arch.read(str(model), need_weights=True)
     load(model).save_pretrained(tmp_path / "cut", max_shard_size="100KB")
     cut = arch.read(str(tmp_path / "cut"), need_weights=True)

@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from fsdp_qlora.__main__ import main
-from fsdp_qlora.errors import INTEGRITY, UserError
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -31,10 +29,10 @@ def merge(adapter: Path, out: Path, *more: str) -> dict:
     return json.loads((out / "merge.json").read_text())
 
 
-def test_an_adapter_of_two_ranks_merges_as_it_was_trained(tmp_path: Path):
+def test_an_adapter_of_two_ranks_merges_as_it_was_trained(tmp_path: Path, capsys):
     """From the adapter's own two files, wherever they are taken: the logits are the run's own.
 
-    With the packed bytes that training kept or quantised anew, to the same; damaged ones stop it.
+    With the packed bytes that training kept, made anew where damaged, or quantised anew: equal.
     """
     from transformers import AutoModelForCausalLM
 
@@ -62,6 +60,7 @@ def test_an_adapter_of_two_ranks_merges_as_it_was_trained(tmp_path: Path):
     content = bytearray(layer.read_bytes())
     content[-100] ^= 1
     layer.write_bytes(content)
-    with pytest.raises(UserError, match="SHA-256") as caught:
-        merge(taken, tmp_path / "damaged", cache)
-    assert caught.value.code == INTEGRITY and not (tmp_path / "damaged").exists()
+    merge(taken, tmp_path / "mended", cache)
+    assert "layers.1.mlp.up_proj.weight in " in capsys.readouterr().out
+    if tiny.DEVICE == "cpu":
+        assert (tmp_path / "mended" / "model.safetensors").read_bytes() == files[0].read_bytes()

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from torch import nn
 
 from fsdp_qlora.model import cuda_graphs
 from tests import tiny
 from tests.ranks import run_ranks
 
 
-class Alike(nn.Module):
+class Alike(torch.nn.Module):
     def __init__(self, layer_idx, use_rope=1):
         super().__init__()
         self.layer_idx, self.use_rope = layer_idx, use_rope
-        self.norm = nn.LayerNorm(8)
+        self.norm = torch.nn.LayerNorm(8)
 
 
 def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone():
@@ -24,7 +23,7 @@ def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone
     assert cuda_graphs.choose("off", alike, card, 1e9) is None
     assert cuda_graphs.choose("auto", alike, torch.device("cpu"), 1e9) is None
     assert cuda_graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card, 1e9) is None
-    alike[1].norm = nn.Identity()
+    alike[1].norm = torch.nn.Identity()
     assert cuda_graphs.choose("auto", alike, card, 1e9) is None
 
 

@@ -5,7 +5,6 @@ import itertools
 import torch
 
 from fsdp_qlora.model import adapters, lora
-from fsdp_qlora.model.lora import Adapter, InputGroup, QuantizedLinear
 from tests import tiny
 from tests.model.test_shard import CHECKPOINTING, FLAGS, check_gradients, sharded_gradients
 from tests.ranks import run_ranks
@@ -73,8 +72,8 @@ def _linear(weight, bias):
     """A packed linear whose store gives `weight`, alone in its group."""
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
     linear.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
-    packed = QuantizedLinear(linear, lambda dtype: weight.to(dtype))
-    return packed, InputGroup([packed])
+    packed = lora.QuantizedLinear(linear, lambda dtype: weight.to(dtype))
+    return packed, lora.InputGroup([packed])
 
 
 def test_dropout_acts_as_in_peft():
@@ -101,7 +100,7 @@ def test_dropout_acts_as_in_peft():
     values = [named[name].detach().clone() for name in names]
     values[2] -= square.sqrt()
     a, b, change = (value.requires_grad_() for value in values)
-    group.adapter = Adapter([packed], a, [b], 1.5, 0.4, [change], [square])
+    group.adapter = lora.Adapter([packed], a, [b], 1.5, 0.4, [change], [square])
     x.grad = None
     torch.manual_seed(5)
     out = packed(x)
@@ -117,5 +116,5 @@ def test_it_starts_as_the_base_bit_for_bit_in_16_bit():
     packed, group = _linear(weight, None)
     square, a = lora.row_squares(weight), torch.randn(4, 48).bfloat16()
     b, change = torch.zeros(70, 4).bfloat16(), torch.zeros(70).bfloat16()
-    group.adapter = Adapter([packed], a, [b], 2.0, 0.0, [change], [square])
+    group.adapter = lora.Adapter([packed], a, [b], 2.0, 0.0, [change], [square])
     assert packed(x).equal(x @ weight.t())

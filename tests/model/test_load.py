@@ -1,22 +1,34 @@
 """A model gets its bytes: from 16-bit files, from the cache, at random, on any number of ranks."""
 
+import errno
 import hashlib
 import json
+import os
+import random
+import shutil
+import signal
 import threading
+import time
 import weakref
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fsdp_qlora import arch, atomic
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import load, shard, weights
 from tests import tiny
+from tests.faults import largest_file
 from tests.ranks import run_ranks
 
 NAME = "model.layers.1.mlp.up_proj.weight"
-DAMAGES = ("flipped bit", "truncated", "missing", "short manifest", "torn manifest")
+DAMAGES = (("layer-00001.safetensors", -1000), ("layer-00001.safetensors", None))
+DAMAGES += (("manifest.json", -7), ("manifest.json", None))
+PLAIN = ("--use_cpu_offload=false", "--fit=off")
 
 
 class CountedWeights(weights.Weights):
@@ -79,6 +91,7 @@ def start(world, path, *flags):
         "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
         "directory": built.cache.directory,
+        "note": built.cache.note,
     }
 
 
@@ -132,9 +145,16 @@ def test_the_second_start_reads_the_cache_and_no_linear(tmp_path):
     entry = first[0]["directory"]
     files = [f"layer-{index:05d}.safetensors" for index in range(3)]
     assert sorted(item.name for item in entry.iterdir()) == [*files, "manifest.json"]
-    assert [item.name for item in (tmp_path / "cache").iterdir()] == [entry.name]
+    assert {item.name for item in (tmp_path / "cache").iterdir()} == {
+        entry.name,
+        lock_of(entry).name,
+    }
     stored = [load_file(entry / name)["packed"] for name in files]
     assert [digest(tensor) for tensor in stored] == first[0]["packed"]
+
+
+def lock_of(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.lock")
 
 
 def split_files(path: Path, directory: Path, num_files: int) -> Path:
@@ -187,33 +207,121 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         assert set(host) == {facts[1]["slice_bytes"] * 3}  # one block for the slices of all layers
 
 
-def damage(entry: Path, how: str) -> Path:
-    """Damage one file of a cache entry."""
-    path = entry / ("manifest.json" if "manifest" in how else "layer-00001.safetensors")
-    content = bytearray(path.read_bytes())
-    if how == "flipped bit":
-        content[-1000] ^= 1
-    elif how == "short manifest":
-        manifest = json.loads(content)
-        content = json.dumps(manifest | {"sha256": manifest["sha256"][:1]}).encode()
-    path.write_bytes(content[:-7] if how in ("truncated", "torn manifest") else content)
-    if how == "missing":
-        path.unlink()
-    return path
+def damaged_starts(world, path, cache):
+    """Start, then twice after each damage to a file of the cache; of others only read."""
+    go = partial(start, world, path, f"--quant_cache={cache}", *PLAIN)
+    found, draw, counts = [go()], random.Random(0), Counter()
+    for name, size in DAMAGES:
+        world.barrier()
+        if world.rank == 0:
+            file = found[0]["directory"] / name
+            file.unlink() if size is None else file.write_bytes(file.read_bytes()[:size] + b"0")
+        world.barrier()
+        found += [go(), go()]
+    built, info, _ = tiny.shape(path, world)
+    for number in range(80 if world.rank == 0 else 0):
+        file = found[0]["directory"] / ("manifest.json", "layer-00000.safetensors")[number % 2]
+        content = bytearray(whole := file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        cache_now = weights.find_cache(str(cache), info, built.model.layout)
+        counts[cache_now.is_complete, number % 2] += 1
+        for layer, read in enumerate(
+            cache_now.read_layers([0, 1]) if cache_now.is_complete else ()
+        ):
+            counts["damaged"] += read is None
+            assert read is None or digest(read) == found[0]["packed"][layer]
+        file.write_bytes(whole)
+    return found, counts
 
 
-def test_a_damaged_cache_is_an_error_that_names_the_file(tmp_path):
-    """Never trained on, never silently made again; random numbers never lie there as a model's."""
+def test_a_damaged_cache_is_made_again_and_named(tmp_path):
+    """On the rank that meets it; all have the same bytes. No flipped bit is trained on."""
     path = tiny.save_model(tmp_path / "model")
+    by_rank, counts = zip(*run_ranks(damaged_starts, 2, path, tmp_path / "cache"), strict=True)
+    assert len({json.dumps(bytes_of(facts)) for found in by_rank for facts in found}) == 1
+    for first, *others in by_rank:
+        for (name, _), again, third in zip(DAMAGES, others[::2], others[1::2], strict=True):
+            is_layer = name.startswith("layer")
+            assert again["source"] == ("cache" if is_layer else "files")
+            words = "made again: layers 1" if is_layer else "made again: manifest.json was damaged"
+            assert words in again["note"]
+            assert third["source"] == "cache" and third["note"] == first["note"]  # as new
+    assert counts[0][False, 0] > 30 and counts[0][True, 1] == 40 and counts[0]["damaged"] > 30
     other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
-    cases = [(path, f"--quant_cache={tmp_path / how}") for how in DAMAGES]
-    random = (other, "--weights=random", f"--quant_cache={tmp_path}")
-    *written, drawn = run_ranks(starts, 1, [*cases, random])[0]
-    assert drawn["directory"] is None
-    files = [damage(facts["directory"], how) for facts, how in zip(written, DAMAGES, strict=True)]
-    for (code, text), file in zip(run_ranks(faults, 1, cases)[0], files, strict=True):
-        assert code == INTEGRITY
-        assert file.name in text and "--quant_cache off" in text
+    drawn = (other, "--weights=random", f"--quant_cache={tmp_path}")
+    assert run_ranks(starts, 1, [drawn])[0][0]["directory"] is None
+
+
+def other_models(world, cache, one, other):
+    """Whether each start reads the cache, and has the bytes that it has without one."""
+    ref, found = arch.read(str(one), need_weights=True).tensors[NAME], []
+    content, at = bytearray(ref.file.read_bytes()), ref.file.stat()
+    # Nothing; in a sampled place, of a model beside it, then in place; between two places, thrice.
+    for path, place in ((one, None), (other, 3), (one, 3), (one, 7427), (one, None), (one, None)):
+        file, flag = path / ref.file.name, "full" if len(found) > 3 else "auto"
+        content[ref.start + (place or 0)] ^= 0x80 * (place is not None and path is one)
+        with file.open("r+b") as opened:
+            opened.write(content)
+        os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+        kept = start(world, path, f"--quant_cache={cache}", f"--verify_base={flag}", *PLAIN)
+        found.append((kept["source"], kept["packed"] == start(world, path, *PLAIN)["packed"]))
+    return found
+
+
+def test_another_model_of_one_name_size_and_time_has_another_cache(tmp_path):
+    """Beside it or in its place; between the sampled places only --verify_base full sees it."""
+    one = tiny.save_model(tmp_path / "a" / "model")
+    other = shutil.copytree(one, tmp_path / "b" / "model")
+    (found,) = run_ranks(other_models, 1, tmp_path / "cache", one, other)
+    sources = ("files", "files", "files", "cache", "files", "cache")
+    assert found == [*zip(sources, (True, True, True, False, True, True), strict=True)]
+
+
+def hold(cache, info, layout, world, writer):
+    """Write a layer of an entry, say so, and do not end."""
+    begun = weights.find_cache(str(cache), info, layout)
+    weights._claim(begun, begun.directory, 0.0, world)
+    begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
+    begun._failure()
+    os.write(writer, b"x")
+    time.sleep(100)
+
+
+def no_room(draft, final):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def two_runs(world, path, cache):
+    """Starts while another process writes the entry, and when it is killed; two on full disks."""
+    built, info, _ = tiny.shape(path, world, *PLAIN)
+    layout, (reader, writer) = built.model.layout, os.pipe()
+    if not (child := os.fork()):
+        hold(cache, info, layout, world, writer)
+    os.read(reader, 1)
+    found = [start(world, path, f"--quant_cache={cache}", *PLAIN)]
+    drafts = [len(list(cache.glob(".tmp-*/layer*")))]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    found += starts(world, [(path, f"--quant_cache={cache}", *PLAIN)] * 2)
+    with largest_file(layout.nbytes // 2):
+        found.append(start(world, path, f"--quant_cache={cache}-full", *PLAIN))
+    commit, atomic.commit = atomic.commit, no_room
+    found.append(start(world, path, f"--quant_cache={cache}-late", *PLAIN))
+    atomic.commit = commit
+    return found, [*drafts, len(list(cache.parent.glob("cache*/.tmp-*")))]
+
+
+def test_one_run_writes_the_cache_and_a_full_disk_is_no_error(tmp_path):
+    """The others train without it; what a killed one left is swept; so is what did not fit."""
+    path = tiny.save_model(tmp_path / "model")
+    ((found, num_drafts),) = run_ranks(two_runs, 1, path, tmp_path / "cache")
+    assert len({json.dumps(bytes_of(facts)) for facts in found}) == 1 and num_drafts == [1, 0]
+    sources, notes = zip(*((facts["source"], facts["note"]) for facts in found), strict=True)
+    assert sources == ("files", "files", "cache", "files", "files")
+    words = ("in use by another run", "", "", "File too large", "No space left")
+    for note, word in zip(notes, words, strict=True):
+        assert word in note and note.startswith("not written: ") == bool(word)
 
 
 def edit(path: Path, directory: Path, how: str) -> Path:

@@ -13,7 +13,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from fsdp_qlora import arch, config, inference
 from fsdp_qlora import run as train_run
-from fsdp_qlora.config import TRAIN_TYPES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.export import commands
 from fsdp_qlora.hardware import Device, Machine
@@ -39,7 +38,7 @@ FILES = {
     "saved": ("llama", SAVED),
     "saved_tied": ("qwen2", SAVED),
 }
-TYPES = [name for name in TRAIN_TYPES if not name.startswith("custom_")]
+TYPES = [name for name in config.TRAIN_TYPES if not name.startswith("custom_")]
 
 
 def whole(tensor):

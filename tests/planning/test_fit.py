@@ -9,7 +9,6 @@ import pytest
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.hardware import GPUS, Device, Machine
 from fsdp_qlora.planning import fit, rows
-from fsdp_qlora.planning.fit import Outcome
 from fsdp_qlora.planning.sizes import Setting, Sizes, applied, place, setting_of
 from tests.planning.test_memory import plan
 
@@ -29,7 +28,7 @@ def machine_of(names: str, host_gib: float | None) -> Machine:
     return Machine(tuple(hardware.parse_gpus(names)), host_gib)
 
 
-def chosen(size: str, names: str, host_gib: float) -> Outcome | None:
+def chosen(size: str, names: str, host_gib: float) -> fit.Outcome | None:
     """What fit takes."""
     return fit.choose(fit.explore(*run_of(size), machine_of(names, host_gib)))
 

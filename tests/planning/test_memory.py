@@ -18,7 +18,6 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.quantize import build_layout
 from fsdp_qlora.planning import memory, rows
-from fsdp_qlora.planning.rows import Table
 from fsdp_qlora.planning.sizes import FORMATS, Setting, Sizes, place, quantized_bytes, setting_of
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
@@ -58,7 +57,7 @@ def changed(s: Sizes, kind: str = "cuda", **options) -> Sizes:
     return Sizes(info, dataclasses.replace(s.cfg, **options), kind)
 
 
-def on_gpu(*args, **changes) -> Table:
+def on_gpu(*args, **changes) -> rows.Table:
     """Memory of a GPU with peer access."""
     return memory.device(*plan(*args, **changes), has_peer=True)
 

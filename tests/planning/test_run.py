@@ -12,7 +12,6 @@ import pytest
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import ENVIRONMENT, UserError
-from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import fit, rows, run
 from fsdp_qlora.planning.sizes import setting_of
 from tests import fake_nvml, timing
@@ -30,7 +29,7 @@ def plan_of(*argv: str, names: str = "2x24", host_gib: float | None = 64, **more
     words = [*SHAPE, *argv, "--output_dir=o"]
     cfg = config.parse(words)
     info = arch.read(cfg.model_name, need_weights=False)
-    machine = Machine(tuple(hardware.parse_gpus(names)), host_gib, 2)
+    machine = hardware.Machine(tuple(hardware.parse_gpus(names)), host_gib, 2)
     return run.make(info, cfg, config.given(words), machine, **more)
 
 
@@ -175,7 +174,7 @@ def test_the_recipe_for_70b_fits_the_machines_that_it_is_written_for(names: str,
     words = ["--recipe=llama-2-70b", "--model_name=llama-2-70b", "--output_dir=o"]
     cfg = config.parse(words)
     info = arch.read("llama-2-70b", need_weights=False)
-    machine = Machine(tuple(hardware.parse_gpus(names)), host_gib)
+    machine = hardware.Machine(tuple(hardware.parse_gpus(names)), host_gib)
     plan = run.make(info, cfg, config.given(words), machine)
     assert plan.found is not None and plan.found.fits_safely
     assert (plan.cfg.batch_size, plan.cfg.use_cpu_offload) == (2, True)
@@ -231,7 +230,7 @@ def test_gpus_of_unknown_memory_are_neither_judged_nor_fitted():
     """Memory shared with the host: the run goes on as asked for, and says why."""
     info = arch.read("llama-2-7b", need_weights=False)
     cfg = config.parse([*SHAPE, "--batch_size=64", "--output_dir=o"])
-    machine = Machine((run.UNKNOWN,) * 2, 64, 2)
+    machine = hardware.Machine((run.UNKNOWN,) * 2, 64, 2)
     plan = run.make(info, cfg, frozenset(), machine)
     lines, fault = said(plan)
     assert fault is None and plan.cfg == cfg and "does not report the memory" in lines[-1]
@@ -252,7 +251,7 @@ def test_the_plan_of_the_record_has_every_row_of_every_phase():
     assert math.isclose(totals["device"], table["peak_device_gib"])
     assert math.isclose(totals["host"], table["peak_host_gib"])
     several = run.RunPlan(
-        plan.cfg, plan.asked, plan.info, Machine(()), note="off: several machines"
+        plan.cfg, plan.asked, plan.info, hardware.Machine(()), note="off: several machines"
     )
     assert several.to_dict() == {} and several.lines == ["fit       off: several machines"]
 

@@ -4,7 +4,6 @@ import pytest
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import rows, run
 from fsdp_qlora.training import preflight
 
@@ -15,7 +14,7 @@ TOKENS, WIDTH = 2 * 1024, 4096
 def plan_of(*argv, names="2x24"):
     words = [*SHAPE, *argv]
     cfg = config.parse(words)
-    machine = Machine(tuple(hardware.parse_gpus(names)), 256.0, 2)
+    machine = hardware.Machine(tuple(hardware.parse_gpus(names)), 256.0, 2)
     info = arch.read(cfg.model_name, need_weights=False)
     return run.make(info, cfg, config.given(words), machine)
 

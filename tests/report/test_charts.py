@@ -7,18 +7,17 @@ from xml.etree import ElementTree
 import pytest
 
 from fsdp_qlora.report import charts
-from fsdp_qlora.report.charts import Chart, Series
 
 
 def draw(*series, has_zero=False):
     """The figure, which must be well-formed XML."""
-    html = charts.draw(Chart("<a & b>", "u", list(series), has_zero))
+    html = charts.draw(charts.Chart("<a & b>", "u", list(series), has_zero))
     assert "<a & b>" in ElementTree.fromstring(html).itertext()
     return html
 
 
 def line(*points):
-    return Series("a", "#000", list(points))
+    return charts.Series("a", "#000", list(points))
 
 
 def shapes(html, tag="polyline"):
@@ -74,13 +73,13 @@ def test_constant_tiny_and_huge_ranges_have_an_axis_that_holds_them(values, has_
 @pytest.mark.parametrize("style", ("line", "dots", "area"))
 @pytest.mark.parametrize("points", [[], [(1, None)], [(1, math.nan), (2, math.inf)]])
 def test_a_chart_without_a_finite_value_says_so(points, style):
-    html = draw(Series("a", "#000", points, style))
+    html = draw(charts.Series("a", "#000", points, style))
     assert "no finite value was recorded" in html and len(marks(html)) > 1
 
 
 def test_areas_lie_on_each_other_and_begin_at_zero():
     def area(name, *points):
-        return Series(name, "#000", list(points), "area")
+        return charts.Series(name, "#000", list(points), "area")
 
     html = draw(area("low", (1, 1.0), (2, 2.0)), area("high", (1, 3.0), (2, 2.0)), has_zero=True)
     high, low = shapes(html, "polygon")

@@ -19,7 +19,6 @@ from unittest import mock
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.config import PROJECT_DIR, TRACKERS
 from fsdp_qlora.training import metrics as trackers
 from tests import warm
 from tests.report.runs import REAL
@@ -104,7 +103,7 @@ def test_four_trackers_at_once_get_every_loss_and_stay_quiet_and_inside_the_run(
     home.mkdir()
     code = "import sys; from pathlib import Path; from tests.training import test_trackers as t\n"
     code += "print(t.follow(Path(sys.argv[1]), sys.argv[2], 60.0)[0])"
-    env = os.environ | {"HOME": str(home), "PYTHONPATH": str(PROJECT_DIR)}
+    env = os.environ | {"HOME": str(home), "PYTHONPATH": str(config.PROJECT_DIR)}
     env |= {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline"}
     argv = [sys.executable, "-c", code, str(run_dir), ", ".join(RUN_HERE)]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -124,7 +123,7 @@ def test_four_trackers_at_once_get_every_loss_and_stay_quiet_and_inside_the_run(
             packed = [struct.pack(kind, loss) for kind in ("<d", "<f")]
             assert any(number in swanlab.read_bytes() for number in packed)
     made = [path for path in run_dir.rglob("*") if path.is_file() and path.name != "metrics.jsonl"]
-    for word in (b"/home/ada", b"rows.jsonl", b"prompt", str(PROJECT_DIR).encode()):
+    for word in (b"/home/ada", b"rows.jsonl", b"prompt", str(config.PROJECT_DIR).encode()):
         assert [path for path in made if word in path.read_bytes()] == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "my run"]
     left = [path.relative_to(home) for path in home.rglob("*") if path.is_file()]
@@ -201,7 +200,7 @@ def test_a_tracker_that_hangs_delays_neither_the_run_nor_its_end(tmp_path):
     )
     argv = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(argv, cwd=PROJECT_DIR, **pipes) as process:
+    with subprocess.Popen(argv, cwd=config.PROJECT_DIR, **pipes) as process:
         shown, run_s, end_s = process.stdout.readline().strip().split("|")
         began_s = time.monotonic()
         assert (process.wait(), process.stderr.read()) == (0, "")
@@ -235,10 +234,10 @@ def test_every_tracker_is_known_to_accelerate_and_reported_before_anything_start
         "print(set(config.TRACKERS) - set(known))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    names = [name.replace("_", "-") for name in TRACKERS]
+    names = [name.replace("_", "-") for name in config.TRACKERS]
     *lines, rest = done.stdout.splitlines()
     assert rest == "set()" and len(lines) == len(names), done.stderr
-    for line, name, package in zip(lines, TRACKERS, names, strict=True):
+    for line, name, package in zip(lines, config.TRACKERS, names, strict=True):
         assert (
             line
             == f"3 --log_to {name}: needs {name}, which is not installed; pip install {package}"
