@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from fsdp_qlora.errors import DONE, SIGINT, UserError, redact_tracebacks
+from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
 # Name -> where its function is, what it does; in the order of the work.
 COMMANDS = {
@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
         return DONE
     if argv[0] not in COMMANDS:
         raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")
+    if sys.flags.optimize > 1 and argv[0] != "train":  # whose ranks start without it
+        rule = "transformers reads its docstrings, which are gone"
+        raise UserError("python -OO", rule, "leave it and PYTHONOPTIMIZE out", ENVIRONMENT)
     module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 

@@ -137,7 +137,7 @@ def train(
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
     config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
-    if _is_rank():
+    if _is_rank(config.world_size):
         used = run.join_and_run(config, _given(config), follower.poll).cfg
     else:
         lines: list[str] = []
@@ -216,14 +216,14 @@ def load_model(
     return opened
 
 
-def _is_rank() -> bool:
+def _is_rank(world_size: int = -1) -> bool:
     from fsdp_qlora.distributed.launch import is_rank
 
     if "torch" in sys.modules:  # nobody has made a group without it
         from fsdp_qlora.distributed import world
 
-        return world.of_process_group() is not None or is_rank(os.environ)
-    return is_rank(os.environ)
+        return world.of_process_group() is not None or is_rank(os.environ, world_size)
+    return is_rank(os.environ, world_size)
 
 
 def _given(config: TrainConfig) -> frozenset[str]:

@@ -21,7 +21,9 @@ from fsdp_qlora.errors import ENVIRONMENT, SIGTERM, UserError
 
 GIB = 2**30
 SPARE = 1.01  # of the disk: what lies beside the weights
-IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# No room for a file -> what to do.
+IS_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
+IS_FULL |= {errno.EFBIG: "raise the limit of a file's size (ulimit -f)"}
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems whose directories take no fsync
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}  # file systems without locks
 
@@ -322,7 +324,7 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         place = str(out if draft is None or error.errno in IS_FULL else error.filename or out)
-        remedy = "make room, or give another --out"
+        remedy = f"{IS_FULL.get(error.errno or 0, 'make room')}, or give another --out"
         if error.errno in IS_FULL:
             reason = f"{reason}; {need_bytes / GIB:,.2f} GiB are needed, nothing is left behind"
         raise UserError(place, reason, remedy, ENVIRONMENT) from error

@@ -229,7 +229,7 @@ class Reader:
             self._refuse(f"--recipe {name}", "no such file", f"recipes here: {known}")
             return {}
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             self._refuse(str(path), f"not a TOML file: {error}", "repair the file")
             return {}

@@ -252,7 +252,7 @@ class TrainConfig:
         faults = [fault for fault in found if fault is not None] or find_conflicts(self)
         if faults:
             raise join(faults)
-        if self.sharding_strategy == "ddp":
+        if self.sharding_strategy == "ddp" and self.offload_impl != "stream":
             object.__setattr__(self, "use_cpu_offload", False)
 
     @property
@@ -526,9 +526,10 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
 def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
     """Faults of what the user wrote: what this run overrides, a home of nobody, a secret."""
     faults = []
-    if values.get("use_cpu_offload") and cfg.sharding_strategy == "ddp":
+    if values.get("use_cpu_offload") and not cfg.use_cpu_offload:
         got, rule = "--use_cpu_offload true with ddp", "ddp keeps the whole base on each GPU"
-        faults.append(UserError(got, rule, "use full_shard, or leave offload out"))
+        remedy = "use full_shard or --offload_impl stream, or leave offload out"
+        faults.append(UserError(got, rule, remedy))
     if values.get("double_quant") and cfg.quant_type == "int8":
         got, rule = "--double_quant true with --quant_type int8", "int8 has no block scales"
         faults.append(UserError(got, rule, "leave --double_quant out"))
@@ -575,7 +576,10 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     is_local = cfg.trackers in ((), ("tensorboard",))
     table = [
         (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
-        (is_ddp, "cpu offload is off: ddp keeps the whole base on each GPU"),
+        (
+            is_ddp and not cfg.use_cpu_offload,
+            "cpu offload is off: ddp keeps the whole base on each GPU",
+        ),
         (kind == "dora", "CUDA graphs are off: they have no inputs for the row norms of DoRA"),
         (kind == "dora" and cfg.lora_dropout, "--lora_dropout doubles DoRA's frozen matmuls"),
         (kind == "full" and cfg.use_cpu_offload, "cpu offload has no effect: nothing is frozen"),

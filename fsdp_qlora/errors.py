@@ -14,7 +14,14 @@ from urllib.parse import quote, quote_plus, unquote
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
 SIGNALED = 128  # and the number of the signal that ended a command
 SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+OUT_OF_MEMORY: tuple[str, ...] = (
+    "out of memory",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "bad_alloc",
+)
+# As the system, the loader of libraries and oneDNN say it, of which the last gives no reason.
+OUT_OF_MEMORY += ("Cannot allocate memory", "failed to map segment", "could not create a primitive")
 
 MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it is looked through
 Faults = Sequence["UserError"]
@@ -163,7 +170,9 @@ def join(faults: Faults, code: int | None = None) -> UserError:
 def is_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or on the host."""
     name, text = type(error).__name__, str(error)
-    by_text = isinstance(error, RuntimeError) and any(word in text for word in OUT_OF_MEMORY)
+    by_text = isinstance(error, RuntimeError | OSError | ImportError) and any(
+        word in text for word in OUT_OF_MEMORY
+    )
     return name in ("OutOfMemoryError", "MemoryError") or by_text
 
 

@@ -45,6 +45,7 @@ class Device:
         peer_gbs: from another GPU, GB/s; 0: through the host.
         is_measured: the speeds are from `machine_file`.
         has_bf16: matmuls of bfloat16 run on its tensor cores.
+        network_gbs: from its machine to another, GB/s, all GPUs of the machine together.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Device:
     peer_gbs: float = 0.0
     is_measured: bool = False
     has_bf16: bool = True
+    network_gbs: float = 1.25
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
@@ -87,14 +89,15 @@ print(json.dumps([(gpu.name, gpu.total_memory / 2**30, gpu.major >= 8) for gpu i
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a run may use.
+    """What a run may use: this machine, and others like it.
 
     Attributes:
         gpus: one entry a rank; none: CPU ranks.
         host_gib: of memory; None: not known, and then no limit.
-        num_cpu_ranks: ranks where there is no GPU.
+        num_cpu_ranks: ranks of the machine where there is no GPU.
         system_gib: of host memory in use without the run; None: as measured elsewhere.
         cpu: speeds of a CPU rank.
+        num_machines: how many there are.
     """
 
     gpus: tuple[Device, ...]
@@ -102,11 +105,12 @@ class Machine:
     num_cpu_ranks: int = 1
     system_gib: float | None = None
     cpu: Device = CPU
+    num_machines: int = 1
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the run."""
-        return len(self.gpus) or self.num_cpu_ranks
+        """Ranks of the run, on all machines."""
+        return (len(self.gpus) or self.num_cpu_ranks) * self.num_machines
 
     @property
     def kind(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from fsdp_qlora import arch, atomic, config
 from fsdp_qlora.data.tokenizer import bounded
-from fsdp_qlora.distributed import hooks
+from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
 from fsdp_qlora.export import adapter as adapter_files
@@ -181,7 +181,8 @@ def spread(name: str, argv: list[str], cfg: config.TrainConfig) -> int:
             for rank in range(num_ranks):
                 env = child_env(os.environ, rank, num_ranks, port)
                 stdin, out = (subprocess.DEVNULL, words) if rank else (None, None)
-                process = subprocess.Popen(command, env=env, stdin=stdin, stdout=out, stderr=out)
+                tie, streams = launch.tied_to_parent(), (stdin, out, out)
+                process = subprocess.Popen(command, -1, None, *streams, preexec_fn=tie, env=env)
                 stack.enter_context(process)
                 stack.callback(process.kill)
                 ranks.append(process)
@@ -337,7 +338,7 @@ def generate(argv: list[str]) -> int:
         seed={"type": int, "default": 0, "help": "of the draws [0]"},
         raw={"action": "store_true", "help": "no chat template around the prompt"},
     )
-    if cfg.world_size > 1 and not is_rank(os.environ):
+    if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("generate", argv, cfg)
     opened = open_run(args.adapter, cfg, args.any_base == "true")
     opened.load_adapter()
@@ -388,7 +389,7 @@ def evaluate(argv: list[str]) -> int:
     elif importlib.util.find_spec("lm_eval") is None:
         rule = "needs lm-eval, which is not installed"
         raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
-    if cfg.world_size > 1 and not is_rank(os.environ):
+    if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("evaluate", argv, cfg)
     opened = open_run(args.adapter, cfg, args.any_base == "true")
     found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)

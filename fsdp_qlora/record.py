@@ -1,6 +1,7 @@
 """The record of a run: metrics.jsonl, and summary.json once the run has ended."""
 
 import contextlib
+import itertools
 import math
 import shlex
 import statistics
@@ -92,8 +93,13 @@ class Run:
         return [step.get(name) for step in self.steps]
 
     def host(self, name: str) -> list[Any]:
-        """A field of the host: one value per step."""
-        return [step["host"].get(name) for step in self.steps]
+        """A field of the host, of several the highest: one value per step."""
+        return [highest(host.get(name) for host in hosts_of(step)) for step in self.steps]
+
+    def machines(self) -> list[list[dict[str, Any]]]:
+        """What each host recorded: one table per step, empty for a step that had fewer hosts."""
+        by_step = map(hosts_of, self.steps)
+        return [[*tables] for tables in itertools.zip_longest(*by_step, fillvalue={})]
 
     def rank(self, rank: int) -> list[dict[str, Any]]:
         """What a rank recorded: one table per step, empty for a step that had fewer ranks."""
@@ -248,6 +254,11 @@ def distinct(runs: Sequence[Run]) -> list[Run]:
     """
     names = [run.name for run in runs]
     return [replace(r, name=str(r.directory)) if names.count(r.name) > 1 else r for r in runs]
+
+
+def hosts_of(step: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a step's line says of every host; of one host an older record says it too."""
+    return step.get("hosts") or [step["host"]]
 
 
 def highest(values: Iterable[float | None]) -> float | None:

@@ -157,7 +157,7 @@ def join_and_run(
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = known or worlds.join()
+        world = worlds.find_neighbors(known or worlds.join())
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
         run(plan, world, given, poll)
@@ -230,10 +230,14 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     if saved is not None and preflight.is_done(saved, cfg):
         print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
         return errors.DONE
-    if launch.is_rank(os.environ):
+    if launch.is_rank(os.environ, cfg.world_size):
         # No KeyboardInterrupt while libraries are imported: some of them swallow it.
         signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
         os.environ.update(launch.rank_env(os.environ, cfg))
+        size, asked = os.environ["WORLD_SIZE"], str(cfg.world_size)
+        if size == "1" or asked not in ("-1", size, os.environ["LOCAL_WORLD_SIZE"]):
+            words = f", not --world_size {asked}" if asked not in ("-1", size) else ""
+            say(f"ranks     {size}, as RANK and WORLD_SIZE in the environment say{words}")
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
         join_and_run(cfg, given, owns_process=True)

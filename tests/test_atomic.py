@@ -124,7 +124,7 @@ def test_a_full_disk_is_one_line(place: Path, tmp_path: Path, limit: int, capsys
     with faults.largest_file(limit), pytest.raises(UserError) as caught:
         main(words(place, tmp_path / "out"))
     assert caught.value.code == ENVIRONMENT
-    assert "File too large" in str(caught.value) and "make room" in str(caught.value)
+    assert "File too large" in str(caught.value) and "ulimit -f" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -147,6 +147,8 @@ def test_ddp_switches_the_default_offload_off_and_says_so():
     cfg = parse(["--sharding_strategy", "ddp"])
     assert not cfg.use_cpu_offload
     assert cfg_notes(cfg) == ["cpu offload is off: ddp keeps the whole base on each GPU"]
+    streamed = parse(["--sharding_strategy", "ddp", "--offload_impl", "stream"])
+    assert streamed.use_cpu_offload and cfg_notes(streamed) == []
     assert parse([]).use_cpu_offload
 
 
@@ -200,10 +202,9 @@ def test_the_last_layers_keep_most():
 def test_recipe_stands_below_the_command_line(tmp_path: Path):
     """Values come from the file, aliases and lists included, unless a flag says otherwise."""
     recipe = tmp_path / "mine.toml"
-    recipe.write_text(
-        'model-name = "dir"\nlearning_rate = 2e-4\nbatch_size = 4\nsave_model = false\n'
-        'lora_target_modules = ["q_proj", "v_proj"]\nseed = -5\n'
-    )
+    lines = 'model-name = "dir"\nlearning_rate = 2e-4\nbatch_size = 4\nsave_model = false\n'
+    lines += 'lora_target_modules = ["q_proj", "v_proj"]\nseed = -5\n'
+    recipe.write_text("\ufeff" + lines, encoding="utf-8", newline="\r\n")  # as Windows does
     cfg = parse(["--recipe", str(recipe), "--batch_size", "8", "--seed", "7"])
     assert (cfg.model_name, cfg.lr, cfg.batch_size, cfg.save_model) == ("dir", 2e-4, 8, False)
     assert (cfg.lora_target_modules, cfg.seed) == ("q_proj,v_proj", 7)

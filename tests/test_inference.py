@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from fsdp_qlora import inference
@@ -269,3 +271,26 @@ def test_a_directory_without_an_adapter_is_refused_in_one_line(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(UserError, match="says peft_type"):
         inference.config_of(tmp_path, [])
+
+
+def test_ranks_die_with_their_parent(tmp_path):
+    """Killed outright, it can end nobody: the kernel must."""
+    stub = tmp_path / "rank"
+    stub.write_text("#!/bin/sh\nexec sleep 100\n")
+    stub.chmod(0o755)
+    parent = "import sys; from fsdp_qlora import config, inference; sys.executable = sys.argv[1]; "
+    parent += "inference.spread('evaluate', [], config.parse(['--world_size=2']))"
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-c", parent, str(stub)], env=env)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    limit_s = time.monotonic() + 60
+    while len(ranks := children.read_text().split()) < 2 and time.monotonic() < limit_s:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    limit_s = time.monotonic() + 5
+    while left := [rank for rank in ranks if psutil.pid_exists(int(rank))]:
+        assert time.monotonic() < limit_s, left
+        time.sleep(0.05)
+    assert len(ranks) == 2

@@ -434,7 +434,7 @@ def stored_format(config: dict, model_name: str) -> str | None:
     name = f"{found.get('bnb_4bit_quant_type')}{'_dq' * is_double}"
     if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
         return name
-    method = found.get("quant_method") or "unknown"
+    method = str(found.get("quant_method") or "unknown")
     method += " in 8 bit" if found.get("load_in_8bit") else ""
     rule = f"is quantized already ({method}); of such models only bitsandbytes in 4 bit is read"
     raise UserError(model_name, rule, ORIGINAL)

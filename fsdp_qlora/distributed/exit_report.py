@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 import traceback
@@ -177,7 +178,9 @@ def error_lines(found: RankError, plan: RunPlan | None, how_to_resume: str = "")
         cause, _, remedy = first.rpartition("; ")
         room = errors.MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
         first = _joined(cause[: max(room, 40)], remedy, how_to_resume)
-    advice = plans.next_change(plan) if plan is not None and found.kind == MEMORY else ""
+    advice = _address_limit() if found.code not in OWN_FAULTS else ""
+    if found.kind == MEMORY and plan is not None:
+        advice = advice or plans.next_change(plan)
     return [first, *found.more, *([f"next      {advice}"] if advice else [])][:MAX_LINES]
 
 
@@ -273,7 +276,15 @@ def diagnose_exit(
     if code < 0:
         rule = f"was killed by {signal.Signals(-code).name}{sign}"
         remedy = "dmesg tells whether host memory ran out" if -code == signal.SIGKILL else remedy
-    return ExitReport(max(code, 0) or RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
+    remedies = remedy, _address_limit(), how_to_resume
+    return ExitReport(max(code, 0) or RUN_FAILED, [_line(who, rule, *remedies)])
+
+
+def _address_limit() -> str:
+    """What `ulimit -v` leaves a process, in words; "": it is unlimited."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    words = f"ulimit -v leaves a process {limit / atomic.GIB:.2f} GiB of addresses; raise it"
+    return "" if limit == resource.RLIM_INFINITY else words
 
 
 def _line(who: str, rule: str, *remedies: str) -> str:

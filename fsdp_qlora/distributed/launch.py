@@ -38,6 +38,7 @@ NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
 SLURM: tuple[str, ...] = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 SLURM += ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of them --world_size may be wrong
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
 GRACE_S = 4.0
@@ -68,7 +69,7 @@ def plan_ranks(cfg: TrainConfig, num_gpus: int | None = None) -> int:
     return cfg.world_size
 
 
-def is_rank(env: Mapping[str, str]) -> bool:
+def is_rank(env: Mapping[str, str], world_size: int = -1) -> bool:
     """Return whether torchrun, or srun with several tasks, has started this process as a rank.
 
     In the batch script of a Slurm job SLURM_PROCID and SLURM_NTASKS are set although no other task
@@ -76,12 +77,21 @@ def is_rank(env: Mapping[str, str]) -> bool:
 
     Args:
         env: the environment.
+        world_size: ranks that the user asked for; -1: did not say.
+
+    Raises:
+        UserError: a variable is no number, or RANK and WORLD_SIZE are left from something else.
     """
     for name in (*NUMBERS, "MASTER_PORT", *SLURM):
         if not env.get(name, "0").isdecimal():
             remedy = "unset it, or start the ranks with torchrun or srun"
             raise UserError(f"{name}={env[name]}", "must be a whole number", remedy, ENVIRONMENT)
     if "RANK" in env and "WORLD_SIZE" in env:
+        sizes = {int(env[name]) for name in NUMBERS if name in env and name.endswith("SIZE")}
+        if world_size not in {-1, *sizes} and not any(name in env for name in LAUNCHERS):
+            rule = f"RANK and WORLD_SIZE={env['WORLD_SIZE']} in the environment say otherwise"
+            remedy = "unset RANK WORLD_SIZE, or leave --world_size out"
+            raise UserError(f"--world_size {world_size}", rule, remedy, ENVIRONMENT)
         return True
     return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
@@ -176,6 +186,7 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
     """
     values = map(str, (rank, rank, num_ranks, num_ranks, "127.0.0.1", port, os.getpid()))
     place = dict(zip((*NUMBERS, *MASTER, hooks.SUPERVISOR), values, strict=True))
+    place["PYTHONOPTIMIZE"] = ""  # transformers reads docstrings
     place[IDENTITY] = f"process {os.getpid()}"
     if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
         paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
@@ -583,20 +594,22 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
         world: the ranks; all of them must call.
 
     Returns:
-        The plan, the same on every rank.
+        The plan, of one configuration on all ranks, for each machine's own memory.
 
     Raises:
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
     info, cfg = world.each(lambda: _read(cfg, given))
-    if world.size != world.local_size:
-        note = "off: a plan is made for one machine, and these ranks are on several"
-        return RunPlan(cfg, cfg, info, hardware.Machine(()), note=note)
     num_gpus = world.local_size if world.device.type == "cuda" else 0
-    machine = plans.find_machine(os.environ, world.size, num_gpus)
-    machine = world.gather_objects(machine)[0]  # they have looked one after the other
+    machine = plans.find_machine(os.environ, world.local_size, num_gpus)
+    every = world.gather_objects((world.local_size, machine))  # they have looked one by one
+    sizes, machine = {size for size, _ in every}, every[world.peers[0]][1]
+    if len(sizes) > 1:
+        note = "off: the machines have different numbers of ranks"
+        return RunPlan(cfg, cfg, info, machine, note=note)
+    machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)
     found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
     if not hooks.is_supervised():
         say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
-        plans.announce(found, say)
-    return found
+        world.each(lambda: plans.announce(found, say))
+    return dataclasses.replace(found, cfg=world.gather_objects(found.cfg)[0])

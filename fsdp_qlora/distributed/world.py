@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 GLOO_LINK = "GLOO_SOCKET_IFNAME"
 T = TypeVar("T")
 
+MACHINE_NUMBERS = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")  # of torchrun, srun, Ray
+
 
 @dataclass(frozen=True)
 class World:
@@ -35,6 +37,7 @@ class World:
         local_rank, local_size: the same on this machine.
         device: where this rank computes.
         meeting: where they have met; None in a process group of the caller's.
+        neighbors: the ranks of this machine, if `find_neighbors` has looked.
     """
 
     rank: int
@@ -43,6 +46,13 @@ class World:
     local_size: int
     device: torch.device
     meeting: Meeting | None = None
+    neighbors: tuple[int, ...] = ()
+
+    @property
+    def peers(self) -> Sequence[int]:
+        """The ranks of this machine, this one included; the first acts for the machine."""
+        first = self.rank - self.local_rank  # where nobody has looked: machine by machine
+        return self.neighbors or range(first, first + self.local_size)
 
     def sum(self, value: float) -> float:
         """Sum a host number over ranks; no device is involved.
@@ -152,18 +162,19 @@ class World:
         hosts, every = zip(*self.gather_objects((socket.gethostname(), facts)), strict=True)
         meeting.compare(every, hosts)
 
-    def exchange(self, flat: torch.Tensor) -> torch.Tensor:
-        """Cut a tensor into slices, one per rank, and send each rank its slice.
+    def exchange(self, slices: torch.Tensor) -> torch.Tensor:
+        """Send each rank of this machine its slice; nothing crosses to other machines.
 
         Args:
-            flat: 1-D, its length divisible by `size`.
+            slices: [local_size, n], contiguous; `n` is the same on all ranks, which all must call.
 
         Returns:
-            [size, len/size]: this rank's slice of every rank's tensor.
+            [local_size, n]: this rank's slice of every one of `peers`.
         """
-        received = torch.empty_like(flat)
-        dist.all_to_all_single(received, flat)
-        return received.view(self.size, -1)
+        received = torch.empty_like(slices)
+        sizes = [slices.shape[1] * (rank in self.peers) for rank in range(self.size)]
+        dist.all_to_all_single(received.view(-1), slices.view(-1), sizes, sizes)
+        return received
 
     def share(self, flat: torch.Tensor) -> torch.Tensor:
         """Send every rank the whole tensor.
@@ -205,6 +216,24 @@ def of_process_group() -> World | None:
         raise UserError(got, rule, remedy, ENVIRONMENT)
     local = int(os.environ.get("LOCAL_RANK", rank))
     return World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), _device(local))
+
+
+def find_neighbors(world: World) -> World:
+    """Find out which ranks are on which machine: they need not be numbered machine by machine.
+
+    A machine is what the launcher numbers as one (torchrun, srun, Ray), else a host by its name.
+
+    Args:
+        world: the ranks; all must call.
+
+    Returns:
+        The same, `neighbors`, `local_rank` and `local_size` as they are.
+    """
+    names = (os.environ[name] for name in MACHINE_NUMBERS if name in os.environ)
+    machines = world.gather_objects(next(names, os.uname().nodename))
+    peers = tuple(rank for rank in range(world.size) if machines[rank] == machines[world.rank])
+    number, num = peers.index(world.rank), len(peers)
+    return dataclasses.replace(world, neighbors=peers, local_rank=number, local_size=num)
 
 
 def _device(local_rank: int) -> torch.device:

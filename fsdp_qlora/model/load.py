@@ -1,9 +1,10 @@
 """A model from nothing to filled: shape, placement, then bytes from files, cache or at random.
 
-Decoder layers are dealt to the ranks in turn: in each round every rank makes the quantized bytes of
-one layer (from 16-bit files, from the cache, or at random), then one exchange hands every rank its
-slice of all of them. No rank ever holds more than three linears in 16 bit (one at work, two read
-ahead). Everything else is read by each rank as its own range of bytes.
+Decoder layers are dealt to the ranks of each machine in turn: in each round every rank makes the
+quantized bytes of one layer (from 16-bit files, from the cache, or at random), then one exchange
+hands every rank of the machine its slice of all of them. No rank ever holds more than three linears
+in 16 bit (one at work, two read ahead). Everything else is read by each rank as its own range of
+bytes.
 """
 
 import time
@@ -122,7 +123,9 @@ class _Dealer:
         self.layout, self.cache, self.placed = built.model.layout, built.cache, built.placed
         self.blocks, self.source, self.world = list(shard.blocks(built.model)), source, world
         slice_bytes = -(-self.layout.nbytes // 4 // num_shares) * 4
-        self.padded_bytes, self.copied_bytes = slice_bytes * num_shares, slice_bytes * world.size
+        self.padded_bytes, self.num_shares = slice_bytes * num_shares, num_shares
+        sizes = world.gather([world.local_size])
+        self.num_makers = int(min(size for (size,) in sizes))  # as many rounds on every machine
         memory, num_offloaded = self.placed.memory, len(self.placed.layers("offloaded"))
         self.slices: list[torch.Tensor] = []
         if num_offloaded:
@@ -134,18 +137,19 @@ class _Dealer:
         """Fill every layer; return the fingerprints of those that this rank made."""
         placed, world, fingerprints = self.placed, self.world, {}
         rounds = [
-            (name, layers[start : start + world.size])
+            (name, layers[start : start + self.num_makers])
             for name, layers in ((name, placed.layers(name)) for name in placement.PLACEMENTS)
             if name != "trained"
-            for start in range(0, len(layers), world.size)
+            for start in range(0, len(layers), self.num_makers)
         ]
-        own = [layers[world.rank] for _, layers in rounds if world.rank < len(layers)]
+        me = world.local_rank
+        own = [layers[me] for _, layers in rounds if me < len(layers)]
         made = self._make(own)
         for name, layers in rounds:
             hooks.reach("load", world.rank)
-            if world.rank < len(layers):
+            if me < len(layers):
                 flat = next(made)
-                fingerprints[layers[world.rank]] = fingerprint(flat[: self.layout.nbytes])
+                fingerprints[layers[me]] = fingerprint(flat[: self.layout.nbytes])
             else:  # fewer layers than ranks are left: take part in the exchange all the same
                 flat = self._zeros()
             self._keep(name, layers, flat)
@@ -187,15 +191,20 @@ class _Dealer:
 
     def _keep(self, name: str, layers: list[int], flat: torch.Tensor) -> None:
         """Keep a round of layers with one placement, of which this rank made `flat`."""
-        world, streamer = self.world, self.placed.streamer
+        world, peers, streamer = self.world, self.world.peers, self.placed.streamer
         if name == "streamed":
-            if world.rank < len(layers) and streamer is not None and self.placed.memory is not None:
-                source = streamer.sources[self.placed.layers(name).index(layers[world.rank])]
+            me = world.local_rank
+            if me < len(layers) and streamer is not None and self.placed.memory is not None:
+                source = streamer.sources[self.placed.layers(name).index(layers[me])]
                 source.copy_(flat[: source.numel()])
             return
-        copies = self.copied_bytes // flat.numel()
-        whole = flat.repeat(copies) if name in placement.GROUPS and copies > 1 else flat
-        parts = world.exchange(whole) if name in placement.GROUPS else world.share(flat)
+        if name in placement.GROUPS:
+            slices, wanted = flat.view(self.num_shares, -1), [p % self.num_shares for p in peers]
+            is_all = wanted == [*range(self.num_shares)]
+            parts = [*world.exchange(slices if is_all else slices[wanted])]
+        else:
+            every = world.share(flat)
+            parts = [every[peer] for peer in peers]
         for layer, part in zip(layers, parts, strict=False):
             first, last = shard.local_range(self.blocks[layer].quantized)
             local = self.slices.pop(0).copy_(part) if name == "offloaded" else part.clone()
@@ -232,9 +241,14 @@ def verify_bytes(model: torch.nn.Module, own_fingerprints: dict[int, int], world
         Number of layers compared.
 
     Raises:
-        UserError: bytes differ (code 5), on all ranks together.
+        UserError: bytes differ, or those of two machines (code 5), on all ranks together.
     """
-    made = {k: v for part in world.gather_objects(own_fingerprints) for k, v in part.items()}
+    every = world.gather_objects(own_fingerprints)
+    made = {layer: mark for part in every for layer, mark in part.items()}
+    if any(mark != made[layer] for part in every for layer, mark in part.items()):
+        got, rule = "the machines' quantized bytes differ", "all must train on the same base"
+        remedy = "give all the same model files and GPUs; --quant_cache off makes them anew"
+        raise UserError(got, rule, remedy, INTEGRITY)
     wrong = []
     for index, block in enumerate(shard.blocks(model)):
         if block.store is None:
@@ -273,7 +287,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"
     cache = weights.open_cache(setting, info, model.layout, world, cfg.verify_base == "full")
-    has_cache = cache.directory is not None
+    has_cache = all(world.gather_objects(cache.directory is not None))
     placed = placement.choose(info, cfg, model.layout.nbytes, has_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, world)
     model.set_checkpointing(cfg, world.device)

@@ -75,7 +75,7 @@ def private(nbytes: int, pin: bool) -> HostBytes:
 
 
 def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]:
-    """Memory that all ranks of one machine see.
+    """Memory that all ranks of a machine see.
 
     It has no name anywhere (Linux: memfd), so that nothing is left behind however the ranks end,
     and no limit of /dev/shm applies, only that of the machine or container.
@@ -83,28 +83,28 @@ def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]
     Args:
         nbytes: its size.
         pin: page-lock it, each rank for itself.
-        world: the ranks, on one machine; all must call.
+        world: the ranks; all must call.
 
     Returns:
         Why there is none, the same on every rank, or ""; and the memory.
     """
     memory: HostBytes | None = None
-    refusal, fd, place = "", -1, ""
+    refusal, fd, place, first = "", -1, "", world.peers[0]
     try:
-        if world.rank == 0:
+        if world.rank == first:
             fd = os.memfd_create("fsdp_qlora")
             os.ftruncate(fd, nbytes)
             place = f"/proc/{os.getpid()}/fd/{fd}"
     except (OSError, AttributeError) as error:
         refusal = f"no shared memory: {error}"
-    place = world.gather_objects(place)[0]
+    place = world.gather_objects(place)[first]
     try:
-        if world.rank != 0 and place:
+        if world.rank != first and place:
             fd = os.open(place, os.O_RDWR)
         if fd >= 0 and place:
             memory = HostBytes(mmap.mmap(fd, nbytes), pin)
     except OSError as error:
-        refusal = f"rank {world.rank} cannot map the memory of rank 0: {error}"
+        refusal = f"rank {world.rank} cannot map the memory of rank {first}: {error}"
     except UserError as error:
         refusal = error.got
     refusals = [text for text in world.gather_objects(refusal) if text]  # all have opened it now
@@ -228,8 +228,8 @@ def choose(
 
     Args:
         info: the model.
-        cfg: see planning.sizes.setting_of; offload_impl "auto" is stream on one machine where
-            memory can be shared, else fsdp.
+        cfg: see planning.sizes.setting_of; offload_impl "auto" is stream where the ranks of a
+            machine can share memory, else fsdp.
         layer_bytes: quantized, of a layer.
         has_cache: there is a copy on disk, to map what the host has no room for.
         world: the ranks; all must call and decide the same.
@@ -268,8 +268,6 @@ def _host_copy(
     nbytes: int, cfg: TrainConfig, has_cache: bool, world: World
 ) -> tuple[str, HostBytes | None]:
     """(why weights cannot be streamed or "", the memory or None for mapped files)."""
-    if world.size != world.local_size:
-        return "the ranks are on several machines", None
     shortage = _shortage(nbytes, cfg.host_budget_gib, world)
     if shortage and has_cache:
         return "", None
@@ -281,14 +279,16 @@ def _host_copy(
 
 
 def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
-    """What there is when it is less than `nbytes`, else "": the same on every rank."""
+    """What there is on a machine with less than `nbytes`, else "": the same on every rank."""
+    free_gib = host_limit_gib() - host_used_gib()
+    by_rank = world.gather([free_gib, 0.0 if budget_gib is None else pss_gib()])
+    free_gib = by_rank[world.peers[0]][0]
+    words = f"{free_gib:.1f} GiB of host memory are free" if free_gib * GIB < nbytes else ""
     if budget_gib is not None:
-        used_gib = sum(value for (value,) in world.gather([pss_gib()]))
-        if (budget_gib - used_gib) * GIB < nbytes:
-            left_gib = max(budget_gib - used_gib, 0.0)
-            return f"{left_gib:.1f} GiB are left of --host_budget_gib {budget_gib:g}"
-    free_gib = world.gather([host_limit_gib() - host_used_gib()])[0][0]
-    return f"{free_gib:.1f} GiB of host memory are free" if free_gib * GIB < nbytes else ""
+        left_gib = max(budget_gib - sum(by_rank[peer][1] for peer in world.peers), 0.0)
+        if left_gib * GIB < nbytes:
+            words = f"{left_gib:.1f} GiB are left of --host_budget_gib {budget_gib:g}"
+    return next(filter(None, world.gather_objects(words)), "")
 
 
 def _note(names: Sequence[str], why: str) -> str:

@@ -372,16 +372,16 @@ class QuantizedCache:
         return self.failure
 
     def commit(self, world: World) -> None:
-        """Give the directory its name once every rank has written its layers.
+        """Give the directory its name once every rank of the machine has written its layers.
 
-        A rank that could not write makes all give the cache up; `note` says so, and which layers
-        were damaged.
+        A rank that could not write makes its machine give the cache up; `note` says so, and which
+        layers were damaged.
 
         Args:
             world: the ranks; all must call.
         """
-        first = world.rank - world.local_rank
-        every = world.gather_objects((self._failure(), self.made))[first:][: world.local_size]
+        every = world.gather_objects((self._failure(), self.made))
+        every = [every[peer] for peer in world.peers]
         made = {layer: digest for _, part in every for layer, digest in part.items()}
         if self.is_complete and made:
             numbers = ", ".join(map(str, sorted(made)))
@@ -389,7 +389,7 @@ class QuantizedCache:
         self.failure = next((text for text, _ in every if text), "")
         if world.local_rank == 0 and made and not self.failure:
             self._finish(made)
-        self.failure = world.gather_objects(self.failure)[first]
+        self.failure = world.gather_objects(self.failure)[world.peers[0]]
         self.is_complete = (self.is_complete or bool(made)) and not self.failure
         if self.failure:
             self.note = self.failure
@@ -482,7 +482,7 @@ def find_cache(
 def open_cache(
     setting: str, info: ModelInfo, layout: Layout, world: World, is_verified: bool = False
 ) -> QuantizedCache:
-    """Find the cache entry of a model, or the place to write it; one rank decides for all.
+    """Find the cache entry of a model, or the place to write it; a rank decides for its machine.
 
     Args:
         setting, info, layout: see `find_cache`.
@@ -494,13 +494,13 @@ def open_cache(
         base_bytes = info.whole_digest if is_verified and setting != "off" else None
         cache = find_cache(setting, info, layout, base_bytes)
         if cache.directory is not None and not cache.is_complete:
-            _claim(cache, cache.directory, layout.nbytes * info.num_layers / GIB, world)
+            _claim(cache, cache.directory, layout.nbytes * info.num_layers / GIB)
     facts = cache.directory, cache.note, cache.nbytes, cache.is_complete, cache.manifest
-    facts = world.gather_objects((*facts, cache.temporary))[world.rank - world.local_rank]
+    facts = world.gather_objects((*facts, cache.temporary))[world.peers[0]]
     return cache if world.local_rank == 0 else QuantizedCache(*facts)
 
 
-def _claim(cache: QuantizedCache, directory: Path, need_gib: float, world: World) -> None:
+def _claim(cache: QuantizedCache, directory: Path, need_gib: float) -> None:
     """Take the place to write a cache; where that cannot be, it is off, and `note` says why."""
     root, reason = directory.parent, ""
     cache.close()
@@ -510,9 +510,7 @@ def _claim(cache: QuantizedCache, directory: Path, need_gib: float, world: World
         if cache.lock is not None:
             atomic.sweep(directory)
         free_gib = shutil.disk_usage(root).free / GIB
-        if world.size != world.local_size:
-            reason = "the ranks are on several machines"
-        elif cache.lock is None:
+        if cache.lock is None:
             reason = f"{directory} is in use by another run"
         elif free_gib < need_gib * 1.1:
             reason = f"{root} has {free_gib:.1f} GiB free, {need_gib:.1f} needed"

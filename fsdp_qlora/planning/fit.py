@@ -31,11 +31,13 @@ DEQUANTISE = "dequantisation"
 HOST_LINK = "host link"
 PEER_LINK = "GPU-to-GPU link"
 LAUNCHES = "launch overhead"
-BOUNDS = (MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, LAUNCHES)
+NETWORK = "link between machines"
+BOUNDS = (MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES)
 
 UNPACK_SHARE = 0.4  # of memory bandwidth: 6.5e9 weights took 8.3 ms a pass
 GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer access: 2.35 s a step
 STREAM_SHARE = 0.95  # of the host link, by weight streaming: 70B, 2 x 512: 1.36 s a step
+NETWORK_SHARE = 0.8  # of the link between machines; an assumption, not measured
 ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 
@@ -75,7 +77,7 @@ def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
     alone = dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
-        worst = max((HOST_LINK, PEER_LINK, LAUNCHES), key=lambda name: parts[name])
+        worst = max((HOST_LINK, PEER_LINK, NETWORK, LAUNCHES), key=lambda name: parts[name])
         inside = max((MATMULS, DEQUANTISE), key=lambda name: parts[name])
         ruled[inside if gpu_s >= parts[worst] else worst] += max(gpu_s, parts[worst])
         alone = {name: alone[name] + parts[name] for name in BOUNDS}
@@ -115,15 +117,21 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     rows = []
     for is_backward, matmul_s in ((False, forward_s), (True, backward_s)):
         num = 1 + num_full / s.layers if is_backward else 1.0
-        host_s, peer_s = _copies(s, setting, gpu, is_backward)
-        parts = (matmul_s, unpack_s * num, host_s + inputs_s, peer_s, launch_s * num)
+        host_s, *links_s = _copies(s, setting, gpu, is_backward)
+        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
 
 
-def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple[float, float]:
-    """Seconds of one pass on the link to the host, and on the link between GPUs."""
-    host_bytes_s, ranks = gpu.host_link_gbs * 1e9, setting.num_ranks
+def _copies(
+    s: Sizes, setting: Setting, gpu: Device, is_backward: bool
+) -> tuple[float, float, float]:
+    """Seconds of one pass on the links to the host, between GPUs, and between machines.
+
+    Between machines what is sharded over all ranks is gathered and reduced in a ring, which leaves
+    and enters each machine once; of copies, a machine's gradients are summed with the others'.
+    """
+    host_bytes_s, ranks = gpu.host_link_gbs * 1e9, setting.shares
     peer_bytes_s = (gpu.peer_gbs or gpu.host_link_gbs) * 1e9
     others = 1 - 1 / ranks
     is_kept = is_backward and setting.keeps_gathered
@@ -137,11 +145,14 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
     host_s = setting.count("streamed") * s.layer_bytes / (STREAM_SHARE * host_bytes_s)
     slice_s = sliced * s.layer_bytes / ranks / host_bytes_s / GATHER_SHARE
     peer_s = gathered / peer_bytes_s / GATHER_SHARE
+    summed = 2 * (1 - 1 / setting.machines) * 4 * s.num_trained(setting) * is_backward
+    crossing = gathered if ranks > setting.local_ranks else summed
+    network_s = crossing / (NETWORK_SHARE * gpu.network_gbs * 1e9) * (setting.machines > 1)
     host_s += slice_s + (peer_s if sliced else 0.0)  # a layer's slices come before its gather
     if gpu.peer_gbs:
-        return host_s, peer_s
+        return host_s, peer_s, network_s
     total_s = host_s + (0.0 if sliced else peer_s)  # all cross the one link
-    return (total_s, 0.0) if host_s > peer_s else (0.0, total_s)
+    return (total_s, 0.0, network_s) if host_s > peer_s else (0.0, total_s, network_s)
 
 
 def num_steps(s: Sizes, setting: Setting) -> int | None:
@@ -224,7 +235,7 @@ def explore(
     Returns:
         The outcomes, some that do not fit included.
     """
-    own = setting_for(info, cfg, machine.num_ranks)
+    own = setting_for(info, cfg, machine)
     s = Sizes(info, cfg, machine.kind)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
@@ -258,15 +269,15 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     for i in range(RESIDENT_STEPS + 1 if has_gpus else 0):
         places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
     placements = list(dict.fromkeys(places))
-    strategy = "full_shard"
+    strategies = ["full_shard", "hybrid_full_shard"][: own.machines]  # of one they are the same
     if fixed & PLACING:
-        placements, strategy = [own.placements], own.strategy
+        placements, strategies = [own.placements], [own.strategy]
     levels = [_keep(num_layers, num, 0) for num in counts]
     levels += [_keep(num_layers, num_layers - num, num) for num in counts[1:]]
     levels = [own.levels] if fixed & KEEPING else levels
-    for batch, where in itertools.product(batches, placements):
+    for batch, where, strategy in itertools.product(batches, placements, strategies):
         rest = (own.num_ranks, batch, per_step // batch, where)
-        yield tuple(Setting(*rest, kept, strategy) for kept in levels)
+        yield tuple(Setting(*rest, kept, strategy, own.machines) for kept in levels)
 
 
 def _divisors(number: int) -> list[int]:
@@ -393,7 +404,7 @@ def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> list[Change]
     def tried(*rows: Row) -> Change:
         values = {name: value for row in rows for name, value in row[3].items()}
         changed = dataclasses.replace(cfg, **values)
-        outcome = evaluate(info, changed, setting_for(info, changed, machine.num_ranks), machine)
+        outcome = evaluate(info, changed, setting_for(info, changed, machine), machine)
         words, lost = " and ".join(row[0] for row in rows), ", ".join(r[1] for r in rows if r[1])
         cost = sum(row[2] for row in rows)
         return Change(words, lost, cost, frozenset(values), changed, outcome)

@@ -125,7 +125,7 @@ def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0)
 def _states(s: Sizes, setting: Setting) -> Rows:
     """What lies on the GPU from the load to the end."""
     share, num_whole = {"bytes": s.item, "per_ranks": setting.shares}, setting.count("trained")
-    ranks = {"sharded": setting.num_ranks, "resident": 1}
+    ranks = {"sharded": setting.shares, "resident": 1}
     layers = {name: setting.count(name) for name in ranks if setting.count(name)}
     slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), setting.count("streamed"))
     return {
@@ -253,13 +253,13 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows]) -> list[Term]:
     if s.kind == "cuda" and setting.shares > 1:
         terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
     if s.kind == "cuda" and setting.count("offloaded"):
-        share = {"bytes": s.layer_bytes, "per_ranks": setting.num_ranks}
+        share = {"bytes": s.layer_bytes, "per_ranks": setting.shares}
         terms.append(term("slice on its way to the GPU", **share))
     return terms
 
 
 def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
-    """Predict the memory of the machine, everything that runs on it included.
+    """Predict the memory of a machine, everything that runs on it included.
 
     Args:
         s: numbers of the run.
@@ -269,7 +269,7 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     Returns:
         HOST_ROWS by phase.
     """
-    cfg, ranks = s.cfg, setting.num_ranks
+    cfg, ranks = s.cfg, setting.local_ranks
     process_bytes = PROCESS_BYTES[s.kind]
     process_bytes += (s.kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
     system_bytes = SYSTEM_BYTES
@@ -318,14 +318,16 @@ def _saving(s: Sizes, setting: Setting) -> list[Term]:
     if setting.count("trained"):  # one after the other
         return [term("the largest tensor", params=max(s.largest, s.head), bytes=4)]
     gathered = {"params": s.lora, "layers": s.layers, "bytes": 4}
-    return [term("gathered", **gathered, ranks=setting.num_ranks), term("read back", **gathered)]
+    return [term("gathered", **gathered, ranks=setting.local_ranks), term("read back", **gathered)]
 
 
 def _hosted(s: Sizes, setting: Setting) -> list[Term]:
     """The quantized layers that lie on the host."""
-    words = {"offloaded": "slices of all ranks, pinned", "streamed": "one copy for all ranks"}
-    counts = {what: setting.count(placement) for placement, what in words.items()}
-    return [term(what, layers=num, bytes=s.layer_bytes) for what, num in counts.items() if num]
+    whole = {"layers": setting.count("streamed"), "bytes": s.layer_bytes}
+    slices = whole | {"layers": setting.count("offloaded")}
+    slices["per_machines"] = max(setting.shares // setting.local_ranks, 1)
+    terms = term("slices of all ranks, pinned", **slices), term("one copy for all ranks", **whole)
+    return present(*terms)
 
 
 @functools.lru_cache

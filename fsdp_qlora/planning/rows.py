@@ -159,7 +159,7 @@ def comparison(plan: Mapping[str, Any], ledger: Mapping[str, Any], is_cuda: bool
     Returns:
         Lines of at most 100 columns; none where nothing was predicted or measured.
     """
-    host = ledger.get("host") or {}
+    host = _fullest(ledger)
     if not plan or not host:
         return []
     phase = _peak(host)
@@ -191,7 +191,7 @@ def peaks(
         "host" (all programs) and "card" (the GPU that held most); nothing where nothing was
         predicted or measured.
     """
-    host = ledger.get("host") or {}
+    host = _fullest(ledger)
     if not plan or not host:
         return {}
     found = {"host": (_highest(plan["host"]), _highest(host))}
@@ -199,6 +199,12 @@ def peaks(
         measured = max(_highest(rank["device"]) for rank in ledger["ranks"])
         found["card"] = (_highest(plan["device"]), measured)
     return found
+
+
+def _fullest(ledger: Mapping[str, Any]) -> Mapping[str, Gib]:
+    """The host that held most; nothing where nothing was measured."""
+    hosts = [host for host in ledger.get("hosts") or [ledger.get("host")] if host]
+    return max(hosts, key=_highest, default={})
 
 
 def _peak(phases: Mapping[str, Gib]) -> str:

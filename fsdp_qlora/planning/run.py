@@ -179,7 +179,7 @@ def make(
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
         cfg = dataclasses.replace(cfg, precision="fp16_autocast")
         why = f"; precision fp16_autocast, as a {lacking[0]} has no bfloat16"
-    own = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
+    own = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     if refusal := _not_fitted(cfg, given, machine):
         return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal + why)
     outcomes = fit.explore(info, cfg, machine, given)
@@ -201,6 +201,8 @@ def _not_fitted(cfg: TrainConfig, given: frozenset[str], machine: Machine) -> st
         return "off: everything as asked for"
     if not machine.gpus:
         return "CPU ranks run as asked for"
+    if machine.num_machines > 1:
+        return "ranks on several machines run as asked for"
     if any(math.isinf(gpu.memory_gib) for gpu in machine.gpus):
         return "off: the driver does not report the memory of the GPUs"
     if all(given & names for names in GROUPS.values()):
@@ -308,6 +310,8 @@ class PlanOptions:
     cards: str = cli.flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
     host: float | None = cli.flag(None, "plan", "GiB of host memory [this machine's]", rule="> 0")
     link: float | None = cli.flag(None, "plan", "GB/s from host to each GPU", rule="> 0")
+    machines: int = cli.flag(1, "plan", "machines, of these GPUs each", rule=">= 1")
+    link_gbps: float = cli.flag(10.0, "plan", "Gbit/s from a machine to the others", rule="> 0")
     explain: bool = cli.flag(False, "plan", "show the formula of every row, numbers filled in")
     json: bool = cli.flag(False, "plan", "print JSON")
 
@@ -368,8 +372,11 @@ def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
         rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
-    gpus, (cpu,) = found[:num], hardware.with_measured([hardware.CPU])
-    return Machine(tuple(hardware.with_measured(gpus, options.link)), host_gib, num, cpu=cpu)
+    network: dict[str, Any] = {"network_gbs": options.link_gbps / 8}
+    gpus = [dataclasses.replace(gpu, **network) for gpu in found[:num]]
+    gpus = hardware.with_measured(gpus, options.link)
+    (cpu,) = hardware.with_measured([dataclasses.replace(hardware.CPU, **network)])
+    return Machine(tuple(gpus), host_gib, num, cpu=cpu, num_machines=options.machines)
 
 
 def main(argv: list[str]) -> int:
@@ -387,7 +394,7 @@ def main(argv: list[str]) -> int:
     options, cfg, machine = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
     cfg = adopt_format(cfg, info.stored_format)
-    found = fit.evaluate(info, cfg, setting_for(info, cfg, machine.num_ranks), machine)
+    found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     plan = RunPlan(cfg, cfg, info, machine, (found,))
     values = as_dict(plan, found)
     whole = "\n".join(_text(plan, found, values, options.explain))
@@ -416,6 +423,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     values: dict[str, Any] = {"model": cfg.model_name, "format": cfg.format_name}
     values |= {"num_params": arch.num_params(info), "num_trained": count_trained(info, cfg).total}
     values |= {"cards": [gpu.name for gpu in machine.gpus], "num_ranks": machine.num_ranks}
+    values["num_machines"] = machine.num_machines
     values |= {"batch_size": setting.batch_size, "accumulation": setting.accumulation}
     values["context_length"] = cfg.context_length
     values["placements"] = {name: setting.count(name) for name in setting.placements}
@@ -451,12 +459,14 @@ def _brief(
 def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> list[str]:
     """The plan for a terminal; `full`: also what every row is made of."""
     kind, setting = TRAIN_TYPES[plan.cfg.train_type].adapter, found.setting
+    on_machines = f" on {setting.machines} machines" * (setting.machines > 1)
     lines = [
         f"model     {values['model']}: {values['num_params']:,} parameters, "
         f"{len(setting.levels)} layers in {values['format']}",
         f"{TRAINED[kind].format(plan.cfg.lora_rank)}: {values['num_trained']:,} trained parameters",
-        f"step      ranks {values['num_ranks']} x micro-batches {values['accumulation']} x rows "
-        f"{values['batch_size']} x tokens {values['context_length']}",
+        f"step      ranks {values['num_ranks']}{on_machines} x micro-batches "
+        f"{values['accumulation']} x rows {values['batch_size']} x tokens "
+        f"{values['context_length']}",
         f"layers    {_counts(setting.placements)}; checkpointing {_counts(setting.levels)}",
     ]
     place = "GPU" if plan.machine.gpus else "CPU rank"
@@ -547,7 +557,7 @@ def _wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
-    tables = {"the host": found.host}
+    tables = {"each host" if machine.num_machines > 1 else "the host": found.host}
     if machine.gpus:
         smallest = min(machine.gpus, key=lambda gpu: gpu.memory_gib).name
         tables = {f"a {smallest}": found.device, **tables}

@@ -20,7 +20,7 @@ from fsdp_qlora.arch import ModelInfo, num_layer_params, select_linears
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.hardware import GIB
+from fsdp_qlora.hardware import GIB, Machine
 
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
@@ -299,12 +299,13 @@ class Setting:
     """What may be chosen about a run without changing what it computes.
 
     Args:
-        num_ranks: GPUs, or CPU ranks, of one host.
+        num_ranks: GPUs, or CPU ranks, of all machines.
         batch_size: rows of a micro-batch on a rank.
         accumulation: micro-batches of an optimizer step.
         placements: of the quantized bytes of each decoder layer, see PLACEMENTS.
         levels: what each decoder layer keeps for its backward, see LEVELS.
         strategy: row of choices.STRATEGIES.
+        machines: with as many ranks each.
     """
 
     num_ranks: int
@@ -313,11 +314,18 @@ class Setting:
     placements: tuple[str, ...]
     levels: tuple[str, ...]
     strategy: str = "full_shard"
+    machines: int = 1
 
     @property
     def shares(self) -> int:
         """Ranks that share what is sharded: 1 when every rank keeps everything."""
-        return 1 if STRATEGIES[self.strategy].replicates else self.num_ranks
+        row = STRATEGIES[self.strategy]
+        return 1 if row.replicates else self.local_ranks if row.is_hybrid else self.num_ranks
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks of a machine."""
+        return self.num_ranks // self.machines
 
     @property
     def keeps_gathered(self) -> bool:
@@ -370,16 +378,19 @@ def setting_of(
         The setting; `--offload_impl auto` means weight streaming, as on one host.
     """
     hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
-    num_resident = num_layers if cfg.sharding_strategy == "ddp" else cfg.resident_layers
+    is_whole = cfg.sharding_strategy == "ddp" and not cfg.use_cpu_offload
+    num_resident = num_layers if is_whole else cfg.resident_layers
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
     return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy)
 
 
-def setting_for(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> Setting:
+def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
     """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
-    return setting_of(cfg, info.num_layers, num_ranks, trained_whole(info, cfg).layers)
+    whole = trained_whole(info, cfg).layers
+    setting = setting_of(cfg, info.num_layers, machine.num_ranks, whole)
+    return dataclasses.replace(setting, machines=machine.num_machines)
 
 
 def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:

@@ -189,15 +189,17 @@ def memory(run: Run, prefix: str) -> list[Chart]:
         prefix: of the titles.
 
     Returns:
-        A chart a GPU (of many, the fullest and the emptiest), then one of the host.
+        A chart a GPU (of many, the fullest and the emptiest), then one of each host.
     """
     peaks = [peak or 0.0 for peak in run.peaks("device_peak_reserved_gib")]
     drawn = [*range(run.num_ranks)] if run.has_gpus else []
     if len(drawn) > MAX_DRAWN:
         drawn = [peaks.index(max(peaks)), peaks.index(min(peaks))]
     charts = [_memory(run, f"{prefix}GPU of rank {i}", "device", run.rank(i)) for i in drawn]
-    host = _memory(run, f"{prefix}Host, all programs", "host", [s["host"] for s in run.steps])
-    return [chart for chart in (*charts, host) if chart.series]
+    for parts in run.machines():
+        name = " ".join(["Host", *filter(None, {part.get("name") for part in parts})])
+        charts.append(_memory(run, f"{prefix}{name}, all programs", "host", parts))
+    return [chart for chart in charts if chart.series]
 
 
 def _memory(run: Run, title: str, place: str, parts: list[dict[str, Any]]) -> Chart:
@@ -360,17 +362,18 @@ def predicted(run: Run, prefix: str) -> list[PageTable]:
     plan, ledger, tables, peaks = run.table("plan"), run.table("ledger"), [], []
     gpu, aim = ("GPU", PEAK_AIM) if run.has_gpus else ("Rank", CPU_AIM)
     ranks = [rank["device"] for rank in ledger.get("ranks", []) if rank.get("device")]
-    host = [ledger["host"]] if ledger.get("host") else []
+    hosts = [host for host in ledger.get("hosts") or [ledger.get("host")] if host]
     for name, place, order, held in (
         (gpu, "device", DEVICE_ROWS, ranks),
-        ("Host", "host", HOST_ROWS, host),
+        ("Host", "host", HOST_ROWS, hosts),
     ):
         planned = plan.get(place, {}) if run.has_gpus or held else {}
         known = [phase for phase in PHASES if any(phase in part for part in (planned, *held))]
         for phase in known:
             sums = [sum(rank.get(phase, {}).values()) for rank in held] or [0.0]
             who = sums.index(max(sums))
-            title = f"{prefix}{name}, {phase}" + f" (rank {who}, the highest)" * (len(sums) > 1)
+            kind = "host" if held is hosts else "rank"
+            title = f"{prefix}{name}, {phase}" + f" ({kind} {who}, the highest)" * (len(sums) > 1)
             measured = held[who].get(phase, {}) if held else {}
             tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))
         top = highest(_total(rows) for rank in held for rows in rank.values())

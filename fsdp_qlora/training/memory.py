@@ -208,7 +208,7 @@ class HostSampler:
 
 
 class HostShare(NamedTuple):
-    """What one rank has of the host, GiB; shared memory and files left out.
+    """What one rank has of its host, GiB; the last four are the whole host's.
 
     Attributes:
         base_gib: before the model: Python, libraries, data.
@@ -218,6 +218,10 @@ class HostShare(NamedTuple):
         save_gib, save_peak_gib: before and in the save.
         waiting_gib: of inputs of layers, for the backward pass.
         forward_gib, backward_gib, optimizer_gib: peaks of these phases.
+        shared_gib: quantized layers, one copy for all ranks.
+        files_gib: the model's own files, where they lie in memory.
+        system_gib: in use before the run.
+        used_gib: in use by all programs.
     """
 
     base_gib: float = 0.0
@@ -231,6 +235,10 @@ class HostShare(NamedTuple):
     forward_gib: float = 0.0
     backward_gib: float = 0.0
     optimizer_gib: float = 0.0
+    shared_gib: float = 0.0
+    files_gib: float = 0.0
+    system_gib: float = 0.0
+    used_gib: float = 0.0
 
 
 class MemoryTracker:
@@ -245,9 +253,7 @@ class MemoryTracker:
         phases: phase -> rows at its peak, of the phases that happen once.
         used_gib: phase -> most of the host in use by all programs, of the same phases.
         taken: phase -> what `phase` has measured.
-        shared_gib: quantized layers on the host, one copy for all ranks.
         pinned_gib: page-locked by this rank itself, unknown to torch's pinned allocator.
-        files_gib: the model's own files, where they lie in memory.
     """
 
     def __init__(self, plan: RunPlan, device: torch.device, data: Data | None = None) -> None:
@@ -264,10 +270,14 @@ class MemoryTracker:
         self.transients: dict[str, GibByRow] = {}
         self.phases: dict[str, GibByRow] = {}
         self.used_gib: dict[str, float] = {}
-        self.shared_gib = self.pinned_gib = 0.0
-        self.files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
+        self.pinned_gib = 0.0
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
-        self.share = HostShare(process_peak().left_gib, _token_bytes(data) / GIB if data else 0.0)
+        self.share = HostShare(
+            process_peak().left_gib,
+            _token_bytes(data) / GIB if data else 0.0,
+            files_gib=Sizes(plan.info, plan.cfg).file_bytes / GIB,
+            system_gib=plan.machine.system_gib or 0.0,
+        )
         self._device = device
         self._params: list[torch.nn.Parameter] = []
         self._model: QuantizedModel | None = None
@@ -329,9 +339,8 @@ class MemoryTracker:
                 self.held[names.CONSTANTS] += gib * (1 - weights_share)
         if placed.streamer is not None:
             self.held[names.BUFFERS] = sum(slot.nbytes for slot in placed.streamer.slots) / GIB
-        if placed.memory is not None:
-            self.shared_gib = placed.memory.bytes.nbytes / GIB
-        self.share = self.share._replace(slices_gib=on_host)
+        shared_gib = placed.memory.bytes.nbytes / GIB if placed.memory is not None else 0.0
+        self.share = self.share._replace(slices_gib=on_host, shared_gib=shared_gib)
         peak = self.taken["load"]
         if self.is_cuda:  # what else stays, such as the workspace of a library
             self.held[names.LIBRARIES] = max(peak.left_gib - sum(self.held.values()), 0.0)
@@ -524,27 +533,28 @@ class MemoryLedger:
     """The highest rows of each phase, kept on the rank that writes.
 
     Attributes:
-        tracker: of this rank; plan, shared layers and files are the same for all.
+        is_cuda: the ranks compute on GPUs.
+        machines: the ranks of each; the first is that of rank 0.
         ranks: of each rank, by phase.
-        host: by phase.
+        hosts: of each machine, by phase.
     """
 
-    tracker: MemoryTracker
+    is_cuda: bool
+    machines: Sequence[Sequence[int]]
     ranks: list[Phases] = field(default_factory=list)
-    host: Phases = field(default_factory=dict)
+    hosts: list[Phases] = field(default_factory=list)
 
     def update(
-        self, values: Sequence[Sequence[float]], used_gib: float | None, phases: Sequence[str]
-    ) -> tuple[list[GibByRow], GibByRow]:
+        self, values: Sequence[Sequence[float]], phases: Sequence[str]
+    ) -> tuple[list[GibByRow], list[GibByRow]]:
         """Keep what the ranks have gathered.
 
         Args:
             values: `encode` of every rank.
-            used_gib: of the host by all programs; None: not known.
             phases: that the values tell of.
 
         Returns:
-            The rows of each rank's device, and of the host, at the highest of these phases.
+            The rows of each rank's device, and of each host, at the highest of these phases.
         """
         decoded = [decode(row) for row in values]
         self.ranks = self.ranks or [{} for _ in decoded]
@@ -554,12 +564,17 @@ class MemoryLedger:
             found = {phase: rows for phase, rows in found.items() if phase in phases}
             _keep_highest(kept, found)
             tops.append(max(found.values(), key=_total, default={}))
-        host = {phase: self.host_rows(phase, shares, used_gib) for phase in phases}
-        _keep_highest(self.host, host)
-        return tops, max(host.values(), key=_total)
+        self.hosts = self.hosts or [{} for _ in self.machines]
+        host_tops: list[GibByRow] = []
+        for kept, machine in zip(self.hosts, self.machines, strict=True):
+            own = [shares[rank] for rank in machine]
+            host = {phase: self.host_rows(phase, own) for phase in phases}
+            _keep_highest(kept, host)
+            host_tops.append(max(host.values(), key=_total))
+        return tops, host_tops
 
-    def host_rows(self, phase: str, shares: list[HostShare], used_gib: float | None) -> GibByRow:
-        """What the host holds in a phase.
+    def host_rows(self, phase: str, shares: list[HostShare]) -> GibByRow:
+        """What a host holds in a phase.
 
         What other programs and the system use is as it was before the run. On a machine with GPUs
         all the rest that is in use belongs to the processes, drivers included; of CPU ranks
@@ -567,29 +582,26 @@ class MemoryLedger:
 
         Args:
             phase: row of plan.rows.PHASES.
-            shares: of the ranks.
-            used_gib: by all programs; None: not known.
+            shares: of its ranks.
 
         Returns:
             GiB by row, zeros left out.
         """
         data_gib, base_gib = (sum(getattr(s, n) for s in shares) for n in ("data_gib", "base_gib"))
-        files_gib = self.tracker.files_gib
-        system_gib = self.tracker.plan.machine.system_gib or 0.0
+        whole = shares[0]
         found = {
-            names.HOSTED: self.tracker.shared_gib + sum(share.slices_gib for share in shares),
-            names.FILES: files_gib,
-            names.SYSTEM: max(system_gib - files_gib, 0.0),
+            names.HOSTED: whole.shared_gib + sum(share.slices_gib for share in shares),
+            names.FILES: whole.files_gib,
+            names.SYSTEM: max(whole.system_gib - whole.files_gib, 0.0),
             names.DATA: data_gib,
             names.WAITING: sum(share.waiting_gib for share in shares),
         }
         if phase == "save":
             found[names.SAVING] = sum(max(s.save_peak_gib - s.save_gib, 0.0) for s in shares)
-        if self.tracker.is_cuda and phase == "load":
+        if self.is_cuda and phase == "load":
             found[names.LOADING] = sum(max(s.load_peak_gib - s.load_gib, 0.0) for s in shares)
-        if self.tracker.is_cuda:
-            rest = (used_gib or 0.0) - sum(found.values())
-            found[names.PROCESSES] = max(rest, 0.0)
+        if self.is_cuda:
+            found[names.PROCESSES] = max(whole.used_gib - sum(found.values()), 0.0)
         else:
             found[names.PROCESSES] = base_gib - data_gib
             name = "load_peak_gib" if phase == "load" else f"{phase}_gib"
@@ -598,8 +610,9 @@ class MemoryLedger:
         return _present(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """As summary.json has it."""
-        return {"ranks": [{"device": phases} for phases in self.ranks], "host": self.host}
+        """As summary.json has it: `host` is that of rank 0, `hosts` are all of several."""
+        ranks, hosts = [{"device": phases} for phases in self.ranks], self.hosts or [{}]
+        return {"ranks": ranks, "host": hosts[0]} | ({"hosts": hosts} if len(hosts) > 1 else {})
 
 
 def _present(rows: GibByRow) -> GibByRow:

@@ -20,7 +20,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,7 +39,7 @@ from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained, trained_whole
-from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT
+from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
 from fsdp_qlora.training import memory
 
 # The phase of the clock that ends at a point of a step.
@@ -134,13 +134,15 @@ class Totals:
     Attributes:
         steps: SUMMED -> its value at each step.
         peaks: largest memory figures per rank, in GiB.
-        host_peaks: largest memory figures of the machine, in GiB.
+        host_peaks: largest memory figures of the machine of rank 0, in GiB.
+        hosts: the same of each of several machines, by name.
         events: the lines that are not steps.
     """
 
     steps: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in SUMMED})
     peaks: list[dict[str, float]] = field(default_factory=list)
     host_peaks: dict[str, float] = field(default_factory=dict)
+    hosts: list[dict[str, Any]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -154,6 +156,10 @@ class Totals:
         for peak, rank in zip(self.peaks, line["ranks"], strict=False):
             raise_to(peak, rank)
         raise_to(self.host_peaks, line["host"])
+        hosts = line.get("hosts", [])
+        self.hosts += [{"name": host["name"]} for host in hosts[len(self.hosts) :]]
+        for peak, host in zip(self.hosts, hosts, strict=False):
+            raise_to(peak, host)
 
     def summary(self) -> dict[str, Any]:
         """The totals by name; the median speed leaves out the first steps, which warm up."""
@@ -167,7 +173,8 @@ class Totals:
         found["tokens_per_s_median"] = statistics.median(steady) if steady else 0.0
         found |= {"loss_first": losses[0], "loss_last": losses[-1]}
         found["num_skipped_steps"] = sum(map(bool, self.steps["skipped"]))
-        peaks = {"ranks": self.peaks, "host": self.host_peaks}
+        peaks = {"ranks": self.peaks, "host": self.host_peaks, "hosts": self.hosts}
+        peaks = {name: figures for name, figures in peaks.items() if figures}
         return found | {"peaks": peaks, "events": self.events}
 
 
@@ -229,7 +236,10 @@ class Recorder:
             resumed: the record that this one goes on with, on the rank that writes.
         """
         self.clock = Clock(world.device, tracker.peaks.mark)
-        self.tracker, self._ledger = tracker, memory.MemoryLedger(tracker)
+        places = sorted(world.gather_objects((tuple(world.peers), os.uname().nodename)))
+        self._machines = dict(places)  # ranks -> name of their host
+        self.tracker = tracker
+        self._ledger = memory.MemoryLedger(tracker.is_cuda, [*self._machines])
         self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
         self._sampler, self._totals = memory.HostSampler(), Totals()
@@ -286,15 +296,18 @@ class Recorder:
         mine["host_pinned_gib"] += self.tracker.pinned_gib
         mine["cpu_cores"] = self._process.cpu_percent() / 100
         counts = [float(record[name]) for name in COUNTS]
-        by_row = memory.encode(phases, self.tracker.share)
-        every = self._world.gather([*wishes, *counts, *mine.values(), *by_row])
+        host = self._host()
+        share = self.tracker.share._replace(used_gib=host["host_used_gib"])
+        by_row = memory.encode(phases, share)
+        every = self._world.gather([*wishes, *counts, *mine.values(), *host.values(), *by_row])
         columns, begin = list(zip(*every, strict=True)), len(wishes)
         agreed = [max(column) for column in columns[:begin]]
         self._step = record["step"]
         if self._world.rank == 0:
             self.flush()
             sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
-            memories = self._memories(mine, [row[begin + len(COUNTS) :] for row in every])
+            rows = [row[begin + len(COUNTS) :] for row in every]
+            memories = self._memories([*mine], [*host], rows)
             self._pending = ({**record, **sums, **memories}, lap)
         self.clock.mark("record")
         return agreed
@@ -311,19 +324,31 @@ class Recorder:
         words = f"{running} of" if running else "work before"
         return f"{words} step {self._step + 1}"
 
-    def _memories(self, fields: Iterable[str], rows: list[list[float]]) -> dict[str, Any]:
-        """What a line says of memory and processor, of each rank and of the machine."""
-        ranks = [dict[str, Any](zip(fields, row, strict=False)) for row in rows]
-        host = dict[str, Any](hardware.machine_memory(self._sampler.cgroup))
+    def _host(self) -> dict[str, float]:
+        """Memory and processors of this machine; NaN where there is no such limit."""
+        limits = hardware.machine_memory(self._sampler.cgroup).items()
+        host = {name: math.nan if gib is None else gib for name, gib in limits}
         num_cores = host["num_cpu_cores"] = os.cpu_count() or 1
         host["cpu_cores"] = psutil.cpu_percent() / 100 * num_cores
-        used_gib = host["host_used_gib"]
-        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, used_gib)
+        host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"])
+        return host
+
+    def _memories(
+        self, mine: Sequence[str], host: Sequence[str], rows: list[list[float]]
+    ) -> dict[str, Any]:
+        """What a line says of memory and processors, of each rank and of each machine."""
         values = [row[-memory.NUM_VALUES :] for row in rows]
-        tops, host["host_rows"] = self._ledger.update(values, used_gib, memory.STEP_PHASES)
-        for rank, top in zip(ranks, tops, strict=True):
-            rank["device_rows"] = top
-        return {"ranks": ranks, "host": host}
+        tops, host_tops = self._ledger.update(values, memory.STEP_PHASES)
+        ranks, hosts = [], []
+        for row, top in zip(rows, tops, strict=True):
+            ranks.append({**dict(zip(mine, row, strict=False)), "device_rows": top})
+        for (first, *_), top in zip(self._machines, host_tops, strict=True):
+            figures = dict[str, Any](zip(host, rows[first][len(mine) :], strict=False))
+            figures["num_cpu_cores"] = int(figures["num_cpu_cores"])
+            hosts.append({**_plain(figures), "host_rows": top})
+        named = zip(self._machines.values(), hosts, strict=True)
+        several = {"hosts": [{"name": name, **figures} for name, figures in named]}
+        return {"ranks": ranks, "host": hosts[0]} | (several if len(hosts) > 1 else {})
 
     def collect(self, phase: str) -> None:
         """Keep the rows of a phase that happens once and is over; every rank must call.
@@ -331,8 +356,9 @@ class Recorder:
         Args:
             phase: "load" or "save".
         """
-        values = self._world.gather(memory.encode(self.tracker.phases, self.tracker.share))
-        self._ledger.update(values, self.tracker.used_gib[phase], (phase,))
+        share = self.tracker.share._replace(used_gib=self.tracker.used_gib[phase])
+        values = self._world.gather(memory.encode(self.tracker.phases, share))
+        self._ledger.update(values, (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -392,7 +418,7 @@ class Recorder:
         speed = record["num_tokens"] / step_s if step_s else 0.0
         times = {f"{phase}_s": seconds for phase, seconds in phases.items()}
         times = {"tokens_per_s": speed, "step_s": step_s, **times}
-        memories = {name: record.pop(name) for name in ("ranks", "host")}
+        memories = {n: record.pop(n) for n in ("ranks", "host", "hosts") if n in record}
         line = _plain({**record, **times})
         nonfinite = [name for name in record if line[name] is None and record[name] is not None]
         line |= {"nonfinite": nonfinite} if nonfinite else {}
@@ -455,7 +481,9 @@ def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: floa
     gpu = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
     if gpu["device_total_gib"]:
         text += f" GPU {gpu['device_peak_reserved_gib']:.1f}/{gpu['device_total_gib']:.0f} GiB"
-    text += f" host {line['host']['host_used_gib']:.1f}/{line['host']['host_total_gib']:.0f} GiB"
+    host = max(hosts_of(line), key=lambda host: host["host_used_gib"] / host["host_total_gib"])
+    name = f"host {host['name']}" if "name" in host else "host"
+    text += f" {name} {host['host_used_gib']:.1f}/{host['host_total_gib']:.0f} GiB"
     if not bar.disable:
         bar.set_postfix_str(text, refresh=False)
         bar.update(1)
@@ -618,7 +646,8 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
         found = {f"train/{name}": line.get(name) for name in FIGURES}
         gpus = [rank.get("device_peak_reserved_gib") or 0.0 for rank in line.get("ranks", ())]
         found |= {"memory/card_gib": max(gpus, default=0.0) or None}
-        found |= {"memory/host_gib": line.get("host", {}).get("host_used_gib")}
+        used_gib = [host.get("host_used_gib") for host in hosts_of({"host": {}, **line})]
+        found |= {"memory/host_gib": max(filter(None, used_gib), default=None)}
     return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
 

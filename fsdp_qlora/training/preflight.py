@@ -397,11 +397,13 @@ def explain_disk_full(cfg: TrainConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_full = isinstance(error, OSError) and error.errno in IS_FULL
-        if not is_full and not FULL_TEXT.search(str(error)):
+        by_text = FULL_TEXT.search(str(error))
+        number = int(by_text[1]) if by_text else getattr(error, "errno", None)
+        if number not in IS_FULL:
             raise
-        place, rule, remedy = cfg.resolved_output_dir, "is full", "make room, then start again"
+        place, todo = cfg.resolved_output_dir, IS_FULL[number]
+        rule, remedy = f"takes no more ({os.strerror(number)})", f"{todo}, then start again"
         if saved := checkpoint_store.last_step(place):
             rule += f"; what was trained is saved up to step {saved}"
-            remedy = f"make room, then --resume {place} goes on"
+            remedy = f"{todo}, then --resume {place} goes on"
         raise UserError(f"the disk of {place}", rule, remedy, RUN_FAILED) from error

@@ -14,6 +14,7 @@ import pytest
 import fsdp_qlora
 from fsdp_qlora import arch, bench, config
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.sizes import Sizes, setting_for
 
@@ -213,7 +214,7 @@ def test_the_plan_predicts_a_gpu_of_the_bench(page, row):
     argv = [word for word in shlex.split(row["command"]) if word.startswith("--")]
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    setting = setting_for(info, cfg, row["num_ranks"])
+    setting = setting_for(info, cfg, Machine((), None, row["num_ranks"]))
     has_peer = row["p2p"] == "on" and row["num_ranks"] > 1
     planned = memory.device(Sizes(info, cfg), setting, has_peer=has_peer).peak_gib
     measured = row["peaks"]["card"][1]

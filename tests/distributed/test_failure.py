@@ -48,14 +48,14 @@ def plan_of(names: str) -> run.RunPlan:
     return run.make(info, config.parse(argv), frozenset({"batch_size"}), machine)
 
 
-def supervised(tmp_path: Path, body: str, *argv: str, group: str = "") -> tuple[int, str, str]:
+def supervised(tmp_path: Path, body: str, *argv: str, enter: str = "") -> tuple[int, str, str]:
     """Run two tiny ranks under a supervisor that has a plan; code and both streams."""
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(project=str(PROJECT_DIR), body=body))
     command = [sys.executable, "-c", PARENT, str(script), "--world_size=2", "--batch_size=4"]
     command += ["--context_length=2048", f"--output_dir={tmp_path / 'out'}", *argv]
-    if group:
-        command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
+    if enter:
+        command = ["sh", "-c", f'{enter} && exec "$@"', "sh", *command]
     env = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=env, cwd=PROJECT_DIR, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
@@ -97,7 +97,7 @@ def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_apart(
 ):
     """A real limit, a real kill: exit signal and the group's own count."""
     body = "meet()\nheld = []\nwhile rank == 1: held.append(bytearray(2**22))\ntime.sleep(30)"
-    code, out, err = supervised(tmp_path, body, group=str(memory_group))
+    code, out, err = supervised(tmp_path, body, enter=f"echo $$ > {memory_group}/cgroup.procs")
     first, *rest = err.splitlines()
     assert (code, out) == (RUN_FAILED, "")
     assert first.startswith("error: rank 1: was killed by the kernel (SIGKILL): host memory ran ")
@@ -106,6 +106,18 @@ def test_a_rank_that_the_kernel_killed_for_want_of_memory_is_told_apart(
     assert rest[1] == "there     0.29 GiB may be used here"
     assert rest[2].startswith("largest   ") and rest[3].startswith("next      ")
     assert len(err.splitlines()) <= exit_report.MAX_LINES
+
+
+def test_short_of_addresses_the_limit_is_named(tmp_path: Path):
+    """ulimit -v, from which no fewer ranks help: an error of the rank, and a sudden end."""
+    fail = (
+        "import mmap\nfrom fsdp_qlora.config import parse\nmeet()\ntry:\n    mmap.mmap(-1, 2**33)\n"
+    )
+    fail += "except OSError as error:\n    exit_report.fail(error, parse(sys.argv[1:]))"
+    for body in (fail, "os.abort()"):
+        code, _, err = supervised(tmp_path, body, "--overwrite=true", enter="ulimit -v 4000000")
+        assert code == RUN_FAILED and "ulimit -v leaves a process 3.81 GiB" in err, err
+        assert "Cannot allocate memory" in err or "SIGABRT" in err, err
 
 
 def test_the_last_record_says_what_was_there(tmp_path: Path):

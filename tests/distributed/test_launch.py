@@ -357,6 +357,11 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     assert launch.is_rank(torchrun) and launch.is_rank(step)
     assert not launch.is_rank({}) and not launch.is_rank(batch)
     assert not launch.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
+    for env, size in ((torchrun, 4), (torchrun | {"LOCAL_WORLD_SIZE": "2"}, 2), (step, 9)):
+        assert launch.is_rank(env, size)
+    assert launch.is_rank(torchrun | {"TORCHELASTIC_RUN_ID": "none"}, 9)
+    with pytest.raises(UserError, match=r"--world_size 2: RANK and WORLD_SIZE=1 in .*; unset RANK"):
+        launch.is_rank({"RANK": "0", "WORLD_SIZE": "1"}, 2)  # left from something else
     found = launch.rank_env(torchrun, TrainConfig())
     assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
     place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}

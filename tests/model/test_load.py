@@ -1,5 +1,6 @@
 """A model gets its bytes: from 16-bit files, from the cache, at random, on any number of ranks."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,12 +14,14 @@ import weakref
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fsdp_qlora import arch, atomic
+from fsdp_qlora.distributed.world import find_neighbors
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import load, shard, weights
 from tests import tiny
@@ -155,6 +158,53 @@ def test_the_second_start_reads_the_cache_and_no_linear(tmp_path):
 
 def lock_of(entry: Path) -> Path:
     return entry.with_name(f".{entry.name}.lock")
+
+
+MACHINES = (0, 1, 0)  # of three ranks: uneven, and not numbered machine by machine
+
+
+def on_machines(world, path, place):
+    """Starts on two machines, each with a cache of its own, and whose host copy a rank sees."""
+    machine = os.environ["GROUP_RANK"] = str(MACHINES[world.rank])
+    world = find_neighbors(world)
+    flags = f"--quant_cache={place / machine}", "--use_cpu_offload=false"
+    found = [start(world, path, *flags), start(world, path, *flags)]
+    world.barrier()
+    if world.rank == 1:
+        shutil.rmtree(place / machine)
+    found += [start(world, path, *flags), start(world, path, "--offload_impl=stream")]
+    memory = tiny.shape(path, world, "--offload_impl=stream")[0].placed.memory.bytes
+    if world.local_rank == 0:
+        memory.fill_(world.rank + 1)
+    world.barrier()
+    return found, (world.local_rank, world.local_size, int(memory[-1]))
+
+
+def other_bytes_on_a_machine(world, path):
+    """Machine 1 has another base: (code, text) of the error on this rank."""
+    world = dataclasses.replace(world, local_rank=0, local_size=1)
+    other = load.store_linear
+
+    def flipped(flat, *rest):
+        other(flat, *rest)
+        flat[0] ^= 1
+
+    with patch.object(load, "store_linear", flipped if world.rank else other):
+        return fault_of(world, path, "--offload_impl=stream")
+
+
+def test_every_machine_keeps_a_host_copy_and_a_cache_of_its_own(tmp_path):
+    """The model is that of one rank; a machine without a cache reads files while others do not."""
+    path = tiny.save_model(tmp_path / "model")
+    one = run_ranks(starts, 1, [(path,)])[0][0]
+    by_rank = run_ranks(on_machines, 3, path, tmp_path)
+    for found, _ in by_rank:
+        assert [bytes_of(facts) for facts in found] == [bytes_of(one)] * 4
+    sources = [[facts["source"] for facts in found] for found, _ in by_rank]
+    assert sources == [["files", "cache", "files" if m else "cache", "files"] for m in MACHINES]
+    assert [place for _, place in by_rank] == [(0, 2, 1), (0, 1, 2), (1, 2, 1)]
+    for code, text in run_ranks(other_bytes_on_a_machine, 2, path):
+        assert code == INTEGRITY and "machines' quantized bytes differ" in text
 
 
 def split_files(path: Path, directory: Path, num_files: int) -> Path:

@@ -127,6 +127,7 @@ def test_what_is_quantised_otherwise_is_refused_in_one_line(stored, tmp_path: Pa
     text = json.loads((stored["fp4"] / "config.json").read_text())
     for change, words in (
         ({"quant_method": "hqq"}, "already \\(hqq\\)"),
+        ({"quant_method": 1.5}, "already \\(1.5\\)"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bit"),
     ):
         (other / "config.json").write_text(json.dumps(text | {"quantization_config": change}))

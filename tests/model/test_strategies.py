@@ -14,7 +14,6 @@ import torch
 from fsdp_qlora import config
 from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.data.batches import collate
-from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import load, shard
 from fsdp_qlora.training import loop, optim
 from tests import tiny
@@ -23,7 +22,7 @@ from tests.ranks import run_ranks
 
 NUM_ROWS = 24
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SYNCS = (("--no_sync=true",), (), ("--no_sync=true",))
+SYNCS = (("--no_sync=true",), (), ("--no_sync=true",), ())
 SGD = (*FLAGS[1:], "--optimizer=sgd", "--lr=1")
 # Largest error of the gradient as a share of its norm: products of 24, 8 and 11 bits.
 PRECISIONS = {"fp32": 5e-6, "bf16": 0.02, "fp16_autocast": 0.003}
@@ -31,6 +30,7 @@ PLACES = {
     "sharded": ("--use_cpu_offload=false",),
     "offloaded": ("--offload_impl=fsdp",),
     "offloaded_resident": ("--offload_impl=fsdp", "--resident_layers=1"),
+    "streamed": ("--offload_impl=stream", "--resident_layers=1"),
 }
 
 
@@ -59,10 +59,8 @@ def all_cases(world, path, local_size, cases):
 
 
 def is_slice_of_the_machine(world, path):
-    """Machines hold the same; streaming, which shares the memory of one machine, is refused."""
+    """Machines hold the same."""
     hybrid = "--sharding_strategy=hybrid_full_shard"
-    with pytest.raises(UserError, match="the ranks are on several machines"):
-        tiny.shape(path, world, hybrid, "--offload_impl=stream")
     model, _, _ = tiny.build(path, world, hybrid, *PLACES["sharded"])
     packed = next(shard.blocks(model)).quantized
     start, stop = shard.local_range(packed)
@@ -137,7 +135,7 @@ def test_every_strategy_and_precision_has_the_gradient_of_one_process(one_proces
 
 
 def test_hybrid_strategies_on_two_machines_have_the_gradient_of_one_process(one_process):
-    """2 x 2 ranks: {hybrid strategies} x {placements}, and the narrow precisions."""
+    """2 x 2 ranks: {hybrid strategies} x {placements}, the narrow precisions, streaming by all."""
     path, want, loss = one_process
     hybrids = [name for name, row in STRATEGIES.items() if row.is_hybrid]
     cases = [
@@ -145,6 +143,7 @@ def test_hybrid_strategies_on_two_machines_have_the_gradient_of_one_process(one_
         for strategy, (place, sync) in itertools.product(hybrids, zip(PLACES, SYNCS, strict=True))
     ]
     cases += [(1, *flags_of(hybrids[0], p, "sharded")) for p in ("bf16", "fp16_autocast")]
+    cases += [(2, *flags_of(name, "fp32", "streamed")) for name in ("full_shard", "ddp")]
     check(run_ranks(all_cases, 4, path, 2, cases), cases, want, loss)
 
 

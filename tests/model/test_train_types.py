@@ -328,8 +328,8 @@ def test_a_small_model_trained_in_full_fits_a_card_of_8_gb_by_plan():
             ["--model_name=qwen2.5-0.5b", "--train_type=full", f"--optimizer={optimizer}"]
         )
         info = arch.read(cfg.model_name, need_weights=False)
-        card = Device("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0)
-        found = fit.evaluate(info, cfg, setting_for(info, cfg, 1), Machine((card,), 64.0))
+        machine = Machine((Device("8 GB", 8e9 / 2**30, 50.0, 400.0, 20.0),), 64.0)
+        found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
         fits[optimizer] = found.fits
         assert found.device.gib("load", "packed weights") == 0
         weights = found.device.gib("forward", "adapters") * 2**30

@@ -1,10 +1,13 @@
 """What strategies, precisions, optimizers and offloaded activations need, by the plan."""
 
+import json
+
 import pytest
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.planning import rows, run
+from fsdp_qlora.planning import fit, rows, run
+from fsdp_qlora.planning.sizes import setting_for
 from fsdp_qlora.training import preflight
 
 SHAPE = ["--model_name=llama-2-7b", "--context_length=1024", "--batch_size=2", "--output_dir=o"]
@@ -36,6 +39,51 @@ def test_hybrid_strategies_need_on_one_machine_what_plain_ones_do():
     kept = found("--sharding_strategy=hybrid_shard_grad_op", *sharded).device
     freed = found("--sharding_strategy=hybrid_full_shard", *sharded).device
     assert kept.gib("backward", rows.BUFFERS) > 2 * freed.gib("backward", rows.BUFFERS)
+
+
+def on_two_machines(*flags):
+    """(one machine of two 3090, two of them joined by 10 Gbit/s), by `plan`'s command line."""
+    words = [*SHAPE, "--cards=2x3090", *flags]
+    runs = [run.parse(words), run.parse([*words, "--machines=2", "--link_gbps=10"])]
+    info = arch.read("llama-2-7b", need_weights=False)
+    return [fit.evaluate(info, cfg, setting_for(info, cfg, m), m) for _, cfg, m in runs]
+
+
+def test_several_machines_need_their_copies_and_a_link():
+    """What each machine holds, and what crosses 10 Gbit/s a step at 80 %, counted here anew."""
+    gbs, trained = 0.8 * 10 / 8, num_trained(64)
+    for strategy in ("hybrid_full_shard", "ddp"):  # a ring sums the gradients of two copies
+        one, two = on_two_machines(f"--sharding_strategy={strategy}")
+        assert one.device == two.device and one.host.phases == two.host.phases
+        assert one.speed.parts_s[fit.NETWORK] == 0
+        assert two.speed.parts_s[fit.NETWORK] == pytest.approx(4 * trained / 1e9 / gbs)
+        assert two.speed.tokens_per_s * two.speed.step_s == 4 * TOKENS
+    hosted = [item.host.gib("forward", rows.HOSTED) for item in on_two_machines()]
+    assert hosted[0] == hosted[1] > 3  # streamed: one copy a machine
+    one, two = on_two_machines("--offload_impl=fsdp")
+    slices = [item.host.gib("forward", rows.HOSTED) for item in (one, two)]
+    assert slices == pytest.approx([hosted[0], hosted[0] / 2])
+    base, ends = hosted[0] * 2**30, 32000 * WIDTH * 2
+    crossing = 3 / 4 * (2 * base + (2 + 6) * trained + 3 * ends)  # twice gathered, once reduced
+    assert two.speed.parts_s[fit.NETWORK] == pytest.approx(crossing / 1e9 / gbs, rel=1e-3)
+
+
+def num_trained(rank: int) -> int:
+    """Of Llama-2 7B: q, k, v, o of 4096 x 4096, gate, up, down of 4096 x 11008."""
+    return 32 * rank * (4 * 2 * 4096 + 3 * (4096 + 11008))
+
+
+def test_plan_names_the_machines_and_finds_the_strategy_that_spares_a_slow_link(capsys):
+    """Sharded over all ranks a base would cross the link twice a step."""
+    words = [*SHAPE, "--cards=2xA100-80", "--host=256", "--use_cpu_offload=false", "--machines=2"]
+    run.main([*words, "--link_gbps=10"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "ranks 4 on 2 machines x micro-batches" in text and "GiB on each host" in text
+    assert f"bottleneck: {fit.NETWORK}" in text
+    assert "--sharding_strategy hybrid_full_shard" in text.partition("best ")[2]
+    run.main([*words, "--link_gbps=800", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["num_machines"] == 2 and values["bound"] != fit.NETWORK
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,20 @@ def test_many_ranks_show_the_fullest_and_the_emptiest_gpu(tmp_path):
     assert len(page.tables["Peaks of every rank"]) == 8
 
 
+def test_every_host_has_its_chart_and_the_fullest_is_the_peak(tmp_path):
+    steps = [gpu_step(i) for i in range(1, 4)]
+    for step in steps:
+        far = step["host"] | {"host_used_gib": 9.5, "host_peak_used_gib": 9.75}
+        step["hosts"] = [{"name": "near", **step["host"]}, {"name": "far", **far}]
+    facts = gpu_facts()
+    highest = {phase: {"row": 9.5} for phase in facts["ledger"]["host"]}
+    facts["ledger"]["hosts"] = [facts["ledger"]["host"], highest]
+    page = page_of(write_run(tmp_path / "run", steps, (3.0, 2.0), summary=facts), out=tmp_path)
+    assert shapes(page, "Host near, all programs") and shapes(page, "Host far, all programs")
+    assert page.tables["Memory and processors"]["GiB of the host, peak"][0][1] == 9.75
+    assert page.tables["Host, forward (host 1, the highest)"]["row"][1][1] == 9.5
+
+
 def test_runs_side_by_side_show_ratios_and_the_flags_that_differ(gpus, tmp_path):
     config = CONFIG | {"max_steps": 30, "batch_size": 8, "output_dir": "x"}
     other = write_run(tmp_path / "other", [gpu_step(i, seed=7) for i in range(1, 31)], (), config)

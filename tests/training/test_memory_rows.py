@@ -68,7 +68,8 @@ def _accounts(world, path, cases):
                 functools.partial(reach, clock, 0, 1),
             )
             steps, _ = tracker.step()
-        found.append((tracker.phases | steps, tracker.share, tracker.shared_gib, tracker.held))
+        share = tracker.share
+        found.append((tracker.phases | steps, share, share.shared_gib, tracker.held))
     return found
 
 
@@ -142,37 +143,38 @@ def test_numbers_of_a_rank_survive_the_gather():
     assert memory.decode(values) == (phases, share)
 
 
-def book_of(kind: str, system_gib: float | None = 1.5) -> memory.MemoryLedger:
-    """An empty book of two ranks, 4 GiB of layers shared on the host, 0.5 of files in memory."""
-    info = arch.read("llama-2-7b", need_weights=False)
-    machine = Machine((), 64, 2, system_gib)
-    plan = plans.RunPlan(config.TrainConfig(), config.TrainConfig(), info, machine)
-    tracker = SimpleNamespace(plan=plan, is_cuda=kind == "cuda", shared_gib=4.0, files_gib=0.5)
-    return memory.MemoryLedger(tracker)
+# 4 GiB of layers shared on the host, 0.5 of files in memory.
+HOST = {"shared_gib": 4.0, "files_gib": 0.5, "system_gib": 1.5, "used_gib": 12.0}
+
+
+def book_of(kind: str) -> memory.MemoryLedger:
+    """An empty book of two ranks."""
+    return memory.MemoryLedger(kind == "cuda", [(0, 1)])
 
 
 def test_host_rows_of_cards_leave_the_rest_to_the_processes():
     """What was in use before the run is not the run's; what the load read ahead is told apart."""
-    shares = [HostShare(1.0, 0.25, 0.5, 1.0, 1.25)] * 2
-    assert book_of("cuda").host_rows("load", shares, 12.0) == pytest.approx({
+    shares = [HostShare(1.0, 0.25, 0.5, 1.0, 1.25, **HOST)] * 2
+    assert book_of("cuda").host_rows("load", shares) == pytest.approx({
         names.HOSTED: 5.0, names.FILES: 0.5, names.SYSTEM: 1.0, names.DATA: 0.5,
         names.LOADING: 0.5, names.PROCESSES: 4.5,
     })  # fmt: skip
-    saved = [HostShare(1.0, 0.25, 0.5, save_gib=2.0, save_peak_gib=2.5)] * 2
-    rows = book_of("cuda").host_rows("save", saved, 12.0)
+    saved = [HostShare(1.0, 0.25, 0.5, save_gib=2.0, save_peak_gib=2.5, **HOST)] * 2
+    rows = book_of("cuda").host_rows("save", saved)
     assert rows[names.SAVING] == pytest.approx(1.0)
     assert sum(rows.values()) == pytest.approx(12.0)
 
 
 def test_host_rows_of_cpu_ranks_tell_their_models_from_their_processes():
     """By what each process had before it had a model."""
-    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, 4.0, 3.0, 2.0)] * 2
-    found = {phase: book_of("cpu").host_rows(phase, shares, None) for phase in names.PHASES}
+    shares = [HostShare(1.0, 0.25, 0.0, 1.5, 2.0, 2.5, 2.75, 0.0, 4.0, 3.0, 2.0, **HOST)] * 2
+    found = {phase: book_of("cpu").host_rows(phase, shares) for phase in names.PHASES}
     models = {phase: rows[names.RANKS] for phase, rows in found.items()}
     assert models == {"load": 2.0, "forward": 6.0, "backward": 4.0, "optimizer": 2.0, "save": 3.0}
     assert {rows[names.PROCESSES] for rows in found.values()} == {1.5}
     assert found["save"][names.SAVING] == 0.5
-    assert names.SYSTEM not in book_of("cpu", None).host_rows("load", shares, None)
+    alone = [share._replace(system_gib=0.0) for share in shares]
+    assert names.SYSTEM not in book_of("cpu").host_rows("load", alone)
 
 
 def test_the_book_keeps_the_rows_of_the_highest_step():
@@ -180,8 +182,8 @@ def test_the_book_keeps_the_rows_of_the_highest_step():
     kept = book_of("cpu")
     for packed, other in ((1.0, 5.0), (2.0, 1.0)):
         phases = {"forward": {names.PACKED: packed, names.REST: other}}
-        values = [memory.encode(phases, HostShare())] * 2
-        tops, host = kept.update(values, None, ("forward",))
+        values = [memory.encode(phases, HostShare(**HOST))] * 2
+        tops, (host,) = kept.update(values, ("forward",))
         assert tops == [phases["forward"]] * 2 and host[names.HOSTED] == 4.0
     assert kept.to_dict()["ranks"][1]["device"]["forward"] == {names.PACKED: 1.0, names.REST: 5.0}
 

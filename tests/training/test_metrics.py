@@ -1,5 +1,6 @@
 """The record of a run."""
 
+import dataclasses
 import json
 import os
 import pty
@@ -13,12 +14,15 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from fsdp_qlora import hardware
-from fsdp_qlora.training import memory
+from fsdp_qlora.planning import rows as names
+from fsdp_qlora.training import memory, metrics
 from fsdp_qlora.training.metrics import Clock
 from tests import tiny
 from tests.ranks import run_ranks
@@ -33,9 +37,13 @@ class Alone:
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    peers: tuple[int, ...] = (0,)
 
     def gather(self, values: list[float]) -> list[list[float]]:
         return [values]
+
+    def gather_objects(self, value: object) -> list[object]:
+        return [value]
 
 
 @pytest.fixture
@@ -248,6 +256,36 @@ def test_two_ranks_sum_their_tokens_and_show_their_memory_each(tmp_path):
     rss = [rank["host_rss_gib"] for rank in written[1]["ranks"]]
     assert rss[1] - rss[0] == pytest.approx(400 / 1024, abs=0.1)
     assert len(summary(tmp_path)["peaks"]["ranks"]) == 2
+
+
+def record_on_two_hosts(world, folder: str) -> None:
+    """Rank 1 is alone on another host, where 90 of 100 GiB are in use."""
+    world = dataclasses.replace(world, local_rank=0, local_size=1)
+    there = dict.fromkeys(hardware.machine_memory(), 90.0) | {"host_total_gib": 100.0}
+    if world.rank:
+        hardware.machine_memory = lambda group: there
+    with patch.object(os, "uname", lambda: SimpleNamespace(nodename=["near", "far"][world.rank])):
+        recorder = tiny.recorder(folder, world, 1)
+    with recorder:
+        recorder.tracker.share = recorder.tracker.share._replace(slices_gib=1.0 + world.rank)
+        recorder.step(record(1))
+
+
+def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path, capsys):
+    """Each host's own figures and rows; the fullest stands in the line of the step."""
+    run_ranks(record_on_two_hosts, 2, str(tmp_path))
+    here, there = steps(tmp_path)[0]["hosts"]
+    assert here.items() >= steps(tmp_path)[0]["host"].items() and there["name"] == "far"
+    assert (there["host_used_gib"], there["host_total_gib"]) == (90.0, 100.0)
+    assert [host["host_rows"][names.HOSTED] for host in (here, there)] == [1.0, 2.0]
+    totals = summary(tmp_path)
+    assert (
+        totals["peaks"]["hosts"][1].items() >= {"name": "far", "host_peak_used_gib": 90.0}.items()
+    )
+    assert [place["forward"][names.HOSTED] for place in totals["ledger"]["hosts"]] == [1.0, 2.0]
+    metrics._show_progress(metrics._progress_bar(1, False, 0), steps(tmp_path)[0], 1, 1.0)
+    assert " host far 90.0/100 GiB " in capsys.readouterr().out
+    assert metrics.figures(steps(tmp_path)[0])["memory/host_gib"] == 90.0
 
 
 @pytest.mark.gpu

@@ -337,5 +337,8 @@ def test_a_disk_without_room_is_refused_before_the_run(
             preflight.explain_disk_full(cfg),
         ):
             raise error
+    large = pytest.raises(UserError, match=r"File too large.*ulimit -f")
+    with large, preflight.explain_disk_full(cfg):
+        raise OSError(27, "File too large")
     with pytest.raises(KeyError), preflight.explain_disk_full(cfg):
         raise KeyError("28")
