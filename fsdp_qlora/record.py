@@ -33,6 +33,7 @@ FACTS = {
     "peaks": {"ranks": [NUMBERS], "host": NUMBERS},
     "load_peaks": NUMBERS,
     "lines": [str],
+    "is_complete": bool | None,
     "versions": {"": TEXT},
     "config": dict.fromkeys(("gpu_budget_gib", "host_budget_gib", "max_steps"), NUMBER),
     "events": list,
