@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +18,7 @@ RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
 # The form of an event, and of summary.json: name -> kind of its values; "": of all other names.
-MOST = 1e30  # of any number
+MOST = 1e30  # of a whole number: a larger one may be no float
 NUMBER, TEXT, ANY = int | float | None, str | None, object
 NUMBERS: Any = {"": NUMBER}
 ROWS: Any = {"": int | float}
@@ -28,20 +27,21 @@ LEDGER = {"device": PHASED, "host": PHASED, "note": TEXT, "": NUMBER}
 DATA = {"sources": [str], "notes": [str], "padding_share": NUMBERS, "examples": {"": list}}
 FACTS = {
     "plan": LEDGER,
-    "ledger": {"ranks": [LEDGER], **LEDGER},
+    "ledger": {"ranks": [LEDGER], "hosts": [PHASED], **LEDGER},
     "data": DATA,
-    "peaks": {"ranks": [NUMBERS], "host": NUMBERS},
+    "peaks": {"ranks": [NUMBERS], "host": NUMBERS, "hosts": [{"name": TEXT, "": NUMBER}]},
     "load_peaks": NUMBERS,
     "lines": [str],
     "is_complete": bool | None,
     "versions": {"": TEXT},
     "config": dict.fromkeys(("gpu_budget_gib", "host_budget_gib", "max_steps"), NUMBER),
-    "events": list,
     **dict.fromkeys(("total_s", "load_s", "num_trainable_params", "num_tokens"), NUMBER),
 }
+HOST = {"name": TEXT, "host_rows": ROWS, "": NUMBER}
 STEP = {
     "ranks": [{"device_rows": ROWS, "": NUMBER}],
-    "host": {"host_rows": ROWS, "": NUMBER},
+    "host": HOST,
+    "hosts": [HOST],
     "nonfinite": list,
     "": NUMBER,
 }
@@ -186,7 +186,7 @@ def _misfit(value: Any, form: Any, name: str = "") -> str:
         found = (_misfit(entry, form[0], name) for entry in value)
     else:
         is_kind = not isinstance(form, dict | list) and isinstance(value, form)
-        is_large = isinstance(value, int | float) and MOST <= abs(value) < math.inf
+        is_large = isinstance(value, int) and abs(value) >= MOST
         return "" if is_kind and not is_large else name
     return next(filter(None, found), "")
 
