@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -40,15 +41,6 @@ POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
 LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed
 FAULT = re.compile(rf"(\[rank\d+\]: ?)?(?!{LAUNCHER})([\w.]*(Error|Exception)|error): ")
-COMMON = (
-    *("--train_type=qlora", "--quant_type=nf4", "--double_quant=true", "--precision=bf16"),
-    *("--lora_rank=16", "--lora_alpha=16", "--lora_dropout=0", "--lora_target_modules=all"),
-    *("--lr=0.0001", "--lr_scheduler=constant", "--wd=0", "--apply_gradient_clipping=false"),
-    *("--quant_cache=off", "--save_model=false", "--log_to=stdout", "--seed=42"),
-)
-RECOMPUTED = ("--fit=off", "--use_gradient_checkpointing=true")
-SHARDED = (*RECOMPUTED, "--sharding_strategy=full_shard")
-COPIED = (*RECOMPUTED, "--sharding_strategy=ddp", "--use_cpu_offload=false")
 # Title, unit, and the moves that are reported: share of the earlier figure, least difference (the
 # host's memory moves by less than 0.2 GiB while other programs run).
 FIGURES = {
@@ -78,15 +70,6 @@ class Place(NamedTuple):
     max_ranks: int = 1_000
 
 
-PLACES = {
-    "one_card": Place("one GPU, nothing sharded", COPIED, 1, 1),
-    "ddp": Place("the whole base on every GPU", COPIED, 2),
-    "full_shard": Place("base sharded over the GPUs", (*SHARDED, "--use_cpu_offload=false"), 2),
-    "offload": Place("base on the host", (*SHARDED, "--use_cpu_offload=true")),
-    "fit": Place("the plan chooses: --fit auto", ("--fit=auto",)),
-}
-
-
 class Case(NamedTuple):
     """One row of a bench.
 
@@ -102,6 +85,13 @@ class Case(NamedTuple):
     context_length: int
     accumulation: int = 1
 
+    @classmethod
+    def named(cls, name: str) -> "Case":
+        """Return the row of a name."""
+        shape, _, place = name.partition("-")
+        batch_size, *accumulation, context_length = map(int, shape.split("x"))
+        return cls(place, batch_size, context_length, *accumulation)
+
     @property
     def name(self) -> str:
         """Batch, accumulation, context and place: "4x2048-ddp", "8x2x512-offload"."""
@@ -109,19 +99,13 @@ class Case(NamedTuple):
         return "x".join(map(str, [*batch, self.context_length])) + f"-{self.place}"
 
 
-PLAIN = ("one_card", "ddp", "full_shard", "offload")
-CASES_7B = (
-    *(Case(place, 4, length) for length in (512, 2048) for place in PLAIN),
-    Case("fit", 4, 2048),
-    *(Case(place, 8, length, 2) for length in (512, 2048) for place in PLAIN[2:]),
-)
-CASES_70B = (*(Case("offload", n, length) for length in (512, 2048) for n in (1, 2, 4)),)
-CASES_SMALL = tuple(case._replace(context_length=case.context_length // 8) for case in CASES_7B)
-KINDS = {  # title, known shape, rows in the order in which they run
-    "7b": ("Llama-2 7B", "llama-2-7b", CASES_7B),
-    "70b": ("Llama-2 70B", "llama-2-70b", (*CASES_70B, Case("fit", 2, 2048))),
-    SMALL: ("scaled Llama-2", str(RECIPES_DIR / "bench-small"), CASES_SMALL),
-}
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+COMMON = tuple(TABLES["common"])
+PLACES = {name: Place(**row) for name, row in TABLES["places"].items()}
+KINDS = {}  # title, shape, rows in the order in which they run
+for kind, row in TABLES["kinds"].items():
+    shape = row["shape"].format(recipes=RECIPES_DIR)
+    KINDS[kind] = row["title"], shape, tuple(map(Case.named, row["rows"]))
 
 
 def train_command(

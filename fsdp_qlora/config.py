@@ -48,14 +48,21 @@ class Optimizer(NamedTuple):
     """An optimizer.
 
     Args:
+        kind: its class.
         decays: weight decay is part of its method.
         state_bytes: of a trained parameter on the GPU; paged state can leave it.
-        on_cpu: it runs on CPU ranks too.
+        is_fused: its kernel reads on the device whether the step is to be skipped.
     """
 
+    kind: str
     decays: bool
     state_bytes: int
-    on_cpu: bool = True
+    is_fused: bool = False
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on CPU ranks too."""
+        return self.kind.startswith("torch.")
 
 
 TRAIN_TYPES = {
@@ -80,13 +87,13 @@ STRATEGIES = {
     "hybrid_shard_grad_op": Strategy(is_hybrid=True, reshards=False),
 }
 OPTIMIZERS = {
-    "adamw": Optimizer(True, 8),
-    "adam": Optimizer(False, 8),
-    "sgd": Optimizer(False, 0),
-    "adadelta": Optimizer(False, 8),
-    "adamw_8bit": Optimizer(True, 2, on_cpu=False),
-    "paged_adamw": Optimizer(True, 8, on_cpu=False),
-    "paged_adamw_8bit": Optimizer(True, 2, on_cpu=False),
+    "adamw": Optimizer("torch.optim.AdamW", True, 8, is_fused=True),
+    "adam": Optimizer("torch.optim.Adam", False, 8, is_fused=True),
+    "sgd": Optimizer("torch.optim.SGD", False, 0, is_fused=True),
+    "adadelta": Optimizer("torch.optim.Adadelta", False, 8),
+    "adamw_8bit": Optimizer("bitsandbytes.optim.AdamW8bit", True, 2),
+    "paged_adamw": Optimizer("bitsandbytes.optim.PagedAdamW", True, 8),
+    "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", True, 2),
 }
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Packages of the same names, in accelerate.tracking.

@@ -14,7 +14,7 @@ from fsdp_qlora.training.evaluate import Evaluator
 from fsdp_qlora.training.metrics import Resumed
 from tests import tiny
 from tests.ranks import run_ranks
-from tests.training.test_memory_rows import plan_of
+from tests.training.test_memory_rows import tracked
 
 NUM_STEPS = 6
 PROMPTS = (Prompt("ask", (5, 6, 7), "said"), Prompt("other", (9, 8)))
@@ -30,18 +30,9 @@ def samples(num, seed):
 
 
 def build(world, path, *flags):
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import optim
-    from fsdp_qlora.training.memory import MemoryTracker
-
-    plan = plan_of(path, "--lora_dropout=0.3", "--lr=0.05", "--eval_samples=9", *flags)
-    tracker = MemoryTracker(plan, world.device)
-    with tracker.phase("load"):
-        built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built)
-    trained = optim.prepare(built.model, plan.cfg, NUM_STEPS, world)
-    tracker.record_optimizer(trained)
-    return plan, tracker, trained
+    own = ("--lora_dropout=0.3", "--lr=0.05", "--eval_samples=9", *flags)
+    tracker, trained = tracked(world, path, NUM_STEPS, *own)
+    return tracker.plan, tracker, trained
 
 
 def run(world, path, out, is_evaluated):

@@ -3,12 +3,13 @@
 import ast
 import hashlib
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, fetch
+from fsdp_qlora import arch, atomic, fetch
 from fsdp_qlora.data import row_formats, sources
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
 from tests import small_tokenizers
@@ -222,3 +223,34 @@ def test_tagged_words_become_a_sentence_and_its_names() -> None:
     }
     found = row_formats.match(row)
     assert found is not None and found.problem(row) is None and found.name == "label"
+
+
+def test_caches_are_listed_and_cleared_unless_a_run_uses_them(tmp_path: Path, capsys):
+    """By name or all; what the user keeps beside them stays."""
+    names = ["llama-nf4-0123456789abcdef", "tokens-0123456789abcdef", ".tmp-12-x-00000000000000ff"]
+    for name in (*names, "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "layer").write_bytes(bytes(2**26))
+    atomic.write_sealed(tmp_path / names[0] / "manifest.json", {"model": "/models/llama"})
+    atomic.write_sealed(tmp_path / names[1] / "facts.json", {"facts": {"files": ["a.jsonl"]}})
+    (tmp_path / f".{names[0]}.lock").touch()
+    os.utime(tmp_path / f".{names[0]}.lock", (86400 * 365, 86400 * 365))
+
+    def cache(*argv: str) -> list[str]:
+        fetch.cache([*argv, f"--dir={tmp_path}"])
+        return capsys.readouterr().out.splitlines()
+
+    found = cache("list")
+    words = ("unfinished, or by an older version", "/models/llama", "a.jsonl")
+    for line, name, word in zip(found, sorted(names), words, strict=True):
+        assert line.endswith(f"{name}, of {word}")
+    assert "0.06 GiB, used 1971-01-01: " in found[1]
+    held = atomic.lock(tmp_path / names[0], is_shared=True)
+    with held, pytest.raises(UserError, match=f"^{names[0]}: is in use by a run"):
+        cache("clear", "all")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {names[0], "mine"}
+    with pytest.raises(UserError, match="no such entry"):
+        cache("clear", "mine")
+    capsys.readouterr()
+    assert len(cache("clear", names[0])) == 1 and cache("list") == []
+    assert (tmp_path / "mine" / "layer").exists()

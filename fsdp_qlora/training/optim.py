@@ -5,8 +5,8 @@ is on the device and the same on every rank; the host learns of it a step later,
 next one launched, and waits for nothing.
 """
 
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -73,18 +73,6 @@ def learning_rate(cfg: TrainConfig, num_steps: int, step: int) -> float:
     return cfg.lr * factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
 
 
-# Module, class, options. A fused kernel reads on the device whether the step is to be skipped.
-KINDS: dict[str, tuple[str, str, dict[str, bool]]] = {
-    "adamw": ("torch.optim", "AdamW", {"fused": True}),
-    "adam": ("torch.optim", "Adam", {"fused": True}),
-    "sgd": ("torch.optim", "SGD", {"fused": True}),
-    "adadelta": ("torch.optim", "Adadelta", {}),
-    "adamw_8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
-    "paged_adamw": ("bitsandbytes.optim", "PagedAdamW", {}),
-    "paged_adamw_8bit": ("bitsandbytes.optim", "PagedAdamW8bit", {}),
-}
-
-
 def build(
     params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
 ) -> tuple[Optimizer, LambdaLR]:
@@ -103,14 +91,14 @@ def build(
         UserError: the optimizer needs a CUDA GPU (code 3).
     """
     check_optimizer(cfg.optimizer, params[0].device.type == "cuda")
-    wd = cfg.wd if OPTIMIZERS[cfg.optimizer].decays else 0.0
+    row = OPTIMIZERS[cfg.optimizer]
+    wd = cfg.wd if row.decays else 0.0
     groups: dict[float, list[nn.Parameter]] = {}
     for param, name in zip(params, names or [""] * len(params), strict=True):
         groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
-    module, kind, options = KINDS[cfg.optimizer]
     parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
-    make = getattr(importlib.import_module(module), kind)
-    optimizer: Optimizer = make(parts, lr=cfg.lr, **options)
+    options = {"fused": True} if row.is_fused else {}
+    optimizer: Optimizer = pkgutil.resolve_name(row.kind)(parts, lr=cfg.lr, **options)
     shape = (num_steps, cfg.warmup_steps)
     return optimizer, LambdaLR(optimizer, lambda step: factor(cfg.lr_scheduler, step, *shape))
 

@@ -19,6 +19,7 @@ from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.sizes import Sizes, setting_for
 
 ROW = "4x64-one_card"
+PLAIN = ("one_card", "ddp", "full_shard", "offload")
 STORED = [
     (page.stem, row)
     for page in sorted(config.RECIPES_DIR.glob("bench-*.json"))
@@ -108,7 +109,7 @@ def test_the_version_is_of_the_package_and_never_of_a_repository_around_it(tmp_p
 
 def test_every_row_is_a_command_line_of_its_own():
     names = [case.name for case in bench.KINDS["7b"][2]]
-    assert names[:8] == [f"4x{n}-{place}" for n in (512, 2048) for place in bench.PLAIN]
+    assert names[:8] == [f"4x{n}-{place}" for n in (512, 2048) for place in PLAIN]
     assert names[8:10] == ["4x2048-fit", "8x2x512-full_shard"] and len(names) == 13
     wanted = [f"{size}x{length}-offload" for length in (512, 2048) for size in (1, 2, 4)]
     assert [case.name for case in bench.KINDS["70b"][2]] == [*wanted, "2x2048-fit"]

@@ -63,8 +63,7 @@ def test_a_damaged_or_lost_file_is_noticed_and_all_made_again(tmp_path, name):
         if damage == "lose":
             path.unlink()
         assert tokens.read_store(tmp_path / "tokens") is None
-        found = tokens.cached(tmp_path / "tokens", build)
-        check(found)
+        check(found := tokens.cached(tmp_path / "tokens", build))
         assert "made again: it was damaged" in found.note
         assert tokens.read_store(tmp_path / "tokens") is not None
 
@@ -104,9 +103,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
 
     monkeypatch.setattr(atomic.fcntl, "flock", flock)
     for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-        found = tokens.cached(tmp_path / str(number), build)
-        check(found)
-        assert found.note == str(tmp_path / str(number))
+        assert tokens.cached(tmp_path / str(number), build).note == str(tmp_path / str(number))
         assert f"has no locks ({os.strerror(number)})" in capsys.readouterr().err
     number = errno.EIO
     assert tokens.cached(tmp_path / "no", build).note.startswith(f"not kept: {tmp_path}: ")

@@ -295,9 +295,9 @@ def _refuse_to_open(adapter: Path, model: Path, tmp_path: Path) -> None:
     content[ref.start + ref.nbytes - 1] ^= 1
     (near / ref.file.name).write_bytes(content)
     refuse(INPUT, "is not the base that", adapter, tmp_path / "no", f"--model_name={near}")
-    for command in (["generate", "--prompt=a"], ["evaluate"]):
+    for command in ("generate", "evaluate"):
         with pytest.raises(UserError, match=r"is not the base that .* --any_base true"):
-            main([*command, f"--adapter={adapter}", f"--model_name={near}"])
+            main([command, f"--adapter={adapter}", f"--model_name={near}"])
     saved, other = adapter_files.read(adapter), arch.read(str(near), need_weights=True)
     adapter_files.check_base(saved, info)
     adapter_files.check_base(saved, other, any_base=True)
@@ -307,7 +307,6 @@ def _refuse_to_open(adapter: Path, model: Path, tmp_path: Path) -> None:
     prints = [preflight.fingerprint(cfg, base, base.digest(1), 1) for base in (info, other)]
     with pytest.raises(UserError, match="--resume with another base_samples"):
         preflight.check_same(*prints, allow_data_change=True)
-    preflight.check_same(prints[0] | {"base_samples": prints[1]["base_samples"]}, prints[1], True)
 
 
 def test_another_base_is_refused(places, tmp_path: Path):

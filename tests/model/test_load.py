@@ -11,7 +11,6 @@ import signal
 import threading
 import time
 import weakref
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -234,7 +233,7 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
         (path, "--offload_impl=fsdp"),
         (split_files(path, tmp_path / "split", 3),),
         (tied,),
-        (path, "--weights=random"),
+        (path, "--weights=random", f"--quant_cache={tmp_path}"),
     ]
     by_world = {size: run_ranks(starts, size, cases) for size in (1, 2, 3)}
     layer_bytes = file_bytes(path)[0] // 3
@@ -249,7 +248,7 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
     tensors = load_file(path / "model.safetensors")
     want = {name: digest(tensors[name]) for name in tensors if not is_linear(name)}
     assert on_card["others"] == want
-    assert random["source"] == "random" and random["read_bytes"] == 0
+    assert random["source"] == "random" and random["read_bytes"] == 0 == bool(random["directory"])
     assert not set(random["packed"]) & set(on_card["packed"])
     for facts in (facts for by_rank in by_world.values() for facts in by_rank):
         slices, host = facts[0]["local_bytes"], facts[1]["local_bytes"]
@@ -260,7 +259,7 @@ def test_every_number_of_ranks_gives_the_same_model(tmp_path):
 def damaged_starts(world, path, cache):
     """Start, then twice after each damage to a file of the cache; of others only read."""
     go = partial(start, world, path, f"--quant_cache={cache}", *PLAIN)
-    found, draw, counts = [go()], random.Random(0), Counter()
+    found, draw, num_seen = [go()], random.Random(0), 0
     for name, size in DAMAGES:
         world.barrier()
         if world.rank == 0:
@@ -274,21 +273,18 @@ def damaged_starts(world, path, cache):
         content = bytearray(whole := file.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
-        cache_now = weights.find_cache(str(cache), info, built.model.layout)
-        counts[cache_now.is_complete, number % 2] += 1
-        for layer, read in enumerate(
-            cache_now.read_layers([0, 1]) if cache_now.is_complete else ()
-        ):
-            counts["damaged"] += read is None
-            assert read is None or digest(read) == found[0]["packed"][layer]
+        now = weights.find_cache(str(cache), info, built.model.layout)
+        read = next(now.read_layers([0])) if now.is_complete else None
+        num_seen += read is None
+        assert read is None or digest(read) == found[0]["packed"][0]
         file.write_bytes(whole)
-    return found, counts
+    return found, num_seen
 
 
 def test_a_damaged_cache_is_made_again_and_named(tmp_path):
     """On the rank that meets it; all have the same bytes. No flipped bit is trained on."""
     path = tiny.save_model(tmp_path / "model")
-    by_rank, counts = zip(*run_ranks(damaged_starts, 2, path, tmp_path / "cache"), strict=True)
+    by_rank, num_seen = zip(*run_ranks(damaged_starts, 2, path, tmp_path / "cache"), strict=True)
     assert len({json.dumps(bytes_of(facts)) for found in by_rank for facts in found}) == 1
     for first, *others in by_rank:
         for (name, _), again, third in zip(DAMAGES, others[::2], others[1::2], strict=True):
@@ -297,10 +293,7 @@ def test_a_damaged_cache_is_made_again_and_named(tmp_path):
             words = "made again: layers 1" if is_layer else "made again: manifest.json was damaged"
             assert words in again["note"]
             assert third["source"] == "cache" and third["note"] == first["note"]  # as new
-    assert counts[0][False, 0] > 30 and counts[0][True, 1] == 40 and counts[0]["damaged"] > 30
-    other = tiny.save_model(tmp_path / "other", "mixtral", num_local_experts=2)
-    drawn = (other, "--weights=random", f"--quant_cache={tmp_path}")
-    assert run_ranks(starts, 1, [drawn])[0][0]["directory"] is None
+    assert num_seen[0] > 70  # not in blanks of the header
 
 
 def other_models(world, cache, one, other):

@@ -15,7 +15,7 @@ from fsdp_qlora.training import memory, memory_probe
 from tests import tiny
 from tests.data.test_batches import make_samples
 from tests.ranks import run_ranks
-from tests.training.test_memory_rows import plan_of
+from tests.training.test_memory_rows import plan_of, tracked
 
 CPU = torch.device("cpu")
 CASES = (
@@ -78,18 +78,7 @@ def test_training_is_bitwise_the_same_with_and_without_a_memory_probe(tmp_path):
 
 def _no_room(world, path):
     """The error of a probe that finds no room for the moments, and what it leaves."""
-    from fsdp_qlora.model import shard
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import optim
-    from fsdp_qlora.training.memory import MemoryTracker
-
-    plan = plan_of(path)
-    tracker = MemoryTracker(plan, world.device)
-    with tracker.phase("load"):
-        built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built)
-    params = shard.local_parameters(built.model)
-    trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
+    tracker, trained = tracked(world, path, 3)
     batches = Batches(make_samples(9), SamplerConfig(2, 1, world.size, world.rank, 42, 1, 1))
 
     def refuse(tensor):
@@ -221,22 +210,11 @@ def test_a_cpu_keeps_no_history():
 
 def _told(world, path):
     """A memory probe on a GPU: what it says, the peak, and the rows that should make it."""
-    from fsdp_qlora.model import shard
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import optim
-    from fsdp_qlora.training.memory import MemoryTracker
-
-    plan = plan_of(path, "--use_cpu_offload=false", "--batch_size=8")
-    tracker = MemoryTracker(plan, world.device)
-    with tracker.phase("load"):
-        built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built)
-    params = shard.local_parameters(built.model)
-    trained = optim.Trained(built.model, params, *optim.build(params, plan.cfg, 3), None, world)
+    tracker, trained = tracked(world, path, 3, "--use_cpu_offload=false", "--batch_size=8")
     batches = Batches(make_samples(60), SamplerConfig(8, 1, world.size, world.rank, 42, 1, 3))
     words = memory_probe.run(trained, batches, tracker)
     held_gib = sum(tracker.held.values())  # with workspaces of libraries: the probe has seen them
-    moments_gib = 2 * sum(param.nbytes for param in params) / 2**30
+    moments_gib = 2 * sum(param.nbytes for param in trained.params) / 2**30
     return (
         words,
         tracker.taken["memory probe"].allocated_gib,

@@ -40,25 +40,30 @@ def plan_of(path: Path, *flags: str) -> plans.RunPlan:
     return plans.make(info, cfg, frozenset(), Machine((), None, 2, 0.0))
 
 
+def tracked(world, path: Path, num_steps: int, *flags: str):
+    """A model that is loaded, its optimizer, and what is known of their memory."""
+    from fsdp_qlora.model.load import build
+    from fsdp_qlora.training import optim
+
+    plan = plan_of(path, *flags)
+    tracker = MemoryTracker(plan, world.device)
+    with tracker.phase("load"):
+        built = build(plan.cfg, plan.info, world)
+    tracker.record_model(built)
+    trained = optim.prepare(built.model, plan.cfg, num_steps, world)
+    tracker.record_optimizer(trained)
+    return tracker, trained
+
+
 def _accounts(world, path, cases):
     """Load and take two steps under every case; rows and host shares by case."""
-    from fsdp_qlora.model import shard
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training import loop
     from fsdp_qlora.training.metrics import Clock, reach
     from tests.model.test_shard import micro_batches
 
     found = []
     for flags in cases:
-        plan = plan_of(path, *flags)
-        tracker = MemoryTracker(plan, world.device)
-        with tracker.phase("load"):
-            built = build(plan.cfg, plan.info, world)
-        tracker.record_model(built)
-        params = shard.local_parameters(built.model)
-        optimizer, schedule = optim.build(params, plan.cfg, 2)
-        trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
-        tracker.record_optimizer(trained)
+        tracker, trained = tracked(world, path, 2, *flags)
         clock = Clock(world.device, tracker.peaks.mark)
         for _ in range(2):
             loop.train_step(
@@ -192,30 +197,24 @@ def _short_of_memory(world, path, out):
     """Train until the third forward pass finds no memory; the error, its notes, a step's cost."""
     from fsdp_qlora.data.batches import Batches, SamplerConfig
     from fsdp_qlora.model import shard
-    from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, metrics, optim
+    from fsdp_qlora.training import loop, metrics
     from tests.data.test_batches import make_samples
 
-    plan = plan_of(path, "--use_cpu_offload=false", f"--output_dir={out}")
-    tracker = MemoryTracker(plan, world.device)
-    with tracker.phase("load"):
-        built = build(plan.cfg, plan.info, world)
-    tracker.record_model(built)
-    params = shard.local_parameters(built.model)
-    optimizer, schedule = optim.build(params, plan.cfg, 9)
-    trained = optim.Trained(built.model, params, optimizer, schedule, None, world)
-    tracker.record_optimizer(trained)
+    flags = ("--use_cpu_offload=false", f"--output_dir={out}")
+    tracker, trained = tracked(world, path, 9, *flags)
     batches = Batches(make_samples(40), SamplerConfig(2, 1, 1, 0, 42, 1, 9))
     calls = []
 
     def no_room(module, args):
         calls.append(module)
-        if len(calls) == 6 * plan.info.num_layers + 2:  # forward and recomputation of two steps
+        if (
+            len(calls) == 6 * tracker.plan.info.num_layers + 2
+        ):  # forward and recomputation of two steps
             raise torch.OutOfMemoryError("tried to allocate 5 GiB")
 
-    for block in shard.blocks(built.model):
+    for block in shard.blocks(trained.model):
         block.body.layer.register_forward_pre_hook(no_room)
-    info = {"plan": plan.to_dict()}
+    info = {"plan": tracker.plan.to_dict()}
     notes = []
     try:
         with metrics.Recorder(tracker, world, 9, info) as recorder:

@@ -167,7 +167,7 @@ def test_every_field_that_differs_is_refused_with_a_table(tmp_path: Path, model:
                 preflight.check_same(saved, now, allow_data_change=True)
     write_model(tmp_path / "model", vocab_size=97)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="another base, tokenizer"):
+    with pytest.raises(UserError, match="another base, base_samples, tokenizer"):
         preflight.check_same(saved, found_in(common), allow_data_change=False)
     assert preflight.check_same(saved, saved, allow_data_change=False) == []
     assert preflight.library_notes({"torch": "1", "x": "2"}, {"torch": "2"}) == [
