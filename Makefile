@@ -76,7 +76,7 @@ lint: venv
 quickstart: venv
 	$(BIN)/python -m fsdp_qlora fetch smollm2
 	$(BIN)/python -m fsdp_qlora fetch docstrings
-	$(BIN)/python train.py --recipe quickstart
+	$(BIN)/python train.py --recipe quickstart --overwrite true
 
 soak: venv
 	$(BIN)/python -m tests.soak $(ARGS)

@@ -14,6 +14,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
+    from fsdp_qlora.distributed.world import World
     from fsdp_qlora.inference import Opened
 
 Event = dict[str, Any]  # a line of metrics.jsonl
@@ -125,7 +126,7 @@ def train(
         on_eval: called with each evaluation: step, loss. On rank 0 only.
 
     Returns:
-        What the run has left.
+        What the run has left, on every rank.
 
     Raises:
         UserError: the run cannot be started; the message has value, rule and remedy.
@@ -137,8 +138,10 @@ def train(
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
     config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
-    if _is_rank(config.world_size):
-        used = run.join_and_run(config, _given(config), follower.poll).cfg
+    rank = _rank(config)
+    if rank is not None:
+        poll = (lambda: None) if rank else follower.poll
+        used = run.join_and_run(config, _given(config), poll).cfg
     else:
         lines: list[str] = []
         values = {name: getattr(config, name) for name in sorted(_given(config))}
@@ -146,11 +149,18 @@ def train(
         code = run.launch_ranks(argv, tell=lines.append, poll=follower.poll)
         if code:
             raise TrainError(code, lines)
-    follower.poll()
-    summary = atomic.read_json(used.resolved_output_dir / "summary.json")
-    losses = [line["loss"] for line in follower.events["step"]]
-    memory, evaluations = summary.get("ledger", {}), follower.events["eval"]
-    return TrainResult(used.resolved_output_dir, losses, evaluations, memory, summary)
+    if rank:
+        follower = _Follower(used.resolved_output_dir / "metrics.jsonl", None, None)
+
+    def read() -> TrainResult:
+        follower.poll()
+        summary = atomic.read_json(used.resolved_output_dir / "summary.json")
+        losses = [line["loss"] for line in follower.events["step"]]
+        memory, evaluations = summary.get("ledger", {}), follower.events["eval"]
+        return TrainResult(used.resolved_output_dir, losses, evaluations, memory, summary)
+
+    group = _group()  # of the caller's; its other hosts need not see the directory
+    return read() if group is None else group.first(read)
 
 
 def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
@@ -194,7 +204,7 @@ def load_model(
     from fsdp_qlora import inference
     from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME
 
-    if _is_rank():
+    if _rank(TrainConfig()) is not None:
         rule = "this process is in a process group already"
         raise UserError("load_model", rule, "close the other model, or use another process")
     names = (CONFIG_NAME, LAYERS_NAME)
@@ -216,14 +226,22 @@ def load_model(
     return opened
 
 
-def _is_rank(world_size: int = -1) -> bool:
-    from fsdp_qlora.distributed.launch import is_rank
+def _group() -> "World | None":
+    if "torch" not in sys.modules:  # nobody has made a group without it
+        return None
+    from fsdp_qlora.distributed import world
 
-    if "torch" in sys.modules:  # nobody has made a group without it
-        from fsdp_qlora.distributed import world
+    return world.of_process_group()
 
-        return world.of_process_group() is not None or is_rank(os.environ, world_size)
-    return is_rank(os.environ, world_size)
+
+def _rank(config: TrainConfig) -> int | None:
+    """The number of this process in its process group; None: it is in none."""
+    from fsdp_qlora.distributed import launch
+
+    if (group := _group()) is not None:
+        return group.rank
+    is_rank = launch.is_rank(os.environ, config.world_size)
+    return int(launch.rank_env(os.environ, config)["RANK"]) if is_rank else None
 
 
 def _given(config: TrainConfig) -> frozenset[str]:

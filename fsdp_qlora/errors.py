@@ -181,12 +181,15 @@ class Stopped(KeyboardInterrupt):
 
     Args:
         number: of the signal.
+        run_dir: output directory of the run, once it can go on.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, run_dir: object = "DIR") -> None:
         super().__init__(number)
+        self.run_dir = run_dir
         self.code = SIGNALED + number  # of the command
 
     def __str__(self) -> str:
         """One line for the user."""
-        return f"stopped by {signal.Signals(self.code - SIGNALED).name}; --resume DIR goes on"
+        name = signal.Signals(self.code - SIGNALED).name
+        return f"stopped by {name}; --resume {self.run_dir} goes on"

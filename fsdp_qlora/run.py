@@ -78,6 +78,7 @@ def run(
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
+    world.barrier()  # what rank 0 writes is there for all
 
 
 def _report(out_dir: Path) -> None:
@@ -152,22 +153,26 @@ def join_and_run(
     """
     from fsdp_qlora.distributed import world as worlds
 
-    plan = world = None
+    plan = world = peers = None
     try:
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
         world = worlds.find_neighbors(known or worlds.join())
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
-        plan = launch.broadcast_plan(launch.agree_output_dir(cfg, world), given, world)
+        cfg = launch.agree_output_dir(cfg, world)
+        peers = launch.watch_peers(cfg, world) if owns_process else None
+        plan = launch.broadcast_plan(cfg, given, world)
         run(plan, world, given, poll)
+        if peers is not None:
+            peers.stop()
         if known is None:
             worlds.leave()
         hooks.beat(hooks.DONE, world.rank)
         if world.rank == 0 and not hooks.is_supervised():
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
-        cause = error if world is None else worlds.explain(error, world)
+        cause = error if world is None else worlds.explain(error, world, peers)
         if owns_process:
             exit_report.fail(cause, cfg, plan)
         raise cause from error
@@ -222,13 +227,14 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         UserError: what was checked is not as it must be.
     """
     saved, is_supervised = None, hooks.is_supervised()
-    is_silent = is_supervised or os.environ.get("RANK", "0") != "0"
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
+    is_silent = is_supervised or rank != "0"
     say: Callable[[str], Any] = str if is_silent else functools.partial(print, flush=True)
     if not is_supervised:
         argv, saved = preflight.expand_resume(argv, say)
     cfg, given = config.parse(argv, say=say), config.given(argv)
     if saved is not None and preflight.is_done(saved, cfg):
-        print(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
+        say(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
         return errors.DONE
     if launch.is_rank(os.environ, cfg.world_size):
         # No KeyboardInterrupt while libraries are imported: some of them swallow it.

@@ -35,6 +35,7 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults(path):
     defaults = {field.name: field.default for field in dataclasses.fields(config.TrainConfig)}
     values = tomllib.loads(path.read_text(encoding="utf-8"))
     assert [name for name, value in values.items() if defaults[name] == value] == []
+    assert not values.keys() & {"overwrite", "resume"}  # a requeued job would lose its checkpoints
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

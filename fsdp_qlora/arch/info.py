@@ -9,8 +9,9 @@ rank fails over one. tests/arch compares every row with the model that transform
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
-SANDWICH_NORMS = (*PRE_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 # Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
@@ -134,7 +134,7 @@ class LayerShape:
         head_dim: default of head_dim; None is hidden size / heads.
     """
 
-    norms: tuple[str, ...] = PRE_NORMS
+    norms: Sequence[str] = PRE_NORMS
     has_head_norms: bool = False
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -144,18 +144,8 @@ class LayerShape:
     head_dim: int | None = None
 
 
-OPTIONAL_BIAS = LayerShape(qkv_bias="attention_bias", o_bias="attention_bias")
-GEMMA = replace(OPTIONAL_BIAS, is_tied=True, head_dim=256)
-LAYOUTS = {
-    "llama": replace(OPTIONAL_BIAS, mlp_bias="mlp_bias"),
-    "mistral": LayerShape(),
-    "qwen2": LayerShape(qkv_bias=True),
-    "qwen3": replace(OPTIONAL_BIAS, has_head_norms=True, head_dim=128),
-    "gemma": GEMMA,
-    "gemma2": replace(GEMMA, norms=SANDWICH_NORMS),
-    "gemma3_text": replace(GEMMA, norms=SANDWICH_NORMS, has_head_norms=True),
-    "phi3": LayerShape(is_fused=True),
-}
+_TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 
 def from_config(config: dict) -> Structure:

@@ -1,10 +1,12 @@
 """How a run ended: the word that a failed rank leaves, why it is the first cause; no torch."""
 
+import faulthandler
 import json
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fsdp_qlora import atomic, errors, hardware
+from fsdp_qlora import atomic, checkpoint_store, errors, hardware
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
@@ -143,7 +145,45 @@ def fail(error: Exception, cfg: TrainConfig, plan: RunPlan | None = None) -> NoR
             write_error(output_dir, found)
     else:
         print(*error_lines(found, plan), sep="\n", file=sys.stderr)
+        _tell_torchrun(found.line, "".join(traceback.format_exception(error)))
     leave(found.code)
+
+
+def _tell_torchrun(line: str, trace: str = "") -> None:
+    """Leave word in the file that torchrun's agent reads; source: torch.distributed.elastic."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    more = {"py_callstack": errors.redact(trace or line), "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        if path:
+            message = {"message": errors.redact(line), "extraInfo": more}
+            atomic.write_json(Path(path), {"message": message})
+
+
+def end_without(
+    lost: Sequence[int], rule: str, rank: int, hosts: Sequence[str], output_dir: Path
+) -> NoReturn:
+    """End this rank because others are lost; one rank of each host says so.
+
+    Args:
+        lost: the others; it may be among them itself.
+        rule: in what way.
+        rank: of this process.
+        hosts: by rank.
+        output_dir: directory of the run.
+    """
+    saved = checkpoint_store.latest(output_dir)
+    remedies = "no step is saved on this host", "start the run again"
+    if saved is not None:
+        remedies = f"step {saved.step} is saved", f"continue with --resume {output_dir}"
+    line = _line(", ".join(f"{hosts[i]} (rank {i})" for i in lost), rule, *remedies)
+    with suppress(OSError), (output_dir / LOGS / f"rank{rank}.log").open("a") as log:
+        faulthandler.dump_traceback(log)
+    here = [i for i, host in enumerate(hosts) if host == hosts[rank]]
+    if rank == ([i for i in here if i not in lost] or here)[0]:
+        print(line, file=sys.stderr, flush=True)
+    _tell_torchrun(line)
+    time.sleep(2 * hooks.BEAT_S * (rank == 0))  # the others, too, have to hear of it at the store
+    leave(RUN_FAILED)
 
 
 def _describe(error: Exception, rank: int, trace: str) -> RankError:

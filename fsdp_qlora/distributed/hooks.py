@@ -1,18 +1,19 @@
 """Signs of life that ranks give at named points and their supervisor reads; stop signals."""
 
 import faulthandler
+import math
 import os
 import signal
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fsdp_qlora import errors
 
@@ -31,6 +32,9 @@ DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq32s")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PULSE = struct.Struct("<dd")  # time and seconds of computing of the host
+BEAT_S, LOST_S, GONE_S = 1.0, 5.0, 120.0  # a library may hold Python's lock for long
+BURST_S = 2.0  # Slurm sends SIGTERM twice in 16 ms, torchrun passes on what its ranks have heard
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,15 @@ def is_supervised() -> bool:
     return SUPERVISOR in os.environ
 
 
+def _life(pid: int) -> tuple[str, float]:
+    """State of a process ("T": stopped) and the seconds of a core it has used."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", 0.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass
 class Watch:
     """Finds out whether ranks hang.
@@ -151,10 +164,12 @@ class Watch:
     Attributes:
         board: number of the file the ranks write to.
         limit_s: a limit for both instead, of the user; 0: no rank ever hangs.
+        life: state and seconds of computing of a process, by its number.
     """
 
     board: int
     limit_s: float | None = None
+    life: Callable[[int], tuple[str, float]] = _life
     began_s: float = field(default_factory=time.monotonic)
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     last: Heartbeat = Heartbeat()
@@ -175,7 +190,7 @@ class Watch:
         is_steady = first.point in STEP_POINTS and bool(self.steps_s)
         if silent_s <= self._limit_s(is_steady):
             return []
-        stopped = [rank for rank, pid in pids.items() if _life(pid)[0] == "T"]
+        stopped = [rank for rank, pid in pids.items() if self.life(pid)[0] == "T"]
         if not is_steady and not stopped and self._is_busy(list(pids.values())):
             return []
         least = min(map(self._place, signs.values()))
@@ -201,19 +216,112 @@ class Watch:
 
     def _is_busy(self, pids: Sequence[int]) -> bool:
         """Whether the ranks have computed since they were last asked; they are given more time."""
-        used_s, now_s = sum(_life(pid)[1] for pid in pids), time.monotonic()
+        used_s, now_s = sum(self.life(pid)[1] for pid in pids), time.monotonic()
         is_busy = used_s - self.used_s > 0.001 * (now_s - self.began_s)
         self.used_s, self.began_s = used_s, now_s
         return is_busy
 
 
-def _life(pid: int) -> tuple[str, float]:
-    """State of a process ("T": stopped) and the seconds of a core it has used."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", 0.0
-    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+class Peers(threading.Thread):
+    """Shows the ranks of all hosts this one's signs of life, and watches theirs.
+
+    It does what a supervisor would, where torchrun or srun has started the ranks.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        keys: Sequence[str],
+        rank: int,
+        limit_s: float | None,
+        end: Callable[[Sequence[int], str], None],
+    ) -> None:
+        """Prepare; `start` begins.
+
+        Args:
+            store: a torch.distributed.Store of this thread alone.
+            keys: by rank, in the store.
+            rank: of this process.
+            limit_s: see `Watch`.
+            end: ends this process, and is told which ranks are lost and in what way.
+        """
+        super().__init__(daemon=True)
+        self._store, self._keys, self._rank, self._end = store, list(keys), rank, end
+        self._board, self._is_over = open_board(), threading.Event()
+        os.environ[BOARD] = str(self._board.fileno())
+        self._words, self._heard_s = [b""] * len(keys), [time.monotonic()] * len(keys)
+        self._watch = Watch(self._board.fileno(), limit_s, self._life)
+        self._gone_s = math.inf if limit_s == 0 else min(limit_s or GONE_S, GONE_S)
+
+    def run(self) -> None:
+        """Beat and watch until `stop`."""
+        threading.Thread(target=self._talk, daemon=True).start()
+        while not self._is_over.wait(BEAT_S):
+            now_s, here = time.monotonic(), self._board.fileno()
+            on = {i: i for i in range(len(self._keys)) if not read(here, i).is_last}
+            gone = [i for i in on if now_s - self._heard_s[i] > self._gone_s]
+            hung = [] if gone else self._watch.find_hung(on)
+            if self._rank in gone and not self._is_over.is_set():
+                self._end([0], "is gone, or the link to it is cut")
+            for lost, how in ((gone, "is gone"), (hung, "hung")):
+                if lost and not self._is_over.is_set():
+                    sign = read(here, lost[0])
+                    silent_s = now_s - (self._heard_s[lost[0]] if gone else sign.at_s)
+                    self._end(lost, f"{how}{sign}: no sign of life for {silent_s:.0f} s")
+
+    def _talk(self) -> None:
+        """Show and look; where the link is cut, a call never returns."""
+        with suppress(RuntimeError):  # the store is gone, and nothing is heard any more
+            while not self._is_over.wait(BEAT_S):
+                self._show()
+                self._look()
+        self._gone_s = min(self._gone_s, LOST_S)  # at the end of a run rank 0 may leave first
+
+    def hurry(self) -> None:
+        """Wait a little for what the thread finds: a peer has closed its connection."""
+        self._gone_s = min(self._gone_s, LOST_S)
+        self.join(2 * LOST_S)
+
+    def stop(self) -> None:
+        """Tell the others that this rank has come to its end."""
+        self._is_over.set()
+        beat(DONE, self._rank)
+        os.environ.pop(BOARD)
+        with suppress(RuntimeError):
+            self._show()
+
+    def _show(self) -> None:
+        """Write what this rank has on its board to the store."""
+        slot = os.pread(self._board.fileno(), SLOT.size, self._rank * SLOT.size)
+        word = PULSE.pack(time.monotonic(), _life(os.getpid())[1]) + slot
+        self._store.set(self._keys[self._rank], word)
+
+    def _look(self) -> None:
+        """Write what the others have shown onto the board."""
+        for i, word in enumerate(self._store.multi_get(self._keys)):
+            if word != self._words[i]:
+                self._heard_s[i] = time.monotonic()
+            slot = word[PULSE.size :]
+            if i != self._rank and slot and slot != self._words[i][PULSE.size :]:
+                _, step, point = SLOT.unpack(slot)
+                slot = SLOT.pack(time.monotonic_ns(), step, point)
+                os.pwrite(self._board.fileno(), slot, i * SLOT.size)
+            self._words[i] = word
+
+    def _life(self, rank: int) -> tuple[str, float]:
+        return "", PULSE.unpack_from(self._words[rank])[1] if self._words[rank] else 0.0
+
+
+class Burst:
+    """Tells a stop signal that is sent again from the first one, sent several times over."""
+
+    def __init__(self) -> None:
+        self._at_s = -math.inf
+
+    def is_new(self) -> bool:
+        """Whether a signal that comes now is not of the burst before."""
+        before_s, self._at_s = self._at_s, time.monotonic()
+        return self._at_s - before_s > BURST_S
 
 
 class StopFlag:
@@ -226,7 +334,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self._burst = 0, Burst()
         self._is_deferred = False
 
     def install(self) -> None:
@@ -237,6 +345,8 @@ class StopFlag:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._burst.is_new():
+            return
         if self.number and self._is_deferred:
             os._exit(errors.SIGNALED + number)  # asked twice: the checkpoint before stays as it is
         self.number = self.number or number

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import PROJECT_DIR, TrainConfig
+from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
 from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
 SLURM: tuple[str, ...] = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-SLURM += ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
+SLURM += ("SLURM_STEP_NUM_TASKS", "SLURM_NODEID")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of them --world_size may be wrong
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
@@ -115,7 +115,7 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
     else:
         rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
         local = env.get("SLURM_LOCALID", rank)
-        local_size = str(int(size) // int(env.get("SLURM_STEP_NUM_NODES", "1")))
+        local_size = _tasks_here(env)
         host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         job, step = (int(env.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
         port = 20000 + (job + 7919 * step) % 12000  # below those that the system gives away
@@ -124,6 +124,15 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
     place = dict(zip(NUMBERS + MASTER, (rank, local, size, local_size, *address), strict=True))
     place[IDENTITY] = run
     return place | wishes(env, int(local_size))
+
+
+def _tasks_here(env: Mapping[str, str]) -> str:
+    """How many tasks of the step are on this node; Slurm writes "2(x2),1" for 2, 2 and 1."""
+    counts = []
+    words = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])
+    for count, num_nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", words):
+        counts += [count] * int(num_nodes or 1)
+    return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
 def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
@@ -252,10 +261,14 @@ def caught_signals() -> Iterator[list[int]]:
     Outside the main thread Python hands no signals over: the list stays empty.
     """
     stops: list[int] = []
-    before = {}
+    before, burst = {}, hooks.Burst()
+
+    def catch(number: int, frame: object) -> None:
+        stops.extend([number] * burst.is_new())
+
     if threading.current_thread() is threading.main_thread():
         for number in hooks.STOP_SIGNALS:
-            before[number] = signal.signal(number, lambda caught, _: stops.append(caught))
+            before[number] = signal.signal(number, catch)
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # ranks inherit it
     try:
         yield stops
@@ -461,6 +474,27 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     return agreed
 
 
+def watch_peers(cfg: TrainConfig, world: "World") -> hooks.Peers | None:
+    """Watch over the ranks of all hosts, as a supervisor would.
+
+    Args:
+        cfg: the run, its output directory agreed on.
+        world: the ranks.
+
+    Returns:
+        What does it, begun; None where a supervisor does, or in a process group of the caller's.
+    """
+    if hooks.is_supervised() or world.meeting is None:
+        return None
+    place, rank, out = world.meeting, world.rank, cfg.resolved_output_dir
+    hosts = [words[0] for words in place.places]
+    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, output_dir=out)
+    keys = [f"{place.round}/beat {i}" for i in range(world.size)]
+    peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
+    peers.start()
+    return peers
+
+
 def supervise(attempt: Attempt) -> int:
     """Run `train` once per rank and wait for all of them.
 
@@ -605,6 +639,11 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
     every = world.gather_objects((world.local_size, machine))  # they have looked one by one
     sizes, machine = {size for size, _ in every}, every[world.peers[0]][1]
     if len(sizes) > 1:
+        if STRATEGIES[cfg.sharding_strategy].is_hybrid:
+            numbers = " and ".join(map(str, sorted(sizes)))
+            rule = f"every machine must have as many ranks; these have {numbers}"
+            remedy = "use full_shard, or as many ranks on each"
+            raise UserError(f"--sharding_strategy {cfg.sharding_strategy}", rule, remedy)
         note = "off: the machines have different numbers of ranks"
         return RunPlan(cfg, cfg, info, machine, note=note)
     machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)

@@ -18,10 +18,11 @@ from torch.utils import deterministic
 
 from fsdp_qlora.distributed import meeting
 from fsdp_qlora.distributed.exit_report import LinkError
-from fsdp_qlora.distributed.hooks import LISTENER, is_supervised
+from fsdp_qlora.distributed.hooks import LISTENER, Peers, is_supervised
 from fsdp_qlora.distributed.meeting import AGENT_STORE, Meeting
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 
+LINK_WORDS = ("gloo", "NCCL", "onnection")  # in what torch says when a rank has left
 GLOO_LINK = "GLOO_SOCKET_IFNAME"
 T = TypeVar("T")
 
@@ -327,26 +328,33 @@ def tell(error: UserError) -> None:
         _open_meeting(meeting.LINGER_S).tell_failure(str(error), error.code, lingers=True)
 
 
-def explain(error: Exception, world: World) -> Exception:
+def explain(error: Exception, world: World, peers: Peers | None = None) -> Exception:
     """Let the other ranks know that this one fails; without a supervisor nobody else would.
 
     Args:
         error: what ends it.
         world: this process among the ranks.
+        peers: ends this process where a rank is gone, and the error follows from that.
 
     Returns:
         What to show: the word of a rank whose failure has caused this one, else the error.
     """
     if is_supervised() or world.meeting is None:
         return error
+    is_own = isinstance(error, UserError)
     try:
-        if isinstance(error, UserError):
-            world.meeting.tell_failure(str(error), error.code, lingers=False)
-        else:
+        if not is_own:
             world.meeting.heed_failure()
-            world.meeting.tell_failure(repr(error), RUN_FAILED, lingers=False)
-    except (UserError, RuntimeError) as cause:  # a RuntimeError: the store is gone
-        return cause if isinstance(cause, UserError) else error
+    except UserError as cause:
+        return cause
+    except RuntimeError:  # the store is gone
+        pass
+    if peers is not None and any(word in str(error) for word in LINK_WORDS):
+        peers.hurry()
+    with suppress(UserError, RuntimeError):
+        code = error.code if isinstance(error, UserError) else RUN_FAILED
+        line = str(error) if is_own else repr(error)
+        world.meeting.tell_failure(line, code, lingers=False)
     return error
 
 

@@ -448,7 +448,7 @@ class Checkpointer:
         self.save(step)
         if polled[0]:
             self.wait()
-            raise Stopped(int(polled[0]))
+            raise Stopped(int(polled[0]), self._output_dir)
 
     def finish(self, step: int) -> None:
         """Save what a run has ended with, and wait until it is on the disk; every rank must call.
@@ -464,7 +464,7 @@ class Checkpointer:
                 self.save(step)
             self.wait()
         if self.stop.number:
-            raise Stopped(self.stop.number)
+            raise Stopped(self.stop.number, self._output_dir)
 
     def save(self, step: int) -> None:
         """Begin a checkpoint; returns when the training may go on. Every rank must call.

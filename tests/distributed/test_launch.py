@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
-from fsdp_qlora.distributed import exit_report, launch
+from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 from tests import fake_nvml
 
@@ -193,16 +193,18 @@ finally: time.sleep(5 * rank); (out / f"saved{rank}").touch()
     parent = start(tmp_path, body)
     wait_for_ranks(tmp_path, "ready")
     parent.send_signal(number)
-    _, err = parent.communicate(timeout=30)
-    assert parent.returncode == code
-    assert err == f"stopped by {number.name}; what was recorded is in {tmp_path}/out\n"
+    err = parent.communicate(timeout=30)[1]
+    assert (
+        parent.returncode == code
+        and err == f"stopped by {number.name}; what was recorded is in {tmp_path}/out\n"
+    )
     for rank in range(2):
         assert (tmp_path / f"out/stop{rank}").read_text() == f"{int(number)} "
         assert (tmp_path / f"out/saved{rank}").exists()
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(tmp_path: Path):
-    """A user who presses Ctrl-C twice does not wait."""
+    """A user who presses Ctrl-C again does not wait; signals sent together are one."""
     body = """
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 (out / f"deaf{rank}").write_text("now")
@@ -210,8 +212,10 @@ time.sleep(60)
 """
     parent = start(tmp_path, body)
     pids = wait_for_ranks(tmp_path, "deaf")
-    parent.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    for _ in range(2):  # as Slurm does
+        parent.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    time.sleep(hooks.BURST_S)
     assert all(map(is_alive, pids))
     parent.send_signal(signal.SIGINT)
     parent.communicate(timeout=5)
@@ -289,8 +293,7 @@ def test_a_port_in_use_is_refused_and_two_free_ones_differ(tmp_path: Path):
 def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
     """Not in the order of ranks."""
     for rank in (3, 0, 1):
-        error = exit_report.RankError(rank, rank + 1, f"line\n{rank}")
-        exit_report.write_error(tmp_path, error)
+        exit_report.write_error(tmp_path, exit_report.RankError(rank, rank + 1, f"line\n{rank}"))
         time.sleep(0.02)
     found = [(error.rank, error.code, error.line) for error in exit_report.read_errors(tmp_path)]
     assert found == [(3, 4, "line\\n3"), (0, 1, "line\\n0"), (1, 2, "line\\n1")]
@@ -348,12 +351,11 @@ def test_ranks_are_planned_by_the_gpus(monkeypatch: pytest.MonkeyPatch):
 
 def test_ranks_of_torchrun_and_srun_are_recognised():
     """The batch script of a Slurm job has SLURM_PROCID and SLURM_NTASKS too, but is no rank."""
-    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}
-    torchrun |= {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    torchrun = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_PORT": "1"}
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "70007"}
     step = batch | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
-    step["SLURM_STEP_NUM_NODES"] = "2"
-    step["SLURM_STEP_NODELIST"] = "node[03-05,9],gpu1"
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "1,2(x2),1", "SLURM_NODEID": "2"}
+    step |= {"SLURM_STEP_NODELIST": "node[03-05,9],gpu1", "SLURM_STEP_ID": "0"}
     assert launch.is_rank(torchrun) and launch.is_rank(step)
     assert not launch.is_rank({}) and not launch.is_rank(batch)
     assert not launch.is_rank(step | {"SLURM_STEP_NUM_TASKS": "1"})
@@ -365,7 +367,6 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     found = launch.rank_env(torchrun, TrainConfig())
     assert torchrun.items() <= found.items() and found["LOCAL_WORLD_SIZE"] == "4"
     place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node03"}
-    step["SLURM_STEP_ID"] = "0"
     place |= {"MASTER_PORT": "30007", "LOCAL_WORLD_SIZE": "2"}
     found = launch.rank_env(step, TrainConfig())
     assert place.items() <= found.items()
@@ -373,6 +374,8 @@ def test_ranks_of_torchrun_and_srun_are_recognised():
     assert again.items() <= found.items() and again["FSDP_QLORA_RUN"] == "step 70007.0 of Slurm"
     other = launch.rank_env(step | {"SLURM_STEP_ID": "1"}, TrainConfig())
     assert all(other[name] != found[name] for name in ("MASTER_PORT", "FSDP_QLORA_RUN"))
+    nodes = [launch.rank_env(step | {"SLURM_NODEID": n}, TrainConfig()) for n in "0123"]
+    assert [env["LOCAL_WORLD_SIZE"] for env in nodes] == ["1", "2", "2", "1"]
     assert launch.rank_env(step, TrainConfig(master_port=99))["MASTER_PORT"] == "99"
 
 

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fsdp_qlora.data.batches import (
-    NOT_TRAINED,
-    Batches,
-    PackedBatches,
-    SamplerConfig,
-    collate,
-    flatten,
-)
+from fsdp_qlora.data.batches import Batches, PackedBatches, SamplerConfig, collate, flatten
+from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 BRIDGE, SUBNET = "br77", "10.77.0"
 LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
-TIMEOUT_S, PORT = 120.0, 29501
+TIMEOUT_S, PORT = 240.0, 29501
 TRAIN = ("-m", "fsdp_qlora", "train")
 SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
@@ -197,6 +197,21 @@ class Slurm:
     def start(self, command: Sequence[object], out: Path, **env: str) -> Process:
         """Start srun, or another of its tools, as on the login node."""
         return Process(command, out, self.env | env)
+
+    def batch(self, script: Path, *flags: object) -> str:
+        """Submit a script; return the job's number."""
+        return run("sbatch", "--parsable", *flags, script, env=self.env).strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What is known of a job: JobState, ExitCode, Restarts, ..."""
+        words = run("scontrol", "-o", "show", "job", number, env=self.env).split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def wait(self, number: str, *states: str, timeout_s: float = TIMEOUT_S) -> dict[str, str]:
+        """Until a job is in one of some states; return what is known of it."""
+        what = f"job {number} is not {states}"
+        wait_until(lambda: self.job(number)["JobState"] in states, what, timeout_s)
+        return self.job(number)
 
 
 @contextlib.contextmanager

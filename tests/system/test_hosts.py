@@ -1,10 +1,12 @@
 """Runs over two hosts of one machine, real torchrun and real Slurm: tests/system/cluster.py."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from fsdp_qlora import checkpoint_store
 from fsdp_qlora.errors import DONE
 from tests import warm
 from tests.system import cluster
@@ -12,7 +14,9 @@ from tests.test_kill_sweep import argv_of, result
 
 pytestmark = pytest.mark.system
 MEETING = ("--rdzv_backend=c10d", f"--rdzv_endpoint=host1:{cluster.PORT}", "--rdzv_id=7")
-SRUN = ("srun", "--nodes=2", "--ntasks=2", sys.executable, *cluster.TRAIN)
+TRAIN = (sys.executable, "-m", "tests.faults")  # as train.py
+SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1", *TRAIN)
+LONG = ("--max_steps=40", "--num_epochs=99", "--save_every=30", "--resume=auto")
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +31,60 @@ def test_two_hosts_come_to_what_one_host_comes_to(place: Path):
     """By torchrun static, by its rendezvous and by srun, bit for bit."""
     run = warm.start(argv_of(place, place / "one"), place)
     assert run.wait() == DONE, run.err
-    with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
+    with cluster.hosts(2) as hosts:
         for name, how in {"static": (), "rendezvous": MEETING}.items():
             argv = argv_of(place, place / name)
             ranks = cluster.torchrun(hosts, argv, place / f"{name}.out", how=how)
             assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[0].text + ranks[1].text
-        srun = slurm.start([*SRUN, *argv_of(place, place / "srun")], place / "srun.out")
-        assert srun.wait() == DONE, srun.text
-    for name in ("static", "rendezvous", "srun"):
+    for name in ("static", "rendezvous"):
         assert result(place / name) == result(place / "one")
+
+
+def wait_for_steps(out: Path) -> None:
+    """Until four steps are taken."""
+    record = out / "metrics.jsonl"
+    cluster.wait_until(lambda: record.is_file() and '"step": 4' in record.read_text(), "no step")
+
+
+def batch(slurm: cluster.Slurm, place: Path, name: str, lines: str, *flags: str) -> str:
+    """Submit a script of these lines; return the job's number."""
+    script = place / f"{name}.sbatch"
+    script.write_text(f"#!/bin/bash\n{lines}\n")
+    more = ("--nodes=2", "--requeue", "--open-mode=append", f"--output={place / name}.out")
+    return slurm.batch(script, *more, *flags)
+
+
+def test_a_job_of_slurm_that_is_pre_empted_goes_on_bit_for_bit(place: Path):
+    """Slurm sends SIGTERM twice within 16 ms, and starts the job again when there is room."""
+    run = warm.start(argv_of(place, place / "whole", *LONG), place)
+    assert run.wait() == DONE, run.err
+    out = place / "low"
+    with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
+        words = ["FSDP_QLORA_FAULT=slow:0:pre-forward:5", *SRUN, *argv_of(place, out, *LONG)]
+        low = batch(slurm, place, "low", " ".join(words))
+        wait_for_steps(out)
+        high = batch(slurm, place, "high", "sleep 2", "--partition=high", "--exclusive")
+        slurm.wait(high, "RUNNING", "COMPLETED")
+        assert 4 <= checkpoint_store.last_step(out) < 30
+        assert slurm.wait(low, "COMPLETED")["Restarts"] == "1"
+    assert f"stopped by SIGTERM; --resume {out} goes on" in (place / "low.out").read_text()
+    assert result(out, 40) == result(place / "whole", 40)
+
+
+def test_the_death_of_a_host_is_named_with_what_is_saved(place: Path):
+    """A process is killed: the link says so. Power or link is lost: the heartbeat is missed."""
+    with cluster.hosts(2) as hosts:
+        for how in ("kill", "cut"):
+            out = place / how
+            argv = argv_of(place, out, *LONG, "--hang_timeout=20", "--save_every=2")
+            near, far = cluster.torchrun(hosts, argv, place / f"{how}.out")
+            wait_for_steps(out)
+            (far.kill if how == "kill" else hosts[1].cut)()
+            near.wait(60)
+            last = checkpoint_store.last_step(out)
+            line = rf"error: host2 \(rank 1\): is gone.*; step {last} is saved; continue with"
+            assert re.search(rf"{line} --resume {out}\n", near.text), near.text
+            assert "traceback : error: host2" in near.text, near.text  # torchrun has it, too
+            if how == "cut":
+                assert far.wait(60) and "error: host1 (rank 0): is gone" in far.text, far.text
+            hosts[1].mend()
