@@ -17,35 +17,6 @@ from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
 OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
-# The form of an event, and of summary.json: name -> kind of its values; "": of all other names.
-MOST = 1e30  # of a whole number: a larger one may be no float
-NUMBER, TEXT, ANY = int | float | None, str | None, object
-NUMBERS: Any = {"": NUMBER}
-ROWS: Any = {"": int | float}
-PHASED: Any = {"": ROWS}
-LEDGER = {"device": PHASED, "host": PHASED, "note": TEXT, "": NUMBER}
-DATA = {"sources": [str], "notes": [str], "padding_share": NUMBERS, "examples": {"": list}}
-FACTS = {
-    "plan": LEDGER,
-    "ledger": {"ranks": [LEDGER], "hosts": [PHASED], **LEDGER},
-    "data": DATA,
-    "peaks": {"ranks": [NUMBERS], "host": NUMBERS, "hosts": [{"name": TEXT, "": NUMBER}]},
-    "load_peaks": NUMBERS,
-    "lines": [str],
-    "is_complete": bool | None,
-    "versions": {"": TEXT},
-    "config": dict.fromkeys(("gpu_budget_gib", "host_budget_gib", "max_steps"), NUMBER),
-    **dict.fromkeys(("total_s", "load_s", "num_trainable_params", "num_tokens"), NUMBER),
-}
-HOST = {"name": TEXT, "host_rows": ROWS, "": NUMBER}
-STEP = {
-    "ranks": [{"device_rows": ROWS, "": NUMBER}],
-    "host": HOST,
-    "hosts": [HOST],
-    "nonfinite": list,
-    "": NUMBER,
-}
-FORMS = {None: STEP, "run": FACTS, "eval": {"event": str, "when": TEXT, "": NUMBER}}
 NEEDED = ("step", "step_s", "ranks", "host")  # in the line of a step
 
 
@@ -177,29 +148,11 @@ def read(run_dir: Path) -> Run:
     return run
 
 
-def _misfit(value: Any, form: Any, name: str = "") -> str:
-    """The name of the first value that is not of its form; "" where all are."""
-    found: Iterable[str] = ()
-    if isinstance(form, dict) and isinstance(value, dict):
-        found = (_misfit(value[key], form.get(key, form.get("", ANY)), key) for key in value)
-    elif isinstance(form, list) and isinstance(value, list):
-        found = (_misfit(entry, form[0], name) for entry in value)
-    else:
-        is_kind = not isinstance(form, dict | list) and isinstance(value, form)
-        is_large = isinstance(value, int) and abs(value) >= MOST
-        return "" if is_kind and not is_large else name
-    return next(filter(None, found), "")
-
-
 def _checked(row: dict[str, Any] | None, place: str, needed: Sequence[str] = ()) -> dict[str, Any]:
     """A step, or an event or summary.json without its nulls; an error where it is none."""
     missing = [name for name in needed if row is not None and row.get(name) in (None, [])]
-    kind = None if needed or row is None else row.get("event", "run")
-    wrong = _misfit(row, FORMS.get(kind, {}) if isinstance(kind, str | None) else STEP)
-    wrong = wrong or "step" * bool(needed and row and (row.get("step") or 0) < 0)
-    if row is None or missing or wrong:
-        fault = f"{wrong} is of another kind" if wrong else "no JSON object"
-        fault = f"{missing[0]} is missing" if missing else fault
+    if row is None or missing:
+        fault = f"{missing[0]} is missing" if missing else "no JSON object"
         rule = f"is not part of the record of a run: {fault}"
         raise UserError(place, rule, "remove it, or give the output directory of a run")
     return row if needed else {name: value for name, value in row.items() if value is not None}

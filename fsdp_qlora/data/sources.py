@@ -184,16 +184,16 @@ def _lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
 def _read_json(path: Path) -> PlacedRows:
     """One object a line, one list of objects, or that under "data"; by what the file holds."""
     with _open(path) as file:
-        numbered = (
-            (number, line) for number, line in enumerate(_lines(file, path), 1) if line.strip()
-        )
+        numbered = ((i, line) for i, line in enumerate(_lines(file, path), 1) if line.strip())
         number, line = next(numbered, (0, "[]"))
         is_list = line.lstrip().startswith("[") or len(line) == MOST_ROW_CHARS
         row = None if is_list else parse_json(line.rstrip())
         second = next(numbered, None) if row is not None else None
         is_part = isinstance(row, BadRow) and line.rstrip()[-1] in "{[,:"
         if row is None or second is None or is_part:
-            value = parse_json("".join([line, second[1] if second else "", _rest(file, path)]))
+            value = parse_json(
+                "".join([line, second[1] if second else "", file.read(MOST_LIST_CHARS)])
+            )
             value = value[WRAPPER] if _is_wrapped(value) else value
             rows, place = (value, -1) if isinstance(value, list) else ([value], number)
             for count, row in enumerate(rows):
@@ -202,14 +202,6 @@ def _read_json(path: Path) -> PlacedRows:
         yield RowPlace(str(path), number), row
         for number, line in itertools.chain([second], numbered):
             yield RowPlace(str(path), number), parse_json(line.rstrip())
-
-
-def _rest(file: io.TextIOWrapper, path: Path) -> str:
-    text = file.read(MOST_LIST_CHARS)
-    if file.read(1):
-        rule = f"is one JSON value of more than {MOST_LIST_CHARS:,} characters"
-        raise UserError(str(path), rule, "write one row a line (.jsonl)")
-    return text
 
 
 def _is_wrapped(value: Any) -> bool:

@@ -37,6 +37,8 @@ MEMORY = {
     "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
     "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "may be used"),
 }
+# A value of another type than a run records; a record is not checked value by value.
+NO_RECORD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NO_PLAN = "No plan was recorded, so nothing is predicted here."
 UNKNOWN = "–"
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
@@ -113,6 +115,9 @@ def write(run_dirs: list[Path], out: Path) -> Path:
     except OSError as error:
         reason, remedy = error.strerror or str(error), "make room or check permissions"
         raise UserError(str(path), reason, remedy, code=ENVIRONMENT) from error
+    except NO_RECORD as error:
+        got, rule = ", ".join(map(str, run_dirs)), f"cannot be shown ({error!r:.120})"
+        raise UserError(got, rule, "give directories whose record nobody has changed") from error
 
 
 def sections(runs: list[Run]) -> list[Section]:
