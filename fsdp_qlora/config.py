@@ -302,7 +302,7 @@ class TrainConfig:
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
     def levels(self, num_layers: int) -> tuple[str, ...]:
-        """What each decoder layer keeps for the backward pass, rows of packed.LEVELS.
+        """What of each decoder layer is recomputed in the backward pass: full, selective, none.
 
         The last layers keep most: theirs is needed first and freed first.
 

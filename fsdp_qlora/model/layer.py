@@ -171,7 +171,7 @@ class TrainedLayer(nn.Module):
         store: of the bytes of its linears; None when it is trained whole.
         slots: the adapted linears, in the order of the store.
         num_lora: elements of `lora` that are no padding.
-        level: row of planning.sizes.LEVELS.
+        level: "full", "selective" or "none".
         is_reentrant: recompute with torch's older checkpoint.
         is_whole: its own parameters are trained, nothing is quantized.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.

@@ -341,7 +341,7 @@ def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
     Args:
         s: numbers of the run.
         tokens: of a micro-batch on a rank.
-        level: row of LEVELS.
+        level: "full", "selective" or "none".
 
     Returns:
         The terms, for one layer.

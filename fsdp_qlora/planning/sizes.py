@@ -39,8 +39,6 @@ DTYPE_BYTES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 PER_WORD = 10  # values of 3 bits in an int32
 KNOWN_ROWS = {"alpaca": 51_760, "guanaco": 9_846}
 MAX_COUNTED_BYTES = 100 * 2**20
-PLACEMENTS = ("sharded", "offloaded", "streamed", "resident", "trained")
-LEVELS = ("full", "selective", "none")
 IN_MEMORY = ("/dev/shm/", "/run/")
 NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
 REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference names its result
@@ -302,8 +300,8 @@ class Setting:
         num_ranks: GPUs, or CPU ranks, of all machines.
         batch_size: rows of a micro-batch on a rank.
         accumulation: micro-batches of an optimizer step.
-        placements: of the quantized bytes of each decoder layer, see PLACEMENTS.
-        levels: what each decoder layer keeps for its backward, see LEVELS.
+        placements: of the quantized bytes of each decoder layer, see model/placement.
+        levels: what each decoder layer recomputes for its backward: "full", "selective" or "none".
         strategy: row of choices.STRATEGIES.
         machines: with as many ranks each.
     """

@@ -37,16 +37,8 @@ MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout
 MODEL += ("modules_to_save", "optimizer")
 DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
 # These may change, and are named: they decide how the weights move from here on.
-COURSE: tuple[str, ...] = (
-    "max_steps",
-    "num_epochs",
-    "lr",
-    "lr_scheduler",
-    "warmup_steps",
-    "wd",
-    "loraplus_ratio",
-)
-COURSE += ("apply_gradient_clipping", "grad_norm", "precision")
+COURSE: tuple[str, ...] = ("max_steps", "num_epochs", "lr", "lr_scheduler", "warmup_steps", "wd")
+COURSE += ("loraplus_ratio", "apply_gradient_clipping", "grad_norm", "precision")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
 MAX_CHARS = 40
