@@ -1,8 +1,10 @@
 """The commands: `fsdp-qlora COMMAND ...`, or `python -m fsdp_qlora COMMAND ...`."""
 
+import contextlib
 import importlib
 import sys
 
+from fsdp_qlora.cli import safe_output
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
 # Name -> where its function is, what it does; in the order of the work.
@@ -21,6 +23,7 @@ COMMANDS = {
     "quantize": ("fsdp_qlora.export.commands:quantize", "write a 4-bit model for transformers"),
     "expand": ("fsdp_qlora.export.commands:expand", "add new layers or tokens to a model"),
 }
+ANSWERS = (["plan"], ["data"], ["doctor"], ["generate"])  # what they print is their result
 
 
 def main(argv: list[str]) -> int:
@@ -52,16 +55,21 @@ def console() -> int:
     """Run the command of this process's command line: `fsdp-qlora`, `python -m fsdp_qlora`.
 
     Returns:
-        Exit code; a UserError is one line on stderr.
+        Exit code; a UserError is one line on stderr. Where the answer of a command is lost, it has
+        failed; files are whole all the same.
     """
     redact_tracebacks()
-    try:
-        return main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        return SIGINT
+    code = SIGINT
+    with safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
+        try:
+            code = main(sys.argv[1:])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = error.code
+        if why := lost():
+            print(f"warning   stdout has not taken all that was printed: {why}", file=sys.stderr)
+            code = code or ENVIRONMENT * (sys.argv[1:2] in ANSWERS)
+    return code
 
 
 if __name__ == "__main__":

@@ -58,8 +58,7 @@ class _Follower:
     def __init__(self, path: Path, on_step: Callback | None, on_eval: Callback | None) -> None:
         self._path, self._offset = path, 0
         self._callbacks = {"step": on_step, "eval": on_eval}
-        self._seen: set[tuple[Any, ...]] = set()
-        self.events: dict[str, list[Event]] = {"step": [], "eval": []}
+        self.events: dict[str, dict[Any, Event]] = {"step": {}, "eval": {}}
 
     def poll(self) -> None:
         """Take what has come since the last call."""
@@ -77,12 +76,12 @@ class _Follower:
 
     def _take(self, line: Event) -> None:
         kind = line.get("event", "step")
-        key = (kind, line.get("step"), line.get("when"))
-        if kind in self.events and key not in self._seen:
-            self._seen.add(key)
-            self.events[kind].append(line)
+        key = (line.get("step"), line.get("when"))
+        if kind in self.events:
+            is_new = key not in self.events[kind]
+            self.events[kind][key] = line  # of a step that was taken again the last one counts
             callback = self._callbacks[kind]
-            if callback is not None:
+            if is_new and callback is not None:
                 callback(line)
 
 
@@ -136,7 +135,7 @@ def train(
 
     if dataset is not None:
         config = dataclasses.replace(config, dataset=str(_keep_rows(dataset)))
-    config = dataclasses.replace(config, output_dir=str(config.resolved_output_dir))
+    config = dataclasses.replace(config, output_dir=str(_place(config)))
     follower = _Follower(config.resolved_output_dir / "metrics.jsonl", on_step, on_eval)
     rank = _rank(config)
     if rank is not None:
@@ -155,8 +154,8 @@ def train(
     def read() -> TrainResult:
         follower.poll()
         summary = atomic.read_json(used.resolved_output_dir / "summary.json")
-        losses = [line["loss"] for line in follower.events["step"]]
-        memory, evaluations = summary.get("ledger", {}), follower.events["eval"]
+        losses = [line["loss"] for line in follower.events["step"].values()]
+        memory, evaluations = summary.get("ledger", {}), [*follower.events["eval"].values()]
         return TrainResult(used.resolved_output_dir, losses, evaluations, memory, summary)
 
     group = _group()  # of the caller's; its other hosts need not see the directory
@@ -242,6 +241,16 @@ def _rank(config: TrainConfig) -> int | None:
         return group.rank
     is_rank = launch.is_rank(os.environ, config.world_size)
     return int(launch.rank_env(os.environ, config)["RANK"]) if is_rank else None
+
+
+def _place(config: TrainConfig) -> Path:
+    """The output directory of a run; of one that goes on, its own."""
+    from fsdp_qlora.training import preflight
+
+    saved = None
+    if config.resume is not None and config.output_dir is None:
+        _, saved = preflight.expand_resume([f"--resume={config.resume}"])
+    return saved.run_dir if saved else config.resolved_output_dir
 
 
 def _given(config: TrainConfig) -> frozenset[str]:

@@ -37,6 +37,7 @@ STEP_NAME = re.compile(r"step-(\d+)")
 ASIDE_NAME = re.compile(r"step-\d+\.aside-\d+")
 DRAFT_NAME = re.compile(r"\.tmp-step-\d+|\.tmp-best\.json|\.best\.json\.part")
 RANK_FILE = re.compile(r"rank\d+\.[a-z]+|\.rank\d+\.error\.part")  # in LOGS; a killed rank's word
+BEST_DRAFT = ".tmp-best"  # in it the best adapter is written
 LATEST, AUTO = "latest", "auto"  # --resume: a bare one; the same, or a new start if there is none
 REPORTS = ("report.html", "report.md", "report.png", "report.svg")
 DRAFTS = (f".{CONFIG}.part", f".{SUMMARY}.part", f".{METRICS}.part", f"{METRICS}.damaged")
@@ -76,6 +77,11 @@ class SavedCheckpoint:
     def run_dir(self) -> Path:
         """Output directory of the run that it belongs to."""
         return self.path.parent.parent
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a run can go on from it: its weights are not known to be NaN or infinite."""
+        return self.state.get("is_finite") is not False
 
 
 def ignore(point: str) -> None:
@@ -201,8 +207,7 @@ def read(path: Path, step: int | None = None) -> SavedCheckpoint:
         rule = f"is not the manifest of a finished checkpoint of step {step}"
         raise UserError(str(path / MANIFEST), rule, remedy, INTEGRITY)
     for name in sorted({*files, *os.listdir(path)} - {MANIFEST}):
-        fault = _fault(path / name, files.get(name))
-        if fault:
+        if fault := fault_of(path / name, files.get(name)):
             raise UserError(str(path / name), fault, remedy, INTEGRITY)
     return SavedCheckpoint(path, step, json.loads((path / STATE).read_bytes()))
 
@@ -211,8 +216,23 @@ def _is_file(path: Path) -> bool:
     return stat.S_ISREG(path.lstat().st_mode)
 
 
-def _fault(path: Path, listed: dict[str, Any] | None) -> str:
-    """What is wrong with a file; "" for nothing."""
+def listing(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a manifest has them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def fault_of(path: Path, listed: dict[str, Any] | None) -> str:
+    """Compare a file with what `listing` has said of it.
+
+    Args:
+        path: of the file.
+        listed: None: nothing was said.
+
+    Returns:
+        What is wrong; "" for nothing.
+    """
     if listed is None:
         return "is not in the manifest"
     try:
@@ -220,9 +240,7 @@ def _fault(path: Path, listed: dict[str, Any] | None) -> str:
             return "is no plain file"
         if path.stat().st_size != listed["bytes"]:
             return f"has {path.stat().st_size:,} bytes, and the manifest says {listed['bytes']:,}"
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        expected = str(listed["sha256"])
+        digest, expected = listing(path)["sha256"], str(listed["sha256"])
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     same = digest == expected
@@ -411,6 +429,7 @@ def remove(path: Path) -> None:
 
 def remove_drafts(run_dir: Path) -> None:
     """Remove what a killed run has left half-written."""
+    shutil.rmtree(run_dir / BEST_DRAFT, ignore_errors=True)
     for path in (run_dir / CHECKPOINTS).glob(".*"):
         if DRAFT_NAME.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)  # of a file or a link: nothing

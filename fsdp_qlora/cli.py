@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import io
 import json
 import math
 import os
@@ -14,10 +15,10 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
 
@@ -44,6 +45,56 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "a JSON object": lambda value: _is_object(value),
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
+
+
+class _SafeFile(io.FileIO):
+    """A file that loses what it cannot take, and remembers why; nobody may read it any more."""
+
+    reason = ""
+
+    def write(self, data: Any) -> int:
+        """Write, and say that all is written."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            pass  # its reader has seen enough
+        except OSError as error:
+            self.reason = error.strerror or str(error)
+        return len(data)
+
+
+def _safe(stream: Any) -> TextIO:
+    try:
+        buffer = io.BufferedWriter(_SafeFile(stream.buffer.fileno(), "wb", closefd=False))
+        os.set_blocking(stream.buffer.fileno(), True)  # else a slow reader is an error
+    except (OSError, AttributeError):  # a notebook's, a test's: no file of the system
+        return stream
+    is_prompt = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=is_prompt)
+
+
+@contextlib.contextmanager
+def safe_output() -> Iterator[Callable[[], Any]]:
+    """Let nothing that is printed end a command: what its streams do not take is lost.
+
+    Their reader may go, their disk be full, their encoding lack a character, which is escaped then;
+    or they were closed from the start. A decorator too.
+
+    Yields:
+        A function that flushes stdout and tells why it lost text; "" where all was taken that
+        somebody read.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # else the next file that is opened would get its number
+            null = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(null, "r" if name == "stdin" else "w"))
+    out, err = _safe(sys.stdout), _safe(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield lambda: out.flush() or getattr(getattr(out.buffer, "raw", out), "reason", "")
+        finally:
+            out.flush()
+            err.flush()
 
 
 class Given(NamedTuple):
@@ -184,11 +235,15 @@ class Reader:
         Returns:
             The values the user gave, by field name, and every fault found.
         """
+        return self.convert(self.read_texts(argv)), self.faults
+
+    def read_texts(self, argv: Sequence[str]) -> dict[str, Given]:
+        """Return what `read` converts: by field name, the command line above its recipe."""
         given = self.read_argv(argv)
         below: dict[str, Given] = {}
         if self.recipes_dir is not None and "recipe" in given:
             below = self._read_recipe(given.pop("recipe").text, self.recipes_dir)
-        return self.convert(below | given), self.faults
+        return below | given
 
     def read_argv(self, argv: Sequence[str]) -> dict[str, Given]:
         """Split a command line into values by field name; the last one of a repeated flag counts.

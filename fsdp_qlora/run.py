@@ -6,15 +6,14 @@ the ranks.
 
 import contextlib
 import functools
-import io
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from fsdp_qlora import config, errors
+from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
 from fsdp_qlora.export import adapter, hub
 from fsdp_qlora.planning import run as plans
@@ -49,7 +48,6 @@ def run(
     signals.install()  # from here on a stop is recorded
 
     with (
-        preflight.explain_disk_full(cfg),
         metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
         memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
         metrics.attach_trackers(cfg, is_writer),
@@ -66,7 +64,7 @@ def run(
 
         evaluator.begin()
         loop.fit(trained, dataset.train, recorder, checkpointer, follow)
-        evaluator.end()
+        lines = evaluator.end()
         checkpointer.mark_best(evaluator.best)
         checkpointer.wait()
         if cfg.save_model:
@@ -74,7 +72,10 @@ def run(
             with tracker.phase("save"):
                 evaluator.save(cfg)
             recorder.collect("save")
-        recorder.say("\n".join(recorder.compared()))
+            if is_writer:
+                files = sorted(out_dir.glob("*.safetensors"))
+                record["result"] = {path.name: checkpoint_store.listing(path) for path in files}
+        recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
@@ -163,7 +164,8 @@ def join_and_run(
         cfg = launch.agree_output_dir(cfg, world)
         peers = launch.watch_peers(cfg, world) if owns_process else None
         plan = launch.broadcast_plan(cfg, given, world)
-        run(plan, world, given, poll)
+        with preflight.explain_disk_full(plan.cfg):
+            run(plan, world, given, poll)
         if peers is not None:
             peers.stop()
         if known is None:
@@ -179,38 +181,18 @@ def join_and_run(
     return plan
 
 
-class _SteadyFile(io.FileIO):
-    """A file that loses what it cannot take: nobody reads it any more (EPIPE, EIO)."""
-
-    def write(self, data: Any) -> int:
-        """Write, and say that all is written."""
-        with contextlib.suppress(OSError):
-            return super().write(data)
-        return len(data)
-
-
-def _steady(stream: Any) -> TextIO:
-    try:
-        buffer = io.BufferedWriter(_SteadyFile(stream.fileno(), "wb", closefd=False))
-    except OSError:  # it is no file of the system, so it has no reader that could go
-        return stream
-    is_prompt = stream.line_buffering or stream.write_through
-    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=is_prompt)
-
-
-@contextlib.contextmanager
-def ignore_broken_pipe() -> Iterator[None]:
-    """Let the run outlive its terminal: once nobody reads what it prints, it goes on in silence.
-
-    A decorator too.
-    """
-    out, err = _steady(sys.stdout), _steady(sys.stderr)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            yield
-        finally:
-            out.flush()
-            err.flush()
+def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str], Any]) -> bool:
+    """Whether a run is over and its result whole; makes the page that a kill has prevented."""
+    if not preflight.is_done(saved, cfg):
+        return False
+    place = saved.run_dir
+    if cfg.save_model and (fault := adapter.fault(place, cfg)):
+        say(f"resume    {fault}: the result is made again from step {saved.step}")
+        return False
+    if cfg.save_model and not is_silent and not (place / checkpoint_store.REPORTS[0]).exists():
+        _report(place)
+    say(f"already done: {place} holds the result of all {saved.step} steps")
+    return True
 
 
 def launch_ranks(argv: list[str], **followed: Any) -> int:
@@ -233,8 +215,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     if not is_supervised:
         argv, saved = preflight.expand_resume(argv, say)
     cfg, given = config.parse(argv, say=say), config.given(argv)
-    if saved is not None and preflight.is_done(saved, cfg):
-        say(f"already done: {saved.run_dir} holds the result of all {saved.step} steps")
+    if saved is not None and _is_done(saved, cfg, is_silent, say):
         return errors.DONE
     if launch.is_rank(os.environ, cfg.world_size):
         # No KeyboardInterrupt while libraries are imported: some of them swallow it.
@@ -268,7 +249,7 @@ def _tell_ranks(error: errors.UserError) -> None:
             worlds.tell(error)
 
 
-@ignore_broken_pipe()
+@cli.safe_output()
 def main(argv: list[str], **followed: Any) -> int:
     """Run the command line `argv`; every error is one line. Returns the exit code."""
     try:

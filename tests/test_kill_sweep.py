@@ -4,18 +4,24 @@ Real ranks, a real model, forked (warm.py). Every kill is followed by `--resume`
 kills ends in what the unbroken run has made: losses, weights, moments, adapter, bit for bit.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import checkpoint_store
+from fsdp_qlora import checkpoint_store, config, run
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, RUN_FAILED, SIGINT, SIGTERM
+from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.training.evaluate import Evaluator
 from tests import faults, warm
 
 NUM_STEPS = 6
@@ -193,6 +199,94 @@ def test_a_run_that_restarts_itself_comes_to_the_same(place: Path, unbroken: dic
         (line,) = [line for line in said.splitlines() if line.startswith("restart ")]
         assert re.match(f"restart   1/1 after step {step}: {re.escape(cause)}", line)
         assert result(out) == unbroken
+
+
+def killed_before_the_page(argv: list[str], start) -> int:
+    """As run.main, whose rank 0 dies between the summary and the page."""
+    run._report = lambda place: os.kill(os.getpid(), signal.SIGKILL)
+    return run.main(argv, start=start)
+
+
+def test_already_done_is_said_of_a_whole_result_only(place: Path, unbroken: dict[str, object]):
+    """The page that a kill prevented is made; an adapter that is not whole is exported again."""
+    out = place / "done"
+    page, adapter, step_6 = out / "report.html", out / "adapter_model.safetensors", "6 of 6 steps"
+    assert go(place, out, main=killed_before_the_page)[0] == RUN_FAILED and not page.exists()
+    code, said, err = go(place, out, "--resume")
+    assert (code, err) == (DONE, "") and said.startswith("already done") and page.exists()
+    whole = adapter.read_bytes()
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:-9], b"", None):
+        adapter.unlink()
+        if damaged is not None:
+            adapter.write_bytes(damaged)
+        assert adapter_files.fault(out, config.parse(argv_of(place, out)))
+    (place / "mine.toml").write_text(f'resume = "{out}"\n')
+    weights = out / "checkpoints" / "step-6" / "weights.safetensors"
+    shutil.copytree(out, place / "rotten")
+    (place / "rotten" / weights.relative_to(out)).write_bytes(weights.read_bytes()[:-1] + b"?")
+    code, said, _ = go(place, out, f"--recipe={place / 'mine.toml'}")
+    assert code == DONE and said.startswith(f"resume    {adapter}") and step_6 in said
+    assert result(out) == unbroken and adapter.read_bytes() == whole
+    code, said, _ = go(place, place / "rotten", "--resume")
+    assert code == DONE and "step 6 is passed over" in said and "5 of 6 steps" in said
+    adapter.unlink()
+    at_5 = f"--resume={out}/checkpoints/step-5"
+    err = go(place, out, at_5, **{FAULT: "oom:1:post-forward"})[2]
+    assert err.startswith("error: rank 1: out of memory in the backward of step 6 (")
+    code, said, _ = go(place, out, at_5)
+    assert code == DONE and "5 of 6 steps" in said and result(out) == unbroken
+
+
+def on_a_full_disk(argv: list[str], start) -> int:
+    """As run.main; the disk is full while the best adapter is saved, and from the export on."""
+    keep, reach, filler = Evaluator._keep, hooks.reach, Path(os.environ["FILLER"])
+
+    def fill(rank: int) -> None:
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while rank == 0:
+                file.write(bytes(512))
+
+    def full_keep(self, values) -> None:
+        fill(self.trained.world.rank)
+        keep(self, values)
+        if self.trained.world.rank == 0:
+            os.truncate(filler, 0)
+
+    def full_reach(point: str, rank: int, step: int = 0) -> None:
+        reach(point, rank, step)
+        if point == "export":
+            fill(rank)
+
+    Evaluator._keep, hooks.reach = full_keep, full_reach
+    return run.main(argv, start=start)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_full_disk_costs_no_training_and_is_named_in_the_last_line(place: Path, unbroken: dict):
+    """A real one, of 4 MiB: at every new best the run goes on, at the export it says how."""
+    disk = place / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+    try:
+        out, filler, every = disk / "out", disk / "filler", "--eval_every=2"
+        filler.touch()
+        code, said, err = go(place, out, every, main=on_a_full_disk, FILLER=str(filler))
+        assert "the best adapter so far could not be saved (No space left on device)" in said
+        rule = "is full; what was trained is saved up to step 6; make room, then --resume"
+        assert (code, err) == (RUN_FAILED, f"error: the disk of {out}: {rule} {out} goes on\n")
+        assert not (out / "best").exists() and not (out / checkpoint_store.BEST_DRAFT).exists()
+        filler.unlink()
+        assert go(place, out, every, "--resume")[::2] == (DONE, "")
+        assert result(out) == unbroken | {"held_out": result(out)["held_out"]}
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_nobody_is_told_to_continue_with_weights_that_are_nan(place: Path):
+    """Such a checkpoint is refused, so that no restart and no advice leads to it."""
+    code, said, err = go(place, place / "nan", "--lr=1e38", "--max_restarts=1")
+    assert code == RUN_FAILED and err.count("\n") == 1 and "NaN" in err
+    assert "continue" not in err and "restart" not in said
 
 
 def on_two_cards(argv: list[str], start) -> int:

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
+from fsdp_qlora import run as train_run
+from fsdp_qlora.__main__ import COMMANDS, console
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.errors import BUG, DONE, INPUT
+from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT, INPUT
 from tests import tiny, warm
 
 NUM_STEPS = 12
@@ -208,6 +210,47 @@ def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
     line = f"error: rank 1: LookupError: no such thing; the trace is in {log}\n"
     assert (code, out, err) == (BUG, "", line)
     assert log.read_text().count("Traceback") == 1 and "broken.py" in log.read_text()
+
+
+def on_no_screen(argv: list[str], start) -> int:
+    """As `fsdp-qlora argv` whose stdout is on a full disk, and knows Latin-1 only."""
+    sys.stdout.reconfigure(encoding="latin-1", errors="strict")
+    if argv[0] == "train":
+        return train_run.main(argv[1:], start=start)
+    sys.argv = ["fsdp-qlora", *argv]
+    return console()
+
+
+def test_no_command_depends_on_its_screen(place: Path):
+    """What it saves is whole; where it saves nothing, its code tells that the answer is lost."""
+    out, name = place / "unseen", f"--model_name={place / 'model'}"
+    own = [*flags(place, "--max_steps=2", "--eval_samples=4"), f"--sample_prompt={'…你' * 99}"]
+    made: dict[str, tuple[list[str], Path | None]] = {
+        "train": ([*own, "--world_size=1", f"--output_dir={out}"], out / "report.html"),
+        "plan": ([name], None),
+        "data": (own, None),
+        "doctor": (["--quick"], None),
+        "fetch": (["docstrings", f"--out={place / 'rows'}"], place / "rows"),
+        "report": ([str(out), f"--out={place}"], place / "report.html"),
+        "evaluate": ([f"--adapter={out}"], out / "evaluation.json"),
+        "generate": ([f"--adapter={out}", "--prompt=你", "--num_tokens=2"], None),
+        "merge": ([f"--adapter={out}", f"--out={place / 'm'}"], place / "m" / "merge.json"),
+        "quantize": ([name, f"--out={place / 'q'}"], place / "q" / "config.json"),
+        "expand": (
+            [name, f"--out={place / 'e'}", "--expansion_rate=0.5"],
+            place / "e" / "config.json",
+        ),
+    }
+    assert {*made, "bench"} == {*COMMANDS}
+    for command, (argv, file) in made.items():
+        number = len(list(place.glob("*.out"))) + 1
+        (place / f"{number}.out").symlink_to("/dev/full")
+        ended = warm.start([command, *argv], place, on_no_screen)
+        code = ended.wait()
+        lost = "warning   stdout has not taken all that was printed: No space left on device\n"
+        assert ended.err.endswith(lost) or command == "train", (command, ended.err)
+        assert code == (ENVIRONMENT if file is None else DONE), (command, ended.err)
+        assert file is None or file.exists(), command
 
 
 @pytest.mark.parametrize(

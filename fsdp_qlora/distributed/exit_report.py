@@ -141,8 +141,10 @@ def fail(error: Exception, cfg: TrainConfig, plan: RunPlan | None = None) -> NoR
         with suppress(OSError), log.open("a") if has_log else nullcontext(sys.stderr) as file:
             file.write(trace)
     if hooks.is_supervised():
-        with suppress(OSError):
+        try:
             write_error(output_dir, found)
+        except OSError:  # a full disk does not even take the word of it
+            hooks.beat(found.line, rank)
     else:
         print(*error_lines(found, plan), sep="\n", file=sys.stderr)
         _tell_torchrun(found.line, "".join(traceback.format_exception(error)))
@@ -214,7 +216,7 @@ def error_lines(found: RankError, plan: RunPlan | None, how_to_resume: str = "")
         how_to_resume: how to continue, in words; of a line too long for it the cause is cut.
     """
     first = f"error: {one_line(found.line)}"
-    if how_to_resume:
+    if how_to_resume and "--resume" not in first:  # its own remedy knows better
         cause, _, remedy = first.rpartition("; ")
         room = errors.MAX_LINE_CHARS - len(_joined(remedy, how_to_resume)) - 2
         first = _joined(cause[: max(room, 40)], remedy, how_to_resume)
@@ -297,6 +299,7 @@ def diagnose_exit(
         return ExitReport(RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
     words, is_last = read_errors(output_dir), [sign.is_last for sign in signs]
     failed = [i for i in range(len(codes)) if i not in ended.ended and (codes[i] or not is_last[i])]
+    words += [RankError(i, codes[i], signs[i].point) for i in failed if " " in signs[i].point]
     sudden = [rank for rank in failed if codes[rank] < 0 and -codes[rank] not in AFTERMATH]
     early = [rank for rank in failed if codes[rank] == DONE]
     own = [error for error in words if error.code in OWN_FAULTS]

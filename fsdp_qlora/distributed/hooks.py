@@ -30,7 +30,7 @@ SAVE_POINTS += ("prune-before", "prune-after")
 POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
-SLOT = struct.Struct("<qq32s")
+SLOT = struct.Struct("<qq512s")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PULSE = struct.Struct("<dd")  # time and seconds of computing of the host
 BEAT_S, LOST_S, GONE_S = 1.0, 5.0, 120.0  # a library may hold Python's lock for long
@@ -71,7 +71,7 @@ def beat(point: str, rank: int, step: int = 0) -> None:
     """Show the supervisor a sign of life; nothing without one, or from a thread beside the run's.
 
     Args:
-        point: where the run is.
+        point: where the run is; or, with spaces, a last word that the disk has not taken.
         rank: of the caller.
         step: optimizer step under way, from 1; 0: as before.
     """
@@ -79,7 +79,7 @@ def beat(point: str, rank: int, step: int = 0) -> None:
     if board is not None and threading.current_thread() is threading.main_thread():
         with suppress(OSError):
             step = step or read(int(board), rank).step
-            slot = SLOT.pack(time.monotonic_ns(), step, point.encode()[:32])
+            slot = SLOT.pack(time.monotonic_ns(), step, point.encode())
             os.pwrite(int(board), slot, rank * SLOT.size)
 
 
@@ -128,7 +128,7 @@ def read(board: int, rank: int) -> Heartbeat:
     if len(slot) < SLOT.size:
         return Heartbeat()
     at_ns, step, point = SLOT.unpack(slot)
-    return Heartbeat(at_ns / 1e9, step, point.rstrip(b"\0").decode())
+    return Heartbeat(at_ns / 1e9, step, point.rstrip(b"\0").decode("utf-8", "replace"))
 
 
 def own_heartbeat() -> Heartbeat:

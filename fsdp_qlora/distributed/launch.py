@@ -442,7 +442,8 @@ def claim_output_dir(cfg: TrainConfig) -> Path:
             checkpoint_store.set_record_aside(path)
         (path / LOGS).mkdir(exist_ok=True)
         exit_report.clear_errors(path)
-        (path / checkpoint_store.SUMMARY).unlink(missing_ok=True)  # a run that goes on has none
+        for name in (checkpoint_store.SUMMARY, checkpoint_store.REPORTS[0]):
+            (path / name).unlink(missing_ok=True)  # a run that goes on has none
         tempfile.TemporaryFile(dir=path / LOGS).close()
     except OSError as error:
         reason = f"cannot be written to ({error.strerror})"
@@ -562,7 +563,7 @@ def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
         watch = Watch(board.fileno(), cfg.hang_timeout)
         ended = run_ranks(specs, attempt.start, stops, watch, attempt.poll)
     saved = None if ended.is_done else checkpoint_store.latest(output_dir)
-    how_to_resume = f"continue with --resume {output_dir}" if saved is not None else ""
+    how_to_resume = f"continue with --resume {output_dir}" if saved and saved.is_finite else ""
     num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 
@@ -586,8 +587,9 @@ def _again(found: ExitReport, attempt: Attempt) -> Attempt | None:
     if attempt.num_restarts >= cfg.max_restarts:
         return None
     number, saved = attempt.num_restarts + 1, checkpoint_store.latest(output_dir)
-    if saved is None and checkpoint_store.last_step(output_dir, unknown=0) is not None:
-        return None  # a new start would write over what cannot be read now
+    last_step = checkpoint_store.last_step(output_dir, unknown=0)
+    if last_step is not None and not (saved and saved.is_finite):
+        return None  # a new start would write over what cannot be read now, or is NaN
     where = "from the beginning" if saved is None else f"after step {saved.step}"
     print(f"restart   {number}/{cfg.max_restarts} {where}{words}: {cause}", flush=True)
     argv = [*attempt.argv, f"--resume={saved.path if saved else 'none'}"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fsdp_qlora import __version__, atomic
+from fsdp_qlora import __version__, arch, atomic, checkpoint_store
 from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
@@ -132,6 +132,23 @@ def read(path: Path) -> SavedAdapter:
         raise UserError(str(file), "holds no LoRA matrices", remedy, INTEGRITY)
     pairs = {name: _pair(f"{name} in {file}", sides, config) for name, sides in found.items()}
     return SavedAdapter(path, _base_of(config), pairs, _read_record(file), replaced)
+
+
+def fault(directory: Path, cfg: TrainConfig) -> str:
+    """What is missing or damaged of the result of a finished run, in words; "" for nothing.
+
+    Args:
+        directory: of the run.
+        cfg: the run.
+    """
+    try:
+        is_model = cfg.train_type == "full"
+        arch.read(str(directory), need_weights=True) if is_model else read(directory)
+    except UserError as error:
+        return f"{error.got} {error.rule}"
+    listed = atomic.read_json(directory / checkpoint_store.SUMMARY).get("result", {})
+    faults = ((name, checkpoint_store.fault_of(directory / name, listed[name])) for name in listed)
+    return next((f"{directory / name} {fault}" for name, fault in faults if fault), "")
 
 
 def options(adapter: SavedAdapter) -> dict[str, Any]:

@@ -8,10 +8,10 @@ are copied from the base, and only what changed is written (the chat template, n
 Source: the format's README, section "Format", github.com/huggingface/safetensors.
 """
 
+import collections
 import contextlib
 import json
 import resource
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -215,7 +215,7 @@ def _copy(source: Path | None, out: Path, patterns: tuple[str, ...]) -> None:
         if path.is_file() and path.suffix != ".py":
             place = out / path.relative_to(source)
             place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, place)
+            atomic.write(place, path.read_bytes())
 
 
 def save(
@@ -263,6 +263,7 @@ def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
     flats = shard.whole_lora(model, is_writer) if is_lora else []
     if not is_writer:
         return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     if is_lora:
         adapters.shift_magnitudes(model, flats, 1)
         tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
@@ -314,11 +315,15 @@ def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
     """Write all weights of full training, in the dtype that it computed in."""
     directory, dtype = cfg.resolved_output_dir, getattr(torch, cfg.compute_dtype)
     tensors = shard.whole_parameters(model, list(model.tensors), is_writer)
-    if not is_writer:
-        for _ in tensors:  # the others gather with the writer
-            pass
-        return directory
     own = ((name, tensor.to(dtype)) for name, tensor in tensors)
-    write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * GIB))
-    copy_beside(directory, info, cfg.compute_dtype)
+    try:
+        if is_writer:
+            directory.mkdir(parents=True, exist_ok=True)
+            write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * GIB))
+    except OSError:
+        collections.deque(tensors, 0)  # a full disk is the writer's: the others gather all
+        raise
+    collections.deque(tensors, 0)  # they gather with the writer
+    if is_writer:
+        copy_beside(directory, info, cfg.compute_dtype)
     return directory

@@ -156,6 +156,7 @@ class _Dealer:
         self.cache.commit(world)
         if placed.streamer is not None and placed.memory is None:
             placed.streamer.sources = self.cache.map_layers(placed.layers("streamed"))
+            placed.streamer.mapped = self.cache
         world.barrier()  # shared memory is whole on every rank
         return fingerprints
 

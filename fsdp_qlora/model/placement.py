@@ -148,6 +148,7 @@ class Streamer:
         sources: uint8 [nbytes] of each streamed layer, on the host; given after the slots are made.
         slots: uint8 [nbytes] each, on the device.
         num_copies: layers copied so far.
+        mapped: the cache whose files `sources` are: its entry is in use as long as they are.
     """
 
     def __init__(self, num_layers: int, nbytes: int, num_slots: int, device: torch.device) -> None:
@@ -166,6 +167,7 @@ class Streamer:
             for _ in range(min(num_slots, num_layers))
         ]
         self.num_copies = 0
+        self.mapped: object = None
         self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
         self._at = -1  # the layer read last
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -243,10 +243,10 @@ class ResumeState:
             What the record goes on with.
         """
         if self.saved is None or not is_writer:
-            return Resumed()
+            return Resumed(step=self.step)
         checkpoint_store.go_back(output_dir, self.step)
         lines = checkpoint_store.cut_record(output_dir / checkpoint_store.METRICS, self.step)
-        return Resumed(lines, self.saved.state.get("total_s", 0.0))
+        return Resumed(lines, self.saved.state.get("total_s", 0.0), self.step)
 
 
 def load(

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic
+from fsdp_qlora.checkpoint_store import BEST_DRAFT
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
@@ -85,11 +87,28 @@ class Evaluator:
             words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
             self.recorder.say(f"step {self.num_done} {words}")
 
-    def end(self) -> None:
-        """Evaluate the trained model and compare."""
+    def end(self) -> list[str]:
+        """Evaluate the trained model; return how it compares with the untrained one, in lines."""
         self._evaluate("after")
-        for line in self._compared():
-            self.recorder.say(line)
+        lines = []
+        if {0, self.num_done} <= self.losses.keys():
+            before, after = self.losses[0], self.losses[self.num_done]
+            words = f"loss {before:.3f} -> {after:.3f}, perplexity "
+            words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
+            if self.best is not None and self.best[1] != self.num_done:
+                words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
+                kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
+                words += f", kept in {self._best_dir}" * (kept.get("step") == self.best[1])
+            lines.append(f"held-out  {words}")
+        before_all = self.answers.get(0, [""] * len(self.data.prompts))
+        rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)
+        for prompt, old, new in rows:
+            shown = one_line(prompt.shown)
+            shown = shown if len(shown) <= MOST_CHARS else f"… {shown[-MOST_CHARS:]}"
+            lines += [f"prompt    {shown}", f"before    {one_line(old)}"]
+            lines += [f"after     {one_line(new)}"]
+            lines += [f"the data  {one_line(prompt.expected)}"] if prompt.expected else []
+        return lines
 
     def _evaluate(self, when: str) -> None:
         with self.recorder.tracker.phase("evaluation"):
@@ -111,17 +130,23 @@ class Evaluator:
         self.recorder.event("eval", {"when": when, **values, "is_best": is_best})
 
     def _keep(self, values: dict[str, Any]) -> None:
-        """Save the adapter as the best, with what `generate` and `evaluate` need."""
-        place = self._best_dir
-        cfg = dataclasses.replace(self.cfg, output_dir=str(place))
-        is_writer = self.trained.world.rank == 0
+        """Save the adapter as the best, with what `generate` and `evaluate` need.
+
+        Where the disk does not take it the one before stays, and the training goes on.
+        """
+        place, is_writer = self._best_dir, self.trained.world.rank == 0
+        draft = place.with_name(BEST_DRAFT) / BEST
+        try:
+            self.save(dataclasses.replace(self.cfg, output_dir=str(draft)))
+            if is_writer:
+                atomic.write(draft / RUN_CONFIG, (place.parent / RUN_CONFIG).read_bytes())
+                atomic.write_json(draft / EVALUATION, values)
+                atomic.commit(draft, place)
+        except OSError as error:
+            words = f"the best adapter so far could not be saved ({error.strerror or error})"
+            self.recorder.say(f"warning   {words}; the training goes on")
         if is_writer:
-            place.mkdir(exist_ok=True)
-            (place / EVALUATION).unlink(missing_ok=True)  # it is there when all the others are
-            atomic.write(place / RUN_CONFIG, (place.parent / RUN_CONFIG).read_bytes())
-        self.save(cfg)
-        if is_writer:
-            atomic.write_json(place / EVALUATION, values)
+            shutil.rmtree(draft.parent, ignore_errors=True)
 
     @property
     def _best_dir(self) -> Path:
@@ -144,24 +169,3 @@ class Evaluator:
                 self.best = (loss, step) if event.get("is_best") else self.best
             elif event["event"] == "sample" and event.get("when") == "before":
                 self.answers.setdefault(0, []).append(event["answer"])
-
-    def _compared(self) -> list[str]:
-        lines = []
-        if {0, self.num_done} <= self.losses.keys():
-            before, after = self.losses[0], self.losses[self.num_done]
-            words = f"loss {before:.3f} -> {after:.3f}, perplexity "
-            words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
-            if self.best is not None and self.best[1] != self.num_done:
-                words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
-                kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
-                words += f", kept in {self._best_dir}" * (kept.get("step") == self.best[1])
-            lines.append(f"held-out  {words}")
-        before_all = self.answers.get(0, [""] * len(self.data.prompts))
-        rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)
-        for prompt, old, new in rows:
-            shown = one_line(prompt.shown)
-            shown = shown if len(shown) <= MOST_CHARS else f"… {shown[-MOST_CHARS:]}"
-            lines += [f"prompt    {shown}", f"before    {one_line(old)}"]
-            lines += [f"after     {one_line(new)}"]
-            lines += [f"the data  {one_line(prompt.expected)}"] if prompt.expected else []
-        return lines

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fsdp_qlora import atomic
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
 from fsdp_qlora.data.tokens import Sample
@@ -321,7 +322,7 @@ def _profiler(
         found.export_chrome_trace(str(place / f"rank{rank}_trace.json.gz"))
         averages = found.key_averages(group_by_input_shape=True)
         table = averages.table(sort_by=f"self_{device.type}_time_total", row_limit=MAX_ROWS)
-        (place / f"rank{rank}_operations.txt").write_text(table + "\n", encoding="utf-8")
+        atomic.write(place / f"rank{rank}_operations.txt", table + "\n")
         say(f"profile   steps up to {found.step_num}, for ui.perfetto.dev: {place}")
 
     steps = {"wait": WAIT_STEPS, "warmup": num_warmup, "active": ACTIVE_STEPS, "repeat": 1}

@@ -185,10 +185,12 @@ class Resumed:
     Args:
         lines: of metrics.jsonl, up to the checkpoint.
         seconds: that the run had taken.
+        step: after which it goes on, on every rank.
     """
 
     lines: Sequence[dict[str, Any]] = ()
     seconds: float = 0.0
+    step: int = 0
 
 
 def raise_to(peaks: dict[str, float], values: dict[str, Any]) -> None:
@@ -240,7 +242,7 @@ class Recorder:
         self._machines = dict(places)  # ranks -> name of their host
         self.tracker = tracker
         self._ledger = memory.MemoryLedger(tracker.is_cuda, [*self._machines])
-        self._step, self._output_dir = 0, tracker.plan.cfg.resolved_output_dir
+        self._output_dir = tracker.plan.cfg.resolved_output_dir
         self._world, self._num_steps, self._run_info = world, num_steps, run_info
         self._sampler, self._totals = memory.HostSampler(), Totals()
         self._process = psutil.Process()
@@ -250,7 +252,7 @@ class Recorder:
         self._unwritten = b""
         self._bar: Any = None
         self.resumed = resumed or Resumed()
-        self._began_s = time.perf_counter() - self.resumed.seconds
+        self._step, self._began_s = self.resumed.step, time.perf_counter() - self.resumed.seconds
 
     def __enter__(self) -> "Recorder":
         """Open the files, write the `run` event, start the clock."""

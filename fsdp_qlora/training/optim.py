@@ -182,7 +182,7 @@ def check_weights(trained: "Trained", step: int) -> None:
     names = [n for n, k in zip(shard.trained_names(trained.model), faults, strict=True) if k]
     if names:
         rule = f"are NaN or infinite after step {step}: no step leads out of that"
-        remedy = "go on with a lower --lr from a checkpoint before it, or start anew"
+        remedy = "start anew with a lower --lr, or --resume a checkpoint before it with one"
         raise UserError(f"the weights of {describe(names)}", rule, remedy, RUN_FAILED)
 
 

@@ -51,9 +51,9 @@ BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 def expand_resume(
     argv: Sequence[str], notify: Say = lambda line: None
 ) -> tuple[list[str], SavedCheckpoint | None]:
-    """Replace --resume in a command line by all that it stands for.
+    """Replace --resume, of a command line or its recipe, by all that it stands for.
 
-    What is not on this command line is as the checkpoint has it, never a default of today.
+    What stands in neither of them is as the checkpoint has it, never a default of today.
 
     Args:
         argv: arguments without the program's name.
@@ -72,7 +72,7 @@ def expand_resume(
     for i, word in enumerate(words):
         if word == "--resume" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = f"--resume={LATEST}"
-    given = cli.Reader(TrainConfig, config.ALIASES, config.RECIPES_DIR).read_argv(words)
+    given = cli.Reader(TrainConfig, config.ALIASES, config.RECIPES_DIR).read_texts(words)
     if "resume" not in given or given["resume"].text.lower() in ("none", "null"):
         return words, None
     wanted = given["resume"].text
@@ -133,7 +133,7 @@ def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
         rule = f"is not what this version of the trainer writes ({', '.join(wrong)})"
         remedy = "go on with the version that wrote it"
         raise UserError(str(saved.path / STATE), rule, remedy, INTEGRITY)
-    if state.get("is_finite") is False:
+    if not saved.is_finite:
         places = [
             checkpoint_store.step_dir(saved.run_dir, n)
             for n in checkpoint_store.steps(saved.run_dir)
@@ -159,15 +159,16 @@ def saved_of(cfg: TrainConfig) -> SavedCheckpoint | None:
 
 
 def is_done(saved: SavedCheckpoint, cfg: TrainConfig) -> bool:
-    """Whether the run of a checkpoint has come to its end, and is asked for no more than that.
+    """Whether a run has come to its end, at a checkpoint, and is asked for no more than that.
 
     Args:
-        saved: its last one.
+        saved: the checkpoint; after an earlier one than the last the run goes on.
         cfg: the run as it shall go on.
     """
     stored = saved.state.get("config", {})
     is_same = all(stored.get(name) == getattr(cfg, name) for name in ("max_steps", "num_epochs"))
-    return is_same and checkpoint_store.is_complete(saved.run_dir)
+    is_over = is_same and checkpoint_store.is_complete(saved.run_dir)
+    return is_over and checkpoint_store.latest(saved.run_dir) in (saved, None)
 
 
 def fingerprint(

@@ -159,8 +159,8 @@ def test_a_terminal_that_hangs_up_stops_nothing(tmp_path: Path):
     """SIGHUP, and every write to the terminal fails from then on."""
     body = """
 sys.path.insert(0, PROJECT)
-from fsdp_qlora.run import ignore_broken_pipe
-with ignore_broken_pipe():
+from fsdp_qlora.cli import safe_output
+with safe_output():
     while not (out / "gone").exists():
         time.sleep(0.01)
     for _ in range(3):
@@ -179,22 +179,25 @@ with ignore_broken_pipe():
 
 
 def test_a_reader_that_has_seen_enough_stops_nothing(tmp_path: Path):
-    """train.py | head -1: the rest is printed into nowhere, and the end is reached."""
+    """train.py | head -1, no stdout, a full disk: printed into nowhere, and the end is reached."""
     program = f"""
 import sys
 sys.path.insert(0, {str(PROJECT_DIR)!r})
-from fsdp_qlora.run import ignore_broken_pipe
-with ignore_broken_pipe():
-    for number in range(20000):
-        print("line", number)
-    open({str(tmp_path / "end")!r}, "w").close()
+from fsdp_qlora.cli import safe_output
+with safe_output():
+    with open({str(tmp_path / "end")!r}, "w"):
+        for number in range(20000):
+            print("line", number, "\u2026" * bool(number))
 """
     script = tmp_path / "prints.py"
     script.write_text(program)
-    command = f"{sys.executable} {script} | head -1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "line 0\n", "")
-    assert (tmp_path / "end").exists()
+    for screen, shown in (("| head -1", "line 0\n"), (">&- 2>&-", ""), (">/dev/full", "")):
+        command = ["bash", "-o", "pipefail", "-c", f"{sys.executable} {script} {screen}"]
+        env = os.environ | {"PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+        assert (tmp_path / "end").read_text() == ""  # the first file to be opened is no stdout
+        (tmp_path / "end").unlink()
 
 
 def test_a_step_is_given_ten_times_the_slowest_and_the_start_five_minutes(monkeypatch):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.placement import Streamer
 from tests import tiny
@@ -97,6 +98,8 @@ def _losses(world, path, cases):
         batches = micro_batches(world.rank, world.size, 6)
         losses = [loop.train_step(trained, batches[2 * i : 2 * i + 2])["loss"] for i in range(3)]
         held_out = loop.evaluate(model, batches, world)
+        if world.rank == 0 and "--host_budget_gib=0.00001" in flags:  # no `cache clear` meanwhile
+            assert atomic.lock(next(Path(flags[0].partition("=")[2]).glob("model-*"))) is None
         results.append([loss.item().hex() for loss in losses] + [held_out.hex()])
     return results
 

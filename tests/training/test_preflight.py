@@ -66,14 +66,14 @@ def found_in(argv: list[str]) -> dict:
     return preflight.fingerprint(cfg, info, adapter_files.digest(info), 2)
 
 
-def save(argv: list[str], **more) -> store.SavedCheckpoint:
+def save(argv: list[str], step: int = STEP, **more) -> store.SavedCheckpoint:
     """A checkpoint as a run with these flags writes it."""
     cfg, given = config.parse(argv), sorted(config.given(argv))
     state = {"config": config.to_dict(cfg), "given": given, "fingerprint": found_in(argv)}
     array = store.Array("F32", (2,), memoryview(bytes(8)))
     tensors = {name: {"a": array} for name in (store.WEIGHTS, store.OPTIMIZER)}
     root = cfg.resolved_output_dir / store.CHECKPOINTS
-    return store.read(store.write(root, STEP, tensors, {**state, "total_s": 1.0, **more}))
+    return store.read(store.write(root, step, tensors, {**state, "total_s": 1.0, **more}))
 
 
 def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path):
@@ -182,9 +182,10 @@ def call(*argv: str) -> tuple[int, str, str]:
 
 
 def test_a_run_that_is_complete_is_already_done(tmp_path: Path, model: Path):
-    """Unless more steps are asked for; the command needs nothing but the directory."""
+    """Unless more steps, or an earlier one, are asked for; it needs nothing but the directory."""
     out = tmp_path / "out"
-    saved = save(flags(model, out, "--max_steps=20"))
+    argv = flags(model, out, "--max_steps=20", "--save_model=false")
+    early, saved = save(argv, 10), save(argv)
     summary = out / "summary.json"
     summary.write_text(json.dumps({"is_complete": False}))
     cfg = config.parse(preflight.expand_resume([f"--resume={out}"])[0])
@@ -192,6 +193,9 @@ def test_a_run_that_is_complete_is_already_done(tmp_path: Path, model: Path):
     summary.write_text(json.dumps({"is_complete": True}))
     more = config.parse(preflight.expand_resume([f"--resume={out}", "--max_steps=30"])[0])
     assert preflight.is_done(saved, cfg) and not preflight.is_done(saved, more)
+    assert not preflight.is_done(early, cfg)
+    (tmp_path / "mine.toml").write_text(f'resume = "{out}"\n')  # a recipe is verified as a flag is
+    assert preflight.expand_resume([f"--recipe={tmp_path}/mine.toml"])[1] == saved
     code, said, err = call(f"--resume={out}")
     assert (code, err) == (DONE, "") and said.startswith("already done")
     assert summary.exists()
