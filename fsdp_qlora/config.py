@@ -513,9 +513,6 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
-    if cfg.batch_size * cfg.gradient_accumulation_steps >= cli.TOO_LARGE:
-        got = f"--batch_size {cfg.batch_size} with {cfg.gradient_accumulation_steps} micro-batches"
-        faults.append(UserError(got, "a step must have below 2**32 rows", "make one smaller"))
     if cfg.push_to_hub is not None and not cfg.save_model:
         got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
         faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))

@@ -71,19 +71,18 @@ def _secret_values(env: tuple[tuple[str, str], ...]) -> list[str]:
     return sorted((v for v in found if len(v) >= MIN_SECRET_CHARS), key=len, reverse=True)
 
 
-def redact(text: str, patterns: Sequence[re.Pattern] = SECRETS) -> str:
+def redact(text: str) -> str:
     """Replace what looks like a secret, and the values of variables that are named like one.
 
     Args:
         text: any text.
-        patterns: what a secret looks like.
 
     Returns:
         The text with REDACTED in their place.
     """
     for value in _secret_values(tuple(os.environ.items())):
         text = text.replace(value, REDACTED)
-    for pattern in patterns:
+    for pattern in SECRETS:
         text = pattern.sub(REDACTED, text)
     return text
 

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, config
-from fsdp_qlora.data.tokenizer import bounded
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
@@ -101,8 +100,7 @@ class Opened:
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
             kwargs |= {"tokenize": False, "add_generation_prompt": True}
             try:
-                with bounded("the chat template"):
-                    text = tokenizer.apply_chat_template(turns, **kwargs)
+                text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything
                 rule = f"the chat template cannot render the conversation ({brief(error)})"
                 raise UserError("generate", rule, "use --raw") from error

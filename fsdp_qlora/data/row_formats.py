@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.data import chats
-from fsdp_qlora.data.sources import MOST_ROW_CHARS, TextPiece, is_unicode, read_own_file
+from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost, says_something
 from fsdp_qlora.errors import UserError, one_line
 
@@ -309,8 +309,6 @@ class RowFormatter:
             Refused: a template cannot render it.
         """
         texts = self._render(row)
-        if any(len(text.text) >= MOST_ROW_CHARS for text in texts):
-            raise Refused(f"it has {MOST_ROW_CHARS:,} characters or more (split it)")
         if not all(is_unicode(text.text) for text in texts):
             raise Refused("it holds half a surrogate pair (want valid Unicode)")
         if self.train_on == "all":

@@ -34,7 +34,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WRAPPER = "data"  # under which a .json file may hold its rows
 PIECE_CHARS = 2**16  # of plain text; a longer one would cost the tokenizer memory
 LONGEST_LINE = 2**20
-MOST_ROW_CHARS, MOST_LIST_CHARS = 2**24, 2**30  # of a row; of a .json file that is one value
+LONGEST_CELL = 2**31 - 1
 
 
 class RowPlace(NamedTuple):
@@ -169,31 +169,16 @@ def _constant(name: str) -> None:
 STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 
-def _lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    """The lines of a file; none but the first, which may hold all rows, may be of any length."""
-    for number in itertools.count(1):
-        line = file.readline(MOST_ROW_CHARS)
-        if len(line) == MOST_ROW_CHARS and number > 1:
-            rule = f"has {MOST_ROW_CHARS:,} characters or more"
-            raise UserError(f"{path}:{number}", rule, "split the row, or leave it out")
-        if not line:
-            return
-        yield line
-
-
 def _read_json(path: Path) -> PlacedRows:
     """One object a line, one list of objects, or that under "data"; by what the file holds."""
     with _open(path) as file:
-        numbered = ((i, line) for i, line in enumerate(_lines(file, path), 1) if line.strip())
+        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         number, line = next(numbered, (0, "[]"))
-        is_list = line.lstrip().startswith("[") or len(line) == MOST_ROW_CHARS
-        row = None if is_list else parse_json(line.rstrip())
+        row = None if line.lstrip().startswith("[") else parse_json(line.rstrip())
         second = next(numbered, None) if row is not None else None
         is_part = isinstance(row, BadRow) and line.rstrip()[-1] in "{[,:"
         if row is None or second is None or is_part:
-            value = parse_json(
-                "".join([line, second[1] if second else "", file.read(MOST_LIST_CHARS)])
-            )
+            value = parse_json("".join([line, second[1] if second else "", file.read()]))
             value = value[WRAPPER] if _is_wrapped(value) else value
             rows, place = (value, -1) if isinstance(value, list) else ([value], number)
             for count, row in enumerate(rows):
@@ -222,14 +207,13 @@ def parse_json(text: str) -> Any:
 
 def _read_csv(path: Path) -> PlacedRows:
     """Rows under a first line of names, separated by what that line has most: comma, ; or tab."""
-    csv.field_size_limit(MOST_ROW_CHARS)  # the default is 128 KiB
+    csv.field_size_limit(LONGEST_CELL)  # the default is 128 KiB
     names: list[str] = []
     with _open(path) as file:
-        own = _lines(file, path)
-        first = next(own, "")
+        first = file.readline()
         unquoted = re.sub(r'"[^"]*("|$)', "", first)  # a name may hold commas of its own
         separator = "\t" if suffix(path) == ".tsv" else max(",;\t", key=unquoted.count)
-        lines = csv.reader(itertools.chain([first], own), delimiter=separator, strict=True)
+        lines = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
         while True:
             place = RowPlace(str(path), lines.line_num + 1)
             try:

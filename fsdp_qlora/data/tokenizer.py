@@ -4,16 +4,11 @@ Templates come with models from the hub: they run in the sandbox that transforme
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import os
 import re
-import resource
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +20,6 @@ from jinja2 import meta
 from fsdp_qlora import atomic
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.errors import UserError, brief
-from fsdp_qlora.hardware import GIB
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
@@ -43,7 +37,6 @@ END_OF_THOUGHT = "</think>"
 SET_BY_US = {"messages", "tools", "documents", "add_generation_prompt"}
 # What templates, JSON and Python write in several ways.
 NO_WORDS = re.compile(r"</?think>|\\u00[01][0-9a-f]|\\[bfnrt]|[\s\x00-\x1f\x7f\\\"']")
-RENDER_S, RENDER_BYTES = 10, 2 * GIB  # of a template, for one row
 MOST_SHOWN = 40  # characters of a text that is named
 
 
@@ -66,50 +59,6 @@ class Text(NamedTuple):
 
 class Refused(Exception):
     """A template cannot render a row; the text says why."""
-
-
-class _TooSlow(BaseException):
-    """A template has used up its time; no `except Exception` of its own may take it."""
-
-
-def _stop(*_: object) -> None:
-    raise _TooSlow
-
-
-@functools.lru_cache(1)
-def _address_bytes(second: int) -> int:
-    """What this process has mapped, as it was in a second."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-@contextlib.contextmanager
-def bounded(place: str) -> Iterator[None]:
-    """Let a template, code of others, have RENDER_S seconds and RENDER_BYTES for one row.
-
-    The seconds are of the processor, and counted in the main thread only.
-
-    Args:
-        place: of the template, for the error.
-
-    Raises:
-        UserError: it wants more.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _address_bytes(int(time.monotonic())) + RENDER_BYTES
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGVTALRM, _stop) if is_main else None
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (min(limit, soft % 2**63), hard))
-        signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_S * is_main)
-        yield
-    except (_TooSlow, MemoryError) as error:
-        rule = f"wants more than {RENDER_S} s or {RENDER_BYTES // GIB} GiB for one row"
-        raise UserError(place, rule, "correct it, or take another template") from error
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        if is_main:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, before)
 
 
 def says_something(message: Mapping[str, Any]) -> bool:
@@ -136,14 +85,13 @@ class Template:
 
         self.source, self.place, self.names = source, place, dict(names)
         try:
-            with bounded(place):  # what is constant is computed here
-                self.compiled = chat_template_utils._compile_jinja_template(source)
-                tree = self.compiled.environment.parse(source)
-                self.variables = meta.find_undeclared_variables(tree)
+            self.compiled = chat_template_utils._compile_jinja_template(source)
+            tree = self.compiled.environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
             rule = f"is not a Jinja template ({brief(error)})"
             raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
+        self.variables = meta.find_undeclared_variables(tree)
 
     def forbid_undefined(self) -> None:
         """Make a name that is not there an error instead of empty text."""
@@ -163,15 +111,12 @@ class Template:
         """
         blocks: list[str] = []
         spans: list[Span] = []
-        with bounded(self.place):
-            try:
-                with self.compiled.environment.activate_tracker(blocks, spans):
-                    for block in self.compiled.generate({**self.names, **values}):
-                        blocks.append(block)  # the tracker counts them meanwhile
-            except MemoryError:
-                raise
-            except Exception as error:  # code of others: it may raise anything
-                raise Refused(f"{type(error).__name__}: {brief(error)}") from error
+        try:
+            with self.compiled.environment.activate_tracker(blocks, spans):
+                for block in self.compiled.generate({**self.names, **values}):
+                    blocks.append(block)  # the tracker counts them meanwhile
+        except Exception as error:  # code of others: it may raise anything
+            raise Refused(f"{type(error).__name__}: {brief(error)}") from error
         return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
 
 
