@@ -574,23 +574,20 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     Returns:
         Lines to print once, on one rank.
     """
-    kind, is_ddp = TRAIN_TYPES[cfg.train_type].adapter, cfg.sharding_strategy == "ddp"
-    is_fsdp_here = not cfg.use_cpu_offload and not is_ddp
+    kind, is_here = TRAIN_TYPES[cfg.train_type].adapter, not cfg.use_cpu_offload
+    is_ddp_here = is_here and cfg.sharding_strategy == "ddp"
     keeps_all = not cfg.use_gradient_checkpointing
     is_local = cfg.trackers in ((), ("tensorboard",))
     table = [
         (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
-        (
-            is_ddp and not cfg.use_cpu_offload,
-            "cpu offload is off: ddp keeps the whole base on each GPU",
-        ),
+        (is_ddp_here, "cpu offload is off: ddp keeps the whole base on each GPU"),
         (kind == "dora", "CUDA graphs are off: they have no inputs for the row norms of DoRA"),
         (kind == "dora" and cfg.lora_dropout, "--lora_dropout doubles DoRA's frozen matmuls"),
         (kind == "full" and cfg.use_cpu_offload, "cpu offload has no effect: nothing is frozen"),
     ]
     unused = [
         (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
-        (is_fsdp_here, "offload_impl", "--use_cpu_offload is false"),
+        (is_here and not is_ddp_here, "offload_impl", "--use_cpu_offload is false"),
         (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
         (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),
         (kind not in ("lora", "dora"), "loraplus_ratio", "nothing has an adapter"),

@@ -15,7 +15,7 @@ from tests.test_kill_sweep import argv_of, result
 pytestmark = pytest.mark.system
 MEETING = ("--rdzv_backend=c10d", f"--rdzv_endpoint=host1:{cluster.PORT}", "--rdzv_id=7")
 TRAIN = (sys.executable, "-m", "tests.faults")  # as train.py
-SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1", *TRAIN)
+SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1")
 LONG = ("--max_steps=40", "--num_epochs=99", "--save_every=30", "--resume=auto")
 
 
@@ -60,7 +60,12 @@ def test_a_job_of_slurm_that_is_pre_empted_goes_on_bit_for_bit(place: Path):
     assert run.wait() == DONE, run.err
     out = place / "low"
     with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
-        words = ["FSDP_QLORA_FAULT=slow:0:pre-forward:5", *SRUN, *argv_of(place, out, *LONG)]
+        words = [
+            "FSDP_QLORA_FAULT=slow:0:pre-forward:5",
+            *SRUN,
+            *TRAIN,
+            *argv_of(place, out, *LONG),
+        ]
         low = batch(slurm, place, "low", " ".join(words))
         wait_for_steps(out)
         high = batch(slurm, place, "high", "sleep 2", "--partition=high", "--exclusive")
