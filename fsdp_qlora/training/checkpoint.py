@@ -270,7 +270,7 @@ def load(
     current |= preflight.data_fingerprint(data)
     if cfg.verify_base == "full":  # one rank of each machine reads all of its files
         mine = plan.info.whole_digest if world.local_rank == 0 else None
-        current["base_bytes"] = world.gather_objects(mine)[world.rank - world.local_rank]
+        current["base_bytes"] = world.gather_objects(mine)[world.peers[0]]
     libraries, num_steps = versions(world.device), data.train.num_steps
     saved, lines = preflight.saved_of(cfg), []
     at_steps = [int(step) for (step,) in world.gather([float(saved.step if saved else 0)])]
