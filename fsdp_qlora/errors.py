@@ -29,10 +29,10 @@ REDACTED = "[secret]"
 # What looks like a secret, wherever it stands. A name may begin like a token: only what is as long
 # as one and has no word in it counts.
 SECRETS = (
-    re.compile(r"\b(?:hf_|r8_|gsk_|npm_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"),
     re.compile(
-        r"\bsk-(?:[a-z]{1,9}\d*-){0,3}(?=\w{0,99}\d)\w{16,}|\bgithub_pat_\w{8,}|\bxox[a-z]-[\w-]{8,}"
+        r"\b(?:hf_|r8_|gsk_|npm_|github_pat_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"
     ),
+    re.compile(r"\bsk-(?:[a-z]{1,9}\d*-){0,3}(?=\w{0,99}\d)\w{16,}|\bxox[a-z]-[\w-]{8,}"),
     re.compile(r"\bA[KS]IA[A-Z0-9]{12,}|\bAIza[\w-]{20,}|\bya29\.[\w-]{20,}|\bdapi[0-9a-f]{16,}"),
     re.compile(r"\beyJ[\w-]{8,2000}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL),
