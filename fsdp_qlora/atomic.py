@@ -34,8 +34,12 @@ def cache_dir(setting: str = "auto") -> Path:
     Args:
         setting: a directory, or "auto" for $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
     """
-    usual = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
-    return Path(usual if setting == "auto" else setting).expanduser()
+    if setting == "auto":
+        setting = os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")
+    if (path := os.path.expanduser(setting)).startswith("~"):  # of a user that no list knows
+        remedy = "export HOME=DIR, or FSDP_QLORA_CACHE=DIR"
+        raise UserError(setting, "there is no home directory", remedy, ENVIRONMENT)
+    return Path(path)
 
 
 def sync(path: Path) -> None:

@@ -303,7 +303,7 @@ def _course_notes(saved: SavedCheckpoint, cfg: config.TrainConfig, num_steps: in
     before = functools.partial(learning_rate, stored, saved.state.get("num_steps", num_steps))
     lines = preflight.course_notes(stored, cfg)
     rate, planned = learning_rate(cfg, num_steps, step), before(step)
-    if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.lr):
+    if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.base_lr):
         words = f"{before(max(step - 1, 0)):.3g} in step {step}, {rate:.3g} in the next"
         lines.append(f"resume    learning rate: {words} ({planned:.3g} without these changes)")
     return lines
