@@ -25,8 +25,7 @@ from fastcore.basics import str2bool  # it reads the reference's command lines t
 from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
-TOO_SMALL, TOO_LARGE = 1e-30, 2**32  # for any number
-MOST_CHARS = 100_000  # of a text: ranks are told on their command lines
+TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,

@@ -20,7 +20,7 @@ from fsdp_qlora import __version__, arch, atomic, checkpoint_store
 from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TrainConfig, from_record
+from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
@@ -432,9 +432,8 @@ def _read_record(weights: Path) -> dict[str, Any]:
         text = (file.metadata() or {}).get(RECORD_KEY)
     if text is not None:
         record = atomic.parse_json(text.encode())
-        texts = [(record or {}).get(name) for name in ("base", "format", "compute_dtype", "digest")]
-        is_text = all(text is None or isinstance(text, str) for text in texts)
-        if record is None or not is_text or texts[2] not in (None, *PRECISIONS.values()):
+        texts = [(record or {}).get(name, "") for name in ("base", "format", "digest")]
+        if record is None or not all(isinstance(text, str | None) for text in texts):
             rule = "has a damaged record of its base"
             raise UserError(str(weights), rule, "copy it again", INTEGRITY)
         return record

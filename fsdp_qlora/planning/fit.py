@@ -283,8 +283,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
 
 def _divisors(number: int) -> list[int]:
     """The smallest ones: a micro-batch of more rows than MOST_ROWS is the user's own choice."""
-    small = (n for n in range(1, min(number, MOST_ROWS) + 1) if number % n == 0)
-    return list(itertools.islice(small, MOST_BATCHES))
+    return [n for n in range(1, min(number, MOST_ROWS) + 1) if number % n == 0][:MOST_BATCHES]
 
 
 def _keep(num_layers: int, num_selective: int, num_none: int) -> tuple[str, ...]:
