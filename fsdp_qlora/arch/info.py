@@ -41,7 +41,6 @@ ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh lin
 ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
-MOST_LAYERS, MOST_SIZE = 10_000, 2**31
 OWN_CONFIG = "take the model's own config.json"
 # As transformers' attribute_map has them for GPT-2, Bloom, MPT and others.
 OTHER_NAMES = {
@@ -210,7 +209,7 @@ def _size(config: dict, key: str, default: int | None = None) -> int:
     """Read one size of a config.json; the default counts when the key is absent or null."""
     names = (key, *OTHER_NAMES.get(key, ()))
     value = next((config[name] for name in names if config.get(name) is not None), default)
-    limit = MOST_LAYERS if key == "num_hidden_layers" else MOST_SIZE
+    limit = {"num_hidden_layers": 10_000}.get(key, 2**31)
     if type(value) is not int or not 1 <= value <= limit:
         rule = f"must be a positive integer of at most {limit:,} in config.json"
         raise UserError(f"{key} = {value!r}", rule, OWN_CONFIG)

@@ -20,7 +20,6 @@ from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
 RESIDENT_STEPS = 16  # in sixteenths
-MOST_ROWS, MOST_BATCHES = 2**16, 32  # what is tried
 TIE = 0.01  # settings this close in speed: the one that needs least
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
@@ -282,8 +281,8 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
 
 
 def _divisors(number: int) -> list[int]:
-    """The smallest ones: a micro-batch of more rows than MOST_ROWS is the user's own choice."""
-    return [n for n in range(1, min(number, MOST_ROWS) + 1) if number % n == 0][:MOST_BATCHES]
+    """The smallest ones: a micro-batch of more rows than 65,536 is the user's own choice."""
+    return [n for n in range(1, min(number, 2**16) + 1) if number % n == 0][:32]
 
 
 def _keep(num_layers: int, num_selective: int, num_none: int) -> tuple[str, ...]:
