@@ -61,6 +61,7 @@ test: venv
 test-system: venv
 	@$(PIP) --target $(VENV)/triton --upgrade --no-deps triton
 	@PYTHONPATH=$(VENV)/triton REQUIRE_TRITON=1 $(BIN)/python -m pytest -n 0 $(KERNEL_TESTS) $(ARGS)
+	@$(PIP) --editable '.[ray]'
 	@$(BIN)/python -m pytest -n 0 tests/system $(ARGS)
 
 check: venv

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,8 +34,12 @@ def cache_dir(setting: str = "auto") -> Path:
     Args:
         setting: a directory, or "auto" for $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
     """
-    usual = os.environ.get("FSDP_QLORA_CACHE", Path.home() / ".cache" / "fsdp_qlora")
-    return Path(usual if setting == "auto" else setting).expanduser()
+    if setting == "auto":
+        setting = os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")
+    if (path := os.path.expanduser(setting)).startswith("~"):  # of a user that no list knows
+        remedy = "export HOME=DIR, or FSDP_QLORA_CACHE=DIR"
+        raise UserError(setting, "there is no home directory", remedy, ENVIRONMENT)
+    return Path(path)
 
 
 def sync(path: Path) -> None:
@@ -159,27 +163,34 @@ def _seal(table: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
 
 
-def try_lock(file: IO[bytes] | int, is_shared: bool = False, waits: bool = False) -> bool:
+def try_lock(
+    file: IO[bytes] | int,
+    is_shared: bool = False,
+    waits: bool = False,
+    call: Callable[[Any, int], None] = fcntl.flock,
+) -> bool:
     """Lock an open file until it is closed, or say that its file system has no locks.
 
     Args:
         file: open for writing, or for reading where the lock is shared.
         is_shared: with others that share it.
         waits: for those that hold it.
+        call: fcntl.lockf locks for a process instead, until it closes the file anywhere.
 
     Returns:
         False: another process holds it.
     """
     try:
         how = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
-        fcntl.flock(file, how if waits else how | fcntl.LOCK_NB)
-    except BlockingIOError:
+        call(file, how if waits else how | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         rule = f"its file system has no locks ({error.strerror}): let only one run use it at a time"
-        print(f"warning   {getattr(file, 'name', 'a file')}: {rule}", file=sys.stderr)
+        number = file if isinstance(file, int) else file.fileno()
+        print(f"warning   {os.readlink(f'/proc/self/fd/{number}')}: {rule}", file=sys.stderr)
     return True
 
 

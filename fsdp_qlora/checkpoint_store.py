@@ -514,14 +514,12 @@ def lock(run_dir: Path) -> None:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     number = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # stays open on purpose
-    try:
-        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+    if not atomic.try_lock(number, call=fcntl.lockf):
         owner = os.pread(number, 200, 0).decode("utf-8", "replace").strip()
         os.close(number)
         rule = f"is in use by another run ({owner or 'just starting'})"
         remedy = "wait for it, or give another --output_dir"
-        raise UserError(f"--output_dir {run_dir}", rule, remedy) from None
+        raise UserError(f"--output_dir {run_dir}", rule, remedy)
     owner = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n"
     with contextlib.suppress(OSError):  # a full disk: the lock itself needs no room
         os.ftruncate(number, 0)

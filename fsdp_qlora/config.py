@@ -109,6 +109,9 @@ JSON = "a JSON object"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
+HELD_OUT_HELP = "held out: rows (200), share (0.1), split or file; auto: 5 %, none of few rows"
+LR_HELP = "highest learning rate [of LoRA by the model's width: 1e-4 to 5e-4; else 1e-5]"
+FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
 SYNONYMS = """model_name_or_path=model_name learning_rate=lr weight_decay=wd max_grad_norm=grad_norm
 num_train_epochs=num_epochs lora_r=lora_rank max_seq_length=context_length report_to=log_to
 per_device_train_batch_size=batch_size lr_warmup_steps=warmup_steps"""
@@ -176,9 +179,9 @@ class TrainConfig:
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
-    lora_rank: int = flag(64, "adapter", "rank r of the LoRA matrices", rule=">= 1")
-    lora_alpha: int = flag(16, "adapter", "scale is alpha / r", rule=">= 1")
-    lora_dropout: float = flag(0.1, "adapter", "on the adapter's input", rule="from 0 to below 1")
+    lora_rank: int = flag(16, "adapter", "rank r of the LoRA matrices", rule=">= 1")
+    lora_alpha: int = flag(32, "adapter", "scale is alpha / r", rule=">= 1")
+    lora_dropout: float = flag(0.0, "adapter", "on the adapter's input", rule="from 0 to below 1")
     lora_target_modules: str = flag("all", "adapter", "all linears, or a,comma,list", rule=TEXT)
     use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
     loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
@@ -187,7 +190,7 @@ class TrainConfig:
     dataset: str = flag("alpaca_sample", "data", DATASET_HELP, rule=TEXT)
     dataset_samples: int = flag(512, "data", "rows of dummy, *_sample and orca_math", rule=">= 1")
     train_split: str | None = flag(None, "data", "split to train on, or share of the rows (0.8)")
-    eval_split: str | None = flag(None, "data", "held out: rows (200), share (0.1), split or file")
+    eval_split: str | None = flag("auto", "data", HELD_OUT_HELP, rule=TEXT)
     template: str | None = flag(None, "data", "row format, x.jinja, or text with {columns}")
     train_on: str = flag("assistant", "data", "trained: answers, the last one, all", TRAINED)
     system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
@@ -205,13 +208,13 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(1, "training", "micro-batches per step", rule=">= 1")
     num_epochs: int = flag(1, "training", "passes over the data", rule=">= 1")
     max_steps: int = flag(-1, "training", "optimizer steps in total; -1: by epochs", rule=COUNT)
-    lr: float = flag(1e-5, "training", "highest learning rate", rule="> 0")
-    lr_scheduler: str = flag("constant", "training", "learning rate over time", SCHEDULERS)
-    warmup_steps: int | float = flag(0.1, "training", "steps, or share, to warm up", rule=WARMUP)
+    lr: float | None = flag(None, "training", LR_HELP, rule="> 0")
+    lr_scheduler: str = flag("linear", "training", "learning rate over time", SCHEDULERS)
+    warmup_steps: int | float = flag(0.05, "training", "steps, or share, to warm up", rule=WARMUP)
     optimizer: str = flag("adamw", "training", "optimizer of what is trained", OPTIMIZERS)
-    wd: float = flag(0.1, "training", "weight decay", rule=">= 0")
-    apply_gradient_clipping: bool = flag(False, "training", "clip the global gradient norm")
-    grad_norm: float = flag(0.3, "training", "largest norm when clipping", rule="> 0")
+    wd: float = flag(0.01, "training", "weight decay", rule=">= 0")
+    apply_gradient_clipping: bool = flag(True, "training", "clip the global gradient norm")
+    grad_norm: float = flag(1.0, "training", "largest norm when clipping", rule="> 0")
     max_skipped_steps: int = flag(3, "training", "most non-finite steps in a row", rule=">= 1")
     seed: int = flag(42, "training", "data order, adapters, dropout", rule="from 0 to 2**32 - 1")
     deterministic: bool = flag(False, "training", "equal bits from run to run, on GPUs too")
@@ -281,8 +284,18 @@ class TrainConfig:
         return "bfloat16" if self.precision == "bf16_pure" else "float32"
 
     @property
-    def eval_samples(self) -> int:
-        """Number of rows held out, where `eval_split` is one; else 0."""
+    def base_lr(self) -> float:
+        """Learning rate before the schedule; planning.run.make has chosen one for LoRA."""
+        return 1e-5 if self.lr is None else self.lr
+
+    def num_held_out(self, num_rows: int) -> int:
+        """How many of the rows are held out, where `eval_split` is a number or auto; else 0.
+
+        Args:
+            num_rows: of the data.
+        """
+        if self.eval_split == "auto" and self.train_split is None and self.dataset != "dummy":
+            return min(num_rows // 20, MOST_HELD_OUT) if num_rows >= FEWEST_ROWS else 0
         return int(self.eval_split) if self.eval_split and self.eval_split.isdecimal() else 0
 
     @property
@@ -574,23 +587,20 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     Returns:
         Lines to print once, on one rank.
     """
-    kind, is_ddp = TRAIN_TYPES[cfg.train_type].adapter, cfg.sharding_strategy == "ddp"
-    is_fsdp_here = not cfg.use_cpu_offload and not is_ddp
+    kind, is_here = TRAIN_TYPES[cfg.train_type].adapter, not cfg.use_cpu_offload
+    is_ddp_here = is_here and cfg.sharding_strategy == "ddp"
     keeps_all = not cfg.use_gradient_checkpointing
     is_local = cfg.trackers in ((), ("tensorboard",))
     table = [
         (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
-        (
-            is_ddp and not cfg.use_cpu_offload,
-            "cpu offload is off: ddp keeps the whole base on each GPU",
-        ),
+        (is_ddp_here, "cpu offload is off: ddp keeps the whole base on each GPU"),
         (kind == "dora", "CUDA graphs are off: they have no inputs for the row norms of DoRA"),
         (kind == "dora" and cfg.lora_dropout, "--lora_dropout doubles DoRA's frozen matmuls"),
         (kind == "full" and cfg.use_cpu_offload, "cpu offload has no effect: nothing is frozen"),
     ]
     unused = [
         (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
-        (is_fsdp_here, "offload_impl", "--use_cpu_offload is false"),
+        (is_here and not is_ddp_here, "offload_impl", "--use_cpu_offload is false"),
         (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
         (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),
         (kind not in ("lora", "dora"), "loraplus_ratio", "nothing has an adapter"),

@@ -194,8 +194,9 @@ def count_gpus(env: Mapping[str, str]) -> int:
 def find_gpus(visible: str | None = None) -> list[Device]:
     """The GPUs that a CUDA program sees, less what other programs hold of them.
 
-    NVIDIA's driver is asked through its library (NVML). Without it (AMD, some containers) torch is
-    asked, in another process, where it is a build for GPUs and a driver is loaded.
+    NVIDIA's driver is asked through its library (NVML). Without it (AMD, some containers), and of
+    GPUs in parts (MIG), torch is asked, in another process, where it is a build for GPUs and a
+    driver is loaded.
 
     Args:
         visible: CUDA_VISIBLE_DEVICES; None: all. A wrong number ends the list, as in CUDA.
@@ -212,7 +213,11 @@ def find_gpus(visible: str | None = None) -> list[Device]:
 
     try:
         nvml.nvmlInit()
-        return [_nvml_gpu(nvml, handle) for handle in _nvml_handles(nvml, visible)]
+        handles = _nvml_handles(nvml, visible)
+        modes = [_ask(nvml, nvml.nvmlDeviceGetMigMode, handle) for handle in handles]
+        if "MIG-" in (visible or "") or any(mode and mode[0] for mode in modes):
+            return _torch_gpus(visible)  # of parts of GPUs, CUDA alone says which it sees
+        return [_nvml_gpu(nvml, handle) for handle in handles]
     except nvml.NVMLError as error:
         if error.value in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
             return _torch_gpus(visible)
@@ -231,27 +236,25 @@ def _nvml_handles(nvml: Any, visible: str | None) -> list[Any]:
         matches = handles[int(entry) : int(entry) + 1] if entry.isdigit() else []
         if entry.startswith("GPU-"):
             matches = [h for h in handles if nvml.nvmlDeviceGetUUID(h).startswith(entry)]
-        if entry.startswith("MIG-"):  # a part of a GPU
-            with contextlib.suppress(nvml.NVMLError):
-                matches = [nvml.nvmlDeviceGetHandleByUUID(entry)]
-        if not matches:
+        if len(matches) != 1:  # none, or a prefix of several
             break
-        chosen.append(matches[0])
-    return chosen
+        chosen += matches
+    names = [nvml.nvmlDeviceGetUUID(handle) for handle in chosen]
+    return chosen if len({*names}) == len(names) else []  # one twice: CUDA sees none
+
+
+def _ask(nvml: Any, query: Any, *args: Any) -> Any:
+    """What the driver answers; None of an old one, or a GPU that shares the host's memory."""
+    with contextlib.suppress(nvml.NVMLError):
+        return query(*args)
 
 
 def _nvml_gpu(nvml: Any, handle: Any) -> Device:
-    def ask(query: Any, *args: Any) -> Any:
-        try:
-            return query(handle, *args)
-        except nvml.NVMLError:  # an old driver, or a GPU that shares the host's memory
-            return None
-
-    memory = ask(nvml.nvmlDeviceGetMemoryInfo, nvml.nvmlMemory_v2)
-    memory = memory or ask(nvml.nvmlDeviceGetMemoryInfo)
+    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)
+    memory = memory or _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     total_gib, used_gib = (memory.total / GIB, memory.used / GIB) if memory else (math.inf, 0.0)
     gpu = gpu_like(nvml.nvmlDeviceGetName(handle), total_gib)
-    capability = ask(nvml.nvmlDeviceGetCudaComputeCapability)
+    capability = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, handle)
     has_bf16 = tuple(capability) >= FIRST_WITH_BF16 if capability else gpu.has_bf16
     free_gib = round(gpu.memory_gib - used_gib, 1)
     return dataclasses.replace(gpu, memory_gib=free_gib, has_bf16=has_bf16)
@@ -351,10 +354,9 @@ def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[
 
 def _read(path: Path) -> str:
     """The text of a file of the kernel; "" where it is missing (other systems, old kernels)."""
-    try:
+    with contextlib.suppress(OSError):
         return path.read_text()
-    except OSError:
-        return ""
+    return ""
 
 
 def read_kib(path: Path, key: str) -> int:
@@ -392,9 +394,9 @@ class Cgroup:
         if self.used_path is None:
             return None
         used, stat = _read(self.used_path).strip(), _read(self.used_path.with_name("memory.stat"))
-        cache = re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-        cache_bytes = int(cache[-1]) if cache else 0  # v1: the total stands behind the group's own
-        return max(0, int(used) - cache_bytes) / GIB if used.isdigit() and stat else None
+        # In version 1 the total stands behind the group's own.
+        cache = [0, *map(int, re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE))]
+        return max(0, int(used) - cache[-1]) / GIB if used.isdigit() and stat else None
 
 
 def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgroup")) -> Cgroup:
@@ -420,8 +422,7 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         if paths and used:
             texts = {place: _read(place / limit_name).strip() for place in reversed(groups)}
             # No limit: "max", v1's huge number, or a missing file.
-            numbers = {place: int(text) for place, text in texts.items() if text.isdigit()}
-            limits = {place: n / GIB for place, n in numbers.items() if n < 2**60}
+            limits = {p: int(n) / GIB for p, n in texts.items() if n.isdigit() and int(n) < 2**60}
             place = min(limits, key=lambda place: limits[place], default=used[0])
             return Cgroup(limits.get(place), place / used_name, used[0] / events_name)
     return Cgroup()
@@ -468,9 +469,8 @@ def host_used_gib(cgroup: Cgroup | None = None) -> float:
     """
     cgroup = find_cgroup() if cgroup is None else cgroup
     limit_gib, host = host_limit_gib(cgroup), psutil.virtual_memory()
-    is_group = limit_gib < host.total / GIB
-    used_gib = (cgroup.used_gib() or 0.0) if is_group else 0.0
-    return max(used_gib, limit_gib - host.available / GIB)
+    used_gib = cgroup.used_gib() if limit_gib < host.total / GIB else None
+    return max(used_gib or 0.0, limit_gib - host.available / GIB)
 
 
 def pss_gib() -> float:

@@ -223,8 +223,12 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         os.environ.update(launch.rank_env(os.environ, cfg))
         size, asked = os.environ["WORLD_SIZE"], str(cfg.world_size)
         if size == "1" or asked not in ("-1", size, os.environ["LOCAL_WORLD_SIZE"]):
-            words = f", not --world_size {asked}" if asked not in ("-1", size) else ""
-            say(f"ranks     {size}, as RANK and WORLD_SIZE in the environment say{words}")
+            say(f"ranks     {size}, as RANK and WORLD_SIZE say; --world_size {asked} has no effect")
+        is_port_taken = os.environ["MASTER_PORT"] == str(cfg.master_port)
+        idle = given & {"max_restarts", *(() if is_port_taken else ("master_port",))}
+        if idle:
+            what = ", ".join(f"--{name}" for name in sorted(idle))
+            say(f"note      {what}: without effect, what has started the ranks decides")
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
         join_and_run(cfg, given, owns_process=True)

@@ -51,12 +51,6 @@ def nvmlDeviceGetHandleByIndex(index: int) -> str:
     return [*_rows()][index]
 
 
-def nvmlDeviceGetHandleByUUID(uuid: str) -> str:
-    if uuid not in _rows():
-        raise NVMLError(6)
-    return uuid
-
-
 def nvmlDeviceGetUUID(handle: str) -> str:
     return handle
 
@@ -74,6 +68,10 @@ def nvmlDeviceGetMemoryInfo(handle: str, version: int | None = None) -> types.Si
 
 def nvmlDeviceGetCudaComputeCapability(handle: str) -> list[int]:
     return _rows()[handle][3] or _fail()
+
+
+def nvmlDeviceGetMigMode(handle: str) -> list[int]:
+    return _fail()
 
 
 def _fail() -> list[int]:

@@ -240,3 +240,14 @@ def current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_without_a_home_directory_the_place_of_the_cache_is_asked_for(monkeypatch, tmp_path: Path):
+    """A container or job may run as a number that no list of users knows."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("FSDP_QLORA_CACHE", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 987654321)
+    with pytest.raises(UserError, match="no home directory; export HOME=DIR, or FSDP_QLORA_CACHE"):
+        atomic.cache_dir()
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
+    assert atomic.cache_dir() == tmp_path

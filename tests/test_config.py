@@ -161,10 +161,10 @@ def test_flags_without_effect_are_noted_once_and_only_when_set():
     assert [note.split()[1] for note in said] == ["--low_memory", "--with_stack"]
     assert cfg_notes(cfg) == ["--tracker_args has no effect: --log_to has no tracker that takes it"]
     assert cfg.tracker_options == {"entity": "me", "name": "a,b"}
-    assert cfg_notes(parse(["--warmup_steps", "9"])) == [
+    assert cfg_notes(parse(["--warmup_steps", "9", "--lr_scheduler=constant"])) == [
         "--warmup_steps has no effect: --lr_scheduler is constant"
     ]
-    assert cfg_notes(parse(["--grad_norm", "1"])) == [
+    assert cfg_notes(parse(["--grad_norm=2", "--apply_gradient_clipping=false"])) == [
         "--grad_norm has no effect: --apply_gradient_clipping is false"
     ]
 
@@ -254,7 +254,7 @@ def test_warmup_steps_are_the_learning_rates_unless_the_profiler_is_on():
     for line, warmup, profile in (
         ("--warmup_steps 7", 7, False),
         ("--warmup_ratio 1", 1.0, False),
-        ("--profile --warmup_steps 7", 0.1, 7),
+        ("--profile --warmup_steps 7", 0.05, 7),
         ("--profile --warmup_steps 7 --warmup_ratio=0", 0.0, 7),
         ("--profile false --warmup_steps 7", 7, False),
         ("--profile --lr_warmup_steps 7", 7, True),
@@ -271,9 +271,9 @@ def test_what_the_recipe_says_can_be_taken_back(tmp_path: Path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text("eval_samples = 48\ncompile = false\n")
     flags = ["--recipe", str(recipe)]
-    assert (parse(flags).eval_samples, parse(flags).eval_split) == (48, "48")
-    assert parse([*flags, "--eval_samples=0"]).eval_samples == 0
-    assert parse([*flags, "--eval_split", "0.1"]).eval_samples == 0
+    assert (parse(flags).num_held_out(60), parse(flags).eval_split) == (48, "48")
+    assert parse([*flags, "--eval_samples=0"]).num_held_out(60) == 0
+    assert parse([*flags, "--eval_split", "0.1"]).num_held_out(60) == 0
 
 
 def test_saved_configuration_reads_back_equal(tmp_path: Path):
@@ -365,3 +365,11 @@ def test_no_argument_escapes_as_another_error():
                 refused += 1
                 assert str(fault).isprintable()
     assert refused > 250
+
+
+def test_a_share_of_own_rows_is_held_out_by_default():
+    cfg = parse([])
+    held_out = [cfg.num_held_out(number) for number in (99, 100, 1_000, 2_000, 10**6)]
+    assert held_out == [0, 5, 50, 100, 100]
+    for flags in (["--dataset=dummy"], ["--train_split=0.8"], ["--eval_split=none"]):
+        assert parse(flags).num_held_out(1_000) == 0

@@ -36,6 +36,9 @@ def driver(monkeypatch: pytest.MonkeyPatch):
         ("GPU-2,0", ["H200 NVL", "3090"]),
         ("0,7,1", ["3090"]),
         ("MIG-dd44,0", []),
+        ("1,GPU-,0", ["4060 Ti"]),
+        ("0,-1,1", ["3090"]),
+        ("0,GPU-0", []),
         ("NoDevFiles", []),
         ("-1", []),
         ("", []),
@@ -49,6 +52,17 @@ def test_gpus_are_those_that_cuda_would_use(driver, visible: str | None, names: 
     env = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     assert hardware.count_gpus(env) == len(names)
     assert hardware.driver_version() == "580.0"
+
+
+def test_of_parts_of_gpus_cuda_is_asked(driver, monkeypatch):
+    """By each form of their names, and where a GPU that is in parts is named by its number."""
+    monkeypatch.setattr(hardware, "_torch_gpus", lambda visible: [f"CUDA's of {visible}"])
+    driver(fake_nvml.gpus("NVIDIA H200 NVL"))
+    for visible in ("MIG-0ab1", "MIG-GPU-0/1/0", "0,MIG-0ab1"):
+        assert hardware.find_gpus(visible) == [f"CUDA's of {visible}"]
+    assert hardware.find_gpus("0")[0].name == "NVIDIA H200 NVL"
+    monkeypatch.setattr(fake_nvml, "nvmlDeviceGetMigMode", lambda handle: [1, 1])
+    assert hardware.find_gpus("0") == ["CUDA's of 0"]
 
 
 def test_the_driver_reports_what_a_name_does_not(driver):

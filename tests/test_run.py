@@ -172,7 +172,7 @@ def test_two_ranks_from_end_to_end(place: Path):
     table = json.loads((out_dir / "run_config.json").read_text())
     assert table.pop("versions").keys() >= {"torch", "transformers", "bitsandbytes", "python"}
     cfg = config.TrainConfig(**table)
-    assert (cfg.lora_rank, cfg.lora_alpha, cfg.output_dir) == (8, 16, str(out_dir))
+    assert (cfg.lora_rank, cfg.lora_alpha, cfg.output_dir) == (8, 32, str(out_dir))
     for start_of_line in ("held-out  loss ", f"prompt    {QUESTION}", "before    ", "after     "):
         assert len(re.findall(f"^{re.escape(start_of_line)}", out, re.MULTILINE)) == 1
     assert out.count("--verbose has no effect") == 1

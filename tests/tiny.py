@@ -73,7 +73,7 @@ def shape(path: Path, world: World, *flags: str):
 
     Returns (load.Built, info, cfg).
     """
-    cfg = config.parse([f"--model_name={path}", "--quant_cache=off", *flags])
+    cfg = config.parse(["--recipe=reference", f"--model_name={path}", "--quant_cache=off", *flags])
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     return load.shape(cfg, info, world), info, cfg
 

@@ -233,7 +233,11 @@ def read_tensors(
     Raises:
         UserError: no safetensors files (code 2); one absent, cut off, unlike the index (code 5).
     """
-    index = _read_index(directory / INDEX_NAME)
+    index, single = _read_index(directory / INDEX_NAME), directory / SINGLE_NAME
+    has_both = bool(index) and single.is_file() and SINGLE_NAME not in index.values()
+    if has_both and not all((directory / name).exists() for name in set(index.values())):
+        # The whole model lies in one file: transformers prefers that too.
+        index = {} if read_header(single, item_bytes).keys() == index.keys() else index
     tensors: dict[str, TensorRef] = {}
     for name in sorted(set(index.values())) or _list_files(directory):
         header = read_header(directory / name, item_bytes)
@@ -244,8 +248,7 @@ def read_tensors(
     lost = [name for name in index if name not in tensors or tensors[name].file.name != index[name]]
     if lost:
         raise _damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
-    single = directory / SINGLE_NAME
-    if index and single.is_file() and SINGLE_NAME not in index.values():
+    if has_both:
         header = read_header(single, item_bytes)
         is_same = header.keys() == tensors.keys()
         if not is_same or not all(same_bytes(ref, tensors[n], PIECE) for n, ref in header.items()):
@@ -478,7 +481,7 @@ def _read_state(ref: TensorRef, name: str) -> dict:
             state = json.loads(file.read(ref.nbytes))
         if [type(size) for size in state["shape"]] != [int, int]:
             raise ValueError("no shape of two sizes")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
     return state
 

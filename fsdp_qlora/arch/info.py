@@ -7,6 +7,7 @@ when its layers repeat exactly. Values of config.json that are no sizes are chec
 rank fails over one. tests/arch compares every row with the model that transformers builds.
 """
 
+import contextlib
 import math
 import re
 import tomllib
@@ -29,6 +30,7 @@ EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", 
 EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
+SLIDING = "sliding_attention"
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 # Start of the layers' names in files of a model saved without its head -> what all names lack.
@@ -407,15 +409,18 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     is_known = config["model_type"] in LAYOUTS
     tensors: dict[str, TensorRef] = {}
     quantized: dict[str, QuantizedRef] = {}
+    item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
     if reads_headers := path and (need_weights or not is_known):
         if not (need_weights or any(path.glob("*.safetensors"))):
             rule = f"{config['model_type']} models are read from their files only"
             raise UserError(model_name, rule, "add the *.safetensors files")
-        item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
         tensors = _own_names(files.read_tensors(path, item_bytes), config)
         if stored:
             tensors, quantized = files.fold(tensors, stored, model_name)
         tensors = _without_copies(tensors, config)
+    elif path and _is_tied(config):  # whole files know better; a plan can do without
+        with contextlib.suppress(UserError):
+            _without_copies(_own_names(files.read_tensors(path, item_bytes), config), config)
     shapes = {name: ref.shape for name, ref in tensors.items()}
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
@@ -440,13 +445,18 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         quantized=quantized,
     )
     if stored and tensors:
-        names = info.linear_places().keys()
-        faults = {
-            "not in 4 bit, where others are": sorted(names - quantized.keys()),
-            "in 4 bit, but no linear of a decoder layer": sorted(quantized.keys() - names),
-        }
-        files.refuse(faults, model_name, files.ORIGINAL)
+        _check_quantized(info, model_name)
     return info
+
+
+def _check_quantized(info: ModelInfo, model_name: str) -> None:
+    """All linears of the layers are in 4 bit, and nothing else is."""
+    names, quantized = info.linear_places().keys(), info.quantized.keys()
+    faults = {
+        "not in 4 bit, where others are": sorted(names - quantized),
+        "in 4 bit, but no linear of a decoder layer": sorted(quantized - names),
+    }
+    files.refuse(faults, model_name, files.ORIGINAL)
 
 
 def select_linears(info: ModelInfo, target_modules: str) -> tuple[Linear, ...]:
@@ -544,6 +554,8 @@ def _checked_config(config: dict, model_name: str) -> dict:
     left_out = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
         config = config | {"sliding_window": None}
+    if SLIDING in str(config.get("layer_types")) and config.get("sliding_window", 1) is None:
+        raise UserError(got, f"has {SLIDING}, and its window is none", "say how long it is")
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
 
 

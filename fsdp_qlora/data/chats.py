@@ -19,7 +19,7 @@ ROLES = {  # in lower case
     "tool_call": CALL,
 }
 # Fields of a message that switch its loss: OpenAI's and mistral-finetune's, ms-swift's, axolotl's.
-SWITCHES = ("weight", "loss", "train")
+SWITCHES = ("weight", "loss", "train", "loss_weight")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
@@ -117,7 +117,7 @@ def from_json(name: str, value: Any) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f'field "{name}" is not JSON') from error
 
 
@@ -154,8 +154,9 @@ def _message(number: int, entry: object) -> dict:
             shown = one_line(str(others[name]))[:30]
             raise Refused(f"message {number} {name} is {shown} (want 0 or 1)")
     if isinstance(content, list):
-        are_texts = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
-        content = "".join(part["text"] for part in content) if are_texts else content
+        parts = [p.get("text", p.get("value")) if isinstance(p, dict) else None for p in content]
+        if all(isinstance(part, str) for part in parts):
+            content = "".join(map(str, parts))
     if isinstance(others.get(CALL), dict):  # OpenAI's form before tool_calls
         call = {"type": "function", "function": others.pop(CALL)}
         others.setdefault("tool_calls", [call])
@@ -179,7 +180,7 @@ def call_message(message: dict, is_known: bool) -> dict:
         return message
     try:
         found = json.loads(message["content"])
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     calls = found if isinstance(found, list) else [found]
     are_calls = calls and all(isinstance(call, dict) and "name" in call for call in calls)
@@ -193,7 +194,7 @@ def as_object(arguments: Any) -> Any:
     """Return arguments of a call as an object where they are one in JSON."""
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
     return found if isinstance(found, dict) else arguments
 

@@ -130,7 +130,7 @@ def prepare(
         train, held_out, num_test = train_test_split(whole, cfg)
         good = (row for _, row in sources.read(found) if formatter.problem(row) is None)
         example, stores = next(good, None), [whole.store]
-        eval_name = None if cfg.eval_samples else split_name(cfg.eval_split)
+        eval_name = split_name(cfg.eval_split)
         if eval_name is not None:
             more = _find_eval(cfg, eval_name, tokenizer)
             held_out, found = make(more), [*found, *more]
@@ -247,7 +247,7 @@ def train_test_split(
 
     Args:
         whole: all samples.
-        cfg: gives train_split and eval_split (shares), or eval_samples, and the seed.
+        cfg: gives train_split and eval_split, and the seed.
 
     Returns:
         Train and held out, each in the order of the rows, and how many are left for a test.
@@ -257,14 +257,15 @@ def train_test_split(
     """
     at, num_rows = spread(whole.hashes, cfg.seed), len(whole)
     learn = split_share(cfg.train_split)
-    if cfg.eval_samples:
+    num_held_out = cfg.num_held_out(num_rows)
+    if num_held_out:
         if learn is not None:
             got = f"--eval_split {cfg.eval_split} with --train_split {cfg.train_split}"
             raise UserError(got, "both split the rows", "give a share (0.1) as --eval_split")
-        if num_rows and cfg.eval_samples >= num_rows:
+        if num_rows and num_held_out >= num_rows:
             rule = f"only {num_rows} rows can be used, and some must be trained on"
-            raise UserError(f"--eval_split {cfg.eval_samples}", rule, f"at most {num_rows - 1}")
-        chosen = np.argsort(at, kind="stable")[: cfg.eval_samples]
+            raise UserError(f"--eval_split {num_held_out}", rule, f"at most {num_rows - 1}")
+        chosen = np.argsort(at, kind="stable")[:num_held_out]
         is_held_out = np.isin(np.arange(num_rows), chosen)
         return whole.part(~is_held_out), whole.part(is_held_out), 0
     hold = split_share(cfg.eval_split)
@@ -326,7 +327,8 @@ def split_name(setting: str | None) -> str | None:
     Args:
         setting: train_split or eval_split.
     """
-    return setting if setting is not None and split_share(setting) is None else None
+    is_named = setting not in (None, "auto") and not str(setting).isdecimal()
+    return setting if is_named and split_share(setting) is None else None
 
 
 @dataclasses.dataclass(frozen=True)

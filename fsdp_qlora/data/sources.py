@@ -128,7 +128,7 @@ def read_own_file(path: Path, flag: str, remedy: str) -> str:
     path, rule = path.expanduser(), "is no regular file"
     try:
         if not os.path.lexists(path) or os.path.isfile(path):  # a pipe would wait
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         rule = getattr(error, "strerror", None) or "is not UTF-8"
     raise UserError(f"{flag} {path}", rule, remedy)
@@ -271,7 +271,7 @@ def _read_arrow(path: Path) -> PlacedRows:
             schema = table.schema_arrow if is_parquet else table.schema
             known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
             features = (known.get("info") or {}).get("features") or {}
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
             for number, row in enumerate(rows, 1):
                 yield RowPlace(str(path), -number), _without_nulls(row, features, decodes=True)
     except OSError:

@@ -301,14 +301,17 @@ def _said(message: dict, number: int) -> _Said:
 
 
 def _leaves(value: Any) -> list[str]:
-    """Texts and numbers in a JSON value; a text may be JSON itself."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-    if isinstance(value, Mapping | list):
-        inner = value.values() if isinstance(value, Mapping) else value
-        return [leaf for entry in inner for leaf in _leaves(entry)]
-    return [] if value is None or isinstance(value, bool) else [str(value)]
+    """Texts and numbers in a JSON value, however deep; a text may be JSON itself."""
+    found, waiting = [], [value]
+    for value in waiting:  # it grows
+        if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        if isinstance(value, Mapping | list):
+            waiting += value.values() if isinstance(value, Mapping) else value
+        elif value is not None and not isinstance(value, bool):
+            found.append(str(value))
+    return found
 
 
 @dataclass(frozen=True, eq=False)

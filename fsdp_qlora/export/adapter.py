@@ -8,6 +8,7 @@ base was quantized to, the dtype it computed in, and a digest that tells one bas
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -319,7 +320,7 @@ def base_name(info: ModelInfo, cfg: TrainConfig) -> tuple[str, str | None]:
 def _base_of(config: dict[str, Any]) -> str:
     """The base in adapter_config.json, with its revision, as arch.read takes it."""
     name, revision = str(config.get("base_model_name_or_path") or ""), config.get("revision")
-    if not name or Path(name).expanduser().is_dir():
+    if not name or os.path.isdir(os.path.expanduser(name)):
         return name
     if match := SNAPSHOT.fullmatch(name):  # of another machine's cache
         name, revision = f"{match[1]}/{match[2]}", match[3]

@@ -8,6 +8,7 @@ more than a few tensors at once.
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,7 @@ def merge(argv: list[str]) -> int:
             disk (code 3), values that the dtype cannot hold (code 5).
     """
     options = _parse("merge", argv, MergeOptions, "adapter", "out")
-    adapter = adapters.read(Path(str(options.adapter)).expanduser())
+    adapter = adapters.read(Path(os.path.expanduser(str(options.adapter))))
     if not (options.model_name or adapter.base_name):
         got = f"{adapter.path}: base_model_name_or_path"
         raise UserError(got, "is empty", "name the base with --model_name")

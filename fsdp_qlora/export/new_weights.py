@@ -16,6 +16,7 @@ Source: LLaMA Pro, arXiv 2401.02415, section 3.2.
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -248,9 +249,9 @@ def add_tokens(info: ModelInfo, text: str) -> Vocabulary:
     Raises:
         UserError: there are none, or a token is known already (code 2).
     """
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     is_file = len(text) < 256 and path.is_file()
-    parts = path.read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
+    parts = path.read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
     tokens = [part.strip() for part in parts if part.strip()]
     core = tokenizer.read(tokenizer.directory(info)).core
     known = [token for token in tokens if core.token_to_id(token) is not None]

@@ -159,7 +159,8 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     cfg, rows_per_step = s.cfg, setting.batch_size * setting.accumulation * setting.num_ranks
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
-    return math.ceil(max(s.num_rows - cfg.eval_samples, 1) / rows_per_step) * cfg.num_epochs
+    num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)
+    return math.ceil(num_rows / rows_per_step) * cfg.num_epochs
 
 
 class Outcome(NamedTuple):

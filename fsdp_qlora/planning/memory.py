@@ -323,11 +323,10 @@ def _saving(s: Sizes, setting: Setting) -> list[Term]:
 
 def _hosted(s: Sizes, setting: Setting) -> list[Term]:
     """The quantized layers that lie on the host."""
-    whole = {"layers": setting.count("streamed"), "bytes": s.layer_bytes}
-    slices = whole | {"layers": setting.count("offloaded")}
-    slices["per_machines"] = max(setting.shares // setting.local_ranks, 1)
-    terms = term("slices of all ranks, pinned", **slices), term("one copy for all ranks", **whole)
-    return present(*terms)
+    sliced, whole = ({"layers": setting.count(n)} for n in ("offloaded", "streamed"))
+    own = {"bytes": s.layer_bytes, "per_machines": max(setting.shares // setting.local_ranks, 1)}
+    copy = term("one copy for all ranks", **whole, bytes=s.layer_bytes)
+    return present(term("slices of all ranks, pinned", **sliced, **own), copy)
 
 
 @functools.lru_cache

@@ -158,12 +158,33 @@ def fallback_of(env: Mapping[str, str]) -> int:
     return json.loads(env[ENV])["notch"] if ENV in env else 0
 
 
+def learning_rate(cfg: TrainConfig, info: ModelInfo) -> float:
+    """Return the learning rate of a run: the user's, or one for the width of the model.
+
+    Args:
+        cfg: lr, train_type, optimizer.
+        info: the model.
+
+    Returns:
+        For LoRA by Adam 5e-4 * (2000 / hidden_size) ** 0.781, in the range that is published for
+        7B to 65B; else 1e-5.
+
+    Source: Schulman et al., LoRA Without Regret, 2025 (the law; alpha 32, LoRA on all linears);
+        QLoRA, arXiv 2305.14314 (1e-4 to 2e-4). Measured: recipes/defaults.md.
+    """
+    has_lora = TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
+    if cfg.lr is not None or not has_lora or "adam" not in cfg.optimizer:
+        return cfg.base_lr
+    return min(max(float(f"{5e-4 * (2000 / info.hidden_size) ** 0.781:.1e}"), 1e-4), 5e-4)
+
+
 def make(
     info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine, fallback: int = 0
 ) -> RunPlan:
     """Plan a run, and choose what the user has left open.
 
-    GPUs without bfloat16 compute in float16, unless the user says otherwise.
+    GPUs without bfloat16 compute in float16, and the learning rate follows the width of the model,
+    unless the user says otherwise.
 
     Args:
         info: the model.
@@ -175,6 +196,7 @@ def make(
     Returns:
         The plan; a run that does not fit is planned as it is.
     """
+    cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
     why, lacking = "", [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
         cfg = dataclasses.replace(cfg, precision="fp16_autocast")

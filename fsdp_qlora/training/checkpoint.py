@@ -270,7 +270,7 @@ def load(
     current |= preflight.data_fingerprint(data)
     if cfg.verify_base == "full":  # one rank of each machine reads all of its files
         mine = plan.info.whole_digest if world.local_rank == 0 else None
-        current["base_bytes"] = world.gather_objects(mine)[world.rank - world.local_rank]
+        current["base_bytes"] = world.gather_objects(mine)[world.peers[0]]
     libraries, num_steps = versions(world.device), data.train.num_steps
     saved, lines = preflight.saved_of(cfg), []
     at_steps = [int(step) for (step,) in world.gather([float(saved.step if saved else 0)])]
@@ -303,7 +303,7 @@ def _course_notes(saved: SavedCheckpoint, cfg: config.TrainConfig, num_steps: in
     before = functools.partial(learning_rate, stored, saved.state.get("num_steps", num_steps))
     lines = preflight.course_notes(stored, cfg)
     rate, planned = learning_rate(cfg, num_steps, step), before(step)
-    if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.lr):
+    if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.base_lr):
         words = f"{before(max(step - 1, 0)):.3g} in step {step}, {rate:.3g} in the next"
         lines.append(f"resume    learning rate: {words} ({planned:.3g} without these changes)")
     return lines

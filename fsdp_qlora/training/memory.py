@@ -272,12 +272,10 @@ class MemoryTracker:
         self.used_gib: dict[str, float] = {}
         self.pinned_gib = 0.0
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
-        self.share = HostShare(
-            process_peak().left_gib,
-            _token_bytes(data) / GIB if data else 0.0,
-            files_gib=Sizes(plan.info, plan.cfg).file_bytes / GIB,
-            system_gib=plan.machine.system_gib or 0.0,
-        )
+        data_gib = _token_bytes(data) / GIB if data else 0.0
+        files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
+        whole = {"files_gib": files_gib, "system_gib": plan.machine.system_gib or 0.0}
+        self.share = HostShare(process_peak().left_gib, data_gib, **whole)
         self._device = device
         self._params: list[torch.nn.Parameter] = []
         self._model: QuantizedModel | None = None

@@ -70,7 +70,7 @@ def learning_rate(cfg: TrainConfig, num_steps: int, step: int) -> float:
         num_steps: of the run.
         step: 0-based.
     """
-    return cfg.lr * factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
+    return cfg.base_lr * factor(cfg.lr_scheduler, step, num_steps, cfg.warmup_steps)
 
 
 def build(
@@ -98,7 +98,7 @@ def build(
         groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
     parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
     options = {"fused": True} if row.is_fused else {}
-    optimizer: Optimizer = pkgutil.resolve_name(row.kind)(parts, lr=cfg.lr, **options)
+    optimizer: Optimizer = pkgutil.resolve_name(row.kind)(parts, lr=cfg.base_lr, **options)
     shape = (num_steps, cfg.warmup_steps)
     return optimizer, LambdaLR(optimizer, lambda step: factor(cfg.lr_scheduler, step, *shape))
 

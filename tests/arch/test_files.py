@@ -101,6 +101,19 @@ def garbled_header(directory: Path) -> None:
     edit_header(directory, b'"F32"', b'"F32,')
 
 
+def float_offsets(directory: Path) -> None:
+    """Written by something for which all numbers are floats."""
+    path = directory / "model.safetensors"
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    write_header(path, json.loads(raw[8:end], parse_int=float), raw[end:])
+
+
+def nested_config(directory: Path) -> None:
+    """Deeper than Python's parser goes."""
+    (directory / "config.json").write_text('{"a":' * 100_000)
+
+
 def index_of_absent_file(directory: Path) -> None:
     """A shard was not downloaded."""
     write_index(directory, {"lm_head.weight": "model-00002-of-00002.safetensors"})
@@ -144,6 +157,8 @@ def write_index(directory: Path, more: dict) -> None:
         (rename_tensor, "1 tensor (model.norm.weight)", INTEGRITY),
         (integer_tensor, "holds I32 tensors", INPUT),
         (garbled_header, "invalid JSON in header", INTEGRITY),
+        (float_offsets, "are no safetensors file", INTEGRITY),
+        (nested_config, "is no valid JSON", INTEGRITY),
         (index_of_absent_file, "is named by the index, and absent", INTEGRITY),
         (index_of_other_tensors, "1 tensor (model.extra.weight) not in the file", INTEGRITY),
         (index_outside, "which is no plain file name", INTEGRITY),

@@ -179,6 +179,16 @@ def test_sharded_files_read_like_a_single_one(tmp_path: Path) -> None:
     whole, shards = (arch.read(str(tmp_path / name), True).tensors for name in ("whole", "shards"))
     assert len({ref.file for ref in shards.values()}) > 3
     assert {n: ref.shape for n, ref in shards.items()} == {n: ref.shape for n, ref in whole.items()}
+    # A shard is gone: the same model in one file is taken, as transformers does; no other is.
+    shutil.copy(tmp_path / "whole" / "model.safetensors", tmp_path / "shards")
+    next(iter(shards.values())).file.unlink()
+    found = arch.read(str(tmp_path / "shards"), True).tensors
+    assert {ref.file.name for ref in found.values()} == {"model.safetensors"}
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    names = dict(list(json.loads(index.read_text())["weight_map"].items())[1:])
+    index.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UserError, match="is named by the index, and absent"):
+        arch.read(str(tmp_path / "shards"), True)
 
 
 def test_copies_in_the_files_are_left_out(tmp_path: Path) -> None:
@@ -193,6 +203,12 @@ def test_copies_in_the_files_are_left_out(tmp_path: Path) -> None:
     info = arch.read(str(tmp_path), need_weights=True)
     assert info.is_tied
     assert info.tensors.keys() == built_shapes(model).keys()
+    values["lm_head.weight"][0] += 1  # it is a head of its own, which a plan counts too
+    save_file(values, tmp_path / "model.safetensors")
+    for need_weights in (True, False):
+        assert not arch.read(str(tmp_path), need_weights).is_tied
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    assert arch.read(str(tmp_path), need_weights=False).is_tied
 
 
 def test_config_loses_the_keys_that_could_name_code(tmp_path: Path) -> None:
@@ -221,6 +237,7 @@ def test_config_loses_the_keys_that_could_name_code(tmp_path: Path) -> None:
         ({"model_type": None}, "config.json must name one", INPUT),
         ({"model_type": "own", "auto_map": {}}, "auto_map), which is never done", INPUT),
         ({"text_config": {}}, "is multi-modal", INPUT),
+        ({"layer_types": ["sliding_attention"], "sliding_window": 0}, "window is none", INPUT),
         ({"quantization_config": {}}, "is quantized already", INPUT),
     ],
 )

@@ -113,7 +113,7 @@ def test_sharegpt_rows_become_messages(choose):
     text, learned = written(choose(), SHAREGPT)
     assert text.startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
     assert learned == ["Oh.<|im_end|>\n", "f()<|im_end|>\n"]
-    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "image": None}]
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "value": "i", "image": None}]
     row = {"conversations": [{"role": "user", "content": parts}, CHAT["messages"][1]]}
     assert written(choose(), row) == written(choose(), CHAT)
 
@@ -307,7 +307,7 @@ def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
     )
     switches = (
         ("weight", 1, 0),
-        ("weight", 1.0, 0.0),
+        ("loss_weight", 1.0, 0.0),
         ("loss", True, False),
         ("train", True, False),
     )

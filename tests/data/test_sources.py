@@ -141,6 +141,10 @@ def test_arrow_files_give_all_their_rows_in_order(tmp_path):
         file.write_table(table)
     assert read(tmp_path / "x.parquet") == read(tmp_path / "x.arrow") == ROWS
     assert str(found(tmp_path / "x.parquet")[4][0]).endswith("x.parquet row 5")
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.int64())  # an object, whatever its keys
+    maps = pyarrow.array([[("x", 1), ("y", 2)], [("z", 3)]], type=kind)
+    parquet.write_table(pyarrow.table({"m": maps}), tmp_path / "m.parquet")
+    assert read(tmp_path / "m.parquet") == [{"m": {"x": 1, "y": 2}}, {"m": {"z": 3}}]
 
 
 def test_arrow_gives_rows_without_the_nulls_that_it_invents(tmp_path):

@@ -50,7 +50,7 @@ def value(text: str, name: str) -> str:
 
 def test_its_figures_are_those_of_the_record(run_dir: Path):
     """Losses, memory, versions, what was trained."""
-    text = write(parse(run_dir, "--lora_rank=16", "--dataset=my.jsonl"))
+    text = write(parse(run_dir, "--lora_rank=8", "--dataset=my.jsonl"))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "event" not in line]
     evals = [line["loss"] for line in lines if line.get("event") == "eval"]
@@ -61,8 +61,8 @@ def test_its_figures_are_those_of_the_record(run_dir: Path):
     peak = max(step["host"]["host_peak_used_gib"] for step in steps)
     assert value(text, "peak memory of the host, all programs") == f"{peak:.1f} GiB"
     assert value(text, "steps") == str(len(steps)) and value(text, "data set") == "my.jsonl"
-    assert value(text, "trained parameters").startswith("39,976,960 (")
-    assert value(text, "base in training") == "nf4_dq" and "--lora_rank 16" in text
+    assert value(text, "trained parameters").startswith("19,988,480 (")
+    assert value(text, "base in training") == "nf4_dq" and "--lora_rank 8" in text
     for name, version in lines[0]["versions"].items():
         assert value(text, name) == version
     cards = [rank["device_peak_reserved_gib"] for step in steps for rank in step["ranks"]]

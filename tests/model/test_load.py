@@ -321,10 +321,10 @@ def test_another_model_of_one_name_size_and_time_has_another_cache(tmp_path):
     assert found == [*zip(sources, (True, True, True, False, True, True), strict=True)]
 
 
-def hold(cache, info, layout, world, writer):
+def hold(cache, info, layout, writer):
     """Write a layer of an entry, say so, and do not end."""
     begun = weights.find_cache(str(cache), info, layout)
-    weights._claim(begun, begun.directory, 0.0, world)
+    weights._claim(begun, begun.directory, 0.0)
     begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
     begun._failure()
     os.write(writer, b"x")
@@ -340,7 +340,7 @@ def two_runs(world, path, cache):
     built, info, _ = tiny.shape(path, world, *PLAIN)
     layout, (reader, writer) = built.model.layout, os.pipe()
     if not (child := os.fork()):
-        hold(cache, info, layout, world, writer)
+        hold(cache, info, layout, writer)
     os.read(reader, 1)
     found = [start(world, path, f"--quant_cache={cache}", *PLAIN)]
     drafts = [len(list(cache.glob(".tmp-*/layer*")))]

@@ -233,6 +233,7 @@ def test_gpus_of_unknown_memory_are_neither_judged_nor_fitted():
     machine = hardware.Machine((run.UNKNOWN,) * 2, 64, 2)
     plan = run.make(info, cfg, frozenset(), machine)
     lines, fault = said(plan)
+    cfg = dataclasses.replace(cfg, lr=2.9e-4)  # by the width
     assert fault is None and plan.cfg == cfg and "does not report the memory" in lines[-1]
     assert plan.to_dict()["device_limit_gib"] is None
     assert run.find_machine(plan.env, 2, 2) == machine
@@ -316,8 +317,8 @@ def test_json_holds_the_tables_and_survives_a_round_trip(capsys: pytest.CaptureF
     text = output(capsys, *ARGS, *CARDS)
     assert f"{values['card']['peak_gib']:.1f} of 23.6 GiB on a 3090" in text
     assert f"{values['tokens_per_s']:,.0f} tokens/s" in text
-    assert values["fits"] and values["num_steps"] == 128
-    assert values["eta_s"] == pytest.approx(128 * values["step_s"])
+    assert values["fits"] and values["num_steps"] == 122
+    assert values["eta_s"] == pytest.approx(122 * values["step_s"])
 
 
 @pytest.mark.parametrize(
@@ -393,3 +394,23 @@ def test_measured_speeds_are_used_and_named(
     row = {"bf16_tflops": 5.0}
     (tmp_path / "machine.json").write_text(json.dumps({"cards": {"RTX 3090": row}}))
     assert "by measured speeds" in " ".join(output(capsys, *ARGS, *CARDS).split())
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "lr"),
+    [  # 5e-4 * (2000 / width) ** 0.781, by hand
+        ("llama-2-7b", [], 2.9e-4),  # 4096
+        ("llama-2-13b", [], 2.4e-4),  # 5120
+        ("llama-2-70b", ["--train_type=hqq_dora"], 1.7e-4),  # 8192
+        ("llama-2-7b", ["--lr=3e-3"], 3e-3),
+        ("llama-2-7b", ["--train_type=full"], 1e-5),
+        ("llama-2-7b", ["--optimizer=sgd"], 1e-5),
+        ("llama-2-7b", ["--recipe=reference"], 1e-5),
+    ],
+)
+def test_the_learning_rate_follows_the_width_of_the_model(name, flags, lr):
+    info = arch.read(name, need_weights=False)
+    cfg = config.parse([f"--model_name={name}", *flags])
+    plan = run.make(info, cfg, frozenset(), hardware.Machine((), 64, 2))
+    assert plan.cfg.lr == plan.asked.lr == lr
+    assert run.learning_rate(cfg, dataclasses.replace(info, hidden_size=576)) in (5e-4, lr)

@@ -43,7 +43,7 @@ def test_hybrid_strategies_need_on_one_machine_what_plain_ones_do():
 
 def on_two_machines(*flags):
     """(one machine of two 3090, two of them joined by 10 Gbit/s), by `plan`'s command line."""
-    words = [*SHAPE, "--cards=2x3090", *flags]
+    words = [*SHAPE, "--cards=2x3090", "--lora_rank=64", *flags]
     runs = [run.parse(words), run.parse([*words, "--machines=2", "--link_gbps=10"])]
     info = arch.read("llama-2-7b", need_weights=False)
     return [fit.evaluate(info, cfg, setting_for(info, cfg, m), m) for _, cfg, m in runs]

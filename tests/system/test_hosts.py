@@ -15,7 +15,7 @@ from tests.test_kill_sweep import argv_of, result
 pytestmark = pytest.mark.system
 MEETING = ("--rdzv_backend=c10d", f"--rdzv_endpoint=host1:{cluster.PORT}", "--rdzv_id=7")
 TRAIN = (sys.executable, "-m", "tests.faults")  # as train.py
-SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1", *TRAIN)
+SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1")
 LONG = ("--max_steps=40", "--num_epochs=99", "--save_every=30", "--resume=auto")
 
 
@@ -60,7 +60,12 @@ def test_a_job_of_slurm_that_is_pre_empted_goes_on_bit_for_bit(place: Path):
     assert run.wait() == DONE, run.err
     out = place / "low"
     with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm") as slurm:
-        words = ["FSDP_QLORA_FAULT=slow:0:pre-forward:5", *SRUN, *argv_of(place, out, *LONG)]
+        words = [
+            "FSDP_QLORA_FAULT=slow:0:pre-forward:5",
+            *SRUN,
+            *TRAIN,
+            *argv_of(place, out, *LONG),
+        ]
         low = batch(slurm, place, "low", " ".join(words))
         wait_for_steps(out)
         high = batch(slurm, place, "high", "sleep 2", "--partition=high", "--exclusive")
@@ -88,3 +93,26 @@ def test_the_death_of_a_host_is_named_with_what_is_saved(place: Path):
             if how == "cut":
                 assert far.wait(60) and "error: host1 (rank 0): is gone" in far.text, far.text
             hosts[1].mend()
+
+
+def test_steps_of_a_job_stay_apart_may_be_uneven_and_end_when_one_task_fails(place: Path):
+    """Two at once have a port each; -N2 -n3 is 2 and 1; a rank that fails takes its step along."""
+    for name, size in {"two": 2, "three": 3}.items():
+        run = warm.start(argv_of(place, place / name, f"--world_size={size}"), place)
+        assert run.wait() == DONE, run.err
+    steps = {"a": 2, "b": 2, "uneven": 3, "bad": 2}
+    lines = [
+        " ".join(
+            [*SRUN, f"-n{n} --overlap", *TRAIN, *argv_of(place, place / name, f"--world_size={n}")]
+        )
+        for name, n in steps.items()
+    ]
+    lines[:2] = [f"{lines[0]} & {lines[1]} & wait"]
+    lines[-1] = f"FSDP_QLORA_FAULT=exc:1:pre-forward:3 {lines[-1]}; echo code $?"
+    with cluster.hosts(2) as hosts, cluster.slurm(hosts, place / "slurm2") as slurm:
+        job = batch(slurm, place, "steps", "\n".join(lines), "--ntasks=4")
+        slurm.wait(job, "COMPLETED", "FAILED", timeout_s=400)
+    text = (place / "steps.out").read_text()
+    assert result(place / "a") == result(place / "b") == result(place / "two"), text
+    assert result(place / "uneven") == result(place / "three"), text
+    assert "fault made on purpose" in text and re.search(r"code (4|143)\n$", text), text

@@ -96,6 +96,7 @@ def test_a_full_disk_costs_a_checkpoint_but_no_step(place: Path):
 def _looked_at(world, place: Path, out: Path) -> None:
     """A run whose third step is its best."""
     flags = ("--eval_samples=4", "--eval_every=1", "--lr=3", "--keep_checkpoints=1")
+    flags += ("--recipe=reference",)
     run(world, place, out, *FLAGS, *flags, "--save_every=3", "--max_steps=6")
 
 

@@ -31,7 +31,7 @@ def _params():
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_three_steps_are_those_of_torch_and_norms_and_biases_do_not_decay(name):
-    cfg = config.parse([f"--optimizer={name}", "--lr=0.1", "--wd=0.5"])
+    cfg = config.parse([f"--optimizer={name}", "--lr=0.1", "--wd=0.5", "--lr_scheduler=constant"])
     own, theirs = _params(), _params()
     optimizer, schedule = optim.build(own, cfg, 3, NAMES)
     decay = 0.5 if OPTIMIZERS[name].decays else 0.0

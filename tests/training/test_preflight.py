@@ -25,7 +25,7 @@ OTHER_MODEL = {
     "--lora_rank=8": "lora_rank",
     "--lora_alpha=8": "lora_alpha",
     "--use_rslora": "use_rslora",
-    "--lora_dropout=0": "lora_dropout",
+    "--lora_dropout=0.1": "lora_dropout",
     "--lora_target_modules=q_proj": "targets",
     "--quant_type=fp4": "format",
     "--train_type=bnb_dora": "adapter",

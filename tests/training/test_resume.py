@@ -205,7 +205,7 @@ def _changed(world, place: Path) -> None:
     world.barrier()
     break_off(world, whole, out, 5)
     options = {"max_steps": (8, 30), "lr": (0.01, 0.002), "warmup_steps": (0, 0.5)}
-    options |= {"lr_scheduler": ("cosine", "linear"), "wd": (0.1, 0.0), "grad_norm": (0.3, 2.0)}
+    options |= {"lr_scheduler": ("cosine", "linear"), "wd": (0.01, 0.0), "grad_norm": (1.0, 2.0)}
     options |= {"loraplus_ratio": (1.0, 16.0), "apply_gradient_clipping": (True, False)}
     flags = [f"--{name}={new}" for name, (_, new) in options.items()]
     said = _said(world, place, out, *flags, "--resume=latest")
