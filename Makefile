@@ -10,7 +10,7 @@
 # make clean        remove the environment and the caches; models and runs stay
 #
 # PYTHON=python3.12       the Python that makes the environment (3.11 or newer)
-# TORCH_INDEX=URL         where to look for torch besides the default index; empty: nowhere else
+# TORCH_INDEX=URL         where torch comes from, and nothing else does; empty: the default index
 # JOBS=2                  how many tests run at a time; 0: one, as where there is a card
 # REQUIRE_HQQ=1           fail when hqq cannot be installed
 
@@ -46,7 +46,7 @@ $(VENV)/.installed: pyproject.toml $(PINS)
 	@$(PYTHON) -m venv $(VENV) || { echo \
 		"error: $(PYTHON) cannot make $(VENV); on Debian: apt-get install python3-venv" >&2; exit 3; }
 	@echo "Installing torch into $(VENV) (0.2 GB without a card, about 3 GB with one) ..."
-	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) $(PIP) --index-url $(TORCH_INDEX) --no-deps,$(PIP)) torch
 	@echo "Installing fsdp_qlora and what it needs ..."
 	@$(PIP) --editable '.[dev]' $(if $(HAS_CARD),liger-kernel)
 	@$(PIP) --editable '.[hqq]' || { echo \

@@ -25,6 +25,7 @@ from fastcore.basics import str2bool  # it reads the reference's command lines t
 from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
+TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,
@@ -406,6 +407,10 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
         return UserError(place, f"must be {kinds}", remedy)
     if option.choices is not None and value not in option.choices:
         return UserError(place, "no such choice", f"use {', '.join(map(to_text, option.choices))}")
+    if isinstance(value, int | float) and not (value == 0 or TOO_SMALL < abs(value) < TOO_LARGE):
+        return UserError(place, f"must be below 2**32, and 0 or above {TOO_SMALL}", remedy)
+    if isinstance(value, str) and len(value) > MOST_CHARS:
+        return UserError(place, f"must have at most {MOST_CHARS:,} characters", remedy)
     if not RULES[option.rule](value):
         return UserError(place, f"must be {option.rule}", remedy)
     return None

@@ -23,23 +23,25 @@ OUT_OF_MEMORY: tuple[str, ...] = (
 # As the system, the loader of libraries and oneDNN say it, of which the last gives no reason.
 OUT_OF_MEMORY += ("Cannot allocate memory", "failed to map segment", "could not create a primitive")
 
-MAX_LINE_CHARS = 300
+MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it is looked through
 Faults = Sequence["UserError"]
 REDACTED = "[secret]"
 # What looks like a secret, wherever it stands. A name may begin like a token: only what is as long
 # as one and has no word in it counts.
 SECRETS = (
-    re.compile(r"\b(?:hf_|r8_|gsk_|npm_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"),
-    re.compile(r"\bsk-(?:[a-z]+\d*-)*(?=\w*\d)\w{16,}|\bgithub_pat_\w{8,}|\bxox[a-z]-[\w-]{8,}"),
+    re.compile(
+        r"\b(?:hf_|r8_|gsk_|npm_|github_pat_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"
+    ),
+    re.compile(r"\bsk-(?:[a-z]{1,9}\d*-){0,3}(?=\w{0,99}\d)\w{16,}|\bxox[a-z]-[\w-]{8,}"),
     re.compile(r"\bA[KS]IA[A-Z0-9]{12,}|\bAIza[\w-]{20,}|\bya29\.[\w-]{20,}|\bdapi[0-9a-f]{16,}"),
-    re.compile(r"\beyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
+    re.compile(r"\beyJ[\w-]{8,2000}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL),
     re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=//hooks\.slack\.com/)\S+|(?<=/webhooks/)\S+"),
-    re.compile(r"(?i)(?<=[?&])[a-z_-]*(?:token|key|secret|password|sig|signature)=[^\s&'\"]+"),
-    re.compile(r"(?i)\bbearer (?=\S*\d)[\w.~+/=-]{16,}|\bbasic (?=\S*\d)[a-z0-9+/]{16,}=*"),
+    re.compile(r"(?i)(?<=[?&])[a-z_-]{0,40}(?:token|key|secret|password|sig|signature)=[^\s&'\"]+"),
+    re.compile(r"(?i)\bbearer (?=\S{0,40}\d)[\w.~+/=-]{16,}|\bbasic (?=\S{0,40}\d)[a-z\d+/]{16,}"),
     re.compile(
         r"(?i)(?:passw(?:or)?d|secret(?:[_-]?key)?|(?:api|access|auth|account)[_-]?(?:key|token))"
-        r"['\"]?(?:=|: ?| )['\"]?(?=[^\s'\",;&]*\d)[^\s'\",;&]{8,}"
+        r"['\"]?(?:=|: ?| )['\"]?(?=[^\s'\",;&]{0,99}\d)[^\s'\",;&]{8,}"
     ),
 )
 SECRET_NAMES = re.compile(
@@ -51,7 +53,7 @@ PLAIN_NAMES = re.compile(r"_(?:PATH|FILE|DIR|HOME|SOCK|TYPE|MODE|METHOD|NAME|USE
 BASE64 = r"(?=\S*\d)(?=\S*[a-z])(?=\S*[A-Z])[\w+/]{32,}=*$"  # it may begin like a path
 PLAIN_VALUES = re.compile(rf"(?!{BASE64})(?:~|\.{{0,2}})/\S*|[\d.,:+ -]+")  # paths, numbers
 URL_PASSWORD = re.compile(r"(?:://|^)[^:/\s@]*:(\S+)@")
-PIECES = re.compile(r"(?=[^\s\"',;]*\d)(?=[^\s\"',;]*[a-zA-Z])[^\s\"',;]{16,}")
+PIECES = re.compile(r"(?=[^\s\"',;]{0,99}\d)(?=[^\s\"',;]{0,99}[a-zA-Z])[^\s\"',;]{16,}")
 MIN_SECRET_CHARS = 8
 
 
@@ -69,19 +71,18 @@ def _secret_values(env: tuple[tuple[str, str], ...]) -> list[str]:
     return sorted((v for v in found if len(v) >= MIN_SECRET_CHARS), key=len, reverse=True)
 
 
-def redact(text: str, patterns: Sequence[re.Pattern] = SECRETS) -> str:
+def redact(text: str) -> str:
     """Replace what looks like a secret, and the values of variables that are named like one.
 
     Args:
         text: any text.
-        patterns: what a secret looks like.
 
     Returns:
         The text with REDACTED in their place.
     """
     for value in _secret_values(tuple(os.environ.items())):
         text = text.replace(value, REDACTED)
-    for pattern in patterns:
+    for pattern in SECRETS:
         text = pattern.sub(REDACTED, text)
     return text
 
@@ -140,7 +141,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """Return the fault in at most 300 characters, then " | " and the next one, if any."""
-        got, rest = printable(self.got), printable(f": {self.rule}; {self.remedy}")
+        whole, rest = self.got, printable(f": {self.rule}; {self.remedy}"[:MOST_CHARS])
+        got = printable(whole if len(whole) < MOST_CHARS else whole[:2000] + whole[-2000:])
         space = max(MAX_LINE_CHARS - len(rest), 40)
         if len(got) > space:  # of a path the end counts, of a value the beginning
             got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"

@@ -166,6 +166,36 @@ def test_no_secret_in_what_is_cut_nor_in_what_ends_a_process_and_no_harmless_val
         assert errors.redact(text) == text
 
 
+KERNELS = """import os
+def get_kernel(*what, **more):
+    open(os.environ["CANARY"], "a").write(repr(what))
+"""
+NO_NETWORK = """import os, sys
+def watch(event, args):
+    if event == "socket.connect":
+        open(os.environ["CANARY"], "a").write(repr(args))
+        raise PermissionError(args)
+sys.addaudithook(watch)
+import fsdp_qlora.export.model_files, fsdp_qlora.inference, fsdp_qlora.training.loop, peft
+assert "bitsandbytes" in sys.modules
+import kernels
+"""
+
+
+def test_no_kernel_is_fetched_or_run_and_torch_comes_from_one_place(tmp_path: Path):
+    """A package `kernels` is installed: bitsandbytes would have it fetch one as it is imported."""
+    (tmp_path / "kernels.py").write_text(KERNELS)
+    paths = os.pathsep.join([os.getcwd(), str(tmp_path)])
+    env = dict(os.environ) | {"PYTHONPATH": paths, "CANARY": str(tmp_path / "canary")}
+    subprocess.run([sys.executable, "-c", NO_NETWORK], env=env, check=True)
+    assert not (tmp_path / "canary").exists()
+    make = ["make", "-nB", "venv", "TORCH_INDEX=https://torch.test/cpu"]
+    said = subprocess.run(make, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in said.splitlines() if line.endswith(" torch")]
+    assert "--index-url https://torch.test/cpu --no-deps" in line
+    assert "--extra-index-url" not in said
+
+
 def test_rows_that_only_the_ranks_can_make_fail_in_one_line_and_leave_nothing(place: Path):
     """A function of the user's own is called by the ranks, with the tokenizer that they load."""
     (place / "own.py").write_text(OWN)

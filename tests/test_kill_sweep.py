@@ -272,7 +272,8 @@ def test_a_full_disk_costs_no_training_and_is_named_in_the_last_line(place: Path
         filler.touch()
         code, said, err = go(place, out, every, main=on_a_full_disk, FILLER=str(filler))
         assert "the best adapter so far could not be saved (No space left on device)" in said
-        rule = "is full; what was trained is saved up to step 6; make room, then --resume"
+        rule = "takes no more (No space left on device); what was trained is saved up to step 6"
+        rule += "; make room, then --resume"
         assert (code, err) == (RUN_FAILED, f"error: the disk of {out}: {rule} {out} goes on\n")
         assert not (out / "best").exists() and not (out / checkpoint_store.BEST_DRAFT).exists()
         filler.unlink()

@@ -209,8 +209,9 @@ def _size(config: dict, key: str, default: int | None = None) -> int:
     """Read one size of a config.json; the default counts when the key is absent or null."""
     names = (key, *OTHER_NAMES.get(key, ()))
     value = next((config[name] for name in names if config.get(name) is not None), default)
-    if type(value) is not int or value < 1:
-        rule = "must be a positive integer in config.json"
+    limit = {"num_hidden_layers": 10_000}.get(key, 2**31)
+    if type(value) is not int or not 1 <= value <= limit:
+        rule = f"must be a positive integer of at most {limit:,} in config.json"
         raise UserError(f"{key} = {value!r}", rule, OWN_CONFIG)
     return value
 

@@ -232,7 +232,7 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
         The store; in memory, with the reason in its note, if the disk does not take it.
     """
     draft = directory.with_name(f".tmp-{os.getpid()}-{directory.name}")
-    is_new = not directory.parent.exists()
+    is_new = not os.path.exists(directory.parent)  # too long a name is no fault here
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with atomic.lock(directory, waits=True) or contextlib.nullcontext():
@@ -252,7 +252,7 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
         return replace(build(StoreBuilder(None)), note=note)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if is_new and not directory.exists():  # nothing is kept, so nothing is left
+        if is_new and not os.path.exists(directory):  # nothing is kept, so nothing is left
             with contextlib.suppress(OSError):
                 directory.with_name(f".{directory.name}.lock").unlink()
                 directory.parent.rmdir()

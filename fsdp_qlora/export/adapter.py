@@ -432,7 +432,8 @@ def _read_record(weights: Path) -> dict[str, Any]:
         text = (file.metadata() or {}).get(RECORD_KEY)
     if text is not None:
         record = atomic.parse_json(text.encode())
-        if record is None:
+        texts = [(record or {}).get(name, "") for name in ("base", "format", "digest")]
+        if record is None or not all(isinstance(text, str | None) for text in texts):
             rule = "has a damaged record of its base"
             raise UserError(str(weights), rule, "copy it again", INTEGRITY)
         return record

@@ -12,7 +12,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
-from fsdp_qlora.errors import ENVIRONMENT, SECRETS, UserError, brief, one_line, redact
+from fsdp_qlora.errors import ENVIRONMENT, REDACTED, UserError, brief, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, WEIGHTS_NAME
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import OWN_FLAGS, Run, highest
@@ -22,11 +22,8 @@ CARD_NAME = "README.md"
 FILES = (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
 FILES += ("config.json", "generation_config.json", INDEX_NAME, SINGLE_NAME, "model-*.safetensors")
 # A card is shown to all: here also what only may be a secret is removed.
-MAYBE_SECRETS = (
-    re.compile(r"\b(hf|sk|ghp|gho|glpat|xox[abp])[-_][A-Za-z0-9_-]{8,}"),
-    re.compile(r"\b[0-9a-f]{40}\b"),
-    re.compile(r"(?i)\b(token|key|secret|api_key|password)=[^\s&'\"]+"),
-)
+MAYBE_SECRET = r"\b(?:hf|sk|gh[po]|glpat|xox[abp])[-_][\w-]{8,}|\b[0-9a-f]{40}\b"
+MAYBE_SECRET += r"|(?i:\b(?:token|key|secret|api_key|password)=[^\s&'\"]+)"
 CARD = Path(__file__).with_name("card.md")  # its text, a template of Jinja
 
 
@@ -45,7 +42,7 @@ def write_card(directory: Path, cfg: TrainConfig, info: arch.ModelInfo) -> Path:
         run = record.read(directory)
     except UserError:  # what is saved already does not fail for want of its figures
         run = None
-    text = redact(card_text(cfg, info, run), (*MAYBE_SECRETS, *SECRETS))
+    text = redact(re.sub(MAYBE_SECRET, REDACTED, card_text(cfg, info, run)))
     return atomic.write(directory / CARD_NAME, text)
 
 

@@ -261,7 +261,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     per_step = own.batch_size * own.accumulation
     batches = [own.batch_size]
     if not fixed & BATCHING:
-        batches = [n for n in range(1, per_step + 1) if per_step % n == 0]
+        batches = _divisors(per_step)
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
@@ -278,6 +278,11 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     for batch, where, strategy in itertools.product(batches, placements, strategies):
         rest = (own.num_ranks, batch, per_step // batch, where)
         yield tuple(Setting(*rest, kept, strategy, own.machines) for kept in levels)
+
+
+def _divisors(number: int) -> list[int]:
+    """The smallest ones: a micro-batch of more rows than 65,536 is the user's own choice."""
+    return [n for n in range(1, min(number, 2**16) + 1) if number % n == 0][:32]
 
 
 def _keep(num_layers: int, num_selective: int, num_none: int) -> tuple[str, ...]:
@@ -359,7 +364,7 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
     sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
     recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
     rows: list[Row] = []
-    for size in (n for n in range(1, cfg.batch_size) if per_step % n == 0):
+    for size in (n for n in _divisors(per_step) if n < cfg.batch_size):
         values = {"batch_size": size, "gradient_accumulation_steps": per_step // size}
         rows.append((f"micro-batches of {size}", "", 0, values))
     for num in (num_layers * i // STEPS for i in range(1, STEPS)):

@@ -214,9 +214,10 @@ def test_copies_in_the_files_are_left_out(tmp_path: Path) -> None:
 def test_config_loses_the_keys_that_could_name_code(tmp_path: Path) -> None:
     """auto_map of a type that transformers has is dropped, not run; so are private keys."""
     code = {"AutoConfig": "evil.Config"}
-    write_model(tmp_path, auto_map=code, _attn_implementation_internal="a/b")
+    hub = dict.fromkeys(("attn_implementation", "experts_implementation"), "kernels-community/a")
+    write_model(tmp_path, auto_map=code, _attn_implementation_internal="a/b", **hub)
     config = arch.read(str(tmp_path), need_weights=True).config
-    assert not [key for key in config if key == "auto_map" or key.startswith("_")]
+    assert not [key for key in config if key in ("auto_map", *hub) or key.startswith("_")]
 
 
 @pytest.mark.parametrize(

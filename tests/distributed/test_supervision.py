@@ -187,7 +187,7 @@ from fsdp_qlora.cli import safe_output
 with safe_output():
     with open({str(tmp_path / "end")!r}, "w"):
         for number in range(20000):
-            print("line", number, "\u2026" * bool(number))
+            print("line", number, end="\\u2026\\n" if number else "\\n")
 """
     script = tmp_path / "prints.py"
     script.write_text(program)
