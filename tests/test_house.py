@@ -23,8 +23,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
 # Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to 13,000 lines
 # in 70 files (the house's law), 14,000 in 74 with runs over several machines; until it is there
-# these two only fall, but for what that costs: 500 lines, 2 files; and 30 of defaults that learn.
-MAX_CODE_LINES = 15_060
+# these two only fall, but for what that costs: 500 lines, 2 files, 80 more of ranks that
+# agree; and 30 of defaults that learn.
+MAX_CODE_LINES = 15_140
 MAX_FILES = 73
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 13  # with cache
