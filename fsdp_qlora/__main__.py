@@ -23,7 +23,13 @@ COMMANDS = {
     "quantize": ("fsdp_qlora.export.commands:quantize", "write a 4-bit model for transformers"),
     "expand": ("fsdp_qlora.export.commands:expand", "add new layers or tokens to a model"),
 }
-ANSWERS = (["plan"], ["data"], ["doctor"], ["generate"])  # what they print is their result
+ANSWERS = (
+    ["plan"],
+    ["data"],
+    ["doctor"],
+    ["generate"],
+    ["cache"],
+)  # what they print is their result
 
 
 def main(argv: list[str]) -> int:

@@ -74,14 +74,18 @@ def run(
             with tracker.phase("save"):
                 evaluator.save(cfg)
             recorder.collect("save")
-            if is_writer:
-                files = sorted(out_dir.glob("*.safetensors"))
-                record["result"] = {path.name: checkpoint_store.listing(path) for path in files}
+            record["result"] = _hashes(out_dir) if is_writer else {}
         recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
     world.barrier()  # what rank 0 writes is there for all
+
+
+def _hashes(out_dir: Path) -> dict[str, Any]:
+    """Size and SHA-256 of the weights that are delivered, by name."""
+    files = sorted(out_dir.glob("*.safetensors"))
+    return {path.name: checkpoint_store.listing(path) for path in files}
 
 
 def _report(out_dir: Path) -> None:

@@ -22,6 +22,7 @@ from fsdp_qlora.errors import UserError
 
 VARIABLE = "FSDP_QLORA_FAULT"
 FACTORS = {"nan": float("nan"), "inf": float("inf")}
+OPTIMIZERS: list = []
 SLOW_S = 3.0
 PASSED_ON_S = 0.3  # by then the supervisor has passed a signal on
 
@@ -39,6 +40,8 @@ def install() -> None:
     hooks.reach = reach
     if os.environ[VARIABLE].startswith(tuple(FACTORS)):
         _spoil_losses()
+    if os.environ[VARIABLE].startswith("spoil"):
+        follow_optimizers()
 
 
 def meet(point: str, rank: int, step: int) -> None:
@@ -124,8 +127,21 @@ def largest_file(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def follow_optimizers() -> None:
+    """Remember which optimizer has made the last step of this process."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(lambda optimizer, *_: OPTIMIZERS.append(optimizer))
+
+
+def spoil_weights(point: str, step: int) -> None:
+    """No option may be as large as it takes to make weights of a step NaN and its loss not."""
+    OPTIMIZERS[-1].param_groups[0]["params"][0].data.fill_(float("nan"))
+
+
 KINDS = {
     "exc": _raise,
+    "spoil": spoil_weights,
     "cuda": _cuda_error,
     "oom": _out_of_memory,
     "enospc": _disk_full,

@@ -285,7 +285,8 @@ def test_a_full_disk_costs_no_training_and_is_named_in_the_last_line(place: Path
 
 def test_nobody_is_told_to_continue_with_weights_that_are_nan(place: Path):
     """Such a checkpoint is refused, so that no restart and no advice leads to it."""
-    code, said, err = go(place, place / "nan", "--lr=1e38", "--max_restarts=1")
+    fault = {FAULT: f"spoil:0:post-record:{NUM_STEPS}"}
+    code, said, err = go(place, place / "nan", "--max_restarts=1", **fault)
     assert code == RUN_FAILED and err.count("\n") == 1 and "NaN" in err
     assert "continue" not in err and "restart" not in said
 

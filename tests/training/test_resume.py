@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import RUN_FAILED, UserError
-from tests import tiny
+from tests import faults, tiny
 from tests.ranks import run_ranks
 
 NUM_ROWS = 26  # of 4 a step: 6 steps an epoch, the last ones of 5 rows
@@ -226,14 +227,31 @@ def test_a_run_that_goes_on_otherwise_says_what_changes_and_how_the_rate_jumps(p
     run_ranks(_changed, 2, place)
 
 
+def _spoilt(world, step: int, *args) -> str:
+    """A run whose weights are NaN after a step; no option may be as large as that takes."""
+    show = hooks.reach
+
+    def reach(point: str, *place, **more) -> None:
+        show(point, *place, **more)
+        if (point, *place[1:]) == ("post-record", step):
+            faults.spoil_weights(point, step)
+
+    faults.follow_optimizers()
+    hooks.reach = reach
+    try:
+        return _said(world, *args)
+    finally:
+        hooks.reach = show
+
+
 def _not_finite(world, place: Path) -> None:
     last, later = place / "nan-last", place / "nan-later"
     with pytest.raises(UserError, match=r"NaN or infinite after step 1: .* a lower --lr") as caught:
-        _said(world, place, last, "--max_steps=1", "--lr=1e38", "--save_model=true")
+        _spoilt(world, 1, place, last, "--max_steps=1", "--save_model=true")
     assert caught.value.code == RUN_FAILED and not (last / "adapter_model.safetensors").exists()
     _said(world, place, later, "--max_steps=1")
     with pytest.raises(UserError, match="NaN or infinite after step 2"):
-        _said(world, place, later, "--max_steps=4", "--lr=1e38", "--resume=latest")
+        _spoilt(world, 2, place, later, "--max_steps=4", "--resume=latest")
     rule = "step-2: holds weights that are NaN .*; a lower --lr and --resume .*step-1"
     with pytest.raises(UserError, match=rule):
         run(world, place, later, "--resume=latest")
