@@ -287,7 +287,7 @@ def test_nobody_is_told_to_continue_with_weights_that_are_nan(place: Path):
     """Such a checkpoint is refused, so that no restart and no advice leads to it."""
     fault = {FAULT: f"spoil:0:post-record:{NUM_STEPS}"}
     code, said, err = go(place, place / "nan", "--max_restarts=1", **fault)
-    assert code == RUN_FAILED and err.count("\n") == 1 and "NaN" in err
+    assert code == RUN_FAILED and err.count("\n") == 1 and "NaN" in err, said
     assert "continue" not in err and "restart" not in said
 
 
