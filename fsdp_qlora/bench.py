@@ -329,7 +329,7 @@ def markdown(bench: BenchRow) -> str:
             for chart in bars(title, unit, {row["name"]: row[key] for row in measured})
         ],
     }
-    template = Template(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    template = Template(Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8"))
     return template.render(bench | parts) + "\n"
 
 

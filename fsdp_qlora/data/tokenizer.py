@@ -29,7 +29,7 @@ GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
-PLAIN_TEMPLATE = Path(__file__).with_name("plain.jinja").read_text(encoding="utf-8")[:-1]
+PLAIN_TEMPLATE = Path(__file__).with_name("plain.j2").read_text(encoding="utf-8")[:-1]
 Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -24,7 +24,7 @@ FILES += ("config.json", "generation_config.json", INDEX_NAME, SINGLE_NAME, "mod
 # A card is shown to all: here also what only may be a secret is removed.
 MAYBE_SECRET = r"\b(?:hf|sk|gh[po]|glpat|xox[abp])[-_][\w-]{8,}|\b[0-9a-f]{40}\b"
 MAYBE_SECRET += r"|(?i:\b(?:token|key|secret|api_key|password)=[^\s&'\"]+)"
-CARD = Path(__file__).with_name("card.md")  # its text, a template of Jinja
+CARD = Path(__file__).with_name("card.md.j2")  # its text, a template of Jinja
 
 
 def write_card(directory: Path, cfg: TrainConfig, info: arch.ModelInfo) -> Path:
