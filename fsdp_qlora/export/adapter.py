@@ -20,7 +20,7 @@ from fsdp_qlora import __version__, arch, atomic, checkpoint_store
 from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import HQQ_FORMATS, TrainConfig, from_record
+from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
@@ -40,6 +40,7 @@ KNOWN_KEYS = {
     *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
     *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
 }
+TYPES = {"alpha_pattern": dict, "rank_pattern": dict, "modules_to_save": list}
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 BY_PEFT = "merge it with peft's merge_and_unload"
@@ -380,6 +381,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     other += ["bias"] * (config.get("bias", "none") != "none")
     if other:
         raise UserError(str(file), f"uses {', '.join(other)}, which is not plain LoRA", BY_PEFT)
+    for key, kind in TYPES.items():
+        if not isinstance(config.get(key) or kind(), kind):
+            rule = f"must be {'a list' if kind is list else 'an object'}"
+            raise UserError(f"{key} = {config[key]} in {file}", rule, "copy it again", INTEGRITY)
     start = str(config.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASES):
         rule = f"was started with {start}, which changes the base"
@@ -433,7 +438,9 @@ def _read_record(weights: Path) -> dict[str, Any]:
     if text is not None:
         record = atomic.parse_json(text.encode())
         texts = [(record or {}).get(name, "") for name in ("base", "format", "digest")]
-        if record is None or not all(isinstance(text, str | None) for text in texts):
+        are_texts = all(isinstance(text, str | None) for text in texts)
+        dtypes = (None, *PRECISIONS.values())
+        if record is None or not are_texts or record.get("compute_dtype") not in dtypes:
             rule = "has a damaged record of its base"
             raise UserError(str(weights), rule, "copy it again", INTEGRITY)
         return record

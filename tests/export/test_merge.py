@@ -265,6 +265,8 @@ REFUSED = {
     "unknown": ({"use_something_new": {"a": 1}}, INPUT, "use_something_new"),
     "ia3": ({"peft_type": "IA3"}, INPUT, "peft_type 'IA3'"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, INPUT, "which changes the base"),
+    "alphas": ({"alpha_pattern": True}, INTEGRITY, "must be an object"),
+    "whole": ({"modules_to_save": True}, INTEGRITY, "must be a list"),
     "rank": ({"r": 4}, INTEGRITY, "has rank 8, and adapter_config.json says 4"),
     "alpha": ({"lora_alpha": "x"}, INPUT, "must be a number"),
     "pattern": ({"rank_pattern": {"(": 8}}, INPUT, "is no pattern"),
