@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,7 +167,7 @@ def try_lock(
     file: IO[bytes] | int,
     is_shared: bool = False,
     waits: bool = False,
-    call: Callable[[Any, int], None] = fcntl.flock,
+    kind: str = "flock",
 ) -> bool:
     """Lock an open file until it is closed, or say that its file system has no locks.
 
@@ -175,14 +175,14 @@ def try_lock(
         file: open for writing, or for reading where the lock is shared.
         is_shared: with others that share it.
         waits: for those that hold it.
-        call: fcntl.lockf locks for a process instead, until it closes the file anywhere.
+        kind: "lockf" locks for a process instead, until it closes the file anywhere.
 
     Returns:
         False: another process holds it.
     """
     try:
         how = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
-        call(file, how if waits else how | fcntl.LOCK_NB)
+        getattr(fcntl, kind)(file, how if waits else how | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     except OSError as error:

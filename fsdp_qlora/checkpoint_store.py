@@ -9,7 +9,6 @@ whole ones replace; what no run of this trainer wrote is never deleted.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -514,7 +513,7 @@ def lock(run_dir: Path) -> None:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     number = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # stays open on purpose
-    if not atomic.try_lock(number, call=fcntl.lockf):
+    if not atomic.try_lock(number, kind="lockf"):
         owner = os.pread(number, 200, 0).decode("utf-8", "replace").strip()
         os.close(number)
         rule = f"is in use by another run ({owner or 'just starting'})"

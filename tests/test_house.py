@@ -24,8 +24,8 @@ PACKAGE = "fsdp_qlora"
 # Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to 13,000 lines
 # in 70 files (the house's law), 14,000 in 74 with runs over several machines; until it is there
 # these two only fall, but for what that costs: 580 lines, 2 files; 30 of defaults that learn; and
-# three templates that were text in Python and stay counted: 66 lines.
-MAX_CODE_LINES = 15_200
+# three templates that were text in Python and stay counted: 66 lines; damaged adapters: 5.
+MAX_CODE_LINES = 15_205
 MAX_FILES = 75
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 13  # with cache

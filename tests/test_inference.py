@@ -64,7 +64,7 @@ def finished(tmp_path_factory):
     done = run(
         *("train.py", f"--model_name={BASE}", f"--dataset={rows}", "--eval_samples=4"),
         *("--world_size=1", "--precision=fp32", "--lora_rank=4", "--lora_dropout=0", "--lr=0.02"),
-        *("--batch_size=4", "--num_epochs=6", "--quant_cache=off"),
+        *("--batch_size=4", "--num_epochs=6", "--quant_cache=off", "--recipe=reference"),
         *(f"--output_dir={directory / 'out'}", f"--sample_prompt={ASKED}", "--sample_tokens=6"),
     )
     assert done.returncode == 0, done.stdout + done.stderr

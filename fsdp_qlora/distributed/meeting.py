@@ -245,8 +245,7 @@ def compare(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
         other = [rank for rank in has if every[rank][name] != every[has[0]][name]]
         if other:
             others[name] = f"rank {other[0]} ({hosts[other[0]]})"
-            values = (_shown(every[rank][name]) for rank in (has[0], other[0]))
-            first, second = values
+            first, second = (_shown(every[rank][name]) for rank in (has[0], other[0]))
             rows.append(f"{name:<24}{first:<{MOST_CHARS}}  {others[name]}: {second}")
     if others:
         who = ", ".join(dict.fromkeys(others.values()))

@@ -176,7 +176,7 @@ CASES = [
     Case("a run again without it", "holds files already", (), save),
     other("other rank", "with another lora_rank", "--lora_rank=8"),
     other("other alpha", "with another lora_alpha", "--lora_alpha=8"),
-    other("other dropout", "with another lora_dropout", "--lora_dropout=0"),
+    other("other dropout", "with another lora_dropout", "--lora_dropout=0.1"),
     other("other targets", "with another targets", "--lora_target_modules=q_proj"),
     other("other code", "with another format", "--quant_type=fp4"),
     other("other precision", "with another compute_dtype", "--precision=fp32"),
