@@ -347,7 +347,11 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> int:
     Returns:
         Tokens, a multiple of LENGTH_STEP, at most what the model knows positions for; 0: none.
     """
-    lean = {"batch_size": 1, "use_gradient_checkpointing": True, "selective_layers": 0}
+    lean: dict[str, Any] = {
+        "batch_size": 1,
+        "use_gradient_checkpointing": True,
+        "selective_layers": 0,
+    }
     lean |= {"uncheckpointed_layers": 0, "resident_layers": 0, "offload_impl": "auto"}
     lean["sharding_strategy"] = "full_shard"
 

@@ -466,7 +466,7 @@ def survey(
     found = plan.candidates[plan.fallback]
     setting, device = found.setting, found.device
     words = f"{setting.batch_size} x {setting.accumulation}, {_counts(setting.placements)}"
-    values = {"fits": found.fits, "longest": fit.longest(info, cfg, machine)}
+    values: dict[str, Any] = {"fits": found.fits, "longest": fit.longest(info, cfg, machine)}
     values |= {"gpu_gib": device.peak_gib, "gpu_limit_gib": device.limit_gib}
     values |= {"host_gib": found.host.peak_gib, "step_s": found.speed.step_s}
     values |= {"tokens_per_s": found.speed.tokens_per_s}
