@@ -235,10 +235,8 @@ def test_no_command_depends_on_its_screen(place: Path):
         "report": ([str(out), f"--out={place}"], place / "report.html"),
         "evaluate": ([f"--adapter={out}"], out / "evaluation.json"),
         "generate": ([f"--adapter={out}", "--prompt=你", "--num_tokens=2"], None),
-        "merge": ([f"--adapter={out}", f"--out={place / 'm'}"], place / "m" / "merge.json"),
-        "quantize": ([name, f"--out={place / 'q'}"], place / "q" / "config.json"),
-        "expand": (
-            [name, f"--out={place / 'e'}", "--expansion_rate=0.5"],
+        "export": (
+            ["expanded", name, f"--out={place / 'e'}", "--expansion_rate=0.5"],
             place / "e" / "config.json",
         ),
     }
