@@ -158,7 +158,7 @@ class Tape:
         plan, own = self.facts.get("plan"), self.facts.get("config", {}).get(budget)
         peak = plan.get(f"peak_{place}_gib") if isinstance(plan, dict) else None
         levels = {"plan: peak": peak, "budget" if own else owner: own or limit}
-        return {name: gib for name, gib in levels.items() if short(gib)}
+        return {name: gib for name, gib in levels.items() if gib is not None and short(gib)}
 
     def since(self, token: str = "") -> dict[str, Any]:
         """What has come since an earlier answer.
