@@ -141,9 +141,7 @@ def download(hub_name: str, files: list[str]) -> Path:
     Raises:
         UserError: no hub name (code 2); gated, unknown or out of reach (code 3).
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     name, _, revision = hub_name.partition("@")
     try:
@@ -151,18 +149,18 @@ def download(hub_name: str, files: list[str]) -> Path:
             name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
         )
         return Path(found)
-    except HFValidationError:
+    except errors.HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
         raise UserError(hub_name, "is no directory and no hub name", remedy, INPUT) from None
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         rule = "the hub refuses it until you accept the model's terms"
         remedy = f"accept them at https://huggingface.co/{name}, then run hf auth login"
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         rule = "no such directory here, and no such public model on the hub"
         remedy = "check the spelling; for a private model run hf auth login"
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         rule, remedy = f"{name} has no such revision", "give one of its branches, tags or commits"
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
     except Exception as error:  # the transport's own errors differ between releases of the hub's
