@@ -15,7 +15,7 @@ import sys
 import textwrap
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
@@ -34,6 +34,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ">= 1": lambda value: value >= 1,
     ">= 2": lambda value: value >= 2,
     "-1 or >= 1": lambda value: value == -1 or value >= 1,
+    "above 0 to 1": lambda value: 0 < value <= 1,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
@@ -205,6 +206,25 @@ def parse(
     if faults:
         raise join(faults)
     return cls(**values)
+
+
+def split(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split a command line that has flags of train.py, too.
+
+    Args:
+        argv: arguments without the command.
+        names: of the command's own options.
+
+    Returns:
+        The command's own arguments, and the others.
+    """
+    own, rest = list[str](), list[str]()
+    part = rest
+    for word in argv:
+        if word.startswith("--"):
+            part = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
+        part.append(word)
+    return own, rest
 
 
 @dataclasses.dataclass
@@ -435,7 +455,7 @@ def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
     for name, option in options(cls).items():
         choices = " | ".join(map(to_text, option.choices or ()))
         parts = [option.help, f"({choices})" if choices else ""]
-        parts += [f"[{to_text(option.default)}]" if option.default is not None else ""]
+        parts += [f"[{to_text(option.default)}]" if option.default not in (None, "") else ""]
         wrapper.initial_indent = f"  --{name} ".ljust(33)
         entry = wrapper.fill(" ".join(filter(None, parts)))
         groups.setdefault(option.group, []).append(entry)
