@@ -293,9 +293,8 @@ def _generator(model: Any, world: Any) -> Any:
         """Tokens and logits are on the host, where every machine draws the same."""
 
         config, generation_config, device = decoder.config, GenerationConfig(), world.device
-        main_input_name, _is_stateful = "input_ids", False
-
-        is_remote_code, get_experts_implementation = staticmethod(bool), staticmethod(dict)  # none
+        main_input_name, _is_stateful, is_remote_code = "input_ids", False, staticmethod(bool)
+        get_experts_implementation: Any = staticmethod(dict)  # experts are ours
 
         def forward(self, input_ids, attention_mask=None, position_ids=None, **rest):
             hooks.beat("generate", world.rank)
