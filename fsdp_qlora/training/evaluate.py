@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.checkpoint_store import BEST_DRAFT
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
 from fsdp_qlora.config import TrainConfig
@@ -154,10 +154,13 @@ class Evaluator:
 
     def _ask(self, when: str) -> None:
         texts = self.answers[self.num_done] = list[str]()
-        for prompt in self.data.prompts:
-            texts.append(self.answer(prompt))
-            values = {"prompt": prompt.shown, "answer": texts[-1], "expected": prompt.expected}
-            self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
+        prompts, is_silent = self.data.prompts, self.trained.world.rank > 0
+        with cli.Progress("answers", len(prompts), "prompts", is_silent) as progress:
+            for prompt in prompts:
+                texts.append(self.answer(prompt))
+                values = {"prompt": prompt.shown, "answer": texts[-1], "expected": prompt.expected}
+                self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
+                progress.update()
 
     def _recall(self) -> None:
         """What the run saw before it was stopped: its record, as rank 0 has cut it."""
