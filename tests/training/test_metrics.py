@@ -246,9 +246,7 @@ def terminal(monkeypatch, num_columns):
     os.close(leader)
 
 
-@pytest.mark.parametrize(
-    ("num_columns", "seen", "unseen"), [(60, "lr", "host"), (110, "GiB", "x")]
-)
+@pytest.mark.parametrize(("num_columns", "seen", "unseen"), [(60, "lr", "host"), (110, "GiB", "x")])
 def test_the_bar_fits_the_terminal_and_evaluations_do_not_spoil_its_eta(
     tmp_path, monkeypatch, capsys, num_columns, seen, unseen
 ):
