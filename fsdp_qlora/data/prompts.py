@@ -93,7 +93,7 @@ def _question(text: str, around: tuple[str, str]) -> str:
     text = text.strip().removesuffix(after)
     for head in filter(None, (before, before.rpartition("\n")[2])):
         start, found, question = text.rpartition(f"{head}\n" if f"{head}\n" in text else head)
-        if found and (not start or start.endswith("\n")):
+        if found and (head == before or start.endswith("\n")):
             return question.strip()
     return text.strip()
 

@@ -47,6 +47,7 @@ PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHA
 
 MIN_PLAIN_LINES = 20
 NUM_SMOOTHED, NUM_RECENT = 20, 50  # steps of the loss and of the time that are shown
+BAR = {"bar_format": "{n_fmt}/{total_fmt} {bar} {desc}", "dynamic_ncols": True}
 MIN_BAR, DUMB_WIDTH = 8, 80  # characters
 COUNTS = ("num_trained_tokens", "num_tokens")
 SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
@@ -266,8 +267,9 @@ class Recorder:
             self._file = path.open("ab" if self.resumed.lines else "wb", buffering=0)
             for line in self.resumed.lines:
                 self._totals.add(line)
-            has_bar = "stdout" not in self.tracker.plan.cfg.log_targets
-            self._bar = _progress_bar(self._num_steps, has_bar, len(self._totals.steps["step_s"]))
+            has_bar = "stdout" not in self.tracker.plan.cfg.log_targets and sys.stderr.isatty()
+            size = {"total": self._num_steps, "initial": len(self._totals.steps["step_s"])}
+            self._bar = tqdm(**size, disable=not has_bar, **BAR)
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
         is_first = not self.resumed.lines
@@ -473,19 +475,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, int | float | bool | None) else str(value)
-
-
-def _progress_bar(num_steps: int, has_bar: bool, num_done: int) -> tqdm:
-    """A progress bar on the terminal; disabled (plain lines instead) elsewhere.
-
-    Args:
-        num_steps: optimizer steps of the run.
-        has_bar: False for plain lines on a terminal too.
-        num_done: steps that a run which goes on has taken.
-    """
-    form = {"bar_format": "{n_fmt}/{total_fmt} {bar} {desc}", "dynamic_ncols": True}
-    is_off = not (has_bar and sys.stderr.isatty())
-    return tqdm(total=num_steps, initial=num_done, disable=is_off, **form)
 
 
 def _progress_words(line: dict[str, Any], losses: Sequence[float | None]) -> list[str]:
