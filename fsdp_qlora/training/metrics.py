@@ -47,8 +47,7 @@ PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHA
 
 MIN_PLAIN_LINES = 20
 NUM_SMOOTHED, NUM_RECENT = 20, 50  # steps of the loss and of the time that are shown
-BAR = {"bar_format": "{n_fmt}/{total_fmt} {bar} {desc}", "dynamic_ncols": True}
-MIN_BAR, DUMB_WIDTH = 8, 80  # characters
+MIN_BAR, DUMB_WIDTH, BAR = 8, 80, "{n_fmt}/{total_fmt} {bar} {desc}"  # characters; as tqdm has it
 COUNTS = ("num_trained_tokens", "num_tokens")
 SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
 SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
@@ -269,7 +268,7 @@ class Recorder:
                 self._totals.add(line)
             has_bar = "stdout" not in self.tracker.plan.cfg.log_targets and sys.stderr.isatty()
             size = {"total": self._num_steps, "initial": len(self._totals.steps["step_s"])}
-            self._bar = tqdm(**size, disable=not has_bar, **BAR)
+            self._bar = tqdm(**size, disable=not has_bar, bar_format=BAR, dynamic_ncols=True)
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
         is_first = not self.resumed.lines
@@ -437,17 +436,17 @@ class Recorder:
         """Move the bar on, or print a line now and then; what is left is steps, nothing else."""
         step, bar, steps = line["step"], self._bar, self._totals.steps
         words = _progress_words(line, steps["loss"][-NUM_SMOOTHED:])
-        recent_s = statistics.median(steps["step_s"][-NUM_RECENT:])
-        left = tqdm.format_interval((self._num_steps - step) * recent_s)
+        left_s = statistics.median(steps["step_s"][-NUM_RECENT:]) * (self._num_steps - step)
+        left = tqdm.format_interval(left_s)
         if not bar.disable:
             width = bar.dynamic_ncols(bar.fp)[0] or DUMB_WIDTH
-            room = width - 2 * len(str(self._num_steps)) - MIN_BAR
-            bar.set_description_str(fit([f"{left} left", *words], room), refresh=False)
+            shown = fit([f"{left} left", *words], width - 2 * len(str(self._num_steps)) - MIN_BAR)
+            bar.set_description_str(shown, refresh=False)
             bar.update(1)
             return
         every, now_s = max(1, self._num_steps // MIN_PLAIN_LINES), time.monotonic()
-        is_late = now_s - self._said_s >= cli.LINE_S
-        if step % every == 0 or step in (1, self._num_steps) or is_late:
+        is_late = now_s - self._said_s >= cli.LINE_S or step in (1, self._num_steps)
+        if step % every == 0 or is_late:
             print(f"step {step}/{self._num_steps} {' '.join(words)} ETA {left}", flush=True)
             self._said_s = now_s
 
@@ -492,8 +491,7 @@ def _progress_words(line: dict[str, Any], losses: Sequence[float | None]) -> lis
 
 def fit(words: Sequence[str], num_chars: int) -> str:
     """Return the first of the words, as many as there is room for."""
-    lengths = itertools.accumulate(len(word) + 1 for word in words)
-    return " ".join(word for word, end in zip(words, lengths, strict=True) if end <= num_chars)
+    return next(t for i in range(len(words), -1, -1) if len(t := " ".join(words[:i])) <= num_chars)
 
 
 def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
