@@ -123,12 +123,12 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
     is_json = path.suffix.lower() in JSON_SUFFIXES
     rows = [(place, parse_json(line) if is_json else line) for place, line in found]
     return [
-        (place, _question(place, row), row if isinstance(row, dict) else {"prompt": row})
+        (place, _parse_prompt(place, row), row if isinstance(row, dict) else {"prompt": row})
         for place, row in rows
     ]
 
 
-def _question(place: str, value: Any) -> Any:
+def _parse_prompt(place: str, value: Any) -> Any:
     """A text, or the messages of a conversation."""
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
