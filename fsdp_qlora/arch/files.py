@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from fsdp_qlora import cli
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
@@ -145,9 +146,10 @@ def download(hub_name: str, files: list[str]) -> Path:
 
     name, _, revision = hub_name.partition("@")
     try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
-        )
+        with cli.Progress(f"asks the hub for {name}"):
+            found = snapshot_download(
+                name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
+            )
         return Path(found)
     except errors.HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
