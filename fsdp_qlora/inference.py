@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fsdp_qlora import arch, atomic, config
+from fsdp_qlora import arch, atomic, cli, config
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
@@ -309,7 +309,7 @@ def _parse(
 ) -> tuple[argparse.Namespace, config.TrainConfig]:
     """The arguments of a command, `given` those of train.py among them, and the run they name."""
     name = command.__name__
-    parser = argparse.ArgumentParser(f"python -m fsdp_qlora {name}", description=command.__doc__)
+    parser = cli.Parser(f"python -m fsdp_qlora {name}", description=command.__doc__)
     parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
     words = "not the one it was trained on"
     parser.add_argument("--any_base", choices=("true", "false"), help=words)

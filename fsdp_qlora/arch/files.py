@@ -90,7 +90,8 @@ def locate(model_name: str, need_weights: bool) -> Path:
     if is_hub_name:
         shapes = {path: read_json(path) for path in sorted(SHAPES_DIRECTORY.glob("*.json"))}
         name = model_name.partition("@")[0].lower()
-        known = [path for path in shapes if shapes[path]["_name_or_path"].lower() == name]
+        names = {path: (row["_name_or_path"], row.get("_also", "")) for path, row in shapes.items()}
+        known = [path for path in shapes if name in map(str.lower, names[path])]
         found = [*filter(None, [_find_cached(model_name)]), *known]
         return found[0] if found else download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():

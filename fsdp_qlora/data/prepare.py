@@ -4,7 +4,6 @@
 you rent. The same facts are kept in the record of every run.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fsdp_qlora import __version__, arch, config, hardware
+from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -523,7 +522,7 @@ def main(argv: list[str]) -> int:
     """
     about = str(inspect.getdoc(main)).partition("\n\nArgs:")[0]
     usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    parser = cli.Parser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
     parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)
