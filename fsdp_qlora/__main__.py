@@ -21,6 +21,7 @@ COMMANDS = {
     "cache": ("fsdp_qlora.fetch:cache", "list or clear the kept 4-bit weights and tokens"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
+    "watch": ("fsdp_qlora.report.watch:main", "show runs live, as they go on, in a browser"),
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
     "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
     "export": ("fsdp_qlora.export.commands:export", "write a model merged, in 4 bit, as GGUF ..."),
