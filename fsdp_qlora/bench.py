@@ -440,8 +440,7 @@ def _stored(stem: Path) -> list[BenchRow]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line, and add what follows from it; a CPU takes kind small."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = cli.Parser("python -m fsdp_qlora bench", description=__doc__, formatter_class=form)
+    parser = cli.Parser("python -m fsdp_qlora bench", description=__doc__)
     add = parser.add_argument
     add("kind", choices=[*KINDS], help="which table")
     add("--rows", default="*", help="names or patterns of rows, separated by commas [all]")
