@@ -106,17 +106,15 @@ def completion(shell: str) -> str:
             words[command] |= words["train"]
     if shell == "fish":
         rows = [f"complete -c fsdp-qlora -n __fish_use_subcommand -a '{' '.join(COMMANDS)}'"]
-        for command, name, listed in (
-            (c, n, v) for c, row in words.items() for n, v in row.items()
-        ):
-            what = f"-l {name[2:]}" + f" -xa '{listed}'" * bool(listed)
-            what = what if name.startswith("--") else f"-a '{listed or name}'"
+        for command, name, value in ((c, n, v) for c, row in words.items() for n, v in row.items()):
+            what = f"-l {name[2:]}" + f" -xa '{value}'" * bool(value)
+            what = what if name.startswith("--") else f"-a '{value or name}'"
             rows.append(f"complete -c fsdp-qlora -n '__fish_seen_subcommand_from {command}' {what}")
         return "\n".join(rows)
-    every = {name: listed for row in words.values() for name, listed in row.items() if listed}
-    cases = [f'*" {name}") words="{listed}";;' for name, listed in every.items()]
+    every = {name: value for row in words.values() for name, value in row.items() if value}
+    cases = [f'*" {name}") words="{value}";;' for name, value in every.items()]
     for command, row in words.items():
-        names = " ".join(name if name.islower() else listed for name, listed in row.items())
+        names = " ".join(name if name.islower() else value for name, value in row.items())
         cases.append(f'"{command} "*) words="{names}";;')
     return SCRIPT[shell] % ("\n".join(cases), " ".join(COMMANDS))
 
