@@ -18,8 +18,8 @@ from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
-MAIN = """model_name dataset train_type context_length batch_size num_epochs lr lora_rank output_dir
-resume""".split()
+MAIN = ["model_name", "dataset", "train_type", "context_length", "batch_size", "num_epochs", "lr"]
+MAIN += ["lora_rank", "output_dir", "resume"]
 EXAMPLES = """examples
   python train.py --model_name Qwen/Qwen3-8B --dataset my.jsonl --output_dir output/mine
   python train.py --recipe llama-3.1-8b --dataset my.jsonl --num_epochs 3 --print_config
