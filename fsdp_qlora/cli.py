@@ -14,10 +14,12 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -29,6 +31,7 @@ OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
 YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,
     "> 0": lambda value: value > 0,
@@ -36,6 +39,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ">= 1": lambda value: value >= 1,
     ">= 2": lambda value: value >= 2,
     "-1 or >= 1": lambda value: value == -1 or value >= 1,
+    "above 0 to 1": lambda value: 0 < value <= 1,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
@@ -96,6 +100,70 @@ def safe_output() -> Iterator[Callable[[], Any]]:
         finally:
             out.flush()
             err.flush()
+
+
+class Progress:
+    """How far something is that takes long: a bar on a terminal, elsewhere a line now and then.
+
+    Both go to stderr. What is over in DELAY_S shows nothing; a line comes every LINE_S at least,
+    also where nothing moves.
+    """
+
+    def __init__(
+        self, what: str, total: int | None = None, unit: str = "", is_silent: bool = False
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+            what: is done.
+            total: of `unit`; None: unknown.
+            unit: what is counted, in the plural.
+            is_silent: for the ranks that do not show it.
+        """
+        from tqdm import tqdm  # --help needs none
+
+        self.count, self.num_bytes, self._words = 0, 0, (what, unit)
+        self._over, self._is_live, self._began_s = Event(), sys.stderr.isatty(), time.monotonic()
+        form = {"bar_format": "{desc} {bar}" if total else "{desc}", "dynamic_ncols": True}
+        is_off = is_silent or not self._is_live
+        self._bar = tqdm(total=total, delay=DELAY_S, leave=False, disable=is_off, **form)
+        self._thread = None if is_silent else Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        """Begin."""
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no bar behind."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._bar.close()
+
+    def update(self, count: int = 1, num_bytes: int = 0) -> None:
+        """Count what is done, and the bytes of it."""
+        self.count, self.num_bytes = self.count + count, self.num_bytes + num_bytes
+        self._bar.set_description_str(self.line(), refresh=False)
+        self._bar.update(count)
+
+    def line(self) -> str:
+        """How far it is, in words."""
+        (what, unit), took_s = self._words, time.monotonic() - self._began_s
+        total = f"/{self._bar.total}" if self._bar.total else ""
+        speed = f"{self.num_bytes / took_s / 2**30:.2f} GiB/s" if self.num_bytes else ""
+        done = f"{self.count}{total} {unit}" if unit else ""
+        return f"{what:<9} {', '.join(filter(None, (done, speed, f'{took_s:.0f} s')))}"
+
+    def _tick(self) -> None:
+        wait_s = DELAY_S if self._is_live else LINE_S
+        while not self._over.wait(wait_s):
+            if self._is_live:
+                self._bar.set_description_str(self.line())
+                wait_s = 1.0
+            else:
+                print(self.line(), file=sys.stderr, flush=True)
 
 
 class Given(NamedTuple):
@@ -209,6 +277,25 @@ def parse(
     if faults:
         raise join(faults)
     return cls(**values)
+
+
+def split(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split a command line that has flags of train.py, too.
+
+    Args:
+        argv: arguments without the command.
+        names: of the command's own options.
+
+    Returns:
+        The command's own arguments, and the others.
+    """
+    own, rest = list[str](), list[str]()
+    part = rest
+    for word in argv:
+        if word.startswith("--"):
+            part = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
+        part.append(word)
+    return own, rest
 
 
 @dataclasses.dataclass
@@ -479,7 +566,7 @@ def show_help_if_asked(
     is_short, groups = bool(main) and not asks_all, dict[str, list[str]]()
     known = options(cls)
     for name, option in ((name, known[name]) for name in (main if is_short else known)):
-        parts = [option.help, f"[{to_text(option.default)}]" * (option.default is not None)]
+        parts = [option.help, f"[{to_text(option.default)}]" * (option.default not in (None, ""))]
         if option.choices and not is_short:
             parts.insert(1, f"({' | '.join(map(to_text, option.choices))})")
         group = f"the options that matter (--help all: {len(known)})" if is_short else option.group

@@ -27,6 +27,7 @@ EXAMPLES = """examples
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
 
 
@@ -183,6 +184,7 @@ class TrainConfig:
     """
 
     model_name: str = flag("meta-llama/Llama-2-7b-hf", "model", "directory or hub name", rule=TEXT)
+    revision: str | None = flag(None, "model", "of the hub; as NAME@REVISION", rule=TEXT)
     train_type: str = flag("qlora", "model", "frozen base and adapter", TRAIN_TYPES)
     precision: str = flag("bf16", "model", "dtype of matmuls; adapters are fp32", PRECISIONS)
     quant_type: str = flag("nf4", "model", "bitsandbytes format", ("nf4", "fp4", "int8"))
@@ -223,7 +225,7 @@ class TrainConfig:
 
     batch_size: int = flag(1, "training", "rows per rank and micro-batch", rule=">= 1")
     gradient_accumulation_steps: int = flag(1, "training", "micro-batches per step", rule=">= 1")
-    num_epochs: int = flag(1, "training", "passes over the data", rule=">= 1")
+    num_epochs: int | float = flag(1, "training", "passes over the data", rule="> 0")
     max_steps: int = flag(-1, "training", "optimizer steps in total; -1: by epochs", rule=COUNT)
     lr: float | None = flag(None, "training", LR_HELP, rule="> 0")
     lr_scheduler: str = flag("linear", "training", "learning rate over time", SCHEDULERS)
@@ -282,6 +284,10 @@ class TrainConfig:
             raise join(faults)
         if self.sharding_strategy == "ddp" and self.offload_impl != "stream":
             object.__setattr__(self, "use_cpu_offload", False)
+        if self.revision is not None:  # from here on one name tells both
+            name = self.model_name.partition("@")[0]
+            object.__setattr__(self, "model_name", f"{name}@{self.revision}")
+            object.__setattr__(self, "revision", None)
 
     @property
     def format_name(self) -> str:
@@ -405,7 +411,7 @@ def place(argv: Sequence[str]) -> TrainConfig:
     """
     _answer(argv)
     values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
-    names = ("world_size", "master_port", "output_dir", "model_name", "train_type")
+    names = ("world_size", "master_port", "output_dir", "model_name", "revision", "train_type")
     try:
         if faults:
             raise join(faults)
@@ -589,6 +595,12 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
         if getattr(cfg, name):
             rule = "needs --use_gradient_checkpointing true"
             faults.append(UserError(f"--{name} true", rule, "set both or none"))
+    name, _, named = cfg.model_name.partition("@")
+    is_local = os.path.exists(os.path.expanduser(cfg.model_name)) or not _HUB_NAME.fullmatch(name)
+    if cfg.revision is not None and (is_local or named not in ("", cfg.revision)):
+        got = f"--revision {cfg.revision} with --model_name {cfg.model_name}"
+        rule = "which is no name on the hub" if is_local else "which names another one"
+        faults.append(UserError(got, rule, "leave one of them out"))
     if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
         got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
         faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))

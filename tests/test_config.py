@@ -115,6 +115,8 @@ def test_all_faults_are_told_at_once():
         ("--plan no", "no such choice"),
         ("--use_activation_cpu_offload true --use_gradient_checkpointing false", "set both"),
         ("--n_bits 5", "no such choice"),
+        ("--revision v1 --model_name tests", "is no name on the hub"),
+        ("--revision v1 --model_name a/b@v2", "names another one"),
         ("--lora_dropout 1", "must be from 0 to below 1"),
         ("--lr nan", "must be a number"),
         ("--lr inf", "must be a number"),
@@ -190,6 +192,15 @@ def test_derived_names_follow_the_flags(argv: str, expected: tuple[str, ...]):
     cfg = parse(argv.split())
     derived = (cfg.format_name, cfg.compute_dtype, cfg.master_dtype, *cfg.levels(1))
     assert derived[: len(expected)] == expected
+
+
+def test_a_revision_is_part_of_the_name_everywhere(tmp_path: Path):
+    assert parse(["--model_name=a/b", "--revision=v1"]).model_name == "a/b@v1"
+    cfg = parse(["--model_name=a/b@v1", "--revision=v1"])
+    assert config.from_record(config.to_dict(cfg)) == (cfg, ())
+    assert dataclasses.replace(cfg, seed=1).model_name == "a/b@v1"
+    place = config.place(["--model_name=a/b", "--revision=v1"])
+    assert place.resolved_output_dir.name.startswith("b-v1-qlora")
 
 
 def test_the_last_layers_keep_most():
