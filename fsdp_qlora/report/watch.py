@@ -215,8 +215,7 @@ class Server(ThreadingHTTPServer):
 
     def news(self, query: str) -> str:
         """What is new since the answers of which `query` gives the tokens, as JSON."""
-        tokens = parse_qs(query, keep_blank_values=True).get("at", [])
-        tokens += [""] * len(self.followers)
+        tokens = parse_qs(query, keep_blank_values=True).get("at", []) + [""] * len(self.followers)
         runs = [f.answer(token) for f, token in zip(self.followers, tokens, strict=False)]
         is_behind = any(follower.is_behind for follower in self.followers)
         return json.dumps({"runs": runs, "isBehind": is_behind}, separators=(",", ":"))
