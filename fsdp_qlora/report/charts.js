@@ -66,9 +66,9 @@ function curve([field, title, unit, isNoisy, hasZero]) {
       hasMean && {label, colour, xs, ys: smooth(ys), style: "line"},
       evals.length && {label: `${label}, held out`, colour: isOne ? LOOK.colours[1] : colour, xs: evals.map(e => xOf(run, e[0])), ys: evals.map(e => e[1]), style: "dots"},
       field === "grad_norm" && run.clip && {label: isOne ? "clipped to" : `${run.name}, clipped to`, colour: GREY, level: run.clip, style: "dash"},
-    ].filter(Boolean);
+    ];
   });
-  return {title, unit, lines, hasZero};
+  return {title, unit, lines: lines.filter(Boolean), hasZero};
 }
 
 // One GPU or host: areas by row, a line of what was held, dashes of plan and limit.
@@ -305,7 +305,7 @@ if (runs.length) {
     Object.assign(view, axis && {axis, range: null, cursor: null}, log && {isLog: log === "1"}, whole && {range: null});
     draw();
   };
-  addEventListener("resize", draw);
+  onresize = draw;
   refresh();
 }
 if (DATA.live) follow();

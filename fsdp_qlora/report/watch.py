@@ -27,8 +27,7 @@ from fsdp_qlora.record import NEEDED
 from fsdp_qlora.report.charts import Tape
 from fsdp_qlora.report.page import Section, render
 
-HOST, PORT = "127.0.0.1", 8123
-NAMES = (HOST, "localhost", "::1")  # by any other a page of the web would ask
+HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
 CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
 MARK_BYTES = 64  # of the last line: whether a record is still the one that was read
 LOG_BYTES, LOG_LINES, MAX_WAITS = 4096, 20, 4
