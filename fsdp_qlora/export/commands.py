@@ -236,7 +236,7 @@ def quantize(argv: list[str]) -> int:
     from fsdp_qlora.export import model_files, new_weights
     from fsdp_qlora.model.weights import DTYPES as STORED
 
-    num_linear = info.num_layers * sum(linear.num_weights for linear in info.linears)
+    num_linear = sum(n.num_weights for kind in info.by_layer for n in kind.linears)
     out = Path(str(options.out))
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
     item_bytes = 2 if options.dtype in ("bf16", "fp16") else 4

@@ -36,7 +36,14 @@ from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.model import quantize
-from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.quantize import (
+    Fields,
+    LayerStore,
+    Layout,
+    build_layout,
+    layer_layouts,
+    store_linear,
+)
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
@@ -85,7 +92,7 @@ class TrainedBase:
     def cached(self) -> QuantizedCache:
         """The quantized layers that training itself wrote, where they are still there."""
         setting = "off" if self.format_name is None else self.quant_cache
-        return find_cache(setting, self.info, self._layout)
+        return find_cache(setting, self.info, self._layouts)
 
     @property
     def note(self) -> str:
@@ -93,8 +100,8 @@ class TrainedBase:
         return f"from {self.cached.directory}" if self.cached.is_complete else "quantized anew"
 
     @cached_property
-    def _layout(self) -> Layout:
-        return build_layout([n.shape for n in self.info.linears], self.format_name or "bf16")
+    def _layouts(self) -> tuple[Layout, ...]:
+        return layer_layouts(self.info, self.format_name or "bf16")
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -149,7 +156,7 @@ class TrainedBase:
                 fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
                 return self._dequantized(fields, weight.shape)
             flat = stored.to(self.device)
-            self._held[layer] = LayerStore(lambda: flat, self._layout)
+            self._held[layer] = LayerStore(lambda: flat, self._layouts[layer])
         return self._held[layer].weight(index, self.dtype)
 
     def _dequantized(self, fields: Fields, shape: Sequence[int]) -> torch.Tensor:

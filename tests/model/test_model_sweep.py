@@ -75,7 +75,7 @@ def judge(path: Path, world: World) -> Finding:
     routers = [n.name for n in info.linears if n.out_features == tiny_models.EXPERTS]
     if routers:
         return Finding("different", f"routers are quantized: {routers[0]}")
-    lora = dict(adapters.named_pairs(model, flats, info.layers_prefix))
+    lora = dict(adapters.named_pairs(model, flats, model.layers_prefix))
     said = info.rope_note(64)  # then a row has the loss of a row alone only in a batch of its own
     samples = make_samples(1 if said else 3)
     wanted = reference(path, lora, cfg, samples)
@@ -89,7 +89,7 @@ def judge(path: Path, world: World) -> Finding:
             continue
         for level, flags in LEVELS.items():
             model.set_checkpointing(dataclasses.replace(cfg, **flags), world.device)
-            found = run(model, batch, world, info.layers_prefix)
+            found = run(model, batch, world)
             for what, size in differences(found, wanted).items():
                 worst[f"{laying} {level} {what}"] = size
     bad = {where: size for where, size in worst.items() if not size < TOLERANCE}
@@ -111,7 +111,7 @@ def build(cfg, world: World) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
         return build(dataclasses.replace(cfg, attn="eager"), world)
 
 
-def run(model, batch: Batch, world: World, prefix: str) -> Results:
+def run(model, batch: Batch, world: World) -> Results:
     """What the trainer computes."""
     shard.settle(model)  # the logits of the last batch left parameters gathered
     model.zero_grad()
@@ -124,7 +124,9 @@ def run(model, batch: Batch, world: World, prefix: str) -> Results:
     rows = RowBounds.of(batch.row_lengths, world.device)
     with torch.no_grad():
         logits = model(batch.input_ids, Targets(targets.positions_N, None), rows=rows)
-    return Results(loss.detach(), logits, dict(adapters.named_pairs(model, grads, prefix)))
+    return Results(
+        loss.detach(), logits, dict(adapters.named_pairs(model, grads, model.layers_prefix))
+    )
 
 
 def reference(path: Path, lora: dict[str, torch.Tensor], cfg, samples) -> Results | str:
@@ -313,12 +315,12 @@ def test_a_window_of_nothing_is_none(tmp_path, world, window):
     tiny_models.save(path, "mistral")
     edit_json(path / "config.json", sliding_window=window)
     cfg = config.parse([f"--model_name={path}", *FLAGS])
-    model, info, _ = build(cfg, world)
+    model, *_ = build(cfg, world)
     flats, samples = tiny.fill_lora(model), make_samples(3)
-    own = run(model, collate(samples, 1), world, info.layers_prefix)
+    own = run(model, collate(samples, 1), world)
     raw = json.loads((path / "config.json").read_text()) | {"sliding_window": None}
     (path / "config.json").write_text(json.dumps(raw))
-    lora = dict(adapters.named_pairs(model, flats, info.layers_prefix))
+    lora = dict(adapters.named_pairs(model, flats, model.layers_prefix))
     assert max(differences(own, reference(path, lora, cfg, samples)).values()) < TOLERANCE
 
 
@@ -344,7 +346,7 @@ def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
     tiny_models.save(path, name)
     cfg = config.parse([f"--model_name={path}", *FLAGS])
     model, info, _ = build(cfg, world)
-    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), info.layers_prefix))
+    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), model.layers_prefix))
     names = sorted({key.split(".")[-3] for key in lora})
     LoraConfig(r=4, lora_alpha=8, target_modules=names).save_pretrained(tmp_path)
     save_file({n: t.contiguous() for n, t in lora.items()}, tmp_path / "adapter_model.safetensors")

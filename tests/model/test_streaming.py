@@ -23,7 +23,7 @@ NUM_LAYERS = 7
 
 def _streamer(num_slots):
     device = torch.device(tiny.DEVICE, 0) if tiny.DEVICE == "cuda" else torch.device("cpu")
-    streamer = Streamer(NUM_LAYERS, 64, num_slots, device)
+    streamer = Streamer([64] * NUM_LAYERS, num_slots, device)
     sources = torch.arange(NUM_LAYERS, dtype=torch.uint8).repeat_interleave(64).view(-1, 64)
     streamer.sources = list(sources.pin_memory() if tiny.DEVICE == "cuda" else sources)
     return streamer
