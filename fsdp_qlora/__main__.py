@@ -17,12 +17,12 @@ COMMANDS = {
     "cache": ("fsdp_qlora.fetch:cache", "list or clear the kept 4-bit weights and tokens"),
     "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
     "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
+    "watch": ("fsdp_qlora.report.watch:main", "show runs live, as they go on, in a browser"),
     "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
     "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
-    "merge": ("fsdp_qlora.export.commands:merge", "add an adapter to its base model"),
-    "quantize": ("fsdp_qlora.export.commands:quantize", "write a 4-bit model for transformers"),
-    "expand": ("fsdp_qlora.export.commands:expand", "add new layers or tokens to a model"),
+    "export": ("fsdp_qlora.export.commands:export", "write a model merged, in 4 bit, as GGUF ..."),
 }
+FORMER = {"merge": "merged", "quantize": "4bit", "expand": "expanded"}  # now forms of export
 ANSWERS = {"plan", "data", "doctor", "generate", "cache"}  # what they print is their result
 
 
@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
         rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
         print("usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)", "", *rows, sep="\n")
         return DONE
+    if argv[0] in FORMER:
+        argv = ["export", FORMER[argv[0]], *argv[1:]]
     if argv[0] not in COMMANDS:
         raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")
     if sys.flags.optimize > 1 and argv[0] != "train":  # whose ranks start without it

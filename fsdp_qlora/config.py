@@ -243,6 +243,7 @@ class TrainConfig:
     save_model: bool = flag(True, "output", "save the adapter at the end")
     push_to_hub: str | None = flag(None, "output", "OWNER/NAME to upload the adapter to", rule=TEXT)
     log_to: str = flag("tqdm", "output", f"tqdm, stdout, and {', '.join(TRACKERS)}", rule=TEXT)
+    watch: bool = flag(False, "output", "show the run live at 127.0.0.1; prints the address")
     project_name: str = flag("fsdp_qlora", "output", "project of the tracker", rule=TEXT)
     tracker_args: str | None = flag(None, "output", "for them: name=N,group=G,entity=E", rule=TEXT)
     profile: bool | int = flag(False, "output", "trace 3 steps; N: warm up N before", rule=">= 0")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import cli, config
-from fsdp_qlora.__main__ import COMMANDS
+from fsdp_qlora.__main__ import COMMANDS, FORMER
 from fsdp_qlora.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -70,9 +70,9 @@ TRAIN_VERBS = ("data", "plan")  # take the flags of train.py too
 
 
 def fault_of_verb(argv: list[str]) -> str | None:
-    if not argv or argv[0] not in {*COMMANDS, "--help"}:
+    if not argv or argv[0] not in {*COMMANDS, *FORMER, "--help"}:
         return f"no verb {argv[:1]}"
-    command = [sys.executable, "-m", "fsdp_qlora", argv[0], "--help"]
+    command = [sys.executable, "-m", "fsdp_qlora", *argv[: 1 + (argv[0] == "export")], "--help"]
     help_text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     if argv[0] in TRAIN_VERBS:

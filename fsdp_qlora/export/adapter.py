@@ -257,7 +257,7 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
         check(adapter, info)
     if outside:
         rule = "is changed by it; here only linears of the layers, embedding and head can be"
-        remedy = "merge it (python -m fsdp_qlora merge), give the result as --model_name"
+        remedy = "merge it (python -m fsdp_qlora export merged), give the result as --model_name"
         raise UserError(f"{adapter.path}: {describe(outside)}", rule, remedy)
 
 

@@ -1,7 +1,7 @@
-"""The commands `merge`, `quantize` and `expand`: a new model, written tensor by tensor.
+"""The command `export`: a new model, written tensor by tensor, in one of several forms.
 
-`merge` adds an adapter to its base and compares the sum with both. `quantize` writes a 4-bit model
-in the bytes that transformers would save itself. `expand` writes new layers that change nothing
+`merged` adds an adapter to its base and compares the sum with both. `4bit` writes a 4-bit model in
+the bytes that transformers would save itself. `expanded` writes new layers that change nothing
 until they are trained, and new tokens. Options are checked before torch is there; the host holds no
 more than a few tensors at once.
 """
@@ -9,7 +9,7 @@ more than a few tensors at once.
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ class ExpandOptions(OutputOptions):
 
 def _parse(name: str, argv: list[str], cls: type[OptionsT], *needed: str) -> OptionsT:
     values = " ".join(f"--{option} {option.upper()}" for option in needed)
-    usage = f"usage: python -m fsdp_qlora {name} {values} [--option value ...]"
+    usage = f"usage: python -m fsdp_qlora export {name} {values} [--option value ...]"
     return cli.parse(argv, cls, usage, needed)
 
 
@@ -146,7 +146,7 @@ def merge(argv: list[str]) -> int:
         UserError: a wrong option, an adapter or a base that does not fit (codes 2, 5), a full
             disk (code 3), values that the dtype cannot hold (code 5).
     """
-    options = _parse("merge", argv, MergeOptions, "adapter", "out")
+    options = _parse("merged", argv, MergeOptions, "adapter", "out")
     adapter = adapters.read(Path(os.path.expanduser(str(options.adapter))))
     if not (options.model_name or adapter.base_name):
         got = f"{adapter.path}: base_model_name_or_path"
@@ -226,7 +226,7 @@ def quantize(argv: list[str]) -> int:
     Raises:
         UserError: a wrong option, no such model (codes 2, 3, 5), a full disk (code 3).
     """
-    options = _parse("quantize", argv, QuantizeOptions, "model_name", "out")
+    options = _parse("4bit", argv, QuantizeOptions, "model_name", "out")
     info = arch.read(str(options.model_name), need_weights=True)
     if info.stored_format:
         rule = f"is quantized already, as {info.stored_format}"
@@ -277,7 +277,7 @@ def expand(argv: list[str]) -> int:
         UserError: a wrong option, no such model (codes 2, 3, 5), what writes into the residual
             stream is not known by name (code 2), a full disk (code 3).
     """
-    options = _parse("expand", argv, ExpandOptions, "model_name")
+    options = _parse("expanded", argv, ExpandOptions, "model_name")
     info = arch.read(str(options.model_name), need_weights=True)
     rate = options.expansion_rate
     if rate is None:
@@ -312,3 +312,37 @@ def expand(argv: list[str]) -> int:
         print(f"tokens    {num_tokens:,}, embeddings of {tokens.num_rows:,} rows")
     print(f"next      python train.py {flags} --dataset YOUR_ROWS.jsonl")
     return DONE
+
+
+FORMS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "merged": (merge, "a plain model of an adapter and its base"),
+    "4bit": (quantize, "a model in 4 bit, for transformers"),
+    "expanded": (expand, "a model with new layers or tokens, to be trained"),
+}
+
+
+def export(argv: list[str]) -> int:
+    """Write a model or an adapter in another form.
+
+    Args:
+        argv: the form and its options.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: there is no such form (code 2); else see its function.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        rows = [f"  {form:<10} {words}" for form, (_, words) in FORMS.items()]
+        print(
+            "usage: fsdp-qlora export FORM ...  (export FORM --help tells more)",
+            "",
+            *rows,
+            sep="\n",
+        )
+        return DONE
+    if argv[0] not in FORMS:
+        rule = f"want one of {' '.join(FORMS)}"
+        raise UserError(f"export {argv[0]}", rule, "python -m fsdp_qlora export --help")
+    return FORMS[argv[0]][0](argv[1:])

@@ -72,7 +72,7 @@ def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> str:
     if run is not None:
         tables |= {"Results": _results(run), "Versions": run.table("versions")}
     options = {flag: value for flag, value in to_dict(cfg).items() if flag not in OWN_FLAGS}
-    merge = ("python", "-m", "fsdp_qlora", "merge", "--adapter", name, "--out", f"{name}-merged")
+    merge = f"--adapter {shlex.quote(name)} --out {shlex.quote(name + '-merged')}"
     card = ModelCard.from_template(
         header,
         template_path=str(CARD),
@@ -82,7 +82,7 @@ def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> str:
         base=one_line(cfg.model_name).replace("`", "'"),
         form=cfg.format_name,
         loader="AutoModelForCausalLM" if kind == "full" else "AutoPeftModelForCausalLM",
-        merge=shlex.join(merge),
+        merge=f"python -m fsdp_qlora export merged {merge}",
         tables={title: [map(_cell, row) for row in rows.items()] for title, rows in tables.items()},
         command=record.command(options),
     )

@@ -255,7 +255,7 @@ def _new_layers(info: ModelInfo) -> tuple[int, ...]:
     numbers = tuple(map(int, match.groups())) if match else (0, 0)
     if not 0 < numbers[1] - numbers[0] <= numbers[0] or numbers[1] != info.num_layers:
         rule = "has no new blocks to train"
-        remedy = "make them with python -m fsdp_qlora expand, give the result as --llama_pro_path"
+        remedy = "make them: python -m fsdp_qlora export expanded, then --llama_pro_path DIR"
         raise UserError(str(info.path or info.model_type), rule, remedy)
     return new_layers(numbers[0], numbers[1] - numbers[0])
 

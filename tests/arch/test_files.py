@@ -359,7 +359,7 @@ def test_every_shape_file_is_complete() -> None:
 
 
 COMMANDS = {
-    "plan": ["-m", "fsdp_qlora", "plan", "--cards", "2x24"],
+    "plan": ["-m", "fsdp_qlora", "plan", "--gpus", "2x24"],
     "data": ["-m", "fsdp_qlora", "data"],
     "train": ["train.py", "--weights", "random", "--max_steps", "1", "--world_size", "1"],
 }

@@ -145,7 +145,7 @@ def test_all_faults_of_the_command_line_come_at_once(place: Path):
     assert "did you mean --dtype?" in str(caught.value) and "--out" in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", ["merge", "quantize", "expand"])
+@pytest.mark.parametrize("verb", ["merge", "4bit", "expanded"])
 def test_help_and_wrong_words_need_no_torch(tmp_path: Path, verb: str):
     """They are answered at once."""
     program = """
@@ -159,7 +159,14 @@ except (SystemExit, UserError) as end:
 print(sorted({"torch", "transformers", "peft", "bitsandbytes"} & set(sys.modules)))
 """
     for words, said in ((["--help"], "usage: python -m"), (["--out=x"], "must be given")):
-        command = [sys.executable, "-c", program, verb, *words]
+        command = [
+            sys.executable,
+            "-c",
+            program,
+            *([] if verb == "merge" else ["export"]),
+            verb,
+            *words,
+        ]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert said in run.stdout and run.stdout.splitlines()[-1] == "[]", run.stdout
     assert list(tmp_path.iterdir()) == []
