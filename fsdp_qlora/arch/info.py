@@ -392,9 +392,14 @@ class ModelInfo:
 
     @property
     def attention_extra(self) -> str:
-        """What PyTorch's attention leaves out: "soft-capped" (Gemma 2), "sinks" (gpt-oss) or ""."""
+        """What PyTorch's attention leaves out, or "".
+
+        "soft-capped" (Gemma 2), "indexed" (MiniMax M3), "sinks" (gpt-oss).
+        """
         if self.config.get("attn_logit_softcapping"):
             return "soft-capped"
+        if any(key.startswith(("index_topk", "indexer_")) for key in self.config):
+            return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
         return "sinks" if any("sink" in name for name in names) else ""
 
@@ -612,6 +617,9 @@ def _checked_config(config: dict, model_name: str) -> dict:
     if "auto_map" in config and model_type not in LAYOUTS:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
+    if "index_topk" in config:
+        rule = "chooses the keys of each token by an indexer, which is not computed here"
+        raise UserError(got, rule, "take another model")
     _check_values(config)
     left_out = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so

@@ -69,7 +69,8 @@ class Recomputed(torch.autograd.Function):
             with torch.enable_grad():
                 outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        pairs = [(o, g) for o, g in zip(outs, grads_out, strict=True) if g is not None]
+        every = zip(outs, grads_out, strict=True)
+        pairs = [(o, g) for o, g in every if g is not None and o.requires_grad]
         wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         of = [out for out, _ in pairs], wanted, [grad for _, grad in pairs]
         grads = iter(torch.autograd.grad(*of, allow_unused=True))

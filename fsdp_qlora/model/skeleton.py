@@ -66,7 +66,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        has_flash = is_installed and extra != "sinks"
+        has_flash = is_installed and extra in ("", "soft-capped")
         attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
@@ -215,15 +215,14 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
     head = _loss_head(hf_model, info)
-    if chosen.attention == "sdpa" and not hf_model._supports_sdpa:
+    is_indexed = info.attention_extra == "indexed"
+    if chosen.attention == "sdpa" and (is_indexed or not hf_model._supports_sdpa):
         rule = f"computes otherwise than the attention of model type {info.model_type}"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     names = stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
-    known = (
-        match for at in info.linear_places() if (match := INDEXED.fullmatch(inside.get(at, "")))
-    )
-    prefix = next((match["prefix"] for match in known), None)
+    known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
+    prefix = next((match["prefix"] for match in known if match), None)
     if prefix is None:
         got, rule = f"weights named {info.layers_prefix}.0", f"are no part of {info.model_type}"
         raise UserError(got, rule, "save the model with its head, as AutoModelForCausalLM")
@@ -232,16 +231,13 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
     layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache()
-    params = [hf_model.get_parameter(name) for name in whole.root]
+    params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
         block = DecoderBlock(None if is_whole else layouts[index], cache)
         stem, own = f"{info.layers_prefix}.{index}.", f"{prefix}.{index}."
-        renamed = {
-            at.removeprefix(stem): name.removeprefix(own)
-            for at, name in inside.items()
-            if at.startswith(stem)
-        }
+        mine = [(at, name) for at, name in inside.items() if at.startswith(stem)]
+        renamed = {at.removeprefix(stem): name.removeprefix(own) for at, name in mine}
         layers[index] = block
         block.body = _build_body(layer, info.by_layer[index], block.store, renamed)
         params += layer.parameters() if is_whole else ()
