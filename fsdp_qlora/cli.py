@@ -13,10 +13,12 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -27,6 +29,7 @@ from fsdp_qlora.errors import UserError, join
 OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,
     "> 0": lambda value: value > 0,
@@ -94,6 +97,70 @@ def safe_output() -> Iterator[Callable[[], Any]]:
         finally:
             out.flush()
             err.flush()
+
+
+class Progress:
+    """How far something is that takes long: a bar on a terminal, elsewhere a line now and then.
+
+    Both go to stderr. What is over in DELAY_S shows nothing; a line comes every LINE_S at least,
+    also where nothing moves.
+    """
+
+    def __init__(
+        self, what: str, total: int | None = None, unit: str = "", is_silent: bool = False
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+            what: is done.
+            total: of `unit`; None: unknown.
+            unit: what is counted, in the plural.
+            is_silent: for the ranks that do not show it.
+        """
+        from tqdm import tqdm  # --help needs none
+
+        self.count, self.num_bytes, self._words = 0, 0, (what, unit)
+        self._over, self._is_live, self._began_s = Event(), sys.stderr.isatty(), time.monotonic()
+        form = {"bar_format": "{desc} {bar}" if total else "{desc}", "dynamic_ncols": True}
+        is_off = is_silent or not self._is_live
+        self._bar = tqdm(total=total, delay=DELAY_S, leave=False, disable=is_off, **form)
+        self._thread = None if is_silent else Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        """Begin."""
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no bar behind."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._bar.close()
+
+    def update(self, count: int = 1, num_bytes: int = 0) -> None:
+        """Count what is done, and the bytes of it."""
+        self.count, self.num_bytes = self.count + count, self.num_bytes + num_bytes
+        self._bar.set_description_str(self.line(), refresh=False)
+        self._bar.update(count)
+
+    def line(self) -> str:
+        """How far it is, in words."""
+        (what, unit), took_s = self._words, time.monotonic() - self._began_s
+        total = f"/{self._bar.total}" if self._bar.total else ""
+        speed = f"{self.num_bytes / took_s / 2**30:.2f} GiB/s" if self.num_bytes else ""
+        done = f"{self.count}{total} {unit}" if unit else ""
+        return f"{what:<9} {', '.join(filter(None, (done, speed, f'{took_s:.0f} s')))}"
+
+    def _tick(self) -> None:
+        wait_s = DELAY_S if self._is_live else LINE_S
+        while not self._over.wait(wait_s):
+            if self._is_live:
+                self._bar.set_description_str(self.line())
+                wait_s = 1.0
+            else:
+                print(self.line(), file=sys.stderr, flush=True)
 
 
 class Given(NamedTuple):

@@ -121,7 +121,9 @@ def main(argv: list[str]) -> int:
         ("measured speeds", partial(save, found), CACHE, DONE),
     ]
     for check in [*checks[:2], *checks[4:]] if options.quick else checks:
-        for finding in attempt(*check):
+        with cli.Progress(f"checks {check[0]}"):
+            findings = attempt(*check)
+        for finding in findings:
             found.append(finding)
             print("" if options.json else finding.line() + "\n", end="", flush=True)
     code, states = max(f.code for f in found), [f.status for f in found]

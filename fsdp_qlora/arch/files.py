@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from fsdp_qlora import cli
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
@@ -147,9 +148,10 @@ def download(hub_name: str, files: list[str]) -> Path:
 
     name, _, revision = hub_name.partition("@")
     try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
-        )
+        with cli.Progress(f"asks the hub for {name}"):
+            found = snapshot_download(
+                name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
+            )
         return Path(found)
     except HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
@@ -192,6 +194,7 @@ class TensorRef(NamedTuple):
         start: absolute offset of the first byte in the file.
         nbytes: length in bytes.
         is_transposed: a matrix of this shape whose columns lie one after the other.
+        joint: name of the tensor that it is a part of, with those of the other experts, or "".
     """
 
     file: Path
@@ -200,6 +203,7 @@ class TensorRef(NamedTuple):
     start: int
     nbytes: int
     is_transposed: bool = False
+    joint: str = ""
 
 
 def read_json(path: Path) -> dict:
@@ -514,7 +518,7 @@ def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, Tenso
             own = (*shape[::-1],) if is_turned else (*shape,)
             own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
             stem = f"{match['block']}.experts.{i}.{part}.weight"
-            split[stem] = own_ref._replace(is_transposed=is_turned)
+            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
     return split
 
 

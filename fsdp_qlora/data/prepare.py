@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from fsdp_qlora import __version__, arch, config, hardware
+from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -123,8 +122,7 @@ def prepare(
     assert tokenizer is not None, "text without a tokenizer"
     formatter = _choose(cfg, tokenizer)
     found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
-    is_silent = not (shows_progress and sys.stderr.isatty())
-    with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
+    with cli.Progress("tokenizes", unit="rows", is_silent=not shows_progress) as bar:
         make = functools.partial(_tokenize, cfg, tokenizer, formatter, bar.update)
         whole = make(found)
         train, held_out, num_test = train_test_split(whole, cfg)

@@ -138,7 +138,8 @@ class TrainedBase:
         read = self.read_ahead(names)
         if len(names) == 1:
             return next(read)
-        return torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
+        whole = torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
+        return whole.transpose(1, 2) if self.info.tensors[names[0]].is_transposed else whole
 
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
@@ -199,6 +200,25 @@ def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
             raise UserError(name, f"is not finite in {dtype}", remedy, INTEGRITY)
         yield name, result
+
+
+def joined(info: ModelInfo, tensors: Tensors) -> Tensors:
+    """Put the matrices of the experts together again, as the files of the base have them.
+
+    Args:
+        info: the base.
+        tensors: of `merged`: those of one tensor of the files come one after the other.
+    """
+    refs = ((info.tensors[name], name, tensor) for name, tensor in tensors)
+    for joint, group in itertools.groupby(refs, lambda row: row[0].joint or row[1]):
+        parts = [tensor.t() if ref.is_transposed else tensor for ref, _, tensor in group]
+        is_part = joint not in info.tensors
+        yield joint, torch.stack(parts).contiguous() if is_part else parts[0]
+
+
+def file_names(info: ModelInfo) -> list[str]:
+    """The names of the tensors as the files have them."""
+    return list(dict.fromkeys(ref.joint or name for name, ref in info.tensors.items()))
 
 
 def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
