@@ -407,6 +407,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
     model = on_meta(transformers_config(base.info), torch.float32, "eager").float().eval()
     embedding, stored = model.get_input_embeddings(), stored_names(model, base.info)
     embedded = next(name for name, module in model.named_modules() if module is embedding)
+    # What has a convolution hands the weights of its parts to kernels of its own.
+    has_conv = [n for n, m in model.named_modules() if nn.Conv1d in map(type, m.children())]
     for name, module in model.named_modules():
         for part, buffer in module._buffers.items():
             at = stored.get(f"{name}.{part}")
@@ -419,21 +421,23 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
         if base.info.is_tied and module is model.get_output_embeddings():
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
-            module.register_forward_pre_hook(partial(_bring, own, base))
-            module.register_forward_hook(_drop)
+            reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
+            holder = model.get_submodule(reader)
+            holder.register_forward_pre_hook(partial(_bring, own, base, module))
+            holder.register_forward_hook(partial(_drop, module))
     # Causal: the padding behind is not seen.
     batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
     return torch.cat([out[i, : len(tokens)].cpu() for i, tokens in enumerate(ids)])
 
 
-def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, args: tuple) -> None:
+def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, *_: Any) -> None:
     for part, name in own.items():
         weight = base.read(name).float()
         module._parameters[part] = nn.Parameter(weight, requires_grad=False)
 
 
-def _drop(module: nn.Module, args: tuple, output: Any) -> None:
+def _drop(module: nn.Module, *_: Any) -> None:
     for part, param in module._parameters.items():
         if param is not None:
             module._parameters[part] = nn.Parameter(param.to("meta"), requires_grad=False)
