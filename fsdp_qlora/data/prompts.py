@@ -66,7 +66,8 @@ def choose_prompts(
         return ()
     asked = [] if cfg.sample_prompt is None else [("--sample_prompt", cfg.sample_prompt)]
     if cfg.sample_prompts not in ("auto", "off"):
-        asked += _read_prompts(Path(cfg.sample_prompts).expanduser())
+        path = Path(cfg.sample_prompts)
+        asked += [(place, text) for place, text, _ in read_prompts(path, "--sample_prompts")]
     if asked or cfg.sample_prompts == "off" or ready.formatter is None:
         return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
     number = min(NUM_HELD_OUT, len(ready.held_out))
@@ -98,20 +99,37 @@ def _question(text: str, around: tuple[str, str]) -> str:
     return text.strip()
 
 
-def _read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """Place and question of every line that is not empty."""
-    remedy = "give a file with one prompt a line, auto or off"
-    lines = read_own_file(path, "--sample_prompts", remedy).splitlines()
+def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
+    """Read a file of prompts: one a line, or JSONL.
+
+    Args:
+        path: its name.
+        flag: that names it.
+
+    Returns:
+        Place, question (a text, or the messages of a conversation) and row of every line that is
+        not empty.
+
+    Raises:
+        UserError: it cannot be read, is empty, or a line is no prompt.
+    """
+    remedy = "give a file with one prompt a line"
+    remedy += ", auto or off" * (flag == "--sample_prompts")
+    path = path.expanduser()
+    lines = read_own_file(path, flag, remedy).splitlines()
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UserError(f"--sample_prompts {path}", "is empty", remedy)
+        raise UserError(f"{flag} {path}", "is empty", remedy)
     is_json = path.suffix.lower() in JSON_SUFFIXES
-    return [(place, _parse_prompt(place, line) if is_json else line) for place, line in found]
+    rows = [(place, parse_json(line) if is_json else line) for place, line in found]
+    return [
+        (place, _parse_prompt(place, row), row if isinstance(row, dict) else {"prompt": row})
+        for place, row in rows
+    ]
 
 
-def _parse_prompt(place: str, line: str) -> Any:
+def _parse_prompt(place: str, value: Any) -> Any:
     """A text, or the messages of a conversation."""
-    value = parse_json(line)
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)

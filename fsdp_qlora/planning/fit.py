@@ -162,7 +162,7 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
     num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)
-    return math.ceil(num_rows / rows_per_step) * cfg.num_epochs
+    return math.ceil(math.ceil(num_rows / rows_per_step) * cfg.num_epochs)
 
 
 class Outcome(NamedTuple):

@@ -1,6 +1,5 @@
 """Runs side by side from their records, as one page that needs nothing else: report.html."""
 
-import argparse
 import base64
 import hashlib
 import itertools
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
@@ -433,7 +432,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    parser = argparse.ArgumentParser("python -m fsdp_qlora report", description=__doc__)
+    parser = cli.Parser("python -m fsdp_qlora report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
     parser.add_argument("--out", type=Path, help="of report.html [of one run its own, else here]")
     args = parser.parse_args(argv)

@@ -6,7 +6,6 @@ Finished runs and those still under way lie over each other; a run is followed o
 resume. From another machine: ssh -L 8123:127.0.0.1:8123 HOST, then open the same address there.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.checkpoint_store import LOCK, LOGS, METRICS, SUMMARY
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
@@ -261,8 +260,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    own = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fsdp-qlora watch", description=__doc__, formatter_class=own)
+    parser = cli.Parser("python -m fsdp_qlora watch", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="DIR", type=Path, help="output directory")
     parser.add_argument("--port", type=int, help=f"of {HOST} [{PORT}, or a free one]")
     args = parser.parse_args(argv)

@@ -261,6 +261,7 @@ def test_steps_are_known_where_rows_are_counted_cheaply(tmp_path: Path):
         return fit.num_steps(Sizes(info, cfg), setting_of(cfg, 32, 2))
 
     assert steps(f"--dataset={path}", "--num_epochs=3") == 9  # 10 rows, 4 a step
+    assert steps(f"--dataset={path}", "--num_epochs=1.1") == 4
     assert steps(f"--dataset={path}", "--eval_samples=2") == 2
     assert steps("--dataset=alpaca") == 12_915  # 100 rows held out
     assert steps("--dataset=rows.parquet") is None
