@@ -1,15 +1,18 @@
 """Every recipe is a command line that works, and has a page that says what it does."""
 
 import dataclasses
+import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import config
+from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import COMMANDS, completion, main
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.planning import run as plans
 from tests.test_readme import commands, fault
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -17,7 +20,55 @@ NUM_RECIPES = 17
 ON_A_LAPTOP = {"dialogues", "instructions", "names", "text"}
 WITHOUT_PAGE = {"quickstart", "reference"}  # the README and defaults.md describe them
 MODELS = {"llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "gemma-3-1b"}
-MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: models.md
+MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: gpus.md
+GPUS = {"12": "12 GB", "16": "16 GB", "24": "24 GB", "2x12": "2 x 12 GB", "2x24": "2 x 24 GB"}
+GPUS |= {"48": "48 GB"}
+MEASURED = {"7b": ("4x2048-fit", "4x2048-full_shard"), "70b": ("2x2048-fit", "2x2048-offload")}
+PAGE = RECIPES[0].parent / "gpus.md"
+
+
+def planned() -> list[str]:
+    """Rows of the table: what each machine makes of each recipe of a model."""
+    rows = [f"| recipe | {' | '.join(GPUS.values())} |", "|---" * (1 + len(GPUS)) + "|"]
+    for name in sorted(MODELS | {"llama-2-7b", "llama-2-70b"}):
+        words = ["--recipe", name, "--gpus", ",".join(GPUS), "--host", "64"]
+        asked = plans.parse(words)
+        info, cells = arch.read(asked.cfg.model_name, need_weights=False), []
+        for machine in asked.machines.values():
+            found = plans.survey(info, asked.cfg, asked.given, machine)
+            longest = f"{found['longest']:,} tokens"
+            cell = f"{found['gpu_gib']:.1f} GiB, {found['step_s']:.3g} s<br>to {longest}"
+            cells.append(
+                cell if found["fits"] else f"**no**{f': {longest}' * bool(found['longest'])}"
+            )
+        size = f"{arch.num_params(info) / 1e9:.1f}B"
+        rows.append(f"| {name} ({size}) | {' | '.join(cells)} |")
+    return rows
+
+
+def measured() -> list[str]:
+    rows = ["| model, rows a GPU x tokens | GiB reserved | s a step | predicted for H200s |"]
+    rows.append("|---|---|---|---|")
+    for kind, names in MEASURED.items():
+        table = json.loads((PAGE.parent / f"bench-{kind}.json").read_text())["rows"]
+        for row in (row for row in table if row["name"] in names):
+            what = f"Llama-2 {kind.upper()}, {row['shape']} ({row['what'].replace('card', 'GPU')})"
+            figures = f"{row['peak_reserved_gib']:.1f} | {row['step_s']['median']:.3g}"
+            rows.append(f"| {what} | {figures} | {row['predicted_step_s']:.3g} s |")
+    return rows
+
+
+def test_the_tables_of_models_and_gpus_are_what_the_plan_says():
+    """Where they differ they are written anew: look at them, and commit them."""
+    new = old = PAGE.read_text(encoding="utf-8")
+    for rows in (planned(), measured()):
+        assert len(rows) > 5 and rows[0] in old
+        before, _, after = new.partition(rows[0])
+        new = before + "\n".join(rows) + re.sub(r"\A(\n?\|.*)*", "", after.partition("\n")[2])
+        new = new if new.endswith("\n") else new + "\n"
+    PAGE.write_text(new, encoding="utf-8")
+    assert old == new, f"{PAGE} was not what the plan says; it is now"
+    assert "NO" not in new and new.count("**no**") < new.count("<br>") / 5
 
 
 def test_all_recipes_are_found():
