@@ -402,13 +402,10 @@ def _answer(argv: Sequence[str]) -> None:
     words = [word for word in argv if word.replace("-", "_") != "__print_config"]
     if len(words) == len(argv):
         return
-    values, named, group = to_dict(parse(words)), given(words), ""
-    for name, row in cli.options(TrainConfig).items():
-        if row.group != group:
-            print(f"\n# {row.group}")
-        sign, group = "" if name in named else "# ", row.group
-        value = "" if values[name] is None else json.dumps(values[name], ensure_ascii=False)
-        print(f"{sign}{name} = {value}".rstrip())
+    named = given(words)
+    for name, value in to_dict(parse(words)).items():
+        text = "" if value is None else json.dumps(value, ensure_ascii=False)
+        print(f"{'' if name in named else '# '}{name} = {text}".rstrip())
     raise SystemExit(0)
 
 
