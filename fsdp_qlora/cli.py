@@ -157,13 +157,10 @@ class Progress:
         return f"{what:<9} {', '.join(filter(None, (done, speed, f'{took_s:.0f} s')))}"
 
     def _tick(self) -> None:
-        wait_s = DELAY_S if self._is_live else LINE_S
+        show: Callable[[str], Any] = functools.partial(print, file=sys.stderr, flush=True)
+        wait_s, show = (DELAY_S, self._bar.set_description_str) if self._is_live else (LINE_S, show)
         while not self._over.wait(wait_s):
-            if self._is_live:
-                self._bar.set_description_str(self.line())
-                wait_s = 1.0
-            else:
-                print(self.line(), file=sys.stderr, flush=True)
+            show(self.line())
 
 
 class Given(NamedTuple):

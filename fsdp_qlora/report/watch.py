@@ -27,8 +27,7 @@ from fsdp_qlora.record import NEEDED
 from fsdp_qlora.report.charts import Tape
 from fsdp_qlora.report.page import Section, render
 
-HOST, PORT = "127.0.0.1", 8123
-NAMES = (HOST, "localhost", "::1")  # by any other a page of the web would ask
+HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
 CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
 MARK_BYTES = 64  # of the last line: whether a record is still the one that was read
 LOG_BYTES, LOG_LINES, MAX_WAITS = 4096, 20, 4
@@ -215,8 +214,7 @@ class Server(ThreadingHTTPServer):
 
     def news(self, query: str) -> str:
         """What is new since the answers of which `query` gives the tokens, as JSON."""
-        tokens = parse_qs(query, keep_blank_values=True).get("at", [])
-        tokens += [""] * len(self.followers)
+        tokens = parse_qs(query, keep_blank_values=True).get("at", []) + [""] * len(self.followers)
         runs = [f.answer(token) for f, token in zip(self.followers, tokens, strict=False)]
         is_behind = any(follower.is_behind for follower in self.followers)
         return json.dumps({"runs": runs, "isBehind": is_behind}, separators=(",", ":"))
