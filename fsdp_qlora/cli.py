@@ -594,11 +594,6 @@ def _entry(name: str, words: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argparse parser with the help and the errors of the other commands."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; --version is answered."""
-        show_version_if_asked(args or ())
-        return super().parse_known_args(args, namespace)
-
     def format_help(self) -> str:
         """The usage, what it does, and a line or more for each argument."""
         words, lines = [self.prog], []
@@ -608,7 +603,7 @@ class Parser(argparse.ArgumentParser):
             words.append(f"[{part}]" if action.nargs in ("?", "*") and part == name else part)
             choices = f"({' | '.join(map(to_text, action.choices))})" if action.choices else ""
             text = f"{action.help or ''}".replace("%(default)s", to_text(action.default))
-            is_told = action.default in (None, False) or "[" in text or action.nargs == "*"
+            is_told = action.default in (None, False) or "[" in text
             usual = "" if is_told else f"[{to_text(action.default)}]"
             lines.append(_entry(name, " ".join(filter(None, [text, choices, usual]))))
         usage = self.usage or " ".join(dict.fromkeys(words))
