@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
-from types import NoneType, SimpleNamespace
+from types import MappingProxyType, NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
@@ -541,7 +541,12 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
 
 
 def show_help_if_asked(
-    argv: Sequence[str], cls: type, usage: str, main: Sequence[str] = (), more: str = ""
+    argv: Sequence[str],
+    cls: type,
+    usage: str,
+    main: Sequence[str] = (),
+    more: str = "",
+    aliases: Mapping[str, Alias] = MappingProxyType({}),
 ) -> None:
     """Print the options under their groups, with choices and default, when `argv` asks for it.
 
@@ -551,6 +556,7 @@ def show_help_if_asked(
         usage: the line above that.
         main: options that are shown alone, unless `all` follows --help.
         more: what stands below these, such as examples.
+        aliases: other names, which stand beside theirs.
 
     Raises:
         SystemExit: it was asked for (code 0).
@@ -566,6 +572,8 @@ def show_help_if_asked(
         parts = [option.help, f"[{to_text(option.default)}]" * (option.default not in (None, ""))]
         if option.choices and not is_short:
             parts.insert(1, f"({' | '.join(map(to_text, option.choices))})")
+        if (also := [other for other in aliases if aliases[other].option == name]) and not is_short:
+            parts.append(f"also: {', '.join(also)}")
         group = f"the options that matter (--help all: {len(known)})" if is_short else option.group
         groups.setdefault(group, []).append(_entry(f"--{name}", " ".join(filter(None, parts))))
     about = str(inspect.getdoc(cls)).partition("\n\nRaises:")[0]

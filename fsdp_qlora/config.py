@@ -152,7 +152,8 @@ class TrainConfig:
 
     --option true and a bare --option are the same; --recipe reads options from a TOML or YAML file,
     and the command line overrides it; --print_config shows what comes of both. Names of other
-    trainers (per_device_train_batch_size, max_seq_length, load_in_4bit ...) mean what they mean.
+    trainers (per_device_train_batch_size, max_seq_length, load_in_4bit ...) mean what they mean
+    there: --help all has them.
 
     Raises:
         UserError: a value of the wrong type or out of range, or options that exclude each other.
@@ -398,8 +399,8 @@ def place(argv: Sequence[str]) -> TrainConfig:
 
 def _answer(argv: Sequence[str]) -> None:
     """Show the help, the version or the configuration, where they are asked for, and end."""
-    cli.show_help_if_asked(argv, TrainConfig, USAGE, MAIN, EXAMPLES)
-    words = [word for word in argv if word.replace("-", "_") != "__print_config"]
+    cli.show_help_if_asked(argv, TrainConfig, USAGE, MAIN, EXAMPLES, ALIASES)
+    words = [word for word in argv if not re.fullmatch("--print[-_]config(=true)?", word)]
     if len(words) == len(argv):
         return
     named = given(words)

@@ -345,6 +345,8 @@ def test_help_shows_every_flag_with_its_default():
         entry = next(entry for entry in entries if entry.startswith(f"{field.name} "))
         assert field.metadata["help"] in entry
         assert field.default is None or f"[{cli.to_text(field.default)}]" in entry
+        names = {name for name, alias in ALIASES.items() if alias.option == field.name}
+        assert names <= {*re.findall(r"\w+", entry.partition("also: ")[2])}
 
 
 def ended(capsys, *argv: str) -> str:
