@@ -15,7 +15,7 @@ from typing import Any
 
 from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
-from fsdp_qlora.export import adapter, hub
+from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
 
@@ -79,6 +79,7 @@ def run(
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg)
+        print("next      " + "\n          ".join(serving.next_steps(out_dir, cfg)), flush=True)
     world.barrier()  # what rank 0 writes is there for all
 
 
@@ -263,6 +264,9 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     plans.announce(plan, say)
     preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
+    is_dora = config.TRAIN_TYPES[cfg.train_type].adapter == "dora"
+    if fault := serving.vllm_fault(is_dora, cfg.modules_to_save, cfg.lora_rank):
+        say(f"note      vLLM loads no adapter with {fault}: it takes what export merged writes")
     code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:
         hub.push(cfg.resolved_output_dir, cfg.push_to_hub)

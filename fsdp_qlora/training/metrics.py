@@ -547,7 +547,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
 
 
 def print_summary(cfg: TrainConfig) -> None:
-    """Say how long the training took, where the results are, and what to try next.
+    """Say how long the training took, and where the results are.
 
     Args:
         cfg: gives the directory, with summary.json.
@@ -559,8 +559,7 @@ def print_summary(cfg: TrainConfig) -> None:
         f"trained   {done['num_steps']:,} steps of {done['num_tokens']:,} tokens in "
         f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
         f"{done['tokens_per_s']:,.0f} tok/s\n"
-        f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html\n"
-        f"next      python train.py --model_name {cfg.model_name} --dataset YOUR_ROWS.jsonl",
+        f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html",
         flush=True,
     )
 
