@@ -78,8 +78,7 @@ def run(
         recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
-        metrics.print_summary(cfg)
-        print("next      " + "\n          ".join(serving.next_steps(out_dir, cfg)), flush=True)
+        metrics.print_summary(cfg, serving.next_steps(out_dir, cfg))
     world.barrier()  # what rank 0 writes is there for all
 
 

@@ -364,7 +364,7 @@ def gguf(argv: list[str]) -> int:
     serving.find_tool(serving.CONVERTER, options.llama_cpp)
     if options.outtype not in serving.CONVERTED:
         serving.find_tool(serving.QUANTIZER, options.llama_cpp)
-    own: tuple[SavedAdapter, ...] = ()
+    own = list[SavedAdapter]()
     if options.adapter:
         *own, info = _base_and_adapter(options)
     elif options.model_name:
@@ -377,15 +377,16 @@ def gguf(argv: list[str]) -> int:
     assert info.path is not None
     has_own = own and tokenizer.has_files(own[0].path)
     serving.check_tokens(own[0].path if has_own else info.path, info)
-    out, model, cfg = Path(str(options.out)), info.path, None
+    out, model, system = Path(str(options.out)), info.path, None
     need_bytes = 2 * sum(math.prod(ref.shape) for ref in info.tensors.values()) * (1 + len(own))
     with atomic.new_directory(out, need_bytes) as draft:
         for adapter in own:
             model, cfg = draft / "merged", adapters.run_config(adapter.path)
+            system = None if cfg is None else cfg.system_prompt
             _merge(dataclasses.replace(options, out=str(model)), adapter, info)
         lines = serving.write_gguf(model, draft, options.outtype, options.llama_cpp)
         file = next(draft.glob("*.gguf"))
-        lines.append(serving.write_modelfile(draft, file.name, model, cfg and cfg.system_prompt))
+        lines.append(serving.write_modelfile(draft, file.name, model, system))
         if own:
             shutil.rmtree(model)
     print(f"written   {out}: {'; '.join(lines)}")

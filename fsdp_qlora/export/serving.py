@@ -4,7 +4,7 @@ llama.cpp's own scripts and llama-quantize write GGUF. Ollama does not run the J
 GGUF file holds: it takes one of its own that is nearly the same text, else none. So the Modelfile
 gets a Go template, made of what the tokenizer's own template writes around the turns.
 
-Source: template.Named and detectChatTemplate, github.com/ollama/ollama (issue 10222 asks for Jinja).
+Source: template.Named and detectChatTemplate of github.com/ollama/ollama; its issue 10222.
 """
 
 import json

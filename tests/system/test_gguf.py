@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.__main__ import main
-from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE
 from tests.system.test_transformers4 import PACKAGES
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 SDIST = "llama-cpp-python==0.3.36"
 NODE = ("node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1")
-PROMPT = "<|im_start|>user\nWhat is the capital of France, and why?<|im_end|>\n<|im_start|>assistant\n"
+PROMPT = "<|im_start|>user\nWrite a long story about a whale.<|im_end|>\n<|im_start|>assistant\n"
 QUANTIZE = """#!{python}
 import ctypes, glob, sys
 class Params(ctypes.Structure):  # more than it is today: libllama fills its part
@@ -37,10 +36,12 @@ sys.exit(lib.llama_model_quantize(*names, ctypes.byref(params)))
 ASK = """
 import {getLlama, LlamaLogLevel} from "node-llama-cpp";
 const [task] = process.argv.slice(2).map(JSON.parse), out = {};
-const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
+// One thread: those of ggml wait for each other spinning.
+const how = {gpu: false, maxThreads: 1, build: "never", logLevel: LlamaLogLevel.error};
+const llama = await getLlama(how);
 for (const [name, {modelPath, lora, prompt, rows}] of Object.entries(task)) {
   const model = await llama.loadModel({modelPath});
-  const context = await model.createContext({contextSize: 1024, ...(lora ? {lora} : {})});
+  const context = await model.createContext({contextSize: 1024, threads: 1, lora});
   const sequence = context.getSequence(), found = {answer: [], loss: 0};
   found.ids = model.tokenize(prompt, true);
   for await (const token of sequence.evaluate(found.ids, {temperature: 0})) {
@@ -60,6 +61,7 @@ for (const [name, {modelPath, lora, prompt, rows}] of Object.entries(task)) {
   await model.dispose();
 }
 console.log(JSON.stringify(out));
+process.exit(0);
 """
 
 
@@ -92,7 +94,7 @@ def widen(source: Path, out: Path) -> None:
     """SmolLM2 with zeros to widths of a multiple of 256: heads 9 to 12, the same function."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source)
     sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4}
@@ -104,7 +106,6 @@ def widen(source: Path, out: Path) -> None:
         tensor = tensor.float() * (0.75**0.5 if "norm" in name else 1)
         wide[tuple(slice(size) for size in tensor.shape)] = tensor
     model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(source)
     for path in source.glob("*token*"):
         (out / path.name).write_bytes(path.read_bytes())
 
@@ -127,20 +128,24 @@ def answers(model: Path, adapter: Path) -> list[str]:
 def test_gguf_answers_as_generate_does(place: Path, tmp_path: Path, monkeypatch):
     """f16, a merged adapter and LoRA over f16 token for token; 8 and 4 bit by held-out loss."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
 
     assert main(["fetch", "smollm2", f"--out={tmp_path / 'small'}"]) == DONE
     model, adapter = tmp_path / "model", tmp_path / "adapter"
     widen(tmp_path / "small", model)
     settings = LoraConfig(r=4, lora_alpha=8, use_rslora=True, alpha_pattern={"v_proj": 3})
     settings.target_modules, settings.task_type = {"q_proj", "v_proj", "down_proj"}, "CAUSAL_LM"
-    base = get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings)
+    settings.save_pretrained(adapter)
     torch.manual_seed(1)
-    for name, parameter in base.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.004)
-    base.save_pretrained(adapter)
+    tensors = {}
+    for name, weight in load_file(model / "model.safetensors").items():
+        if (linear := name.removesuffix(".weight")).endswith(tuple(settings.target_modules)):
+            stem = f"base_model.model.{linear}.lora_"
+            tensors[stem + "A.weight"] = torch.randn(4, weight.shape[1]) / weight.shape[1] ** 0.5
+            tensors[stem + "B.weight"] = torch.randn(weight.shape[0], 4) * 0.004
+    save_file(tensors, adapter / "adapter_model.safetensors")
     plain, changed = answers(model, adapter)
 
     monkeypatch.setenv("PYTHONPATH", f"{place / 'packages'}")
@@ -160,13 +165,13 @@ def test_gguf_answers_as_generate_does(place: Path, tmp_path: Path, monkeypatch)
     names = {name: {"modelPath": f"{name}/model-{name}.gguf"} for name in ("f16", "q8_0", "q4_k_m")}
     names["merged"] = {"modelPath": "merged/model-f16.gguf"}
     names["lora"] = {**names["f16"], "lora": str(tmp_path / "lora" / "lora-f16.gguf")}
-    task = json.dumps({n: {**v, "prompt": PROMPT, "rows": rows[:2000]} for n, v in names.items()})
+    task = json.dumps({n: {**v, "prompt": PROMPT, "rows": rows[:1200]} for n, v in names.items()})
     command = ["node", str(place / "ask.mjs"), task]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
     print({name: (facts["loss"], facts["text"]) for name, facts in found.items()}, plain, changed)
     assert found["f16"]["ids"] == AutoTokenizer.from_pretrained(model)(PROMPT).input_ids
-    assert "Paris" in plain and plain != changed
+    assert "whale" in plain and plain != changed
     assert found["f16"]["text"] == plain
     assert found["merged"]["text"] == found["lora"]["text"] == changed
     assert len(found["f16"]["answer"]) == len(found["lora"]["answer"]) == 40
