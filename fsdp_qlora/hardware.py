@@ -46,6 +46,7 @@ class Device:
         is_measured: the speeds are from `machine_file`.
         has_bf16: matmuls of bfloat16 run on its tensor cores.
         network_gbs: from its machine to another, GB/s, all GPUs of the machine together.
+        dense_tflops: of its data sheet.
     """
 
     name: str
@@ -57,10 +58,12 @@ class Device:
     is_measured: bool = False
     has_bf16: bool = True
     network_gbs: float = 1.25
+    dense_tflops: float = 0.0
 
 
-_TABLE = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
-GPUS = {name: Device(name, **row) for name, row in _TABLE.items()}
+_SERIES = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
+_ROWS = {name: row for table in _SERIES.values() for name, row in table.items()}
+GPUS = {name: Device(name, **row) for name, row in _ROWS.items() if name != "source"}
 # What "24" means: the slower of the common GPUs of that size; smaller ones as the smallest.
 _BY_SIZE = {12: "3060-12G", 16: "4060Ti-16G", 20: "3080-20G", 24: "3090", 32: "5090"}
 _BY_SIZE |= {40: "A100-40", 48: "A6000", 80: "A100-80", 141: "H200"}
@@ -68,7 +71,8 @@ MIN_GB, MAX_GB = 4, 512
 USABLE_OF_NOMINAL = 0.975  # of a GPU's nominal GB, as torch reports it
 USABLE_OF_REPORTED = 0.985  # of what the driver reports
 CPU = Device("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step of 1,024 tokens
-ENTRY = re.compile(r"(?:(?P<count>\d+)\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
+ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
+SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB
 FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and silently
 # Key of the file -> field of Device.
 SPEEDS = {key: key for key in ("bf16_tflops", "memory_gbs", "host_link_gbs")}
@@ -119,10 +123,10 @@ class Machine:
 
 
 def parse_gpus(text: str) -> list[Device]:
-    """Read a list of GPUs.
+    """Read the GPUs of one machine.
 
     Args:
-        text: "2x24", "2x3090", "3090,4060Ti-16G", or "none" for CPU ranks.
+        text: "24", "2x24", "2x3090", "3090+4060Ti-16G", or "none" for CPU ranks.
 
     Returns:
         One entry a GPU, with the speeds of the table; none for "none".
@@ -133,10 +137,10 @@ def parse_gpus(text: str) -> list[Device]:
     if text.strip().lower() in ("none", "cpu"):
         return []
     gpus = []
-    for entry in text.split(","):
+    for entry in text.split("+"):
         match = ENTRY.fullmatch(entry.strip())
         if match is None or not 1 <= int(match["count"] or 1) <= 64:
-            raise UserError(f"--cards {text}", "is no list of GPUs", "write 2x24 or 2x3090,1x4090")
+            raise UserError(f"--gpus {text}", "is no list of GPUs", "write 2x24 or 2x3090+4090")
         gpus += [_named(match["name"].strip())] * int(match["count"] or 1)
     return gpus
 
@@ -144,23 +148,55 @@ def parse_gpus(text: str) -> list[Device]:
 def _named(name: str) -> Device:
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB?|GiB)?", name, re.IGNORECASE)
     if size and name not in GPUS and MIN_GB <= float(size[1]) <= MAX_GB:
-        nominal = float(size[1])
-        like = GPUS[_BY_SIZE[max((n for n in _BY_SIZE if n <= nominal), default=12)]]
-        label = f"{nominal:g} GB (speed of a {like.name})"
+        like, nominal = _of_size(float(size[1])), float(size[1])
+        label = f"{nominal:g} GiB (speed of a {like.name})"
         memory_gib = round(nominal * USABLE_OF_NOMINAL, 1)
         return dataclasses.replace(like, name=label, memory_gib=memory_gib)
-    by_plain = {_plain(known): gpu for known, gpu in GPUS.items()}
-    if gpu := by_plain.get(_plain(name)):
-        return gpu
-    near = difflib.get_close_matches(_plain(name), by_plain, 1, 0.5)
-    words = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(GPUS)}"
-    raise UserError(f"--cards {name}", "no such GPU", f"{words}; or its GB, as in 2x24")
+    if found := _rows(name, r"(sxm\d?|pcie|nvl|blackwell|generation|edition)*"):
+        return found[0]
+    plain, known = _plain(name), {_plain(row): row for row in reversed(GPUS)}
+    letters, number = _parts(plain)
+    same = [row for row in known if _parts(row) == (letters, number)]
+    lower = [row for row in known if _parts(row)[0] == letters and _parts(row)[1] < number]
+    near = difflib.get_close_matches(plain, same or lower, 1, 0.3 if same else 0.5)
+    words = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(_SERIES)}"
+    raise UserError(f"--gpus {name}", "no such GPU", f"{words}; or its GiB, as in 2x24")
+
+
+def _of_size(memory_gib: float) -> Device:
+    return GPUS[_BY_SIZE[max((n for n in _BY_SIZE if n <= memory_gib < math.inf), default=12)]]
+
+
+def _parts(plain: str) -> tuple[str, str]:
+    """What stands before the number, with a sign for each of its digits; and the number."""
+    before, number = re.fullmatch(r"(\D*)(\d*).*", plain).groups()  # type: ignore[union-attr]
+    return before + "#" * len(number), number
 
 
 def _plain(name: str) -> str:
-    """A name without maker, series and signs: "NVIDIA GeForce RTX 4060 Ti" is 4060ti."""
-    words = r"nvidia|geforce|rtx|tesla|quadro|gpu|sxm\d?|pcie|nvl|hbm\de?|\W|_"
-    return re.sub(words, "", name.lower())
+    """A name without maker, series, memory and signs: "NVIDIA GeForce RTX 4060 Ti" is 4060ti."""
+    words = (
+        r"nvidia|geforce|\brtx|tesla|quadro|\bamd\b|radeon( pro)?|instinct|\brx\b|gpu|hbm\de?|\W|_"
+    )
+    return re.sub(words, "", SIZE.sub("", name.lower()))
+
+
+def _rows(name: str, rest: str) -> list[Device]:
+    """The rows of the table that a name means, the one whose name has no memory in it first.
+
+    Args:
+        name: by the driver, or as the user writes it.
+        rest: pattern of what may stand behind the longest name of the table that it begins with.
+    """
+    plain, size = _plain(name), SIZE.search(name.lower())
+    pattern = {_plain(known): re.escape(_plain(known)) + rest for known in GPUS}
+    stems = [stem for stem, row in pattern.items() if re.fullmatch(row, plain)]
+    alike = [gpu for gpu in GPUS.values() if stems and _plain(gpu.name) == max(stems, key=len)]
+    alike.sort(key=lambda gpu: (SIZE.search(gpu.name.lower()) is not None, gpu.memory_gib))
+    if size is None:
+        return alike
+    nominal_gib = int(size[1] or size[2])
+    return [gpu for gpu in alike if 0.85 < gpu.memory_gib / nominal_gib < 1.05]
 
 
 def gpu_like(name: str, memory_gib: float) -> Device:
@@ -170,11 +206,8 @@ def gpu_like(name: str, memory_gib: float) -> Device:
         name: "NVIDIA GeForce RTX 3090".
         memory_gib: total; inf: not known.
     """
-    plain = _plain(name)
-    alike = [gpu for gpu in GPUS.values() if plain.startswith(_plain(gpu.name.split("-")[0]))]
-    smaller = [gpu for gpu in GPUS.values() if gpu.memory_gib <= memory_gib]
-    sized = alike or smaller or [*GPUS.values()]
-    near = min(sized, key=lambda gpu: abs(gpu.memory_gib - memory_gib))
+    alike = _rows(SIZE.sub("", name.lower()), r"(\D.*)?") or [_of_size(memory_gib + 1)]
+    near = min(alike, key=lambda gpu: abs(gpu.memory_gib - memory_gib))
     usable_gib = round(memory_gib * USABLE_OF_REPORTED, 1)
     return dataclasses.replace(near, name=name, memory_gib=usable_gib)
 

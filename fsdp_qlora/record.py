@@ -16,7 +16,7 @@ from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
-OWN_FLAGS = ("output_dir", "overwrite", "recipe")  # where a run is, not what it is
+OWN_FLAGS = ("output_dir", "overwrite", "recipe", "watch")  # where a run is, not what it is
 NEEDED = ("step", "step_s", "ranks", "host")  # in the line of a step
 
 

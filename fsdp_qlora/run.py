@@ -99,6 +99,15 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
+def _watch(cfg: config.TrainConfig) -> None:
+    """With --watch: serve the live page, from a thread that ends with this process."""
+    if cfg.watch:
+        from fsdp_qlora.report.watch import Server
+
+        server = Server([cfg.resolved_output_dir], None).begin()
+        print(f"watch     {server.url} (fsdp-qlora watch --help tells more)", flush=True)
+
+
 def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.adapters import peft_note
@@ -173,6 +182,8 @@ def join_and_run(
         if may_end and world.first(lambda: _is_done(saved, cfg, False, print)):
             return cfg
         cfg = launch.agree_output_dir(cfg, world)
+        if world.rank == 0 and not hooks.is_supervised():
+            _watch(cfg)
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
             unused = f"--output_dir {own_dir} is not used"
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
@@ -263,9 +274,9 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     plans.announce(plan, say)
     preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
-    is_dora = config.TRAIN_TYPES[cfg.train_type].adapter == "dora"
-    if fault := serving.vllm_fault(is_dora, cfg.modules_to_save, cfg.lora_rank):
-        say(f"note      vLLM loads no adapter with {fault}: it takes what export merged writes")
+    for line in serving.notes(cfg):
+        say(line)
+    _watch(cfg)
     code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:
         hub.push(cfg.resolved_output_dir, cfg.push_to_hub)

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import psutil
@@ -71,7 +72,7 @@ def test_the_driver_reports_what_a_name_does_not(driver):
     (gpu,) = hardware.find_gpus()
     assert gpu.memory_gib == pytest.approx(24 * 0.985 - 1, abs=0.1)
     for capability, has_bf16 in (((7, 5), False), ((8, 6), True), (None, True)):
-        driver(fake_nvml.gpus("NVIDIA GeForce RTX 2080 Ti", gib=11, capability=capability))
+        driver(fake_nvml.gpus("NVIDIA GeForce GTX 1080 Ti", gib=11, capability=capability))
         assert hardware.find_gpus()[0].has_bf16 == has_bf16
     driver(fake_nvml.gpus("NVIDIA GB10", gib=None))
     assert [math.isinf(gpu.memory_gib) for gpu in hardware.find_gpus()] == [True]
@@ -137,18 +138,49 @@ assert found == [torch.cuda.get_device_name(i) for i in range(num)], found
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+NAMES = {
+    "RTX 4090 Laptop GPU": "4090 laptop",
+    "4060ti": "4060Ti-8G",  # of two sizes the smaller
+    "A100 SXM4 80GB": "A100-80",
+    "2x 7900XTX": "7900 XTX+7900 XTX",
+    "NVIDIA RTX PRO 6000 Blackwell": "PRO 6000",
+    "RTX 6000 Ada Generation": "6000 Ada",
+    "Quadro RTX 6000": "Quadro RTX 6000",
+    "rtx-4070-ti-super": "4070Ti Super",
+    "H100 PCIe": "H100 PCIe",
+    "5090 d": "5090D",
+}
+HINTS = {"3091": "mean 3090", "4090 Ti": "mean 4090", "4085": "mean 4080", "H300": "mean H200"}
+HINTS |= {"4060Ti-12G": "mean 4060Ti-8G", "0x24": "no list", "9999": "known", "A1000": "known"}
+
+
 def test_gpus_are_read_from_a_list():
-    """Names of the table in any spelling, sizes in GB, none."""
-    names = [gpu.name for gpu in hardware.parse_gpus("2x3090, 4060 ti-16g")]
+    """Names of the table in any spelling, sizes in GiB, none; a hint is never at a bigger one."""
+    names = [gpu.name for gpu in hardware.parse_gpus("2x3090 + 4060 ti-16g")]
     assert names == ["3090", "3090", "4060Ti-16G"]
+    for name, meant in NAMES.items():
+        assert [gpu.name for gpu in hardware.parse_gpus(name)] == meant.split("+")
     assert hardware.parse_gpus("NVIDIA GeForce RTX 4090") == [GPUS["4090"]]
     (small,) = hardware.parse_gpus("8GB")
     assert (small.memory_gib, small.bf16_tflops) == (7.8, GPUS["3060-12G"].bf16_tflops)
     assert hardware.parse_gpus("24")[0].memory_gbs == GPUS["3090"].memory_gbs
     assert hardware.parse_gpus("none") == []
-    for wrong, words in {"3091": "did you mean 3090", "0x24": "no list", "9999": "known"}.items():
+    for wrong, words in HINTS.items():
         with pytest.raises(UserError, match=words):
             hardware.parse_gpus(wrong)
+
+
+def test_every_gpu_of_the_table_has_a_source_and_rates_that_can_be():
+    """Sustained below the data sheet; each name is found by itself and as the driver spells it."""
+    for name, gpu in GPUS.items():
+        assert hardware.parse_gpus(f"2x{name}") == [gpu, gpu]
+        assert 0.2 < gpu.bf16_tflops / gpu.dense_tflops < 0.8 and gpu.memory_gbs > 100
+        full = f"NVIDIA RTX {name.partition('-')[0]} GPU"
+        assert hardware.gpu_like(full, gpu.memory_gib).memory_gbs == gpu.memory_gbs
+        memory = round(gpu.memory_gib / 0.975)  # what the user would call it
+        assert hardware.parse_gpus(f"{name} {memory}GB" if "-" not in name else name) == [gpu]
+    tables = tomllib.loads(Path(hardware.__file__).with_name("gpus.toml").read_text())
+    assert all(table["source"] for table in tables.values())
 
 
 @pytest.mark.parametrize(
@@ -160,6 +192,9 @@ def test_gpus_are_read_from_a_list():
         ("NVIDIA A100-PCIE-40GB", 40.0, "A100-40"),
         ("NVIDIA H200", 140.4, "H200"),
         ("Tesla V100-SXM2-32GB", 32.0, "V100-32"),
+        ("NVIDIA RTX A1000 Laptop GPU", 6.0, "3060-12G"),
+        ("AMD Radeon PRO W7900", 48.0, "W7900"),
+        ("NVIDIA H100 80GB HBM3", 79.6, "H100"),
         ("NVIDIA Something New", 25.0, "3090"),
     ],
 )

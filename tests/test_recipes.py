@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
+from fsdp_qlora.__main__ import COMMANDS, completion, main
+from fsdp_qlora.errors import UserError
 from tests.test_readme import commands, fault
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
-NUM_RECIPES = 8
+NUM_RECIPES = 17
 ON_A_LAPTOP = {"dialogues", "instructions", "names", "text"}
 WITHOUT_PAGE = {"quickstart", "reference"}  # the README and defaults.md describe them
+MODELS = {"llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "gemma-3-1b"}
+MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: models.md
 
 
 def test_all_recipes_are_found():
@@ -40,7 +44,28 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_a_page_beside_it(path):
-    assert path.stem in WITHOUT_PAGE or path.with_suffix(".md").is_file()
+    assert path.stem in WITHOUT_PAGE | MODELS or path.with_suffix(".md").is_file()
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
+    """A copy is read by --recipe; nothing is written over."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe", "list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [path.stem for path in RECIPES]
+    assert main(["recipe", "show", "qwen3-8b"]) == 0
+    assert capsys.readouterr().out == (RECIPES[0].parent / "qwen3-8b.toml").read_text()
+    assert main(["recipe", "copy", "qwen3-8b"]) == 0
+    cfg = config.parse(["--recipe=qwen3-8b.toml", "--output_dir=out"])
+    assert cfg == config.parse(["--recipe=qwen3-8b", "--output_dir=out"])
+    for words, said in (
+        (["copy", "qwen3-8b"], "File exists"),
+        (["show", "qwen"], "recipes here: dialogues"),
+        (["show"], "no such recipe"),
+        (["copi"], "invalid choice"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main(["recipe", *words])
 
 
 def test_every_command_of_a_page_of_the_laptop_can_be_typed():
@@ -56,3 +81,33 @@ def test_the_batch_script_is_shell_and_its_options_are_ours():
     block = f"```bash\n{path.read_text(encoding='utf-8')}```\n"
     found = [words for words in commands(block) if {"train.py", "fsdp_qlora"} & set(words)]
     assert len(found) == 2 and [fault(words[words[0] == "srun" :]) for words in found] == [None] * 2
+
+
+def test_a_shell_completes_commands_options_and_values():
+    """bash itself, with the script that is printed for it; zsh and fish get as many words."""
+    program = (
+        completion("bash")
+        + """
+try() {
+    COMP_WORDS=(fsdp-qlora "$@"); COMP_CWORD=$#; _fsdp_qlora; echo "${COMPREPLY[@]}"
+}
+try pl; try train --lora_r; try train --train_type hqq_l; try plan --gp; try plan --lora_ra
+try recipe sh; try export mer; try bench --lora_r
+"""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    found = [
+        "plan",
+        "--lora_rank",
+        "hqq_lora hqq_llama_pro",
+        "--gpus --gpu_budget_gib",
+        "--lora_rank",
+        "show",
+    ]
+    assert done.stdout.splitlines() == [*found, "merged", ""]
+    assert completion("zsh").endswith(completion("bash"))
+    fish = completion("fish")
+    assert "from train' -l lora_rank\n" in fish and "from recipe' -a 'list show copy'" in fish
+    assert all(f"from {command}'" in fish for command in COMMANDS)
+    with pytest.raises(UserError, match="want one of bash"):
+        main(["--completion", "csh"])

@@ -156,7 +156,13 @@ def check_adapter(out_dir: Path) -> None:
 def test_two_ranks_from_end_to_end(place: Path):
     """One command: falling loss, the whole record, the adapter, a picture, and no noise."""
     out_dir = place / "whole"
-    extra = ("--eval_samples=8", f"--sample_prompt={QUESTION}", "--sample_tokens=8", "--verbose")
+    extra = (
+        "--eval_samples=8",
+        f"--sample_prompt={QUESTION}",
+        "--sample_tokens=8",
+        "--verbose",
+        "--watch",
+    )
     code, out, err = train(place, out_dir, *extra, "--log-to", "stdout")
     assert (code, err) == (DONE, "")
     assert not NOISE.search(out)
@@ -179,6 +185,7 @@ def test_two_ranks_from_end_to_end(place: Path):
     assert out.splitlines()[1].startswith("fits ") and out.count("CPU ranks run as asked for") == 1
     assert out.count("memory    GiB on the host, ") == 1
     assert out.count(f"step {NUM_STEPS}/{NUM_STEPS} loss ") == 1
+    assert len(re.findall(r"^watch     http://127\.0\.0\.1:\d+/ ", out, re.MULTILINE)) == 1
     assert [line.split()[0] for line in out.splitlines()[-2:]] == ["saved", "next"]
     check_adapter(out_dir)
 
@@ -231,6 +238,7 @@ def test_no_command_depends_on_its_screen(place: Path):
         "data": (own, None),
         "doctor": (["--quick"], None),
         "cache": (["list"], None),
+        "recipe": (["list"], None),
         "fetch": (["docstrings", f"--out={place / 'rows'}"], place / "rows"),
         "report": ([str(out), f"--out={place}"], place / "report.html"),
         "evaluate": ([f"--adapter={out}"], out / "evaluation.json"),
@@ -240,7 +248,7 @@ def test_no_command_depends_on_its_screen(place: Path):
             place / "e" / "config.json",
         ),
     }
-    assert {*made, "bench"} == {*COMMANDS}
+    assert {*made, "bench", "watch"} == {*COMMANDS}  # which take minutes, and never end
     for command, (argv, file) in made.items():
         number = len(list(place.glob("*.out"))) + 1
         (place / f"{number}.out").symlink_to("/dev/full")

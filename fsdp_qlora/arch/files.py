@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from fsdp_qlora import cli
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
@@ -90,7 +91,8 @@ def locate(model_name: str, need_weights: bool) -> Path:
     if is_hub_name:
         shapes = {path: read_json(path) for path in sorted(SHAPES_DIRECTORY.glob("*.json"))}
         name = model_name.partition("@")[0].lower()
-        known = [path for path in shapes if shapes[path]["_name_or_path"].lower() == name]
+        names = {path: (row["_name_or_path"], row.get("_also", "")) for path, row in shapes.items()}
+        known = [path for path in shapes if name in map(str.lower, names[path])]
         found = [*filter(None, [_find_cached(model_name)]), *known]
         return found[0] if found else download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():
@@ -141,32 +143,36 @@ def download(hub_name: str, files: list[str]) -> Path:
     Raises:
         UserError: no hub name (code 2); gated, unknown or out of reach (code 3).
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import errors, snapshot_download
 
     name, _, revision = hub_name.partition("@")
     try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
-        )
+        with cli.Progress(f"asks the hub for {name}"):
+            found = snapshot_download(
+                name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
+            )
         return Path(found)
-    except HFValidationError:
+    except errors.HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
         raise UserError(hub_name, "is no directory and no hub name", remedy, INPUT) from None
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         rule = "the hub refuses it until you accept the model's terms"
-        remedy = f"accept them at https://huggingface.co/{hub_name}, then run hf auth login"
+        remedy = f"accept them at https://huggingface.co/{name}, then run hf auth login"
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         rule = "no such directory here, and no such public model on the hub"
         remedy = "check the spelling; for a private model run hf auth login"
+        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
+    except errors.RevisionNotFoundError as error:
+        rule, remedy = f"{name} has no such revision", "give one of its branches, tags or commits"
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
     except Exception as error:  # the transport's own errors differ between releases of the hub's
         answers = [getattr(found, "response", None) for found in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), 0)
         why = REFUSALS.get(status, "hub out of reach")
         rule = f"no such directory, not in the hub cache, {why} ({status or type(error).__name__})"
-        remedy = f"give a local directory, or run hf download {hub_name} where there is a network"
+        command = f"hf download {name}" + f" --revision {revision}" * bool(revision)
+        remedy = f"give a local directory, or run {command} where there is a network"
         if files == CONFIG_FILES:  # no weights are wanted: a model of the same size will do
             near = get_close_matches(hub_name.partition("/")[2].lower(), known_shapes(), 1, 0.6)
             remedy += f", or take the shape {near[0]}" if near else ""

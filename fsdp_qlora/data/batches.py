@@ -7,6 +7,7 @@ torch is imported by the functions that make tensors, so that the audit can do w
 import bisect
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ class SamplerConfig:
     world_size: int
     rank: int
     seed: int
-    num_epochs: int
+    num_epochs: int | float
     max_steps: int
     pad_multiple: int = 8
 
@@ -66,8 +67,12 @@ class SamplerConfig:
         return self.rows_per_micro * self.accumulation
 
     def num_steps(self, steps_per_epoch: int) -> int:
-        """Return the optimizer steps of the run."""
-        return self.max_steps if self.max_steps > 0 else self.num_epochs * steps_per_epoch
+        """Return the optimizer steps of the run.
+
+        Source: transformers, Trainer.set_initial_training_values (the last step is a whole one).
+        """
+        steps = self.max_steps if self.max_steps > 0 else self.num_epochs * steps_per_epoch
+        return math.ceil(steps)
 
 
 def sampler_config(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
@@ -109,7 +109,8 @@ def write_weights(
     """
     began_s, names, files = time.perf_counter(), list(names), list[list[str]]()
     size, total_bytes = 0, 0
-    with contextlib.ExitStack() as stack:
+    progress = cli.Progress("writes", len(names), "tensors")
+    with contextlib.ExitStack() as stack, progress:
         for name, tensor in tensors:
             if not files or size + tensor.nbytes > max_bytes:
                 stack.close()
@@ -120,6 +121,7 @@ def write_weights(
             files[-1].append(name)
             size += tensor.nbytes
             total_bytes += tensor.nbytes
+            progress.update(1, tensor.nbytes)
     num, weight_map = len(files), dict[str, str]()
     for number, held in enumerate(files, 1):
         file_name = f"model-{number:05d}-of-{num:05d}.safetensors" if num > 1 else SINGLE_NAME

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from fsdp_qlora import arch, atomic
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, read, read_json
@@ -256,6 +256,18 @@ def vllm_fault(is_dora: bool, saved: object, rank: int) -> str:
     """
     found = ["DoRA"] * is_dora + ["modules_to_save"] * bool(saved)
     return " and ".join(found + [f"rank {rank}"] * (rank > VLLM_RANKS[-1]))
+
+
+def notes(cfg: TrainConfig) -> list[str]:
+    """What to say before a run of where its adapter will not load.
+
+    Args:
+        cfg: the run.
+    """
+    is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+    fault = vllm_fault(is_dora, cfg.modules_to_save, cfg.lora_rank)
+    words = f"note      vLLM loads no adapter with {fault}: it takes what export merged writes"
+    return [words] * bool(fault)
 
 
 def next_steps(out: Path, cfg: TrainConfig) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fsdp_qlora import arch
+from fsdp_qlora import arch, cli
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
@@ -145,14 +145,18 @@ class _Dealer:
         me = world.local_rank
         own = [layers[me] for _, layers in rounds if me < len(layers)]
         made = self._make(own)
-        for name, layers in rounds:
-            hooks.reach("load", world.rank)
-            if me < len(layers):
-                flat = next(made)
-                fingerprints[layers[me]] = fingerprint(flat[: self.layout.nbytes])
-            else:  # fewer layers than ranks are left: take part in the exchange all the same
-                flat = self._zeros()
-            self._keep(name, layers, flat)
+        num_layers, what = sum(len(layers) for _, layers in rounds), "quantizes"
+        what = "loads" if self.cache.is_complete else what
+        with cli.Progress(what, num_layers, "layers", world.rank > 0) as progress:
+            for name, layers in rounds:
+                hooks.reach("load", world.rank)
+                if me < len(layers):
+                    flat = next(made)
+                    fingerprints[layers[me]] = fingerprint(flat[: self.layout.nbytes])
+                else:  # fewer layers than ranks are left: take part in the exchange all the same
+                    flat = self._zeros()
+                self._keep(name, layers, flat)
+                progress.update(len(layers), len(layers) * self.layout.nbytes)
         self.cache.commit(world)
         if placed.streamer is not None and placed.memory is None:
             placed.streamer.sources = self.cache.map_layers(placed.layers("streamed"))

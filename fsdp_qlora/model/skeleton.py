@@ -160,6 +160,7 @@ class QuantizedModel(nn.Module):
         targets: Targets | None = None,
         past_key_values: "Cache | None" = None,
         rows: RowBounds | None = None,
+        **padding: torch.Tensor,
     ) -> torch.Tensor:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -169,6 +170,7 @@ class QuantizedModel(nn.Module):
             targets: what is trained; None for logits.
             past_key_values: a transformers Cache to generate with.
             rows: several rows lie one after the other in the one sequence; or None.
+            padding: attention_mask and position_ids of rows that are padded on the left.
 
         Returns:
             Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
@@ -177,7 +179,7 @@ class QuantizedModel(nn.Module):
             input_ids=input_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            **(rows.arguments() if rows is not None else {}),
+            **(rows.arguments() if rows is not None else padding),
         )
         return self.head(out.last_hidden_state, targets)
 

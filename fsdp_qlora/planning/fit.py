@@ -4,6 +4,7 @@ Source of the estimate of time: the project's limits.md, section 2 (operations a
 its three shares were measured on two H200 (recipes/*.md).
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -21,6 +22,7 @@ MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by tha
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
 RESIDENT_STEPS = 16  # in sixteenths
 TIE = 0.01  # settings this close in speed: the one that needs least
+LENGTH_STEP, MOST_TOKENS = 256, 2**17  # of the longest rows that are looked for
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
@@ -160,7 +162,7 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
     num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)
-    return math.ceil(num_rows / rows_per_step) * cfg.num_epochs
+    return math.ceil(math.ceil(num_rows / rows_per_step) * cfg.num_epochs)
 
 
 class Outcome(NamedTuple):
@@ -332,6 +334,36 @@ def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
     while (lower := choose(outcomes, found[-1].device.peak_gib * FALLBACK_SHARE)) is not None:
         found.append(lower)
     return found[1:]
+
+
+def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> int:
+    """The longest rows that fit, one at a time, every layer recomputed, the base where it fits.
+
+    Args:
+        info: the model.
+        cfg: the run, but for its context_length and memory settings.
+        machine: what there is.
+
+    Returns:
+        Tokens, a multiple of LENGTH_STEP, at most what the model knows positions for; 0: none.
+    """
+    lean: dict[str, Any] = {
+        "batch_size": 1,
+        "use_gradient_checkpointing": True,
+        "selective_layers": 0,
+    }
+    lean |= {"uncheckpointed_layers": 0, "resident_layers": 0, "offload_impl": "auto"}
+    lean["sharding_strategy"] = "full_shard"
+
+    def is_too_long(length: int) -> bool:
+        changed = dataclasses.replace(cfg, context_length=length, **lean)
+        runs = [dataclasses.replace(changed, use_cpu_offload=hosted) for hosted in (True, False)]
+        tried = [evaluate(info, run, setting_for(info, run, machine), machine) for run in runs]
+        return not any(item.fits_safely for item in tried)
+
+    most = info.config.get("max_position_embeddings") or MOST_TOKENS
+    lengths = range(LENGTH_STEP, most + 1, LENGTH_STEP)
+    return bisect.bisect_left(lengths, True, key=is_too_long) * LENGTH_STEP
 
 
 class Change(NamedTuple):

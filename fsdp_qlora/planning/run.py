@@ -10,7 +10,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
@@ -30,7 +30,8 @@ TRAINED = {"lora": "adapter   LoRA r {}", "dora": "adapter   DoRA r {}"}
 TRAINED |= {"llama_pro": "trained   new layers", "full": "trained   all weights"}
 USAGE = "usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]"
 IMAGINED = "2x24"
-ALIASES = {"gpus": cli.Alias("cards")}
+LONGEST = "row, in tokens, of which each GPU trains one at a time"
+ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,103 +326,160 @@ def next_change(plan: RunPlan) -> str:
 class PlanOptions:
     """Says how many GiB a run needs on each GPU and on the host, and how long it takes.
 
-    Whether it fits, and what to change where it does not. Reads config.json only. Exit code 0: it
-    fits, 3: it does not.
+    Whether it fits, and what to change where it does not. Reads config.json only. --gpus 24 are
+    24 GiB, 2x4090 two of a name, 3090+T4 two in one machine, and 12,16,2x24 three machines in one
+    table. Exit code 0: it fits (on one of them), 3: it does not.
     """
 
-    cards: str = cli.flag("auto", "plan", "2x24, 2x3090, 3090,4060Ti-16G, none; auto: those here")
+    gpus: str = cli.flag("auto", "plan", "24, 2x4090, 12,16,2x24, none; auto: those here")
     host: float | None = cli.flag(None, "plan", "GiB of host memory [this machine's]", rule="> 0")
     link: float | None = cli.flag(None, "plan", "GB/s from host to each GPU", rule="> 0")
     machines: int = cli.flag(1, "plan", "machines, of these GPUs each", rule=">= 1")
     link_gbps: float = cli.flag(10.0, "plan", "Gbit/s from a machine to the others", rule="> 0")
-    explain: bool = cli.flag(False, "plan", "show the formula of every row, numbers filled in")
+    explain: bool = cli.flag(False, "plan", "show the GiB of every row and phase, with formulas")
     json: bool = cli.flag(False, "plan", "print JSON")
 
 
-def parse(argv: Sequence[str]) -> tuple[PlanOptions, TrainConfig, Machine]:
+class Asked(NamedTuple):
+    """A command line of the command.
+
+    Args:
+        options: the plan's own.
+        cfg: the run.
+        given: options of the run that the user wrote.
+        machines: what `gpus` names -> the machine to plan for.
+    """
+
+    options: PlanOptions
+    cfg: TrainConfig
+    given: frozenset[str]
+    machines: dict[str, Machine]
+
+
+def parse(argv: Sequence[str]) -> Asked:
     """Read a command line.
 
     Args:
         argv: arguments without the command.
 
     Returns:
-        The plan's own options, the run, and the machine to plan for.
+        What it asks for.
 
     Raises:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, PlanOptions, USAGE)
-    names, own, rest = {*cli.options(PlanOptions), *ALIASES}, list[str](), list[str]()
-    part = rest
-    for word in argv:
-        if word.startswith("--"):
-            part = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
-        part.append(word)
+    own, rest = cli.split(argv, {*cli.options(PlanOptions), *ALIASES})
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
-    options, cfg, machine = PlanOptions(**values), TrainConfig(), Machine(())
+    options, cfg, machines = PlanOptions(**values), TrainConfig(), dict[str, Machine]()
     try:
         cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
     except UserError as fault:
         faults.append(fault)
     try:
-        machine = machine_of(options, cfg)
+        machines = {
+            name: machine_of(name, options, cfg) for name in map(str.strip, options.gpus.split(","))
+        }
     except UserError as fault:
         faults.append(fault)
     if faults:
         raise join(faults)
-    return options, cfg, machine
+    return Asked(options, cfg, config.given(rest), machines)
 
 
-def machine_of(options: PlanOptions, cfg: TrainConfig) -> Machine:
+def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:
     """The machine to plan for: as given, else this one, else an imagined one of two 24 GB GPUs.
 
     Args:
-        options: GPUs, host, link.
+        gpus: of one machine, see `hardware.parse_gpus`; "auto": those here.
+        options: host, link.
         cfg: world_size, fewer ranks than there are GPUs.
 
     Raises:
         UserError: an unknown GPU, or more ranks than GPUs.
     """
     found, host_gib = [], options.host
-    if options.cards == "auto":
+    if gpus == "auto":
         found = hardware.find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
         if found and host_gib is None:
             host_gib = hardware.host_limit_gib()
     if not found:
-        found = hardware.parse_gpus(IMAGINED if options.cards == "auto" else options.cards)
+        found = hardware.parse_gpus(IMAGINED if gpus == "auto" else gpus)
     if found and cfg.world_size > len(found):
         rule = f"there are {len(found)} GPUs, and a rank needs one"
-        raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --cards")
+        raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --gpus")
     num = cfg.world_size if cfg.world_size > 0 else max(len(found), 1)
     network: dict[str, Any] = {"network_gbs": options.link_gbps / 8}
-    gpus = [dataclasses.replace(gpu, **network) for gpu in found[:num]]
-    gpus = hardware.with_measured(gpus, options.link)
+    named = [dataclasses.replace(gpu, **network) for gpu in found[:num]]
+    named = hardware.with_measured(named, options.link)
     (cpu,) = hardware.with_measured([dataclasses.replace(hardware.CPU, **network)])
-    return Machine(tuple(gpus), host_gib, num, cpu=cpu, num_machines=options.machines)
+    return Machine(tuple(named), host_gib, num, cpu=cpu, num_machines=options.machines)
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan of a run.
+    """Print the plan of a run, or a table of what each of several machines makes of it.
 
     Args:
         argv: see USAGE.
 
     Returns:
-        0 when it fits, 3 when not.
+        0 when it fits (on one of them), 3 when not.
 
     Raises:
         UserError: a bad option, or no such model.
     """
-    options, cfg, machine = parse(argv)
+    options, cfg, given, machines = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
     cfg = adopt_format(cfg, info.stored_format)
+    if len(machines) > 1:
+        table = {name: survey(info, cfg, given, at) for name, at in machines.items()}
+        print(json.dumps(table, indent=1) if options.json else "\n".join(_survey_lines(table)))
+        return DONE if any(row["fits"] for row in table.values()) else ENVIRONMENT
+    (machine,) = machines.values()
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     plan = RunPlan(cfg, cfg, info, machine, (found,))
     values = as_dict(plan, found)
     whole = "\n".join(_text(plan, found, values, options.explain))
     print(json.dumps(values, indent=1) if options.json else whole)
     return DONE if found.fits else ENVIRONMENT
+
+
+def survey(
+    info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine
+) -> dict[str, Any]:
+    """What a machine makes of a run, with what train.py would choose for it, in a few figures.
+
+    Args:
+        info, cfg, given, machine: see `make`.
+
+    Returns:
+        fits, longest (rows in tokens, one at a time), gpu_gib and gpu_limit_gib of the fullest GPU,
+        host_gib, step_s, tokens_per_s, setting in words, gpu: whose speeds were taken.
+    """
+    plan = make(info, cfg, given, machine)
+    found = plan.candidates[plan.fallback]
+    setting, device = found.setting, found.device
+    words = f"{setting.batch_size} x {setting.accumulation}, {_counts(setting.placements)}"
+    values: dict[str, Any] = {"fits": found.fits, "longest": fit.longest(info, cfg, machine)}
+    values |= {"gpu_gib": device.peak_gib, "gpu_limit_gib": device.limit_gib}
+    values |= {"host_gib": found.host.peak_gib, "step_s": found.speed.step_s}
+    values |= {"tokens_per_s": found.speed.tokens_per_s}
+    values["setting"] = f"{words}; {_counts(setting.levels)}"
+    return values | {"gpu": machine.gpus[0].name if machine.gpus else machine.cpu.name}
+
+
+def _survey_lines(table: Mapping[str, dict[str, Any]]) -> list[str]:
+    head = f"{'GPUs':<12}{'fits':<5}{'longest':>9}{'GiB a GPU':>15}{'host':>7}{'s/step':>8}"
+    lines = [f"{head}{'tokens/s':>10}  rows, layers; checkpointing"]
+    for name, row in table.items():
+        limit = "" if row["gpu_limit_gib"] is None else f" of {row['gpu_limit_gib']:.1f}"
+        size, verdict = f"{row['gpu_gib']:.1f}{limit}", "yes" if row["fits"] else "NO"
+        line = f"{name:<12}{verdict:<5}{row['longest']:>9,}{size:>15}{row['host_gib']:>7.1f}"
+        line += f"{_number(row['step_s']):>8}{row['tokens_per_s']:>10,.0f}  {row['setting']}"
+        lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 68)
+    speeds = "; ".join(f"{name}: {row['gpu']}" for name, row in table.items() if row["gpu"] != name)
+    return [*lines, *_wrapped([("longest", LONGEST), *([("speeds", speeds)] if speeds else [])])]
 
 
 def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
@@ -479,10 +537,11 @@ def _brief(
 
 
 def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> list[str]:
-    """The plan for a terminal; `full`: also what every row is made of."""
+    """The plan for a terminal, what matters first; `full`: every row and what it is made of too."""
     kind, setting = TRAIN_TYPES[plan.cfg.train_type].adapter, found.setting
     on_machines = f" on {setting.machines} machines" * (setting.machines > 1)
     lines = [
+        *_summary(plan, found, values),
         f"model     {values['model']}: {values['num_params']:,} parameters, "
         f"{len(setting.levels)} layers in {values['format']}",
         f"{TRAINED[kind].format(plan.cfg.lora_rank)}: {values['num_trained']:,} trained parameters",
@@ -492,12 +551,11 @@ def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> 
         f"layers    {_counts(setting.placements)}; checkpointing {_counts(setting.levels)}",
     ]
     place = "GPU" if plan.machine.gpus else "CPU rank"
-    for title, names, table in (
-        (f"GiB on each {place}", rows.DEVICE_ROWS, found.device),
-        ("GiB on the host, all programs", rows.HOST_ROWS, found.host),
-    ):
-        lines += ["", *_table(title, names, table), *(_terms(names, table) if full else [])]
-    return [*lines, "", *_summary(plan, found, values)]
+    tables = [(f"GiB on each {place}", rows.DEVICE_ROWS, found.device)]
+    tables += [("GiB on the host, all programs", rows.HOST_ROWS, found.host)]
+    for title, names, table in tables if full else ():
+        lines += ["", *_table(title, names, table), *_terms(names, table)]
+    return lines
 
 
 def _counts(names: Sequence[str]) -> str:

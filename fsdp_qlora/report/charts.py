@@ -1,238 +1,208 @@
-"""Charts of a page as SVG: lines and stacked areas.
+"""What the charts of a page are drawn from: columns of numbers that grow with a run.
 
-The drawing stretches to the width there is, while its text is HTML and keeps its size;
-page.html.j2 holds the styles and shows values under the pointer.
+charts.js draws them, in report.html and on the live page.
 """
 
 import itertools
-import math
-from dataclasses import dataclass, replace
-from html import escape
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
-SIDE = 1000  # of the square that is stretched
-MAX_POINTS = 400
-LEAST, MOST = 1e-300, 1e300  # smaller values are drawn as 0, larger ones as gaps
-FLAT = 1e-4  # a range below this share of its values is drawn as a constant
+from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS
+from fsdp_qlora.record import Run, hosts_of
+
 # Also the colour-blind tell the first six apart; seen on a light and on a dark ground.
 COLOURS = ["#0072b2", "#c44e00", "#00795a", "#8250df", "#bf3989", "#8a9a2b", "#56a0d3", "#e69a3c"]
 COLOURS += ["#5fb08f", "#b79af0", "#d88ab8", "#2b5f9e", "#7d8590", "#b0b7bf", "#6e7781"]
-
-Points = list[tuple[float, float | None]]
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart, or one area.
-
-    Args:
-        label: its name; "" for a line that is not named.
-        colour: CSS colour.
-        points: (x, y) with rising x; a gap where y is None or not finite.
-        style: "line", "faint", "dash", "dots" (dashes with dots), or "area": areas are stacked, the
-            first at the bottom, and all have the same x.
-        figure: a number shown behind the label.
-    """
-
-    label: str
-    colour: str
-    points: Points
-    style: str = "line"
-    figure: str = ""
+# One row, one colour; the order in which they are stacked.
+ROWS = dict.fromkeys((*DEVICE_ROWS, *HOST_ROWS))
+ROW_COLOURS = dict(zip(ROWS, itertools.cycle(COLOURS), strict=False))
+# Field of the steps, title, unit, whether it is drawn smoothed, and begins at zero.
+CURVES: tuple[tuple[str, str, str, bool, bool], ...] = (
+    ("loss", "Loss", "nats per trained token", True, False),
+    ("tokens_per_s", "Speed", "tokens/s of all ranks", True, True),
+    ("learning_rate", "Learning rate", "", False, True),
+    ("grad_norm", "Gradient norm", "before clipping", True, True),
+)
+LOOK = {"curves": CURVES, "colours": COLOURS[:6], "rows": ROW_COLOURS}
+# What is held besides the rows, in words; the limit that the user sets, that of the hardware.
+MEMORY = {
+    "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
+    "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "may be used"),
+}
+COLUMNS = ("step", "time", "tokens", *(curve[0] for curve in CURVES))
+MAX_BINS = 800  # of memory; of neighbouring steps the one that held most is kept
+LEAST, MOST, DIGITS = 1e-300, 1e300, 6  # smaller values are drawn as 0, larger ones as gaps
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One chart of a page.
-
-    Args:
-        title: what is shown.
-        unit: of the vertical axis.
-        series: later ones lie on top of earlier ones.
-        has_zero: the vertical axis begins at 0; the horizontal one always does.
-    """
-
-    title: str
-    unit: str
-    series: list[Series]
-    has_zero: bool = False
-
-
-class _Scale(NamedTuple):
-    """From values to the square: 0 stands at its left, the first tick at its bottom."""
-
-    x_max: float
-    ticks: list[float]
-
-    def x(self, value: float) -> float:
-        return value / self.x_max * SIDE
-
-    def y(self, value: float) -> float:
-        low, high = self.ticks[0], self.ticks[-1]
-        return SIDE - (value - low) / (high - low) * SIDE
-
-    def places(self, points: Points) -> list[str]:
-        return [f"{self.x(x):.1f},{self.y(y or 0.0):.1f}" for x, y in points]
-
-
-def draw(chart: Chart) -> str:
-    """Draw lines and areas.
-
-    Args:
-        chart: any values, none at all too.
-
-    Returns:
-        An HTML <figure>: caption, axes, SVG, legend, note.
-    """
-    series = [replace(s, points=[(x, _known(y)) for x, y in s.points]) for s in chart.series]
-    areas = _stack([s for s in series if s.style == "area" and s.points])
-    lines = [s for s in series if s.style != "area"]
-    points = [point for s in (*areas, *lines) for point in s.points]
-    scale = _scale(points, chart.has_zero)
-    shapes = [f'<path class="grid" d="M0 {scale.y(v):.1f}h{SIDE}"/>' for v in scale.ticks]
-    shapes += [_area(area, scale) for area in reversed(areas)]
-    shapes += [_line(line, scale) for line in lines]
-    ys = [f'<span style="top:{scale.y(v) / SIDE:.2%}">{mark(v)}</span>' for v in scale.ticks]
-    steps = [v for v in ticks(0.0, scale.x_max) if v <= scale.x_max * 1.001 and v == int(v)]
-    xs = [
-        f'<span class="{"end" * (v > 0.96 * scale.x_max)}" style="left:{v / scale.x_max:.2%}">'
-        f"{mark(v)}</span>"
-        for v in steps
-    ]
-    named = [s for s in (*lines, *reversed(areas)) if s.label]
-    keys = [
-        f'<li><i class="{s.style}" style="color:{s.colour}"></i>{escape(s.label)} '
-        f"<b>{escape(s.figure)}</b></li>"
-        for s in named
-    ]
-    words = escape(", ".join(f"{s.label} {s.figure}".strip() for s in named))
-    title, tall = escape(chart.title), " tall" * bool(areas)
-    is_known = any(y is not None for s in series for _, y in s.points)
-    unit = chart.unit if is_known else "no finite value was recorded"
-    return (
-        f'<figure class="plot{tall}"><figcaption><b>{title}</b> <span>{escape(unit)}</span>'
-        f'</figcaption><div class="frame"><div class="ys">{"".join(ys)}</div>'
-        f'<div class="view"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" '
-        f'role="img" aria-label="{title}: {words}" data-x="{scale.x_max:g}" '
-        f'data-low="{scale.ticks[0]:g}" data-high="{scale.ticks[-1]:g}">{"".join(shapes)}</svg>'
-        f'</div><div class="xs">{"".join(xs)}</div></div><p class="axis">optimizer step</p>'
-        f'<ul class="key">{"".join(keys)}</ul></figure>'
-    )
-
-
-def _known(y: float | None) -> float | None:
-    if y is None or not abs(y) < MOST:  # NaN compares as false
+def short(value: Any) -> float | None:
+    """A number as a chart needs it: DIGITS digits; None where it is none, or out of bounds."""
+    if not isinstance(value, int | float) or not abs(value) < MOST:  # NaN compares as false
         return None
-    return y if abs(y) > LEAST else 0.0
+    return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}") * (abs(value) > LEAST)
 
 
-def _stack(areas: list[Series]) -> list[Series]:
-    """Each area as its upper edge, on top of those below it."""
-    below, stacked = [0.0] * max((len(area.points) for area in areas), default=0), []
-    for area in areas:
-        below = [low + (y or 0.0) for low, (_, y) in zip(below, area.points, strict=True)]
-        edge: Points = [(x, y) for (x, _), y in zip(area.points, below, strict=True)]
-        # Its first value holds from 0 on, unless the record begins late.
-        if edge and (len(edge) == 1 or edge[0][0] <= 2 * (edge[1][0] - edge[0][0])):
-            edge.insert(0, (0.0, edge[0][1]))
-        stacked.append(replace(area, points=edge))
-    return stacked
-
-
-def _scale(points: Points, has_zero: bool) -> _Scale:
-    values = [y for _, y in points if y is not None] or [0.0]
-    low, high = min(values), max(values)
-    margin = (high - low) * 0.04
-    low = min(low, 0.0) if has_zero else low - margin
-    return _Scale(max((x for x, _ in points), default=0) or 1.0, ticks(low, high + margin))
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Choose round numbers (1, 2 or 5 times a power of ten apart) that span a range.
+def planned_steps(config: Mapping[str, Any], step: int, epoch: float | None) -> int | None:
+    """Steps that a run is to take.
 
     Args:
-        low: least value.
-        high: greatest value; where it is hardly above `low`, the range is widened.
+        config: of the run.
+        step: its last.
+        epoch: where that one stands.
 
     Returns:
-        At least two rising numbers; the first is at most `low`, the last at least `high`.
+        None where neither steps nor epochs tell.
     """
-    if not high - low > FLAT * max(abs(low), abs(high)):
-        half = 0.1 * abs(high)
-        low, high = (low - half, high + half) if half else (0.0, 1.0)
-    raw = (high - low) / 5
-    power = math.floor(math.log10(raw))
-    step = next(m for m in (1, 2, 5, 10) if m * 10.0**power >= raw * 0.999)
-    unit = step * 10.0**power
-    first, last = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
-    return [float(f"{i * step}e{power}") for i in range(first, last + 1)]
+    planned = config.get("max_steps") or -1
+    if planned < 0 and epoch and config.get("num_epochs"):
+        planned = round(config["num_epochs"] * step / epoch)
+    return planned if planned > 0 else None
 
 
-def _area(area: Series, scale: _Scale) -> str:
-    """From its upper edge down to the ground; what lies below is drawn over it."""
-    (left, _), (right, _) = area.points[0], area.points[-1]
-    ground = f"{scale.x(right):.1f},{SIDE} {scale.x(left):.1f},{SIDE}"
-    path = " ".join([*scale.places(area.points), ground])
-    return f'<polygon points="{path}" fill="{area.colour}" data-name="{escape(area.label)}"/>'
+class Tape:
+    """The numbers of one run, in the order of its record.
 
-
-def _line(line: Series, scale: _Scale) -> str:
-    """A line with its gaps; dots are lines of no length, since circles would be stretched."""
-    name = f' data-name="{escape(line.label)}"' if line.label else ""
-    shapes = []
-    for is_known, group in itertools.groupby(line.points, lambda point: point[1] is not None):
-        places = scale.places(list(group)) if is_known else []
-        path, look = " ".join(places), f'class="{line.style}" stroke="{line.colour}"'
-        if len(places) > 1:
-            shapes.append(f'<polyline class="halo" points="{path}"/>')
-            shapes.append(f'<polyline points="{path}" {look}{name}/>')
-        if len(places) == 1 or line.style == "dots":
-            dots = "".join(f"M{place.replace(',', ' ')}h0" for place in places)
-            shapes.append(f'<path class="dot" d="{dots}" stroke="{line.colour}"/>')
-    return "".join(shapes)
-
-
-def mark(value: float) -> str:
-    """Write a number of an axis.
-
-    Args:
-        value: a round number.
-
-    Returns:
-        Short text: thousands separated, very small and very large values by power of ten.
+    Attributes:
+        facts: of the run: its first line.
+        last: its last step.
+        version: another one where something is no longer as it was; else the lists only grow.
     """
-    size = abs(value)
-    return f"{value:g}" if size < 1000 or size >= 1e7 else f"{value:,.0f}"
+
+    def __init__(self, version: int = 0) -> None:
+        self.version, self.facts, self.last = version, dict[str, Any](), dict[str, Any]()
+        self._columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        self._evals, self._samples = list[list[Any]](), list[dict[str, Any]]()
+        self._memory: dict[str, dict[str, Any]] = {}
+        self._stride = 1
+
+    @classmethod
+    def of(cls, run: Run) -> "Tape":
+        """All of a run that was read whole."""
+        tape = cls()
+        tape.facts = run.facts | {"config": run.config}
+        for line in (*run.steps, *run.samples):
+            tape.add(line)
+        tape._evals = [[step, short(loss)] for step, loss in run.evals]
+        return tape
+
+    @property
+    def num_steps(self) -> int:
+        """Steps so far."""
+        return len(self._columns["step"])
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Take a line of the record; a step that was taken before replaces its first attempt."""
+        kind = line.get("event")
+        if kind is None:
+            self._add_step(line)
+        elif kind == "eval":
+            step = line.get("step", self.last.get("step", 0))
+            self._evals.append([step, short(line.get("loss"))])
+        elif kind == "sample":
+            names = ("when", "step", "prompt", "answer", "expected")
+            self._samples.append({name: line.get(name) for name in names})
+        elif kind == "run":
+            self.facts = dict(line)
+
+    def _add_step(self, line: Mapping[str, Any]) -> None:
+        step, columns = line["step"], self._columns
+        if columns["step"] and columns["step"][-1] >= step:
+            self._cut(step)
+        ends = [columns[name][-1] if columns[name] else 0 for name in ("time", "tokens")]
+        took = (line.get("step_s") or 0.0, line.get("num_tokens") or 0)
+        known = {n: round(e + t, 3) for n, e, t in zip(("time", "tokens"), ends, took, strict=True)}
+        for name, values in columns.items():
+            values.append(known[name] if name in known else short(line.get(name)))
+        self.last = dict(line)
+        for number, rank in enumerate(line["ranks"]):
+            if rank.get("device_total_gib"):
+                self._hold(f"GPU {number}", "device", step, rank)
+        for host in hosts_of(line):
+            self._hold(" ".join(filter(None, ("host", host.get("name")))), "host", step, host)
+        if self.num_steps > MAX_BINS * self._stride:
+            self._widen()
+
+    def _cut(self, step: int) -> None:
+        """Forget what a resumed run does again."""
+        self.version += 1
+        while self._columns["step"] and self._columns["step"][-1] >= step:
+            for values in self._columns.values():
+                values.pop()
+        self._evals = [entry for entry in self._evals if entry[0] < step]
+        for chart in self._memory.values():
+            chart["bins"] = [held for held in chart["bins"] if held[0] < step]
+
+    def _hold(self, title: str, place: str, step: int, part: Mapping[str, Any]) -> None:
+        """One GPU or host: [step, total, held, a value for each row]."""
+        new = {"place": place, "names": [], "bins": []}
+        chart, rows = self._memory.setdefault(title, new), part.get(f"{place}_rows") or {}
+        names, bins, held = chart["names"], chart["bins"], part.get(MEMORY[place][0])
+        total, is_first = sum(filter(None, rows.values())) or held or 0.0, not bins
+        if is_first or (self.num_steps - 1) % self._stride == 0:
+            bins.append([step, -1.0])
+        if total > bins[-1][1]:
+            chart["limit"] = short(part.get(f"{place}_total_gib"))
+            names += [row for row in rows if row not in names]
+            values = (short(rows.get(row)) or 0.0 for row in names)
+            bins[-1] = [step, short(total), short(held), *values]
+
+    def _widen(self) -> None:
+        self._stride, self.version = self._stride * 2, self.version + 1
+        for chart in self._memory.values():
+            bins = chart["bins"]
+            pairs = [bins[i : i + 2] for i in range(0, len(bins), 2)]
+            chart["bins"] = [max(pair, key=lambda held: held[1]) for pair in pairs]
+
+    def _levels(self, place: str, limit: float | None) -> dict[str, float]:
+        """The lines of a chart of memory: the plan, and the user's limit or the hardware's."""
+        _, _, budget, owner = MEMORY[place]
+        plan, own = self.facts.get("plan"), self.facts.get("config", {}).get(budget)
+        peak = plan.get(f"peak_{place}_gib") if isinstance(plan, dict) else None
+        levels = {"plan: peak": peak, "budget" if own else owner: own or limit}
+        return {name: gib for name, gib in levels.items() if gib is not None and short(gib)}
+
+    def since(self, token: str = "") -> dict[str, Any]:
+        """What has come since an earlier answer.
+
+        Args:
+            token: of that answer; another one than this tape has given: everything.
+
+        Returns:
+            token; starts: how much of what was there before stays, by list; columns, evals,
+            samples; memory: title -> place, label, names, levels, bins (the last may change).
+        """
+        memory, config = self._memory, self.facts.get("config") or {}
+        num_bins = max(max((len(chart["bins"]) for chart in memory.values()), default=0) - 1, 0)
+        counts = [self.num_steps, len(self._evals), len(self._samples), num_bins]
+        version, *rest = [int(part) for part in token.split("-") if part.isdecimal()] or [-1]
+        is_known = version == self.version and len(rest) == len(counts)
+        steps, evals, samples, bins = rest if is_known else [0] * len(counts)
+        clip = config.get("grad_norm") if config.get("apply_gradient_clipping") else None
+        return {
+            "token": "-".join(map(str, [self.version, *counts])),
+            "starts": [steps, evals, samples, bins],
+            "columns": {name: values[steps:] for name, values in self._columns.items()},
+            **{"evals": self._evals[evals:], "samples": self._samples[samples:]},
+            "memory": {
+                title: chart
+                | {"bins": chart["bins"][bins:], "label": MEMORY[chart["place"]][1]}
+                | {"levels": self._levels(chart["place"], chart["limit"])}
+                for title, chart in memory.items()
+            },
+            **{"clip": clip, "planned": self._planned(config), "about": _about(config)},
+        }
+
+    def _planned(self, config: Mapping[str, Any]) -> int | None:
+        last = self.last
+        return planned_steps(config, last["step"], last.get("epoch")) if last else None
 
 
-def thin(points: Points) -> Points:
-    """Bring a long line to MAX_POINTS at most, each the mean of neighbours.
-
-    Args:
-        points: (x, y).
-
-    Returns:
-        The points themselves if they are few enough; x is that of the last of the neighbours.
-    """
-    size = math.ceil(len(points) / MAX_POINTS) or 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(group[-1][0], _mean(group)) for group in groups]
-
-
-def smooth(points: Points) -> Points:
-    """Average each point with its neighbours, over 1/20 of the line or three points at least.
-
-    Args:
-        points: (x, y) at even distances.
-
-    Returns:
-        As many points; a gap only where no neighbour is known.
-    """
-    reach = max(len(points) // 40, 1)
-    near = [points[max(i - reach, 0) : i + reach + 1] for i in range(len(points))]
-    return [(x, _mean(part)) for (x, _), part in zip(points, near, strict=True)]
-
-
-def _mean(points: Points) -> float | None:
-    known = [value for _, y in points if (value := _known(y)) is not None]
-    return sum(known) / len(known) if known else None
+def _about(config: Mapping[str, Any]) -> str:
+    """What a run is, in a few words."""
+    words = {
+        "model_name": "",
+        "train_type": "",
+        "batch_size": "batch ",
+        "context_length": "context ",
+    }
+    known = {name: str(config[name]).rsplit("/", 1)[-1] for name in words if config.get(name)}
+    return "  ·  ".join(words[name] + value for name, value in known.items())

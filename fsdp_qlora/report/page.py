@@ -1,42 +1,23 @@
 """Runs side by side from their records, as one page that needs nothing else: report.html."""
 
-import argparse
+import base64
+import hashlib
 import itertools
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
 from fsdp_qlora.record import OWN_FLAGS, Run, command, distinct, highest, read, word
-from fsdp_qlora.report.charts import COLOURS, MAX_POINTS, Chart, Points, Series, draw, smooth, thin
+from fsdp_qlora.report.charts import LOOK, Tape, planned_steps
 
-MIN_TREND = 10  # points from which a smoothed line is drawn over the bare one
-MAX_DRAWN = 4  # GPUs; of more only the fullest and the emptiest are drawn
-MAX_HEADROOM = 4.0  # a limit further above the rest than this would press it to the floor
-LEAST_SHARE = 0.002  # of the peak; smaller rows would not be seen
-LIMIT, PLAN, MEASURED = "#8c959f", "#bf3989", "#1f883d"
-# One row, one colour on every chart.
-ROWS = dict.fromkeys((*DEVICE_ROWS, *HOST_ROWS))
-ROW_COLOURS = dict(zip(ROWS, itertools.cycle(COLOURS), strict=False))
-# Field of the steps: title, unit, format, and whether it is drawn smoothed.
-FIELDS = {
-    "loss": ("Loss", "nats per trained token", ".3f", True),
-    "tokens_per_s": ("Speed", "tokens/s of all ranks", ",.0f", True),
-    "learning_rate": ("Learning rate", "", ".3g", False),
-    "grad_norm": ("Gradient norm", "before clipping", ".3f", True),
-}
-# What a chart of memory shows besides its rows: a field and its label; the limits.
-MEMORY = {
-    "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
-    "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "may be used"),
-}
 # A value of another type than a run records; a record is not checked value by value.
 NO_RECORD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 NO_PLAN = "No plan was recorded, so nothing is predicted here."
@@ -72,7 +53,7 @@ class PageTable(NamedTuple):
         title: above it.
         heads: of the columns behind the first, which holds the names of the rows.
         rows: (name, cells), as many cells as there are heads.
-        kind: "numbers", "words", or "fold" for words that are shown when they are asked for.
+        kind: classes: numbers or words; wide; fold: shown when it is asked for.
     """
 
     title: str
@@ -82,10 +63,9 @@ class PageTable(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A chapter of the page: its charts, sentences and tables, in this order."""
+    """A chapter of the page: sentences, then tables."""
 
     title: str
-    charts: list[Chart]
     words: list[str]
     tables: list[PageTable]
 
@@ -103,13 +83,11 @@ def write(run_dirs: list[Path], out: Path) -> Path:
     Raises:
         UserError: no record, a line that cannot be read, a directory that cannot be written.
     """
-    path, strict = out / "report.html", jinja2.StrictUndefined
-    loader = jinja2.PackageLoader("fsdp_qlora", "report")
-    env = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=strict)
+    path = out / "report.html"
     try:
         runs = distinct([read(run_dir) for run_dir in run_dirs])
-        template, chapters = env.get_template("page.html.j2"), sections(runs)
-        page = template.render(runs=runs, sections=chapters, draw=draw)
+        data = [{"name": run.name, "state": run.state} | Tape.of(run).since() for run in runs]
+        page = render("  ·  ".join(run.name for run in runs), sections(runs), data)
         out.mkdir(parents=True, exist_ok=True)
         return atomic.write(path, page)
     except OSError as error:
@@ -118,6 +96,32 @@ def write(run_dirs: list[Path], out: Path) -> Path:
     except NO_RECORD as error:
         got, rule = ", ".join(map(str, run_dirs)), f"cannot be shown ({error!r:.120})"
         raise UserError(got, rule, "give directories whose record nobody has changed") from error
+
+
+def render(
+    title: str, chapters: Sequence[Section], runs: Any = (), bars: Any = (), live: bool = False
+) -> str:
+    """Write a page; charts.js draws it.
+
+    Args:
+        title: of the page.
+        chapters: its tables.
+        runs: name, state and `Tape.since` of each.
+        bars: title, unit and values, (name, length), of each chart of bars.
+        live: the page asks for what is new.
+
+    Returns:
+        HTML that needs nothing else, but for the server of a live page.
+    """
+    loader = jinja2.PackageLoader("fsdp_qlora", "report")
+    rules: dict[str, Any] = {"autoescape": True, "trim_blocks": True}
+    env = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **rules)
+    env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # the order of rows is theirs
+    script = Path(__file__).with_name("charts.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = {"runs": runs, "bars": bars, "live": live, "look": LOOK}
+    page = env.get_template("page.html.j2")
+    return page.render(title=title, sections=chapters, data=data, script=script, digest=digest)
 
 
 def sections(runs: list[Run]) -> list[Section]:
@@ -131,115 +135,26 @@ def sections(runs: list[Run]) -> list[Section]:
     """
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
     compared = [table for pair in named for table in predicted(*pair)]
-    charts = [chart for pair in named for chart in memory(*pair)]
-    chapters = [
-        Section("Figures", [], [], figures(runs)),
-        Section("Curves", curves(runs), [], []),
-        Section("Memory", charts, [], [peaks(*pair) for pair in named]),
-        Section("Predicted and measured", [], [] if compared else [NO_PLAN], compared),
-        Section("Answers", [], [], [answers(*pair) for pair in named]),
-        Section("Data", [], *data(runs)),
-        Section("Settings", [], [], settings(runs)),
-        Section("Environment", [], [], [environment(runs)]),
+    tables = [*compared, *(peaks(*pair) for pair in named)]
+    redone = [
+        f"{run.name}: {run.num_redone} steps were taken again after a resume"
+        for run in runs
+        if run.num_redone
     ]
-    return [s for s in chapters if s.charts or s.words or any(table.rows for table in s.tables)]
-
-
-def curves(runs: list[Run]) -> list[Chart]:
-    """Loss, speed, learning rate and gradient norm over steps.
-
-    Args:
-        runs: one, or several drawn over each other.
-
-    Returns:
-        Charts of what at least one run recorded.
-    """
-    charts = []
-    for field, (title, unit, form, is_noisy) in FIELDS.items():
-        series: list[Series] = []
-        for run, colour in zip(runs, itertools.cycle(COLOURS[:6]), strict=False):
-            label = run.name if len(runs) > 1 else title.lower()
-            points = thin([(step["step"], step[field]) for step in run.steps if field in step])
-            if is_noisy and len(points) >= MIN_TREND:
-                series.append(Series("", colour, points, "faint"))
-                series.append(_curve(f"{label}, smoothed", colour, smooth(points), form))
-            elif points:
-                series.append(_curve(label, colour, points, form))
-            if field == "loss" and _last(loss for _, loss in run.evals) is not None:
-                colour = colour if len(runs) > 1 else COLOURS[1]
-                series.append(_curve(f"{label}, held out", colour, run.evals, form, "dots"))
-            norm = run.config.get("grad_norm") if field == "grad_norm" and points else None
-            if norm and run.config.get("apply_gradient_clipping"):
-                ends: Points = [(0, norm), (run.steps[-1]["step"], norm)]
-                series.append(Series("clipped to", LIMIT, ends, "dash", f"{norm}"))
-        charts.append(Chart(title, unit, series, has_zero=field != "loss"))
-    return [chart for chart in charts if chart.series]
-
-
-def _curve(label: str, colour: str, points: Points, form: str, style: str = "line") -> Series:
-    last = _last(y for _, y in points)
-    return Series(label, colour, points, style, "" if last is None else format(last, form))
+    chapters = [
+        Section("Answers", [], [answers(*pair) for pair in named]),
+        Section("Figures", redone, figures(runs)),
+        Section("Memory", [] if compared else [NO_PLAN], tables),
+        Section("Data", *data(runs)),
+        Section("Settings", [], settings(runs)),
+        Section("Environment", [], [environment(runs)]),
+    ]
+    return [s for s in chapters if s.words or any(table.rows for table in s.tables)]
 
 
 def _last(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return known[-1] if known else None
-
-
-def memory(run: Run, prefix: str) -> list[Chart]:
-    """Memory over time, by row where the record has rows, below the plan and the limit.
-
-    Args:
-        run: the record.
-        prefix: of the titles.
-
-    Returns:
-        A chart a GPU (of many, the fullest and the emptiest), then one of each host.
-    """
-    peaks = [peak or 0.0 for peak in run.peaks("device_peak_reserved_gib")]
-    drawn = [*range(run.num_ranks)] if run.has_gpus else []
-    if len(drawn) > MAX_DRAWN:
-        drawn = [peaks.index(max(peaks)), peaks.index(min(peaks))]
-    charts = [_memory(run, f"{prefix}GPU of rank {i}", "device", run.rank(i)) for i in drawn]
-    for parts in run.machines():
-        name = " ".join(["Host", *filter(None, {part.get("name") for part in parts})])
-        charts.append(_memory(run, f"{prefix}{name}, all programs", "host", parts))
-    return [chart for chart in charts if chart.series]
-
-
-def _memory(run: Run, title: str, place: str, parts: list[dict[str, Any]]) -> Chart:
-    """One GPU or the host: areas by row, a line of what was held, dashes of plan and limit."""
-    (field, label, budget, owner), rows = MEMORY[place], f"{place}_rows"
-
-    def total(part: dict[str, Any]) -> float:
-        return sum((part.get(rows) or {}).values()) or part.get(field) or 0.0
-
-    size = -(-len(parts) // MAX_POINTS)  # of neighbouring steps the one that held most is drawn
-    groups = [range(i, min(i + size, len(parts))) for i in range(0, len(parts), size)]
-    tops = [(run.steps[g[-1]]["step"], max((parts[i] for i in g), key=total)) for g in groups]
-    top = max((part for _, part in tops), key=total)
-    peak_gib, held_gib = total(top), highest(part.get(field) for part in parts)
-    series = []
-    for row in dict.fromkeys([*ROWS, *(row for _, part in tops for row in part.get(rows) or {})]):
-        points: Points = [(x, (part.get(rows) or {}).get(row, 0.0)) for x, part in tops]
-        if max(y or 0.0 for _, y in points) > LEAST_SHARE * peak_gib:
-            figure = f"{(top.get(rows) or {}).get(row, 0.0):,.2f}"
-            series.append(Series(row, ROW_COLOURS.get(row, LIMIT), points, "area", figure))
-    if held_gib:
-        points = [(x, part.get(field)) for x, part in tops]
-        series.append(Series(label, MEASURED, points, figure=f"{held_gib:,.2f}"))
-    planned_gib = run.table("plan").get(f"peak_{place}_gib")
-    levels = {"plan: peak": planned_gib, "budget": run.config.get(budget)}
-    levels |= {} if levels["budget"] else {owner: parts[-1].get(f"{place}_total_gib")}
-    unit = "GiB"
-    for name, level in levels.items():
-        if level and level <= MAX_HEADROOM * peak_gib:
-            ends: Points = [(0, level), (run.steps[-1]["step"], level)]
-            colour = PLAN if name.startswith("plan") else LIMIT
-            series.append(Series(name, colour, ends, "dash", f"{level:,.2f}"))
-        elif level:
-            unit += f"; {name} {level:,.1f}, far above"
-    return Chart(title, unit, series if peak_gib else [], has_zero=True)
 
 
 def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
@@ -255,11 +170,10 @@ def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
 
 def _left_s(run: Run) -> float | None:
     """Seconds until the last step, at the median speed."""
-    planned, last = run.config.get("max_steps") or -1, run.steps[-1]
-    if planned < 0 and last.get("epoch") and run.config.get("num_epochs"):
-        planned = run.config["num_epochs"] * last["step"] / last["epoch"]
-    left = max(planned - last["step"], 0) * (run.median("step_s") or 0.0)
-    return left if planned > 0 and run.state != "finished" else None
+    last = run.steps[-1]
+    planned = planned_steps(run.config, last["step"], last.get("epoch"))
+    left = max((planned or 0) - last["step"], 0) * (run.median("step_s") or 0.0)
+    return left if planned and run.state != "finished" else None
 
 
 def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
@@ -350,7 +264,7 @@ def peaks(run: Run, prefix: str) -> PageTable:
     known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
     rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
     heads = [_plain(name) for name in known]
-    return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers")
+    return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers fold")
 
 
 def predicted(run: Run, prefix: str) -> list[PageTable]:
@@ -403,7 +317,7 @@ def _compared(
         if (highest([p, m]) or 0.0) >= LEAST_GIB:
             rows.append((row, _difference(p, m, max(aim, ROW_AIM))))
     rows.append(("total", _difference(_total(plan), _total(measured), aim)))
-    return PageTable(title, COMPARED, rows)
+    return PageTable(title, COMPARED, rows, "numbers fold")
 
 
 def _difference(p: float | None, m: float | None, aim: float) -> list[Cell]:
@@ -482,7 +396,7 @@ def settings(runs: list[Run]) -> list[PageTable]:
     rows = [(f, [Cell(word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
     differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]
     title = f"Flags that differ {'from the defaults' if len(runs) == 1 else 'between the runs'}"
-    every = PageTable("All flags", [*columns], rows, "fold")
+    every = PageTable("All flags", [*columns], rows, "flags fold")
     return [PageTable(title, [*columns], differ, "words"), every]
 
 
@@ -518,7 +432,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    parser = argparse.ArgumentParser("python -m fsdp_qlora report", description=__doc__)
+    parser = cli.Parser("python -m fsdp_qlora report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
     parser.add_argument("--out", type=Path, help="of report.html [of one run its own, else here]")
     args = parser.parse_args(argv)

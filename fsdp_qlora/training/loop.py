@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fsdp_qlora import cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.distributed import hooks
@@ -217,7 +218,7 @@ def _note_skipped(
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterable[Batch], world: World) -> float:
+def evaluate(model: torch.nn.Module, batches: Sequence[Batch], world: World) -> float:
     """Mean loss over all trained tokens of all ranks' batches.
 
     Args:
@@ -232,9 +233,11 @@ def evaluate(model: torch.nn.Module, batches: Iterable[Batch], world: World) -> 
     model.eval()
     # In float64, so that the sum is the same however the rows are cut into batches.
     loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    for batch in batches:
-        hooks.reach("eval", world.rank)
-        loss_sum += token_loss_sum(model, batch, world.device)
-        num_tokens += batch.num_trained_tokens
+    with cli.Progress("evaluates", len(batches), "batches", world.rank > 0) as progress:
+        for batch in batches:
+            hooks.reach("eval", world.rank)
+            loss_sum += token_loss_sum(model, batch, world.device)
+            num_tokens += batch.num_trained_tokens
+            progress.update()
     model.train(was_training)
     return world.sum(loss_sum.item()) / max(world.sum(num_tokens), 1.0)

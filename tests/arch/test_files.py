@@ -265,6 +265,8 @@ class FakeHub(BaseHTTPRequestHandler):
             self.reply(403, b"", {"X-Error-Code": "GatedRepo"})
         elif self.path.startswith("/api/models/org/model/tree/"):
             self.reply(200, json.dumps(items).encode())
+        elif "/nowhere" in self.path:
+            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"})
         elif self.path.startswith("/api/models/org/model/"):
             self.reply(200, json.dumps(model).encode())
         elif self.path.startswith("/org/model/resolve/"):
@@ -288,6 +290,7 @@ class FakeHub(BaseHTTPRequestHandler):
         """Keep quiet."""
 
 
+REVISIONS = "give one of its branches, tags or commits"
 READ_ALL = """
 import json, sys
 from fsdp_qlora import arch, errors
@@ -332,9 +335,11 @@ def test_the_hub_gives_weights_once_and_its_refusals_in_one_line(tmp_path: Path)
     wanted = sorted(files)
     unwanted = ["consolidated.safetensors", "pytorch_model.bin", "original/params.json", "a.py"]
     with fake_hub(files | dict.fromkeys(unwanted, b"no"), tmp_path / "hf") as place:
-        names = ["org/model", "org/gated", "org/absent"]
-        found, gated, absent = read_in_new_process(names, **place)
-    assert found == [0, wanted]
+        names = ["org/model@v1", "org/gated", "org/absent", "org/model", "org/model@nowhere"]
+        tagged, gated, absent, found, lost = read_in_new_process(names, **place)
+    assert found == tagged == [0, wanted]
+    assert (tmp_path / "hf/hub/models--org--model/refs/v1").read_text() == "0" * 40
+    assert lost == [3, f"org/model@nowhere: org/model has no such revision; {REVISIONS}"]
     assert gated[0] == absent[0] == ENVIRONMENT
     assert "accept them at https://huggingface.co/org/gated" in gated[1]
     assert "no such public model on the hub" in absent[1]
@@ -359,7 +364,7 @@ def test_every_shape_file_is_complete() -> None:
 
 
 COMMANDS = {
-    "plan": ["-m", "fsdp_qlora", "plan", "--cards", "2x24"],
+    "plan": ["-m", "fsdp_qlora", "plan", "--gpus", "2x24"],
     "data": ["-m", "fsdp_qlora", "data"],
     "train": ["train.py", "--weights", "random", "--max_steps", "1", "--world_size", "1"],
 }
@@ -384,11 +389,11 @@ def test_a_hub_name_that_is_no_shape_is_asked_of_the_hub(command: str, tmp_path:
     with fake_hub({"config.json": config}, tmp_path / "hf") as place:
         found = run("org/model", **place)
     assert (found.returncode, "Traceback" in found.stderr) == (0, False), found.stderr
-    away = run("meta-llama/Llama-3.1-8B-Instruct", **place)
+    away = run("meta-llama/Llama-3.2-1B-Instruct", **place)
     assert away.returncode == ENVIRONMENT and away.stderr.count("\n") == 1
-    assert away.stderr.startswith("error: meta-llama/Llama-3.1-8B-Instruct: no such directory")
-    assert "hf download meta-llama/Llama-3.1-8B-Instruct" in away.stderr
-    assert "llama-3.1-8b" in away.stderr, "the shape that is nearest"
+    assert away.stderr.startswith("error: meta-llama/Llama-3.2-1B-Instruct: no such directory")
+    assert "hf download meta-llama/Llama-3.2-1B-Instruct" in away.stderr
+    assert "llama-3.2-1b" in away.stderr, "the shape that is nearest"
 
 
 def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Path):

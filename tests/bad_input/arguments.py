@@ -25,7 +25,7 @@ def pipe(name: str):
 X_TOML = ("--recipe={root}/x.toml",)
 CASES = [
     Case("unknown flag", "did you mean --lora_rank?", ("--lora_rnk=8",)),
-    Case("unlike any flag", "--help lists all", ("--zzzzzzzz=8",)),
+    Case("unlike any flag", "--help all lists them", ("--zzzzzzzz=8",)),
     Case("one hyphen", "belongs to no flag", ("-batch_size=8",)),
     Case("word without a flag", "belongs to no flag", ("--lora_rank", "8", "qlora")),
     Case("no value", "write --lr=VALUE", ("--lr",)),
@@ -35,7 +35,7 @@ CASES = [
     Case("number of 5,000 digits", "must be a whole number", ("--batch_size=" + "9" * 5000,)),
     Case("rows below one", "must be >= 1", ("--batch_size=0",)),
     Case("accumulation below one", "must be >= 1", ("--gradient_accumulation_steps=0",)),
-    Case("epochs below one", "must be >= 1", ("--num_epochs=0",)),
+    Case("no epochs", "must be > 0", ("--num_epochs=0",)),
     Case("no steps", "must be -1 or >= 1", ("--max_steps=0",)),
     Case("negative rank", "must be >= 1", ("--lora_rank=-4",)),
     Case("alpha zero", "must be >= 1", ("--lora_alpha=0",)),

@@ -1,6 +1,7 @@
 """Batches: every row once an epoch, ranks in step, counts exact."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +87,23 @@ def test_max_steps_is_the_number_of_steps_even_past_the_epochs(max_steps):
     batches = Batches(make_samples(8), SamplerConfig(2, 1, 2, 0, 42, 1, max_steps))
     assert batches.num_steps == max_steps
     assert batches.step(max_steps - 1)[0].num_tokens > 0
+
+
+def test_parts_of_an_epoch_end_at_the_step_at_which_transformers_ends():
+    from transformers import Trainer, TrainingArguments
+
+    for epochs in (0.5, 1.5, 1.1, 0.01, 2):
+        batches = Batches(make_samples(20), SamplerConfig(2, 1, 1, 0, 42, epochs, -1))
+        args = TrainingArguments(num_train_epochs=epochs, report_to=[])
+        own = {"get_total_train_batch_size": lambda _: 2, "get_sp_size": lambda: 1}
+        trainer = SimpleNamespace(**own, num_examples=len)
+        loader = range(batches.steps_per_epoch)
+        found = Trainer.set_initial_training_values(trainer, args, loader)
+        assert batches.num_steps == found[-1] == len(batches_of_run(batches)), epochs
+
+
+def batches_of_run(batches):
+    return [batches.step(step) for step in range(batches.num_steps)]
 
 
 def test_the_epoch_of_a_step_is_the_share_of_rows_seen():

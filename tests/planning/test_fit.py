@@ -38,7 +38,7 @@ TABLE = [
     ("7b", "2x3090", 64, "sharded", 32, "1.7 GiB of base a GPU: all recomputation can go"),
     ("7b", "2x4090", 64, "sharded", 32, "the same memory"),
     ("7b", "4090", 64, "sharded", 32, "3.3 GiB of base leave room beside 16 of activations"),
-    ("7b", "3090,4060Ti-16G", 64, "any", 32, "16 GB count; base shared or streamed, both hide"),
+    ("7b", "3090+4060Ti-16G", 64, "any", 32, "16 GB count; base shared or streamed, both hide"),
     ("7b", "2x12", 32, "any", 24, "one row at a time keeps 8 GiB of activations"),
     ("7b", "T4", 16, "any", 24, "14.6 GiB; 16 GiB of host hold the base or nothing"),
     ("7b", "A100-80", 128, "sharded", 32, "everything fits, nothing to stream"),
@@ -48,7 +48,7 @@ TABLE = [
     ("70b", "2x3090", 64, "streamed", 30, "35 GB do not fit two GPUs; copies hide at T = 2048"),
     ("70b", "2x4090", 64, "streamed", 30, "the same memory"),
     ("70b", "4090", 64, "streamed", 30, "the host has one copy whatever the number of GPUs"),
-    ("70b", "3090,4060Ti-16G", 64, "streamed", 0, "16 GB leave little for activations"),
+    ("70b", "3090+4060Ti-16G", 64, "streamed", 0, "16 GB leave little for activations"),
     ("70b", "2x12", 64, "streamed", 0, "8.6 GiB a GPU at one row"),
     (
         "70b",
@@ -169,7 +169,7 @@ def test_changes_make_it_fit_and_lose_least_first():
 def test_pairs_are_tried_where_no_single_change_keeps_everything():
     """ddp of a 70B: the base must leave the GPU, and then the rows still are too many."""
     info, cfg = run_of("70b", "--sharding_strategy=ddp", "--batch_size=4")
-    found = fit.changes(info, cfg, machine_of("3090,4060Ti-16G", 64))
+    found = fit.changes(info, cfg, machine_of("3090+4060Ti-16G", 64))
     assert found and not found[0].lost
     assert found[0].cfg.sharding_strategy == "full_shard" and found[0].cfg.batch_size < 4
 
@@ -261,6 +261,7 @@ def test_steps_are_known_where_rows_are_counted_cheaply(tmp_path: Path):
         return fit.num_steps(Sizes(info, cfg), setting_of(cfg, 32, 2))
 
     assert steps(f"--dataset={path}", "--num_epochs=3") == 9  # 10 rows, 4 a step
+    assert steps(f"--dataset={path}", "--num_epochs=1.1") == 4
     assert steps(f"--dataset={path}", "--eval_samples=2") == 2
     assert steps("--dataset=alpaca") == 12_915  # 100 rows held out
     assert steps("--dataset=rows.parquet") is None

@@ -161,7 +161,7 @@ def test_the_host_is_refused_too_and_its_budget_counts():
 
 def test_the_smallest_gpu_and_its_budget_set_the_limit():
     """Budgets cap torch's allocator: what is outside of it comes on top."""
-    mixed = plan_of(names="A100-80,3090")
+    mixed = plan_of(names="A100-80+3090")
     assert mixed.found is not None
     assert mixed.found.device.limit_gib == hardware.GPUS["3090"].memory_gib
     capped = plan_of("--gpu_budget_gib=10", names="2xA100-80")
@@ -280,7 +280,7 @@ def test_nccl_told_to_leave_peer_access_alone_is_planned_without(monkeypatch):
 
 ROOT = Path(__file__).parents[1]
 ARGS = ["--model_name=llama-2-70b", "--lora_rank=16", "--batch_size=2", "--context_length=2048"]
-CARDS = ["--cards=2x3090", "--host=64"]
+CARDS = ["--gpus=2x3090", "--host=64"]
 
 
 def output(capsys: pytest.CaptureFixture[str], *argv: str, code: int = 0) -> str:
@@ -296,7 +296,7 @@ def test_a_plan_answers_in_less_than_a_second_without_torch():
         "sys.exit(9 if {'torch', 'transformers', 'numpy'} & set(sys.modules) else code)"
     )
     for GPUs, code in (("2xA100-80", 0), ("2x12", 3)):
-        words = ["plan", "--model_name=llama-2-70b", "--batch_size=8", f"--cards={GPUs}"]
+        words = ["plan", "--model_name=llama-2-70b", "--batch_size=8", f"--gpus={GPUs}"]
         argv = [sys.executable, "-c", program, *words, "--context_length=2048"]
         done, seconds = timing.fastest(argv, ROOT)
         assert (done.returncode, done.stderr) == (code, "")
@@ -325,16 +325,19 @@ def test_json_holds_the_tables_and_survives_a_round_trip(capsys: pytest.CaptureF
     "words",
     [
         [*ARGS, *CARDS, "--explain"],
-        [*ARGS, "--cards=2x12", "--host=40", "--batch_size=16"],
-        ["--model_name=llama-2-7b", "--cards=none", "--world_size=2", "--train_type=lora"],
-        ["--model_name=gemma-2-9b", "--cards=3090,T4", "--sharding_strategy=ddp"],
+        [*ARGS, "--gpus=2x12", "--host=40", "--batch_size=16"],
+        ["--model_name=llama-2-7b", "--gpus=none", "--world_size=2", "--train_type=lora"],
+        ["--model_name=gemma-2-9b", "--gpus=3090+T4", "--sharding_strategy=ddp"],
+        [*ARGS, "--gpus=2x RTX PRO 6000 Blackwell,12,none,2x24"],
     ],
 )
 def test_no_line_is_wider_than_100_columns(capsys: pytest.CaptureFixture[str], words: list[str]):
-    """And none is broken in the middle of an option."""
+    """What matters stands first; rows are for --explain; no option is broken in its middle."""
     main(["plan", *words])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) > 20
+    assert lines[0].startswith(("fits  ", "NO FIT", "GPUs"))
+    assert ("  adapters" in "\n".join(lines)) == ("--explain" in words)
+    assert len(lines) > 20 if "--explain" in words else 7 < len(lines) < 17
     assert max(map(len, lines)) <= 100
     assert not [line for line in lines if line.endswith("--")]
 
@@ -345,14 +348,35 @@ def test_every_row_is_explained_by_numbers_that_make_it(capsys: pytest.CaptureFi
     line = "full: layer's input: 4,096 tokens x 8,192 hidden x 2 bytes x 80 layers = 5.000 GiB"
     assert line in text
     assert "one copy for all ranks: 80 layers x 441,606,144 bytes = 32.902 GiB" in text
-    options, cfg, machine = run.parse([*ARGS, *CARDS])
-    assert not options.explain
+    options, cfg, given, machines = run.parse([*ARGS, *CARDS])
+    assert not options.explain and "lora_rank" in given
+    machine = machines["2x3090"]
     assert (machine.num_ranks, machine.host_gib, cfg.lora_rank) == (2, 64.0, 16)
+
+
+def test_several_machines_stand_in_one_table(capsys: pytest.CaptureFixture[str]):
+    """Each as train.py plans it there; rows of the longest length fit, longer ones do not."""
+    words = [*SHAPE, "--lora_dropout=0", "--host=64", "--batch_size=4"]
+    table = json.loads(output(capsys, *words, "--gpus", "4,12,2x24", "--json"))
+    for name, row in table.items():
+        plan = plan_of("--batch_size=4", names=name)
+        machine = hardware.Machine(tuple(hardware.parse_gpus(name)), 64, len(name.split("x")))
+        plan = run.make(plan.info, plan.asked, frozenset({"batch_size"}), machine)
+        assert plan.found is not None and row["fits"] == plan.found.fits == (name != "4")
+        assert row["step_s"] == plan.found.speed.step_s
+        cfg = dataclasses.replace(plan.asked, batch_size=1, gradient_accumulation_steps=1)
+        for more in (0, 256):
+            cfg = dataclasses.replace(cfg, context_length=row["longest"] + more or 256)
+            fitting = fit.choose(fit.explore(plan.info, cfg, machine))
+            assert (fitting is not None) == (more == 0 and name != "4") or cfg.context_length > 4096
+    text = output(capsys, *words, "--gpus", "4,12,2x24")
+    assert text.splitlines()[1].startswith("4           NO") and "2x24        yes" in text
+    assert run.main([*words, "--gpus=4,4.5"]) == ENVIRONMENT
 
 
 def test_what_does_not_fit_says_so_with_a_remedy_that_fits(capsys: pytest.CaptureFixture[str]):
     """Code 3; the flags of the first remedy, added to the command line, give code 0."""
-    words = [*ARGS, "--cards=2x12", "--host=64", "--batch_size=8", "--lora_dropout=0"]
+    words = [*ARGS, "--gpus=2x12", "--host=64", "--batch_size=8", "--lora_dropout=0"]
     assert "MISSING" in output(capsys, *words, code=3)
     remedy = json.loads(output(capsys, *words, "--json", code=3))["to_fit"][0]
     again = [f"--{name}={value}" for name, value in remedy["flags"].items()]
@@ -374,15 +398,16 @@ def test_a_better_setting_is_what_its_flags_give(capsys: pytest.CaptureFixture[s
 
 def test_all_faults_are_told_at_once():
     """Those of plan's own options and those of train.py's."""
-    words = ["--cards=2x3091", "--host=-1", "--batch_size=x", "--lora_rnk=3"]
+    words = ["--gpus=2x3091", "--host=-1", "--batch_size=x", "--lora_rnk=3"]
     with pytest.raises(UserError) as caught:
         run.parse(words)
     for part in ("did you mean 3090?", "--host -1: must be > 0", "--batch_size x", "--lora_rank?"):
         assert part in str(caught.value)
     assert str(caught.value).count(" | ") == 3
     with pytest.raises(UserError, match="a rank needs one"):
-        run.parse(["--cards=2x3090", "--world_size=3"])
-    assert run.parse(["--gpus", "2x3090"])[2] == run.parse(["--cards=2x3090"])[2]
+        run.parse(["--gpus=2x3090", "--world_size=3"])
+    mixed = run.parse(["--gpus", "2x3090 + T4"]).machines.values()
+    assert [*mixed] == [*run.parse(["--cards=2x3090,T4"]).machines.values()]
 
 
 def test_measured_speeds_are_used_and_named(

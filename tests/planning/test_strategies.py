@@ -43,10 +43,11 @@ def test_hybrid_strategies_need_on_one_machine_what_plain_ones_do():
 
 def on_two_machines(*flags):
     """(one machine of two 3090, two of them joined by 10 Gbit/s), by `plan`'s command line."""
-    words = [*SHAPE, "--cards=2x3090", "--lora_rank=64", *flags]
+    words = [*SHAPE, "--gpus=2x3090", "--lora_rank=64", *flags]
     runs = [run.parse(words), run.parse([*words, "--machines=2", "--link_gbps=10"])]
     info = arch.read("llama-2-7b", need_weights=False)
-    return [fit.evaluate(info, cfg, setting_for(info, cfg, m), m) for _, cfg, m in runs]
+    found = [(asked.cfg, machine) for asked in runs for machine in asked.machines.values()]
+    return [fit.evaluate(info, cfg, setting_for(info, cfg, m), m) for cfg, m in found]
 
 
 def test_several_machines_need_their_copies_and_a_link():
@@ -75,7 +76,7 @@ def num_trained(rank: int) -> int:
 
 def test_plan_names_the_machines_and_finds_the_strategy_that_spares_a_slow_link(capsys):
     """Sharded over all ranks a base would cross the link twice a step."""
-    words = [*SHAPE, "--cards=2xA100-80", "--host=256", "--use_cpu_offload=false", "--machines=2"]
+    words = [*SHAPE, "--gpus=2xA100-80", "--host=256", "--use_cpu_offload=false", "--machines=2"]
     run.main([*words, "--link_gbps=10"])
     text = " ".join(capsys.readouterr().out.split())
     assert "ranks 4 on 2 machines x micro-batches" in text and "GiB on each host" in text
@@ -130,5 +131,5 @@ def test_gpus_without_bfloat16_get_float16_unless_the_user_says_otherwise():
     with pytest.raises(UserError, match="fp16"):
         preflight.check(asked)
     assert plan_of("--precision=fp32", names="2xT4").cfg.precision == "fp32"
-    assert plan_of(names="3090,T4").cfg.precision == "fp16_autocast"
+    assert plan_of(names="3090+T4").cfg.precision == "fp16_autocast"
     assert plan_of().cfg.precision == "bf16"

@@ -133,6 +133,7 @@ class Page(HTMLParser):
         tables: title -> row name -> [(text, exact value or None)] of its cells.
         tags: (name, attributes) of every element.
         words: all text, style and script left out.
+        data: what its script draws.
     """
 
     def __init__(self, html):
@@ -140,6 +141,7 @@ class Page(HTMLParser):
         self.tables, self.tags, self.words = {}, [], ""
         self._path, self._title, self._row, self._cells = [], "", None, []
         self._chapter = ""
+        self.data = {}
         self.feed(html)
         self.words = " ".join(self.words.split())
 
@@ -168,6 +170,8 @@ class Page(HTMLParser):
 
     def handle_data(self, text):
         here = self._path[-1] if self._path else ""
+        if here == "script" and self.tags[-1][1].get("id") == "data":
+            self.data = json.loads(text)
         if here in ("style", "script"):
             return
         self.words += text + " "
@@ -180,6 +184,15 @@ class Page(HTMLParser):
         elif "td" in self._path and "small" not in self._path and self._cells:
             old, value = self._cells[-1]
             self._cells[-1] = (old + text, value)
+
+    def memory(self, title, run=0):
+        """Bins of a GPU or host: row -> GiB, "total" and "held" too, and its levels."""
+        chart = self.data["runs"][run]["memory"][title]
+        names = ["step", "total", "held", *chart["names"]]
+        return [dict(zip(names, found, strict=False)) for found in chart["bins"]], chart["levels"]
+
+    def columns(self, run=0):
+        return self.data["runs"][run]["columns"]
 
     def row(self, title, name):
         """Exact values of a row."""
