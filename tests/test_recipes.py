@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import config
+from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import COMMANDS, completion, main
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.planning import run as plans
 from tests.test_readme import commands, fault
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
@@ -17,7 +18,39 @@ NUM_RECIPES = 17
 ON_A_LAPTOP = {"dialogues", "instructions", "names", "text"}
 WITHOUT_PAGE = {"quickstart", "reference"}  # the README and defaults.md describe them
 MODELS = {"llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "gemma-3-1b"}
-MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: models.md
+MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: gpus.md
+GPUS = {"12": "12 GB", "16": "16 GB", "24": "24 GB", "2x12": "2 x 12 GB", "2x24": "2 x 24 GB"}
+GPUS |= {"48": "48 GB"}
+PAGE = RECIPES[0].parent / "gpus.md"
+
+
+def planned() -> list[str]:
+    """Rows of the table: what each machine makes of each recipe of a model."""
+    rows = [f"| recipe | {' | '.join(GPUS.values())} |", "|---" * (1 + len(GPUS)) + "|"]
+    for name in sorted(MODELS | {"llama-2-7b", "llama-2-70b"}):
+        words = ["--recipe", name, "--gpus", ",".join(GPUS), "--host", "64"]
+        asked = plans.parse(words)
+        info, cells = arch.read(asked.cfg.model_name, need_weights=False), []
+        for machine in asked.machines.values():
+            found = plans.survey(info, asked.cfg, asked.given, machine)
+            longest = f"{found['longest']:,} tokens"
+            cell = f"{found['gpu_gib']:.1f} GiB, {found['step_s']:.3g} s<br>to {longest}"
+            cells.append(
+                cell if found["fits"] else f"**no**{f': {longest}' * bool(found['longest'])}"
+            )
+        size = f"{arch.num_params(info) / 1e9:.1f}B"
+        rows.append(f"| {name} ({size}) | {' | '.join(cells)} |")
+    return rows
+
+
+def test_the_table_of_models_and_gpus_is_what_the_plan_says():
+    """Where it differs it is written anew: look at it, and commit it."""
+    old, rows = PAGE.read_text(encoding="utf-8"), planned()
+    start = old.index(rows[0])
+    new = old[:start] + "\n".join(rows) + old[old.index("\n\n", start) :]
+    PAGE.write_text(new, encoding="utf-8")
+    assert old == new, f"{PAGE} was not what the plan says; it is now"
+    assert len(rows) == 13 and 0 < new.count("**no**:") < new.count("<br>") / 5
 
 
 def test_all_recipes_are_found():
