@@ -133,7 +133,7 @@ HQQ_FORMATS = {hqq_name(*row): row for row in itertools.product(HQQ_BITS, GROUP_
 
 def _alias(option: str = "", values: Any = (), form: str = "{}", **rest: Any) -> Alias:
     def write(text: str) -> str:
-        words = dict(values)
+        words: dict[str, str] = dict(values)
         return words.get(text, words.get(cli.plain(text).lower(), form.format(text)))
 
     return Alias(option, write, **rest)
