@@ -15,7 +15,7 @@ from typing import Any
 
 from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
-from fsdp_qlora.export import adapter, hub
+from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
 
@@ -78,7 +78,7 @@ def run(
         recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
-        metrics.print_summary(cfg)
+        metrics.print_summary(cfg, serving.next_steps(out_dir, cfg))
     world.barrier()  # what rank 0 writes is there for all
 
 
@@ -275,6 +275,8 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     plans.announce(plan, say)
     preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
+    for line in serving.notes(cfg):
+        say(line)
     _watch(cfg)
     code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:
