@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from fsdp_qlora import __version__, arch, atomic, record
+from fsdp_qlora import __version__, arch, atomic, cli, record
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import count_gpus, find_gpus, host_limit_gib, host_used_gib
@@ -446,8 +446,7 @@ def _stored(stem: Path) -> list[BenchRow]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line, and add what follows from it; a CPU takes kind small."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fsdp_qlora bench", description=__doc__, formatter_class=form)
+    parser = cli.Parser("python -m fsdp_qlora bench", description=__doc__)
     add = parser.add_argument
     add("kind", choices=[*KINDS], help="which table")
     add("--rows", default="*", help="names or patterns of rows, separated by commas [all]")

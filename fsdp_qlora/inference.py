@@ -92,7 +92,7 @@ class Opened:
             pairs, folder = self.adapter.pairs, self.adapter.path
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
             scales = {name: pair.scale for name, pair in pairs.items()}
-            adapters.load(self.model, folder / name, self.info.layers_prefix, device, scales)
+            adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -4,7 +4,6 @@
 you rent. The same facts are kept in the record of every run.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -521,7 +520,7 @@ def main(argv: list[str]) -> int:
     """
     about = str(inspect.getdoc(main)).partition("\n\nArgs:")[0]
     usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    parser = cli.Parser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
     parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import safe_open
 
 from fsdp_qlora import __version__, arch, atomic, checkpoint_store
-from fsdp_qlora.arch import ModelInfo, TensorRef, select_linears
+from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TrainConfig, from_record
@@ -248,8 +248,8 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
     Raises:
         UserError: it changes something else (code 2), or is not of this base (code 5).
     """
-    places, adapted = info.linear_places(), select_linears(info, "all")
-    known = {name for name, (_, index) in places.items() if info.linears[index] in adapted}
+    places = info.linear_places().items()
+    known = {name for name, (at, i) in places if info.by_layer[at].linears[i].expert is None}
     outside = [name for name in adapter.pairs if f"{name}.weight" not in known]
     if adapter.pairs:
         outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]

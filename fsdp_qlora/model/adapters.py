@@ -39,10 +39,15 @@ def attach(model: nn.Module, targets: Sequence[Linear], cfg: TrainConfig, world_
     """
     for block in blocks(model):
         body = block.body
-        linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, QuantizedLinear)}
-        rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
+        linears = {
+            module.stored_name: (name, module)
+            for name, module in body.layer.named_modules()
+            if isinstance(module, QuantizedLinear)
+        }
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        slots = [LoraSlot(n.name, linears[n.name], *rest, has_magnitude) for n in targets]
+        rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
+        found = [linears[n.name] for n in targets if n.name in linears]
+        slots = [LoraSlot(name, linear, *rest, has_magnitude) for name, linear in found]
         numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))

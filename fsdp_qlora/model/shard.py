@@ -208,7 +208,7 @@ def gathered(block: DecoderBlock) -> torch.Tensor:
         block: of a filled model; all ranks must call.
 
     Returns:
-        uint8 [layout.nbytes] on the device of the rank.
+        uint8 [layout.nbytes, or more] on the device of the rank.
     """
     if isinstance(block, fsdp.FSDPModule):
         block.unshard()

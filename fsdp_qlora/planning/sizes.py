@@ -5,6 +5,7 @@ is quantized and dequantized. No torch.
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo, num_layer_params, select_linears
+from fsdp_qlora.arch import LayerKind, ModelInfo, select_linears
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
@@ -160,16 +161,17 @@ class Counts(NamedTuple):
     """How many parameters a run trains.
 
     Args:
-        adapters: of the adapters of one decoder layer, `magnitudes` included.
-        magnitudes: rows of one decoder layer whose length DoRA learns.
-        layer: of one decoder layer, were it trained whole.
+        adapters: of the adapters of a decoder layer, `magnitudes` included; of layers of several
+            kinds their mean, as the next two.
+        magnitudes: rows of a decoder layer whose length DoRA learns.
+        layer: of a decoder layer, were it trained whole.
         root: outside the decoder layers.
         total: of the model.
     """
 
-    adapters: int
-    magnitudes: int
-    layer: int
+    adapters: float
+    magnitudes: float
+    layer: float
     root: int
     total: int
 
@@ -225,14 +227,25 @@ def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
         UserError: see `trained_whole` and select_linears.
     """
     own, shapes = trained_whole(info, cfg), dict(info.root_params)
-    adapted = select_linears(info, cfg.lora_target_modules)
+    adapted = {linear.name for linear in select_linears(info, cfg.lora_target_modules)}
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-    magnitudes = sum(linear.out_features for linear in adapted) * is_dora
-    lora = sum(cfg.lora_rank * (linear.in_features + linear.out_features) for linear in adapted)
-    adapters, layer = has_adapters(cfg) * (lora + magnitudes), num_layer_params(info)
+    magnitudes = adapters = 0
+    for kind in info.kinds if has_adapters(cfg) else ():
+        linears = [linear for linear in kind.linears if linear.name in adapted]
+        rows = sum(linear.out_features for linear in linears)
+        lora = cfg.lora_rank * (rows + sum(linear.in_features for linear in linears))
+        magnitudes += rows * is_dora * len(kind.layers)
+        adapters += (lora + rows * is_dora) * len(kind.layers)
+    every = sum(kind.num_params * len(kind.layers) for kind in info.kinds)
     root = sum(math.prod(shapes[name]) for name in own.root)
-    total = adapters * info.num_layers + layer * len(own.layers) + root
-    return Counts(adapters, magnitudes, layer, root, total)
+    whole = sum(info.by_layer[index].num_params for index in own.layers)
+    means = [_mean(number, info.num_layers) for number in (adapters, magnitudes, every)]
+    return Counts(means[0], means[1], means[2], root, adapters + whole + root)
+
+
+def _mean(total: float, count: int) -> float:
+    """A whole number where it is one."""
+    return total // count if total % count == 0 else total / count
 
 
 def _new_layers(info: ModelInfo) -> tuple[int, ...]:
@@ -420,7 +433,10 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
 
 
 class Sizes:
-    """Numbers of one decoder layer and of the model, for a run's adapters and precision.
+    """Numbers of a decoder layer and of the model, for a run's adapters and precision.
+
+    Of layers of several kinds they are means, from which sums over the layers are made, and
+    `fullest` holds what the largest of them needs, each number by itself.
 
     Attributes:
         cfg, kind: see `__init__`.
@@ -456,6 +472,23 @@ class Sizes:
             gathered and reduced at once; else empty.
     """
 
+    outs: float
+    attention: float
+    gates: float
+    product: float
+    norms: float
+    head_norms: float
+    weights: float
+    largest: float
+    active: float
+    last: float
+    quantized: float
+    constants: float
+    small: float
+    lora_ranks: float
+    input_features: float
+    dropped_features: float
+
     def __init__(self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda") -> None:
         """Collect the numbers of a model and a run.
 
@@ -470,12 +503,12 @@ class Sizes:
         self.cfg, self.kind, self.format = cfg, kind, FORMATS[cfg.format_name]
         self.layers, self.hidden, self.vocab = info.num_layers, info.hidden_size, info.vocab_size
         self.heads: int = info.config.get("num_attention_heads", 1)
-        self._read_linears(info, cfg)
-        norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
-        self.norms = norms.count(self.hidden)
-        self.head_norms = self._qk_features if self.norms < len(norms) else 0
+        of_kinds = [(self._numbers(info, cfg, own), len(own.layers)) for own in info.kinds]
+        for name in of_kinds[0][0]:
+            total = sum(numbers[name] * count for numbers, count in of_kinds)
+            setattr(self, name, _mean(total, self.layers))
+        self.largest = max(numbers["largest"] for numbers, _ in of_kinds)
         self.root = sum(math.prod(shape) for _, shape in info.root_params)
-        self.small = sum(math.prod(shape) for _, shape in info.layer_params)
         self.head = self.vocab * self.hidden
         self.is_tied = self.root < 2 * self.head
         counts = count_trained(info, cfg)
@@ -490,34 +523,50 @@ class Sizes:
         adapters = {"params": self.lora, "layers": self.layers}
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
+        self.fullest = self
+        if len(of_kinds) > 1:
+            self.fullest = copy.copy(self)
+            for name in of_kinds[0][0]:
+                setattr(self.fullest, name, max(numbers[name] for numbers, _ in of_kinds))
 
-    def _read_linears(self, info: ModelInfo, cfg: TrainConfig) -> None:
-        linears, is_lora = info.linears, has_adapters(cfg)
+    def _numbers(self, info: ModelInfo, cfg: TrainConfig, kind: LayerKind) -> dict[str, int]:
+        """The numbers of a layer of one kind, by the names of attributes."""
+        linears, is_lora = kind.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
         counts = [math.prod(shape) for shape in shapes]
-        self.quantized, self.constants = quantized_bytes(shapes, cfg.format_name)
-        active, num_experts = arch.active_linears(info)
-        self.weights, self.largest = sum(counts), max(counts)
-        self.active = sum(linear.num_weights for linear in active)
-        self.last = counts[-1] if len(active) == len(linears) else 0
-        self.outs = sum(linear.out_features for linear in active[:-1])
-        self.product = active[-1].in_features * num_experts
+        quantized, constants = quantized_bytes(shapes, cfg.format_name)
+        active, num_experts = arch.active_linears(info, kind)
         o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
         qkv = linears[: linears.index(o_proj)]
         gates = [n for n in active if n.last_name.startswith(GATES)]
-        self.attention = o_proj.in_features
-        self.gates = sum(linear.out_features for linear in gates)
-        self._qk_features = sum(n.out_features for n in qkv[:2])
-        adapted = select_linears(info, cfg.lora_target_modules if is_lora else "all")
-        self.lora_ranks = cfg.lora_rank * len(adapted) * is_lora
+        chosen = select_linears(info, cfg.lora_target_modules if is_lora else "all")
+        adapted = {n for n in linears if n.name in {linear.name for linear in chosen}}
+        norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
+        num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
         readers = (qkv, gates, linears[-1:])
-        read = [group[0].in_features for group in readers if set(group) & set(adapted)]
-        self.input_features = sum(read)
-        self.dropped_features = sum(linear.in_features for linear in adapted)
+        read = [group[0].in_features for group in readers if set(group) & adapted]
+        return {
+            "quantized": quantized,
+            "constants": constants,
+            "weights": sum(counts),
+            "largest": max(counts),
+            "active": sum(linear.num_weights for linear in active),
+            "last": counts[-1] if len(active) == len(linears) else 0,
+            "outs": sum(linear.out_features for linear in active[:-1]),
+            "product": active[-1].in_features * num_experts,
+            "attention": o_proj.in_features,
+            "gates": sum(linear.out_features for linear in gates),
+            "norms": num_norms,
+            "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
+            "small": sum(math.prod(shape) for _, shape in kind.params),
+            "lora_ranks": cfg.lora_rank * len(adapted) * is_lora,
+            "input_features": sum(read),
+            "dropped_features": sum(linear.in_features for linear in adapted),
+        }
 
     @property
-    def layer_bytes(self) -> int:
+    def layer_bytes(self) -> float:
         """Bytes of a layer's frozen linears and their constants, as stored."""
         return self.quantized + self.constants
 
@@ -536,7 +585,7 @@ class Sizes:
         """Tokens of a full micro-batch of a rank."""
         return setting.batch_size * self.cfg.context_length
 
-    def num_trained(self, setting: Setting) -> int:
+    def num_trained(self, setting: Setting) -> float:
         """Trained parameters of the model."""
         return self.lora * self.layers + self.whole * setting.count("trained") + self.trained_root
 

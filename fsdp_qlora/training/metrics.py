@@ -37,8 +37,9 @@ from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
+from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.planning.sizes import count_trained, trained_whole
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
 from fsdp_qlora.training import memory
 
@@ -512,8 +513,8 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
-    num_quantized = info.num_layers - len(trained_whole(info, cfg).layers)
-    quantized_gib = built.model.layout.nbytes * num_quantized / hardware.GIB
+    stores = (block.store for block in blocks(built.model))
+    quantized_gib = sum(store.layout.nbytes for store in stores if store) / hardware.GIB
     sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
     replanned = []
@@ -544,11 +545,12 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     return facts | {"data": data.audit.facts, "lines": lines}
 
 
-def print_summary(cfg: TrainConfig) -> None:
+def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
     """Say how long the training took, where the results are, and what to try next.
 
     Args:
         cfg: gives the directory, with summary.json.
+        next_steps: commands.
     """
     out = cfg.resolved_output_dir
     done = json.loads((out / "summary.json").read_text())
@@ -558,7 +560,7 @@ def print_summary(cfg: TrainConfig) -> None:
         f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
         f"{done['tokens_per_s']:,.0f} tok/s\n"
         f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html\n"
-        f"next      python train.py --model_name {cfg.model_name} --dataset YOUR_ROWS.jsonl",
+        "next      " + "\n          ".join(next_steps),
         flush=True,
     )
 

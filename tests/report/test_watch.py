@@ -65,9 +65,8 @@ def test_a_reader_has_what_the_record_says_after_growth_resume_and_a_new_start(r
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
         page.look()  # the same file, written anew: shorter, then longer
         assert page.columns["loss"] == [row["loss"] for row in lines]
-    os.replace(
-        write_run(run_dir / "x", [step_line(1, 9.0)]) / "metrics.jsonl", run_dir / "metrics.jsonl"
-    )
+    new = write_run(run_dir / "x", [step_line(1, 9.0)]) / "metrics.jsonl"
+    os.replace(new, run_dir / "metrics.jsonl")
     page.look()
     assert page.columns["loss"] == [9.0] and page.look()["columns"]["loss"] == []
 
@@ -93,7 +92,9 @@ def test_memory_keeps_its_peak_and_its_order_however_long_a_run_is():
 
 def test_the_server_answers_this_machine_alone_and_only_with_the_run(run_dir, tmp_path):
     bad = "<script>alert(1)<"
-    other = write_run(tmp_path / bad, [step_line(1, 2.0)], config=CONFIG | {"model_name": bad})
+    other = write_run(
+        tmp_path / bad, [step_line(1, 2.0)], config=CONFIG | {"model_name": bad, "max_steps": "x"}
+    )
     (tmp_path / "secret").write_text("do not serve")
     (run_dir / "logs").mkdir()
     (run_dir / "logs" / "rank1.log").symlink_to(tmp_path / "secret")
