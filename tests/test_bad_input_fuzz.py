@@ -123,7 +123,7 @@ def test_damaged_model_configurations_are_refused_or_harmless(tmp_path: Path):
 
     def read(changed: bytes) -> None:
         (model / "config.json").write_bytes(changed)
-        arch.select_linears(arch.read(str(model), need_weights=True), "all")
+        arch.find_targets(arch.read(str(model), need_weights=True), config.TrainConfig())
 
     found = outcomes(NUM_CONFIGS, text, read, (INPUT, INTEGRITY))
     assert found[INTEGRITY] > NUM_CONFIGS // 4 and found[INPUT] > NUM_CONFIGS // 20

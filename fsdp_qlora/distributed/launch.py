@@ -620,7 +620,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
 
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    arch.select_linears(info, cfg.lora_target_modules)
+    arch.find_targets(info, cfg)
     return info, adopt_format(cfg, info.stored_format, given)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fsdp_qlora.arch import Linear, ModelInfo
+from fsdp_qlora.arch import ModelInfo, Target
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
@@ -27,22 +27,28 @@ if TYPE_CHECKING:
 PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
-def attach(model: nn.Module, targets: Sequence[Linear], cfg: TrainConfig, world_size: int) -> None:
-    """Give each decoder layer one flat LoRA parameter (meta).
+def attach(
+    model: nn.Module, targets: Sequence[Sequence[Target]], cfg: TrainConfig, world_size: int
+) -> None:
+    """Give each decoder layer with linears to adapt one flat LoRA parameter (meta).
 
     Args:
         model: from skeleton.build.
-        targets: linears to adapt, by their name inside the layer.
-        cfg: lora_rank, lora_alpha, lora_dropout, use_rslora, train_type (see LoraSlot),
-            master_dtype.
+        targets: of every layer, see arch.find_targets.
+        cfg: lora_dropout, use_rslora, train_type (see LoraSlot), master_dtype.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
     """
-    for block in blocks(model):
+    for block, own in zip(blocks(model), targets, strict=True):
+        if not own:
+            continue
         body = block.body
         linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, QuantizedLinear)}
-        rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
+        rest = (cfg.lora_dropout, cfg.use_rslora)
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        slots = [LoraSlot(n.name, linears[n.name], *rest, has_magnitude) for n in targets]
+        slots = [
+            LoraSlot(n.name, linears[n.name], rank, alpha, *rest, has_magnitude)
+            for n, rank, alpha in own
+        ]
         numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
@@ -97,8 +103,9 @@ def load(
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
     """
-    blocks_ = [block for block in blocks(model) if block.body.slots]
-    flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
+    blocks_ = list(blocks(model)) if any(b.body.slots for b in blocks(model)) else []
+    shapes = (block.body.lora.shape if block.body.slots else (0,) for block in blocks_)
+    flats = [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
     places = dict(named_pairs(model, flats, layers_prefix)) if flats else {}
     stem = "base_model.model." if flats else ""
     saved = {n: place for n, place in model.tensors.items() if getattr(*place).requires_grad}
@@ -132,7 +139,8 @@ def load(
     for name in absent:
         places[name].zero_()
     for block, flat in zip(blocks_, flats, strict=True):
-        shard.set_slice(block.body, "lora", flat, device)
+        if block.body.slots:
+            shard.set_slice(block.body, "lora", flat, device)
     for name, place in saved.items():
         shard.set_slice(*place, places[stem + name], device)
     if model.is_tied:
@@ -216,7 +224,7 @@ def peft_note(model: nn.Module, info: ModelInfo) -> str:
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    slots = next(blocks(model)).body.slots
+    slots = [slot for block in blocks(model) for slot in block.body.slots]
     names = {slot.name.rpartition(".")[2] for slot in slots}
     config = LoraConfig(target_modules=list(names))
     stand_in = cast(nn.Module, SimpleNamespace(config=SimpleNamespace(model_type=info.model_type)))

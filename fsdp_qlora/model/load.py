@@ -283,7 +283,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """
     model = skeleton.build(info, cfg, world.device)
     if has_adapters(cfg):
-        adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
+        adapters.attach(model, arch.find_targets(info, cfg), cfg, world.size)
     # The cache keeps whole models, and what is in their files.
     is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"

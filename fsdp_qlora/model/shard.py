@@ -249,10 +249,12 @@ def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
         is_kept: this rank wants them.
 
     Returns:
-        The whole flat float32 LoRA parameter of every layer, in order, on the host; or nothing.
+        The whole flat float32 LoRA parameter of every layer, in order, on the host, empty of a
+        layer without one; or nothing.
     """
     settle(model)
-    flats = (_full(block.body.lora) for block in blocks(model))
+    loras = (block.body.lora for block in blocks(model))
+    flats = (torch.empty(0) if lora is None else _full(lora) for lora in loras)
     return [flat.float().cpu() for flat in flats if is_kept]
 
 

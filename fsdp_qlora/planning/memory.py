@@ -56,7 +56,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
     has_whole = setting.count("trained") or s.trained_root
-    what, num = ("tensor", max(s.largest, s.head)) if has_whole else ("adapter", s.lora)
+    what, num = ("tensor", max(s.largest, s.head)) if has_whole else ("adapter", s.largest_lora)
     own: dict[str, Rows] = {
         "forward": max(forward, key=total_bytes),
         "backward": max(backward, key=total_bytes),
@@ -161,7 +161,7 @@ def _buffers(s: Sizes, setting: Setting) -> list[Term]:
         (held and is_several, "one more, as gathered", layer),  # FSDP copies into the parameter
         (setting.keeps_gathered, "embedding and head, kept gathered", {"params": s.root, **item}),
         (one_group, "gathered adapters of all layers", {**one_group, **item}),
-        (has_more and not one_group, two, {"params": s.lora, "bytes": 2 * 2 + 2 + 4 + 4}),
+        (has_more and not one_group, two, {"params": s.largest_lora, "bytes": 2 * 2 + 2 + 4 + 4}),
         (setting.count("trained"), whole, {"params": s.whole, "bytes": nbytes}),
         (s.trained_root, "gathered embedding, its gradients", {"params": s.head, "bytes": nbytes}),
     )

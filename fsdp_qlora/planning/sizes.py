@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo, num_layer_params, select_linears
+from fsdp_qlora.arch import ModelInfo, Target, find_targets, num_layer_params
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
@@ -222,17 +222,28 @@ def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
         cfg: the run.
 
     Raises:
-        UserError: see `trained_whole` and select_linears.
+        UserError: see `trained_whole` and find_targets.
     """
     own, shapes = trained_whole(info, cfg), dict(info.root_params)
-    adapted = select_linears(info, cfg.lora_target_modules)
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-    magnitudes = sum(linear.out_features for linear in adapted) * is_dora
-    lora = sum(cfg.lora_rank * (linear.in_features + linear.out_features) for linear in adapted)
-    adapters, layer = has_adapters(cfg) * (lora + magnitudes), num_layer_params(info)
+    targets = [*itertools.chain(*_targets(info, cfg))] * has_adapters(cfg)
+    adapters = _count(targets, is_dora)
+    magnitudes = sum(target.linear.out_features for target in targets) * is_dora
     root = sum(math.prod(shapes[name]) for name in own.root)
-    total = adapters * info.num_layers + layer * len(own.layers) + root
-    return Counts(adapters, magnitudes, layer, root, total)
+    layer, num = num_layer_params(info), info.num_layers
+    total = adapters + layer * len(own.layers) + root
+    return Counts(-(-adapters // num), -(-magnitudes // num), layer, root, total)
+
+
+def _count(targets: Sequence[Target], is_dora: bool) -> int:
+    return sum(
+        row.rank * sum(row.linear.shape) + row.linear.out_features * is_dora for row in targets
+    )
+
+
+def _targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...], ...]:
+    """Of every layer; where nothing has adapters, all linears."""
+    return find_targets(info, cfg if has_adapters(cfg) else TrainConfig())
 
 
 def _new_layers(info: ModelInfo) -> tuple[int, ...]:
@@ -441,7 +452,9 @@ class Sizes:
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
         is_tied: the embedding is the head, gathered once for both ends.
-        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
+        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them:
+            means over the layers.
+        largest_lora: as `lora`, of the layer with most.
         magnitudes: features whose outputs DoRA scales.
         whole, trained_root: parameters of a layer; those outside the layers that are trained.
         input_features: features that the adapted linears read and keep: each input once.
@@ -508,11 +521,15 @@ class Sizes:
         self.attention = o_proj.in_features
         self.gates = sum(linear.out_features for linear in gates)
         self._qk_features = sum(n.out_features for n in qkv[:2])
-        adapted = select_linears(info, cfg.lora_target_modules if is_lora else "all")
-        self.lora_ranks = cfg.lora_rank * len(adapted) * is_lora
+        layers = _targets(info, cfg)
+        targets = [*itertools.chain(*layers)]
+        is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+        self.largest_lora = max(_count(layer, is_dora) for layer in layers) * is_lora
+        self.lora_ranks = -(-sum(row.rank for row in targets) // info.num_layers) * is_lora
+        adapted = {row.linear for row in targets}
         # Attention keeps its own output; else norms' outputs and the activation product are read.
         readers = (qkv, gates, linears[-1:])
-        read = [group[0].in_features for group in readers if set(group) & set(adapted)]
+        read = [group[0].in_features for group in readers if adapted.intersection(group)]
         self.input_features = sum(read)
         self.dropped_features = sum(linear.in_features for linear in adapted)
 

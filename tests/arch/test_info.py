@@ -284,11 +284,11 @@ def test_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(
         UserError, match="0 modules match q_proj; use all, or some of qkv_proj,o_proj"
     ):
-        arch.select_linears(info, "q_proj,o_proj")
+        arch.find_targets(info, TrainConfig(lora_target_modules="q_proj,o_proj"))
     with pytest.raises(UserError, match="0 modules match"):
-        arch.select_linears(info, "")
-    chosen = arch.select_linears(info, "down_proj,qkv_proj")
-    assert [linear.name for linear in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]
+        arch.find_targets(info, TrainConfig(lora_target_modules=","))
+    chosen = arch.find_targets(info, TrainConfig(lora_target_modules="down_proj,qkv_proj"))[0]
+    assert [row.linear.name for row in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]
 
 
 def test_sizes_have_the_names_of_transformers_attribute_maps():
