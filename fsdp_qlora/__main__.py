@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import io
+import re
 import sys
 
+from fsdp_qlora import cli
 from fsdp_qlora.cli import safe_output
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
@@ -11,6 +14,7 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_trace
 COMMANDS = {
     "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
     "plan": ("fsdp_qlora.planning.run:main", "tell how much memory and time a run needs"),
+    "recipe": ("fsdp_qlora.fetch:recipe", "list, show or copy the recipes of models and tasks"),
     "data": ("fsdp_qlora.data.prepare:main", "inspect the data of a run, without a GPU"),
     "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
     "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
@@ -23,7 +27,27 @@ COMMANDS = {
     "export": ("fsdp_qlora.export.commands:export", "write a model merged, in 4 bit, as GGUF ..."),
 }
 FORMER = {"merge": "merged", "quantize": "4bit", "expand": "expanded"}  # now forms of export
-ANSWERS = {"plan", "data", "doctor", "generate", "cache"}  # what they print is their result
+ANSWERS = {
+    "plan",
+    "data",
+    "doctor",
+    "generate",
+    "cache",
+    "recipe",
+}  # what they print is their result
+
+SCRIPT = {
+    "bash": """_fsdp_qlora() {
+local words
+case "${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in
+%s
+esac
+[ "$COMP_CWORD" = 1 ] && words="%s"
+COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _fsdp_qlora fsdp-qlora"""
+}
+SCRIPT["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SCRIPT["bash"]
 
 
 def main(argv: list[str]) -> int:
@@ -40,7 +64,13 @@ def main(argv: list[str]) -> int:
     """
     if not argv or argv[0] in ("-h", "--help"):
         rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
-        print("usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)", "", *rows, sep="\n")
+        more = "--version; --completion bash | zsh | fish prints what completes words"
+        usage = "usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)"
+        print(usage, "", *rows, "", more, sep="\n")
+        return DONE
+    cli.show_version_if_asked(argv[:1])
+    if argv[0].startswith("--completion"):
+        print(completion(" ".join(argv[:2])[len("--completion=") :]))
         return DONE
     if argv[0] in FORMER:
         argv = ["export", FORMER[argv[0]], *argv[1:]]
@@ -51,6 +81,42 @@ def main(argv: list[str]) -> int:
         raise UserError("python -OO", rule, "leave it and PYTHONOPTIMIZE out", ENVIRONMENT)
     module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
+
+
+def completion(shell: str) -> str:
+    """Write what makes a shell complete commands, options and their values.
+
+    Args:
+        shell: bash, zsh or fish.
+
+    Raises:
+        UserError: another shell.
+    """
+    if shell not in ("bash", "zsh", "fish"):
+        raise UserError(f"--completion {shell}", "want one of bash, zsh, fish", "name your shell")
+    words: dict[str, dict[str, str]] = {}  # command -> option, form, argument -> values
+    for command in COMMANDS:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+            main([command, "--help", "all"])
+        entries = re.findall(r"^  (-*\w+)  +(.*(?:\n {9,}.*)*)", out.getvalue(), re.MULTILINE)
+        values = [re.search(r"\(([^ ]+(?:\s+\|\s+[^ ]+)+)\)", text) for _, text in entries]
+        listed = [" ".join(found[1].split()).replace(" |", "") if found else "" for found in values]
+        words[command] = dict(zip((name for name, _ in entries), listed, strict=True))
+        if re.search(r"(options?|flags) of train\.py", out.getvalue()):
+            words[command] |= words["train"]
+    if shell == "fish":
+        rows = [f"complete -c fsdp-qlora -n __fish_use_subcommand -a '{' '.join(COMMANDS)}'"]
+        for command, name, value in ((c, n, v) for c, row in words.items() for n, v in row.items()):
+            what = f"-l {name[2:]}" + f" -xa '{value}'" * bool(value)
+            what = what if name.startswith("--") else f"-a '{value or name}'"
+            rows.append(f"complete -c fsdp-qlora -n '__fish_seen_subcommand_from {command}' {what}")
+        return "\n".join(rows)
+    every = {name: value for row in words.values() for name, value in row.items() if value}
+    cases = [f'*" {name}") words="{value}";;' for name, value in every.items()]
+    for command, row in words.items():
+        names = " ".join(name if name.islower() else value for name, value in row.items())
+        cases.append(f'"{command} "*) words="{names}";;')
+    return SCRIPT[shell] % ("\n".join(cases), " ".join(COMMANDS))
 
 
 def console() -> int:

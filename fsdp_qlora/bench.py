@@ -31,11 +31,12 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from fsdp_qlora import __version__, arch, atomic, record
+from fsdp_qlora import __version__, arch, atomic, cli, record
 from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
 from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.hardware import count_gpus, find_gpus, host_limit_gib, host_used_gib
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.report import page
 
 POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
@@ -369,7 +370,7 @@ def bars(title: str, unit: str, values: Mapping[str, float]) -> list[str]:
 
 
 def write(stem: Path, bench: BenchRow) -> None:
-    """Write the JSON file and the page, each whole or not at all.
+    """Write the JSON file, the page, and its pictures, each whole or not at all.
 
     Args:
         stem: path of the files without their endings.
@@ -377,6 +378,11 @@ def write(stem: Path, bench: BenchRow) -> None:
     """
     atomic.write_json(stem.with_suffix(".json"), bench)
     atomic.write(stem.with_suffix(".md"), markdown(bench))
+    measured, pictures = [row for row in bench["rows"] if row["state"] == "measured"], []
+    for key, (title, unit, *_) in FIGURES.items():
+        values = [(row["name"], row[key]) for row in measured if row[key] > 0]
+        pictures += [{"title": title, "unit": unit, "values": values}] if values else []
+    atomic.write(stem.with_suffix(".html"), page.render(bench["title"], [], bars=pictures))
 
 
 def _facts(args: argparse.Namespace, rows: list[BenchRow], old: list[BenchRow]) -> BenchRow:
@@ -427,7 +433,7 @@ def main(argv: list[str]) -> int:
         row = rows[name] = measure(args, every[name])
         print(row["name"], row["reason"] or " | ".join(_cells(row)[2:6]), sep=": ", flush=True)
         write(stem, _facts(args, [*rows.values()], old))
-    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md")
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .html")
     states = {rows[name]["state"] for name in names}
     return DONE if states <= {"measured", "left out"} else RUN_FAILED
 
@@ -440,8 +446,7 @@ def _stored(stem: Path) -> list[BenchRow]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line, and add what follows from it; a CPU takes kind small."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fsdp_qlora bench", description=__doc__, formatter_class=form)
+    parser = cli.Parser("python -m fsdp_qlora bench", description=__doc__)
     add = parser.add_argument
     add("kind", choices=[*KINDS], help="which table")
     add("--rows", default="*", help="names or patterns of rows, separated by commas [all]")

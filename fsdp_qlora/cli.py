@@ -1,5 +1,6 @@
 """From a command line and a recipe file to the fields of a dataclass, with all faults at once."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -13,10 +14,12 @@ import re
 import shutil
 import sys
 import textwrap
+import time
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
@@ -26,7 +29,9 @@ from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
+YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
 RULES: dict[str, Callable[[Any], bool]] = {
     "": lambda value: True,
     "> 0": lambda value: value > 0,
@@ -34,6 +39,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     ">= 1": lambda value: value >= 1,
     ">= 2": lambda value: value >= 2,
     "-1 or >= 1": lambda value: value == -1 or value >= 1,
+    "above 0 to 1": lambda value: 0 < value <= 1,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
@@ -97,6 +103,70 @@ def safe_output() -> Iterator[Callable[[], Any]]:
             err.flush()
 
 
+class Progress:
+    """How far something is that takes long: a bar on a terminal, elsewhere a line now and then.
+
+    Both go to stderr. What is over in DELAY_S shows nothing; a line comes every LINE_S at least,
+    also where nothing moves.
+    """
+
+    def __init__(
+        self, what: str, total: int | None = None, unit: str = "", is_silent: bool = False
+    ) -> None:
+        """Show nothing yet.
+
+        Args:
+            what: is done.
+            total: of `unit`; None: unknown.
+            unit: what is counted, in the plural.
+            is_silent: for the ranks that do not show it.
+        """
+        from tqdm import tqdm  # --help needs none
+
+        self.count, self.num_bytes, self._words = 0, 0, (what, unit)
+        self._over, self._is_live, self._began_s = Event(), sys.stderr.isatty(), time.monotonic()
+        form = {"bar_format": "{desc} {bar}" if total else "{desc}", "dynamic_ncols": True}
+        is_off = is_silent or not self._is_live
+        self._bar = tqdm(total=total, delay=DELAY_S, leave=False, disable=is_off, **form)
+        self._thread = None if is_silent else Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> "Progress":
+        """Begin."""
+        if self._thread is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave no bar behind."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._bar.close()
+
+    def update(self, count: int = 1, num_bytes: int = 0) -> None:
+        """Count what is done, and the bytes of it."""
+        self.count, self.num_bytes = self.count + count, self.num_bytes + num_bytes
+        self._bar.set_description_str(self.line(), refresh=False)
+        self._bar.update(count)
+
+    def line(self) -> str:
+        """How far it is, in words."""
+        (what, unit), took_s = self._words, time.monotonic() - self._began_s
+        total = f"/{self._bar.total}" if self._bar.total else ""
+        speed = f"{self.num_bytes / took_s / 2**30:.2f} GiB/s" if self.num_bytes else ""
+        done = f"{self.count}{total} {unit}" if unit else ""
+        return f"{what:<9} {', '.join(filter(None, (done, speed, f'{took_s:.0f} s')))}"
+
+    def _tick(self) -> None:
+        wait_s = DELAY_S if self._is_live else LINE_S
+        while not self._over.wait(wait_s):
+            if self._is_live:
+                self._bar.set_description_str(self.line())
+                wait_s = 1.0
+            else:
+                print(self.line(), file=sys.stderr, flush=True)
+
+
 class Given(NamedTuple):
     """One value as the user wrote it.
 
@@ -114,11 +184,12 @@ class Alias(NamedTuple):
 
     Args:
         option: the option that it means; "": none.
-        write: form of its value as that of the option.
+        write: form of its value as that of the option; "": the value says nothing.
         when_both: when the option is given too: "refuse", "replace" it, or "add" to it.
         usual: its default of old, which changes nothing.
         reason: why the name has no effect.
         is_refused: any other value than the usual one is a fault.
+        remedy: what to do about that.
     """
 
     option: str = ""
@@ -127,6 +198,7 @@ class Alias(NamedTuple):
     usual: str = ""
     reason: str = ""
     is_refused: bool = False
+    remedy: str = "leave it out"
 
     def changes(self, text: str) -> bool:
         """Whether a value is another than the usual one, however true and false are spelled."""
@@ -208,6 +280,25 @@ def parse(
     return cls(**values)
 
 
+def split(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:
+    """Split a command line that has flags of train.py, too.
+
+    Args:
+        argv: arguments without the command.
+        names: of the command's own options.
+
+    Returns:
+        The command's own arguments, and the others.
+    """
+    own, rest = list[str](), list[str]()
+    part = rest
+    for word in argv:
+        if word.startswith("--"):
+            part = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
+        part.append(word)
+    return own, rest
+
+
 @dataclasses.dataclass
 class Reader:
     """Reads command lines and recipes for one dataclass of options.
@@ -254,12 +345,12 @@ class Reader:
         Returns:
             The values; faults are unknown flags, missing values, words that belong to no flag.
         """
-        given: dict[str, Given] = {}
+        given, strays = dict[str, Given](), list[str]()
         words = list(argv)
         while words:
             shown, sign, text = words.pop(0).partition("=")
             if not shown.startswith("--"):
-                self._refuse(shown + sign + text, "belongs to no flag", "write --flag value")
+                strays.append(shown + sign + text)
                 continue
             name = self._find(shown[2:])
             if not sign and words and not words[0].startswith("--"):
@@ -273,20 +364,25 @@ class Reader:
                 self._refuse_name(shown, shown[2:])
             else:
                 given[name] = Given(text, f"{shown} {text}")
+        if strays:  # of `*.jsonl` there may be many
+            more = f" and {len(strays) - 3} more" * (len(strays) > 3)
+            rule = "belong to no flag" if strays[1:] else "belongs to no flag"
+            self._refuse(", ".join(strays[:3]) + more, rule, "write --flag value")
         return self.rename(given)
 
     def _read_recipe(self, name: str, recipes_dir: Path) -> dict[str, Given]:
-        """The `option = value` lines of a TOML file, given by path or bare name."""
-        is_path = name.endswith(".toml") or "/" in name
+        """The `option = value` lines of a TOML or YAML file, given by path or bare name."""
+        is_path = name.endswith((".toml", *YAML)) or "/" in name
         path = Path(name) if is_path else recipes_dir / f"{name}.toml"
         if not os.path.isfile(path):
             known = ", ".join(sorted(found.stem for found in recipes_dir.glob("*.toml")))
             self._refuse(f"--recipe {name}", "no such file", f"recipes here: {known}")
             return {}
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+            table = _read_table(path)
         except (OSError, ValueError) as error:
-            self._refuse(str(path), f"not a TOML file: {error}", "repair the file")
+            kind = "YAML" if name.endswith(YAML) else "TOML"
+            self._refuse(str(path), f"not a {kind} file: {error}", "repair the file")
             return {}
         given = {}
         for key, value in table.items():
@@ -297,7 +393,7 @@ class Reader:
                 isinstance(value, dict) and self._rule(field_name) == "a JSON object"
             ):
                 given[field_name] = Given(to_text(value), place)
-            else:
+            elif value is not None:  # as YAML leaves a thing out
                 self._refuse(place, "must be text, number or true/false", "rewrite it")
         return self.rename(given)
 
@@ -316,13 +412,18 @@ class Reader:
     def _is_switch(self, name: str | None) -> bool:
         alias = self.aliases.get(name or "", Alias(name or ""))
         option = options(self.cls).get(alias.option)
-        return alias.usual in ("true", "false") if option is None else bool in option.kinds
+        if option is None:
+            return alias.usual in ("true", "false")
+        is_switched = not SWITCH.isdisjoint(option.choices or ()) or alias.write("true") != "true"
+        return bool in option.kinds or is_switched
 
     def _refuse_name(self, shown: str, spelling: str) -> None:
         """Note a name that is no option, with the nearest one."""
         plain = spelling.replace("-", "_").lower()
-        near = difflib.get_close_matches(plain, [*options(self.cls), *self.aliases], n=1)
-        remedy = f"did you mean --{near[0]}?" if near else "--help lists all"
+        names = {name: alias.option for name, alias in self.aliases.items() if alias.option}
+        names |= {name: name for name in options(self.cls)}
+        near = difflib.get_close_matches(plain, names, n=1)
+        remedy = f"did you mean --{names[near[0]]}?" if near else "--help all lists them"
         self._refuse(shown, "no such option", remedy)
 
     def rename(self, given: Mapping[str, Given]) -> dict[str, Given]:
@@ -337,19 +438,21 @@ class Reader:
         found = {name: entry for name, entry in given.items() if name not in self.aliases}
         for name, alias in ((name, self.aliases[name]) for name in given if name in self.aliases):
             entry, before = given[name], found.get(alias.option)
-            is_usual = not alias.changes(entry.text)
+            is_usual, text = not alias.changes(entry.text), alias.write(entry.text)
+            if entry.text and not text:
+                continue
             if is_usual and (before or not alias.option or alias.when_both != "refuse"):
                 continue
             if alias.is_refused:
-                self._refuse(entry.place, alias.reason, "leave it out")
+                self._refuse(entry.place, alias.reason, alias.remedy)
             elif not alias.option:
                 self.notes.append(f"--{name} has no effect: {alias.reason}")
-            elif before is not None and alias.when_both == "refuse":
+            elif before is not None and alias.when_both == "refuse" and before.text != text:
                 rule = f"--{alias.option} {before.text} is given too, and means the same"
                 self._refuse(entry.place, rule, "give one of them")
             else:
                 prefix = f"{before.text}," if before and alias.when_both == "add" else ""
-                found[alias.option] = Given(prefix + alias.write(entry.text), entry.place)
+                found[alias.option] = Given(prefix + text, entry.place)
         return found
 
     def convert(self, given: Mapping[str, Given]) -> dict[str, Any]:
@@ -364,6 +467,8 @@ class Reader:
         values = {}
         for name, (text, place) in given.items():
             option = options(self.cls)[name]
+            if not SWITCH.isdisjoint(option.choices or ()):
+                text = _switched(text, option.choices)
             nothing = ("none", "null") if str in option.kinds else ("none", "null", "auto")
             is_none = option.is_optional and text.lower() in nothing
             value = None if is_none else _typed(text, option.kinds)
@@ -373,6 +478,28 @@ class Reader:
             else:
                 self.faults.append(fault)
         return values
+
+
+def _switched(text: str, choices: Sequence[str]) -> str:
+    """One of the choices for true and false; any other text as it is."""
+    words = {"true": "on" if "on" in choices else "auto", "false": "off"}
+    return text if text in choices else words.get(plain(text), text)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """The content of a TOML or YAML file; a ValueError where it is none."""
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix not in YAML:
+        return tomllib.loads(text)
+    import yaml  # huggingface_hub needs it too
+
+    try:
+        table = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise ValueError("it has no lines of name: value")
+    return table
 
 
 def to_text(value: Any) -> str:
@@ -424,30 +551,81 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
     return None
 
 
-def show_help_if_asked(argv: Sequence[str], cls: type, usage: str) -> None:
-    """Print every option under its group, with choices and default, when `argv` asks for it.
+def show_help_if_asked(
+    argv: Sequence[str], cls: type, usage: str, main: Sequence[str] = (), more: str = ""
+) -> None:
+    """Print the options under their groups, with choices and default, when `argv` asks for it.
 
     Args:
-        argv: arguments without the program's name; --help or -h asks.
+        argv: arguments without the program's name; --help or -h asks, --version too.
         cls: dataclass made of `flag` fields; its docstring, up to Raises, stands above them.
         usage: the line above that.
+        main: options that are shown alone, unless `all` follows --help.
+        more: what stands below these, such as examples.
 
     Raises:
-        SystemExit: help was asked for (code 0).
+        SystemExit: it was asked for (code 0).
     """
-    if not {"--help", "-h"} & {*argv}:
+    show_version_if_asked(argv)
+    words = [word for word in argv if word in ("--help", "-h", "--help=all")]
+    if not words:
         return
-    groups: dict[str, list[str]] = {}
-    width = max(min(shutil.get_terminal_size().columns, 100), 53)
-    wrapper = textwrap.TextWrapper(width, subsequent_indent=" " * 33, break_on_hyphens=False)
-    for name, option in options(cls).items():
-        choices = " | ".join(map(to_text, option.choices or ()))
-        parts = [option.help, f"({choices})" if choices else ""]
-        parts += [f"[{to_text(option.default)}]" if option.default is not None else ""]
-        wrapper.initial_indent = f"  --{name} ".ljust(33)
-        entry = wrapper.fill(" ".join(filter(None, parts)))
-        groups.setdefault(option.group, []).append(entry)
+    asks_all = "--help=all" in argv or [*argv, ""][[*argv].index(words[0]) + 1] == "all"
+    is_short, groups = bool(main) and not asks_all, dict[str, list[str]]()
+    known = options(cls)
+    for name, option in ((name, known[name]) for name in (main if is_short else known)):
+        parts = [option.help, f"[{to_text(option.default)}]" * (option.default not in (None, ""))]
+        if option.choices and not is_short:
+            parts.insert(1, f"({' | '.join(map(to_text, option.choices))})")
+        group = f"the options that matter (--help all: {len(known)})" if is_short else option.group
+        groups.setdefault(group, []).append(_entry(f"--{name}", " ".join(filter(None, parts))))
     about = str(inspect.getdoc(cls)).partition("\n\nRaises:")[0]
     sections = [f"{group}\n" + "\n".join(lines) for group, lines in groups.items()]
-    sys.stdout.write("\n\n".join([usage, about, *sections]) + "\n")
+    sys.stdout.write("\n\n".join([usage, about, *sections, *filter(None, [more])]) + "\n")
     raise SystemExit(0)
+
+
+def show_version_if_asked(argv: Sequence[str]) -> None:
+    """Print the version when `argv` asks for it, and end with code 0."""
+    if "--version" in argv:
+        from fsdp_qlora import __version__
+
+        sys.stdout.write(f"fsdp_qlora {__version__}\n")
+        raise SystemExit(0)
+
+
+def _entry(name: str, words: str) -> str:
+    """An option and what it means, in two columns."""
+    width = max(min(shutil.get_terminal_size().columns, 100), 53)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent=" " * 33, break_on_hyphens=False)
+    wrapper.initial_indent = f"  {name} ".ljust(33)
+    return wrapper.fill(words) if words else wrapper.initial_indent.rstrip()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser with the help and the errors of the other commands."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; --version is answered."""
+        show_version_if_asked(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        """The usage, what it does, and a line or more for each argument."""
+        words, lines = [self.prog], []
+        for action in (row for row in self._actions if row.dest != "help"):
+            name = ", ".join(action.option_strings) or str(action.metavar or action.dest).upper()
+            part = "[--option value ...]" if action.option_strings else name
+            words.append(f"[{part}]" if action.nargs in ("?", "*") and part == name else part)
+            choices = f"({' | '.join(map(to_text, action.choices))})" if action.choices else ""
+            text = f"{action.help or ''}".replace("%(default)s", to_text(action.default))
+            is_told = action.default in (None, False) or "[" in text or action.nargs == "*"
+            usual = "" if is_told else f"[{to_text(action.default)}]"
+            lines.append(_entry(name, " ".join(filter(None, [text, choices, usual]))))
+        usage = self.usage or " ".join(dict.fromkeys(words))
+        about = inspect.cleandoc(self.description or "")
+        return "\n\n".join([f"usage: {usage}", about, "\n".join(lines)]) + "\n"
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Refuse a command line in one line."""
+        raise UserError(self.prog, message, "--help tells what it takes")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,13 @@ from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
-USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE.toml] [--option value ...]"
+USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
+MAIN = ["model_name", "dataset", "train_type", "context_length", "batch_size", "num_epochs", "lr"]
+MAIN += ["lora_rank", "output_dir", "resume"]
+EXAMPLES = """examples
+  python train.py --model_name Qwen/Qwen3-8B --dataset my.jsonl --output_dir output/mine
+  python train.py --recipe llama-3.1-8b --dataset my.jsonl --num_epochs 3 --print_config
+  python train.py --resume output/mine"""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
@@ -113,9 +120,6 @@ DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
 HELD_OUT_HELP = "held out: rows (200), share (0.1), split or file; auto: 5 %, none of few rows"
 LR_HELP = "highest learning rate [of LoRA by the model's width: 1e-4 to 5e-4; else 1e-5]"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
-SYNONYMS = """model_name_or_path=model_name learning_rate=lr weight_decay=wd max_grad_norm=grad_norm
-num_train_epochs=num_epochs lora_r=lora_rank max_seq_length=context_length report_to=log_to
-per_device_train_batch_size=batch_size lr_warmup_steps=warmup_steps"""
 TRACED = "--profile writes one trace of three steps, with shapes, into profiles/ of the run"
 PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 active_steps=4 repeat=0
 export_trace=true with_stack=false with_shapes=false"""
@@ -134,15 +138,27 @@ def _pairs(text: str) -> list[list[str]]:
     return [pair.split("=") for pair in text.split()]
 
 
+def _say(words: Mapping[str, str]) -> Callable[[str], str]:
+    return lambda text: words.get(cli.plain(text).lower(), text)
+
+
+_NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
 # Names that are no options (any more): read from command lines, recipes and records of old runs.
 ALIASES: dict[str, Alias] = {
-    **{name: Alias(option) for name, option in _pairs(SYNONYMS)},
+    **{name: Alias(option) for name, option in _NAMES["same"].items()},
+    **{name: Alias(option, _say(words)) for name, (option, words) in _NAMES["values"].items()},
+    **{name: Alias(reason=reason) for name, reason in _NAMES["idle"].items()},
+    **{
+        name: Alias(reason="no such option", is_refused=True, remedy=remedy)
+        for name, remedy in _NAMES["refused"].items()
+    },
     **{name: Alias(usual=usual, reason=TRACED) for name, usual in _pairs(PROFILER)},
     "export_memory_timeline": Alias("profile_memory", when_both="replace", usual="false"),
     "warmup_ratio": Alias("warmup_steps", lambda text: text + ".0" * text.isdecimal()),
     "eval_samples": Alias("eval_split", lambda text: text if text != "0" else "none", usual="0"),
     "llama_pro_path": Alias("model_name", when_both="replace", usual="none"),
     "name": Alias("tracker_args", "name={}".format, "add", "none"),
+    "run_name": Alias("tracker_args", "name={}".format, "add", "none"),
     "group": Alias("tracker_args", "group={}".format, "add", "none"),
     "entity": Alias("tracker_args", "entity={}".format, "add", "none"),
     "low_memory": Alias(usual="true", reason="weights are always loaded layer by layer"),
@@ -159,8 +175,9 @@ ALIASES: dict[str, Alias] = {
 class TrainConfig:
     """All options of a run, which fine-tunes a language model on 4-bit weights sharded over GPUs.
 
-    Fields are the flags of train.py. --option true and a bare --option are the same; --recipe reads
-    options from a TOML file, and the command line overrides it.
+    --option true and a bare --option are the same; --recipe reads options from a TOML or YAML file,
+    and the command line overrides it; --print_config shows what comes of both. Names of other
+    trainers (per_device_train_batch_size, max_seq_length, load_in_4bit ...) mean what they mean.
 
     Raises:
         UserError: a value of the wrong type or out of range, or options that exclude each other.
@@ -373,7 +390,7 @@ def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
         UserError: every fault of names, types, choices, ranges and combinations, at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, TrainConfig, USAGE)
+    _answer(argv)
     reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
     values, faults = reader.read(argv)
     try:
@@ -397,7 +414,7 @@ def place(argv: Sequence[str]) -> TrainConfig:
     Raises:
         UserError, SystemExit: see `parse`.
     """
-    cli.show_help_if_asked(argv, TrainConfig, USAGE)
+    _answer(argv)
     values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
     names = ("world_size", "master_port", "output_dir", "model_name", "revision", "train_type")
     try:
@@ -407,6 +424,22 @@ def place(argv: Sequence[str]) -> TrainConfig:
     except UserError:
         parse(argv)  # tells all faults at once
         raise
+
+
+def _answer(argv: Sequence[str]) -> None:
+    """Show the help, the version or the configuration, where they are asked for, and end."""
+    cli.show_help_if_asked(argv, TrainConfig, USAGE, MAIN, EXAMPLES)
+    words = [word for word in argv if word.replace("-", "_") != "__print_config"]
+    if len(words) == len(argv):
+        return
+    values, named, group = to_dict(parse(words)), given(words), ""
+    for name, row in cli.options(TrainConfig).items():
+        if row.group != group:
+            print(f"\n# {row.group}")
+        sign, group = "" if name in named else "# ", row.group
+        value = "" if values[name] is None else json.dumps(values[name], ensure_ascii=False)
+        print(f"{sign}{name} = {value}".rstrip())
+    raise SystemExit(0)
 
 
 def given(argv: Sequence[str]) -> frozenset[str]:

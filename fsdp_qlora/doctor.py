@@ -49,6 +49,12 @@ DISK_BYTES, LINK_BYTES = 2**27, 2**28
 # Kind of device -> size of a square matmul, bytes of a copy, bytes of each rank in a gather.
 SIZES = {"cuda": (8192, 2**29, 2**27), "cpu": (2048, 2**28, 2**24)}
 SUSTAINED_SHARE = 0.62  # of a large matmul, over a whole step: H200, 490 of 790 TFLOP/s
+SPEED_WORDS = {
+    "bf16_tflops": ("Matmuls of bfloat16, sustained", "TFLOP/s"),
+    "memory_gbs": ("Memory of the device", "GB/s"),
+    "host_link_gbs": ("Copies between host and GPU", "GB/s"),
+    "card_link_gbs": ("Gather between GPUs", "GB/s"),
+}
 # Relative: of weights in float32, of a matmul in 16 bit, of the code (NF4 0.09, FP4 0.12).
 MAX_ERRORS = (1e-5, 0.01, 0.15)
 
@@ -121,7 +127,9 @@ def main(argv: list[str]) -> int:
         ("measured speeds", partial(save, found), CACHE, DONE),
     ]
     for check in [*checks[:2], *checks[4:]] if options.quick else checks:
-        for finding in attempt(*check):
+        with cli.Progress(f"checks {check[0]}"):
+            findings = attempt(*check)
+        for finding in findings:
             found.append(finding)
             print("" if options.json else finding.line() + "\n", end="", flush=True)
     code, states = max(f.code for f in found), [f.status for f in found]
@@ -181,6 +189,8 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     Raises:
         OSError: the file cannot be written.
     """
+    from fsdp_qlora.report import page
+
     path, table, note = hardware.machine_file(), measured(findings), ""
     if not table:
         yield Finding("measured speeds", f"none; {path} is left as it is")
@@ -192,7 +202,14 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {device: known.get(device, {}) | speeds for device, speeds in table.items()}
     atomic.write_json(path, {"cards": known | rows})
-    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}"
+    charts = [
+        {"title": words, "unit": unit, "values": values}
+        for key, (words, unit) in SPEED_WORDS.items()
+        if (values := [(name, row[key]) for name, row in (known | rows).items() if key in row])
+    ]
+    picture = path.with_suffix(".html")
+    atomic.write(picture, page.render("What doctor has measured", [], bars=charts))
+    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}; see {picture}"
     yield Finding("measured speeds", value)
 
 

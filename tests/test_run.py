@@ -238,6 +238,7 @@ def test_no_command_depends_on_its_screen(place: Path):
         "data": (own, None),
         "doctor": (["--quick"], None),
         "cache": (["list"], None),
+        "recipe": (["list"], None),
         "fetch": (["docstrings", f"--out={place / 'rows'}"], place / "rows"),
         "report": ([str(out), f"--out={place}"], place / "report.html"),
         "evaluate": ([f"--adapter={out}"], out / "evaluation.json"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.arch import targets
 from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
@@ -93,7 +94,6 @@ def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
     flats = []
     for block in shard.blocks(model):
         if not block.body.slots:
-            flats.append(torch.empty(0))
             continue
         flat = torch.randn(block.body.lora.shape, generator=generator) * 0.05
         start, stop = shard.local_range(block.body.lora)
@@ -180,7 +180,7 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     round_base(model, format_name)
-    names, layers = cfg.lora_target_modules, arch.layer_numbers(cfg.layers_to_transform)
+    names, layers = cfg.lora_target_modules, targets.layer_numbers(cfg.layers_to_transform)
     lora_config = LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,

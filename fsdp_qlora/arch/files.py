@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from fsdp_qlora import cli
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
@@ -90,7 +92,8 @@ def locate(model_name: str, need_weights: bool) -> Path:
     if is_hub_name:
         shapes = {path: read_json(path) for path in sorted(SHAPES_DIRECTORY.glob("*.json"))}
         name = model_name.partition("@")[0].lower()
-        known = [path for path in shapes if shapes[path]["_name_or_path"].lower() == name]
+        names = {path: (row["_name_or_path"], row.get("_also", "")) for path, row in shapes.items()}
+        known = [path for path in shapes if name in map(str.lower, names[path])]
         found = [*filter(None, [_find_cached(model_name)]), *known]
         return found[0] if found else download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():
@@ -145,9 +148,10 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
 
     name, _, revision = hub_name.partition("@")
     try:
-        found = snapshot_download(
-            name, revision=revision or None, allow_patterns=files, ignore_patterns=left_out
-        )
+        with cli.Progress(f"asks the hub for {name}"):
+            found = snapshot_download(
+                name, revision=revision or None, allow_patterns=files, ignore_patterns=left_out
+            )
         return Path(found)
     except errors.HFValidationError:
         remedy = "give a directory, or ORGANISATION/MODEL"
@@ -177,6 +181,13 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
 
 
+JOINED = "gate_up_proj"  # of an expert, both projections in one
+FUSED = re.compile(
+    r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
+    r"|(?P<down>down_proj|output_linear\.weight))"
+)
+
+
 class TensorRef(NamedTuple):
     """Where the bytes of one tensor lie.
 
@@ -186,6 +197,8 @@ class TensorRef(NamedTuple):
         shape: as stored, row major.
         start: absolute offset of the first byte in the file.
         nbytes: length in bytes.
+        is_transposed: a matrix of this shape whose columns lie one after the other.
+        joint: name of the tensor that it is a part of, with those of the other experts, or "".
     """
 
     file: Path
@@ -193,6 +206,8 @@ class TensorRef(NamedTuple):
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    is_transposed: bool = False
+    joint: str = ""
 
 
 def read_json(path: Path) -> dict:
@@ -475,6 +490,40 @@ def fold(
         quantized[name] = QuantizedRef(refs, state.get("nested_offset"))
         folded[name] = refs["weight"]._replace(shape=tuple(state["shape"]))
     return folded, quantized
+
+
+def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, TensorRef]:
+    """Make an entry of the matrix of each expert where a tensor holds those of a layer.
+
+    Some files hold matrices as [out, in], some (gpt-oss, Llama 4) as [in, out]; both projections of
+    a layer together tell which.
+
+    Args:
+        tensors: of the files.
+        hidden: width of the residual stream.
+
+    Returns:
+        "...mlp.experts.3.gate_up_proj.weight" and so on in place of "...mlp.experts.gate_up_proj".
+    """
+    cubes = (name for name, ref in tensors.items() if len(ref.shape) == 3)
+    found = {name: match for name in cubes if (match := FUSED.fullmatch(name))}
+    turned = {m["block"] for n, m in found.items() if m["down"] and tensors[n].shape[2] == hidden}
+    turned -= {m["block"] for n, m in found.items() if m["up"] and tensors[n].shape[1] != hidden}
+    split: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        match = found.get(name)
+        if match is None:
+            split[name] = ref
+            continue
+        part = "down_proj" if match["down"] else "up_proj" if match["up"] == "up_proj" else JOINED
+        num, *shape = ref.shape
+        is_turned, nbytes = match["block"] in turned, ref.nbytes // max(num, 1)
+        for i in range(num):
+            own = (*shape[::-1],) if is_turned else (*shape,)
+            own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
+            stem = f"{match['block']}.experts.{i}.{part}.weight"
+            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
+    return split
 
 
 def _read_state(ref: TensorRef, name: str) -> dict:

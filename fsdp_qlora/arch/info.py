@@ -2,36 +2,36 @@
 
 No weight is read, only config.json and the headers of the safetensors files. LAYOUTS has one row
 per model type: what the sizes in config.json leave open, such as which projections have a bias.
-For those types files and config must agree tensor by tensor; another type is accepted with weights
-when its layers repeat exactly. Values of config.json that are no sizes are checked too, so that no
-rank fails over one. tests/arch compares every row with the model that transformers builds.
+For those types files and config must agree tensor by tensor; of another type the files tell what
+each layer holds, and the model that transformers builds must hold the same. Layers with the same
+names and shapes are of one kind. Values of config.json that are no sizes are checked too, so that
+no rank fails over one. tests/arch compares every row with the model that transformers builds.
 """
 
 import contextlib
-import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fsdp_qlora.arch import files
 from fsdp_qlora.arch.files import QuantizedRef, TensorRef
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
-EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", files.JOINED), ("w1", "w3", "w2"))
 # Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
 EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
 EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
-ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
+# Matrices that stay in 16 bit beside routers: gates of linear attention, one row a head.
+SMALL = ("in_proj_a", "in_proj_b", "in_proj_ba")
 SLIDING = "sliding_attention"
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
@@ -95,19 +95,39 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """Decoder layers that hold tensors of the same names and shapes.
+
+    Args:
+        linears: in the order in which a layer computes.
+        params: (name inside the layer, shape) of all that is not quantized: norms, biases,
+            routers, convolutions; sorted by name.
+        layers: numbers of the layers.
+    """
+
+    linears: tuple[Linear, ...]
+    params: tuple[tuple[str, tuple[int, ...]], ...]
+    layers: tuple[int, ...]
+
+    @cached_property
+    def num_params(self) -> int:
+        """Parameters of one such layer."""
+        weights = sum(linear.num_weights for linear in self.linears)
+        return weights + sum(math.prod(shape) for _, shape in self.params)
+
+
+@dataclass(frozen=True)
 class Structure:
     """The parameters of a model as names and shapes.
 
     Args:
         layers_prefix: "model.layers"; layer 3 is "model.layers.3".
-        num_layers: decoder layers.
-        layer: parameters of one decoder layer, by the name inside it.
+        layers: parameters of each decoder layer, by the name inside it.
         root: parameters outside the layers, by full name; without lm_head when it is tied.
     """
 
     layers_prefix: str
-    num_layers: int
-    layer: Shapes
+    layers: Sequence[Shapes]
     root: Shapes
 
     def all_shapes(self) -> Shapes:
@@ -116,10 +136,28 @@ class Structure:
         Returns:
             Full name -> shape of every parameter of the model.
         """
-        layers = (f"{self.layers_prefix}.{index}." for index in range(self.num_layers))
         return self.root | {
-            prefix + name: shape for prefix in layers for name, shape in self.layer.items()
+            f"{self.layers_prefix}.{index}.{name}": shape
+            for index, layer in enumerate(self.layers)
+            for name, shape in layer.items()
         }
+
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Sort the layers by what they hold; the kinds in the order of their first layers.
+
+        Raises:
+            UserError: see `find_linears`.
+        """
+        found: dict[tuple, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            found.setdefault(tuple(sorted(layer.items())), []).append(index)
+        kinds = []
+        for items, indices in found.items():
+            linears = find_linears(self.layers[indices[0]])
+            weights = {f"{linear.name}.weight" for linear in linears}
+            params = tuple(item for item in items if item[0] not in weights)
+            kinds.append(LayerKind(linears, params, tuple(indices)))
+        return tuple(kinds)
 
 
 @dataclass(frozen=True)
@@ -167,8 +205,8 @@ def from_config(config: dict) -> Structure:
     root: Shapes = {EMBEDDING: (vocab, hidden), "model.norm.weight": (hidden,)}
     if not _is_tied(config):
         root["lm_head.weight"] = (vocab, hidden)
-    num_layers = _size(config, "num_hidden_layers")
-    return Structure("model.layers", num_layers, _layer_shapes(config), root)
+    layers = [_layer_shapes(config)] * _size(config, "num_hidden_layers")
+    return Structure("model.layers", layers, root)
 
 
 def from_headers(shapes: Shapes) -> Structure:
@@ -178,11 +216,10 @@ def from_headers(shapes: Shapes) -> Structure:
         shapes: full name -> shape of all tensors of a model with one stack of layers.
 
     Returns:
-        Names and shapes. The layer is layer 0: compare `all_shapes()` with the tensors to know
-        that the others repeat it.
+        Names and shapes.
 
     Raises:
-        UserError: no stack of layers, several stacks, or experts (code 2).
+        UserError: no stack of layers, several stacks, or tensors that no layer has (code 2).
     """
     matches = [match for name in shapes if (match := INDEXED.fullmatch(name))]
     prefixes = sorted({match["prefix"] for match in matches})
@@ -190,15 +227,14 @@ def from_headers(shapes: Shapes) -> Structure:
         rule = f"need one stack of decoder layers, found {len(prefixes)}"
         remedy = "take a text-only causal language model"
         raise UserError(f"weights with {', '.join(prefixes[:3])}", rule, remedy)
-    layer = {match["name"]: shapes[match[0]] for match in matches if match["index"] == "0"}
-    for name, shape in layer.items():
-        part = _expert_part(name)
-        if len(shape) > 2 or (INDEXED.fullmatch(name) and part is None):
+    layers: list[Shapes] = [{} for _ in range(1 + max(int(m["index"]) for m in matches))]
+    for match in matches:
+        layers[int(match["index"])][match["name"]] = shape = shapes[match[0]]
+        if len(shape) > 2 and shape[1] != 1:  # as convolutions of each feature by itself have it
             rule = "is no linear, no vector and no expert as Mixtral or Qwen has them"
-            raise UserError(f"{prefixes[0]}.0.{name}", rule, "take another model")
-    num_layers = 1 + max(int(match["index"]) for match in matches)
+            raise UserError(match[0], rule, "take another model")
     root = {name: shape for name, shape in shapes.items() if not INDEXED.fullmatch(name)}
-    return Structure(prefixes[0], num_layers, layer, root)
+    return Structure(prefixes[0], layers, root)
 
 
 def _is_tied(config: dict) -> bool:
@@ -211,6 +247,8 @@ def _size(config: dict, key: str, default: int | None = None) -> int:
     """Read one size of a config.json; the default counts when the key is absent or null."""
     names = (key, *OTHER_NAMES.get(key, ()))
     value = next((config[name] for name in names if config.get(name) is not None), default)
+    if key == "num_hidden_layers" and value is None:  # Nemotron-H
+        value = len(config.get("layers_block_type") or ()) or None
     limit = {"num_hidden_layers": 10_000}.get(key, 2**31)
     if type(value) is not int or not 1 <= value <= limit:
         rule = f"must be a positive integer of at most {limit:,} in config.json"
@@ -247,7 +285,7 @@ def _linear(name: str, num_out: int, num_in: int, bias: bool | str, config: dict
 
 
 def _expert_part(name: str) -> tuple[str, int, int] | None:
-    """Of an expert's matrix: path of the mixture, number of the expert, 0 gate, 1 up or 2 down."""
+    """Of an expert's matrix: its mixture, its number; 0 gate, 1 up, 2 down, 3 gate and up."""
     match = EXPERT.fullmatch(name)
     for parts in EXPERT_PARTS:
         if match and match["part"] in parts:
@@ -270,18 +308,25 @@ def find_linears(layer: Shapes) -> tuple[Linear, ...]:
     found = []
     routers = _routers(layer)  # small, and they choose: 16 bit
     for name, shape in layer.items():
-        if len(shape) != 2 or name in routers or name.endswith("norm.weight"):
-            continue
         module = name.removesuffix(".weight")
+        is_small = name in routers or module.endswith(("norm", *SMALL))
+        if len(shape) != 2 or is_small:
+            continue
         bias = layer.get(f"{module}.bias")
-        if module == name or bias not in (None, shape[:1]):
+        if module == name:
+            continue
+        if bias not in (None, shape[:1]):
             rule = f"shape {list(shape)} with bias {bias} is no linear of [out, in]"
             if bias == shape[1:]:
                 rule = f"is stored as [in, out] {list(shape)}, as GPT-2's Conv1D; [out, in] is read"
             raise UserError(name, rule, "take a model whose decoder layers are linears and norms")
         found.append(Linear(module, shape[0], shape[1], bias is not None))
+    return tuple(sorted(found, key=_execution_place))
+
+
+def _execution_place(linear: Linear) -> tuple[int, str]:
     order = {name: place for place, name in enumerate(EXECUTION_ORDER)}
-    return tuple(sorted(found, key=lambda n: (order.get(n.last_name, len(order)), n.name)))
+    return order.get(linear.last_name, len(order)), linear.name
 
 
 def _routers(layer: Shapes) -> set[str]:
@@ -311,8 +356,7 @@ class ModelInfo:
         vocab_size: rows of the embedding.
         is_tied: the output head is the embedding.
         layers_prefix: "model.layers"; layer 3 is "model.layers.3".
-        linears: the linears of ONE decoder layer, in the order in which it computes.
-        layer_params: (name inside the layer, shape) of its norms and biases, sorted by name.
+        kinds: of decoder layers; most models have one.
         root_params: (full name, shape) of embedding, last norm, untied lm_head, sorted by name.
         tensors: full name -> where its bytes lie; empty when no weights were asked for.
         stored_format: of the linears on disk when they are quantized there, such as "nf4_dq".
@@ -327,19 +371,36 @@ class ModelInfo:
     vocab_size: int
     is_tied: bool
     layers_prefix: str
-    linears: tuple[Linear, ...]
-    layer_params: tuple[tuple[str, tuple[int, ...]], ...]
+    kinds: tuple[LayerKind, ...]
     root_params: tuple[tuple[str, tuple[int, ...]], ...]
     tensors: dict[str, TensorRef]
     stored_format: str | None = None
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
+    @cached_property
+    def by_layer(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        kinds = {index: kind for kind in self.kinds for index in kind.layers}
+        return tuple(kinds[index] for index in range(self.num_layers))
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linears of all kinds, each name once."""
+        every = {linear.name: linear for kind in self.kinds for linear in kind.linears}
+        return tuple(sorted(every.values(), key=_execution_place))
+
     @property
     def attention_extra(self) -> str:
-        """What PyTorch's attention leaves out: "soft-capped" (Gemma 2), "sinks" (gpt-oss) or ""."""
+        """What PyTorch's attention leaves out, or "".
+
+        "soft-capped" (Gemma 2), "indexed" (MiniMax M3), "sinks" (gpt-oss).
+        """
         if self.config.get("attn_logit_softcapping"):
             return "soft-capped"
-        return "sinks" if any("sink" in name for name, _ in self.layer_params) else ""
+        if any(key.startswith(("index_topk", "indexer_")) for key in self.config):
+            return "indexed"
+        names = (name for kind in self.kinds for name, _ in kind.params)
+        return "sinks" if any("sink" in name for name in names) else ""
 
     def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
         """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.
@@ -365,12 +426,12 @@ class ModelInfo:
             layers: numbers of decoder layers; None: all.
 
         Returns:
-            Name in the files -> (layer, place among `linears`), in the order of both.
+            Name in the files -> (layer, place among the linears of its kind), in the order of both.
         """
         return {
             f"{self.layers_prefix}.{layer}.{linear.name}.weight": (layer, index)
             for layer in (range(self.num_layers) if layers is None else layers)
-            for index, linear in enumerate(self.linears)
+            for index, linear in enumerate(self.by_layer[layer].linears)
         }
 
     def rope_note(self, context_length: int) -> str:
@@ -418,6 +479,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
             rule = f"{config['model_type']} models are read from their files only"
             raise UserError(model_name, rule, "add the *.safetensors files")
         tensors = _own_names(files.read_tensors(path, item_bytes), config)
+        tensors = files.split_experts(tensors, _size(config, "hidden_size"))
         if stored:
             tensors, quantized = files.fold(tensors, stored, model_name)
         tensors = _without_copies(tensors, config)
@@ -429,19 +491,16 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
 
-    linears = find_linears(structure.layer)
-    weights = {f"{linear.name}.weight" for linear in linears}
     info = ModelInfo(
         path=path,
         model_type=config["model_type"],
         config=config,
-        num_layers=structure.num_layers,
+        num_layers=len(structure.layers),
         hidden_size=_size(config, "hidden_size"),
         vocab_size=_size(config, "vocab_size"),
         is_tied=not structure.root.keys() & set(HEADS),
         layers_prefix=structure.layers_prefix,
-        linears=linears,
-        layer_params=tuple(sorted(it for it in structure.layer.items() if it[0] not in weights)),
+        kinds=structure.kinds(),
         root_params=tuple(sorted(structure.root.items())),
         tensors=tensors,
         stored_format=stored,
@@ -462,136 +521,6 @@ def _check_quantized(info: ModelInfo, model_name: str) -> None:
     files.refuse(faults, model_name, files.ORIGINAL)
 
 
-class Target(NamedTuple):
-    """A linear with an adapter.
-
-    Args:
-        linear: of one layer.
-        rank, alpha: of its adapter.
-    """
-
-    linear: Linear
-    rank: int
-    alpha: float
-
-
-def find_targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...], ...]:
-    """Choose the linears that get an adapter, by the rules of peft.
-
-    Args:
-        info: the model.
-        cfg: lora_target_modules ("all", a list as in "q_proj,mlp.up_proj", or a pattern for whole
-            names), lora_exclude_modules, layers_to_transform; rank and alpha, and their patterns.
-
-    Returns:
-        For every layer its linears, in the order of info.linears.
-
-    Raises:
-        UserError: a name or a pattern matches no linear, or none is left (code 2).
-
-    Source: huggingface/peft, src/peft/tuners/tuners_utils.py (check_target_module_exists).
-    """
-    places = {
-        f"{info.layers_prefix}.{index}.{linear.name}": (index, linear)
-        for index in range(info.num_layers)
-        for linear in info.linears
-        if linear.expert is None
-    }
-    wanted, left_out = module_names(cfg.lora_target_modules), module_names(cfg.lora_exclude_modules)
-    chosen = _matching("lora_target_modules", wanted, places)
-    if layers := layer_numbers(cfg.layers_to_transform):
-        got = f"layers_to_transform {cfg.layers_to_transform}"
-        if isinstance(wanted, str):
-            rule = f"goes with a list of linears, not with the pattern {wanted}"
-            raise UserError(got, rule, "put the layers into the pattern")
-        if max(layers) >= info.num_layers:
-            raise UserError(got, f"the model has {info.num_layers} layers", "count from 0")
-        chosen = {name for name in chosen if name in wanted or places[name][0] in layers}
-    if left_out:
-        chosen -= _matching("lora_exclude_modules", left_out, places)
-    if not chosen:
-        got = f"lora_target_modules {cfg.lora_target_modules!r}"
-        raise UserError(got, "0 modules match it and are not excluded", "choose others")
-    ranks = _values(cfg, "rank_pattern", "lora_rank", chosen)
-    alphas = _values(cfg, "alpha_pattern", "lora_alpha", chosen)
-    targets: list[list[Target]] = [[] for _ in range(info.num_layers)]
-    for name, (index, linear) in places.items():
-        if name in chosen:
-            targets[index].append(Target(linear, ranks[name], alphas[name]))
-    return tuple(map(tuple, targets))
-
-
-def module_names(text: str | None) -> str | list[str]:
-    """Return a pattern as it is, and the names of a list sorted; of "all" that name."""
-    is_pattern = re.search(r"[\\^$*+?()\[\]{}|]", text or "")
-    names = {name.strip() for name in (text or "").split(",")} - {""}
-    return str(text) if is_pattern else sorted(names)
-
-
-def layer_numbers(text: str | None) -> list[int]:
-    """Return the numbers of "0,8-15", sorted; none of None."""
-    pairs = [part.split("-") for part in (text or "").split(",") if part]
-    return sorted({i for ends in pairs for i in range(int(ends[0]), int(ends[-1]) + 1)})
-
-
-def _matching(option: str, wanted: str | list[str], places: Mapping[str, Any]) -> set[str]:
-    if isinstance(wanted, str):
-        with _explained(option, wanted):
-            found = {wanted: {name for name in places if re.fullmatch(wanted, name)}}
-    elif len(wanted) == 1 and wanted[0] in ALL_LINEARS:
-        return set(places)
-    else:
-        found = {key: {name for name in places if f".{name}".endswith(f".{key}")} for key in wanted}
-    unmatched = [key for key in found if not found[key]]
-    if unmatched or not found:
-        text = wanted if isinstance(wanted, str) else ",".join(wanted)
-        names = dict.fromkeys(linear.last_name for _, linear in places.values())
-        rule = f"0 modules match {', '.join(unmatched) or 'it'}"
-        raise UserError(f"{option} {text!r}", rule, f"use all, or some of {','.join(names)}")
-    return set().union(*found.values())
-
-
-def _values(cfg: TrainConfig, option: str, usual: str, names: Iterable[str]) -> dict[str, Any]:
-    """Rank or alpha of each linear."""
-    patterns, is_rank = json.loads(getattr(cfg, option) or "{}"), option == "rank_pattern"
-    rule = "must be a whole number >= 1" if is_rank else "must be a number > 0"
-    for key, value in patterns.items():
-        if type(value) not in ((int,) if is_rank else (int, float)) or not value > 0:
-            raise UserError(f"{option} {key} = {value!r}", rule, "correct it")
-        if all(by_pattern({option: {key: 1}}, option, "", name) is None for name in names):
-            raise UserError(f"{option} {key}", "no linear with an adapter matches", "correct it")
-    table = {option: patterns, usual: getattr(cfg, usual)}
-    return {name: by_pattern(table, option, usual, name) for name in names}
-
-
-def by_pattern(table: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
-    """The value for a linear: that of the first pattern that its name ends with.
-
-    Args:
-        table: as adapter_config.json.
-        patterns, default: keys of it.
-        name: of the linear in the model.
-
-    Raises:
-        UserError: a pattern is none (code 2).
-
-    Source: huggingface/peft, src/peft/utils/other.py (get_pattern_key).
-    """
-    for key, value in (table.get(patterns) or {}).items():
-        with _explained(patterns, key):
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-    return table.get(default)
-
-
-@contextlib.contextmanager
-def _explained(option: str, pattern: str) -> Iterator[None]:
-    try:
-        yield
-    except re.error as error:
-        raise UserError(f"{option} {pattern!r}", f"is no pattern ({error})", "correct it") from None
-
-
 def unquantized(info: ModelInfo) -> dict[str, int]:
     """The matrices that stay in 16 bit.
 
@@ -602,34 +531,31 @@ def unquantized(info: ModelInfo) -> dict[str, int]:
         Name ("*" for the number of the layer) -> elements in all.
     """
     shapes = {name: (shape, 1) for name, shape in info.root_params}
-    for name, shape in info.layer_params:
-        shapes[f"{info.layers_prefix}.*.{name}"] = shape, info.num_layers
+    for kind in info.kinds:
+        for name, shape in kind.params:
+            full = f"{info.layers_prefix}.*.{name}"
+            shapes[full] = shape, shapes.get(full, (shape, 0))[1] + len(kind.layers)
     return {name: math.prod(at) * num for name, (at, num) in shapes.items() if len(at) > 1}
 
 
-def active_linears(info: ModelInfo) -> tuple[tuple[Linear, ...], int]:
+def active_linears(info: ModelInfo, kind: LayerKind) -> tuple[tuple[Linear, ...], int]:
     """The linears that one token passes in a layer.
 
     Args:
         info: the model.
+        kind: of the layer.
 
     Returns:
         The linears, those of an expert as often as a token has experts; and how many it has, 1 in
-        a dense model.
+        a dense layer.
     """
-    dense = tuple(linear for linear in info.linears if linear.expert is None)
-    of_first = [linear for linear in info.linears if linear.expert and not linear.expert[1]]
+    dense = tuple(linear for linear in kind.linears if linear.expert is None)
+    of_first = [linear for linear in kind.linears if linear.expert and not linear.expert[1]]
     one = sorted(of_first, key=lambda linear: linear.expert or ())
     if not one:
         return dense, 1
     num = _size(info.config, "num_experts_per_tok")
     return dense + tuple(linear for linear in one for _ in range(num)), num
-
-
-def num_layer_params(info: ModelInfo) -> int:
-    """Count all parameters of one decoder layer."""
-    weights = sum(linear.num_weights for linear in info.linears)
-    return weights + sum(math.prod(shape) for _, shape in info.layer_params)
 
 
 def num_params(info: ModelInfo) -> int:
@@ -642,7 +568,7 @@ def num_params(info: ModelInfo) -> int:
         Elements of all parameters.
     """
     root = sum(math.prod(shape) for _, shape in info.root_params)
-    return info.num_layers * num_layer_params(info) + root
+    return sum(kind.num_params * len(kind.layers) for kind in info.kinds) + root
 
 
 def _checked_config(config: dict, model_name: str) -> dict:
@@ -656,6 +582,9 @@ def _checked_config(config: dict, model_name: str) -> dict:
     if "auto_map" in config and model_type not in LAYOUTS:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
+    if "index_topk" in config:
+        rule = "chooses the keys of each token by an indexer, which is not computed here"
+        raise UserError(got, rule, "take another model")
     _check_values(config)
     left_out = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
@@ -691,26 +620,11 @@ def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, Te
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
     """Every parameter must be in the files, in the right shape, and nothing else."""
     num_layers = _size(config, "num_hidden_layers")
-    num_found = from_headers(shapes).num_layers
+    num_found = len(from_headers(shapes).layers)
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, files.SAME_PLACE)
-    if config["model_type"] not in LAYOUTS:
-        _check_repetition(structure, shapes, model_name)
     files.check_shapes(structure.all_shapes(), shapes, model_name)
-
-
-def _check_repetition(structure: Structure, shapes: Shapes, model_name: str) -> None:
-    """Every layer of the files must have the tensors of the first."""
-    for index in range(1, structure.num_layers):
-        prefix = f"{structure.layers_prefix}.{index}."
-        layer = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
-        names = sorted(layer.keys() | structure.layer.keys())
-        other = [name for name in names if layer.get(name) != structure.layer.get(name)]
-        if other:
-            rule = f"layer {index} differs from layer 0 in {files.describe(other)}"
-            remedy = "take a model all of whose decoder layers are of one kind"
-            raise UserError(model_name, rule, remedy)
 
 
 def stored_name(info: ModelInfo, name: str) -> str:
@@ -749,6 +663,8 @@ def expert_matrices(info: ModelInfo, name: str) -> list[list[str]]:
         return []
     wanted = FUSED[match["fused"]]
     parts = {linear.expert[1:]: linear.name for linear in info.linears if linear.expert}
+    if wanted == (0, 1) and (0, 3) in parts:
+        wanted = (3,)
     num = 1 + max((number for number, _ in parts), default=-1)
     return [[f"{match['layer']}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]
 

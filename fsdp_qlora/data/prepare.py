@@ -4,7 +4,6 @@
 you rent. The same facts are kept in the record of every run.
 """
 
-import argparse
 import dataclasses
 import functools
 import hashlib
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from fsdp_qlora import __version__, arch, config, hardware
+from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -123,8 +121,7 @@ def prepare(
     assert tokenizer is not None, "text without a tokenizer"
     formatter = _choose(cfg, tokenizer)
     found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
-    is_silent = not (shows_progress and sys.stderr.isatty())
-    with tqdm(desc="tokenizing", unit=" rows", delay=2, disable=is_silent, leave=False) as bar:
+    with cli.Progress("tokenizes", unit="rows", is_silent=not shows_progress) as bar:
         make = functools.partial(_tokenize, cfg, tokenizer, formatter, bar.update)
         whole = make(found)
         train, held_out, num_test = train_test_split(whole, cfg)
@@ -523,7 +520,7 @@ def main(argv: list[str]) -> int:
     """
     about = str(inspect.getdoc(main)).partition("\n\nArgs:")[0]
     usage = "python -m fsdp_qlora data [--rows 3] [--json] [options of train.py ...]"
-    parser = argparse.ArgumentParser(usage=usage, description=about, allow_abbrev=False)
+    parser = cli.Parser(usage=usage, description=about, allow_abbrev=False)
     parser.add_argument("--rows", nargs="?", default="3", help="how many rows are shown")
     parser.add_argument("--json", action="store_true", help="all facts as JSON, no rows")
     own, run_argv = parser.parse_known_args(argv)

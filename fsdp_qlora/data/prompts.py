@@ -1,5 +1,6 @@
 """What a run asks the model before and after training: the user's questions, or held-out rows."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.errors import UserError
 
 NUM_HELD_OUT = 3
+PROBE = "Which question?"
 TEXT_TOKENS = 32  # of running text, in which nothing is a question
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
@@ -64,29 +66,70 @@ def choose_prompts(
         return ()
     asked = [] if cfg.sample_prompt is None else [("--sample_prompt", cfg.sample_prompt)]
     if cfg.sample_prompts not in ("auto", "off"):
-        asked += _read_prompts(Path(cfg.sample_prompts).expanduser())
+        path = Path(cfg.sample_prompts)
+        asked += [(place, text) for place, text, _ in read_prompts(path, "--sample_prompts")]
     if asked or cfg.sample_prompts == "off" or ready.formatter is None:
         return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
     number = min(NUM_HELD_OUT, len(ready.held_out))
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
     samples = (ready.held_out[index] for index in sorted(chosen.tolist()))
-    return tuple(_ask_held_out(sample, tokenizer, cfg.sample_tokens) for sample in samples)
+    around = _around_question(ready, tokenizer)
+    return tuple(_ask_held_out(sample, tokenizer, cfg.sample_tokens, around) for sample in samples)
 
 
-def _read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """Place and question of every line that is not empty."""
-    remedy = "give a file with one prompt a line, auto or off"
-    lines = read_own_file(path, "--sample_prompts", remedy).splitlines()
+def _around_question(ready: PreparedData, tokenizer: TextTokenizer) -> tuple[str, str]:
+    """What the template of a run writes before and behind a question."""
+    text = PROBE
+    if ready.formatter is not None:
+        with contextlib.suppress(Refused):
+            text = ready.formatter.ask(PROBE, ready.example)
+    core = tokenizer.core
+    before, _, after = core.decode(core.encode(text, add_special_tokens=False).ids).partition(PROBE)
+    return before.strip(), after.strip()
+
+
+def _question(text: str, around: tuple[str, str]) -> str:
+    """The question in a rendered prompt; of several turns the last."""
+    before, after = around
+    text = text.strip().removesuffix(after)
+    for head in filter(None, (before, before.rpartition("\n")[2])):
+        start, found, question = text.rpartition(f"{head}\n" if f"{head}\n" in text else head)
+        if found and (head == before or start.endswith("\n")):
+            return question.strip()
+    return text.strip()
+
+
+def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
+    """Read a file of prompts: one a line, or JSONL.
+
+    Args:
+        path: its name.
+        flag: that names it.
+
+    Returns:
+        Place, question (a text, or the messages of a conversation) and row of every line that is
+        not empty.
+
+    Raises:
+        UserError: it cannot be read, is empty, or a line is no prompt.
+    """
+    remedy = "give a file with one prompt a line"
+    remedy += ", auto or off" * (flag == "--sample_prompts")
+    path = path.expanduser()
+    lines = read_own_file(path, flag, remedy).splitlines()
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UserError(f"--sample_prompts {path}", "is empty", remedy)
+        raise UserError(f"{flag} {path}", "is empty", remedy)
     is_json = path.suffix.lower() in JSON_SUFFIXES
-    return [(place, _parse_prompt(place, line) if is_json else line) for place, line in found]
+    rows = [(place, parse_json(line) if is_json else line) for place, line in found]
+    return [
+        (place, _parse_prompt(place, row), row if isinstance(row, dict) else {"prompt": row})
+        for place, row in rows
+    ]
 
 
-def _parse_prompt(place: str, line: str) -> Any:
+def _parse_prompt(place: str, value: Any) -> Any:
     """A text, or the messages of a conversation."""
-    value = parse_json(line)
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
@@ -121,18 +164,21 @@ def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenize
     return Prompt(shown, tuple(tokenizer.encode([text.removeprefix(bos)], True)[0].ids))
 
 
-def _ask_held_out(sample: Sample, tokenizer: TextTokenizer, num_tokens: int) -> Prompt:
+def _ask_held_out(
+    sample: Sample, tokenizer: TextTokenizer, num_tokens: int, around: tuple[str, str]
+) -> Prompt:
     """What stands before the first answer of a row; the beginning of running text."""
     flags = np.append(sample.is_trained, False)
     flags[0] = False
     first = int(flags.argmax())
     last = first + int((~flags[first:]).argmax())
     if first <= 1:
+        around = ("", "")
         first = min(TEXT_TOKENS, max(len(sample.input_ids) // 2, 1))
         last = min(last, first + num_tokens)
     ids = sample.input_ids.tolist()
     return Prompt(
-        tokenizer.core.decode(ids[:first]).strip(),
+        _question(tokenizer.core.decode(ids[:first]), around),
         tuple(ids[:first]),
         tokenizer.core.decode(ids[first:last]).strip(),
     )

@@ -18,8 +18,9 @@ from typing import Any
 from safetensors import safe_open
 
 from fsdp_qlora import __version__, arch, atomic, checkpoint_store, cli, config
-from fsdp_qlora.arch import ModelInfo, TensorRef, by_pattern, find_targets
+from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
+from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -277,7 +278,7 @@ def _pattern(names: str | list[str] | None) -> str | None:
 def _target_text(names: str | list[str] | None, pairs: Collection[str]) -> str:
     """A list without what matches nothing; a pattern so that it is seen to be one."""
     if isinstance(names, str):
-        is_clear = names in arch.ALL_LINEARS or arch.module_names(names) == names
+        is_clear = names in ALL_LINEARS or module_names(names) == names
         return names if is_clear else f"({names})"
     kept = [key for key in names or () if any(f".{name}".endswith(f".{key}") for name in pairs)]
     return ",".join(sorted(kept)) or "all"
@@ -384,8 +385,8 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
     Raises:
         UserError: it changes something else (code 2), or is not of this base (code 5).
     """
-    places = info.linear_places()
-    known = {name for name, (_, index) in places.items() if info.linears[index].expert is None}
+    places = info.linear_places().items()
+    known = {name for name, (at, i) in places if info.by_layer[at].linears[i].expert is None}
     outside = [name for name in adapter.pairs if f"{name}.weight" not in known]
     if adapter.pairs:
         outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]

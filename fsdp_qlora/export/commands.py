@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.arch.files import read_tensors
+from fsdp_qlora.arch.files import read_tensors, split_experts
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
@@ -179,18 +179,19 @@ def _merge(
     is_dequantized = options.base == "dequantized"
     is_dequantized |= options.base == "auto" and format_name not in (None, "bf16")
     note = f"{format_name} dequantized, as training saw it, {seen.note}"
-    out, names = Path(str(options.out)), info.tensors
-    need_bytes = dtype.itemsize * sum(math.prod(ref.shape) for ref in names.values())
+    out, names = Path(str(options.out)), new_weights.file_names(info)
+    need_bytes = dtype.itemsize * sum(math.prod(ref.shape) for ref in info.tensors.values())
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
     if said := adapters.base_note(adapter, str(format_name) if is_dequantized else "bf16"):
         print(said)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
-    tensors = new_weights.merged(base, dtype)
+    tensors = new_weights.joined(info, new_weights.merged(base, dtype))
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
-        result = dataclasses.replace(info, tensors=read_tensors(draft), quantized={})
+        tensors_there = split_experts(read_tensors(draft), info.hidden_size)
+        result = dataclasses.replace(info, tensors=tensors_there, quantized={})
         no_more = SavedAdapter(adapter.path, "", {})
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         shape = options.evidence_rows, options.evidence_tokens
@@ -231,12 +232,15 @@ def quantize(argv: list[str]) -> int:
     if info.stored_format:
         rule = f"is quantized already, as {info.stored_format}"
         raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
+    if any(ref.joint for ref in info.tensors.values()):
+        rule = "holds the experts of a layer in one tensor, which transformers keeps in 16 bit"
+        raise UserError(str(options.model_name), rule, "train on it as it is")
     from transformers import BitsAndBytesConfig
 
     from fsdp_qlora.export import model_files, new_weights
     from fsdp_qlora.model.weights import DTYPES as STORED
 
-    num_linear = info.num_layers * sum(linear.num_weights for linear in info.linears)
+    num_linear = sum(n.num_weights for kind in info.by_layer for n in kind.linears)
     out = Path(str(options.out))
     num_others = sum(math.prod(ref.shape) for ref in info.tensors.values()) - num_linear
     item_bytes = 2 if options.dtype in ("bf16", "fp16") else 4

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora import arch, atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.arch.targets import ALL_LINEARS, layer_numbers, module_names
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -109,7 +110,8 @@ def write_weights(
     """
     began_s, names, files = time.perf_counter(), list(names), list[list[str]]()
     size, total_bytes = 0, 0
-    with contextlib.ExitStack() as stack:
+    progress = cli.Progress("writes", len(names), "tensors")
+    with contextlib.ExitStack() as stack, progress:
         for name, tensor in tensors:
             if not files or size + tensor.nbytes > max_bytes:
                 stack.close()
@@ -120,6 +122,7 @@ def write_weights(
             files[-1].append(name)
             size += tensor.nbytes
             total_bytes += tensor.nbytes
+            progress.update(1, tensor.nbytes)
     num, weight_map = len(files), dict[str, str]()
     for number, held in enumerate(files, 1):
         file_name = f"model-{number:05d}-of-{num:05d}.safetensors" if num > 1 else SINGLE_NAME
@@ -269,7 +272,7 @@ def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
         tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
         if tensors and info.is_tied:  # a tied embedding stands for the head, too
             tensors["base_model.model.lm_head.weight"] = next(iter(tensors.values())).clone()
-        tensors |= adapters.named_pairs(model, flats, info.layers_prefix)
+        tensors |= adapters.named_pairs(model, flats, model.layers_prefix)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _save_config(model, info, cfg)
     with atomic.new_file(path) as draft:
@@ -292,8 +295,8 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
     saved |= {"lm_head"} if saved and info.is_tied else set()
     name, revision = adapter_files.base_name(info, cfg)
     slots = [slot for block in shard.blocks(model) for slot in block.body.slots]
-    targets = arch.module_names(cfg.lora_target_modules)
-    if arch.ALL_LINEARS.issuperset(targets):
+    targets = module_names(cfg.lora_target_modules)
+    if ALL_LINEARS.issuperset(targets):
         targets = sorted({slot.name.rpartition(".")[2] for slot in slots})
     config = peft.LoraConfig(
         r=cfg.lora_rank,
@@ -304,8 +307,8 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
         use_dora=slots[0].has_magnitude,
         lora_dropout=cfg.lora_dropout,
         target_modules=targets,
-        exclude_modules=arch.module_names(cfg.lora_exclude_modules) or None,
-        layers_to_transform=arch.layer_numbers(cfg.layers_to_transform) or None,
+        exclude_modules=module_names(cfg.lora_exclude_modules) or None,
+        layers_to_transform=layer_numbers(cfg.layers_to_transform) or None,
         base_model_name_or_path=name,
         revision=revision,
         task_type="CAUSAL_LM",

@@ -36,7 +36,14 @@ from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.model import quantize
-from fsdp_qlora.model.quantize import Fields, LayerStore, Layout, build_layout, store_linear
+from fsdp_qlora.model.quantize import (
+    Fields,
+    LayerStore,
+    Layout,
+    build_layout,
+    layer_layouts,
+    store_linear,
+)
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
@@ -85,7 +92,7 @@ class TrainedBase:
     def cached(self) -> QuantizedCache:
         """The quantized layers that training itself wrote, where they are still there."""
         setting = "off" if self.format_name is None else self.quant_cache
-        return find_cache(setting, self.info, self._layout)
+        return find_cache(setting, self.info, self._layouts)
 
     @property
     def note(self) -> str:
@@ -93,8 +100,8 @@ class TrainedBase:
         return f"from {self.cached.directory}" if self.cached.is_complete else "quantized anew"
 
     @cached_property
-    def _layout(self) -> Layout:
-        return build_layout([n.shape for n in self.info.linears], self.format_name or "bf16")
+    def _layouts(self) -> tuple[Layout, ...]:
+        return layer_layouts(self.info, self.format_name or "bf16")
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -131,7 +138,8 @@ class TrainedBase:
         read = self.read_ahead(names)
         if len(names) == 1:
             return next(read)
-        return torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
+        whole = torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
+        return whole.transpose(1, 2) if self.info.tensors[names[0]].is_transposed else whole
 
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
@@ -149,7 +157,7 @@ class TrainedBase:
                 fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
                 return self._dequantized(fields, weight.shape)
             flat = stored.to(self.device)
-            self._held[layer] = LayerStore(lambda: flat, self._layout)
+            self._held[layer] = LayerStore(lambda: flat, self._layouts[layer])
         return self._held[layer].weight(index, self.dtype)
 
     def _dequantized(self, fields: Fields, shape: Sequence[int]) -> torch.Tensor:
@@ -192,6 +200,25 @@ def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
             raise UserError(name, f"is not finite in {dtype}", remedy, INTEGRITY)
         yield name, result
+
+
+def joined(info: ModelInfo, tensors: Tensors) -> Tensors:
+    """Put the matrices of the experts together again, as the files of the base have them.
+
+    Args:
+        info: the base.
+        tensors: of `merged`: those of one tensor of the files come one after the other.
+    """
+    refs = ((info.tensors[name], name, tensor) for name, tensor in tensors)
+    for joint, group in itertools.groupby(refs, lambda row: row[0].joint or row[1]):
+        parts = [tensor.t() if ref.is_transposed else tensor for ref, _, tensor in group]
+        is_part = joint not in info.tensors
+        yield joint, torch.stack(parts).contiguous() if is_part else parts[0]
+
+
+def file_names(info: ModelInfo) -> list[str]:
+    """The names of the tensors as the files have them."""
+    return list(dict.fromkeys(ref.joint or name for name, ref in info.tensors.items()))
 
 
 def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
@@ -380,6 +407,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
     model = on_meta(transformers_config(base.info), torch.float32, "eager").float().eval()
     embedding, stored = model.get_input_embeddings(), stored_names(model, base.info)
     embedded = next(name for name, module in model.named_modules() if module is embedding)
+    # What has a convolution hands the weights of its parts to kernels of its own.
+    has_conv = [n for n, m in model.named_modules() if nn.Conv1d in map(type, m.children())]
     for name, module in model.named_modules():
         for part, buffer in module._buffers.items():
             at = stored.get(f"{name}.{part}")
@@ -392,21 +421,23 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
         if base.info.is_tied and module is model.get_output_embeddings():
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
-            module.register_forward_pre_hook(partial(_bring, own, base))
-            module.register_forward_hook(_drop)
+            reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
+            holder = model.get_submodule(reader)
+            holder.register_forward_pre_hook(partial(_bring, own, base, module))
+            holder.register_forward_hook(partial(_drop, module))
     # Causal: the padding behind is not seen.
     batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
     return torch.cat([out[i, : len(tokens)].cpu() for i, tokens in enumerate(ids)])
 
 
-def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, args: tuple) -> None:
+def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, *_: Any) -> None:
     for part, name in own.items():
         weight = base.read(name).float()
         module._parameters[part] = nn.Parameter(weight, requires_grad=False)
 
 
-def _drop(module: nn.Module, args: tuple, output: Any) -> None:
+def _drop(module: nn.Module, *_: Any) -> None:
     for part, param in module._parameters.items():
         if param is not None:
             module._parameters[part] = nn.Parameter(param.to("meta"), requires_grad=False)

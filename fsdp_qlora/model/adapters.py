@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fsdp_qlora.arch import ModelInfo, Target
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.targets import Target
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
@@ -34,7 +35,7 @@ def attach(
 
     Args:
         model: from skeleton.build.
-        targets: of every layer, see arch.find_targets.
+        targets: of every layer, see find_targets.
         cfg: lora_dropout, use_rslora, train_type (see LoraSlot), master_dtype.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
     """
@@ -42,13 +43,15 @@ def attach(
         if not own:
             continue
         body = block.body
-        linears = {n: m for n, m in body.layer.named_modules() if isinstance(m, QuantizedLinear)}
-        rest = (cfg.lora_dropout, cfg.use_rslora)
+        linears = {
+            module.stored_name: (name, module)
+            for name, module in body.layer.named_modules()
+            if isinstance(module, QuantizedLinear)
+        }
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        slots = [
-            LoraSlot(n.name, linears[n.name], rank, alpha, *rest, has_magnitude)
-            for n, rank, alpha in own
-        ]
+        rest = (cfg.lora_dropout, cfg.use_rslora)
+        found = [(*linears[row.linear.name], row.rank, row.alpha) for row in own]
+        slots = [LoraSlot(*start, *rest, has_magnitude) for start in found]
         numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
@@ -103,9 +106,8 @@ def load(
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
     """
-    blocks_ = list(blocks(model)) if any(b.body.slots for b in blocks(model)) else []
-    shapes = (block.body.lora.shape if block.body.slots else (0,) for block in blocks_)
-    flats = [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
+    blocks_ = [block for block in blocks(model) if block.body.slots]
+    flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
     places = dict(named_pairs(model, flats, layers_prefix)) if flats else {}
     stem = "base_model.model." if flats else ""
     saved = {n: place for n, place in model.tensors.items() if getattr(*place).requires_grad}
@@ -139,8 +141,7 @@ def load(
     for name in absent:
         places[name].zero_()
     for block, flat in zip(blocks_, flats, strict=True):
-        if block.body.slots:
-            shard.set_slice(block.body, "lora", flat, device)
+        shard.set_slice(block.body, "lora", flat, device)
     for name, place in saved.items():
         shard.set_slice(*place, places[stem + name], device)
     if model.is_tied:
@@ -181,14 +182,15 @@ def named_pairs(
 
     Args:
         model: that the tensors belong to; only its slots are read.
-        flats: the whole (unsharded) `lora` of each layer, in order.
+        flats: the whole (unsharded) `lora` of each layer that has one, in order.
         layers_prefix: where the layers are in the model, "model.layers".
 
     Yields:
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
         lora_B, [O, R], and of DoRA lora_magnitude_vector, [O].
     """
-    for index, (block, flat) in enumerate(zip(blocks(model), flats, strict=True)):
+    adapted = [(index, block) for index, block in enumerate(blocks(model)) if block.body.slots]
+    for (index, block), flat in zip(adapted, flats, strict=True):
         for slot, parts in zip(block.body.slots, block.body.split_lora(flat), strict=True):
             stem = f"base_model.model.{layers_prefix}.{index}.{slot.name}"
             for name, part in zip(PEFT_NAMES, parts, strict=False):
@@ -203,9 +205,10 @@ def shift_magnitudes(model: nn.Module, flats: list[torch.Tensor], sign: int) -> 
         flats: the whole `lora` of each layer, on the host, changed in place.
         sign: 1 adds the length of the frozen rows, -1 takes it away.
     """
-    for block, flat in zip(blocks(model), flats, strict=True):
-        squares = block.body.split_squares()
-        for parts, square_O in zip(block.body.split_lora(flat), squares, strict=False):
+    bodies = [block.body for block in blocks(model) if block.body.slots]
+    for body, flat in zip(bodies, flats, strict=True):
+        squares = body.split_squares()
+        for parts, square_O in zip(body.split_lora(flat), squares, strict=False):
             parts[2].add_(square_O.cpu().sqrt(), alpha=sign)
 
 

@@ -61,7 +61,7 @@ HEAD_SIZES = range(8, 257, 8)
 # Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
 KEYWORDS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
 KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"}
-KEYWORDS |= {"indices", "block_indices", "output_router_logits", "logits_to_keep"}
+KEYWORDS |= {"output_router_logits", "logits_to_keep"}
 
 
 def register(config, has_row_kernel: bool) -> str:

@@ -12,11 +12,13 @@ waits for nothing.
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from fsdp_qlora.model import placement
@@ -36,7 +38,7 @@ class Recomputed(torch.autograd.Function):
         run: (hidden, *trained) -> tensor or tuple of tensors; called twice.
         has_dropout: give the second call the random numbers of the first.
         hidden: [B, T, H].
-        trained: the adapters, or the layer's own parameters; or None.
+        trained: the adapters, or the layer's own parameters; or None; then SharedStates.tensors.
 
     Returns:
         What `run` returns.
@@ -67,10 +69,62 @@ class Recomputed(torch.autograd.Function):
             with torch.enable_grad():
                 outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
-        pairs = [(o, g) for o, g in zip(outs, grads_out, strict=True) if g is not None]
+        every = zip(outs, grads_out, strict=True)
+        pairs = [(o, g) for o, g in every if g is not None and o.requires_grad]
         wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-        grads = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
+        of = [out for out, _ in pairs], wanted, [grad for _, grad in pairs]
+        grads = iter(torch.autograd.grad(*of, allow_unused=True))
         return None, None, *[next(grads) if need else None for need in needed]
+
+
+class SharedStates:
+    """What layers hand on beside the residual: keys and values that later layers read (Gemma 4).
+
+    transformers passes a mapping that a layer writes to or reads from. For a recomputation its
+    tensors become inputs and outputs of the layer, so that their gradients arrive.
+
+    Attributes:
+        tensors: that earlier layers have written.
+    """
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        """Find the mapping among a layer's arguments; most layers have none.
+
+        Args:
+            kwargs: of the layer.
+        """
+        self._kwargs = kwargs
+        self._key = next((k for k, v in kwargs.items() if isinstance(v, UserDict)), None)
+        before = dict(kwargs[self._key]) if self._key else {}
+        self.tensors, self._spec = pytree.tree_flatten(before)
+        self._given: dict[str, Any] = {}
+        self._written: Any = None  # names and structure of what the layer writes
+        self._is_tuple = False
+
+    def give(self, tensors: Sequence[torch.Tensor]) -> dict[str, Any]:
+        """The layer's arguments with `tensors` for those of the mapping."""
+        if self._key is None:
+            return self._kwargs
+        self._given = pytree.tree_unflatten(list(tensors), self._spec)
+        self._board = type(self._kwargs[self._key])(self._given)
+        return self._kwargs | {self._key: self._board}
+
+    def take(self, out: Any) -> Any:
+        """The layer's result, and behind it what it has written."""
+        if self._key is None:
+            return out
+        new = {n: v for n, v in self._board.items() if v is not self._given.get(n)}
+        tensors, self._written = pytree.tree_flatten(new)
+        self._is_tuple = isinstance(out, tuple)
+        return (*out, *tensors) if self._is_tuple else (out, *tensors)
+
+    def put(self, outs: Any) -> Any:
+        """Write the tensors behind the layer's result into the mapping; return the result."""
+        if self._key is None:
+            return outs
+        num = len(outs) - self._written.num_leaves
+        self._kwargs[self._key].update(pytree.tree_unflatten(list(outs[num:]), self._written))
+        return outs[:num] if self._is_tuple else outs[0]
 
 
 class Offload:
@@ -315,32 +369,34 @@ class TrainedLayer(nn.Module):
         if self.level == "none" or not has_gradient:
             return self.run(None, hidden, self.lora, args, kwargs)
         has_dropout = any(slot.dropout for slot in self.slots)
-        if self.graphs is not None and self.level == "full" and not has_dropout:
+        is_alone = not any(isinstance(value, UserDict) for value in kwargs.values())
+        if self.graphs is not None and self.level == "full" and not has_dropout and is_alone:
             found = self.graphs.find(self, hidden, args, kwargs)
             if found is not None:
                 return Replayed.apply(self.graphs, found, self, args, kwargs, hidden, self.lora)
         saved = SavedActivations() if self.level == "selective" else None
+        shared = SharedStates(kwargs)
+        own = dict(self.layer.named_parameters()) if self.is_whole else {}
+        trained = () if self.is_reentrant else (*own.values(),) or (self.lora,)
+
+        def run(hidden, *inputs):
+            rest = shared.give(inputs[len(trained) :])
+            if self.is_reentrant:
+                if saved is not None:
+                    saved.is_replay = torch.is_grad_enabled()
+                return shared.take(self.run(saved, hidden, self.lora, args, rest))
+            step = self.run_again if torch.is_grad_enabled() else self.run
+            if not own:
+                return shared.take(step(saved, hidden, inputs[0], args, rest))
+            params = dict(zip(own, inputs, strict=False))
+            return shared.take(step(saved, hidden, None, args, rest, params))
+
         if not self.is_reentrant:
-            own = dict(self.layer.named_parameters()) if self.is_whole else {}
-
-            def run(hidden, *trained):
-                step = self.run_again if torch.is_grad_enabled() else self.run
-                if not own:
-                    return step(saved, hidden, trained[0], args, kwargs)
-                params = dict(zip(own, trained, strict=True))
-                return step(saved, hidden, None, args, kwargs, params)
-
-            trained = own.values() or (self.lora,)
-            return Recomputed.apply(run, has_dropout, hidden, *trained)
+            return shared.put(Recomputed.apply(run, has_dropout, hidden, *trained, *shared.tensors))
         if not hidden.requires_grad:
             hidden.requires_grad_()  # without one such input, this kind builds no graph
-
-        def run_older(hidden):
-            if saved is not None:
-                saved.is_replay = torch.is_grad_enabled()
-            return self.run(saved, hidden, self.lora, args, kwargs)
-
-        return checkpoint(run_older, hidden, use_reentrant=True, preserve_rng_state=has_dropout)
+        rest: dict[str, Any] = {"use_reentrant": True, "preserve_rng_state": has_dropout}
+        return shared.put(checkpoint(run, hidden, *shared.tensors, **rest))
 
 
 class DecoderBlock(nn.Module):

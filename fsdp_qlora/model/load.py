@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fsdp_qlora import arch
+from fsdp_qlora import arch, cli
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
@@ -88,8 +89,8 @@ def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built
     """
     start, model, cache = time.monotonic(), built.model, built.cache
     shapes = {n: tuple(getattr(m, a).shape) for n, (m, a) in model.tensors.items()}
-    places = source.info.linear_places()
-    shapes |= {name: source.info.linears[index].shape for name, (_, index) in places.items()}
+    layouts, places = model.layouts, source.info.linear_places()
+    shapes |= {name: layouts[layer].shapes[index] for name, (layer, index) in places.items()}
     source.check_names(shapes)
     report = LoadReport(source="cache" if cache.is_complete else source.source)
     shares = shard.num_shares(cfg.sharding_strategy, world)
@@ -120,39 +121,51 @@ class _Dealer:
     """Makes this rank's layers, and keeps its part of every layer where the placement says."""
 
     def __init__(self, built: Built, source: Weights, num_shares: int, world: World) -> None:
-        self.layout, self.cache, self.placed = built.model.layout, built.cache, built.placed
+        self.layouts, self.cache, self.placed = built.model.layouts, built.cache, built.placed
         self.blocks, self.source, self.world = list(shard.blocks(built.model)), source, world
-        slice_bytes = -(-self.layout.nbytes // 4 // num_shares) * 4
-        self.padded_bytes, self.num_shares = slice_bytes * num_shares, num_shares
+        self.num_shares = num_shares
         sizes = world.gather([world.local_size])
         self.num_makers = int(min(size for (size,) in sizes))  # as many rounds on every machine
-        memory, num_offloaded = self.placed.memory, len(self.placed.layers("offloaded"))
-        self.slices: list[torch.Tensor] = []
-        if num_offloaded:
-            memory = placement.private(slice_bytes * num_offloaded, world.device.type == "cuda")
-            self.slices = list(memory.bytes.split(slice_bytes))
+        memory, offloaded = self.placed.memory, self.placed.layers("offloaded")
+        self.slices: dict[int, torch.Tensor] = {}
+        if offloaded:
+            slices = [self._slice_bytes(layer) for layer in offloaded]
+            memory = placement.private(sum(slices), world.device.type == "cuda")
+            self.slices = dict(zip(offloaded, memory.bytes.split(slices), strict=True))
         self.pinned_bytes = memory.pinned_bytes if memory is not None else 0
+
+    def _slice_bytes(self, layer: int) -> int:
+        return -(-self.layouts[layer].nbytes // 4 // self.num_shares) * 4
 
     def run(self) -> dict[int, int]:
         """Fill every layer; return the fingerprints of those that this rank made."""
         placed, world, fingerprints = self.placed, self.world, {}
+        groups: dict[tuple[str, int], list[int]] = {}  # alike in a round: placement, layout
+        for layer, (name, layout) in enumerate(zip(placed.names, self.layouts, strict=True)):
+            groups.setdefault((name, id(layout)), []).append(layer)
         rounds = [
             (name, layers[start : start + self.num_makers])
-            for name, layers in ((name, placed.layers(name)) for name in placement.PLACEMENTS)
-            if name != "trained"
+            for place in placement.PLACEMENTS
+            for (name, _), layers in groups.items()
+            if name == place != "trained"
             for start in range(0, len(layers), self.num_makers)
         ]
         me = world.local_rank
         own = [layers[me] for _, layers in rounds if me < len(layers)]
         made = self._make(own)
-        for name, layers in rounds:
-            hooks.reach("load", world.rank)
-            if me < len(layers):
-                flat = next(made)
-                fingerprints[layers[me]] = fingerprint(flat[: self.layout.nbytes])
-            else:  # fewer layers than ranks are left: take part in the exchange all the same
-                flat = self._zeros()
-            self._keep(name, layers, flat)
+        num_layers, what = sum(len(layers) for _, layers in rounds), "quantizes"
+        what = "loads" if self.cache.is_complete else what
+        with cli.Progress(what, num_layers, "layers", world.rank > 0) as progress:
+            for name, layers in rounds:
+                hooks.reach("load", world.rank)
+                nbytes = self.layouts[layers[0]].nbytes  # of each layer of the round
+                if me < len(layers):
+                    flat = next(made)
+                    fingerprints[layers[me]] = fingerprint(flat[:nbytes])
+                else:  # fewer layers than ranks are left: take part in the exchange all the same
+                    flat = self._zeros(layers[0])
+                self._keep(name, layers, flat)
+                progress.update(len(layers), len(layers) * nbytes)
         self.cache.commit(world)
         if placed.streamer is not None and placed.memory is None:
             placed.streamer.sources = self.cache.map_layers(placed.layers("streamed"))
@@ -160,8 +173,9 @@ class _Dealer:
         world.barrier()  # shared memory is whole on every rank
         return fingerprints
 
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros(self.padded_bytes, dtype=torch.uint8, device=self.world.device)
+    def _zeros(self, layer: int) -> torch.Tensor:
+        nbytes = self._slice_bytes(layer) * self.num_shares
+        return torch.zeros(nbytes, dtype=torch.uint8, device=self.world.device)
 
     def _make(self, own: list[int]) -> Iterator[torch.Tensor]:
         """Yield the quantized bytes of this rank's layers, uint8 [padded] on its device."""
@@ -172,19 +186,19 @@ class _Dealer:
             if quantized is None:
                 yield from self._quantize([layer])
                 continue
-            flat = self._zeros()
-            flat[: self.layout.nbytes] = quantized.to(self.world.device, non_blocking=True)
+            flat = self._zeros(layer)
+            flat[: quantized.numel()] = quantized.to(self.world.device, non_blocking=True)
             yield flat
 
     def _quantize(self, layers: list[int]) -> Iterator[torch.Tensor]:
         """As `_make`, from 16-bit files or at random, and into the cache."""
-        layout, source, device = self.layout, self.source, self.world.device
+        source, device = self.source, self.world.device
         names = list(source.info.linear_places(layers))
         arrays = source.read_quantized(names, device)
-        quantize = FORMATS[layout.format_name].quantize
+        quantize = FORMATS[self.layouts[0].format_name].quantize
         arrays = arrays or map(quantize, source.read_ahead(names, device))
         for layer in layers:
-            flat = self._zeros()
+            flat, layout = self._zeros(layer), self.layouts[layer]
             for index in range(len(layout.shapes)):
                 store_linear(flat, layout, index, next(arrays))
             self.cache.write_layer(layer, flat[: layout.nbytes])
@@ -208,7 +222,7 @@ class _Dealer:
             parts = [every[peer] for peer in peers]
         for layer, part in zip(layers, parts, strict=False):
             first, last = shard.local_range(self.blocks[layer].quantized)
-            local = self.slices.pop(0).copy_(part) if name == "offloaded" else part.clone()
+            local = self.slices.pop(layer).copy_(part) if name == "offloaded" else part.clone()
             local = local[: (last - first) * 4].view(torch.float32)
             shard.set_local(self.blocks[layer], "quantized", local)
 
@@ -254,7 +268,8 @@ def verify_bytes(model: torch.nn.Module, own_fingerprints: dict[int, int], world
     for index, block in enumerate(shard.blocks(model)):
         if block.store is None:
             continue
-        if fingerprint(shard.gathered(block)) != made[index]:
+        own = shard.gathered(block)[: block.store.layout.nbytes]  # a slot may be longer
+        if fingerprint(own) != made[index]:
             wrong.append(index)
         shard.release(block)
     by_rank = world.gather_objects(wrong)
@@ -283,13 +298,13 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """
     model = skeleton.build(info, cfg, world.device)
     if has_adapters(cfg):
-        adapters.attach(model, arch.find_targets(info, cfg), cfg, world.size)
+        adapters.attach(model, find_targets(info, cfg), cfg, world.size)
     # The cache keeps whole models, and what is in their files.
     is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"
-    cache = weights.open_cache(setting, info, model.layout, world, cfg.verify_base == "full")
+    cache = weights.open_cache(setting, info, model.layouts, world, cfg.verify_base == "full")
     has_cache = all(world.gather_objects(cache.directory is not None))
-    placed = placement.choose(info, cfg, model.layout.nbytes, has_cache, world)
+    placed = placement.choose(info, cfg, [n.nbytes for n in model.layouts], has_cache, world)
     shard.apply(model, cfg.sharding_strategy, placed, world)
     model.set_checkpointing(cfg, world.device)
     return Built(model, cache, placed)

@@ -15,7 +15,7 @@ peft's DoraLinearVariant.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -412,17 +412,25 @@ class QuantizedLinear(nn.Module):
     Attributes:
         bias: frozen bias [O] or None.
         dequantize: dtype -> the frozen weight_OI, made anew.
+        stored_name: its name among the linears of the layer's files.
         group: the linears that read the same input, itself included.
     """
 
     bias: nn.Parameter | None
     group: InputGroup
 
-    def __init__(self, linear: nn.Linear, dequantize: Dequantize) -> None:
+    def __init__(self, linear: nn.Linear, dequantize: Dequantize, stored_name: str = "") -> None:
         super().__init__()
+        self.stored_name = stored_name
         self.out_features, self.in_features = linear.out_features, linear.in_features
+        self._dtype = linear.weight.dtype
         self.register_parameter("bias", linear.bias)
         self.dequantize = dequantize
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight_OI, made anew, for layers that hand it to kernels of their own."""
+        return self.dequantize(self._dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Frozen matmul, plus LoRA matmul where there is a pair.
@@ -466,19 +474,20 @@ class ExpertLinear(NamedTuple):
 
 
 class QuantizedExperts(nn.Module):
-    """The experts of a layer; nothing of their weights is saved for the backward pass.
+    """Goes before the class of a layer's experts; none of their weights is saved for the backward.
 
-    transformers holds them in two 3-D parameters, which no 4-bit linear replaces; files hold a
-    matrix for each projection of each expert, and so do we.
+    transformers holds them in two 3-D parameters, which no 4-bit linear replaces; here each expert
+    has matrices of its own. What else the experts have and do is their class's: biases, how gate
+    and up become one, a norm behind them.
 
     Attributes:
-        experts: gate, up and down of each.
-        act_fn: on the gate.
+        matrices: of each expert, those that read the input (gate and up, both in one, or up alone),
+            and the one that makes the output.
+
+    Source: huggingface/transformers, integrations/moe.py, use_experts_implementation.
     """
 
-    def __init__(self, experts: Sequence[Sequence[ExpertLinear]], act_fn: nn.Module) -> None:
-        super().__init__()
-        self.experts, self.act_fn = experts, act_fn
+    matrices: Sequence[tuple[Sequence[ExpertLinear], ExpertLinear]]
 
     def forward(
         self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -489,18 +498,39 @@ class QuantizedExperts(nn.Module):
 
         Args:
             hidden_MH: compute dtype.
-            top_k_index, top_k_weights: [M, K], the experts of each token and their shares.
+            top_k_index, top_k_weights: [M, K], the experts of each token and their shares; a number
+                beyond the experts is none.
 
         Returns:
             [M, H].
         """
+        own: Any = self
         out_MH = torch.zeros_like(hidden_MH)
         for number in top_k_index.unique().tolist():
-            gate, up, down = self.experts[number]
+            if number >= len(self.matrices):
+                continue
+            ins, down = self.matrices[number]
             tokens, place = torch.where(top_k_index == number)
-            gated, raised = FrozenMatmul.apply(hidden_MH[tokens], (gate, up), (), False, None, None)
-            product = self.act_fn(gated) * raised
-            (made,) = FrozenMatmul.apply(product, (down,), (), False, None)
-            made = made * top_k_weights[tokens, place, None]
-            out_MH = out_MH.index_add(0, tokens, made.to(out_MH.dtype))
+            made = FrozenMatmul.apply(hidden_MH[tokens], ins, (), False, *[None] * len(ins))
+            first = made[0] if len(made) == 1 else torch.cat(made, -1)
+            if own.has_bias:
+                first = (
+                    first + (own.gate_up_proj_bias if own.has_gate else own.up_proj_bias)[number]
+                )
+            (last,) = FrozenMatmul.apply(self._activate(first), (down,), (), False, None)
+            if own.has_bias:
+                last = last + own.down_proj_bias[number]
+            if own.has_post_expert_norm:
+                last = own.post_expert_norm(last)
+            last = last * top_k_weights[tokens, place, None]
+            out_MH = out_MH.index_add(0, tokens, last.to(out_MH.dtype))
         return out_MH
+
+    def _activate(self, first: torch.Tensor) -> torch.Tensor:
+        own: Any = self
+        if not own.has_gate:
+            return own.act_fn(first)
+        if hasattr(own, "_apply_gate"):
+            return own._apply_gate(first)
+        gate, up = first.chunk(2, -1)  # Liger's class, which computes so, in the place of its own
+        return own.act_fn(gate) * up

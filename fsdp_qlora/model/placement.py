@@ -146,25 +146,24 @@ class Streamer:
 
     Attributes:
         sources: uint8 [nbytes] of each streamed layer, on the host; given after the slots are made.
-        slots: uint8 [nbytes] each, on the device.
+        slots: uint8 [bytes of the largest layer] each, on the device.
         num_copies: layers copied so far.
         mapped: the cache whose files `sources` are: its entry is in use as long as they are.
     """
 
-    def __init__(self, num_layers: int, nbytes: int, num_slots: int, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[int], num_slots: int, device: torch.device) -> None:
         """Allocate the slots.
 
         Args:
-            num_layers: that are streamed.
-            nbytes: of a layer.
+            sizes: bytes of each layer that is streamed.
             num_slots: at least 2: one at work, the others being filled.
             device: of the rank.
         """
         self.sources: Sequence[torch.Tensor] = ()
-        self.num_layers = num_layers
+        self.num_layers = len(sizes)
         self.slots = [
-            torch.empty(nbytes, dtype=torch.uint8, device=device)
-            for _ in range(min(num_slots, num_layers))
+            torch.empty(max(sizes), dtype=torch.uint8, device=device)
+            for _ in range(min(num_slots, len(sizes)))
         ]
         self.num_copies = 0
         self.mapped: object = None
@@ -180,7 +179,7 @@ class Streamer:
             layer: index into `sources`.
 
         Returns:
-            Its slot, uint8 [nbytes].
+            Its slot, uint8; the layer lies at its start.
         """
         if layer != self._at:
             step = 1 if layer == (self._at + 1) % self.num_layers else -1
@@ -199,7 +198,8 @@ class Streamer:
         self._held[slot] = layer
         self.num_copies += 1
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
-        self._filled[slot] = copy(self.slots[slot], self.sources[layer], self._copies)
+        source = self.sources[layer]
+        self._filled[slot] = copy(self.slots[slot][: len(source)], source, self._copies)
 
 
 @dataclasses.dataclass
@@ -224,7 +224,7 @@ class Placed:
 
 
 def choose(
-    info: ModelInfo, cfg: TrainConfig, layer_bytes: int, has_cache: bool, world: World
+    info: ModelInfo, cfg: TrainConfig, sizes: Sequence[int], has_cache: bool, world: World
 ) -> Placed:
     """Place the layers; take the host memory that weight streaming needs before anything is read.
 
@@ -232,7 +232,7 @@ def choose(
         info: the model.
         cfg: see planning.sizes.setting_of; offload_impl "auto" is stream where the ranks of a
             machine can share memory, else fsdp.
-        layer_bytes: quantized, of a layer.
+        sizes: quantized bytes of each layer.
         has_cache: there is a copy on disk, to map what the host has no room for.
         world: the ranks; all must call and decide the same.
 
@@ -244,10 +244,10 @@ def choose(
     """
     whole = trained_whole(info, cfg).layers
     names = setting_of(cfg, info.num_layers, world.size, whole).placements
-    num_streamed = names.count("streamed")
-    if not num_streamed:
+    streamed = [size for size, name in zip(sizes, names, strict=True) if name == "streamed"]
+    if not streamed:
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
-    nbytes = num_streamed * layer_bytes
+    nbytes = sum(streamed)
     refusal, memory = _host_copy(nbytes, cfg, has_cache, world)
     if refusal and cfg.offload_impl == "stream":
         got, remedy = f"--offload_impl stream: {refusal}", "use --offload_impl fsdp"
@@ -257,10 +257,10 @@ def choose(
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
         names = setting_of(by_fsdp, info.num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
-    streamer = Streamer(num_streamed, layer_bytes, NUM_SLOTS + ("resident" in names), world.device)
+    streamer = Streamer(streamed, NUM_SLOTS + ("resident" in names), world.device)
     place = " (mapped from the cache: the host has no room for a copy)"
     if memory is not None:
-        streamer.sources = memory.bytes.split(layer_bytes)
+        streamer.sources = memory.bytes.split(streamed)
         pinned = "pinned, " if memory.pinned_bytes else ""
         place = f" (one copy for all ranks, {pinned}{nbytes / GIB:.2f} GiB)"
     return Placed(names, _note(names, place), streamer, memory)

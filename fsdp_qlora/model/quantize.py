@@ -24,6 +24,7 @@ from types import ModuleType
 
 import torch
 
+from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
@@ -365,6 +366,22 @@ def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
         fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
         offset = _round_up(fields[field.name][2], ALIGN_BYTES)
     return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
+
+
+def layer_layouts(info: ModelInfo, format_name: str) -> tuple[Layout, ...]:
+    """The layout of every decoder layer of a model; layers of one kind share theirs.
+
+    Args:
+        info: the model.
+        format_name: row of FORMATS.
+    """
+    by_kind = {
+        index: layout
+        for kind in info.kinds
+        for layout in [build_layout([linear.shape for linear in kind.linears], format_name)]
+        for index in kind.layers
+    }
+    return tuple(by_kind[index] for index in range(info.num_layers))
 
 
 def view_fields(flat_bytes: torch.Tensor, layout: Layout) -> Fields:

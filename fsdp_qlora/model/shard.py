@@ -208,7 +208,7 @@ def gathered(block: DecoderBlock) -> torch.Tensor:
         block: of a filled model; all ranks must call.
 
     Returns:
-        uint8 [layout.nbytes] on the device of the rank.
+        uint8 [layout.nbytes, or more] on the device of the rank.
     """
     if isinstance(block, fsdp.FSDPModule):
         block.unshard()
@@ -249,12 +249,11 @@ def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
         is_kept: this rank wants them.
 
     Returns:
-        The whole flat float32 LoRA parameter of every layer, in order, on the host, empty of a
-        layer without one; or nothing.
+        The whole flat float32 LoRA parameter of every layer that has one, in order, on the host; or
+        nothing.
     """
     settle(model)
-    loras = (block.body.lora for block in blocks(model))
-    flats = (torch.empty(0) if lora is None else _full(lora) for lora in loras)
+    flats = (_full(block.body.lora) for block in blocks(model) if block.body.slots)
     return [flat.float().cpu() for flat in flats if is_kept]
 
 

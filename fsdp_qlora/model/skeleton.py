@@ -4,7 +4,6 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 """
 
 import importlib.util
-import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
-from fsdp_qlora.arch import Linear, ModelInfo
-from fsdp_qlora.arch.info import stored_name
+from fsdp_qlora.arch import LayerKind, Linear, ModelInfo
+from fsdp_qlora.arch.info import INDEXED, stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError, printable
 from fsdp_qlora.model.attention import RowBounds, register
@@ -23,8 +23,10 @@ from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
-from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, build_layout
+from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.planning.sizes import trained_whole
+
+OTHER_MODEL = "take another model"
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -64,7 +66,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        has_flash = is_installed and extra != "sinks"
+        has_flash = is_installed and extra in ("", "soft-capped")
         attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
@@ -104,21 +106,27 @@ class QuantizedModel(nn.Module):
         head: LossHead over the output embedding.
         embedding: the input embedding module (part of `decoder`).
         is_tied: input and output embedding are one parameter.
-        layout: of the quantized bytes of a layer.
+        layouts: of the quantized bytes of each layer, were it quantized.
         kernels: what it computes with.
         tensors: name in the model's files -> (module, parameter name), quantized weights left out.
+        layers_prefix: where its layers are, by which adapters are named: "model.layers".
     """
 
     decoder: "PreTrainedModel"
     head: LossHead
 
     def __init__(
-        self, decoder: "PreTrainedModel", head: LossHead, layout: Layout, kernels: KernelChoice
+        self,
+        decoder: "PreTrainedModel",
+        head: LossHead,
+        layouts: Sequence[Layout],
+        kernels: KernelChoice,
     ) -> None:
         super().__init__()
-        self.decoder, self.head, self.layout, self.kernels = decoder, head, layout, kernels
+        self.decoder, self.head, self.layouts, self.kernels = decoder, head, layouts, kernels
         self.is_tied = head.weight is self.embedding.weight
         self.tensors: dict[str, tuple[nn.Module, str]] = {}
+        self.layers_prefix = "model.layers"
 
     @property
     def embedding(self) -> nn.Module:
@@ -161,6 +169,7 @@ class QuantizedModel(nn.Module):
         targets: Targets | None = None,
         past_key_values: "Cache | None" = None,
         rows: RowBounds | None = None,
+        **padding: torch.Tensor,
     ) -> torch.Tensor:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -170,6 +179,7 @@ class QuantizedModel(nn.Module):
             targets: what is trained; None for logits.
             past_key_values: a transformers Cache to generate with.
             rows: several rows lie one after the other in the one sequence; or None.
+            padding: attention_mask and position_ids of rows that are padded on the left.
 
         Returns:
             Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
@@ -178,7 +188,7 @@ class QuantizedModel(nn.Module):
             input_ids=input_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            **(rows.arguments() if rows is not None else {}),
+            **(rows.arguments() if rows is not None else padding),
         )
         return self.head(out.last_hidden_state, targets)
 
@@ -208,29 +218,37 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
     head = _loss_head(hf_model, info)
-    if chosen.attention == "sdpa" and not hf_model._supports_sdpa:
+    is_indexed = info.attention_extra == "indexed"
+    if chosen.attention == "sdpa" and (is_indexed or not hf_model._supports_sdpa):
         rule = f"computes otherwise than the attention of model type {info.model_type}"
         raise UserError("--attn sdpa", rule, "use --attn eager")
-    if info.layers_prefix not in dict(hf_model.named_modules()):
+    names = stored_names(hf_model, info)
+    inside = {at: name for name, at in names.items()}  # name in the files -> in the model
+    known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
+    prefix = next((match["prefix"] for match in known if match), None)
+    if prefix is None:
         got, rule = f"weights named {info.layers_prefix}.0", f"are no part of {info.model_type}"
         raise UserError(got, rule, "save the model with its head, as AutoModelForCausalLM")
-    names = stored_names(hf_model, info)
     if chosen.use_liger:
         apply_liger(hf_model)
-    layout = build_layout([linear.shape for linear in info.linears], cfg.format_name)
+    layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(info.layers_prefix)), LayerCache()
-    params = [hf_model.get_parameter(name) for name in whole.root]
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache()
+    params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
-        block = DecoderBlock(None if is_whole else layout, cache)
-        layers[index], block.body = block, _build_body(layer, info, block.store)
+        block = DecoderBlock(None if is_whole else layouts[index], cache)
+        stem, own = f"{info.layers_prefix}.{index}.", f"{prefix}.{index}."
+        mine = [(at, name) for at, name in inside.items() if at.startswith(stem)]
+        renamed = {at.removeprefix(stem): name.removeprefix(own) for at, name in mine}
+        layers[index] = block
+        block.body = _build_body(layer, info.by_layer[index], block.store, renamed)
         params += layer.parameters() if is_whole else ()
     for param in params:
         param.data = param.data.to(master)  # in place: a tied head is the same parameter
         param.requires_grad_(True)
-    model = QuantizedModel(hf_model.base_model, head, layout, chosen)
-    model.tensors = _places(hf_model, head, names)
+    model = QuantizedModel(hf_model.base_model, head, layouts, chosen)
+    model.tensors, model.layers_prefix = _places(hf_model, head, names), prefix
     return model.train()
 
 
@@ -260,7 +278,7 @@ def _loss_head(hf_model: Any, info: ModelInfo) -> LossHead:
     if embedding is None or scale is None or is_odd:
         got = f"model type {info.model_type}"
         rule = "has more than an embedding and a head that is a matrix with a bias, a scale, a cap"
-        raise UserError(got, rule, "take another model")
+        raise UserError(got, rule, OTHER_MODEL)
     if info.is_tied:
         output.weight = embedding
     return LossHead(output.weight, output.bias, scale, softcap)
@@ -283,6 +301,13 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
 
+class _Output(MoEModelOutputWithPastAndCrossAttentions):
+    """What a decoder returns, whatever else it is asked for."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 class _StandIn(nn.Module):
     """In the place of a decoder: whatever it is asked, these hidden states are its answer."""
 
@@ -291,9 +316,7 @@ class _StandIn(nn.Module):
         self.own, self.hidden = (decoder,), hidden  # a tuple: no child
 
     def forward(self, *args, **kwargs):
-        from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
-
-        return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+        return _Output(last_hidden_state=self.hidden)
 
     def __getattr__(self, name: str):
         try:
@@ -386,27 +409,35 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def _build_body(layer: nn.Module, info: ModelInfo, store: LayerStore | None) -> TrainedLayer:
+def _build_body(
+    layer: nn.Module, kind: LayerKind, store: LayerStore | None, renamed: dict[str, str]
+) -> TrainedLayer:
+    """The layer over its store; `renamed`: name in the layer's files -> in the model."""
     built = {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    places = {n.name: index for index, n in enumerate(info.linears) if n.expert is None}
-    expected = {name: info.linears[index].shape for name, index in places.items()}
+    places = {
+        renamed.get(f"{n.name}.weight", n.name).removesuffix(".weight"): index
+        for index, n in enumerate(kind.linears)
+        if n.expert is None
+    }
+    expected = {name: kind.linears[index].shape for name, index in places.items()}
     # Other linears, such as routers, are tensors like all else.
     if {n: tuple(m.weight.shape) for n, m in built.items() if n in expected} != expected:
-        got = f"linears {sorted(built)} in the {info.model_type} decoder layer"
+        got = f"linears {sorted(built)} in decoder layer {kind.layers[0]}"
         rule = f"its files and config.json say {sorted(expected)}"
         raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)
     if store is None:
         return TrainedLayer(layer, (), None)
-    _replace_experts(layer, info.linears, store)
+    _replace_experts(layer, kind.linears, store)
     linears = {}
     for name, index in places.items():
-        linears[name] = QuantizedLinear(built[name], partial(store.weight, index))
+        stored = kind.linears[index].name
+        linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
         layer.set_submodule(name, linears[name])
     return TrainedLayer(layer, group_linears(linears), store)
 
 
 def _replace_experts(layer: nn.Module, linears: Sequence[Linear], store: LayerStore) -> None:
-    """Put quantized experts in the place of a decoder layer's own.
+    """Let a decoder layer's experts read their matrices from its store.
 
     Args:
         layer: as transformers has built it.
@@ -414,37 +445,42 @@ def _replace_experts(layer: nn.Module, linears: Sequence[Linear], store: LayerSt
         store: of the layer.
 
     Raises:
-        UserError: other experts than those of Mixtral and Qwen's mixtures, or other shapes than
-            the files have (codes 2, 5).
+        UserError: 3-D weights that transformers does not compute by its interface for experts
+            (code 2), or other shapes than the files have (code 5).
     """
-    paths = sorted({n.rpartition(".")[0] for n, p in layer.named_parameters() if p.dim() > 2})
-    found: dict[str, Any] = {path: layer.get_submodule(path) for path in paths}
-    parts = {part[1:]: i for i, linear in enumerate(linears) if (part := linear.expert)}
+    parts: dict[tuple[int, int], tuple[tuple[int, int], ExpertLinear]] = {}
+    for index, linear in enumerate(linears):
+        if linear.expert:
+            matrix = ExpertLinear(partial(store.weight, index))
+            parts[linear.expert[1:]] = linear.shape, matrix
+    weights = {path for path, p in layer.named_parameters() if p.dim() > 2}
+    paths = {path.rpartition(".")[0] for path in weights}
+    found = {path: layer.get_submodule(path) for path in sorted(paths)}
+    found = {path: module for path, module in found.items() if not isinstance(module, nn.Conv1d)}
     if not found and not parts:
         return
     names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
-    names = names or "no module"
-    if len(found) != 1 or not _computes_as_mixtral(*found.values()):
-        rule = "are neither linears nor experts that compute as Mixtral's do"
-        raise UserError(f"3-D weights of {names}", rule, "take another model: these stay in 16 bit")
-    ((path, module),) = found.items()
-    num, _, hidden = module.gate_up_proj.shape
-    inner = module.down_proj.shape[2]
-    shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
-    wanted = {(n, k): shape for n in range(num) for k, shape in enumerate(shapes)}
-    if {part: linears[index].shape for part, index in parts.items()} != wanted:
-        rule = f"are {num} of {inner} features in config.json, not so in the files"
+    if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
+        rule = "is not computed by transformers' interface for experts"
+        raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
+    module: Any = next(iter(found.values()))
+    ups = ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    shapes = []
+    for name in ups:
+        num, *shape = getattr(module, name).shape
+        shapes.append(tuple(shape[::-1] if module.is_transposed else shape))
+        delattr(module, name)
+    matrices, of_parts = [], [(3,), (2,)] if (0, 3) in parts else [(0, 1), (2,)]
+    if not module.has_gate:
+        of_parts = [(1,), (2,)]
+    for number in range(num if len(parts) == num * sum(map(len, of_parts)) else 0):
+        own = [[parts.get((number, part), ((0, 0), None)) for part in ids] for ids in of_parts]
+        sizes = [(sum(shape[0] for shape, _ in side), side[0][0][1]) for side in own]
+        if sizes == shapes:
+            matrices.append(([matrix for _, matrix in own[0]], own[1][0][1]))
+    if len(matrices) != num:
+        rule = f"are {num} of {shapes} in config.json, not so in the files"
         raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
-    matrices = {part: ExpertLinear(partial(store.weight, index)) for part, index in parts.items()}
-    experts = [[matrices[n, k] for k in range(3)] for n in range(num)]
-    layer.set_submodule(path, QuantizedExperts(experts, module.act_fn))
-
-
-def _computes_as_mixtral(module: nn.Module) -> bool:
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
-
-    # Two, because Liger puts its own class in the place of the one whose model is built.
-    kinds = (type(module), MixtralExperts, Qwen2MoeExperts)
-    own, *known = [inspect.getsource(inspect.unwrap(kind.forward)) for kind in kinds]
-    return own in known
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (QuantizedExperts, kind), {})
+    module.matrices = matrices

@@ -147,7 +147,8 @@ class Weights:
             row_bytes, num_rows = ref.nbytes // max(ref.shape[0], 1), rows[1] - rows[0]
             start, nbytes = rows[0] * row_bytes, num_rows * row_bytes
             shape = (num_rows, *ref.shape[1:])
-        return self._read(ref, start, nbytes).view(DTYPES[ref.dtype]).view(shape)
+        read = self._read(ref, start, nbytes).view(DTYPES[ref.dtype])
+        return read.view(shape[::-1]).t().contiguous() if ref.is_transposed else read.view(shape)
 
     def _read(self, ref: TensorRef, offset: int, nbytes: int) -> torch.Tensor:
         self.read_bytes += nbytes
@@ -275,10 +276,10 @@ class QuantizedCache:
     Attributes:
         directory: where they are or will be; None = the cache is off.
         note: one line for the user.
-        nbytes: of one layer.
+        sizes: bytes of each layer.
         is_complete: the directory holds every layer.
-        manifest: "nbytes", "sha256" of every layer, "model" for people, "base_bytes", a hash of all
-            bytes of the model's files if it was asked for.
+        manifest: "sha256" of every layer, "model" for people, "base_bytes", a hash of all bytes of
+            the model's files if it was asked for.
         temporary: where layers are written until all are there; None = nothing is to be written.
         lock: of the entry, while it is in use, held by the first rank of a machine.
         read_bytes: read so far.
@@ -289,7 +290,7 @@ class QuantizedCache:
 
     directory: Path | None
     note: str
-    nbytes: int = 0
+    sizes: Sequence[int] = ()
     is_complete: bool = False
     manifest: dict[str, Any] = field(default_factory=dict)
     temporary: Path | None = None
@@ -307,18 +308,18 @@ class QuantizedCache:
             layers: numbers of the layers; the cache must be complete.
 
         Yields:
-            uint8 [nbytes] on the host; None for a layer whose file is damaged.
+            uint8 [bytes] on the host; None for a layer whose file is damaged.
         """
         return look_ahead(self._read_layer, layers)
 
     def _read_layer(self, layer: int) -> torch.Tensor | None:
         assert self.directory is not None, "a cache that is off was read"
-        path = self.directory / _file_name(layer)
+        path, nbytes = self.directory / _file_name(layer), self.sizes[layer]
         try:  # the tensor is the last thing in the file
-            quantized = read_file(path, path.stat().st_size - self.nbytes, self.nbytes)
+            quantized = read_file(path, path.stat().st_size - nbytes, nbytes)
         except (OSError, UserError):
             return None
-        self.read_bytes += self.nbytes
+        self.read_bytes += nbytes
         digest = hashlib.sha256(quantized.numpy().data).hexdigest()
         return quantized if digest == self.manifest["sha256"][layer] else None
 
@@ -329,7 +330,7 @@ class QuantizedCache:
             layers: numbers of the layers; the cache must be complete.
 
         Returns:
-            uint8 [nbytes] of each, not to be written to.
+            uint8 [bytes] of each, not to be written to.
 
         Raises:
             UserError: the cache could not be written (code 3).
@@ -342,7 +343,7 @@ class QuantizedCache:
         for layer in layers:
             with (self.directory / _file_name(layer)).open("rb") as file:
                 mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            maps.append(torch.frombuffer(mapping, dtype=torch.uint8)[-self.nbytes :])
+            maps.append(torch.frombuffer(mapping, dtype=torch.uint8)[-self.sizes[layer] :])
         return maps
 
     def write_layer(self, layer: int, quantized: torch.Tensor) -> None:
@@ -350,7 +351,7 @@ class QuantizedCache:
 
         Args:
             layer: its number; of a complete cache, one whose file is damaged.
-            quantized: uint8 [nbytes], any device.
+            quantized: uint8 [bytes], any device.
         """
         place = self.directory if self.is_complete else self.temporary
         if place is not None and not self._failure():
@@ -423,46 +424,47 @@ def _file_name(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
 
 
-def key(info: ModelInfo, layout: Layout) -> str:
-    """Name the cache entry: another for other files, format, layout or version.
+def key(info: ModelInfo, layouts: Sequence[Layout]) -> str:
+    """Name the cache entry: another for other files, format, layouts or version.
 
     Args:
         info: the model; of its files count their names, devices, inodes, sizes and times, and of
             every tensor name, dtype, shape and sixteen places.
-        layout: of a layer.
+        layouts: of each layer.
 
     Returns:
         Name of a directory, for people too.
     """
     assert info.path is not None, "a model without files has no cache"
-    digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{layout}:{info.digest()}".encode())
+    kinds = "".join(map(str, {id(layout): layout for layout in layouts}.values()))
+    digest = hashlib.sha256(f"{LAYOUT_VERSION}:{__version__}:{kinds}:{info.digest()}".encode())
     for file in sorted({ref.file for ref in info.tensors.values()}):
         at = os.stat(file)
         place = at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns
         digest.update(f"{Path(file).name}:{place}".encode())
-    return f"{info.path.name[:40]}-{layout.format_name}-{digest.hexdigest()[:16]}"
+    return f"{info.path.name[:40]}-{layouts[0].format_name}-{digest.hexdigest()[:16]}"
 
 
 def find_cache(
-    setting: str, info: ModelInfo, layout: Layout, base_bytes: str | None = None
+    setting: str, info: ModelInfo, layouts: Sequence[Layout], base_bytes: str | None = None
 ) -> QuantizedCache:
     """Find the quantized layers of a model that a run has left on this machine.
 
     Args:
         setting: "off", "auto" (~/.cache/fsdp_qlora, or $FSDP_QLORA_CACHE) or a directory.
         info: the model; one without files is not cached.
-        layout: of a layer; bf16 is not cached.
+        layouts: of each layer; bf16 is not cached.
         base_bytes: hash of all bytes of the model's files, if the layers must be made of those.
 
     Returns:
         The cache; not complete where nothing was left, without a directory when it is off.
     """
-    if setting == "off" or not info.tensors or layout.format_name == "bf16":
+    if setting == "off" or not info.tensors or layouts[0].format_name == "bf16":
         return QuantizedCache(None, "off")
-    directory = atomic.cache_dir(setting) / key(info, layout)
-    note = f"{directory} ({layout.nbytes * info.num_layers / GIB:.2f} GiB)"
-    cache = QuantizedCache(directory, note, layout.nbytes)
-    cache.manifest = {"model": str(info.path), "nbytes": layout.nbytes, "base_bytes": base_bytes}
+    directory = atomic.cache_dir(setting) / key(info, layouts)
+    sizes = [layout.nbytes for layout in layouts]
+    cache = QuantizedCache(directory, f"{directory} ({sum(sizes) / GIB:.2f} GiB)", sizes)
+    cache.manifest = {"model": str(info.path), "base_bytes": base_bytes}
     if not directory.exists():
         return cache
     with contextlib.suppress(OSError):  # of a cache that only others may write to
@@ -480,22 +482,26 @@ def find_cache(
 
 
 def open_cache(
-    setting: str, info: ModelInfo, layout: Layout, world: World, is_verified: bool = False
+    setting: str,
+    info: ModelInfo,
+    layouts: Sequence[Layout],
+    world: World,
+    is_verified: bool = False,
 ) -> QuantizedCache:
     """Find the cache entry of a model, or the place to write it; a rank decides for its machine.
 
     Args:
-        setting, info, layout: see `find_cache`.
+        setting, info, layouts: see `find_cache`.
         world: the ranks; all must call.
         is_verified: the layers must be made of these very bytes, all of which are hashed.
     """
     cache = QuantizedCache(None, "off")
     if world.local_rank == 0:
         base_bytes = info.whole_digest if is_verified and setting != "off" else None
-        cache = find_cache(setting, info, layout, base_bytes)
+        cache = find_cache(setting, info, layouts, base_bytes)
         if cache.directory is not None and not cache.is_complete:
-            _claim(cache, cache.directory, layout.nbytes * info.num_layers / GIB)
-    facts = cache.directory, cache.note, cache.nbytes, cache.is_complete, cache.manifest
+            _claim(cache, cache.directory, sum(cache.sizes) / GIB)
+    facts = cache.directory, cache.note, cache.sizes, cache.is_complete, cache.manifest
     facts = world.gather_objects((*facts, cache.temporary))[world.peers[0]]
     return cache if world.local_rank == 0 else QuantizedCache(*facts)
 

@@ -56,7 +56,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
     has_whole = setting.count("trained") or s.trained_root
-    what, num = ("tensor", max(s.largest, s.head)) if has_whole else ("adapter", s.largest_lora)
+    what, num = ("tensor", max(s.largest, s.head)) if has_whole else ("adapter", s.lora)
     own: dict[str, Rows] = {
         "forward": max(forward, key=total_bytes),
         "backward": max(backward, key=total_bytes),
@@ -87,7 +87,7 @@ def _load(s: Sizes, setting: Setting, states: Rows) -> Rows:
     """The quantized layers come first, and their working set is gone when the rest comes."""
     quantized = {row: states[row] for row in (rows.PACKED, rows.CONSTANTS, rows.BUFFERS)}
     received = setting.num_ranks if setting.count("resident") else 1
-    exchanged = term("layers being exchanged", layers=1 + received, bytes=s.layer_bytes)
+    exchanged = term("layers being exchanged", layers=1 + received, bytes=s.fullest.layer_bytes)
     linears = term("linears in 16 bit", linears=2, weights=s.largest, bytes=2)  # one, and the next
     return max(quantized | {rows.LOADING: [exchanged, linears]}, states, key=total_bytes)
 
@@ -114,7 +114,7 @@ def _trained(what: str, s: Sizes, setting: Setting, nbytes: int, first: int = 0)
     """Something of all that is trained from a layer on."""
     share = {"bytes": nbytes, "per_ranks": setting.shares}
     num_whole = setting.placements[first:].count("trained")
-    parts = {
+    parts: dict[str, dict[str, float]] = {
         what: {"params": s.lora, "layers": s.layers - first},
         f"whole layers: {what}": {"params": s.whole, "layers": num_whole},
         f"embedding, head: {what}": {"params": s.trained_root},
@@ -139,7 +139,7 @@ def _states(s: Sizes, setting: Setting) -> Rows:
         ],
         rows.ADAPTERS: _trained("master copy", s, setting, s.master),
         rows.BUFFERS: present(
-            term("slots of weight streaming", slots=slots, bytes=s.layer_bytes),
+            term("slots of weight streaming", slots=slots, bytes=s.fullest.layer_bytes),
             term("tied embedding", n=s.is_tied and setting.shares > 1, params=s.head, bytes=s.item),
         ),
     }
@@ -150,7 +150,7 @@ def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     is_several, is_shared = setting.num_ranks > 1, setting.shares > 1
     most = s.layers if setting.keeps_gathered and is_several else min(setting.num_ranks, 2)
     held = min(setting.count("sharded", "offloaded"), most)
-    layer, item = {"bytes": s.layer_bytes}, {"bytes": s.item}
+    layer, item = {"bytes": s.fullest.layer_bytes}, {"bytes": s.item}
     nbytes = 2 * s.item + s.item + 4 + 4 * is_shared
     what = "gathered: this layer and the next" if held == 2 else "gathered layers"
     two = "gathered adapters in 16 bit (two layers), their gradients (16, 32 bit, reduced)"
@@ -161,7 +161,7 @@ def _buffers(s: Sizes, setting: Setting) -> list[Term]:
         (held and is_several, "one more, as gathered", layer),  # FSDP copies into the parameter
         (setting.keeps_gathered, "embedding and head, kept gathered", {"params": s.root, **item}),
         (one_group, "gathered adapters of all layers", {**one_group, **item}),
-        (has_more and not one_group, two, {"params": s.largest_lora, "bytes": 2 * 2 + 2 + 4 + 4}),
+        (has_more and not one_group, two, {"params": s.lora, "bytes": 2 * 2 + 2 + 4 + 4}),
         (setting.count("trained"), whole, {"params": s.whole, "bytes": nbytes}),
         (s.trained_root, "gathered embedding, its gradients", {"params": s.head, "bytes": nbytes}),
     )
@@ -212,7 +212,7 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     outputs = term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=4, **wide)
     gathered = _head_gathered(s, setting)
     head: Rows = {rows.LOSS: loss, rows.LAYER: [outputs], rows.BUFFERS: gathered}
-    width = 2 * s.hidden + s.gates + s.product
+    width = 2 * s.hidden + s.fullest.gates + s.fullest.product
     layer: Rows = {
         rows.LAYER: [term("residual, norm, gates, product", features=width, **wide)],
         rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
@@ -389,7 +389,7 @@ def at_work(s: Sizes) -> list[Term]:
         s: numbers of the run.
     """
     if s.is_kept_whole:
-        return [term("all linears", weights=s.weights, bytes=s.item)]
+        return [term("all linears", weights=s.fullest.weights, bytes=s.item)]
     return [term("largest linear", weights=s.largest, bytes=s.format.scratch_bytes)]
 
 
@@ -403,6 +403,7 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     Returns:
         Rows of each such moment.
     """
+    s = s.fullest
     wide = {"tokens": tokens, "bytes": s.item}
     grads = [
         term("gradient of its output", features=s.hidden, **wide),

@@ -370,12 +370,7 @@ def parse(argv: Sequence[str]) -> Asked:
         SystemExit: code 0 after printing the help.
     """
     cli.show_help_if_asked(argv, PlanOptions, USAGE)
-    names, own, rest = {*cli.options(PlanOptions), *ALIASES}, list[str](), list[str]()
-    part = rest
-    for word in argv:
-        if word.startswith("--"):
-            part = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
-        part.append(word)
+    own, rest = cli.split(argv, {*cli.options(PlanOptions), *ALIASES})
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
     options, cfg, machines = PlanOptions(**values), TrainConfig(), dict[str, Machine]()
     try:

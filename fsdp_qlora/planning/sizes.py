@@ -5,6 +5,7 @@ is quantized and dequantized. No torch.
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import ModelInfo, Target, find_targets, num_layer_params
+from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
@@ -160,16 +162,17 @@ class Counts(NamedTuple):
     """How many parameters a run trains.
 
     Args:
-        adapters: of the adapters of one decoder layer, `magnitudes` included.
-        magnitudes: rows of one decoder layer whose length DoRA learns.
-        layer: of one decoder layer, were it trained whole.
+        adapters: of the adapters of a decoder layer, `magnitudes` included; of layers of several
+            kinds their mean, as the next two.
+        magnitudes: rows of a decoder layer whose length DoRA learns.
+        layer: of a decoder layer, were it trained whole.
         root: outside the decoder layers.
         total: of the model.
     """
 
-    adapters: int
-    magnitudes: int
-    layer: int
+    adapters: float
+    magnitudes: float
+    layer: float
     root: int
     total: int
 
@@ -225,25 +228,20 @@ def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
         UserError: see `trained_whole` and find_targets.
     """
     own, shapes = trained_whole(info, cfg), dict(info.root_params)
+    targets = [*itertools.chain(*find_targets(info, cfg))] if has_adapters(cfg) else []
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-    targets = [*itertools.chain(*_targets(info, cfg))] * has_adapters(cfg)
-    adapters = _count(targets, is_dora)
-    magnitudes = sum(target.linear.out_features for target in targets) * is_dora
+    magnitudes = sum(row.linear.out_features for row in targets) * is_dora
+    adapters = sum(row.rank * sum(row.linear.shape) for row in targets) + magnitudes
+    every = sum(kind.num_params * len(kind.layers) for kind in info.kinds)
     root = sum(math.prod(shapes[name]) for name in own.root)
-    layer, num = num_layer_params(info), info.num_layers
-    total = adapters + layer * len(own.layers) + root
-    return Counts(-(-adapters // num), -(-magnitudes // num), layer, root, total)
+    whole = sum(info.by_layer[index].num_params for index in own.layers)
+    means = [_mean(number, info.num_layers) for number in (adapters, magnitudes, every)]
+    return Counts(means[0], means[1], means[2], root, adapters + whole + root)
 
 
-def _count(targets: Sequence[Target], is_dora: bool) -> int:
-    return sum(
-        row.rank * sum(row.linear.shape) + row.linear.out_features * is_dora for row in targets
-    )
-
-
-def _targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...], ...]:
-    """Of every layer; where nothing has adapters, all linears."""
-    return find_targets(info, cfg if has_adapters(cfg) else TrainConfig())
+def _mean(total: float, count: int) -> float:
+    """A whole number where it is one."""
+    return total // count if total % count == 0 else total / count
 
 
 def _new_layers(info: ModelInfo) -> tuple[int, ...]:
@@ -431,7 +429,10 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
 
 
 class Sizes:
-    """Numbers of one decoder layer and of the model, for a run's adapters and precision.
+    """Numbers of a decoder layer and of the model, for a run's adapters and precision.
+
+    Of layers of several kinds they are means, from which sums over the layers are made, and
+    `fullest` holds what the largest of them needs, each number by itself.
 
     Attributes:
         cfg, kind: see `__init__`.
@@ -452,9 +453,7 @@ class Sizes:
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
         is_tied: the embedding is the head, gathered once for both ends.
-        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them:
-            means over the layers.
-        largest_lora: as `lora`, of the layer with most.
+        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
         magnitudes: features whose outputs DoRA scales.
         whole, trained_root: parameters of a layer; those outside the layers that are trained.
         input_features: features that the adapted linears read and keep: each input once.
@@ -468,6 +467,23 @@ class Sizes:
         one_group: factors of the adapters of all layers where they are so small that they are
             gathered and reduced at once; else empty.
     """
+
+    outs: float
+    attention: float
+    gates: float
+    product: float
+    norms: float
+    head_norms: float
+    weights: float
+    largest: float
+    active: float
+    last: float
+    quantized: float
+    constants: float
+    small: float
+    lora_ranks: float
+    input_features: float
+    dropped_features: float
 
     def __init__(self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda") -> None:
         """Collect the numbers of a model and a run.
@@ -483,12 +499,12 @@ class Sizes:
         self.cfg, self.kind, self.format = cfg, kind, FORMATS[cfg.format_name]
         self.layers, self.hidden, self.vocab = info.num_layers, info.hidden_size, info.vocab_size
         self.heads: int = info.config.get("num_attention_heads", 1)
-        self._read_linears(info, cfg)
-        norms = [shape[0] for name, shape in info.layer_params if name.endswith("norm.weight")]
-        self.norms = norms.count(self.hidden)
-        self.head_norms = self._qk_features if self.norms < len(norms) else 0
+        of_kinds = [(self._numbers(info, cfg, own), len(own.layers)) for own in info.kinds]
+        for name in of_kinds[0][0]:
+            total = sum(numbers[name] * count for numbers, count in of_kinds)
+            setattr(self, name, _mean(total, self.layers))
+        self.largest = max(numbers["largest"] for numbers, _ in of_kinds)
         self.root = sum(math.prod(shape) for _, shape in info.root_params)
-        self.small = sum(math.prod(shape) for _, shape in info.layer_params)
         self.head = self.vocab * self.hidden
         self.is_tied = self.root < 2 * self.head
         counts = count_trained(info, cfg)
@@ -503,38 +519,51 @@ class Sizes:
         adapters = {"params": self.lora, "layers": self.layers}
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
+        self.fullest = self
+        if len(of_kinds) > 1:
+            self.fullest = copy.copy(self)
+            for name in of_kinds[0][0]:
+                setattr(self.fullest, name, max(numbers[name] for numbers, _ in of_kinds))
 
-    def _read_linears(self, info: ModelInfo, cfg: TrainConfig) -> None:
-        linears, is_lora = info.linears, has_adapters(cfg)
+    def _numbers(self, info: ModelInfo, cfg: TrainConfig, kind: LayerKind) -> dict[str, float]:
+        """The numbers of a layer of one kind, by the names of attributes."""
+        linears, is_lora = kind.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
         counts = [math.prod(shape) for shape in shapes]
-        self.quantized, self.constants = quantized_bytes(shapes, cfg.format_name)
-        active, num_experts = arch.active_linears(info)
-        self.weights, self.largest = sum(counts), max(counts)
-        self.active = sum(linear.num_weights for linear in active)
-        self.last = counts[-1] if len(active) == len(linears) else 0
-        self.outs = sum(linear.out_features for linear in active[:-1])
-        self.product = active[-1].in_features * num_experts
+        quantized, constants = quantized_bytes(shapes, cfg.format_name)
+        active, num_experts = arch.active_linears(info, kind)
         o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
         qkv = linears[: linears.index(o_proj)]
         gates = [n for n in active if n.last_name.startswith(GATES)]
-        self.attention = o_proj.in_features
-        self.gates = sum(linear.out_features for linear in gates)
-        self._qk_features = sum(n.out_features for n in qkv[:2])
-        layers = _targets(info, cfg)
-        targets = [*itertools.chain(*layers)]
-        is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        self.largest_lora = max(_count(layer, is_dora) for layer in layers) * is_lora
-        self.lora_ranks = -(-sum(row.rank for row in targets) // info.num_layers) * is_lora
+        layers = find_targets(info, cfg if is_lora else TrainConfig())
+        targets = [row for index in kind.layers for row in layers[index]]
         adapted = {row.linear for row in targets}
+        norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
+        num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
         readers = (qkv, gates, linears[-1:])
-        read = [group[0].in_features for group in readers if adapted.intersection(group)]
-        self.input_features = sum(read)
-        self.dropped_features = sum(linear.in_features for linear in adapted)
+        read = [group[0].in_features for group in readers if set(group) & adapted]
+        return {
+            "quantized": quantized,
+            "constants": constants,
+            "weights": sum(counts),
+            "largest": max(counts),
+            "active": sum(linear.num_weights for linear in active),
+            "last": counts[-1] if len(active) == len(linears) else 0,
+            "outs": sum(linear.out_features for linear in active[:-1]),
+            "product": active[-1].in_features * num_experts,
+            "attention": o_proj.in_features,
+            "gates": sum(linear.out_features for linear in gates),
+            "norms": num_norms,
+            "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
+            "small": sum(math.prod(shape) for _, shape in kind.params),
+            "lora_ranks": _mean(sum(row.rank for row in targets), len(kind.layers)) * is_lora,
+            "input_features": sum(read),
+            "dropped_features": sum(linear.in_features for linear in adapted),
+        }
 
     @property
-    def layer_bytes(self) -> int:
+    def layer_bytes(self) -> float:
         """Bytes of a layer's frozen linears and their constants, as stored."""
         return self.quantized + self.constants
 
@@ -553,7 +582,7 @@ class Sizes:
         """Tokens of a full micro-batch of a rank."""
         return setting.batch_size * self.cfg.context_length
 
-    def num_trained(self, setting: Setting) -> int:
+    def num_trained(self, setting: Setting) -> float:
         """Trained parameters of the model."""
         return self.lora * self.layers + self.whole * setting.count("trained") + self.trained_root
 

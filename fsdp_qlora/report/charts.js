@@ -4,15 +4,10 @@ const DATA = JSON.parse(document.getElementById("data").textContent), {runs, loo
 const GREY = "#8c959f", PLAN = "#bf3989", HELD = "#1f883d", LEFT = 56, RIGHT = 8, TOP = 8, BOTTOM = 22, MAX_PLAIN = 4000;
 const view = {axis: "step", isLog: false, range: null, cursor: null, off: new Set(), place: null}, charts = [], smoothed = new WeakMap();
 const byId = name => document.getElementById(name), lastOf = values => values.findLast(v => v != null) ?? null;
-const put = (tag, props = {}, ...kids) => {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...kids);
-  return node;
-};
+const put = (tag, props = {}, ...kids) => { const node = Object.assign(document.createElement(tag), props); node.append(...kids); return node; };
 const shape = (tag, attrs, text = "") => {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  const node = Object.assign(document.createElementNS("http://www.w3.org/2000/svg", tag), {textContent: text});
   for (const name in attrs) node.setAttribute(name, attrs[name]);
-  node.textContent = text;
   return node;
 };
 const number = (v, digits = 4) => {
@@ -28,28 +23,20 @@ const duration = s => s < 60 ? `${Math.round(s)} s` : s < 3600 ? `${Math.floor(s
 // First index whose value is at least `v`, of rising values; the index of the nearest one.
 const find = (values, v) => {
   let low = 0, high = values.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (values[middle] < v) low = middle + 1; else high = middle;
-  }
+  for (let middle = high >> 1; low < high; middle = (low + high) >> 1) if (values[middle] < v) low = middle + 1; else high = middle;
   return low;
 };
-const nearest = (values, v) => {
-  const i = find(values, v);
-  return i && (i === values.length || v - values[i - 1] < values[i] - v) ? i - 1 : i;
-};
+const nearest = (values, v, i = find(values, v)) => i && (i === values.length || v - values[i - 1] < values[i] - v) ? i - 1 : i;
 
 // Each value with its neighbours, over 1/20 of the line; gaps only where none is known.
 function smooth(ys) {
   if (smoothed.get(ys)?.length === ys.length) return smoothed.get(ys);
   const reach = Math.max(Math.floor(ys.length / 40), 1), sums = [0], counts = [0];
   ys.forEach((y, i) => { sums.push(sums[i] + (y ?? 0)); counts.push(counts[i] + (y !== null)); });
-  const mean = ys.map((_, i) => {
+  return smoothed.set(ys, ys.map((_, i) => {
     const low = Math.max(i - reach, 0), high = Math.min(i + reach + 1, ys.length), known = counts[high] - counts[low];
     return known ? (sums[high] - sums[low]) / known : null;
-  });
-  smoothed.set(ys, mean);
-  return mean;
+  })).get(ys);
 }
 
 // Round numbers, 1, 2 or 5 times a power of ten apart, that span a range; one that is hardly a range is widened.
@@ -65,8 +52,8 @@ function ticks(low, high, most = 5) {
 
 // Where a step stands on the chosen axis.
 function xOf({columns}, step) {
-  const {step: steps, [view.axis]: values} = columns;
-  return view.axis === "step" || !steps.length ? step : step < steps[0] ? 0 : values[Math.min(find(steps, step), steps.length - 1)];
+  const steps = columns.step, i = Math.min(find(steps, step), steps.length - 1);
+  return view.axis === "step" || i < 0 ? step : step < steps[0] ? 0 : columns[view.axis][i];
 }
 
 // A curve of every run: measured values, and beside them their mean.
@@ -108,9 +95,8 @@ function memory() {
 // Indices to draw: all, or of each pixel the first, the least, the greatest and the last.
 function thin({xs, ys}, low, high, px) {
   if (high - low < MAX_PLAIN) return Array.from({length: Math.max(high - low, 0)}, (_, i) => low + i);
-  const kept = [];
   let at = null, group = [];
-  const flush = () => { kept.push(...new Set(group.sort((a, b) => a - b))); group = []; };
+  const kept = [], flush = () => { kept.push(...new Set(group.sort((a, b) => a - b))); group = []; };
   for (let i = low; i < high; i++) {
     const column = ys[i] === null ? null : Math.round(px(xs[i]));
     if (column !== at || column === null) { flush(); at = column; group = [i, i, i, i]; }
@@ -151,11 +137,12 @@ class Chart {
     }
     const levels = known.length ? seen.flatMap(line => line.level ?? []).map(scaled) : [], all = known.length ? [...known, ...levels] : [0, 1];
     const margin = (Math.max(...all) - Math.min(...all)) * 0.04, low = hasZero && !isLog ? Math.min(...all, 0) : Math.min(...all) - margin;
-    const marks = ticks(low, Math.max(...all) + margin), [least, most] = [marks[0], marks.at(-1)];
+    const high = Math.max(...all) + margin, marks = !isLog ? ticks(low, high) : high - low > 1.5 ? ticks(Math.floor(low), Math.ceil(high)).filter(Number.isInteger)
+      : ticks(10 ** low, 10 ** high).filter(v => v > 0).map(Math.log10), [least, most] = [Math.min(low, marks[0]), Math.max(high, marks.at(-1))];
     const place = this.place = v => TOP + (most - v) / (most - least) * (this.height - TOP - BOTTOM);
     const image = shape("svg", {viewBox: `0 0 ${width} ${this.height}`, role: "img"});
     for (const mark of marks) image.append(shape("path", {class: "grid", d: `M${LEFT} ${place(mark)}H${width - RIGHT}`}),
-      shape("text", {x: LEFT - 8, y: place(mark) + 4, "text-anchor": "end"}, isLog ? number(10 ** mark, 3) : number(mark)));
+      shape("text", {x: LEFT - 8, y: place(mark) + 4, "text-anchor": "end"}, number(isLog ? +(10 ** mark).toPrecision(9) : mark)));
     const [size, word] = view.axis !== "time" ? [1, view.axis === "step" ? "optimizer step" : "tokens"]
       : [[3600, "hours of training"], [60, "minutes of training"], [1, "seconds of training"]].find(row => x1 - x0 > 2 * row[0] || row[0] === 1);
     for (const mark of ticks(x0 / size, x1 / size, Math.max(Math.min(width / 90, 8), 2))) {
@@ -261,6 +248,7 @@ function words() {
   for (const run of runs) for (const s of run.samples) (asked[`?${s.prompt}`] ??= [put("p", {className: "prompt"}, s.prompt ?? "")]).push(
     entry(`${isOne ? "" : `${run.name}, `}${s.when}${s.step ? `, step ${s.step}` : ""}`, s.answer ?? ""), ...(s.expected && s.when === "before" ? [entry("the data", s.expected)] : []));
   byId("live-answers").replaceChildren(...Object.values(asked).map(parts => put("div", {className: "asked"}, ...parts)));
+  byId("live-answers").closest("section").hidden = runs.every(run => !run.samples.length);
   byId("live-log").replaceChildren(...runs.filter(run => run.log.length).flatMap(run => [put("h3", {}, run.name), put("pre", {}, run.log.join("\n"))]));
 }
 
@@ -279,21 +267,15 @@ function refresh() {
 function draw() {
   for (const chart of charts) if (chart.build !== memory || view.place) chart.draw();
   point(view.cursor);
-  for (const button of byId("tools").querySelectorAll("button")) {
-    const {axis, log} = button.dataset;
-    button.ariaPressed = axis ? axis === view.axis : log ? (log === "1") === view.isLog : !view.range;
-  }
+  const isOn = ({axis, log}) => axis ? axis === view.axis : log ? (log === "1") === view.isLog : !view.range;
+  for (const button of byId("tools").querySelectorAll("button")) button.ariaPressed = isOn(button.dataset);
 }
 
 // Bars that lie beside each other, for what is measured once.
 function bars({title, unit, values}) {
-  const most = Math.max(...values.map(v => v[1]), 0) || 1, track = value => {
-    const bar = put("i");
-    bar.style.width = `${Math.max(value, 0) / most * 100}%`;
-    return put("span", {className: "track"}, bar);
-  };
-  return put("figure", {className: "plot"}, put("figcaption", {}, put("b", {}, title), " ", put("span", {}, unit)),
-    ...values.map(([name, value]) => put("div", {className: "bar"}, put("span", {}, name), track(value), put("b", {}, number(value)))));
+  const max = Math.max(...values.map(v => v[1]), 0) || 1;
+  return put("figure", {className: "plot"}, put("figcaption", {}, put("b", {}, title), " ", put("span", {}, unit)), ...values.map(([name, value]) =>
+    put("div", {className: "bar"}, put("span", {}, name), put("progress", {max, value, ariaLabel: name}), put("b", {}, number(value)))));
 }
 
 // Asks for what is new; what a resumed run does again comes with everything else.

@@ -29,7 +29,8 @@ MEMORY = {
     "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
     "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "may be used"),
 }
-COLUMNS = ("step", "time", "tokens", *(curve[0] for curve in CURVES))
+SUMMED = {"time": "step_s", "tokens": "num_tokens"}
+COLUMNS = ("step", *SUMMED, *(curve[0] for curve in CURVES))
 MAX_BINS = 800  # of memory; of neighbouring steps the one that held most is kept
 LEAST, MOST, DIGITS = 1e-300, 1e300, 6  # smaller values are drawn as 0, larger ones as gaps
 
@@ -41,20 +42,19 @@ def short(value: Any) -> float | None:
     return value if isinstance(value, int) else float(f"{value:.{DIGITS}g}") * (abs(value) > LEAST)
 
 
-def planned_steps(config: Mapping[str, Any], step: int, epoch: float | None) -> int | None:
+def planned_steps(config: Mapping[str, Any], last: Mapping[str, Any]) -> int | None:
     """Steps that a run is to take.
 
     Args:
         config: of the run.
-        step: its last.
-        epoch: where that one stands.
+        last: line of its last step; empty before the first.
 
     Returns:
         None where neither steps nor epochs tell.
     """
     planned = config.get("max_steps") or -1
-    if planned < 0 and epoch and config.get("num_epochs"):
-        planned = round(config["num_epochs"] * step / epoch)
+    if planned < 0 and last.get("epoch") and config.get("num_epochs"):
+        planned = round(config["num_epochs"] * last["step"] / last["epoch"])
     return planned if planned > 0 else None
 
 
@@ -107,11 +107,9 @@ class Tape:
         step, columns = line["step"], self._columns
         if columns["step"] and columns["step"][-1] >= step:
             self._cut(step)
-        ends = [columns[name][-1] if columns[name] else 0 for name in ("time", "tokens")]
-        took = (line.get("step_s") or 0.0, line.get("num_tokens") or 0)
-        known = {n: round(e + t, 3) for n, e, t in zip(("time", "tokens"), ends, took, strict=True)}
         for name, values in columns.items():
-            values.append(known[name] if name in known else short(line.get(name)))
+            before, taken = values[-1] if values else 0, line.get(SUMMED.get(name, name))
+            values.append(round(before + (taken or 0), 3) if name in SUMMED else short(taken))
         self.last = dict(line)
         for number, rank in enumerate(line["ranks"]):
             if rank.get("device_total_gib"):
@@ -188,12 +186,8 @@ class Tape:
                 | {"levels": self._levels(chart["place"], chart["limit"])}
                 for title, chart in memory.items()
             },
-            **{"clip": clip, "planned": self._planned(config), "about": _about(config)},
+            **{"clip": clip, "planned": planned_steps(config, self.last), "about": _about(config)},
         }
-
-    def _planned(self, config: Mapping[str, Any]) -> int | None:
-        last = self.last
-        return planned_steps(config, last["step"], last.get("epoch")) if last else None
 
 
 def _about(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Runs side by side from their records, as one page that needs nothing else: report.html."""
 
-import argparse
 import base64
 import hashlib
 import itertools
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
@@ -137,11 +136,8 @@ def sections(runs: list[Run]) -> list[Section]:
     named = [(run, f"{run.name}: " * (len(runs) > 1)) for run in runs]
     compared = [table for pair in named for table in predicted(*pair)]
     tables = [*compared, *(peaks(*pair) for pair in named)]
-    redone = [
-        f"{run.name}: {run.num_redone} steps were taken again after a resume"
-        for run in runs
-        if run.num_redone
-    ]
+    words = "steps were taken again after a resume"
+    redone = [f"{run.name}: {run.num_redone} {words}" for run in runs if run.num_redone]
     chapters = [
         Section("Answers", [], [answers(*pair) for pair in named]),
         Section("Figures", redone, figures(runs)),
@@ -172,7 +168,7 @@ def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
 def _left_s(run: Run) -> float | None:
     """Seconds until the last step, at the median speed."""
     last = run.steps[-1]
-    planned = planned_steps(run.config, last["step"], last.get("epoch"))
+    planned = planned_steps(run.config, last)
     left = max((planned or 0) - last["step"], 0) * (run.median("step_s") or 0.0)
     return left if planned and run.state != "finished" else None
 
@@ -182,9 +178,9 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     facts, first, last, has_gpus = run.facts, run.steps[0], run.steps[-1], run.has_gpus
     names = ("num_tokens", "num_trained_tokens", "step_s")
     tokens, trained, train_s = [sum(v or 0 for v in run.values(name)) or None for name in names]
-    plan_s, gpu_gib = (
-        run.table("plan").get("step_s"),
+    gpu_gib, plan_s = (
         highest(run.peaks("device_peak_reserved_gib")),
+        run.table("plan").get("step_s"),
     )
     loading_gib = run.table("load_peaks").get("host_peak_used_gib")
     host_gib = [run.table("peaks").get("host", {}).get("host_peak_used_gib")]
@@ -433,7 +429,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    parser = argparse.ArgumentParser("python -m fsdp_qlora report", description=__doc__)
+    parser = cli.Parser("python -m fsdp_qlora report", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
     parser.add_argument("--out", type=Path, help="of report.html [of one run its own, else here]")
     args = parser.parse_args(argv)

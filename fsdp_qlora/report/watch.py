@@ -6,7 +6,6 @@ Finished runs and those still under way lie over each other; a run is followed o
 resume. From another machine: ssh -L 8123:127.0.0.1:8123 HOST, then open the same address there.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.checkpoint_store import LOCK, LOGS, METRICS, SUMMARY
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
@@ -78,8 +77,8 @@ class Follower:
             self.read()
         with self._lock:
             state, waits = self._state()
-            own = {"state": state, "waits": waits, "log": self._log()}
-            return {"name": self.name} | own | self._tape.since(token)
+            own = {"name": self.name, "state": state, "waits": waits, "log": self._log()}
+            return own | self._tape.since(token)
 
     def read(self) -> None:
         """Read the next part of the record."""
@@ -103,7 +102,7 @@ class Follower:
                 self._file, self._offset = (stat.st_dev, stat.st_ino), 0
                 self._tape = Tape(self._tape.version + 1)
             block = os.pread(file.fileno(), CHUNK_BYTES, self._offset)
-        whole = block[: block.rfind(b"\n") + 1] or block[:0]
+        whole = block[: block.rfind(b"\n") + 1]
         for line in whole.splitlines():
             row = atomic.parse_json(line)
             if row and ("event" in row or not [n for n in NEEDED if row.get(n) in (None, [])]):
@@ -117,16 +116,16 @@ class Follower:
         """How the run stands, and what its ranks do."""
         lock, summary = self._inside(LOCK), self._inside(SUMMARY)
         owner = OWNER.match(lock.read_text("utf-8", "replace")[:200]) if lock else None
-        is_here = owner is not None and owner[2] == socket.gethostname()
-        if owner is not None and is_here and Path("/proc", owner[1]).exists():
-            return "running", _waits(owner[1])
+        pid, host = owner.groups() if owner else ("", "")
+        is_here = host == socket.gethostname()
+        if is_here and Path("/proc", pid).exists():
+            return "running", _waits(pid)
         if summary is not None:
             is_complete = atomic.read_json(summary).get("is_complete")
             return "finished" if is_complete else "stopped early", []
-        if owner is None:
-            return "not under way" if self._tape.num_steps else "not begun", []
-        where = f"it runs on {owner[2]}" if not is_here else "no process of it is left"
-        return ("ended without a summary" if is_here else "running"), [where]
+        if host and not is_here:
+            return "running", [f"it runs on {host}"]
+        return "ended without a summary" if host else "not under way", []
 
     def _log(self) -> list[str]:
         """The last lines of the ranks that have a log; of a run without one those of its start."""
@@ -139,8 +138,7 @@ class Follower:
                 text = file.read(LOG_BYTES).decode("utf-8", "replace")
             lines += [f"{path.stem}  {line}" for line in text.splitlines()[-LOG_LINES:]]
         known = self._tape.facts.get("lines")
-        lines = [*(known if isinstance(known, list) else []), *lines]
-        return [redact(str(line)) for line in lines]
+        return [redact(str(line)) for line in (*(known or ()), *lines)]
 
 
 def _waits(pid: str) -> list[str]:
@@ -187,9 +185,8 @@ class Server(ThreadingHTTPServer):
         self.followers = [Follower(run_dir) for run_dir in run_dirs]
         for follower in self.followers:
             threading.Thread(target=follower.catch_up, daemon=True).start()
-        names = [follower.name for follower in self.followers]
-        for follower, run_dir in zip(self.followers, run_dirs, strict=True):
-            if names.count(follower.name) > 1:
+        if len({follower.name for follower in self.followers}) < len(run_dirs):
+            for follower, run_dir in zip(self.followers, run_dirs, strict=True):
                 follower.name = str(run_dir)
         try:
             super().__init__((HOST, PORT if port is None else port), _Handler)
@@ -261,8 +258,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    own = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fsdp-qlora watch", description=__doc__, formatter_class=own)
+    parser = cli.Parser("python -m fsdp_qlora watch", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="DIR", type=Path, help="output directory")
     parser.add_argument("--port", type=int, help=f"of {HOST} [{PORT}, or a free one]")
     args = parser.parse_args(argv)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.checkpoint_store import BEST_DRAFT
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
 from fsdp_qlora.config import TrainConfig
@@ -21,7 +21,7 @@ from fsdp_qlora.training.optim import Trained
 BEST = "best"
 EVALUATION = "evaluation.json"
 LARGEST_EXPONENT = 700.0
-MOST_CHARS = 160  # of a prompt on the console: its end is what asks
+MOST_CHARS = 600  # of a prompt or an answer on the console
 
 
 def perplexity(loss: float) -> float:
@@ -31,6 +31,12 @@ def perplexity(loss: float) -> float:
         loss: nats per token.
     """
     return math.exp(min(loss, LARGEST_EXPONENT))
+
+
+def _indented(text: str) -> str:
+    """A text below a name of ten characters, with its line breaks."""
+    shown = text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} …"
+    return "\n          ".join(map(one_line, shown.splitlines()))
 
 
 @dataclasses.dataclass
@@ -103,11 +109,9 @@ class Evaluator:
         before_all = self.answers.get(0, [""] * len(self.data.prompts))
         rows = zip(self.data.prompts, before_all, self.answers[self.num_done], strict=False)
         for prompt, old, new in rows:
-            shown = one_line(prompt.shown)
-            shown = shown if len(shown) <= MOST_CHARS else f"… {shown[-MOST_CHARS:]}"
-            lines += [f"prompt    {shown}", f"before    {one_line(old)}"]
-            lines += [f"after     {one_line(new)}"]
-            lines += [f"the data  {one_line(prompt.expected)}"] if prompt.expected else []
+            texts = {"prompt": prompt.shown, "before": old, "after": new}
+            texts |= {"the data": prompt.expected} if prompt.expected else {}
+            lines += [f"{name:<10}{_indented(text)}" for name, text in texts.items()]
         return lines
 
     def _evaluate(self, when: str) -> None:
@@ -154,10 +158,13 @@ class Evaluator:
 
     def _ask(self, when: str) -> None:
         texts = self.answers[self.num_done] = list[str]()
-        for prompt in self.data.prompts:
-            texts.append(self.answer(prompt))
-            values = {"prompt": prompt.shown, "answer": texts[-1], "expected": prompt.expected}
-            self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
+        prompts, is_silent = self.data.prompts, self.trained.world.rank > 0
+        with cli.Progress("answers", len(prompts), "prompts", is_silent) as progress:
+            for prompt in prompts:
+                texts.append(self.answer(prompt))
+                values = {"prompt": prompt.shown, "answer": texts[-1], "expected": prompt.expected}
+                self.recorder.event("sample", {"when": when, "step": self.num_done, **values})
+                progress.update()
 
     def _recall(self) -> None:
         """What the run saw before it was stopped: its record, as rank 0 has cut it."""

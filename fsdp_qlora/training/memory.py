@@ -319,9 +319,8 @@ class MemoryTracker:
             built: the model, filled and not run since, and where its quantized layers lie.
         """
         self._model = model = built.model
-        layout, placed = model.layout, built.placed
+        layouts, placed = model.layouts, built.placed
         self.pinned_gib = built.loaded.pinned_bytes / GIB
-        weights_share = layout.weights[-1][1] / layout.nbytes
         layers = {id(block.quantized): number for number, block in enumerate(blocks(model))}
         on_host = 0.0
         self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
@@ -333,8 +332,9 @@ class MemoryTracker:
             elif placed.names[number] == "offloaded":
                 on_host += gib
             else:  # a slice is whatever bytes fall to the rank: it counts as a part of both
-                self.held[names.PACKED] += gib * weights_share
-                self.held[names.CONSTANTS] += gib * (1 - weights_share)
+                share = layouts[number].weights[-1][1] / layouts[number].nbytes
+                self.held[names.PACKED] += gib * share
+                self.held[names.CONSTANTS] += gib * (1 - share)
         if placed.streamer is not None:
             self.held[names.BUFFERS] = sum(slot.nbytes for slot in placed.streamer.slots) / GIB
         shared_gib = placed.memory.bytes.nbytes / GIB if placed.memory is not None else 0.0

@@ -37,8 +37,9 @@ from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
+from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.planning.sizes import count_trained, trained_whole
+from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
 from fsdp_qlora.training import memory
 
@@ -46,6 +47,8 @@ from fsdp_qlora.training import memory
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
 
 MIN_PLAIN_LINES = 20
+NUM_SMOOTHED, NUM_RECENT = 20, 50  # steps of the loss and of the time that are shown
+MIN_BAR, DUMB_WIDTH, BAR = 8, 80, "{n_fmt}/{total_fmt} {bar} {desc}"  # characters; as tqdm has it
 COUNTS = ("num_trained_tokens", "num_tokens")
 SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
 SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
@@ -251,6 +254,7 @@ class Recorder:
         self._file: Any = None
         self._unwritten = b""
         self._bar: Any = None
+        self._said_s = time.monotonic()
         self.resumed = resumed or Resumed()
         self._step, self._began_s = self.resumed.step, time.perf_counter() - self.resumed.seconds
 
@@ -263,8 +267,9 @@ class Recorder:
             self._file = path.open("ab" if self.resumed.lines else "wb", buffering=0)
             for line in self.resumed.lines:
                 self._totals.add(line)
-            has_bar = "stdout" not in self.tracker.plan.cfg.log_targets
-            self._bar = _progress_bar(self._num_steps, has_bar, len(self._totals.steps["step_s"]))
+            has_bar = "stdout" not in self.tracker.plan.cfg.log_targets and sys.stderr.isatty()
+            size = {"total": self._num_steps, "initial": len(self._totals.steps["step_s"])}
+            self._bar = tqdm(**size, disable=not has_bar, bar_format=BAR, dynamic_ncols=True)
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
         is_first = not self.resumed.lines
@@ -426,8 +431,25 @@ class Recorder:
         line |= {"nonfinite": nonfinite} if nonfinite else {}
         line |= _plain(memories)
         self._write(line)
-        recent_s = statistics.median(self._totals.steps["step_s"][-50:])
-        _show_progress(self._bar, line, self._num_steps, recent_s)
+        self._show_progress(line)
+
+    def _show_progress(self, line: dict[str, Any]) -> None:
+        """Move the bar on, or print a line now and then; what is left is steps, nothing else."""
+        step, bar, steps = line["step"], self._bar, self._totals.steps
+        words = _progress_words(line, steps["loss"][-NUM_SMOOTHED:])
+        left_s = statistics.median(steps["step_s"][-NUM_RECENT:]) * (self._num_steps - step)
+        left = tqdm.format_interval(left_s)
+        if not bar.disable:
+            width = bar.dynamic_ncols(bar.fp)[0] or DUMB_WIDTH
+            shown = fit([f"{left} left", *words], width - 2 * len(str(self._num_steps)) - MIN_BAR)
+            bar.set_description_str(shown, refresh=False)
+            bar.update(1)
+            return
+        every, now_s = max(1, self._num_steps // MIN_PLAIN_LINES), time.monotonic()
+        is_late = now_s - self._said_s >= cli.LINE_S or step in (1, self._num_steps)
+        if step % every == 0 or is_late:
+            print(f"step {step}/{self._num_steps} {' '.join(words)} ETA {left}", flush=True)
+            self._said_s = now_s
 
     def _write(self, line: dict[str, Any]) -> None:
         """Count and write a line; what a full disk does not take is tried again with the next."""
@@ -455,45 +477,22 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | bool | None) else str(value)
 
 
-def _progress_bar(num_steps: int, has_bar: bool, num_done: int) -> tqdm:
-    """A progress bar on the terminal; disabled (plain lines instead) elsewhere.
-
-    Args:
-        num_steps: optimizer steps of the run.
-        has_bar: False for plain lines on a terminal too.
-        num_done: steps that a run which goes on has taken.
-    """
-    is_live = has_bar and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    form = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
-    rest = {"dynamic_ncols": True, "bar_format": form, "disable": not is_live}
-    return tqdm(total=num_steps, initial=num_done, **rest)
-
-
-def _show_progress(bar: tqdm, line: dict[str, Any], num_steps: int, step_s: float) -> None:
-    """Move the bar on, or print a line now and then when nobody watches.
-
-    Args:
-        bar: of `_progress_bar`.
-        line: of metrics.jsonl.
-        num_steps: optimizer steps of the run.
-        step_s: seconds of a step, for the time that is left.
-    """
-    loss = math.nan if line["loss"] is None else line["loss"]
-    text = f"loss {loss:.3f} {line['tokens_per_s']:,.0f} tok/s"
+def _progress_words(line: dict[str, Any], losses: Sequence[float | None]) -> list[str]:
+    """Figures of a step, the most wanted first; the loss is the mean of the last steps."""
+    known = [loss for loss in losses if loss is not None] if line["loss"] is not None else []
+    words = [f"loss {statistics.fmean(known) if known else math.nan:.3f}"]
+    words += [f"lr {line['learning_rate']:.3g}", f"{line['tokens_per_s']:,.0f} tok/s"]
     gpu = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
     if gpu["device_total_gib"]:
-        text += f" GPU {gpu['device_peak_reserved_gib']:.1f}/{gpu['device_total_gib']:.0f} GiB"
+        words += [f"GPU {gpu['device_peak_reserved_gib']:.1f}/{gpu['device_total_gib']:.0f} GiB"]
     host = max(hosts_of(line), key=lambda host: host["host_used_gib"] / host["host_total_gib"])
     name = f"host {host['name']}" if "name" in host else "host"
-    text += f" {name} {host['host_used_gib']:.1f}/{host['host_total_gib']:.0f} GiB"
-    if not bar.disable:
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(1)
-        return
-    step, every = line["step"], max(1, num_steps // MIN_PLAIN_LINES)
-    if step % every == 0 or step in (1, num_steps):
-        eta = tqdm.format_interval((num_steps - step) * step_s)
-        print(f"step {step}/{num_steps} {text} ETA {eta}", flush=True)
+    return [*words, f"{name} {host['host_used_gib']:.1f}/{host['host_total_gib']:.0f} GiB"]
+
+
+def fit(words: Sequence[str], num_chars: int) -> str:
+    """Return the first of the words, as many as there is room for."""
+    return next(t for i in range(len(words), -1, -1) if len(t := " ".join(words[:i])) <= num_chars)
 
 
 def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
@@ -514,8 +513,8 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
-    num_quantized = info.num_layers - len(trained_whole(info, cfg).layers)
-    quantized_gib = built.model.layout.nbytes * num_quantized / hardware.GIB
+    stores = (block.store for block in blocks(built.model))
+    quantized_gib = sum(store.layout.nbytes for store in stores if store) / hardware.GIB
     sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
     replanned = []

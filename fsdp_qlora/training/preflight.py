@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import checkpoint_store, cli, config, hardware
-from fsdp_qlora.arch import ModelInfo, find_targets
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig

@@ -389,11 +389,11 @@ def test_a_hub_name_that_is_no_shape_is_asked_of_the_hub(command: str, tmp_path:
     with fake_hub({"config.json": config}, tmp_path / "hf") as place:
         found = run("org/model", **place)
     assert (found.returncode, "Traceback" in found.stderr) == (0, False), found.stderr
-    away = run("meta-llama/Llama-3.1-8B-Instruct", **place)
+    away = run("meta-llama/Llama-3.2-1B-Instruct", **place)
     assert away.returncode == ENVIRONMENT and away.stderr.count("\n") == 1
-    assert away.stderr.startswith("error: meta-llama/Llama-3.1-8B-Instruct: no such directory")
-    assert "hf download meta-llama/Llama-3.1-8B-Instruct" in away.stderr
-    assert "llama-3.1-8b" in away.stderr, "the shape that is nearest"
+    assert away.stderr.startswith("error: meta-llama/Llama-3.2-1B-Instruct: no such directory")
+    assert "hf download meta-llama/Llama-3.2-1B-Instruct" in away.stderr
+    assert "llama-3.2-1b" in away.stderr, "the shape that is nearest"
 
 
 def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Path):

@@ -25,7 +25,7 @@ def pipe(name: str):
 X_TOML = ("--recipe={root}/x.toml",)
 CASES = [
     Case("unknown flag", "did you mean --lora_rank?", ("--lora_rnk=8",)),
-    Case("unlike any flag", "--help lists all", ("--zzzzzzzz=8",)),
+    Case("unlike any flag", "--help all lists them", ("--zzzzzzzz=8",)),
     Case("one hyphen", "belongs to no flag", ("-batch_size=8",)),
     Case("word without a flag", "belongs to no flag", ("--lora_rank", "8", "qlora")),
     Case("no value", "write --lr=VALUE", ("--lr",)),

@@ -54,6 +54,26 @@ def test_a_held_out_chat_is_asked_up_to_the_assistants_first_turn(places):
     firsts = {next(m["content"] for m in c if m["role"] == "assistant").strip() for c in chats}
     assert len(found) == 3 and {prompt.expected for prompt in found} <= firsts
     assert all(text.endswith("<|im_start|>assistant\n") for text in texts)
+    asked = set()  # by the user, as they wrote it: no system prompt, no word of the template
+    for chat in chats:
+        first = next(i for i, message in enumerate(chat) if message["role"] == "assistant")
+        asked.add(chat[first - 1]["content"].strip())
+    assert {prompt.shown for prompt in found} <= asked
+
+
+def test_what_is_shown_of_a_held_out_row_is_its_question_and_keeps_its_lines(places, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": f"Add {i}:\n- a\n- b", "input": "1 2" * (i % 2), "output": str(i)}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, texts = choose(places["plain"], path, "--eval_samples=9", "--template=alpaca")
+    assert all("### Response:" in text for text in texts)
+    for prompt in found:
+        head, _, given = prompt.shown.partition("\n\n### Input:\n")
+        row = rows[int(prompt.expected)]
+        assert (head, given) == (row["instruction"], row["input"])
 
 
 def test_running_text_is_continued_from_its_first_tokens(places, tmp_path):

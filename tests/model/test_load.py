@@ -90,7 +90,7 @@ def start(world, path, *flags):
         "bytes_of_files": source.read_bytes,
         "peak_bytes": getattr(source, "peak_bytes", 0),
         "local_bytes": local_bytes,
-        "slice_bytes": -(-model.layout.nbytes // 4 // world.size) * 4,
+        "slice_bytes": -(-model.layouts[0].nbytes // 4 // world.size) * 4,
         "is_shared": model.head.weight is model.embedding.weight,
         "directory": built.cache.directory,
         "note": built.cache.note,
@@ -273,7 +273,7 @@ def damaged_starts(world, path, cache):
         content = bytearray(whole := file.read_bytes())
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
-        now = weights.find_cache(str(cache), info, built.model.layout)
+        now = weights.find_cache(str(cache), info, built.model.layouts)
         read = next(now.read_layers([0])) if now.is_complete else None
         num_seen += read is None
         assert read is None or digest(read) == found[0]["packed"][0]
@@ -321,11 +321,11 @@ def test_another_model_of_one_name_size_and_time_has_another_cache(tmp_path):
     assert found == [*zip(sources, (True, True, True, False, True, True), strict=True)]
 
 
-def hold(cache, info, layout, writer):
+def hold(cache, info, layouts, writer):
     """Write a layer of an entry, say so, and do not end."""
-    begun = weights.find_cache(str(cache), info, layout)
+    begun = weights.find_cache(str(cache), info, layouts)
     weights._claim(begun, begun.directory, 0.0)
-    begun.write_layer(0, torch.zeros(layout.nbytes, dtype=torch.uint8))
+    begun.write_layer(0, torch.zeros(layouts[0].nbytes, dtype=torch.uint8))
     begun._failure()
     os.write(writer, b"x")
     time.sleep(100)
@@ -338,16 +338,16 @@ def no_room(draft, final):
 def two_runs(world, path, cache):
     """Starts while another process writes the entry, and when it is killed; two on full disks."""
     built, info, _ = tiny.shape(path, world, *PLAIN)
-    layout, (reader, writer) = built.model.layout, os.pipe()
+    layouts, (reader, writer) = built.model.layouts, os.pipe()
     if not (child := os.fork()):
-        hold(cache, info, layout, writer)
+        hold(cache, info, layouts, writer)
     os.read(reader, 1)
     found = [start(world, path, f"--quant_cache={cache}", *PLAIN)]
     drafts = [len(list(cache.glob(".tmp-*/layer*")))]
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found += starts(world, [(path, f"--quant_cache={cache}", *PLAIN)] * 2)
-    with largest_file(layout.nbytes // 2):
+    with largest_file(layouts[0].nbytes // 2):
         found.append(start(world, path, f"--quant_cache={cache}-full", *PLAIN))
     commit, atomic.commit = atomic.commit, no_room
     found.append(start(world, path, f"--quant_cache={cache}-late", *PLAIN))

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.__main__ import main
 from fsdp_qlora.data.batches import Batch, collate, flatten
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import DONE, UserError
+from fsdp_qlora.export import model_files
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
@@ -37,6 +39,8 @@ LEVELS = {
 }
 LAYINGS = {"padded": collate, "packed": flatten}
 TOLERANCE = 1e-5
+# Scores that are not divided by the root of the head size make much of a rounding.
+SHARP, SHARP_TOLERANCE = ("gemma4_text", "gemma4_unified_text"), 2e-4
 TABLE = Path(__file__).parents[2] / "recipes" / "models.md"
 # Configs of many parts, of a draft model, or (dbrx) that transformers 5.23 cannot build itself.
 NOT_BUILT = {"blt", "dbrx", "gemma4_assistant", "gemma4_unified_assistant"}
@@ -75,7 +79,7 @@ def judge(path: Path, world: World) -> Finding:
     routers = [n.name for n in info.linears if n.out_features == tiny_models.EXPERTS]
     if routers:
         return Finding("different", f"routers are quantized: {routers[0]}")
-    lora = dict(adapters.named_pairs(model, flats, info.layers_prefix))
+    lora = dict(adapters.named_pairs(model, flats, model.layers_prefix))
     said = info.rope_note(64)  # then a row has the loss of a row alone only in a batch of its own
     samples = make_samples(1 if said else 3)
     wanted = reference(path, lora, cfg, samples)
@@ -89,10 +93,11 @@ def judge(path: Path, world: World) -> Finding:
             continue
         for level, flags in LEVELS.items():
             model.set_checkpointing(dataclasses.replace(cfg, **flags), world.device)
-            found = run(model, batch, world, info.layers_prefix)
+            found = run(model, batch, world)
             for what, size in differences(found, wanted).items():
                 worst[f"{laying} {level} {what}"] = size
-    bad = {where: size for where, size in worst.items() if not size < TOLERANCE}
+    most = SHARP_TOLERANCE if info.model_type in SHARP else TOLERANCE
+    bad = {where: size for where, size in worst.items() if not size < most}
     notes = [f"{max(worst.values()):.1e}"] + ["with --attn eager"] * (cfg.attn == "eager")
     notes += ["packing off"] * (not is_apart) + ["rope said"] * bool(said)
     if bad:
@@ -111,7 +116,7 @@ def build(cfg, world: World) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
         return build(dataclasses.replace(cfg, attn="eager"), world)
 
 
-def run(model, batch: Batch, world: World, prefix: str) -> Results:
+def run(model, batch: Batch, world: World) -> Results:
     """What the trainer computes."""
     shard.settle(model)  # the logits of the last batch left parameters gathered
     model.zero_grad()
@@ -124,7 +129,9 @@ def run(model, batch: Batch, world: World, prefix: str) -> Results:
     rows = RowBounds.of(batch.row_lengths, world.device)
     with torch.no_grad():
         logits = model(batch.input_ids, Targets(targets.positions_N, None), rows=rows)
-    return Results(loss.detach(), logits, dict(adapters.named_pairs(model, grads, prefix)))
+    return Results(
+        loss.detach(), logits, dict(adapters.named_pairs(model, grads, model.layers_prefix))
+    )
 
 
 def reference(path: Path, lora: dict[str, torch.Tensor], cfg, samples) -> Results | str:
@@ -215,7 +222,7 @@ def names_of(found: dict[str, Finding], verdict: str) -> dict[str, str]:
 def test_what_is_accepted_computes_as_transformers_and_peft(found):
     assert not names_of(found, "different")
     assert not names_of(found, "crash")
-    assert len(names_of(found, "equal")) >= 65 + len(tiny_models.VARIANTS)
+    assert len(names_of(found, "equal")) >= 100 + len(tiny_models.VARIANTS)
 
 
 def test_every_type_is_built_but_those_named(found):
@@ -241,7 +248,8 @@ def table(found: dict[str, Finding]) -> str:
         "",
         f"Every causal language model of transformers {transformers.__version__}, as a tiny random "
         "checkpoint: loss, logits and every LoRA gradient, padded and packed, at all three "
-        f"checkpointing levels, are those of transformers + peft within {TOLERANCE:.0e} in fp32, "
+        f"checkpointing levels, are those of transformers + peft within {TOLERANCE:.0e} in fp32 "
+        f"({' and '.join(SHARP)}, whose scores make much of a rounding: {SHARP_TOLERANCE:.0e}), "
         "or the model is refused before its weights are read. Written by "
         "tests/model/test_model_sweep.py.",
         "",
@@ -260,6 +268,29 @@ def table(found: dict[str, Finding]) -> str:
         f"Of another task first, or with such a part: {', '.join(sorted(out))}.",
     ]
     return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5_text", "gemma4_text", "granitemoe"])
+def test_a_merged_model_of_several_kinds_is_that_of_the_adapter(tmp_path, world, name):
+    """Experts in one tensor, linear attention, shared keys: written as the base has them."""
+    from transformers import AutoModelForCausalLM
+
+    base, out = tmp_path / "model", tmp_path / "adapter"
+    tiny_models.save(base, name)
+    flags = ("--train_type=qlora", "--precision=fp32", "--quant_cache=off", f"--output_dir={out}")
+    model, info, cfg = build(config.parse([f"--model_name={base}", *flags]), world)
+    tiny.fill_lora(model)
+    out.mkdir()
+    model_files.save(model, info, cfg, None, is_writer=True)
+    ids = torch.arange(40)[None]
+    argv = [f"--adapter={out}", f"--out={tmp_path / 'out'}", f"--model_name={base}"]
+    assert main(["merge", *argv, "--dtype=fp32", "--device=cpu"]) == DONE
+    facts = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert facts["evidence"]["max_difference"] < 1e-3
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        own, found = model.eval()(ids)[0, -1], merged.eval()(ids).logits[0, -1]
+    assert share(own, found) < 1e-4
 
 
 def edit_files(path: Path, edit) -> None:
@@ -313,12 +344,12 @@ def test_a_window_of_nothing_is_none(tmp_path, world, window):
     tiny_models.save(path, "mistral")
     edit_json(path / "config.json", sliding_window=window)
     cfg = config.parse([f"--model_name={path}", *FLAGS])
-    model, info, _ = build(cfg, world)
+    model, *_ = build(cfg, world)
     flats, samples = tiny.fill_lora(model), make_samples(3)
-    own = run(model, collate(samples, 1), world, info.layers_prefix)
+    own = run(model, collate(samples, 1), world)
     raw = json.loads((path / "config.json").read_text()) | {"sliding_window": None}
     (path / "config.json").write_text(json.dumps(raw))
-    lora = dict(adapters.named_pairs(model, flats, info.layers_prefix))
+    lora = dict(adapters.named_pairs(model, flats, model.layers_prefix))
     assert max(differences(own, reference(path, lora, cfg, samples)).values()) < TOLERANCE
 
 
@@ -344,7 +375,7 @@ def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
     tiny_models.save(path, name)
     cfg = config.parse([f"--model_name={path}", *FLAGS])
     model, info, _ = build(cfg, world)
-    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), info.layers_prefix))
+    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), model.layers_prefix))
     names = sorted({key.split(".")[-3] for key in lora})
     LoraConfig(r=4, lora_alpha=8, target_modules=names).save_pretrained(tmp_path)
     save_file({n: t.contiguous() for n, t in lora.items()}, tmp_path / "adapter_model.safetensors")

@@ -10,6 +10,7 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.arch import info as shapes
+from fsdp_qlora.arch import targets
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import model_files as export
@@ -144,7 +145,7 @@ def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
     assert any(key.endswith(".gate.weight") for key in listed)
     with pytest.raises(UserError, match="0 modules match"):
         names = "w1,up_proj,gate" if name != "qwen2_moe" else "w1,gate"
-        arch.find_targets(info, config.TrainConfig(lora_target_modules=names))
+        targets.find_targets(info, config.TrainConfig(lora_target_modules=names))
 
 
 def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
@@ -160,12 +161,12 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
             return x.clamp(max=7)
 
     layer = torch.nn.ModuleDict({"experts": Clamped()})
-    with pytest.raises(UserError, match=r"3-D weights of experts \(Clamped\)"):
+    with pytest.raises(UserError, match=r"3-D weights of experts \(Clamped\): is not computed"):
         skeleton._replace_experts(layer, (), lambda index, dtype: torch.zeros(0))
     text = json.loads((seen[0] / "mixtral" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(text | {"num_local_experts": 2}))
     (tmp_path / "model.safetensors").symlink_to(seen[0] / "mixtral" / "model.safetensors")
-    with pytest.raises(UserError, match="2 of 96 features in config"):
+    with pytest.raises(UserError, match=r"2 of \[\(192, 128\), \(128, 96\)\] in config"):
         build_one(arch.read(str(tmp_path), need_weights=True))
 
 
@@ -177,8 +178,9 @@ def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
         sizes = AutoConfig.for_model(model_type, **{**tiny.SIZES, **values}).to_dict()
         return dataclasses.replace(info, config=sizes, layers_prefix="model.layers")
 
-    linears = shapes.find_linears(shapes.from_config({"model_type": "llama", **tiny.SIZES}).layer)
-    info = dataclasses.replace(arch.read("llama-2-7b", need_weights=False), linears=linears)
+    kinds = shapes.from_config({"model_type": "llama", **tiny.SIZES}).kinds()
+    layers = {"kinds": kinds, "num_layers": len(kinds[0].layers)}
+    info = dataclasses.replace(arch.read("llama-2-7b", need_weights=False), **layers)
     assert build_one(info_of("granite", logits_scaling=8.0)).head.scale == 0.125
     with pytest.raises(UserError, match="a head that is a matrix"):
         build_one(info_of("xlstm", num_blocks=2))

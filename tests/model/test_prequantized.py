@@ -50,7 +50,7 @@ def bytes_and_logits(world, path: Path, name: str, out: Path) -> tuple:
     flags = (f"--quant_type={quant_type}", f"--double_quant={double}")
     model, info, cfg = tiny.build(path, world, *ADAPTER, *flags, f"--output_dir={out}")
     tiny.fill_lora(model)
-    found, layout = {}, model.layout
+    found, layout = {}, model.layouts[0]
     for number, block in enumerate(shard.blocks(model)):
         flat = shard.gathered(block).cpu()
         for index, linear in enumerate(info.linears):

@@ -190,7 +190,7 @@ def _plant_nan_patterns(world, path):
             load.fill(built, weights.build(info, cfg), cfg, world)
         planted, streamed = [], placed.layers("streamed")
         for index, block in enumerate(shard.blocks(model)):
-            words = torch.arange(model.layout.nbytes // 4, dtype=torch.int32) * 2654435 + index
+            words = torch.arange(model.layouts[0].nbytes // 4, dtype=torch.int32) * 2654435 + index
             patterns = torch.tensor([0x7FC00001, -1, 0x7F817FC1, 0x7C017E01, -0x403F0001]).int()
             words[::3] = patterns[torch.arange(len(words[::3])) % len(patterns)]
             planted.append(words)

@@ -14,7 +14,7 @@ import torch
 from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.placement import Streamer
-from tests import tiny
+from tests import tiny, tiny_models
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ NUM_LAYERS = 7
 
 def _streamer(num_slots):
     device = torch.device(tiny.DEVICE, 0) if tiny.DEVICE == "cuda" else torch.device("cpu")
-    streamer = Streamer(NUM_LAYERS, 64, num_slots, device)
+    streamer = Streamer([64] * NUM_LAYERS, num_slots, device)
     sources = torch.arange(NUM_LAYERS, dtype=torch.uint8).repeat_interleave(64).view(-1, 64)
     streamer.sources = list(sources.pin_memory() if tiny.DEVICE == "cuda" else sources)
     return streamer
@@ -118,6 +118,19 @@ def test_an_epoch_has_the_same_losses_bit_for_bit_wherever_the_bytes_lie(tmp_pat
             by_place = results[level * len(places) : (level + 1) * len(places)]
             assert by_place == [by_place[0]] * len(places)
             assert len(set(by_place[0])) == 4
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "gemma4_text", "qwen3_5_text", "gpt_oss"])
+def test_layers_of_several_kinds_have_the_same_losses_wherever_their_bytes_lie(tmp_path, name):
+    """Dense and expert layers, two head sizes and shared keys, linear attention, fused experts."""
+    from tests.model.test_shard import PLACES
+
+    tiny_models.save(tmp_path / "model", name)
+    cache = f"--quant_cache={tmp_path / 'cache'}"
+    places = [*PLACES.values(), (cache,), (cache, "--host_budget_gib=0.00001")]
+    for by_place in run_ranks(_losses, 2, tmp_path / "model", places):
+        assert by_place == [by_place[0]] * len(places)
+        assert len(set(by_place[0])) == 4
 
 
 def _mappings(name: str) -> set[int]:

@@ -1,5 +1,6 @@
 """The record of a run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +21,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fsdp_qlora import hardware
+from fsdp_qlora import cli, hardware
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.training import memory, metrics
 from fsdp_qlora.training.metrics import Clock
@@ -209,10 +210,17 @@ def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, 
     printed = capsys.readouterr().out.splitlines()
     assert 20 <= len(printed) <= 22
     assert re.fullmatch(
-        r"step 1/100 loss 3\.000 [\d,]+ tok/s host [\d.]+/\d+ GiB ETA [\d:]+",
+        r"step 1/100 loss 3\.000 lr [\d.e-]+ [\d,]+ tok/s host [\d.]+/\d+ GiB ETA [\d:]+",
         printed[0],
     )
-    assert printed[-1].startswith("step 100/100 ")
+    mean = sum(4.0 - step for step in range(81, 101)) / 20  # of the last steps
+    assert printed[-1].startswith(f"step 100/100 loss {mean:.3f} ")
+
+
+def test_without_a_terminal_a_slow_run_prints_a_line_in_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "LINE_S", 0.0)
+    run_steps(tmp_path, 100)
+    assert len(capsys.readouterr().out.splitlines()) == 100
 
 
 def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
@@ -224,20 +232,64 @@ def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
     assert [line.split()[0] for line in printed] == ["begin", "step", "saved"]
 
 
-def test_on_a_terminal_there_is_a_bar_with_loss_speed_and_memory(tmp_path, monkeypatch, capsys):
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 80))
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        run_steps(tmp_path, 3)
-        terminal.flush()
-        drawn = ""
+@contextlib.contextmanager
+def terminal(monkeypatch, num_columns):
+    """A terminal at stderr; what is drawn there is in the list that comes."""
+    (leader, follower), drawn = pty.openpty(), []
+    termios.tcsetwinsize(follower, (24, num_columns))
+    with os.fdopen(follower, "w") as file:
+        monkeypatch.setattr(sys, "stderr", file)
+        yield drawn
+        file.flush()
         while select.select([leader], [], [], 1.0)[0]:  # the kernel hands it over piece by piece
-            drawn += os.read(leader, 100_000).decode()
+            drawn.append(os.read(leader, 100_000).decode())
     os.close(leader)
-    assert re.search(r"3/3 .*loss 1\.000 .*tok/s host [\d.]+/\d+ GiB", drawn)
+
+
+@pytest.mark.parametrize(("num_columns", "seen", "unseen"), [(60, "lr", "host"), (110, "GiB", "x")])
+def test_the_bar_fits_the_terminal_and_evaluations_do_not_spoil_its_eta(
+    tmp_path, monkeypatch, capsys, num_columns, seen, unseen
+):
+    monkeypatch.setenv("NO_COLOR", "1")
+    with (
+        terminal(monkeypatch, num_columns) as drawn,
+        tiny.recorder(tmp_path, Alone(), 50) as written,
+    ):
+        for step in range(1, 4):
+            written.step(record(step, loss=torch.tensor(3.0 / step)))
+            if step == 1:
+                time.sleep(1.0)
+                written.event("eval", {"loss": 1.0})
+        written.flush()
+    last = re.split(r"[\r\n]", "".join(drawn).strip())[-1]
+    assert re.search(r"^ *3/50 .*00:0\d left loss 1\.833 lr [\d.e-]+", last), last
+    assert seen in last and unseen not in last and len(last) <= num_columns
     assert capsys.readouterr().out == ""
+
+
+def test_what_takes_long_shows_a_bar_or_a_line_in_time_and_nothing_when_it_is_short(
+    monkeypatch, capsys
+):
+    def work(is_silent=False, pause_s=0.0):
+        with cli.Progress("loads", 4, "layers", is_silent) as progress:
+            for _ in range(3):
+                progress.update(1, 2**29)
+            time.sleep(pause_s)
+
+    work()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cli, "LINE_S", 0.05)
+    work(True, 0.3)
+    assert capsys.readouterr().err == ""
+    work(False, 0.3)  # nothing moves, and yet there are lines
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 3
+    assert re.fullmatch(r"loads     3/4 layers, [\d.]+ GiB/s, 0 s", lines[0])
+    monkeypatch.setattr(cli, "DELAY_S", 0.1)
+    with terminal(monkeypatch, 60) as drawn:
+        work(False, 0.4)
+    assert re.search(r"loads     3/4 layers, [\d.]+ GiB/s, 0 s.*[█#]", "".join(drawn))
+    assert "\n" not in "".join(drawn).strip()
 
 
 def record_with_ballast(world, folder: str) -> None:
@@ -271,7 +323,7 @@ def record_on_two_hosts(world, folder: str) -> None:
         recorder.step(record(1))
 
 
-def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path, capsys):
+def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path):
     """Each host's own figures and rows; the fullest stands in the line of the step."""
     run_ranks(record_on_two_hosts, 2, str(tmp_path))
     here, there = steps(tmp_path)[0]["hosts"]
@@ -283,8 +335,7 @@ def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path, capsys):
         totals["peaks"]["hosts"][1].items() >= {"name": "far", "host_peak_used_gib": 90.0}.items()
     )
     assert [place["forward"][names.HOSTED] for place in totals["ledger"]["hosts"]] == [1.0, 2.0]
-    metrics._show_progress(metrics._progress_bar(1, False, 0), steps(tmp_path)[0], 1, 1.0)
-    assert " host far 90.0/100 GiB " in capsys.readouterr().out
+    assert "host far 90.0/100 GiB" in metrics._progress_words(steps(tmp_path)[0], [1.0])
     assert metrics.figures(steps(tmp_path)[0])["memory/host_gib"] == 90.0
 
 
