@@ -36,8 +36,7 @@ ANSWERS = {
     "recipe",
 }  # what they print is their result
 
-SCRIPT = {
-    "bash": """_fsdp_qlora() {
+BASH = """_fsdp_qlora() {
 local words
 case "${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in
 %s
@@ -46,8 +45,6 @@ esac
 COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _fsdp_qlora fsdp-qlora"""
-}
-SCRIPT["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SCRIPT["bash"]
 
 
 def main(argv: list[str]) -> int:
@@ -68,7 +65,7 @@ def main(argv: list[str]) -> int:
         usage = "usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)"
         print(usage, "", *rows, "", more, sep="\n")
         return DONE
-    cli.show_version_if_asked(argv[:1])
+    cli.show_version_if_asked(argv[:2])
     if argv[0].startswith("--completion"):
         print(completion(" ".join(argv[:2])[len("--completion=") :]))
         return DONE
@@ -99,8 +96,8 @@ def completion(shell: str) -> str:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             main([command, "--help", "all"])
         entries = re.findall(r"^  (-*\w+)  +(.*(?:\n {9,}.*)*)", out.getvalue(), re.MULTILINE)
-        values = [re.search(r"\(([^ ]+(?:\s+\|\s+[^ ]+)+)\)", text) for _, text in entries]
-        listed = [" ".join(found[1].split()).replace(" |", "") if found else "" for found in values]
+        values = [re.findall(r"\(([^ ()]+(?:\s+\|\s+[^ ()]+)+)\)", text)[:1] for _, text in entries]
+        listed = [" ".join(" ".join(found).replace("|", "").split()) for found in values]
         words[command] = dict(zip((name for name, _ in entries), listed, strict=True))
         if re.search(r"(options?|flags) of train\.py", out.getvalue()):
             words[command] |= words["train"]
@@ -116,7 +113,8 @@ def completion(shell: str) -> str:
     for command, row in words.items():
         names = " ".join(name if name.islower() else value for name, value in row.items())
         cases.append(f'"{command} "*) words="{names}";;')
-    return SCRIPT[shell] % ("\n".join(cases), " ".join(COMMANDS))
+    start = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    return start + BASH % ("\n".join(cases), " ".join(COMMANDS))
 
 
 def console() -> int:

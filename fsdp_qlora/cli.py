@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
-from types import NoneType, SimpleNamespace
+from types import MappingProxyType, NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
@@ -158,13 +158,10 @@ class Progress:
         return f"{what:<9} {', '.join(filter(None, (done, speed, f'{took_s:.0f} s')))}"
 
     def _tick(self) -> None:
-        wait_s = DELAY_S if self._is_live else LINE_S
+        show: Callable[[str], Any] = functools.partial(print, file=sys.stderr, flush=True)
+        wait_s, show = (DELAY_S, self._bar.set_description_str) if self._is_live else (LINE_S, show)
         while not self._over.wait(wait_s):
-            if self._is_live:
-                self._bar.set_description_str(self.line())
-                wait_s = 1.0
-            else:
-                print(self.line(), file=sys.stderr, flush=True)
+            show(self.line())
 
 
 class Given(NamedTuple):
@@ -552,7 +549,12 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
 
 
 def show_help_if_asked(
-    argv: Sequence[str], cls: type, usage: str, main: Sequence[str] = (), more: str = ""
+    argv: Sequence[str],
+    cls: type,
+    usage: str,
+    main: Sequence[str] = (),
+    more: str = "",
+    aliases: Mapping[str, Alias] = MappingProxyType({}),
 ) -> None:
     """Print the options under their groups, with choices and default, when `argv` asks for it.
 
@@ -562,6 +564,7 @@ def show_help_if_asked(
         usage: the line above that.
         main: options that are shown alone, unless `all` follows --help.
         more: what stands below these, such as examples.
+        aliases: other names, which stand beside theirs.
 
     Raises:
         SystemExit: it was asked for (code 0).
@@ -577,6 +580,8 @@ def show_help_if_asked(
         parts = [option.help, f"[{to_text(option.default)}]" * (option.default not in (None, ""))]
         if option.choices and not is_short:
             parts.insert(1, f"({' | '.join(map(to_text, option.choices))})")
+        if (also := [other for other in aliases if aliases[other].option == name]) and not is_short:
+            parts.append(f"also: {', '.join(also)}")
         group = f"the options that matter (--help all: {len(known)})" if is_short else option.group
         groups.setdefault(group, []).append(_entry(f"--{name}", " ".join(filter(None, parts))))
     about = str(inspect.getdoc(cls)).partition("\n\nRaises:")[0]
@@ -605,11 +610,6 @@ def _entry(name: str, words: str) -> str:
 class Parser(argparse.ArgumentParser):
     """An argparse parser with the help and the errors of the other commands."""
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's; --version is answered."""
-        show_version_if_asked(args or ())
-        return super().parse_known_args(args, namespace)
-
     def format_help(self) -> str:
         """The usage, what it does, and a line or more for each argument."""
         words, lines = [self.prog], []
@@ -619,7 +619,7 @@ class Parser(argparse.ArgumentParser):
             words.append(f"[{part}]" if action.nargs in ("?", "*") and part == name else part)
             choices = f"({' | '.join(map(to_text, action.choices))})" if action.choices else ""
             text = f"{action.help or ''}".replace("%(default)s", to_text(action.default))
-            is_told = action.default in (None, False) or "[" in text or action.nargs == "*"
+            is_told = action.default in (None, False) or "[" in text
             usual = "" if is_told else f"[{to_text(action.default)}]"
             lines.append(_entry(name, " ".join(filter(None, [text, choices, usual]))))
         usage = self.usage or " ".join(dict.fromkeys(words))

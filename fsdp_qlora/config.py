@@ -120,9 +120,6 @@ DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
 HELD_OUT_HELP = "held out: rows (200), share (0.1), split or file; auto: 5 %, none of few rows"
 LR_HELP = "highest learning rate [of LoRA by the model's width: 1e-4 to 5e-4; else 1e-5]"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
-TRACED = "--profile writes one trace of three steps, with shapes, into profiles/ of the run"
-PROFILER = """profiling_output=profiles profiling_frequency=10 wait_steps=1 active_steps=4 repeat=0
-export_trace=true with_stack=false with_shapes=false"""
 
 
 def hqq_name(bits: int, group_size: int, axis: int) -> str:
@@ -134,41 +131,19 @@ def hqq_name(bits: int, group_size: int, axis: int) -> str:
 HQQ_FORMATS = {hqq_name(*row): row for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)}
 
 
-def _pairs(text: str) -> list[list[str]]:
-    return [pair.split("=") for pair in text.split()]
-
-
-def _say(words: Mapping[str, str]) -> Callable[[str], str]:
-    return lambda text: words.get(cli.plain(text).lower(), text)
+def _alias(option: str = "", values: Any = (), form: str = "{}", **rest: Any) -> Alias:
+    words = dict(values)
+    return Alias(option, lambda text: words.get(cli.plain(text).lower(), form.format(text)), **rest)
 
 
 _NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+_UNKNOWN: dict[str, Any] = {"reason": "no such option", "is_refused": True}
 # Names that are no options (any more): read from command lines, recipes and records of old runs.
-ALIASES: dict[str, Alias] = {
-    **{name: Alias(option) for name, option in _NAMES["same"].items()},
-    **{name: Alias(option, _say(words)) for name, (option, words) in _NAMES["values"].items()},
-    **{name: Alias(reason=reason) for name, reason in _NAMES["idle"].items()},
-    **{
-        name: Alias(reason="no such option", is_refused=True, remedy=remedy)
-        for name, remedy in _NAMES["refused"].items()
-    },
-    **{name: Alias(usual=usual, reason=TRACED) for name, usual in _pairs(PROFILER)},
-    "export_memory_timeline": Alias("profile_memory", when_both="replace", usual="false"),
-    "warmup_ratio": Alias("warmup_steps", lambda text: text + ".0" * text.isdecimal()),
-    "eval_samples": Alias("eval_split", lambda text: text if text != "0" else "none", usual="0"),
-    "llama_pro_path": Alias("model_name", when_both="replace", usual="none"),
-    "name": Alias("tracker_args", "name={}".format, "add", "none"),
-    "run_name": Alias("tracker_args", "name={}".format, "add", "none"),
-    "group": Alias("tracker_args", "group={}".format, "add", "none"),
-    "entity": Alias("tracker_args", "entity={}".format, "add", "none"),
-    "low_memory": Alias(usual="true", reason="weights are always loaded layer by layer"),
-    "loading_workers": Alias(usual="-1", reason="the ranks share the loading"),
-    "verbose": Alias(usual="false", reason="what matters is always printed"),
-    "master_addr": Alias(usual="localhost", reason="ranks of one machine meet on 127.0.0.1"),
-    "verify_bytes": Alias(usual="true", reason="the 4-bit bytes are always checked"),
-    "init_lora": Alias(usual="default", reason="removed: it changes the base", is_refused=True),
-    "compile": Alias(usual="false", reason="removed: Dynamo cannot trace gathers", is_refused=True),
-}
+ALIASES = {name: _alias(option) for name, option in _NAMES["same"].items()}
+ALIASES |= {name: _alias(*row) for name, row in _NAMES["values"].items()}
+ALIASES |= {name: _alias(reason=reason) for name, reason in _NAMES["idle"].items()}
+ALIASES |= {name: _alias(**_UNKNOWN, remedy=text) for name, text in _NAMES["refused"].items()}
+ALIASES |= {name: _alias(**row) for name, row in _NAMES["former"].items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +152,8 @@ class TrainConfig:
 
     --option true and a bare --option are the same; --recipe reads options from a TOML or YAML file,
     and the command line overrides it; --print_config shows what comes of both. Names of other
-    trainers (per_device_train_batch_size, max_seq_length, load_in_4bit ...) mean what they mean.
+    trainers (per_device_train_batch_size, max_seq_length, load_in_4bit ...) mean what they mean
+    there: --help all has them.
 
     Raises:
         UserError: a value of the wrong type or out of range, or options that exclude each other.
@@ -428,17 +404,14 @@ def place(argv: Sequence[str]) -> TrainConfig:
 
 def _answer(argv: Sequence[str]) -> None:
     """Show the help, the version or the configuration, where they are asked for, and end."""
-    cli.show_help_if_asked(argv, TrainConfig, USAGE, MAIN, EXAMPLES)
-    words = [word for word in argv if word.replace("-", "_") != "__print_config"]
+    cli.show_help_if_asked(argv, TrainConfig, USAGE, MAIN, EXAMPLES, ALIASES)
+    words = [word for word in argv if not re.fullmatch("--print[-_]config(=true)?", word)]
     if len(words) == len(argv):
         return
-    values, named, group = to_dict(parse(words)), given(words), ""
-    for name, row in cli.options(TrainConfig).items():
-        if row.group != group:
-            print(f"\n# {row.group}")
-        sign, group = "" if name in named else "# ", row.group
-        value = "" if values[name] is None else json.dumps(values[name], ensure_ascii=False)
-        print(f"{sign}{name} = {value}".rstrip())
+    named = given(words)
+    for name, value in to_dict(parse(words)).items():
+        text = "" if value is None else json.dumps(value, ensure_ascii=False)
+        print(f"{'' if name in named else '# '}{name} = {text}".rstrip())
     raise SystemExit(0)
 
 

@@ -135,7 +135,7 @@ def recipe(argv: list[str]) -> int:
     """List the recipes, show one, or copy one to change it.
 
     Args:
-        argv: list; show NAME; or copy NAME and the file, [NAME.toml].
+        argv: list; show NAME; or copy NAME, to NAME.toml here.
 
     Returns:
         Exit code.
@@ -147,7 +147,6 @@ def recipe(argv: list[str]) -> int:
     parser = cli.Parser("python -m fsdp_qlora recipe", description=about)
     parser.add_argument("action", choices=("list", "show", "copy"))
     parser.add_argument("name", nargs="?", help="of the list: what to show or copy")
-    parser.add_argument("file", nargs="?", help="to be written [NAME.toml]")
     args = parser.parse_args(argv)
     found = {path.stem: path for path in sorted(config.RECIPES_DIR.glob("*.toml"))}
     texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
@@ -161,12 +160,12 @@ def recipe(argv: list[str]) -> int:
     if args.action == "show":
         print(texts[args.name], end="")
         return DONE
-    path = Path(args.file or f"{args.name}.toml")
+    path = Path(f"{args.name}.toml")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(texts[args.name])
     except OSError as error:
-        raise UserError(str(path), error.strerror or str(error), "name another file") from error
+        raise UserError(str(path), error.strerror or str(error), "go to another place") from error
     print(f"{path}: change it, then python train.py --recipe {path}")
     return DONE
 

@@ -345,6 +345,8 @@ def test_help_shows_every_flag_with_its_default():
         entry = next(entry for entry in entries if entry.startswith(f"{field.name} "))
         assert field.metadata["help"] in entry
         assert field.default is None or f"[{cli.to_text(field.default)}]" in entry
+        names = {name for name, alias in ALIASES.items() if alias.option == field.name}
+        assert names <= {*re.findall(r"\w+", entry.partition("also: ")[2])}
 
 
 def ended(capsys, *argv: str) -> str:
@@ -389,48 +391,16 @@ def test_the_configuration_that_is_printed_is_a_recipe_of_what_was_given(tmp_pat
     assert set(re.findall(r"^(?:# )?(\w+) =", text, re.MULTILINE)) == {*config.to_dict(parse(argv))}
 
 
-AXOLOTL = """
-base_model: NousResearch/Llama-3.2-1B
-load_in_8bit: false
-load_in_4bit: true
-dataset:
-val_set_size: 0.05
-output_dir: ./outputs/out
-adapter: qlora
-sequence_len: 2048
-sample_packing: true
-lora_r: 32
-lora_target_modules: [q_proj, v_proj]
-wandb_project:
-gradient_accumulation_steps: 4
-micro_batch_size: 2
-num_epochs: 1
-optimizer: paged_adamw_32bit
-lr_scheduler: cosine
-learning_rate: 2e-4
-bf16: auto
-tf32: false
-gradient_checkpointing: true
-resume_from_checkpoint:
-logging_steps: 1
-flash_attention: true
-warmup_ratio: 0.1
-weight_decay: 0.0
-"""
-
-
 def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
     """A configuration of axolotl's, and options as transformers, TRL and PEFT declare them."""
-    path = tmp_path / "qlora.yaml"
-    path.write_text(AXOLOTL.replace("optimizer: paged_adamw_32bit", "optim: paged_adamw_32bit"))
-    notes: list[str] = []
+    path, notes = Path(__file__).with_name("axolotl.yaml"), list[str]()
     cfg = parse(["--recipe", str(path), "--dataset=my.jsonl"], say=notes.append)
     assert (cfg.train_type, cfg.packing, cfg.eval_split) == ("qlora", "on", "0.05")
     assert (cfg.optimizer, cfg.attn, cfg.lr) == ("paged_adamw", "flash_attention_2", 2e-4)
     assert (cfg.lora_target_modules, cfg.precision, cfg.wd) == ("q_proj,v_proj", "bf16", 0.0)
     assert [note.split()[1] for note in notes] == ["--tf32", "--logging_steps"]
-    path.write_text("a: b: c\n")
-    assert "not a YAML file" in faults_of("--recipe", str(path))
+    (tmp_path / "x.yml").write_text("a: b: c\n")
+    assert "not a YAML file" in faults_of("--recipe", str(tmp_path / "x.yml"))
     known = set()  # without importing them
     for module in (
         "transformers/training_args",

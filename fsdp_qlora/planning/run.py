@@ -383,6 +383,9 @@ def parse(argv: Sequence[str]) -> Asked:
         }
     except UserError as fault:
         faults.append(fault)
+    if options.explain and len(machines) > 1:
+        rule = "explains the plan of one machine"
+        faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
     if faults:
         raise join(faults)
     return Asked(options, cfg, config.given(rest), machines)

@@ -61,15 +61,14 @@ function curve([field, title, unit, isNoisy, hasZero]) {
   const lines = runs.flatMap((run, i) => {
     const colour = LOOK.colours[i % LOOK.colours.length], ys = run.columns[field], xs = run.columns[view.axis], label = isOne ? title.toLowerCase() : run.name;
     const evals = field === "loss" ? run.evals.filter(e => e[1] !== null) : [], hasMean = isNoisy && ys.length >= 10;
-    const base = {label, colour, xs, ys};
     return [
-      (ys.some(y => y !== null) || field === "loss") && ys.length && {...base, style: hasMean ? "faint" : "line"},
-      hasMean && {...base, ys: smooth(ys), style: "line"},
+      (ys.some(y => y !== null) || field === "loss") && ys.length && {label, colour, xs, ys, style: hasMean ? "faint" : "line"},
+      hasMean && {label, colour, xs, ys: smooth(ys), style: "line"},
       evals.length && {label: `${label}, held out`, colour: isOne ? LOOK.colours[1] : colour, xs: evals.map(e => xOf(run, e[0])), ys: evals.map(e => e[1]), style: "dots"},
       field === "grad_norm" && run.clip && {label: isOne ? "clipped to" : `${run.name}, clipped to`, colour: GREY, level: run.clip, style: "dash"},
-    ].filter(Boolean);
+    ];
   });
-  return {title, unit, lines, hasZero};
+  return {title, unit, lines: lines.filter(Boolean), hasZero};
 }
 
 // One GPU or host: areas by row, a line of what was held, dashes of plan and limit.
@@ -260,8 +259,8 @@ function refresh() {
   byId("place").replaceChildren(...known.map((k, i) => put("option", {value: i, selected: k === view.place}, isOne ? k.title : `${k.run.name}, ${k.title}`)));
   byId("place").onchange = event => { Object.assign(view, {place: known[event.target.value], isChosen: true}); draw(); };
   tiles();
-  if (DATA.live) words();
   draw();
+  if (DATA.live) words();
 }
 
 function draw() {
@@ -306,7 +305,7 @@ if (runs.length) {
     Object.assign(view, axis && {axis, range: null, cursor: null}, log && {isLog: log === "1"}, whole && {range: null});
     draw();
   };
-  addEventListener("resize", draw);
+  onresize = draw;
   refresh();
 }
 if (DATA.live) follow();

@@ -101,7 +101,9 @@ class Tape:
             names = ("when", "step", "prompt", "answer", "expected")
             self._samples.append({name: line.get(name) for name in names})
         elif kind == "run":
-            self.facts = dict(line)
+            config = line.get("config") or {}
+            planned_steps(config, {"step": 1, "epoch": 1.0})  # raises where it is no configuration
+            self.facts = {**line, "config": config}
 
     def _add_step(self, line: Mapping[str, Any]) -> None:
         step, columns = line["step"], self._columns
@@ -109,7 +111,9 @@ class Tape:
             self._cut(step)
         for name, values in columns.items():
             before, taken = values[-1] if values else 0, line.get(SUMMED.get(name, name))
-            values.append(round(before + (taken or 0), 3) if name in SUMMED else short(taken))
+            values.append(
+                round(before + (short(taken) or 0), 3) if name in SUMMED else short(taken)
+            )
         self.last = dict(line)
         for number, rank in enumerate(line["ranks"]):
             if rank.get("device_total_gib"):
@@ -174,7 +178,7 @@ class Tape:
         version, *rest = [int(part) for part in token.split("-") if part.isdecimal()] or [-1]
         is_known = version == self.version and len(rest) == len(counts)
         steps, evals, samples, bins = rest if is_known else [0] * len(counts)
-        clip = config.get("grad_norm") if config.get("apply_gradient_clipping") else None
+        clip = short(config.get("grad_norm")) if config.get("apply_gradient_clipping") else None
         return {
             "token": "-".join(map(str, [self.version, *counts])),
             "starts": [steps, evals, samples, bins],

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,11 +149,6 @@ def sections(runs: list[Run]) -> list[Section]:
     return [s for s in chapters if s.words or any(table.rows for table in s.tables)]
 
 
-def _last(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return known[-1] if known else None
-
-
 def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
     """Write a number.
 
@@ -187,6 +182,7 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     host_gib += run.host("host_peak_used_gib") + run.host("host_used_gib")
     cores = [busy for busy in run.host("cpu_cores") if busy is not None]
     before = next((loss for step, loss in run.evals if not step), None)
+    after = next((loss for step, loss in run.evals[::-1] if step and loss is not None), None)
     return {
         "Time": [
             ("steps", ",.0f", len(run.steps)),
@@ -213,7 +209,7 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
             ("training loss, last step", ",.4f", last.get("loss")),
             ("losses that are not a number", ",.0f", run.values("loss").count(None) or None),
             ("held-out loss before", ",.4f", before),
-            ("held-out loss after", ",.4f", _last(loss for step, loss in run.evals if step)),
+            ("held-out loss after", ",.4f", after),
         ],
     }
 

@@ -25,10 +25,9 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
 from fsdp_qlora.record import NEEDED
 from fsdp_qlora.report.charts import Tape
-from fsdp_qlora.report.page import Section, render
+from fsdp_qlora.report.page import NO_RECORD, Section, render
 
-HOST, PORT = "127.0.0.1", 8123
-NAMES = (HOST, "localhost", "::1")  # by any other a page of the web would ask
+HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
 CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
 MARK_BYTES = 64  # of the last line: whether a record is still the one that was read
 LOG_BYTES, LOG_LINES, MAX_WAITS = 4096, 20, 4
@@ -106,7 +105,7 @@ class Follower:
         for line in whole.splitlines():
             row = atomic.parse_json(line)
             if row and ("event" in row or not [n for n in NEEDED if row.get(n) in (None, [])]):
-                with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+                with contextlib.suppress(*NO_RECORD):
                     self._tape.add(row)  # a damaged line is left out
         self._offset += len(whole)
         self._mark = (self._mark + whole)[-MARK_BYTES:] if self._offset else b""
@@ -138,7 +137,8 @@ class Follower:
                 text = file.read(LOG_BYTES).decode("utf-8", "replace")
             lines += [f"{path.stem}  {line}" for line in text.splitlines()[-LOG_LINES:]]
         known = self._tape.facts.get("lines")
-        return [redact(str(line)) for line in (*(known or ()), *lines)]
+        lines = [*(known if isinstance(known, list) else ()), *lines]
+        return [redact(str(line)) for line in lines]
 
 
 def _waits(pid: str) -> list[str]:
@@ -215,8 +215,7 @@ class Server(ThreadingHTTPServer):
 
     def news(self, query: str) -> str:
         """What is new since the answers of which `query` gives the tokens, as JSON."""
-        tokens = parse_qs(query, keep_blank_values=True).get("at", [])
-        tokens += [""] * len(self.followers)
+        tokens = parse_qs(query, keep_blank_values=True).get("at", []) + [""] * len(self.followers)
         runs = [f.answer(token) for f, token in zip(self.followers, tokens, strict=False)]
         is_behind = any(follower.is_behind for follower in self.followers)
         return json.dumps({"runs": runs, "isBehind": is_behind}, separators=(",", ":"))

@@ -372,6 +372,8 @@ def test_several_machines_stand_in_one_table(capsys: pytest.CaptureFixture[str])
     text = output(capsys, *words, "--gpus", "4,12,2x24")
     assert text.splitlines()[1].startswith("4           NO") and "2x24        yes" in text
     assert run.main([*words, "--gpus=4,4.5"]) == ENVIRONMENT
+    with pytest.raises(UserError, match="explains the plan of one machine"):
+        run.main([*words, "--gpus=4,12", "--explain"])
 
 
 def test_what_does_not_fit_says_so_with_a_remedy_that_fits(capsys: pytest.CaptureFixture[str]):

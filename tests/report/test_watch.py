@@ -93,7 +93,9 @@ def test_memory_keeps_its_peak_and_its_order_however_long_a_run_is():
 
 def test_the_server_answers_this_machine_alone_and_only_with_the_run(run_dir, tmp_path):
     bad = "<script>alert(1)<"
-    other = write_run(tmp_path / bad, [step_line(1, 2.0)], config=CONFIG | {"model_name": bad})
+    other = write_run(
+        tmp_path / bad, [step_line(1, 2.0)], config=CONFIG | {"model_name": bad, "max_steps": "x"}
+    )
     (tmp_path / "secret").write_text("do not serve")
     (run_dir / "logs").mkdir()
     (run_dir / "logs" / "rank1.log").symlink_to(tmp_path / "secret")
