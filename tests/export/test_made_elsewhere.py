@@ -1,5 +1,7 @@
 """Adapters that peft has made: computed as peft computes them, or refused in true words."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -7,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fsdp_qlora import arch, config, inference
+from fsdp_qlora.__main__ import main
 from fsdp_qlora.arch import targets
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import count_trained
-from tests import tiny
+from tests import tiny, warm
 from tests.ranks import run_ranks
 
 ALPHAS = {"q_proj": 32, r"layers\.1\..*down_proj": 2}
@@ -235,6 +239,31 @@ def test_what_is_said_against_an_adapter_is_refused_in_one_line(model, tmp_path,
     with pytest.raises(UserError) as caught:
         start(flags.replace("OTHER", str(other)))
     assert words.format(tmp_path / "made") in str(caught.value)
+
+
+def test_a_run_that_goes_on_from_an_adapter_is_resumed_without_it(tmp_path: Path):
+    """And tells in its adapter_config.json what it was started from; plan counts the same."""
+    warm.make_model(tmp_path)
+    start, model, out = tmp_path / "made", tmp_path / "model", tmp_path / "out"
+    made(model, start, {"target_modules": r".*1\..*[qk]_proj", "rank_pattern": {"q_proj": 2}})
+    flags = [f"--init_adapter={start}", f"--dataset={tmp_path / 'data.jsonl'}", "--lr=1e-9"]
+    flags += ["--save_every=1", "--batch_size=4", "--context_length=128", "--world_size=2"]
+    flags += ["--quant_cache=off", "--token_cache=off"]
+    run = warm.start([*flags, "--max_steps=1", f"--output_dir={out}"], tmp_path)
+    assert run.wait() == 0, run.err
+    assert f"adapter   goes on from {start}: rank 2, 4 on 2 linears" in run.out
+    plan = contextlib.redirect_stdout(io.StringIO())
+    with plan as printed:
+        assert main(["plan", *flags, "--gpus=2x24", "--json"]) == 0
+    assert json.loads(printed.getvalue())["num_trained"] == 2 * 128 + 4 * 128
+    config_of = (json.loads((place / "adapter_config.json").read_text()) for place in (start, out))
+    before, after = config_of
+    assert {key for key in before if before[key] != after.get(key)} <= {"base_model_name_or_path"}
+    first, last = (load_file(place / "adapter_model.safetensors") for place in (start, out))
+    assert all(torch.allclose(first[name], last[name], atol=1e-7) for name in first | last)
+    start.rename(tmp_path / "gone")
+    again = warm.start([f"--resume={out}", "--max_steps=2"], tmp_path)
+    assert again.wait() == 0, again.err
 
 
 SELECTIONS = [
