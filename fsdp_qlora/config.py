@@ -132,8 +132,11 @@ HQQ_FORMATS = {hqq_name(*row): row for row in itertools.product(HQQ_BITS, GROUP_
 
 
 def _alias(option: str = "", values: Any = (), form: str = "{}", **rest: Any) -> Alias:
-    words = dict(values)
-    return Alias(option, lambda text: words.get(cli.plain(text).lower(), form.format(text)), **rest)
+    def write(text: str) -> str:
+        words: dict[str, str] = dict(values)
+        return words.get(text, words.get(cli.plain(text).lower(), form.format(text)))
+
+    return Alias(option, write, **rest)
 
 
 _NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from typing import Any
 
 from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
-from fsdp_qlora.export import adapter, hub
+from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
 
@@ -71,14 +71,14 @@ def run(
         checkpointer.wait()
         if cfg.save_model:
             hooks.reach("export", world.rank)
-            with tracker.phase("save"):
+            with tracker.phase("save"), cli.Progress("saves", is_silent=not is_writer):
                 evaluator.save(cfg)
             recorder.collect("save")
             record["result"] = _hashes(out_dir) if is_writer else {}
         recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
-        metrics.print_summary(cfg)
+        metrics.print_summary(cfg, serving.next_steps(out_dir, cfg))
     world.barrier()  # what rank 0 writes is there for all
 
 
@@ -131,7 +131,8 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     notes = packing, plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)
     record["lines"] += [line for line in notes if line]
     if is_probed:
-        record["lines"].append(memory_probe.run(trained, dataset.train, tracker))
+        with cli.Progress("dry run", is_silent=world.rank > 0):
+            record["lines"].append(memory_probe.run(trained, dataset.train, tracker))
     return trained, tracker, record
 
 
@@ -284,6 +285,8 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         adapter.check_init(plan.cfg, plan.info, say)
     preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
+    for line in serving.notes(cfg):
+        say(line)
     _watch(cfg)
     code = launch.supervise(launch.Attempt(cfg, argv, plan, **followed))
     if code == errors.DONE:

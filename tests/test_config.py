@@ -418,6 +418,7 @@ def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
     assert (cfg.lr, cfg.batch_size, cfg.optimizer, cfg.num_epochs) == (1e-3, 3, "adamw", 2)
     assert (cfg.context_length, cfg.save_every, cfg.log_to, cfg.packing) == (64, "7", "tqdm", "off")
     assert (cfg.lora_target_modules, cfg.eval_every) == ("k_proj", "epoch")
+    assert parse(["--eval_samples=0", "--bf16=1"]).eval_split is None
     for wrong, words in (
         ("--use_dora true", "use --train_type bnb_dora"),
         ("--deepspeed z.json", "see --sharding_strategy"),

@@ -9,6 +9,8 @@ more than a few tensors at once.
 import dataclasses
 import math
 import os
+import shlex
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +20,10 @@ from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch.files import read_tensors, split_experts
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
+from fsdp_qlora.data import tokenizer
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
+from fsdp_qlora.export import serving
 from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.hardware import GIB, versions
 from fsdp_qlora.planning.sizes import FORMATS, new_layers
@@ -68,6 +72,30 @@ class MergeOptions(CheckOptions):
     quant_cache: str = flag("auto", "merge", "where training kept its 4-bit bytes", rule=TEXT)
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
     device: str = flag("auto", "merge", "where it is computed", DEVICES)
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufOptions(MergeOptions):
+    """Write a model for llama.cpp and Ollama: a GGUF file, and a Modelfile with its chat template.
+
+    --adapter is merged first, as `export merged` does; a whole model is --model_name alone.
+    llama.cpp's own scripts convert it, and llama-quantize what they cannot.
+    """
+
+    outtype: str = flag("q4_k_m", "gguf", "of the weights", serving.OUTTYPES)
+    llama_cpp: str | None = flag(None, "gguf", "llama.cpp's directory [its programs are on PATH]")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraGgufOptions:
+    """Write an adapter alone as GGUF, for `llama-cli -m BASE.gguf --lora FILE`."""
+
+    out: str | None = flag(None, "output", "directory to be made")
+    outtype: str = flag("f16", "output", "of the matrices", serving.CONVERTED)
+    adapter: str | None = flag(None, "lora-gguf", "directory of the adapter")
+    model_name: str | None = flag(None, "lora-gguf", "its base [as adapter_config.json has it]")
+    any_base: bool = flag(False, "lora-gguf", "take another base than the one it was trained on")
+    llama_cpp: str | None = flag(None, "lora-gguf", "llama.cpp's directory [it is on PATH]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +175,26 @@ def merge(argv: list[str]) -> int:
             disk (code 3), values that the dtype cannot hold (code 5).
     """
     options = _parse("merged", argv, MergeOptions, "adapter", "out")
+    _merge(options, *_base_and_adapter(options))
+    return DONE
+
+
+def _base_and_adapter(
+    options: MergeOptions | LoraGgufOptions,
+) -> tuple[SavedAdapter, arch.ModelInfo]:
+    """Read an adapter and its base, and see that they belong together."""
     adapter = adapters.read(Path(os.path.expanduser(str(options.adapter))))
     if not (options.model_name or adapter.base_name):
         got = f"{adapter.path}: base_model_name_or_path"
         raise UserError(got, "is empty", "name the base with --model_name")
     info = arch.read(options.model_name or adapter.base_name, need_weights=True)
     adapters.check(adapter, info)
+    adapters.check_base(adapter, info, options.any_base)
+    return adapter, info
+
+
+def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -> None:
+    """Merge, compare, and print what was done."""
     format_name = options.format or adapter.record.get("format")
     if format_name not in (None, *FORMATS):
         remedy = f"name one with --format: {' '.join(FORMATS)}"
@@ -160,15 +202,6 @@ def merge(argv: list[str]) -> int:
     if options.base == "dequantized" and format_name is None:
         rule = "the adapter does not tell what its base was quantized to"
         raise UserError("--base dequantized", rule, f"add --format: {' '.join(FORMATS)}")
-    adapters.check_base(adapter, info, options.any_base)
-    _merge(options, adapter, info, format_name)
-    return DONE
-
-
-def _merge(
-    options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo, format_name: str | None
-) -> None:
-    """Merge, compare, and print what was done."""
     import torch
 
     from fsdp_qlora.export import model_files, new_weights
@@ -318,8 +351,90 @@ def expand(argv: list[str]) -> int:
     return DONE
 
 
+def gguf(argv: list[str]) -> int:
+    """Write a model as GGUF.
+
+    Args:
+        argv: see GgufOptions.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, no such model (codes 2, 3, 5), llama.cpp is not there or refuses
+            the model (code 3), a full disk (code 3).
+    """
+    options = _parse("gguf", argv, GgufOptions, "out")
+    serving.find_tool(serving.CONVERTER, options.llama_cpp)
+    if options.outtype not in serving.CONVERTED:
+        serving.find_tool(serving.QUANTIZER, options.llama_cpp)
+    own = list[SavedAdapter]()
+    if options.adapter:
+        *own, info = _base_and_adapter(options)
+    elif options.model_name:
+        info = arch.read(options.model_name, need_weights=True)
+    else:
+        raise UserError("export gguf", "names no model", "give --adapter or --model_name")
+    if info.stored_format and not own:
+        rule = f"is quantized, as {info.stored_format}"
+        raise UserError(str(info.path), rule, "take the 16-bit original of this model")
+    assert info.path is not None
+    has_own = own and tokenizer.has_files(own[0].path)
+    serving.check_tokens(own[0].path if has_own else info.path, info)
+    out, model, system = Path(str(options.out)), info.path, None
+    need_bytes = 2 * sum(math.prod(ref.shape) for ref in info.tensors.values()) * (1 + len(own))
+    with atomic.new_directory(out, need_bytes) as draft:
+        for adapter in own:
+            model, cfg = draft / "merged", adapters.run_config(adapter.path)
+            system = None if cfg is None else cfg.system_prompt
+            _merge(dataclasses.replace(options, out=str(model)), adapter, info)
+        lines = serving.write_gguf(model, draft, options.outtype, options.llama_cpp)
+        file = next(draft.glob("*.gguf"))
+        lines.append(serving.write_modelfile(draft, file.name, model, system))
+        if own:
+            shutil.rmtree(model)
+    print(f"written   {out}: {'; '.join(lines)}")
+    name, file = shlex.quote(out.name.lower()), out / file.name
+    print(f"next      llama-cli -m {shlex.quote(str(file))}")
+    print(f"          ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}")
+    return DONE
+
+
+def lora_gguf(argv: list[str]) -> int:
+    """Write an adapter as GGUF.
+
+    Args:
+        argv: see LoraGgufOptions.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        UserError: a wrong option, an adapter or a base that does not fit (codes 2, 5), llama.cpp is
+            not there or refuses it (code 3), a full disk (code 3).
+    """
+    options = _parse("lora-gguf", argv, LoraGgufOptions, "adapter", "out")
+    script = serving.find_tool(serving.LORA_CONVERTER, options.llama_cpp)
+    adapter, info = _base_and_adapter(options)
+    if any(pair.magnitude for pair in adapter.pairs.values()) or adapter.replaced:
+        rule = "is more than LoRA matrices (DoRA, modules_to_save or new layers)"
+        raise UserError(str(adapter.path), rule, "write the whole model: export gguf")
+    assert info.path is not None
+    out = Path(str(options.out))
+    with atomic.new_directory(out, (adapter.path / adapters.WEIGHTS_NAME).stat().st_size) as draft:
+        serving.write_lora(adapter, info.path, draft, options.outtype, script)
+    file = shlex.quote(str(out / f"lora-{options.outtype}.gguf"))
+    if said := adapters.base_note(adapter, "bf16"):
+        print(said)
+    print(f"written   {file}: {adapter}")
+    print(f"next      llama-cli -m BASE.gguf --lora {file}")
+    return DONE
+
+
 FORMS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "merged": (merge, "a plain model of an adapter and its base"),
+    "gguf": (gguf, "a model for llama.cpp and Ollama"),
+    "lora-gguf": (lora_gguf, "an adapter alone for llama.cpp"),
     "4bit": (quantize, "a model in 4 bit, for transformers"),
     "expanded": (expand, "a model with new layers or tokens, to be trained"),
 }

@@ -545,11 +545,12 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     return facts | {"data": data.audit.facts, "lines": lines}
 
 
-def print_summary(cfg: TrainConfig) -> None:
+def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
     """Say how long the training took, where the results are, and what to try next.
 
     Args:
         cfg: gives the directory, with summary.json.
+        next_steps: commands.
     """
     out = cfg.resolved_output_dir
     done = json.loads((out / "summary.json").read_text())
@@ -559,7 +560,7 @@ def print_summary(cfg: TrainConfig) -> None:
         f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
         f"{done['tokens_per_s']:,.0f} tok/s\n"
         f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html\n"
-        f"next      python train.py --model_name {cfg.model_name} --dataset YOUR_ROWS.jsonl",
+        "next      " + "\n          ".join(next_steps),
         flush=True,
     )
 
