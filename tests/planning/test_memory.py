@@ -13,8 +13,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.quantize import build_layout
