@@ -71,7 +71,7 @@ def run(
         checkpointer.wait()
         if cfg.save_model:
             hooks.reach("export", world.rank)
-            with tracker.phase("save"):
+            with tracker.phase("save"), cli.Progress("saves", is_silent=not is_writer):
                 evaluator.save(cfg)
             recorder.collect("save")
             record["result"] = _hashes(out_dir) if is_writer else {}
@@ -128,7 +128,8 @@ def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any
     notes = packing, plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)
     record["lines"] += [line for line in notes if line]
     if is_probed:
-        record["lines"].append(memory_probe.run(trained, dataset.train, tracker))
+        with cli.Progress("dry run", is_silent=world.rank > 0):
+            record["lines"].append(memory_probe.run(trained, dataset.train, tracker))
     return trained, tracker, record
 
 

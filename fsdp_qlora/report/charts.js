@@ -112,7 +112,6 @@ class Chart {
     Object.assign(this, {build, height, caption: put("figcaption"), box: put("div", {className: "view"}), key: put("ul", {className: "key"})});
     this.figure = put("figure", {className: height > 300 ? "plot tall" : "plot"}, this.caption, this.box, this.key);
     place.append(this.figure);
-    charts.push(this);
     const ended = act => event => { const from = this.from; this.from = null; act(from, event); };
     Object.assign(this.box, {ondblclick: () => zoom(null), onpointermove: event => this.move(event), onpointercancel: ended(draw)});
     this.box.onpointerleave = () => { if (this.from == null) point(null); };
@@ -299,8 +298,7 @@ async function follow() {
 
 byId("bars").replaceChildren(...DATA.bars.map(bars));
 if (runs.length) {
-  for (const row of LOOK.curves) new Chart(byId("curves"), () => curve(row));
-  new Chart(byId("memory-chart"), memory, 340);
+  charts.push(...LOOK.curves.map(row => new Chart(byId("curves"), () => curve(row))), new Chart(byId("memory-chart"), memory, 340));
   byId("tools").onclick = ({target: {dataset: {axis, log, whole}}}) => {
     Object.assign(view, axis && {axis, range: null, cursor: null}, log && {isLog: log === "1"}, whole && {range: null});
     draw();

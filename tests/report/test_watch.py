@@ -65,9 +65,8 @@ def test_a_reader_has_what_the_record_says_after_growth_resume_and_a_new_start(r
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
         page.look()  # the same file, written anew: shorter, then longer
         assert page.columns["loss"] == [row["loss"] for row in lines]
-    os.replace(
-        write_run(run_dir / "x", [step_line(1, 9.0)]) / "metrics.jsonl", run_dir / "metrics.jsonl"
-    )
+    new = write_run(run_dir / "x", [step_line(1, 9.0)]) / "metrics.jsonl"
+    os.replace(new, run_dir / "metrics.jsonl")
     page.look()
     assert page.columns["loss"] == [9.0] and page.look()["columns"]["loss"] == []
 
