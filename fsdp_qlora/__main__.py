@@ -76,6 +76,10 @@ def main(argv: list[str]) -> int:
     if sys.flags.optimize > 1 and argv[0] != "train":  # whose ranks start without it
         rule = "transformers reads its docstrings, which are gone"
         raise UserError("python -OO", rule, "leave it and PYTHONOPTIMIZE out", ENVIRONMENT)
+    if argv[0] == "plan" and any(re.match("--init[-_]adapter", word) for word in argv):
+        from fsdp_qlora.export import adapter  # of a later room than the plan
+
+        argv = ["plan", *adapter.expand_init(argv[1:])]
     module, _, function = COMMANDS[argv[0]][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 

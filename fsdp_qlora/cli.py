@@ -47,6 +47,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
     "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
     "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
+    "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),
     "a JSON object": lambda value: _is_object(value),
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
@@ -385,11 +386,16 @@ class Reader:
             field_name, place = self._find(key), f"{key} = {value} in {path}"
             if field_name is None or field_name == "recipe":
                 self._refuse_name(f"{key} in {path}", key)
-            elif isinstance(value, bool | int | float | str | list):
+            elif isinstance(value, bool | int | float | str | list) or (
+                isinstance(value, dict) and self._rule(field_name) == "a JSON object"
+            ):
                 given[field_name] = Given(to_text(value), place)
             elif value is not None:  # as YAML leaves a thing out
                 self._refuse(place, "must be text, number or true/false", "rewrite it")
         return self.rename(given)
+
+    def _rule(self, name: str) -> str:
+        return str(getattr(options(self.cls).get(name), "rule", ""))
 
     def _refuse(self, got: str, rule: str, remedy: str) -> None:
         self.faults.append(UserError(got, rule, remedy))
@@ -497,6 +503,8 @@ def to_text(value: Any) -> str:
     """Return a value as it would be written on the command line."""
     if isinstance(value, list):
         return ",".join(to_text(item) for item in value)
+    if isinstance(value, dict):
+        return json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

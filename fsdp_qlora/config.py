@@ -113,7 +113,7 @@ TRAINED = ("assistant", "completion", "last", "all")
 ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
-JSON = "a JSON object"
+JSON, LAYERS = "a JSON object", "layers as in 0,8-15"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
@@ -178,9 +178,14 @@ class TrainConfig:
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
     lora_rank: int = flag(16, "adapter", "rank r of the LoRA matrices", rule=">= 1")
-    lora_alpha: int = flag(32, "adapter", "scale is alpha / r", rule=">= 1")
+    lora_alpha: int | float = flag(32, "adapter", "scale is alpha / r", rule="> 0")
     lora_dropout: float = flag(0.0, "adapter", "on the adapter's input", rule="from 0 to below 1")
-    lora_target_modules: str = flag("all", "adapter", "all linears, or a,comma,list", rule=TEXT)
+    lora_target_modules: str = flag("all", "adapter", "all, a,comma,list or pattern", rule=TEXT)
+    lora_exclude_modules: str | None = flag(None, "adapter", "list or pattern", rule=TEXT)
+    layers_to_transform: str | None = flag(None, "adapter", "layers with adapters", rule=LAYERS)
+    rank_pattern: str | None = flag(None, "adapter", "pattern of linears -> rank", rule=JSON)
+    alpha_pattern: str | None = flag(None, "adapter", "pattern of linears -> alpha", rule=JSON)
+    init_adapter: str | None = flag(None, "adapter", "PEFT adapter to go on from", rule=TEXT)
     use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
     loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
     modules_to_save: str | None = flag(None, "adapter", "trained in full: embed_tokens,lm_head")

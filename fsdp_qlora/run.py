@@ -44,7 +44,7 @@ def run(
     dataset = world.each(lambda: data.build(cfg, plan.info, world))
     num_steps = dataset.train.num_steps
     resumed = checkpoint.load(plan, given, saved, dataset, world)
-    trained, tracker, record = _build(plan, dataset, world)
+    trained, tracker, record = _build(plan, dataset, world, saved is None)
     checkpoint.restore(trained, resumed.saved)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
@@ -108,9 +108,9 @@ def _watch(cfg: config.TrainConfig) -> None:
         print(f"watch     {server.url} (fsdp-qlora watch --help tells more)", flush=True)
 
 
-def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any]]:
+def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any, dict[str, Any]]:
     """What is trained, its memory by row, the facts of the run."""
-    from fsdp_qlora.model.adapters import peft_note
+    from fsdp_qlora.model.adapters import load, peft_note
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
 
@@ -120,6 +120,9 @@ def _build(plan: plans.RunPlan, dataset, world) -> tuple[Any, Any, dict[str, Any
     tracker = memory.MemoryTracker(plan, world.device, dataset)
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
+        if cfg.init_adapter is not None and is_new:
+            file = adapter.locate(cfg.init_adapter) / adapter.WEIGHTS_NAME
+            load(built.model, file, built.model.layers_prefix, world.device)
     tracker.record_model(built)
     packing = loop.keep_rows_apart(built.model, dataset.train, plan.info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
@@ -174,6 +177,8 @@ def join_and_run(
         world = worlds.find_neighbors(known or worlds.join())
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else None
         argv, saved = _choose_start(argv, world)
+        is_mine = saved is None and not hooks.is_supervised()
+        argv = adapter.expand_init(argv) if is_mine else argv
         is_silent = hooks.is_supervised() or world.rank
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
@@ -190,6 +195,8 @@ def join_and_run(
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
         peers = launch.watch_peers(cfg, world) if owns_process else None
         plan = launch.broadcast_plan(cfg, given, world)
+        if is_mine:
+            adapter.check_init(plan.cfg, plan.info, str if is_silent else print)
         with preflight.explain_disk_full(plan.cfg):
             run(plan, world, given, saved, poll)
         if peers is not None:
@@ -268,11 +275,14 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         join_and_run(argv, owns_process=True)
         return errors.DONE
     argv, saved = preflight.expand_resume(argv, say)
+    argv = adapter.expand_init(argv) if saved is None else argv
     cfg, given = config.parse(argv, say=say), config.given(argv)
     if saved is not None and _is_done(saved, cfg, is_silent, say):
         return errors.DONE
     plan = launch.plan_run(cfg, given)
     plans.announce(plan, say)
+    if saved is None:
+        adapter.check_init(plan.cfg, plan.info, say)
     preflight.check(plan, saved, adapter.digest(plan.info))
     hub.check(cfg.push_to_hub)
     for line in serving.notes(cfg):

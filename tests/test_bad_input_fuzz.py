@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import arch, config
+from fsdp_qlora.arch import targets
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from tests import small_tokenizers
@@ -123,7 +124,7 @@ def test_damaged_model_configurations_are_refused_or_harmless(tmp_path: Path):
 
     def read(changed: bytes) -> None:
         (model / "config.json").write_bytes(changed)
-        arch.select_linears(arch.read(str(model), need_weights=True), "all")
+        targets.find_targets(arch.read(str(model), need_weights=True), config.TrainConfig())
 
     found = outcomes(NUM_CONFIGS, text, read, (INPUT, INTEGRITY))
     assert found[INTEGRITY] > NUM_CONFIGS // 4 and found[INPUT] > NUM_CONFIGS // 20

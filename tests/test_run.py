@@ -186,7 +186,8 @@ def test_two_ranks_from_end_to_end(place: Path):
     assert out.count("memory    GiB on the host, ") == 1
     assert out.count(f"step {NUM_STEPS}/{NUM_STEPS} loss ") == 1
     assert len(re.findall(r"^watch     http://127\.0\.0\.1:\d+/ ", out, re.MULTILINE)) == 1
-    assert [line.split()[0] for line in out.splitlines()[-2:]] == ["saved", "next"]
+    words = ["saved", "next", "python", "python", "python", "vllm"]
+    assert [line.split()[0] for line in out.splitlines()[-6:]] == words
     check_adapter(out_dir)
 
 

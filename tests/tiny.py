@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.arch import targets
 from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
@@ -92,6 +93,8 @@ def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
     device = model.embedding.weight.device
     flats = []
     for block in shard.blocks(model):
+        if not block.body.slots:
+            continue
         flat = torch.randn(block.body.lora.shape, generator=generator) * 0.05
         start, stop = shard.local_range(block.body.lora)
         shard.set_local(block.body, "lora", flat[start:stop].to(device, copy=True))
@@ -177,12 +180,16 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     round_base(model, format_name)
-    names = cfg.lora_target_modules
+    names, layers = cfg.lora_target_modules, targets.layer_numbers(cfg.layers_to_transform)
     lora_config = LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,
         lora_dropout=0.0,
         target_modules="all-linear" if names == "all" else names.split(","),
+        exclude_modules=cfg.lora_exclude_modules,
+        layers_to_transform=layers or None,
+        rank_pattern=json.loads(cfg.rank_pattern or "{}"),
+        alpha_pattern=json.loads(cfg.alpha_pattern or "{}"),
         use_rslora=cfg.use_rslora,
         use_dora=cfg.train_type.endswith("dora"),
         task_type="CAUSAL_LM",

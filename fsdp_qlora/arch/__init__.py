@@ -7,5 +7,4 @@ from fsdp_qlora.arch.info import ModelInfo as ModelInfo
 from fsdp_qlora.arch.info import active_linears as active_linears
 from fsdp_qlora.arch.info import num_params as num_params
 from fsdp_qlora.arch.info import read as read
-from fsdp_qlora.arch.info import select_linears as select_linears
 from fsdp_qlora.arch.info import unquantized as unquantized

@@ -131,12 +131,12 @@ def _find_cached(hub_name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def download(hub_name: str, files: list[str]) -> Path:
+def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) -> Path:
     """Bring files into the hub cache, or find them there when the hub cannot be reached.
 
     Args:
         hub_name: ORGANISATION/MODEL, with @REVISION behind it or without.
-        files: their names or patterns.
+        files, left_out: their names or patterns.
 
     Returns:
         The directory with them.
@@ -150,7 +150,7 @@ def download(hub_name: str, files: list[str]) -> Path:
     try:
         with cli.Progress(f"asks the hub for {name}"):
             found = snapshot_download(
-                name, revision=revision or None, allow_patterns=files, ignore_patterns=LEFT_OUT
+                name, revision=revision or None, allow_patterns=files, ignore_patterns=left_out
             )
         return Path(found)
     except errors.HFValidationError:

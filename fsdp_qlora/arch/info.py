@@ -32,7 +32,6 @@ EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 # Matrices that stay in 16 bit beside routers: gates of linear attention, one row a head.
 SMALL = ("in_proj_a", "in_proj_b", "in_proj_ba")
-ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
 SLIDING = "sliding_attention"
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
@@ -520,40 +519,6 @@ def _check_quantized(info: ModelInfo, model_name: str) -> None:
         "in 4 bit, but no linear of a decoder layer": sorted(quantized - names),
     }
     files.refuse(faults, model_name, files.ORIGINAL)
-
-
-def select_linears(info: ModelInfo, target_modules: str) -> tuple[Linear, ...]:
-    """Choose the linears that get an adapter.
-
-    Args:
-        info: the model.
-        target_modules: "all" ("all-linear", "default"), or a comma-separated list of names as in
-            "q_proj" or "self_attn.q_proj".
-
-    Returns:
-        The chosen linears of one layer, in the order of info.linears.
-
-    Raises:
-        UserError: a name matches no linear (code 2).
-    """
-    names = {name.strip() for name in target_modules.split(",")} - {""}
-    params = {name for kind in info.kinds for name, _ in kind.params}
-    linears = tuple(n for n in info.linears if n.expert is None and not _is_read_whole(n, params))
-    if len(names) == 1 and names <= ALL_LINEARS:
-        return linears
-    both_names = {linear: {linear.name, linear.last_name} for linear in linears}
-    unmatched = names.difference(*both_names.values())
-    if unmatched or not names:
-        rule = f"0 modules match {', '.join(sorted(unmatched)) or 'it'}"
-        remedy = f"use all, or some of {','.join(linear.last_name for linear in linears)}"
-        raise UserError(f"lora_target_modules {target_modules!r}", rule, remedy)
-    return tuple(linear for linear in linears if names & both_names[linear])
-
-
-def _is_read_whole(linear: Linear, params: set[str]) -> bool:
-    """A Mamba kernel reads these weights itself: an adapter beside them would have no effect."""
-    block = linear.name.rpartition(".")[0]
-    return linear.last_name in ("out_proj", "x_proj", "dt_proj") and f"{block}.D" in params
 
 
 def unquantized(info: ModelInfo) -> dict[str, int]:

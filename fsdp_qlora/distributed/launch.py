@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
@@ -620,7 +621,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
 
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    arch.select_linears(info, cfg.lora_target_modules)
+    find_targets(info, cfg)
     return info, adopt_format(cfg, info.stored_format, given)
 
 

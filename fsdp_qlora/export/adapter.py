@@ -10,17 +10,19 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from fsdp_qlora import __version__, arch, atomic, checkpoint_store
+from fsdp_qlora import __version__, arch, atomic, checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
+from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
-from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TrainConfig, from_record
+from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
@@ -43,6 +45,8 @@ KNOWN_KEYS = {
 TYPES = {"alpha_pattern": dict, "rank_pattern": dict, "modules_to_save": list}
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
+SELECTION = ("lora_exclude_modules", "layers_to_transform")
+OPEN = ("lora_dropout", "lora_target_modules", "model_name", *SELECTION)  # may be others than its
 BY_PEFT = "merge it with peft's merge_and_unload"
 SAME_PLACE = "take both files from the same place"
 # What an adapter brings of its tokenizer, and a hub is sent.
@@ -185,7 +189,140 @@ def options(adapter: SavedAdapter) -> dict[str, Any]:
         "use_rslora": use_rslora,
         "modules_to_save": ",".join(config.get("modules_to_save") or ()) or None,
         "lora_target_modules": ",".join(sorted(targets)) or "all",
+        **dict.fromkeys((*SELECTION, "rank_pattern", "alpha_pattern", "init_adapter")),
     }
+
+
+def locate(name: str) -> Path:
+    """Find the directory of an adapter.
+
+    Args:
+        name: a directory, or a hub name with @REVISION behind it or without.
+
+    Raises:
+        UserError: gated, unknown or out of reach on the hub (code 3).
+    """
+    path = Path(os.path.expanduser(name))
+    is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if os.path.exists(path) or not is_hub_name:
+        return path
+    return arch.files.download(name, [CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"], [])
+
+
+def expand_init(argv: Sequence[str]) -> list[str]:
+    """Put behind --init_adapter all that it stands for, see `_start_options`.
+
+    Args:
+        argv: arguments of `train` or `plan`.
+
+    Raises:
+        UserError: it is no adapter that can be trained here (code 2), or the user says otherwise.
+    """
+    given = cli.Reader(TrainConfig, config.ALIASES, config.RECIPES_DIR).read(argv)[0]
+    if not given.get("init_adapter"):
+        return list(argv)
+    adapter, flags = read(locate(given["init_adapter"])), []
+    for name, value in _start_options(adapter, given.get("train_type", "qlora")).items():
+        mine = given.get(name, value)
+        if name == "train_type":
+            is_same = TRAIN_TYPES[mine].adapter == TRAIN_TYPES[value].adapter
+        else:
+            is_same = name in OPEN or mine == value
+        if not is_same:
+            got, rule = f"--{name} {cli.to_text(mine)}", f"{adapter.path} has {cli.to_text(value)}"
+            raise UserError(got, rule, "leave it out, or start without --init_adapter")
+        if name not in given and value is not None:
+            flags.append(f"--{name}={cli.to_text(value)}")
+    return [*argv, *flags]
+
+
+def _start_options(adapter: SavedAdapter, train_type: str) -> dict[str, Any]:
+    """The options of a run that goes on from an adapter, as far as it tells them."""
+    if not adapter.pairs:
+        rule = "holds new layers of LLaMA-Pro, no LoRA"
+        raise UserError(f"--init_adapter {adapter.path}", rule, "give it as --llama_pro_path")
+    known, pairs = read_json(adapter.path / CONFIG_NAME), adapter.pairs
+    kind = TRAIN_TYPES[train_type]._replace(adapter="dora" if known.get("use_dora") else "lora")
+    layers = known.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or []
+    layers = [str(layer) for layer in layers if any(f".{layer}." in name for name in pairs)]
+    found = {
+        "train_type": next(name for name, row in TRAIN_TYPES.items() if row == kind),
+        "lora_rank": known.get("r"),
+        "lora_alpha": known.get("lora_alpha"),
+        "use_rslora": bool(known.get("use_rslora")),
+        "lora_dropout": float(known.get("lora_dropout") or 0),
+        "modules_to_save": ",".join(known.get("modules_to_save") or ()) or None,
+        "lora_target_modules": _target_text(known.get("target_modules"), pairs),
+        "lora_exclude_modules": _pattern(known.get("exclude_modules")),
+        "layers_to_transform": ",".join(layers) or None,
+        "model_name": adapter.base_name or None,
+    }
+    for name in ("rank_pattern", "alpha_pattern"):
+        table = {
+            key: value
+            for key, value in (known.get(name) or {}).items()
+            if any(by_pattern({name: {key: 1}}, name, "", pair) for pair in pairs)
+        }
+        found[name] = json.dumps(table) if table else None
+    return found
+
+
+def _pattern(names: str | list[str] | None) -> str | None:
+    """A list as the pattern that matches the same; a pattern as it is."""
+    if isinstance(names, str | None):
+        return names or None
+    return rf"(.*\.)?({'|'.join(map(re.escape, sorted(names)))})"
+
+
+def _target_text(names: str | list[str] | None, pairs: Collection[str]) -> str:
+    """A list without what matches nothing; a pattern so that it is seen to be one."""
+    if isinstance(names, str):
+        is_clear = names in ALL_LINEARS or module_names(names) == names
+        return names if is_clear else f"({names})"
+    kept = [key for key in names or () if any(f".{name}".endswith(f".{key}") for name in pairs)]
+    return ",".join(sorted(kept)) or "all"
+
+
+def check_init(cfg: TrainConfig, info: ModelInfo, say: Callable[[str], Any]) -> None:
+    """See that a run can go on from its --init_adapter, before anything is loaded.
+
+    Args:
+        cfg: init_adapter, and what `expand_init` took from it.
+        info: the base.
+        say: is told where the base is not that of the adapter.
+
+    Raises:
+        UserError: it adapts other linears than the options, or is of another shape.
+    """
+    if cfg.init_adapter is None:
+        return
+    adapter = read(locate(cfg.init_adapter))
+    check_open(adapter, info)
+    if info.tensors:
+        check(adapter, info)
+    held = {name: pair.a.shape[0] for name, pair in adapter.pairs.items()}
+    wanted = {
+        f"{info.layers_prefix}.{index}.{row.linear.name}": row.rank
+        for index, layer in enumerate(find_targets(info, cfg))
+        for row in layer
+    }
+    if other := sorted(dict(held.items() ^ wanted.items())):
+        rule = f"adapts {len(held)} linears, and the options {len(wanted)}: {describe(other)}"
+        remedy = "leave out the options that choose linears"
+        raise UserError(f"--init_adapter {adapter.path}", rule, remedy)
+    own = {cfg.model_name, "@".join(filter(None, base_name(info, cfg)))}
+    named = {adapter.base_name, adapter.base_name.partition("@")[0]}
+    try:
+        check_base(adapter, info)
+        if not named & {"", *own, *(name.partition("@")[0] for name in own)}:
+            rule = f"names {adapter.base_name} as its base, not {cfg.model_name}"
+            say(f"note      {adapter.path} {rule}")
+    except UserError as fault:
+        say(f"warning   {fault.got} {fault.rule}")
+    say(f"adapter   goes on from {adapter.path}: {adapter}")
+    if note := base_note(adapter, cfg.format_name):
+        say(note)
 
 
 def _format_options(name: str | None, is_dora: bool) -> dict[str, Any]:
@@ -401,11 +538,11 @@ def _pair(place: str, sides: dict[str, TensorRef], config: dict[str, Any]) -> Pa
         rule = f"has no pair of LoRA matrices: must have {' and '.join(sorted(needed))}"
         raise UserError(place, rule, "save it again", INTEGRITY)
     rank = sides["A"].shape[0]
-    expected = _by_pattern(config, "rank_pattern", "r", name)
+    expected = by_pattern(config, "rank_pattern", "r", name)
     if rank != expected:
         rule = f"has rank {rank}, and {CONFIG_NAME} says {expected}"
         raise UserError(place, rule, SAME_PLACE, INTEGRITY)
-    alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", name)
+    alpha = by_pattern(config, "alpha_pattern", "lora_alpha", name)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"lora_alpha {alpha!r} for {name}", "must be a number", "correct it")
     scale = _scale(alpha, rank, bool(config.get("use_rslora")))
@@ -414,21 +551,6 @@ def _pair(place: str, sides: dict[str, TensorRef], config: dict[str, Any]) -> Pa
 
 def _scale(alpha: float, rank: int, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-def _by_pattern(config: dict[str, Any], patterns: str, default: str, name: str) -> Any:
-    """The value for a linear: that of the first pattern that its name ends with.
-
-    Source: huggingface/peft, src/peft/utils/other.py (get_pattern_key).
-    """
-    for key, value in (config.get(patterns) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
-        except re.error as error:
-            rule = f"is no pattern ({error})"
-            raise UserError(f"{patterns} {key!r}", rule, "correct it") from None
-    return config.get(default)
 
 
 def _read_record(weights: Path) -> dict[str, Any]:

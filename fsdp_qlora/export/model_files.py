@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.arch.targets import ALL_LINEARS, layer_numbers, module_names
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -293,14 +294,21 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
     saved = {name.split(".")[-2] for name in trained_whole(info, cfg).root}
     saved |= {"lm_head"} if saved and info.is_tied else set()
     name, revision = adapter_files.base_name(info, cfg)
-    slots = next(shard.blocks(model)).body.slots
+    slots = [slot for block in shard.blocks(model) for slot in block.body.slots]
+    targets = module_names(cfg.lora_target_modules)
+    if ALL_LINEARS.issuperset(targets):
+        targets = sorted({slot.name.rpartition(".")[2] for slot in slots})
     config = peft.LoraConfig(
-        r=slots[0].rank,
-        lora_alpha=round(slots[0].alpha),
-        use_rslora=slots[0].use_rslora,
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # a scale may be any number
+        rank_pattern=json.loads(cfg.rank_pattern or "{}"),
+        alpha_pattern=json.loads(cfg.alpha_pattern or "{}"),
+        use_rslora=cfg.use_rslora,
         use_dora=slots[0].has_magnitude,
-        lora_dropout=slots[0].dropout,
-        target_modules=sorted({slot.name.rpartition(".")[2] for slot in slots}),
+        lora_dropout=cfg.lora_dropout,
+        target_modules=targets,
+        exclude_modules=module_names(cfg.lora_exclude_modules) or None,
+        layers_to_transform=layer_numbers(cfg.layers_to_transform) or None,
         base_model_name_or_path=name,
         revision=revision,
         task_type="CAUSAL_LM",

@@ -15,13 +15,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
-from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, read, read_json
 from fsdp_qlora.hardware import GIB
+
+if TYPE_CHECKING:
+    from fsdp_qlora.data.tokenizer import TextTokenizer
 
 CONVERTED = ("f16", "bf16", "f32", "q8_0")  # by the converter itself; the others by llama-quantize
 OUTTYPES = ("q4_k_m", "q5_k_m", "q6_k", "q4_0", "q3_k_m", *CONVERTED)
@@ -102,6 +105,8 @@ def check_tokens(place: Path, info: arch.ModelInfo) -> None:
     Raises:
         UserError: there are more tokens than rows (code 2), or no tokenizer can be read.
     """
+    from fsdp_qlora.data import tokenizer as tokenizers
+
     last = max(tokenizers.read(place).core.get_vocab().values())
     if last >= info.vocab_size:
         rule = f"has token {last:,}, and the model has {info.vocab_size:,} rows of embeddings"
@@ -172,7 +177,7 @@ def write_lora(adapter: SavedAdapter, base: Path, out: Path, outtype: str, scrip
     shutil.rmtree(draft)
 
 
-def go_template(text: tokenizers.TextTokenizer) -> str | None:
+def go_template(text: "TextTokenizer") -> str | None:
     """Make a Go template for Ollama of a chat template in Jinja.
 
     Args:
@@ -181,6 +186,8 @@ def go_template(text: tokenizers.TextTokenizer) -> str | None:
     Returns:
         The template; None where the Jinja template writes more than texts around the turns.
     """
+    from fsdp_qlora.data import tokenizer as tokenizers
+
     bos = text.names.get("bos_token", "") if text.adds_bos else ""  # Ollama puts it there, too
     chat = text.chat()
 
@@ -227,6 +234,8 @@ def write_modelfile(out: Path, gguf: str, model: Path, system: str | None) -> st
     Returns:
         What Ollama will do with the turns of a chat.
     """
+    from fsdp_qlora.data import tokenizer as tokenizers
+
     text, lines = tokenizers.read(model), [f"FROM ./{gguf}"]
     ids = atomic.read_json(model / "generation_config.json").get("eos_token_id") or []
     found = [text.core.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids])]

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from fsdp_qlora.arch import Linear, ModelInfo
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.targets import Target
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
@@ -27,17 +28,20 @@ if TYPE_CHECKING:
 PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
-def attach(model: nn.Module, targets: Sequence[Linear], cfg: TrainConfig, world_size: int) -> None:
-    """Give each decoder layer one flat LoRA parameter (meta).
+def attach(
+    model: nn.Module, targets: Sequence[Sequence[Target]], cfg: TrainConfig, world_size: int
+) -> None:
+    """Give each decoder layer with linears to adapt one flat LoRA parameter (meta).
 
     Args:
         model: from skeleton.build.
-        targets: linears to adapt, by their name inside the layer.
-        cfg: lora_rank, lora_alpha, lora_dropout, use_rslora, train_type (see LoraSlot),
-            master_dtype.
+        targets: of every layer, see find_targets.
+        cfg: lora_dropout, use_rslora, train_type (see LoraSlot), master_dtype.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
     """
-    for block in blocks(model):
+    for block, own in zip(blocks(model), targets, strict=True):
+        if not own:
+            continue
         body = block.body
         linears = {
             module.stored_name: (name, module)
@@ -45,9 +49,9 @@ def attach(model: nn.Module, targets: Sequence[Linear], cfg: TrainConfig, world_
             if isinstance(module, QuantizedLinear)
         }
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        rest = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout, cfg.use_rslora)
-        found = [linears[n.name] for n in targets if n.name in linears]
-        slots = [LoraSlot(name, linear, *rest, has_magnitude) for name, linear in found]
+        rest = (cfg.lora_dropout, cfg.use_rslora)
+        found = [(*linears[row.linear.name], row.rank, row.alpha) for row in own]
+        slots = [LoraSlot(*start, *rest, has_magnitude) for start in found]
         numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
@@ -178,14 +182,15 @@ def named_pairs(
 
     Args:
         model: that the tensors belong to; only its slots are read.
-        flats: the whole (unsharded) `lora` of each layer, in order.
+        flats: the whole (unsharded) `lora` of each layer that has one, in order.
         layers_prefix: where the layers are in the model, "model.layers".
 
     Yields:
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
         lora_B, [O, R], and of DoRA lora_magnitude_vector, [O].
     """
-    for index, (block, flat) in enumerate(zip(blocks(model), flats, strict=True)):
+    adapted = [(index, block) for index, block in enumerate(blocks(model)) if block.body.slots]
+    for (index, block), flat in zip(adapted, flats, strict=True):
         for slot, parts in zip(block.body.slots, block.body.split_lora(flat), strict=True):
             stem = f"base_model.model.{layers_prefix}.{index}.{slot.name}"
             for name, part in zip(PEFT_NAMES, parts, strict=False):
@@ -200,9 +205,10 @@ def shift_magnitudes(model: nn.Module, flats: list[torch.Tensor], sign: int) -> 
         flats: the whole `lora` of each layer, on the host, changed in place.
         sign: 1 adds the length of the frozen rows, -1 takes it away.
     """
-    for block, flat in zip(blocks(model), flats, strict=True):
-        squares = block.body.split_squares()
-        for parts, square_O in zip(block.body.split_lora(flat), squares, strict=False):
+    bodies = [block.body for block in blocks(model) if block.body.slots]
+    for body, flat in zip(bodies, flats, strict=True):
+        squares = body.split_squares()
+        for parts, square_O in zip(body.split_lora(flat), squares, strict=False):
             parts[2].add_(square_O.cpu().sqrt(), alpha=sign)
 
 
@@ -221,7 +227,7 @@ def peft_note(model: nn.Module, info: ModelInfo) -> str:
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    slots = next(blocks(model)).body.slots
+    slots = [slot for block in blocks(model) for slot in block.body.slots]
     names = {slot.name.rpartition(".")[2] for slot in slots}
     config = LoraConfig(target_modules=list(names))
     stand_in = cast(nn.Module, SimpleNamespace(config=SimpleNamespace(model_type=info.model_type)))

@@ -265,7 +265,7 @@ class TrainedLayer(nn.Module):
         """Say which linears are adapted.
 
         Args:
-            slots: in the order of the store; those of one InputGroup have one scale and dropout.
+            slots: in the order of the store; all have one dropout.
 
         Returns:
             Elements that `lora` needs.
@@ -289,7 +289,7 @@ class TrainedLayer(nn.Module):
                 [slot.linear for slot in slots],
                 next(parts).view(-1, slots[0].linear.in_features),
                 [next(parts).view(-1, slot.rank) for slot in slots],
-                slots[0].scale,
+                [slot.scale for slot in slots],
                 slots[0].dropout,
                 [next(parts) for slot in slots if slot.has_magnitude],
                 [squares[slot] for slot in slots if slot in squares],

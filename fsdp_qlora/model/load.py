@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fsdp_qlora import arch, cli
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
@@ -297,7 +298,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """
     model = skeleton.build(info, cfg, world.device)
     if has_adapters(cfg):
-        adapters.attach(model, arch.select_linears(info, cfg.lora_target_modules), cfg, world.size)
+        adapters.attach(model, find_targets(info, cfg), cfg, world.size)
     # The cache keeps whole models, and what is in their files.
     is_cached = cfg.weights == "load" and not trained_whole(info, cfg).layers
     setting = cfg.quant_cache if is_cached else "off"

@@ -56,7 +56,7 @@ class LoraMatmul(torch.autograd.Function):
         x: [..., I], compute dtype.
         lora_x: what the adapters see instead of x (after dropout), same shape; or None.
         a_RI: the A matrices one below the other, compute dtype.
-        scale: see LoraSlot.scale.
+        scales: see LoraSlot.scale.
         outputs: stand for the deltas without being made here (see SavedActivations); or None.
         b_ORs: the B matrices, each with its own columns of R.
 
@@ -67,18 +67,19 @@ class LoraMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, lora_x, a_RI, scale, outputs, *b_ORs):
+    def forward(ctx, x, lora_x, a_RI, scales, outputs, *b_ORs):
         ctx.set_materialize_grads(False)
         seen = x if lora_x is None else lora_x
         hidden_MR = _flat(seen) @ a_RI.t()
         ctx.save_for_backward(seen, hidden_MR, a_RI, *b_ORs)
-        ctx.scale, ctx.has_own_input = scale, lora_x is not None
+        ctx.scales, ctx.has_own_input = scales, lora_x is not None
         passed = x.view_as(x)
         if not ctx.needs_input_grad[0]:
             ctx.mark_non_differentiable(passed)
         if outputs is None:
             parts = hidden_MR.split([b_OR.shape[1] for b_OR in b_ORs], 1)
-            outputs = [_scaled(part, b.t(), scale) for part, b in zip(parts, b_ORs, strict=True)]
+            rows = zip(parts, b_ORs, scales, strict=True)
+            outputs = [_scaled(part, b.t(), scale) for part, b, scale in rows]
         return passed, *outputs
 
     @staticmethod
@@ -86,9 +87,9 @@ class LoraMatmul(torch.autograd.Function):
         seen, hidden_MR, a_RI, *b_ORs = ctx.saved_tensors
         parts = hidden_MR.split([b_OR.shape[1] for b_OR in b_ORs], 1)
         grad_parts, grad_bs = [], []
-        for grad_MO, b_OR, part in zip(grads_MO, b_ORs, parts, strict=True):
-            grad_parts.append(_scaled(grad_MO, b_OR, ctx.scale))
-            grad_bs.append(_scaled(grad_MO.t(), part, ctx.scale))
+        for grad_MO, b_OR, part, scale in zip(grads_MO, b_ORs, parts, ctx.scales, strict=True):
+            grad_parts.append(_scaled(grad_MO, b_OR, scale))
+            grad_bs.append(_scaled(grad_MO.t(), part, scale))
         grad_hidden_MR = grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts, 1)
         grad_a = grad_hidden_MR.t() @ _flat(seen)
         grad_seen = None
@@ -267,7 +268,7 @@ class Adapter(NamedTuple):
         linears: that have one.
         a_RI: the A matrices one below the other.
         b_ORs: B of each.
-        scale, dropout: see LoraSlot.
+        scales, dropout: see LoraSlot; a scale of each.
         changes_O, squares_O: of DoRA, what was added to the length of each row of W, and its square
             in the frozen W, float32; empty for LoRA.
     """
@@ -275,7 +276,7 @@ class Adapter(NamedTuple):
     linears: Sequence["QuantizedLinear"]
     a_RI: torch.Tensor
     b_ORs: Sequence[torch.Tensor]
-    scale: float
+    scales: Sequence[float]
     dropout: float
     changes_O: Sequence[torch.Tensor] = ()
     squares_O: Sequence[torch.Tensor] = ()
@@ -351,15 +352,16 @@ class InputGroup:
         deltas: dict[QuantizedLinear, torch.Tensor | None] = dict.fromkeys(self.linears)
         deltas |= zip(self.linears, done or (), strict=False)
         if self.adapter is not None:
-            linears, a_RI, b_ORs, scale, dropout, *_ = self.adapter
+            linears, a_RI, b_ORs, scales, dropout, *_ = self.adapter
             outputs = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
                 for i, a in enumerate(self.adapter.a_RIs):
                     lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
                     output = None if outputs is None else outputs[i : i + 1]
-                    x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, scale, output, b_ORs[i])
+                    own = scales[i : i + 1]
+                    x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, own, output, b_ORs[i])
             else:
-                x, *made = LoraMatmul.apply(x, None, a_RI, scale, outputs, *b_ORs)
+                x, *made = LoraMatmul.apply(x, None, a_RI, scales, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
         return x, self.linears, asides, done is not None, *deltas.values()
 
@@ -375,8 +377,8 @@ class InputGroup:
             norms_O = list(done[num:])
         else:
             sides = [side for side in outputs[num:] if side is not None]
-            rest = zip(adapter.squares_O, sides, adapter.a_RIs, adapter.b_ORs, strict=True)
-            norms_O = [row_norms(*parts, adapter.scale) for parts in rest]
+            columns = adapter.squares_O, sides, adapter.a_RIs, adapter.b_ORs, adapter.scales
+            norms_O = [row_norms(*parts) for parts in zip(*columns, strict=True)]
         if saved is not None and done is None:
             # What has no adapter is handed out as it is, and Liger's rotary kernel writes into it.
             safe = [z.detach() if n in a_RIs else z.detach().clone() for n, z in made_of.items()]
@@ -387,19 +389,19 @@ class InputGroup:
 
     def _dropped(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
         """DoRA as peft: the base sees x, what changes in it sees x after dropout; two matmuls."""
-        columns = adapter.a_RIs, adapter.b_ORs, adapter.changes_O, adapter.squares_O
+        columns = adapter.a_RIs, adapter.b_ORs, adapter.scales, adapter.changes_O, adapter.squares_O
         own = dict(zip(adapter.linears, zip(*columns, strict=True), strict=True))
         outs = []
         for linear in self.linears:
             if linear not in own:
                 outs += FrozenMatmul.apply(x, (linear,), (), False, None)
                 continue
-            a_RI, b_OR, change_O, square_O = own[linear]
+            a_RI, b_OR, scale, change_O, square_O = own[linear]
             dropped = nn.functional.dropout(x, adapter.dropout)
             (rest,) = FrozenMatmul.apply(x - dropped, (linear,), (), False, None)
-            dropped, delta = LoraMatmul.apply(dropped, None, a_RI, adapter.scale, None, b_OR)
+            dropped, delta = LoraMatmul.apply(dropped, None, a_RI, (scale,), None, b_OR)
             output, aside = FrozenMatmul.apply(dropped, (linear,), (a_RI,), False, delta)
-            norm_O = row_norms(square_O, aside, a_RI, b_OR, adapter.scale)
+            norm_O = row_norms(square_O, aside, a_RI, b_OR, scale)
             outs.append(rest + _rescaled(output, None, change_O, square_O, norm_O))
         return outs
 

@@ -249,10 +249,11 @@ def whole_lora(model: nn.Module, is_kept: bool = True) -> list[torch.Tensor]:
         is_kept: this rank wants them.
 
     Returns:
-        The whole flat float32 LoRA parameter of every layer, in order, on the host; or nothing.
+        The whole flat float32 LoRA parameter of every layer that has one, in order, on the host; or
+        nothing.
     """
     settle(model)
-    flats = (_full(block.body.lora) for block in blocks(model))
+    flats = (_full(block.body.lora) for block in blocks(model) if block.body.slots)
     return [flat.float().cpu() for flat in flats if is_kept]
 
 

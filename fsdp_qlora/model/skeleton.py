@@ -145,8 +145,9 @@ class QuantizedModel(nn.Module):
         bodies = [block.body for block in blocks]
         levels, is_reentrant = cfg.levels(len(bodies)), cfg.reentrant_checkpointing
         # A graph cannot follow tokens to their experts, has no inputs for the row lengths of DoRA,
-        # and hands back gradients of `lora`.
+        # and hands back gradients of `lora`, which must be alike in all layers.
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
+        is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
         has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
         setting = cfg.cuda_graphs if is_plain and not has_experts else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora import arch
-from fsdp_qlora.arch import LayerKind, ModelInfo, select_linears
+from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
@@ -224,18 +225,13 @@ def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
         cfg: the run.
 
     Raises:
-        UserError: see `trained_whole` and select_linears.
+        UserError: see `trained_whole` and find_targets.
     """
     own, shapes = trained_whole(info, cfg), dict(info.root_params)
-    adapted = {linear.name for linear in select_linears(info, cfg.lora_target_modules)}
+    targets = [*itertools.chain(*find_targets(info, cfg))] if has_adapters(cfg) else []
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-    magnitudes = adapters = 0
-    for kind in info.kinds if has_adapters(cfg) else ():
-        linears = [linear for linear in kind.linears if linear.name in adapted]
-        rows = sum(linear.out_features for linear in linears)
-        lora = cfg.lora_rank * (rows + sum(linear.in_features for linear in linears))
-        magnitudes += rows * is_dora * len(kind.layers)
-        adapters += (lora + rows * is_dora) * len(kind.layers)
+    magnitudes = sum(row.linear.out_features for row in targets) * is_dora
+    adapters = sum(row.rank * sum(row.linear.shape) for row in targets) + magnitudes
     every = sum(kind.num_params * len(kind.layers) for kind in info.kinds)
     root = sum(math.prod(shapes[name]) for name in own.root)
     whole = sum(info.by_layer[index].num_params for index in own.layers)
@@ -529,7 +525,7 @@ class Sizes:
             for name in of_kinds[0][0]:
                 setattr(self.fullest, name, max(numbers[name] for numbers, _ in of_kinds))
 
-    def _numbers(self, info: ModelInfo, cfg: TrainConfig, kind: LayerKind) -> dict[str, int]:
+    def _numbers(self, info: ModelInfo, cfg: TrainConfig, kind: LayerKind) -> dict[str, float]:
         """The numbers of a layer of one kind, by the names of attributes."""
         linears, is_lora = kind.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
@@ -539,8 +535,9 @@ class Sizes:
         o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
         qkv = linears[: linears.index(o_proj)]
         gates = [n for n in active if n.last_name.startswith(GATES)]
-        chosen = select_linears(info, cfg.lora_target_modules if is_lora else "all")
-        adapted = {n for n in linears if n.name in {linear.name for linear in chosen}}
+        layers = find_targets(info, cfg if is_lora else TrainConfig())
+        targets = [row for index in kind.layers for row in layers[index]]
+        adapted = {row.linear for row in targets}
         norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
         num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
@@ -560,7 +557,7 @@ class Sizes:
             "norms": num_norms,
             "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
             "small": sum(math.prod(shape) for _, shape in kind.params),
-            "lora_ranks": cfg.lora_rank * len(adapted) * is_lora,
+            "lora_ranks": _mean(sum(row.rank for row in targets), len(kind.layers)) * is_lora,
             "input_features": sum(read),
             "dropped_features": sum(linear.in_features for linear in adapted),
         }

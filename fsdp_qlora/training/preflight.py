@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import checkpoint_store, cli, config, hardware
-from fsdp_qlora.arch import ModelInfo, select_linears
+from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
@@ -37,7 +38,7 @@ STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is re
 PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
 # Of the configuration, as it stands. DATA may change when the user says so, MODEL never.
 MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
-MODEL += ("modules_to_save", "optimizer")
+MODEL += ("modules_to_save", "optimizer", "rank_pattern", "alpha_pattern")
 DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
 # These may change, and are named: they decide how the weights move from here on.
 COURSE: tuple[str, ...] = ("max_steps", "num_epochs", "lr", "lr_scheduler", "warmup_steps", "wd")
@@ -48,6 +49,7 @@ MAY_DIFFER += ("--sample_prompts", "--quant_cache", "--token_cache", "--output_d
 MAY_DIFFER += ("--push_to_hub", "--log_to", "--project_name", "--tracker_args", "--world_size")
 MAY_DIFFER += ("--gpu_budget_gib", "--host_budget_gib", "--master_port", "--plan", "--fit")
 MAY_DIFFER += ("--max_restarts", "--hang_timeout", "--watch")
+MAY_DIFFER += ("--init_adapter",)
 MAY_DIFFER += tuple(f"version of {name}" for name in ("platform", "card", "num_cards", "driver"))
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
@@ -226,12 +228,20 @@ def fingerprint(
         **({"base_samples": info.digest()} if base else {}),
         "format": cfg.format_name,
         "adapter": TRAIN_TYPES[cfg.train_type].adapter,
-        "targets": sorted(linear.name for linear in select_linears(info, cfg.lora_target_modules)),
+        "targets": _targets(info, cfg),
         "compute_dtype": cfg.compute_dtype,
         "global_batch": cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks,
         "tokenizer": _tokenizer(info.path),
     }
     return values | {name: getattr(cfg, name) for name in (*MODEL, *DATA)}
+
+
+def _targets(info: ModelInfo, cfg: TrainConfig) -> list[str]:
+    """Linears with adapters: their names in a layer where all layers are alike, else all names."""
+    layers = [[row.linear.name for row in layer] for layer in find_targets(info, cfg)]
+    if all(layer == layers[0] for layer in layers):
+        return sorted(layers[0])
+    return [f"{index}.{name}" for index, layer in enumerate(layers) for name in layer]
 
 
 def data_fingerprint(data: "Data") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fsdp_qlora import arch
+from fsdp_qlora.arch import targets
 from fsdp_qlora.arch.info import LAYOUTS, OTHER_NAMES, Shapes, from_config, from_headers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
@@ -285,11 +286,11 @@ def test_targets_that_match_nothing_are_refused() -> None:
     with pytest.raises(
         UserError, match="0 modules match q_proj; use all, or some of qkv_proj,o_proj"
     ):
-        arch.select_linears(info, "q_proj,o_proj")
+        targets.find_targets(info, TrainConfig(lora_target_modules="q_proj,o_proj"))
     with pytest.raises(UserError, match="0 modules match"):
-        arch.select_linears(info, "")
-    chosen = arch.select_linears(info, "down_proj,qkv_proj")
-    assert [linear.name for linear in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]
+        targets.find_targets(info, TrainConfig(lora_target_modules=","))
+    chosen = targets.find_targets(info, TrainConfig(lora_target_modules="down_proj,qkv_proj"))[0]
+    assert [row.linear.name for row in chosen] == ["self_attn.qkv_proj", "mlp.down_proj"]
 
 
 def test_sizes_have_the_names_of_transformers_attribute_maps():

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.arch import targets
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
 from tests.model_files import write_model
@@ -31,7 +32,8 @@ def write_adapter(directory: Path, model: Path, record: dict | None = None) -> P
     """An adapter of two linears per layer for a model of model_files."""
     info = arch.read(str(model), need_weights=False)
     random, tensors = np.random.default_rng(0), {}
-    for linear in arch.select_linears(info, "q_proj,down_proj"):
+    cfg = config.TrainConfig(lora_target_modules="q_proj,down_proj")
+    for linear in (row.linear for row in targets.find_targets(info, cfg)[0]):
         for index in range(info.num_layers):
             stem = f"base_model.model.model.layers.{index}.{linear.name}.lora"
             tensors[f"{stem}_A.weight"] = random.normal(size=(RANK, linear.in_features))

@@ -100,7 +100,7 @@ def test_dropout_acts_as_in_peft():
     values = [named[name].detach().clone() for name in names]
     values[2] -= square.sqrt()
     a, b, change = (value.requires_grad_() for value in values)
-    group.adapter = lora.Adapter([packed], a, [b], 1.5, 0.4, [change], [square])
+    group.adapter = lora.Adapter([packed], a, [b], [1.5], 0.4, [change], [square])
     x.grad = None
     torch.manual_seed(5)
     out = packed(x)
@@ -116,5 +116,5 @@ def test_it_starts_as_the_base_bit_for_bit_in_16_bit():
     packed, group = _linear(weight, None)
     square, a = lora.row_squares(weight), torch.randn(4, 48).bfloat16()
     b, change = torch.zeros(70, 4).bfloat16(), torch.zeros(70).bfloat16()
-    group.adapter = lora.Adapter([packed], a, [b], 2.0, 0.0, [change], [square])
+    group.adapter = lora.Adapter([packed], a, [b], [2.0], 0.0, [change], [square])
     assert packed(x).equal(x @ weight.t())

@@ -10,6 +10,7 @@ import torch
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.arch import info as shapes
+from fsdp_qlora.arch import targets
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import model_files as export
@@ -143,7 +144,8 @@ def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
     assert {key.replace(".*.", ".1.") for key in listed} <= kept and len(listed) == 3
     assert any(key.endswith(".gate.weight") for key in listed)
     with pytest.raises(UserError, match="0 modules match"):
-        arch.select_linears(info, "w1,up_proj,gate" if name != "qwen2_moe" else "w1,gate")
+        names = "w1,up_proj,gate" if name != "qwen2_moe" else "w1,gate"
+        targets.find_targets(info, config.TrainConfig(lora_target_modules=names))
 
 
 def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):

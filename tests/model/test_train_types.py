@@ -30,6 +30,8 @@ FULL, PRO = ("--train_type=full",), ("--train_type=bnb_llama_pro",)
 SAVED = ("--train_type=qlora", "--modules_to_save=embed_tokens,lm_head")
 FP32 = "--precision=fp32"
 STRATEGIES = ("full_shard", "ddp")
+UNEVEN = ("--layers_to_transform=1", '--rank_pattern={"v_proj": 2, "1.*q_proj": 9}')
+UNEVEN += ("--lora_target_modules=q_proj,k_proj,v_proj,up_proj", '--alpha_pattern={"k_proj": 3}')
 FILES = {
     "full": ("llama", FULL),
     "full_tied": ("qwen2", (*FULL, "--sharding_strategy=ddp")),
@@ -59,7 +61,8 @@ def gradients(world, path, flags, accumulation):
         (loss * (world.size / num_tokens)).backward()
     found = {}
     if has_lora:
-        grads = [torch.from_numpy(whole(b.body.lora.grad)) for b in shard.blocks(model)]
+        adapted = (b.body.lora for b in shard.blocks(model) if b.body.slots)
+        grads = [torch.from_numpy(whole(lora.grad)) for lora in adapted]
         found |= {n: t.numpy() for n, t in tiny.lora_dict(model, grads).items()}
         adapters.shift_magnitudes(model, flats, 1)
     for name, (module, attribute) in params.items():
@@ -144,6 +147,9 @@ def test_every_type_has_the_gradients_of_one_process(tmp_path):
         path = deep if "pro" in name else plain
         rest = (f"--sharding_strategy={strategy}", f"--precision={precision}")
         cases.append(((f"--train_type={name}",), path, (f"--train_type={name}", *rest), 1))
+    for kind, strategy in itertools.product(("qlora", "bnb_dora"), STRATEGIES):
+        flags = (f"--train_type={kind}", f"--sharding_strategy={strategy}", FP32, *UNEVEN)
+        cases.append((flags[:1] + UNEVEN, plain, flags, 1))
     for level, flags in CHECKPOINTING.items():
         if level != "non_reentrant":
             cases.append((FULL, qwen, (*FULL, FP32, *flags), 2))

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.quantize import build_layout
@@ -325,7 +326,7 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path: Path, dropout: str):
     argv = [f"--model_name={tmp_path}", "--lora_rank=8", f"--lora_dropout={dropout}", "--attn=sdpa"]
     cfg, info = config.parse(argv), arch.read(str(tmp_path), need_weights=False)
     model = skeleton.build(info, cfg, torch.device("cpu"))
-    adapters.attach(model, info.linears, cfg, 1)
+    adapters.attach(model, find_targets(info, cfg), cfg, 1)
     (block,) = shard.blocks(model)
     for module in model.modules():
         for name, param in module._parameters.items():

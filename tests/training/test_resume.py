@@ -32,6 +32,7 @@ COMMON = (
     "--sample_tokens=2",
     "--log_to=stdout",
 )
+PART = ("--max_steps=-1", "--num_epochs=1.25")  # of 6 steps: NUM_STEPS
 EDGES = (1, 5, 6, 7)  # around the end of an epoch
 # What it is -> flags, steps after which it is broken off.
 RUNS = {
@@ -45,6 +46,10 @@ RUNS = {
         (3,),
     ),
     "dora": (("--train_type=bnb_dora", "--optimizer=adadelta"), (3,)),
+    "some layers, a part of an epoch": (
+        ("--layers_to_transform=1", '--rank_pattern={"v_proj": 2}', *PART),
+        (7,),
+    ),
     "everything trained": (("--train_type=full", "--lr=0.001", "--optimizer=sgd"), (3,)),
     "selective, rest kept": (("--selective_layers=1", "--uncheckpointed_layers=1"), (6,)),
     "nothing recomputed, packed": (

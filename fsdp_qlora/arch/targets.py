@@ -1,0 +1,150 @@
+"""Which linears get an adapter, of which rank and alpha: by the rules of peft, without torch."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from fsdp_qlora.arch.info import Linear, ModelInfo
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.errors import UserError
+
+ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
+
+
+class Target(NamedTuple):
+    """A linear with an adapter.
+
+    Args:
+        linear: of one layer.
+        rank, alpha: of its adapter.
+    """
+
+    linear: Linear
+    rank: int
+    alpha: float
+
+
+def find_targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...], ...]:
+    """Choose the linears that get an adapter, by the rules of peft.
+
+    Args:
+        info: the model.
+        cfg: lora_target_modules ("all", a list as in "q_proj,mlp.up_proj", or a pattern for whole
+            names), lora_exclude_modules, layers_to_transform; rank and alpha, and their patterns.
+
+    Returns:
+        For every layer its linears, in the order of info.linears.
+
+    Raises:
+        UserError: a name or a pattern matches no linear, or none is left (code 2).
+
+    Source: huggingface/peft, src/peft/tuners/tuners_utils.py (check_target_module_exists).
+    """
+    params = {name for kind in info.kinds for name, _ in kind.params}
+    places = {
+        f"{info.layers_prefix}.{index}.{linear.name}": (index, linear)
+        for index, kind in enumerate(info.by_layer)
+        for linear in kind.linears
+        if linear.expert is None and not _is_read_whole(linear, params)
+    }
+    wanted, left_out = module_names(cfg.lora_target_modules), module_names(cfg.lora_exclude_modules)
+    chosen = _matching("lora_target_modules", wanted, places)
+    if layers := layer_numbers(cfg.layers_to_transform):
+        got = f"layers_to_transform {cfg.layers_to_transform}"
+        if isinstance(wanted, str):
+            rule = f"goes with a list of linears, not with the pattern {wanted}"
+            raise UserError(got, rule, "put the layers into the pattern")
+        if max(layers) >= info.num_layers:
+            raise UserError(got, f"the model has {info.num_layers} layers", "count from 0")
+        chosen = {name for name in chosen if name in wanted or places[name][0] in layers}
+    if left_out:
+        chosen -= _matching("lora_exclude_modules", left_out, places)
+    if not chosen:
+        got = f"lora_target_modules {cfg.lora_target_modules!r}"
+        raise UserError(got, "0 modules match it and are not excluded", "choose others")
+    ranks = _values(cfg, "rank_pattern", "lora_rank", chosen)
+    alphas = _values(cfg, "alpha_pattern", "lora_alpha", chosen)
+    targets: list[list[Target]] = [[] for _ in range(info.num_layers)]
+    for name, (index, linear) in places.items():
+        if name in chosen:
+            targets[index].append(Target(linear, ranks[name], alphas[name]))
+    return tuple(map(tuple, targets))
+
+
+def module_names(text: str | None) -> str | list[str]:
+    """Return a pattern as it is, and the names of a list sorted; of "all" that name."""
+    is_pattern = re.search(r"[\\^$*+?()\[\]{}|]", text or "")
+    names = {name.strip() for name in (text or "").split(",")} - {""}
+    return str(text) if is_pattern else sorted(names)
+
+
+def layer_numbers(text: str | None) -> list[int]:
+    """Return the numbers of "0,8-15", sorted; none of None."""
+    pairs = [part.split("-") for part in (text or "").split(",") if part]
+    return sorted({i for ends in pairs for i in range(int(ends[0]), int(ends[-1]) + 1)})
+
+
+def _matching(option: str, wanted: str | list[str], places: Mapping[str, Any]) -> set[str]:
+    if isinstance(wanted, str):
+        with _explained(option, wanted):
+            found = {wanted: {name for name in places if re.fullmatch(wanted, name)}}
+    elif len(wanted) == 1 and wanted[0] in ALL_LINEARS:
+        return set(places)
+    else:
+        found = {key: {name for name in places if f".{name}".endswith(f".{key}")} for key in wanted}
+    unmatched = [key for key in found if not found[key]]
+    if unmatched or not found:
+        text = wanted if isinstance(wanted, str) else ",".join(wanted)
+        names = dict.fromkeys(linear.last_name for _, linear in places.values())
+        rule = f"0 modules match {', '.join(unmatched) or 'it'}"
+        raise UserError(f"{option} {text!r}", rule, f"use all, or some of {','.join(names)}")
+    return set().union(*found.values())
+
+
+def _values(cfg: TrainConfig, option: str, usual: str, names: Iterable[str]) -> dict[str, Any]:
+    """Rank or alpha of each linear."""
+    patterns, is_rank = json.loads(getattr(cfg, option) or "{}"), option == "rank_pattern"
+    rule = "must be a whole number >= 1" if is_rank else "must be a number > 0"
+    for key, value in patterns.items():
+        if type(value) not in ((int,) if is_rank else (int, float)) or not value > 0:
+            raise UserError(f"{option} {key} = {value!r}", rule, "correct it")
+        if all(by_pattern({option: {key: 1}}, option, "", name) is None for name in names):
+            raise UserError(f"{option} {key}", "no linear with an adapter matches", "correct it")
+    table = {option: patterns, usual: getattr(cfg, usual)}
+    return {name: by_pattern(table, option, usual, name) for name in names}
+
+
+def by_pattern(table: Mapping[str, Any], patterns: str, default: str, name: str) -> Any:
+    """The value for a linear: that of the first pattern that its name ends with.
+
+    Args:
+        table: as adapter_config.json.
+        patterns, default: keys of it.
+        name: of the linear in the model.
+
+    Raises:
+        UserError: a pattern is none (code 2).
+
+    Source: huggingface/peft, src/peft/utils/other.py (get_pattern_key).
+    """
+    for key, value in (table.get(patterns) or {}).items():
+        with _explained(patterns, key):
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+    return table.get(default)
+
+
+@contextlib.contextmanager
+def _explained(option: str, pattern: str) -> Iterator[None]:
+    try:
+        yield
+    except re.error as error:
+        raise UserError(f"{option} {pattern!r}", f"is no pattern ({error})", "correct it") from None
+
+
+def _is_read_whole(linear: Linear, params: set[str]) -> bool:
+    """A Mamba kernel reads these weights itself: an adapter beside them would have no effect."""
+    block = linear.name.rpartition(".")[0]
+    return linear.last_name in ("out_proj", "x_proj", "dt_proj") and f"{block}.D" in params
