@@ -39,6 +39,11 @@ EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
 FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
 FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
+# Names of the text half in the files of a model that sees or hears too -> those of a text model.
+WRAPPED = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
+)
+WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
 ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
@@ -173,6 +178,7 @@ class LayerShape:
         is_fused: q, k, v lie in one qkv_proj, gate and up in one gate_up_proj.
         is_tied: default of tie_word_embeddings.
         head_dim: default of head_dim; None is hidden size / heads.
+        defaults: of other sizes, which wrappers leave to the class of the config.
     """
 
     norms: Sequence[str] = PRE_NORMS
@@ -183,6 +189,7 @@ class LayerShape:
     is_fused: bool = False
     is_tied: bool = False
     head_dim: int | None = None
+    defaults: dict[str, int] = field(default_factory=dict)
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
@@ -359,6 +366,8 @@ class ModelInfo:
         kinds: of decoder layers; most models have one.
         root_params: (full name, shape) of embedding, last norm, untied lm_head, sorted by name.
         tensors: full name -> where its bytes lie; empty when no weights were asked for.
+        wrapper: model_type of the model whose text half it is, or "".
+        towers: of a wrapper, full name -> where the bytes of its other parts lie.
         stored_format: of the linears on disk when they are quantized there, such as "nf4_dq".
         quantized: full name of such a linear's weight -> its parts; empty without `tensors`.
     """
@@ -374,6 +383,8 @@ class ModelInfo:
     kinds: tuple[LayerKind, ...]
     root_params: tuple[tuple[str, tuple[int, ...]], ...]
     tensors: dict[str, TensorRef]
+    wrapper: str = ""
+    towers: dict[str, TensorRef] = field(default_factory=dict)
     stored_format: str | None = None
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
@@ -401,6 +412,15 @@ class ModelInfo:
             return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
         return "sinks" if any("sink" in name for name in names) else ""
+
+    def outer_name(self, name: str) -> str:
+        """What transformers calls a module or parameter, in a wrapper where the model is of one.
+
+        Args:
+            name: in the text model, "model.layers.0.self_attn.q_proj".
+        """
+        is_part = self.wrapper and name.startswith("model.")
+        return name.replace("model.", "model.language_model.", 1) if is_part else name
 
     def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
         """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.
@@ -469,16 +489,22 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     found = files.locate(model_name, need_weights)
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
-    config, stored = _checked_config(raw, model_name), files.stored_format(raw, model_name)
+    text, wrapper = _text_half(raw)
+    config, stored = _checked_config(text, model_name), files.stored_format(raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors: dict[str, TensorRef] = {}
     quantized: dict[str, QuantizedRef] = {}
+    towers: dict[str, TensorRef] = {}
     item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
     if reads_headers := path and (need_weights or not is_known):
         if not (need_weights or any(path.glob("*.safetensors"))):
             rule = f"{config['model_type']} models are read from their files only"
             raise UserError(model_name, rule, "add the *.safetensors files")
-        tensors = _own_names(files.read_tensors(path, item_bytes), config)
+        tensors = files.read_tensors(path, item_bytes)
+        if wrapper:
+            tensors, towers = without_towers(tensors)
+            config["tie_word_embeddings"] = HEADS[0] not in tensors
+        tensors = _own_names(tensors, config)
         tensors = files.split_experts(tensors, _size(config, "hidden_size"))
         if stored:
             tensors, quantized = files.fold(tensors, stored, model_name)
@@ -503,6 +529,8 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         kinds=structure.kinds(),
         root_params=tuple(sorted(structure.root.items())),
         tensors=tensors,
+        wrapper=wrapper,
+        towers=towers,
         stored_format=stored,
         quantized=quantized,
     )
@@ -571,6 +599,38 @@ def num_params(info: ModelInfo) -> int:
     return sum(kind.num_params * len(kind.layers) for kind in info.kinds) + root
 
 
+def _text_half(config: dict) -> tuple[dict, str]:
+    """The config of the part that is trained, and of which wrapper it is one, or ""."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config, ""
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    outer = {} if tied is None else {"tie_word_embeddings": tied}
+    return text | outer, str(config.get("model_type"))
+
+
+def without_towers(
+    tensors: dict[str, TensorRef],
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
+    """Tell the text half of a wrapper from its other parts.
+
+    Args:
+        tensors: by their names in the files.
+
+    Returns:
+        Those of the text half, by the names of a text model; and all others.
+    """
+    text = {own: ref for name, ref in tensors.items() if (own := inner_name(name))}
+    return text, {name: ref for name, ref in tensors.items() if not inner_name(name)}
+
+
+def inner_name(name: str) -> str:
+    """What a text model calls a tensor of a wrapper's files; "" for one of another part."""
+    if match := WRAPPED.fullmatch(name):
+        return f"model.{match[1]}"
+    return HEADS[0] if name in WRAPPED_HEADS else ""
+
+
 def _checked_config(config: dict, model_name: str) -> dict:
     """Refuse what cannot be trained here, and drop the keys that could name code to run."""
     model_type = config.get("model_type")
@@ -582,6 +642,8 @@ def _checked_config(config: dict, model_name: str) -> dict:
     if "auto_map" in config and model_type not in LAYOUTS:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
+    defaults = LAYOUTS.get(model_type, LayerShape()).defaults
+    config = defaults | config
     if "index_topk" in config:
         rule = "chooses the keys of each token by an indexer, which is not computed here"
         raise UserError(got, rule, "take another model")

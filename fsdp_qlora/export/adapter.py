@@ -386,7 +386,8 @@ def check_open(adapter: SavedAdapter, info: ModelInfo) -> None:
         UserError: it changes something else (code 2), or is not of this base (code 5).
     """
     places = info.linear_places().items()
-    known = {name for name, (at, i) in places if info.by_layer[at].linears[i].expert is None}
+    is_dense = {name: info.by_layer[at].linears[i].expert is None for name, (at, i) in places}
+    known = {info.outer_name(name) for name in is_dense if is_dense[name]}
     outside = [name for name in adapter.pairs if f"{name}.weight" not in known]
     if adapter.pairs:
         outside += [name for name in adapter.replaced if name.split(".")[-2] not in ENDS]
@@ -414,8 +415,9 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
     if info.is_tied:
         shapes.pop("lm_head.weight", None)  # a copy
         _check_copy(adapter)
+    there = {info.outer_name(name): ref.shape for name, ref in info.tensors.items()}
     for name, shape in shapes.items():
-        stored = info.tensors[name].shape if name in info.tensors else None
+        stored = there.get(name)
         if stored != shape:
             rule = (
                 f"is {list(stored)} in {info.path}" if stored else f"no such linear in {info.path}"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.arch.files import read_tensors, split_experts
+from fsdp_qlora.arch.info import without_towers
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.data import tokenizer
@@ -223,7 +224,9 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
     tensors = new_weights.joined(info, new_weights.merged(base, dtype))
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
-        tensors_there = split_experts(read_tensors(draft), info.hidden_size)
+        there = read_tensors(draft)
+        there = without_towers(there)[0] if info.wrapper else there
+        tensors_there = split_experts(there, info.hidden_size)
         result = dataclasses.replace(info, tensors=tensors_there, quantized={})
         no_more = SavedAdapter(adapter.path, "", {})
         result_base = new_weights.TrainedBase(result, no_more, compute, device)

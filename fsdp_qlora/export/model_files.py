@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
+from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME, read_json
 from fsdp_qlora.arch.targets import ALL_LINEARS, layer_numbers, module_names
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
@@ -37,6 +37,7 @@ from fsdp_qlora.planning.sizes import NEW_LAYERS, has_adapters, trained_whole
 
 MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
+OF_WRAPPER = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 FORMAT = {"format": "pt"}  # what transformers wants in a header
@@ -151,12 +152,13 @@ def copy_beside(
         adapter: directory whose tokenizer stands above that of the base where it has other tokens.
         changes: other values for config.json.
     """
-    config = {key: value for key, value in info.config.items() if key != NEW_LAYERS}
+    whole = read_json(info.path / "config.json") if info.wrapper and info.path else info.config
+    config = {k: v for k, v in whole.items() if k not in (NEW_LAYERS, "quantization_config")}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     atomic.write_json(out / "config.json", config | changes)
     own, base = _tokenizer(adapter), _tokenizer(info.path)
-    _copy(info.path, out, ("generation_config.json",))
+    _copy(info.path, out, ("generation_config.json", *OF_WRAPPER * bool(info.wrapper)))
     write_tokenizer(out, info, own)
     words = [None if text is None else (text.names, text.core.get_vocab()) for text in (own, base)]
     if own is not None and words[0] != words[1]:
@@ -298,6 +300,14 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
     targets = module_names(cfg.lora_target_modules)
     if ALL_LINEARS.issuperset(targets):
         targets = sorted({slot.name.rpartition(".")[2] for slot in slots})
+    own_layers = layer_numbers(cfg.layers_to_transform)
+    exclude = module_names(cfg.lora_exclude_modules) or None
+    if info.wrapper:  # its other parts have linears of the same names
+        names = sorted({slot.name.replace(".", r"\.") for slot in slots})
+        numbers = "|".join(map(str, own_layers)) or r"\d+"
+        stem = model.layers_prefix.replace(".", r"\.")
+        targets, own_layers = rf"{stem}\.({numbers})\.({'|'.join(names)})", []
+        exclude = None
     config = peft.LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # a scale may be any number
@@ -307,8 +317,8 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
         use_dora=slots[0].has_magnitude,
         lora_dropout=cfg.lora_dropout,
         target_modules=targets,
-        exclude_modules=module_names(cfg.lora_exclude_modules) or None,
-        layers_to_transform=layer_numbers(cfg.layers_to_transform) or None,
+        exclude_modules=exclude,
+        layers_to_transform=own_layers or None,
         base_model_name_or_path=name,
         revision=revision,
         task_type="CAUSAL_LM",

@@ -14,6 +14,7 @@ features, R LoRA rank.
 Source: LLaMA Pro, arXiv 2401.02415, section 3.2.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -29,8 +30,8 @@ from torch import nn
 
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import GROUP, TensorRef
-from fsdp_qlora.arch.info import expert_matrices
+from fsdp_qlora.arch.files import GROUP, TensorRef, read_tensors
+from fsdp_qlora.arch.info import expert_matrices, inner_name
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -188,7 +189,7 @@ def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
     """
     names, device = list(base.info.tensors), base.device
     for name, weight_OI in zip(names, base.read_ahead(names), strict=True):
-        pair = base.adapter.pairs.get(name.removesuffix(".weight"))
+        pair = base.adapter.pairs.get(base.info.outer_name(name.removesuffix(".weight")))
         if pair is not None:
             a_RI, b_OR = read_float(pair.a, device), read_float(pair.b, device)
             weight_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=pair.scale)
@@ -203,22 +204,38 @@ def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
 
 
 def joined(info: ModelInfo, tensors: Tensors) -> Tensors:
-    """Put the matrices of the experts together again, as the files of the base have them.
+    """Give tensors the form that they have in the files of the base.
+
+    The matrices of experts that lie in one tensor there come together, and the other parts of a
+    wrapper are added, byte by byte.
 
     Args:
         info: the base.
         tensors: of `merged`: those of one tensor of the files come one after the other.
     """
     refs = ((info.tensors[name], name, tensor) for name, tensor in tensors)
+    outer = _outer_names(info)
     for joint, group in itertools.groupby(refs, lambda row: row[0].joint or row[1]):
         parts = [tensor.t() if ref.is_transposed else tensor for ref, _, tensor in group]
         is_part = joint not in info.tensors
-        yield joint, torch.stack(parts).contiguous() if is_part else parts[0]
+        yield outer.get(joint, joint), torch.stack(parts).contiguous() if is_part else parts[0]
+    names = list(info.towers)
+    source = Weights(dataclasses.replace(info, tensors=info.towers))
+    yield from zip(names, source.read_ahead(names, torch.device("cpu")), strict=True)
 
 
 def file_names(info: ModelInfo) -> list[str]:
     """The names of the tensors as the files have them."""
-    return list(dict.fromkeys(ref.joint or name for name, ref in info.tensors.items()))
+    outer = _outer_names(info)
+    own = dict.fromkeys(ref.joint or name for name, ref in info.tensors.items())
+    return [*(outer.get(name, name) for name in own), *info.towers]
+
+
+def _outer_names(info: ModelInfo) -> dict[str, str]:
+    """Of a wrapper, name in its text half -> in the files."""
+    if not info.wrapper or info.path is None:
+        return {}
+    return {inner_name(name): name for name in read_tensors(info.path)}
 
 
 def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
@@ -414,8 +431,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
             at = stored.get(f"{name}.{part}")
             if buffer is not None:
                 module._buffers[part] = base.read(at) if at else buffer.to(base.device)
-        if name in base.adapter.pairs:
-            module.register_forward_hook(partial(_add_product, base.adapter.pairs[name]))
+        if pair := base.adapter.pairs.get(base.info.outer_name(name)):
+            module.register_forward_hook(partial(_add_product, pair))
         params = [part for part, param in module._parameters.items() if param is not None]
         own = {part: stored[f"{name}.{part}"] for part in params}
         if base.info.is_tied and module is model.get_output_embeddings():

@@ -520,7 +520,7 @@ class QuantizedExperts(nn.Module):
             (last,) = FrozenMatmul.apply(self._activate(first), (down,), (), False, None)
             if own.has_bias:
                 last = last + own.down_proj_bias[number]
-            if own.has_post_expert_norm:
+            if getattr(own, "has_post_expert_norm", False):  # of newer transformers
                 last = own.post_expert_norm(last)
             last = last * top_k_weights[tokens, place, None]
             out_MH = out_MH.index_add(0, tokens, last.to(out_MH.dtype))

@@ -248,7 +248,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         param.data = param.data.to(master)  # in place: a tied head is the same parameter
         param.requires_grad_(True)
     model = QuantizedModel(hf_model.base_model, head, layouts, chosen)
-    model.tensors, model.layers_prefix = _places(hf_model, head, names), prefix
+    model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
 
 
@@ -298,7 +298,13 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
 
     logging.set_verbosity_error()
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        try:
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+        except ValueError as error:
+            rule = "is no causal language model in this transformers"
+            raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
 
 
 class _Output(MoEModelOutputWithPastAndCrossAttentions):

@@ -193,6 +193,9 @@ def trained_whole(info: ModelInfo, cfg: TrainConfig) -> TrainedWhole:
         UserError: the model has no new layers, or no such module (code 2).
     """
     kind = TRAIN_TYPES[cfg.train_type].adapter
+    if info.wrapper and (kind in ("full", "llama_pro") or cfg.modules_to_save):
+        rule = f"the model is the text half of a {info.wrapper}, of which adapters can be trained"
+        raise UserError(f"--train_type {cfg.train_type}", rule, "use --train_type qlora or lora")
     if kind in ("full", "llama_pro") and any(linear.expert is not None for linear in info.linears):
         rule = "trains whole layers, and those with experts can have adapters only"
         raise UserError(f"--train_type {cfg.train_type}", rule, "use --train_type qlora or lora")
