@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import atomic
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import TrainConfig, parse
 from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ def plan(config: TrainConfig) -> Any:
         UserError: no such model, or more ranks than GPUs.
     """
     from fsdp_qlora.distributed import launch
+    from fsdp_qlora.export import adapter
 
+    if config.init_adapter is not None:
+        words = [f"--{name}={getattr(config, name)}" for name in sorted(_given(config))]
+        config = parse(adapter.expand_init(words))
     return launch.plan_run(config, _given(config))
 
 

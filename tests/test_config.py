@@ -194,6 +194,14 @@ def test_derived_names_follow_the_flags(argv: str, expected: tuple[str, ...]):
     assert derived[: len(expected)] == expected
 
 
+def test_patterns_of_ranks_are_a_table_of_a_recipe(tmp_path: Path):
+    path = tmp_path / "r.toml"
+    path.write_text('layers_to_transform = [0, 2]\n[rank_pattern]\n"1.*v_proj" = 5\n')
+    cfg = parse([f"--recipe={path}", "--model_name=dir"])
+    assert cfg.layers_to_transform == "0,2" and json.loads(cfg.rank_pattern) == {"1.*v_proj": 5}
+    assert config.from_record(config.to_dict(cfg)) == (cfg, ())
+
+
 def test_a_revision_is_part_of_the_name_everywhere(tmp_path: Path):
     assert parse(["--model_name=a/b", "--revision=v1"]).model_name == "a/b@v1"
     cfg = parse(["--model_name=a/b@v1", "--revision=v1"])
