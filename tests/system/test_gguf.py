@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,11 +117,11 @@ def answers(model: Path, adapter: Path) -> list[str]:
 
     cfg = inference.config_of(adapter, [f"--model_name={model}", "--precision=fp32"])
     opened = inference.open_run(adapter, cfg)
-    turns = [{"role": "user", "content": PROMPT}]
+    own = opened.model, opened.tokenizer, opened.encode(PROMPT, True), 40, opened.world
     try:
-        found = ["".join(opened.reply(turns, 40, (), is_raw=True))]
+        plain = inference.answer(*own)
         opened.load_adapter()
-        return [*found, "".join(opened.reply(turns, 40, (), is_raw=True))]
+        return [plain, inference.answer(*own)]
     finally:
         opened.close()
 
@@ -154,15 +155,16 @@ def test_gguf_answers_as_generate_does(place: Path, tmp_path: Path, monkeypatch)
     flags = [f"--llama_cpp={place / 'llama.cpp'}"]
     own, whole = [f"--adapter={adapter}", f"--model_name={model}"], [f"--model_name={model}"]
     exact = ["--outtype=f16", "--dtype=fp32", "--evidence_rows=0"]
-    assert main(["export", "gguf", *flags, *own, *exact, "--out=merged"]) == DONE
-    assert main(["export", "lora-gguf", *flags, *own, "--out=lora"]) == DONE
-    for outtype in ("f16", "q8_0", "q4_k_m"):
-        argv = [*whole, f"--outtype={outtype}", f"--out={outtype}"]
-        assert main(["export", "gguf", *flags, *argv]) == DONE
+    forms = [["gguf", *own, *exact, "--out=merged"], ["lora-gguf", *own, "--out=lora"]]
+    kinds = ("f16", "q8_0", "q4_k_m")
+    forms += [["gguf", *whole, f"--outtype={kind}", f"--out={kind}"] for kind in kinds]
+    with ThreadPoolExecutor(2) as threads:
+        codes = list(threads.map(lambda form: main(["export", *form, *flags]), forms))
+    assert codes == [DONE] * 5
     said = Path("q4_k_m/Modelfile").read_text()
     assert said.startswith("FROM ./model-q4_k_m.gguf\n") and 'stop "<|im_end|>"' in said
     rows = "\n\n".join(map(inspect.getdoc, (subprocess.Popen, json.dumps, tarfile.open, os.walk)))
-    names = {name: {"modelPath": f"{name}/model-{name}.gguf"} for name in ("f16", "q8_0", "q4_k_m")}
+    names = {name: {"modelPath": f"{name}/model-{name}.gguf"} for name in kinds}
     names["merged"] = {"modelPath": "merged/model-f16.gguf"}
     names["lora"] = {**names["f16"], "lora": str(tmp_path / "lora" / "lora-f16.gguf")}
     task = json.dumps({n: {**v, "prompt": PROMPT, "rows": rows[:1200]} for n, v in names.items()})
