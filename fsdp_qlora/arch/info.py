@@ -492,9 +492,8 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     text, wrapper = _text_half(raw)
     config, stored = _checked_config(text, model_name), files.stored_format(raw, model_name)
     is_known = config["model_type"] in LAYOUTS
-    tensors: dict[str, TensorRef] = {}
+    tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}
-    towers: dict[str, TensorRef] = {}
     item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
     if reads_headers := path and (need_weights or not is_known):
         if not (need_weights or any(path.glob("*.safetensors"))):
@@ -505,7 +504,6 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
             tensors, towers = without_towers(tensors)
             config["tie_word_embeddings"] = HEADS[0] not in tensors
         tensors = _own_names(tensors, config)
-        tensors = files.split_experts(tensors, _size(config, "hidden_size"))
         if stored:
             tensors, quantized = files.fold(tensors, stored, model_name)
         tensors = _without_copies(tensors, config)
@@ -516,7 +514,6 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
-
     info = ModelInfo(
         path=path,
         model_type=config["model_type"],
@@ -534,13 +531,14 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         stored_format=stored,
         quantized=quantized,
     )
-    if stored and tensors:
-        _check_quantized(info, model_name)
+    _check_quantized(info, model_name)
     return info
 
 
 def _check_quantized(info: ModelInfo, model_name: str) -> None:
-    """All linears of the layers are in 4 bit, and nothing else is."""
+    """Of files in 4 bit, all linears of the layers are, and nothing else is."""
+    if not (info.stored_format and info.tensors):
+        return
     names, quantized = info.linear_places().keys(), info.quantized.keys()
     faults = {
         "not in 4 bit, where others are": sorted(names - quantized),
@@ -662,7 +660,7 @@ def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorR
     bare = {name if name in HEADS else "".join(lacks) + name: ref for name, ref in tensors.items()}
     if _is_tied(config) and HEADS[0] in bare and config["model_type"] in LAYOUTS:
         bare.setdefault(EMBEDDING, bare[HEADS[0]])
-    return bare
+    return files.split_experts(bare, _size(config, "hidden_size"))
 
 
 def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
