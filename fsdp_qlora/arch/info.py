@@ -600,7 +600,7 @@ def num_params(info: ModelInfo) -> int:
 def _text_half(config: dict) -> tuple[dict, str]:
     """The config of the part that is trained, and of which wrapper it is one, or ""."""
     text = config.get("text_config")
-    if not isinstance(text, dict):
+    if not isinstance(text, dict) or "model_type" not in text:
         return config, ""
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     outer = {} if tied is None else {"tie_word_embeddings": tied}

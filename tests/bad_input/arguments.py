@@ -38,7 +38,7 @@ CASES = [
     Case("no epochs", "must be > 0", ("--num_epochs=0",)),
     Case("no steps", "must be -1 or >= 1", ("--max_steps=0",)),
     Case("negative rank", "must be >= 1", ("--lora_rank=-4",)),
-    Case("alpha zero", "must be >= 1", ("--lora_alpha=0",)),
+    Case("alpha zero", "must be > 0", ("--lora_alpha=0",)),
     Case("learning rate zero", "must be > 0", ("--lr=0",)),
     Case("learning rate nan", "must be a number", ("--lr=nan",)),
     Case("learning rate infinite", "must be a number", ("--lr=1e999",)),

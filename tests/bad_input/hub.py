@@ -70,7 +70,7 @@ CASES = [
     model("no-token", "hf auth login"),
     model("gated", "accept them at"),
     model("absent", "no such public model"),
-    model("revision", "(404)"),
+    model("revision", "has no such revision"),
     model("down", "the hub is down (503)"),
     model("busy", "wants fewer requests (429)"),
     model("drop", "hub out of reach"),

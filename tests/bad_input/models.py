@@ -121,14 +121,8 @@ def loop(path: Path) -> None:
 
 def experts(place: Place) -> None:
     """Mixture of experts, of a type without a row in the table of layouts."""
-    header = {
-        f"h.0.mlp.experts.{i}.weight": {
-            "dtype": "F16",
-            "shape": [4, 4],
-            "data_offsets": [32 * i, 32 * i + 32],
-        }
-        for i in range(2)
-    }
+    cube = {"dtype": "F16", "shape": [2, 4, 4], "data_offsets": [0, 64]}
+    header = {"h.0.mlp.experts.weight": cube}
     write_header(place.model / "model.safetensors", header, bytes(64))
     edit_json(place.model / "config.json", model_type="mixtral")
 
