@@ -517,7 +517,8 @@ class QuantizedExperts(nn.Module):
                 first = (
                     first + (own.gate_up_proj_bias if own.has_gate else own.up_proj_bias)[number]
                 )
-            (last,) = FrozenMatmul.apply(self._activate(first), (down,), (), False, None)
+            product = own._apply_gate(first) if own.has_gate else own.act_fn(first)
+            (last,) = FrozenMatmul.apply(product, (down,), (), False, None)
             if own.has_bias:
                 last = last + own.down_proj_bias[number]
             if getattr(own, "has_post_expert_norm", False):  # of newer transformers
@@ -525,12 +526,3 @@ class QuantizedExperts(nn.Module):
             last = last * top_k_weights[tokens, place, None]
             out_MH = out_MH.index_add(0, tokens, last.to(out_MH.dtype))
         return out_MH
-
-    def _activate(self, first: torch.Tensor) -> torch.Tensor:
-        own: Any = self
-        if not own.has_gate:
-            return own.act_fn(first)
-        if hasattr(own, "_apply_gate"):
-            return own._apply_gate(first)
-        gate, up = first.chunk(2, -1)  # Liger's class, which computes so, in the place of its own
-        return own.act_fn(gate) * up

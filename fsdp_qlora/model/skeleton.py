@@ -3,6 +3,7 @@
 Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiGLU where they help.
 """
 
+import contextlib
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -95,7 +96,8 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    _apply_liger_kernel_to_instance(model=hf_model, **own)
+    with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
+        _apply_liger_kernel_to_instance(model=hf_model, **own)
 
 
 class QuantizedModel(nn.Module):
@@ -489,4 +491,5 @@ def _replace_experts(layer: nn.Module, linears: Sequence[Linear], store: LayerSt
         raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
     kind = type(module)
     module.__class__ = type(kind.__name__, (QuantizedExperts, kind), {})
+    module.__dict__.pop("forward", None)  # that Liger has put there
     module.matrices = matrices

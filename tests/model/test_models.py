@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.lora import QuantizedExperts
 from fsdp_qlora.training import loop
-from tests import tiny
+from tests import tiny, tiny_models
 from tests.model.test_shard import make_samples, micro_batches
 from tests.ranks import run_ranks
 
@@ -168,6 +171,30 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
     (tmp_path / "model.safetensors").symlink_to(seen[0] / "mixtral" / "model.safetensors")
     with pytest.raises(UserError, match=r"2 of \[\(192, 128\), \(128, 96\)\] in config"):
         build_one(arch.read(str(tmp_path), need_weights=True))
+
+
+def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monkeypatch):
+    """It binds a forward to a mixture's experts, and stops at a layer that has none."""
+    from fsdp_qlora.model import skeleton
+
+    def bind(model, **kernels):
+        for layer in model.model.layers[1:]:
+            layer.mlp.experts.forward = None
+        model.model.layers[0].mlp.experts.forward = None
+
+    fake = SimpleNamespace(_apply_liger_kernel_to_instance=bind, __spec__=object())
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, fake)
+    usual = skeleton.choose_kernels
+
+    def choose(*args):
+        return dataclasses.replace(usual(*args), use_liger=True)
+
+    monkeypatch.setattr(skeleton, "choose_kernels", choose)
+    tiny_models.save(tmp_path / "model", "qwen3_moe")  # its first layer is dense
+    built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
+    mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
+    assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
 
 
 def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
