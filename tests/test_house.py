@@ -21,16 +21,13 @@ from tests import timing
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
-# Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to 13,000 lines
-# in 70 files (the house's law), 14,000 in 74 with runs over several machines; until it is there
-# these two only fall, but for what that costs: 580 lines, 2 files; 30 of defaults that learn; and
-# three templates that were text in Python and stay counted: 66 lines; damaged adapters: 5; recipes,
-# flags and exports: 500 lines, 3 files; the live page: 500 lines, 2 files; models of several kinds
-# of layers: 800 lines, 4 files.
-MAX_CODE_LINES = 17_005
-MAX_FILES = 84
+# Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to what the
+# house's law allows, 15,800 lines in 83 files with models of several kinds; until it is there these
+# two only fall, but for what a feature costs.
+MAX_CODE_LINES = 16_820
+MAX_FILES = 79
 MORE_IN_TESTS = 1_500  # than in the product, at most
-MAX_COMMANDS = 14  # with cache and the live page
+MAX_COMMANDS = 13  # with cache, recipe, export and the live page
 # Fields of the configuration, aliases not counted: 80, 2 of dropped text, verify_base; 6 of which
 # adapter is trained where, 1 of the live page.
 MAX_OPTIONS = 90
