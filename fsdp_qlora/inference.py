@@ -265,11 +265,15 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
             print(note, file=sys.stderr)
     is_one = not is_rank(os.environ)
     own = child_env(os.environ, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
+    before = dict(os.environ)
     os.environ.update(own)
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 
     world = worlds.join()
+    for name in own if is_one else ():  # a run that this process starts later has ranks of its own
+        os.environ.pop(name)
+        os.environ.update({name: before[name]} if name in before else {})
     worlds.configure(world, cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
     return Opened(cfg, info, world, model, saved)

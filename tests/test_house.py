@@ -24,7 +24,7 @@ PACKAGE = "fsdp_qlora"
 # Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to what the
 # house's law allows, 15,800 lines in 83 files with models of several kinds; until it is there these
 # two only fall, but for what a feature costs.
-MAX_CODE_LINES = 16_820
+MAX_CODE_LINES = 16_824
 MAX_FILES = 79
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 13  # with cache, recipe, export and the live page
