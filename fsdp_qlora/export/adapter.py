@@ -303,7 +303,7 @@ def check_init(cfg: TrainConfig, info: ModelInfo, say: Callable[[str], Any]) -> 
         check(adapter, info)
     held = {name: pair.a.shape[0] for name, pair in adapter.pairs.items()}
     wanted = {
-        f"{info.layers_prefix}.{index}.{row.linear.name}": row.rank
+        info.outer_name(f"{info.layers_prefix}.{index}.{row.linear.name}"): row.rank
         for index, layer in enumerate(find_targets(info, cfg))
         for row in layer
     }
