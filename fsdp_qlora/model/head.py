@@ -133,8 +133,8 @@ class Targets(NamedTuple):
         """
         following = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE).flatten()
         positions_N = (following != IGNORE).nonzero().squeeze(1)
-        parts = positions_N, following[positions_N]
-        return cls(*[part.to(device, non_blocking=True) for part in parts])
+        tokens_N = following[positions_N].to(device, non_blocking=True)
+        return cls(positions_N.to(device, non_blocking=True), tokens_N)
 
 
 class LossHead(nn.Module):
