@@ -27,6 +27,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.model.matmul import Quantized4
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
 from fsdp_qlora.planning.sizes import FORMATS as STORAGES
 
@@ -471,19 +472,32 @@ class LayerStore:
             return cache.weights[index]
         return self._dequantize(index, dtype)
 
+    def quantized(self, index: int) -> Quantized4:
+        """The 4-bit weight of a linear, for matmuls in 8 bit.
+
+        Args:
+            index: of the linear in the layer.
+        """
+        cache = self.cache
+        if cache.key != (id(self), None):
+            self._view()
+            cache.clear()
+            cache.key = (id(self), None)
+            self._split(self.format.constants(self._fields, torch.float32))
+        start, stop = self.layout.weights[index]
+        table = values_of(self.layout.format_name[:3], self._bytes.device)
+        return Quantized4(
+            self._bytes[start:stop], cache.constants[index][0], table, self.layout.shapes[index]
+        )
+
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
         quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
         return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
 
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
-        flat, layout, cache = self.read(), self.layout, self.cache
-        if flat is not self._viewed:
-            # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
-            # streaming a layer comes to the same slot again and again: views stay good.
-            self._viewed = flat
-            self._bytes = flat.detach().view(torch.uint8)
-            self._fields = view_fields(self._bytes, layout)
+        layout, cache = self.layout, self.cache
+        self._view()
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
         cache.key = (id(self), dtype)
@@ -494,8 +508,21 @@ class LayerStore:
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
             return
-        sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
-        split = [tensor.split(sizes) for tensor in tensors]
-        cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
+        self._split(tensors)
         if is_small and not self.format.is_sequential:
             cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
+
+    def _view(self) -> None:
+        flat = self.read()
+        if flat is not self._viewed:
+            # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
+            # streaming a layer comes to the same slot again and again: views stay good.
+            self._viewed = flat
+            self._bytes = flat.detach().view(torch.uint8)
+            self._fields = view_fields(self._bytes, self.layout)
+
+    def _split(self, tensors: Sequence[torch.Tensor]) -> None:
+        ranges = self.layout.elements.get(self.format.index_field, ())
+        split = [tensor.split([stop - start for start, stop in ranges]) for tensor in tensors]
+        indices = range(len(self.layout.shapes))
+        self.cache.constants = [[part[i] for part in split] for i in indices]
