@@ -4,20 +4,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fsdp_qlora.data.sources import is_unicode
+from fsdp_qlora.data.sources import WORDS, is_unicode
 from fsdp_qlora.data.tokenizer import Refused
 from fsdp_qlora.errors import one_line
 
-CALL = "function_call"  # what ShareGPT calls an answer that is a call of a tool, in JSON
-ROLES = {  # in lower case
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool", CALL)},
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot"), "assistant"
-    ),
-    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
-    "tool_call": CALL,
-}
+CALL, ROLES = "function_call", WORDS["roles"]
 # Fields of a message that switch its loss: OpenAI's and mistral-finetune's, ms-swift's, axolotl's.
 SWITCHES = ("weight", "loss", "train", "loss_weight")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
