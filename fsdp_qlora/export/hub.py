@@ -179,7 +179,8 @@ def push(directory: Path, name: str | None) -> None:
     api = HfApi()
     try:
         place = api.create_repo(name, private=True, exist_ok=True)
-        what = {"allow_patterns": list(FILES), "commit_message": "Trained with fsdp_qlora"}
+        what: dict[str, Any] = {"allow_patterns": list(FILES)}
+        what["commit_message"] = "Trained with fsdp_qlora"
         api.upload_folder(repo_id=name, folder_path=directory, **what)
     except Exception as error:  # the transport's own errors differ between releases
         status = getattr(getattr(error, "response", None), "status_code", None)
