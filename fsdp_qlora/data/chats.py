@@ -51,11 +51,8 @@ def prompted(row: dict) -> list[dict]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return [
-        *system_message(row),
-        *read_messages("prompt", prompt),
-        *read_messages("completion", completion),
-    ]
+    said = [*read_messages("prompt", prompt), *read_messages("completion", completion)]
+    return [*system_message(row), *said]
 
 
 def system_message(row: dict) -> list[dict]:
@@ -131,8 +128,7 @@ def read_messages(name: str, entries: object) -> list[dict]:
 def _message(number: int, entry: object) -> dict:
     """ShareGPT's from and value become role and content; empty fields of a table are left out."""
     if not isinstance(entry, dict):
-        want = "want an object with role and content"
-        raise Refused(f"message {number} is {kind(entry)} ({want})")
+        raise Refused(f"message {number} is {kind(entry)} (want an object with role and content)")
     others = {name: value for name, value in entry.items() if value is not None}
     role, said = others.pop("from", None), others.pop("value", None)
     role, content = others.pop("role", role), others.pop("content", said)

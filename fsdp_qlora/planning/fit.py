@@ -74,8 +74,7 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    ruled = dict.fromkeys(BOUNDS, 0.0)
-    alone = dict.fromkeys(BOUNDS, 0.0)
+    ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
         worst = max((HOST_LINK, PEER_LINK, NETWORK, LAUNCHES), key=lambda name: parts[name])
@@ -237,8 +236,7 @@ def explore(
     Returns:
         The outcomes, some that do not fit included.
     """
-    own = setting_for(info, cfg, machine)
-    s = Sizes(info, cfg, machine.kind)
+    own, s = setting_for(info, cfg, machine), Sizes(info, cfg, machine.kind)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):
@@ -251,19 +249,15 @@ def explore(
             if not found.fits_safely:  # nor will what keeps more
                 break
             parts = found.speed.parts_s
-            is_hidden = parts[HOST_LINK] < 0.8 * parts[MATMULS]
-            if setting.count("streamed") and is_hidden:
+            if setting.count("streamed") and parts[HOST_LINK] < 0.8 * parts[MATMULS]:
                 hidden_batches.add(batch)
     return outcomes
 
 
 def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[tuple[Setting, ...]]:
     """Of every batch and placement the settings that keep more and more activations."""
-    num_layers = len(own.levels)
-    per_step = own.batch_size * own.accumulation
-    batches = [own.batch_size]
-    if not fixed & BATCHING:
-        batches = _divisors(per_step)
+    num_layers, per_step = len(own.levels), own.batch_size * own.accumulation
+    batches = [own.batch_size] if fixed & BATCHING else _divisors(per_step)
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
@@ -303,12 +297,13 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float = math.inf) -> Outcome 
         The best one, or None when nothing fits.
     """
     fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= limit_gib]
-    if not fitting:
-        return None
-    fastest = max(item.speed.tokens_per_s for item in fitting)
+    fastest = max((item.speed.tokens_per_s for item in fitting), default=0.0)
     equal = [item for item in fitting if item.speed.tokens_per_s >= fastest * (1 - TIE)]
-    host_layers = ("streamed", "offloaded", "resident")
-    return min(equal, key=lambda it: (it.setting.count(*host_layers), it.device.peak_gib))
+
+    def asks(item: Outcome) -> tuple[int, float]:
+        return item.setting.count("streamed", "offloaded", "resident"), item.device.peak_gib
+
+    return min(equal, key=asks, default=None)
 
 
 def least(outcomes: Sequence[Outcome]) -> Outcome:
@@ -347,13 +342,9 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> int:
     Returns:
         Tokens, a multiple of LENGTH_STEP, at most what the model knows positions for; 0: none.
     """
-    lean: dict[str, Any] = {
-        "batch_size": 1,
-        "use_gradient_checkpointing": True,
-        "selective_layers": 0,
-    }
-    lean |= {"uncheckpointed_layers": 0, "resident_layers": 0, "offload_impl": "auto"}
-    lean["sharding_strategy"] = "full_shard"
+    lean: dict[str, Any] = {"batch_size": 1, "use_gradient_checkpointing": True}
+    lean |= dict.fromkeys(("selective_layers", "uncheckpointed_layers", "resident_layers"), 0)
+    lean |= {"offload_impl": "auto", "sharding_strategy": "full_shard"}
 
     def is_too_long(length: int) -> bool:
         changed = dataclasses.replace(cfg, context_length=length, **lean)
