@@ -114,9 +114,11 @@ ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
 JSON, LAYERS = "a JSON object", "layers as in 0,8-15"
+PER_VISIT = "auto or >= 1"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
+VISIT_HELP = "micro-batches that pass each layer together; auto: by the plan, else 1"
 HELD_OUT_HELP = "held out: rows (200), share (0.1), split or file; auto: 5 %, none of few rows"
 LR_HELP = "highest learning rate [of LoRA by the model's width: 1e-4 to 5e-4; else 1e-5]"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
@@ -225,6 +227,7 @@ class TrainConfig:
     world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     no_sync: bool = flag(False, "memory", "reduce gradients once a step")
+    accumulate_by_layer: str = flag("auto", "memory", VISIT_HELP, rule=PER_VISIT)
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")
@@ -321,6 +324,12 @@ class TrainConfig:
         """Name -> value of what `tracker_args` has for the trackers."""
         pairs = re.split(r",(?=\w+=)", self.tracker_args or "")
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+    @property
+    def per_visit(self) -> int:
+        """Micro-batches that pass each layer together."""
+        asked = 1 if self.accumulate_by_layer == "auto" else int(self.accumulate_by_layer)
+        return min(asked, self.gradient_accumulation_steps)
 
     def levels(self, num_layers: int) -> tuple[str, ...]:
         """What of each decoder layer is recomputed in the backward pass: full, selective, none.
@@ -456,6 +465,7 @@ def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]
         UserError: a value that its option cannot have (code 5).
     """
     values, removed = renamed(record)
+    values.setdefault("accumulate_by_layer", "1")  # of runs that could not do otherwise
     try:
         return TrainConfig(**values), removed
     except UserError as fault:
@@ -648,6 +658,11 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     ]
     unused = [
         (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
+        (
+            cfg.gradient_accumulation_steps == 1,
+            "accumulate_by_layer",
+            "--gradient_accumulation_steps is 1",
+        ),
         (is_here and not is_ddp_here, "offload_impl", "--use_cpu_offload is false"),
         (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
         (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from fsdp_qlora.data import Data
 
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
-PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
+# The plan would choose them anew.
+PINNED = ("batch_size", "gradient_accumulation_steps", "accumulate_by_layer")
 # Of the configuration, as it stands. DATA may change when the user says so, MODEL never.
 MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
 MODEL += ("modules_to_save", "optimizer", "rank_pattern", "alpha_pattern")
