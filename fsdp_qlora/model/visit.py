@@ -74,13 +74,13 @@ class Spread(torch.autograd.Function):
 
 
 def _sum(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    first, *others = [grad for grad in grads if grad is not None] or [None]
-    if first is None or not others:
-        return first
-    total = torch.add(first.float() if first.itemsize < 4 else first, others[0])
-    for grad in others[1:]:
+    found = [grad for grad in grads if grad is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    total = found[0] + found[1] if found[0].itemsize == 4 else found[0].float() + found[1]
+    for grad in found[2:]:
         total += grad
-    return total.to(first.dtype)
+    return total.to(found[0].dtype)
 
 
 Step = Callable[[int, torch.Tensor, tuple, dict[str, Any]], torch.Tensor]

@@ -450,6 +450,7 @@ def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) ->
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
     guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
     parts = (model, params, optimizer, schedule, max_norm, world, guard)
-    is_asked = cfg.per_visit > 1 and isinstance(model, QuantizedModel)
-    per_visit = cfg.per_visit if is_asked and model.can_visit(world.device) else 1
+    per_visit = cfg.per_visit
+    if not (isinstance(model, QuantizedModel) and model.can_visit(world.device, per_visit)):
+        per_visit = 1
     return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed, per_visit=per_visit)
