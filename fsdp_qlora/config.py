@@ -142,12 +142,10 @@ ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
 REFERENCES, HALF = ("auto", "pass", "cached"), "from 0 to below 0.5"
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
-JSON, LAYERS = "a JSON object", "layers as in 0,8-15"
-PER_VISIT = "auto or >= 1"
+JSON, LAYERS, VISIT = "a JSON object", "layers as in 0,8-15", "auto or >= 1"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
 DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
-VISIT_HELP = "micro-batches that pass each layer together; auto: by the plan, else 1"
 HELD_OUT_HELP = "held out: rows (200), share (0.1), split or file; auto: 5 %, none of few rows"
 LR_HELP = "highest learning rate [of LoRA by the model's width: 1e-4 to 5e-4; else 1e-5]"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
@@ -263,7 +261,9 @@ class TrainConfig:
     world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     no_sync: bool = flag(False, "memory", "reduce gradients once a step")
-    accumulate_by_layer: str = flag("auto", "memory", VISIT_HELP, rule=PER_VISIT)
+    accumulate_by_layer: str = flag(
+        "auto", "memory", "micro-batches per visit of a layer", rule=VISIT
+    )
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")
@@ -512,9 +512,8 @@ def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]
         UserError: a value that its option cannot have (code 5).
     """
     values, removed = renamed(record)
-    values.setdefault("accumulate_by_layer", "1")  # of runs that could not do otherwise
-    try:
-        return TrainConfig(**values), removed
+    try:  # runs that had no other choice accumulated micro-batch by micro-batch
+        return TrainConfig(**{"accumulate_by_layer": "1"} | values), removed
     except UserError as fault:
         raise join([fault], INTEGRITY) from None
 
@@ -714,11 +713,7 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     ]
     unused = [
         (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
-        (
-            cfg.gradient_accumulation_steps == 1,
-            "accumulate_by_layer",
-            "--gradient_accumulation_steps is 1",
-        ),
+        (cfg.gradient_accumulation_steps == 1, "accumulate_by_layer", "a step has one micro-batch"),
         (is_here and not is_ddp_here, "offload_impl", "--use_cpu_offload is false"),
         (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
         (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),
