@@ -713,7 +713,6 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     ]
     unused = [
         (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
-        (cfg.gradient_accumulation_steps == 1, "accumulate_by_layer", "a step has one micro-batch"),
         (is_here and not is_ddp_here, "offload_impl", "--use_cpu_offload is false"),
         (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
         (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),
