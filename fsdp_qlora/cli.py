@@ -46,6 +46,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
     "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
+    "auto or >= 1": lambda v: bool(re.fullmatch(r"auto|[1-9][0-9]{0,8}", v)),
     "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
     "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
     "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),

@@ -100,7 +100,7 @@ ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
 REFERENCES, HALF = ("auto", "pass", "cached"), "from 0 to below 0.5"
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
-JSON, LAYERS = "a JSON object", "layers as in 0,8-15"
+JSON, LAYERS, VISIT = "a JSON object", "layers as in 0,8-15", "auto or >= 1"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
 
@@ -215,6 +215,9 @@ class TrainConfig:
     world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     no_sync: bool = flag(False, "memory", "reduce gradients once a step")
+    accumulate_by_layer: str = flag(
+        "auto", "memory", "micro-batches per visit of a layer", rule=VISIT
+    )
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")
@@ -322,6 +325,12 @@ class TrainConfig:
         """Name -> value of what `tracker_args` has for the trackers."""
         pairs = re.split(r",(?=\w+=)", self.tracker_args or "")
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+    @property
+    def per_visit(self) -> int:
+        """Micro-batches that pass each layer together."""
+        asked = 1 if self.accumulate_by_layer == "auto" else int(self.accumulate_by_layer)
+        return min(asked, self.gradient_accumulation_steps)
 
     def levels(self, num_layers: int) -> tuple[str, ...]:
         """What of each decoder layer is recomputed in the backward pass: full, selective, none.
@@ -457,8 +466,8 @@ def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]
         UserError: a value that its option cannot have (code 5).
     """
     values, removed = renamed(record)
-    try:
-        return TrainConfig(**values), removed
+    try:  # runs that had no other choice accumulated micro-batch by micro-batch
+        return TrainConfig(**{"accumulate_by_layer": "1"} | values), removed
     except UserError as fault:
         raise join([fault], INTEGRITY) from None
 
