@@ -28,7 +28,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.matmul import Quantized4
-from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
+from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, Storage, whole_layer_bytes
 from fsdp_qlora.planning.sizes import FORMATS as STORAGES
 
 
@@ -425,9 +425,12 @@ class LayerCache:
         key: (store, dtype) that it belongs to; () = none.
         constants: per linear, what the format's `constants` made.
         weights: the linears, dequantized; None = they are made anew for each matmul.
+        most_bytes: of the weights of a layer that is dequantized at once.
+        has_fp8: large matmuls run in 8 bit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_fp8: bool = False) -> None:
+        self.most_bytes, self.has_fp8 = whole_layer_bytes(), has_fp8
         self.clear()
 
     def clear(self) -> None:
@@ -472,23 +475,28 @@ class LayerStore:
             return cache.weights[index]
         return self._dequantize(index, dtype)
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether large matmuls run in 8 bit: asked for, and the shapes of all linears allow it."""
+        fits = not any(rows % 16 or cols % GROUP for rows, cols in self.layout.shapes)
+        return self.cache.has_fp8 and self.format.index_field in ("absmax", "qabsmax") and fits
+
     def quantized(self, index: int) -> Quantized4:
         """The 4-bit weight of a linear, for matmuls in 8 bit.
 
         Args:
             index: of the linear in the layer.
         """
-        cache = self.cache
-        if cache.key != (id(self), None):
+        cache, key = self.cache, (id(self), None)
+        if cache.key != key:
             self._view()
             cache.clear()
-            cache.key = (id(self), None)
+            cache.key = key
             self._split(self.format.constants(self._fields, torch.float32))
         start, stop = self.layout.weights[index]
         table = values_of(self.layout.format_name[:3], self._bytes.device)
-        return Quantized4(
-            self._bytes[start:stop], cache.constants[index][0], table, self.layout.shapes[index]
-        )
+        absmax = cache.constants[index][0]
+        return Quantized4(self._bytes[start:stop], absmax, table, self.layout.shapes[index])
 
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
@@ -501,7 +509,7 @@ class LayerStore:
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
         cache.key = (id(self), dtype)
-        is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
+        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes
         if is_small and layout.is_contiguous:
             quantized = self._bytes[: layout.weights[-1][1]]
             flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)

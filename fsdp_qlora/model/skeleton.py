@@ -6,6 +6,7 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import contextlib
 import importlib.util
 import logging
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,19 +19,24 @@ from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentio
 from fsdp_qlora.arch import LayerKind, Linear, ModelInfo
 from fsdp_qlora.arch.info import INDEXED, stored_name
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import INTEGRITY, UserError, printable
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
+from fsdp_qlora.model import matmul, visit
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
-from fsdp_qlora.planning.sizes import trained_whole
+from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.planning.sizes import trained_whole, whole_layer_bytes
 
 OTHER_MODEL = "take another model"
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+
+FP8_MAJORS = (9, 10)  # compute capability of Hopper and of data-centre Blackwell
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class KernelChoice:
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
+        has_fp8: large frozen matmuls run in 8 bit.
         note: one line for the user, with the reasons.
     """
 
@@ -49,6 +56,7 @@ class KernelChoice:
     attention: str
     use_liger: bool
     has_row_kernel: bool
+    has_fp8: bool
     note: str
 
 
@@ -79,7 +87,13 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    return KernelChoice(getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, note)
+    has_fp8 = cfg.matmul == "fp8"
+    if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
+        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
+        raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
+    note += f", frozen matmuls of {matmul.MIN_TOKENS:,} tokens and more in fp8" * has_fp8
+    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
+    return KernelChoice(*choice, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:
@@ -151,10 +165,14 @@ class QuantizedModel(nn.Module):
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
         has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
-        setting = cfg.cuda_graphs if is_plain and not has_experts else "off"
+        is_plain &= cfg.per_visit == 1 and not has_experts
+        setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
+        if not has_experts:
+            for store in (body.store for body in bodies if body.store):
+                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
@@ -165,27 +183,75 @@ class QuantizedModel(nn.Module):
         for block, level in zip(blocks[:-1], levels, strict=False):  # the last is needed at once
             block.offload = None if level == "none" else offload
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The list of DecoderBlocks that transformers goes through."""
+        lists = (m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m))
+        return next(layers for layers in lists if isinstance(layers[0], DecoderBlock))
+
+    def can_visit(self, device: torch.device, num_groups: int = 2) -> bool:
+        """Whether groups of rows can pass each layer together: see visit.take_apart.
+
+        Args:
+            device: of the rank.
+            num_groups: of them; one always can.
+        """
+        if num_groups == 1:
+            return True
+        size = self.decoder.config.hidden_size
+        embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
+        try:
+            _, calls = visit.take_apart(self.decoder, self.layers, True, {"inputs_embeds": embeds})
+        except Exception:  # whatever stops a decoder that wants more than embeddings
+            return False
+        values = [value for call in calls for value in call.kwargs.values()]
+        return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+
+    def _visit(self, groups: Sequence[RowGroup]) -> list[torch.Tensor]:
+        ids = [group.input_ids for group in groups]
+        embeds = self.embedding(torch.cat([part.flatten() for part in ids]).unsqueeze(0))
+        parts = embeds.squeeze(0).split([part.numel() for part in ids])
+        inputs: list[dict[str, Any]] = []
+        for group, part in zip(groups, parts, strict=True):
+            rest = group.rows.arguments() if group.rows is not None else {}
+            inputs.append({"inputs_embeds": part.view(*group.input_ids.shape, -1), **rest})
+        pairs = zip(groups, inputs, strict=True)
+        decoder, layers = self.decoder, self.layers
+        found = [visit.take_apart(decoder, layers, g.has_adapters, own) for g, own in pairs]
+        hiddens, calls = [hidden for hidden, _ in found], [own for _, own in found]
+        del found, embeds, parts
+        for block, *of_layer in zip(layers, *calls, strict=True):
+            hiddens = block(hiddens, of_layer)
+        for i, group in enumerate(groups):
+            with torch.set_grad_enabled(group.has_adapters and torch.is_grad_enabled()):
+                hiddens[i] = visit.finish(decoder, layers, hiddens[i], inputs[i])
+        return self.head(hiddens, [group.targets for group in groups])
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Any,
         targets: Targets | None = None,
         past_key_values: "Cache | None" = None,
         rows: RowBounds | None = None,
         **padding: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Compute the loss of a batch, or the logits of its last token.
 
         Args:
             input_ids: int64 [B, T]. Padding stands on the right and is not a target: causal
                 attention never sees it, so no mask is passed and the flash kernels stay usable.
+                Or a list of RowGroups, which pass each layer together; nothing else then.
             targets: what is trained; None for logits.
             past_key_values: a transformers Cache to generate with.
             rows: several rows lie one after the other in the one sequence; or None.
             padding: attention_mask and position_ids of rows that are padded on the left.
 
         Returns:
-            Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
+            Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype; of a list
+            of groups, a list.
         """
+        if isinstance(input_ids, list):
+            return self._visit(input_ids)
         out = self.decoder(
             input_ids=input_ids,
             past_key_values=past_key_values,
@@ -235,7 +301,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache()
+    layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
+    cache = LayerCache(has_fp8=chosen.has_fp8)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
@@ -440,6 +507,7 @@ def _build_body(
     for name, index in places.items():
         stored = kind.linears[index].name
         linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
+        linears[name].quantized = partial(store.quantized, index) if store.has_fp8 else None
         layer.set_submodule(name, linears[name])
     return TrainedLayer(layer, group_linears(linears), store)
 
