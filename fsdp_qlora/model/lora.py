@@ -421,7 +421,8 @@ class QuantizedLinear(nn.Module):
         dequantize: dtype -> the frozen weight_OI, made anew.
         stored_name: its name among the linears of the layer's files.
         group: the linears that read the same input, itself included.
-        quantized: gives its 4-bit weight where large matmuls run in 8 bit; else None.
+        quantized: gives the 4-bit weights of its group, whose first it is, where large matmuls run
+            in 8 bit; else None.
     """
 
     bias: nn.Parameter | None

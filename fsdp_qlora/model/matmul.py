@@ -1,16 +1,16 @@
-"""Frozen matmuls in 8 bit: e4m3 codes of a 4-bit weight, made anew for each matmul as its 16 bits are.
+"""Frozen matmuls in 8 bit: e4m3 codes of a 4-bit weight, made anew for each matmul.
 
-A product of two e4m3 matrices runs at twice the rate of bfloat16 on data-centre GPUs from Hopper on,
-and wants both matrices contiguous along the sum. From 4-bit codes both layouts of W are free to make.
+A product of two e4m3 matrices runs at twice the rate of bfloat16 on data-centre GPUs from Hopper
+on, and wants both contiguous along the sum. From 4-bit codes both layouts of W are free to make.
 Each row of W has one scale, its largest constant / 448: no pass over W. In the gradient of x that
 scale stands along the sum, so it is multiplied into dy before dy is quantized; x and dy are
 quantized by row (of tokens). LoRA, attention, norms and loss stay as they are.
 
 Scales have a floor (rows of zeros are common: dy of untrained tokens), and a row with a number that
-is not finite has a scale that is none, so that the result is not finite either: a cast saturates and
-would hide the overflow from the guard.
+is not finite has a scale that is none, so that the result is not finite either: a cast saturates
+and would hide the overflow from the guard.
 
-Shape letters: M tokens, I in features, O out features (of all linears of a group together).
+Shape letters: M tokens, I in features, O out features of all linears that read one input.
 
 Source: e4m3, arXiv 2209.05433; scales by row, torch._scaled_mm.
 """
@@ -29,37 +29,48 @@ MIN_TOKENS = 1024  # fewer gain nothing: the cost of the codes of W
 
 
 class Quantized4(NamedTuple):
-    """A linear's 4-bit weight.
+    """The 4-bit weights of linears that read one input, one below the other.
 
     Attributes:
         codes: uint8 [O * I / 2], the high bits of a byte first.
         absmax: float32 [O * I / 64].
-        table: float32 [16].
-        shape: (O, I), I a multiple of 64.
+        table: float32 [16], the values of the code, none above 1.
+        scales_O: float32, of each row: with it the row's largest possible value becomes 448.
     """
 
     codes: torch.Tensor
     absmax: torch.Tensor
     table: torch.Tensor
-    shape: tuple[int, int]
+    scales_O: torch.Tensor
 
     @property
-    def scales_O(self) -> torch.Tensor:
-        """float32: of each row, with which its largest possible value becomes 448."""
-        rows = self.absmax.view(self.shape[0], -1)
-        return rows.amax(1).clamp_min_(FLOOR).div_(LARGEST)
+    def num_in(self) -> int:
+        """I, a multiple of 64."""
+        return self.codes.numel() * 2 // self.scales_O.numel()
+
+
+def row_scales(absmax: torch.Tensor, num_out: int) -> torch.Tensor:
+    """See Quantized4.scales_O.
+
+    Args:
+        absmax: float32 [O * I / 64].
+        num_out: O.
+    """
+    return absmax.view(num_out, -1).amax(1).clamp_(min=FLOOR).div_(LARGEST)
 
 
 def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
-    """Whether a product of linears runs in 8 bit.
+    """Whether the product of linears runs in 8 bit.
 
     Args:
-        linears: that read x; those that may have `quantized`, which gives their Quantized4.
+        linears: that read x, all of one group; the first may have `quantized`, which gives the
+            Quantized4 of all.
         x_MI: their input.
     """
-    has_codes = all(getattr(linear, "quantized", None) is not None for linear in linears)
-    is_large = x_MI.shape[0] >= MIN_TOKENS and x_MI.dtype == torch.bfloat16
-    return has_codes and is_large and linears[0].training
+    first = linears[0]
+    if getattr(first, "quantized", None) is None or len(linears) < len(first.group.linears):
+        return False
+    return x_MI.shape[0] >= MIN_TOKENS and x_MI.dtype == torch.bfloat16 and first.training
 
 
 def add_products(
@@ -75,10 +86,12 @@ def add_products(
     Returns:
         bfloat16 [M, O] of each linear.
     """
-    codes, scales = quantize_rows(x_MI)
-    outs = []
-    for linear, delta_MO in zip(linears, deltas_MO, strict=True):
-        out_MO = multiply(codes, scales, *weight_rows(linear.quantized()), True)
+    weight, sizes = linears[0].quantized(), [linear.out_features for linear in linears]
+    codes_MI, scales_M1 = quantize_rows(x_MI)
+    parts, outs = weight_codes(weight, False).split(sizes), []
+    rows = zip(linears, deltas_MO, parts, weight.scales_O.split(sizes), strict=True)
+    for linear, delta_MO, codes_OI, scales_O in rows:
+        out_MO = multiply(codes_MI, scales_M1, codes_OI, scales_O, True)
         out_MO = out_MO if delta_MO is None else delta_MO.add_(out_MO)
         outs.append(out_MO if linear.bias is None else out_MO.add_(linear.bias))
     return outs
@@ -94,9 +107,12 @@ def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> 
     Returns:
         bfloat16 [M, I].
     """
-    codes_IO, scales_O = weights_turned([linear.quantized() for linear in linears])
+    weight = linears[0].quantized()
     grad_MO = grads_MO[0] if len(grads_MO) == 1 else torch.cat(list(grads_MO), 1)
-    return multiply(*quantize_rows(grad_MO, scales_O), codes_IO, None, False)
+    codes_MO, scales_M1 = quantize_rows(grad_MO, weight.scales_O)
+    codes_IO = weight_codes(weight, True)
+    ones_I = torch.ones(weight.num_in, device=grad_MO.device)
+    return multiply(codes_MO, scales_M1, codes_IO, ones_I, False)
 
 
 def quantize_rows(
@@ -120,74 +136,50 @@ def quantize_rows(
     return (values * (LARGEST / most)).clamp(-LARGEST, LARGEST).to(FP8), most / LARGEST
 
 
-def weight_rows(weight: Quantized4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of W as it is, and the scale of every row.
+def weight_codes(weight: Quantized4, is_turned: bool) -> torch.Tensor:
+    """W by the scales of its rows.
 
     Args:
-        weight: of one linear.
+        weight: W.
+        is_turned: see below.
 
     Returns:
-        e4m3 [O, I], float32 [O].
+        e4m3 [O, I], or [I, O] if turned.
     """
-    scales_O = weight.scales_O
-    codes_OI = torch.empty(weight.shape, dtype=FP8, device=weight.codes.device)
-    _fill(weight, scales_O, codes_OI, False)
-    return codes_OI, scales_O
-
-
-def weights_turned(weights: Sequence[Quantized4]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of the weights of linears with one input, side by side and turned, and their scales.
-
-    Args:
-        weights: of the linears.
-
-    Returns:
-        e4m3 [I, O], float32 [O].
-    """
-    first, sizes = weights[0], [weight.shape[0] for weight in weights]
-    codes_IO = torch.empty(first.shape[1], sum(sizes), dtype=FP8, device=first.codes.device)
-    scales = [weight.scales_O for weight in weights]
-    for part_IO, weight, scales_O in zip(codes_IO.split(sizes, 1), weights, scales, strict=True):
-        _fill(weight, scales_O, part_IO, True)
-    return codes_IO, scales[0] if len(scales) == 1 else torch.cat(scales)
+    shape = weight.scales_O.numel(), weight.num_in
+    if weight.codes.is_cuda:
+        out = weight.codes.new_empty(shape[::-1] if is_turned else shape, dtype=FP8)
+        _kernels().weight_codes(*weight, out, is_turned, GROUP)
+        return out
+    pairs = torch.stack((weight.codes >> 4, weight.codes & 15), 1)
+    factors = weight.absmax.view(shape[0], -1) * (1.0 / weight.scales_O)[:, None]
+    values = weight.table[pairs.view(-1, GROUP).int()] * factors.view(-1, 1)
+    codes_OI = values.view(shape).to(FP8)
+    return codes_OI.t().contiguous() if is_turned else codes_OI
 
 
 def multiply(
     codes_MK: torch.Tensor,
     scales_M1: torch.Tensor,
     codes_NK: torch.Tensor,
-    scales_N: torch.Tensor | None,
+    scales_N: torch.Tensor,
     is_fast: bool,
 ) -> torch.Tensor:
     """x y^T of two quantized matrices.
 
     Args:
         codes_MK, scales_M1: of x.
-        codes_NK, scales_N: of y; None: all scales are one.
+        codes_NK, scales_N: of y.
         is_fast: sum up in the tensor cores' own registers, as the forward pass may.
 
     Returns:
         bfloat16 [M, N].
     """
-    if scales_N is None:
-        scales_N = torch.ones(codes_NK.shape[0], device=codes_NK.device)
     if not codes_MK.is_cuda:
         product = (codes_MK.float() * scales_M1) @ (codes_NK.float() * scales_N[:, None]).t()
         return product.bfloat16()
     rest: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": is_fast}
     return torch._scaled_mm(codes_MK, codes_NK.t(), scales_M1, scales_N[None], **rest)
-
-
-def _fill(
-    weight: Quantized4, scales_O: torch.Tensor, out: torch.Tensor, is_turned: bool
-) -> None:
-    if out.is_cuda:
-        _kernels().weight_codes(*weight[:3], scales_O, out, is_turned, GROUP)
-        return
-    pairs = torch.stack((weight.codes >> 4, weight.codes & 15), 1)
-    values = weight.table[pairs.view(-1, GROUP).long()] * weight.absmax[:, None]
-    codes_OI = (values.view(weight.shape) * (1.0 / scales_O)[:, None]).to(FP8)
-    out.copy_(codes_OI.t() if is_turned else codes_OI)
 
 
 def _kernels() -> Any:

@@ -27,7 +27,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.model.matmul import Quantized4
+from fsdp_qlora.model.matmul import Quantized4, row_scales
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, Storage, whole_layer_bytes
 from fsdp_qlora.planning.sizes import FORMATS as STORAGES
 
@@ -261,13 +261,16 @@ def _dequantize_bf16(quantized, constants, shape, dtype) -> torch.Tensor:
     return quantized.view(torch.bfloat16).view(shape).to(dtype)
 
 
+ABSMAX = ("absmax", "qabsmax")  # fields of constants in bitsandbytes' formats
+
+
 def _bnb_row(name: str) -> Format:
     quant_type, _, double = name.partition("_")
     return Format(
         storage=STORAGES[name],
         quantize=partial(_quantize_bnb, quant_type=quant_type, double=bool(double)),
         constants=_nested_absmax if double else partial(_as_stored, names=("absmax",)),
-        index_field="qabsmax" if double else "absmax",
+        index_field=ABSMAX[bool(double)],
         dequantize=partial(_dequantize_bnb, quant_type=quant_type),
     )
 
@@ -424,6 +427,7 @@ class LayerCache:
     Attributes:
         key: (store, dtype) that it belongs to; () = none.
         constants: per linear, what the format's `constants` made.
+        joint: places in the layer -> the 4-bit weights of linears that read one input.
         weights: the linears, dequantized; None = they are made anew for each matmul.
         most_bytes: of the weights of a layer that is dequantized at once.
         has_fp8: large matmuls run in 8 bit.
@@ -437,6 +441,7 @@ class LayerCache:
         """Forget the layer."""
         self.key: tuple = ()
         self.constants: list[Sequence[torch.Tensor]] = []
+        self.joint: dict[tuple[int, ...], Quantized4] = {}
         self.weights: list[torch.Tensor] | None = None
 
 
@@ -475,28 +480,45 @@ class LayerStore:
             return cache.weights[index]
         return self._dequantize(index, dtype)
 
-    @property
-    def has_fp8(self) -> bool:
-        """Whether large matmuls run in 8 bit: asked for, and the shapes of all linears allow it."""
-        fits = not any(rows % 16 or cols % GROUP for rows, cols in self.layout.shapes)
-        return self.cache.has_fp8 and self.format.index_field in ("absmax", "qabsmax") and fits
-
-    def quantized(self, index: int) -> Quantized4:
-        """The 4-bit weight of a linear, for matmuls in 8 bit.
+    def can_multiply(self, indices: Sequence[int]) -> bool:
+        """Whether large matmuls of linears run in 8 bit: asked for, and their places allow it.
 
         Args:
-            index: of the linear in the layer.
+            indices: of linears that read one input.
         """
-        cache, key = self.cache, (id(self), None)
+        layout, name = self.layout, self.format.index_field
+        if not self.cache.has_fp8 or name not in ABSMAX:
+            return False
+        for places in (layout.weights, layout.elements[name]):
+            ranges = [places[index] for index in indices]
+            if any(before[1] != after[0] for before, after in itertools.pairwise(ranges)):
+                return False
+        sizes = [stop - start for start, stop in ranges[:-1]]
+        has_gaps = sizes != [layout.numels[index] // GROUP for index in indices[:-1]]
+        fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
+        return fits and not has_gaps
+
+    def quantized(self, indices: tuple[int, ...]) -> Quantized4:
+        """The 4-bit weights of linears that read one input.
+
+        Args:
+            indices: for which `can_multiply` holds.
+        """
+        cache, key, layout = self.cache, (id(self), None), self.layout
         if cache.key != key:
             self._view()
             cache.clear()
             cache.key = key
-            self._split(self.format.constants(self._fields, torch.float32))
-        start, stop = self.layout.weights[index]
-        table = values_of(self.layout.format_name[:3], self._bytes.device)
-        absmax = cache.constants[index][0]
-        return Quantized4(self._bytes[start:stop], absmax, table, self.layout.shapes[index])
+            cache.constants = [self.format.constants(self._fields, torch.float32)]
+        if indices not in cache.joint:
+            bounds = layout.elements[self.format.index_field]
+            num = sum(layout.numels[index] for index in indices) // GROUP
+            absmax = cache.constants[0][0][bounds[indices[0]][0] :][:num]
+            codes = self._bytes[layout.weights[indices[0]][0] : layout.weights[indices[-1]][1]]
+            table = values_of(layout.format_name[:3], codes.device)
+            scales = row_scales(absmax, sum(layout.shapes[index][0] for index in indices))
+            cache.joint[indices] = Quantized4(codes, absmax, table, scales)
+        return cache.joint[indices]
 
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]

@@ -507,9 +507,13 @@ def _build_body(
     for name, index in places.items():
         stored = kind.linears[index].name
         linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
-        linears[name].quantized = partial(store.quantized, index) if store.has_fp8 else None
         layer.set_submodule(name, linears[name])
-    return TrainedLayer(layer, group_linears(linears), store)
+    groups = group_linears(linears)
+    for group in groups:
+        indices = tuple(places[name] for name in linears if linears[name].group is group)
+        if store.can_multiply(indices):
+            group.linears[0].quantized = partial(store.quantized, indices)
+    return TrainedLayer(layer, groups, store)
 
 
 def _replace_experts(layer: nn.Module, linears: Sequence[Linear], store: LayerStore) -> None:
