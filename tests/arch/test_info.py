@@ -207,7 +207,7 @@ def test_a_type_without_files_is_what_transformers_would_save(tmp_path: Path) ->
     assert (bare.kinds, bare.root_params) == (whole.kinds, whole.root_params)
     assert bare.names == whole.tensors.keys() and not bare.tensors
     edit_json(tmp_path / "config.json", model_type="qwen99")
-    with pytest.raises(UserError, match="qwen99: models are read from their files only .*; add"):
+    with pytest.raises(UserError, match=r"qwen99: models are read from their files only .*; add"):
         arch.read(str(tmp_path), need_weights=False)
 
 
