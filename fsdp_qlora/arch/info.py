@@ -508,8 +508,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     has_files = path and (need_weights or any(path.glob("*.safetensors")))
     if reads_headers := need_weights or not is_known:
         if path and has_files:
-            tensors = files.read_tensors(path, item_bytes)
-            tensors, towers = without_towers(tensors) if wrapper else (tensors, {})
+            tensors, towers = without_towers(files.read_tensors(path, item_bytes), wrapper)
         else:
             tensors = files.without_bytes(raw.get("_tensors"), text)
         if wrapper:
@@ -619,16 +618,19 @@ def _text_half(config: dict) -> tuple[dict, str]:
 
 
 def without_towers(
-    tensors: dict[str, TensorRef],
+    tensors: dict[str, TensorRef], wrapper: str
 ) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
     """Tell the text half of a wrapper from its other parts.
 
     Args:
         tensors: by their names in the files.
+        wrapper: "" for a text model.
 
     Returns:
         Those of the text half, by the names of a text model; and all others.
     """
+    if not wrapper:
+        return tensors, {}
     text = {own: ref for name, ref in tensors.items() if (own := inner_name(name))}
     return text, {name: ref for name, ref in tensors.items() if not inner_name(name)}
 
