@@ -42,6 +42,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "above 0 to 1": lambda value: 0 < value <= 1,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "from 0 to below 1": lambda value: 0 <= value < 1,
+    "from 0 to below 0.5": lambda value: 0 <= value < 0.5,
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
     "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),

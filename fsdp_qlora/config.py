@@ -73,6 +73,20 @@ class Optimizer(NamedTuple):
         return self.kind.startswith("torch.")
 
 
+class Objective(NamedTuple):
+    """An objective: what a run learns from a row.
+
+    Args:
+        num_answers: 2: a chosen and a rejected one; 1: one, with a label; 0: the row itself.
+        has_reference: answers are compared with those of the model before the first step.
+        nll_on_prompt: the cross entropy of chosen answers counts their prompts too.
+    """
+
+    num_answers: int = 2
+    has_reference: bool = True
+    nll_on_prompt: bool = False
+
+
 TRAIN_TYPES = {
     **dict.fromkeys(("qlora", "custom_qlora"), TrainType("bnb", "lora")),
     "hqq_lora": TrainType("hqq", "lora"),
@@ -103,6 +117,20 @@ OPTIMIZERS = {
     "paged_adamw": Optimizer("bitsandbytes.optim.PagedAdamW", True, 8),
     "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", True, 2),
 }
+FROM_PAIRS = ("dpo", "ipo", "apo_zero", "apo_down", "robust", "hinge")
+OBJECTIVES = {"sft": Objective(0, has_reference=False), **dict.fromkeys(FROM_PAIRS, Objective())}
+OBJECTIVES |= {"orpo": Objective(2, has_reference=False, nll_on_prompt=True)}
+OBJECTIVES |= dict.fromkeys(("cpo", "simpo"), Objective(2, has_reference=False))
+OBJECTIVES |= dict.fromkeys(("kto", "kto_apo_zero"), Objective(1))
+# Option -> the objectives that read it.
+OF_OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "beta": tuple(OBJECTIVES)[1:],
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo", "simpo"),
+    "sft_weight": FROM_PAIRS,
+    "label_smoothing": ("robust",),
+    "reference": tuple(name for name, row in OBJECTIVES.items() if row.has_reference),
+}
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 # Packages of the same names, in accelerate.tracking.
 TRACKERS: tuple[str, ...] = ("tensorboard", "wandb", "trackio", "swanlab")
@@ -112,6 +140,7 @@ ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 TRAINED = ("assistant", "completion", "last", "all")
 ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
+REFERENCES, HALF = ("auto", "pass", "cached"), "from 0 to below 0.5"
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
 JSON, LAYERS = "a JSON object", "layers as in 0,8-15"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
@@ -207,6 +236,13 @@ class TrainConfig:
     sample_prompts: str = flag("auto", "data", "FILE of more; off; auto: held-out rows", rule=TEXT)
     sample_tokens: int = flag(48, "data", "longest such answer in tokens", rule=">= 1")
 
+    objective: str = flag("sft", "training", "what is learned from a row", OBJECTIVES)
+    beta: float = flag(0.1, "training", "of a preference objective", rule="> 0")
+    simpo_gamma: float = flag(0.5, "training", "margin of SimPO's rewards", rule=">= 0")
+    cpo_alpha: float | None = flag(None, "training", "weight of the NLL [1; simpo: 0]", rule=">= 0")
+    sft_weight: float = flag(0.0, "training", "weight of the chosen answers' NLL", rule=">= 0")
+    label_smoothing: float = flag(0.0, "training", "robust: share of wrong pairs", rule=HALF)
+    reference: str = flag("auto", "training", "each step, or once: cached", REFERENCES)
     batch_size: int = flag(1, "training", "rows per rank and micro-batch", rule=">= 1")
     gradient_accumulation_steps: int = flag(1, "training", "micro-batches per step", rule=">= 1")
     num_epochs: int | float = flag(1, "training", "passes over the data", rule="> 0")
@@ -305,6 +341,17 @@ class TrainConfig:
         if self.eval_split == "auto" and self.train_split is None and self.dataset != "dummy":
             return min(num_rows // 20, MOST_HELD_OUT) if num_rows >= FEWEST_ROWS else 0
         return int(self.eval_split) if self.eval_split and self.eval_split.isdecimal() else 0
+
+    @property
+    def num_answers(self) -> int:
+        """Answers of a row of preferences: 2 or 1; 0 where rows are learned as they are."""
+        return OBJECTIVES[self.objective].num_answers
+
+    @property
+    def nll_weight(self) -> float:
+        """Weight of the mean cross entropy of chosen answers in a preference objective."""
+        own = {"orpo": 1.0, "cpo": 1.0, "simpo": 0.0}.get(self.objective, self.sft_weight)
+        return own if self.cpo_alpha is None else self.cpo_alpha
 
     @property
     def log_targets(self) -> tuple[str, ...]:
@@ -565,6 +612,15 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
             got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
             remedy = f"use --train_type {type_}, or leave it out"
             faults.append(UserError(got, f"belongs to {base} base", remedy))
+    for name, objectives in OF_OBJECTIVES.items():
+        value = getattr(cfg, name)
+        if cfg.objective not in objectives and value != getattr(TrainConfig, name):
+            got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
+            rule = f"belongs to --objective {' '.join(objectives)}"
+            faults.append(UserError(got, rule, "leave one of them out"))
+    if cfg.num_answers and cfg.train_on == "all":
+        got, rule = f"--train_on all with --objective {cfg.objective}", "compares answers alone"
+        faults.append(UserError(got, rule, "leave --train_on out"))
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))

@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, N trained tokens, H hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,61 +15,80 @@ IGNORE = -100  # label of a token that is not trained
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over N tokens of -log softmax(logits)[target], logits = cap(scale * (x W^T + b)).
+    """-log softmax(logits)[target] of N tokens, logits = cap(scale * (x W^T + b)), and their sum.
 
-    Loss and gradients of x and, if it is trained, of W come from the same logits, a chunk of tokens
-    at a time, so that nothing is computed twice and only [chunk, V] is ever held.
+    Losses and gradients of x and, if it is trained, of W come from the same logits, a chunk of
+    tokens at a time, so that nothing is computed twice and only [chunk, V] is ever held. Where each
+    token has a weight that is known only later, rows of the gradient of x are multiplied by it in
+    the backward, and that of W is made there from logits made anew.
 
     Args:
         x_NH: hidden states, compute dtype.
         weight_VH: output embedding, compute dtype; the gradient of a trained one is summed up in
             float32.
         targets_N: int64.
-        bias_V, scale, softcap: see LossHead.
+        rest: bias_V, scale, softcap of LossHead; whether the single losses are used, not the sum.
 
     Returns:
-        The sum, 0-d float32.
+        The sum, 0-d float32, and the single ones, [N] float32.
     """
 
     @staticmethod
-    def forward(ctx, x_NH, weight_VH, targets_N, bias_V, scale, softcap):
-        chunk = max(16, LOGITS_BYTES // (4 * weight_VH.shape[0]))
+    def forward(ctx, x_NH, weight_VH, targets_N, *rest):
+        ctx.set_materialize_grads(False)
+        *of_logits, is_single = rest
         grad_NH = torch.empty_like(x_NH) if ctx.needs_input_grad[0] else None
-        grad_VH = None
-        if ctx.needs_input_grad[1]:  # summed in float32 over the chunks
+        is_trained, grad_VH = ctx.needs_input_grad[1], None
+        if is_trained and not is_single:  # summed in float32 over the chunks
             grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         loss = torch.zeros((), dtype=torch.float32, device=x_NH.device)
-        for start in range(0, x_NH.shape[0], chunk):
-            part = slice(start, start + chunk)
-            target = targets_N[part].unsqueeze(1)
-            part_loss, grad = _loss_and_gradient(
-                nn.functional.linear(x_NH[part], weight_VH, bias_V), target, scale, softcap
-            )
-            loss += part_loss
+        losses_N = loss.new_empty(x_NH.shape[0])
+        for part in _chunks(x_NH, weight_VH):
+            losses, grad = _loss_and_gradient(x_NH[part], weight_VH, targets_N[part], *of_logits)
+            loss += losses.sum()
+            losses_N[part] = losses.squeeze(1)
             if grad_NH is not None:
                 torch.mm(grad, weight_VH, out=grad_NH[part])
             if grad_VH is not None:
                 grad_VH += grad.t() @ x_NH[part]
             del grad  # before the next logits are made
-        ctx.save_for_backward(grad_NH, grad_VH)
-        ctx.dtype = weight_VH.dtype
-        return loss
+        again = (x_NH, weight_VH, targets_N) if is_trained and is_single else ()
+        ctx.save_for_backward(grad_NH, grad_VH, *again)
+        ctx.of_logits, ctx.dtype = of_logits, weight_VH.dtype
+        return loss, losses_N
 
     @staticmethod
-    def backward(ctx, grad_loss):
-        grad_NH, grad_VH = ctx.saved_tensors
+    def backward(ctx, grad_loss, grad_losses_N):
+        grad_NH, grad_VH, *again = ctx.saved_tensors
+        factor = grad_loss if grad_losses_N is None else grad_losses_N.unsqueeze(1)
         if grad_NH is not None:
-            grad_NH = grad_NH * grad_loss.to(grad_NH.dtype)
+            grad_NH = grad_NH * factor.to(grad_NH.dtype)
         if grad_VH is not None:
             grad_VH = (grad_VH * grad_loss).to(ctx.dtype)
-        return grad_NH, grad_VH, None, None, None, None
+        elif again:
+            x_NH, weight_VH, targets_N = again
+            grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
+            for part in _chunks(x_NH, weight_VH):
+                rest = targets_N[part], *ctx.of_logits
+                _, grad = _loss_and_gradient(x_NH[part], weight_VH, *rest)
+                grad_VH += grad.mul_(factor[part].to(grad.dtype)).t() @ x_NH[part]
+            grad_VH = grad_VH.to(ctx.dtype)
+        return grad_NH, grad_VH, None, None, None, None, None
 
 
-def _loss_and_gradient(logits_NV, target_N1, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss, 0-d, and its gradient, dtype of the logits, with one float32 copy of them.
+def _chunks(x_NH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[slice]:
+    size = max(16, LOGITS_BYTES // (4 * weight_VH.shape[0]))
+    return (slice(start, start + size) for start in range(0, x_NH.shape[0], size))
+
+
+def _loss_and_gradient(
+    x_NH, weight_VH, targets_N, bias_V, scale, softcap
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses, [N, 1], and their gradients to the logits, 16 bit, with one float32 copy of them.
 
     Gradient of -log softmax(z)[t] to z: softmax(z) - onehot(t).
     """
+    logits_NV, target_N1 = nn.functional.linear(x_NH, weight_VH, bias_V), targets_N.unsqueeze(1)
     dtype, logits_NV = logits_NV.dtype, logits_NV.float()
     squashed = None
     if scale != 1:
@@ -80,14 +100,14 @@ def _loss_and_gradient(logits_NV, target_N1, scale, softcap) -> tuple[torch.Tens
     at_target = logits_NV.gather(1, target_N1)
     powers = logits_NV.sub_(most).exp_()
     total = powers.sum(1, keepdim=True)
-    loss = (total.log() + most - at_target).sum()
+    losses = total.log() + most - at_target
     grad = powers.div_(total)
     grad.scatter_add_(1, target_N1, grad.new_full(target_N1.shape, -1.0))
     if squashed is not None:
         grad.mul_(squashed.square_().neg_().add_(1))
     if scale != 1:
         grad.mul_(scale)
-    return loss, grad.to(dtype)
+    return losses, grad.to(dtype)
 
 
 class Targets(NamedTuple):
@@ -96,10 +116,12 @@ class Targets(NamedTuple):
     Attributes:
         positions_N: index into the B*T positions whose output is trained.
         tokens_N: the token that should follow each; None asks for the logits there.
+        is_single: the loss of every token is asked for, not their sum.
     """
 
     positions_N: torch.Tensor
     tokens_N: torch.Tensor | None
+    is_single: bool = False
 
     @classmethod
     def of(cls, labels_BT: torch.Tensor, device: torch.device) -> "Targets":
@@ -111,8 +133,8 @@ class Targets(NamedTuple):
         """
         following = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE).flatten()
         positions_N = (following != IGNORE).nonzero().squeeze(1)
-        parts = positions_N, following[positions_N]
-        return cls(*[part.to(device, non_blocking=True) for part in parts])
+        tokens_N = following[positions_N].to(device, non_blocking=True)
+        return cls(positions_N.to(device, non_blocking=True), tokens_N)
 
 
 class LossHead(nn.Module):
@@ -147,15 +169,16 @@ class LossHead(nn.Module):
             targets: what is trained; None for the logits of the last token.
 
         Returns:
-            Sum of the loss over the targets, 0-d float32; or logits [B, 1, V], or those of some
-            positions [N, V], compute dtype.
+            Sum of the loss over the targets, 0-d float32, or of each, [N]; or logits [B, 1, V],
+            or those of some positions [N, V], compute dtype.
         """
         x = hidden_BTH[:, -1:]
         if targets is not None:
             x = hidden_BTH.flatten(0, 1).index_select(0, targets.positions_N)
             if targets.tokens_N is not None:
-                rest = self.bias, self.scale, self.softcap
-                return ChunkedCrossEntropy.apply(x, self.weight, targets.tokens_N, *rest)
+                rest = self.bias, self.scale, self.softcap, targets.is_single
+                found = ChunkedCrossEntropy.apply(x, self.weight, targets.tokens_N, *rest)
+                return found[targets.is_single]
         return self.logits(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 "use strict";
 // Draws the figures, curves, memory and bars of a page, and follows runs that are still under way.
-const DATA = JSON.parse(document.getElementById("data").textContent), {runs, look: LOOK} = DATA, isOne = runs.length === 1;
+const DATA = JSON.parse(document.getElementById("page-data").textContent), {runs, look: LOOK} = DATA, isOne = runs.length === 1;
 const GREY = "#8c959f", PLAN = "#bf3989", HELD = "#1f883d", LEFT = 56, RIGHT = 8, TOP = 8, BOTTOM = 22, MAX_PLAIN = 4000;
 const view = {axis: "step", isLog: false, range: null, cursor: null, off: new Set(), place: null}, charts = [], smoothed = new WeakMap();
 const byId = name => document.getElementById(name), lastOf = values => values.findLast(v => v != null) ?? null;

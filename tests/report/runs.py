@@ -12,6 +12,17 @@ from fsdp_qlora.report import page
 REAL = Path(__file__).parent / "run"
 VOID = {"meta", "link", "path", "polygon", "polyline"}
 CONFIG = {"model_name": "models/SmolLM2", "train_type": "qlora", "gpu_budget_gib": None}
+# `data` of summary.json.
+AUDIT = {
+    "sources": ["a<b>.jsonl"],
+    "num_rows": 1200,
+    "num_cut": 3,
+    "num_empty": 0,
+    "epoch_tokens": 54_321,
+    "padding_share": {"batches": 0.125, "packed": 0.01},
+    "examples": {"cut": ["a<b>.jsonl:7", "a<b>.jsonl:9"], "empty": []},
+    "notes": ["the end of text is never learned"],
+}
 
 # GiB of a GPU by row, about those of a 7B model; the ledger is off by what OFF says.
 DEVICE = {
@@ -144,6 +155,8 @@ class Page(HTMLParser):
         self.data = {}
         self.feed(html)
         self.words = " ".join(self.words.split())
+        ids = [attrs["id"] for _, attrs in self.tags if "id" in attrs]
+        assert len(ids) == len(set(ids)), "scripts find parts by their id"
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -170,7 +183,7 @@ class Page(HTMLParser):
 
     def handle_data(self, text):
         here = self._path[-1] if self._path else ""
-        if here == "script" and self.tags[-1][1].get("id") == "data":
+        if here == "script" and self.tags[-1][1].get("id") == "page-data":
             self.data = json.loads(text)
         if here in ("style", "script"):
             return

@@ -13,6 +13,7 @@ from fsdp_qlora.config import TrainConfig, renamed, to_dict
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.record import OWN_FLAGS
 from tests.report.runs import (
+    AUDIT,
     CONFIG,
     DEVICE,
     REAL,
@@ -245,18 +246,6 @@ def test_names_and_answers_cannot_break_out_of_their_place(tmp_path):
     page = page_of(run, out=run)
     assert [tag for tag, _ in page.tags].count("script") == 2  # the data, and what draws them
     assert "a<b>&" in page.words and page.tables["Answers"][bad] == [(bad, None)]
-
-
-AUDIT = {
-    "sources": ["a<b>.jsonl"],
-    "num_rows": 1200,
-    "num_cut": 3,
-    "num_empty": 0,
-    "epoch_tokens": 54_321,
-    "padding_share": {"batches": 0.125, "packed": 0.01},
-    "examples": {"cut": ["a<b>.jsonl:7", "a<b>.jsonl:9"], "empty": []},
-    "notes": ["the end of text is never learned"],
-}
 
 
 def test_the_audit_stands_in_the_report_with_the_places_of_what_is_lost(tmp_path):

@@ -19,7 +19,7 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.report import page as report
 from fsdp_qlora.report.watch import Server
 from tests import tiny, warm
-from tests.report.runs import CONFIG, REAL, gpu_facts, gpu_step, step_line, write_run
+from tests.report.runs import AUDIT, CONFIG, REAL, gpu_facts, gpu_step, step_line, write_run
 from tests.test_run import flags
 
 pytestmark = pytest.mark.system
@@ -68,7 +68,7 @@ def write_gpus(place, factor=1, seed=0, **more):
     """A run on GPUs, with two answers."""
     steps = [gpu_step(i, seed=seed) | {"step": i * factor} for i in range(1, 21)]
     config = CONFIG | {"max_steps": 20 * factor, "model_name": "organisation/" + "a-long-name" * 9}
-    write_run(place, steps, (3, 2), config | more, gpu_facts())
+    write_run(place, steps, (3, 2), config | more, gpu_facts() | {"data": AUDIT})
     samples = [{"event": "sample", "when": w, "prompt": BAD, "answer": BAD} for w in WHEN]
     append(place, *samples)
     return place

@@ -1,0 +1,175 @@
+"""What is minimised when answers are compared: formulas from log-probabilities to losses.
+
+Letters: P pairs of a chosen and a rejected answer, or single answers. An answer's log-probability
+is the sum over its tokens. The objective of a step is the mean of the losses over all of its rows,
+wherever they are computed, and weight * (mean over the tokens of all chosen answers of -log p).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, relu
+
+from fsdp_qlora.config import TrainConfig
+
+
+class Answers(NamedTuple):
+    """One answer of each of P prompts.
+
+    Attributes:
+        policy_P: log-probability by the model in training, float32, with its graph.
+        reference_P: by the model that it is compared with; zeros where there is none.
+        length_P: tokens of the answer, float32.
+    """
+
+    policy_P: Tensor
+    reference_P: Tensor
+    length_P: Tensor
+
+    @property
+    def ratio_P(self) -> Tensor:
+        """log(policy / reference)."""
+        return self.policy_P - self.reference_P
+
+    @property
+    def mean_P(self) -> Tensor:
+        """Log-probability of a token of the answer, by the policy."""
+        return self.policy_P / self.length_P
+
+
+class Strength(NamedTuple):
+    """The numbers in the formulas.
+
+    Attributes:
+        beta: how strongly the policy is held to the reference (ORPO: weight of the odds ratio).
+        gamma: margin of SimPO's rewards, as they are: not divided by beta.
+        smoothing: share of pairs whose answers are taken to be in the wrong order.
+    """
+
+    beta: float
+    gamma: float = 0.0
+    smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, cfg: TrainConfig) -> "Strength":
+        """Those of a run."""
+        return cls(cfg.beta, cfg.simpo_gamma, cfg.label_smoothing)
+
+
+def dpo(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """-log sigmoid(beta * margin). Source: DPO, arXiv 2305.18290, equation 7."""
+    return -logsigmoid(by.beta * (chosen.ratio_P - rejected.ratio_P))
+
+
+def hinge(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """max(0, 1 - beta * margin). Source: SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657."""
+    return relu(1 - by.beta * (chosen.ratio_P - rejected.ratio_P))
+
+
+def ipo(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """(margin of a token - 1 / (2 beta))^2.
+
+    Source: IPO, arXiv 2310.12036, equation 17; the mean over tokens is its authors' own, as in TRL.
+    """
+    margin_P = chosen.ratio_P / chosen.length_P - rejected.ratio_P / rejected.length_P
+    return (margin_P - 1 / (2 * by.beta)).square()
+
+
+def robust(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """DPO's loss without bias where a share of the pairs is in the wrong order.
+
+    Source: robust DPO, arXiv 2403.00409, equation 12.
+    """
+    margin_P, flipped = by.beta * (chosen.ratio_P - rejected.ratio_P), by.smoothing
+    loss_P = flipped * logsigmoid(-margin_P) - (1 - flipped) * logsigmoid(margin_P)
+    return loss_P / (1 - 2 * flipped)
+
+
+def apo_zero(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """Chosen answers up, rejected ones down. Source: APO, arXiv 2408.06266, equation 7."""
+    up_P, down_P = by.beta * chosen.ratio_P, by.beta * rejected.ratio_P
+    return 1 - up_P.sigmoid() + down_P.sigmoid()
+
+
+def apo_down(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """Both down, rejected ones further. Source: APO, arXiv 2408.06266, equation 8."""
+    margin_P = by.beta * (chosen.ratio_P - rejected.ratio_P)
+    return (by.beta * chosen.ratio_P).sigmoid() + 1 - margin_P.sigmoid()
+
+
+def orpo(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """-beta * log sigmoid(log odds ratio), odds p / (1 - p) of the geometric mean over tokens.
+
+    Source: ORPO, arXiv 2403.07691, equations 4 and 7.
+    """
+    odds_P = chosen.mean_P - _log1mexp(chosen.mean_P)
+    return -by.beta * logsigmoid(odds_P - rejected.mean_P + _log1mexp(rejected.mean_P))
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) of x < 0, by the form that loses no digits.
+
+    Source: M. Maechler, Accurately Computing log(1 - exp(-|a|)), 2012.
+    """
+    is_small = x > -0.6931471805599453
+    near, far = x.where(is_small, -0.5), x.where(~is_small, -1.0)  # no NaN in a gradient
+    return torch.where(is_small, (-near.expm1()).log(), (-far.exp()).log1p())
+
+
+def cpo(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """DPO's loss without a reference. Source: CPO, arXiv 2401.08417, equation 3."""
+    return -logsigmoid(by.beta * (chosen.policy_P - rejected.policy_P))
+
+
+def simpo(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
+    """-log sigmoid(beta * margin of a token - gamma). Source: SimPO, arXiv 2405.14734, eq. 6."""
+    return -logsigmoid(by.beta * (chosen.mean_P - rejected.mean_P) - by.gamma)
+
+
+def kto(answers: Answers, sign_P: Tensor, divergence: Tensor, by: Strength) -> Tensor:
+    """1 - sigmoid(sign * beta * (ratio - divergence)); with a divergence of 0 it is APO-zero's.
+
+    Args:
+        answers: desirable and undesirable ones.
+        sign_P: 1 of the former, -1 of the latter.
+        divergence: see `divergence`; 0-d.
+        by: the numbers.
+
+    Source: KTO, arXiv 2402.01306, equation 7; APO, arXiv 2408.06266, as TRL has it for one answer.
+    """
+    return 1 - (by.beta * sign_P * (answers.ratio_P - divergence)).sigmoid()
+
+
+def divergence(ratio_sum: Tensor, num: float) -> Tensor:
+    """KTO's estimate of KL(policy || reference): no gradient passes it, it is never below 0.
+
+    Args:
+        ratio_sum: of log(policy / reference) of `num` prompts with the answer of another one.
+        num: those of all ranks and micro-batches of a step.
+
+    Source: KTO, arXiv 2402.01306, section 4.2.
+    """
+    return (ratio_sum.detach() / num).clamp_min(0.0)
+
+
+PAIRED: dict[str, Callable[[Answers, Answers, Strength], Tensor]] = {
+    **{"dpo": dpo, "hinge": hinge, "ipo": ipo, "robust": robust},
+    **{"apo_zero": apo_zero, "apo_down": apo_down},
+    **{"orpo": orpo, "cpo": cpo, "simpo": simpo},
+}
+
+
+def rewards(objective: str, answers: Answers, by: Strength) -> Tensor:
+    """What an objective takes an answer to be worth, for the record; [P], without gradient.
+
+    Args:
+        objective: its name.
+        answers: of one side.
+        by: the numbers.
+
+    Source: DPO, arXiv 2305.18290, section 5; ORPO and SimPO by the mean over tokens, as in TRL.
+    """
+    is_mean = objective in ("orpo", "simpo")
+    return by.beta * (answers.mean_P if is_mean else answers.ratio_P).detach()
