@@ -19,7 +19,7 @@ tuners/lora/layer.py, ParamWrapper.
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -110,9 +110,10 @@ class Routing:
             del weight  # before the next are made
         return out.view(-1, self.top, num_out).sum(1) if ends[1] else out
 
-    def _loop(self, x, out, weight, experts, source, target, turned=False, alpha=1.0, **rest):
+    def _loop(self, x, out, weight, experts, **rest) -> None:
         """As triton_kernels.grouped_matmul."""
-        bias, low, high = (rest.get(name) for name in ("bias", "low", "high"))
+        source, target, bias, low, high = map(rest.get, ("source", "target", "bias", "low", "high"))
+        turned, alpha = rest.get("turned", False), rest.get("alpha", 1.0)
         high = high if turned or high is None else high.transpose(1, 2)
         for expert in experts:
             own = slice(*self._bounds[expert : expert + 2])
@@ -187,18 +188,31 @@ class ExpertMatrices:
             yield first, last, self._store.stacked([p[first:last] for p in self._parts], dtype)
 
 
+class GroupedCall(NamedTuple):
+    """What a grouped matmul is of.
+
+    Args:
+        matrices: of the experts.
+        routing: of the rows.
+        ends: see Routing.matmul.
+        scale: see LoraSlot.scale.
+    """
+
+    matrices: ExpertMatrices
+    routing: Routing
+    ends: tuple[bool, bool]
+    scale: float = 1.0
+
+
 class GroupedMatmul(torch.autograd.Function):
     """y of each row: x W^T + scale * (x A^T) B^T + bias by the matrices of its expert.
 
     Of a frozen matrix nothing is saved: the backward asks the store for it again.
 
     Args:
-        x: see Routing.matmul, as `ends`.
-        matrices: ExpertMatrices.
-        routing: of the rows.
-        ends: see Routing.matmul.
+        x: see Routing.matmul.
+        call: GroupedCall.
         bias: [E, O], frozen, or None.
-        scale: see LoraSlot.scale.
         a_RI, b_OR: the LoRA pairs as peft has them, compute dtype; or None.
 
     Returns:
@@ -206,8 +220,8 @@ class GroupedMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, matrices, routing, ends, bias, scale, a_RI, b_OR):
-        ctx.matrices, ctx.routing, ctx.ends, ctx.scale = matrices, routing, ends, scale
+    def forward(ctx, x, call, bias, a_RI, b_OR):
+        ctx.call, (matrices, routing, ends, scale) = call, call
         num, num_out, a_ERI, b_EOR = routing.num, matrices.out_features, None, None
         rest = {"bias": None if bias is None else bias[routing.numbers]}
         if a_RI is not None:
@@ -223,12 +237,12 @@ class GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, low, a_ERI, b_EOR = ctx.saved_tensors
-        matrices, routing, (is_spread, is_joined) = ctx.matrices, ctx.routing, ctx.ends
+        matrices, routing, (is_spread, is_joined), scale = ctx.call
         grad_a, grad_b, grad_x, rest = None, None, None, {"turned": True}
         grad = grad.contiguous()
         if low is not None:
             own = [(0, routing.num, b_EOR)], low.shape[1], (is_joined, False)
-            grad_low = routing.matmul(grad, *own, alpha=ctx.scale, **rest)
+            grad_low = routing.matmul(grad, *own, alpha=scale, **rest)
             grad_a = routing.outer(grad_low, x, is_spread)[routing.places].flatten(0, 1)
             grad_b = routing.outer(low, grad, is_joined)[routing.places]
             grad_b = grad_b.permute(2, 1, 0).flatten(1)
@@ -236,7 +250,7 @@ class GroupedMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             own = matrices.weights(grad.dtype), matrices.in_features, (is_joined, is_spread)
             grad_x = routing.matmul(grad, *own, **rest)
-        return grad_x, None, None, None, None, None, grad_a, grad_b
+        return grad_x, None, None, grad_a, grad_b
 
 
 class QuantizedExperts(nn.Module):
@@ -292,11 +306,11 @@ class QuantizedExperts(nn.Module):
 
 
 def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> torch.Tensor:
-    adapter = matrices.group.adapter
-    pair: tuple = (1.0, None, None)
+    adapter, call = matrices.group.adapter, GroupedCall(matrices, routing, ends)
+    pair: tuple = (None, None)
     if adapter is not None:
-        pair = adapter.scales[0], adapter.a_RI, adapter.b_ORs[0]
-    out = GroupedMatmul.apply(x, matrices, routing, ends, bias, *pair)
+        call, pair = call._replace(scale=adapter.scales[0]), (adapter.a_RI, adapter.b_ORs[0])
+    out = GroupedMatmul.apply(x, call, bias, *pair)
     matrices.group.has_run = True
     return out
 

@@ -63,9 +63,8 @@ def test_all_paths_are_own_arithmetic_in_groups_of_experts(monkeypatch):
             for kernels in paths:
                 given = [t.clone().requires_grad_() for t in (x, a_RI, b_OR)]
                 with patch.object(experts, "_kernels", lambda x, found=kernels: found):
-                    found = experts.GroupedMatmul.apply(
-                        given[0], matrices, routing, ends, bias, 0.5, *given[1:]
-                    )
+                    call = experts.GroupedCall(matrices, routing, ends, 0.5)
+                    found = experts.GroupedMatmul.apply(given[0], call, bias, *given[1:])
                     found.backward(grad)
                 rows = [
                     (found, made),
