@@ -36,7 +36,7 @@ STEP_NAME = re.compile(r"step-(\d+)")
 ASIDE_NAME = re.compile(r"step-\d+\.aside-\d+")
 DRAFT_NAME = re.compile(r"\.tmp-step-\d+|\.tmp-best\.json|\.best\.json\.part")
 RANK_FILE = re.compile(r"rank\d+\.[a-z]+|\.rank\d+\.error\.part")  # in LOGS; a killed rank's word
-BEST_DRAFT = ".tmp-best"  # in it the best adapter is written
+BEST_DIR, BEST_DRAFT = "best", ".tmp-best"  # the best adapter so far; in the other it is written
 LATEST, AUTO = "latest", "auto"  # --resume: a bare one; the same, or a new start if there is none
 REPORTS = ("report.html", "report.md", "report.png", "report.svg")
 DRAFTS = (f".{CONFIG}.part", f".{SUMMARY}.part", f".{METRICS}.part", f"{METRICS}.damaged")
@@ -585,6 +585,8 @@ def clear(run_dir: Path) -> None:
         root.rmdir()
     for path in _record(run_dir):
         path.unlink()
+    if is_run(run_dir / BEST_DIR):  # an adapter of the earlier run, with its configuration
+        remove(run_dir / BEST_DIR)
 
 
 def set_record_aside(run_dir: Path) -> None:

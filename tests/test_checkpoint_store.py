@@ -274,7 +274,13 @@ def test_a_run_of_which_nothing_came_leaves_no_word_of_a_rank_half_written(tmp_p
     logs.mkdir()
     for name in ("rank0.error", ".rank0.error.part", "rank1.log", "notes.rank"):
         (logs / name).touch()
+    best = tmp_path / "best"
+    best.mkdir()
     store.clear(tmp_path)
+    assert best.is_dir(), "somebody else's"
+    (best / store.CONFIG).write_text('{"train_type": "qlora", "versions": {}}')
+    store.clear(tmp_path)
+    assert not best.exists(), "an adapter of the run that is written over"
     assert [path.name for path in logs.iterdir()] == ["notes.rank"]
 
 

@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -53,6 +54,7 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 Rows = tuple[list[list[int]], str, bool]  # token ids, what they are, whether they are text
 # What writes into the residual stream, by its name in Llama, GPT-NeoX, GPT-2, Mixtral and kin.
 INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"}
+FILE_NAME = re.compile(r"^~/|^\.{0,2}/\w|\w\.\w{1,5}$")  # no token that anybody means to add
 MULTIPLE = 8  # of embedding rows: tensor cores want it
 CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
@@ -295,6 +297,8 @@ def add_tokens(info: ModelInfo, text: str) -> Vocabulary:
     """
     path = Path(os.path.expanduser(text))
     is_file = len(text) < 256 and path.is_file()
+    if not is_file and FILE_NAME.search(text):
+        raise UserError(f"--add_tokens {text}", "is no file", "give a file, or tokens as a,b")
     parts = path.read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
     tokens = [part.strip() for part in parts if part.strip()]
     core = tokenizer.read(tokenizer.directory(info)).core

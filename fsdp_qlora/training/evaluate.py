@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import atomic, cli
-from fsdp_qlora.checkpoint_store import BEST_DRAFT
+from fsdp_qlora.checkpoint_store import BEST_DIR, BEST_DRAFT
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import Data
@@ -18,7 +18,6 @@ from fsdp_qlora.training import loop
 from fsdp_qlora.training.metrics import Recorder
 from fsdp_qlora.training.optim import Trained
 
-BEST = "best"
 EVALUATION = "evaluation.json"
 LARGEST_EXPONENT = 700.0
 MOST_CHARS = 600  # of a prompt or an answer on the console
@@ -139,7 +138,7 @@ class Evaluator:
         Where the disk does not take it the one before stays, and the training goes on.
         """
         place, is_writer = self._best_dir, self.trained.world.rank == 0
-        draft = place.with_name(BEST_DRAFT) / BEST
+        draft = place.with_name(BEST_DRAFT) / BEST_DIR
         try:
             self.save(dataclasses.replace(self.cfg, output_dir=str(draft)))
             if is_writer:
@@ -154,7 +153,7 @@ class Evaluator:
 
     @property
     def _best_dir(self) -> Path:
-        return Path(self.cfg.resolved_output_dir) / BEST
+        return Path(self.cfg.resolved_output_dir) / BEST_DIR
 
     def _ask(self, when: str) -> None:
         texts = self.answers[self.num_done] = list[str]()

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fsdp_qlora import arch
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.export import commands
+from fsdp_qlora.export import commands, new_weights
 from fsdp_qlora.planning.sizes import NEW_LAYERS, new_layers, trained_whole
 from tests import tiny
 
@@ -75,6 +75,10 @@ def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
     torch.testing.assert_close(logits(out)[..., :old], logits(path)[..., :old], rtol=0, atol=0)
     with pytest.raises(UserError, match="already"):
         commands.expand([f"--model_name={out}", f"--out={out}2", "--add_tokens=<|tool|>"])
+    for name in ("missing.txt", "./missing", "~/tokens", "/tmp/none"):
+        with pytest.raises(UserError, match="is no file"):
+            new_weights.add_tokens(arch.read(out, False), name)
+    assert new_weights.add_tokens(arch.read(out, False), "</end>, <a.b>").num_rows == 392
 
 
 def test_a_rate_that_adds_nothing_is_refused(tmp_path):
