@@ -392,8 +392,9 @@ class Audit:
         texts = TEXTS["lines"].items()
         due = [pair for pair in texts if pair[0] not in LOSSES or facts[f"num_{pair[0]}"]]
         lines = [f"{name:<9} {text.format_map(shown)}" for name, text in due]
-        kind = "pairs" if "chosen" in facts["answers"] else "labels"
-        lines += [f"{kind:<9} {TEXTS[kind].format_map(facts['answers'])}"] * bool(facts["answers"])
+        if facts["answers"]:
+            kind = "pairs" if "chosen" in facts["answers"] else "labels"
+            lines.append(f"{kind:<9} {TEXTS[kind].format_map(facts['answers'])}")
         return lines + [f"note      {note}" for note in facts["notes"]]
 
 
