@@ -75,10 +75,8 @@ class Sample:
         """
         if not self.second:
             return [self]
-        found = []
-        for part in (slice(self.prompt, self.second), slice(self.second, None)):
-            both = (self.input_ids, self.is_trained)
-            found.append(Sample(*(np.concatenate([t[: self.prompt], t[part]]) for t in both)))
+        parts = slice(self.prompt, self.second), slice(self.second, None)
+        found = [self._spliced(self, part) for part in parts]
         if learns_prompt:
             own = found[0]
             every = np.ones_like(own.is_trained)
@@ -92,10 +90,12 @@ class Sample:
             other: a single answer too.
             most: tokens; what is longer is cut.
         """
-        head, tail = slice(other.prompt), slice(self.prompt, None)
-        ids = np.concatenate([other.input_ids[head], self.input_ids[tail]])
-        is_trained = np.concatenate([other.is_trained[head], self.is_trained[tail]])
-        return Sample(ids[:most], is_trained[:most])
+        return self._spliced(other, slice(self.prompt, None), most)
+
+    def _spliced(self, other: "Sample", tail: slice, most: int | None = None) -> "Sample":
+        pairs = ((other.input_ids, self.input_ids), (other.is_trained, self.is_trained))
+        ids, flags = (np.concatenate([a[: other.prompt], b[tail]])[:most] for a, b in pairs)
+        return Sample(ids, flags)
 
 
 @dataclass(frozen=True, eq=False)
@@ -565,9 +565,9 @@ class _SampleMaker:
         if answer:
             parts = 1 + int((cut[1:] >= 0).argmax()), 0, answer
         elif answer == 0:
-            if np.array_equal(*cuts):
+            if np.array_equal(cuts[0], cuts[1]):
                 self._lose("same", place)
-            cut, shared = joined(*cuts)
+            cut, shared = joined(cuts[0], cuts[1])
             parts = shared, len(cuts[0]), 0
         ids, learned = np.where(cut < 0, ~cut, cut), cut[1:][cut[1:] >= 0]
         facts["largest_id"] = max(facts["largest_id"], int(ids.max()))
