@@ -27,14 +27,7 @@ COMMANDS = {
     "export": ("fsdp_qlora.export.commands:export", "write a model merged, in 4 bit, as GGUF ..."),
 }
 FORMER = {"merge": "merged", "quantize": "4bit", "expand": "expanded"}  # now forms of export
-ANSWERS = {
-    "plan",
-    "data",
-    "doctor",
-    "generate",
-    "cache",
-    "recipe",
-}  # what they print is their result
+ANSWERS = {"plan", "data", "doctor", "generate", "cache", "recipe"}  # they print their result
 
 BASH = """_fsdp_qlora() {
 local words
@@ -59,20 +52,15 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: there is no such command.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        rows = [f"  {command:<9} {words}" for command, (_, words) in COMMANDS.items()]
-        more = "--version; --completion bash | zsh | fish prints what completes words"
-        usage = "usage: fsdp-qlora COMMAND ...  (COMMAND --help tells more)"
-        print(usage, "", *rows, "", more, sep="\n")
-        return DONE
     cli.show_version_if_asked(argv[:2])
-    if argv[0].startswith("--completion"):
+    if argv and argv[0].startswith("--completion"):
         print(completion(" ".join(argv[:2])[len("--completion=") :]))
         return DONE
-    if argv[0] in FORMER:
+    if argv and argv[0] in FORMER:
         argv = ["export", FORMER[argv[0]], *argv[1:]]
-    if argv[0] not in COMMANDS:
-        raise UserError(argv[0], f"want one of {' '.join(COMMANDS)}", "python -m fsdp_qlora --help")
+    if not cli.chosen(argv, {name: words for name, (_, words) in COMMANDS.items()}):
+        print("\n--version; --completion bash | zsh | fish prints what completes words")
+        return DONE
     if sys.flags.optimize > 1 and argv[0] != "train":  # whose ranks start without it
         rule = "transformers reads its docstrings, which are gone"
         raise UserError("python -OO", rule, "leave it and PYTHONOPTIMIZE out", ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""Measure the rows of a table, each a run of train.py, beside its plan and an earlier bench.
+"""Measure the rows of a table, each a run of train.py, beside its plan.
 
     python -m fsdp_qlora bench 7b --out recipes
     python -m fsdp_qlora bench 70b --rows '*x2048-*' --steps 12 --out recipes
@@ -42,15 +42,6 @@ POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
 LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed
 FAULT = re.compile(rf"(\[rank\d+\]: ?)?(?!{LAUNCHER})([\w.]*(Error|Exception)|error): ")
-# Title, unit, and the moves that are reported: share of the earlier figure, least difference (the
-# host's memory moves by less than 0.2 GiB while other programs run).
-FIGURES = {
-    "peak_allocated_gib": ("GPU memory allocated", "GiB", 0.01, 0.0),
-    "peak_reserved_gib": ("GPU memory reserved", "GiB", 0.01, 0.0),
-    "host_added_gib": ("host memory added", "GiB", 0.01, 0.2),
-    "tokens_per_s": ("speed of all ranks", "tokens/s", 0.15, 0.0),
-}
-CONDITIONS = ("num_ranks", "p2p", "weights")
 SMALL = "small"
 BenchRow = dict[str, Any]
 
@@ -281,55 +272,16 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
         return {**row, "reason": f"its record cannot be read: {error} (log: {row['log']})"}
 
 
-def moved(old: Sequence[BenchRow], rows: Sequence[BenchRow]) -> list[str]:
-    """List what is not as it was.
-
-    Args:
-        old: rows of an earlier bench.
-        rows: of this one.
-
-    Returns:
-        A line for each figure that moved (memory by more than 1 %, speed by more than 15 %), each
-        row that failed or no longer does, and each that was measured under other conditions.
-    """
-    moves, stored = [], {row["name"]: row for row in old}
-    for row in rows:
-        name, before = row["name"], stored.get(row["name"], row)
-        if row["state"] != before["state"] and "left out" not in (row["state"], before["state"]):
-            moves.append(f"{name}: {row['state']}, was {before['state']}")
-        elif row["state"] == before["state"] == "measured":
-            moves += [f"{name}: {words}" for words in _moves(before, row)]
-    return moves
-
-
-def _moves(old: BenchRow, row: BenchRow) -> list[str]:
-    others = [key for key in CONDITIONS if row[key] != old[key]]
-    changes = {key: row[key] / old[key] - 1 if old[key] > 0 else 0.0 for key in FIGURES}
-    return [f"not compared: {key} {old[key]}, now {row[key]}" for key in others] or [
-        f"{what} {old[key]:,.2f} -> {row[key]:,.2f} {unit} ({changes[key]:+.1%})"
-        for key, (what, unit, share, least) in FIGURES.items()
-        if abs(changes[key]) > share and abs(row[key] - old[key]) >= least
-    ]
-
-
 def markdown(bench: BenchRow) -> str:
-    """Return the page: where, the table, what moved, each row beside its plan, the command lines.
+    """Return the page: where, the table, each row beside its plan, the command lines.
 
     Args:
         bench: what the JSON file holds.
     """
     from jinja2 import Template
 
-    measured = [row for row in bench["rows"] if row["state"] == "measured"]
-    parts = {
-        "versions": ", ".join(f"{k} {v}" for k, v in bench["versions"].items() if k != "platform"),
-        "cells": map(_cells, bench["rows"]),
-        "charts": [
-            chart
-            for key, (title, unit, *_) in FIGURES.items()
-            for chart in bars(title, unit, {row["name"]: row[key] for row in measured})
-        ],
-    }
+    named = [f"{name} {text}" for name, text in bench["versions"].items() if name != "platform"]
+    parts = {"versions": ", ".join(named), "cells": map(_cells, bench["rows"])}
     template = Template(Path(__file__).with_suffix(".md.j2").read_text(encoding="utf-8"))
     return template.render(bench | parts) + "\n"
 
@@ -353,22 +305,6 @@ def _cells(row: BenchRow) -> list[str]:
     ]
 
 
-def bars(title: str, unit: str, values: Mapping[str, float]) -> list[str]:
-    """Return a chart in Mermaid, which GitHub draws; nothing where every value is 0.
-
-    Args:
-        title: of the chart.
-        unit: of the values.
-        values: name of a bar -> its length.
-    """
-    most = max(values.values(), default=0.0)
-    lines = ["```mermaid", "xychart-beta horizontal", f'title "{title}"']
-    lines.append(f"x-axis [{', '.join(map(json.dumps, values))}]")
-    lines.append(f'y-axis "{unit}" 0 --> {most:.2f}')
-    lines.append(f"bar [{', '.join(f'{max(value, 0.0):.2f}' for value in values.values())}]")
-    return ["\n".join([*lines, "```"])] if most > 0 else []
-
-
 def write(stem: Path, bench: BenchRow) -> None:
     """Write the JSON file, the page, and its pictures, each whole or not at all.
 
@@ -379,13 +315,13 @@ def write(stem: Path, bench: BenchRow) -> None:
     atomic.write_json(stem.with_suffix(".json"), bench)
     atomic.write(stem.with_suffix(".md"), markdown(bench))
     measured, pictures = [row for row in bench["rows"] if row["state"] == "measured"], []
-    for key, (title, unit, *_) in FIGURES.items():
+    for key, (title, unit) in TABLES["figures"].items():
         values = [(row["name"], row[key]) for row in measured if row[key] > 0]
         pictures += [{"title": title, "unit": unit, "values": values}] if values else []
     atomic.write(stem.with_suffix(".html"), page.render(bench["title"], [], bars=pictures))
 
 
-def _facts(args: argparse.Namespace, rows: list[BenchRow], old: list[BenchRow]) -> BenchRow:
+def _facts(args: argparse.Namespace, rows: list[BenchRow]) -> BenchRow:
     """What the JSON file holds."""
     title, _, cases = KINDS[args.kind]
     order = [case.name for case in cases]
@@ -399,7 +335,6 @@ def _facts(args: argparse.Namespace, rows: list[BenchRow], old: list[BenchRow]) 
         **{"command": args.command, "model": args.model_name, "weights": args.weights},
         "gpu_budget_gib": args.gpu_budget_gib if args.num_gpus else None,
         "rows": sorted(rows, key=lambda row: order.index(row["name"])),
-        "moved": moved(old, rows),
     }
 
 
@@ -425,14 +360,12 @@ def main(argv: list[str]) -> int:
     if any(row["where"] != args.where for row in former):
         rule = f"is of {former[0]['where']}, this is {args.where}"
         raise UserError(f"{stem}.json", rule, "give another directory with --out")
-    earlier = [*_stored(RECIPES_DIR / stem.name), *former]
-    old = [row for row in earlier if row["where"] == args.where]
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {row["name"]: row for row in former}
     for name in names:
         row = rows[name] = measure(args, every[name])
         print(row["name"], row["reason"] or " | ".join(_cells(row)[2:6]), sep=": ", flush=True)
-        write(stem, _facts(args, [*rows.values()], old))
+        write(stem, _facts(args, [*rows.values()]))
     print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .html")
     states = {rows[name]["state"] for name in names}
     return DONE if states <= {"measured", "left out"} else RUN_FAILED

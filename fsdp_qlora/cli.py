@@ -46,6 +46,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "from 0 to 65535": lambda value: 0 <= value <= 65535,
     "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
+    "auto or >= 1": lambda v: bool(re.fullmatch(r"auto|[1-9][0-9]{0,8}", v)),
     "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
     "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
     "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),
@@ -276,6 +277,35 @@ def parse(
     if faults:
         raise join(faults)
     return cls(**values)
+
+
+def chosen(
+    argv: Sequence[str], known: Mapping[str, str], command: str = "", kind: str = "COMMAND"
+) -> str:
+    """Return the first word of a command line, one of several; or list them.
+
+    Args:
+        argv: the word and what follows it; nothing or --help asks for the list.
+        known: word -> what it does.
+        command: of which they are forms; "": they are the commands.
+        kind: what they are called.
+
+    Returns:
+        The word; "" where they were listed.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        width, name = max(map(len, known)) + 1, f"{command} {kind}".strip()
+        rows = [f"  {word:<{width}} {words}" for word, words in known.items()]
+        print(f"usage: fsdp-qlora {name} ...  ({name} --help tells more)", "", *rows, sep="\n")
+        return ""
+    if argv[0] not in known:
+        program = f"python -m fsdp_qlora {command}".strip()
+        rule = f"want one of {' '.join(known)}"
+        raise UserError(f"{command} {argv[0]}".strip(), rule, f"{program} --help")
+    return argv[0]
 
 
 def split(argv: Sequence[str], names: Collection[str]) -> tuple[list[str], list[str]]:

@@ -18,12 +18,6 @@ from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
-MAIN = ["model_name", "dataset", "train_type", "context_length", "batch_size", "num_epochs", "lr"]
-MAIN += ["lora_rank", "output_dir", "resume"]
-EXAMPLES = """examples
-  python train.py --model_name Qwen/Qwen3-8B --dataset my.jsonl --output_dir output/mine
-  python train.py --recipe llama-3.1-8b --dataset my.jsonl --num_epochs 3 --print_config
-  python train.py --resume output/mine"""
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
@@ -87,54 +81,18 @@ class Objective(NamedTuple):
     nll_on_prompt: bool = False
 
 
-TRAIN_TYPES = {
-    **dict.fromkeys(("qlora", "custom_qlora"), TrainType("bnb", "lora")),
-    "hqq_lora": TrainType("hqq", "lora"),
-    **dict.fromkeys(("lora", "custom_lora"), TrainType("none", "lora")),
-    "full": TrainType("none", "full"),
-    "dora": TrainType("none", "dora"),
-    "bnb_dora": TrainType("bnb", "dora"),
-    "hqq_dora": TrainType("hqq", "dora"),
-    "bnb_llama_pro": TrainType("bnb", "llama_pro"),
-    "hqq_llama_pro": TrainType("hqq", "llama_pro"),
-}
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+MAIN, EXAMPLES, HELP = _TABLE["main"], _TABLE["examples"], _TABLE["help"]
+TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].items()}
+STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
+OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
+PRECISIONS: dict[str, str] = _TABLE["precisions"]
+TRACKERS = tuple(_TABLE["trackers"])
 BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
-PRECISIONS = dict.fromkeys((*BF16, "bf16_pure"), "bfloat16")  # dtype of matmuls and activations
-PRECISIONS |= {"fp32": "float32", "fp16_autocast": "float16"}
-STRATEGIES = {
-    "full_shard": Strategy(),
-    "shard_grad_op": Strategy(reshards=False),
-    "ddp": Strategy(replicates=True, reshards=False),
-    "hybrid_full_shard": Strategy(is_hybrid=True),
-    "hybrid_shard_grad_op": Strategy(is_hybrid=True, reshards=False),
-}
-OPTIMIZERS = {
-    "adamw": Optimizer("torch.optim.AdamW", True, 8, is_fused=True),
-    "adam": Optimizer("torch.optim.Adam", False, 8, is_fused=True),
-    "sgd": Optimizer("torch.optim.SGD", False, 0, is_fused=True),
-    "adadelta": Optimizer("torch.optim.Adadelta", False, 8),
-    "adamw_8bit": Optimizer("bitsandbytes.optim.AdamW8bit", True, 2),
-    "paged_adamw": Optimizer("bitsandbytes.optim.PagedAdamW", True, 8),
-    "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", True, 2),
-}
-FROM_PAIRS = ("dpo", "ipo", "apo_zero", "apo_down", "robust", "hinge")
-OBJECTIVES = {"sft": Objective(0, has_reference=False), **dict.fromkeys(FROM_PAIRS, Objective())}
-OBJECTIVES |= {"orpo": Objective(2, has_reference=False, nll_on_prompt=True)}
-OBJECTIVES |= dict.fromkeys(("cpo", "simpo"), Objective(2, has_reference=False))
-OBJECTIVES |= dict.fromkeys(("kto", "kto_apo_zero"), Objective(1))
+OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
 # Option -> the objectives that read it.
-OF_OBJECTIVES: dict[str, tuple[str, ...]] = {
-    "beta": tuple(OBJECTIVES)[1:],
-    "simpo_gamma": ("simpo",),
-    "cpo_alpha": ("cpo", "simpo"),
-    "sft_weight": FROM_PAIRS,
-    "label_smoothing": ("robust",),
-    "reference": tuple(name for name, row in OBJECTIVES.items() if row.has_reference),
-}
+OF_OBJECTIVES: dict[str, list[str]] = _TABLE["of_objectives"]
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
-# Packages of the same names, in accelerate.tracking.
-TRACKERS: tuple[str, ...] = ("tensorboard", "wandb", "trackio", "swanlab")
-TRACKERS += ("mlflow", "comet_ml", "aim", "clearml", "dvclive")
 HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
 TRAINED = ("assistant", "completion", "last", "all")
@@ -142,12 +100,8 @@ ON_OFF, AUTO_OFF = ("auto", "on", "off"), ("auto", "off")
 HOME_PATHS = ("output_dir", "quant_cache", "token_cache", "template", "eval_split")
 REFERENCES, HALF = ("auto", "pass", "cached"), "from 0 to below 0.5"
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
-JSON, LAYERS = "a JSON object", "layers as in 0,8-15"
+JSON, LAYERS, VISIT = "a JSON object", "layers as in 0,8-15", "auto or >= 1"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
-DATASET_HELP = "files or directory, ORG/NAME[:CONFIG[:SPLIT]] of the hub, x.py:FUNCTION, or one of "
-DATASET_HELP += "alpaca alpaca_sample dummy guanaco sql orca_math"
-HELD_OUT_HELP = "held out: rows (200), share (0.1), split or file; auto: 5 %, none of few rows"
-LR_HELP = "highest learning rate [of LoRA by the model's width: 1e-4 to 5e-4; else 1e-5]"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
 
 
@@ -219,10 +173,10 @@ class TrainConfig:
     loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
     modules_to_save: str | None = flag(None, "adapter", "trained in full: embed_tokens,lm_head")
 
-    dataset: str = flag("alpaca_sample", "data", DATASET_HELP, rule=TEXT)
+    dataset: str = flag("alpaca_sample", "data", HELP["dataset"], rule=TEXT)
     dataset_samples: int = flag(512, "data", "rows of dummy, *_sample and orca_math", rule=">= 1")
     train_split: str | None = flag(None, "data", "split to train on, or share of the rows (0.8)")
-    eval_split: str | None = flag("auto", "data", HELD_OUT_HELP, rule=TEXT)
+    eval_split: str | None = flag("auto", "data", HELP["held_out"], rule=TEXT)
     template: str | None = flag(None, "data", "row format, x.jinja, or text with {columns}")
     train_on: str = flag("assistant", "data", "trained: answers, the last one, all", TRAINED)
     system_prompt: str | None = flag(None, "data", "before every conversation or prompt")
@@ -247,7 +201,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = flag(1, "training", "micro-batches per step", rule=">= 1")
     num_epochs: int | float = flag(1, "training", "passes over the data", rule="> 0")
     max_steps: int = flag(-1, "training", "optimizer steps in total; -1: by epochs", rule=COUNT)
-    lr: float | None = flag(None, "training", LR_HELP, rule="> 0")
+    lr: float | None = flag(None, "training", HELP["lr"], rule="> 0")
     lr_scheduler: str = flag("linear", "training", "learning rate over time", SCHEDULERS)
     warmup_steps: int | float = flag(0.05, "training", "steps, or share, to warm up", rule=WARMUP)
     optimizer: str = flag("adamw", "training", "optimizer of what is trained", OPTIMIZERS)
@@ -261,6 +215,9 @@ class TrainConfig:
     world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     no_sync: bool = flag(False, "memory", "reduce gradients once a step")
+    accumulate_by_layer: str = flag(
+        "auto", "memory", "micro-batches per visit of a layer", rule=VISIT
+    )
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")
@@ -368,6 +325,12 @@ class TrainConfig:
         """Name -> value of what `tracker_args` has for the trackers."""
         pairs = re.split(r",(?=\w+=)", self.tracker_args or "")
         return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+    @property
+    def per_visit(self) -> int:
+        """Micro-batches that pass each layer together."""
+        asked = 1 if self.accumulate_by_layer == "auto" else int(self.accumulate_by_layer)
+        return min(asked, self.gradient_accumulation_steps)
 
     def levels(self, num_layers: int) -> tuple[str, ...]:
         """What of each decoder layer is recomputed in the backward pass: full, selective, none.
@@ -503,8 +466,8 @@ def from_record(record: Mapping[str, Any]) -> tuple[TrainConfig, tuple[str, ...]
         UserError: a value that its option cannot have (code 5).
     """
     values, removed = renamed(record)
-    try:
-        return TrainConfig(**values), removed
+    try:  # runs that had no other choice accumulated micro-batch by micro-batch
+        return TrainConfig(**{"accumulate_by_layer": "1"} | values), removed
     except UserError as fault:
         raise join([fault], INTEGRITY) from None
 

@@ -7,66 +7,34 @@ import re
 import signal
 import sys
 import threading
+import tomllib
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import quote, quote_plus, unquote
 
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
 SIGNALED = 128  # and the number of the signal that ended a command
 SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
-OUT_OF_MEMORY: tuple[str, ...] = (
-    "out of memory",
-    "can't allocate memory",
-    "ALLOC_FAILED",
-    "bad_alloc",
-)
-# As the system, the loader of libraries and oneDNN say it, of which the last gives no reason.
-OUT_OF_MEMORY += ("Cannot allocate memory", "failed to map segment", "could not create a primitive")
-
 MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it is looked through
 Faults = Sequence["UserError"]
 REDACTED = "[secret]"
-# What looks like a secret, wherever it stands. A name may begin like a token: only what is as long
-# as one and has no word in it counts.
-SECRETS = (
-    re.compile(
-        r"\b(?:hf_|r8_|gsk_|npm_|github_pat_|gh[oprsu]_|glpat-|[rs]k_live_|SG\.)[\w.-]{16,}"
-    ),
-    re.compile(r"\bsk-(?:[a-z]{1,9}\d*-){0,3}(?=\w{0,99}\d)\w{16,}|\bxox[a-z]-[\w-]{8,}"),
-    re.compile(r"\bA[KS]IA[A-Z0-9]{12,}|\bAIza[\w-]{20,}|\bya29\.[\w-]{20,}|\bdapi[0-9a-f]{16,}"),
-    re.compile(r"\beyJ[\w-]{8,2000}\.[\w-]+(?:\.[\w-]+)*"),  # JSON Web Token
-    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*-----|\Z)", re.DOTALL),
-    re.compile(r"(?<=://)[^/\s@]+(?=@)|(?<=//hooks\.slack\.com/)\S+|(?<=/webhooks/)\S+"),
-    re.compile(r"(?i)(?<=[?&])[a-z_-]{0,40}(?:token|key|secret|password|sig|signature)=[^\s&'\"]+"),
-    re.compile(r"(?i)\bbearer (?=\S{0,40}\d)[\w.~+/=-]{16,}|\bbasic (?=\S{0,40}\d)[a-z\d+/]{16,}"),
-    re.compile(
-        r"(?i)(?:passw(?:or)?d|secret(?:[_-]?key)?|(?:api|access|auth|account)[_-]?(?:key|token))"
-        r"['\"]?(?:=|: ?| )['\"]?(?=[^\s'\",;&]{0,99}\d)[^\s'\",;&]{8,}"
-    ),
-)
-SECRET_NAMES = re.compile(
-    r"TOKEN(?!IZER)|SECRET|PASSW|PASSPHRASE|CREDENTIAL|BEARER|COOKIE|WEBHOOK|JWT|CONN\w*_STR"
-    r"|(?:(?:^|[_-])O?|PG|SSH|DB|API|ACCESS|ACCOUNT|PRIVATE|SECRET)"
-    r"(?:PASS|PATS?|PWD?|AUTH\d?|AUTHORIZATION|CREDS?|DSN|SAS|KEYS?)(?=[_-]|$)"
-)
-PLAIN_NAMES = re.compile(r"_(?:PATH|FILE|DIR|HOME|SOCK|TYPE|MODE|METHOD|NAME|USER|HOST|PORT)$")
-BASE64 = r"(?=\S*\d)(?=\S*[a-z])(?=\S*[A-Z])[\w+/]{32,}=*$"  # it may begin like a path
-PLAIN_VALUES = re.compile(rf"(?!{BASE64})(?:~|\.{{0,2}})/\S*|[\d.,:+ -]+")  # paths, numbers
-URL_PASSWORD = re.compile(r"(?:://|^)[^:/\s@]*:(\S+)@")
-PIECES = re.compile(r"(?=[^\s\"',;]{0,99}\d)(?=[^\s\"',;]{0,99}[a-zA-Z])[^\s\"',;]{16,}")
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+SECRETS = tuple(map(re.compile, _TABLE["secrets"]))
 MIN_SECRET_CHARS = 8
 
 
 @functools.lru_cache(1)
 def _secret_values(env: tuple[tuple[str, str], ...]) -> list[str]:
     """The secrets in an environment, in every form in which a text may have them."""
-    patterns = (URL_PASSWORD, *SECRETS[:5])
+    patterns = (re.compile(_TABLE["url_password"]), *SECRETS[:5])
     found = {text for _, value in env for row in patterns for text in row.findall(value)}
     for name, value in ((name.upper(), value) for name, value in env):
-        if SECRET_NAMES.search(name) and not PLAIN_NAMES.search(name):
-            found |= {value, *value.splitlines(), *PIECES.findall(value)}
-    found = {value.strip() for value in found if not PLAIN_VALUES.fullmatch(value.strip())}
+        if re.search(_TABLE["secret_names"], name) and not re.search(_TABLE["plain_names"], name):
+            found |= {value, *value.splitlines(), *re.findall(_TABLE["pieces"], value)}
+    plain = re.compile(_TABLE["plain_values"])
+    found = {value.strip() for value in found if not plain.fullmatch(value.strip())}
     found |= {form(value) for value in found for form in (quote, quote_plus, unquote)}
     found |= {form(value)[1:-1] for value in found for form in (repr, json.dumps)}
     return sorted((v for v in found if len(v) >= MIN_SECRET_CHARS), key=len, reverse=True)
@@ -112,9 +80,8 @@ def one_line(text: str) -> str:
     Returns:
         The same text, safe to print as a single line.
     """
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
-    )
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
 
 
 def printable(text: str) -> str:
@@ -172,10 +139,9 @@ def join(faults: Faults, code: int | None = None) -> UserError:
 def is_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or on the host."""
     name, text = type(error).__name__, str(error)
-    by_text = isinstance(error, RuntimeError | OSError | ImportError) and any(
-        word in text for word in OUT_OF_MEMORY
-    )
-    return name in ("OutOfMemoryError", "MemoryError") or by_text
+    if isinstance(error, RuntimeError | OSError | ImportError):
+        return name == "OutOfMemoryError" or any(word in text for word in _TABLE["out_of_memory"])
+    return name in ("OutOfMemoryError", "MemoryError")
 
 
 class Stopped(KeyboardInterrupt):

@@ -28,8 +28,7 @@ from fsdp_qlora.errors import ENVIRONMENT, UserError
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = "torch transformers bitsandbytes peft hqq accelerate datasets safetensors tokenizers"
-PACKAGES += " liger-kernel flash-attn"
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +63,7 @@ class Device:
 _SERIES = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
 _ROWS = {name: row for table in _SERIES.values() for name, row in table.items()}
 GPUS = {name: Device(name, **row) for name, row in _ROWS.items() if name != "source"}
-# What "24" means: the slower of the common GPUs of that size; smaller ones as the smallest.
-_BY_SIZE = {12: "3060-12G", 16: "4060Ti-16G", 20: "3080-20G", 24: "3090", 32: "5090"}
-_BY_SIZE |= {40: "A100-40", 48: "A6000", 80: "A100-80", 141: "H200"}
+_BY_SIZE = {int(size): name for size, name in _TABLE["by_size"].items()}
 MIN_GB, MAX_GB = 4, 512
 USABLE_OF_NOMINAL = 0.975  # of a GPU's nominal GB, as torch reports it
 USABLE_OF_REPORTED = 0.985  # of what the driver reports
@@ -74,15 +71,7 @@ CPU = Device("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step o
 ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
 SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB
 FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and silently
-# Key of the file -> field of Device.
-SPEEDS = {key: key for key in ("bf16_tflops", "memory_gbs", "host_link_gbs")}
-SPEEDS |= {"card_link_gbs": "peer_gbs"}
-DRIVERS = ("/proc/driver/nvidia/gpus", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, WSL
-# Controller in /proc/self/cgroup, mount, files with limit, use and kills: version 1, version 2.
-CGROUP_VERSIONS = (
-    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.oom_control"),
-    ("", "", "memory.max", "memory.current", "memory.events"),
-)
+SPEEDS, DRIVERS = _TABLE["speeds"], _TABLE["drivers"]
 ASK_TORCH = """
 import json, torch
 num = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -175,10 +164,8 @@ def _parts(plain: str) -> tuple[str, str]:
 
 def _plain(name: str) -> str:
     """A name without maker, series, memory and signs: "NVIDIA GeForce RTX 4060 Ti" is 4060ti."""
-    words = (
-        r"nvidia|geforce|\brtx|tesla|quadro|\bamd\b|radeon( pro)?|instinct|\brx\b|gpu|hbm\de?|\W|_"
-    )
-    return re.sub(words, "", SIZE.sub("", name.lower()))
+    makers = r"nvidia|geforce|\brtx|tesla|quadro|\bamd\b|radeon( pro)?|instinct|\brx\b"
+    return re.sub(rf"{makers}|gpu|hbm\de?|\W|_", "", SIZE.sub("", name.lower()))
 
 
 def _rows(name: str, rest: str) -> list[Device]:
@@ -254,10 +241,9 @@ def find_gpus(visible: str | None = None) -> list[Device]:
     except nvml.NVMLError as error:
         if error.value in (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED):
             return _torch_gpus(visible)
+        rule = f"gives no list of GPUs ({error})"
         remedy = "repair the driver (after an update: reboot), or hide it: CUDA_VISIBLE_DEVICES="
-        raise UserError(
-            "NVIDIA driver", f"gives no list of GPUs ({error})", remedy, ENVIRONMENT
-        ) from error
+        raise UserError("NVIDIA driver", rule, remedy, ENVIRONMENT) from error
 
 
 def _nvml_handles(nvml: Any, visible: str | None) -> list[Any]:
@@ -303,10 +289,9 @@ def _torch_gpus(visible: str | None) -> list[Device]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
         rows = json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
+        rule = f"lists no GPUs ({type(error).__name__})"
         remedy = "see what `python -c 'import torch'` says"
-        raise UserError(
-            "torch", f"lists no GPUs ({type(error).__name__})", remedy, ENVIRONMENT
-        ) from error
+        raise UserError("torch", rule, remedy, ENVIRONMENT) from error
     return [
         dataclasses.replace(gpu_like(name, gib), memory_gib=round(gib, 1), has_bf16=has_bf16)
         for name, gib, has_bf16 in rows
@@ -446,7 +431,7 @@ def find_cgroup(proc: Path = Path("/proc/self"), root: Path = Path("/sys/fs/cgro
         The group, or an empty Cgroup on systems without one.
     """
     rows = [line.split(":", 2) for line in _read(proc / "cgroup").splitlines()]
-    for controller, folder, limit_name, used_name, events_name in CGROUP_VERSIONS:
+    for controller, folder, limit_name, used_name, events_name in _TABLE["cgroups"]:
         mount = root / folder
         paths = [row[2] for row in rows if len(row) > 2 and controller in row[1].split(",")]
         group = mount / (paths or [""])[0].strip("/")
@@ -555,7 +540,7 @@ def versions(device: "torch.device") -> dict[str, str]:
         Name -> version; packages that are not installed are left out.
     """
     facts = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES.split():
+    for name in _TABLE["packages"]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[name] = metadata.version(name)
     if device.type == "cuda":

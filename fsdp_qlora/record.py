@@ -1,7 +1,6 @@
 """The record of a run: metrics.jsonl, and summary.json once the run has ended."""
 
 import contextlib
-import itertools
 import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,11 +66,6 @@ class Run:
     def host(self, name: str) -> list[Any]:
         """A field of the host, of several the highest: one value per step."""
         return [highest(host.get(name) for host in hosts_of(step)) for step in self.steps]
-
-    def machines(self) -> list[list[dict[str, Any]]]:
-        """What each host recorded: one table per step, empty for a step that had fewer hosts."""
-        by_step = map(hosts_of, self.steps)
-        return [[*tables] for tables in itertools.zip_longest(*by_step, fillvalue={})]
 
     def rank(self, rank: int) -> list[dict[str, Any]]:
         """What a rank recorded: one table per step, empty for a step that had fewer ranks."""

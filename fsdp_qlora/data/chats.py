@@ -4,20 +4,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fsdp_qlora.data.sources import is_unicode
+from fsdp_qlora.data.sources import WORDS, is_unicode
 from fsdp_qlora.data.tokenizer import Refused
 from fsdp_qlora.errors import one_line
 
-CALL = "function_call"  # what ShareGPT calls an answer that is a call of a tool, in JSON
-ROLES = {  # in lower case
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool", CALL)},
-    **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(
-        ("gpt", "chatgpt", "bing", "bard", "model", "ai", "bot", "chatbot"), "assistant"
-    ),
-    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
-    "tool_call": CALL,
-}
+CALL, ROLES = "function_call", WORDS["roles"]
 # Fields of a message that switch its loss: OpenAI's and mistral-finetune's, ms-swift's, axolotl's.
 SWITCHES = ("weight", "loss", "train", "loss_weight")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -60,11 +51,8 @@ def prompted(row: dict) -> list[dict]:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return [
-        *system_message(row),
-        *read_messages("prompt", prompt),
-        *read_messages("completion", completion),
-    ]
+    said = [*read_messages("prompt", prompt), *read_messages("completion", completion)]
+    return [*system_message(row), *said]
 
 
 def system_message(row: dict) -> list[dict]:
@@ -140,8 +128,7 @@ def read_messages(name: str, entries: object) -> list[dict]:
 def _message(number: int, entry: object) -> dict:
     """ShareGPT's from and value become role and content; empty fields of a table are left out."""
     if not isinstance(entry, dict):
-        want = "want an object with role and content"
-        raise Refused(f"message {number} is {kind(entry)} ({want})")
+        raise Refused(f"message {number} is {kind(entry)} (want an object with role and content)")
     others = {name: value for name, value in entry.items() if value is not None}
     role, said = others.pop("from", None), others.pop("value", None)
     role, content = others.pop("role", role), others.pop("content", said)

@@ -67,15 +67,11 @@ class PreparedData:
         examples: dict[str, list[str]] = {}
         for what, places in (pair for table in tables for pair in table["examples"].items()):
             examples.setdefault(what, []).extend(places[:NUM_EXAMPLES])
-        return {
-            **{name: sum(table[name] for table in tables) for name in NUMBERS},
-            **{
-                name: dict(sum((Counter(table[name]) for table in tables), Counter()))
-                for name in ("kinds", "findings", "unused")
-            },
-            "bad": [tuple(pair) for table in tables for pair in table["bad"]],
-            "examples": examples,
-        }
+        found: Facts = {name: sum(table[name] for table in tables) for name in NUMBERS}
+        for name in ("kinds", "findings", "unused"):
+            found[name] = dict(sum((Counter(table[name]) for table in tables), Counter()))
+        bad = [tuple(pair) for table in tables for pair in table["bad"]]
+        return found | {"bad": bad, "examples": examples}
 
     @property
     def uses_chat(self) -> bool:
@@ -147,9 +143,8 @@ def prepare(
 
 def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormatter:
     """How the rows of a run become text."""
-    found = row_formats.choose(
-        cfg.template, tokenizer.chat(), tokenizer.names, cfg.train_on, cfg.system_prompt
-    )
+    how = (cfg.train_on, cfg.system_prompt)
+    found = row_formats.choose(cfg.template, tokenizer.chat(), tokenizer.names, *how)
     kwargs = json.loads(cfg.chat_template_kwargs or "{}")
     unread = set(found.chat.unread(kwargs)) & set(found.chat.unread(kwargs, tools=True))
     if unread:
@@ -360,35 +355,23 @@ class Audit:
         dropped = f", {num_dropped:,} dropped (nothing to learn)" if num_dropped else ""
         is_text = "blocks" in facts["kinds"]
         rows = f"{self.num_samples:,} blocks" if is_text else f"{facts['num_rows']:,} rows"
-        return (
-            f"{rows}{held_out}{cut}{dropped}; {facts['num_tokens']:,} tokens, "
-            f"{facts['num_trained_tokens']:,} of them trained, longest row "
-            f"{facts['longest_tokens']:,}"
-        )
+        trained = f"{facts['num_tokens']:,} tokens, {facts['num_trained_tokens']:,} of them trained"
+        return f"{rows}{held_out}{cut}{dropped}; {trained}, longest row {facts['longest_tokens']:,}"
 
     def lines(self) -> list[str]:
         """Return all facts for people, a line each."""
         facts = self.facts
         kinds = (f"{count:,} {kind}" for kind, count in facts["kinds"].items())
-        steps = (
-            f"{size} GPU{'s' * (int(size) > 1)}: {count['per_epoch']:,} an epoch, "
-            f"{count['in_all']:,} in total"
-            for size, count in facts["steps"].items()
-        )
-        shown = (
-            facts
-            | facts["padding_share"]
-            | {
-                "sources": ", ".join(facts["sources"]),
-                "kinds": ", ".join(kinds),
-                "train_on": TRAINED_ON.get(facts["train_on"], "everything"),
-                "trained_share": facts["num_trained_tokens"] / max(facts["num_tokens"], 1),
-                "end_share": facts["num_learning_end"] / max(self.num_samples, 1),
-                "steps": "; ".join(steps),
-            }
-        )
-        for what in LOSSES:
-            shown[what] = ", ".join(facts["examples"].get(what, []))
+        steps = []
+        for size, count in facts["steps"].items():
+            each = f"{count['per_epoch']:,} an epoch, {count['in_all']:,} in total"
+            steps.append(f"{size} GPU{'s' * (int(size) > 1)}: {each}")
+        shown = facts | facts["padding_share"] | {"steps": "; ".join(steps)}
+        shown |= {"sources": ", ".join(facts["sources"]), "kinds": ", ".join(kinds)}
+        shown["train_on"] = TRAINED_ON.get(facts["train_on"], "everything")
+        shown["trained_share"] = facts["num_trained_tokens"] / max(facts["num_tokens"], 1)
+        shown["end_share"] = facts["num_learning_end"] / max(self.num_samples, 1)
+        shown |= {what: ", ".join(facts["examples"].get(what, [])) for what in LOSSES}
         texts = TEXTS["lines"].items()
         due = [pair for pair in texts if pair[0] not in LOSSES or facts[f"num_{pair[0]}"]]
         lines = [f"{name:<9} {text.format_map(shown)}" for name, text in due]
@@ -534,11 +517,10 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
         f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
         "earlier turns in another way, so each answer stands alone": is_split,
     }
-    found_in_rows = [
-        f"{facts['findings'][kind]:,} rows {words}: {', '.join(facts['examples'][kind])}"
-        for kind, words in TEXTS["findings"].items()
-        if facts["findings"].get(kind)
-    ]
+    found_in_rows = []
+    for kind, words in TEXTS["findings"].items():
+        if count := facts["findings"].get(kind):
+            found_in_rows.append(f"{count:,} rows {words}: {', '.join(facts['examples'][kind])}")
     return [*found_in_rows, *(note for note, is_so in notes.items() if is_so)]
 
 
@@ -607,8 +589,7 @@ def _shown(
         for side, sample in zip(sides, whole.rows(), strict=True):
             num_tokens, num_learned = len(sample.input_ids), sample.num_trained_tokens
             yield f"\n{place}: {side}{num_tokens:,} tokens, {num_learned:,} learned\n"
-            is_learned = sample.is_trained.copy()
-            is_learned[:1] = False  # nothing is asked for the first token
+            is_learned = sample.is_trained & (np.arange(num_tokens) > 0)  # no target: the first
             edges = np.nonzero(np.diff(is_learned))[0] + 1
             for part in np.split(np.arange(num_tokens), edges):
                 text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))

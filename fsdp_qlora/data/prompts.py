@@ -120,12 +120,12 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UserError(f"{flag} {path}", "is empty", remedy)
-    is_json = path.suffix.lower() in JSON_SUFFIXES
-    rows = [(place, parse_json(line) if is_json else line) for place, line in found]
-    return [
-        (place, _parse_prompt(place, row), row if isinstance(row, dict) else {"prompt": row})
-        for place, row in rows
-    ]
+    is_json, asked = path.suffix.lower() in JSON_SUFFIXES, []
+    for place, line in found:
+        row = parse_json(line) if is_json else line
+        whole = row if isinstance(row, dict) else {"prompt": row}
+        asked.append((place, _parse_prompt(place, row), whole))
+    return asked
 
 
 def _parse_prompt(place: str, value: Any) -> Any:
@@ -155,9 +155,8 @@ def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenize
         elif ready.formatter is not None:
             text = ready.formatter.ask(question, ready.example)
     except Refused as refusal:
-        raise UserError(
-            f"{place} {shown}", f"cannot be asked ({refusal})", "leave it out"
-        ) from refusal
+        rule = f"cannot be asked ({refusal})"
+        raise UserError(f"{place} {shown}", rule, "leave it out") from refusal
     if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
         return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""
@@ -176,9 +175,6 @@ def _ask_held_out(
         around = ("", "")
         first = min(TEXT_TOKENS, max(len(sample.input_ids) // 2, 1))
         last = min(last, first + num_tokens)
-    ids = sample.input_ids.tolist()
-    return Prompt(
-        _question(tokenizer.core.decode(ids[:first]), around),
-        tuple(ids[:first]),
-        tokenizer.core.decode(ids[first:last]).strip(),
-    )
+    ids, decode = sample.input_ids.tolist(), tokenizer.core.decode
+    shown, expected = _question(decode(ids[:first]), around), decode(ids[first:last]).strip()
+    return Prompt(shown, tuple(ids[:first]), expected)

@@ -71,10 +71,8 @@ class RowFormat:
         def renamed(names: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(others.get(name, name) for name in names)
 
-        def through(function: Any) -> Any:
-            return function and (
-                lambda row: function(row | {k: row.get(v) for k, v in others.items()})
-            )
+        def through(form: Any) -> Any:
+            return form and (lambda row: form(row | {k: row.get(v) for k, v in others.items()}))
 
         names = renamed(self.required), renamed(self.optional)
         return RowFormat(self.name, *names, through(self.pair), through(self.messages))
@@ -152,14 +150,11 @@ def _alpaca(row: dict) -> tuple[str, str]:
     """Source: the prompt format of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
     context = row.get("input") or ""
     paired = ", paired with an input that provides further context" if context else ""
-    prompt = (
-        f"Below is an instruction that describes a task{paired}. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{row['instruction']}\n\n"
-    )
-    if context:
-        prompt += f"### Input:\n{context}\n\n"
-    return prompt + "### Response:\n", row["output"]
+    task = f"Below is an instruction that describes a task{paired}. "
+    task += "Write a response that appropriately completes the request.\n\n"
+    given = f"### Input:\n{context}\n\n" if context else ""
+    prompt = f"{task}### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
+    return prompt, row["output"]
 
 
 def _question(row: dict) -> tuple[str, str]:
@@ -193,19 +188,14 @@ def _ask(*columns: str, system: str = "") -> Callable[[dict], list[dict]]:
 
 
 _SYSTEM, _PROMPT = chats.SYSTEM_COLUMNS, ("prompt", "completion")
-_ALPACA = RowFormat(
-    *("alpaca", ("instruction", "output"), ("input", *_SYSTEM, HISTORY)),
-    *(_alpaca, _ask("instruction", "input", "output")),
-)
-_QUESTION = RowFormat(
-    *("question", ("question", "answer"), ("context", *_SYSTEM)),
-    *(_question, _ask("context", "question", "answer")),
-)
+_MORE, _CONTEXT = ("input", *_SYSTEM, HISTORY), ("context", *_SYSTEM)
+_ask_task = _ask("instruction", "input", "output")
+_ask_question = _ask("context", "question", "answer")
+_ALPACA = RowFormat("alpaca", ("instruction", "output"), _MORE, _alpaca, _ask_task)
+_QUESTION = RowFormat("question", ("question", "answer"), _CONTEXT, _question, _ask_question)
 _PAIR = RowFormat("prompt", _PROMPT, _SYSTEM, operator.itemgetter(*_PROMPT), _ask(*_PROMPT))
-_CHATS = [
-    RowFormat(CHAT, (name,), _SYSTEM, None, chats.conversation, chats.conversation)
-    for name in chats.CHAT_COLUMNS
-]
+_talk = chats.conversation
+_CHATS = [RowFormat(CHAT, (name,), _SYSTEM, None, _talk, _talk) for name in chats.CHAT_COLUMNS]
 _PARTS = RowFormat(CHAT, _PROMPT, _SYSTEM, None, chats.prompted, chats.prompted, list, "completion")
 _LABELS = _ask("text", "label", system=LABEL_PROMPT)
 ROW_FORMATS = (
@@ -293,14 +283,11 @@ class RowFormatter:
         if self._as_chat(found):
             used |= {*TOOL_COLUMNS, KWARGS}
         if found.name == CHAT and found.messages is not None:
-            given = [m for m in found.messages(row) if m["role"] not in ("assistant", chats.CALL)]
-            switched = ((n, m["role"]) for m in given for n in chats.SWITCHES if m.get(n))
-            names = [f"{name} of {role} messages" for name, role in switched]
-        columns = (name for name, value in row.items() if value not in (None, "", [], {}))
-        return [
-            *(str(name) or "(unnamed)" for name in columns if name not in used),
-            *dict.fromkeys(names),
-        ]
+            asked = [m for m in found.messages(row) if m["role"] not in ("assistant", chats.CALL)]
+            switched = ((n, m["role"]) for m in asked for n in chats.SWITCHES if m.get(n))
+            names = list(dict.fromkeys(f"{name} of {role} messages" for name, role in switched))
+        given = (name for name, value in row.items() if value not in (None, "", [], {}))
+        return [str(name) or "(unnamed)" for name in given if name not in used] + names
 
     def name(self, row: object) -> str:
         """Return how a row is treated, in a word or two for the user.
@@ -412,11 +399,8 @@ class RowFormatter:
         messages = self._with_calls(self._with_system(messages), values)
         completion = row[found.answers] if found.answers else messages
         first = len(messages) - (len(completion) if isinstance(completion, list) else 1)
-        answers = [
-            number
-            for number, message in enumerate(messages)
-            if message["role"] == "assistant" and number >= first and says_something(message)
-        ]
+        said = [i for i in range(max(first, 0), len(messages)) if says_something(messages[i])]
+        answers = [number for number in said if messages[number]["role"] == "assistant"]
         turns = answers[-1:] if self.train_on == "last" else answers
         learned = [n for n in turns if all(messages[n].get(name, 1) for name in chats.SWITCHES)]
         is_off = any(not message.get(name, 1) for message in messages for name in chats.SWITCHES)

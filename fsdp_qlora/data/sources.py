@@ -12,6 +12,7 @@ import json
 import os
 import re
 import runpy
+import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 from fsdp_qlora.config import OWN_CODE, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief
 
+WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
 OWN_FUNCTION = "get_custom_dataset"
@@ -357,14 +359,7 @@ class HubSet:
         return ":".join([self.repo, *([self.config] if self.config else []), self.split])
 
 
-ORCA_MATH = "microsoft/orca-math-word-problems-200k"
-HUB_SETS = {
-    "alpaca": HubSet("yahma/alpaca-cleaned"),
-    "alpaca_sample": HubSet("yahma/alpaca-cleaned", is_limited=True),
-    "guanaco": HubSet("timdettmers/openassistant-guanaco"),
-    "sql": HubSet("knowrohit07/know_sql", split="validation", is_shuffled=True, first=1000),
-    "orca_math": HubSet(ORCA_MATH, is_shuffled=True, is_limited=True),
-}
+HUB_SETS = {name: HubSet(**row) for name, row in WORDS["hub_sets"].items()}
 
 
 def find(

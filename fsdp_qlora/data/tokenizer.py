@@ -182,14 +182,11 @@ class Chat(Template):
         ends = [(turn, self._render(messages[: turn + 1], values)[0]) for turn in turns]
         starts = [self._start(messages, turn, after, values) for turn, after in ends]
         notes = starts[-1][1]
-        parts = [
-            (start, self._less_end(after, whole))
-            for (start, _), (_, after) in zip(starts, ends, strict=True)
-        ]
-        if all(whole.startswith(after) for _, after in parts):
-            spans = tuple((start, len(after)) for start, after in parts)
+        parts = [(start, after) for (start, _), (_, after) in zip(starts, ends, strict=True)]
+        less = [(start, self._less_end(after, whole)) for start, after in parts]
+        if all(whole.startswith(after) for _, after in less):
+            spans = tuple((start, len(after)) for start, after in less)
             return [Text(whole, spans, True, notes)]
-        parts = [(start, after) for (start, _), (_, after) in zip(parts, ends, strict=True)]
         return [Text(after, ((start, len(after)),), True, notes) for start, after in parts]
 
     def _less_end(self, after: str, whole: str) -> str:
@@ -218,9 +215,8 @@ class Chat(Template):
         self, messages: list[dict], values: Mapping[str, Any], asks: bool = False
     ) -> tuple[str, tuple[Span, ...]]:
         own = {"messages": list(map(_aliased, messages)), "add_generation_prompt": asks}
-        return self.chosen(values.get("tools")).fill(
-            **{"tools": None, "documents": None, **values, **own}
-        )
+        given = {"tools": None, "documents": None, **values, **own}
+        return self.chosen(values.get("tools")).fill(**given)
 
 
 def _aliased(message: dict) -> dict:
@@ -262,9 +258,7 @@ def find_lost(
         lost = [piece for piece in pieces if text.count(_plain(piece)) < pool.count(_plain(piece))]
         if lost:
             yield "dropped", f"{which} {lost[0][:MOST_SHOWN]!r}"
-        lost = [
-            piece for piece in thoughts if text.count(_plain(piece)) <= pool.count(_plain(piece))
-        ]
+        lost = [part for part in thoughts if text.count(_plain(part)) <= pool.count(_plain(part))]
         if lost:
             kind = "dropped" if is_own or number - 1 == max(turns) else "reasoning"
             yield kind, f"the reasoning of {which} {lost[0][:MOST_SHOWN]!r}"
@@ -360,11 +354,11 @@ class TextTokenizer:
 
     def chat(self) -> Chat:
         """Return its chat template, or a plain one where it has none."""
-        if self.chat_template is not None:
-            source, place = self.chat_template, f"chat template of {self.place}"
-        else:
-            source, place = "{{ bos_token }}" * self.adds_bos + PLAIN_TEMPLATE, PLAIN_PLACE
-        return Chat(source, self.names, place, self.tool_template)
+        if self.chat_template is None:
+            plain = "{{ bos_token }}" * self.adds_bos + PLAIN_TEMPLATE
+            return Chat(plain, self.names, PLAIN_PLACE, self.tool_template)
+        place = f"chat template of {self.place}"
+        return Chat(self.chat_template, self.names, place, self.tool_template)
 
     def encode(self, texts: list[str], adds_special: bool) -> list[Any]:
         """Tokenize texts; other threads run meanwhile.

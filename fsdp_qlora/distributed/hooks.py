@@ -203,11 +203,10 @@ class Watch:
 
     def _learn(self, sign: Heartbeat) -> None:
         """Note how long a step took."""
-        if sign.step == self.last.step:
-            return
         if self.last.step and sign.step == self.last.step + 1:
             self.steps_s.append(sign.at_s - self.last.at_s)
-        self.last = sign
+        if sign.step != self.last.step:
+            self.last = sign
 
     def _limit_s(self, is_steady: bool) -> float:
         if self.limit_s is not None:
@@ -216,10 +215,9 @@ class Watch:
 
     def _is_busy(self, pids: Sequence[int]) -> bool:
         """Whether the ranks have computed since they were last asked; they are given more time."""
-        used_s, now_s = sum(self.life(pid)[1] for pid in pids), time.monotonic()
-        is_busy = used_s - self.used_s > 0.001 * (now_s - self.began_s)
-        self.used_s, self.began_s = used_s, now_s
-        return is_busy
+        before_s, began_s = self.used_s, self.began_s
+        self.used_s, self.began_s = sum(self.life(pid)[1] for pid in pids), time.monotonic()
+        return self.used_s - before_s > 0.001 * (self.began_s - began_s)
 
 
 class Peers(threading.Thread):
@@ -339,9 +337,7 @@ class StopFlag:
 
     def install(self) -> None:
         """Take over both signals; in a thread beside the main one Python allows nobody to."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in STOP_SIGNALS:
+        for number in STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ():
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

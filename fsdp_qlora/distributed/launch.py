@@ -42,10 +42,7 @@ SLURM += ("SLURM_STEP_NUM_TASKS", "SLURM_NODEID")
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of them --world_size may be wrong
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
-GRACE_S = 4.0
-STOP_GRACE_S = 10.0
-DUMP_S = 1.0
-POLL_S = 0.05
+GRACE_S, STOP_GRACE_S, DUMP_S, POLL_S = 4.0, 10.0, 1.0, 0.05
 PR_SET_PDEATHSIG = 1
 Rank = subprocess.Popen  # or what has its pid, returncode, poll, wait and send_signal
 
@@ -114,25 +111,23 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
         local_size, host, port = env.get("LOCAL_WORLD_SIZE", size), "127.0.0.1", 29500
         run = env.get(IDENTITY) or f"torchrun {env.get('TORCHELASTIC_RUN_ID', 'without id')}"
     else:
-        rank, size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        rank, size, local_size = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"], _tasks_here(env)
         local = env.get("SLURM_LOCALID", rank)
-        local_size = _tasks_here(env)
         host = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         job, step = (int(env.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
         port = 20000 + (job + 7919 * step) % 12000  # below those that the system gives away
         run = f"step {job}.{step} of Slurm"
     address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
-    place = dict(zip(NUMBERS + MASTER, (rank, local, size, local_size, *address), strict=True))
-    place[IDENTITY] = run
+    values = (rank, local, size, local_size, *address, run)
+    place = dict(zip((*NUMBERS, *MASTER, IDENTITY), values, strict=True))
     return place | wishes(env, int(local_size))
 
 
 def _tasks_here(env: Mapping[str, str]) -> str:
     """How many tasks of the step are on this node; Slurm writes "2(x2),1" for 2, 2 and 1."""
-    counts = []
     words = env.get("SLURM_STEP_TASKS_PER_NODE", env["SLURM_STEP_NUM_TASKS"])
-    for count, num_nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", words):
-        counts += [count] * int(num_nodes or 1)
+    pairs = re.findall(r"(\d+)(?:\(x(\d+)\))?", words)
+    counts = [count for count, num_nodes in pairs for _ in range(int(num_nodes or 1))]
     return counts[min(int(env.get("SLURM_NODEID", "0")), len(counts) - 1)]
 
 
@@ -232,15 +227,10 @@ def start(spec: RankSpec) -> Rank:
         spec: the rank.
     """
     with spec.log.open("ab") if spec.log is not None else contextlib.nullcontext() as output:
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+        own: dict[str, Any] = {"pass_fds": spec.files, "preexec_fn": tied_to_parent()}
         return subprocess.Popen(
-            spec.command,
-            env=spec.env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            pass_fds=spec.files,
-            preexec_fn=tied_to_parent(),
+            spec.command, env=spec.env, start_new_session=True, **streams, **own
         )
 
 

@@ -226,12 +226,11 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
         there = read_tensors(draft)
         there = without_towers(there)[0] if info.wrapper else there
-        tensors_there = split_experts(there, info.hidden_size)
-        result = dataclasses.replace(info, tensors=tensors_there, quantized={})
+        split = split_experts(there, info.hidden_size)
+        result = dataclasses.replace(info, tensors=split, quantized={})
         no_more = SavedAdapter(adapter.path, "", {})
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
-        shape = options.evidence_rows, options.evidence_tokens
-        evidence = new_weights.check(seen, result_base, shape, options.dataset)
+        evidence = new_weights.check(seen, result_base, options)
         facts = {
             "adapter": str(adapter.path),
             "base": str(info.path),
@@ -297,8 +296,7 @@ def quantize(argv: list[str]) -> int:
         nothing, stored_as = SavedAdapter(out, "", {}), result.stored_format
         seen = new_weights.TrainedBase(info, nothing, compute, device)
         packed = new_weights.TrainedBase(result, nothing, compute, device, stored_as)
-        shape = options.evidence_rows, options.evidence_tokens
-        lost = new_weights.check(seen, packed, shape, options.dataset)
+        lost = new_weights.check(seen, packed, options)
     print(new_weights.lines(lost, "in 4 bit against the original"))
     print(f"load it   AutoModelForCausalLM.from_pretrained({str(out)!r})")
     return DONE
@@ -455,16 +453,5 @@ def export(argv: list[str]) -> int:
     Raises:
         UserError: there is no such form (code 2); else see its function.
     """
-    if not argv or argv[0] in ("-h", "--help"):
-        rows = [f"  {form:<10} {words}" for form, (_, words) in FORMS.items()]
-        print(
-            "usage: fsdp-qlora export FORM ...  (export FORM --help tells more)",
-            "",
-            *rows,
-            sep="\n",
-        )
-        return DONE
-    if argv[0] not in FORMS:
-        rule = f"want one of {' '.join(FORMS)}"
-        raise UserError(f"export {argv[0]}", rule, "python -m fsdp_qlora export --help")
-    return FORMS[argv[0]][0](argv[1:])
+    form = cli.chosen(argv, {name: words for name, (_, words) in FORMS.items()}, "export", "FORM")
+    return FORMS[form][0](argv[1:]) if form else DONE

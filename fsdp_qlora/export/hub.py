@@ -98,12 +98,10 @@ def _is_hub_name(name: str) -> bool:
 
 def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> dict[str, Any]:
     total, num_trained = arch.num_params(info), count_trained(info, cfg).total
-    facts: dict[str, Any] = {
-        "base": f"{cfg.model_name}: {total:,} parameters, {info.model_type}",
-        "base in training": cfg.format_name,
-        "trained parameters": f"{num_trained:,} ({num_trained / total:.2%})",
-        "data set": cfg.dataset,
-    }
+    base = f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
+    facts: dict[str, Any] = {"base": base, "base in training": cfg.format_name}
+    facts["trained parameters"] = f"{num_trained:,} ({num_trained / total:.2%})"
+    facts["data set"] = cfg.dataset
     if run is None:
         return facts
     lines = "\n".join(run.facts.get("lines", [])).splitlines()
@@ -115,9 +113,8 @@ def _results(run: Run) -> dict[str, str]:
     held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
     seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
-    size, peak = (
-        highest(run.peaks(f"device_{name}_gib")) or 0.0 for name in ("total", "peak_reserved")
-    )
+    size = highest(run.peaks("device_total_gib")) or 0.0
+    peak = highest(run.peaks("device_peak_reserved_gib")) or 0.0
     host_gib = highest(run.host("host_peak_used_gib")) or 0.0
     rows = {
         "loss of the first and the last step": _both(run.values("loss")),
@@ -182,17 +179,13 @@ def push(directory: Path, name: str | None) -> None:
     api = HfApi()
     try:
         place = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=directory,
-            allow_patterns=list(FILES),
-            commit_message="Trained with fsdp_qlora",
-        )
+        what: dict[str, Any] = {"allow_patterns": list(FILES)}
+        what["commit_message"] = "Trained with fsdp_qlora"
+        api.upload_folder(repo_id=name, folder_path=directory, **what)
     except Exception as error:  # the transport's own errors differ between releases
         status = getattr(getattr(error, "response", None), "status_code", None)
-        words = brief(error) or type(error).__name__
-        is_refused = status in (401, 403)
-        rule = "the hub refuses the token" if is_refused else f"the hub has not taken it: {words}"
+        rule = f"the hub has not taken it: {brief(error) or type(error).__name__}"
+        rule = "the hub refuses the token" if status in (401, 403) else rule
         remedy = f"it is in {directory}: hf auth login, then hf upload {name} {directory}"
         raise UserError(f"--push_to_hub {name}", rule, remedy, ENVIRONMENT) from error
     print(f"pushed    {place}")

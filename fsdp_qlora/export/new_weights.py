@@ -38,14 +38,7 @@ from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.model import quantize
-from fsdp_qlora.model.quantize import (
-    Fields,
-    LayerStore,
-    Layout,
-    build_layout,
-    layer_layouts,
-    store_linear,
-)
+from fsdp_qlora.model.quantize import LayerStore
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
@@ -103,8 +96,8 @@ class TrainedBase:
         return f"from {self.cached.directory}" if self.cached.is_complete else "quantized anew"
 
     @cached_property
-    def _layouts(self) -> tuple[Layout, ...]:
-        return layer_layouts(self.info, self.format_name or "bf16")
+    def _layouts(self) -> tuple[quantize.Layout, ...]:
+        return quantize.layer_layouts(self.info, self.format_name or "bf16")
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
@@ -163,10 +156,10 @@ class TrainedBase:
             self._held[layer] = LayerStore(lambda: flat, self._layouts[layer])
         return self._held[layer].weight(index, self.dtype)
 
-    def _dequantized(self, fields: Fields, shape: Sequence[int]) -> torch.Tensor:
-        layout = build_layout([(shape[0], shape[1])], str(self.format_name))
+    def _dequantized(self, fields: quantize.Fields, shape: Sequence[int]) -> torch.Tensor:
+        layout = quantize.build_layout([(shape[0], shape[1])], str(self.format_name))
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.device)
-        store_linear(flat, layout, 0, fields)
+        quantize.store_linear(flat, layout, 0, fields)
         return LayerStore(lambda: flat, layout).weight(0, self.dtype)
 
 
@@ -254,18 +247,14 @@ def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.d
         constants as bitsandbytes names them.
     """
     linears, names, bnb = info.linear_places(), list(info.tensors), quantize.import_bitsandbytes()
+    how = {"blocksize": GROUP, "quant_type": settings.bnb_4bit_quant_type}
+    how |= {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_storage": torch.uint8}
     for name, stored in zip(names, Weights(info).read_ahead(names, device), strict=True):
         weight = stored if dtype is None else stored.to(getattr(torch, dtype))
         if name not in linears:
             yield name, weight
             continue
-        codes, state = bnb.quantize_4bit(
-            weight,
-            blocksize=GROUP,
-            quant_type=settings.bnb_4bit_quant_type,
-            compress_statistics=settings.bnb_4bit_use_double_quant,
-            quant_storage=torch.uint8,
-        )
+        codes, state = bnb.quantize_4bit(weight, **how)
         yield name, codes
         for part, tensor in state.as_dict(packed=True).items():
             yield f"{name}.{part}", tensor
@@ -375,16 +364,14 @@ class Expansion:
         return lists | {"num_hidden_layers": len(self.order), NEW_LAYERS: list(self.added)}
 
 
-def check(
-    seen: TrainedBase, result: TrainedBase, shape: tuple[int, int], dataset: str | None
-) -> dict[str, Any]:
+def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any]:
     """Compare a merged model with base + adapter as trained.
 
     Args:
         seen: the base as training saw it, and the adapter.
         result: the merged model, as stored.
-        shape: (rows, tokens of the longest) to compare on.
-        dataset: where they come from; None: see `choose_rows`.
+        options: how many rows to compare on, tokens of the longest, where they come from: see
+            commands.CheckOptions.
 
     Returns:
         For merge.json, see `compare`; or why there is none, as "skipped".
@@ -392,9 +379,9 @@ def check(
     Raises:
         UserError: the data set asked for cannot be read.
     """
-    if not shape[0]:
+    if not options.evidence_rows:
         return {"skipped": "--evidence_rows 0"}
-    info, device = seen.info, seen.device
+    info, device, shape = seen.info, seen.device, (options.evidence_rows, options.evidence_tokens)
     num_experts = sum(linear.expert is not None for linear in info.linears)
     largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
     logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
@@ -406,7 +393,7 @@ def check(
     if need_gib > free_gib:
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
-    ids, note, is_text = choose_rows(seen, shape, dataset)
+    ids, note, is_text = choose_rows(seen, shape, options.dataset)
     trained, merged = logits(seen, ids), logits(result, ids)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
     has_run = seen.adapter.pairs or seen.adapter.replaced
@@ -504,13 +491,8 @@ def compare(
         divergence += (logs[0].exp() * (logs[0] - logs[1])).sum().item()
         chosen = targets[part].clamp(min=0).view(1, -1, 1).expand(2, -1, 1)
         losses -= (logs.gather(-1, chosen).squeeze(-1) * (targets[part] >= 0)).sum(1)
-    facts = {
-        "num_rows": len(ids),
-        "num_tokens": len(targets),
-        "max_difference": largest,
-        "kl_nats": divergence / len(targets),
-        "top1_agreement": num_agreed / len(targets),
-    }
+    facts = {"num_rows": len(ids), "num_tokens": len(targets), "max_difference": largest}
+    facts |= {"kl_nats": divergence / len(targets), "top1_agreement": num_agreed / len(targets)}
     if is_text:
         means = (losses / int((targets >= 0).sum())).tolist()
         facts |= {"loss_trained": means[0], "loss_merged": means[1]}
@@ -528,11 +510,10 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
         return f"check     skipped: {facts['skipped']}"
     base = f"; base {facts['base_of_adapter']}" if "base_of_adapter" in facts else ""
     text = (
-        f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}"
-        f"\n          {both}: logits differ by at most "
-        f"{facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a token, "
-        f"the same likeliest token in {facts['top1_agreement']:.2%}"
+        f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}\n          {both}: logits "
     )
+    text += f"differ by at most {facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a "
+    text += f"token, the same likeliest token in {facts['top1_agreement']:.2%}"
     if "loss_trained" in facts:
         both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
         text += f"\n          loss on these rows {both}"

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
@@ -81,15 +81,13 @@ def run_tool(*words: str | Path) -> str:
     Raises:
         UserError: it has failed (code 3).
     """
-    command = [*([sys.executable] if str(words[0]).endswith(".py") else []), *map(str, words)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    command = [*[sys.executable] * str(words[0]).endswith(".py"), *map(str, words)]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, text=True, errors="replace", **streams)
     if done.returncode:
-        absent = re.search(r"No module named '([\w.]+)'", done.stdout)
-        remedy = (
-            f"pip install {absent[1]}" if absent else f"see what it prints: {shlex.join(command)}"
-        )
+        remedy = f"see what it prints: {shlex.join(command)}"
+        if absent := re.search(r"No module named '([\w.]+)'", done.stdout):
+            remedy = f"pip install {absent[1]}"
         last = (done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise UserError(Path(words[0]).name, one_line(last), remedy, ENVIRONMENT)
     return done.stdout
@@ -127,14 +125,12 @@ def write_gguf(model: Path, out: Path, outtype: str, llama_cpp: str | None) -> l
         What to say of it.
     """
     path, is_converted = out / f"model-{outtype}.gguf", outtype in CONVERTED
-    first = path if is_converted else out / "model-f16.gguf"
-    kind = outtype if is_converted else "f16"
-    script = find_tool(CONVERTER, llama_cpp)
-    run_tool(script, model, "--outfile", first, "--outtype", kind)
-    if is_converted:
-        return [f"{path.name}, {path.stat().st_size / GIB:.2f} GiB"]
-    printed = run_tool(find_tool(QUANTIZER, llama_cpp), first, path, outtype.upper())
-    first.unlink()
+    first, kind = (path, outtype) if is_converted else (out / "model-f16.gguf", "f16")
+    run_tool(find_tool(CONVERTER, llama_cpp), model, "--outfile", first, "--outtype", kind)
+    printed = ""
+    if not is_converted:
+        printed = run_tool(find_tool(QUANTIZER, llama_cpp), first, path, outtype.upper())
+        first.unlink()
     lines = [f"{path.name}, {path.stat().st_size / GIB:.2f} GiB"]
     if other := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", printed):
         lines.append(f"{other[1]} tensors are wider: {outtype} wants rows of a multiple of 256")
@@ -164,16 +160,8 @@ def write_lora(adapter: SavedAdapter, base: Path, out: Path, outtype: str, scrip
         b_OR.mul_(pair.scale * b_OR.shape[1] / alpha)
     save_file(tensors, draft / WEIGHTS_NAME)
     atomic.write_json(draft / CONFIG_NAME, config | {"lora_alpha": alpha})
-    run_tool(
-        script,
-        draft,
-        "--base",
-        base,
-        "--outfile",
-        out / f"lora-{outtype}.gguf",
-        "--outtype",
-        outtype,
-    )
+    file = out / f"lora-{outtype}.gguf"
+    run_tool(script, draft, "--base", base, "--outfile", file, "--outtype", outtype)
     shutil.rmtree(draft)
 
 
@@ -240,19 +228,18 @@ def write_modelfile(out: Path, gguf: str, model: Path, system: str | None) -> st
     ids = atomic.read_json(model / "generation_config.json").get("eos_token_id") or []
     found = [text.core.id_to_token(i) for i in (ids if isinstance(ids, list) else [ids])]
     stops = dict.fromkeys([text.names.get("eos_token"), *found])
-    template = go_template(text) if text.chat_template else None
+    said, template = "no chat template: it goes on with the text as it is", None
+    if text.chat_template:
+        said = "its chat template is more than text around the turns: "
+        said += "Ollama takes one of its own, or none"
+        template = go_template(text)
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
+        said = "chat template of the tokenizer"
     lines += [f'SYSTEM """{system}"""'] if system else []
     lines += [f'PARAMETER stop "{stop}"' for stop in stops if stop and '"' not in stop]
     atomic.write(out / "Modelfile", "\n".join(lines) + "\n")
-    if template is not None:
-        return "chat template of the tokenizer"
-    if text.chat_template is None:
-        return "no chat template: it goes on with the text as it is"
-    return (
-        "its chat template is more than text around the turns: Ollama takes one of its own, or none"
-    )
+    return said
 
 
 def vllm_fault(is_dora: bool, saved: object, rank: int) -> str:
@@ -287,26 +274,18 @@ def next_steps(out: Path, cfg: TrainConfig) -> list[str]:
         cfg: the run.
     """
     name, ours = shlex.quote(str(out)), "python -m fsdp_qlora"
-    merged = shlex.quote(f"{out}-merged")
-    if cfg.train_type == "full":
-        which, serve = f"--model_name {name}", [f"vllm serve {name}"]
-    else:
-        adapter = read(out)
-        which = f"--adapter {name}"
-        rank = max((pair.a.shape[0] for pair in adapter.pairs.values()), default=0)
+    which, serve = f"--model_name {name}", [f"vllm serve {name}"]
+    if cfg.train_type != "full":
+        adapter, which, merged = read(out), f"--adapter {name}", shlex.quote(f"{out}-merged")
         pairs = adapter.pairs.values()
-        fault = vllm_fault(any(pair.magnitude for pair in pairs), adapter.replaced, rank)
-        serve = [f"{ours} export merged {which} --out {merged}"]
-        if not fault:
+        rank = max((pair.a.shape[0] for pair in pairs), default=0)
+        serve = [f"{ours} export merged {which} --out {merged}", f"vllm serve {merged}"]
+        if not vllm_fault(any(pair.magnitude for pair in pairs), adapter.replaced, rank):
             limit = next(limit for limit in VLLM_RANKS if limit >= rank)
             base, _, revision = adapter.base_name.partition("@")
             flags = f" --revision {revision}" * bool(revision) + f" --max-lora-rank {limit}"
-            module = shlex.quote(f"{out.name}={out}")
-            serve.append(
-                f"vllm serve {shlex.quote(base)}{flags} --enable-lora --lora-modules {module}"
-            )
-        else:
-            serve.append(f"vllm serve {merged}")
+            flags += f" --enable-lora --lora-modules {shlex.quote(f'{out.name}={out}')}"
+            serve[1] = f"vllm serve {shlex.quote(base)}{flags}"
     return [
         f"{ours} generate {which} --prompt 'What is a whale?'",
         f"{ours} report {name}",

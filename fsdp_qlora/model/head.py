@@ -4,7 +4,7 @@ Shape letters: B batch, T tokens, N trained tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -161,17 +161,19 @@ class LossHead(nn.Module):
         self.register_parameter("bias", bias)
         self.scale, self.softcap = scale, softcap
 
-    def forward(self, hidden_BTH: torch.Tensor, targets: Targets | None) -> torch.Tensor:
+    def forward(self, hidden_BTH: Any, targets: Any) -> Any:
         """Compute the loss, or logits.
 
         Args:
-            hidden_BTH: output of the decoder, compute dtype.
-            targets: what is trained; None for the logits of the last token.
+            hidden_BTH: output of the decoder, compute dtype; or a list, one of each group of rows.
+            targets: Targets that are trained; None for the logits of the last token; or a list.
 
         Returns:
             Sum of the loss over the targets, 0-d float32, or of each, [N]; or logits [B, 1, V],
-            or those of some positions [N, V], compute dtype.
+            or those of some positions [N, V], compute dtype; of a list, a list.
         """
+        if isinstance(hidden_BTH, list):
+            return [self.forward(*pair) for pair in zip(hidden_BTH, targets, strict=True)]
         x = hidden_BTH[:, -1:]
         if targets is not None:
             x = hidden_BTH.flatten(0, 1).index_select(0, targets.positions_N)

@@ -25,6 +25,7 @@ from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot, SavedActivations
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
+from fsdp_qlora.model.visit import LayerCall, Spread
 
 
 class Recomputed(torch.autograd.Function):
@@ -153,16 +154,16 @@ class Offload:
         """Host memory that it holds."""
         return sum(room.bytes.nbytes for room in self._rooms)
 
-    def saving(self, hidden: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    def saving(self, *hidden: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
         """Context in which autograd keeps `hidden` on the host; other tensors stay where they are.
 
         Args:
-            hidden: [B, T, H], the input of a layer that keeps it for its backward, and that alone.
+            hidden: [B, T, H], inputs of a layer that keeps them for its backward, and them alone.
         """
-        where = hidden.data_ptr(), hidden.shape
+        where = {(tensor.data_ptr(), tensor.shape) for tensor in hidden}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
-            if (tensor.data_ptr(), tensor.shape) != where:
+            if (tensor.data_ptr(), tensor.shape) not in where:
                 return tensor
             depth = self._put(tensor.detach())
             return lambda: self._take(depth)
@@ -318,13 +319,13 @@ class TrainedLayer(nn.Module):
         Args:
             saved: SavedActivations where its results are stored or taken from, or None.
             hidden, args, kwargs: of `forward`.
-            lora: stands for `self.lora`.
+            lora: stands for `self.lora`; None: without the adapters.
             params: name in `layer` -> tensor that stands for the parameter; None = none does.
 
         Returns:
             What the layer returns.
         """
-        if self.slots:
+        if lora is not None:
             for (group, _), adapter in zip(self._adapted, self._adapters(lora), strict=True):
                 group.adapter = adapter
         for saver in self._savers:
@@ -363,21 +364,60 @@ class TrainedLayer(nn.Module):
         last.is_skipped = not self._is_last_needed
         return self.run(saved, *rest)
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs):
-        """Run the layer: arguments and result are those of its own forward."""
-        has_gradient = torch.is_grad_enabled() and (self.is_trained or hidden.requires_grad)
-        if self.level == "none" or not has_gradient:
-            return self.run(None, hidden, self.lora, args, kwargs)
+    def forward(self, hidden, *args, **kwargs):
+        """Run the layer: arguments and result are those of its own forward.
+
+        Or on groups of rows, one after the other.
+
+        Args:
+            hidden: [B, T, H]; or a list of them, one of each group.
+            args, kwargs: of the layer's own forward; or its LayerCall of each group.
+
+        Returns:
+            What the layer returns, of each group.
+        """
+        if isinstance(hidden, list):
+            return self._visit(hidden, *args)
         has_dropout = any(slot.dropout for slot in self.slots)
         is_alone = not any(isinstance(value, UserDict) for value in kwargs.values())
-        if self.graphs is not None and self.level == "full" and not has_dropout and is_alone:
+        is_plain = torch.is_grad_enabled() and self.level == "full" and not has_dropout and is_alone
+        if self.graphs is not None and is_plain:
             found = self.graphs.find(self, hidden, args, kwargs)
             if found is not None:
                 return Replayed.apply(self.graphs, found, self, args, kwargs, hidden, self.lora)
+        return self._pass(hidden, args, kwargs, self._own())
+
+    def _own(self) -> dict[str, Any]:
+        """What is trained, by name: its own parameters, or the adapters."""
+        return dict(self.layer.named_parameters()) if self.is_whole else {"lora": self.lora}
+
+    def _visit(self, hiddens: list[torch.Tensor], calls: Sequence[LayerCall]) -> list:
+        """The last group first: the backward, which goes the other way, begins with the first."""
+        own, num = self._own(), len(calls)
+        owns = [own] * num
+        if torch.is_grad_enabled() and self.is_trained and not self.is_reentrant:
+            parts = iter(Spread.apply(num, *own.values()))
+            owns = [{name: next(parts) for name in own} for _ in calls]
+        outs: list[Any] = [None] * num
+        for i in reversed(range(num)):
+            (args, kwargs, has_adapters), hidden = calls[i], hiddens[i]
+            if has_adapters:
+                outs[i] = self._pass(hidden, args, kwargs, owns[i])
+                continue
+            with torch.no_grad():
+                outs[i] = self.run(None, hidden, None, args, kwargs)
+        return outs
+
+    def _pass(self, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any], own: dict):
+        """Run the layer with `own` for what is trained."""
+        has_gradient = torch.is_grad_enabled() and (self.is_trained or hidden.requires_grad)
+        lora, params = own.get("lora"), own if self.is_whole else None
+        if self.level == "none" or not has_gradient:
+            return self.run(None, hidden, lora, args, kwargs, params)
+        has_dropout = any(slot.dropout for slot in self.slots)
         saved = SavedActivations() if self.level == "selective" else None
         shared = SharedStates(kwargs)
-        own = dict(self.layer.named_parameters()) if self.is_whole else {}
-        trained = () if self.is_reentrant else (*own.values(),) or (self.lora,)
+        trained = () if self.is_reentrant else (*own.values(),)
 
         def run(hidden, *inputs):
             rest = shared.give(inputs[len(trained) :])
@@ -386,10 +426,10 @@ class TrainedLayer(nn.Module):
                     saved.is_replay = torch.is_grad_enabled()
                 return shared.take(self.run(saved, hidden, self.lora, args, rest))
             step = self.run_again if torch.is_grad_enabled() else self.run
-            if not own:
+            if not self.is_whole:
                 return shared.take(step(saved, hidden, inputs[0], args, rest))
-            params = dict(zip(own, inputs, strict=False))
-            return shared.take(step(saved, hidden, None, args, rest, params))
+            given = dict(zip(own, inputs, strict=False))
+            return shared.take(step(saved, hidden, None, args, rest, given))
 
         if not self.is_reentrant:
             return shared.put(Recomputed.apply(run, has_dropout, hidden, *trained, *shared.tensors))
@@ -428,10 +468,11 @@ class DecoderBlock(nn.Module):
             self.store = LayerStore(lambda: self.quantized, layout, cache)
 
     def forward(self, *args, **kwargs):
-        """Run the layer: arguments and result are those of its own forward."""
+        """Run the layer: arguments and results are those of TrainedLayer.forward."""
         if self.offload is None or not torch.is_grad_enabled():
             return self.body(*args, **kwargs)
-        with self.offload.saving(args[0]):
+        hidden = args[0] if isinstance(args[0], list) else args[:1]
+        with self.offload.saving(*hidden):
             return self.body(*args, **kwargs)
 
     @property

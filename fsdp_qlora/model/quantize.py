@@ -27,7 +27,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, WHOLE_LAYER_BYTES, Storage
+from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, Storage, whole_layer_bytes
 from fsdp_qlora.planning.sizes import FORMATS as STORAGES
 
 
@@ -424,9 +424,11 @@ class LayerCache:
         key: (store, dtype) that it belongs to; () = none.
         constants: per linear, what the format's `constants` made.
         weights: the linears, dequantized; None = they are made anew for each matmul.
+        most_bytes: of the weights of a layer that is dequantized at once.
     """
 
     def __init__(self) -> None:
+        self.most_bytes = whole_layer_bytes()
         self.clear()
 
     def clear(self) -> None:
@@ -487,7 +489,7 @@ class LayerStore:
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
         cache.key = (id(self), dtype)
-        is_small = layout.num_weights * dtype.itemsize <= WHOLE_LAYER_BYTES
+        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes
         if is_small and layout.is_contiguous:
             quantized = self._bytes[: layout.weights[-1][1]]
             flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)

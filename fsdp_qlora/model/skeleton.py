@@ -6,6 +6,7 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import contextlib
 import importlib.util
 import logging
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,15 @@ from fsdp_qlora.arch import LayerKind, Linear, ModelInfo
 from fsdp_qlora.arch.info import INDEXED, stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError, printable
+from fsdp_qlora.model import visit
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
-from fsdp_qlora.planning.sizes import trained_whole
+from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.planning.sizes import trained_whole, whole_layer_bytes
 
 OTHER_MODEL = "take another model"
 
@@ -151,10 +154,14 @@ class QuantizedModel(nn.Module):
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
         has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
-        setting = cfg.cuda_graphs if is_plain and not has_experts else "off"
+        is_plain &= cfg.per_visit == 1 and not has_experts
+        setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
+        if not has_experts:
+            for store in (body.store for body in bodies if body.store):
+                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
@@ -165,27 +172,75 @@ class QuantizedModel(nn.Module):
         for block, level in zip(blocks[:-1], levels, strict=False):  # the last is needed at once
             block.offload = None if level == "none" else offload
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The list of DecoderBlocks that transformers goes through."""
+        lists = (m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m))
+        return next(layers for layers in lists if isinstance(layers[0], DecoderBlock))
+
+    def can_visit(self, device: torch.device, num_groups: int = 2) -> bool:
+        """Whether groups of rows can pass each layer together: see visit.take_apart.
+
+        Args:
+            device: of the rank.
+            num_groups: of them; one always can.
+        """
+        if num_groups == 1:
+            return True
+        size = self.decoder.config.hidden_size
+        embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
+        try:
+            _, calls = visit.take_apart(self.decoder, self.layers, True, {"inputs_embeds": embeds})
+        except Exception:  # whatever stops a decoder that wants more than embeddings
+            return False
+        values = [value for call in calls for value in call.kwargs.values()]
+        return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+
+    def _visit(self, groups: Sequence[RowGroup]) -> list[torch.Tensor]:
+        ids = [group.input_ids for group in groups]
+        embeds = self.embedding(torch.cat([part.flatten() for part in ids]).unsqueeze(0))
+        parts = embeds.squeeze(0).split([part.numel() for part in ids])
+        inputs: list[dict[str, Any]] = []
+        for group, part in zip(groups, parts, strict=True):
+            rest = group.rows.arguments() if group.rows is not None else {}
+            inputs.append({"inputs_embeds": part.view(*group.input_ids.shape, -1), **rest})
+        pairs = zip(groups, inputs, strict=True)
+        decoder, layers = self.decoder, self.layers
+        found = [visit.take_apart(decoder, layers, g.has_adapters, own) for g, own in pairs]
+        hiddens, calls = [hidden for hidden, _ in found], [own for _, own in found]
+        del found, embeds, parts
+        for block, *of_layer in zip(layers, *calls, strict=True):
+            hiddens = block(hiddens, of_layer)
+        for i, group in enumerate(groups):
+            with torch.set_grad_enabled(group.has_adapters and torch.is_grad_enabled()):
+                hiddens[i] = visit.finish(decoder, layers, hiddens[i], inputs[i])
+        return self.head(hiddens, [group.targets for group in groups])
+
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: Any,
         targets: Targets | None = None,
         past_key_values: "Cache | None" = None,
         rows: RowBounds | None = None,
         **padding: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Compute the loss of a batch, or the logits of its last token.
 
         Args:
             input_ids: int64 [B, T]. Padding stands on the right and is not a target: causal
                 attention never sees it, so no mask is passed and the flash kernels stay usable.
+                Or a list of RowGroups, which pass each layer together; nothing else then.
             targets: what is trained; None for logits.
             past_key_values: a transformers Cache to generate with.
             rows: several rows lie one after the other in the one sequence; or None.
             padding: attention_mask and position_ids of rows that are padded on the left.
 
         Returns:
-            Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype.
+            Loss sum over the targets, 0-d float32; or logits [B, 1, V], compute dtype; of a list
+            of groups, a list.
         """
+        if isinstance(input_ids, list):
+            return self._visit(input_ids)
         out = self.decoder(
             input_ids=input_ids,
             past_key_values=past_key_values,

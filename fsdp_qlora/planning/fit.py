@@ -21,6 +21,7 @@ from fsdp_qlora.planning.sizes import Setting, Sizes, place, setting_for
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
 RESIDENT_STEPS = 16  # in sixteenths
+VISITS = (2, 4, 8, 16)  # micro-batches that may pass each layer together
 TIE = 0.01  # settings this close in speed: the one that needs least
 LENGTH_STEP, MOST_TOKENS = 256, 2**17  # of the longest rows that are looked for
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
@@ -40,6 +41,7 @@ GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer ac
 STREAM_SHARE = 0.95  # of the host link, by weight streaming: 70B, 2 x 512: 1.36 s a step
 NETWORK_SHARE = 0.8  # of the link between machines; an assumption, not measured
 ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
+GRAPHS_SHARE = 0.2  # of the launches, where CUDA graphs do them: 7B, 1 x 512: 72 ms
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 
 
@@ -74,8 +76,8 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    ruled = dict.fromkeys(BOUNDS, 0.0)
-    alone = dict.fromkeys(BOUNDS, 0.0)
+    s = s.visiting if setting.per_visit > 1 else s
+    ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
         worst = max((HOST_LINK, PEER_LINK, NETWORK, LAUNCHES), key=lambda name: parts[name])
@@ -85,15 +87,16 @@ def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
     # AdamW reads and writes weights, gradients and two moments once.
     optimizer_bytes = 28.0 * s.num_trained(setting) / setting.shares
     optimizer_s = optimizer_bytes / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
-    step_s = sum(ruled.values()) * setting.accumulation + optimizer_s
+    num_visits = setting.accumulation / setting.per_visit
+    step_s = sum(ruled.values()) * num_visits + optimizer_s
     num_tokens = s.tokens(setting) * setting.accumulation * setting.num_ranks
-    parts_s = {name: seconds * setting.accumulation for name, seconds in alone.items()}
+    parts_s = {name: seconds * num_visits for name, seconds in alone.items()}
     return Speed(step_s, num_tokens / step_s, max(BOUNDS, key=lambda name: ruled[name]), parts_s)
 
 
 def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
-    """Seconds of forward and backward of one micro-batch, by what they are spent on."""
-    tokens = s.tokens(setting)
+    """Seconds of forward and backward of a visit of all layers, by what they are spent on."""
+    tokens = s.tokens(setting) * setting.per_visit
     matmuls = 2.0 * s.active * s.layers * tokens
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
     head = 2.0 * s.head * tokens
@@ -111,9 +114,12 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     elementwise = tokens * features * s.item * (num_full + num_selective)
     backward_s += elementwise / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
     touched = (s.format.weight_bits / 8 + s.item) * s.weights * (s.format.scratch_bytes > 0)
-    unpack_s = touched * s.layers / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
-    launch_s = LAUNCH_S * s.layers * (gpu.memory_gib > 0)
-    inputs = memory.num_offloaded(s, setting) * tokens * s.hidden * s.item
+    num_unpacked = 1 if s.is_kept_whole else setting.per_visit
+    unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
+    launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)
+    if memory.uses_graphs(s, setting):
+        launch_s *= GRAPHS_SHARE
+    inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
     inputs_s = inputs / (gpu.host_link_gbs * 1e9)
     rows = []
     for is_backward, matmul_s in ((False, forward_s), (True, backward_s)):
@@ -237,8 +243,7 @@ def explore(
     Returns:
         The outcomes, some that do not fit included.
     """
-    own = setting_for(info, cfg, machine)
-    s = Sizes(info, cfg, machine.kind)
+    own, s = setting_for(info, cfg, machine), Sizes(info, cfg, machine.kind)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):
@@ -251,19 +256,15 @@ def explore(
             if not found.fits_safely:  # nor will what keeps more
                 break
             parts = found.speed.parts_s
-            is_hidden = parts[HOST_LINK] < 0.8 * parts[MATMULS]
-            if setting.count("streamed") and is_hidden:
+            if setting.count("streamed") and parts[HOST_LINK] < 0.8 * parts[MATMULS]:
                 hidden_batches.add(batch)
     return outcomes
 
 
 def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[tuple[Setting, ...]]:
     """Of every batch and placement the settings that keep more and more activations."""
-    num_layers = len(own.levels)
-    per_step = own.batch_size * own.accumulation
-    batches = [own.batch_size]
-    if not fixed & BATCHING:
-        batches = _divisors(per_step)
+    num_layers, per_step = len(own.levels), own.batch_size * own.accumulation
+    batches = [own.batch_size] if fixed & BATCHING else _divisors(per_step)
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
     num_frozen = num_layers - len(whole)
@@ -278,8 +279,14 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     levels += [_keep(num_layers, num_layers - num, num) for num in counts[1:]]
     levels = [own.levels] if fixed & KEEPING else levels
     for batch, where, strategy in itertools.product(batches, placements, strategies):
-        rest = (own.num_ranks, batch, per_step // batch, where)
-        yield tuple(Setting(*rest, kept, strategy, own.machines) for kept in levels)
+        num, travelling = per_step // batch, {"streamed", "offloaded"}
+        travelling |= {"sharded"} if own.num_ranks > 1 else set()
+        visits = {1, *(n for n in VISITS if num % n == 0 and travelling & {*where})}
+        if "accumulate_by_layer" in fixed:
+            visits = {min(own.per_visit, num)}
+        for per_visit in sorted(visits) if has_gpus else [own.per_visit]:
+            rest = (strategy, own.machines, per_visit)
+            yield tuple(Setting(own.num_ranks, batch, num, where, kept, *rest) for kept in levels)
 
 
 def _divisors(number: int) -> list[int]:
@@ -303,12 +310,13 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float = math.inf) -> Outcome 
         The best one, or None when nothing fits.
     """
     fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= limit_gib]
-    if not fitting:
-        return None
-    fastest = max(item.speed.tokens_per_s for item in fitting)
+    fastest = max((item.speed.tokens_per_s for item in fitting), default=0.0)
     equal = [item for item in fitting if item.speed.tokens_per_s >= fastest * (1 - TIE)]
-    host_layers = ("streamed", "offloaded", "resident")
-    return min(equal, key=lambda it: (it.setting.count(*host_layers), it.device.peak_gib))
+
+    def asks(item: Outcome) -> tuple[int, float]:
+        return item.setting.count("streamed", "offloaded", "resident"), item.device.peak_gib
+
+    return min(equal, key=asks, default=None)
 
 
 def least(outcomes: Sequence[Outcome]) -> Outcome:
@@ -347,13 +355,9 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> int:
     Returns:
         Tokens, a multiple of LENGTH_STEP, at most what the model knows positions for; 0: none.
     """
-    lean: dict[str, Any] = {
-        "batch_size": 1,
-        "use_gradient_checkpointing": True,
-        "selective_layers": 0,
-    }
-    lean |= {"uncheckpointed_layers": 0, "resident_layers": 0, "offload_impl": "auto"}
-    lean["sharding_strategy"] = "full_shard"
+    lean: dict[str, Any] = {"batch_size": 1, "use_gradient_checkpointing": True}
+    lean |= dict.fromkeys(("selective_layers", "uncheckpointed_layers", "resident_layers"), 0)
+    lean |= {"offload_impl": "auto", "sharding_strategy": "full_shard"}
 
     def is_too_long(length: int) -> bool:
         changed = dataclasses.replace(cfg, context_length=length, **lean)

@@ -52,6 +52,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
+    s = s.visiting if setting.per_visit > 1 else s
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
@@ -105,7 +106,7 @@ def moment_bytes(cfg: TrainConfig) -> int:
 
 def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Term]:
     """Gradients of what is trained: whole on every rank until they are reduced."""
-    if s.cfg.no_sync and setting.accumulation > 1:
+    if s.cfg.no_sync and setting.num_visits > 1:
         setting = dataclasses.replace(setting, strategy="ddp")
     return _trained(what, s, setting, s.master, first)
 
@@ -174,10 +175,11 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
     turns = [i for i, pair in enumerate(pairwise(setting.levels)) if pair[0] != pair[1]]
     moments: list[Rows] = []
     for at in sorted({0, last, *turns, *(i + 1 for i in turns)}):
-        done = s.layers if setting.accumulation > 1 else last - at
+        done = s.layers if setting.num_visits > 1 else last - at
         common: Rows = {
-            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1]),
+            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1], setting.per_visit),
             rows.BUFFERS: _buffers(s, setting),
+            rows.LAYER: _between(s, setting),
         }
         if done or s.trained_root:
             common[rows.GRADIENTS] = _gradients("of layers done", s, setting, s.layers - done)
@@ -199,8 +201,8 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     """The forward's end in the head, and its last layer."""
     tokens = s.tokens(setting)
     wide = {"tokens": tokens, "bytes": s.item}
-    kept: Rows = {rows.KEPT: kept_by_level(s, tokens, setting.levels)}
-    if setting.accumulation > 1:
+    kept: Rows = {rows.KEPT: kept_by_level(s, tokens, setting.levels, setting.per_visit)}
+    if setting.num_visits > 1:
         kept[rows.GRADIENTS] = _gradients("of earlier micro-batches", s, setting)
     chunk = min(tokens, max(16, sizes.LOGITS_BYTES // (4 * s.vocab)))
     capped, nbytes = ", before and after their cap" * s.caps_logits, 4 + 4 * s.caps_logits + s.item
@@ -209,16 +211,30 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     if s.trained_root:
         what = "gradient of the head: float32, of a chunk"
         loss.append(term(what, params=s.head, bytes=4 + s.item))
-    outputs = term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=4, **wide)
+    num = 4 * setting.per_visit
+    outputs = term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=num, **wide)
     gathered = _head_gathered(s, setting)
     head: Rows = {rows.LOSS: loss, rows.LAYER: [outputs], rows.BUFFERS: gathered}
     width = 2 * s.hidden + s.fullest.gates + s.fullest.product
     layer: Rows = {
-        rows.LAYER: [term("residual, norm, gates, product", features=width, **wide)],
+        rows.LAYER: [
+            term("residual, norm, gates, product", features=width, **wide),
+            *_between(s, setting),
+        ],
         rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
         rows.BUFFERS: _buffers(s, setting),
     }
     return [merged([kept, head]), merged([kept, layer])]
+
+
+def _between(s: Sizes, setting: Setting) -> list[Term]:
+    """What groups of rows that pass a layer together have between two layers."""
+    others = setting.per_visit - 1
+    wide = {"tokens": s.tokens(setting), "hidden": s.hidden, "bytes": s.item}
+    return present(
+        term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide),
+        term("the other groups' gradients of adapters", groups=others, params=s.lora, bytes=s.item),
+    )
 
 
 def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
@@ -435,12 +451,13 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     ]
 
 
-def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...]) -> list[Term]:
+def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int = 1) -> list[Term]:
     """Sum `kept_bytes` over layers.
 
     Args:
         s, tokens: see kept_bytes.
         levels: of the layers.
+        per_visit: micro-batches that pass each layer together.
 
     Returns:
         The terms, over the layers of each level.
@@ -448,7 +465,7 @@ def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...]) -> list[Term]:
     terms = []
     for level in dict.fromkeys(levels):
         for item in kept_bytes(s, tokens, level):
-            num = levels.count(level)
+            num = levels.count(level) * per_visit
             if item.what == INPUT and s.cfg.use_activation_cpu_offload and level != "none":
                 num = min(num, AT_WORK)
             factors = (*item.factors, ("layers", num))
@@ -457,9 +474,9 @@ def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...]) -> list[Term]:
 
 
 def num_offloaded(s: Sizes, setting: Setting) -> int:
-    """Layers whose inputs wait on the host: those that are recomputed, but for the very last."""
-    is_on = s.cfg.use_activation_cpu_offload
-    return sum(level != "none" for level in setting.levels[:-1]) * is_on
+    """Inputs of layers that wait on the host: of the recomputed ones, but for the very last."""
+    num = setting.per_visit * s.cfg.use_activation_cpu_offload
+    return sum(level != "none" for level in setting.levels[:-1]) * num
 
 
 def uses_graphs(s: Sizes, setting: Setting) -> bool:
@@ -481,7 +498,7 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         and (cfg.lora_dropout == 0 and not cfg.reentrant_checkpointing)
         and setting.count("full") > 0
         and (cfg.packing != "on" and has_one_length)
-        and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK
+        and (setting.per_visit == 1 and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
     )
 
 

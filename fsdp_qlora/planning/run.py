@@ -9,7 +9,9 @@ import math
 import os
 import sys
 import textwrap
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora import arch, cli, config, hardware
@@ -26,11 +28,8 @@ GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": f
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
 WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
-TRAINED = {"lora": "adapter   LoRA r {}", "dora": "adapter   DoRA r {}"}
-TRAINED |= {"llama_pro": "trained   new layers", "full": "trained   all weights"}
-USAGE = "usage: python -m fsdp_qlora plan --model_name NAME [options] [any option of train.py]"
+WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 IMAGINED = "2x24"
-LONGEST = "row, in tokens, of which each GPU trains one at a time"
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
 
 
@@ -268,16 +267,13 @@ def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
     values = as_dict(plan, found)
     for line in _summary(plan, found, values):
         say(line)
-    place, table = "the host", found.host
-    if found.device.free_gib < 0:
-        place, table = "a GPU", found.device
+    is_device = found.device.free_gib < 0
+    place, table = ("a GPU", found.device) if is_device else ("the host", found.host)
     remedies = [_words(item["flags"]) for item in values["to_fit"][:1]]
-    raise UserError(
-        f"{table.peak_gib:.1f} GiB on {place} ({table.peak_phase})",
-        f"there are {table.limit_gib or 0:.1f}: it does not fit",
-        " or ".join([*remedies, "--plan ignore to try all the same"]),
-        ENVIRONMENT,
-    )
+    remedy = " or ".join([*remedies, "--plan ignore to try all the same"])
+    got = f"{table.peak_gib:.1f} GiB on {place} ({table.peak_phase})"
+    rule = f"there are {table.limit_gib or 0:.1f}: it does not fit"
+    raise UserError(got, rule, remedy, ENVIRONMENT)
 
 
 def flags_of(old: TrainConfig, new: TrainConfig) -> str:
@@ -369,7 +365,7 @@ def parse(argv: Sequence[str]) -> Asked:
         UserError: every fault at once.
         SystemExit: code 0 after printing the help.
     """
-    cli.show_help_if_asked(argv, PlanOptions, USAGE)
+    cli.show_help_if_asked(argv, PlanOptions, WORDS["usage"])
     own, rest = cli.split(argv, {*cli.options(PlanOptions), *ALIASES})
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
     options, cfg, machines = PlanOptions(**values), TrainConfig(), dict[str, Machine]()
@@ -378,9 +374,8 @@ def parse(argv: Sequence[str]) -> Asked:
     except UserError as fault:
         faults.append(fault)
     try:
-        machines = {
-            name: machine_of(name, options, cfg) for name in map(str.strip, options.gpus.split(","))
-        }
+        for name in map(str.strip, options.gpus.split(",")):
+            machines[name] = machine_of(name, options, cfg)
     except UserError as fault:
         faults.append(fault)
     if options.explain and len(machines) > 1:
@@ -424,7 +419,7 @@ def main(argv: list[str]) -> int:
     """Print the plan of a run, or a table of what each of several machines makes of it.
 
     Args:
-        argv: see USAGE.
+        argv: see `parse`.
 
     Returns:
         0 when it fits (on one of them), 3 when not.
@@ -462,13 +457,12 @@ def survey(
     """
     plan = make(info, cfg, given, machine)
     found = plan.candidates[plan.fallback]
-    setting, device = found.setting, found.device
+    setting, device, speed = found.setting, found.device, found.speed
     words = f"{setting.batch_size} x {setting.accumulation}, {_counts(setting.placements)}"
     values: dict[str, Any] = {"fits": found.fits, "longest": fit.longest(info, cfg, machine)}
     values |= {"gpu_gib": device.peak_gib, "gpu_limit_gib": device.limit_gib}
-    values |= {"host_gib": found.host.peak_gib, "step_s": found.speed.step_s}
-    values |= {"tokens_per_s": found.speed.tokens_per_s}
-    values["setting"] = f"{words}; {_counts(setting.levels)}"
+    values |= {"host_gib": found.host.peak_gib, "step_s": speed.step_s}
+    values |= {"tokens_per_s": speed.tokens_per_s, "setting": f"{words}; {_counts(setting.levels)}"}
     return values | {"gpu": machine.gpus[0].name if machine.gpus else machine.cpu.name}
 
 
@@ -482,7 +476,10 @@ def _survey_lines(table: Mapping[str, dict[str, Any]]) -> list[str]:
         line += f"{_number(row['step_s']):>8}{row['tokens_per_s']:>10,.0f}  {row['setting']}"
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 68)
     speeds = "; ".join(f"{name}: {row['gpu']}" for name, row in table.items() if row["gpu"] != name)
-    return [*lines, *_wrapped([("longest", LONGEST), *([("speeds", speeds)] if speeds else [])])]
+    return [
+        *lines,
+        *_wrapped([("longest", WORDS["longest"]), *([("speeds", speeds)] if speeds else [])]),
+    ]
 
 
 def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
@@ -515,11 +512,10 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     eta_s = None if num_steps is None else num_steps * found.speed.step_s
     values |= found.speed._asdict() | {"num_steps": num_steps, "eta_s": eta_s}
     values["better"] = best and _brief(cfg, applied(cfg, best.setting), best, found)
-    values["nearest"] = _brief(cfg, applied(cfg, nearest.setting), nearest, found)
-    values["to_fit"] = [
-        {"words": item.words, "lost": item.lost, **_brief(cfg, item.cfg, item.outcome, found)}
-        for item in to_fit
-    ]
+    values |= {"nearest": _brief(cfg, applied(cfg, nearest.setting), nearest, found), "to_fit": []}
+    for item in to_fit:
+        brief = _brief(cfg, item.cfg, item.outcome, found)
+        values["to_fit"].append({"words": item.words, "lost": item.lost, **brief})
     return values
 
 
@@ -542,17 +538,11 @@ def _brief(
 def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> list[str]:
     """The plan for a terminal, what matters first; `full`: every row and what it is made of too."""
     kind, setting = TRAIN_TYPES[plan.cfg.train_type].adapter, found.setting
-    on_machines = f" on {setting.machines} machines" * (setting.machines > 1)
-    lines = [
-        *_summary(plan, found, values),
-        f"model     {values['model']}: {values['num_params']:,} parameters, "
-        f"{len(setting.levels)} layers in {values['format']}",
-        f"{TRAINED[kind].format(plan.cfg.lora_rank)}: {values['num_trained']:,} trained parameters",
-        f"step      ranks {values['num_ranks']}{on_machines} x micro-batches "
-        f"{values['accumulation']} x rows {values['batch_size']} x tokens "
-        f"{values['context_length']}",
-        f"layers    {_counts(setting.placements)}; checkpointing {_counts(setting.levels)}",
-    ]
+    shown = values | {"trained": WORDS["trained"][kind].format(plan.cfg.lora_rank)}
+    shown |= {"on_machines": f" on {setting.machines} machines" * (setting.machines > 1)}
+    shown |= {"num_layers": len(setting.levels), "placed": _counts(setting.placements)}
+    shown["kept"] = _counts(setting.levels)
+    lines = [*_summary(plan, found, values), *(text.format_map(shown) for text in WORDS["text"])]
     place = "GPU" if plan.machine.gpus else "CPU rank"
     tables = [(f"GiB on each {place}", rows.DEVICE_ROWS, found.device)]
     tables += [("GiB on the host, all programs", rows.HOST_ROWS, found.host)]
@@ -622,15 +612,13 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     elif not values["to_fit"]:
         words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
         words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
-        lines.append(("to fit", words))
-    lines += [
-        ("note", f"a {gpu.name} has no bfloat16 matmuls: several times slower than in float16")
-        for gpu in dict.fromkeys(plan.machine.gpus)
-        if not gpu.has_bf16 and plan.cfg.compute_dtype == "bfloat16"
-    ]
-    lines += [("note", note) for note in cfg_notes(plan.cfg)]
-    return _wrapped(lines)
+        lines.append(
+            ("to fit", f"{words}host by {_words(nearest['flags']) or 'what was asked for'}")
+        )
+    slow = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.has_bf16]
+    words = "has no bfloat16 matmuls: several times slower than in float16"
+    notes = [f"a {name} {words}" for name in slow if plan.cfg.compute_dtype == "bfloat16"]
+    return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 
 
 def _wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:

@@ -25,6 +25,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
 
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
+VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
@@ -124,6 +125,15 @@ FORMATS: dict[str, Storage] = {
     **{name: _hqq(*row) for name, row in HQQ_FORMATS.items()},
     "bf16": Storage(16, scratch_bytes=0),
 }
+
+
+def whole_layer_bytes(per_visit: int = 1) -> int:
+    """Largest dequantized layer that is held whole while it is at work.
+
+    Args:
+        per_visit: micro-batches that pass it together.
+    """
+    return VISIT_LAYER_BYTES if per_visit > 1 else WHOLE_LAYER_BYTES
 
 
 def quantized_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
@@ -316,6 +326,7 @@ class Setting:
         levels: what each decoder layer recomputes for its backward: "full", "selective" or "none".
         strategy: row of choices.STRATEGIES.
         machines: with as many ranks each.
+        per_visit: micro-batches that pass each layer together.
     """
 
     num_ranks: int
@@ -325,6 +336,12 @@ class Setting:
     levels: tuple[str, ...]
     strategy: str = "full_shard"
     machines: int = 1
+    per_visit: int = 1
+
+    @property
+    def num_visits(self) -> int:
+        """Passes of an optimizer step over the layers."""
+        return -(-self.accumulation // self.per_visit)
 
     @property
     def shares(self) -> int:
@@ -393,7 +410,8 @@ def setting_of(
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
-    return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy)
+    levels = cfg.levels(num_layers)
+    return Setting(*step, placements, levels, cfg.sharding_strategy, per_visit=cfg.per_visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
@@ -416,6 +434,8 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     num_layers = len(setting.levels)
     changed: dict[str, Any] = {"gradient_accumulation_steps": setting.accumulation}
     changed |= {"batch_size": setting.batch_size, "sharding_strategy": setting.strategy}
+    if cfg.per_visit != setting.per_visit:
+        changed["accumulate_by_layer"] = str(setting.per_visit)
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):
@@ -517,8 +537,7 @@ class Sizes:
         self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.attention_extra != "")
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
-        is_small = self.active == self.weights and self.weights * self.item <= WHOLE_LAYER_BYTES
-        self.is_kept_whole = is_small and self.format.scratch_bytes > 0
+        self.is_kept_whole = self._keeps_whole(1)
         adapters = {"params": self.lora, "layers": self.layers}
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
@@ -527,6 +546,21 @@ class Sizes:
             self.fullest = copy.copy(self)
             for name in of_kinds[0][0]:
                 setattr(self.fullest, name, max(numbers[name] for numbers, _ in of_kinds))
+
+    def _keeps_whole(self, per_visit: int) -> bool:
+        is_small = self.weights * self.item <= whole_layer_bytes(per_visit)
+        return self.active == self.weights and is_small and self.format.scratch_bytes > 0
+
+    @functools.cached_property
+    def visiting(self) -> "Sizes":
+        """The same where groups of rows pass a layer together."""
+        sizes = copy.copy(self)
+        sizes.is_kept_whole = self._keeps_whole(2)
+        sizes.fullest = sizes
+        if self.fullest is not self:
+            sizes.fullest = copy.copy(self.fullest)
+            sizes.fullest.is_kept_whole = sizes.is_kept_whole
+        return sizes
 
     def _numbers(self, info: ModelInfo, cfg: TrainConfig, kind: LayerKind) -> dict[str, float]:
         """The numbers of a layer of one kind, by the names of attributes."""

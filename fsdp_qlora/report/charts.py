@@ -4,33 +4,21 @@ charts.js draws them, in report.html and on the live page.
 """
 
 import itertools
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS
 from fsdp_qlora.record import Run, hosts_of
 
-# Also the colour-blind tell the first six apart; seen on a light and on a dark ground.
-COLOURS = ["#0072b2", "#c44e00", "#00795a", "#8250df", "#bf3989", "#8a9a2b", "#56a0d3", "#e69a3c"]
-COLOURS += ["#5fb08f", "#b79af0", "#d88ab8", "#2b5f9e", "#7d8590", "#b0b7bf", "#6e7781"]
-# One row, one colour; the order in which they are stacked.
+TABLE = tomllib.loads(Path(__file__).with_name("look.toml").read_text(encoding="utf-8"))
 ROWS = dict.fromkeys((*DEVICE_ROWS, *HOST_ROWS))
-ROW_COLOURS = dict(zip(ROWS, itertools.cycle(COLOURS), strict=False))
-# Field of the steps, title, unit, whether it is drawn smoothed, and begins at zero.
-CURVES: tuple[tuple[str, str, str, bool, bool], ...] = (
-    ("loss", "Loss", "nats per trained token", True, False),
-    ("tokens_per_s", "Speed", "tokens/s of all ranks", True, True),
-    ("learning_rate", "Learning rate", "", False, True),
-    ("grad_norm", "Gradient norm", "before clipping", True, True),
-)
-LOOK = {"curves": CURVES, "colours": COLOURS[:6], "rows": ROW_COLOURS}
-# What is held besides the rows, in words; the limit that the user sets, that of the hardware.
-MEMORY = {
-    "device": ("device_peak_reserved_gib", "reserved by torch, peak", "gpu_budget_gib", "GPU has"),
-    "host": ("host_used_gib", "in use by all programs", "host_budget_gib", "may be used"),
-}
+ROW_COLOURS = dict(zip(ROWS, itertools.cycle(TABLE["colours"]), strict=False))
+LOOK = {"curves": TABLE["curves"], "colours": TABLE["colours"][:6], "rows": ROW_COLOURS}
+MEMORY = TABLE["memory"]
 SUMMED = {"time": "step_s", "tokens": "num_tokens"}
-COLUMNS = ("step", *SUMMED, *(curve[0] for curve in CURVES))
+COLUMNS = ("step", *SUMMED, *(curve[0] for curve in TABLE["curves"]))
 MAX_BINS = 800  # of memory; of neighbouring steps the one that held most is kept
 LEAST, MOST, DIGITS = 1e-300, 1e300, 6  # smaller values are drawn as 0, larger ones as gaps
 
@@ -110,10 +98,8 @@ class Tape:
         if columns["step"] and columns["step"][-1] >= step:
             self._cut(step)
         for name, values in columns.items():
-            before, taken = values[-1] if values else 0, line.get(SUMMED.get(name, name))
-            values.append(
-                round(before + (short(taken) or 0), 3) if name in SUMMED else short(taken)
-            )
+            before, taken = values[-1] if values else 0, short(line.get(SUMMED.get(name, name)))
+            values.append(round(before + (taken or 0), 3) if name in SUMMED else taken)
         self.last = dict(line)
         for number, rank in enumerate(line["ranks"]):
             if rank.get("device_total_gib"):
@@ -196,11 +182,6 @@ class Tape:
 
 def _about(config: Mapping[str, Any]) -> str:
     """What a run is, in a few words."""
-    words = {
-        "model_name": "",
-        "train_type": "",
-        "batch_size": "batch ",
-        "context_length": "context ",
-    }
+    words = TABLE["about"]
     known = {name: str(config[name]).rsplit("/", 1)[-1] for name in words if config.get(name)}
     return "  ·  ".join(words[name] + value for name, value in known.items())

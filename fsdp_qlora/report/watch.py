@@ -24,7 +24,7 @@ from fsdp_qlora.checkpoint_store import LOCK, LOGS, METRICS, SUMMARY
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
 from fsdp_qlora.record import NEEDED
-from fsdp_qlora.report.charts import Tape
+from fsdp_qlora.report.charts import TABLE, Tape
 from fsdp_qlora.report.page import NO_RECORD, Section, render
 
 HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
@@ -32,15 +32,6 @@ CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
 MARK_BYTES = 64  # of the last line: whether a record is still the one that was read
 LOG_BYTES, LOG_LINES, MAX_WAITS = 4096, 20, 4
 OWNER = re.compile(r"pid (\d+) on (\S+)")
-# Point that a rank has reached -> what it does now.
-DOES = {"": "starts", "load": "loads the model", "eval": "evaluates", "export": "saves the result"}
-DOES |= {"pre-forward": "forward", "post-forward": "backward", "post-backward": "gradients"}
-DOES |= {"pre-optimizer": "optimizer", "post-optimizer": "record", "post-record": "between steps"}
-HEADERS = {
-    "Content-Security-Policy": "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-    **{"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin"},
-    **{"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"},
-}
 
 
 class Follower:
@@ -158,7 +149,7 @@ def _does(signs: list[hooks.Heartbeat]) -> list[str]:
     for rank, sign in enumerate(signs):
         saves = "saves a checkpoint" if sign.point.startswith(("save", "prune")) else sign.point
         step = f"step {sign.step}: " if sign.step else ""
-        ranks.setdefault(step + DOES.get(sign.point, saves), []).append(rank)
+        ranks.setdefault(step + TABLE["does"].get(sign.point, saves), []).append(rank)
     lines = []
     for words, those in ranks.items():
         silent_s = max(signs[rank].silent_s for rank in those)
@@ -242,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = text.encode("utf-8", "replace")
         self.send_response_only(code)
         own = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}
-        for name, value in (HEADERS | own).items():
+        for name, value in (TABLE["headers"] | own).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

@@ -21,6 +21,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
+from fsdp_qlora.model.visit import RowGroup
 from fsdp_qlora.training import metrics, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
 from fsdp_qlora.training.metrics import Recorder
@@ -44,6 +45,27 @@ def token_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -
     """
     rows = RowBounds.of(batch.row_lengths, device)
     return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
+
+
+def token_losses(
+    model: torch.nn.Module, batches: Sequence[Batch], device: torch.device
+) -> torch.Tensor:
+    """`token_loss_sum` of batches that pass each layer together, where there are several.
+
+    Args:
+        model, batches, device: see there.
+
+    Returns:
+        [batches], float32.
+    """
+    if len(batches) == 1:
+        return token_loss_sum(model, batches[0], device).unsqueeze(0)
+    groups = []
+    for batch in batches:
+        rows = RowBounds.of(batch.row_lengths, device)
+        parts = _to_device(batch.input_ids, device), Targets.of(batch.labels, device)
+        groups.append(RowGroup(*parts, rows))
+    return torch.stack(model(groups))
 
 
 def keep_rows_apart(
@@ -127,14 +149,16 @@ def train_step(
     num_tokens = max(world.sum(sum(b.num_trained_tokens for b in micro_batches)), 1.0)
     loss_sum = torch.zeros((), device=world.device)
     hook("data")
-    for number, batch in enumerate(micro_batches, 1):
+    for start in range(0, len(micro_batches), trained.per_visit):
+        together = micro_batches[start : start + trained.per_visit]
         if trained.is_reduced_once:
-            shard.reduce_gradients(trained.model, number == len(micro_batches))
-        loss = token_loss_sum(trained.model, batch, world.device)
+            shard.reduce_gradients(trained.model, start + len(together) == len(micro_batches))
+        losses = token_losses(trained.model, together, world.device)
         hook("post-forward")
         # FSDP averages gradients over ranks: undo it
-        guard.scaled(loss * (world.size / num_tokens)).backward()
-        loss_sum += loss.detach()
+        guard.scaled(losses * (world.size / num_tokens)).sum().backward()
+        for loss in losses.detach():
+            loss_sum += loss
         hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]

@@ -400,7 +400,7 @@ class MemoryTracker:
             moments_gib = optim.state_gib(self._optimizer)
         found = self.held | {names.OPTIMIZER: moments_gib}
         transients = self.transients.get(phase)
-        has_all_gradients = transients is None and self.plan.cfg.gradient_accumulation_steps > 1
+        has_all_gradients = transients is None and self._num_visits > 1
         if phase == "optimizer" or (has_all_gradients and phase in STEP_PHASES):
             found[names.GRADIENTS] = sum(p.nbytes for p in self._params) / GIB
         paged_gib = min(optim.state_gib(self._optimizer, only_paged=True), moments_gib)
@@ -430,10 +430,16 @@ class MemoryTracker:
         return found, Peak(*map(max, Peak(), Peak(), *taken.values()))
 
     @property
+    def _num_visits(self) -> int:
+        """Passes of a step over the layers."""
+        cfg = self.plan.cfg
+        return -(-cfg.gradient_accumulation_steps // cfg.per_visit)
+
+    @property
     def running(self) -> str:
         """The phase of a step that has begun and has not ended; "" between two steps."""
         marks = self.peaks.marks
-        num_left = self.plan.cfg.gradient_accumulation_steps - marks.count("backward")
+        num_left = self._num_visits - marks.count("backward")
         after_backward = "forward" if num_left > 0 else "optimizer"
         after = {"data": "forward", "forward": "backward", "backward": after_backward}
         return after.get(marks[-1], "") if marks else ""

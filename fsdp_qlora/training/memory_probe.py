@@ -25,7 +25,7 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.training.loop import token_loss_sum
+from fsdp_qlora.training.loop import token_losses
 from fsdp_qlora.training.memory import MemoryTracker
 from fsdp_qlora.training.optim import Trained
 
@@ -107,9 +107,10 @@ def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTrack
         with _traced(world.device) as events:
             # the second finds gradients of the first, or graphs that it captures
             has_graphs = any(block.body.graphs is not None for block in shard.blocks(model))
-            num_passes = 2 if cfg.gradient_accumulation_steps > 1 or has_graphs else 1
+            is_summed = cfg.gradient_accumulation_steps > trained.per_visit
+            num_passes = 2 if is_summed or has_graphs else 1
             for number in range(1, num_passes + 1):
-                _pass(trained, batch, cfg.gradient_accumulation_steps > 1, number == num_passes)
+                _pass(trained, batch, is_summed, number == num_passes)
             _drop_gradients(trained)
             _boundary(world.device)
         del moments
@@ -132,9 +133,9 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
     if trained.is_reduced_once:
         shard.reduce_gradients(trained.model, is_last or not keeps_gradients)
     device = trained.world.device
-    loss = token_loss_sum(trained.model, batch, device)
+    losses = token_losses(trained.model, [batch] * trained.per_visit, device)
     _boundary(device)
-    loss.backward()
+    losses.sum().backward()
     _boundary(device)
     if not keeps_gradients:
         _drop_gradients(trained)

@@ -20,6 +20,7 @@ import statistics
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,8 +52,7 @@ NUM_SMOOTHED, NUM_RECENT = 20, 50  # steps of the loss and of the time that are 
 MIN_BAR, DUMB_WIDTH, BAR = 8, 80, "{n_fmt}/{total_fmt} {bar} {desc}"  # characters; as tqdm has it
 COUNTS = ("num_trained_tokens", "num_tokens")
 SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
-SAVED = dict.fromkeys(("lora", "dora"), "adapter in peft's format")
-SAVED |= {"llama_pro": "new layers (merge makes a model of them)", "full": "the model"}
+TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 Marks = list[tuple[str, Any]]  # phase, its end: a CUDA event, or seconds of perf_counter
@@ -554,7 +554,7 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
     """
     out = cfg.resolved_output_dir
     done = json.loads((out / "summary.json").read_text())
-    what = SAVED[TRAIN_TYPES[cfg.train_type].adapter]
+    what = TABLE["saved"][TRAIN_TYPES[cfg.train_type].adapter]
     print(
         f"trained   {done['num_steps']:,} steps of {done['num_tokens']:,} tokens in "
         f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
@@ -571,14 +571,6 @@ HELD_OUT = ("loss", "perplexity")
 SETTINGS = tuple(  # options that are no text of the user's own
     name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
 )
-# What trackers log of their own accord, switched off: the terminal, the system, git, packages.
-WANDB_QUIET = {
-    **{"console": "off", "silent": True, "disable_git": True, "disable_code": True},
-    **{"x_disable_meta": True, "x_disable_stats": True, "disable_job_creation": True},
-    **{"x_save_requirements": False, "x_disable_machine_info": True},
-}
-TRACKIO_QUIET = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
-PROBES = ("hardware", "runtime", "requirements", "conda", "git", "swanlab", "monitor")
 POLL_S = 1.0
 PATIENCE_S = 15.0  # for the trackers to take the rest, once the run is over
 SHORT_S = 1.0  # the same, when the run has failed
@@ -710,17 +702,17 @@ def _arguments(name: str, cfg: TrainConfig) -> dict[str, Any]:
     if name == "wandb":
         import wandb
 
-        known = getattr(wandb.Settings, "model_fields", WANDB_QUIET)  # they differ by release
-        quiet = {key: value for key, value in WANDB_QUIET.items() if key in known}
+        known = getattr(wandb.Settings, "model_fields", TABLE[name])  # they differ by release
+        quiet = {key: value for key, value in TABLE[name].items() if key in known}
         place = {"dir": str(out_dir), "settings": wandb.Settings(**quiet)}
         return {**named, **place, "entity": entity}
     if name == "trackio":
         os.environ.setdefault("TRACKIO_DIR", str(out_dir / "trackio"))  # read at import
-        return {**named, **TRACKIO_QUIET}
+        return {**named, **TABLE[name]}
     if name == "swanlab":
         import swanlab
 
-        probe = swanlab.Settings.Probe(**dict.fromkeys(PROBES, False))
+        probe = swanlab.Settings.Probe(**TABLE[name])
         terminal = swanlab.Settings.Terminal(proxy_type="none")
         settings = swanlab.Settings(interactive=False, probe=probe, terminal=terminal)
         place = {"log_dir": str(out_dir / "swanlab"), "settings": settings}

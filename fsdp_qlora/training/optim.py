@@ -22,6 +22,7 @@ from fsdp_qlora.data.batches import Batches, PackedBatches
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.skeleton import QuantizedModel
 
 # Last parts of names that no weight decay pulls on: there is nothing small about a good norm.
 NO_DECAY = (".bias", "norm.weight", "magnitude")
@@ -279,8 +280,9 @@ class NonFiniteGuard:
             self._growth = torch.zeros((), dtype=torch.int32, device=device)
 
     def _watch(self, _module: nn.Module, _args: tuple, hidden: Any) -> None:
-        if isinstance(hidden, Tensor) and hidden.requires_grad:
-            hidden.register_hook(self._look)
+        for tensor in hidden if isinstance(hidden, list) else [hidden]:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._look)
 
     def _look(self, grad: Tensor) -> None:
         """What goes wrong in the backward of later layers comes by here, before the ranks mix."""
@@ -417,6 +419,7 @@ class Trained:
         guard: skips steps whose loss or gradient is not finite.
         is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
         seed: of dropout.
+        per_visit: micro-batches that pass each layer together, see model/visit.py.
     """
 
     model: nn.Module
@@ -428,6 +431,7 @@ class Trained:
     guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
     is_reduced_once: bool = False
     seed: int = 0
+    per_visit: int = 1
 
 
 def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) -> Trained:
@@ -446,4 +450,7 @@ def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) ->
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
     guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
     parts = (model, params, optimizer, schedule, max_norm, world, guard)
-    return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed)
+    per_visit = cfg.per_visit
+    if not (isinstance(model, QuantizedModel) and model.can_visit(world.device, per_visit)):
+        per_visit = 1
+    return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed, per_visit=per_visit)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,29 +36,12 @@ if TYPE_CHECKING:
     from fsdp_qlora.data import Data
 
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
-PINNED = ("batch_size", "gradient_accumulation_steps")  # the plan would choose them anew
-# Of the configuration, as it stands. DATA may change when the user says so, MODEL never.
-MODEL: tuple[str, ...] = ("lora_rank", "lora_alpha", "use_rslora", "lora_dropout")
-MODEL += ("modules_to_save", "optimizer", "rank_pattern", "alpha_pattern")
-DATA = ("seed", "context_length", "packing", "train_on", "system_prompt", "template")
-# These may change, and are named: they decide how the weights move from here on.
-COURSE: tuple[str, ...] = ("max_steps", "num_epochs", "lr", "lr_scheduler", "warmup_steps", "wd")
-COURSE += ("loraplus_ratio", "apply_gradient_clipping", "grad_norm", "precision")
-# Where a host keeps things, what only rank 0 does, what only a supervisor looks at; GPUs.
-MAY_DIFFER: tuple[str, ...] = ("--model_name", "--dataset", "--eval_split", "--template")
-MAY_DIFFER += ("--sample_prompts", "--quant_cache", "--token_cache", "--output_dir", "--overwrite")
-MAY_DIFFER += ("--push_to_hub", "--log_to", "--project_name", "--tracker_args", "--world_size")
-MAY_DIFFER += ("--gpu_budget_gib", "--host_budget_gib", "--master_port", "--plan", "--fit")
-MAY_DIFFER += ("--max_restarts", "--hang_timeout", "--watch")
-MAY_DIFFER += ("--init_adapter",)
-MAY_DIFFER += tuple(f"version of {name}" for name in ("platform", "card", "num_cards", "driver"))
+TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-MAY_CHANGE = (*DATA, "global_batch", "tokenizer", "chat_template", "rows", "tokens")
+MAY_CHANGE = (*TABLE["data"], *TABLE["rows"])
 MAX_CHARS = 40
 Say = Callable[[str], None]
-ALWAYS = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "tqdm")
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
-BASES = {"bnb": "bitsandbytes", "hqq": "hqq", "none": "torch"}
 
 
 def spell_out(argv: Sequence[str]) -> list[str]:
@@ -102,7 +86,7 @@ def expand_resume(
     config.check_own_code(vars(stored), given, saved.path)
     if removed:
         notify(f"resume    options that are no more, and were set: {', '.join(removed)}")
-    fixed = {*saved.state["given"], *PINNED}
+    fixed = {*saved.state["given"], *TABLE["pinned"]}
     left_open = {"resume", "output_dir", "overwrite", *config.given(words)}
     if stored.fit != "off":
         left_open |= (fit.PLACING | fit.KEEPING) - fixed  # the plan chooses anew
@@ -202,11 +186,14 @@ def facts(cfg: TrainConfig, device: "torch.device") -> dict[str, Any]:
     Returns:
         Plain values by name: options, versions, a digest of the sources of this program.
     """
-    sources = sorted(config.PROJECT_DIR.glob(f"{config.PACKAGE}/**/*.py"))
-    product = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    files = sorted(config.PROJECT_DIR.glob(f"{config.PACKAGE}/**/*.*"))
+    sources = [path.read_bytes() for path in files if path.suffix in (".py", ".toml")]
+    product = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     libraries = {f"version of {name}": v for name, v in hardware.versions(device).items()}
     every = {f"--{name}": value for name, value in vars(cfg).items()} | libraries
-    return {k: v for k, v in every.items() if k not in MAY_DIFFER} | {"fsdp_qlora": product}
+    return {k: v for k, v in every.items() if k not in TABLE["may_differ"]} | {
+        "fsdp_qlora": product
+    }
 
 
 def fingerprint(
@@ -233,7 +220,7 @@ def fingerprint(
         "global_batch": cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks,
         "tokenizer": _tokenizer(info.path),
     }
-    return values | {name: getattr(cfg, name) for name in (*MODEL, *DATA)}
+    return values | {name: getattr(cfg, name) for name in (*TABLE["model"], *TABLE["data"])}
 
 
 def _targets(info: ModelInfo, cfg: TrainConfig) -> list[str]:
@@ -308,7 +295,7 @@ def course_notes(stored: TrainConfig, cfg: TrainConfig) -> list[str]:
     Args:
         stored, cfg: options of the checkpoint and of this run.
     """
-    both = [(name, getattr(stored, name), getattr(cfg, name)) for name in COURSE]
+    both = [(name, getattr(stored, name), getattr(cfg, name)) for name in TABLE["course"]]
     return [f"resume    --{name} was {old}, now {new}" for name, old, new in both if old != new]
 
 
@@ -359,7 +346,8 @@ def check(plan: RunPlan, saved: SavedCheckpoint | None = None, base: str | None 
 def _check_libraries(cfg: TrainConfig) -> None:
     flash = "flash_attn" if cfg.attn == "flash_attention_2" else "torch"
     kind = f"--train_type {cfg.train_type} --attn {cfg.attn}"
-    needed = dict.fromkeys((*ALWAYS, BASES[TRAIN_TYPES[cfg.train_type].base], flash), kind)
+    needs = TABLE["needs"]
+    needed = dict.fromkeys((*needs["always"], needs[TRAIN_TYPES[cfg.train_type].base], flash), kind)
     for name, got in (needed | {name: f"--log_to {name}" for name in cfg.trackers}).items():
         if importlib.util.find_spec(name) is None:
             remedy = f"pip install {name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""The command `bench`: a row that really runs, what moved, the page, and the stored pages."""
+"""The command `bench`: a row that really runs, the page, and the stored pages."""
 
 import json
 import os
@@ -138,23 +138,6 @@ def row(place="full_shard", **more) -> dict:
     return found | {"plan_note": "24 selective"} | more
 
 
-def test_moves_are_reported_past_one_per_cent_of_memory_and_fifteen_of_speed():
-    old = [row(), row("ddp")]
-    same = row(peak_reserved_gib=6.5 * 1.009, tokens_per_s=20000 * 0.86, host_added_gib=5.19)
-    assert bench.moved(old, [same]) == []
-    other = row(peak_reserved_gib=6.5 * 1.011, tokens_per_s=20000 * 0.84, host_added_gib=5.21)
-    assert bench.moved(old, [other, row("fit")]) == [
-        "4x2048-full_shard: GPU memory reserved 6.50 -> 6.57 GiB (+1.1%)",
-        "4x2048-full_shard: host memory added 5.00 -> 5.21 GiB (+4.2%)",
-        "4x2048-full_shard: speed of all ranks 20,000.00 -> 16,800.00 tokens/s (-16.0%)",
-    ]
-    broken, real = row(state="failed", reason="out of memory"), row("ddp", weights="real, from /m")
-    assert bench.moved(old, [broken, real]) == [
-        "4x2048-full_shard: failed, was measured",
-        "4x2048-ddp: not compared: weights random, now real, from /m",
-    ]
-
-
 def test_the_page_holds_the_rows_beside_their_plan(tmp_path):
     rows = [row(), row("fit", tokens_per_s=25000.0)]
     rows.append(row("ddp", state="left out", reason="needs 2 GPUs", command=""))
@@ -162,18 +145,17 @@ def test_the_page_holds_the_rows_beside_their_plan(tmp_path):
     facts = {"title": "Llama-2 7B", "date": "2026-11-22", "notes": [], "rows": rows}
     facts |= {"machine": here | {"platform": "Linux"}, "versions": {"torch": "2.11"}}
     facts |= {"commit": "abc", "command": "bench 7b", "weights": "random", "gpu_budget_gib": 24.0}
-    bench.write(tmp_path / "bench-7b", facts | {"moved": ["x: failed, was measured"]})
+    bench.write(tmp_path / "bench-7b", facts)
     page = (tmp_path / "bench-7b.md").read_text()
     for part in (
         "| 5.50 / 6.50 / 8.20 (+2.5%) | 5.0 / 11.00 (+10.0%) | 11.100 - 10.900 |",
-        "- x: failed, was measured",
         "# 4x2048-ddp. needs 2 GPUs",
         "# 4x2048-fit. 24 selective\ntrain.py\ntotal 8.2",
         "capped at 24 GiB",
-        'title "speed of all ranks"\nx-axis ["4x2048-full_shard", "4x2048-fit"]\n'
-        'y-axis "tokens/s" 0 --> 25000.00\nbar [20000.00, 25000.00]',
     ):
         assert part in page
+    (*_, chart) = Page((tmp_path / "bench-7b.html").read_text()).data["bars"]
+    assert chart["values"] == [["4x2048-full_shard", 20000], ["4x2048-fit", 25000]]
 
 
 def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):

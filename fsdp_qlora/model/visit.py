@@ -1,0 +1,170 @@
+"""Groups of rows that pass a layer one after the other while its bytes are there.
+
+Weights that are streamed, gathered or dequantized cost time per visit of a layer, not per row. So
+all groups of a step (its micro-batches; the rows of a reference model) go through the first layer,
+then through the second, and back the same way.
+
+transformers has the loop over the layers, and makes masks, positions and rotary tables in it. It
+runs once for each group with stand-ins in the layers' places, which write down what each layer is
+called with; and once more at the end, for what it does behind the last layer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.head import Targets
+
+
+class RowGroup(NamedTuple):
+    """Rows that run together.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        targets: what is trained, or asked for.
+        rows: see QuantizedModel.forward.
+        has_adapters: False: the frozen model, without gradient.
+    """
+
+    input_ids: torch.Tensor
+    targets: Targets | None
+    rows: RowBounds | None = None
+    has_adapters: bool = True
+
+
+class LayerCall(NamedTuple):
+    """What a layer is called with for one group, its input aside.
+
+    Attributes:
+        args, kwargs: of the layer's own forward.
+        has_adapters: see RowGroup.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    has_adapters: bool = True
+
+
+class Spread(torch.autograd.Function):
+    """The same trained tensors for each group; gradients are summed up in the groups' order.
+
+    Args:
+        num: of groups.
+        tensors: some may be None.
+
+    Returns:
+        Views of all tensors, group after group; their gradients are added in float32 at least.
+    """
+
+    @staticmethod
+    def forward(ctx, num, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.num = num
+        return tuple(None if t is None else t.view_as(t) for _ in range(num) for t in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        width = len(grads) // ctx.num
+        return None, *[_sum(grads[i::width]) for i in range(width)]
+
+
+def _sum(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    found = [grad for grad in grads if grad is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    total = found[0] + found[1] if found[0].itemsize == 4 else found[0].float() + found[1]
+    for grad in found[2:]:
+        total += grad
+    return total.to(found[0].dtype)
+
+
+Step = Callable[[int, torch.Tensor, tuple, dict[str, Any]], torch.Tensor]
+
+
+class _StandIn(nn.Module):
+    """In the place of a layer; whatever else it is asked, the layer answers."""
+
+    def __init__(self, block: nn.Module, step: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self._block, self._step = [block], step  # no part of it: neither moved nor found
+
+    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self._step(hidden, args, kwargs)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_block"][0], name)
+
+
+@contextmanager
+def _replaced(layers: nn.ModuleList, step: Step) -> Iterator[None]:
+    blocks = list(layers)
+    try:
+        for number, block in enumerate(blocks):
+            layers._modules[str(number)] = _StandIn(block, partial(step, number))
+        yield
+    finally:
+        for number, block in enumerate(blocks):
+            layers._modules[str(number)] = block
+
+
+class _Recorded(Exception):
+    """The last layer's arguments are known; nothing behind it need run."""
+
+
+def take_apart(
+    decoder: nn.Module, layers: nn.ModuleList, has_adapters: bool, inputs: dict[str, Any]
+) -> tuple[torch.Tensor, list[LayerCall]]:
+    """Find what a decoder calls its layers with.
+
+    Args:
+        decoder: of transformers.
+        layers: its own list of them.
+        has_adapters: of the calls.
+        inputs: of the decoder.
+
+    Returns:
+        The input of the first layer and the calls of all.
+
+    Raises:
+        ValueError: it does more between its layers than to hand on what each returns.
+    """
+    found: list[LayerCall] = []
+    first: list[torch.Tensor] = []
+
+    def step(number: int, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]):
+        first.append(hidden) if not first else None
+        if number != len(found) or hidden is not first[0]:
+            raise ValueError("its layers are not called one after the other")
+        found.append(LayerCall(args, kwargs, has_adapters))
+        if len(found) == len(layers):
+            raise _Recorded
+        return hidden
+
+    try:
+        with _replaced(layers, step):
+            decoder(use_cache=False, **inputs)
+    except _Recorded:
+        return first[0], found
+    raise ValueError("it leaves out some of its layers")
+
+
+def finish(
+    decoder: nn.Module, layers: nn.ModuleList, last: torch.Tensor, inputs: dict[str, Any]
+) -> torch.Tensor:
+    """What a decoder makes of the output of its last layer.
+
+    Args:
+        decoder, layers, inputs: see `take_apart`.
+        last: that output.
+    """
+
+    def step(number: int, hidden: torch.Tensor, *_):
+        return last if number == len(layers) - 1 else hidden
+
+    with _replaced(layers, step):
+        return decoder(use_cache=False, **inputs).last_hidden_state

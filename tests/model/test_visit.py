@@ -1,0 +1,106 @@
+"""Groups of rows that pass each layer together have the bits of one after the other."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fsdp_qlora.data.batches import collate, flatten
+from fsdp_qlora.model import shard
+from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.head import Targets
+from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.training import loop, optim
+from tests import tiny, tiny_models
+from tests.model.test_shard import FLAGS, make_samples
+from tests.ranks import run_ranks
+
+NUM_MICRO, NUM_STEPS = 3, 2
+STREAM = "--offload_impl=stream"
+# (ranks, how micro-batches lie, options)
+CASES = [
+    (1, collate, (STREAM, "--resident_layers=1")),
+    (1, flatten, (STREAM, "--selective_layers=1", "--uncheckpointed_layers=1")),
+    (1, collate, (STREAM, "--reentrant_checkpointing=true")),
+    (1, flatten, (STREAM, "--use_activation_cpu_offload=true", "--train_type=bnb_dora")),
+    (1, collate, (STREAM, "--layers_to_transform=1", "--use_gradient_checkpointing=false")),
+    (2, collate, ("--use_cpu_offload=false",)),
+    (2, flatten, ("--offload_impl=fsdp", "--use_activation_cpu_offload=true")),
+    (2, flatten, ("--sharding_strategy=ddp", "--no_sync=true")),
+]
+TYPES = {"qwen3_moe": True, "gemma3_text": True, "granite": True, "gemma4_text": False}
+
+
+def trained_by(world, path, lay, per_visit, flags):
+    """What some steps make, bit for bit, and the copies of layers that they took."""
+    flags = (*FLAGS, "--lr=0.01", f"--gradient_accumulation_steps={NUM_MICRO}", *flags)
+    model, _, cfg = tiny.build(path, world, *flags, f"--accumulate_by_layer={per_visit}")
+    tiny.fill_lora(model)
+    trained = optim.prepare(model, cfg, NUM_STEPS, world)
+    assert trained.per_visit == per_visit
+    trained = dataclasses.replace(trained, is_reduced_once=True)
+    rows = make_samples(2 * NUM_MICRO * world.size)[world.rank :: world.size]
+    batches = [lay(rows[2 * i : 2 * i + 2]) for i in range(NUM_MICRO)]
+    steps = [loop.train_step(trained, batches) for _ in range(NUM_STEPS)]
+    assert not any(step["skipped"] for step in steps)
+    facts = [step[name].item().hex() for step in steps for name in ("loss", "grad_norm")]
+    lora = [flat.numpy().tobytes() for flat in shard.whole_lora(model)]
+    reads = [getattr(b.store.read, "func", None) for b in shard.blocks(model) if b.store]
+    return facts, lora, [read.__self__.num_copies for read in reads if read][:1]
+
+
+def compare(world, path, cases):
+    """Options of the cases that differ from plain accumulation."""
+    wrong = []
+    for lay, flags in cases:
+        plain, lora, copies = trained_by(world, path, lay, 1, flags)
+        found, own, fewer = trained_by(world, path, lay, NUM_MICRO, flags)
+        is_cheaper = not copies or copies[0] < 9 or fewer[0] < 0.6 * copies[0]
+        if (found, own) != (plain, lora) or not is_cheaper:
+            wrong.append((flags, found, plain, copies, fewer))
+    return wrong
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_layer_major_accumulation_has_the_bits_of_plain_accumulation(tmp_path, size):
+    """Of losses, norms and adapters; streamed layers are copied once for all micro-batches."""
+    path = tiny.save_model(tmp_path / "model", num_hidden_layers=4)
+    cases = [(lay, flags) for num, lay, flags in CASES if num == size]
+    assert run_ranks(compare, size, path, cases) == [[]] * size
+
+
+def reference_rows(world, paths):
+    """(Can groups pass together?, loss and gradients equal the passes alone?) of each model."""
+    found = []
+    for path in paths:
+        model, _, _ = tiny.build(path, world, *FLAGS, "--use_cpu_offload=false")
+        tiny.fill_lora(model)
+        if not model.can_visit(world.device):
+            found.append(False)
+            continue
+        batch = flatten(make_samples(2))
+        rest = Targets.of(batch.labels, world.device), RowBounds.of(batch.row_lengths, world.device)
+        groups = [RowGroup(batch.input_ids, *rest, has_adapters=i == 1) for i in range(3)]
+        before, loss, after = model(groups)
+        loss.backward()
+        grads = [block.body.lora.grad.full_tensor() for block in shard.blocks(model)]
+        model.zero_grad()
+        alone = loop.token_loss_sum(model, batch, world.device)
+        assert not before.requires_grad and torch.equal(before, after)
+        assert torch.equal(loss, alone) and not torch.equal(loss, before)
+        alone.backward()
+        for grad, block in zip(grads, shard.blocks(model), strict=True):
+            assert torch.equal(grad, block.body.lora.grad.full_tensor())
+        fresh, _, _ = tiny.build(path, world, *FLAGS, "--use_cpu_offload=false")  # B is zero
+        frozen = loop.token_loss_sum(fresh, batch, world.device)
+        assert torch.allclose(before, frozen, rtol=1e-6)
+        found.append(True)
+    return found
+
+
+def test_reference_rows_run_without_adapters_beside_those_that_train(tmp_path):
+    """Types whose layers hand on more than the residual are told apart."""
+    for name in TYPES:
+        tiny_models.save(tmp_path / name, name)
+    paths = [tmp_path / name for name in TYPES]
+    assert run_ranks(reference_rows, 1, paths) == [[*TYPES.values()]]
