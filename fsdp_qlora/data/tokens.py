@@ -35,8 +35,8 @@ MOST_BAD = 1000  # then reading stops: the format is another one than we think
 # Rows that were good and that were not. Samples longer than the context, without anything to learn,
 # whose answers all lie beyond the context, pairs of equal answers; samples that hold the
 # end-of-text token, and that learn it.
-NUMBERS = ("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond", "num_same", "num_with_end")
-NUMBERS += ("num_learning_end",)
+NUMBERS: tuple[str, ...] = ("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond")
+NUMBERS += ("num_same", "num_with_end", "num_learning_end")
 Facts = dict[str, Any]
 
 
