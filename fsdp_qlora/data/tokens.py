@@ -399,8 +399,7 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
             try:
                 treatment = formatter.name(row)
                 jobs = _jobs_of_row(place, row, formatter, treatment)
-                for job in jobs if jobs[0].answer == 0 else jobs[:1]:
-                    _count_notes(place, job.text, formatter, facts)
+                _count_notes(place, jobs, formatter, facts)
             except Refused as refusal:
                 fault = f"cannot be written as text ({refusal})"
         if fault is not None:
@@ -434,9 +433,10 @@ def _jobs_of_row(place: RowPlace, row: Any, formatter: RowFormatter, treatment: 
     return [_Job(place, Text(text, (), has_markup=True), None, ends)]
 
 
-def _count_notes(place: RowPlace, text: Text, formatter: RowFormatter, facts: Facts) -> None:
+def _count_notes(place: RowPlace, jobs: list[_Job], formatter: RowFormatter, facts: Facts) -> None:
     """Refuse a row that loses text without leave; count what else is found in it."""
-    notes = dict(reversed(text.notes))  # the first of each kind
+    texts = [job.text for job in jobs if job is jobs[0] or job.answer is not None]
+    notes = dict(reversed([n for text in texts for n in text.notes]))  # the first of each kind
     if "dropped" in notes and not formatter.allows_dropped:
         rule = f"the chat template leaves out {notes['dropped']}"
         raise Refused(f"{rule}; --allow_dropped_text trains the rest")
