@@ -244,7 +244,7 @@ def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
     targets = [*itertools.chain(*find_targets(info, cfg))] if has_adapters(cfg) else []
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
     magnitudes = sum(row.linear.out_features for row in targets) * is_dora
-    adapters = sum(row.rank * sum(row.linear.shape) for row in targets) + magnitudes
+    adapters = sum(row.num_params for row in targets) + magnitudes
     every = sum(kind.num_params * len(kind.layers) for kind in info.kinds)
     root = sum(math.prod(shapes[name]) for name in own.root)
     whole = sum(info.by_layer[index].num_params for index in own.layers)
@@ -575,6 +575,7 @@ class Sizes:
         layers = find_targets(info, cfg if is_lora else TrainConfig())
         targets = [row for index in kind.layers for row in layers[index]]
         adapted = {row.linear for row in targets}
+        ranks = [row.rank * (num_experts if row.num_experts > 1 else 1) for row in targets]
         norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
         num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
@@ -594,7 +595,7 @@ class Sizes:
             "norms": num_norms,
             "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
             "small": sum(math.prod(shape) for _, shape in kind.params),
-            "lora_ranks": _mean(sum(row.rank for row in targets), len(kind.layers)) * is_lora,
+            "lora_ranks": _mean(sum(ranks), len(kind.layers)) * is_lora,
             "input_features": sum(read),
             "dropped_features": sum(linear.in_features for linear in adapted),
         }
