@@ -210,7 +210,7 @@ _SHARES = collections.namedtuple(
     "_SHARES",
     "base_gib data_gib slices_gib load_gib load_peak_gib save_gib save_peak_gib waiting_gib "
     "forward_gib backward_gib optimizer_gib shared_gib files_gib system_gib used_gib",
-    defaults=[0.0] * 15,
+    defaults=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 )
 
 
