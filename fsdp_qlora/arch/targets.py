@@ -103,6 +103,11 @@ def expert_rank(info: ModelInfo, cfg: TrainConfig) -> int:
     """
     if cfg.expert_lora_rank is not True:
         return int(cfg.expert_lora_rank)
+    return usual_expert_rank(info, cfg)
+
+
+def usual_expert_rank(info: ModelInfo, cfg: TrainConfig) -> int:
+    """The rank of a bare --expert_lora_rank: lora_rank / experts of a token, at least 2."""
     return max(2, cfg.lora_rank // max(active_linears(info, kind)[1] for kind in info.kinds))
 
 

@@ -134,12 +134,9 @@ def write_weights(
     if num > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         atomic.write_json(directory / INDEX_NAME, index)
-    return {
-        "num_files": num,
-        "gib": total_bytes / GIB,
-        "written_s": time.perf_counter() - began_s,
-        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    took_s, own = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
+    figures = {"num_files": num, "gib": total_bytes / GIB, "written_s": took_s}
+    return figures | {"host_peak_gib": own.ru_maxrss / 2**20}
 
 
 def copy_beside(
@@ -249,13 +246,11 @@ def save(
     """
     assert isinstance(model, QuantizedModel)
     is_full = TRAIN_TYPES[cfg.train_type].adapter == "full"
-    write = _save_model if is_full else _save_parts
-    path = write(model, info, cfg, is_writer)
+    path = (_save_model if is_full else _save_parts)(model, info, cfg, is_writer)
+    if is_writer and tokenizer is not None:
+        write_tokenizer(cfg.resolved_output_dir, info, tokenizer)
     if is_writer:
-        directory = cfg.resolved_output_dir
-        if tokenizer is not None:
-            write_tokenizer(directory, info, tokenizer)
-        hub.write_card(directory, cfg, info)
+        hub.write_card(cfg.resolved_output_dir, cfg, info)
     return path
 
 
@@ -337,22 +332,21 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, place
         targets = sorted({slot.name.rpartition(".")[2] for slot in slots})
     own_layers = layer_numbers(cfg.layers_to_transform)
     exclude = module_names(cfg.lora_exclude_modules) or None
-    if info.wrapper:  # its other parts have linears of the same names
-        names = sorted({slot.name.replace(".", r"\.") for slot in slots})
-        numbers = "|".join(map(str, own_layers)) or r"\d+"
-        stem = model.layers_prefix.replace(".", r"\.")
-        targets, own_layers = rf"{stem}\.({numbers})\.({'|'.join(names)})", []
-        exclude = None
     if own_layers:
         params = [f"{model.layers_prefix}.{layer}.{name}" for layer in own_layers for name in mixed]
+    if info.wrapper:  # its other parts have linears of the same names
+        names = "|".join(sorted({slot.name.replace(".", r"\.") for slot in slots}))
+        numbers = "|".join(map(str, own_layers)) or r"\d+"
+        stem = model.layers_prefix.replace(".", r"\.")
+        targets, own_layers, exclude = rf"{stem}\.({numbers})\.({names})", [], None
     if place.name == adapter_files.EACH:  # of gate and up, peft makes one matrix of both ranks
-        names = sorted({linear.last_name for linear in info.linears if linear.expert})
-        pair = next(iter(scales.values()))
-        wide = {name: pair for name in scales if name.endswith("down_proj") or len(names) == 2}
-        scales = dict.fromkeys(scales, (2 * pair[0], 2 * pair[1])) | wide
-        scales[rf"experts\.\d+\.({'|'.join(names)})"] = pair
-        pattern, params = rf"experts\.(\d+\.)?({'|'.join(names)})", []
-        targets = rf"({targets})|.*\.{pattern}" if isinstance(targets, str) else [*targets, *names]
+        own = sorted({linear.last_name for linear in info.linears if linear.expert})
+        single, any_own, params = next(iter(scales.values())), "|".join(own), []
+        for name in (name for name in scales if not name.endswith("down_proj") and len(own) > 2):
+            scales[name] = 2 * single[0], 2 * single[1]
+        scales[rf"experts\.\d+\.({any_own})"] = single
+        pattern = rf"({targets})|.*\.experts\.(\d+\.)?({any_own})"
+        targets = pattern if isinstance(targets, str) else [*targets, *own]
     ranks, alphas = ({name: pair[i] for name, pair in scales.items()} for i in range(2))
     config = peft.LoraConfig(
         r=cfg.lora_rank,
@@ -386,10 +380,7 @@ def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
         if is_writer:
             directory.mkdir(parents=True, exist_ok=True)
             write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * GIB))
-    except OSError:
-        collections.deque(tensors, 0)  # a full disk is the writer's: the others gather all
-        raise
-    collections.deque(tensors, 0)  # they gather with the writer
-    if is_writer:
-        copy_beside(directory, info, cfg.compute_dtype)
+            copy_beside(directory, info, cfg.compute_dtype)
+    finally:
+        collections.deque(tensors, 0)  # all gather with the writer, also where its disk is full
     return directory
