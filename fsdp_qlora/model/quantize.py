@@ -332,12 +332,16 @@ class Layout:
     @cached_property
     def is_contiguous(self) -> bool:
         """The layer's weights and constants are those of one long linear, without gaps."""
-        fmt = FORMATS[self.format_name]
+        return self.is_run(0, len(self.shapes) - 1)
+
+    def is_run(self, first: int, last: int) -> bool:
+        """Whether the weights and constants of some linears are those of one, without gaps."""
+        fmt, own = FORMATS[self.format_name], slice(first, last + 1)
         if not fmt.is_sequential:
             return False
-        has_gaps = any(before[1] != after[0] for before, after in itertools.pairwise(self.weights))
+        has_gaps = any(a[1] != b[0] for a, b in itertools.pairwise(self.weights[own]))
         steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
-        return not has_gaps and not any(numel % step for numel in self.numels for step in steps)
+        return not has_gaps and not any(n % step for n in self.numels[own] for step in steps)
 
 
 def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
@@ -422,7 +426,7 @@ class LayerCache:
 
     Attributes:
         key: (store, dtype) that it belongs to; () = none.
-        constants: per linear, what the format's `constants` made.
+        constants: what the format's `constants` made.
         weights: the linears, dequantized; None = they are made anew for each matmul.
         most_bytes: of the weights of a layer that is dequantized at once.
     """
@@ -434,7 +438,7 @@ class LayerCache:
     def clear(self) -> None:
         """Forget the layer."""
         self.key: tuple = ()
-        self.constants: list[Sequence[torch.Tensor]] = []
+        self.constants: Sequence[torch.Tensor] = ()
         self.weights: list[torch.Tensor] | None = None
 
 
@@ -447,6 +451,7 @@ class LayerStore:
         layout: of the bytes.
         cache: shared by all layers of a model; its own by default.
         format: row of FORMATS.
+        is_mixed: it holds experts, which are dequantized by themselves, see `stacked`.
     """
 
     def __init__(
@@ -455,6 +460,8 @@ class LayerStore:
         self.read, self.layout, self.cache = read, layout, cache or LayerCache()
         self.format = FORMATS[layout.format_name]
         self._viewed: torch.Tensor | None = None
+        self.is_mixed = False
+        self._runs: dict[tuple[int, ...], bool] = {}  # linears that lie side by side
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize one linear, or all of a small layer, which then serve until another layer.
@@ -473,10 +480,45 @@ class LayerStore:
             return cache.weights[index]
         return self._dequantize(index, dtype)
 
+    def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+        """Dequantize linears of one shape into one tensor: at once where they lie side by side.
+
+        Args:
+            parts: linears, as many in each part; the first of all parts lie one below the other in
+                the first matrix of the result, and so on.
+            dtype: of the result.
+
+        Returns:
+            [linears of a part, O of all parts, I].
+        """
+        if self.cache.key != (id(self), dtype):
+            self._dequantize_layer(dtype)
+        made = [self._stack(part, dtype) for part in parts]
+        return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+    def _stack(self, part: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        first, last, layout = part[0], part[-1], self.layout
+        shape = layout.shapes[first]
+        if part not in self._runs:
+            is_run = [*part] == [*range(first, last + 1)] and layout.is_run(first, last)
+            self._runs[part] = is_run
+        if not self._runs[part]:
+            return torch.stack([self._dequantize(index, dtype) for index in part])
+        quantized = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
+        constants, whole = self._constants(first, last), (len(part) * shape[0], shape[1])
+        return self.format.dequantize(quantized, constants, whole, dtype).view(-1, *shape)
+
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
         quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
-        return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
+        return self.format.dequantize(quantized, self._constants(index, index), shape, dtype)
+
+    def _constants(self, first: int, last: int) -> Sequence[torch.Tensor]:
+        """Those of linears that lie side by side."""
+        ranges = self.layout.elements.get(self.format.index_field)
+        if ranges is None:
+            return []
+        return [tensor[ranges[first][0] : ranges[last][1]] for tensor in self.cache.constants]
 
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
         flat, layout, cache = self.read(), self.layout, self.cache
@@ -489,15 +531,13 @@ class LayerStore:
         cache.clear()  # before the next weights are allocated
         tensors = self.format.constants(self._fields, dtype)
         cache.key = (id(self), dtype)
-        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes
+        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes and not self.is_mixed
         if is_small and layout.is_contiguous:
             quantized = self._bytes[: layout.weights[-1][1]]
             flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
             return
-        sizes = [stop - start for start, stop in layout.elements.get(self.format.index_field, ())]
-        split = [tensor.split(sizes) for tensor in tensors]
-        cache.constants = [[part[i] for part in split] for i in range(len(layout.shapes))]
+        cache.constants = tensors
         if is_small and not self.format.is_sequential:
             cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]

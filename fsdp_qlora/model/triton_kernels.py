@@ -163,3 +163,186 @@ def dequantize_hqq(
     grid = (-(-word_rows // tile_rows) * tiles_across,)
     dtype = TL_DTYPES[math_dtype]
     _dequantize_hqq[grid](words, zero, scale, out, *sizes, math_dtype=dtype, **meta)
+
+
+@triton.jit
+def _add_low_rank(
+    acc,
+    low,
+    high,
+    expert,
+    row,
+    col,
+    is_row,
+    n,
+    turned: tl.constexpr,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+):
+    r = tl.arange(0, rank_tile)
+    left = tl.load(
+        low + row[:, None] * rank + r[None, :],
+        mask=is_row[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )
+    at = r[:, None] * n + col[None, :] if turned else col[None, :] * rank + r[:, None]
+    is_in = (r < rank)[:, None] & (col < n)[None, :]
+    right = tl.load(high + expert.to(tl.int64) * (n * rank) + at, mask=is_in, other=0.0)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _grouped_matmul(
+    x,
+    weight,
+    out,
+    bias,
+    low,
+    high,
+    tile_expert,
+    tile_row,
+    stops,
+    source,
+    target,
+    alpha,
+    first,
+    last,
+    n,
+    k,
+    turned: tl.constexpr,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+    is_even: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    across = tl.cdiv(n, tile_n)
+    tile = tl.program_id(0) // across
+    expert = tl.load(tile_expert + tile)
+    if (expert < first) | (expert >= last):
+        return
+    row = tl.load(tile_row + tile) + tl.arange(0, tile_m)
+    is_row = row < tl.load(stops + expert)
+    col, at_k = (tl.program_id(0) % across) * tile_n + tl.arange(0, tile_n), tl.arange(0, tile_k)
+    row = row.to(tl.int64)
+    x_row = row if source is None else tl.load(source + row, mask=is_row, other=0)
+    x_at = x + x_row[:, None] * k + at_k[None, :]
+    weight += (expert - first).to(tl.int64) * n * k
+    weight_at = weight + (
+        at_k[:, None] * n + col[None, :] if turned else at_k[:, None] + col[None, :] * k
+    )
+    acc = tl.zeros((tile_m, tile_n), dtype=tl.float32)
+    for start in range(0, k, tile_k):
+        is_k = at_k < (tile_k if is_even else k - start)
+        left = tl.load(x_at, mask=is_row[:, None] & is_k[None, :], other=0.0)
+        right = tl.load(weight_at, mask=is_k[:, None] & (col < n)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        x_at += tile_k
+        weight_at += tile_k * n if turned else tile_k
+    acc *= alpha
+    if low is not None:
+        acc = _add_low_rank(acc, low, high, expert, row, col, is_row, n, turned, rank, rank_tile)
+    if bias is not None:
+        acc += tl.load(bias + expert * n + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
+    out_row = row if target is None else tl.load(target + row, mask=is_row, other=0)
+    at = out + out_row[:, None] * n + col[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=is_row[:, None] & (col < n)[None, :])
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int],
+    experts: tuple[int, int],
+    turned: bool = False,
+    alpha: float = 1.0,
+    source: torch.Tensor | None = None,
+    target: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
+) -> None:
+    """Fill the rows of some experts: out = alpha * x @ W^T + low @ high^T + bias, of their expert.
+
+    Args:
+        x: [rows, K].
+        weight: [experts here, N, K], or, turned, [experts here, K, N].
+        out: [rows, N], written to.
+        tiles: of each tile of rows, expert and first row; where each expert's rows end; rows of a
+            tile.
+        experts: first and last + 1 of those in `weight`.
+        turned: see `weight`.
+        alpha: see above.
+        source: row of `x` of each row, or None.
+        target: row of `out` of each row, or None.
+        bias: [all experts, N], or None.
+        low: [rows, R], or None.
+        high: [all experts, N, R], or, turned, [all experts, R, N].
+    """
+    n, k, rank = out.shape[1], x.shape[1], 0 if low is None else low.shape[1]
+    is_wide = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    tile_n = 16 if n <= 16 else 256 if is_wide and n >= 256 else 128
+    tile_k = 32 if x.dtype == torch.float32 else 64
+    meta = {"tile_m": tiles[3], "tile_n": tile_n, "tile_k": tile_k, "is_even": k % tile_k == 0}
+    meta |= {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank)), "turned": turned}
+    meta |= {"num_warps": 4 if tile_n == 16 else 8, "num_stages": 3}
+    grid = (tiles[0].numel() * triton.cdiv(n, tile_n),)
+    tensors = x, weight, out, bias, low, high, *tiles[:3], source, target
+    _grouped_matmul[grid](*tensors, alpha, *experts, n, k, **meta)
+
+
+@triton.jit
+def _grouped_outer(
+    low,
+    x,
+    out,
+    starts,
+    source,
+    n,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+):
+    expert, r = tl.program_id(0), tl.arange(0, rank_tile)
+    col = tl.program_id(1) * tile_n + tl.arange(0, tile_n)
+    start, stop = tl.load(starts + expert), tl.load(starts + expert + 1)
+    acc = tl.zeros((rank_tile, tile_n), dtype=tl.float32)
+    for first in range(start, stop, tile_m):
+        row = (first + tl.arange(0, tile_m)).to(tl.int64)
+        is_row = row < stop
+        low_at = low + row[None, :] * rank + r[:, None]
+        left = tl.load(low_at, mask=is_row[None, :] & (r < rank)[:, None], other=0.0)
+        x_row = row if source is None else tl.load(source + row, mask=is_row, other=0)
+        x_at = x + x_row[:, None] * n + col[None, :]
+        right = tl.load(x_at, mask=is_row[:, None] & (col < n)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    at = r[:, None] * n + col[None, :]
+    value = acc.to(out.dtype.element_ty)
+    is_in = (r < rank)[:, None] & (col < n)[None, :]
+    tl.store(out + expert.to(tl.int64) * (n * rank) + at, value, mask=is_in)
+
+
+def grouped_outer(
+    low: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    starts: torch.Tensor,
+    source: torch.Tensor | None = None,
+) -> None:
+    """Fill out[e] = low^T @ x over the rows of each expert.
+
+    Args:
+        low: [rows, R].
+        x: [rows, N].
+        out: [experts, R, N], written to.
+        starts: int [experts + 1], first row of each expert.
+        source: row of `x` of each row, or None.
+    """
+    n, rank, tile_n = x.shape[1], low.shape[1], 128
+    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
+    meta |= {"tile_m": 64, "tile_n": tile_n, "num_warps": 4}
+    grid = (out.shape[0], triton.cdiv(n, tile_n))
+    _grouped_outer[grid](low, x, out, starts, source, n, **meta)
