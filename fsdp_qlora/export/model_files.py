@@ -289,19 +289,16 @@ def _each(
 ) -> dict[str, torch.Tensor]:
     """The matrices of an adapter, those of experts by the names of their base's files."""
     each = dict(tensors)
-    for index, block in enumerate(shard.blocks(model)):
-        for slot in (slot for slot in block.body.slots if slot.num_experts > 1):
-            name = f"base_model.model.{model.layers_prefix}.{index}.{peft_name(slot.name)}.lora_"
-            both = each.pop(f"{name}A.weight"), each.pop(f"{name}B.weight")
-            for linear in info.by_layer[index].linears:
-                is_down = linear.expert is not None and linear.expert[2] == 2
-                if linear.expert is None or is_down != slot.name.endswith("down_proj"):
-                    continue
-                stem = info.outer_name(f"{info.layers_prefix}.{index}.{linear.name}")
-                for side, tensor in zip(
-                    "AB", pair_of_one(linear, slot.num_experts, *both), strict=True
-                ):
-                    each[f"base_model.model.{stem}.lora_{side}.weight"] = tensor.contiguous()
+    slots = [(i, slot) for i, block in enumerate(shard.blocks(model)) for slot in block.body.slots]
+    for index, slot in (row for row in slots if row[1].num_experts > 1):
+        name = f"base_model.model.{model.layers_prefix}.{index}.{peft_name(slot.name)}.lora_"
+        both = each.pop(f"{name}A.weight"), each.pop(f"{name}B.weight")
+        is_down, linears = slot.name.endswith("down_proj"), info.by_layer[index].linears
+        for linear in (n for n in linears if n.expert and (n.expert[2] == 2) == is_down):
+            stem = info.outer_name(f"{info.layers_prefix}.{index}.{linear.name}")
+            pair = zip("AB", pair_of_one(linear, slot.num_experts, *both), strict=True)
+            stem = f"base_model.model.{stem}.lora_"
+            each |= {f"{stem}{side}.weight": tensor.contiguous() for side, tensor in pair}
     return each
 
 
