@@ -91,6 +91,7 @@ class Opened:
             device = self.world.device
             pairs, folder = self.adapter.pairs, self.adapter.path
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
+            pairs = pairs | self.adapter.experts
             scales = {name: pair.scale for name, pair in pairs.items()}
             adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
 
@@ -309,9 +310,8 @@ def _generator(model: Any, world: Any) -> Any:
                 if decoder.config._attn_implementation == PLAIN:
                     decoder.config._attn_implementation = MASKED
             logits_B1V = model(input_ids, past_key_values=cache, **padding).float().cpu()
-            return CausalLMOutputWithPast(
-                logits=world.from_first(logits_B1V), past_key_values=cache
-            )
+            logits_B1V = world.from_first(logits_B1V)
+            return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=cache)
 
         __call__ = forward
 

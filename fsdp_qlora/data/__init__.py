@@ -10,6 +10,7 @@ from typing import Any
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, prepare, prompts, sources, tokenizer
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import release_freed_memory
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
@@ -64,6 +65,9 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         source = ready.formatter.chat.source
         if source != text_tokenizer.chat_template:
             text_tokenizer.full.chat_template = source  # it is saved with the adapter
+    if cfg.objective == "kto" and cfg.batch_size * cfg.gradient_accumulation_steps * world.size < 2:
+        rule = "estimates the divergence from prompts with another row's answer: a step needs two"
+        raise UserError("--objective kto", rule, "use --batch_size 2")
     audit = prepare.audit(cfg, ready, world.size, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
     train: batches.Batches | batches.PackedBatches
@@ -73,7 +77,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         is_flat = cfg.packing == "auto" and world.device.type == "cuda"
         is_flat = is_flat and audit.facts["padding_share"]["batches"] > MOST_PADDING
         train = batches.Batches(ready.train, sampler, is_flat)
-    shape = (cfg.batch_size, world.size, world.rank, pad_multiple)
+    shape = (cfg.batch_size, world.size, world.rank, pad_multiple, cfg.objective)
     held_out = batches.held_out(ready.held_out, *shape)
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()

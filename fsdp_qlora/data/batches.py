@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import OBJECTIVES, TrainConfig
+from fsdp_qlora.data.preferences import Sides
 from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.tokens import Sample, TokenDataset
 
@@ -42,6 +43,7 @@ class SamplerConfig:
         num_epochs: passes over the rows, if `max_steps` is not positive.
         max_steps: optimizer steps of the run, if positive.
         pad_multiple: tokens of a row, or of rows laid one after the other, are a multiple of this.
+        objective: row of OBJECTIVES; of pairs both rows count as one.
     """
 
     batch_size: int
@@ -52,6 +54,7 @@ class SamplerConfig:
     num_epochs: int | float
     max_steps: int
     pad_multiple: int = 8
+    objective: str = "sft"
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -85,7 +88,8 @@ def sampler_config(
         world_size, rank, pad_multiple: as for `SamplerConfig`.
     """
     shape = (cfg.batch_size, cfg.gradient_accumulation_steps, world_size, rank, cfg.seed)
-    return SamplerConfig(*shape, cfg.num_epochs, cfg.max_steps, pad_multiple)
+    rest = (cfg.num_epochs, cfg.max_steps, pad_multiple, cfg.objective)
+    return SamplerConfig(*shape, *rest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,8 @@ class Batch:
         num_trained_tokens: targets: labels other than -100 at positions 1 and later.
         num_tokens: ids that are not padding.
         row_lengths: when B is 1 and several rows lie in it, tokens of each, padding last; else ().
+        sides: the answers in it that are compared; None: nothing is.
+        mismatched: of KTO, the same prompts, each with the answer of another row of the step.
     """
 
     input_ids: "torch.Tensor"
@@ -105,6 +111,8 @@ class Batch:
     num_trained_tokens: int
     num_tokens: int
     row_lengths: tuple[int, ...] = ()
+    sides: Sides | None = None
+    mismatched: "Batch | None" = None
 
 
 class Batches:
@@ -138,7 +146,8 @@ class Batches:
     def most_tokens(self) -> int:
         """Of a micro-batch of any rank, its padding counted; later steps may differ a little."""
         num_steps = min(self.num_steps, MOST_SIMULATED_STEPS)
-        return max(padded_tokens(self.samples.lengths, self.sampler, num_steps))
+        padded = padded_tokens(self.samples.lengths, self.sampler, num_steps)
+        return max(padded) * self.samples.num_sides
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run
     def _epoch_order(self, epoch: int) -> list[np.ndarray]:
@@ -166,11 +175,30 @@ class Batches:
             As many batches on every rank; a rank left without a row gets a batch of one row of
             padding, in which nothing is trained.
         """
-        multiple, micros = self.sampler.pad_multiple, self.micro_batches(step, self.sampler.rank)
-        rows = ([self.samples[index] for index in micro] for micro in micros)
-        if self.is_flat:
-            return [flatten(samples, multiple) for samples in rows]
-        return [collate(samples, multiple, self.longest) for samples in rows]
+        micros = self.micro_batches(step, self.sampler.rank)
+        found = [self._batch(micro) for micro in micros]
+        if self.sampler.objective != "kto":
+            return found
+        every = [self.micro_batches(step, rank) for rank in range(self.sampler.world_size)]
+        order = [row for by_rank in zip(*every, strict=True) for micro in by_rank for row in micro]
+        before = dict(zip(order, [*order[-1:], *order[:-1]], strict=True))
+        samples, pairs = self.samples, ([(row, before[row]) for row in micro] for micro in micros)
+        others = [[samples[b].after(samples[a], self.longest) for a, b in micro] for micro in pairs]
+        laid = [replace(self._lay(rows), sides=Sides.of(rows)) for rows in others]
+        return [replace(batch, mismatched=own) for batch, own in zip(found, laid, strict=True)]
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of some samples."""
+        row = OBJECTIVES[self.sampler.objective]
+        samples = [self.samples[index] for index in indices]
+        rows = [part for sample in samples for part in sample.rows(row.nll_on_prompt)]
+        if not row.num_answers:
+            return self._lay(rows)
+        return replace(self._lay(rows), sides=Sides.of(rows, self.samples.hashes[list(indices)]))
+
+    def _lay(self, rows: Sequence[Sample]) -> Batch:
+        multiple = self.sampler.pad_multiple
+        return flatten(rows, multiple) if self.is_flat else collate(rows, multiple, self.longest)
 
     def places(self, step: int, rank: int) -> list[str]:
         """Where the rows stand that `rank` sees at optimizer step `step`."""
@@ -208,13 +236,14 @@ class PackedBatches(Batches):
     @property
     def most_tokens(self) -> int:
         """Of a micro-batch of any rank."""
-        return self.sampler.batch_size * self.context_length
+        return self.sampler.batch_size * self.context_length * self.samples.num_sides
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 - lives as long as the run
     def _turns(self, epoch: int) -> list[list[list[int]]]:
         """Turns of all ranks: for each, the rows of every rank's sequence."""
         seed, size = self.sampler.seed, self.sampler.world_size
-        sequences = pack(self.samples.lengths, self.context_length, size, seed, epoch)
+        capacity = self.context_length * self.samples.num_sides
+        sequences = pack(self.samples.sizes, capacity, size, seed, epoch)
         return [sequences[i : i + size] for i in range(0, len(sequences), size)]
 
     def micro_batches(self, step: int, rank: int) -> list[list[int]]:
@@ -451,7 +480,12 @@ def _batch(
 
 
 def held_out(
-    samples: TokenDataset, batch_size: int, world_size: int, rank: int, pad_multiple: int = 8
+    samples: TokenDataset,
+    batch_size: int,
+    world_size: int,
+    rank: int,
+    pad_multiple: int = 8,
+    objective: str = "sft",
 ) -> list[Batch]:
     """Make this rank's share of the held-out rows: every row once, as many batches on each rank.
 
@@ -461,12 +495,13 @@ def held_out(
         world_size: ranks.
         rank: this rank.
         pad_multiple: T is a multiple of this, up to the longest row.
+        objective: see SamplerConfig.
 
     Returns:
         Batches on the CPU; none if there are no samples.
     """
     if not len(samples):
         return []
-    once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, pad_multiple)
+    once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, pad_multiple, objective)
     batches = Batches(samples, once)
     return [batch for step in range(batches.num_steps) for batch in batches.step(step)]

@@ -14,7 +14,7 @@ import os
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data import batches, row_formats, sources, tokenizer, tokens
+from fsdp_qlora.data import batches, preferences, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
@@ -33,7 +33,8 @@ NUM_EXAMPLES = 3
 MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
-LOSSES = ("cut", "empty", "beyond", "repeated")
+LOSSES = ("cut", "empty", "beyond", "repeated", "same")
+SIDES = {0: ("",), 1: ("desirable, ",), -1: ("undesirable, ",)}
 TEXTS = tomllib.loads(Path(__file__).with_name("audit.toml").read_text(encoding="utf-8"))
 
 
@@ -112,7 +113,8 @@ def prepare(
         UserError: no such data, a wrong template, no room for the parts asked for.
     """
     if cfg.dataset == sources.DUMMY:
-        whole = tokens.dummy_samples(cfg.dataset_samples, cfg.context_length, vocab_size, cfg.seed)
+        shape = (cfg.dataset_samples, cfg.context_length, vocab_size, cfg.seed)
+        whole = tokens.dummy_samples(*shape, cfg.num_answers)
         return PreparedData(*train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,))
     assert tokenizer is not None, "text without a tokenizer"
     formatter = _choose(cfg, tokenizer)
@@ -148,8 +150,15 @@ def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormat
     if unread:
         got = f"--chat_template_kwargs with {', '.join(sorted(unread))}"
         raise UserError(got, "the chat template reads no such name", "correct it or leave it out")
-    allows = cfg.allow_dropped_text
-    return dataclasses.replace(found, chat_kwargs=kwargs, allows_dropped=allows)
+    rest = {"chat_kwargs": kwargs, "allows_dropped": cfg.allow_dropped_text}
+    if not cfg.num_answers:
+        return dataclasses.replace(found, **rest)
+    if found.row_template is not None or found.parts:
+        got = f"--template {cfg.template} with --objective {cfg.objective}"
+        rule = "knows no prompt and no answers to compare"
+        raise UserError(got, rule, "use --template chat or prompt, or leave it out")
+    rest = vars(found) | rest
+    return preferences.PreferenceFormatter(**rest, num_answers=cfg.num_answers)
 
 
 def prepare_early(
@@ -222,7 +231,7 @@ def _key(
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how: list[Any] = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
-    how += [formatter.chat_kwargs, formatter.allows_dropped]
+    how += [formatter.chat_kwargs, formatter.allows_dropped, getattr(formatter, "num_answers", 0)]
     jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
     parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
@@ -366,6 +375,9 @@ class Audit:
         texts = TEXTS["lines"].items()
         due = [pair for pair in texts if pair[0] not in LOSSES or facts[f"num_{pair[0]}"]]
         lines = [f"{name:<9} {text.format_map(shown)}" for name, text in due]
+        if facts["answers"]:
+            kind = "pairs" if "chosen" in facts["answers"] else "labels"
+            lines.append(f"{kind:<9} {TEXTS[kind].format_map(facts['answers'])}")
         return lines + [f"note      {note}" for note in facts["notes"]]
 
 
@@ -403,17 +415,18 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
         "num_train": len(ready.train),
         "num_held_out": len(ready.held_out),
         "num_test": ready.num_test,
-        "num_tokens": int(lengths.sum()),
+        "num_tokens": int(sum(part.sizes.sum() for part in parts)),
         "num_trained_tokens": int(sum(part.num_trained.sum() for part in parts)),
         "longest_tokens": int(lengths.max(initial=0)),
-        "epoch_tokens": int(ready.train.lengths.sum()),
+        "epoch_tokens": int(ready.train.sizes.sum()),
         "epoch_trained_tokens": int(ready.train.num_trained.sum()),
         "median_tokens": int(np.median(uncut)) if len(uncut) else 0,
         "p95_tokens": int(np.percentile(uncut, 95)) if len(uncut) else 0,
         "longest_uncut_tokens": int(uncut.max(initial=0)),
-        "num_tokens_cut": int(uncut.sum()) - sum(len(store.codes) for store in ready.stores),
+        "num_tokens_cut": int(np.maximum(uncut - cfg.context_length, 0).sum()),
         "steps": _steps(cfg, len(ready.train), world_size),
-        "padding_share": _padding(cfg, ready.train.lengths, world_size, pad_multiple),
+        "padding_share": _padding(cfg, ready.train, world_size, pad_multiple),
+        "answers": _answers(ready.stores),
         "kept": ready.stores[0].note or "in memory only",
     }
     return Audit({**facts, "notes": _notes(cfg, ready, Audit(facts), world_size)})
@@ -437,19 +450,38 @@ def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[s
 
 
 def _padding(
-    cfg: TrainConfig, lengths: np.ndarray, world_size: int, pad_multiple: int
+    cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple: int
 ) -> dict[str, float]:
     """Share of the tokens of an epoch that are padding, in batches and in packed sequences."""
+    lengths, sizes, num_sides = rows.lengths, rows.sizes, rows.num_sides
     if not len(lengths):
         return {"batches": 0.0, "packed": 0.0}
     if len(lengths) > MOST_SIMULATED_ROWS:
-        lengths = np.random.default_rng(cfg.seed).choice(lengths, MOST_SIMULATED_ROWS, False)
-    total = int(lengths.sum())
-    num_packed = len(batches.pack(lengths, cfg.context_length, world_size, cfg.seed, 0))
+        random = np.random.default_rng(cfg.seed)
+        chosen = random.choice(len(lengths), MOST_SIMULATED_ROWS, False)
+        lengths, sizes = lengths[chosen], sizes[chosen]
+    total, capacity = int(sizes.sum()), cfg.context_length * num_sides
+    num_packed = len(batches.pack(sizes, capacity, world_size, cfg.seed, 0))
     sampler = batches.sampler_config(cfg, world_size, 0, pad_multiple)
-    num_padded = sum(batches.padded_tokens(lengths, sampler))
-    packed = 1 - total / (num_packed * cfg.context_length)
+    num_padded = sum(batches.padded_tokens(lengths, sampler)) * num_sides
+    packed = 1 - total / (num_packed * capacity)
     return {"batches": 1 - total / num_padded, "packed": packed}
+
+
+def _answers(stores: Sequence[TokenStore]) -> dict[str, float]:
+    """Of pairs the mean tokens of both answers, and in which share the chosen one is longer.
+
+    Of single answers how many are desirable and how many are not; else nothing.
+    """
+    table = np.concatenate([np.diff(store.table[:, :1], axis=0) for store in stores])[:, 0]
+    rest = np.concatenate([store.table[:-1, tokens.PROMPT :] for store in stores])
+    if rest[:, 2].any():
+        return {"desirable": int((rest[:, 2] > 0).sum()), "not": int((rest[:, 2] < 0).sum())}
+    if not rest[:, 1].any():
+        return {}
+    chosen, rejected = rest[:, 1] - rest[:, 0], table - rest[:, 1]
+    means = {"chosen": float(chosen.mean()), "rejected": float(rejected.mean())}
+    return {**means, "chosen_longer": float((chosen > rejected).mean())}
 
 
 def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int) -> list[str]:
@@ -460,13 +492,22 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
     is_cut = facts["num_cut"] * 10 > found.num_samples
     is_few = 0 < facts["num_train"] < rows_per_step
-    is_split = uses_chat and num_texts > facts["num_rows"]
+    is_split = uses_chat and not cfg.num_answers and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
     is_idle = cfg.chat_template_kwargs is not None and not uses_chat
     unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
+    asked = row_formats.suggested(ready.example) if cfg.objective == "sft" else ""
+    longer = facts["answers"].get("chosen_longer", 0.5)
     notes = {
         "more than a tenth of the rows is cut: raise --context_length": is_cut,
+        "rows hold a chosen and a rejected answer: --objective dpo learns from both": asked
+        == "dpo",
+        "rows say which answers are good, and all are learned: --objective kto tells them apart": (
+            asked == "kto"
+        ),
+        f"chosen answers are longer in {longer:.0%} of the pairs: length may be what is learned "
+        "(--objective simpo and ipo compare means over tokens)": not 0.25 <= longer <= 0.75,
         "the end of text is never learned: answers will not stop by it": not ends,
         f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
         f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
@@ -543,15 +584,17 @@ def _shown(
         return
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.train))[:num_rows]
     for index in sorted(chosen.tolist()):
-        sample = ready.train[index]
-        place, num_tokens = one_line(str(ready.train.place(index))), len(sample.input_ids)
-        yield f"\n{place}: {num_tokens:,} tokens, {sample.num_trained_tokens:,} learned\n"
-        is_learned = sample.is_trained & (np.arange(num_tokens) > 0)  # the first is not asked for
-        edges = np.nonzero(np.diff(is_learned))[0] + 1
-        for part in np.split(np.arange(num_tokens), edges):
-            text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))
-            yield f"⟦{text}⟧" if is_learned[part[0]] else text
-        yield "\n"
+        whole, place = ready.train[index], one_line(str(ready.train.place(index)))
+        sides = ("chosen, ", "rejected, ") if whole.second else SIDES[whole.label]
+        for side, sample in zip(sides, whole.rows(), strict=True):
+            num_tokens, num_learned = len(sample.input_ids), sample.num_trained_tokens
+            yield f"\n{place}: {side}{num_tokens:,} tokens, {num_learned:,} learned\n"
+            is_learned = sample.is_trained & (np.arange(num_tokens) > 0)  # no target: the first
+            edges = np.nonzero(np.diff(is_learned))[0] + 1
+            for part in np.split(np.arange(num_tokens), edges):
+                text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))
+                yield f"⟦{text}⟧" if is_learned[part[0]] else text
+            yield "\n"
 
 
 def _safe(text: str) -> str:

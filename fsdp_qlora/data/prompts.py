@@ -72,7 +72,7 @@ def choose_prompts(
         return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
     number = min(NUM_HELD_OUT, len(ready.held_out))
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
-    samples = (ready.held_out[index] for index in sorted(chosen.tolist()))
+    samples = (ready.held_out[index].rows()[0] for index in sorted(chosen.tolist()))
     around = _around_question(ready, tokenizer)
     return tuple(_ask_held_out(sample, tokenizer, cfg.sample_tokens, around) for sample in samples)
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import operator
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
 TOKENS, OWN = "tokens", "own template"
+# Columns of preferences: a chosen and a rejected answer; whether an answer is a good one.
+PAIRS, LABELS = (
+    (("chosen", "rejected"), ("chosen_response", "rejected_response")),
+    ("label", "kto_tag"),
+)
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
@@ -91,6 +96,25 @@ class RowFormat:
 def match(row: dict) -> RowFormat | None:
     """Return the first format whose columns a row has, or None."""
     return next((found for found in ROW_FORMATS if found.has(row)), None)
+
+
+def suggested(row: object) -> str:
+    """Return the objective that the columns of a row ask for, or "".
+
+    Args:
+        row: as it was read.
+    """
+    if not isinstance(row, dict):
+        return ""
+    if any(all(name in row for name in names) for names in PAIRS):
+        return "dpo"
+    found = match(without(row, LABELS)) if any(type(row.get(n)) is bool for n in LABELS) else None
+    return "kto" if found is not None and found.name != TEXT else ""
+
+
+def without(row: dict, names: Collection[str]) -> dict:
+    """Return a row without some columns."""
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def _check_label(row: dict) -> None:
@@ -239,7 +263,8 @@ class RowFormatter:
             usual = {f.name: f for f in reversed(self.formats)}
             kinds = ["+".join(f.required) for f in self.formats if usual[f.name] is f]
             names = one_line(", ".join(map(str, row)))[:80]
-            return f"has fields {names or 'none'} (want {' | '.join(kinds)})"
+            hint = "; --objective dpo learns pairs" if suggested(row) == "dpo" else ""
+            return f"has fields {names or 'none'} (want {' | '.join(kinds)}{hint})"
         is_refused = self.format_name == CHAT and found.messages is None
         fault = "is no conversation (want messages, or an answer)" if is_refused else None
         return found.problem(row) or fault
@@ -301,6 +326,10 @@ class RowFormatter:
         if self.train_on == "all":
             return [text._replace(spans=((0, len(text.text)),)) for text in texts]
         return texts
+
+    def answers(self, row: dict) -> Iterable[int | None]:
+        """Return what each text of `render` is in a comparison: None, as nothing is compared."""
+        return itertools.repeat(None)
 
     def ask(self, question: str, example: object) -> str:
         """Put a new question into the form of the rows that are trained on.

@@ -25,24 +25,18 @@ from fsdp_qlora.data.row_formats import BLOCKS, TOKENS, RowFormatter
 from fsdp_qlora.data.sources import BadRow, PlacedRows, RowPlace, TextPiece
 from fsdp_qlora.data.tokenizer import Refused, Span, Text, TextTokenizer
 
-VERSION = 3  # of what the files mean; raise it when that or the way rows become tokens changes
+VERSION = 4  # of what the files mean; raise it when that or the way rows become tokens changes
 CODES, TABLE, FACTS = "codes.bin", "table.bin", "facts.json"
-START, FILE, NUMBER, HASH, NUM_TRAINED, NUM_UNCUT = range(6)
+START, FILE, NUMBER, HASH, NUM_TRAINED, NUM_UNCUT, PROMPT, SECOND, LABEL = range(9)
 CHUNK = 1024  # texts that are tokenized at once
 NUM_EXAMPLES = 5
 NO_TEXT = Text("", (), has_markup=True)
 MOST_BAD = 1000  # then reading stops: the format is another one than we think
 # Rows that were good and that were not. Samples longer than the context, without anything to learn,
-# whose answers all lie beyond the context, that hold the end-of-text token, and that learn it.
-NUMBERS: tuple[str, ...] = (
-    "num_rows",
-    "num_bad",
-    "num_cut",
-    "num_empty",
-    "num_beyond",
-    "num_with_end",
-)
-NUMBERS += ("num_learning_end",)
+# whose answers all lie beyond the context, pairs of equal answers; samples that hold the
+# end-of-text token, and that learn it.
+NUMBERS: tuple[str, ...] = ("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond")
+NUMBERS += ("num_same", "num_with_end", "num_learning_end")
 Facts = dict[str, Any]
 
 
@@ -51,17 +45,55 @@ class Sample:
     """One row as ids.
 
     Args:
-        input_ids: int32 [T].
+        input_ids: int32 [T]; of a pair prompt, chosen answer, rejected answer.
         is_trained: bool [T], tokens that are learned; the very first never is.
+        prompt: tokens before the answers that are compared; 0: nothing is.
+        second: of a pair, where the rejected answer begins; else 0.
+        label: of a single answer, 1 = desirable, -1 = not; else 0.
+        is_answer: bool [T], of a row whose prompt is learned too; None: `is_trained`.
     """
 
     input_ids: np.ndarray
     is_trained: np.ndarray
+    prompt: int = 0
+    second: int = 0
+    label: int = 0
+    is_answer: np.ndarray | None = None
 
     @property
     def num_trained_tokens(self) -> int:
         """Ids that are the target of a prediction."""
         return int(np.count_nonzero(self.is_trained[1:]))
+
+    def rows(self, learns_prompt: bool = False) -> "list[Sample]":
+        """Return itself, or of a pair the chosen row and the rejected one.
+
+        Args:
+            learns_prompt: every token of the chosen row is a target.
+        """
+        if not self.second:
+            return [self]
+        parts = slice(self.prompt, self.second), slice(self.second, None)
+        found = [self._spliced(self, part) for part in parts]
+        if learns_prompt:
+            own = found[0]
+            every = np.ones_like(own.is_trained)
+            found[0] = replace(own, is_trained=every, is_answer=own.is_trained)
+        return found
+
+    def after(self, other: "Sample", most: int) -> "Sample":
+        """Return its answer behind the prompt of another one.
+
+        Args:
+            other: a single answer too.
+            most: tokens; what is longer is cut.
+        """
+        return self._spliced(other, slice(self.prompt, None), most)
+
+    def _spliced(self, other: "Sample", tail: slice, most: int | None = None) -> "Sample":
+        pairs = ((other.input_ids, self.input_ids), (other.is_trained, self.is_trained))
+        ids, flags = (np.concatenate([a[: other.prompt], b[tail]])[:most] for a, b in pairs)
+        return Sample(ids, flags)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +102,10 @@ class TokenStore:
 
     Args:
         codes: int32 [tokens of all samples].
-        table: int64 [samples + 1, 6], of each sample: where it begins in `codes`, index into
+        table: int64 [samples + 1, 9], of each sample: where it begins in `codes`, index into
             facts["files"] and number of its `RowPlace`, a hash of its codes, tokens that are the
-            target of a prediction, tokens before the context cut them. The last row is the end.
+            target of a prediction, tokens before the context cut them (of a pair those of the
+            longer row); prompt, second, label of `Sample`. The last row is the end.
         facts: what was counted while the rows were read, as JSON can hold it.
         note: one line for the user on where the tokens lie.
     """
@@ -89,6 +122,11 @@ class TokenStore:
 class TokenDataset(Sequence[Sample]):
     """Some samples of a store.
 
+    Attributes:
+        lengths: tokens of each; of a pair those of its longer row.
+        sizes: tokens of all rows of each.
+        num_sides: rows of a sample: 2 for pairs.
+
     Args:
         store: holds them.
         indices: int64, which ones, in order; None for all.
@@ -97,7 +135,13 @@ class TokenDataset(Sequence[Sample]):
     def __init__(self, store: TokenStore, indices: np.ndarray | None = None) -> None:
         self.store = store
         self.indices = np.arange(len(store)) if indices is None else indices
-        self.lengths = np.diff(store.table[:, START])[self.indices]
+        tokens = np.diff(store.table[:, START])[self.indices]
+        prompt, second = (store.table[self.indices, name] for name in (PROMPT, SECOND))
+        self.num_sides = 1 + bool(store.table[:, SECOND].any())
+        self.lengths, self.sizes = tokens, tokens
+        if self.num_sides == 2:
+            self.sizes = tokens + prompt
+            self.lengths = np.maximum(second, self.sizes - second)
         self.num_trained = store.table[self.indices, NUM_TRAINED]
         self.hashes = store.table[self.indices, HASH].view(np.uint64)  # equal for equal tokens
 
@@ -108,7 +152,8 @@ class TokenDataset(Sequence[Sample]):
         row = self.indices[index]
         start, stop = self.store.table[row : row + 2, START]
         codes = np.array(self.store.codes[start:stop])
-        return Sample(np.where(codes < 0, ~codes, codes), codes >= 0)
+        rest = self.store.table[row, PROMPT:].tolist()
+        return Sample(np.where(codes < 0, ~codes, codes), codes >= 0, *rest)
 
     def part(self, is_in: np.ndarray) -> "TokenDataset":
         """Return the samples for which a bool is true."""
@@ -133,7 +178,8 @@ def of_samples(samples: Sequence[Sample], name: str) -> TokenDataset:
     builder = StoreBuilder(None)
     for number, sample in enumerate(samples, 1):
         codes = np.where(sample.is_trained, sample.input_ids, ~sample.input_ids)
-        builder.add(codes.astype(np.int32), RowPlace(name, -number))
+        rest = (sample.prompt, sample.second, sample.label)
+        builder.add(codes.astype(np.int32), RowPlace(name, -number), parts=rest)
     counts = {"num_rows": len(samples), "kinds": {name: len(samples)}}
     return TokenDataset(builder.finish(no_facts() | counts))
 
@@ -153,22 +199,30 @@ class StoreBuilder:
             self.file = (directory / CODES).open("wb")
         self.num_tokens, self.table, self.names = 0, array("q"), dict[str, int]()
 
-    def add(self, codes: np.ndarray, place: RowPlace, num_uncut: int | None = None) -> None:
+    def add(
+        self,
+        codes: np.ndarray,
+        place: RowPlace,
+        num_uncut: int | None = None,
+        parts: tuple[int, ...] = (0, 0, 0),
+    ) -> None:
         """Add a sample.
 
         Args:
             codes: int32 [T].
             place: of its row.
             num_uncut: tokens before it was cut; None for T.
+            parts: prompt, second, label of `Sample`.
         """
         whole = codes.tobytes()
         self.file.write(whole)
-        digest = hashlib.blake2b(whole, digest_size=8).digest()
+        own = np.array(parts).tobytes() * any(parts)
+        digest = hashlib.blake2b(whole + own, digest_size=8).digest()
         file = self.names.setdefault(place.name, len(self.names))
         num_trained = int(np.count_nonzero(codes[1:] >= 0))
         uncut = len(codes) if num_uncut is None else num_uncut
         number = int.from_bytes(digest, "little", signed=True)
-        self.table.extend((self.num_tokens, file, place.number, number, num_trained, uncut))
+        self.table.extend((self.num_tokens, file, place.number, number, num_trained, uncut, *parts))
         self.num_tokens += len(codes)
 
     def finish(self, facts: dict[str, Any]) -> TokenStore:
@@ -178,10 +232,10 @@ class StoreBuilder:
             facts: what was counted.
         """
         facts = facts | {"files": list(self.names)}
-        self.table.extend((self.num_tokens, 0, 0, 0, 0, 0))
+        self.table.extend((self.num_tokens, *[0] * LABEL))
         if self.directory is None:
             codes = np.frombuffer(self.buffer.getbuffer(), np.int32)
-            return TokenStore(codes, np.array(self.table).reshape(-1, 6), facts)
+            return TokenStore(codes, np.array(self.table).reshape(-1, LABEL + 1), facts)
         self.file.close()
         (self.directory / TABLE).write_bytes(self.table.tobytes())
         sums = [_digest(self.directory / name) for name in (CODES, TABLE)]
@@ -197,7 +251,9 @@ def _digest(path: Path) -> str:
 def _map(directory: Path, facts: dict[str, Any]) -> TokenStore:
     has_codes = (directory / CODES).stat().st_size > 0  # nothing of that size can be mapped
     codes = np.memmap(directory / CODES, np.int32, "r") if has_codes else np.zeros(0, np.int32)
-    return TokenStore(codes, np.memmap(directory / TABLE, np.int64, "r").reshape(-1, 6), facts)
+    return TokenStore(
+        codes, np.memmap(directory / TABLE, np.int64, "r").reshape(-1, LABEL + 1), facts
+    )
 
 
 def read_store(directory: Path) -> TokenStore | None:
@@ -271,13 +327,17 @@ def no_facts() -> Facts:
 
 
 class _Job(NamedTuple):
-    """One text on its way: `block` is None for a sample of its own, else whether its text ends."""
+    """One text on its way: `block` is None for a sample of its own, else whether its text ends.
+
+    `answer` is None where nothing is compared, 0 for the rows of a pair in turn, else the label.
+    """
 
     place: RowPlace
     text: Text
     codes: np.ndarray | None = None
     block: bool | None = None
     starts_text: bool = False
+    answer: int | None = None
 
 
 def tokenize(
@@ -339,7 +399,7 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
             try:
                 treatment = formatter.name(row)
                 jobs = _jobs_of_row(place, row, formatter, treatment)
-                _count_notes(place, jobs[0].text, formatter, facts)
+                _count_notes(place, jobs, formatter, facts)
             except Refused as refusal:
                 fault = f"cannot be written as text ({refusal})"
         if fault is not None:
@@ -365,16 +425,18 @@ def _jobs_of_row(place: RowPlace, row: Any, formatter: RowFormatter, treatment: 
     if treatment == TOKENS:
         return [_Job(place, NO_TEXT, _codes_of_ids(row, formatter.train_on == "all"))]
     if treatment != BLOCKS:
-        return [_Job(place, text) for text in formatter.render(row)]
+        pairs = zip(formatter.render(row), formatter.answers(row), strict=False)
+        return [_Job(place, text, answer=answer) for text, answer in pairs]
     piece = row if isinstance(row, TextPiece) else None
     text = piece.text if piece else row["text"]
     ends = piece.is_last if piece else bool(text) and not text.endswith("\n")
     return [_Job(place, Text(text, (), has_markup=True), None, ends)]
 
 
-def _count_notes(place: RowPlace, text: Text, formatter: RowFormatter, facts: Facts) -> None:
+def _count_notes(place: RowPlace, jobs: list[_Job], formatter: RowFormatter, facts: Facts) -> None:
     """Refuse a row that loses text without leave; count what else is found in it."""
-    notes = dict(reversed(text.notes))  # the first of each kind
+    texts = [job.text for job in jobs if job is jobs[0] or job.answer is not None]
+    notes = dict(reversed([n for text in texts for n in text.notes]))  # the first of each kind
     if "dropped" in notes and not formatter.allows_dropped:
         rule = f"the chat template leaves out {notes['dropped']}"
         raise Refused(f"{rule}; --allow_dropped_text trains the rest")
@@ -422,6 +484,7 @@ class _SampleMaker:
         plain = rf"{eos}((?:\s*{eos})*\s*)\Z" + rf"|\A((?:\s*{bos})+)" * tokenizer.adds_bos
         chat = rf"{eos}((?:\s*{eos})+)" + rf"|{bos}((?:{bos})+)" * bool(bos)
         self.repeats = re.compile(plain), None if bos == eos else re.compile(chat)
+        self.first: np.ndarray | None = None  # codes of the chosen row of a pair
         self.running: list[np.ndarray] = []  # codes of the block that is being filled
         self.num_running, self.running_place = 0, RowPlace("", 0)
 
@@ -466,8 +529,12 @@ class _SampleMaker:
 
     def take(self, job: _Job, codes: np.ndarray) -> None:
         """Turn the codes of a job into samples, in the order of the rows."""
+        if job.answer == 0 and self.first is None:
+            self.first = codes
+            return
         if job.block is None:
-            self._add(codes, job.place)
+            rows, self.first = [codes] if self.first is None else [self.first, codes], None
+            self._add(rows, job.place, job.answer)
             return
         while len(codes):
             self.running_place = self.running_place if self.running else job.place
@@ -481,21 +548,30 @@ class _SampleMaker:
     def flush(self) -> None:
         """End the block that is being filled."""
         codes, self.running, self.num_running = np.concatenate(self.running), [], 0
-        self._add(codes, self.running_place)
+        self._add([codes], self.running_place)
 
-    def _add(self, codes: np.ndarray, place: RowPlace) -> None:
-        facts, cut = self.facts, codes[: self.context_length]
-        learned = cut[1:][cut[1:] >= 0]
-        if not len(learned):
-            self._lose("beyond" if (codes[1:] >= 0).any() else "empty", place)
+    def _add(self, rows: list[np.ndarray], place: RowPlace, answer: int | None = None) -> None:
+        facts, cuts = self.facts, [codes[: self.context_length] for codes in rows]
+        if not all((cut[1:] >= 0).any() for cut in cuts):
+            has_all = all((codes[1:] >= 0).any() for codes in rows)
+            self._lose("beyond" if has_all else "empty", place)
             return
-        if len(codes) > len(cut):
+        num_uncut = max(map(len, rows))
+        if num_uncut > self.context_length:
             self._lose("cut", place)
-        ids = np.where(cut < 0, ~cut, cut)
+        cut, parts = cuts[0], (0, 0, 0)
+        if answer:
+            parts = 1 + int((cut[1:] >= 0).argmax()), 0, answer
+        elif answer == 0:
+            if np.array_equal(cuts[0], cuts[1]):
+                self._lose("same", place)
+            cut, shared = joined(cuts[0], cuts[1])
+            parts = shared, len(cuts[0]), 0
+        ids, learned = np.where(cut < 0, ~cut, cut), cut[1:][cut[1:] >= 0]
         facts["largest_id"] = max(facts["largest_id"], int(ids.max()))
         facts["num_with_end"] += int((ids == self.eos_id).any())
         facts["num_learning_end"] += int((learned == self.eos_id).any())
-        self.builder.add(cut, place, len(codes))
+        self.builder.add(cut, place, num_uncut, parts)
 
     def _lose(self, what: str, place: RowPlace) -> None:
         """Count what is lost of a sample, and remember the first places."""
@@ -503,6 +579,21 @@ class _SampleMaker:
         places = self.facts["examples"].setdefault(what, [])
         if len(places) < NUM_EXAMPLES and str(place) not in places:
             places.append(str(place))
+
+
+def joined(chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, int]:
+    """Lay the tokens of a pair one after the other, their common prompt once.
+
+    Args:
+        chosen, rejected: codes of tokens, each has one that is learned.
+
+    Returns:
+        The codes, and how many of them are common.
+    """
+    num = min(len(chosen), len(rejected))
+    is_common = (chosen[:num] == rejected[:num]) & (chosen[:num] < 0)
+    shared = num if is_common.all() else int(is_common.argmin())
+    return np.concatenate([chosen, rejected[shared:]]), shared
 
 
 def mask(encoding: Any, spans: tuple[Span, ...], num_ids: int) -> tuple[np.ndarray, slice]:
@@ -525,7 +616,9 @@ def mask(encoding: Any, spans: tuple[Span, ...], num_ids: int) -> tuple[np.ndarr
     return is_inside, tokens
 
 
-def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> TokenDataset:
+def dummy_samples(
+    num: int, context_length: int, vocab_size: int, seed: int, num_answers: int = 0
+) -> TokenDataset:
     """Make random rows of full length, every id trained: for measuring speed and memory.
 
     Args:
@@ -533,10 +626,20 @@ def dummy_samples(num: int, context_length: int, vocab_size: int, seed: int) -> 
         context_length: tokens of each row.
         vocab_size: ids are drawn from [0, vocab_size).
         seed: seed of the draw.
+        num_answers: of a row; half of a row is then the prompt.
 
     Returns:
-        `num` samples of `context_length` ids.
+        `num` samples of `context_length` ids; of pairs two such rows each.
     """
-    random = np.random.default_rng(seed)
+    random, prompt = np.random.default_rng(seed), context_length // 2 * (num_answers > 0)
+    if num_answers:
+        size = context_length + (context_length - prompt) * (num_answers == 2)
+        second = context_length * (num_answers == 2)
+        ids = random.integers(vocab_size, size=(num, size), dtype=np.int32)
+        is_trained = np.arange(size) >= prompt
+        labels = [0 if second else 1 - number % 2 * 2 for number in range(num)]
+        rows = zip(ids, labels, strict=True)
+        made = [Sample(row, is_trained, prompt, second, label) for row, label in rows]
+        return of_samples(made, "dummy")
     ids = random.integers(vocab_size, size=(num, context_length), dtype=np.int32)
     return of_samples([Sample(row, np.ones(context_length, bool)) for row in ids], "dummy")

@@ -15,7 +15,7 @@ peft's DoraLinearVariant.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -252,6 +252,7 @@ class LoraSlot:
         dropout: probability, on the input of the adapter.
         use_rslora: see `scale`.
         has_magnitude: DoRA: the length of each row of the weight is learnt by itself.
+        num_experts: whose matrices lie in `linear`, each with an own pair of R / num_experts.
     """
 
     name: str
@@ -261,11 +262,13 @@ class LoraSlot:
     dropout: float
     use_rslora: bool = False
     has_magnitude: bool = False
+    num_experts: int = 1
 
     @property
     def scale(self) -> float:
         """alpha/r, or alpha/sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        rank = self.rank // self.num_experts
+        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class Adapter(NamedTuple):
@@ -287,6 +290,17 @@ class Adapter(NamedTuple):
     dropout: float
     changes_O: Sequence[torch.Tensor] = ()
     squares_O: Sequence[torch.Tensor] = ()
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """What the gradients are of."""
+        return [self.a_RI, *self.b_ORs, *self.changes_O]
+
+    def of(self, tensors: list[torch.Tensor]) -> tuple["Adapter", list[torch.Tensor]]:
+        """The same with other tensors for those of `trained`; and those that are left."""
+        num, own = len(self.b_ORs), len(self.trained)
+        b_ORs, changes_O = tensors[1 : 1 + num], tensors[1 + num : own]
+        return self._replace(a_RI=tensors[0], b_ORs=b_ORs, changes_O=changes_O), tensors[own:]
 
     @property
     def a_RIs(self) -> Sequence[torch.Tensor]:
@@ -469,70 +483,3 @@ def group_linears(linears: dict[str, QuantizedLinear]) -> list[InputGroup]:
         shared = next((row for row in SHARED_INPUTS if last in row), (last,))
         groups.setdefault((parent, *shared), []).append(linear)
     return [InputGroup(members) for members in groups.values()]
-
-
-class ExpertLinear(NamedTuple):
-    """A frozen matrix of one expert, as FrozenMatmul wants it.
-
-    Attributes:
-        dequantize: dtype -> the frozen weight_OI, made anew.
-        bias: none.
-    """
-
-    dequantize: Dequantize
-    bias: None = None
-
-
-class QuantizedExperts(nn.Module):
-    """Goes before the class of a layer's experts; none of their weights is saved for the backward.
-
-    transformers holds them in two 3-D parameters, which no 4-bit linear replaces; here each expert
-    has matrices of its own. What else the experts have and do is their class's: biases, how gate
-    and up become one, a norm behind them.
-
-    Attributes:
-        matrices: of each expert, those that read the input (gate and up, both in one, or up alone),
-            and the one that makes the output.
-
-    Source: huggingface/transformers, integrations/moe.py, use_experts_implementation.
-    """
-
-    matrices: Sequence[tuple[Sequence[ExpertLinear], ExpertLinear]]
-
-    def forward(
-        self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum what the chosen experts make of each token.
-
-        Letters: M tokens, K experts a token goes to, H hidden size.
-
-        Args:
-            hidden_MH: compute dtype.
-            top_k_index, top_k_weights: [M, K], the experts of each token and their shares; a number
-                beyond the experts is none.
-
-        Returns:
-            [M, H].
-        """
-        own: Any = self
-        out_MH = torch.zeros_like(hidden_MH)
-        for number in top_k_index.unique().tolist():
-            if number >= len(self.matrices):
-                continue
-            ins, down = self.matrices[number]
-            tokens, place = torch.where(top_k_index == number)
-            made = FrozenMatmul.apply(hidden_MH[tokens], ins, (), False, *[None] * len(ins))
-            first = made[0] if len(made) == 1 else torch.cat(made, -1)
-            if own.has_bias:
-                first = (
-                    first + (own.gate_up_proj_bias if own.has_gate else own.up_proj_bias)[number]
-                )
-            product = own._apply_gate(first) if own.has_gate else own.act_fn(first)
-            (last,) = FrozenMatmul.apply(product, (down,), (), False, None)
-            if own.has_bias:
-                last = last + own.down_proj_bias[number]
-            if getattr(own, "has_post_expert_norm", False):  # of newer transformers
-                last = own.post_expert_norm(last)
-            last = last * top_k_weights[tokens, place, None]
-            out_MH = out_MH.index_add(0, tokens, last.to(out_MH.dtype))
-        return out_MH

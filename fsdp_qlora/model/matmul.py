@@ -183,6 +183,6 @@ def multiply(
 
 
 def _kernels() -> Any:
-    from fsdp_qlora.model import triton_fp8
+    from fsdp_qlora.model import triton_kernels
 
-    return triton_fp8
+    return triton_kernels

@@ -89,6 +89,7 @@ class Format:
             one long linear.
         dequantize: (quantized bytes, constants of the linear, shape, compute dtype) -> weight_OI in
             the compute dtype.
+        fills: `dequantize` takes a tensor `out` too, which its kernel writes to and it returns.
     """
 
     storage: Storage
@@ -97,6 +98,7 @@ class Format:
     index_field: str
     dequantize: Callable[..., torch.Tensor]
     is_sequential: bool = True
+    fills: bool = False
 
 
 def import_bitsandbytes():
@@ -204,10 +206,11 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
     return pairs[:, 0].contiguous()
 
 
-def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str) -> torch.Tensor:
+def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str, out=None):
     kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
-        weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
+        device = quantized.device
+        weight_OI = torch.empty(*shape, dtype=dtype, device=device) if out is None else out
         table = values_of(quant_type, quantized.device)
         kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP)
         return weight_OI
@@ -272,6 +275,7 @@ def _bnb_row(name: str) -> Format:
         constants=_nested_absmax if double else partial(_as_stored, names=("absmax",)),
         index_field=ABSMAX[bool(double)],
         dequantize=partial(_dequantize_bnb, quant_type=quant_type),
+        fills=True,
     )
 
 
@@ -336,12 +340,16 @@ class Layout:
     @cached_property
     def is_contiguous(self) -> bool:
         """The layer's weights and constants are those of one long linear, without gaps."""
-        fmt = FORMATS[self.format_name]
+        return self.is_run(0, len(self.shapes) - 1)
+
+    def is_run(self, first: int, last: int) -> bool:
+        """Whether the weights and constants of some linears are those of one, without gaps."""
+        fmt, own = FORMATS[self.format_name], slice(first, last + 1)
         if not fmt.is_sequential:
             return False
-        has_gaps = any(before[1] != after[0] for before, after in itertools.pairwise(self.weights))
+        has_gaps = any(a[1] != b[0] for a, b in itertools.pairwise(self.weights[own]))
         steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
-        return not has_gaps and not any(numel % step for numel in self.numels for step in steps)
+        return not has_gaps and not any(n % step for n in self.numels[own] for step in steps)
 
 
 def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
@@ -426,9 +434,9 @@ class LayerCache:
 
     Attributes:
         key: (store, dtype) that it belongs to; () = none.
-        constants: per linear, what the format's `constants` made.
-        joint: places in the layer -> the 4-bit weights of linears that read one input.
+        constants: what the format's `constants` made.
         weights: the linears, dequantized; None = they are made anew for each matmul.
+        joint: places in the layer -> the 4-bit weights of linears that read one input.
         most_bytes: of the weights of a layer that is dequantized at once.
         has_fp8: large matmuls run in 8 bit.
     """
@@ -440,7 +448,7 @@ class LayerCache:
     def clear(self) -> None:
         """Forget the layer."""
         self.key: tuple = ()
-        self.constants: list[Sequence[torch.Tensor]] = []
+        self.constants: Sequence[torch.Tensor] = ()
         self.joint: dict[tuple[int, ...], Quantized4] = {}
         self.weights: list[torch.Tensor] | None = None
 
@@ -454,6 +462,7 @@ class LayerStore:
         layout: of the bytes.
         cache: shared by all layers of a model; its own by default.
         format: row of FORMATS.
+        is_mixed: it holds experts, which are dequantized by themselves, see `stacked`.
     """
 
     def __init__(
@@ -462,6 +471,8 @@ class LayerStore:
         self.read, self.layout, self.cache = read, layout, cache or LayerCache()
         self.format = FORMATS[layout.format_name]
         self._viewed: torch.Tensor | None = None
+        self.is_mixed = False
+        self._runs: dict[tuple[int, ...], bool] = {}  # linears that lie side by side
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Dequantize one linear, or all of a small layer, which then serve until another layer.
@@ -486,17 +497,11 @@ class LayerStore:
         Args:
             indices: of linears that read one input.
         """
-        layout, name = self.layout, self.format.index_field
-        if not self.cache.has_fp8 or name not in ABSMAX:
-            return False
-        for places in (layout.weights, layout.elements[name]):
-            ranges = [places[index] for index in indices]
-            if any(before[1] != after[0] for before, after in itertools.pairwise(ranges)):
-                return False
-        sizes = [stop - start for start, stop in ranges[:-1]]
-        has_gaps = sizes != [layout.numels[index] // GROUP for index in indices[:-1]]
+        layout, first, num = self.layout, indices[0], len(indices)
+        is_joint = [*indices] == [*range(first, first + num)]
+        is_joint = num == 1 or (is_joint and layout.is_run(first, indices[-1]))
         fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
-        return fits and not has_gaps
+        return self.cache.has_fp8 and self.format.index_field in ABSMAX and fits and is_joint
 
     def quantized(self, indices: tuple[int, ...]) -> Quantized4:
         """The 4-bit weights of linears that read one input.
@@ -506,53 +511,87 @@ class LayerStore:
         """
         cache, key, layout = self.cache, (id(self), None), self.layout
         if cache.key != key:
-            self._view()
-            cache.clear()
-            cache.key = key
-            cache.constants = [self.format.constants(self._fields, torch.float32)]
+            self._begin(key, torch.float32)
         if indices not in cache.joint:
-            bounds = layout.elements[self.format.index_field]
-            num = sum(layout.numels[index] for index in indices) // GROUP
-            absmax = cache.constants[0][0][bounds[indices[0]][0] :][:num]
-            codes = self._bytes[layout.weights[indices[0]][0] : layout.weights[indices[-1]][1]]
+            first, last = indices[0], indices[-1]
+            num_out = sum(layout.shapes[index][0] for index in indices)
+            codes = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
+            absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
             table = values_of(layout.format_name[:3], codes.device)
-            scales = row_scales(absmax, sum(layout.shapes[index][0] for index in indices))
-            cache.joint[indices] = Quantized4(codes, absmax, table, scales)
+            cache.joint[indices] = Quantized4(codes, absmax, table, row_scales(absmax, num_out))
         return cache.joint[indices]
+
+    def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
+        """Dequantize linears of one shape into one tensor: at once where they lie side by side.
+
+        Args:
+            parts: linears, as many in each part; the first of all parts lie one below the other in
+                the first matrix of the result, and so on.
+            dtype: of the result.
+
+        Returns:
+            [linears of a part, O of all parts, I].
+        """
+        if self.cache.key != (id(self), dtype):
+            self._dequantize_layer(dtype)
+        shapes = [self.layout.shapes[part[0]] for part in parts]
+        rows = [shape[0] for shape in shapes]
+        size = len(parts[0]), sum(rows), shapes[0][1]
+        stacked = torch.empty(size, dtype=dtype, device=self._bytes.device)
+        for part, out in zip(parts, stacked.split(rows, 1), strict=True):
+            self._stack(part, out)
+        return stacked
+
+    def _stack(self, part: tuple[int, ...], out: torch.Tensor) -> None:
+        first, last, layout, dtype = part[0], part[-1], self.layout, out.dtype
+        if part not in self._runs:
+            is_run = [*part] == [*range(first, last + 1)] and layout.is_run(first, last)
+            self._runs[part] = is_run
+        if not self._runs[part]:
+            for index, matrix in zip(part, out, strict=True):
+                matrix.copy_(self._dequantize(index, dtype))
+            return
+        quantized = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
+        own = quantized, self._constants(first, last), (out[0].shape[0] * len(part), out.shape[2])
+        given = {"out": out} if self.format.fills else {}
+        made = self.format.dequantize(*own, dtype, **given)
+        if made is not out:
+            out.copy_(made.view(out.shape))
 
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
         quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
-        return self.format.dequantize(quantized, self.cache.constants[index], shape, dtype)
+        return self.format.dequantize(quantized, self._constants(index, index), shape, dtype)
+
+    def _constants(self, first: int, last: int) -> Sequence[torch.Tensor]:
+        """Those of linears that lie side by side."""
+        ranges = self.layout.elements.get(self.format.index_field)
+        if ranges is None:
+            return []
+        return [tensor[ranges[first][0] : ranges[last][1]] for tensor in self.cache.constants]
 
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
         layout, cache = self.layout, self.cache
-        self._view()
-        cache.clear()  # before the next weights are allocated
-        tensors = self.format.constants(self._fields, dtype)
-        cache.key = (id(self), dtype)
-        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes
+        self._begin((id(self), dtype), dtype)
+        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes and not self.is_mixed
         if is_small and layout.is_contiguous:
             quantized = self._bytes[: layout.weights[-1][1]]
-            flat = self.format.dequantize(quantized, tensors, (layout.num_weights, 1), dtype)
+            whole = (layout.num_weights, 1)
+            flat = self.format.dequantize(quantized, cache.constants, whole, dtype)
+            cache.constants = ()
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
             return
-        self._split(tensors)
         if is_small and not self.format.is_sequential:
             cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
 
-    def _view(self) -> None:
-        flat = self.read()
+    def _begin(self, key: tuple, dtype: torch.dtype) -> None:
+        flat, cache = self.read(), self.cache
         if flat is not self._viewed:
             # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
             # streaming a layer comes to the same slot again and again: views stay good.
             self._viewed = flat
             self._bytes = flat.detach().view(torch.uint8)
             self._fields = view_fields(self._bytes, self.layout)
-
-    def _split(self, tensors: Sequence[torch.Tensor]) -> None:
-        ranges = self.layout.elements.get(self.format.index_field, ())
-        split = [tensor.split([stop - start for start, stop in ranges]) for tensor in tensors]
-        indices = range(len(self.layout.shapes))
-        self.cache.constants = [[part[i] for part in split] for i in indices]
+        cache.clear()  # before the next weights are allocated
+        cache.key, cache.constants = key, self.format.constants(self._fields, dtype)

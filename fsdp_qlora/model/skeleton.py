@@ -6,6 +6,7 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import contextlib
 import importlib.util
 import logging
+import math
 from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +15,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
-from fsdp_qlora.arch import LayerKind, Linear, ModelInfo
+from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.info import INDEXED, stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import matmul, visit
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
+from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
 from fsdp_qlora.model.head import LossHead, Targets
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
-from fsdp_qlora.model.lora import ExpertLinear, QuantizedExperts, QuantizedLinear, group_linears
+from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.model.visit import RowGroup
 from fsdp_qlora.planning.sizes import trained_whole, whole_layer_bytes
 
-OTHER_MODEL = "take another model"
+LARGE = 2**26  # elements: more than any table that a model makes for itself
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -301,8 +304,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
-    cache = LayerCache(has_fp8=chosen.has_fp8)
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.has_fp8)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
@@ -366,7 +368,7 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         try:
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
@@ -374,6 +376,17 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
         except ValueError as error:
             rule = "is no causal language model in this transformers"
             raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """What is made with zeros as large as only weights are takes no memory (experts of Llama 4)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        rest = kwargs or {}
+        if func in (torch.zeros, torch.empty) and args and rest.get("device") is None:
+            sizes = args if isinstance(args[0], int) else args[0]
+            rest |= {"device": "meta"} if math.prod(sizes) > LARGE else {}
+        return func(*args, **rest)
 
 
 class _Output(MoEModelOutputWithPastAndCrossAttentions):
@@ -447,7 +460,27 @@ def stored_names(hf_model: Any, info: ModelInfo) -> dict[str, str]:
     own = hf_model.state_dict()
     written = {id(t): name for name, t in revert_weight_conversion(hf_model, dict(own)).items()}
     found = {name: written.get(id(tensor), name) for name, tensor in own.items()}
-    return {n: at if at in info.tensors else stored_name(info, n) for n, at in found.items()}
+    return {n: at if at in info.names else stored_name(info, n) for n, at in found.items()}
+
+
+def shapes_of(config: dict) -> dict[str, list[int]]:
+    """What the files of a model hold when transformers saves it.
+
+    Args:
+        config: content of config.json, of a causal language model.
+
+    Returns:
+        Name -> shape; a tied head is left out.
+    """
+    from transformers import AutoConfig
+    from transformers.core_model_loading import revert_weight_conversion
+
+    hf_config = AutoConfig.for_model(**_with_numbers(config))
+    hf_model = on_meta(hf_config, torch.bfloat16, "eager")
+    own = hf_model.state_dict()
+    if hf_config.tie_word_embeddings:
+        own.pop("lm_head.weight", None)
+    return {n: list(t.shape) for n, t in revert_weight_conversion(hf_model, own).items()}
 
 
 def transformers_config(info: ModelInfo) -> Any:
@@ -502,66 +535,15 @@ def _build_body(
         raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)
     if store is None:
         return TrainedLayer(layer, (), None)
-    _replace_experts(layer, kind.linears, store)
+    groups = replace_experts(layer, kind.linears, store)
     linears = {}
     for name, index in places.items():
         stored = kind.linears[index].name
         linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
         layer.set_submodule(name, linears[name])
-    groups = group_linears(linears)
-    for group in groups:
+    joint = group_linears(linears)
+    for group in joint:
         indices = tuple(places[name] for name in linears if linears[name].group is group)
         if store.can_multiply(indices):
             group.linears[0].quantized = partial(store.quantized, indices)
-    return TrainedLayer(layer, groups, store)
-
-
-def _replace_experts(layer: nn.Module, linears: Sequence[Linear], store: LayerStore) -> None:
-    """Let a decoder layer's experts read their matrices from its store.
-
-    Args:
-        layer: as transformers has built it.
-        linears: of the layer, in the order of its store.
-        store: of the layer.
-
-    Raises:
-        UserError: 3-D weights that transformers does not compute by its interface for experts
-            (code 2), or other shapes than the files have (code 5).
-    """
-    parts: dict[tuple[int, int], tuple[tuple[int, int], ExpertLinear]] = {}
-    for index, linear in enumerate(linears):
-        if linear.expert:
-            matrix = ExpertLinear(partial(store.weight, index))
-            parts[linear.expert[1:]] = linear.shape, matrix
-    weights = {path for path, p in layer.named_parameters() if p.dim() > 2}
-    paths = {path.rpartition(".")[0] for path in weights}
-    found = {path: layer.get_submodule(path) for path in sorted(paths)}
-    found = {path: module for path, module in found.items() if not isinstance(module, nn.Conv1d)}
-    if not found and not parts:
-        return
-    names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
-    if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
-        rule = "is not computed by transformers' interface for experts"
-        raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
-    module: Any = next(iter(found.values()))
-    ups = ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
-    shapes = []
-    for name in ups:
-        num, *shape = getattr(module, name).shape
-        shapes.append(tuple(shape[::-1] if module.is_transposed else shape))
-        delattr(module, name)
-    matrices, of_parts = [], [(3,), (2,)] if (0, 3) in parts else [(0, 1), (2,)]
-    if not module.has_gate:
-        of_parts = [(1,), (2,)]
-    for number in range(num if len(parts) == num * sum(map(len, of_parts)) else 0):
-        own = [[parts.get((number, part), ((0, 0), None)) for part in ids] for ids in of_parts]
-        sizes = [(sum(shape[0] for shape, _ in side), side[0][0][1]) for side in own]
-        if sizes == shapes:
-            matrices.append(([matrix for _, matrix in own[0]], own[1][0][1]))
-    if len(matrices) != num:
-        rule = f"are {num} of {shapes} in config.json, not so in the files"
-        raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (QuantizedExperts, kind), {})
-    module.__dict__.pop("forward", None)  # that Liger has put there
-    module.matrices = matrices
+    return TrainedLayer(layer, [*joint, *groups], store)

@@ -22,8 +22,19 @@ NUM_WARPS = 4
 
 @triton.jit
 def _dequantize_bnb(
-    quantized, absmax, table, out, num_weights, group_bytes: tl.constexpr, tile: tl.constexpr
+    quantized,
+    absmax,
+    table,
+    out,
+    num_weights,
+    stride,
+    group_bytes: tl.constexpr,
+    tile: tl.constexpr,
 ):
+    part = tl.program_id(1).to(tl.int64)
+    quantized += part * (num_weights // 2)
+    absmax += part * (num_weights // (2 * group_bytes))
+    out += part * stride
     first_byte = tl.program_id(0).to(tl.int64) * tile
     byte = first_byte + tl.arange(0, tile)
     is_in = byte * 2 < num_weights
@@ -59,13 +70,15 @@ def dequantize_bnb(
         quantized: uint8, 1-D.
         absmax: float32, one of each group.
         table: float32 [16], the values of the code.
-        out: contiguous, any float dtype, written to.
+        out: any float dtype, written to; contiguous, or, in three dimensions, its parts are.
         group: weights that share a constant.
     """
-    grid = (triton.cdiv(out.numel(), 2 * BYTES_PER_PROGRAM),)
+    num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
+    size = out.numel() // num
+    grid = (triton.cdiv(size, 2 * BYTES_PER_PROGRAM), num)
     tensors, meta = (quantized, absmax, table, out), {"group_bytes": group // 2}
     _dequantize_bnb[grid](
-        *tensors, out.numel(), tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
+        *tensors, size, stride, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
     )
 
 
@@ -163,3 +176,308 @@ def dequantize_hqq(
     grid = (-(-word_rows // tile_rows) * tiles_across,)
     dtype = TL_DTYPES[math_dtype]
     _dequantize_hqq[grid](words, zero, scale, out, *sizes, math_dtype=dtype, **meta)
+
+
+@triton.jit
+def _add_low_rank(
+    acc,
+    low,
+    high,
+    expert,
+    row,
+    col,
+    is_row,
+    n,
+    turned: tl.constexpr,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+):
+    r = tl.arange(0, rank_tile)
+    left = tl.load(
+        low + row[:, None] * rank + r[None, :],
+        mask=is_row[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )
+    at = r[:, None] * n + col[None, :] if turned else col[None, :] * rank + r[:, None]
+    is_in = (r < rank)[:, None] & (col < n)[None, :]
+    right = tl.load(high + expert.to(tl.int64) * (n * rank) + at, mask=is_in, other=0.0)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _grouped_matmul(
+    x,
+    weight,
+    out,
+    bias,
+    low,
+    high,
+    tile_expert,
+    tile_row,
+    stops,
+    source,
+    target,
+    alpha,
+    first,
+    last,
+    n,
+    k,
+    turned: tl.constexpr,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+    is_even: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    across = tl.cdiv(n, tile_n)
+    tile = tl.program_id(0) // across
+    expert = tl.load(tile_expert + tile)
+    if (expert < first) | (expert >= last):
+        return
+    row = tl.load(tile_row + tile) + tl.arange(0, tile_m)
+    is_row = row < tl.load(stops + expert)
+    col, at_k = (tl.program_id(0) % across) * tile_n + tl.arange(0, tile_n), tl.arange(0, tile_k)
+    row = row.to(tl.int64)
+    x_row = row if source is None else tl.load(source + row, mask=is_row, other=0)
+    x_at = x + x_row[:, None] * k + at_k[None, :]
+    weight += (expert - first).to(tl.int64) * n * k
+    weight_at = weight + (
+        at_k[:, None] * n + col[None, :] if turned else at_k[:, None] + col[None, :] * k
+    )
+    acc = tl.zeros((tile_m, tile_n), dtype=tl.float32)
+    for start in range(0, k, tile_k):
+        is_k = at_k < (tile_k if is_even else k - start)
+        left = tl.load(x_at, mask=is_row[:, None] & is_k[None, :], other=0.0)
+        right = tl.load(weight_at, mask=is_k[:, None] & (col < n)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        x_at += tile_k
+        weight_at += tile_k * n if turned else tile_k
+    acc *= alpha
+    if low is not None:
+        acc = _add_low_rank(acc, low, high, expert, row, col, is_row, n, turned, rank, rank_tile)
+    if bias is not None:
+        acc += tl.load(bias + expert * n + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
+    out_row = row if target is None else tl.load(target + row, mask=is_row, other=0)
+    at = out + out_row[:, None] * n + col[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=is_row[:, None] & (col < n)[None, :])
+
+
+def grouped_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int],
+    experts: tuple[int, int],
+    turned: bool = False,
+    alpha: float = 1.0,
+    source: torch.Tensor | None = None,
+    target: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    low: torch.Tensor | None = None,
+    high: torch.Tensor | None = None,
+) -> None:
+    """Fill the rows of some experts: out = alpha * x @ W^T + low @ high^T + bias, of their expert.
+
+    Args:
+        x: [rows, K].
+        weight: [experts here, N, K], or, turned, [experts here, K, N].
+        out: [rows, N], written to.
+        tiles: of each tile of rows, expert and first row; where each expert's rows end; rows of a
+            tile.
+        experts: first and last + 1 of those in `weight`.
+        turned: see `weight`.
+        alpha: see above.
+        source: row of `x` of each row, or None.
+        target: row of `out` of each row, or None.
+        bias: [all experts, N], or None.
+        low: [rows, R], or None.
+        high: [all experts, N, R], or, turned, [all experts, R, N].
+    """
+    n, k, rank = out.shape[1], x.shape[1], 0 if low is None else low.shape[1]
+    is_wide = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+    tile_n = 16 if n <= 16 else 256 if is_wide and n >= 256 else 128
+    tile_k = 32 if x.dtype == torch.float32 else 64
+    meta = {"tile_m": tiles[3], "tile_n": tile_n, "tile_k": tile_k, "is_even": k % tile_k == 0}
+    meta |= {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank)), "turned": turned}
+    meta |= {"num_warps": 4 if tile_n == 16 else 8, "num_stages": 3}
+    grid = (tiles[0].numel() * triton.cdiv(n, tile_n),)
+    tensors = x, weight, out, bias, low, high, *tiles[:3], source, target
+    _grouped_matmul[grid](*tensors, alpha, *experts, n, k, **meta)
+
+
+@triton.jit
+def _grouped_outer(
+    low,
+    x,
+    out,
+    starts,
+    source,
+    n,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+):
+    expert, r = tl.program_id(0), tl.arange(0, rank_tile)
+    col = tl.program_id(1) * tile_n + tl.arange(0, tile_n)
+    start, stop = tl.load(starts + expert), tl.load(starts + expert + 1)
+    acc = tl.zeros((rank_tile, tile_n), dtype=tl.float32)
+    for first in range(start, stop, tile_m):
+        row = (first + tl.arange(0, tile_m)).to(tl.int64)
+        is_row = row < stop
+        low_at = low + row[None, :] * rank + r[:, None]
+        left = tl.load(low_at, mask=is_row[None, :] & (r < rank)[:, None], other=0.0)
+        x_row = row if source is None else tl.load(source + row, mask=is_row, other=0)
+        x_at = x + x_row[:, None] * n + col[None, :]
+        right = tl.load(x_at, mask=is_row[:, None] & (col < n)[None, :], other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+    at = r[:, None] * n + col[None, :]
+    value = acc.to(out.dtype.element_ty)
+    is_in = (r < rank)[:, None] & (col < n)[None, :]
+    tl.store(out + expert.to(tl.int64) * (n * rank) + at, value, mask=is_in)
+
+
+def grouped_outer(
+    low: torch.Tensor,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    starts: torch.Tensor,
+    source: torch.Tensor | None = None,
+) -> None:
+    """Fill out[e] = low^T @ x over the rows of each expert.
+
+    Args:
+        low: [rows, R].
+        x: [rows, N].
+        out: [experts, R, N], written to.
+        starts: int [experts + 1], first row of each expert.
+        source: row of `x` of each row, or None.
+    """
+    n, rank, tile_n = x.shape[1], low.shape[1], 128
+    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
+    meta |= {"tile_m": 64, "tile_n": tile_n, "num_warps": 4}
+    grid = (out.shape[0], triton.cdiv(n, tile_n))
+    _grouped_outer[grid](low, x, out, starts, source, n, **meta)
+
+
+TURNED_ROWS = 256
+LARGEST, FLOOR = tl.constexpr(448.0), tl.constexpr(1e-30)
+
+
+@triton.jit
+def _weight_rows(
+    codes, absmax, table, scales, out, num_bytes, group_bytes: tl.constexpr, tile: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    byte = tl.program_id(1) * tile + tl.arange(0, tile)
+    is_in = byte < num_bytes
+    pair = tl.load(codes + row * num_bytes + byte, mask=is_in, other=0).to(tl.int32)
+    at = absmax + row * (num_bytes // group_bytes)
+    factor = tl.load(at + byte // group_bytes, mask=is_in, other=0)
+    factor = factor * tl.math.div_rn(1.0, tl.load(scales + row))
+    even = tl.load(table + (pair >> 4)) * factor
+    odd = tl.load(table + (pair & 15)) * factor
+    values = tl.interleave(even, odd).to(out.dtype.element_ty)
+    col = tl.program_id(1) * (2 * tile) + tl.arange(0, 2 * tile)
+    tl.store(out + row * (2 * num_bytes) + col, values, mask=col < 2 * num_bytes)
+
+
+@triton.jit
+def _weight_turned(
+    codes,
+    absmax,
+    table,
+    scales,
+    out,
+    num_out,
+    num_bytes,
+    group_bytes: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """One group of columns of `tile` rows: its bytes are turned before they become values."""
+    group = tl.program_id(1)
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    byte = tl.arange(0, group_bytes)
+    is_row = row < num_out
+    start = codes + group * group_bytes + tl.program_id(0).to(tl.int64) * tile * num_bytes
+    places = tl.arange(0, tile)[:, None] * num_bytes + byte[None, :]
+    pair = tl.trans(tl.load(start + places, mask=is_row[:, None], other=0)).to(tl.int32)
+    at = row.to(tl.int64) * (num_bytes // group_bytes) + group
+    factor = tl.load(absmax + at, mask=is_row, other=0)
+    factor = factor * tl.math.div_rn(1.0, tl.load(scales + row, mask=is_row, other=1.0))
+    even = (tl.load(table + (pair >> 4)) * factor[None, :]).to(out.dtype.element_ty)
+    odd = (tl.load(table + (pair & 15)) * factor[None, :]).to(out.dtype.element_ty)
+    first = out + group.to(tl.int64) * (2 * group_bytes) * num_out
+    places = byte[:, None] * (2 * num_out) + row[None, :]
+    tl.store(first + places, even, mask=is_row[None, :])
+    tl.store(first + num_out + places, odd, mask=is_row[None, :])
+
+
+def weight_codes(
+    codes: torch.Tensor,
+    absmax: torch.Tensor,
+    table: torch.Tensor,
+    scales_O: torch.Tensor,
+    out: torch.Tensor,
+    is_turned: bool,
+    group: int,
+) -> None:
+    """Fill `out` with table[4 bits] * (absmax / scale of the row).
+
+    Args:
+        codes, absmax, table, scales_O: see matmul.Quantized4.
+        out: [O, I], or [I, O] if turned, written to.
+        is_turned: see out.
+        group: weights that share a constant.
+    """
+    num_out, num_bytes = scales_O.numel(), codes.numel() // scales_O.numel()
+    tensors, meta = (codes, absmax, table, scales_O, out), {"group_bytes": group // 2}
+    if is_turned:
+        grid = (triton.cdiv(num_out, TURNED_ROWS), 2 * num_bytes // group)
+        _weight_turned[grid](
+            *tensors, num_out, num_bytes, tile=TURNED_ROWS, num_warps=NUM_WARPS, **meta
+        )
+        return
+    grid = (num_out, triton.cdiv(num_bytes, BYTES_PER_PROGRAM))
+    _weight_rows[grid](*tensors, num_bytes, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta)
+
+
+@triton.jit
+def _quantize_rows(
+    x, factors, codes, scales, num, stride, has_factors: tl.constexpr, tile: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, tile)
+    is_in = col < num
+    values = tl.load(x + row * stride + col, mask=is_in, other=0).to(tl.float32)
+    rest = tl.sum(values - values, 0)  # not finite where one of them is not
+    if has_factors:
+        values = values * tl.load(factors + col, mask=is_in, other=0)
+    most = tl.maximum(tl.max(tl.abs(values), 0), FLOOR) + rest
+    quotient = values * tl.math.div_rn(LARGEST, most)
+    quotient = tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)
+    tl.store(codes + row * num + col, quotient.to(codes.dtype.element_ty), mask=is_in)
+    tl.store(scales + row, tl.math.div_rn(most, LARGEST))
+
+
+def quantize_rows(
+    x_MI: torch.Tensor, factors_I: torch.Tensor | None, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See matmul.quantize_rows.
+
+    Args:
+        x_MI: rows contiguous.
+        factors_I: float32, or None.
+        dtype: of the codes.
+    """
+    num, tile = x_MI.shape[1], triton.next_power_of_2(x_MI.shape[1])
+    codes = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
+    scales = torch.empty(len(x_MI), 1, dtype=torch.float32, device=x_MI.device)
+    factors = scales if factors_I is None else factors_I
+    meta = {"tile": tile, "num_warps": min(16, max(4, tile // 1024))}
+    tensors = x_MI, factors, codes, scales
+    _quantize_rows[(len(x_MI),)](
+        *tensors, num, x_MI.stride(0), has_factors=factors_I is not None, **meta
+    )
+    return codes, scales

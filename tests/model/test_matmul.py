@@ -89,7 +89,7 @@ def assert_same(found, expected):
 def test_the_kernels_compute_what_plain_pytorch_does():
     """On a GPU to the bit; Triton's interpreter rounds to 8 bit wrongly, so there in float32."""
     tiny.require_triton()
-    from fsdp_qlora.model import triton_fp8
+    from fsdp_qlora.model import triton_kernels
 
     weight, _ = make_weight((300, 36))
     dtype = matmul.FP8 if tiny.DEVICE == "cuda" else torch.float32
@@ -98,7 +98,7 @@ def test_the_kernels_compute_what_plain_pytorch_does():
     for is_turned in (False, True):
         shape = (NUM_IN, 336) if is_turned else (336, NUM_IN)
         out = torch.empty(shape, device=tiny.DEVICE, dtype=dtype)
-        triton_fp8.weight_codes(*weight, out, is_turned, 64)
+        triton_kernels.weight_codes(*weight, out, is_turned, 64)
         out = (out.t() if is_turned else out).cpu().to(matmul.FP8)
         assert_same(out, rounded)
     x = torch.randn(9, NUM_IN).bfloat16()
@@ -106,7 +106,7 @@ def test_the_kernels_compute_what_plain_pytorch_does():
     for factors in (None, torch.rand(NUM_IN)):
         codes, scales = matmul.quantize_rows(x, factors)
         own = None if factors is None else factors.to(tiny.DEVICE)
-        found, at = triton_fp8.quantize_rows(x.to(tiny.DEVICE), own, dtype)
+        found, at = triton_kernels.quantize_rows(x.to(tiny.DEVICE), own, dtype)
         assert_same(found.cpu().to(matmul.FP8), codes)
         assert torch.equal(at.cpu(), scales)
 
