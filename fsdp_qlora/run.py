@@ -37,7 +37,7 @@ def run(
         poll: called after each step.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics
+    from fsdp_qlora.training import checkpoint, evaluate, loop, memory_probe, metrics
 
     cfg, is_writer = plan.cfg, world.rank == 0
     out_dir = cfg.resolved_output_dir
@@ -46,6 +46,8 @@ def run(
     resumed = checkpoint.load(plan, given, saved, dataset, world)
     trained, tracker, record = _build(plan, dataset, world, saved is None)
     checkpoint.restore(trained, resumed.saved)
+    digest = adapter.digest(plan.info) or ""
+    trained = evaluate.with_reference(trained, dataset, cfg, resumed.saved, digest)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
 

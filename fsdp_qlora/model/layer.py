@@ -230,6 +230,7 @@ class TrainedLayer(nn.Module):
         is_reentrant: recompute with torch's older checkpoint.
         is_whole: its own parameters are trained, nothing is quantized.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
+        is_bare: it runs without its adapters.
     """
 
     lora: nn.Parameter
@@ -247,6 +248,7 @@ class TrainedLayer(nn.Module):
         self.num_lora = 0
         self.level, self.is_reentrant = "none", False
         self.graphs: Graphs | None = None
+        self.is_bare = False
         self.store = store
         self._groups = tuple(groups)
         self._adapted: list[tuple[InputGroup, list[LoraSlot]]] = []
@@ -389,7 +391,8 @@ class TrainedLayer(nn.Module):
 
     def _own(self) -> dict[str, Any]:
         """What is trained, by name: its own parameters, or the adapters."""
-        return dict(self.layer.named_parameters()) if self.is_whole else {"lora": self.lora}
+        own = {} if self.is_bare else {"lora": self.lora}
+        return dict(self.layer.named_parameters()) if self.is_whole else own
 
     def _visit(self, hiddens: list[torch.Tensor], calls: Sequence[LayerCall]) -> list:
         """The last group first: the backward, which goes the other way, begins with the first."""
