@@ -14,6 +14,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from fsdp_qlora import cli
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 CONFIG_FILES = ["config.json"]
@@ -46,6 +48,10 @@ ORIGINAL = "take the 16-bit original of this model"
 SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 PIECE = 1 << 16  # bytes compared at once
+# Run apart, for it imports torch.
+BUILDER = """import json, sys
+from fsdp_qlora.model.skeleton import shapes_of
+json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"""
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
 NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
 
@@ -233,6 +239,51 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise _damaged(path, "must hold a JSON object")
     return value
+
+
+def without_bytes(table: dict[str, list[int]] | None, config: dict) -> dict[str, TensorRef]:
+    """What the files of a model would hold that has none here.
+
+    Args:
+        table: names and shapes; None: those of the model that transformers builds, in a process of
+            its own.
+        config: content of config.json.
+
+    Returns:
+        Tensor name -> a place of no file.
+
+    Raises:
+        UserError: transformers cannot build it (code 2).
+    """
+    if table is None:
+        command = [sys.executable, "-c", BUILDER]
+        with cli.Progress(f"asks transformers what a {config['model_type']} holds"):
+            done = subprocess.run(
+                command, input=json.dumps(config), capture_output=True, text=True, check=False
+            )
+        if done.returncode:
+            why = one_line(done.stderr.strip().rpartition("\n")[2])
+            rule = f"models are read from their files only ({why[:200] or 'transformers failed'})"
+            raise UserError(config["model_type"], rule, "add the *.safetensors files")
+        table = json.loads(done.stdout)
+    return {
+        name: TensorRef(Path(), "BF16", tuple(shape), 0, 2 * math.prod(shape))
+        for pattern, shape in table.items()
+        for name in _numbered(pattern)
+    }
+
+
+def _numbered(pattern: str) -> Iterator[str]:
+    """The names that "layers.{0-2,5}.norm" stands for."""
+    before, _, rest = pattern.partition("{")
+    numbers, _, after = rest.partition("}")
+    if not numbers:
+        yield pattern
+        return
+    for part in numbers.split(","):
+        ends = [int(end) for end in part.split("-")]
+        for number in range(ends[0], ends[-1] + 1):
+            yield from _numbered(f"{before}{number}{after}")
 
 
 def read_tensors(

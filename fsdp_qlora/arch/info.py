@@ -400,6 +400,16 @@ class ModelInfo:
         every = {linear.name: linear for kind in self.kinds for linear in kind.linears}
         return tuple(sorted(every.values(), key=_execution_place))
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Of all tensors in the files, whether there are such or not."""
+        params = {
+            f"{self.layers_prefix}.{index}.{name}"
+            for index, kind in enumerate(self.by_layer)
+            for name, _ in kind.params
+        }
+        return frozenset(params | self.linear_places().keys() | dict(self.root_params).keys())
+
     @property
     def attention_extra(self) -> str:
         """What PyTorch's attention leaves out, or "".
@@ -495,13 +505,13 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}
     item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
-    if reads_headers := path and (need_weights or not is_known):
-        if not (need_weights or any(path.glob("*.safetensors"))):
-            rule = f"{config['model_type']} models are read from their files only"
-            raise UserError(model_name, rule, "add the *.safetensors files")
-        tensors = files.read_tensors(path, item_bytes)
+    has_files = path and (need_weights or any(path.glob("*.safetensors")))
+    if reads_headers := need_weights or not is_known:
+        if path and has_files:
+            tensors, towers = without_towers(files.read_tensors(path, item_bytes), wrapper)
+        else:
+            tensors = files.without_bytes(raw.get("_tensors"), text)
         if wrapper:
-            tensors, towers = without_towers(tensors)
             config["tie_word_embeddings"] = HEADS[0] not in tensors
         tensors = _own_names(tensors, config)
         if stored:
@@ -525,7 +535,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         layers_prefix=structure.layers_prefix,
         kinds=structure.kinds(),
         root_params=tuple(sorted(structure.root.items())),
-        tensors=tensors,
+        tensors=tensors if has_files else {},
         wrapper=wrapper,
         towers=towers,
         stored_format=stored,
@@ -608,16 +618,19 @@ def _text_half(config: dict) -> tuple[dict, str]:
 
 
 def without_towers(
-    tensors: dict[str, TensorRef],
+    tensors: dict[str, TensorRef], wrapper: str
 ) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
     """Tell the text half of a wrapper from its other parts.
 
     Args:
         tensors: by their names in the files.
+        wrapper: "" for a text model.
 
     Returns:
         Those of the text half, by the names of a text model; and all others.
     """
+    if not wrapper:
+        return tensors, {}
     text = {own: ref for name, ref in tensors.items() if (own := inner_name(name))}
     return text, {name: ref for name, ref in tensors.items() if not inner_name(name)}
 

@@ -225,7 +225,7 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
         there = read_tensors(draft)
-        there = without_towers(there)[0] if info.wrapper else there
+        there, _ = without_towers(there, info.wrapper)
         split = split_experts(there, info.hidden_size)
         result = dataclasses.replace(info, tensors=split, quantized={})
         no_more = SavedAdapter(adapter.path, "", {})

@@ -6,6 +6,7 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import contextlib
 import importlib.util
 import logging
+import math
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from fsdp_qlora.arch import LayerKind, ModelInfo
@@ -30,6 +32,8 @@ from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.model.visit import RowGroup
 from fsdp_qlora.planning.sizes import trained_whole, whole_layer_bytes
+
+LARGE = 2**26  # elements: more than any table that a model makes for itself
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -366,7 +370,7 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         try:
             return AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
@@ -374,6 +378,17 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
         except ValueError as error:
             rule = "is no causal language model in this transformers"
             raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """What is made with zeros as large as only weights are takes no memory (experts of Llama 4)."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        rest = kwargs or {}
+        if func in (torch.zeros, torch.empty) and args and rest.get("device") is None:
+            sizes = args if isinstance(args[0], int) else args[0]
+            rest |= {"device": "meta"} if math.prod(sizes) > LARGE else {}
+        return func(*args, **rest)
 
 
 class _Output(MoEModelOutputWithPastAndCrossAttentions):
@@ -447,7 +462,27 @@ def stored_names(hf_model: Any, info: ModelInfo) -> dict[str, str]:
     own = hf_model.state_dict()
     written = {id(t): name for name, t in revert_weight_conversion(hf_model, dict(own)).items()}
     found = {name: written.get(id(tensor), name) for name, tensor in own.items()}
-    return {n: at if at in info.tensors else stored_name(info, n) for n, at in found.items()}
+    return {n: at if at in info.names else stored_name(info, n) for n, at in found.items()}
+
+
+def shapes_of(config: dict) -> dict[str, list[int]]:
+    """What the files of a model hold when transformers saves it.
+
+    Args:
+        config: content of config.json, of a causal language model.
+
+    Returns:
+        Name -> shape; a tied head is left out.
+    """
+    from transformers import AutoConfig
+    from transformers.core_model_loading import revert_weight_conversion
+
+    hf_config = AutoConfig.for_model(**_with_numbers(config))
+    hf_model = on_meta(hf_config, torch.bfloat16, "eager")
+    own = hf_model.state_dict()
+    if hf_config.tie_word_embeddings:
+        own.pop("lm_head.weight", None)
+    return {n: list(t.shape) for n, t in revert_weight_conversion(hf_model, own).items()}
 
 
 def transformers_config(info: ModelInfo) -> Any:

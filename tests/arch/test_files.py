@@ -356,10 +356,11 @@ def test_every_shape_file_is_complete() -> None:
     for name in files.known_shapes():
         config = json.loads((files.SHAPES_DIRECTORY / f"{name}.json").read_text())
         hub_names.append(config["_name_or_path"].lower())
-        assert hub_names[-1].count("/") == 1 and config["architectures"] and config["rms_norm_eps"]
-        for hub_name in (name, config["_name_or_path"]):
-            info = arch.read(hub_name, need_weights=False)
-            assert arch.num_params(info) > 1e8 and info.config["max_position_embeddings"] > 1000
+        text = config.get("text_config", config)
+        assert hub_names[-1].count("/") == 1 and config["architectures"] and text["rms_norm_eps"]
+        assert text["max_position_embeddings"] > 1000
+        paths = {files.locate(n, need_weights=False) for n in (name, config["_name_or_path"])}
+        assert paths == {files.SHAPES_DIRECTORY / f"{name}.json"}
     assert len(set(hub_names)) == len(hub_names)
 
 

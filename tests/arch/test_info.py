@@ -1,6 +1,8 @@
 """What config.json and headers say of a model, against what transformers builds."""
 
+import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from fsdp_qlora.arch import targets
 from fsdp_qlora.arch.info import LAYOUTS, OTHER_NAMES, Shapes, from_config, from_headers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import INPUT, INTEGRITY, UserError
+from fsdp_qlora.model.skeleton import shapes_of
 from fsdp_qlora.planning.sizes import count_trained
 from tests.model_files import TINY, edit_json, write_header, write_model
 
@@ -39,7 +42,24 @@ PUBLISHED_PARAMS = {
     "gemma-3-1b": 999_885_952,
     "phi-3-mini": 3_821_079_552,
     "smollm2-135m": 134_515_008,
+    "phi-4": 14_659_507_200,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
 }
+# In billions, as their cards have it; without towers and layers that foretell further tokens.
+PUBLISHED_BILLIONS = {
+    **{"gpt-oss-20b": 20.9, "gpt-oss-120b": 116.8, "deepseek-v3": 671.0, "glm-4.5-air": 106.9},
+    **{"granite-4.0-h-small": 32.2, "granite-4.0-h-tiny": 6.9, "mistral-small-3.2": 23.6},
+    **{"gemma-3-4b": 3.9, "gemma-3-12b": 11.8, "gemma-3-27b": 27.0, "glm-4.7-flash": 29.9},
+    **{"llama-4-scout": 107.8, "qwen3-next-80b-a3b": 79.7, "qwen3.5-35b-a3b": 34.7},
+    **{"qwen3.5-27b": 26.9, "qwen3.5-9b": 9.0},
+}
+
+
+@functools.cache
+def known(name: str) -> arch.ModelInfo:
+    """A model by the name of its shape; those of many experts take a second to read."""
+    return arch.read(name, need_weights=False)
 
 
 def build(config: dict, device: str = "meta") -> nn.Module:
@@ -73,8 +93,17 @@ def save_tiny(directory: Path, model_type: str, max_shard_size: str = "5GB", **m
 
 @pytest.mark.parametrize("name", arch.files.known_shapes())
 def test_shape_of_a_known_model_equals_what_transformers_builds(name: str) -> None:
-    """All parameters, linears and the tying, from config.json alone; two layers suffice."""
-    info = arch.read(name, need_weights=False)
+    """All parameters, linears and the tying, from config.json alone; a few layers suffice."""
+    raw = arch.files.read_json(arch.files.SHAPES_DIRECTORY / f"{name}.json")
+    info = known(name)
+    if "_tensors" in raw:  # names as in files
+        config = {key: v[:6] if key == "layer_types" else v for key, v in info.config.items()}
+        wanted = shapes_of(config | {"num_hidden_layers": 6})
+        found = arch.files.without_bytes(raw["_tensors"], {})
+        numbers = {name: re.search(r"layers\.(\d+)", name) for name in found}
+        first = {name for name, match in numbers.items() if match is None or int(match[1]) < 6}
+        assert {name: list(found[name].shape) for name in first} == wanted
+        return
     config = info.config | {"num_hidden_layers": 2}
     model = build(config)
     assert from_config(config).all_shapes() == built_shapes(model)
@@ -95,7 +124,16 @@ def test_shape_files_keep_the_rotary_base_and_scaling() -> None:
 @pytest.mark.parametrize(("name", "num_params"), PUBLISHED_PARAMS.items())
 def test_parameter_count_equals_the_published_one(name: str, num_params: int) -> None:
     """From config.json alone."""
-    assert arch.num_params(arch.read(name, need_weights=False)) == num_params
+    assert arch.num_params(known(name)) == num_params
+
+
+def test_parameters_of_mixtures_and_hybrids_are_the_published_ones() -> None:
+    """Every model with a table of its tensors is among them."""
+    shapes = {n: arch.files.SHAPES_DIRECTORY / f"{n}.json" for n in arch.files.known_shapes()}
+    tables = {name for name, path in shapes.items() if "_tensors" in path.read_text()}
+    assert tables <= PUBLISHED_BILLIONS.keys() | PUBLISHED_PARAMS.keys()
+    found = {name: arch.num_params(known(name)) / 1e9 for name in PUBLISHED_BILLIONS}
+    assert {name: round(num, 1) for name, num in found.items()} == PUBLISHED_BILLIONS
 
 
 def test_trainable_counts_equal_those_of_peft() -> None:
@@ -158,8 +196,18 @@ def test_an_unlisted_type_is_understood_from_its_headers(model_type: str, tmp_pa
         "mlp.down_proj",
     ]
     assert arch.num_params(info) == sum(value.numel() for value in model.parameters())
+
+
+def test_a_type_without_files_is_what_transformers_would_save(tmp_path: Path) -> None:
+    """By its config.json alone, for a plan and for random weights; one that it lacks is refused."""
+    save_tiny(tmp_path, "qwen3_moe", num_experts=4, moe_intermediate_size=16)
+    whole = arch.read(str(tmp_path), need_weights=False)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="from their files only; add the"):
+    bare = arch.read(str(tmp_path), need_weights=False)
+    assert (bare.kinds, bare.root_params) == (whole.kinds, whole.root_params)
+    assert bare.names == whole.tensors.keys() and not bare.tensors
+    edit_json(tmp_path / "config.json", model_type="qwen99")
+    with pytest.raises(UserError, match=r"qwen99: models are read from their files only .*; add"):
         arch.read(str(tmp_path), need_weights=False)
 
 
