@@ -80,7 +80,7 @@ def preference_of_base(
 
 
 def with_reference(
-    trained: Trained, data: Data, cfg: TrainConfig, saved: Any, base: str
+    trained: Trained, data: Data, cfg: TrainConfig, saved: Any, base: Callable[[], Any]
 ) -> Trained:
     """Let a run know the log-probabilities by its reference, where they are computed once.
 
@@ -91,7 +91,7 @@ def with_reference(
         data: of the run.
         cfg: the run.
         saved: the checkpoint that is resumed, whose weights `trained` has; None: nothing yet.
-        base: digest of the model's files; "": none is known.
+        base: gives a digest of the model's files, or None.
 
     Returns:
         The same with `preference.known`.
@@ -106,8 +106,9 @@ def with_reference(
     rows, held_out = data.train.samples, data.held_out
     own = np.concatenate([rows.hashes, *(batch.sides.hashes for batch in held_out if batch.sides)])
     wanted = np.unique(np.concatenate(world.gather_objects(np.unique(own))))
+    digest = base()
     parts = [
-        base,
+        digest,
         cfg.format_name,
         cfg.compute_dtype,
         cfg.attn,
@@ -116,7 +117,7 @@ def with_reference(
     ]
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     root, is_base = tokens.cache_root(cfg.token_cache), cfg.trains_new_adapters
-    place = root / f"reference-{key}.npz" if is_base and base and root is not None else None
+    place = root / f"reference-{key}.npz" if is_base and digest and root is not None else None
     place = place if is_base else cfg.resolved_output_dir / REFERENCE
     is_read = place is not None and (is_base or saved is not None)
     known = world.first(lambda: KnownReference.read(place, wanted) if is_read and place else None)
