@@ -107,6 +107,7 @@ class RunPlan:
         if found is not None and self.machine.gpus:
             words = f"{_pace(found.speed)}, were every row full length"
             lines.insert(0, ("time", f"{words}; bottleneck: {found.speed.bound}"))
+        lines += _experts(self)
         return _wrapped([_fit_line(self.machine, found), *lines] if found else lines)
 
     @property
