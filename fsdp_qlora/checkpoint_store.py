@@ -293,9 +293,7 @@ def step_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step}"
 
 
-def latest(
-    run_dir: Path, notify: Callable[[str], None] = lambda line: None
-) -> SavedCheckpoint | None:
+def latest(run_dir: Path, notify: Callable[[str], Any] = str) -> SavedCheckpoint | None:
     """Return the latest checkpoint of a run that is whole, falling back past damaged ones.
 
     Args:

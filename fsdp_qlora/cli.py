@@ -250,9 +250,7 @@ def options(cls: type) -> dict[str, SimpleNamespace]:
     return found
 
 
-def parse(
-    argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str] = ()
-) -> OptionsT:
+def parse(argv: list[str], cls: type[OptionsT], usage: str, needed: Sequence[str] = ()) -> OptionsT:
     """Read the command line of a command that has options of its own.
 
     Args:
@@ -279,16 +277,13 @@ def parse(
     return cls(**values)
 
 
-def chosen(
-    argv: Sequence[str], known: Mapping[str, str], command: str = "", kind: str = "COMMAND"
-) -> str:
+def chosen(argv: Sequence[str], known: Mapping[str, str], command: str = "") -> str:
     """Return the first word of a command line, one of several; or list them.
 
     Args:
         argv: the word and what follows it; nothing or --help asks for the list.
         known: word -> what it does.
         command: of which they are forms; "": they are the commands.
-        kind: what they are called.
 
     Returns:
         The word; "" where they were listed.
@@ -297,7 +292,7 @@ def chosen(
         UserError: it is none of them.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        width, name = max(map(len, known)) + 1, f"{command} {kind}".strip()
+        width, name = max(map(len, known)) + 1, f"{command} FORM" if command else "COMMAND"
         rows = [f"  {word:<{width}} {words}" for word, words in known.items()]
         print(f"usage: fsdp-qlora {name} ...  ({name} --help tells more)", "", *rows, sep="\n")
         return ""

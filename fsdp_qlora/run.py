@@ -132,12 +132,8 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     if trained.per_visit < cfg.per_visit:
         rule = f"layers of {plan.info.model_type} hand on more than one tensor"
         visits = f"note      --accumulate_by_layer has no effect: {rule}"
-    notes = (
-        visits,
-        packing,
-        plan.info.rope_note(cfg.context_length),
-        peft_note(built.model, plan.info),
-    )
+    notes = [visits, packing, plan.info.rope_note(cfg.context_length)]
+    notes.append(peft_note(built.model, plan.info))
     record["lines"] += [line for line in notes if line]
     if is_probed:
         with cli.Progress("dry run", is_silent=world.rank > 0):

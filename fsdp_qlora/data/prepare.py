@@ -161,13 +161,11 @@ def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormat
     return preferences.PreferenceFormatter(**rest, num_answers=cfg.num_answers)
 
 
-def prepare_early(
-    cfg: TrainConfig, tokenizer: TextTokenizer, vocab_size: int
-) -> PreparedData | None:
+def prepare_early(cfg: TrainConfig, light: TextTokenizer, vocab_size: int) -> PreparedData | None:
     """Prepare the data of a run before its ranks are started, if they need not do it again.
 
     Args:
-        cfg, tokenizer, vocab_size: as for `prepare`.
+        cfg, light, vocab_size: as for `prepare`.
 
     Returns:
         The tokens; None for rows that cannot be kept, and are too many to be tokenized twice.
@@ -180,7 +178,7 @@ def prepare_early(
     can_keep = tokens.cache_root(cfg.token_cache) is not None
     if not _is_small(found) and not (can_keep and all(source.fingerprint() for source in found)):
         return None
-    return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
+    return prepare(cfg, light, vocab_size, shows_progress=True)
 
 
 def _is_small(found: list[sources.Source]) -> bool:

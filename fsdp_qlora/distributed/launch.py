@@ -228,10 +228,8 @@ def start(spec: RankSpec) -> Rank:
     """
     with spec.log.open("ab") if spec.log is not None else contextlib.nullcontext() as output:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        own: dict[str, Any] = {"pass_fds": spec.files, "preexec_fn": tied_to_parent()}
-        return subprocess.Popen(
-            spec.command, env=spec.env, start_new_session=True, **streams, **own
-        )
+        how = streams | {"pass_fds": spec.files, "preexec_fn": tied_to_parent()}
+        return subprocess.Popen(spec.command, env=spec.env, start_new_session=True, **how)
 
 
 def tied_to_parent() -> Callable[[], None]:

@@ -176,13 +176,11 @@ def merge(argv: list[str]) -> int:
             disk (code 3), values that the dtype cannot hold (code 5).
     """
     options = _parse("merged", argv, MergeOptions, "adapter", "out")
-    _merge(options, *_base_and_adapter(options))
+    _merge(options, *_read_both(options))
     return DONE
 
 
-def _base_and_adapter(
-    options: MergeOptions | LoraGgufOptions,
-) -> tuple[SavedAdapter, arch.ModelInfo]:
+def _read_both(options: MergeOptions | LoraGgufOptions) -> tuple[SavedAdapter, arch.ModelInfo]:
     """Read an adapter and its base, and see that they belong together."""
     adapter = adapters.read(Path(os.path.expanduser(str(options.adapter))))
     if not (options.model_name or adapter.base_name):
@@ -371,7 +369,7 @@ def gguf(argv: list[str]) -> int:
         serving.find_tool(serving.QUANTIZER, options.llama_cpp)
     own = list[SavedAdapter]()
     if options.adapter:
-        *own, info = _base_and_adapter(options)
+        *own, info = _read_both(options)
     elif options.model_name:
         info = arch.read(options.model_name, need_weights=True)
     else:
@@ -416,7 +414,7 @@ def lora_gguf(argv: list[str]) -> int:
     """
     options = _parse("lora-gguf", argv, LoraGgufOptions, "adapter", "out")
     script = serving.find_tool(serving.LORA_CONVERTER, options.llama_cpp)
-    adapter, info = _base_and_adapter(options)
+    adapter, info = _read_both(options)
     if any(pair.magnitude for pair in adapter.pairs.values()) or adapter.replaced:
         rule = "is more than LoRA matrices (DoRA, modules_to_save or new layers)"
         raise UserError(str(adapter.path), rule, "write the whole model: export gguf")
@@ -453,5 +451,5 @@ def export(argv: list[str]) -> int:
     Raises:
         UserError: there is no such form (code 2); else see its function.
     """
-    form = cli.chosen(argv, {name: words for name, (_, words) in FORMS.items()}, "export", "FORM")
+    form = cli.chosen(argv, {name: words for name, (_, words) in FORMS.items()}, "export")
     return FORMS[form][0](argv[1:]) if form else DONE

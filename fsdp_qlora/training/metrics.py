@@ -65,9 +65,7 @@ class Clock:
     wall time. On a GPU a phase is the time that the GPU spent on it or waited for it.
     """
 
-    def __init__(
-        self, device: torch.device, at_mark: Callable[[str], None] = lambda phase: None
-    ) -> None:
+    def __init__(self, device: torch.device, at_mark: Callable[[str], Any] = str) -> None:
         """Start counting.
 
         Args:
