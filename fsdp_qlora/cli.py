@@ -277,12 +277,12 @@ def parse(argv: list[str], cls: type[OptionsT], usage: str, needed: Sequence[str
     return cls(**values)
 
 
-def chosen(argv: Sequence[str], known: Mapping[str, str], command: str = "") -> str:
+def chosen(argv: list[str], known: Mapping[str, Sequence[str]], command: str = "") -> str:
     """Return the first word of a command line, one of several; or list them.
 
     Args:
         argv: the word and what follows it; nothing or --help asks for the list.
-        known: word -> what it does.
+        known: word -> where its function is, what it does.
         command: of which they are forms; "": they are the commands.
 
     Returns:
@@ -293,7 +293,7 @@ def chosen(argv: Sequence[str], known: Mapping[str, str], command: str = "") -> 
     """
     if not argv or argv[0] in ("-h", "--help"):
         width, name = max(map(len, known)) + 1, f"{command} FORM" if command else "COMMAND"
-        rows = [f"  {word:<{width}} {words}" for word, words in known.items()]
+        rows = [f"  {word:<{width}} {words}" for word, (_, words) in known.items()]
         print(f"usage: fsdp-qlora {name} ...  ({name} --help tells more)", "", *rows, sep="\n")
         return ""
     if argv[0] not in known:

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -428,28 +428,3 @@ def lora_gguf(argv: list[str]) -> int:
     print(f"written   {file}: {adapter}")
     print(f"next      llama-cli -m BASE.gguf --lora {file}")
     return DONE
-
-
-FORMS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "merged": (merge, "a plain model of an adapter and its base"),
-    "gguf": (gguf, "a model for llama.cpp and Ollama"),
-    "lora-gguf": (lora_gguf, "an adapter alone for llama.cpp"),
-    "4bit": (quantize, "a model in 4 bit, for transformers"),
-    "expanded": (expand, "a model with new layers or tokens, to be trained"),
-}
-
-
-def export(argv: list[str]) -> int:
-    """Write a model or an adapter in another form.
-
-    Args:
-        argv: the form and its options.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        UserError: there is no such form (code 2); else see its function.
-    """
-    form = cli.chosen(argv, {name: words for name, (_, words) in FORMS.items()}, "export")
-    return FORMS[form][0](argv[1:]) if form else DONE
