@@ -584,7 +584,7 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     return faults
 
 
-def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, str]]:
+def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The texts of the rows of config.toml that say something of a run."""
     values = vars(cfg) | TRAIN_TYPES[cfg.train_type]._asdict()
     values["has_answers"] = bool(cfg.num_answers)
