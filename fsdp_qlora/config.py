@@ -168,6 +168,8 @@ class TrainConfig:
     layers_to_transform: str | None = flag(None, "adapter", "layers with adapters", rule=LAYERS)
     rank_pattern: str | None = flag(None, "adapter", "pattern of linears -> rank", rule=JSON)
     alpha_pattern: str | None = flag(None, "adapter", "pattern of linears -> alpha", rule=JSON)
+    expert_lora_rank: bool | int = flag(False, "adapter", HELP["experts"], rule=">= 0")
+    expert_names: str = flag("fused", "adapter", "each: also files per expert", ("fused", "each"))
     init_adapter: str | None = flag(None, "adapter", "PEFT adapter to go on from", rule=TEXT)
     use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
     loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
@@ -591,7 +593,7 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
     values["is_local"] = cfg.trackers in ((), ("tensorboard",))
     shown = {name: cli.to_text(value) for name, value in values.items()}
     for row in rows:
-        given, when = row.get("given", ()), row["when"].items()
+        given, when = row.get("given", ()), row.get("when", {}).items()
         is_given = all(values[name] != getattr(TrainConfig, name) for name in given)
         if is_given and all(values[name] in wanted for name, wanted in when):
             texts = {key: text for key, text in row.items() if isinstance(text, str)}
