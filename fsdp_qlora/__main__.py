@@ -5,15 +5,12 @@ import importlib
 import io
 import re
 import sys
-import tomllib
-from pathlib import Path
 
 from fsdp_qlora import cli
 from fsdp_qlora.cli import safe_output
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
-_TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
-COMMANDS, FORMER = _TABLE["commands"], _TABLE["former"]
+COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
 ANSWERS = {"plan", "data", "doctor", "generate", "cache", "recipe"}  # they print their result
 
 BASH = """_fsdp_qlora() {
@@ -50,7 +47,7 @@ def main(argv: list[str]) -> int:
         return DONE
     target = COMMANDS[argv[0]][0]
     if argv[0] == "export":
-        argv, forms = argv[1:], _TABLE["export"]
+        argv, forms = argv[1:], cli.TABLE["export"]
         if not cli.chosen(argv, forms, "export"):
             return DONE
         target = forms[argv[0]][0]

@@ -29,6 +29,8 @@ from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
+TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
+TYPES = {"int": int, "float": float, "path": Path}
 YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
@@ -655,3 +657,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Refuse a command line in one line."""
         raise UserError(self.prog, message, "--help tells what it takes")
+
+
+def arguments(
+    command: str, argv: Sequence[str], about: str | None, **known: dict[str, Any]
+) -> argparse.Namespace:
+    """Read the command line of a command whose arguments stand in commands.toml.
+
+    Args:
+        command: its name.
+        argv: arguments without it.
+        about: what it does.
+        known: argument -> what of it the command alone knows, such as its choices.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        UserError: a wrong argument.
+    """
+    parser = Parser(f"python -m fsdp_qlora {command}", description=about)
+    for name, row in TABLE["arguments"][command].items():
+        row = {**row, "type": TYPES.get(row.get("type", ""), str), **known.get(name.strip("-"), {})}
+        parser.add_argument(name, **row)
+    return parser.parse_args(argv)

@@ -400,10 +400,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    parser = cli.Parser("python -m fsdp_qlora report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
-    parser.add_argument("--out", type=Path, help="of report.html [of one run its own, else here]")
-    args = parser.parse_args(argv)
+    args = cli.arguments("report", argv, __doc__)
     run_dirs = list({path.resolve(): path for path in args.runs}.values())
     print(write(run_dirs, args.out or (run_dirs[0] if len(run_dirs) == 1 else Path())))
     return DONE
