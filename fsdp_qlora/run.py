@@ -19,13 +19,11 @@ from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
 
+Poll = Callable[[], object]  # called after each step
+
 
 def run(
-    plan: plans.RunPlan,
-    world,
-    given: frozenset[str] = frozenset(),
-    saved=None,
-    poll: Callable[[], None] = lambda: None,
+    plan: plans.RunPlan, world, given: frozenset[str] = frozenset(), saved=None, poll: Poll = int
 ) -> None:
     """Train as one of the ranks.
 
@@ -159,7 +157,7 @@ def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -
 
 
 def join_and_run(
-    argv: list[str], poll: Callable[[], None] = lambda: None, owns_process: bool = False
+    argv: list[str], poll: Poll = int, owns_process: bool = False
 ) -> config.TrainConfig:
     """Be one of the ranks, of a process group that is there or of a new one.
 
