@@ -307,6 +307,26 @@ class TrainConfig:
         return OBJECTIVES[self.objective].num_answers
 
     @property
+    def has_cached_reference(self) -> bool:
+        """Whether log-probabilities by the reference are computed once, before the first step."""
+        is_cached = {"pass": False, "cached": True}.get(
+            self.reference, not self.trains_new_adapters
+        )
+        return is_cached and OBJECTIVES[self.objective].has_reference
+
+    @property
+    def trains_new_adapters(self) -> bool:
+        """Whether the model without its adapters is the model before the first step."""
+        has_adapters = TRAIN_TYPES[self.train_type].adapter in ("lora", "dora")
+        return has_adapters and not self.modules_to_save and self.init_adapter is None
+
+    @property
+    def passes(self) -> int:
+        """How often rows pass a layer in a forward pass: twice with a reference."""
+        has_reference = OBJECTIVES[self.objective].has_reference
+        return 1 + (has_reference and not self.has_cached_reference)
+
+    @property
     def nll_weight(self) -> float:
         """Weight of the mean cross entropy of chosen answers in a preference objective."""
         own = {"orpo": 1.0, "cpo": 1.0, "simpo": 0.0}.get(self.objective, self.sft_weight)
@@ -590,6 +610,8 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
     """The texts of the rows of config.toml that say something of a run."""
     values = vars(cfg) | TRAIN_TYPES[cfg.train_type]._asdict()
     values["has_answers"] = bool(cfg.num_answers)
+    for name in ("trains_new_adapters", "has_cached_reference"):
+        values[name] = getattr(cfg, name)
     values["is_local"] = cfg.trackers in ((), ("tensorboard",))
     shown = {name: cli.to_text(value) for name, value in values.items()}
     for row in rows:
