@@ -158,6 +158,7 @@ class TrainConfig:
     verify_base: str = flag("auto", "model", "full: hash all bytes of the model", ("auto", "full"))
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
+    matmul: str = flag("bf16", "model", "frozen matmuls of a 4-bit base", ("bf16", "fp8"))
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
     lora_rank: int = flag(16, "adapter", "rank r of the LoRA matrices", rule=">= 1")
@@ -613,6 +614,8 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
     for name in ("trains_new_adapters", "has_cached_reference"):
         values[name] = getattr(cfg, name)
     values["is_local"] = cfg.trackers in ((), ("tensorboard",))
+    is_code = cfg.format_name.startswith(("nf4", "fp4"))
+    values["has_codes"] = is_code and cfg.compute_dtype == "bfloat16"
     shown = {name: cli.to_text(value) for name, value in values.items()}
     for row in rows:
         given, when = row.get("given", ()), row.get("when", {}).items()
