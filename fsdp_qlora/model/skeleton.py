@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import math
 from collections import UserDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -21,8 +21,8 @@ from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentio
 from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.info import INDEXED, stored_name
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import INTEGRITY, UserError, printable
-from fsdp_qlora.model import visit
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
+from fsdp_qlora.model import matmul, visit
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
+FP8_MAJORS = (9, 10)  # compute capability of Hopper and of data-centre Blackwell
+
+
 @dataclass(frozen=True)
 class KernelChoice:
     """What a run computes with.
@@ -48,6 +51,7 @@ class KernelChoice:
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
+        has_fp8: large frozen matmuls run in 8 bit.
         note: one line for the user, with the reasons.
     """
 
@@ -55,6 +59,7 @@ class KernelChoice:
     attention: str
     use_liger: bool
     has_row_kernel: bool
+    has_fp8: bool
     note: str
 
 
@@ -85,7 +90,13 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    return KernelChoice(getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, note)
+    has_fp8 = cfg.matmul == "fp8"
+    if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
+        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
+        raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
+    note += f", frozen matmuls of {matmul.MIN_TOKENS:,} tokens and more in fp8" * has_fp8
+    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
+    return KernelChoice(*choice, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:
@@ -157,14 +168,14 @@ class QuantizedModel(nn.Module):
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
         has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
-        is_plain &= cfg.per_visit == 1 and not has_experts
+        is_plain &= cfg.per_visit * cfg.passes == 1 and not has_experts
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
         if not has_experts:
             for store in (body.store for body in bodies if body.store):
-                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit)
+                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit * cfg.passes)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
@@ -198,6 +209,19 @@ class QuantizedModel(nn.Module):
             return False
         values = [value for call in calls for value in call.kwargs.values()]
         return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Context in which it computes the base, without gradient."""
+        bodies = [block.body for block in cast(Any, self.layers)]
+        for body in bodies:
+            body.is_bare = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for body in bodies:
+                body.is_bare = False
 
     def _visit(self, groups: Sequence[RowGroup]) -> list[torch.Tensor]:
         ids = [group.input_ids for group in groups]
@@ -293,7 +317,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache()
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.has_fp8)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
@@ -530,4 +554,9 @@ def _build_body(
         stored = kind.linears[index].name
         linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
         layer.set_submodule(name, linears[name])
-    return TrainedLayer(layer, [*group_linears(linears), *groups], store)
+    joint = group_linears(linears)
+    for group in joint:
+        indices = tuple(places[name] for name in linears if linears[name].group is group)
+        if store.can_multiply(indices):
+            group.linears[0].quantized = partial(store.quantized, indices)
+    return TrainedLayer(layer, [*joint, *groups], store)
