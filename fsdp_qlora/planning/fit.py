@@ -252,18 +252,19 @@ def explore(
         batch = rising[0].batch_size
         if batch in hidden_batches and rising[0].count("resident"):
             continue
+        number = len(outcomes)
         for setting in rising:
             found = _evaluate(s, setting, machine)
             outcomes.append(found)
             if not found.fits_safely:  # nor will what keeps more
-                is_open = "use_activation_cpu_offload" not in fixed and "full" in setting.levels
-                if setting is rising[0] and is_open:
-                    hosting = dataclasses.replace(setting, hosts_inputs=True)
-                    outcomes.append(_evaluate(s, hosting, machine))
                 break
             parts = found.speed.parts_s
             if setting.count("streamed") and parts[HOST_LINK] < 0.8 * parts[MATMULS]:
                 hidden_batches.add(batch)
+        is_open = "use_activation_cpu_offload" not in fixed and "full" in rising[0].levels
+        if is_open and not outcomes[number].fits_safely:
+            hosting = dataclasses.replace(rising[0], hosts_inputs=True)
+            outcomes.append(_evaluate(s, hosting, machine))
     return outcomes
 
 
