@@ -488,10 +488,8 @@ def _survey_lines(table: Mapping[str, dict[str, Any]]) -> list[str]:
         line += f"{_number(row['step_s']):>8}{row['tokens_per_s']:>10,.0f}  {row['setting']}"
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 68)
     speeds = "; ".join(f"{name}: {row['gpu']}" for name, row in table.items() if row["gpu"] != name)
-    return [
-        *lines,
-        *_wrapped([("longest", WORDS["longest"]), *([("speeds", speeds)] if speeds else [])]),
-    ]
+    notes = [("longest", WORDS["longest"]), *[("speeds", speeds)] * bool(speeds)]
+    return [*lines, *_wrapped(notes)]
 
 
 def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
@@ -518,6 +516,8 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     values["num_machines"] = machine.num_machines
     values |= {"batch_size": setting.batch_size, "accumulation": setting.accumulation}
     values["context_length"] = cfg.context_length
+    lengths = [fit.longest(info, cfg, machine, is_lean) for is_lean in (False, True)]
+    values["longest"] = dict(zip(("asked", "best"), lengths, strict=True))
     values["placements"] = {name: setting.count(name) for name in setting.placements}
     values["levels"] = {name: setting.count(name) for name in setting.levels}
     values |= {"fits": found.fits, "card": _memory(found.device), "host": _memory(found.host)}
