@@ -1,19 +1,14 @@
-"""The files of a model: where they lie, what their headers hold, and linears stored in 4 bit.
+"""The files of a model: where they lie and what their headers hold.
 
 Only headers are read (a few MB even for a 70B). The safetensors library makes sure that every byte
 of a file belongs to exactly one tensor, so that a truncated download is found before anything else
-starts. A local directory never reaches the hub. Of models in 4 bit those of bitsandbytes are read:
-a linear is "X.weight" (codes), "X.weight.absmax", "X.weight.quant_map", with double quantization
-also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...".
-
-Source: bitsandbytes, functional.py, QuantState.as_dict.
+starts. A local directory never reaches the hub.
 """
 
 import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,12 +33,12 @@ LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-QUANTIZED_ITEM_BYTES = ITEM_BYTES | {"U8": 1}  # of a model stored in 4 bit
+QUANTIZED_ITEM_BYTES = ITEM_BYTES | {"U8": 1, "I8": 1, "I32": 4, "I64": 8}
+QUANTIZED_ITEM_BYTES |= {"F8_E4M3": 1, "F8_E8M0": 1}
 NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in another format
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
-STATE = ".quant_state.bitsandbytes__"
 ORIGINAL = "take the 16-bit original of this model"
 SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
@@ -187,13 +182,6 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
 
 
-JOINED = "gate_up_proj"  # of an expert, both projections in one
-FUSED = re.compile(
-    r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
-    r"|(?P<down>down_proj|output_linear\.weight))"
-)
-
-
 class TensorRef(NamedTuple):
     """Where the bytes of one tensor lie.
 
@@ -235,9 +223,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is no valid JSON ({error})") from None
+        raise damaged(path, f"is no valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise _damaged(path, "must hold a JSON object")
+        raise damaged(path, "must hold a JSON object")
     return value
 
 
@@ -312,17 +300,17 @@ def read_tensors(
         header = read_header(directory / name, item_bytes)
         twice = sorted(header.keys() & tensors.keys())
         if twice:
-            raise _damaged(directory / name, f"repeats {describe(twice)} of another file")
+            raise damaged(directory / name, f"repeats {describe(twice)} of another file")
         tensors |= header
     lost = [name for name in index if name not in tensors or tensors[name].file.name != index[name]]
     if lost:
-        raise _damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
+        raise damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
     if has_both:
         header = read_header(single, item_bytes)
         is_same = header.keys() == tensors.keys()
         if not is_same or not all(same_bytes(ref, tensors[n], PIECE) for n, ref in header.items()):
             rule = f"holds another model than the files that {INDEX_NAME} names"
-            raise _damaged(single, rule, "remove what is left of the other model")
+            raise damaged(single, rule, "remove what is left of the other model")
     return tensors
 
 
@@ -397,7 +385,7 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
     if not path.is_file():
         is_other = os.path.lexists(path)
         what = "is no regular file" if is_other else "is named by the index, and absent"
-        raise _damaged(path, what)
+        raise damaged(path, what)
     with path.open("rb") as raw:
         head = raw.read(64)
     _refuse_stand_in(path, head)
@@ -408,7 +396,7 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
     except (SafetensorError, OSError) as error:
         why = brief(error).partition("header: ")[2] or brief(error)
         size = path.stat().st_size
-        raise _damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
+        raise damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
     if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
         of_kind = [name for name, (dtype, _) in kinds.items() if dtype == others[0]]
         rule = f"holds {others[0]} tensors ({of_kind[0]}); a base is {', '.join(ITEM_BYTES)}"
@@ -440,10 +428,10 @@ def _read_index(path: Path) -> dict[str, str]:
         return {}
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise _damaged(path, "has no weight_map")
+        raise damaged(path, "has no weight_map")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise _damaged(path, f"weight_map names {name!r}, which is no plain file name")
+            raise damaged(path, f"weight_map names {name!r}, which is no plain file name")
     return weight_map
 
 
@@ -464,145 +452,13 @@ def _list_files(directory: Path) -> list[str]:
 
 def _refuse_stand_in(path: Path, head: bytes) -> None:
     if head.startswith(b"version https://git-lfs"):
-        raise _damaged(path, "is a git-lfs pointer, not the file", "run git lfs pull there")
+        raise damaged(path, "is a git-lfs pointer, not the file", "run git lfs pull there")
     if head.lstrip()[:5].lower() in {b"<!doc", b"<html"}:
-        raise _damaged(path, "is an HTML page, not the file", "download the raw file")
+        raise damaged(path, "is an HTML page, not the file", "download the raw file")
 
 
-def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
+def damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
     return UserError(str(path), rule, remedy, INTEGRITY)
-
-
-class QuantizedRef(NamedTuple):
-    """Where a linear that is stored in 4 bit lies.
-
-    Args:
-        refs: "weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map" -> place.
-        offset: of the constants, with double quantization.
-    """
-
-    refs: dict[str, TensorRef]
-    offset: float | None
-
-
-def stored_format(config: dict, model_name: str) -> str | None:
-    """Say in which format a model lies on disk.
-
-    Args:
-        config: content of config.json.
-        model_name: for the message.
-
-    Returns:
-        "nf4", "nf4_dq", "fp4" or "fp4_dq"; None for 16 or 32 bit.
-
-    Raises:
-        UserError: it is quantized in another way (code 2).
-    """
-    found = config.get("quantization_config")
-    if found is None:
-        return None
-    found = found if isinstance(found, dict) else {}
-    is_double = bool(found.get("bnb_4bit_use_double_quant"))
-    name = f"{found.get('bnb_4bit_quant_type')}{'_dq' * is_double}"
-    if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
-        return name
-    method = str(found.get("quant_method") or "unknown")
-    method += " in 8 bit" if found.get("load_in_8bit") else ""
-    rule = f"is quantized already ({method}); of such models only bitsandbytes in 4 bit is read"
-    raise UserError(model_name, rule, ORIGINAL)
-
-
-def fold(
-    tensors: dict[str, TensorRef], format_name: str, model_name: str
-) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
-    """Make one entry of the parts of each quantized linear.
-
-    Args:
-        tensors: of the files.
-        format_name: of `stored_format`.
-        model_name: for the message.
-
-    Returns:
-        The tensors, those of quantized weights in their true shape; and the places of the parts.
-
-    Raises:
-        UserError: another block size or type, or parts that do not fit (code 5).
-    """
-    states = {name: name.partition(STATE)[0] for name in tensors if STATE in name}
-    folded, quantized = dict(tensors), {}
-    for state_name, name in states.items():
-        state = _read_state(tensors[state_name], state_name)
-        refs = {"weight": tensors[name]} if name in tensors else {}
-        for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
-            if f"{name}.{part}" in tensors:
-                refs[part] = folded.pop(f"{name}.{part}")
-        del folded[state_name]
-        _check(f"{name} in {model_name}", state, refs, format_name)
-        quantized[name] = QuantizedRef(refs, state.get("nested_offset"))
-        folded[name] = refs["weight"]._replace(shape=tuple(state["shape"]))
-    return folded, quantized
-
-
-def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, TensorRef]:
-    """Make an entry of the matrix of each expert where a tensor holds those of a layer.
-
-    Some files hold matrices as [out, in], some (gpt-oss, Llama 4) as [in, out]; both projections of
-    a layer together tell which.
-
-    Args:
-        tensors: of the files.
-        hidden: width of the residual stream.
-
-    Returns:
-        "...mlp.experts.3.gate_up_proj.weight" and so on in place of "...mlp.experts.gate_up_proj".
-    """
-    cubes = (name for name, ref in tensors.items() if len(ref.shape) == 3)
-    found = {name: match for name in cubes if (match := FUSED.fullmatch(name))}
-    turned = {m["block"] for n, m in found.items() if m["down"] and tensors[n].shape[2] == hidden}
-    turned -= {m["block"] for n, m in found.items() if m["up"] and tensors[n].shape[1] != hidden}
-    split: dict[str, TensorRef] = {}
-    for name, ref in tensors.items():
-        match = found.get(name)
-        if match is None:
-            split[name] = ref
-            continue
-        part = "down_proj" if match["down"] else "up_proj" if match["up"] == "up_proj" else JOINED
-        num, *shape = ref.shape
-        is_turned, nbytes = match["block"] in turned, ref.nbytes // max(num, 1)
-        for i in range(num):
-            own = (*shape[::-1],) if is_turned else (*shape,)
-            own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
-            stem = f"{match['block']}.experts.{i}.{part}.weight"
-            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
-    return split
-
-
-def _read_state(ref: TensorRef, name: str) -> dict:
-    try:
-        with ref.file.open("rb") as file:
-            file.seek(ref.start)
-            state = json.loads(file.read(ref.nbytes))
-        if [type(size) for size in state["shape"]] != [int, int]:
-            raise ValueError("no shape of two sizes")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
-    return state
-
-
-def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str) -> None:
-    num_weights, is_double = math.prod(state["shape"]), format_name.endswith("_dq")
-    num_blocks = -(-num_weights // GROUP)
-    sizes = {"weight": -(-num_weights // 2), "quant_map": 16 * 4}
-    sizes["absmax"] = num_blocks * (1 if is_double else 4)
-    if is_double:
-        sizes |= {"nested_absmax": -(-num_blocks // NESTED) * 4, "nested_quant_map": 256 * 4}
-    found = {part: ref.nbytes for part, ref in refs.items()}
-    own = (state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize"))
-    wanted = (format_name.removesuffix("_dq"), GROUP, NESTED if is_double else None)
-    is_good = found == sizes and own == wanted
-    if not is_good or is_double != isinstance(state.get("nested_offset"), float):
-        rule = f"type and block sizes {own}, want {wanted} and the parts {', '.join(sizes)}"
-        raise UserError(where, rule, ORIGINAL, INTEGRITY)
 
 
 def refuse(

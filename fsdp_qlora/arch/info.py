@@ -9,23 +9,25 @@ no rank fails over one. tests/arch compares every row with the model that transf
 """
 
 import contextlib
+import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.arch import files
-from fsdp_qlora.arch.files import QuantizedRef, TensorRef
+from fsdp_qlora.arch import files, formats
+from fsdp_qlora.arch.files import TensorRef
+from fsdp_qlora.arch.formats import JOINED, MXFP4, QuantizedRef, Stored
 from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
-EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", files.JOINED), ("w1", "w3", "w2"))
+EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
 # Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
 EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
 EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
@@ -71,12 +73,15 @@ class Linear:
         out_features: rows of its weight.
         in_features: columns of its weight.
         has_bias: a bias of out_features exists; it is not quantized.
+        format: row of planning.sizes.FORMATS in which the files have it, where that is kept
+            whatever the format of the run.
     """
 
     name: str
     out_features: int
     in_features: int
     has_bias: bool
+    format: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,18 +152,27 @@ class Structure:
             for name, shape in layer.items()
         }
 
-    def kinds(self) -> tuple[LayerKind, ...]:
+    def kinds(self, kept: Mapping[str, str]) -> tuple[LayerKind, ...]:
         """Sort the layers by what they hold; the kinds in the order of their first layers.
+
+        Args:
+            kept: full name of a weight -> its format, where that of the files is kept.
 
         Raises:
             UserError: see `find_linears`.
         """
         found: dict[tuple, list[int]] = {}
         for index, layer in enumerate(self.layers):
-            found.setdefault(tuple(sorted(layer.items())), []).append(index)
+            names = ((name, f"{self.layers_prefix}.{index}.{name}") for name in sorted(layer))
+            own = tuple((name, kept[full]) for name, full in names if full in kept)
+            found.setdefault((tuple(sorted(layer.items())), own), []).append(index)
         kinds = []
-        for items, indices in found.items():
-            linears = find_linears(self.layers[indices[0]])
+        for (items, own), indices in found.items():
+            formats_of = dict(own)
+            linears = tuple(
+                dataclasses.replace(linear, format=formats_of.get(f"{linear.name}.weight", ""))
+                for linear in find_linears(self.layers[indices[0]])
+            )
             weights = {f"{linear.name}.weight" for linear in linears}
             params = tuple(item for item in items if item[0] not in weights)
             kinds.append(LayerKind(linears, params, tuple(indices)))
@@ -368,8 +382,9 @@ class ModelInfo:
         tensors: full name -> where its bytes lie; empty when no weights were asked for.
         wrapper: model_type of the model whose text half it is, or "".
         towers: of a wrapper, full name -> where the bytes of its other parts lie.
-        stored_format: of the linears on disk when they are quantized there, such as "nf4_dq".
-        quantized: full name of such a linear's weight -> its parts; empty without `tensors`.
+        stored: how it lies on disk.
+        quantized: full name of a weight that is quantized there -> its parts; empty without
+            `tensors`.
     """
 
     path: Path | None
@@ -385,8 +400,13 @@ class ModelInfo:
     tensors: dict[str, TensorRef]
     wrapper: str = ""
     towers: dict[str, TensorRef] = field(default_factory=dict)
-    stored_format: str | None = None
+    stored: Stored = Stored()
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
+
+    @property
+    def stored_format(self) -> str | None:
+        """Of all linears on disk, when they are bitsandbytes', such as "nf4_dq"."""
+        return self.stored.whole
 
     @cached_property
     def by_layer(self) -> tuple[LayerKind, ...]:
@@ -500,12 +520,12 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
     text, wrapper = _text_half(raw)
-    config, stored = _checked_config(text, model_name), files.stored_format(raw, model_name)
+    config, stored = _checked_config(text, model_name), formats.stored_as(raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}
-    item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
     has_files = path and (need_weights or any(path.glob("*.safetensors")))
+    item_bytes = files.QUANTIZED_ITEM_BYTES if stored.method else files.ITEM_BYTES
     if reads_headers := need_weights or not is_known:
         if path and has_files:
             tensors, towers = without_towers(files.read_tensors(path, item_bytes), wrapper)
@@ -514,8 +534,8 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         if wrapper:
             config["tie_word_embeddings"] = HEADS[0] not in tensors
         tensors = _own_names(tensors, config)
-        if stored:
-            tensors, quantized = files.fold(tensors, stored, model_name)
+        if stored.method and has_files:
+            tensors, quantized = formats.fold(tensors, stored, model_name)
         tensors = _without_copies(tensors, config)
     elif path and _is_tied(config):  # whole files know better; a plan can do without
         with contextlib.suppress(UserError):
@@ -524,6 +544,9 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
+    kept = {name: MXFP4 for name, at in quantized.items() if at.format == MXFP4}
+    if stored.method == MXFP4 and not has_files:
+        kept = {name: MXFP4 for name in shapes if _expert_part(name)}
     info = ModelInfo(
         path=path,
         model_type=config["model_type"],
@@ -533,12 +556,12 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         vocab_size=_size(config, "vocab_size"),
         is_tied=not structure.root.keys() & set(HEADS),
         layers_prefix=structure.layers_prefix,
-        kinds=structure.kinds(),
+        kinds=structure.kinds(kept),
         root_params=tuple(sorted(structure.root.items())),
         tensors=tensors if has_files else {},
         wrapper=wrapper,
         towers=towers,
-        stored_format=stored,
+        stored=stored,
         quantized=quantized,
     )
     _check_quantized(info, model_name)
@@ -673,7 +696,7 @@ def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorR
     bare = {name if name in HEADS else "".join(lacks) + name: ref for name, ref in tensors.items()}
     if _is_tied(config) and HEADS[0] in bare and config["model_type"] in LAYOUTS:
         bare.setdefault(EMBEDDING, bare[HEADS[0]])
-    return files.split_experts(bare, _size(config, "hidden_size"))
+    return formats.split_experts(bare, _size(config, "hidden_size"))
 
 
 def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:

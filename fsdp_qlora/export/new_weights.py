@@ -79,7 +79,7 @@ class TrainedBase:
 
     def __post_init__(self) -> None:
         """Refuse another format than that of the files."""
-        if self.info.quantized and self.format_name != self.info.stored_format:
+        if self.info.stored_format and self.format_name != self.info.stored_format:
             rule = f"is stored as {self.info.stored_format}, not {self.format_name or 'in 16 bit'}"
             remedy = "use --base auto, or take the 16-bit original"
             raise UserError(str(self.info.path), rule, remedy)
