@@ -75,14 +75,13 @@ class _Follower:
                 self._take(atomic.parse_json(raw) or {"event": "damaged"})
 
     def _take(self, line: Event) -> None:
-        kind = line.get("event", "step")
-        key = (line.get("step"), line.get("when"))
-        if kind in self.events:
-            is_new = key not in self.events[kind]
-            self.events[kind][key] = line  # of a step that was taken again the last one counts
-            callback = self._callbacks[kind]
-            if is_new and callback is not None:
-                callback(line)
+        kind, key = line.get("event", "step"), (line.get("step"), line.get("when"))
+        if kind not in self.events:
+            return
+        is_new, callback = key not in self.events[kind], self._callbacks[kind]
+        self.events[kind][key] = line  # of a step that was taken again the last one counts
+        if is_new and callback is not None:
+            callback(line)
 
 
 def plan(config: TrainConfig) -> Any:
@@ -270,7 +269,5 @@ def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
         raise UserError("dataset", rule, "convert the other values to text") from error
     data = text.encode()
     path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write(path, data)
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path if path.exists() else atomic.write(path, data)

@@ -164,10 +164,7 @@ def _seal(table: dict[str, Any]) -> str:
 
 
 def try_lock(
-    file: IO[bytes] | int,
-    is_shared: bool = False,
-    waits: bool = False,
-    kind: str = "flock",
+    file: IO[bytes] | int, is_shared: bool = False, waits: bool = False, kind: str = "flock"
 ) -> bool:
     """Lock an open file until it is closed, or say that its file system has no locks.
 
@@ -264,9 +261,15 @@ def commit(draft: Path, final: Path) -> None:
     Raises:
         OSError: the disk does not take it.
     """
+    _rename(draft, final, replaces=True)
+
+
+def _rename(draft: Path, final: Path, replaces: bool = False) -> None:
+    """Bring a directory to the disk, then give it its name."""
     for path in (*draft.rglob("*"), draft):
         sync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    if replaces:
+        shutil.rmtree(final, ignore_errors=True)
     draft.rename(final)
     sync(final.parent)
 
@@ -326,12 +329,9 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
         draft = out.with_name(f"{prefix}{os.getpid()}")
         draft.mkdir()
         lock = os.open(draft, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(lock)
         yield draft
-        for path in (*draft.rglob("*"), draft):
-            sync(path)
-        draft.rename(out)
-        sync(out.parent)
+        _rename(draft, out)
     except OSError as error:
         reason = error.strerror or str(error)
         place = str(out if draft is None or error.errno in IS_FULL else error.filename or out)
@@ -353,9 +353,7 @@ def _sweep(directory: Path, prefix: str) -> None:
     for draft in [path for path in directory.iterdir() if path.name.startswith(prefix)]:
         lock = os.open(draft, os.O_RDONLY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(draft)
-        except BlockingIOError:
-            continue  # somebody writes there
+            if try_lock(lock):  # else somebody writes there
+                shutil.rmtree(draft)
         finally:
             os.close(lock)

@@ -196,18 +196,13 @@ def read_run(run_dir: Path) -> BenchRow:
     ranks, steps_s = run.table("peaks")["ranks"], run.values("step_s")
     has_gpu = any(rank["device_peak_reserved_gib"] for rank in ranks)
     spread = spread_of(steps_s)
-    return {
-        "steps_s": steps_s,
-        "losses": run.values("loss"),
-        "step_s": spread,
-        "tokens_per_s": run.facts["num_tokens"] / run.facts["num_steps"] / spread["median"],
-        "peak_allocated_gib": max(rank["device_peak_allocated_gib"] for rank in ranks),
-        "peak_reserved_gib": max(rank["device_peak_reserved_gib"] for rank in ranks),
-        "versions": run.table("versions"),
-        "peaks": names.peaks(plan, ledger, has_gpu),
-        "table": names.comparison(plan, ledger, has_gpu),
-        "plan_note": plan.get("note", ""),
-    }
+    speed = run.facts["num_tokens"] / run.facts["num_steps"] / spread["median"]
+    row = {"steps_s": steps_s, "losses": run.values("loss"), "step_s": spread}
+    row |= {"tokens_per_s": speed, "versions": run.table("versions")}
+    for name in ("peak_allocated_gib", "peak_reserved_gib"):
+        row[name] = max(rank[f"device_{name}"] for rank in ranks)
+    row |= {"peaks": names.peaks(plan, ledger, has_gpu), "plan_note": plan.get("note", "")}
+    return row | {"table": names.comparison(plan, ledger, has_gpu)}
 
 
 def spread_of(steps_s: Sequence[float]) -> dict[str, float]:
@@ -292,10 +287,9 @@ def _cells(row: BenchRow) -> list[str]:
     if row["state"] != "measured":
         return [*head, row["state"], *[""] * 4, when]
     step, losses = row["step_s"], [f"{loss:.3f}" for loss in row["losses"] if loss is not None]
-    gpu, host = (
-        f"{pair[1]:.2f} ({pair[1] / pair[0] - 1:+.1%})" if pair else ""
-        for pair in map(row["peaks"].get, ("card", "host"))
-    )
+    pairs = row["peaks"].items()
+    total = {name: f"{got:.2f} ({got / plan - 1:+.1%})" for name, (plan, got) in pairs}
+    gpu, host = total.get("card", ""), total.get("host", "")
     return [
         *(*head, f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})"),
         f"{row['tokens_per_s']:,.0f}",
@@ -353,7 +347,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop ends the running row too
     args = _parse(argv)
     stem = args.out / f"bench-{args.kind}"
-    former, every = _stored(stem), {case.name: case for case in KINDS[args.kind][2]}
+    path, every = stem.with_suffix(".json"), {case.name: case for case in KINDS[args.kind][2]}
+    former = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     names = [name for text in args.rows.split(",") for name in fnmatch.filter(every, text)]
     if not names:
         raise UserError(f"--rows {args.rows}", "no such row", f"use {' '.join(every)}")
@@ -369,12 +364,6 @@ def main(argv: list[str]) -> int:
     print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .html")
     states = {rows[name]["state"] for name in names}
     return DONE if states <= {"measured", "left out"} else RUN_FAILED
-
-
-def _stored(stem: Path) -> list[BenchRow]:
-    """Rows of an earlier bench, which wrote its file whole or not at all."""
-    path = stem.with_suffix(".json")
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -309,9 +309,8 @@ def _generator(model: Any, world: Any) -> Any:
                 if decoder.config._attn_implementation == PLAIN:
                     decoder.config._attn_implementation = MASKED
             logits_B1V = model(input_ids, past_key_values=cache, **padding).float().cpu()
-            return CausalLMOutputWithPast(
-                logits=world.from_first(logits_B1V), past_key_values=cache
-            )
+            logits_B1V = world.from_first(logits_B1V)
+            return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=cache)
 
         __call__ = forward
 

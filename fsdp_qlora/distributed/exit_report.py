@@ -173,9 +173,8 @@ def end_without(
         hosts: by rank.
         output_dir: directory of the run.
     """
-    saved = checkpoint_store.latest(output_dir)
     remedies = "no step is saved on this host", "start the run again"
-    if saved is not None:
+    if (saved := checkpoint_store.latest(output_dir)) is not None:
         remedies = f"step {saved.step} is saved", f"continue with --resume {output_dir}"
     line = _line(", ".join(f"{hosts[i]} (rank {i})" for i in lost), rule, *remedies)
     with suppress(OSError), (output_dir / LOGS / f"rank{rank}.log").open("a") as log:
@@ -316,11 +315,10 @@ def diagnose_exit(
         first = _line(who, rule, "free host memory or keep less in it", how_to_resume)
         return ExitReport(RUN_FAILED, [first, *more][:MAX_LINES])
     rule = f"ended with code {code}{sign}" + ", before its end" * (code == DONE)
-    if code < 0:
-        rule = f"was killed by {signal.Signals(-code).name}{sign}"
-        remedy = "dmesg tells whether host memory ran out" if -code == signal.SIGKILL else remedy
-    remedies = remedy, _address_limit(), how_to_resume
-    return ExitReport(max(code, 0) or RUN_FAILED, [_line(who, rule, *remedies)])
+    rule = f"was killed by {signal.Signals(-code).name}{sign}" if code < 0 else rule
+    remedy = "dmesg tells whether host memory ran out" if -code == signal.SIGKILL else remedy
+    first = _line(who, rule, remedy, _address_limit(), how_to_resume)
+    return ExitReport(max(code, 0) or RUN_FAILED, [first])
 
 
 def _address_limit() -> str:

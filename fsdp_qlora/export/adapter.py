@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import tomllib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,25 +34,14 @@ RECORD_KEY = "fsdp_qlora"
 LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files
 IN_LAYER = re.compile(r".*?\.\d+\.(.+)")  # a linear of a layer, by its name in the layer
 PAIR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
-# Keys of adapter_config.json that may say anything, because the tensors tell it, or because it is
-# looked at here; every other one must be absent, false or empty.
-KNOWN_KEYS = {
-    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying"),
-    *("eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern"),
-    *("layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save"),
-    *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-    *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
-}
+TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 TYPES = {"alpha_pattern": dict, "rank_pattern": dict, "modules_to_save": list}
-OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # these change the base at the start
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 SELECTION = ("lora_exclude_modules", "layers_to_transform")
 OPEN = ("lora_dropout", "lora_target_modules", "model_name", *SELECTION)  # may be others than its
 BY_PEFT = "merge it with peft's merge_and_unload"
 SAME_PLACE = "take both files from the same place"
-# What an adapter brings of its tokenizer, and a hub is sent.
-OF_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "chat_template.json", "*.model")
-OF_TOKENIZER += ("*.tiktoken", "additional_chat_templates/*.jinja")
+OF_TOKENIZER = (*TOKENIZER_FILES, *TABLE["of_tokenizer"])
 
 
 @dataclass(frozen=True)
@@ -259,12 +249,9 @@ def _start_options(adapter: SavedAdapter, train_type: str) -> dict[str, Any]:
         "model_name": adapter.base_name or None,
     }
     for name in ("rank_pattern", "alpha_pattern"):
-        table = {
-            key: value
-            for key, value in (known.get(name) or {}).items()
-            if any(by_pattern({name: {key: 1}}, name, "", pair) for pair in pairs)
-        }
-        found[name] = json.dumps(table) if table else None
+        table = known.get(name) or {}
+        used = [k for k in table if any(by_pattern({name: {k: 1}}, name, "", p) for p in pairs)]
+        found[name] = json.dumps({key: table[key] for key in used}) if used else None
     return found
 
 
@@ -419,9 +406,7 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
     for name, shape in shapes.items():
         stored = there.get(name)
         if stored != shape:
-            rule = (
-                f"is {list(stored)} in {info.path}" if stored else f"no such linear in {info.path}"
-            )
+            rule = f"{f'is {list(stored)}' if stored else 'no such linear'} in {info.path}"
             got = f"adapter for {name.removesuffix('.weight')} {list(shape)}"
             remedy = "give the base it was trained on with --model_name"
             raise UserError(got, rule, remedy, INTEGRITY)
@@ -477,14 +462,10 @@ def record_of(info: ModelInfo, cfg: TrainConfig) -> dict[str, Any]:
     Returns:
         version, base, format, compute_dtype, digest (for older versions), samples; see the module.
     """
-    return {
-        "version": __version__,
-        "base": "@".join(filter(None, base_name(info, cfg))),
-        "format": cfg.format_name,
-        "compute_dtype": cfg.compute_dtype,
-        "digest": digest(info),
-        "samples": info.digest(),
-    }
+    base = "@".join(filter(None, base_name(info, cfg)))
+    found: dict[str, Any] = {"version": __version__, "base": base, "format": cfg.format_name}
+    found |= {"compute_dtype": cfg.compute_dtype, "digest": digest(info)}
+    return found | {"samples": info.digest()}
 
 
 def metadata(record: dict[str, Any]) -> dict[str, str]:
@@ -516,7 +497,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         rule = f"says peft_type {config.get('peft_type')!r}, not LORA"
         raise UserError(str(file), rule, BY_PEFT)
-    other = [key for key in sorted(config) if config[key] and key not in KNOWN_KEYS]
+    other = [key for key in sorted(config) if config[key] and key not in TABLE["known_keys"]]
     other += ["bias"] * (config.get("bias", "none") != "none")
     if other:
         raise UserError(str(file), f"uses {', '.join(other)}, which is not plain LoRA", BY_PEFT)
@@ -525,7 +506,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             rule = f"must be {'a list' if kind is list else 'an object'}"
             raise UserError(f"{key} = {config[key]} in {file}", rule, "copy it again", INTEGRITY)
     start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(OTHER_BASES):
+    if start.startswith(tuple(TABLE["other_bases"])):
         rule = f"was started with {start}, which changes the base"
         remedy = "convert it with peft's path_initial_model_for_weight_conversion"
         raise UserError(str(file), rule, remedy)

@@ -13,14 +13,13 @@ from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, REDACTED, UserError, brief, one_line, redact
-from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, WEIGHTS_NAME
+from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, TABLE, WEIGHTS_NAME
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import OWN_FLAGS, Run, highest
 
 CARD_NAME = "README.md"
-# Not run_config.json, metrics.jsonl or logs: they name paths of this machine.
-FILES = (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
-FILES += ("config.json", "generation_config.json", INDEX_NAME, SINGLE_NAME, "model-*.safetensors")
+FILES = (*TABLE["of_model"], CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
+FILES += (INDEX_NAME, SINGLE_NAME)
 # A card is shown to all: here also what only may be a secret is removed.
 MAYBE_SECRET = r"\b(?:hf|sk|gh[po]|glpat|xox[abp])[-_][\w-]{8,}|\b[0-9a-f]{40}\b"
 MAYBE_SECRET += r"|(?i:\b(?:token|key|secret|api_key|password)=[^\s&'\"]+)"

@@ -132,12 +132,9 @@ def write_weights(
     if num > 1:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         atomic.write_json(directory / INDEX_NAME, index)
-    return {
-        "num_files": num,
-        "gib": total_bytes / GIB,
-        "written_s": time.perf_counter() - began_s,
-        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    took_s, own = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
+    figures = {"num_files": num, "gib": total_bytes / GIB, "written_s": took_s}
+    return figures | {"host_peak_gib": own.ru_maxrss / 2**20}
 
 
 def copy_beside(
@@ -247,13 +244,11 @@ def save(
     """
     assert isinstance(model, QuantizedModel)
     is_full = TRAIN_TYPES[cfg.train_type].adapter == "full"
-    write = _save_model if is_full else _save_parts
-    path = write(model, info, cfg, is_writer)
+    path = (_save_model if is_full else _save_parts)(model, info, cfg, is_writer)
+    if is_writer and tokenizer is not None:
+        write_tokenizer(cfg.resolved_output_dir, info, tokenizer)
     if is_writer:
-        directory = cfg.resolved_output_dir
-        if tokenizer is not None:
-            write_tokenizer(directory, info, tokenizer)
-        hub.write_card(directory, cfg, info)
+        hub.write_card(cfg.resolved_output_dir, cfg, info)
     return path
 
 
@@ -303,11 +298,10 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
     own_layers = layer_numbers(cfg.layers_to_transform)
     exclude = module_names(cfg.lora_exclude_modules) or None
     if info.wrapper:  # its other parts have linears of the same names
-        names = sorted({slot.name.replace(".", r"\.") for slot in slots})
+        names = "|".join(sorted({slot.name.replace(".", r"\.") for slot in slots}))
         numbers = "|".join(map(str, own_layers)) or r"\d+"
         stem = model.layers_prefix.replace(".", r"\.")
-        targets, own_layers = rf"{stem}\.({numbers})\.({'|'.join(names)})", []
-        exclude = None
+        targets, own_layers, exclude = rf"{stem}\.({numbers})\.({names})", [], None
     config = peft.LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # a scale may be any number
@@ -340,10 +334,7 @@ def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
         if is_writer:
             directory.mkdir(parents=True, exist_ok=True)
             write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * GIB))
-    except OSError:
-        collections.deque(tensors, 0)  # a full disk is the writer's: the others gather all
-        raise
-    collections.deque(tensors, 0)  # they gather with the writer
-    if is_writer:
-        copy_beside(directory, info, cfg.compute_dtype)
+            copy_beside(directory, info, cfg.compute_dtype)
+    finally:
+        collections.deque(tensors, 0)  # all gather with the writer, also where its disk is full
     return directory

@@ -173,11 +173,8 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     facts, first, last, has_gpus = run.facts, run.steps[0], run.steps[-1], run.has_gpus
     names = ("num_tokens", "num_trained_tokens", "step_s")
     tokens, trained, train_s = [sum(v or 0 for v in run.values(name)) or None for name in names]
-    gpu_gib, plan_s = (
-        highest(run.peaks("device_peak_reserved_gib")),
-        run.table("plan").get("step_s"),
-    )
-    loading_gib = run.table("load_peaks").get("host_peak_used_gib")
+    gpu_gib = highest(run.peaks("device_peak_reserved_gib"))
+    plan_s, loading = run.table("plan").get("step_s"), run.table("load_peaks")
     host_gib = [run.table("peaks").get("host", {}).get("host_peak_used_gib")]
     host_gib += run.host("host_peak_used_gib") + run.host("host_used_gib")
     cores = [busy for busy in run.host("cpu_cores") if busy is not None]
@@ -200,7 +197,7 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
         "Memory and processors": [
             ("GiB per GPU, peak reserved", ",.2f", gpu_gib if has_gpus else None),
             ("GiB of the host, peak", ",.2f", highest(host_gib)),
-            ("GiB of the host while loading", ",.2f", loading_gib),
+            ("GiB of the host while loading", ",.2f", loading.get("host_peak_used_gib")),
             ("CPU cores busy, mean", ",.2f", statistics.fmean(cores) if cores else None),
         ],
         "Loss": [
@@ -275,10 +272,8 @@ def predicted(run: Run, prefix: str) -> list[PageTable]:
     gpu, aim = ("GPU", PEAK_AIM) if run.has_gpus else ("Rank", CPU_AIM)
     ranks = [rank["device"] for rank in ledger.get("ranks", []) if rank.get("device")]
     hosts = [host for host in ledger.get("hosts") or [ledger.get("host")] if host]
-    for name, place, order, held in (
-        (gpu, "device", DEVICE_ROWS, ranks),
-        ("Host", "host", HOST_ROWS, hosts),
-    ):
+    places = (gpu, "device", DEVICE_ROWS, ranks), ("Host", "host", HOST_ROWS, hosts)
+    for name, place, order, held in places:
         planned = plan.get(place, {}) if run.has_gpus or held else {}
         known = [phase for phase in PHASES if any(phase in part for part in (planned, *held))]
         for phase in known:
@@ -362,8 +357,7 @@ def answers(run: Run, prefix: str) -> PageTable:
         run: the record.
         prefix: of the title.
     """
-    columns: dict[str, dict[str, Cell]] = {}
-    expected = {}
+    columns, expected = dict[str, dict[str, Cell]](), {}
     for sample in run.samples:
         prompt, when = str(sample.get("prompt", "")), str(sample.get("when"))
         columns.setdefault(when, {})[prompt] = Cell(str(sample.get("answer", "")))
@@ -408,8 +402,7 @@ def environment(runs: list[Run]) -> PageTable:
 
 def _console(run: Run) -> dict[str, Cell]:
     """The console's lines by their first word; a line that goes on below is joined."""
-    cells: dict[str, Cell] = {}
-    name = ""
+    cells, name = dict[str, Cell](), ""
     for line in "\n".join(run.facts.get("lines") or []).splitlines():
         name, words = line[:10].strip() or name, line[10:].strip()
         cells[name] = Cell(f"{cells[name].text}; {words}" if name in cells else words)

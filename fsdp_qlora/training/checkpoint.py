@@ -27,6 +27,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
 from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
+from fsdp_qlora.model.weights import DTYPES as FLOATS
 from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
@@ -37,10 +38,8 @@ from fsdp_qlora.training.optim import Trained, learning_rate
 
 HEARTBEAT_S = 2.0
 Tensors = dict[str, dict[str, Array]]  # by file and name
-DTYPES = {
-    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"},
-    **{torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"},
-}
+DTYPES = {dtype: name for name, dtype in FLOATS.items()}
+DTYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 BY_RANK = "@ranks"  # ends the name of what the ranks keep for blocks of their slices
 
 
@@ -555,9 +554,8 @@ class Checkpointer:
             last = checkpoint_store.last_step(self._output_dir)
             left = "none" if last is None else f"of step {last}"
             reason = getattr(writer.error, "strerror", None) or str(writer.error)
-            self._recorder.say(
-                f"warning   the checkpoint of step {writer.step} could not be written ({reason}); "
-                f"the training goes on; the last one there: {left}"
-            )
+            words = f"the checkpoint of step {writer.step} could not be written ({reason}); "
+            words += f"the training goes on; the last one there: {left}"
+            self._recorder.say(f"warning   {words}")
         elif writer.error is not None:
             raise writer.error

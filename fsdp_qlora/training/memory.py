@@ -9,6 +9,7 @@ is the peak of a phase less that; which rows it is made of is found by the memor
 over from there. What nobody has told apart stands in a row of its own.
 """
 
+import collections
 import contextlib
 import importlib
 import mmap
@@ -90,9 +91,7 @@ class PhasePeaks:
         Args:
             device: of this rank; of a CPU rank the process's own memory is watched.
         """
-        self.marks: list[str] = []
-        self._device = device
-        self._peaks: dict[str, Peak] = {}
+        self.marks, self._device, self._peaks = list[str](), device, dict[str, Peak]()
         self.now()
 
     def mark(self, phase: str) -> None:
@@ -207,7 +206,15 @@ class HostSampler:
             self.sample()
 
 
-class HostShare(NamedTuple):
+_SHARES = collections.namedtuple(
+    "_SHARES",
+    "base_gib data_gib slices_gib load_gib load_peak_gib save_gib save_peak_gib waiting_gib "
+    "forward_gib backward_gib optimizer_gib shared_gib files_gib system_gib used_gib",
+    defaults=(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+)
+
+
+class HostShare(_SHARES):
     """What one rank has of its host, GiB; the last four are the whole host's.
 
     Attributes:
@@ -223,22 +230,6 @@ class HostShare(NamedTuple):
         system_gib: in use before the run.
         used_gib: in use by all programs.
     """
-
-    base_gib: float = 0.0
-    data_gib: float = 0.0
-    slices_gib: float = 0.0
-    load_gib: float = 0.0
-    load_peak_gib: float = 0.0
-    save_gib: float = 0.0
-    save_peak_gib: float = 0.0
-    waiting_gib: float = 0.0
-    forward_gib: float = 0.0
-    backward_gib: float = 0.0
-    optimizer_gib: float = 0.0
-    shared_gib: float = 0.0
-    files_gib: float = 0.0
-    system_gib: float = 0.0
-    used_gib: float = 0.0
 
 
 class MemoryTracker:
@@ -265,11 +256,8 @@ class MemoryTracker:
             data: of the run, whose tokens this process holds; None: nothing.
         """
         self.plan, self.is_cuda = plan, device.type == "cuda"
-        self.peaks = PhasePeaks(device)
-        self.held: GibByRow = {}
-        self.transients: dict[str, GibByRow] = {}
-        self.phases: dict[str, GibByRow] = {}
-        self.used_gib: dict[str, float] = {}
+        self.peaks, self.held, self.used_gib = PhasePeaks(device), GibByRow(), GibByRow()
+        self.transients, self.phases = Phases(), Phases()
         self.pinned_gib = 0.0
         importlib.import_module("transformers.modeling_utils")  # a library, not the model
         data_gib = _token_bytes(data) / GIB if data else 0.0
@@ -500,11 +488,10 @@ def _what_is_there(device: torch.device, peak: Peak) -> str:
     if device.type != "cuda":
         return f"this rank held {peak.allocated_gib:.2f} GiB of its own at its highest"
     _, reserved_gib, used_gib, total_gib = gpu_memory(device)
-    return (
-        f"{total_gib:.1f} GiB on the GPU: {peak.left_gib:.2f} in tensors, "
-        f"{reserved_gib - peak.left_gib:.2f} reserved beside them, {used_gib - reserved_gib:.2f} "
-        f"of context and other programs, {total_gib - used_gib:.2f} free"
-    )
+    words = f"{total_gib:.1f} GiB on the GPU: {peak.left_gib:.2f} in tensors, "
+    words += f"{reserved_gib - peak.left_gib:.2f} reserved beside them, "
+    words += f"{used_gib - reserved_gib:.2f} of context and other programs, "
+    return f"{words}{total_gib - used_gib:.2f} free"
 
 
 def encode(phases: Phases, share: HostShare) -> list[float]:
@@ -562,20 +549,11 @@ class MemoryLedger:
         """
         decoded = [decode(row) for row in values]
         self.ranks = self.ranks or [{} for _ in decoded]
-        shares = [share for _, share in decoded]
-        tops: list[GibByRow] = []
-        for kept, (found, _) in zip(self.ranks, decoded, strict=True):
-            found = {phase: rows for phase, rows in found.items() if phase in phases}
-            _keep_highest(kept, found)
-            tops.append(max(found.values(), key=_total, default={}))
         self.hosts = self.hosts or [{} for _ in self.machines]
-        host_tops: list[GibByRow] = []
-        for kept, machine in zip(self.hosts, self.machines, strict=True):
-            own = [shares[rank] for rank in machine]
-            host = {phase: self.host_rows(phase, own) for phase in phases}
-            _keep_highest(kept, host)
-            host_tops.append(max(host.values(), key=_total))
-        return tops, host_tops
+        ranks = [{p: rows for p, rows in found.items() if p in phases} for found, _ in decoded]
+        shares = [[decoded[rank][1] for rank in machine] for machine in self.machines]
+        hosts = [{phase: self.host_rows(phase, own) for phase in phases} for own in shares]
+        return _keep_highest(self.ranks, ranks), _keep_highest(self.hosts, hosts)
 
     def host_rows(self, phase: str, shares: list[HostShare]) -> GibByRow:
         """What a host holds in a phase.
@@ -593,13 +571,11 @@ class MemoryLedger:
         """
         data_gib, base_gib = (sum(getattr(s, n) for s in shares) for n in ("data_gib", "base_gib"))
         whole = shares[0]
-        found = {
-            names.HOSTED: whole.shared_gib + sum(share.slices_gib for share in shares),
-            names.FILES: whole.files_gib,
-            names.SYSTEM: max(whole.system_gib - whole.files_gib, 0.0),
-            names.DATA: data_gib,
-            names.WAITING: sum(share.waiting_gib for share in shares),
-        }
+        hosted_gib = whole.shared_gib + sum(share.slices_gib for share in shares)
+        found = {names.HOSTED: hosted_gib, names.FILES: whole.files_gib}
+        found[names.SYSTEM] = max(whole.system_gib - whole.files_gib, 0.0)
+        found[names.DATA] = data_gib
+        found[names.WAITING] = sum(share.waiting_gib for share in shares)
         if phase == "save":
             found[names.SAVING] = sum(max(s.save_peak_gib - s.save_gib, 0.0) for s in shares)
         if self.is_cuda and phase == "load":
@@ -623,10 +599,11 @@ def _present(rows: GibByRow) -> GibByRow:
     return {row: gib for row, gib in rows.items() if gib > 0}
 
 
-def _keep_highest(kept: Phases, found: Phases) -> None:
-    for phase, rows in found.items():
-        if _total(rows) > _total(kept.get(phase, {})):
-            kept[phase] = rows
+def _keep_highest(kept: list[Phases], found: list[Phases]) -> list[GibByRow]:
+    """Keep the higher rows of each phase; the highest of those that were found."""
+    for old, new in zip(kept, found, strict=True):
+        old |= {p: rows for p, rows in new.items() if _total(rows) > _total(old.get(p, {}))}
+    return [max(new.values(), key=_total, default={}) for new in found]
 
 
 def _total(rows: GibByRow) -> float:

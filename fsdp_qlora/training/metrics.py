@@ -552,17 +552,10 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
         cfg: gives the directory, with summary.json.
         next_steps: commands.
     """
-    out = cfg.resolved_output_dir
-    done = json.loads((out / "summary.json").read_text())
-    what = TABLE["saved"][TRAIN_TYPES[cfg.train_type].adapter]
-    print(
-        f"trained   {done['num_steps']:,} steps of {done['num_tokens']:,} tokens in "
-        f"{done['train_s']:.1f} s: {done['steps_per_s']:.3g} steps/s, "
-        f"{done['tokens_per_s']:,.0f} tok/s\n"
-        f"saved     {out}: {what}, metrics.jsonl, summary.json, report.html\n"
-        "next      " + "\n          ".join(next_steps),
-        flush=True,
-    )
+    done = atomic.read_json(cfg.resolved_output_dir / "summary.json")
+    done |= {"out": cfg.resolved_output_dir, "next": "\n          ".join(next_steps)}
+    done["what"] = TABLE["saved"][TRAIN_TYPES[cfg.train_type].adapter]
+    print(TABLE["summary"].format_map(done), flush=True)
 
 
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
@@ -661,10 +654,7 @@ def attach_trackers(cfg: TrainConfig, is_writer: bool, tell: Say = tqdm.write) -
         return
     quiet, stop, wait_s = _Quiet(sys.stdout), threading.Event(), SHORT_S
     rest = (cfg, stop, tell, quiet)
-    threads = [
-        threading.Thread(target=_follow, args=(name, *rest), name=name, daemon=True)
-        for name in cfg.trackers
-    ]
+    threads = [threading.Thread(None, _follow, n, (n, *rest), daemon=True) for n in cfg.trackers]
     with contextlib.redirect_stdout(quiet):
         for thread in threads:
             thread.start()
