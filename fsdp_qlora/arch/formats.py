@@ -64,6 +64,11 @@ class Stored(NamedTuple):
     block: tuple[int, int] = (0, 0)
 
     @property
+    def is_kept(self) -> bool:
+        """Whether bytes are trained over as they are."""
+        return self.whole is not None or self.method == MXFP4
+
+    @property
     def whole(self) -> str | None:
         """The format of all linears, when it is bitsandbytes'."""
         return self.method if self.method.startswith(("nf4", "fp4")) else None

@@ -45,6 +45,7 @@ FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_pro
 WRAPPED = re.compile(
     r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
 )
+FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
 WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
 ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
@@ -381,7 +382,8 @@ class ModelInfo:
         root_params: (full name, shape) of embedding, last norm, untied lm_head, sorted by name.
         tensors: full name -> where its bytes lie; empty when no weights were asked for.
         wrapper: model_type of the model whose text half it is, or "".
-        towers: of a wrapper, full name -> where the bytes of its other parts lie.
+        towers: full name -> where the bytes of parts lie that are not trained: the others of a
+            wrapper, layers that foretell further tokens.
         stored: how it lies on disk.
         quantized: full name of a weight that is quantized there -> its parts; empty without
             `tensors`.
@@ -400,7 +402,7 @@ class ModelInfo:
     tensors: dict[str, TensorRef]
     wrapper: str = ""
     towers: dict[str, TensorRef] = field(default_factory=dict)
-    stored: Stored = Stored()
+    stored: Stored = field(default_factory=Stored)
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
     @property
@@ -442,6 +444,11 @@ class ModelInfo:
             return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
         return "sinks" if any("sink" in name for name in names) else ""
+
+    def formats(self, format_name: str) -> str:
+        """The formats of the linears where a run has `format_name`: "nf4_dq + mxfp4"."""
+        own = {linear.format for linear in self.linears} - {""}
+        return " + ".join([format_name, *sorted(own)])
 
     def outer_name(self, name: str) -> str:
         """What transformers calls a module or parameter, in a wrapper where the model is of one.
@@ -525,21 +532,17 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}
     has_files = path and (need_weights or any(path.glob("*.safetensors")))
-    item_bytes = files.QUANTIZED_ITEM_BYTES if stored.method else files.ITEM_BYTES
     if reads_headers := need_weights or not is_known:
         if path and has_files:
-            tensors, towers = without_towers(files.read_tensors(path, item_bytes), wrapper)
+            tensors, towers, quantized = stored_tensors(path, config, wrapper, stored)
         else:
-            tensors = files.without_bytes(raw.get("_tensors"), text)
-        if wrapper:
-            config["tie_word_embeddings"] = HEADS[0] not in tensors
-        tensors = _own_names(tensors, config)
-        if stored.method and has_files:
-            tensors, quantized = formats.fold(tensors, stored, model_name)
+            found_at = files.without_bytes(raw.get("_tensors"), text)
+            config["tie_word_embeddings"] = HEADS[0] not in found_at
+            tensors = _own_names(found_at, config)
         tensors = _without_copies(tensors, config)
     elif path and _is_tied(config):  # whole files know better; a plan can do without
         with contextlib.suppress(UserError):
-            _without_copies(_own_names(files.read_tensors(path, item_bytes), config), config)
+            _without_copies(stored_tensors(path, config, wrapper, stored)[0], config)
     shapes = {name: ref.shape for name, ref in tensors.items()}
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
@@ -640,22 +643,42 @@ def _text_half(config: dict) -> tuple[dict, str]:
     return text | outer, str(config.get("model_type"))
 
 
-def without_towers(
-    tensors: dict[str, TensorRef], wrapper: str
-) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
-    """Tell the text half of a wrapper from its other parts.
+def stored_tensors(
+    path: Path, config: dict, wrapper: str, stored: Stored
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """Read what the files of a model hold.
 
     Args:
-        tensors: by their names in the files.
-        wrapper: "" for a text model.
+        path: its directory.
+        config: of its text half; of a wrapper it is told whether the head is tied.
+        wrapper: see ModelInfo.
+        stored: how it lies there.
 
     Returns:
-        Those of the text half, by the names of a text model; and all others.
+        See ModelInfo: tensors, towers, quantized.
     """
-    if not wrapper:
-        return tensors, {}
-    text = {own: ref for name, ref in tensors.items() if (own := inner_name(name))}
-    return text, {name: ref for name, ref in tensors.items() if not inner_name(name)}
+    item_bytes = files.QUANTIZED_ITEM_BYTES if stored.method else files.ITEM_BYTES
+    every = files.read_tensors(path, item_bytes)
+    text = {n: inner_name(n) if wrapper else n for n in every if not _foretells(n, config)}
+    tensors = {own: every[name] for name, own in text.items() if own}
+    towers = {name: ref for name, ref in every.items() if not text.get(name)}
+    if wrapper:
+        config["tie_word_embeddings"] = HEADS[0] not in tensors
+    tensors, quantized = _own_names(tensors, config), dict[str, QuantizedRef]()
+    if stored.method:
+        tensors, quantized = formats.fold(tensors, stored, str(path))
+    if towers and stored.method and not stored.whole:
+        towers, others = formats.fold(towers, stored, str(path))
+        quantized |= others
+    return tensors, towers, quantized
+
+
+def _foretells(name: str, config: dict) -> bool:
+    """Whether a tensor is of the layers that foretell further tokens, which transformers leaves."""
+    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
+    first = config.get("num_hidden_layers")
+    is_behind = match and num and first and first <= int(match["index"]) < first + num
+    return FORETELLING.match(name) is not None or bool(is_behind)
 
 
 def inner_name(name: str) -> str:

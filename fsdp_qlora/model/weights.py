@@ -58,10 +58,8 @@ class Weights:
 
     def __init__(self, info: ModelInfo) -> None:
         self.info, self.read_bytes = info, 0
-        kept = info.stored_format or (MXFP4 if info.stored.method == MXFP4 else "")
-        self.source = f"files, in {kept} as stored," if info.quantized and kept else "files"
-        if info.quantized and not kept:
-            self.source = f"files, {info.stored.method} to 16 bit,"
+        how = f"in {info.stored.method} " + ("as stored" if info.stored.is_kept else "made 16 bit")
+        self.source = f"files, {how}," if info.quantized else "files"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Account for every tensor.
@@ -170,7 +168,7 @@ class Weights:
 
     def _read_rows(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         ref = self.info.tensors[name]
-        if ref.dtype not in DTYPES:
+        if ref.dtype not in PART_DTYPES:
             rule = f"weights must be one of {', '.join(DTYPES)}"
             remedy = "use the 16-bit release of this model"
             raise UserError(f"{name} is stored as {ref.dtype}", rule, remedy, INTEGRITY)
@@ -179,7 +177,7 @@ class Weights:
             row_bytes, num_rows = ref.nbytes // max(ref.shape[0], 1), rows[1] - rows[0]
             start, nbytes = rows[0] * row_bytes, num_rows * row_bytes
             shape = (num_rows, *ref.shape[1:])
-        read = self._read(ref, start, nbytes).view(DTYPES[ref.dtype])
+        read = self._read(ref, start, nbytes).view(PART_DTYPES[ref.dtype])
         return read.view(shape[::-1]).t().contiguous() if ref.is_transposed else read.view(shape)
 
     def _read(self, ref: TensorRef, offset: int, nbytes: int) -> torch.Tensor:

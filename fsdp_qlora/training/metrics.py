@@ -523,7 +523,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
         replanned = [f"plan      {plan.rows_note}: {host_gib:.1f} GiB on the host"]
     lines = [
         f"model     {cfg.model_name}: {total:,} parameters, {info.num_layers} layers in "
-        f"{cfg.format_name} ({quantized_gib:.2f} GiB quantized)",
+        f"{info.formats(cfg.format_name)} ({quantized_gib:.2f} GiB quantized)",
         f"          not quantized, in 16 bit: {whole}",
         f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
         f"kernels   {kernels.note}",
