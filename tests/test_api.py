@@ -18,13 +18,6 @@ from tests.ranks import run_ranks
 NUM_STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("api")
-    warm.call(warm.make_model, directory)
-    return directory
-
-
 def rows_of(place: Path) -> list[dict]:
     return [json.loads(line) for line in (place / "data.jsonl").read_text().splitlines()]
 

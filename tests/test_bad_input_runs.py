@@ -60,14 +60,6 @@ OWN = (
 )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a model, its tokenizer and rows."""
-    directory = tmp_path_factory.mktemp("runs")
-    warm.call(warm.make_model, directory)
-    return directory
-
-
 def argv_of(place: Path, out: Path, *more: str) -> list[str]:
     """Two steps on two ranks."""
     return [

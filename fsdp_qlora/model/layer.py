@@ -9,23 +9,111 @@ Inputs saved for a recomputation may wait in host memory. On a GPU the copies ru
 their own: out while the next layers compute, back one layer ahead of the backward pass. The host
 waits for nothing.
 
+Of long rows the end of a layer (norm, MLP, residual) is computed tile by tile of tokens, forward
+and backward: what is as wide as the MLP is never held for all of them.
+
+Source: sequence tiling, arXiv 2506.13996.
+
 Shape letters: I in features, O out features, R LoRA rank.
 """
 
+import inspect
+import re
 from collections import UserDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
+from fsdp_qlora.model.experts import QuantizedExperts
 from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot, SavedActivations
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
 from fsdp_qlora.model.visit import LayerCall, Spread
+from fsdp_qlora.planning.sizes import LONG_TOKENS, TILE_TOKENS
+
+# The end of a layer's forward, as most have it: modules one after the other, and the residual.
+_STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
+_END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n*"
+ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}$")
+
+
+def _random_state(has_dropout: bool, hidden: torch.Tensor) -> tuple | None:
+    return (torch.get_rng_state(), *get_device_states(hidden)) if has_dropout else None
+
+
+@contextmanager
+def _replayed(state: tuple | None, hidden: torch.Tensor) -> Iterator[None]:
+    """Draw the random numbers of a `_random_state` once more, if there is one."""
+    devices = [hidden.device] if hidden.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=state is not None):
+        if state is not None:
+            torch.set_rng_state(state[0])
+            set_device_states(*state[1:])
+        yield
+
+
+class Tiled(torch.autograd.Function):
+    """Gradients of hidden + run(hidden), tile by tile; the value itself is not made.
+
+    Args:
+        run: (tile [1, tile, H], tensors) -> the same shape.
+        tile: tokens of one.
+        state: see `_replayed`.
+        hidden: [B, T, H].
+        tensors: trained ones that `run` reads; the gradients are summed up in float32.
+
+    Returns:
+        Something of the shape of `hidden`. The gradient that comes back is written to.
+    """
+
+    @staticmethod
+    def forward(ctx, run, tile, state, hidden, *tensors):
+        ctx.run, ctx.tile, ctx.random_state = run, tile, state
+        ctx.save_for_backward(hidden, *tensors)
+        return hidden.new_empty(1).expand(hidden.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, *tensors = ctx.saved_tensors
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
+        grad = grad.contiguous()
+        pairs = zip(tiles(hidden, ctx.tile), tiles(grad, ctx.tile), strict=True)
+        with _replayed(ctx.random_state, hidden):
+            for part, grad_part in pairs:
+                part = part.detach().requires_grad_()
+                with torch.enable_grad():
+                    out = ctx.run(part, leaves)
+                own, *found = torch.autograd.grad(out, [part, *leaves], grad_part)
+                del out
+                grad_part += own
+                for total, new in zip(sums, found, strict=True):
+                    total += new
+        pairs = zip(sums, tensors, strict=True)
+        return None, None, None, grad, *[total.to(tensor.dtype) for total, tensor in pairs]
+
+
+def tiles(hidden: torch.Tensor, tile: int) -> Sequence[torch.Tensor]:
+    """Views [1, tile or fewer, H] of all tokens of a tensor [B, T, H]."""
+    return hidden.view(1, -1, hidden.shape[-1]).split(tile, 1)
+
+
+class _Ending:
+    """In the place of what a layer adds to the residual; makes the sum when that is asked for."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._make = make
+
+    def __radd__(self, residual: torch.Tensor) -> torch.Tensor:
+        return self._make(residual)
 
 
 class Recomputed(torch.autograd.Function):
@@ -47,9 +135,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, has_dropout, hidden, *trained):
-        ctx.run, ctx.random_state = run, None
-        if has_dropout:
-            ctx.random_state = torch.get_rng_state(), *get_device_states(hidden)
+        ctx.run, ctx.random_state = run, _random_state(has_dropout, hidden)
         ctx.save_for_backward(hidden, *trained)
         return run(hidden, *trained)
 
@@ -62,16 +148,12 @@ class Recomputed(torch.autograd.Function):
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved, needed, strict=True)
         ]
-        devices = [hidden.device] if hidden.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=ctx.random_state is not None):
-            if ctx.random_state is not None:
-                torch.set_rng_state(ctx.random_state[0])
-                set_device_states(*ctx.random_state[1:])
-            with torch.enable_grad():
-                outs = ctx.run(*inputs)
+        with _replayed(ctx.random_state, hidden), torch.enable_grad():
+            outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         every = zip(outs, grads_out, strict=True)
-        pairs = [(o, g) for o, g in every if g is not None and o.requires_grad]
+        pairs = [(get_gradient_edge(o), g) for o, g in every if g is not None and o.requires_grad]
+        del outs, every  # nobody looks at their values
         wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
         of = [out for out, _ in pairs], wanted, [grad for _, grad in pairs]
         grads = iter(torch.autograd.grad(*of, allow_unused=True))
@@ -196,7 +278,8 @@ class Offload:
     def _take(self, depth: int) -> torch.Tensor:
         assert depth == len(self._stack) - 1, "saved inputs are asked for in another order"
         self._fetch(depth)
-        if depth:
+        width = self._stack[depth].shape[-1]
+        if depth and self._stack[depth].numel() <= LONG_TOKENS * width:  # a long one is worth room
             self._fetch(depth - 1)
         self._stack.pop()
         found, arrived = self._fetched.pop(depth)
@@ -211,6 +294,17 @@ class Offload:
         copy = self._stack[depth]
         fetched = torch.empty_like(copy, device=self._device)
         self._fetched[depth] = fetched, placement.copy(fetched, copy, self._copies)
+
+
+def _ending(layer: nn.Module) -> list[nn.Module]:
+    """The modules at the end of a layer whose sum with the residual it returns; or none."""
+    try:
+        found = ENDING.search(inspect.getsource(type(layer).forward))
+    except (OSError, TypeError):
+        found = None
+    if found is None or any(isinstance(part, QuantizedExperts) for part in layer.modules()):
+        return []
+    return [layer.get_submodule(name) for name in re.findall(r"= self\.(\w+)", found[1])]
 
 
 class TrainedLayer(nn.Module):
@@ -229,6 +323,7 @@ class TrainedLayer(nn.Module):
         level: "full", "selective" or "none".
         is_reentrant: recompute with torch's older checkpoint.
         is_whole: its own parameters are trained, nothing is quantized.
+        tile_tokens: of long rows, tokens whose end of the layer is computed at once.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
     """
 
@@ -247,6 +342,7 @@ class TrainedLayer(nn.Module):
         self.num_lora = 0
         self.level, self.is_reentrant = "none", False
         self.graphs: Graphs | None = None
+        self.tile_tokens = TILE_TOKENS
         self.store = store
         self._groups = tuple(groups)
         self._adapted: list[tuple[InputGroup, list[LoraSlot]]] = []
@@ -256,6 +352,11 @@ class TrainedLayer(nn.Module):
         # and the attention, see attention.py.
         attentions = [m for m in layer.modules() if hasattr(m, "is_causal")]
         self._savers: list[Any] = [*self._groups[:-1], *attentions]
+        self._ending = [] if self.is_whole else _ending(layer)
+        inside = {linear for module in self._ending for linear in module.modules()}
+        self._end_groups = [group for group in self._groups if group.linears[0] in inside]
+        if self._end_groups[-1:] != list(self._groups[-1:]):
+            self._end_groups = []  # it ends otherwise
 
     @property
     def is_trained(self) -> bool:
@@ -330,15 +431,51 @@ class TrainedLayer(nn.Module):
                 group.adapter = adapter
         for saver in self._savers:
             saver.saved = saved
+        plain = [module.forward for module in self._ending]
+        if self._is_tiled(hidden):
+            for module in self._ending:
+                module.forward = lambda x: x
+            self._ending[-1].forward = lambda _: _Ending(partial(self._end, plain))
         try:
             if params is None:
                 return self.layer(hidden, *args, **kwargs)
             return torch.func.functional_call(self.layer, params, (hidden, *args), kwargs)
         finally:
+            for module, forward in zip(self._ending, plain, strict=True):
+                module.forward = forward
             for saver in self._savers:
                 saver.saved = None
             for group in self._groups:
                 group.forget()
+
+    def _end(self, modules: Sequence[Callable], hidden: torch.Tensor) -> torch.Tensor:
+        """hidden + modules(hidden); in a recomputation for the gradients alone."""
+        groups = [(group, group.adapter) for group in self._end_groups if group.adapter]
+
+        def through(part: torch.Tensor) -> torch.Tensor:
+            for module in modules:
+                part = module(part)
+            return part
+
+        def run(part: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            left = list(tensors)
+            for group, adapter in groups:
+                group.adapter, left = adapter.of(left)
+            try:
+                again = torch.is_grad_enabled()
+                return self._without_last(through, part) if again else through(part)
+            finally:
+                for group in self._groups:
+                    group.forget()
+
+        tensors = [tensor for _, adapter in groups for tensor in adapter.trained]
+        if torch.is_grad_enabled():
+            state = _random_state(any(adapter.dropout for _, adapter in groups), hidden)
+            return Tiled.apply(run, self.tile_tokens, state, hidden, *tensors)
+        out = torch.empty_like(hidden)
+        for part, own in zip(*(tiles(t, self.tile_tokens) for t in (hidden, out)), strict=True):
+            torch.add(part, run(part, tensors), out=own)
+        return out
 
     def run_again(self, saved: SavedActivations | None, *rest):
         """As `run`, for the gradients alone: what the last linears return is not needed.
@@ -347,8 +484,12 @@ class TrainedLayer(nn.Module):
         """
         if saved is not None:
             saved.is_replay = True
-        if not self._groups:
+        if not self._groups or self._is_tiled(rest[0]):
             return self.run(saved, *rest)
+        return self._without_last(self.run, saved, *rest)
+
+    def _without_last(self, run: Callable, *args):
+        """run(*args), without the last matmul where nothing behind it needs that."""
         last = self._groups[-1]
         if self._is_last_needed is None:
             has_run = []
@@ -358,11 +499,16 @@ class TrainedLayer(nn.Module):
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(watch, lambda tensor: tensor):
-                out = self.run(saved, *rest)
+                out = run(*args)
             self._is_last_needed = any(has_run)
             return out
         last.is_skipped = not self._is_last_needed
-        return self.run(saved, *rest)
+        return run(*args)
+
+    def _is_tiled(self, hidden: torch.Tensor) -> bool:
+        """Whether its end is computed tile by tile."""
+        is_long = hidden.shape[:-1].numel() > self.tile_tokens * LONG_TOKENS // TILE_TOKENS
+        return is_long and self.level == "full" and len(self._end_groups) > 0
 
     def forward(self, hidden, *args, **kwargs):
         """Run the layer: arguments and result are those of its own forward.

@@ -282,6 +282,17 @@ class Adapter(NamedTuple):
     squares_O: Sequence[torch.Tensor] = ()
 
     @property
+    def trained(self) -> list[torch.Tensor]:
+        """What the gradients are of."""
+        return [self.a_RI, *self.b_ORs, *self.changes_O]
+
+    def of(self, tensors: list[torch.Tensor]) -> tuple["Adapter", list[torch.Tensor]]:
+        """The same with other tensors for those of `trained`; and those that are left."""
+        num, own = len(self.b_ORs), len(self.trained)
+        b_ORs, changes_O = tensors[1 : 1 + num], tensors[1 + num : own]
+        return self._replace(a_RI=tensors[0], b_ORs=b_ORs, changes_O=changes_O), tensors[own:]
+
+    @property
     def a_RIs(self) -> Sequence[torch.Tensor]:
         """A of each."""
         return self.a_RI.split([b_OR.shape[1] for b_OR in self.b_ORs])

@@ -26,6 +26,8 @@ from fsdp_qlora.hardware import GIB, Machine
 
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
 VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
+# Tokens of a micro-batch whose layers end tile by tile, and of a tile: shorter ones gain nothing.
+LONG_TOKENS, TILE_TOKENS = 16_384, 4096
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once

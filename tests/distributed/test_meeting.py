@@ -22,13 +22,6 @@ from tests import test_kill_sweep as kill_sweep
 SHORT = ("--max_steps=2", "--save_model=false", "--context_length=64", "--log_to=stdout")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("meeting")
-    warm.call(warm.make_model, directory)
-    return directory
-
-
 def start(place: Path, rank: int, port: int, *argv: str, main=None, **env: str) -> warm.Run:
     """Start a rank that is alone on its host."""
     names = ("RANK", "GROUP_RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsdp_qlora.data.batches import collate, flatten
-from fsdp_qlora.model import shard
+from fsdp_qlora.model import attention, shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.visit import RowGroup
@@ -16,7 +16,7 @@ from tests.model.test_shard import FLAGS, make_samples
 from tests.ranks import run_ranks
 
 NUM_MICRO, NUM_STEPS = 3, 2
-STREAM = "--offload_impl=stream"
+STREAM, FULL = "--offload_impl=stream", "--use_gradient_checkpointing=true"
 # (ranks, how micro-batches lie, options)
 CASES = [
     (1, collate, (STREAM, "--resident_layers=1")),
@@ -33,7 +33,7 @@ TYPES = {"qwen3_moe": True, "gemma3_text": True, "granite": True, "gemma4_text":
 
 def trained_by(world, path, lay, per_visit, flags):
     """What some steps make, bit for bit, and the copies of layers that they took."""
-    flags = (*FLAGS, "--lr=0.01", f"--gradient_accumulation_steps={NUM_MICRO}", *flags)
+    flags = (*FLAGS, FULL, "--lr=0.01", f"--gradient_accumulation_steps={NUM_MICRO}", *flags)
     model, _, cfg = tiny.build(path, world, *flags, f"--accumulate_by_layer={per_visit}")
     tiny.fill_lora(model)
     trained = optim.prepare(model, cfg, NUM_STEPS, world)
@@ -104,3 +104,63 @@ def test_reference_rows_run_without_adapters_beside_those_that_train(tmp_path):
         tiny_models.save(tmp_path / name, name)
     paths = [tmp_path / name for name in TYPES]
     assert run_ranks(reference_rows, 1, paths) == [[*TYPES.values()]]
+
+
+# Type -> is the end of its layers computed tile by tile?
+TILED = {"llama": True, "gemma3_text": True, "olmo2": True, "cohere": False}
+TILED_FLAGS = (
+    ("--train_type=bnb_dora",),
+    ("--lora_dropout=0.1",),
+    ("--lora_target_modules=q_proj",),
+)
+
+
+def tiled(world, cases):
+    """Whether ends are tiled, and the largest error of a gradient and of the loss, of each case."""
+    found, batch = [], collate(make_samples(4))
+    for path, flags in cases:
+        results = []
+        for tile_tokens in (10**6, 4):
+            attention.LONG_TOKENS = tile_tokens
+            model, _, _ = tiny.build(path, world, *FLAGS, FULL, "--use_cpu_offload=false", *flags)
+            tiny.fill_lora(model)
+            for block in shard.blocks(model):
+                block.body.tile_tokens = tile_tokens
+            calls = []
+            mlp = next(shard.blocks(model)).body.layer.mlp
+            mlp.down_proj.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            torch.manual_seed(1)
+            loss = loop.token_loss_sum(model, batch, world.device)
+            loss.backward()
+            grads = [block.body.lora.grad.full_tensor() for block in shard.blocks(model)]
+            results.append((loss, torch.cat(grads), len(calls)))
+        (loss, grad, few), (tiled_loss, tiled_grad, many) = results
+        errors = (tiled_loss - loss).abs() / loss, (tiled_grad - grad).norm() / grad.norm()
+        if "--lora_dropout=0.1" in flags:  # tiles draw masks of their own
+            errors = slope_error(model, tiled_grad, batch, world), 0 * loss
+        found.append((many > few, *(error.item() for error in errors)))
+    return found
+
+
+def slope_error(model, grad, batch, world):
+    """How far the gradient is from what the loss does along it, by the same draws."""
+    params, step, losses = shard.local_parameters(model), 1e-2 / grad.norm() ** 2, []
+    with torch.no_grad():
+        for share in (step, -2 * step):
+            for param, own in zip(params, grad.split([len(p) for p in params]), strict=True):
+                param += share * own
+            shard.settle(model)
+            torch.manual_seed(1)
+            losses.append(loop.token_loss_sum(model, batch, world.device).double())
+    return ((losses[0] - losses[1]) / 2e-2 - 1).abs() * 1e-5  # to some per cent
+
+
+def test_layers_that_end_tile_by_tile_have_the_gradients_of_whole_ones(tmp_path):
+    """Heads of the attention go some after the others too."""
+    for name in TILED:
+        tiny_models.save(tmp_path / name, name)
+    cases = [(tmp_path / name, ()) for name in TILED]
+    cases += [(tmp_path / "llama", flags) for flags in TILED_FLAGS]
+    found = run_ranks(tiled, 1, cases)[0]
+    assert [is_tiled for is_tiled, *_ in found] == [*TILED.values(), True, True, True]
+    assert max(max(errors) for _, *errors in found) < 1e-6, found

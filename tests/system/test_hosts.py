@@ -19,14 +19,6 @@ SRUN = ("srun", "--nodes=2", "--kill-on-bad-exit=1")
 LONG = ("--max_steps=40", "--num_epochs=99", "--save_every=30", "--resume=auto")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A directory with a model, its tokenizer and rows, on the disk that all hosts share."""
-    directory = tmp_path_factory.mktemp("hosts")
-    warm.call(warm.make_model, directory)
-    return directory
-
-
 def test_two_hosts_come_to_what_one_host_comes_to(place: Path):
     """By torchrun static, by its rendezvous and by srun, bit for bit."""
     run = warm.start(argv_of(place, place / "one"), place)

@@ -14,14 +14,6 @@ pytestmark = pytest.mark.system
 STEP = ("srun", "--nodes=2", "--ntasks=2", "--overlap", sys.executable, *cluster.TRAIN)
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A directory with a model, its tokenizer and rows, on the disk that all hosts share."""
-    directory = tmp_path_factory.mktemp("meeting")
-    warm.call(warm.make_model, directory)
-    return directory
-
-
 def test_hosts_without_a_shared_disk(place: Path):
     """Debian calls each host 127.0.1.1, the first dies, both go on."""
     run = warm.start(argv_of(place, place / "one"), place)
