@@ -15,7 +15,7 @@ finegrained_fp8.py; compressed-tensors, compressors/pack_quantized.
 import json
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fsdp_qlora.arch.files import GROUP, ITEM_BYTES, NESTED, ORIGINAL, TensorRef, damaged, refuse
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -24,7 +24,9 @@ STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
 FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
 COMPRESSED = "compressed-tensors"
-COMPRESSED_FORMATS = "pack-quantized int-quantized float-quantized naive-quantized dense"
+COMPRESSED_FORMATS = (
+    "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
+)
 SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
 SCALED |= {"weight_zero_point": "zero", "weight_g_idx": "order", "weight_shape": "shape"}
 OF_ACTIVATIONS = re.compile(r"(activation|input|output|[qkv])_(scale|zero_point)|input_scale_ub")
@@ -84,36 +86,36 @@ def stored_as(config: dict, model_name: str) -> Stored:
     Raises:
         UserError: it is quantized in a way that is not read (code 2).
     """
-    found = config.get("quantization_config") or config.get("compression_config")
+    found = config.get("quantization_config", config.get("compression_config"))
     if found is None:
         return Stored()
-    found = found if isinstance(found, dict) else {}
+    found = _dict(found)
     is_double = bool(found.get("bnb_4bit_use_double_quant"))
     name = f"{found.get('bnb_4bit_quant_type')}{'_dq' * is_double}"
     if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
         return Stored(name)
     method = str(found.get("quant_method") or "unknown")
-    if method == MXFP4:
-        return Stored(method)
-    groups = [g for g in (found.get("config_groups") or {}).values() if isinstance(g, dict)]
-    weights = [g["weights"] for g in groups if isinstance(g.get("weights"), dict)]
-    blocks = [found.get("weight_block_size"), *(w.get("block_structure") for w in weights)]
-    block = next((b for b in blocks if isinstance(b, list) and len(b) == 2), (0, 0))
-    if method in FP8:
-        return Stored(method, (int(block[0]), int(block[1])))
-    method += " in 8 bit" if found.get("load_in_8bit") else ""
+    groups = [_dict(group) for group in _dict(found.get("config_groups")).values()]
+    blocks = [_dict(group.get("weights")).get("block_structure") for group in groups]
+    sizes = next(filter(None, [found.get("weight_block_size"), *blocks]), (0, 0))
+    is_pair = isinstance(sizes, list | tuple) and [type(n) for n in sizes] == [int, int]
+    others = set() if is_pair else {f"blocks of {sizes}"}
     if method == COMPRESSED:
-        forms = {str(at.get("format") or "dense") for at in (found, *groups)} - {"mixed-precision"}
-        others = forms - {*COMPRESSED_FORMATS.split()}
-        others |= {key for key in ("transform_config",) if found.get(key)}
-        sparsity = (found.get("sparsity_config") or {}).get("format", "dense")
-        others |= {sparsity} - {"dense"}
-        if not others:
-            return Stored(method, (int(block[0]), int(block[1])))
-        method += f": {', '.join(sorted(others))}"
+        forms = {str(at.get("format") or "dense") for at in (found, *groups)}
+        others |= forms - {*COMPRESSED_FORMATS.split()}
+        others |= {str(_dict(found.get("sparsity_config")).get("format", "dense"))} - {"dense"}
+        others |= {"transform_config"} if found.get("transform_config") else set()
+    if method in (MXFP4, COMPRESSED, *FP8) and not others:
+        return Stored(method, (sizes[0], sizes[1]))
+    method += " in 8 bit" if found.get("load_in_8bit") else ""
+    method += f": {', '.join(sorted(others))}" if others else ""
     rule = f"is quantized already ({method}); of such models bitsandbytes in 4 bit, MXFP4, FP8 "
     rule += "and compressed-tensors of whole numbers or FP8 are read"
     raise UserError(model_name, rule, ORIGINAL)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def fold(

@@ -527,7 +527,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
     text, wrapper = _text_half(raw)
-    config, stored = _checked_config(text, model_name), formats.stored_as(raw, model_name)
+    config, stored = _checked_config(text, model_name), formats.stored_as(text | raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}

@@ -120,7 +120,7 @@ def whole_numbers(
     weight: torch.Tensor, bits: int, group: int, has_zero: bool, order: torch.Tensor | None
 ):
     """A weight in whole numbers, packed as compressed-tensors does; and what it stands for."""
-    rows, cols = weight.shape
+    cols = weight.shape[1]
     of_column = torch.arange(cols) // group if order is None else order
     num = int(of_column.max()) + 1
     scale = torch.stack([weight[:, of_column == g].abs().amax(1) for g in range(num)], 1)
