@@ -24,7 +24,8 @@ STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
 FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
 COMPRESSED = "compressed-tensors"
-COMPRESSED_FORMATS = (
+COMPRESSED_FORMATS = "pack-quantized int-quantized float-quantized naive-quantized dense"
+COMPRESSED_FORMATS += " mixed-precision"
     "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
 )
 SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
