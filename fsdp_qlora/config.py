@@ -168,6 +168,8 @@ class TrainConfig:
     layers_to_transform: str | None = flag(None, "adapter", "layers with adapters", rule=LAYERS)
     rank_pattern: str | None = flag(None, "adapter", "pattern of linears -> rank", rule=JSON)
     alpha_pattern: str | None = flag(None, "adapter", "pattern of linears -> alpha", rule=JSON)
+    expert_lora_rank: bool | int = flag(False, "adapter", HELP["experts"], rule=">= 0")
+    expert_names: str = flag("fused", "adapter", "each: also files per expert", ("fused", "each"))
     init_adapter: str | None = flag(None, "adapter", "PEFT adapter to go on from", rule=TEXT)
     use_rslora: bool = flag(False, "adapter", "scale is alpha / sqrt(r)")
     loraplus_ratio: float = flag(1.0, "adapter", "lr of the B matrices / lr (LoRA+)", rule="> 0")
@@ -590,6 +592,16 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if cfg.push_to_hub is not None and not cfg.save_model:
         got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
         faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
+    if cfg.expert_lora_rank:
+        got, rule = "--expert_lora_rank", "peft has no such adapter on experts"
+        if cfg.lora_dropout:
+            faults.append(UserError(f"--lora_dropout {cfg.lora_dropout} with {got}", rule, "use 0"))
+        if TRAIN_TYPES[cfg.train_type].adapter != "lora":
+            got = f"--train_type {cfg.train_type} with {got}"
+            faults.append(UserError(got, rule, "use --train_type qlora, lora or hqq_lora"))
+    elif cfg.expert_names != "fused":
+        got, rule = f"--expert_names {cfg.expert_names}", "names adapters of experts"
+        faults.append(UserError(got, rule, "add --expert_lora_rank, or leave it out"))
     recomputing = ("reentrant_checkpointing", "use_activation_cpu_offload")
     for name in () if cfg.use_gradient_checkpointing else recomputing:
         if getattr(cfg, name):

@@ -91,6 +91,7 @@ class Opened:
             device = self.world.device
             pairs, folder = self.adapter.pairs, self.adapter.path
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
+            pairs = pairs | self.adapter.experts
             scales = {name: pair.scale for name, pair in pairs.items()}
             adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
 

@@ -26,8 +26,6 @@ FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
 COMPRESSED = "compressed-tensors"
 COMPRESSED_FORMATS = "pack-quantized int-quantized float-quantized naive-quantized dense"
 COMPRESSED_FORMATS += " mixed-precision"
-    "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
-)
 SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
 SCALED |= {"weight_zero_point": "zero", "weight_g_idx": "order", "weight_shape": "shape"}
 OF_ACTIVATIONS = re.compile(r"(activation|input|output|[qkv])_(scale|zero_point)|input_scale_ub")

@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fsdp_qlora.arch.info import Linear, ModelInfo
+from fsdp_qlora.arch.files import JOINED
+from fsdp_qlora.arch.info import Linear, ModelInfo, active_linears
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import UserError
 
@@ -17,13 +19,20 @@ class Target(NamedTuple):
     """A linear with an adapter.
 
     Args:
-        linear: of one layer.
+        linear: of one layer; of experts a matrix of one, by the name of the parameter of them all.
         rank, alpha: of its adapter.
+        num_experts: 1 of a linear.
     """
 
     linear: Linear
     rank: int
     alpha: float
+    num_experts: int = 1
+
+    @property
+    def num_params(self) -> int:
+        """Elements of its adapters."""
+        return self.num_experts * self.rank * sum(self.linear.shape)
 
 
 def find_targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...], ...]:
@@ -32,10 +41,11 @@ def find_targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...],
     Args:
         info: the model.
         cfg: lora_target_modules ("all", a list as in "q_proj,mlp.up_proj", or a pattern for whole
-            names), lora_exclude_modules, layers_to_transform; rank and alpha, and their patterns.
+            names), lora_exclude_modules, layers_to_transform; rank and alpha, and their patterns;
+            expert_lora_rank.
 
     Returns:
-        For every layer its linears, in the order of info.linears.
+        For every layer its linears, in the order of info.linears; behind them its experts.
 
     Raises:
         UserError: a name or a pattern matches no linear, or none is left (code 2).
@@ -70,7 +80,72 @@ def find_targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...],
     for name, (index, linear) in places.items():
         if name in chosen:
             targets[index].append(Target(linear, ranks[name], alphas[name]))
+    rank = expert_rank(info, cfg)
+    ratio = rank / cfg.lora_rank  # they are scaled as the linears are
+    alpha = cfg.lora_alpha * (math.sqrt(ratio) if cfg.use_rslora else ratio)
+    for index in (layers or range(info.num_layers)) if rank else ():
+        sides = expert_sides(info, index)
+        targets[index] += [Target(linear, rank, alpha, num) for linear, num in sides]
+    if cfg.expert_names == "each" and any(n.last_name == JOINED and n.expert for n in info.linears):
+        rule = "has no names for one expert: it holds gate and up of all in one tensor"
+        raise UserError("--expert_names each", f"{info.model_type} {rule}", "leave it out")
+    if rank and all(row.num_experts == 1 for own in targets for row in own):
+        raise UserError(f"--expert_lora_rank {rank}", "there are no experts", "leave it out")
     return tuple(map(tuple, targets))
+
+
+def expert_rank(info: ModelInfo, cfg: TrainConfig) -> int:
+    """Rank of the adapter of one expert; 0: experts are frozen.
+
+    Args:
+        info: the model.
+        cfg: expert_lora_rank; where that is True, lora_rank.
+    """
+    if cfg.expert_lora_rank is not True:
+        return int(cfg.expert_lora_rank)
+    return usual_expert_rank(info, cfg)
+
+
+def usual_expert_rank(info: ModelInfo, cfg: TrainConfig) -> int:
+    """The rank of a bare --expert_lora_rank: lora_rank / experts of a token, at least 2."""
+    return max(2, cfg.lora_rank // max(active_linears(info, kind)[1] for kind in info.kinds))
+
+
+def expert_sides(info: ModelInfo, index: int) -> list[tuple[Linear, int]]:
+    """What the experts of a layer read and what they write, each a matrix of one expert.
+
+    Args:
+        info: the model.
+        index: of the layer.
+
+    Returns:
+        The matrix, by the name of the parameter of all, and how many experts there are; those that
+        read come first; empty for a dense layer.
+    """
+    found = {n.expert: n for n in info.by_layer[index].linears if n.expert is not None}
+    if not found:
+        return []
+    parts = {part: linear for (_, number, part), linear in found.items() if number == 0}
+    ins = [parts[part] for part in (0, 1, 3) if part in parts]
+    num, stem = len({number for _, number, _ in found}), f"{next(iter(found))[0]}.experts"
+    name = JOINED if {0, 3} & {*parts} else "up_proj"
+    wide = sum(linear.out_features for linear in ins), ins[0].in_features
+    return [
+        (Linear(f"{stem}.{name}", *wide, False), num),
+        (Linear(f"{stem}.down_proj", *parts[2].shape, False), num),
+    ]
+
+
+def peft_name(name: str) -> str:
+    """What peft calls a linear, or a parameter of all experts of a layer: those wrap each other.
+
+    Args:
+        name: of the linear, or of the parameter as in "mlp.experts.gate_up_proj".
+    """
+    stem, _, part = name.rpartition(".")
+    if stem.rpartition(".")[2] != "experts":
+        return name
+    return stem if part == "down_proj" else f"{stem}.base_layer"
 
 
 def module_names(text: str | None) -> str | list[str]:

@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from safetensors import safe_open
 from fsdp_qlora import __version__, arch, atomic, checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
-from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
+from fsdp_qlora.arch.targets import (
+    ALL_LINEARS,
+    by_pattern,
+    expert_sides,
+    find_targets,
+    module_names,
+)
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -33,6 +40,8 @@ REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora s
 RECORD_KEY = "fsdp_qlora"
 LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files
 IN_LAYER = re.compile(r".*?\.\d+\.(.+)")  # a linear of a layer, by its name in the layer
+EXPERTS = re.compile(r".*?\.(\d+)\.(?:.*\.)?experts(\.base_layer)?")  # both sides, in peft's files
+EACH = "per_expert"  # directory with the same adapter by names of single experts
 PAIR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 TYPES = {"alpha_pattern": dict, "rank_pattern": dict, "modules_to_save": list}
@@ -53,12 +62,19 @@ class Pair:
         b: [O, R].
         scale: alpha / R, or alpha / sqrt(R).
         magnitude: [O], of DoRA: the length that each row then gets; None for LoRA.
+        num_experts: whose matrices these are, A expert by expert, B rank by rank; 1 of a linear.
     """
 
     a: TensorRef
     b: TensorRef
     scale: float
     magnitude: TensorRef | None = None
+    num_experts: int = 1
+
+    @property
+    def rank(self) -> int:
+        """R, of one expert."""
+        return self.a.shape[0] // self.num_experts
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,8 @@ class SavedAdapter:
         pairs: linear in the model ("model.layers.0.self_attn.q_proj") -> its matrices.
         record: what this program wrote about the base; empty for an adapter made elsewhere.
         replaced: tensor of the model ("lm_head.weight") -> what stands for it.
+        experts: experts of a layer, as peft names what they read ("model.layers.0.mlp.experts.
+            base_layer") and what they write ("model.layers.0.mlp.experts") -> their matrices.
     """
 
     path: Path
@@ -78,11 +96,21 @@ class SavedAdapter:
     pairs: dict[str, Pair]
     record: dict[str, Any] = field(default_factory=dict)
     replaced: dict[str, TensorRef] = field(default_factory=dict)
+    experts: dict[str, Pair] = field(default_factory=dict)
+
+    @cached_property
+    def expert_places(self) -> dict[tuple[int, bool], Pair]:
+        """(Layer, whether it is what they read) -> matrices of its experts."""
+        found = ((EXPERTS.fullmatch(name), pair) for name, pair in self.experts.items())
+        return {(int(m[1]), m[2] is not None): pair for m, pair in found if m}
 
     def __str__(self) -> str:
         """What it holds, for the console."""
         ranks = ", ".join(map(str, sorted({pair.a.shape[0] for pair in self.pairs.values()})))
         parts = [f"rank {ranks} on {len(self.pairs)} linears"] * bool(self.pairs)
+        layers = len({layer for layer, _ in self.expert_places})
+        own = ", ".join(map(str, sorted({pair.rank for pair in self.experts.values()})))
+        parts += [f"rank {own} on the experts of {layers} layers"] * bool(layers)
         return ", ".join(parts + [f"{len(self.replaced)} whole tensors"] * bool(self.replaced))
 
 
@@ -127,7 +155,8 @@ def read(path: Path) -> SavedAdapter:
         remedy = "give the directory of a trained adapter"
         raise UserError(str(file), "holds no LoRA matrices", remedy, INTEGRITY)
     pairs = {name: _pair(f"{name} in {file}", sides, config) for name, sides in found.items()}
-    return SavedAdapter(path, _base_of(config), pairs, _read_record(file), replaced)
+    experts = {name: pairs.pop(name) for name in found if pairs[name].num_experts > 1}
+    return SavedAdapter(path, _base_of(config), pairs, _read_record(file), replaced, experts)
 
 
 def fault(directory: Path, cfg: TrainConfig) -> str:
@@ -172,6 +201,7 @@ def options(adapter: SavedAdapter) -> dict[str, Any]:
         alpha, use_rslora = rank, False  # each pair has its own scale, see model/adapters.load
     targets = {inside[1] for name in adapter.pairs if (inside := IN_LAYER.fullmatch(name))}
     return {
+        "expert_lora_rank": _expert_rank(adapter),
         **_format_options(adapter.record.get("format"), bool(config.get("use_dora"))),
         **known,
         "lora_rank": rank,
@@ -242,6 +272,7 @@ def _start_options(adapter: SavedAdapter, train_type: str) -> dict[str, Any]:
         "lora_alpha": known.get("lora_alpha"),
         "use_rslora": bool(known.get("use_rslora")),
         "lora_dropout": float(known.get("lora_dropout") or 0),
+        "expert_lora_rank": _expert_rank(adapter) or None,
         "modules_to_save": ",".join(known.get("modules_to_save") or ()) or None,
         "lora_target_modules": _target_text(known.get("target_modules"), pairs),
         "lora_exclude_modules": _pattern(known.get("exclude_modules")),
@@ -288,12 +319,20 @@ def check_init(cfg: TrainConfig, info: ModelInfo, say: Callable[[str], Any]) -> 
     check_open(adapter, info)
     if info.tensors:
         check(adapter, info)
-    held = {name: pair.a.shape[0] for name, pair in adapter.pairs.items()}
+    held: dict[Any, int] = {name: pair.rank for name, pair in adapter.pairs.items()}
+    held |= {str(place): pair.rank for place, pair in adapter.expert_places.items()}
     wanted = {
-        info.outer_name(f"{info.layers_prefix}.{index}.{row.linear.name}"): row.rank
+        str((index, row.linear.last_name != "down_proj"))
+        if row.num_experts > 1
+        else info.outer_name(f"{info.layers_prefix}.{index}.{row.linear.name}"): row.rank
         for index, layer in enumerate(find_targets(info, cfg))
         for row in layer
     }
+    own_scales = {pair.scale for pair in adapter.experts.values()}
+    linear_scales = {pair.scale for pair in adapter.pairs.values()}
+    if own_scales and own_scales != linear_scales:
+        rule = "scales the experts' matrices otherwise than those of the linears"
+        raise UserError(f"--init_adapter {adapter.path}", rule, "start without --init_adapter")
     if other := sorted(dict(held.items() ^ wanted.items())):
         rule = f"adapts {len(held)} linears, and the options {len(wanted)}: {describe(other)}"
         remedy = "leave out the options that choose linears"
@@ -402,6 +441,15 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
     if info.is_tied:
         shapes.pop("lm_head.weight", None)  # a copy
         _check_copy(adapter)
+    for (layer, is_in), pair in adapter.expert_places.items():
+        sides = expert_sides(info, layer) if layer < info.num_layers else []
+        found = (pair.b.shape[0], pair.a.shape[1]), pair.num_experts
+        if found not in [
+            (linear.shape, num) for linear, num in (sides[:1] if is_in else sides[1:])
+        ]:
+            got = f"adapter for {found[1]} experts of {list(found[0])} in layer {layer}"
+            remedy = "give the base it was trained on with --model_name"
+            raise UserError(got, f"no such experts in {info.path}", remedy, INTEGRITY)
     there = {info.outer_name(name): ref.shape for name, ref in info.tensors.items()}
     for name, shape in shapes.items():
         stored = there.get(name)
@@ -520,16 +568,39 @@ def _pair(place: str, sides: dict[str, TensorRef], config: dict[str, Any]) -> Pa
     if sides.keys() != needed or sides["A"].shape[0] != sides["B"].shape[1]:
         rule = f"has no pair of LoRA matrices: must have {' and '.join(sorted(needed))}"
         raise UserError(place, rule, "save it again", INTEGRITY)
-    rank = sides["A"].shape[0]
-    expected = by_pattern(config, "rank_pattern", "r", name)
-    if rank != expected:
-        rule = f"has rank {rank}, and {CONFIG_NAME} says {expected}"
+    name = _parameter_name(name, config)
+    whole, rank = sides["A"].shape[0], by_pattern(config, "rank_pattern", "r", name)
+    num = whole // max(rank, 1) if ".experts." in name and name not in place else 1
+    if whole != rank * num:
+        rule = f"has rank {whole}, and {CONFIG_NAME} says {rank}"
         raise UserError(place, rule, SAME_PLACE, INTEGRITY)
     alpha = by_pattern(config, "alpha_pattern", "lora_alpha", name)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise UserError(f"lora_alpha {alpha!r} for {name}", "must be a number", "correct it")
     scale = _scale(alpha, rank, bool(config.get("use_rslora")))
-    return Pair(sides["A"], sides["B"], scale, sides.get("magnitude_vector"))
+    return Pair(sides["A"], sides["B"], scale, sides.get("magnitude_vector"), num)
+
+
+def _parameter_name(name: str, config: dict[str, Any]) -> str:
+    """The parameter of a layer's experts that peft's name stands for; another name as it is."""
+    match = EXPERTS.fullmatch(name)
+    params = {str(part).rpartition(".")[2] for part in config.get("target_parameters") or ()}
+    if match is None or not params:
+        return name
+    own = params - {"down_proj"} if match[2] else params & {"down_proj"}
+    if len(params) != 2 or len(own) != 1:
+        rule = f"is of {', '.join(sorted(params))}: must be of both sides of the experts"
+        raise UserError(name, rule, BY_PEFT)
+    return f"{name.removesuffix(match[2] or '')}.{own.pop()}"
+
+
+def _expert_rank(adapter: SavedAdapter) -> int:
+    """The rank of the experts' matrices; 0 without them."""
+    ranks = {pair.rank for pair in adapter.experts.values()}
+    if len(ranks) > 1:
+        rule = "adapts experts with several ranks: here all have one"
+        raise UserError(str(adapter.path), rule, BY_PEFT)
+    return max(ranks, default=0)
 
 
 def _scale(alpha: float, rank: int, use_rslora: bool) -> float:

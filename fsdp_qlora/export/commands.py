@@ -247,7 +247,7 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
             "trained_over": format_name,
             "packed_bytes": seen.note,
             "dtype": options.dtype,
-            "num_merged": len(adapter.pairs),
+            "num_merged": len(adapter.pairs) + len(adapter.experts),
             "num_replaced": len(adapter.replaced),
             "device": device.type,
             "versions": versions(device),
@@ -425,8 +425,9 @@ def lora_gguf(argv: list[str]) -> int:
     options = _parse("lora-gguf", argv, LoraGgufOptions, "adapter", "out")
     script = serving.find_tool(serving.LORA_CONVERTER, options.llama_cpp)
     adapter, info = _base_and_adapter(options)
-    if any(pair.magnitude for pair in adapter.pairs.values()) or adapter.replaced:
-        rule = "is more than LoRA matrices (DoRA, modules_to_save or new layers)"
+    is_more = any(pair.magnitude for pair in adapter.pairs.values()) or adapter.experts
+    if is_more or adapter.replaced:
+        rule = "is more than LoRA of linears (DoRA, experts, modules_to_save or new layers)"
         raise UserError(str(adapter.path), rule, "write the whole model: export gguf")
     assert info.path is not None
     out = Path(str(options.out))

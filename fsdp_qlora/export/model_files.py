@@ -11,6 +11,7 @@ Source: the format's README, section "Format", github.com/huggingface/safetensor
 import collections
 import contextlib
 import json
+import re
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME, read_json
-from fsdp_qlora.arch.targets import ALL_LINEARS, layer_numbers, module_names
+from fsdp_qlora.arch.targets import ALL_LINEARS, layer_numbers, module_names, peft_name
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -31,6 +32,7 @@ from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import hub
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.model.experts import pair_of_one
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.weights import DTYPES
 from fsdp_qlora.planning.sizes import NEW_LAYERS, has_adapters, trained_whole
@@ -271,21 +273,47 @@ def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
             tensors["base_model.model.lm_head.weight"] = next(iter(tensors.values())).clone()
         tensors |= adapters.named_pairs(model, flats, model.layers_prefix)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        _save_config(model, info, cfg)
-    with atomic.new_file(path) as draft:
-        metadata = adapter_files.metadata(adapter_files.record_of(info, cfg))
-        with safetensors_file(draft, tensors, metadata) as add:
-            for tensor_name, tensor in sorted(tensors.items()):
-                add(tensor_name, tensor)
+        _save_config(model, info, cfg, path.parent)
+    record = adapter_files.metadata(adapter_files.record_of(info, cfg))
+    _write_checked(path, tensors, record)
+    if cfg.expert_names == "each":
+        place = path.parent / adapter_files.EACH
+        place.mkdir(exist_ok=True)
+        _write_checked(place / name, _each(tensors, model, info), record)
+        _save_config(model, info, cfg, place)
+    return path
+
+
+def _each(
+    tensors: dict[str, torch.Tensor], model: QuantizedModel, info: ModelInfo
+) -> dict[str, torch.Tensor]:
+    """The matrices of an adapter, those of experts by the names of their base's files."""
+    each = dict(tensors)
+    slots = [(i, slot) for i, block in enumerate(shard.blocks(model)) for slot in block.body.slots]
+    for index, slot in (row for row in slots if row[1].num_experts > 1):
+        name = f"base_model.model.{model.layers_prefix}.{index}.{peft_name(slot.name)}.lora_"
+        both = each.pop(f"{name}A.weight"), each.pop(f"{name}B.weight")
+        is_down, linears = slot.name.endswith("down_proj"), info.by_layer[index].linears
+        for linear in (n for n in linears if n.expert and (n.expert[2] == 2) == is_down):
+            stem = info.outer_name(f"{info.layers_prefix}.{index}.{linear.name}")
+            pair = zip("AB", pair_of_one(linear, slot.num_experts, *both), strict=True)
+            stem = f"base_model.model.{stem}.lora_"
+            each |= {f"{stem}{side}.weight": tensor.contiguous() for side, tensor in pair}
+    return each
+
+
+def _write_checked(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    with atomic.new_file(path) as draft, safetensors_file(draft, tensors, metadata) as add:
+        for tensor_name, tensor in sorted(tensors.items()):
+            add(tensor_name, tensor)
     read = load_file(path)
     is_same = read.keys() == tensors.keys()  # by bytes: NaN is not equal to itself
     if not is_same or not all(_bytes(read[n]).equal(_bytes(tensors[n])) for n in tensors):
         got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
         raise UserError(got, rule, "check the disk and save again", INTEGRITY)
-    return path
 
 
-def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> None:
+def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, place: Path) -> None:
     import peft
 
     saved = {name.split(".")[-2] for name in trained_whole(info, cfg).root}
@@ -293,24 +321,40 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
     name, revision = adapter_files.base_name(info, cfg)
     slots = [slot for block in shard.blocks(model) for slot in block.body.slots]
     targets = module_names(cfg.lora_target_modules)
+    mixed = {slot.name: slot for slot in slots if slot.num_experts > 1}
+    slots = [slot for slot in slots if slot.num_experts == 1]
+    scales = {re.escape(name): (s.rank // s.num_experts, s.alpha) for name, s in mixed.items()}
+    params = [*mixed]
     if ALL_LINEARS.issuperset(targets):
         targets = sorted({slot.name.rpartition(".")[2] for slot in slots})
     own_layers = layer_numbers(cfg.layers_to_transform)
     exclude = module_names(cfg.lora_exclude_modules) or None
+    if own_layers:
+        params = [f"{model.layers_prefix}.{layer}.{name}" for layer in own_layers for name in mixed]
     if info.wrapper:  # its other parts have linears of the same names
         names = "|".join(sorted({slot.name.replace(".", r"\.") for slot in slots}))
         numbers = "|".join(map(str, own_layers)) or r"\d+"
         stem = model.layers_prefix.replace(".", r"\.")
         targets, own_layers, exclude = rf"{stem}\.({numbers})\.({names})", [], None
+    if place.name == adapter_files.EACH:  # of gate and up, peft makes one matrix of both ranks
+        own = sorted({linear.last_name for linear in info.linears if linear.expert})
+        single, any_own, params = next(iter(scales.values())), "|".join(own), []
+        for name in (name for name in scales if not name.endswith("down_proj") and len(own) > 2):
+            scales[name] = 2 * single[0], 2 * single[1]
+        scales[rf"experts\.\d+\.({any_own})"] = single
+        pattern = rf"({targets})|.*\.experts\.(\d+\.)?({any_own})"
+        targets = pattern if isinstance(targets, str) else [*targets, *own]
+    ranks, alphas = ({name: pair[i] for name, pair in scales.items()} for i in range(2))
     config = peft.LoraConfig(
         r=cfg.lora_rank,
         lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # a scale may be any number
-        rank_pattern=json.loads(cfg.rank_pattern or "{}"),
-        alpha_pattern=json.loads(cfg.alpha_pattern or "{}"),
+        rank_pattern=ranks | json.loads(cfg.rank_pattern or "{}"),
+        alpha_pattern=alphas | json.loads(cfg.alpha_pattern or "{}"),
         use_rslora=cfg.use_rslora,
         use_dora=slots[0].has_magnitude,
         lora_dropout=cfg.lora_dropout,
         target_modules=targets,
+        target_parameters=params or None,
         exclude_modules=exclude,
         layers_to_transform=own_layers or None,
         base_model_name_or_path=name,
@@ -321,8 +365,7 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig) -> No
     )
     # Not by save_pretrained: peft makes a set of the linears, and a set has no order.
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    place = cfg.resolved_output_dir / adapter_files.CONFIG_NAME
-    atomic.write_json(place, dict(sorted(values.items())))
+    atomic.write_json(place / adapter_files.CONFIG_NAME, dict(sorted(values.items())))
 
 
 def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_writer: bool) -> Path:

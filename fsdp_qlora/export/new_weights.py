@@ -21,7 +21,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
 from fsdp_qlora.model import quantize
+from fsdp_qlora.model.experts import pair_of_one
 from fsdp_qlora.model.quantize import LayerStore
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
@@ -117,7 +118,7 @@ class TrainedBase:
             names: in the files.
         """
         has_bytes = self.cached.is_complete or self.info.stored_format
-        known = self._places if has_bytes else {}
+        known = self._places.keys() - self._kept if has_bytes else set()
         replaced = self.adapter.replaced
         others = [name for name in names if name not in known and name not in replaced]
         read = Weights(self.info).read_ahead(others, self.device)
@@ -142,8 +143,35 @@ class TrainedBase:
         read = self.read_ahead(names)
         if len(names) == 1:
             return next(read)
+        read = itertools.starmap(self.with_pair, zip(names, read, strict=True))
         whole = torch.stack([torch.cat([next(read) for _ in matrix]) for matrix in parts])
         return whole.transpose(1, 2) if self.info.tensors[names[0]].is_transposed else whole
+
+    def with_pair(self, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
+        """Add to a weight what its LoRA pair makes, in float32; without one it stays as it is.
+
+        Args:
+            name: in the files.
+            weight_OI: the weight.
+        """
+        device, own = weight_OI.device, self.info.outer_name(name.removesuffix(".weight"))
+        if pair := self.adapter.pairs.get(own):
+            both = read_float(pair.a, device), read_float(pair.b, device)
+        elif pair := self._pair_of_experts(name):
+            layer, index = self._places[name]
+            all_pairs = _read_once(pair.a, device), _read_once(pair.b, device)
+            linear = self.info.by_layer[layer].linears[index]
+            both = pair_of_one(linear, pair.num_experts, *all_pairs)
+        else:
+            return weight_OI
+        return torch.addmm(weight_OI.float(), both[1], both[0], alpha=pair.scale)
+
+    def _pair_of_experts(self, name: str) -> Pair | None:
+        if not self.adapter.experts or name not in self._places:
+            return None
+        layer, index = self._places[name]
+        expert = self.info.by_layer[layer].linears[index].expert
+        return expert and self.adapter.expert_places.get((layer, expert[2] != 2))
 
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
@@ -176,6 +204,9 @@ def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
     return raw.view(DTYPES[ref.dtype]).view(tuple(ref.shape)).to(device, torch.float32)
 
 
+_read_once = lru_cache(maxsize=4)(read_float)  # experts of a layer share them
+
+
 def with_blocks(info: ModelInfo, adapter: SavedAdapter) -> ModelInfo:
     """Let experts in MXFP4 that no adapter changes be parts that are written byte by byte.
 
@@ -187,7 +218,8 @@ def with_blocks(info: ModelInfo, adapter: SavedAdapter) -> ModelInfo:
         The base; the same where there are no such experts.
     """
     kept = {n: i.joint for n, i in info.tensors.items() if n in info.quantized and i.joint}
-    if not kept or any(".experts" in name for name in adapter.pairs) or info.path is None:
+    changes = bool(adapter.experts) or any(".experts." in name for name in adapter.pairs)
+    if not kept or changes or info.path is None:
         return info
     there = read_tensors(info.path, QUANTIZED_ITEM_BYTES)
     names = [f"{joint}_{part}" for joint in dict.fromkeys(kept.values()) for part in PARTS]
@@ -212,13 +244,11 @@ def merged(base: TrainedBase, dtype: torch.dtype, names: Sequence[str]) -> Tenso
     """
     device = base.device
     for name, weight_OI in zip(names, base.read_ahead(names), strict=True):
+        weight_OI = base.with_pair(name, weight_OI)
         pair = base.adapter.pairs.get(base.info.outer_name(name.removesuffix(".weight")))
-        if pair is not None:
-            a_RI, b_OR = read_float(pair.a, device), read_float(pair.b, device)
-            weight_OI = torch.addmm(weight_OI.float(), b_OR, a_RI, alpha=pair.scale)
-            if pair.magnitude is not None:
-                length_O = read_float(pair.magnitude, device) / weight_OI.norm(dim=1)
-                weight_OI *= length_O.unsqueeze(1)
+        if pair is not None and pair.magnitude is not None:
+            length_O = read_float(pair.magnitude, device) / weight_OI.norm(dim=1)
+            weight_OI *= length_O.unsqueeze(1)
         result = weight_OI.to(dtype)
         if not result.sum(dtype=torch.float32).isfinite():
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
@@ -424,7 +454,7 @@ def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any
     ids, note, is_text = choose_rows(seen, shape, options.dataset)
     trained, merged = logits(seen, ids), logits(result, ids)
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
-    has_run = seen.adapter.pairs or seen.adapter.replaced
+    has_run = seen.adapter.pairs or seen.adapter.experts or seen.adapter.replaced
     known = {"base_of_adapter": base} if has_run else {}
     return {"rows": note} | known | compare(trained, merged, ids, is_text)
 

@@ -8,17 +8,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.targets import Target
+from fsdp_qlora.arch.targets import Target, peft_name
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import shard
+from fsdp_qlora.model.experts import QuantizedExperts
 from fsdp_qlora.model.lora import LoraSlot, QuantizedLinear, row_squares
 from fsdp_qlora.model.shard import blocks, local_range
 
@@ -43,15 +44,22 @@ def attach(
         if not own:
             continue
         body = block.body
-        linears = {
+        linears: dict[str, tuple[str, Any]] = {
             module.stored_name: (name, module)
             for name, module in body.layer.named_modules()
             if isinstance(module, QuantizedLinear)
         }
+        for name, experts in body.layer.named_modules():
+            if isinstance(experts, QuantizedExperts):
+                sides = {experts.in_name: experts.ins, "down_proj": experts.down}
+                linears |= {m.stored_name: (f"{name}.{side}", m) for side, m in sides.items()}
         has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        rest = (cfg.lora_dropout, cfg.use_rslora)
-        found = [(*linears[row.linear.name], row.rank, row.alpha) for row in own]
-        slots = [LoraSlot(*start, *rest, has_magnitude) for start in found]
+        rest: dict[str, Any] = {"dropout": cfg.lora_dropout, "use_rslora": cfg.use_rslora}
+        slots = []
+        for row in own:
+            rest |= {"has_magnitude": has_magnitude, "num_experts": row.num_experts}
+            rank = row.rank * row.num_experts
+            slots.append(LoraSlot(*linears[row.linear.name], rank, row.alpha, **rest))
         numel = -(-body.set_slots(slots) // world_size) * world_size
         master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
@@ -192,7 +200,7 @@ def named_pairs(
     adapted = [(index, block) for index, block in enumerate(blocks(model)) if block.body.slots]
     for (index, block), flat in zip(adapted, flats, strict=True):
         for slot, parts in zip(block.body.slots, block.body.split_lora(flat), strict=True):
-            stem = f"base_model.model.{layers_prefix}.{index}.{slot.name}"
+            stem = f"base_model.model.{layers_prefix}.{index}.{peft_name(slot.name)}"
             for name, part in zip(PEFT_NAMES, parts, strict=False):
                 yield f"{stem}.{name}", part
 
@@ -228,7 +236,7 @@ def peft_note(model: nn.Module, info: ModelInfo) -> str:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     slots = [slot for block in blocks(model) for slot in block.body.slots]
-    names = {slot.name.rpartition(".")[2] for slot in slots}
+    names = {slot.name.rpartition(".")[2] for slot in slots if slot.num_experts == 1}
     config = LoraConfig(target_modules=list(names))
     stand_in = cast(nn.Module, SimpleNamespace(config=SimpleNamespace(model_type=info.model_type)))
     try:

@@ -366,10 +366,30 @@ def replace_experts(
     kind, stem = type(module), f"{next(n.expert[0] for n in linears if n.expert)}.experts"
     module.__class__ = type(kind.__name__, (QuantizedExperts, kind), {})
     module.__dict__.pop("forward", None)  # that Liger has put there
-    module.ins = ExpertMatrices(store, sides[0], f"{stem}.base_layer")
-    module.down = ExpertMatrices(store, sides[1], stem)
+    module.ins = ExpertMatrices(store, sides[0], f"{stem}.{module.in_name}")
+    module.down = ExpertMatrices(store, sides[1], f"{stem}.down_proj")
     places = torch.tensor(numbers, device="cpu")
     module.register_buffer("numbers", places, persistent=False)
     module.register_buffer("places", places.argsort(), persistent=False)
     store.is_mixed = True
     return [module.ins.group, module.down.group]
+
+
+def pair_of_one(
+    linear: Linear, num: int, a_RI: torch.Tensor, b_OR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The LoRA pair of a matrix of one expert.
+
+    Args:
+        linear: the matrix; of gate or up, its half of what both have together.
+        num: of experts.
+        a_RI, b_OR: of all experts of the layer, as peft has them.
+
+    Returns:
+        A [R, I] and B [O, R].
+    """
+    _, number, part = linear.expert or ("", 0, 0)
+    b_OR = b_OR.view(len(b_OR), -1, num)[..., number]
+    rows = linear.out_features
+    b_OR = b_OR[rows:] if part == 1 and len(b_OR) > rows else b_OR[:rows]
+    return a_RI.view(num, -1, a_RI.shape[1])[number], b_OR

@@ -245,6 +245,7 @@ class LoraSlot:
         dropout: probability, on the input of the adapter.
         use_rslora: see `scale`.
         has_magnitude: DoRA: the length of each row of the weight is learnt by itself.
+        num_experts: whose matrices lie in `linear`, each with an own pair of R / num_experts.
     """
 
     name: str
@@ -254,11 +255,13 @@ class LoraSlot:
     dropout: float
     use_rslora: bool = False
     has_magnitude: bool = False
+    num_experts: int = 1
 
     @property
     def scale(self) -> float:
         """alpha/r, or alpha/sqrt(r) (rank-stabilised, arXiv 2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        rank = self.rank // self.num_experts
+        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 class Adapter(NamedTuple):

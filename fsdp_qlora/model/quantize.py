@@ -94,6 +94,7 @@ class Format:
             one long linear.
         dequantize: (quantized bytes, constants of the linear, shape, compute dtype) -> weight_OI in
             the compute dtype.
+        fills: `dequantize` takes a tensor `out` too, which its kernel writes to and it returns.
     """
 
     storage: Storage
@@ -102,6 +103,7 @@ class Format:
     index_field: str
     dequantize: Callable[..., torch.Tensor]
     is_sequential: bool = True
+    fills: bool = False
 
 
 def import_bitsandbytes():
@@ -209,10 +211,11 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
     return pairs[:, 0].contiguous()
 
 
-def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str) -> torch.Tensor:
+def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str, out=None):
     kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
-        weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
+        device = quantized.device
+        weight_OI = torch.empty(*shape, dtype=dtype, device=device) if out is None else out
         table = values_of(quant_type, quantized.device)
         kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP)
         return weight_OI
@@ -262,7 +265,7 @@ def _quantize_mxfp4(weight_OI: torch.Tensor) -> Fields:
     raise AssertionError("MXFP4 is kept where files have it, never made")
 
 
-def _dequantize_mxfp4(quantized, constants, shape, dtype) -> torch.Tensor:
+def _dequantize_mxfp4(quantized, constants, shape, dtype, out=None) -> torch.Tensor:
     """Codes of e2m1 times a power of two; the low bits of a byte come first.
 
     Source: Open Compute Project, Microscaling Formats, v1.0, section 5.3.
@@ -270,7 +273,8 @@ def _dequantize_mxfp4(quantized, constants, shape, dtype) -> torch.Tensor:
     table, group = mxfp4_values(quantized.device), STORAGES[MXFP4].group_size
     kernel = triton_kernels() if quantized.is_cuda else None
     if kernel is not None:
-        weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
+        device = quantized.device
+        weight_OI = torch.empty(*shape, dtype=dtype, device=device) if out is None else out
         kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, group)
         return weight_OI
     exponents = constants[0].int()  # as the bits of a float32; 0 is the one below the normal ones
@@ -351,6 +355,7 @@ def _bnb_row(name: str) -> Format:
         constants=_nested_absmax if double else partial(_as_stored, names=("absmax",)),
         index_field="qabsmax" if double else "absmax",
         dequantize=partial(_dequantize_bnb, quant_type=quant_type),
+        fills=True,
     )
 
 
@@ -376,7 +381,7 @@ FORMATS: dict[str, Format] = {
     ),
     MXFP4: Format(
         *(STORAGES[MXFP4], _quantize_mxfp4, partial(_as_stored, names=("exponents",))),
-        *("exponents", _dequantize_mxfp4),
+        *("exponents", _dequantize_mxfp4, True, True),
     ),
 }
 
@@ -586,21 +591,29 @@ class LayerStore:
         """
         if self.cache.key != (id(self), dtype):
             self._dequantize_layer(dtype)
-        made = [self._stack(part, dtype) for part in parts]
-        return made[0] if len(made) == 1 else torch.cat(made, 1)
+        shapes = [self.layout.shapes[part[0]] for part in parts]
+        rows = [shape[0] for shape in shapes]
+        size = len(parts[0]), sum(rows), shapes[0][1]
+        stacked = torch.empty(size, dtype=dtype, device=self._bytes.device)
+        for part, out in zip(parts, stacked.split(rows, 1), strict=True):
+            self._stack(part, out)
+        return stacked
 
-    def _stack(self, part: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        first, last, layout = part[0], part[-1], self.layout
-        shape = layout.shapes[first]
+    def _stack(self, part: tuple[int, ...], out: torch.Tensor) -> None:
+        first, last, layout, dtype = part[0], part[-1], self.layout, out.dtype
         if part not in self._runs:
             is_run = [*part] == [*range(first, last + 1)] and layout.is_run(first, last)
             self._runs[part] = is_run
         if not self._runs[part]:
-            return torch.stack([self._dequantize(index, dtype) for index in part])
+            for index, matrix in zip(part, out, strict=True):
+                matrix.copy_(self._dequantize(index, dtype))
+            return
         quantized = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
-        constants, whole = self._constants(first, last), (len(part) * shape[0], shape[1])
-        dequantize = self.formats[layout.formats[first]].dequantize
-        return dequantize(quantized, constants, whole, dtype).view(-1, *shape)
+        own = quantized, self._constants(first, last), (out[0].shape[0] * len(part), out.shape[2])
+        fmt = self.formats[layout.formats[first]]
+        made = fmt.dequantize(*own, dtype, **({"out": out} if fmt.fills else {}))
+        if made is not out:
+            out.copy_(made.view(out.shape))
 
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]

@@ -22,8 +22,19 @@ NUM_WARPS = 4
 
 @triton.jit
 def _dequantize_bnb(
-    quantized, absmax, table, out, num_weights, group_bytes: tl.constexpr, tile: tl.constexpr
+    quantized,
+    absmax,
+    table,
+    out,
+    num_weights,
+    stride,
+    group_bytes: tl.constexpr,
+    tile: tl.constexpr,
 ):
+    part = tl.program_id(1).to(tl.int64)
+    quantized += part * (num_weights // 2)
+    absmax += part * (num_weights // (2 * group_bytes))
+    out += part * stride
     first_byte = tl.program_id(0).to(tl.int64) * tile
     byte = first_byte + tl.arange(0, tile)
     is_in = byte * 2 < num_weights
@@ -65,13 +76,15 @@ def dequantize_bnb(
         absmax: float32, one of each group; or, of MXFP4, whose low bits come first, uint8: powers
             of two, as a float32 has them.
         table: float32 [16], the values of the code.
-        out: contiguous, any float dtype, written to.
+        out: any float dtype, written to; contiguous, or, in three dimensions, its parts are.
         group: weights that share a constant.
     """
-    grid = (triton.cdiv(out.numel(), 2 * BYTES_PER_PROGRAM),)
+    num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
+    size = out.numel() // num
+    grid = (triton.cdiv(size, 2 * BYTES_PER_PROGRAM), num)
     tensors, meta = (quantized, absmax, table, out), {"group_bytes": group // 2}
     _dequantize_bnb[grid](
-        *tensors, out.numel(), tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
+        *tensors, size, stride, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
     )
 
 

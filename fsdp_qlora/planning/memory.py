@@ -399,13 +399,15 @@ def at_work(s: Sizes) -> list[Term]:
     """What is held of a layer's frozen weights, dequantized, while it is at work.
 
     All of a small layer, once for all its matmuls, and until another layer takes its place: after
-    the last one too. Of a larger layer one linear at a time.
+    the last one too. Of a larger layer one linear at a time; of experts as many as fit.
 
     Args:
         s: numbers of the run.
     """
     if s.is_kept_whole:
         return [term("all linears", weights=s.fullest.weights, bytes=s.item)]
+    if (grouped := min(s.grouped * s.item, sizes.WHOLE_LAYER_BYTES)) > s.largest * s.item:
+        return [term("experts at work", bytes=grouped)]
     return [term("largest linear", weights=s.largest, bytes=s.format.scratch_bytes)]
 
 

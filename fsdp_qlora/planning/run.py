@@ -16,12 +16,22 @@ from typing import Any, NamedTuple
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora.arch.targets import expert_rank, expert_sides, usual_expert_rank
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning.fit import Outcome, Speed
-from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
+from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.planning.sizes import (
+    DTYPE_BYTES,
+    Sizes,
+    adopt_format,
+    applied,
+    count_trained,
+    has_adapters,
+    setting_for,
+)
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
@@ -618,7 +628,27 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     slow = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.has_bf16]
     words = "has no bfloat16 matmuls: several times slower than in float16"
     notes = [f"a {name} {words}" for name in slow if plan.cfg.compute_dtype == "bfloat16"]
+    lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
+
+
+def _experts(plan: RunPlan) -> list[tuple[str, str]]:
+    """What becomes of the experts of a mixture under adapters, and what theirs cost."""
+    info, cfg = plan.info, plan.cfg
+    sides = [side for index in range(info.num_layers) for side in expert_sides(info, index)]
+    if not sides or not has_adapters(cfg):
+        return []
+    rank = expert_rank(info, cfg)
+    num_params = sum(sum(linear.shape) * num for linear, num in sides)
+    num_params *= rank or usual_expert_rank(info, cfg)
+    nbytes = 2 * DTYPE_BYTES[cfg.master_dtype] + moment_bytes(cfg) + DTYPE_BYTES[cfg.compute_dtype]
+    words = (
+        f"{num_params:,} parameters, {num_params * nbytes / GIB:.1f} GiB with gradients and moments"
+    )
+    words = (
+        f"LoRA r {rank}: {words}" if rank else f"frozen; --expert_lora_rank trains them: {words}"
+    )
+    return [("experts", f"{words}; the router is frozen, no balancing loss")]
 
 
 def _wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:

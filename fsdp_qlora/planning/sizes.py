@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from fsdp_qlora import arch
 from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
-from fsdp_qlora.arch.targets import find_targets
+from fsdp_qlora.arch.targets import expert_sides, find_targets
 from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
@@ -257,7 +257,7 @@ def count_trained(info: ModelInfo, cfg: TrainConfig) -> Counts:
     targets = [*itertools.chain(*find_targets(info, cfg))] if has_adapters(cfg) else []
     is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
     magnitudes = sum(row.linear.out_features for row in targets) * is_dora
-    adapters = sum(row.rank * sum(row.linear.shape) for row in targets) + magnitudes
+    adapters = sum(row.num_params for row in targets) + magnitudes
     every = sum(kind.num_params * len(kind.layers) for kind in info.kinds)
     root = sum(math.prod(shapes[name]) for name in own.root)
     whole = sum(info.by_layer[index].num_params for index in own.layers)
@@ -484,6 +484,7 @@ class Sizes:
         weights: frozen weights of a layer's linears.
         formatted: those in the run's format.
         largest: weights of its largest linear.
+        grouped: weights of all its experts, of the side that has more; 0 in a dense layer.
         active: weights that one token passes: of a mixture, those of its experts.
         last: weights of its last linear, whose matmul a recomputation leaves out; 0 with experts.
         quantized, constants: bytes of a layer's linears as stored.
@@ -514,6 +515,7 @@ class Sizes:
     weights: float
     formatted: float
     largest: float
+    grouped: float
     active: float
     last: float
     quantized: float
@@ -541,7 +543,8 @@ class Sizes:
         for name in of_kinds[0][0]:
             total = sum(numbers[name] * count for numbers, count in of_kinds)
             setattr(self, name, _mean(total, self.layers))
-        self.largest = max(numbers["largest"] for numbers, _ in of_kinds)
+        for name in ("largest", "grouped"):
+            setattr(self, name, max(numbers[name] for numbers, _ in of_kinds))
         self.root = sum(math.prod(shape) for _, shape in info.root_params)
         self.head = self.vocab * self.hidden
         self.is_tied = self.root < 2 * self.head
@@ -590,7 +593,8 @@ class Sizes:
         gates = [n for n in active if n.last_name.startswith(GATES)]
         layers = find_targets(info, cfg if is_lora else TrainConfig())
         targets = [row for index in kind.layers for row in layers[index]]
-        adapted = {row.linear for row in targets}
+        adapted, sides = {row.linear for row in targets}, expert_sides(info, kind.layers[0])
+        ranks = [row.rank * (num_experts if row.num_experts > 1 else 1) for row in targets]
         norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
         num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
@@ -602,6 +606,7 @@ class Sizes:
             "weights": sum(counts),
             "formatted": sum(linear.num_weights for linear in linears if not linear.format),
             "largest": max(counts),
+            "grouped": max([n.num_weights * num for n, num in sides], default=0),
             "active": sum(linear.num_weights for linear in active),
             "last": counts[-1] if len(active) == len(linears) else 0,
             "outs": sum(linear.out_features for linear in active[:-1]),
@@ -611,7 +616,7 @@ class Sizes:
             "norms": num_norms,
             "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
             "small": sum(math.prod(shape) for _, shape in kind.params),
-            "lora_ranks": _mean(sum(row.rank for row in targets), len(kind.layers)) * is_lora,
+            "lora_ranks": _mean(sum(ranks), len(kind.layers)) * is_lora,
             "input_features": sum(read),
             "dropped_features": sum(linear.in_features for linear in adapted),
         }

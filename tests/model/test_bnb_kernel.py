@@ -73,3 +73,16 @@ def test_constants_have_the_bits_of_bitsandbytes(kernel):
     )
     expected.view(-1, 256).add_(offset.unsqueeze(1))
     assert torch.equal(kernel.expand(quantised, nested, offset, code, 256), expected)
+
+
+def test_matrices_that_lie_apart_are_filled_as_one(kernel):
+    """Gate above, up below in one tensor: each half of every matrix is written by itself."""
+    packed = torch.randint(0, 256, (3 * 64 * 64,), dtype=torch.uint8, device=tiny.DEVICE)
+    absmax = torch.rand(3 * 64 * 128 // GROUP, device=tiny.DEVICE)
+    table = values_of("nf4", packed.device)
+    whole = torch.full((3 * 64, 128), float("nan"), device=tiny.DEVICE)
+    kernel.dequantize_bnb(packed, absmax, table, whole, GROUP)
+    both = torch.zeros(3, 2 * 64, 128, device=tiny.DEVICE)
+    kernel.dequantize_bnb(packed, absmax, table, both[:, 64:], GROUP)
+    assert torch.equal(both[:, 64:], whole.view(3, 64, 128))
+    assert not both[:, :64].any()

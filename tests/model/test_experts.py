@@ -1,12 +1,19 @@
 """Experts over the 4-bit store: the kernel, adapters, files, against own arithmetic and peft."""
 
+import json
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from fsdp_qlora.model import experts, quantize
-from tests import tiny
+from fsdp_qlora import arch, config
+from fsdp_qlora.__main__ import main
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import DONE, UserError
+from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.export import model_files
+from fsdp_qlora.model import adapters, experts, load, quantize
+from tests import tiny, tiny_models
 
 ENDS = {"spread": (True, False), "joined": (False, True), "rows": (False, False)}
 NUM, TOP, RANK, TOKENS = 6, 2, 3, 90
@@ -69,3 +76,63 @@ def test_all_paths_are_own_arithmetic_in_groups_of_experts(monkeypatch, shapes, 
         assert torch.allclose(found, made, 1e-4, 1e-4), path
         for part, other in zip(given, wanted, strict=True):
             assert torch.allclose(part.grad, other.grad, 1e-4, 1e-4), path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    """The only rank."""
+    store = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield World(0, 1, 0, 1, torch.device("cpu"))
+    torch.distributed.destroy_process_group()
+
+
+FLAGS = ("--train_type=lora", "--precision=fp32", "--lora_rank=4", "--lora_alpha=6")
+FLAGS += ("--quant_cache=off", "--expert_lora_rank", "--lora_target_modules=q_proj,o_proj")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "glm4_moe"])
+def test_files_have_equal_logits_in_peft_and_when_they_are_merged(tmp_path, world, name):
+    """Both forms; read back as an adapter to go on from; of another base they are refused."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, out, ids = tmp_path / "model", tmp_path / "adapter", torch.arange(40)[None]
+    tiny_models.save(base, name)
+    has_names = name != "gpt_oss"
+    flags = (*FLAGS, *["--expert_names=each"] * has_names, f"--output_dir={out}")
+    cfg = config.parse([f"--model_name={base}", *flags])
+    info = arch.read(str(base), need_weights=True)
+    model = load.build(cfg, info, world).model.eval()
+    tiny.fill_lora(model)
+    out.mkdir()
+    model_files.save(model, info, cfg, None, is_writer=True)
+    with torch.no_grad():
+        wanted = model(ids)[0, -1]
+        for place in (out, out / adapter_files.EACH)[: 1 + has_names]:
+            own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            own.set_experts_implementation("eager")
+            found = PeftModel.from_pretrained(own, place).eval()(ids).logits[0, -1]
+            assert torch.allclose(found, wanted, 1e-4, 1e-4), place
+            argv = [f"--adapter={place}", f"--out={place}-merged", f"--model_name={base}"]
+            assert main(["merge", *argv, "--dtype=fp32", "--device=cpu"]) == DONE
+            facts = json.loads((tmp_path / f"{place}-merged" / "merge.json").read_text())
+            assert facts["evidence"]["max_difference"] < 1e-3, place
+            merged = AutoModelForCausalLM.from_pretrained(f"{place}-merged", dtype=torch.float32)
+            assert torch.allclose(merged.eval()(ids).logits[0, -1], wanted, 1e-4, 1e-4), place
+    given = [f"--model_name={base}", f"--init_adapter={out}", "--precision=fp32"]
+    again = config.parse([*adapter_files.expand_init([*given, "--train_type=lora"]), *FLAGS[4:5]])
+    assert (again.expert_lora_rank, again.lora_alpha) == (2, 6)
+    adapter_files.check_init(again, info, print)
+    opened = adapter_files.read(out)
+    assert "rank 2 on the experts of" in str(opened)
+    fresh = load.build(again, info, world).model
+    scales = {key: pair.scale for key, pair in (opened.pairs | opened.experts).items()}
+    for given_scales in (None, scales):
+        file = out / adapter_files.WEIGHTS_NAME
+        adapters.load(fresh, file, fresh.layers_prefix, world.device, given_scales)
+        with torch.no_grad():
+            assert torch.equal(fresh.eval()(ids)[0, -1], wanted)
+    other = tiny.save_model(tmp_path / "other")
+    with pytest.raises(UserError, match="no such experts"):
+        adapter_files.check(opened, arch.read(str(other), need_weights=True))

@@ -106,9 +106,11 @@ def judge(path: Path, world: World) -> Finding:
 
 
 def build(cfg, world: World) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
-    """The model as a run builds it; with the flag that a refusal names, if it names one."""
+    """The model as a run builds it, experts adapted; with the flag that a refusal names."""
     try:
         info = arch.read(cfg.model_name, need_weights=True)
+        if any(linear.expert for linear in info.linears):
+            cfg = dataclasses.replace(cfg, expert_lora_rank=3)
         return load.build(cfg, info, world).model, info, cfg
     except UserError as error:
         if cfg.attn == "eager" or not str(error).endswith("use --attn eager"):
@@ -144,14 +146,27 @@ def reference(path: Path, lora: dict[str, torch.Tensor], cfg, samples) -> Result
         path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     names = {re.sub(r"base_model\.model\.(.*)\.lora_[AB]\.weight", r"\1", name) for name in lora}
-    unknown = sorted(names - {name for name, _ in model.named_modules()})
+    mixtures = {name.removesuffix(".base_layer") for name in names if ".experts" in name[-19:]}
+    names -= {*mixtures, *(f"{name}.base_layer" for name in mixtures)}
+    unknown = sorted((names | mixtures) - {name for name, _ in model.named_modules()})
     if unknown:
         return f"adapters are named {unknown[0]}, as no module of transformers is"
-    lora_config = LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=names)
+    params = [n for n, p in model.named_parameters() if n.rpartition(".")[0] in mixtures]
+    params = [name for name in params if name.endswith("_proj")]
+    scale = cfg.lora_alpha / cfg.lora_rank
+    lora_config = LoraConfig(
+        r=cfg.lora_rank,
+        lora_alpha=cfg.lora_alpha,
+        target_modules=names,
+        target_parameters=params or None,
+        rank_pattern=dict.fromkeys(map(re.escape, params), 3),
+        alpha_pattern=dict.fromkeys(map(re.escape, params), 3 * scale),
+    )
     # It takes the linears of shared experts for those of experts.
     with patch.object(transformers_weight_conversion, "_convert_peft_config_moe"):
         model = get_peft_model(model, lora_config)
     named = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert named.keys() == lora.keys()
     for name, param in named.items():
         param.data = lora[name].clone()
     losses, logits = [], []
