@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fsdp_qlora.arch.files import JOINED
+from fsdp_qlora.arch.formats import JOINED
 from fsdp_qlora.arch.info import Linear, ModelInfo, active_linears
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import UserError

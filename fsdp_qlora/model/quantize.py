@@ -380,8 +380,12 @@ FORMATS: dict[str, Format] = {
         STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
     ),
     MXFP4: Format(
-        *(STORAGES[MXFP4], _quantize_mxfp4, partial(_as_stored, names=("exponents",))),
-        *("exponents", _dequantize_mxfp4, True, True),
+        STORAGES[MXFP4],
+        _quantize_mxfp4,
+        partial(_as_stored, names=("exponents",)),
+        "exponents",
+        _dequantize_mxfp4,
+        fills=True,
     ),
 }
 
