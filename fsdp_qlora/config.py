@@ -307,6 +307,26 @@ class TrainConfig:
         return OBJECTIVES[self.objective].num_answers
 
     @property
+    def has_cached_reference(self) -> bool:
+        """Whether log-probabilities by the reference are computed once, before the first step."""
+        is_cached = {"pass": False, "cached": True}.get(
+            self.reference, not self.trains_new_adapters
+        )
+        return is_cached and OBJECTIVES[self.objective].has_reference
+
+    @property
+    def trains_new_adapters(self) -> bool:
+        """Whether the model without its adapters is the model before the first step."""
+        has_adapters = TRAIN_TYPES[self.train_type].adapter in ("lora", "dora")
+        return has_adapters and not self.modules_to_save and self.init_adapter is None
+
+    @property
+    def passes(self) -> int:
+        """How often rows pass a layer in a forward pass: twice with a reference."""
+        has_reference = OBJECTIVES[self.objective].has_reference
+        return 1 + (has_reference and not self.has_cached_reference)
+
+    @property
     def nll_weight(self) -> float:
         """Weight of the mean cross entropy of chosen answers in a preference objective."""
         own = {"orpo": 1.0, "cpo": 1.0, "simpo": 0.0}.get(self.objective, self.sft_weight)
@@ -577,15 +597,7 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
             got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
             remedy = f"use --train_type {type_}, or leave it out"
             faults.append(UserError(got, f"belongs to {base} base", remedy))
-    for name, objectives in OF_OBJECTIVES.items():
-        value = getattr(cfg, name)
-        if cfg.objective not in objectives and value != getattr(TrainConfig, name):
-            got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
-            rule = f"belongs to --objective {' '.join(objectives)}"
-            faults.append(UserError(got, rule, "leave one of them out"))
-    if cfg.num_answers and cfg.train_on == "all":
-        got, rule = f"--train_on all with --objective {cfg.objective}", "compares answers alone"
-        faults.append(UserError(got, rule, "leave --train_on out"))
+    faults += _objective_conflicts(cfg)
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
@@ -616,6 +628,27 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
         got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
         faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))
+    return faults
+
+
+def _objective_conflicts(cfg: TrainConfig) -> list[UserError]:
+    """Options that belong to another objective, and what an objective cannot compare."""
+    faults = []
+    for name, objectives in OF_OBJECTIVES.items():
+        value = getattr(cfg, name)
+        if cfg.objective not in objectives and value != getattr(TrainConfig, name):
+            got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
+            rule = f"belongs to --objective {' '.join(objectives)}"
+            faults.append(UserError(got, rule, "leave one of them out"))
+    if cfg.num_answers and cfg.train_on == "all":
+        got, rule = f"--train_on all with --objective {cfg.objective}", "compares answers alone"
+        faults.append(UserError(got, rule, "leave --train_on out"))
+    if cfg.reference == "pass" and not cfg.trains_new_adapters:
+        rule = "is the base without adapters, and more than new adapters is trained"
+        faults.append(UserError("--reference pass", rule, "leave it out: it is computed once"))
+    if cfg.objective == "kto" and cfg.has_cached_reference:
+        got, rule = "--objective kto with a cached reference", "compares other rows at every step"
+        faults.append(UserError(got, rule, "use --objective kto_apo_zero, or train new adapters"))
     return faults
 
 

@@ -25,7 +25,7 @@ from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
 POLL_S = 0.1
-NAMES = ("base", "adapter")
+NAMES, SHOWN = ("base", "adapter"), ("loss", "perplexity", "accuracy", "margin")
 LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
 CHAT_HELP = """/reset         forget the conversation
@@ -533,7 +533,8 @@ def _lines(options: GenerateOptions, opened: Opened) -> Iterator[str]:
 class EvaluateOptions(OpenOptions):
     """Prints loss and perplexity on held-out rows, before and after the adapter.
 
-    The rows are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say.
+    The rows are those of the run, or what flags of train.py (--dataset, --eval_split, ...) say;
+    of preferences (--objective dpo) it prints loss, accuracy and margin.
     With --tasks those of lm-eval instead (pip install lm-eval). What is found is written beside
     the adapter, too.
     """
@@ -573,20 +574,20 @@ def evaluate(argv: list[str]) -> int:
 
 
 def _held_out(opened: Opened) -> dict[str, Any]:
-    """Loss and perplexity over all held-out rows of all ranks."""
+    """Loss and perplexity, or accuracy, over all held-out rows of all ranks."""
     from fsdp_qlora import data
-    from fsdp_qlora.training import loop
-    from fsdp_qlora.training.evaluate import perplexity
+    from fsdp_qlora.training import evaluate
 
     rows = data.build(opened.cfg, opened.info, opened.world).held_out
     if not rows:
         remedy = "say --eval_split 100, 0.1 or a file"
         raise UserError(f"{opened.cfg.dataset}", "holds no rows out", remedy)
     found: dict[str, Any] = {}
+    preference = evaluate.preference_of_base(opened.model, opened.cfg, rows, opened.world)
     for name in NAMES if opened.adapter else NAMES[:1]:
-        loss = loop.evaluate(opened.model, rows, opened.world)
-        found[name] = {"loss": loss, "perplexity": perplexity(loss)}
-        opened.say(f"{name:<8} loss {loss:.4f}, perplexity {perplexity(loss):.3f}")
+        found[name] = evaluate.measure(opened.model, preference, rows, opened.world)
+        shown = [f"{key} {found[name][key]:.4f}" for key in SHOWN if key in found[name]]
+        opened.say(f"{name:<8} {', '.join(shown)}")
         opened.load_adapter()
     num_tokens = opened.world.sum(sum(batch.num_trained_tokens for batch in rows))
     return {**found, "num_tokens": round(num_tokens)}

@@ -37,20 +37,20 @@ def run(
         poll: called after each step.
     """
     from fsdp_qlora import data
-    from fsdp_qlora.training import checkpoint, loop, memory_probe, metrics
+    from fsdp_qlora.training import checkpoint, evaluate, loop, memory_probe, metrics
 
-    cfg, is_writer = plan.cfg, world.rank == 0
-    out_dir = cfg.resolved_output_dir
+    cfg, is_writer, out_dir = plan.cfg, world.rank == 0, plan.cfg.resolved_output_dir
     dataset = world.each(lambda: data.build(cfg, plan.info, world))
-    num_steps = dataset.train.num_steps
     resumed = checkpoint.load(plan, given, saved, dataset, world)
     trained, tracker, record = _build(plan, dataset, world, saved is None)
     checkpoint.restore(trained, resumed.saved)
+    base = functools.partial(adapter.digest, plan.info)
+    trained = evaluate.with_reference(trained, dataset, cfg, resumed.saved, base)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
 
     with (
-        metrics.Recorder(tracker, world, num_steps, record, kept) as recorder,
+        metrics.Recorder(tracker, world, dataset.train.num_steps, record, kept) as recorder,
         memory_probe.profile(cfg, world.rank, world.device, recorder.say) as after_step,
         metrics.attach_trackers(cfg, is_writer),
     ):

@@ -8,9 +8,9 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -500,8 +500,19 @@ def held_out(
     Returns:
         Batches on the CPU; none if there are no samples.
     """
+    return list(all_once(samples, batch_size, world_size, rank, pad_multiple, objective))
+
+
+def all_once(samples: TokenDataset, *shape: Any) -> Iterator[Batch]:
+    """As `held_out`, one batch after the other.
+
+    Args:
+        samples, shape: arguments of `held_out`.
+    """
     if not len(samples):
-        return []
+        return
+    batch_size, world_size, rank, pad_multiple, objective = shape
     once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, pad_multiple, objective)
     batches = Batches(samples, once)
-    return [batch for step in range(batches.num_steps) for batch in batches.step(step)]
+    for step in range(batches.num_steps):
+        yield from batches.step(step)

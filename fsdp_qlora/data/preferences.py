@@ -205,7 +205,7 @@ class Sides(NamedTuple):
     counts: tuple[int, ...]
     is_answer: "torch.Tensor | None" = None
     signs: tuple[int, ...] = ()
-    hashes: np.ndarray | None = None
+    hashes: np.ndarray = np.zeros(0, np.uint64)
 
     @classmethod
     def of(cls, rows: Sequence[Sample], hashes: np.ndarray | None = None) -> "Sides":
@@ -222,5 +222,6 @@ class Sides(NamedTuple):
             parts = [row.is_trained if row.is_answer is None else row.is_answer for row in rows]
             kept = [part[1:][row.is_trained[1:]] for part, row in zip(parts, rows, strict=True)]
             is_answer = torch.from_numpy(np.concatenate(kept))
+        own = np.zeros(0, np.uint64) if hashes is None else hashes
         counts = tuple(row.num_trained_tokens for row in rows)
-        return cls(counts, is_answer, tuple(row.label for row in rows if row.label), hashes)
+        return cls(counts, is_answer, tuple(row.label for row in rows if row.label), own)

@@ -339,8 +339,8 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, place
     if place.name == adapter_files.EACH:  # of gate and up, peft makes one matrix of both ranks
         own = sorted({linear.last_name for linear in info.linears if linear.expert})
         single, any_own, params = next(iter(scales.values())), "|".join(own), []
-        for name in (name for name in scales if not name.endswith("down_proj") and len(own) > 2):
-            scales[name] = 2 * single[0], 2 * single[1]
+        for param in (n for n in scales if not n.endswith("down_proj") and len(own) > 2):
+            scales[param] = 2 * single[0], 2 * single[1]
         scales[rf"experts\.\d+\.({any_own})"] = single
         pattern = rf"({targets})|.*\.experts\.(\d+\.)?({any_own})"
         targets = pattern if isinstance(targets, str) else [*targets, *own]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
-from fsdp_qlora.export.adapter import CONFIG_NAME, WEIGHTS_NAME, SavedAdapter, read, read_json
+from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, WEIGHTS_NAME, SavedAdapter, read, read_json
 from fsdp_qlora.hardware import GIB
 
 if TYPE_CHECKING:
@@ -276,15 +276,18 @@ def next_steps(out: Path, cfg: TrainConfig) -> list[str]:
     name, ours = shlex.quote(str(out)), "python -m fsdp_qlora"
     which, serve = f"--model_name {name}", [f"vllm serve {name}"]
     if cfg.train_type != "full":
-        adapter, which, merged = read(out), f"--adapter {name}", shlex.quote(f"{out}-merged")
+        which, merged = f"--adapter {name}", shlex.quote(f"{out}-merged")
+        place = out / EACH if (out / EACH).is_dir() else out  # vLLM wants names of single experts
+        adapter = read(place)
         pairs = adapter.pairs.values()
         rank = max((pair.a.shape[0] for pair in pairs), default=0)
         serve = [f"{ours} export merged {which} --out {merged}", f"vllm serve {merged}"]
-        if not vllm_fault(any(pair.magnitude for pair in pairs), adapter.replaced, rank):
+        is_dora = any(pair.magnitude for pair in pairs)
+        if not (vllm_fault(is_dora, adapter.replaced, rank) or adapter.experts):
             limit = next(limit for limit in VLLM_RANKS if limit >= rank)
             base, _, revision = adapter.base_name.partition("@")
             flags = f" --revision {revision}" * bool(revision) + f" --max-lora-rank {limit}"
-            flags += f" --enable-lora --lora-modules {shlex.quote(f'{out.name}={out}')}"
+            flags += f" --enable-lora --lora-modules {shlex.quote(f'{out.name}={place}')}"
             serve[1] = f"vllm serve {shlex.quote(base)}{flags}"
     return [
         f"{ours} generate {which} --prompt 'What is a whale?'",

@@ -325,6 +325,7 @@ class TrainedLayer(nn.Module):
         is_whole: its own parameters are trained, nothing is quantized.
         tile_tokens: of long rows, tokens whose end of the layer is computed at once.
         graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
+        is_bare: it runs without its adapters.
     """
 
     lora: nn.Parameter
@@ -342,7 +343,7 @@ class TrainedLayer(nn.Module):
         self.num_lora = 0
         self.level, self.is_reentrant = "none", False
         self.graphs: Graphs | None = None
-        self.tile_tokens = TILE_TOKENS
+        self.is_bare, self.tile_tokens = False, TILE_TOKENS
         self.store = store
         self._groups = tuple(groups)
         self._adapted: list[tuple[InputGroup, list[LoraSlot]]] = []
@@ -535,7 +536,8 @@ class TrainedLayer(nn.Module):
 
     def _own(self) -> dict[str, Any]:
         """What is trained, by name: its own parameters, or the adapters."""
-        return dict(self.layer.named_parameters()) if self.is_whole else {"lora": self.lora}
+        own = {} if self.is_bare else {"lora": self.lora}
+        return dict(self.layer.named_parameters()) if self.is_whole else own
 
     def _visit(self, hiddens: list[torch.Tensor], calls: Sequence[LayerCall]) -> list:
         """The last group first: the backward, which goes the other way, begins with the first."""

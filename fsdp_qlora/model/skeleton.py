@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import math
 from collections import UserDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -157,14 +157,14 @@ class QuantizedModel(nn.Module):
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
         has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
-        is_plain &= cfg.per_visit == 1 and not has_experts
+        is_plain &= cfg.per_visit * cfg.passes == 1 and not has_experts
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
         if not has_experts:
             for store in (body.store for body in bodies if body.store):
-                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit)
+                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit * cfg.passes)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs
@@ -198,6 +198,19 @@ class QuantizedModel(nn.Module):
             return False
         values = [value for call in calls for value in call.kwargs.values()]
         return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Context in which it computes the base, without gradient."""
+        bodies = [block.body for block in cast(Any, self.layers)]
+        for body in bodies:
+            body.is_bare = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for body in bodies:
+                body.is_bare = False
 
     def _visit(self, groups: Sequence[RowGroup]) -> list[torch.Tensor]:
         ids = [group.input_ids for group in groups]

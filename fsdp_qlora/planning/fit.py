@@ -76,7 +76,7 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    s = s.visiting if setting.per_visit > 1 else s
+    s = s.visiting if s.groups(setting) > 1 else s
     ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
@@ -122,8 +122,11 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
     inputs_s = inputs / (gpu.host_link_gbs * 1e9)
     rows = []
-    for is_backward, matmul_s in ((False, forward_s), (True, backward_s)):
-        num = 1 + num_full / s.layers if is_backward else 1.0
+    passes = [(False, forward_s * s.cfg.passes), (True, backward_s)]
+    passes += [(False, 2 * forward_s)] * (s.cfg.objective == "kto")  # other pairs, for its KL
+    for is_backward, matmul_s in passes:
+        is_twice = not is_backward and not s.is_kept_whole and s.cfg.passes > 1
+        num = 1 + num_full / s.layers if is_backward else 1.0 + is_twice
         host_s, *links_s = _copies(s, setting, gpu, is_backward)
         parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))

@@ -52,7 +52,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
-    s = s.visiting if setting.per_visit > 1 else s
+    s = s.visiting if s.groups(setting) > 1 else s
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
@@ -229,11 +229,13 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
 
 def _between(s: Sizes, setting: Setting) -> list[Term]:
     """What groups of rows that pass a layer together have between two layers."""
-    others = setting.per_visit - 1
+    others, adapted = s.groups(setting) - 1, setting.per_visit - 1
     wide = {"tokens": s.tokens(setting), "hidden": s.hidden, "bytes": s.item}
     return present(
         term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide),
-        term("the other groups' gradients of adapters", groups=others, params=s.lora, bytes=s.item),
+        term(
+            "the other groups' gradients of adapters", groups=adapted, params=s.lora, bytes=s.item
+        ),
     )
 
 
@@ -500,7 +502,7 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         and (cfg.lora_dropout == 0 and not cfg.reentrant_checkpointing)
         and setting.count("full") > 0
         and (cfg.packing != "on" and has_one_length)
-        and (setting.per_visit == 1 and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
+        and (s.groups(setting) == 1 and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
     )
 
 

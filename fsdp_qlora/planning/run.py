@@ -90,7 +90,7 @@ class RunPlan:
             most_tokens: of a micro-batch of a rank.
         """
         found, cfg = self.found, self.cfg
-        length = -(-most_tokens // cfg.batch_size)
+        length = -(-most_tokens // (cfg.batch_size * (1 + (cfg.num_answers == 2))))
         if found is None or length >= cfg.context_length:
             return self
         shorter = dataclasses.replace(cfg, context_length=length)
@@ -107,6 +107,7 @@ class RunPlan:
         if found is not None and self.machine.gpus:
             words = f"{_pace(found.speed)}, were every row full length"
             lines.insert(0, ("time", f"{words}; bottleneck: {found.speed.bound}"))
+        lines += _experts(self)
         return _wrapped([_fit_line(self.machine, found), *lines] if found else lines)
 
     @property
@@ -177,7 +178,7 @@ def learning_rate(cfg: TrainConfig, info: ModelInfo) -> float:
 
     Returns:
         For LoRA by Adam 5e-4 * (2000 / hidden_size) ** 0.781, in the range that is published for
-        7B to 65B; else 1e-5.
+        7B to 65B, a tenth of it for preferences (TRL: 1e-6 without LoRA); else 1e-5.
 
     Source: Schulman et al., LoRA Without Regret, 2025 (the law; alpha 32, LoRA on all linears);
         QLoRA, arXiv 2305.14314 (1e-4 to 2e-4). Measured: recipes/defaults.md.
@@ -185,7 +186,8 @@ def learning_rate(cfg: TrainConfig, info: ModelInfo) -> float:
     has_lora = TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
     if cfg.lr is not None or not has_lora or "adam" not in cfg.optimizer:
         return cfg.base_lr
-    return min(max(float(f"{5e-4 * (2000 / info.hidden_size) ** 0.781:.1e}"), 1e-4), 5e-4)
+    lr = min(max(float(f"{5e-4 * (2000 / info.hidden_size) ** 0.781:.1e}"), 1e-4), 5e-4)
+    return float(f"{lr / 10:.2g}") if cfg.num_answers else lr
 
 
 def make(

@@ -638,8 +638,12 @@ class Sizes:
         return sum(1 for line in path.read_bytes().splitlines() if line.strip())
 
     def tokens(self, setting: Setting) -> int:
-        """Tokens of a full micro-batch of a rank."""
-        return setting.batch_size * self.cfg.context_length
+        """Tokens of a full micro-batch of a rank; a pair has two rows."""
+        return setting.batch_size * self.cfg.context_length * (1 + (self.cfg.num_answers == 2))
+
+    def groups(self, setting: Setting) -> int:
+        """Groups of rows that pass each layer together."""
+        return setting.per_visit * self.cfg.passes
 
     def num_trained(self, setting: Setting) -> float:
         """Trained parameters of the model."""

@@ -1,24 +1,33 @@
 """Evaluation before, while and after a model is trained: held-out loss, answers, the best."""
 
+import contextlib
 import dataclasses
+import hashlib
+import itertools
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import atomic, cli
+import numpy as np
+
+from fsdp_qlora import __version__, atomic, cli
 from fsdp_qlora.checkpoint_store import BEST_DIR, BEST_DRAFT
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
-from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data import Data
+from fsdp_qlora.config import OBJECTIVES, TrainConfig
+from fsdp_qlora.data import Data, tokens
+from fsdp_qlora.data.batches import Batch, all_once
 from fsdp_qlora.data.prompts import Prompt
-from fsdp_qlora.errors import one_line
+from fsdp_qlora.distributed.world import World
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.training import loop
 from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.training.objectives import KnownReference, Preference
 from fsdp_qlora.training.optim import Trained
 
-EVALUATION = "evaluation.json"
+EVALUATION, REFERENCE = "evaluation.json", "reference.npz"
 LARGEST_EXPONENT = 700.0
 MOST_CHARS = 600  # of a prompt or an answer on the console
 
@@ -30,6 +39,101 @@ def perplexity(loss: float) -> float:
         loss: nats per token.
     """
     return math.exp(min(loss, LARGEST_EXPONENT))
+
+
+def measure(
+    model: Any, preference: Preference | None, batches: Sequence[Batch], world: World
+) -> dict[str, float]:
+    """Return loss and perplexity of held-out rows, of preferences loss, accuracy and more.
+
+    Args:
+        model: a QuantizedModel; its mode is left as it was.
+        preference: see Trained.
+        batches: this rank's, as many on every rank.
+        world: the ranks; all must call.
+    """
+    if preference is not None:
+        return loop.evaluate_preference(model, preference, batches, world)
+    loss = loop.evaluate(model, batches, world)
+    return {"loss": loss, "perplexity": perplexity(loss)}
+
+
+def preference_of_base(
+    model: QuantizedModel, cfg: TrainConfig, rows: Sequence[Batch], world: World
+) -> Preference | None:
+    """Return what an adapter that is not loaded yet is measured by; None: no preference.
+
+    Args:
+        model: the base; its reference is that of the adapter's run where it has kept it.
+        cfg: the run.
+        rows: this rank's, see `measure`.
+        world: the ranks; all must call.
+    """
+    preference = Preference.of(cfg, False)
+    if preference is None or cfg.objective == "kto" or not OBJECTIVES[cfg.objective].has_reference:
+        return preference
+    hashes = np.concatenate([batch.sides.hashes for batch in rows if batch.sides is not None])
+    known = KnownReference.read(cfg.resolved_output_dir / REFERENCE, hashes)
+    if not all(world.gather_objects(known is not None)):
+        known = loop.reference_of(model, preference, rows, world, False)
+    return dataclasses.replace(preference, is_live=False, known=known)
+
+
+def with_reference(
+    trained: Trained, data: Data, cfg: TrainConfig, saved: Any, base: Callable[[], Any]
+) -> Trained:
+    """Let a run know the log-probabilities by its reference, where they are computed once.
+
+    They lie in the directory of the run, and by what they depend on beside the cache of tokens.
+
+    Args:
+        trained: what will be trained; all ranks must call.
+        data: of the run.
+        cfg: the run.
+        saved: the checkpoint that is resumed, whose weights `trained` has; None: nothing yet.
+        base: gives a digest of the model's files, or None.
+
+    Returns:
+        The same with `preference.known`.
+
+    Raises:
+        UserError: a run that goes on has lost them, and they cannot be made again (code 5).
+    """
+    preference, world, model = trained.preference, trained.world, trained.model
+    if preference is None or not cfg.has_cached_reference:
+        return trained
+    assert isinstance(model, QuantizedModel)
+    rows, held_out = data.train.samples, data.held_out
+    own = np.concatenate([rows.hashes, *(batch.sides.hashes for batch in held_out if batch.sides)])
+    wanted = np.unique(np.concatenate(world.gather_objects(np.unique(own))))
+    digest = base()
+    parts = [
+        digest,
+        cfg.format_name,
+        cfg.compute_dtype,
+        cfg.attn,
+        __version__,
+        wanted.tobytes().hex(),
+    ]
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    root, is_base = tokens.cache_root(cfg.token_cache), cfg.trains_new_adapters
+    place = root / f"reference-{key}.npz" if is_base and digest and root is not None else None
+    place = place if is_base else cfg.resolved_output_dir / REFERENCE
+    is_read = place is not None and (is_base or saved is not None)
+    known = world.first(lambda: KnownReference.read(place, wanted) if is_read and place else None)
+    if known is None and saved is not None and not is_base:
+        rule = "does not hold what the reference said of all rows before the first step"
+        raise UserError(str(place), rule, "start a new run", INTEGRITY)
+    if known is None:
+        sampler = data.train.sampler
+        shape = (sampler.batch_size, world.size, world.rank, sampler.pad_multiple, cfg.objective)
+        batches = itertools.chain(all_once(rows, *shape), held_out)
+        known = loop.reference_of(model, preference, batches, world, is_base)
+        if world.rank == 0 and place is not None:
+            with contextlib.suppress(*[OSError] * is_base):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                known.write(place)
+    return dataclasses.replace(trained, preference=dataclasses.replace(preference, known=known))
 
 
 def _indented(text: str) -> str:
@@ -54,6 +158,7 @@ class Evaluator:
         recorder: gets the events and the lines; its tracker the memory of an evaluation.
         num_done: steps that are done; not 0 after a resume.
         losses: held-out loss by step, 0 being before the first.
+        accuracies: of preferences, by step.
         answers: of all prompts, by step.
         best: loss and step of the adapter in `best`, or None.
     """
@@ -66,6 +171,7 @@ class Evaluator:
     recorder: Recorder
     num_done: int = 0
     losses: dict[int, float] = dataclasses.field(default_factory=dict)
+    accuracies: dict[int, float] = dataclasses.field(default_factory=dict)
     answers: dict[int, list[str]] = dataclasses.field(default_factory=dict)
     best: tuple[float, int] | None = None
 
@@ -89,8 +195,10 @@ class Evaluator:
         if self.every and self.num_done % self.every == 0 and not is_last:
             self._evaluate("step")
             loss = self.losses[self.num_done]
-            words = f"held-out loss {loss:.3f}, perplexity {perplexity(loss):.2f}"
-            self.recorder.say(f"step {self.num_done} {words}")
+            words = f"perplexity {perplexity(loss):.2f}"
+            if self.accuracies:
+                words = f"accuracy {self.accuracies[self.num_done]:.1%}"
+            self.recorder.say(f"step {self.num_done} held-out loss {loss:.3f}, {words}")
 
     def end(self) -> list[str]:
         """Evaluate the trained model; return how it compares with the untrained one, in lines."""
@@ -98,8 +206,11 @@ class Evaluator:
         lines = []
         if {0, self.num_done} <= self.losses.keys():
             before, after = self.losses[0], self.losses[self.num_done]
-            words = f"loss {before:.3f} -> {after:.3f}, perplexity "
-            words += f"{perplexity(before):.2f} -> {perplexity(after):.2f}"
+            words, right = f"loss {before:.3f} -> {after:.3f}, ", self.accuracies
+            if right:
+                words += f"accuracy {right[0]:.1%} -> {right[self.num_done]:.1%}"
+            else:
+                words += f"perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
             if self.best is not None and self.best[1] != self.num_done:
                 words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
                 kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
@@ -121,11 +232,13 @@ class Evaluator:
                 self._ask(when)
 
     def _measure(self, when: str) -> None:
-        loss = loop.evaluate(self.trained.model, self.data.held_out, self.trained.world)
-        self.losses[self.num_done] = loss
+        model, rows = self.trained.model, self.data.held_out
+        found = measure(model, self.trained.preference, rows, self.trained.world)
+        loss = self.losses[self.num_done] = found["loss"]
+        self.accuracies |= {self.num_done: found["accuracy"]} if "accuracy" in found else {}
         is_lowest = loss < (self.best[0] if self.best else math.inf)
         is_best = self.every > 0 and self.num_done > 0 and is_lowest
-        values = {"step": self.num_done, "loss": loss, "perplexity": perplexity(loss)}
+        values = {"step": self.num_done, **found}
         if is_best:
             self.best = (loss, self.num_done)
             if self.cfg.save_model:
@@ -172,6 +285,7 @@ class Evaluator:
             loss, step = event.get("loss"), event.get("step", 0)
             if event["event"] == "eval" and loss is not None:
                 self.losses[step] = loss
+                self.accuracies |= {step: event["accuracy"]} if "accuracy" in event else {}
                 self.best = (loss, step) if event.get("is_best") else self.best
             elif event["event"] == "sample" and event.get("when") == "before":
                 self.answers.setdefault(0, []).append(event["answer"])

@@ -4,12 +4,15 @@ It knows batches, a model and an optimizer; nothing of quantisation or files, an
 that `shard` hands over the gradients.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fsdp_qlora import cli
@@ -21,10 +24,12 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
+from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.visit import RowGroup
-from fsdp_qlora.training import metrics, optim
+from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
 from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.training.objectives import Answers, KnownReference, Preference
 from fsdp_qlora.training.optim import Trained
 
 Hook = Callable[[str], None]  # is told of every point of a step
@@ -60,12 +65,176 @@ def token_losses(
     """
     if len(batches) == 1:
         return token_loss_sum(model, batches[0], device).unsqueeze(0)
-    groups = []
-    for batch in batches:
-        rows = RowBounds.of(batch.row_lengths, device)
-        parts = _to_device(batch.input_ids, device), Targets.of(batch.labels, device)
-        groups.append(RowGroup(*parts, rows))
-    return torch.stack(model(groups))
+    return torch.stack(model([_group(batch, device) for batch in batches]))
+
+
+class StepWeights(NamedTuple):
+    """What the losses of a step of all ranks are weighed by.
+
+    Attributes:
+        num: trained tokens; of preferences rows of the data.
+        nll: factor of the cross entropy of chosen answers, a token.
+        divergence: of KTO, else 0; 0-d on the device.
+    """
+
+    num: float
+    nll: float = 0.0
+    divergence: torch.Tensor | None = None
+
+
+def weigh(
+    model: torch.nn.Module, preference: Preference | None, batches: Sequence[Batch], world: World
+) -> StepWeights:
+    """Find the weights of a step, or of an evaluation.
+
+    Args:
+        model: a QuantizedModel.
+        preference: see Trained.
+        batches: this rank's, of the whole step.
+        world: the ranks; all must call.
+    """
+    if preference is None:
+        return StepWeights(max(world.sum(sum(b.num_trained_tokens for b in batches)), 1.0))
+    sides = [batch.sides for batch in batches if batch.sides is not None]
+    num_tokens = sum(sum(s.counts[::2]) for s in sides)
+    counts = [float(sum(len(s.hashes) for s in sides)), float(num_tokens)]
+    num, num_tokens = (max(sum(column), 1.0) for column in zip(*world.gather(counts), strict=True))
+    ratios = torch.zeros((), device=world.device)
+    for other in (batch.mismatched for batch in batches if batch.mismatched is not None):
+        with torch.no_grad():
+            ((answers, _),) = _answers(model, preference, [other], world.device)
+        ratios += answers.ratio_P.sum()
+    ratios = world.sum_(ratios) if preference.name == "kto" else ratios
+    divergence = objectives.divergence(ratios, num)
+    return StepWeights(num, preference.nll_weight * num / num_tokens, divergence)
+
+
+def compare(
+    model: torch.nn.Module,
+    preference: Preference,
+    batches: Sequence[Batch],
+    weights: StepWeights,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of batches of preferences that pass each layer together.
+
+    Args:
+        model: a QuantizedModel.
+        preference: what is minimised.
+        batches: this rank's, on the host.
+        weights: of their step.
+        device: of this rank.
+
+    Returns:
+        [batches], to be divided by `weights.num`, with their graph; sums, see Preference.compare.
+    """
+    losses, sums = [], torch.zeros(8, device=device)
+    divergence = sums[0] if weights.divergence is None else weights.divergence
+    pairs = zip(batches, _answers(model, preference, batches, device), strict=True)
+    for batch, (answers, nll) in pairs:
+        signs = batch.sides.signs if batch.sides is not None else ()
+        sign_R = _to_device(torch.tensor(signs), device).float() if signs else None
+        loss, own = preference.compare(answers, sign_R, divergence)
+        losses.append(loss + weights.nll * nll)
+        sums = sums + own
+    return torch.stack(losses), sums
+
+
+def step_losses(
+    trained: Trained, batches: Sequence[Batch], weights: StepWeights
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`token_losses`, or `compare` and its sums.
+
+    Args:
+        trained: model, preference, world.
+        batches, weights: of a step.
+    """
+    device = trained.world.device
+    if trained.preference is None:
+        return token_losses(trained.model, batches, device), None
+    return compare(trained.model, trained.preference, batches, weights, device)
+
+
+def _answers(
+    model: torch.nn.Module, preference: Preference, batches: Sequence[Batch], device: torch.device
+) -> list[tuple[Answers, torch.Tensor]]:
+    """The answers in each batch, and the summed cross entropy of the chosen rows."""
+    groups = [_group(batch, device) for batch in batches]
+    found = _single_losses(model, groups, preference)
+    made = []
+    for batch, losses_N, by_base_N in zip(batches, *found, strict=True):
+        sides = batch.sides
+        assert sides is not None
+        parts, length = losses_N.split(sides.counts), torch.tensor(sides.counts).float()
+        nll = torch.stack([losses_N.sum() * 0, *(part.sum() for part in parts[::2])]).sum()
+        if sides.is_answer is not None:
+            is_answer_N = _to_device(sides.is_answer, device)
+            parts = (losses_N * is_answer_N).split(sides.counts)
+            length = torch.stack([p.sum() for p in sides.is_answer.split(sides.counts)]).float()
+        policy_R = -torch.stack([part.sum() for part in parts] or [losses_N.sum()])[: len(parts)]
+        reference_R = torch.zeros_like(policy_R)
+        if by_base_N is not None and sides.counts:
+            reference_R = -torch.stack([part.sum() for part in by_base_N.split(sides.counts)])
+        elif preference.known is not None and len(sides.hashes):
+            reference_R = _to_device(preference.known.of(sides.hashes), device)
+        made.append((Answers(policy_R, reference_R, _to_device(length, device)), nll))
+    return made
+
+
+@torch.no_grad()
+def reference_of(
+    model: QuantizedModel,
+    preference: Preference,
+    batches: Iterable[Batch],
+    world: World,
+    is_base: bool,
+) -> KnownReference:
+    """Compute the log-probabilities of all answers before anything is trained.
+
+    Args:
+        model: filled; its mode is left as it was.
+        preference: that of the run.
+        batches: this rank's, as many on every rank; together all samples.
+        world: the ranks; all must call.
+        is_base: the reference is the model without its adapters.
+    """
+    was_training, found = model.training, list[tuple[np.ndarray, np.ndarray]]()
+    alone = dataclasses.replace(preference, is_live=False, known=None)
+    with model.bare() if is_base else contextlib.nullcontext():
+        model.eval()
+        for batch in batches:
+            hooks.reach("eval", world.rank)
+            ((answers, _),) = _answers(model, alone, [batch], world.device)
+            assert batch.sides is not None
+            if len(hashes := batch.sides.hashes):
+                found.append((hashes, answers.policy_P.cpu().numpy().reshape(len(hashes), -1)))
+        model.train(was_training)
+    every = [pair for own in world.gather_objects(found) for pair in own]
+    hashes, order = np.unique(np.concatenate([pair[0] for pair in every]), return_index=True)
+    return KnownReference(hashes, np.concatenate([pair[1] for pair in every])[order])
+
+
+def _group(batch: Batch, device: torch.device) -> RowGroup:
+    targets = Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
+    rows = RowBounds.of(batch.row_lengths, device)
+    return RowGroup(_to_device(batch.input_ids, device), targets, rows)
+
+
+def _single_losses(
+    model: torch.nn.Module, groups: list[RowGroup], preference: Preference
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
+    """Losses of all tokens of each group, and the same by the base where that is the reference."""
+    assert isinstance(model, QuantizedModel)
+    num, is_live = len(groups), preference.is_live
+    if preference.can_visit and num * (1 + is_live) > 1:
+        bare = [group._replace(has_adapters=False) for group in groups] if is_live else []
+        outs = model([*groups, *bare])
+        return outs[:num], outs[num:] or [None] * num
+    by_base: list[torch.Tensor | None] = [None] * num
+    if is_live:
+        with model.bare():
+            by_base = [model(group.input_ids, group.targets, rows=group.rows) for group in groups]
+    return [model(group.input_ids, group.targets, rows=group.rows) for group in groups], by_base
 
 
 def keep_rows_apart(
@@ -131,7 +300,7 @@ def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def train_step(
     trained: Trained, micro_batches: list[Batch], step: int = 0, hook: Hook = lambda point: None
 ) -> dict[str, torch.Tensor]:
-    """One optimizer step; every trained token of the global batch weighs the same.
+    """One optimizer step; every trained token of the global batch weighs the same, or every pair.
 
     Args:
         trained: model, parameters, optimizer.
@@ -141,28 +310,31 @@ def train_step(
 
     Returns:
         loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
-        (the step was not taken) and, where there is one, the loss scale, 0-d on the device.
+        (the step was not taken) and, where there is one, the loss scale, 0-d on the device; of a
+        preference its figures.
     """
-    world, guard = trained.world, trained.guard
+    world, guard, preference = trained.world, trained.guard, trained.preference
     guard.begin()
     hook("pre-forward")
-    num_tokens = max(world.sum(sum(b.num_trained_tokens for b in micro_batches)), 1.0)
+    weights = weigh(trained.model, preference, micro_batches, world)
     loss_sum = torch.zeros((), device=world.device)
+    sums = torch.zeros(8, device=world.device)
     hook("data")
     for start in range(0, len(micro_batches), trained.per_visit):
         together = micro_batches[start : start + trained.per_visit]
         if trained.is_reduced_once:
             shard.reduce_gradients(trained.model, start + len(together) == len(micro_batches))
-        losses = token_losses(trained.model, together, world.device)
+        losses, own = step_losses(trained, together, weights)
+        sums = sums if own is None else sums + own
         hook("post-forward")
         # FSDP averages gradients over ranks: undo it
-        guard.scaled(losses * (world.size / num_tokens)).sum().backward()
+        guard.scaled(losses * (world.size / weights.num)).sum().backward()
         for loss in losses.detach():
             loss_sum += loss
         hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
-    status = guard.check(grads, loss_sum, num_tokens, num_copies, world)
+    status = guard.check(grads, loss_sum, weights.num, num_copies, world)
     optim.clip(grads, status.grad_norm, trained.max_norm, guard.scale)
     hook("pre-optimizer")
     optim.step(trained.optimizer, status.is_bad)
@@ -171,7 +343,18 @@ def train_step(
     guard.finish(step, status)
     hook("post-optimizer")
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
-    return results if guard.scale is None else results | {"loss_scale": status.facts[2]}
+    results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
+    return results | _figures(preference, sums, weights, world)
+
+
+def _figures(
+    preference: Preference | None, sums: torch.Tensor, weights: StepWeights, world: World
+) -> dict[str, Any]:
+    """What the record has of a preference besides the loss."""
+    if preference is None:
+        return {}
+    kl = {"kl": weights.divergence} if preference.name == "kto" else {}
+    return preference.figures(world.sum_(sums)) | kl
 
 
 def fit(
@@ -243,6 +426,35 @@ def _note_skipped(
         recorder.event("skipped", dataclasses.asdict(skipped))
         recorder.say(str(skipped))
         optim.check_weights(trained, skipped.step - 1)
+
+
+@torch.no_grad()
+def evaluate_preference(
+    model: torch.nn.Module, preference: Preference, batches: Sequence[Batch], world: World
+) -> dict[str, float]:
+    """Mean loss over held-out rows of preferences of all ranks, and the figures of a step.
+
+    Args:
+        model: a QuantizedModel; its mode is left as it was.
+        preference: what is minimised.
+        batches: this rank's, as many on every rank.
+        world: the ranks; all must call.
+    """
+    was_training = model.training
+    model.eval()
+    weights = weigh(model, preference, batches, world)
+    sums = torch.zeros(8, device=world.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    with cli.Progress("evaluates", len(batches), "batches", world.rank > 0) as progress:
+        for batch in batches:
+            hooks.reach("eval", world.rank)
+            losses, own = compare(model, preference, [batch], weights, world.device)
+            loss_sum, sums = loss_sum + losses.sum(), sums + own
+            progress.update()
+    model.train(was_training)
+    found = {"loss": world.sum(loss_sum.item()) / weights.num}
+    figures = _figures(preference, sums, weights, world)
+    return found | {name: value.item() for name, value in figures.items()}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ byte for byte.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,13 @@ import torch
 from fsdp_qlora import atomic
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
+from fsdp_qlora.data.preferences import Sides
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.training.loop import token_losses
+from fsdp_qlora.training.loop import StepWeights, step_losses
 from fsdp_qlora.training.memory import MemoryTracker
 from fsdp_qlora.training.optim import Trained
 
@@ -74,10 +76,13 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     else:
         longest, is_flat = batches.longest, batches.is_flat
     ids = np.arange(longest, dtype=np.int32) % vocab_size
-    rows = [Sample(ids, np.ones(longest, bool))] * cfg.batch_size
-    if is_flat:
-        return flatten(rows, batches.sampler.pad_multiple)
-    return collate(rows, batches.sampler.pad_multiple, longest)
+    one = Sample(ids, np.ones(longest, bool), label=int(cfg.num_answers == 1))
+    rows, multiple = (
+        [one] * (cfg.batch_size * batches.samples.num_sides),
+        batches.sampler.pad_multiple,
+    )
+    batch = flatten(rows, multiple) if is_flat else collate(rows, multiple, longest)
+    return dataclasses.replace(batch, sides=Sides.of(rows) if cfg.num_answers else None)
 
 
 def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTracker) -> str:
@@ -133,7 +138,7 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
     if trained.is_reduced_once:
         shard.reduce_gradients(trained.model, is_last or not keeps_gradients)
     device = trained.world.device
-    losses = token_losses(trained.model, [batch] * trained.per_visit, device)
+    losses = step_losses(trained, [batch] * trained.per_visit, StepWeights(1.0))[0]
     _boundary(device)
     losses.sum().backward()
     _boundary(device)

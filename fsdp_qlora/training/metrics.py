@@ -43,6 +43,7 @@ from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
 from fsdp_qlora.training import memory
+from fsdp_qlora.training.objectives import FIGURES as PREFERENCE
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
@@ -481,6 +482,8 @@ def _progress_words(line: dict[str, Any], losses: Sequence[float | None]) -> lis
     """Figures of a step, the most wanted first; the loss is the mean of the last steps."""
     known = [loss for loss in losses if loss is not None] if line["loss"] is not None else []
     words = [f"loss {statistics.fmean(known) if known else math.nan:.3f}"]
+    words += [f"accuracy {line['accuracy']:.0%}"] if line.get("accuracy") is not None else []
+    words += [f"margin {line['margin']:.3g}"] if line.get("margin") is not None else []
     words += [f"lr {line['learning_rate']:.3g}", f"{line['tokens_per_s']:,.0f} tok/s"]
     gpu = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
     if gpu["device_total_gib"]:
@@ -559,8 +562,8 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
 
 
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
-FIGURES += ("num_tokens", "num_trained_tokens")
-HELD_OUT = ("loss", "perplexity")
+FIGURES += ("num_tokens", "num_trained_tokens", *PREFERENCE)
+HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
 SETTINGS = tuple(  # options that are no text of the user's own
     name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
 )

@@ -5,14 +5,20 @@ is the sum over its tokens. The objective of a step is the mean of the losses ov
 wherever they are computed, and weight * (mean over the tokens of all chosen answers of -log p).
 """
 
+import io
+import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora import atomic
+from fsdp_qlora.config import OBJECTIVES, TrainConfig
 
 
 class Answers(NamedTuple):
@@ -51,11 +57,6 @@ class Strength(NamedTuple):
     beta: float
     gamma: float = 0.0
     smoothing: float = 0.0
-
-    @classmethod
-    def of(cls, cfg: TrainConfig) -> "Strength":
-        """Those of a run."""
-        return cls(cfg.beta, cfg.simpo_gamma, cfg.label_smoothing)
 
 
 def dpo(chosen: Answers, rejected: Answers, by: Strength) -> Tensor:
@@ -154,6 +155,8 @@ def divergence(ratio_sum: Tensor, num: float) -> Tensor:
     return (ratio_sum.detach() / num).clamp_min(0.0)
 
 
+FIGURES: tuple[str, ...] = ("rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected")
+FIGURES += ("accuracy", "margin", "kl")  # of a step in the record; kl of KTO alone
 PAIRED: dict[str, Callable[[Answers, Answers, Strength], Tensor]] = {
     **{"dpo": dpo, "hinge": hinge, "ipo": ipo, "robust": robust},
     **{"apo_zero": apo_zero, "apo_down": apo_down},
@@ -161,15 +164,118 @@ PAIRED: dict[str, Callable[[Answers, Answers, Strength], Tensor]] = {
 }
 
 
-def rewards(objective: str, answers: Answers, by: Strength) -> Tensor:
-    """What an objective takes an answer to be worth, for the record; [P], without gradient.
+@dataclass(frozen=True)
+class KnownReference:
+    """Log-probabilities by the reference that were computed before the first step.
 
     Args:
-        objective: its name.
-        answers: of one side.
-        by: the numbers.
-
-    Source: DPO, arXiv 2305.18290, section 5; ORPO and SimPO by the mean over tokens, as in TRL.
+        hashes: uint64, sorted, of the samples.
+        values: float32 [samples, rows of each].
     """
-    is_mean = objective in ("orpo", "simpo")
-    return by.beta * (answers.mean_P if is_mean else answers.ratio_P).detach()
+
+    hashes: np.ndarray
+    values: np.ndarray
+
+    def of(self, hashes: np.ndarray) -> Tensor:
+        """Those of some samples, row after row.
+
+        Args:
+            hashes: of samples that are known.
+        """
+        return torch.from_numpy(self.values[np.searchsorted(self.hashes, hashes)].reshape(-1))
+
+    def write(self, place: Path) -> None:
+        """Write a file whole or not at all."""
+        file = io.BytesIO()
+        np.savez(file, hashes=self.hashes, values=self.values)
+        atomic.write(place, file.getvalue())
+
+    @classmethod
+    def read(cls, place: Path, wanted: np.ndarray) -> "KnownReference | None":
+        """Read what `write` has written; None where it is not there or not of all samples.
+
+        Args:
+            place: the file.
+            wanted: hashes of samples.
+        """
+        try:
+            with np.load(place, allow_pickle=False) as file:
+                found = cls(file["hashes"], file["values"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        return found if np.isin(wanted, found.hashes).all() else None
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A preference objective of a run.
+
+    Args:
+        name: row of OBJECTIVES.
+        by: the numbers in its formula.
+        nll_weight: of the mean cross entropy of chosen answers.
+        is_live: the reference is computed at every step.
+        known: else what is known of it; None where there is none.
+        can_visit: see QuantizedModel.can_visit.
+    """
+
+    name: str
+    by: Strength
+    nll_weight: float = 0.0
+    is_live: bool = False
+    known: KnownReference | None = None
+    can_visit: bool = False
+
+    @classmethod
+    def of(cls, cfg: TrainConfig, can_visit: bool) -> "Preference | None":
+        """That of a run; None where rows are learned as they are."""
+        if not cfg.num_answers:
+            return None
+        by = Strength(cfg.beta, cfg.simpo_gamma, cfg.label_smoothing)
+        is_live = OBJECTIVES[cfg.objective].has_reference and not cfg.has_cached_reference
+        return cls(cfg.objective, by, cfg.nll_weight, is_live, None, can_visit)
+
+    def compare(
+        self, rows: Answers, sign_R: Tensor | None, divergence: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of a batch, and the sums that `figures` makes means of.
+
+        Args:
+            rows: chosen, rejected, chosen ...; or single answers.
+            sign_R: of single ones, see `kto`; None: they are pairs.
+            divergence: see `kto`.
+
+        Returns:
+            Sum of the losses, 0-d; [8], without gradient.
+
+        Source of the rewards: DPO, arXiv 2305.18290, section 5; those of ORPO and SimPO are means
+            over tokens, as in TRL. Equal rewards are half right.
+        """
+        is_mean = self.name in ("orpo", "simpo")
+        worth_R = self.by.beta * (rows.mean_P if is_mean else rows.ratio_P).detach()
+        if sign_R is None:
+            chosen, rejected = (Answers(*(part[i::2] for part in rows)) for i in (0, 1))
+            loss_P, margin_P = (
+                PAIRED[self.name](chosen, rejected, self.by),
+                worth_R[::2] - worth_R[1::2],
+            )
+            sign_R = 1 - torch.arange(len(worth_R), device=worth_R.device) % 2 * 2.0
+        else:
+            loss_P = kto(rows, sign_R, divergence, self.by)
+            margin_P = sign_R * (worth_R - self.by.beta * divergence)
+        good_R, bad_R = (sign_R > 0).float(), (sign_R < 0).float()
+        logs_R, num = rows.policy_P.detach(), torch.full_like(divergence, len(loss_P))
+        sums = [(part * side).sum() for part in (worth_R, logs_R) for side in (good_R, bad_R)]
+        sums += [(1 + margin_P.sign()).sum() / 2, good_R.sum(), bad_R.sum(), num]
+        return loss_P.sum(), torch.stack(sums)
+
+    def figures(self, sums: Tensor) -> dict[str, Tensor]:
+        """Means for the record.
+
+        Args:
+            sums: of `compare`, over all batches and ranks.
+        """
+        good, bad, num = sums[5:].clamp_min(1.0)
+        means = sums[:5] / torch.stack([good, bad, good, bad, num])
+        found = dict(zip(FIGURES, means, strict=False))
+        return {**found, "margin": found["rewards_chosen"] - found["rewards_rejected"]}

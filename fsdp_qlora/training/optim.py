@@ -9,7 +9,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.model.skeleton import QuantizedModel
+from fsdp_qlora.training.objectives import Preference
 
 # Last parts of names that no weight decay pulls on: there is nothing small about a good norm.
 NO_DECAY = (".bias", "norm.weight", "magnitude")
@@ -420,6 +421,7 @@ class Trained:
         is_reduced_once: gradients of micro-batches are summed on each rank and reduced at the end.
         seed: of dropout.
         per_visit: micro-batches that pass each layer together, see model/visit.py.
+        preference: what answers are compared by; None: rows are learned as they are.
     """
 
     model: nn.Module
@@ -432,6 +434,7 @@ class Trained:
     is_reduced_once: bool = False
     seed: int = 0
     per_visit: int = 1
+    preference: Preference | None = None
 
 
 def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) -> Trained:
@@ -450,7 +453,9 @@ def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) ->
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
     guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
     parts = (model, params, optimizer, schedule, max_norm, world, guard)
-    per_visit = cfg.per_visit
-    if not (isinstance(model, QuantizedModel) and model.can_visit(world.device, per_visit)):
-        per_visit = 1
-    return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed, per_visit=per_visit)
+    is_known, per_visit = isinstance(model, QuantizedModel), cfg.per_visit
+    num_groups = max(per_visit, 1 + bool(cfg.num_answers))
+    can_visit = is_known and cast(QuantizedModel, model).can_visit(world.device, num_groups)
+    rest: dict[str, Any] = {"per_visit": per_visit if can_visit else 1}
+    rest["preference"] = Preference.of(cfg, can_visit)
+    return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed, **rest)

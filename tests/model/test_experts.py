@@ -1,6 +1,7 @@
 """Experts over the 4-bit store: the kernel, adapters, files, against own arithmetic and peft."""
 
 import json
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +12,7 @@ from fsdp_qlora.__main__ import main
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import adapter as adapter_files
-from fsdp_qlora.export import model_files
+from fsdp_qlora.export import model_files, serving
 from fsdp_qlora.model import adapters, experts, load, quantize
 from tests import tiny, tiny_models
 
@@ -114,12 +115,15 @@ def test_files_have_equal_logits_in_peft_and_when_they_are_merged(tmp_path, worl
             own.set_experts_implementation("eager")
             found = PeftModel.from_pretrained(own, place).eval()(ids).logits[0, -1]
             assert torch.allclose(found, wanted, 1e-4, 1e-4), place
-            argv = [f"--adapter={place}", f"--out={place}-merged", f"--model_name={base}"]
-            assert main(["merge", *argv, "--dtype=fp32", "--device=cpu"]) == DONE
-            facts = json.loads((tmp_path / f"{place}-merged" / "merge.json").read_text())
+            argv = [f"--adapter={place}", f"--out={place}-merged", "--dtype=fp32"]
+            assert main(["merge", *argv, "--device=cpu"]) == DONE
+            facts = json.loads(Path(f"{place}-merged", "merge.json").read_text())
             assert facts["evidence"]["max_difference"] < 1e-3, place
             merged = AutoModelForCausalLM.from_pretrained(f"{place}-merged", dtype=torch.float32)
             assert torch.allclose(merged.eval()(ids).logits[0, -1], wanted, 1e-4, 1e-4), place
+    vllm = next(line for line in serving.next_steps(out, cfg) if line.startswith("vllm"))
+    assert ("per_expert" in vllm) == has_names
+    assert ("merged" in vllm) != has_names
     given = [f"--model_name={base}", f"--init_adapter={out}", "--precision=fp32"]
     again = config.parse([*adapter_files.expand_init([*given, "--train_type=lora"]), *FLAGS[4:5]])
     assert (again.expert_lora_rank, again.lora_alpha) == (2, 6)

@@ -114,7 +114,14 @@ def test_orpo_cpo_and_simpo_are_those_of_trl():
         logs = [side.mean_P if name == "simpo" else side.policy_P for side in (chosen, rejected)]
         losses, rewards, _ = CPOTrainer.cpo_loss(trainer, *logs)
         torch.testing.assert_close(objectives.PAIRED[name](chosen, rejected, by), losses)
-        torch.testing.assert_close(objectives.rewards(name, chosen, by), rewards)
+        pairs = (torch.stack(both, 1) for both in zip(chosen, rejected, strict=True))
+        whole, by_name = Answers(*(p.flatten() for p in pairs)), objectives.Preference(name, by)
+        loss, sums = by_name.compare(whole, None, torch.zeros(()))
+        torch.testing.assert_close(loss, losses.sum())
+        figures = by_name.figures(sums)
+        torch.testing.assert_close(figures["rewards_chosen"], rewards.mean())
+        wins = (logs[0] > logs[1]).float().mean()
+        torch.testing.assert_close(figures["accuracy"], wins)
 
 
 def test_defaults_are_those_of_trl_and_options_of_other_objectives_are_refused():

@@ -56,6 +56,11 @@ RUNS = {
         ("--use_gradient_checkpointing=false", "--packing=on", "--context_length=192"),
         (2,),
     ),
+    "kto, dropout": (("--objective=kto", "--dataset=PAIRS", "--lora_dropout=0.2"), (3,)),
+    "dpo, everything trained": (  # its reference lies beside the record
+        ("--objective=dpo", "--dataset=PAIRS", "--train_type=full", "--lr=0.001", "--wd=0"),
+        (5,),
+    ),
 }
 
 
@@ -66,6 +71,11 @@ def make_place(directory: Path) -> Path:
         for i in range(NUM_ROWS)
     ]
     (directory / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [
+        {"prompt": row["instruction"], "chosen": f" {i}", "rejected": row["output"] + "!"}
+        for i, row in enumerate(rows)
+    ]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     model = tiny.save_model(directory / "model", vocab_size=384, num_hidden_layers=2)
 
     from tests import small_tokenizers
@@ -92,7 +102,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
         f"--quant_cache={place / 'cache'}",
         "--save_model=false",
         f"--output_dir={out}",
-        *flags,
+        *(flag.replace("PAIRS", str(place / "pairs.jsonl")) for flag in flags),
     ]
     argv, saved = preflight.expand_resume(argv)
     cfg = config.parse(argv)
