@@ -15,11 +15,13 @@ finegrained_fp8.py; compressed-tensors, compressors/pack_quantized.
 import json
 import math
 import re
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from fsdp_qlora.arch.files import GROUP, ITEM_BYTES, NESTED, ORIGINAL, TensorRef, damaged, refuse
 from fsdp_qlora.errors import INTEGRITY, UserError
 
+INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
 FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
@@ -34,6 +36,13 @@ FUSED = re.compile(
     r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
     r"|(?P<down>down_proj|output_linear\.weight))"
 )
+
+# Names of the text half in the files of a model that sees or hears too -> those of a text model.
+WRAPPED = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
+)
+FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
+WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
 class QuantizedRef(NamedTuple):
@@ -290,3 +299,47 @@ def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str
     if not is_good or is_double != isinstance(state.get("nested_offset"), float):
         rule = f"type and block sizes {own}, want {wanted} and the parts {', '.join(sizes)}"
         raise UserError(where, rule, ORIGINAL, INTEGRITY)
+
+
+def check_whole(linears: Collection[str], quantized: Collection[str], model_name: str) -> None:
+    """Of files in 4 bit, all linears of the layers are, and nothing else is.
+
+    Args:
+        linears: names of their weights.
+        quantized: names of what is in 4 bit.
+        model_name: for the message.
+
+    Raises:
+        UserError: one is not, or something else is (code 2).
+    """
+    faults = {
+        "not in 4 bit, where others are": sorted({*linears} - {*quantized}),
+        "in 4 bit, but no linear of a decoder layer": sorted({*quantized} - {*linears}),
+    }
+    refuse(faults, model_name, ORIGINAL)
+
+
+def text_name(name: str, config: dict, wrapper: str) -> str:
+    """What a text model calls a tensor; "" for one of another part.
+
+    Other parts are the towers of a wrapper, and layers that foretell further tokens, which
+    transformers leaves too.
+
+    Args:
+        name: in the files.
+        config: of the text half.
+        wrapper: "" for a text model.
+    """
+    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
+    first = config.get("num_hidden_layers")
+    is_behind = match and num and first and first <= int(match["index"]) < first + num
+    if is_behind or FORETELLING.match(name):
+        return ""
+    return inner_name(name) if wrapper else name
+
+
+def inner_name(name: str) -> str:
+    """What a text model calls a tensor of a wrapper's files; "" for one of another part."""
+    if match := WRAPPED.fullmatch(name):
+        return f"model.{match[1]}"
+    return "lm_head.weight" if name in WRAPPED_HEADS else ""

@@ -21,10 +21,15 @@ from typing import Any
 
 from fsdp_qlora.arch import files, formats
 from fsdp_qlora.arch.files import TensorRef
-from fsdp_qlora.arch.formats import JOINED, MXFP4, QuantizedRef, Stored
+from fsdp_qlora.arch.formats import (
+    INDEXED,
+    JOINED,
+    MXFP4,
+    QuantizedRef,
+    Stored,
+)
 from fsdp_qlora.errors import UserError
 
-INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
@@ -41,12 +46,6 @@ EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
 FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
 FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
-# Names of the text half in the files of a model that sees or hears too -> those of a text model.
-WRAPPED = re.compile(
-    r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
-)
-FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
-WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
 ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
@@ -567,20 +566,9 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         stored=stored,
         quantized=quantized,
     )
-    _check_quantized(info, model_name)
+    if stored.whole and has_files:
+        formats.check_whole(info.linear_places(), quantized, model_name)
     return info
-
-
-def _check_quantized(info: ModelInfo, model_name: str) -> None:
-    """Of files in 4 bit, all linears of the layers are, and nothing else is."""
-    if not (info.stored_format and info.tensors):
-        return
-    names, quantized = info.linear_places().keys(), info.quantized.keys()
-    faults = {
-        "not in 4 bit, where others are": sorted(names - quantized),
-        "in 4 bit, but no linear of a decoder layer": sorted(quantized - names),
-    }
-    files.refuse(faults, model_name, files.ORIGINAL)
 
 
 def unquantized(info: ModelInfo) -> dict[str, int]:
@@ -659,9 +647,9 @@ def stored_tensors(
     """
     item_bytes = files.QUANTIZED_ITEM_BYTES if stored.method else files.ITEM_BYTES
     every = files.read_tensors(path, item_bytes)
-    text = {n: inner_name(n) if wrapper else n for n in every if not _foretells(n, config)}
+    text = {name: formats.text_name(name, config, wrapper) for name in every}
     tensors = {own: every[name] for name, own in text.items() if own}
-    towers = {name: ref for name, ref in every.items() if not text.get(name)}
+    towers = {name: every[name] for name, own in text.items() if not own}
     if wrapper:
         config["tie_word_embeddings"] = HEADS[0] not in tensors
     tensors, quantized = _own_names(tensors, config), dict[str, QuantizedRef]()
@@ -671,21 +659,6 @@ def stored_tensors(
         towers, others = formats.fold(towers, stored, str(path))
         quantized |= others
     return tensors, towers, quantized
-
-
-def _foretells(name: str, config: dict) -> bool:
-    """Whether a tensor is of the layers that foretell further tokens, which transformers leaves."""
-    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
-    first = config.get("num_hidden_layers")
-    is_behind = match and num and first and first <= int(match["index"]) < first + num
-    return FORETELLING.match(name) is not None or bool(is_behind)
-
-
-def inner_name(name: str) -> str:
-    """What a text model calls a tensor of a wrapper's files; "" for one of another part."""
-    if match := WRAPPED.fullmatch(name):
-        return f"model.{match[1]}"
-    return HEADS[0] if name in WRAPPED_HEADS else ""
 
 
 def _checked_config(config: dict, model_name: str) -> dict:
