@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 PINS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint $(PINS)
 ARGS ?=
-KERNEL_TESTS := tests/model/test_hqq.py tests/model/test_bnb_kernel.py tests/model/test_experts.py
+KERNEL_TESTS := tests/model/test_hqq.py tests/model/test_bnb_kernel.py tests/model/test_matmul.py tests/model/test_experts.py
 JOBS ?= $(if $(HAS_CARD),0,2)
 
 export PIP_ROOT_USER_ACTION := ignore

@@ -158,6 +158,7 @@ class TrainConfig:
     verify_base: str = flag("auto", "model", "full: hash all bytes of the model", ("auto", "full"))
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
+    matmul: str = flag("bf16", "model", "frozen matmuls of a 4-bit base", ("bf16", "fp8"))
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
     lora_rank: int = flag(16, "adapter", "rank r of the LoRA matrices", rule=">= 1")
@@ -628,6 +629,10 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
         got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
         faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))
+    has_codes = cfg.format_name.startswith(("nf4", "fp4")) and cfg.compute_dtype == "bfloat16"
+    if cfg.matmul == "fp8" and not has_codes:
+        rule = "needs a base in nf4 or fp4, and --precision bf16"
+        faults.append(UserError("--matmul fp8", rule, "use --matmul bf16"))
     return faults
 
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fsdp_qlora.model import matmul
+
 
 class SavedActivations:
     """Results of a layer's forward pass that its recomputation takes over instead of making them.
@@ -126,8 +128,11 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.linears, ctx.shape = linears, x.shape
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
+        ctx.is_8_bit = not asides and matmul.serves(linears, _flat(x))
         if is_done:
             return deltas_MO
+        if ctx.is_8_bit:
+            return tuple(matmul.add_products(_flat(x), linears, deltas_MO))
         a_RIs = asides or [None] * len(linears)
         pairs = [
             _matmul(_flat(x), linear, delta, a_RI)
@@ -140,7 +145,9 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads_MO):
         grad_MI = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.is_8_bit:
+            grad_MI = matmul.input_gradient(grads_MO, ctx.linears)
+        elif ctx.needs_input_grad[0]:
             for grad_MO, linear in zip(grads_MO, ctx.linears, strict=False):
                 weight_OI = linear.dequantize(grad_MO.dtype)
                 if grad_MI is None:
@@ -428,10 +435,13 @@ class QuantizedLinear(nn.Module):
         dequantize: dtype -> the frozen weight_OI, made anew.
         stored_name: its name among the linears of the layer's files.
         group: the linears that read the same input, itself included.
+        quantized: gives the 4-bit weights of its group, whose first it is, where large matmuls run
+            in 8 bit; else None.
     """
 
     bias: nn.Parameter | None
     group: InputGroup
+    quantized: Callable[[], matmul.Quantized4] | None = None
 
     def __init__(self, linear: nn.Linear, dequantize: Dequantize, stored_name: str = "") -> None:
         super().__init__()

@@ -28,6 +28,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.arch.formats import MXFP4
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.model.matmul import Quantized4, row_scales
 from fsdp_qlora.planning.sizes import (
     ALIGN_BYTES,
     PER_WORD,
@@ -347,13 +348,16 @@ def _dequantize_bf16(quantized, constants, shape, dtype) -> torch.Tensor:
     return quantized.view(torch.bfloat16).view(shape).to(dtype)
 
 
+ABSMAX = ("absmax", "qabsmax")  # fields of constants in bitsandbytes' formats
+
+
 def _bnb_row(name: str) -> Format:
     quant_type, _, double = name.partition("_")
     return Format(
         storage=STORAGES[name],
         quantize=partial(_quantize_bnb, quant_type=quant_type, double=bool(double)),
         constants=_nested_absmax if double else partial(_as_stored, names=("absmax",)),
-        index_field="qabsmax" if double else "absmax",
+        index_field=ABSMAX[bool(double)],
         dequantize=partial(_dequantize_bnb, quant_type=quant_type),
         fills=True,
     )
@@ -530,17 +534,20 @@ class LayerCache:
         key: (store, dtype) that it belongs to; () = none.
         constants: what the `constants` of each format made.
         weights: the linears, dequantized; None = they are made anew for each matmul.
+        joint: places in the layer -> the 4-bit weights of linears that read one input.
         most_bytes: of the weights of a layer that is dequantized at once.
+        has_fp8: large matmuls run in 8 bit.
     """
 
-    def __init__(self) -> None:
-        self.most_bytes = whole_layer_bytes()
+    def __init__(self, has_fp8: bool = False) -> None:
+        self.most_bytes, self.has_fp8 = whole_layer_bytes(), has_fp8
         self.clear()
 
     def clear(self) -> None:
         """Forget the layer."""
         self.key: tuple = ()
         self.constants: dict[str, Sequence[torch.Tensor]] = {}
+        self.joint: dict[tuple[int, ...], Quantized4] = {}
         self.weights: list[torch.Tensor] | None = None
 
 
@@ -581,6 +588,37 @@ class LayerStore:
         if cache.weights is not None:
             return cache.weights[index]
         return self._dequantize(index, dtype)
+
+    def can_multiply(self, indices: Sequence[int]) -> bool:
+        """Whether large matmuls of linears run in 8 bit: asked for, and their places allow it.
+
+        Args:
+            indices: of linears that read one input.
+        """
+        layout, first, num = self.layout, indices[0], len(indices)
+        is_joint = [*indices] == [*range(first, first + num)]
+        is_joint = num == 1 or (is_joint and layout.is_run(first, indices[-1]))
+        fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
+        has_absmax = self.formats[layout.formats[first]].index_field in ABSMAX
+        return self.cache.has_fp8 and has_absmax and fits and is_joint
+
+    def quantized(self, indices: tuple[int, ...]) -> Quantized4:
+        """The 4-bit weights of linears that read one input.
+
+        Args:
+            indices: for which `can_multiply` holds.
+        """
+        cache, key, layout = self.cache, (id(self), None), self.layout
+        if cache.key != key:
+            self._begin(key, torch.float32)
+        if indices not in cache.joint:
+            first, last = indices[0], indices[-1]
+            num_out = sum(layout.shapes[index][0] for index in indices)
+            codes = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
+            absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
+            table = values_of(layout.format_name[:3], codes.device)
+            cache.joint[indices] = Quantized4(codes, absmax, table, row_scales(absmax, num_out))
+        return cache.joint[indices]
 
     def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
         """Dequantize linears of one shape into one tensor: at once where they lie side by side.
@@ -634,25 +672,29 @@ class LayerStore:
         return [tensor[ranges[first][0] : ranges[last][1]] for tensor in self.cache.constants[name]]
 
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
-        flat, layout, cache = self.read(), self.layout, self.cache
+        layout, cache = self.layout, self.cache
+        self._begin((id(self), dtype), dtype)
+        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes and not self.is_mixed
+        if is_small and layout.is_contiguous:
+            quantized = self._bytes[: layout.weights[-1][1]]
+            whole, name = (layout.num_weights, 1), layout.formats[0]
+            constants = cache.constants.pop(name)
+            flat = self.formats[name].dequantize(quantized, constants, whole, dtype)
+            parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
+            cache.weights = [part.view(shape) for part, shape in parts]
+            return
+        if is_small and not self.formats[layout.formats[0]].is_sequential:
+            cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
+
+    def _begin(self, key: tuple, dtype: torch.dtype) -> None:
+        flat, cache = self.read(), self.cache
         if flat is not self._viewed:
             # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
             # streaming a layer comes to the same slot again and again: views stay good.
             self._viewed = flat
             self._bytes = flat.detach().view(torch.uint8)
-            self._fields = view_fields(self._bytes, layout)
+            self._fields = view_fields(self._bytes, self.layout)
         cache.clear()  # before the next weights are allocated
         every = self.formats.items()
-        constants = {name: fmt.constants(self._fields, dtype) for name, fmt in every}
-        cache.key = (id(self), dtype)
-        is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes and not self.is_mixed
-        if is_small and layout.is_contiguous:
-            quantized = self._bytes[: layout.weights[-1][1]]
-            name, shape = layout.formats[0], (layout.num_weights, 1)
-            flat = self.formats[name].dequantize(quantized, constants[name], shape, dtype)
-            parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
-            cache.weights = [part.view(shape) for part, shape in parts]
-            return
-        cache.constants = constants
-        if is_small and not self.formats[layout.formats[0]].is_sequential:
-            cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
+        cache.constants = {name: fmt.constants(self._fields, dtype) for name, fmt in every}
+        cache.key = key

@@ -22,8 +22,8 @@ from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.formats import INDEXED
 from fsdp_qlora.arch.info import stored_name
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import INTEGRITY, UserError, printable
-from fsdp_qlora.model import visit
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
+from fsdp_qlora.model import matmul, visit
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
+FP8_MAJORS = (9, 10)  # compute capability of Hopper and of data-centre Blackwell
+
+
 @dataclass(frozen=True)
 class KernelChoice:
     """What a run computes with.
@@ -49,6 +52,7 @@ class KernelChoice:
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
+        has_fp8: large frozen matmuls run in 8 bit.
         note: one line for the user, with the reasons.
     """
 
@@ -56,6 +60,7 @@ class KernelChoice:
     attention: str
     use_liger: bool
     has_row_kernel: bool
+    has_fp8: bool
     note: str
 
 
@@ -86,7 +91,13 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    return KernelChoice(getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, note)
+    has_fp8 = cfg.matmul == "fp8"
+    if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
+        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
+        raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
+    note += f", frozen matmuls of {matmul.MIN_TOKENS:,} tokens and more in fp8" * has_fp8
+    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
+    return KernelChoice(*choice, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:
@@ -307,7 +318,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache()
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.has_fp8)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
@@ -544,4 +555,9 @@ def _build_body(
         stored = kind.linears[index].name
         linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
         layer.set_submodule(name, linears[name])
-    return TrainedLayer(layer, [*group_linears(linears), *groups], store)
+    joint = group_linears(linears)
+    for group in joint:
+        indices = tuple(places[name] for name in linears if linears[name].group is group)
+        if store.can_multiply(indices):
+            group.linears[0].quantized = partial(store.quantized, indices)
+    return TrainedLayer(layer, [*joint, *groups], store)
