@@ -10,23 +10,7 @@ from fsdp_qlora import cli
 from fsdp_qlora.cli import safe_output
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
-# Name -> where its function is, what it does; in the order of the work.
-COMMANDS = {
-    "train": ("fsdp_qlora.run:main", "fine-tune a model, as train.py does"),
-    "plan": ("fsdp_qlora.planning.run:main", "tell how much memory and time a run needs"),
-    "recipe": ("fsdp_qlora.fetch:recipe", "list, show or copy the recipes of models and tasks"),
-    "data": ("fsdp_qlora.data.prepare:main", "inspect the data of a run, without a GPU"),
-    "doctor": ("fsdp_qlora.doctor:main", "check what works here, and how fast it is"),
-    "fetch": ("fsdp_qlora.fetch:main", "get a small model or a data set without the hub"),
-    "cache": ("fsdp_qlora.fetch:cache", "list or clear the kept 4-bit weights and tokens"),
-    "bench": ("fsdp_qlora.bench:main", "measure memory and speed of each setting"),
-    "report": ("fsdp_qlora.report.page:main", "show a run, or several side by side"),
-    "watch": ("fsdp_qlora.report.watch:main", "show runs live, as they go on, in a browser"),
-    "evaluate": ("fsdp_qlora.inference:evaluate", "held-out loss with and without an adapter"),
-    "generate": ("fsdp_qlora.inference:generate", "answer a prompt, or chat, with an adapter"),
-    "export": ("fsdp_qlora.export.commands:export", "write a model merged, in 4 bit, as GGUF ..."),
-}
-FORMER = {"merge": "merged", "quantize": "4bit", "expand": "expanded"}  # now forms of export
+COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
 ANSWERS = {"plan", "data", "doctor", "generate", "cache", "recipe"}  # they print their result
 
 BASH = """_fsdp_qlora() {
@@ -58,9 +42,15 @@ def main(argv: list[str]) -> int:
         return DONE
     if argv and argv[0] in FORMER:
         argv = ["export", FORMER[argv[0]], *argv[1:]]
-    if not cli.chosen(argv, {name: words for name, (_, words) in COMMANDS.items()}):
+    if not cli.chosen(argv, COMMANDS):
         print("\n--version; --completion bash | zsh | fish prints what completes words")
         return DONE
+    target = COMMANDS[argv[0]][0]
+    if argv[0] == "export":
+        argv, forms = argv[1:], cli.TABLE["export"]
+        if not cli.chosen(argv, forms, "export"):
+            return DONE
+        target = forms[argv[0]][0]
     if sys.flags.optimize > 1 and argv[0] != "train":  # whose ranks start without it
         rule = "transformers reads its docstrings, which are gone"
         raise UserError("python -OO", rule, "leave it and PYTHONOPTIMIZE out", ENVIRONMENT)
@@ -68,7 +58,7 @@ def main(argv: list[str]) -> int:
         from fsdp_qlora.export import adapter  # of a later room than the plan
 
         argv = ["plan", *adapter.expand_init(argv[1:])]
-    module, _, function = COMMANDS[argv[0]][0].partition(":")
+    module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)(argv[1:])
 
 

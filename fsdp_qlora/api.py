@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from fsdp_qlora.inference import Opened
 
 Event = dict[str, Any]  # a line of metrics.jsonl
-Callback = Callable[[Event], Any]
+Callback = Callable[[Event], Any] | None
+Rows = Iterable[Mapping[str, Any]] | None  # such as a datasets.Dataset or a list of dicts
 
 
 class TrainError(RuntimeError):
@@ -55,7 +56,7 @@ class TrainResult:
 class _Follower:
     """Reads metrics.jsonl as it grows, and calls back, once for each step and each evaluation."""
 
-    def __init__(self, path: Path, on_step: Callback | None, on_eval: Callback | None) -> None:
+    def __init__(self, path: Path, on_step: Callback, on_eval: Callback) -> None:
         self._path, self._offset = path, 0
         self._callbacks = {"step": on_step, "eval": on_eval}
         self.events: dict[str, dict[Any, Event]] = {"step": {}, "eval": {}}
@@ -107,10 +108,7 @@ def plan(config: TrainConfig) -> Any:
 
 
 def train(
-    config: TrainConfig,
-    dataset: Iterable[Mapping[str, Any]] | None = None,
-    on_step: Callback | None = None,
-    on_eval: Callback | None = None,
+    config: TrainConfig, dataset: Rows = None, on_step: Callback = None, on_eval: Callback = None
 ) -> TrainResult:
     """Fine-tune a model, as the command `train` does.
 

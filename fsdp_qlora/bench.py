@@ -368,17 +368,7 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line, and add what follows from it; a CPU takes kind small."""
-    parser = cli.Parser("python -m fsdp_qlora bench", description=__doc__)
-    add = parser.add_argument
-    add("kind", choices=[*KINDS], help="which table")
-    add("--rows", default="*", help="names or patterns of rows, separated by commas [all]")
-    add("--steps", type=int, default=8, help="steps that count, after 3 that warm up [8]")
-    add("--model_name", help="directory or hub name of real weights, or a known shape")
-    add("--gpu_budget_gib", type=float, default=24.0, help="cap of each GPU's allocator [24]")
-    add("--world_size", type=int, help="ranks [one per GPU; 2 on a CPU]")
-    add("--timeout_s", type=float, default=150.0, help="longest a row may take [150]")
-    add("--out", type=Path, help="directory of the results [output/bench-KIND]")
-    args = parser.parse_args(argv)
+    args = cli.arguments("bench", argv, __doc__, kind={"choices": [*KINDS]})
     args.num_gpus = count_gpus(os.environ)
     if not args.num_gpus and args.kind != SMALL:
         print(f"no GPU: a scaled model on CPU ranks instead of {args.kind} (bench-small)")

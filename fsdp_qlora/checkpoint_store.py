@@ -58,6 +58,9 @@ class Array(NamedTuple):
     data: memoryview
 
 
+Tensors = Mapping[str, Mapping[str, Array]]  # by file and name
+
+
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """A checkpoint whose files are what its manifest says.
@@ -88,11 +91,7 @@ def ignore(point: str) -> None:
 
 
 def write(
-    root: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Array]],
-    state: dict[str, Any],
-    reach: Reach = ignore,
+    root: Path, step: int, tensors: Tensors, state: dict[str, Any], reach: Reach = ignore
 ) -> Path:
     """Write a checkpoint; when this returns it is there, whatever happens to the machine.
 
@@ -293,9 +292,7 @@ def step_dir(run_dir: Path, step: int) -> Path:
     return run_dir / CHECKPOINTS / f"step-{step}"
 
 
-def latest(
-    run_dir: Path, notify: Callable[[str], None] = lambda line: None
-) -> SavedCheckpoint | None:
+def latest(run_dir: Path, notify: Callable[[str], Any] = str) -> SavedCheckpoint | None:
     """Return the latest checkpoint of a run that is whole, falling back past damaged ones.
 
     Args:

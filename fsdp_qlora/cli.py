@@ -29,6 +29,8 @@ from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
+TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
+TYPES = {"int": int, "float": float, "path": Path}
 YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
@@ -250,9 +252,7 @@ def options(cls: type) -> dict[str, SimpleNamespace]:
     return found
 
 
-def parse(
-    argv: Sequence[str], cls: type[OptionsT], usage: str, needed: Sequence[str] = ()
-) -> OptionsT:
+def parse(argv: list[str], cls: type[OptionsT], usage: str, needed: Sequence[str] = ()) -> OptionsT:
     """Read the command line of a command that has options of its own.
 
     Args:
@@ -279,16 +279,13 @@ def parse(
     return cls(**values)
 
 
-def chosen(
-    argv: Sequence[str], known: Mapping[str, str], command: str = "", kind: str = "COMMAND"
-) -> str:
+def chosen(argv: list[str], known: Mapping[str, Sequence[str]], command: str = "") -> str:
     """Return the first word of a command line, one of several; or list them.
 
     Args:
         argv: the word and what follows it; nothing or --help asks for the list.
-        known: word -> what it does.
+        known: word -> where its function is, what it does.
         command: of which they are forms; "": they are the commands.
-        kind: what they are called.
 
     Returns:
         The word; "" where they were listed.
@@ -297,8 +294,8 @@ def chosen(
         UserError: it is none of them.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        width, name = max(map(len, known)) + 1, f"{command} {kind}".strip()
-        rows = [f"  {word:<{width}} {words}" for word, words in known.items()]
+        width, name = max(map(len, known)) + 1, f"{command} FORM" if command else "COMMAND"
+        rows = [f"  {word:<{width}} {words}" for word, (_, words) in known.items()]
         print(f"usage: fsdp-qlora {name} ...  ({name} --help tells more)", "", *rows, sep="\n")
         return ""
     if argv[0] not in known:
@@ -660,3 +657,27 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         """Refuse a command line in one line."""
         raise UserError(self.prog, message, "--help tells what it takes")
+
+
+def arguments(
+    command: str, argv: Sequence[str], about: str | None, **known: dict[str, Any]
+) -> argparse.Namespace:
+    """Read the command line of a command whose arguments stand in commands.toml.
+
+    Args:
+        command: its name.
+        argv: arguments without it.
+        about: what it does.
+        known: argument -> what of it the command alone knows, such as its choices.
+
+    Returns:
+        The values by name.
+
+    Raises:
+        UserError: a wrong argument.
+    """
+    parser = Parser(f"python -m fsdp_qlora {command}", description=about)
+    for name, row in TABLE["arguments"][command].items():
+        row = {**row, "type": TYPES.get(row.get("type", ""), str), **known.get(name.strip("-"), {})}
+        parser.add_argument(name, **row)
+    return parser.parse_args(argv)

@@ -9,7 +9,7 @@ import re
 import shlex
 import time
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -588,73 +588,41 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     Returns:
         One error per conflict, with the remedy.
     """
-    faults = []
-    for name in ("quant_type", "double_quant", "n_bits", "group_size", "hqq_axis"):
-        owner, base, type_ = ("hqq", "an HQQ", "hqq_lora")
-        if "quant" in name:
-            owner, base, type_ = ("bnb", "a bitsandbytes", "qlora")
-        value, usual = getattr(cfg, name), getattr(TrainConfig, name)
-        if TRAIN_TYPES[cfg.train_type].base != owner and value != usual:
-            got = f"--{name} {cli.to_text(value)} with --train_type {cfg.train_type}"
-            remedy = f"use --train_type {type_}, or leave it out"
-            faults.append(UserError(got, f"belongs to {base} base", remedy))
-    faults += _objective_conflicts(cfg)
-    if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
-        remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
-        faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
-    if cfg.push_to_hub is not None and not cfg.save_model:
-        got = f"--push_to_hub {cfg.push_to_hub} with --save_model false"
-        faults.append(UserError(got, "nothing is saved to upload", "leave one of them out"))
-    if cfg.expert_lora_rank:
-        got, rule = "--expert_lora_rank", "peft has no such adapter on experts"
-        if cfg.lora_dropout:
-            faults.append(UserError(f"--lora_dropout {cfg.lora_dropout} with {got}", rule, "use 0"))
-        if TRAIN_TYPES[cfg.train_type].adapter != "lora":
-            got = f"--train_type {cfg.train_type} with {got}"
-            faults.append(UserError(got, rule, "use --train_type qlora, lora or hqq_lora"))
-    elif cfg.expert_names != "fused":
-        got, rule = f"--expert_names {cfg.expert_names}", "names adapters of experts"
-        faults.append(UserError(got, rule, "add --expert_lora_rank, or leave it out"))
-    recomputing = ("reentrant_checkpointing", "use_activation_cpu_offload")
-    for name in () if cfg.use_gradient_checkpointing else recomputing:
-        if getattr(cfg, name):
-            rule = "needs --use_gradient_checkpointing true"
-            faults.append(UserError(f"--{name} true", rule, "set both or none"))
-    name, _, named = cfg.model_name.partition("@")
-    is_local = os.path.exists(os.path.expanduser(cfg.model_name)) or not _HUB_NAME.fullmatch(name)
-    if cfg.revision is not None and (is_local or named not in ("", cfg.revision)):
-        got = f"--revision {cfg.revision} with --model_name {cfg.model_name}"
-        rule = "which is no name on the hub" if is_local else "which names another one"
-        faults.append(UserError(got, rule, "leave one of them out"))
-    if cfg.attn == "flash_attention_2" and cfg.compute_dtype == "float32":
-        got, rule = "--attn flash_attention_2 with --precision fp32", "the kernel has no fp32"
-        faults.append(UserError(got, rule, "use --attn sdpa or --precision bf16"))
-    has_codes = cfg.format_name.startswith(("nf4", "fp4")) and cfg.compute_dtype == "bfloat16"
-    if cfg.matmul == "fp8" and not has_codes:
-        rule = "needs a base in nf4 or fp4, and --precision bf16"
-        faults.append(UserError("--matmul fp8", rule, "use --matmul bf16"))
-    return faults
-
-
-def _objective_conflicts(cfg: TrainConfig) -> list[UserError]:
-    """Options that belong to another objective, and what an objective cannot compare."""
-    faults = []
+    faults = [UserError(**row) for row in _due(cfg, _TABLE["conflicts"])]
     for name, objectives in OF_OBJECTIVES.items():
         value = getattr(cfg, name)
         if cfg.objective not in objectives and value != getattr(TrainConfig, name):
             got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
             rule = f"belongs to --objective {' '.join(objectives)}"
             faults.append(UserError(got, rule, "leave one of them out"))
-    if cfg.num_answers and cfg.train_on == "all":
-        got, rule = f"--train_on all with --objective {cfg.objective}", "compares answers alone"
-        faults.append(UserError(got, rule, "leave --train_on out"))
-    if cfg.reference == "pass" and not cfg.trains_new_adapters:
-        rule = "is the base without adapters, and more than new adapters is trained"
-        faults.append(UserError("--reference pass", rule, "leave it out: it is computed once"))
-    if cfg.objective == "kto" and cfg.has_cached_reference:
-        got, rule = "--objective kto with a cached reference", "compares other rows at every step"
-        faults.append(UserError(got, rule, "use --objective kto_apo_zero, or train new adapters"))
+    if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
+        remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
+        faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
+    name, _, named = cfg.model_name.partition("@")
+    is_local = os.path.exists(os.path.expanduser(cfg.model_name)) or not _HUB_NAME.fullmatch(name)
+    if cfg.revision is not None and (is_local or named not in ("", cfg.revision)):
+        got = f"--revision {cfg.revision} with --model_name {cfg.model_name}"
+        rule = "which is no name on the hub" if is_local else "which names another one"
+        faults.append(UserError(got, rule, "leave one of them out"))
     return faults
+
+
+def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The texts of the rows of config.toml that say something of a run."""
+    values = vars(cfg) | TRAIN_TYPES[cfg.train_type]._asdict()
+    values["has_answers"] = bool(cfg.num_answers)
+    for name in ("trains_new_adapters", "has_cached_reference"):
+        values[name] = getattr(cfg, name)
+    values["is_local"] = cfg.trackers in ((), ("tensorboard",))
+    is_code = cfg.format_name.startswith(("nf4", "fp4"))
+    values["has_codes"] = is_code and cfg.compute_dtype == "bfloat16"
+    shown = {name: cli.to_text(value) for name, value in values.items()}
+    for row in rows:
+        given, when = row.get("given", ()), row.get("when", {}).items()
+        is_given = all(values[name] != getattr(TrainConfig, name) for name in given)
+        if is_given and all(values[name] in wanted for name, wanted in when):
+            texts = {key: text for key, text in row.items() if isinstance(text, str)}
+            yield {key: text.format_map(shown) for key, text in texts.items()}
 
 
 def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
@@ -704,30 +672,4 @@ def cfg_notes(cfg: TrainConfig) -> list[str]:
     Returns:
         Lines to print once, on one rank.
     """
-    kind, is_here = TRAIN_TYPES[cfg.train_type].adapter, not cfg.use_cpu_offload
-    is_ddp_here = is_here and cfg.sharding_strategy == "ddp"
-    keeps_all = not cfg.use_gradient_checkpointing
-    is_local = cfg.trackers in ((), ("tensorboard",))
-    table = [
-        (cfg.precision in BF16[1:], f"--precision {cfg.precision} is bf16, with float32 RoPE"),
-        (is_ddp_here, "cpu offload is off: ddp keeps the whole base on each GPU"),
-        (kind == "dora", "CUDA graphs are off: they have no inputs for the row norms of DoRA"),
-        (kind == "dora" and cfg.lora_dropout, "--lora_dropout doubles DoRA's frozen matmuls"),
-        (kind == "full" and cfg.use_cpu_offload, "cpu offload has no effect: nothing is frozen"),
-    ]
-    unused = [
-        (cfg.gradient_accumulation_steps == 1, "no_sync", "--gradient_accumulation_steps is 1"),
-        (is_here and not is_ddp_here, "offload_impl", "--use_cpu_offload is false"),
-        (keeps_all, "selective_layers", "without gradient checkpointing every layer keeps all"),
-        (keeps_all, "uncheckpointed_layers", "without gradient checkpointing all layers keep all"),
-        (kind not in ("lora", "dora"), "loraplus_ratio", "nothing has an adapter"),
-        (kind == "full", "modules_to_save", "all is trained"),
-        (not cfg.apply_gradient_clipping, "grad_norm", "--apply_gradient_clipping is false"),
-        (cfg.lr_scheduler == "constant", "warmup_steps", "--lr_scheduler is constant"),
-        (is_local, "project_name", "--log_to has no tracker that takes it"),
-        (is_local, "tracker_args", "--log_to has no tracker that takes it"),
-    ]
-    for is_idle, name, why in unused:
-        is_set = getattr(cfg, name) != getattr(TrainConfig, name)
-        table.append((is_idle and is_set, f"--{name} has no effect: {why}"))
-    return [note for is_due, note in table if is_due]
+    return [row["text"] for row in _due(cfg, _TABLE["notes"])]

@@ -99,6 +99,9 @@ class Finding:
         return printable(f"{self.status:<8} {self.name:<24} {text}")
 
 
+Check = Callable[[], Iterable[Finding]]
+
+
 def main(argv: list[str]) -> int:
     """Check this machine and print what was found.
 
@@ -114,7 +117,7 @@ def main(argv: list[str]) -> int:
     options = cli.parse(argv, DoctorOptions, "usage: python -m fsdp_qlora doctor [options]")
     found: list[Finding] = []
     cache, output = hardware.machine_file().parent, Path(options.output_dir)
-    checks: list[tuple[str, Callable[[], Iterable[Finding]], str, int]] = [
+    checks: list[tuple[str, Check, str, int]] = [
         ("packages", packages, SEE, ENVIRONMENT),
         ("host", host, SEE, DONE),
         ("disk of cache", partial(disk, "cache", cache, CACHE), CACHE, DONE),
@@ -138,9 +141,7 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def attempt(
-    name: str, check: Callable[[], Iterable[Finding]], remedy: str, code: int = DONE
-) -> list[Finding]:
+def attempt(name: str, check: Check, remedy: str, code: int = DONE) -> list[Finding]:
     """Run a check whose failure is a finding too, so that it never hides the others.
 
     Args:
@@ -216,9 +217,8 @@ def packages() -> Iterator[Finding]:
     own = [need for need in map(Requirement, _requirements()) if need.name != PACKAGE]
     versions = {need.name: _version(need.name) for need in own}
     there = [name for name, version in versions.items() if version]
-    value = ", ".join(
-        [f"python {platform.python_version()}", *(f"{n} {versions[n]}" for n in there)]
-    )
+    named = [f"{name} {versions[name]}" for name in there]
+    value = ", ".join([f"python {platform.python_version()}", *named])
     absent = ", ".join(name for name in versions if name not in there) or "none"
     yield Finding("packages", f"{value}; not installed: {absent}")
     for need in own:

@@ -54,10 +54,7 @@ def main(argv: list[str], makers: Makers = MappingProxyType({})) -> int:
         "docstrings": ("docstrings.jsonl", lambda draft: write_rows(docstrings(), draft)),
     }
     makers = own | dict(makers)
-    parser = cli.Parser("python -m fsdp_qlora fetch", description=__doc__)
-    parser.add_argument("name", help=", ".join(makers))
-    parser.add_argument("--out", type=Path, help="target (default: in ./quickstart)")
-    args = parser.parse_args(argv)
+    args = cli.arguments("fetch", argv, __doc__, name={"help": ", ".join(makers)})
     if args.name not in makers:
         raise UserError(args.name, f"want one of {', '.join(makers)}", "name one of them")
     file_name, make = makers[args.name]
@@ -90,11 +87,7 @@ def cache(argv: list[str]) -> int:
         UserError: no such entry, or one that a run uses (code 2); it cannot be removed (code 3).
     """
     about = "List or clear the kept copies of 4-bit weights and of tokens; runs make them again."
-    parser = cli.Parser("python -m fsdp_qlora cache", description=about)
-    parser.add_argument("action", choices=("list", "clear"))
-    parser.add_argument("name", nargs="?", help="of the list, or all: what to clear")
-    parser.add_argument("--dir", default="auto", help="of --quant_cache or --token_cache")
-    args = parser.parse_args(argv)
+    args = cli.arguments("cache", argv, about)
     root, is_clear, in_use = atomic.cache_dir(args.dir), args.action == "clear", []
     found = {path: ENTRY.fullmatch(path.name) for path in sorted(root.glob("*"))}
     names = {path: match[1] for path, match in found.items() if match and path.is_dir()}
@@ -107,7 +100,7 @@ def cache(argv: list[str]) -> int:
         day = time.strftime("%F", time.localtime((lock if lock.exists() else path).stat().st_mtime))
         tables = [atomic.read_sealed(path / name) for name in ("manifest.json", "facts.json")]
         made = tables[0] or {"model": "unfinished, or by an older version"}
-        what = ", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"]
+        what = one_line(", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"])
         try:
             if is_clear and not atomic.remove(path, entry):
                 in_use.append(path.name)
@@ -115,9 +108,7 @@ def cache(argv: list[str]) -> int:
         except OSError as error:
             reason, remedy = error.strerror or str(error), "see to its permissions"
             raise UserError(str(path), reason, remedy, ENVIRONMENT) from error
-        print(
-            f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {one_line(what)}"
-        )
+        print(f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {what}")
     if in_use:
         raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
     return DONE
@@ -136,10 +127,7 @@ def recipe(argv: list[str]) -> int:
         UserError: no such recipe, or a file that is there or cannot be written (code 2).
     """
     about = "List the recipes of train.py, show one, or copy one to change it: --recipe FILE."
-    parser = cli.Parser("python -m fsdp_qlora recipe", description=about)
-    parser.add_argument("action", choices=("list", "show", "copy"))
-    parser.add_argument("name", nargs="?", help="of the list: what to show or copy")
-    args = parser.parse_args(argv)
+    args = cli.arguments("recipe", argv, about)
     found = {path.stem: path for path in sorted(config.RECIPES_DIR.glob("*.toml"))}
     texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
     if args.action == "list":
@@ -182,9 +170,8 @@ def unpacked(package: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         pinned = f"{requirement} --hash=sha256:{sha256}"
         try:
-            subprocess.run(
-                [*command, folder], input=pinned, capture_output=True, text=True, check=True
-            )
+            streams: dict[str, Any] = {"input": pinned, "capture_output": True, "text": True}
+            subprocess.run([*command, folder], check=True, **streams)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             words = str(getattr(error, "stderr", error)).strip()
             if "DO NOT MATCH THE HASHES" not in words:

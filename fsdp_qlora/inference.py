@@ -25,6 +25,7 @@ from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
 POLL_S = 0.1
+Rows = Sequence[Sequence[int]]  # tokens of several prompts
 NAMES, SHOWN = ("base", "adapter"), ("loss", "perplexity", "accuracy", "margin")
 LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
@@ -131,7 +132,7 @@ class Opened:
             text = text.removeprefix(tokenizer.bos_token)
         return list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
 
-    def reply(self, rows: Sequence[Sequence[int]], how: Sampling, streamer: Any = None) -> list:
+    def reply(self, rows: Rows, how: Sampling, streamer: Any = None) -> list:
         """Continue prompts; every rank must call it, all the same. See `complete`."""
         return complete(self.model, self.tokenizer, rows, how, self.world, streamer)
 
@@ -319,12 +320,7 @@ def _generator(model: Any, world: Any) -> Any:
 
 
 def complete(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Sequence[int]],
-    how: Sampling,
-    world: Any,
-    streamer: Any = None,
+    model: Any, tokenizer: Any, rows: Rows, how: Sampling, world: Any, streamer: Any = None
 ) -> list[str]:
     """Continue prompts; every rank must call it, all the same.
 

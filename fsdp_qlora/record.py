@@ -32,6 +32,7 @@ class Run:
         facts: everything else in its first line and in summary.json, by name.
         samples: events "sample": when, prompt, answer.
         num_redone: steps taken again after a resume; their first attempt is left out.
+        accuracies: of preferences, step -> [held-out accuracy].
     """
 
     name: str
@@ -42,6 +43,7 @@ class Run:
     facts: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     num_redone: int = 0
+    accuracies: dict[float, list[float]] = field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:
@@ -163,6 +165,7 @@ def _add(run: Run, row: dict[str, Any]) -> None:
         run.steps.append(row)
     elif kind == "eval":
         run.evals.append((row.get("step", last), row.get("loss")))
+        run.accuracies |= {run.evals[-1][0]: [row["accuracy"]]} if "accuracy" in row else {}
     elif kind == "sample":
         run.samples.append(row)
     elif kind == "run":

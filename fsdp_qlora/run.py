@@ -19,13 +19,11 @@ from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
 
+Poll = Callable[[], object]  # called after each step
+
 
 def run(
-    plan: plans.RunPlan,
-    world,
-    given: frozenset[str] = frozenset(),
-    saved=None,
-    poll: Callable[[], None] = lambda: None,
+    plan: plans.RunPlan, world, given: frozenset[str] = frozenset(), saved=None, poll: Poll = int
 ) -> None:
     """Train as one of the ranks.
 
@@ -132,12 +130,8 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     if trained.per_visit < cfg.per_visit:
         rule = f"layers of {plan.info.model_type} hand on more than one tensor"
         visits = f"note      --accumulate_by_layer has no effect: {rule}"
-    notes = (
-        visits,
-        packing,
-        plan.info.rope_note(cfg.context_length),
-        peft_note(built.model, plan.info),
-    )
+    notes = [visits, packing, plan.info.rope_note(cfg.context_length)]
+    notes.append(peft_note(built.model, plan.info))
     record["lines"] += [line for line in notes if line]
     if is_probed:
         with cli.Progress("dry run", is_silent=world.rank > 0):
@@ -163,7 +157,7 @@ def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -
 
 
 def join_and_run(
-    argv: list[str], poll: Callable[[], None] = lambda: None, owns_process: bool = False
+    argv: list[str], poll: Poll = int, owns_process: bool = False
 ) -> config.TrainConfig:
     """Be one of the ranks, of a process group that is there or of a new one.
 

@@ -28,6 +28,7 @@ PACK_WINDOW_SEQUENCES = 256  # rows further apart in the shuffled order never sh
 # Any valid id would do: padding stands right of the text, where a causal model never looks from
 # the text, and its labels are masked by length. So a row's own end-of-text keeps its label.
 PAD_ID = 0
+Bins = list[list[int]]  # rows of each sequence
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,15 @@ class SamplerConfig:
         return math.ceil(steps)
 
 
-def sampler_config(
-    cfg: TrainConfig, world_size: int, rank: int, pad_multiple: int
-) -> SamplerConfig:
+def sampler_config(cfg: TrainConfig, world_size: int, rank: int, multiple: int) -> SamplerConfig:
     """Return how the rows of a run are shared.
 
     Args:
         cfg: the run.
-        world_size, rank, pad_multiple: as for `SamplerConfig`.
+        world_size, rank, multiple: as for `SamplerConfig`, of padding.
     """
     shape = (cfg.batch_size, cfg.gradient_accumulation_steps, world_size, rank, cfg.seed)
-    rest = (cfg.num_epochs, cfg.max_steps, pad_multiple, cfg.objective)
+    rest = (cfg.num_epochs, cfg.max_steps, multiple, cfg.objective)
     return SamplerConfig(*shape, *rest)
 
 
@@ -353,9 +352,7 @@ def padded_tokens(
     return found
 
 
-def pack(
-    lengths: np.ndarray, capacity: int, num_ranks: int, seed: int, epoch: int
-) -> list[list[int]]:
+def pack(lengths: np.ndarray, capacity: int, num_ranks: int, seed: int, epoch: int) -> Bins:
     """Pack rows into sequences for a number of ranks, about as many tokens for each.
 
     The rows are shuffled and cut into windows. In each, rows go longest first into the fullest
@@ -379,8 +376,7 @@ def pack(
     window_tokens, ends = capacity * PACK_WINDOW_SEQUENCES, np.cumsum(lengths[order])
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.searchsorted(ends, np.arange(window_tokens, total, window_tokens))
-    bins: list[list[int]] = []
-    open_bins: list[list[int]] = []
+    bins, open_bins = Bins(), Bins()
     for window in np.split(order, cuts):
         again = [row for rows in open_bins for row in rows]
         fills, made = _best_fit(window.tolist() + again, lengths, capacity)
@@ -401,12 +397,9 @@ def pack(
     return found
 
 
-def _best_fit(
-    rows: list[int], lengths: np.ndarray, capacity: int
-) -> tuple[list[int], list[list[int]]]:
+def _best_fit(rows: list[int], lengths: np.ndarray, capacity: int) -> tuple[list[int], Bins]:
     """Tokens and rows of each sequence."""
-    fills: list[int] = []
-    bins: list[list[int]] = []
+    fills, bins = list[int](), Bins()
     rooms: list[tuple[int, int]] = []  # (room left, bin), smallest room first
     for row in sorted(rows, key=lambda row: -lengths[row]):
         length = int(lengths[row])

@@ -161,13 +161,11 @@ def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormat
     return preferences.PreferenceFormatter(**rest, num_answers=cfg.num_answers)
 
 
-def prepare_early(
-    cfg: TrainConfig, tokenizer: TextTokenizer, vocab_size: int
-) -> PreparedData | None:
+def prepare_early(cfg: TrainConfig, light: TextTokenizer, vocab_size: int) -> PreparedData | None:
     """Prepare the data of a run before its ranks are started, if they need not do it again.
 
     Args:
-        cfg, tokenizer, vocab_size: as for `prepare`.
+        cfg, light, vocab_size: as for `prepare`.
 
     Returns:
         The tokens; None for rows that cannot be kept, and are too many to be tokenized twice.
@@ -180,7 +178,7 @@ def prepare_early(
     can_keep = tokens.cache_root(cfg.token_cache) is not None
     if not _is_small(found) and not (can_keep and all(source.fingerprint() for source in found)):
         return None
-    return prepare(cfg, tokenizer, vocab_size, shows_progress=True)
+    return prepare(cfg, light, vocab_size, shows_progress=True)
 
 
 def _is_small(found: list[sources.Source]) -> bool:
@@ -499,29 +497,17 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     asked = row_formats.suggested(ready.example) if cfg.objective == "sft" else ""
     longer = facts["answers"].get("chosen_longer", 0.5)
-    notes = {
-        "more than a tenth of the rows is cut: raise --context_length": is_cut,
-        "rows hold a chosen and a rejected answer: --objective dpo learns from both": asked
-        == "dpo",
-        "rows say which answers are good, and all are learned: --objective kto tells them apart": (
-            asked == "kto"
-        ),
-        f"chosen answers are longer in {longer:.0%} of the pairs: length may be what is learned "
-        "(--objective simpo and ipo compare means over tokens)": not 0.25 <= longer <= 0.75,
-        "the end of text is never learned: answers will not stop by it": not ends,
-        f"{facts['num_train']} rows do not fill a step of {rows_per_step}": is_few,
-        f"{facts['num_leaked']:,} held-out rows are also learned": facts["num_leaked"],
-        "--chat_template_kwargs has no effect: no row goes through a chat template": is_idle,
-        f"nothing uses these columns: {one_line(unused)[:MOST_CHARS]}": unused,
-        "the tokenizer has no chat template: '### Human: ... ### Assistant: ...' is used": is_plain,
-        f"{facts['num_rows']:,} rows give {num_texts:,} samples: the chat template writes "
-        "earlier turns in another way, so each answer stands alone": is_split,
-    }
+    is_due = {"cut": is_cut, "pairs": asked == "dpo", "labels": asked == "kto", "end": not ends}
+    is_due |= {"longer": not 0.25 <= longer <= 0.75, "few": is_few, "leaked": facts["num_leaked"]}
+    is_due |= {"idle": is_idle, "unused": unused, "plain": is_plain, "split": is_split}
+    shown = facts | {"longer": longer, "unused": one_line(unused)[:MOST_CHARS]}
+    shown |= {"rows_per_step": rows_per_step, "num_texts": num_texts}
+    notes = [text.format_map(shown) for name, text in TEXTS["notes"].items() if is_due[name]]
     found_in_rows = []
     for kind, words in TEXTS["findings"].items():
         if count := facts["findings"].get(kind):
             found_in_rows.append(f"{count:,} rows {words}: {', '.join(facts['examples'][kind])}")
-    return [*found_in_rows, *(note for note, is_so in notes.items() if is_so)]
+    return [*found_in_rows, *notes]
 
 
 def main(argv: list[str]) -> int:

@@ -31,6 +31,7 @@ POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq512s")
+End = Callable[[Sequence[int], str], None]  # is told which ranks are lost, and in what way
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PULSE = struct.Struct("<dd")  # time and seconds of computing of the host
 BEAT_S, LOST_S, GONE_S = 1.0, 5.0, 120.0  # a library may hold Python's lock for long
@@ -227,12 +228,7 @@ class Peers(threading.Thread):
     """
 
     def __init__(
-        self,
-        store: Any,
-        keys: Sequence[str],
-        rank: int,
-        limit_s: float | None,
-        end: Callable[[Sequence[int], str], None],
+        self, store: Any, keys: Sequence[str], rank: int, limit_s: float | None, end: End
     ) -> None:
         """Prepare; `start` begins.
 

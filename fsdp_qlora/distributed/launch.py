@@ -220,6 +220,10 @@ class RankSpec:
     files: Sequence[int]
 
 
+Start = Callable[[RankSpec], Rank]
+Poll = Callable[[], object]  # called again and again while ranks run
+
+
 def start(spec: RankSpec) -> Rank:
     """Start one rank in a session of its own, so that Ctrl-C reaches only the supervisor.
 
@@ -228,10 +232,8 @@ def start(spec: RankSpec) -> Rank:
     """
     with spec.log.open("ab") if spec.log is not None else contextlib.nullcontext() as output:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
-        own: dict[str, Any] = {"pass_fds": spec.files, "preexec_fn": tied_to_parent()}
-        return subprocess.Popen(
-            spec.command, env=spec.env, start_new_session=True, **streams, **own
-        )
+        how = streams | {"pass_fds": spec.files, "preexec_fn": tied_to_parent()}
+        return subprocess.Popen(spec.command, env=spec.env, start_new_session=True, **how)
 
 
 def tied_to_parent() -> Callable[[], None]:
@@ -270,11 +272,7 @@ def caught_signals() -> Iterator[list[int]]:
 
 
 def run_ranks(
-    specs: Sequence[RankSpec],
-    start: Callable[[RankSpec], Rank],
-    stops: Sequence[int],
-    watch: Watch,
-    poll: Callable[[], None] = lambda: None,
+    specs: Sequence[RankSpec], start: Start, stops: Sequence[int], watch: Watch, poll: Poll = int
 ) -> RanksExit:
     """Start all ranks and wait until none is left.
 
@@ -316,7 +314,7 @@ class _Supervisor:
         self._hung: list[int] = []
         self._signs: Sequence[Heartbeat] = ()
 
-    def wait(self, poll: Callable[[], None]) -> RanksExit:
+    def wait(self, poll: Poll) -> RanksExit:
         while None in [rank.poll() for rank in self._ranks]:
             poll()
             self._obey()
@@ -393,9 +391,9 @@ class Attempt:
     cfg: TrainConfig
     argv: Sequence[str]
     plan: RunPlan | None = None
-    start: Callable[[RankSpec], Rank] = start
+    start: Start = start
     tell: Callable[[str], Any] = lambda line: print(line, file=sys.stderr)
-    poll: Callable[[], None] = lambda: None
+    poll: Poll = int
     env: dict[str, str] = dataclasses.field(default_factory=dict)
     num_restarts: int = 0
 

@@ -11,7 +11,7 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,13 +178,11 @@ def merge(argv: list[str]) -> int:
             disk (code 3), values that the dtype cannot hold (code 5).
     """
     options = _parse("merged", argv, MergeOptions, "adapter", "out")
-    _merge(options, *_base_and_adapter(options))
+    _merge(options, *_read_both(options))
     return DONE
 
 
-def _base_and_adapter(
-    options: MergeOptions | LoraGgufOptions,
-) -> tuple[SavedAdapter, arch.ModelInfo]:
+def _read_both(options: MergeOptions | LoraGgufOptions) -> tuple[SavedAdapter, arch.ModelInfo]:
     """Read an adapter and its base, and see that they belong together."""
     adapter = adapters.read(Path(os.path.expanduser(str(options.adapter))))
     if not (options.model_name or adapter.base_name):
@@ -379,7 +377,7 @@ def gguf(argv: list[str]) -> int:
         serving.find_tool(serving.QUANTIZER, options.llama_cpp)
     own = list[SavedAdapter]()
     if options.adapter:
-        *own, info = _base_and_adapter(options)
+        *own, info = _read_both(options)
     elif options.model_name:
         info = arch.read(options.model_name, need_weights=True)
     else:
@@ -424,7 +422,7 @@ def lora_gguf(argv: list[str]) -> int:
     """
     options = _parse("lora-gguf", argv, LoraGgufOptions, "adapter", "out")
     script = serving.find_tool(serving.LORA_CONVERTER, options.llama_cpp)
-    adapter, info = _base_and_adapter(options)
+    adapter, info = _read_both(options)
     is_more = any(pair.magnitude for pair in adapter.pairs.values()) or adapter.experts
     if is_more or adapter.replaced:
         rule = "is more than LoRA of linears (DoRA, experts, modules_to_save or new layers)"
@@ -439,28 +437,3 @@ def lora_gguf(argv: list[str]) -> int:
     print(f"written   {file}: {adapter}")
     print(f"next      llama-cli -m BASE.gguf --lora {file}")
     return DONE
-
-
-FORMS: dict[str, tuple[Callable[[list[str]], int], str]] = {
-    "merged": (merge, "a plain model of an adapter and its base"),
-    "gguf": (gguf, "a model for llama.cpp and Ollama"),
-    "lora-gguf": (lora_gguf, "an adapter alone for llama.cpp"),
-    "4bit": (quantize, "a model in 4 bit, for transformers"),
-    "expanded": (expand, "a model with new layers or tokens, to be trained"),
-}
-
-
-def export(argv: list[str]) -> int:
-    """Write a model or an adapter in another form.
-
-    Args:
-        argv: the form and its options.
-
-    Returns:
-        Exit code.
-
-    Raises:
-        UserError: there is no such form (code 2); else see its function.
-    """
-    form = cli.chosen(argv, {name: words for name, (_, words) in FORMS.items()}, "export", "FORM")
-    return FORMS[form][0](argv[1:]) if form else DONE

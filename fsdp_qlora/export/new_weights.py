@@ -567,11 +567,9 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
     if "skipped" in facts:
         return f"check     skipped: {facts['skipped']}"
     base = f"; base {facts['base_of_adapter']}" if "base_of_adapter" in facts else ""
-    text = (
-        f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}\n          {both}: logits "
-    )
-    text += f"differ by at most {facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} nats a "
-    text += f"token, the same likeliest token in {facts['top1_agreement']:.2%}"
+    text = f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}\n          {both}: "
+    text += f"logits differ by at most {facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} "
+    text += f"nats a token, the same likeliest token in {facts['top1_agreement']:.2%}"
     if "loss_trained" in facts:
         both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
         text += f"\n          loss on these rows {both}"

@@ -133,9 +133,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     return rows
 
 
-def _copies(
-    s: Sizes, setting: Setting, gpu: Device, is_backward: bool
-) -> tuple[float, float, float]:
+def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple[float, ...]:
     """Seconds of one pass on the links to the host, between GPUs, and between machines.
 
     Between machines what is sharded over all ranks is gathered and reduced in a ring, which leaves

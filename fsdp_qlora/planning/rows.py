@@ -146,9 +146,10 @@ def total_bytes(rows: Rows) -> float:
 
 
 Gib = Mapping[str, float]  # row -> GiB
+Facts = Mapping[str, Any]  # of summary.json
 
 
-def comparison(plan: Mapping[str, Any], ledger: Mapping[str, Any], is_cuda: bool) -> list[str]:
+def comparison(plan: Facts, ledger: Facts, is_cuda: bool) -> list[str]:
     """The table at the end of a run, of the phase in which most was held.
 
     Args:
@@ -177,9 +178,7 @@ def comparison(plan: Mapping[str, Any], ledger: Mapping[str, Any], is_cuda: bool
     return [*lines, _line(f"host, {phase}, all programs", *totals)]
 
 
-def peaks(
-    plan: Mapping[str, Any], ledger: Mapping[str, Any], is_cuda: bool
-) -> dict[str, tuple[float, float]]:
+def peaks(plan: Facts, ledger: Facts, is_cuda: bool) -> dict[str, tuple[float, float]]:
     """Predicted and measured GiB, each in the phase in which most was held.
 
     Args:
@@ -201,7 +200,7 @@ def peaks(
     return found
 
 
-def _fullest(ledger: Mapping[str, Any]) -> Mapping[str, Gib]:
+def _fullest(ledger: Facts) -> Mapping[str, Gib]:
     """The host that held most; nothing where nothing was measured."""
     hosts = [host for host in ledger.get("hosts") or [ledger.get("host")] if host]
     return max(hosts, key=_highest, default={})

@@ -488,10 +488,8 @@ def _survey_lines(table: Mapping[str, dict[str, Any]]) -> list[str]:
         line += f"{_number(row['step_s']):>8}{row['tokens_per_s']:>10,.0f}  {row['setting']}"
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 68)
     speeds = "; ".join(f"{name}: {row['gpu']}" for name, row in table.items() if row["gpu"] != name)
-    return [
-        *lines,
-        *_wrapped([("longest", WORDS["longest"]), *([("speeds", speeds)] if speeds else [])]),
-    ]
+    notes = [("longest", WORDS["longest"]), *[("speeds", speeds)] * bool(speeds)]
+    return [*lines, *_wrapped(notes)]
 
 
 def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:

@@ -59,12 +59,13 @@ function xOf({columns}, step) {
 // A curve of every run: measured values, and beside them their mean.
 function curve([field, title, unit, isNoisy, hasZero]) {
   const lines = runs.flatMap((run, i) => {
-    const colour = LOOK.colours[i % LOOK.colours.length], ys = run.columns[field], xs = run.columns[view.axis], label = isOne ? title.toLowerCase() : run.name;
-    const evals = field === "loss" ? run.evals.filter(e => e[1] !== null) : [], hasMean = isNoisy && ys.length >= 10;
+    const colour = LOOK.colours[i % LOOK.colours.length], ys = run.columns[field] ?? [], xs = run.columns[view.axis], label = isOne ? title.toLowerCase() : run.name;
+    const place = {loss: 1, accuracy: 2}[field], evals = place ? run.evals.filter(e => e[place] != null) : [];
+    const hasAny = field === "loss" || ys.some(y => y !== null), hasMean = isNoisy && ys.length >= 10 && hasAny;
     return [
-      (ys.some(y => y !== null) || field === "loss") && ys.length && {label, colour, xs, ys, style: hasMean ? "faint" : "line"},
+      hasAny && ys.length && {label, colour, xs, ys, style: hasMean ? "faint" : "line"},
       hasMean && {label, colour, xs, ys: smooth(ys), style: "line"},
-      evals.length && {label: `${label}, held out`, colour: isOne ? LOOK.colours[1] : colour, xs: evals.map(e => xOf(run, e[0])), ys: evals.map(e => e[1]), style: "dots"},
+      evals.length && {label: `${label}, held out`, colour: isOne ? LOOK.colours[1] : colour, xs: evals.map(e => xOf(run, e[0])), ys: evals.map(e => e[place]), style: "dots"},
       field === "grad_norm" && run.clip && {label: isOne ? "clipped to" : `${run.name}, clipped to`, colour: GREY, level: run.clip, style: "dash"},
     ];
   });
@@ -283,7 +284,7 @@ async function follow() {
     const answer = await fetch(`data?${runs.map(run => `at=${run.token}`).join("&")}`), news = await answer.json();
     news.runs.forEach((fresh, i) => {
       const run = runs[i], [steps, evals, samples, bins] = fresh.starts, join = (old, start, list) => list.length || start !== old.length ? [...old.slice(0, start), ...list] : old;
-      const columns = Object.fromEntries(Object.entries(fresh.columns).map(([name, list]) => [name, join(run.columns[name], steps, list)]));
+      const columns = Object.fromEntries(Object.entries(fresh.columns).map(([name, list]) => [name, join(run.columns[name] ?? [], steps, list)]));
       const held = Object.fromEntries(Object.entries(fresh.memory).map(([title, m]) => [title, {...m, bins: join(run.memory[title]?.bins ?? [], bins, m.bins)}]));
       Object.assign(run, fresh, {columns, memory: held, evals: join(run.evals, evals, fresh.evals), samples: join(run.samples, samples, fresh.samples)});
     });

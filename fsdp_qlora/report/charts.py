@@ -18,6 +18,7 @@ ROW_COLOURS = dict(zip(ROWS, itertools.cycle(TABLE["colours"]), strict=False))
 LOOK = {"curves": TABLE["curves"], "colours": TABLE["colours"][:6], "rows": ROW_COLOURS}
 MEMORY = TABLE["memory"]
 SUMMED = {"time": "step_s", "tokens": "num_tokens"}
+FIGURES = tuple(curve[0] for curve in TABLE["curves"][4:])  # of preferences alone
 COLUMNS = ("step", *SUMMED, *(curve[0] for curve in TABLE["curves"]))
 MAX_BINS = 800  # of memory; of neighbouring steps the one that held most is kept
 LEAST, MOST, DIGITS = 1e-300, 1e300, 6  # smaller values are drawn as 0, larger ones as gaps
@@ -69,7 +70,10 @@ class Tape:
         tape.facts = run.facts | {"config": run.config}
         for line in (*run.steps, *run.samples):
             tape.add(line)
-        tape._evals = [[step, short(loss)] for step, loss in run.evals]
+        tape._evals = [
+            [step, short(loss), *map(short, run.accuracies.get(step, ()))]
+            for step, loss in run.evals
+        ]
         return tape
 
     @property
@@ -84,7 +88,8 @@ class Tape:
             self._add_step(line)
         elif kind == "eval":
             step = line.get("step", self.last.get("step", 0))
-            self._evals.append([step, short(line.get("loss"))])
+            right = [short(line["accuracy"])] if "accuracy" in line else []
+            self._evals.append([step, short(line.get("loss")), *right])
         elif kind == "sample":
             names = ("when", "step", "prompt", "answer", "expected")
             self._samples.append({name: line.get(name) for name in names})
@@ -168,7 +173,11 @@ class Tape:
         return {
             "token": "-".join(map(str, [self.version, *counts])),
             "starts": [steps, evals, samples, bins],
-            "columns": {name: values[steps:] for name, values in self._columns.items()},
+            "columns": {
+                name: values[steps:]
+                for name, values in self._columns.items()
+                if name not in FIGURES or any(value is not None for value in values)
+            },
             **{"evals": self._evals[evals:], "samples": self._samples[samples:]},
             "memory": {
                 title: chart

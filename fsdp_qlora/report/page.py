@@ -16,7 +16,7 @@ from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
 from fsdp_qlora.record import OWN_FLAGS, Run, command, distinct, highest, read, word
-from fsdp_qlora.report.charts import LOOK, Tape, planned_steps
+from fsdp_qlora.report.charts import LOOK, TABLE, Tape, planned_steps
 
 # A value of another type than a run records; a record is not checked value by value.
 NO_RECORD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -170,45 +170,27 @@ def _left_s(run: Run) -> float | None:
 
 def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     """Table -> rows: name, format, and the figure; None where the record has none."""
-    facts, first, last, has_gpus = run.facts, run.steps[0], run.steps[-1], run.has_gpus
-    names = ("num_tokens", "num_trained_tokens", "step_s")
-    tokens, trained, train_s = [sum(v or 0 for v in run.values(name)) or None for name in names]
-    gpu_gib = highest(run.peaks("device_peak_reserved_gib"))
-    plan_s, loading = run.table("plan").get("step_s"), run.table("load_peaks")
+    known: dict[str, Any] = dict(run.facts)
+    for when, step in (("first", run.steps[0]), ("last", run.steps[-1])):
+        known |= {f"{when} {name}": value for name, value in step.items()}
+    for name in ("num_tokens", "num_trained_tokens", "step_s", "tokens_per_s"):
+        known[f"sum {name}"] = sum(value or 0 for value in run.values(name)) or None
+        known[f"median {name}"] = run.median(name)
     host_gib = [run.table("peaks").get("host", {}).get("host_peak_used_gib")]
     host_gib += run.host("host_peak_used_gib") + run.host("host_used_gib")
     cores = [busy for busy in run.host("cpu_cores") if busy is not None]
-    before = next((loss for step, loss in run.evals if not step), None)
-    after = next((loss for step, loss in run.evals[::-1] if step and loss is not None), None)
-    return {
-        "Time": [
-            ("steps", ",.0f", len(run.steps)),
-            ("epochs", ",.3f", last.get("epoch")),
-            ("tokens", ",.0f", tokens),
-            ("trained tokens", ",.0f", trained),
-            ("seconds of training", ",.1f", train_s),
-            ("seconds in total", ",.1f", facts.get("total_s")),
-            ("seconds of loading", ",.1f", facts.get("load_s")),
-            ("seconds left", ",.0f", _left_s(run)),
-            ("seconds a step, median", ",.3f", run.median("step_s")),
-            ("seconds a step, predicted", ",.3f", plan_s if has_gpus else None),
-            ("tokens/s, median", ",.0f", run.median("tokens_per_s")),
-        ],
-        "Memory and processors": [
-            ("GiB per GPU, peak reserved", ",.2f", gpu_gib if has_gpus else None),
-            ("GiB of the host, peak", ",.2f", highest(host_gib)),
-            ("GiB of the host while loading", ",.2f", loading.get("host_peak_used_gib")),
-            ("CPU cores busy, mean", ",.2f", statistics.fmean(cores) if cores else None),
-        ],
-        "Loss": [
-            ("trained parameters", ",.0f", facts.get("num_trainable_params")),
-            ("training loss, first step", ",.4f", first.get("loss")),
-            ("training loss, last step", ",.4f", last.get("loss")),
-            ("losses that are not a number", ",.0f", run.values("loss").count(None) or None),
-            ("held-out loss before", ",.4f", before),
-            ("held-out loss after", ",.4f", after),
-        ],
-    }
+    known |= {"steps": len(run.steps), "left_s": _left_s(run), "host_gib": highest(host_gib)}
+    known["cores"] = statistics.fmean(cores) if cores else None
+    known["loading_gib"] = run.table("load_peaks").get("host_peak_used_gib")
+    known["lost"] = run.values("loss").count(None) or None
+    known["before"] = next((loss for step, loss in run.evals if not step), None)
+    late = (loss for step, loss in run.evals[::-1] if step and loss is not None)
+    known["after"] = next(late, None)
+    if run.has_gpus:
+        known["gpu_gib"] = highest(run.peaks("device_peak_reserved_gib"))
+        known["plan_s"] = run.table("plan").get("step_s")
+    rows = {group: table.items() for group, table in TABLE["figures"].items()}
+    return {g: [(n, form, known.get(key)) for n, (key, form) in rows[g]] for g in rows}
 
 
 def figures(runs: list[Run]) -> list[PageTable]:
@@ -418,10 +400,7 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    parser = cli.Parser("python -m fsdp_qlora report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="output directory")
-    parser.add_argument("--out", type=Path, help="of report.html [of one run its own, else here]")
-    args = parser.parse_args(argv)
+    args = cli.arguments("report", argv, __doc__)
     run_dirs = list({path.resolve(): path for path in args.runs}.values())
     print(write(run_dirs, args.out or (run_dirs[0] if len(run_dirs) == 1 else Path())))
     return DONE

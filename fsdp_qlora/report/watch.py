@@ -248,10 +248,8 @@ def main(argv: list[str]) -> int:
     Returns:
         Exit code.
     """
-    parser = cli.Parser("python -m fsdp_qlora watch", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="DIR", type=Path, help="output directory")
-    parser.add_argument("--port", type=int, help=f"of {HOST} [{PORT}, or a free one]")
-    args = parser.parse_args(argv)
+    port = {"help": f"of {HOST} [{PORT}, or a free one]"}
+    args = cli.arguments("watch", argv, __doc__, port=port)
     for path in args.runs:
         if not path.is_dir():
             raise UserError(str(path), "no such directory", "give the output directory of a run")

@@ -66,9 +66,7 @@ class Clock:
     wall time. On a GPU a phase is the time that the GPU spent on it or waited for it.
     """
 
-    def __init__(
-        self, device: torch.device, at_mark: Callable[[str], None] = lambda phase: None
-    ) -> None:
+    def __init__(self, device: torch.device, at_mark: Callable[[str], Any] = str) -> None:
         """Start counting.
 
         Args:
@@ -520,31 +518,20 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     quantized_gib = sum(store.layout.nbytes for store in stores if store) / hardware.GIB
     sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
-    replanned = []
-    if plan.found is not None and plan.rows_note:  # what the plan says now that rows are known
-        host_gib = plan.found.host.peak_gib
-        replanned = [f"plan      {plan.rows_note}: {host_gib:.1f} GiB on the host"]
-    lines = [
-        f"model     {cfg.model_name}: {total:,} parameters, {info.num_layers} layers in "
-        f"{info.formats(cfg.format_name)} ({quantized_gib:.2f} GiB quantized)",
-        f"          not quantized, in 16 bit: {whole}",
-        f"adapter   {trainable:,} trainable parameters ({trainable / total:.2%})",
-        f"kernels   {kernels.note}",
-        f"placement {placed.note}",
-        f"loaded    {loaded}",
-        f"          peak {tracker.used_gib['load']:.1f} GiB of host memory in use (all "
-        f"programs), {reserved_gib:.1f} GiB reserved on a GPU",
-        f"cache     {cache.note}",
-        f"data      {data.audit}",
-        *(f"note      {note}" for note in data.audit.facts["notes"]),
-        *replanned,
-        *(f"note      {note}" for note in cfg_notes(cfg)),
-    ]
     facts: dict[str, Any] = {"config": to_dict(cfg), "plan": plan.to_dict()}
     facts |= {"model_type": info.model_type, "num_params": total}
     facts |= {"num_trainable_params": trainable, "packed_gib": quantized_gib}
     facts |= {"load_s": loaded.seconds, "load_source": loaded.source, "load_peaks": device | host}
     facts |= {"kernels": kernels.note, "placement": placed.note, "quant_cache": cache.note}
+    shown = facts | device | host | {"cfg": cfg, "info": info, "whole": whole, "loaded": loaded}
+    shown |= {"share": trainable / total, "audit": data.audit}
+    shown["formats"] = info.formats(cfg.format_name)
+    lines = [text.format_map(shown) for text in TABLE["lines"]]
+    lines += [f"note      {note}" for note in data.audit.facts["notes"]]
+    if plan.found is not None and plan.rows_note:  # what the plan says now that rows are known
+        host_gib = plan.found.host.peak_gib
+        lines.append(f"plan      {plan.rows_note}: {host_gib:.1f} GiB on the host")
+    lines += [f"note      {note}" for note in cfg_notes(cfg)]
     return facts | {"data": data.audit.facts, "lines": lines}
 
 

@@ -139,10 +139,8 @@ def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
         remedy = "go on with the version that wrote it"
         raise UserError(str(saved.path / STATE), rule, remedy, INTEGRITY)
     if not saved.is_finite:
-        places = [
-            checkpoint_store.step_dir(saved.run_dir, n)
-            for n in checkpoint_store.steps(saved.run_dir)
-        ]
+        run_dir, steps = saved.run_dir, checkpoint_store.steps(saved.run_dir)
+        places = [checkpoint_store.step_dir(run_dir, step) for step in steps]
         good = [place for place in places if read_json(place / STATE).get("is_finite")]
         remedy = f"a lower --lr and --resume {good[0]}" if good else "start anew with a lower --lr"
         rule = "holds weights that are NaN or infinite: no step leads out of that"

@@ -122,6 +122,18 @@ def test_curves_run_through_the_recorded_values(gpus):
     assert page.data["runs"][0]["evals"] == [[0, 3.0], [30, 2.0]]
 
 
+def test_preferences_have_curves_of_their_own_and_their_held_out_accuracy(tmp_path):
+    steps = [step_line(i, 0.7) | {"accuracy": i / 4, "margin": i / 10} for i in (1, 2, 3)]
+    run = write_run(tmp_path / "run", steps, evals=(0.7, 0.5))
+    lines = (
+        (run / "metrics.jsonl").read_text().replace('"loss": 0.5}', '"loss": 0.5, "accuracy": 0.9}')
+    )
+    (run / "metrics.jsonl").write_text(lines)
+    page = page_of(run, out=run)
+    assert page.columns()["accuracy"] == [0.25, 0.5, 0.75] and "kl" not in page.columns()
+    assert page.data["runs"][0]["evals"][-1][1:] == [0.5, 0.9]
+
+
 def test_nothing_refers_to_the_network(gpus, tmp_path):
     path, page = gpus
     html = (path / "report.html").read_text()

@@ -49,6 +49,7 @@ def test_a_reader_has_what_the_record_says_after_growth_resume_and_a_new_start(r
     page = Reader(follower := Follower(run_dir))
     follower.catch_up()
     assert page.look()["evals"] == [[0, 3.25]] and page.columns["loss"] == [3.0] * 3
+    assert "accuracy" not in page.columns  # which preferences have
     append(run_dir, step_line(4, 2.5))
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "step_s": 1')  # still being written
