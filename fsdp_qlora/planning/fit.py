@@ -100,12 +100,15 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     matmuls = 2.0 * s.active * s.layers * tokens
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
     head = 2.0 * s.head * tokens
-    lora = 2.0 * s.lora * s.layers * tokens
-    weight_grads = 2.0 * s.num_trained(setting) * tokens - lora  # of what is trained itself
+    lora = 2.0 * s.lora_passed * s.layers * tokens
+    weight_grads = (
+        2.0 * (s.num_trained(setting) - s.lora * s.layers) * tokens
+    )  # of what is trained itself
     num_full, num_selective = setting.count("full"), setting.count("selective")
     # A non-reentrant recomputation stops before the last matmul.
     left_out = 0 if s.cfg.reentrant_checkpointing else s.last / s.active
     again = (matmuls * (1 - left_out) + attention + lora) * num_full / s.layers
+    again += 2.0 * s.redone * tokens * num_selective
     item, flops = s.item / 2, gpu.bf16_tflops * 1e12
     forward_s = (matmuls + attention + 2 * head + lora) * item / flops
     backward_s = (matmuls + 2.5 * attention + 2 * lora + weight_grads + again) * item / flops

@@ -384,6 +384,7 @@ def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
     others = (s.norms - 2) * s.hidden + s.head_norms
     kept += [read, wide("matmuls with A", ranks=s.lora_ranks)]
     kept += present(
+        wide("outputs of experts, their products", features=s.routed),
         wide("outputs to be scaled", features=s.magnitudes),
         wide("inputs of more norms", features=others),
     )

@@ -475,7 +475,9 @@ class Sizes:
         format: row of FORMATS.
         layers, hidden, vocab: of the model.
         heads: attention heads.
-        outs: features of all matmuls of a layer but the last (down_proj).
+        outs: features of all matmuls of a layer but the last (down_proj) and those of experts.
+        routed: features that the experts of a token make between their input and their output.
+        redone: weights of a token's experts that read: no layer keeps their outputs selectively.
         attention: width of the attention's output.
         gates: features of the matmuls that feed the activation function.
         product: width of the activation product, which the last linear reads.
@@ -491,7 +493,8 @@ class Sizes:
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
         is_tied: the embedding is the head, gathered once for both ends.
-        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
+        lora, lora_ranks: trained parameters of a layer's adapters; the ranks that a token passes.
+        lora_passed: parameters of the adapters that a token passes.
         magnitudes: features whose outputs DoRA scales.
         whole, trained_root: parameters of a layer; those outside the layers that are trained.
         input_features: features that the adapted linears read and keep: each input once.
@@ -507,6 +510,8 @@ class Sizes:
     """
 
     outs: float
+    routed: float
+    redone: float
     attention: float
     gates: float
     product: float
@@ -522,6 +527,7 @@ class Sizes:
     constants: float
     small: float
     lora_ranks: float
+    lora_passed: float
     input_features: float
     dropped_features: float
 
@@ -594,7 +600,10 @@ class Sizes:
         layers = find_targets(info, cfg if is_lora else TrainConfig())
         targets = [row for index in kind.layers for row in layers[index]]
         adapted, sides = {row.linear for row in targets}, expert_sides(info, kind.layers[0])
-        ranks = [row.rank * (num_experts if row.num_experts > 1 else 1) for row in targets]
+        ranks = [(row, row.rank * min(row.num_experts, num_experts)) for row in targets]
+        passed = sum(rank * sum(row.linear.shape) for row, rank in ranks)
+        dense = [linear for linear in linears if linear.expert is None]
+        product = sum(n.in_features for n, _ in sides[1:]) * num_experts
         norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
         num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
@@ -609,14 +618,17 @@ class Sizes:
             "grouped": max([n.num_weights * num for n, num in sides], default=0),
             "active": sum(linear.num_weights for linear in active),
             "last": counts[-1] if len(active) == len(linears) else 0,
-            "outs": sum(linear.out_features for linear in active[:-1]),
-            "product": active[-1].in_features * num_experts,
+            "outs": sum(n.out_features for n in (dense if sides else dense[:-1])),
+            "routed": sum(n.out_features for n, _ in sides[:1]) * num_experts + 3 * product,
+            "redone": sum(n.num_weights for n, _ in sides[:1]) * num_experts,
+            "product": product or active[-1].in_features,
             "attention": o_proj.in_features,
             "gates": sum(linear.out_features for linear in gates),
             "norms": num_norms,
             "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
             "small": sum(math.prod(shape) for _, shape in kind.params),
-            "lora_ranks": _mean(sum(ranks), len(kind.layers)) * is_lora,
+            "lora_ranks": _mean(sum(rank for _, rank in ranks), len(kind.layers)) * is_lora,
+            "lora_passed": _mean(passed, len(kind.layers)) * is_lora,
             "input_features": sum(read),
             "dropped_features": sum(linear.in_features for linear in adapted),
         }
