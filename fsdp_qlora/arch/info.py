@@ -13,25 +13,24 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.arch import files, formats
-from fsdp_qlora.arch.files import TensorRef
-from fsdp_qlora.arch.formats import (
-    INDEXED,
-    JOINED,
-    MXFP4,
-    QuantizedRef,
-    Stored,
-)
+from fsdp_qlora.arch import files
+from fsdp_qlora.arch.files import MXFP4, QuantizedRef, Stored, TensorRef
 from fsdp_qlora.errors import UserError
 
+INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
+JOINED = "gate_up_proj"  # of an expert, both projections in one
+FUSED = re.compile(
+    r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
+    r"|(?P<down>down_proj|output_linear\.weight))"
+)
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
 # Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
 EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
@@ -44,8 +43,12 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 # Start of the layers' names in files of a model saved without its head -> what all names lack.
 BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
-FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
-FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
+# Names of the text half in the files of a model that sees or hears too -> those of a text model.
+WRAPPED = re.compile(
+    r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
+)
+FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
+WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
 ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
@@ -222,11 +225,11 @@ def from_config(config: dict) -> Structure:
     Raises:
         UserError: a size is absent or no positive integer (code 2).
     """
-    hidden, vocab = _size(config, "hidden_size"), _size(config, "vocab_size")
+    hidden, vocab = read_size(config, "hidden_size"), read_size(config, "vocab_size")
     root: Shapes = {EMBEDDING: (vocab, hidden), "model.norm.weight": (hidden,)}
     if not _is_tied(config):
         root["lm_head.weight"] = (vocab, hidden)
-    layers = [_layer_shapes(config)] * _size(config, "num_hidden_layers")
+    layers = [_layer_shapes(config)] * read_size(config, "num_hidden_layers")
     return Structure("model.layers", layers, root)
 
 
@@ -264,7 +267,7 @@ def _is_tied(config: dict) -> bool:
     return bool(config.get("tie_word_embeddings", layout.is_tied))
 
 
-def _size(config: dict, key: str, default: int | None = None) -> int:
+def read_size(config: dict, key: str, default: int | None = None) -> int:
     """Read one size of a config.json; the default counts when the key is absent or null."""
     names = (key, *OTHER_NAMES.get(key, ()))
     value = next((config[name] for name in names if config.get(name) is not None), default)
@@ -279,10 +282,10 @@ def _size(config: dict, key: str, default: int | None = None) -> int:
 
 def _layer_shapes(config: dict) -> Shapes:
     layout = LAYOUTS[config["model_type"]]
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
-    heads = _size(config, "num_attention_heads")
-    head_dim = _size(config, "head_dim", layout.head_dim or hidden // heads)
-    query, key = heads * head_dim, _size(config, "num_key_value_heads", heads) * head_dim
+    hidden, inner = read_size(config, "hidden_size"), read_size(config, "intermediate_size")
+    heads = read_size(config, "num_attention_heads")
+    head_dim = read_size(config, "head_dim", layout.head_dim or hidden // heads)
+    query, key = heads * head_dim, read_size(config, "num_key_value_heads", heads) * head_dim
     qkv = {"q_proj": query, "k_proj": key, "v_proj": key}
     gates = {"gate_proj": inner, "up_proj": inner}
     if layout.is_fused:
@@ -526,7 +529,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
     text, wrapper = _text_half(raw)
-    config, stored = _checked_config(text, model_name), formats.stored_as(text | raw, model_name)
+    config, stored = _checked_config(text, model_name), files.stored_as(text | raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}
@@ -554,8 +557,8 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         model_type=config["model_type"],
         config=config,
         num_layers=len(structure.layers),
-        hidden_size=_size(config, "hidden_size"),
-        vocab_size=_size(config, "vocab_size"),
+        hidden_size=read_size(config, "hidden_size"),
+        vocab_size=read_size(config, "vocab_size"),
         is_tied=not structure.root.keys() & set(HEADS),
         layers_prefix=structure.layers_prefix,
         kinds=structure.kinds(kept),
@@ -567,58 +570,17 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
         quantized=quantized,
     )
     if stored.whole and has_files:
-        formats.check_whole(info.linear_places(), quantized, model_name)
+        _check_whole(info.linear_places().keys(), quantized.keys(), model_name)
     return info
 
 
-def unquantized(info: ModelInfo) -> dict[str, int]:
-    """The matrices that stay in 16 bit.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Name ("*" for the number of the layer) -> elements in all.
-    """
-    shapes = {name: (shape, 1) for name, shape in info.root_params}
-    for kind in info.kinds:
-        for name, shape in kind.params:
-            full = f"{info.layers_prefix}.*.{name}"
-            shapes[full] = shape, shapes.get(full, (shape, 0))[1] + len(kind.layers)
-    return {name: math.prod(at) * num for name, (at, num) in shapes.items() if len(at) > 1}
-
-
-def active_linears(info: ModelInfo, kind: LayerKind) -> tuple[tuple[Linear, ...], int]:
-    """The linears that one token passes in a layer.
-
-    Args:
-        info: the model.
-        kind: of the layer.
-
-    Returns:
-        The linears, those of an expert as often as a token has experts; and how many it has, 1 in
-        a dense layer.
-    """
-    dense = tuple(linear for linear in kind.linears if linear.expert is None)
-    of_first = [linear for linear in kind.linears if linear.expert and not linear.expert[1]]
-    one = sorted(of_first, key=lambda linear: linear.expert or ())
-    if not one:
-        return dense, 1
-    num = _size(info.config, "num_experts_per_tok")
-    return dense + tuple(linear for linear in one for _ in range(num)), num
-
-
-def num_params(info: ModelInfo) -> int:
-    """Count all parameters; a tied head counts once.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Elements of all parameters.
-    """
-    root = sum(math.prod(shape) for _, shape in info.root_params)
-    return sum(kind.num_params * len(kind.layers) for kind in info.kinds) + root
+def _check_whole(linears: Set[str], quantized: Set[str], model_name: str) -> None:
+    """Of files in 4 bit, all linears of the layers are, and nothing else is."""
+    faults = {
+        "not in 4 bit, where others are": sorted(linears - quantized),
+        "in 4 bit, but no linear of a decoder layer": sorted(quantized - linears),
+    }
+    files.refuse(faults, model_name, files.ORIGINAL)
 
 
 def _text_half(config: dict) -> tuple[dict, str]:
@@ -647,18 +609,44 @@ def stored_tensors(
     """
     item_bytes = files.QUANTIZED_ITEM_BYTES if stored.method else files.ITEM_BYTES
     every = files.read_tensors(path, item_bytes)
-    text = {name: formats.text_name(name, config, wrapper) for name in every}
+    text = {name: text_name(name, config, wrapper) for name in every}
     tensors = {own: every[name] for name, own in text.items() if own}
     towers = {name: every[name] for name, own in text.items() if not own}
     if wrapper:
         config["tie_word_embeddings"] = HEADS[0] not in tensors
     tensors, quantized = _own_names(tensors, config), dict[str, QuantizedRef]()
     if stored.method:
-        tensors, quantized = formats.fold(tensors, stored, str(path))
+        tensors, quantized = files.fold(tensors, stored, str(path))
     if towers and stored.method and not stored.whole:
-        towers, others = formats.fold(towers, stored, str(path))
+        towers, others = files.fold(towers, stored, str(path))
         quantized |= others
     return tensors, towers, quantized
+
+
+def text_name(name: str, config: dict, wrapper: str) -> str:
+    """What a text model calls a tensor; "" for one of another part.
+
+    Other parts are the towers of a wrapper, and layers that foretell further tokens, which
+    transformers leaves too.
+
+    Args:
+        name: in the files.
+        config: of the text half.
+        wrapper: "" for a text model.
+    """
+    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
+    first = config.get("num_hidden_layers")
+    is_behind = match and num and first and first <= int(match["index"]) < first + num
+    if is_behind or FORETELLING.match(name):
+        return ""
+    return inner_name(name) if wrapper else name
+
+
+def inner_name(name: str) -> str:
+    """What a text model calls a tensor of a wrapper's files; "" for one of another part."""
+    if match := WRAPPED.fullmatch(name):
+        return f"model.{match[1]}"
+    return HEADS[0] if name in WRAPPED_HEADS else ""
 
 
 def _checked_config(config: dict, model_name: str) -> dict:
@@ -692,7 +680,41 @@ def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorR
     bare = {name if name in HEADS else "".join(lacks) + name: ref for name, ref in tensors.items()}
     if _is_tied(config) and HEADS[0] in bare and config["model_type"] in LAYOUTS:
         bare.setdefault(EMBEDDING, bare[HEADS[0]])
-    return formats.split_experts(bare, _size(config, "hidden_size"))
+    return split_experts(bare, read_size(config, "hidden_size"))
+
+
+def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, TensorRef]:
+    """Make an entry of the matrix of each expert where a tensor holds those of a layer.
+
+    Some files hold matrices as [out, in], some (gpt-oss, Llama 4) as [in, out]; both projections of
+    a layer together tell which.
+
+    Args:
+        tensors: of the files.
+        hidden: width of the residual stream.
+
+    Returns:
+        "...mlp.experts.3.gate_up_proj.weight" and so on in place of "...mlp.experts.gate_up_proj".
+    """
+    cubes = (name for name, ref in tensors.items() if len(ref.shape) == 3)
+    found = {name: match for name in cubes if (match := FUSED.fullmatch(name))}
+    turned = {m["block"] for n, m in found.items() if m["down"] and tensors[n].shape[2] == hidden}
+    turned -= {m["block"] for n, m in found.items() if m["up"] and tensors[n].shape[1] != hidden}
+    split: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        match = found.get(name)
+        if match is None:
+            split[name] = ref
+            continue
+        part = "down_proj" if match["down"] else "up_proj" if match["up"] == "up_proj" else JOINED
+        num, *shape = ref.shape
+        is_turned, nbytes = match["block"] in turned, ref.nbytes // max(num, 1)
+        for i in range(num):
+            own = (*shape[::-1],) if is_turned else (*shape,)
+            own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
+            stem = f"{match['block']}.experts.{i}.{part}.weight"
+            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
+    return split
 
 
 def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
@@ -711,54 +733,12 @@ def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, Te
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
     """Every parameter must be in the files, in the right shape, and nothing else."""
-    num_layers = _size(config, "num_hidden_layers")
+    num_layers = read_size(config, "num_hidden_layers")
     num_found = len(from_headers(shapes).layers)
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, files.SAME_PLACE)
     files.check_shapes(structure.all_shapes(), shapes, model_name)
-
-
-def stored_name(info: ModelInfo, name: str) -> str:
-    """Name in the files, where transformers calls a parameter otherwise.
-
-    Mixtral's experts lie in `block_sparse_moe` there and in `mlp` in the model; GPT-NeoX's head is
-    `embed_out` there.
-
-    Args:
-        info: the model.
-        name: full name of a parameter that the built model has and that is not fused.
-
-    Source: transformers, src/transformers/conversion_mapping.py.
-    """
-    if name in HEADS:
-        return next((head for head, _ in info.root_params if head in HEADS), name)
-    stored = next((linear.expert[0] for linear in info.linears if linear.expert), "mlp")
-    return name.replace(".mlp.", f".{stored}.")
-
-
-def expert_matrices(info: ModelInfo, name: str) -> list[list[str]]:
-    """Names in the files of what a fused 3-D parameter holds.
-
-    transformers holds the experts of a layer in `experts.gate_up_proj` and `experts.down_proj`;
-    files have a matrix for each projection of each expert.
-
-    Args:
-        info: the model.
-        name: full name in the built model, "model.layers.0.mlp.experts.gate_up_proj".
-
-    Returns:
-        For each expert the matrices that lie one below the other; empty for another parameter.
-    """
-    match = FUSED_NAME.fullmatch(name)
-    if match is None:
-        return []
-    wanted = FUSED[match["fused"]]
-    parts = {linear.expert[1:]: linear.name for linear in info.linears if linear.expert}
-    if wanted == (0, 1) and (0, 3) in parts:
-        wanted = (3,)
-    num = 1 + max((number for number, _ in parts), default=-1)
-    return [[f"{match['layer']}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]
 
 
 def _is_number(value: Any) -> bool:

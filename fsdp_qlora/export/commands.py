@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.arch.files import read_json
-from fsdp_qlora.arch.formats import Stored
+from fsdp_qlora.arch.files import Stored, read_json
 from fsdp_qlora.arch.info import stored_tensors
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT

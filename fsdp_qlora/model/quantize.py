@@ -25,8 +25,7 @@ from types import ModuleType
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import GROUP, NESTED
-from fsdp_qlora.arch.formats import MXFP4
+from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.matmul import Quantized4, row_scales
 from fsdp_qlora.planning.sizes import (

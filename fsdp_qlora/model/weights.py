@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 
 from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo, TensorRef
-from fsdp_qlora.arch.files import check_shapes
-from fsdp_qlora.arch.formats import MXFP4
+from fsdp_qlora.arch.files import MXFP4, check_shapes
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
