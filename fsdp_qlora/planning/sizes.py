@@ -8,6 +8,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -47,6 +48,10 @@ MAX_COUNTED_BYTES = 100 * 2**20
 IN_MEMORY = ("/dev/shm/", "/run/")
 NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
 REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference names its result
+# The end of a layer's forward, as most have it: modules one after the other, and the residual.
+_STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
+_END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n"
+ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}")
 ENDS = ("embed_tokens", "lm_head")
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 
@@ -129,6 +134,19 @@ FORMATS: dict[str, Storage] = {
 }
 # Of matrices whose bytes are kept as the files have them, whatever the format of the run.
 STORAGES = FORMATS | {"mxfp4": Storage(4, (Field("exponents", "uint8", 32),), group_size=32)}
+
+
+@functools.cache
+def has_ending(model_type: str) -> bool:
+    """Whether layers of a type end in a way that can be computed tile by tile.
+
+    Args:
+        model_type: of the config; its source is read, nothing is imported.
+    """
+    spec, name = importlib.util.find_spec("transformers"), model_type.removesuffix("_text")
+    place = Path(spec.origin or "").parent if spec else Path()
+    file = place / "models" / name / f"modeling_{name}.py"
+    return file.is_file() and ENDING.search(file.read_text(encoding="utf-8")) is not None
 
 
 def whole_layer_bytes(per_visit: int = 1) -> int:
@@ -340,6 +358,7 @@ class Setting:
         strategy: row of choices.STRATEGIES.
         machines: with as many ranks each.
         per_visit: micro-batches that pass each layer together.
+        hosts_inputs: inputs of recomputed layers wait on the host.
     """
 
     num_ranks: int
@@ -350,6 +369,7 @@ class Setting:
     strategy: str = "full_shard"
     machines: int = 1
     per_visit: int = 1
+    hosts_inputs: bool = False
 
     @property
     def num_visits(self) -> int:
@@ -423,8 +443,9 @@ def setting_of(
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
-    levels = cfg.levels(num_layers)
-    return Setting(*step, placements, levels, cfg.sharding_strategy, per_visit=cfg.per_visit)
+    kept = cfg.levels(num_layers), cfg.sharding_strategy
+    visit = cfg.per_visit, cfg.use_activation_cpu_offload
+    return Setting(*step, placements, *kept, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
@@ -449,6 +470,7 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     changed |= {"batch_size": setting.batch_size, "sharding_strategy": setting.strategy}
     if cfg.per_visit != setting.per_visit:
         changed["accumulate_by_layer"] = str(setting.per_visit)
+    changed["use_activation_cpu_offload"] = setting.hosts_inputs
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):
@@ -505,6 +527,7 @@ class Sizes:
         file_bytes: of the model's files, where they lie in memory.
         master: bytes of a trained weight.
         is_kept_whole: a layer is so small that it is dequantized at once.
+        has_tiles: of long rows the end of a layer is computed tile by tile.
         one_group: factors of the adapters of all layers where they are so small that they are
             gathered and reduced at once; else empty.
     """
@@ -562,6 +585,7 @@ class Sizes:
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)
+        self.has_tiles = self.active == self.weights and has_ending(info.model_type)
         adapters = {"params": self.lora, "layers": self.layers}
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
