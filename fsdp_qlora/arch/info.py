@@ -549,9 +549,8 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
-    kept = {name: MXFP4 for name, at in quantized.items() if at.format == MXFP4}
-    if stored.method == MXFP4 and not has_files:
-        kept = {name: MXFP4 for name in shapes if _expert_part(name)}
+    in_blocks = quantized if has_files else filter(_expert_part, shapes)
+    kept = dict.fromkeys(in_blocks, MXFP4) if stored.method == MXFP4 else {}
     info = ModelInfo(
         path=path,
         model_type=config["model_type"],
@@ -576,10 +575,8 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
 
 def _check_whole(linears: Set[str], quantized: Set[str], model_name: str) -> None:
     """Of files in 4 bit, all linears of the layers are, and nothing else is."""
-    faults = {
-        "not in 4 bit, where others are": sorted(linears - quantized),
-        "in 4 bit, but no linear of a decoder layer": sorted(quantized - linears),
-    }
+    faults = {"not in 4 bit, where others are": sorted(linears - quantized)}
+    faults["in 4 bit, but no linear of a decoder layer"] = sorted(quantized - linears)
     files.refuse(faults, model_name, files.ORIGINAL)
 
 
