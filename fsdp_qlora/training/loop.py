@@ -17,7 +17,7 @@ import torch
 
 from fsdp_qlora import cli
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, join
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
@@ -26,6 +26,7 @@ from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.planning.sizes import JOINED_TOKENS
 from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
 from fsdp_qlora.training.metrics import Recorder
@@ -61,8 +62,10 @@ def token_losses(
         model, batches, device: see there.
 
     Returns:
-        [batches], float32.
+        [batches], float32; of those that a GPU takes as one, one figure.
     """
+    if device.type == "cuda":
+        batches = join(batches, JOINED_TOKENS)
     if len(batches) == 1:
         return token_loss_sum(model, batches[0], device).unsqueeze(0)
     return torch.stack(model([_group(batch, device) for batch in batches]))
