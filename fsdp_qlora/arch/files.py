@@ -242,9 +242,9 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"is no valid JSON ({error})") from None
+        raise _damaged(path, f"is no valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise damaged(path, "must hold a JSON object")
+        raise _damaged(path, "must hold a JSON object")
     return value
 
 
@@ -319,17 +319,17 @@ def read_tensors(
         header = read_header(directory / name, item_bytes)
         twice = sorted(header.keys() & tensors.keys())
         if twice:
-            raise damaged(directory / name, f"repeats {describe(twice)} of another file")
+            raise _damaged(directory / name, f"repeats {describe(twice)} of another file")
         tensors |= header
     lost = [name for name in index if name not in tensors or tensors[name].file.name != index[name]]
     if lost:
-        raise damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
+        raise _damaged(directory / INDEX_NAME, f"{describe(lost)} not in the file that it names")
     if has_both:
         header = read_header(single, item_bytes)
         is_same = header.keys() == tensors.keys()
         if not is_same or not all(same_bytes(ref, tensors[n], PIECE) for n, ref in header.items()):
             rule = f"holds another model than the files that {INDEX_NAME} names"
-            raise damaged(single, rule, "remove what is left of the other model")
+            raise _damaged(single, rule, "remove what is left of the other model")
     return tensors
 
 
@@ -404,7 +404,7 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
     if not path.is_file():
         is_other = os.path.lexists(path)
         what = "is no regular file" if is_other else "is named by the index, and absent"
-        raise damaged(path, what)
+        raise _damaged(path, what)
     with path.open("rb") as raw:
         head = raw.read(64)
     _refuse_stand_in(path, head)
@@ -415,7 +415,7 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[
     except (SafetensorError, OSError) as error:
         why = brief(error).partition("header: ")[2] or brief(error)
         size = path.stat().st_size
-        raise damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
+        raise _damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
     if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
         of_kind = [name for name, (dtype, _) in kinds.items() if dtype == others[0]]
         rule = f"holds {others[0]} tensors ({of_kind[0]}); a base is {', '.join(ITEM_BYTES)}"
@@ -447,10 +447,10 @@ def _read_index(path: Path) -> dict[str, str]:
         return {}
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise damaged(path, "has no weight_map")
+        raise _damaged(path, "has no weight_map")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise damaged(path, f"weight_map names {name!r}, which is no plain file name")
+            raise _damaged(path, f"weight_map names {name!r}, which is no plain file name")
     return weight_map
 
 
@@ -471,12 +471,12 @@ def _list_files(directory: Path) -> list[str]:
 
 def _refuse_stand_in(path: Path, head: bytes) -> None:
     if head.startswith(b"version https://git-lfs"):
-        raise damaged(path, "is a git-lfs pointer, not the file", "run git lfs pull there")
+        raise _damaged(path, "is a git-lfs pointer, not the file", "run git lfs pull there")
     if head.lstrip()[:5].lower() in {b"<!doc", b"<html"}:
-        raise damaged(path, "is an HTML page, not the file", "download the raw file")
+        raise _damaged(path, "is an HTML page, not the file", "download the raw file")
 
 
-def damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
+def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
     return UserError(str(path), rule, remedy, INTEGRITY)
 
 
@@ -640,7 +640,7 @@ def _split_blocks(
         if stem == name or scales is None or (ref.dtype, scales.dtype) != ("U8", "U8"):
             continue
         if len(ref.shape) != 4 or ref.shape != (*scales.shape, 16):
-            raise damaged(ref.file, f"{name} {list(ref.shape)} is no [experts, out, in / 32, 16]")
+            raise _damaged(ref.file, f"{name} {list(ref.shape)} is no [experts, out, in / 32, 16]")
         del folded[name], folded[f"{stem}_scales"]
         block, _, part = stem.rpartition(".")
         for i in range(ref.shape[0]):
@@ -718,7 +718,7 @@ def _read_state(ref: TensorRef, name: str) -> dict:
         if [type(size) for size in state["shape"]] != [int, int]:
             raise ValueError("no shape of two sizes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged(ref.file, f"{name} is no quantization state ({error})") from None
+        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
     return state
 
 
