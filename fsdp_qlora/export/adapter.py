@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
@@ -47,8 +47,7 @@ SAME_PLACE = "take both files from the same place"
 OF_TOKENIZER = (*TOKENIZER_FILES, *TABLE["of_tokenizer"])
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """LoRA matrices of one linear; it gains scale * B @ A.
 
     Args:

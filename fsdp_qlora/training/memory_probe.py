@@ -11,9 +11,8 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,8 +149,7 @@ def _drop_gradients(trained: Trained) -> None:
     trained.optimizer.zero_grad()
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """One allocation.
 
     Attributes:

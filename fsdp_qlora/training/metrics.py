@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import psutil
 import torch
@@ -180,8 +180,7 @@ class Totals:
         return found | {"peaks": peaks, "events": self.events}
 
 
-@dataclass(frozen=True)
-class Resumed:
+class Resumed(NamedTuple):
     """The record of a run that goes on.
 
     Args:
