@@ -229,7 +229,7 @@ class GroupedMatmul(torch.autograd.Function):
             b_EOR = b_OR.view(num_out, -1, num).permute(2, 0, 1)[routing.numbers].contiguous()
             own = [(0, num, a_ERI)], a_ERI.shape[1], (ends[0], False)
             rest |= {"low": routing.matmul(x, *own, alpha=scale), "high": b_EOR}
-        ctx.save_for_backward(x, rest.get("low"), a_ERI, b_EOR)
+        ctx.save_for_backward(None if a_RI is None else x, rest.get("low"), a_ERI, b_EOR)
         if matrices.group.is_skipped:
             return x.new_empty(len(routing.order) // (routing.top if ends[1] else 1), num_out)
         return routing.matmul(x, matrices.weights(x.dtype), num_out, ends, **rest)

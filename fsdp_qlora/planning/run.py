@@ -507,6 +507,8 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     values["num_machines"] = machine.num_machines
     values |= {"batch_size": setting.batch_size, "accumulation": setting.accumulation}
     values["context_length"] = cfg.context_length
+    lengths = [fit.longest(info, cfg, machine, is_lean) for is_lean in (False, True)]
+    values["longest"] = dict(zip(("asked", "best"), lengths, strict=True))
     values["placements"] = {name: setting.count(name) for name in setting.placements}
     values["levels"] = {name: setting.count(name) for name in setting.levels}
     values |= {"fits": found.fits, "card": _memory(found.device), "host": _memory(found.host)}

@@ -8,6 +8,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -47,6 +48,10 @@ MAX_COUNTED_BYTES = 100 * 2**20
 IN_MEMORY = ("/dev/shm/", "/run/")
 NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
 REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference names its result
+# The end of a layer's forward, as most have it: modules one after the other, and the residual.
+_STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
+_END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n"
+ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}")
 ENDS = ("embed_tokens", "lm_head")
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 
@@ -127,6 +132,19 @@ FORMATS: dict[str, Storage] = {
     **{name: _hqq(*row) for name, row in HQQ_FORMATS.items()},
     "bf16": Storage(16, scratch_bytes=0),
 }
+
+
+@functools.cache
+def has_ending(model_type: str) -> bool:
+    """Whether layers of a type end in a way that can be computed tile by tile.
+
+    Args:
+        model_type: of the config; its source is read, nothing is imported.
+    """
+    spec, name = importlib.util.find_spec("transformers"), model_type.removesuffix("_text")
+    place = Path(spec.origin or "").parent if spec else Path()
+    file = place / "models" / name / f"modeling_{name}.py"
+    return file.is_file() and ENDING.search(file.read_text(encoding="utf-8")) is not None
 
 
 def whole_layer_bytes(per_visit: int = 1) -> int:
@@ -329,6 +347,7 @@ class Setting:
         strategy: row of choices.STRATEGIES.
         machines: with as many ranks each.
         per_visit: micro-batches that pass each layer together.
+        hosts_inputs: inputs of recomputed layers wait on the host.
     """
 
     num_ranks: int
@@ -339,6 +358,7 @@ class Setting:
     strategy: str = "full_shard"
     machines: int = 1
     per_visit: int = 1
+    hosts_inputs: bool = False
 
     @property
     def num_visits(self) -> int:
@@ -412,8 +432,9 @@ def setting_of(
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
-    levels = cfg.levels(num_layers)
-    return Setting(*step, placements, levels, cfg.sharding_strategy, per_visit=cfg.per_visit)
+    kept = cfg.levels(num_layers), cfg.sharding_strategy
+    visit = cfg.per_visit, cfg.use_activation_cpu_offload
+    return Setting(*step, placements, *kept, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
@@ -438,6 +459,7 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     changed |= {"batch_size": setting.batch_size, "sharding_strategy": setting.strategy}
     if cfg.per_visit != setting.per_visit:
         changed["accumulate_by_layer"] = str(setting.per_visit)
+    changed["use_activation_cpu_offload"] = setting.hosts_inputs
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):
@@ -464,7 +486,9 @@ class Sizes:
         format: row of FORMATS.
         layers, hidden, vocab: of the model.
         heads: attention heads.
-        outs: features of all matmuls of a layer but the last (down_proj).
+        outs: features of all matmuls of a layer but the last (down_proj) and those of experts.
+        routed: features that the experts of a token make between their input and their output.
+        redone: weights of a token's experts that read: no layer keeps their outputs selectively.
         attention: width of the attention's output.
         gates: features of the matmuls that feed the activation function.
         product: width of the activation product, which the last linear reads.
@@ -479,7 +503,8 @@ class Sizes:
         root, small: elements outside the layers (embedding, head), of a layer's norms and biases.
         head: elements of the output head.
         is_tied: the embedding is the head, gathered once for both ends.
-        lora, lora_ranks: trained parameters of a layer's adapters, and the ranks of all of them.
+        lora, lora_ranks: trained parameters of a layer's adapters; the ranks that a token passes.
+        lora_passed: parameters of the adapters that a token passes.
         magnitudes: features whose outputs DoRA scales.
         whole, trained_root: parameters of a layer; those outside the layers that are trained.
         input_features: features that the adapted linears read and keep: each input once.
@@ -490,11 +515,14 @@ class Sizes:
         file_bytes: of the model's files, where they lie in memory.
         master: bytes of a trained weight.
         is_kept_whole: a layer is so small that it is dequantized at once.
+        has_tiles: of long rows the end of a layer is computed tile by tile.
         one_group: factors of the adapters of all layers where they are so small that they are
             gathered and reduced at once; else empty.
     """
 
     outs: float
+    routed: float
+    redone: float
     attention: float
     gates: float
     product: float
@@ -509,6 +537,7 @@ class Sizes:
     constants: float
     small: float
     lora_ranks: float
+    lora_passed: float
     input_features: float
     dropped_features: float
 
@@ -543,6 +572,7 @@ class Sizes:
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)
+        self.has_tiles = self.active == self.weights and has_ending(info.model_type)
         adapters = {"params": self.lora, "layers": self.layers}
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
@@ -580,7 +610,10 @@ class Sizes:
         layers = find_targets(info, cfg if is_lora else TrainConfig())
         targets = [row for index in kind.layers for row in layers[index]]
         adapted, sides = {row.linear for row in targets}, expert_sides(info, kind.layers[0])
-        ranks = [row.rank * (num_experts if row.num_experts > 1 else 1) for row in targets]
+        ranks = [(row, row.rank * min(row.num_experts, num_experts)) for row in targets]
+        passed = sum(rank * sum(row.linear.shape) for row, rank in ranks)
+        dense = [linear for linear in linears if linear.expert is None]
+        product = sum(n.in_features for n, _ in sides[1:]) * num_experts
         norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
         num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
@@ -594,14 +627,17 @@ class Sizes:
             "grouped": max([n.num_weights * num for n, num in sides], default=0),
             "active": sum(linear.num_weights for linear in active),
             "last": counts[-1] if len(active) == len(linears) else 0,
-            "outs": sum(linear.out_features for linear in active[:-1]),
-            "product": active[-1].in_features * num_experts,
+            "outs": sum(n.out_features for n in (dense if sides else dense[:-1])),
+            "routed": sum(n.out_features for n, _ in sides[:1]) * num_experts + 3 * product,
+            "redone": sum(n.num_weights for n, _ in sides[:1]) * num_experts,
+            "product": product or active[-1].in_features,
             "attention": o_proj.in_features,
             "gates": sum(linear.out_features for linear in gates),
             "norms": num_norms,
             "head_norms": sum(n.out_features for n in qkv[:2]) * (num_norms < len(norms)),
             "small": sum(math.prod(shape) for _, shape in kind.params),
-            "lora_ranks": _mean(sum(ranks), len(kind.layers)) * is_lora,
+            "lora_ranks": _mean(sum(rank for _, rank in ranks), len(kind.layers)) * is_lora,
+            "lora_passed": _mean(passed, len(kind.layers)) * is_lora,
             "input_features": sum(read),
             "dropped_features": sum(linear.in_features for linear in adapted),
         }
