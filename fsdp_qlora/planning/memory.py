@@ -55,7 +55,8 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
-    s = s.visiting if s.groups(setting) > 1 else s
+    if s.groups(setting) > 1:
+        s, setting = s.visiting, s.joined(setting)
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)

@@ -29,6 +29,7 @@ WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, fo
 VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
 # Tokens of a micro-batch whose layers end tile by tile, and of a tile: shorter ones gain nothing.
 LONG_TOKENS, TILE_TOKENS = 16_384, 4096
+JOINED_TOKENS = 4096  # of micro-batches that GPUs take as one where they pass a layer together
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
@@ -661,6 +662,16 @@ class Sizes:
     def tokens(self, setting: Setting) -> int:
         """Tokens of a full micro-batch of a rank; a pair has two rows."""
         return setting.batch_size * self.cfg.context_length * (1 + (self.cfg.num_answers == 2))
+
+    def joined(self, setting: Setting) -> Setting:
+        """The same as GPUs compute it: small micro-batches of a visit are one."""
+        most = min(setting.per_visit, JOINED_TOKENS // self.tokens(setting))
+        if self.kind != "cuda" or self.cfg.objective != "sft" or most < 2:
+            return setting
+        num = max(n for n in range(1, most + 1) if setting.per_visit % n == 0)
+        joined = dataclasses.replace(setting, batch_size=setting.batch_size * num)
+        left = -(-setting.accumulation // num)
+        return dataclasses.replace(joined, accumulation=left, per_visit=setting.per_visit // num)
 
     def groups(self, setting: Setting) -> int:
         """Groups of rows that pass each layer together."""

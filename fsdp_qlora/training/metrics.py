@@ -547,7 +547,7 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
 
 
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
-FIGURES += ("num_tokens", "num_trained_tokens", *PREFERENCE)
+FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
 SETTINGS = tuple(  # options that are no text of the user's own
     name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
