@@ -236,21 +236,13 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         no_more = SavedAdapter(adapter.path, "", {})
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         evidence = new_weights.check(seen, result_base, options)
-        facts = {
-            "adapter": str(adapter.path),
-            "base": str(info.path),
-            "base_digest": adapters.digest(info),
-            "added_to": "dequantized" if is_dequantized else "16bit",
-            "trained_over": format_name,
-            "packed_bytes": seen.note,
-            "dtype": options.dtype,
-            "num_merged": len(adapter.pairs) + len(adapter.experts),
-            "num_replaced": len(adapter.replaced),
-            "device": device.type,
-            "versions": versions(device),
-            **written,
-            "evidence": evidence,
-        }
+        facts: dict[str, Any] = {"adapter": str(adapter.path), "base": str(info.path)}
+        facts["base_digest"] = adapters.digest(info)
+        facts["added_to"] = "dequantized" if is_dequantized else "16bit"
+        facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
+        facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)
+        facts |= {"num_replaced": len(adapter.replaced), "device": device.type}
+        facts |= {"versions": versions(device), **written, "evidence": evidence}
         atomic.write_json(draft / "merge.json", facts)
     print(new_weights.lines(evidence))
 

@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import psutil
 import torch
@@ -180,8 +180,7 @@ class Totals:
         return found | {"peaks": peaks, "events": self.events}
 
 
-@dataclass(frozen=True)
-class Resumed:
+class Resumed(NamedTuple):
     """The record of a run that goes on.
 
     Args:
@@ -549,7 +548,7 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
 
 
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
-FIGURES += ("num_tokens", "num_trained_tokens", *PREFERENCE)
+FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
 SETTINGS = tuple(  # options that are no text of the user's own
     name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
