@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from fsdp_qlora.arch import LayerKind, ModelInfo
-from fsdp_qlora.arch.info import INDEXED, stored_name
+from fsdp_qlora.arch.info import INDEXED
+from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import matmul, visit
