@@ -6,8 +6,8 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 import contextlib
 import importlib.util
 import logging
-import sys
 import math
+import sys
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
