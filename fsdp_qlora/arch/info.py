@@ -459,7 +459,8 @@ class ModelInfo:
             name: in the text model, "model.layers.0.self_attn.q_proj".
         """
         is_part = self.wrapper and name.startswith("model.")
-        return name.replace("model.", "model.language_model.", 1) if is_part else name
+        outer = "language_model.model." if self.wrapper == "llama4" else "model.language_model."
+        return name.replace("model.", outer, 1) if is_part else name
 
     def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
         """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.

@@ -39,7 +39,7 @@ from fsdp_qlora.arch.files import (
     read_tensors,
 )
 from fsdp_qlora.arch.info import inner_name
-from fsdp_qlora.arch.targets import expert_matrices
+from fsdp_qlora.arch.targets import TURNED, expert_matrices
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -494,6 +494,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
             reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
+            if module is embedding and base.info.model_type == TURNED:
+                reader = ""  # it is asked where it lies before it runs
             holder = model.get_submodule(reader)
             holder.register_forward_pre_hook(partial(_bring, own, base, module))
             holder.register_forward_hook(partial(_drop, module))

@@ -309,6 +309,35 @@ class QuantizedExperts(nn.Module):
         return torch.addmm(out_MH, shares_ME.to(bias.dtype), bias)
 
 
+class ScaledExperts(QuantizedExperts):
+    """Those of Llama 4: what an expert reads is multiplied by its share, not what it writes."""
+
+    def forward(
+        self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As QuantizedExperts: each row is a token of one expert."""
+        rows_SH = (hidden_MH.unsqueeze(1) * top_k_weights.unsqueeze(2)).flatten(0, 1)
+        out_SH = super().forward(rows_SH, top_k_index.view(-1, 1), torch.ones_like(rows_SH[:, :1]))
+        return out_SH.view(*top_k_index.shape, -1).sum(1)
+
+    def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
+        gate, up = first.chunk(2, -1)
+        return self.act_fn(gate) * up
+
+
+class ScaledMixture(nn.Module):
+    """Goes before the class of Llama 4's mixture, which has every expert compute every token."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What transformers' own returns: the sum of all, and the router's logits."""
+        own: Any = self
+        hidden_MH = hidden.reshape(-1, own.hidden_dim)
+        scores_ME, logits_ME = own.router(hidden_MH)
+        shares_MK, index_MK = scores_ME.topk(own.top_k, 1)
+        out_MH = own.shared_expert(hidden_MH) + own.experts(hidden_MH, index_MK, shares_MK)
+        return out_MH, logits_ME
+
+
 def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> torch.Tensor:
     adapter, call = matrices.group.adapter, GroupedCall(matrices, routing, ends)
     pair: tuple = (None, None)
@@ -347,6 +376,11 @@ def replace_experts(
     if not found and not tables:
         return []
     names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+    base: type[QuantizedExperts] = QuantizedExperts
+    for path, own in found.items() if "Llama4TextExperts" in names else ():
+        base, mixture = ScaledExperts, layer.get_submodule(path.rpartition(".")[0])
+        mixture.__class__ = type(type(mixture).__name__, (ScaledMixture, type(mixture)), {})
+        vars(own).update(is_transposed=True, has_gate=True, has_bias=False)
     if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
         rule = "is not computed by transformers' interface for experts"
         raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
@@ -368,7 +402,7 @@ def replace_experts(
             raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
         sides.append(parts)
     kind, stem = type(module), f"{next(n.expert[0] for n in linears if n.expert)}.experts"
-    module.__class__ = type(kind.__name__, (QuantizedExperts, kind), {})
+    module.__class__ = type(kind.__name__, (base, kind), {})
     module.__dict__.pop("forward", None)  # that Liger has put there
     module.ins = ExpertMatrices(store, sides[0], f"{stem}.{module.in_name}")
     module.down = ExpertMatrices(store, sides[1], f"{stem}.down_proj")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.arch.targets import TURNED
 from fsdp_qlora.data.batches import Batch, collate, flatten
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, UserError
@@ -109,7 +110,7 @@ def build(cfg, world: World) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
     """The model as a run builds it, experts adapted; with the flag that a refusal names."""
     try:
         info = arch.read(cfg.model_name, need_weights=True)
-        if any(linear.expert for linear in info.linears):
+        if any(linear.expert for linear in info.linears) and info.model_type != TURNED:
             cfg = dataclasses.replace(cfg, expert_lora_rank=3)
         return load.build(cfg, info, world).model, info, cfg
     except UserError as error:
