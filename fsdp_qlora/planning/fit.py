@@ -77,7 +77,8 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    s = s.visiting if s.groups(setting) > 1 else s
+    if s.groups(setting) > 1:
+        s, setting = s.visiting, s.joined(setting)
     ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]

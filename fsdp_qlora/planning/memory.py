@@ -55,7 +55,8 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
-    s = s.visiting if s.groups(setting) > 1 else s
+    if s.groups(setting) > 1:
+        s, setting = s.visiting, s.joined(setting)
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
@@ -437,7 +438,7 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
         term("gradient of its output", features=s.hidden, **wide),
         term("gradient of the activation product", features=s.product, **wide),
     ]
-    constants = {"weights": s.weights, "bytes": s.format.constant_bytes, "per_group": GROUP}
+    constants = {"weights": s.formatted, "bytes": s.format.constant_bytes, "per_group": GROUP}
     rest = [term("constants of the layer", **constants)]  # before its first matmul
     scratch = [*at_work(s), *rest]
     if s.is_kept_whole:

@@ -501,7 +501,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     if best is not None and found.fits and best.speed.step_s * WORTH > found.speed.step_s:
         best = None
     to_fit = [] if found.fits else fit.changes(info, cfg, machine)
-    values: dict[str, Any] = {"model": cfg.model_name, "format": cfg.format_name}
+    values: dict[str, Any] = {"model": cfg.model_name, "format": info.formats(cfg.format_name)}
     values |= {"num_params": arch.num_params(info), "num_trained": count_trained(info, cfg).total}
     values |= {"cards": [gpu.name for gpu in machine.gpus], "num_ranks": machine.num_ranks}
     values["num_machines"] = machine.num_machines
