@@ -133,7 +133,8 @@ def quantize_rows(
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
     most = values.abs().amax(1, keepdim=True).clamp_min(FLOOR)
     most = most + (values - values).sum(1, keepdim=True)  # not finite where one of them is not
-    return (values * (LARGEST / most)).clamp(-LARGEST, LARGEST).to(FP8), most / LARGEST
+    inverse = torch.full_like(most, LARGEST) / most  # a number / a tensor would be rounded twice
+    return (values * inverse).clamp(-LARGEST, LARGEST).to(FP8), most / LARGEST
 
 
 def weight_codes(weight: Quantized4, is_turned: bool) -> torch.Tensor:
