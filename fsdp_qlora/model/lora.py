@@ -390,7 +390,7 @@ class InputGroup:
         deltas |= zip(self.linears, done or (), strict=False)
         if self.adapter is not None:
             linears, a_RI, b_ORs, scales, dropout, *_ = self.adapter
-            outputs = None if done is None else [deltas[linear] for linear in linears]
+            outputs: Any = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
                 for i, a in enumerate(self.adapter.a_RIs):
                     lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
