@@ -454,6 +454,37 @@ def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
     return replace(batch, row_lengths=(*lengths, *[width - end] * (width > end)))
 
 
+def join(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
+    """Take neighbours of one kind as one: several padded rows, or rows one after the other.
+
+    Args:
+        batches: on the CPU, without answers that are compared.
+        most_tokens: of one that is made, padding included.
+
+    Returns:
+        Fewer batches, or the same, with the rows in their order.
+    """
+    import torch
+
+    found: list[Batch] = []
+    for batch in batches:
+        last = found[-1] if found else batch
+        pairs = [(getattr(last, name), getattr(batch, name)) for name in ("input_ids", "labels")]
+        (ids, new_ids), _ = pairs
+        has_rows = bool(batch.row_lengths)
+        is_alike = has_rows == bool(last.row_lengths) and (
+            has_rows or ids[0].shape == new_ids[0].shape
+        )
+        if not found or not is_alike or ids.numel() + new_ids.numel() > most_tokens:
+            found.append(batch)
+            continue
+        ids, labels = (torch.cat(pair, int(has_rows)) for pair in pairs)
+        num_trained = last.num_trained_tokens + batch.num_trained_tokens
+        lengths = (*last.row_lengths, *batch.row_lengths)
+        found[-1] = Batch(ids, labels, num_trained, last.num_tokens + batch.num_tokens, lengths)
+    return found
+
+
 def _batch(
     shape: tuple[int, int], samples: Sequence[Sample], starts: Sequence[tuple[int, int]]
 ) -> Batch:

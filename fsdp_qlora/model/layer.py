@@ -37,12 +37,7 @@ from fsdp_qlora.model.experts import QuantizedExperts
 from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot, SavedActivations
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
 from fsdp_qlora.model.visit import LayerCall, Spread
-from fsdp_qlora.planning.sizes import LONG_TOKENS, TILE_TOKENS
-
-# The end of a layer's forward, as most have it: modules one after the other, and the residual.
-_STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
-_END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n*"
-ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}$")
+from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
 
 
 def _random_state(has_dropout: bool, hidden: torch.Tensor) -> tuple | None:
@@ -299,10 +294,13 @@ class Offload:
 def _ending(layer: nn.Module) -> list[nn.Module]:
     """The modules at the end of a layer whose sum with the residual it returns; or none."""
     try:
-        found = ENDING.search(inspect.getsource(type(layer).forward))
+        source = inspect.getsource(type(layer).forward)
+        found = ENDING.search(source)
     except (OSError, TypeError):
-        found = None
-    if found is None or any(isinstance(part, QuantizedExperts) for part in layer.modules()):
+        return []
+    if found is None or found.end() != len(source):
+        return []
+    if any(isinstance(part, QuantizedExperts) for part in layer.modules()):
         return []
     return [layer.get_submodule(name) for name in re.findall(r"= self\.(\w+)", found[1])]
 

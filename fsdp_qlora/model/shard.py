@@ -57,9 +57,14 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
         assert placed.streamer is not None
         block.quantized = None  # type: ignore[assignment]
         block.layer_store.read = partial(placed.streamer.read, number)
+    frozen = {param for param in model.parameters() if not param.requires_grad}
     ignored = {block.quantized for block, name in layers if name not in GROUPS}
+    ends = [] if row.replicates or model.is_tied else [model.embedding, model.head]
     if row.replicates:
-        ignored = {p for p in model.parameters() if not p.requires_grad}
+        ignored = frozen
+    elif shares == 1:  # nobody else has them, and FSDP would copy them at each use
+        ignored |= frozen & {*model.embedding.parameters(), *model.head.parameters()}
+        ends = [module for module in ends if not {*module.parameters()} <= ignored]
     common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": row.reshards}
     common["ignored_params"] = ignored - {None}
     mixed = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -77,9 +82,8 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
         if name in GROUPS:
             policy = pinned if name == "offloaded" else fsdp.OffloadPolicy()
             fsdp.fully_shard(block, offload_policy=policy, **common)
-    if not row.replicates:
-        for module in () if model.is_tied else (model.embedding, model.head):
-            fsdp.fully_shard(module, mp_policy=mixed, **common)
+    for module in ends:
+        fsdp.fully_shard(module, mp_policy=mixed, **common)
     # A tied embedding is needed at both ends of forward and backward: gather it once.
     fsdp.fully_shard(model, mp_policy=mixed, **{**common, "reshard_after_forward": False})
     for module in _only_run_forward(model):

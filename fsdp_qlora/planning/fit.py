@@ -25,6 +25,7 @@ VISITS = (2, 4, 8, 16)  # micro-batches that may pass each layer together
 TIE = 0.01  # settings this close in speed: the one that needs least
 LENGTH_STEP, MOST_TOKENS = 256, 2**17  # of the longest rows that are looked for
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
+HOSTED = ("use_cpu_offload", "use_activation_cpu_offload")
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
 BATCHING = {"batch_size", "gradient_accumulation_steps"}
@@ -76,7 +77,8 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    s = s.visiting if s.groups(setting) > 1 else s
+    if s.groups(setting) > 1:
+        s, setting = s.visiting, s.joined(setting)
     ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
@@ -254,6 +256,7 @@ def explore(
         batch = rising[0].batch_size
         if batch in hidden_batches and rising[0].count("resident"):
             continue
+        number = len(outcomes)
         for setting in rising:
             found = _evaluate(s, setting, machine)
             outcomes.append(found)
@@ -262,6 +265,10 @@ def explore(
             parts = found.speed.parts_s
             if setting.count("streamed") and parts[HOST_LINK] < 0.8 * parts[MATMULS]:
                 hidden_batches.add(batch)
+        is_open = "use_activation_cpu_offload" not in fixed and "full" in rising[0].levels
+        if is_open and not outcomes[number].fits_safely:
+            hosting = dataclasses.replace(rising[0], hosts_inputs=True)
+            outcomes.append(_evaluate(s, hosting, machine))
     return outcomes
 
 
@@ -348,13 +355,14 @@ def fallbacks(outcomes: Sequence[Outcome], start: Outcome) -> list[Outcome]:
     return found[1:]
 
 
-def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> int:
+def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine, is_lean: bool = True) -> int:
     """The longest rows that fit, one at a time, every layer recomputed, the base where it fits.
 
     Args:
         info: the model.
         cfg: the run, but for its context_length and memory settings.
         machine: what there is.
+        is_lean: False: with its memory settings.
 
     Returns:
         Tokens, a multiple of LENGTH_STEP, at most what the model knows positions for; 0: none.
@@ -363,9 +371,12 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> int:
     lean |= dict.fromkeys(("selective_layers", "uncheckpointed_layers", "resident_layers"), 0)
     lean |= {"offload_impl": "auto", "sharding_strategy": "full_shard"}
 
+    places = [dict(zip(HOSTED, pair, strict=True)) for pair in itertools.product((0, 1), repeat=2)]
+    chances = [lean | {name: bool(is_on) for name, is_on in own.items()} for own in places]
+
     def is_too_long(length: int) -> bool:
-        changed = dataclasses.replace(cfg, context_length=length, **lean)
-        runs = [dataclasses.replace(changed, use_cpu_offload=hosted) for hosted in (True, False)]
+        changed = dataclasses.replace(cfg, context_length=length)
+        runs = [dataclasses.replace(changed, **own) for own in (chances if is_lean else [{}])]
         tried = [evaluate(info, run, setting_for(info, run, machine), machine) for run in runs]
         return not any(item.fits_safely for item in tried)
 
@@ -403,6 +414,7 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
     hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
     sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
     recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
+    recompute["use_gradient_checkpointing"] = True
     rows: list[Row] = []
     for size in (n for n in _divisors(per_step) if n < cfg.batch_size):
         values = {"batch_size": size, "gradient_accumulation_steps": per_step // size}
@@ -411,7 +423,8 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
         rows.append((f"{num} layers whole on each GPU", "", 0, {**hosted, "resident_layers": num}))
     rows += [
         ("the base on the host", "", 0, {**hosted, "resident_layers": 0}),
-        ("recompute every layer", "", 0, {**recompute, "use_gradient_checkpointing": True}),
+        ("recompute every layer", "", 0, recompute),
+        ("layers' inputs on the host", "", 0, {**recompute, "use_activation_cpu_offload": True}),
         ("constants quantised too", "", 0, {"double_quant": True}),
         ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
         ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),

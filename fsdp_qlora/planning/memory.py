@@ -27,6 +27,9 @@ PEER_BYTES = {True: 0.83 * GIB, False: 0.43 * GIB}
 LIBRARY_BYTES = 64 * 2**20
 # What comes and goes in a step leaves holes of this share (fits the measured peaks to 4 %).
 HOLES = 1 / 3
+# Of long rows, under the cap: 2.06 GiB of 14 (8B, 81,920 tokens); with room it keeps more.
+HOLES_OF_LONG = 0.15
+HEAD_PARTS = 4  # in which the backward of long rows' attention goes through the heads
 # Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
 CPU_LIBRARY_BYTES = 160 * 2**20
 # Measured on the H200 machine: 17, 20 and 39 GiB in use in total, less the other rows; CPU ranks on
@@ -52,7 +55,8 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
-    s = s.visiting if s.groups(setting) > 1 else s
+    if s.groups(setting) > 1:
+        s, setting = s.visiting, s.joined(setting)
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
@@ -173,11 +177,11 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
     """The backward at the two ends of every run of layers of one level."""
     tokens, last = s.tokens(setting), s.layers - 1
     turns = [i for i, pair in enumerate(pairwise(setting.levels)) if pair[0] != pair[1]]
-    moments: list[Rows] = []
+    moments, waiting = list[Rows](), (setting.per_visit, setting.hosts_inputs)
     for at in sorted({0, last, *turns, *(i + 1 for i in turns)}):
         done = s.layers if setting.num_visits > 1 else last - at
         common: Rows = {
-            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1], setting.per_visit),
+            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1], *waiting),
             rows.BUFFERS: _buffers(s, setting),
             rows.LAYER: _between(s, setting),
         }
@@ -201,7 +205,8 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     """The forward's end in the head, and its last layer."""
     tokens = s.tokens(setting)
     wide = {"tokens": tokens, "bytes": s.item}
-    kept: Rows = {rows.KEPT: kept_by_level(s, tokens, setting.levels, setting.per_visit)}
+    waiting = setting.per_visit, setting.hosts_inputs
+    kept: Rows = {rows.KEPT: kept_by_level(s, tokens, setting.levels, *waiting)}
     if setting.num_visits > 1:
         kept[rows.GRADIENTS] = _gradients("of earlier micro-batches", s, setting)
     chunk = min(tokens, max(16, sizes.LOGITS_BYTES // (4 * s.vocab)))
@@ -215,10 +220,12 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     outputs = term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=num, **wide)
     gathered = _head_gathered(s, setting)
     head: Rows = {rows.LOSS: loss, rows.LAYER: [outputs], rows.BUFFERS: gathered}
-    width = 2 * s.hidden + s.fullest.gates + s.fullest.product
+    width, what = 2 * s.hidden + s.fullest.gates + s.fullest.product, "gates, product"
+    if is_tiled(s, tokens, setting.levels[-1]):
+        width, what = 2 * s.hidden + _qkv(s.fullest) + s.fullest.attention, "attention"
     layer: Rows = {
         rows.LAYER: [
-            term("residual, norm, gates, product", features=width, **wide),
+            term(f"residual, norm, {what}", features=width, **wide),
             *_between(s, setting),
         ],
         rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
@@ -267,7 +274,8 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows]) -> list[Term]:
     """
     passing = (rows.LAYER, rows.SCRATCH) if s.kind == "cuda" else (rows.KEPT, rows.LAYER)
     most = max(total_bytes({row: found.get(row, []) for row in passing}) for found in moments)
-    terms = [term("holes", bytes=most, share=HOLES)]
+    is_long = s.tokens(setting) > sizes.LONG_TOKENS
+    terms = [term("holes", bytes=most, share=HOLES_OF_LONG if is_long else HOLES)]
     if s.kind == "cuda" and setting.shares > 1:
         terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
     if s.kind == "cuda" and setting.count("offloaded"):
@@ -430,7 +438,7 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
         term("gradient of its output", features=s.hidden, **wide),
         term("gradient of the activation product", features=s.product, **wide),
     ]
-    constants = {"weights": s.weights, "bytes": s.format.constant_bytes, "per_group": GROUP}
+    constants = {"weights": s.formatted, "bytes": s.format.constant_bytes, "per_group": GROUP}
     rest = [term("constants of the layer", **constants)]  # before its first matmul
     scratch = [*at_work(s), *rest]
     if s.is_kept_whole:
@@ -438,6 +446,8 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     matmul_before: Rows = {rows.LAYER: grads, rows.SCRATCH: scratch}
     if level == "none":
         return [matmul_before]
+    if is_tiled(s, tokens, level):
+        return _tiled_moments(s, tokens, scratch)
     kept = {item.what for item in kept_bytes(s, tokens, level)}
     made = [t for t in kept_bytes(s, tokens, "none") if t.what not in kept]
     made = [item._replace(what=f"recomputed: {item.what}") for item in made]
@@ -456,13 +466,60 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     ]
 
 
-def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int = 1) -> list[Term]:
+def is_tiled(s: Sizes, tokens: int, level: str) -> bool:
+    """Whether the end of a layer is computed tile by tile: see model/layer.py.
+
+    Args:
+        s, tokens, level: see kept_bytes.
+    """
+    return s.has_tiles and level == "full" and tokens > sizes.LONG_TOKENS
+
+
+def _qkv(s: Sizes) -> float:
+    """Features of what attention reads."""
+    return s.outs - s.gates - s.hidden
+
+
+def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
+    """The backward of a tile at the end of a layer, and that of the attention."""
+    wide, qkv = {"tokens": tokens, "bytes": s.item}, _qkv(s)
+    made = [
+        term("recomputed: norm, queries, keys, values", features=s.hidden + qkv, **wide),
+        term("recomputed: attention's output", features=s.attention, **wide),
+        term("its log-sum-exp", tokens=tokens, heads=s.heads, bytes=4),
+        term("gradient of its output", features=s.hidden, **wide),
+        *present(term("inputs of more norms", features=s.head_norms, **wide)),
+    ]
+    if s.kind == "cpu" or s.cfg.liger == "off":
+        made.append(term("norm's input in float32 (not fused)", hidden=s.hidden, **wide, n=2))
+    features = 5 * s.hidden + 2 * s.gates + 2 * s.product
+    tile = [
+        term("recomputed: residual", features=s.hidden, **wide),
+        term("a tile", tokens=sizes.TILE_TOKENS, features=features, bytes=s.item),
+    ]
+    # Of some heads after the others: gradients of queries in float32, of keys and values for all
+    # the queries' heads, and all three as they are handed on.
+    part = s.attention * (4 + 2 * s.item) + qkv * s.item
+    attention = [
+        term("gradients around the attention", features=s.attention + qkv, **wide),
+        term("its own", tokens=tokens, bytes=part, per_part=HEAD_PARTS),
+    ]
+    constants = scratch if s.is_kept_whole else scratch[1:]
+    return [
+        {rows.LAYER: [*made, *tile], rows.SCRATCH: scratch},
+        {rows.LAYER: [*made, *attention], rows.SCRATCH: constants},
+    ]
+
+
+def kept_by_level(
+    s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int = 1, hosts_inputs: bool = False
+) -> list[Term]:
     """Sum `kept_bytes` over layers.
 
     Args:
         s, tokens: see kept_bytes.
         levels: of the layers.
-        per_visit: micro-batches that pass each layer together.
+        per_visit, hosts_inputs: see Setting.
 
     Returns:
         The terms, over the layers of each level.
@@ -471,8 +528,8 @@ def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int
     for level in dict.fromkeys(levels):
         for item in kept_bytes(s, tokens, level):
             num = levels.count(level) * per_visit
-            if item.what == INPUT and s.cfg.use_activation_cpu_offload and level != "none":
-                num = min(num, AT_WORK)
+            if item.what == INPUT and hosts_inputs and level != "none":
+                num = min(num, 1 if tokens > sizes.LONG_TOKENS else AT_WORK)
             factors = (*item.factors, ("layers", num))
             terms.append(Term(f"{level}: {item.what}", factors, item.nbytes * num))
     return terms
@@ -480,7 +537,7 @@ def kept_by_level(s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int
 
 def num_offloaded(s: Sizes, setting: Setting) -> int:
     """Inputs of layers that wait on the host: of the recomputed ones, but for the very last."""
-    num = setting.per_visit * s.cfg.use_activation_cpu_offload
+    num = setting.per_visit * setting.hosts_inputs
     return sum(level != "none" for level in setting.levels[:-1]) * num
 
 

@@ -8,6 +8,7 @@ import collections
 import copy
 import dataclasses
 import functools
+import importlib.util
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, fo
 VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
 # Tokens of a micro-batch whose layers end tile by tile, and of a tile: shorter ones gain nothing.
 LONG_TOKENS, TILE_TOKENS = 16_384, 4096
+JOINED_TOKENS = 4096  # of micro-batches that GPUs take as one where they pass a layer together
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
@@ -47,6 +49,10 @@ MAX_COUNTED_BYTES = 100 * 2**20
 IN_MEMORY = ("/dev/shm/", "/run/")
 NEW_LAYERS = "block_expansion_layers"  # key of config.json, written by `expand`
 REFERENCE_DIRECTORY = re.compile(r".*blk_exp-(\d+)-(\d+)")  # how the reference names its result
+# The end of a layer's forward, as most have it: modules one after the other, and the residual.
+_STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
+_END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n"
+ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}")
 ENDS = ("embed_tokens", "lm_head")
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 
@@ -127,6 +133,21 @@ FORMATS: dict[str, Storage] = {
     **{name: _hqq(*row) for name, row in HQQ_FORMATS.items()},
     "bf16": Storage(16, scratch_bytes=0),
 }
+# Of matrices whose bytes are kept as the files have them, whatever the format of the run.
+STORAGES = FORMATS | {"mxfp4": Storage(4, (Field("exponents", "uint8", 32),), group_size=32)}
+
+
+@functools.cache
+def has_ending(model_type: str) -> bool:
+    """Whether layers of a type end in a way that can be computed tile by tile.
+
+    Args:
+        model_type: of the config; its source is read, nothing is imported.
+    """
+    spec, name = importlib.util.find_spec("transformers"), model_type.removesuffix("_text")
+    place = Path(spec.origin or "").parent if spec else Path()
+    file = place / "models" / name / f"modeling_{name}.py"
+    return file.is_file() and ENDING.search(file.read_text(encoding="utf-8")) is not None
 
 
 def whole_layer_bytes(per_visit: int = 1) -> int:
@@ -138,20 +159,29 @@ def whole_layer_bytes(per_visit: int = 1) -> int:
     return VISIT_LAYER_BYTES if per_visit > 1 else WHOLE_LAYER_BYTES
 
 
-def quantized_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
+def quantized_bytes(
+    shapes: Sequence[tuple[int, int]], format_name: str, own: Sequence[str] = ()
+) -> tuple[int, int]:
     """Count the bytes of one decoder layer's frozen linears.
 
     Args:
         shapes: (out features, in features) of each linear.
         format_name: row of FORMATS.
+        own: row of STORAGES of each linear, "" for `format_name`; empty: all are in that.
 
     Returns:
         (quantized weights, quantization constants), each with its padding to ALIGN_BYTES.
     """
-    fmt = FORMATS[format_name]
-    weights = sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in shapes)
-    fields = [(DTYPE_BYTES[f.dtype] * sum(map(f.num_elements, shapes))) for f in fmt.fields]
-    return weights, sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for shape, name in zip(shapes, own or [""] * len(shapes), strict=True):
+        groups.setdefault(name or format_name, []).append(shape)
+    weights, constants = 0, 0
+    for name, members in groups.items():
+        fmt = STORAGES[name]
+        weights += sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in members)
+        fields = [DTYPE_BYTES[f.dtype] * sum(map(f.num_elements, members)) for f in fmt.fields]
+        constants += sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
+    return weights, constants
 
 
 def _up(value: int, multiple: int) -> int:
@@ -329,6 +359,7 @@ class Setting:
         strategy: row of choices.STRATEGIES.
         machines: with as many ranks each.
         per_visit: micro-batches that pass each layer together.
+        hosts_inputs: inputs of recomputed layers wait on the host.
     """
 
     num_ranks: int
@@ -339,6 +370,7 @@ class Setting:
     strategy: str = "full_shard"
     machines: int = 1
     per_visit: int = 1
+    hosts_inputs: bool = False
 
     @property
     def num_visits(self) -> int:
@@ -412,8 +444,9 @@ def setting_of(
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
-    levels = cfg.levels(num_layers)
-    return Setting(*step, placements, levels, cfg.sharding_strategy, per_visit=cfg.per_visit)
+    kept = cfg.levels(num_layers), cfg.sharding_strategy
+    visit = cfg.per_visit, cfg.use_activation_cpu_offload
+    return Setting(*step, placements, *kept, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
@@ -438,6 +471,7 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     changed |= {"batch_size": setting.batch_size, "sharding_strategy": setting.strategy}
     if cfg.per_visit != setting.per_visit:
         changed["accumulate_by_layer"] = str(setting.per_visit)
+    changed["use_activation_cpu_offload"] = setting.hosts_inputs
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
     if (own.placements, own.strategy) != (setting.placements, setting.strategy):
@@ -473,6 +507,7 @@ class Sizes:
         norms: norms over the hidden size in a layer.
         head_norms: features that pass through norms of the head size (Qwen 3, Gemma 3).
         weights: frozen weights of a layer's linears.
+        formatted: those in the run's format.
         largest: weights of its largest linear.
         grouped: weights of all its experts, of the side that has more; 0 in a dense layer.
         active: weights that one token passes: of a mixture, those of its experts.
@@ -493,6 +528,7 @@ class Sizes:
         file_bytes: of the model's files, where they lie in memory.
         master: bytes of a trained weight.
         is_kept_whole: a layer is so small that it is dequantized at once.
+        has_tiles: of long rows the end of a layer is computed tile by tile.
         one_group: factors of the adapters of all layers where they are so small that they are
             gathered and reduced at once; else empty.
     """
@@ -506,6 +542,7 @@ class Sizes:
     norms: float
     head_norms: float
     weights: float
+    formatted: float
     largest: float
     grouped: float
     active: float
@@ -549,6 +586,7 @@ class Sizes:
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)
+        self.has_tiles = self.active == self.weights and has_ending(info.model_type)
         adapters = {"params": self.lora, "layers": self.layers}
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
@@ -578,7 +616,8 @@ class Sizes:
         linears, is_lora = kind.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
         counts = [math.prod(shape) for shape in shapes]
-        quantized, constants = quantized_bytes(shapes, cfg.format_name)
+        own = [linear.format for linear in linears]
+        quantized, constants = quantized_bytes(shapes, cfg.format_name, own)
         active, num_experts = arch.active_linears(info, kind)
         o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
         qkv = linears[: linears.index(o_proj)]
@@ -599,6 +638,7 @@ class Sizes:
             "quantized": quantized,
             "constants": constants,
             "weights": sum(counts),
+            "formatted": sum(linear.num_weights for linear in linears if not linear.format),
             "largest": max(counts),
             "grouped": max([n.num_weights * num for n, num in sides], default=0),
             "active": sum(linear.num_weights for linear in active),
@@ -637,6 +677,16 @@ class Sizes:
     def tokens(self, setting: Setting) -> int:
         """Tokens of a full micro-batch of a rank; a pair has two rows."""
         return setting.batch_size * self.cfg.context_length * (1 + (self.cfg.num_answers == 2))
+
+    def joined(self, setting: Setting) -> Setting:
+        """The same as GPUs compute it: small micro-batches of a visit are one."""
+        most = min(setting.per_visit, JOINED_TOKENS // self.tokens(setting))
+        if self.kind != "cuda" or self.cfg.objective != "sft" or most < 2:
+            return setting
+        num = max(n for n in range(1, most + 1) if setting.per_visit % n == 0)
+        joined = dataclasses.replace(setting, batch_size=setting.batch_size * num)
+        left = -(-setting.accumulation // num)
+        return dataclasses.replace(joined, accumulation=left, per_visit=setting.per_visit // num)
 
     def groups(self, setting: Setting) -> int:
         """Groups of rows that pass each layer together."""

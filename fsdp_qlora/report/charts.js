@@ -125,7 +125,7 @@ class Chart {
 
   draw() {
     const {title, unit, lines, hasZero} = this.build(), isLog = view.isLog && this.height < 300, [x0, x1] = this.range = view.range ?? [0, extent()];
-    this.figure.hidden = !lines.length;
+    if (this.figure.hidden = !lines.length) return this.box.replaceChildren();
     const width = this.width = this.box.clientWidth || 560, scaled = this.scaled = y => y === null || (isLog && y <= 0) ? null : isLog ? Math.log10(y) : y;
     this.px = x => LEFT + (x - x0) / (x1 - x0) * (width - LEFT - RIGHT);
     const seen = lines.filter(line => !view.off.has(line.label)), known = [];
@@ -186,6 +186,7 @@ class Chart {
 
   // Marks the measured points at the cursor; there is nothing to read between them.
   show(x) {
+    if (this.figure.hidden) return;
     this.over.replaceChildren();
     this.named.forEach((line, i) => {
       let text = this.figureOf(line);

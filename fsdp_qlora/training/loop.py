@@ -17,15 +17,17 @@ import torch
 
 from fsdp_qlora import cli
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, join
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.planning.sizes import JOINED_TOKENS
 from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
 from fsdp_qlora.training.metrics import Recorder
@@ -61,8 +63,10 @@ def token_losses(
         model, batches, device: see there.
 
     Returns:
-        [batches], float32.
+        [batches], float32; of those that a GPU takes as one, one figure.
     """
+    if device.type == "cuda":
+        batches = join(batches, JOINED_TOKENS)
     if len(batches) == 1:
         return token_loss_sum(model, batches[0], device).unsqueeze(0)
     return torch.stack(model([_group(batch, device) for batch in batches]))
@@ -311,7 +315,7 @@ def train_step(
     Returns:
         loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
         (the step was not taken) and, where there is one, the loss scale, 0-d on the device; of a
-        preference its figures.
+        preference its figures; of a mixture expert_load.
     """
     world, guard, preference = trained.world, trained.guard, trained.preference
     guard.begin()
@@ -344,6 +348,7 @@ def train_step(
     hook("post-optimizer")
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
     results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
+    results |= take_load(getattr(trained.model, "mixtures", ()))
     return results | _figures(preference, sums, weights, world)
 
 

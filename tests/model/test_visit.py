@@ -1,10 +1,12 @@
 """Groups of rows that pass each layer together have the bits of one after the other."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fsdp_qlora.data import batches
 from fsdp_qlora.data.batches import collate, flatten
 from fsdp_qlora.model import attention, shard
 from fsdp_qlora.model.attention import RowBounds
@@ -40,8 +42,8 @@ def trained_by(world, path, lay, per_visit, flags):
     assert trained.per_visit == per_visit
     trained = dataclasses.replace(trained, is_reduced_once=True)
     rows = make_samples(2 * NUM_MICRO * world.size)[world.rank :: world.size]
-    batches = [lay(rows[2 * i : 2 * i + 2]) for i in range(NUM_MICRO)]
-    steps = [loop.train_step(trained, batches) for _ in range(NUM_STEPS)]
+    parts = [lay(rows[2 * i : 2 * i + 2]) for i in range(NUM_MICRO)]
+    steps = [loop.train_step(trained, parts) for _ in range(NUM_STEPS)]
     assert not any(step["skipped"] for step in steps)
     facts = [step[name].item().hex() for step in steps for name in ("loss", "grad_norm")]
     lora = [flat.numpy().tobytes() for flat in shard.whole_lora(model)]
@@ -67,6 +69,24 @@ def test_layer_major_accumulation_has_the_bits_of_plain_accumulation(tmp_path, s
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=4)
     cases = [(lay, flags) for num, lay, flags in CASES if num == size]
     assert run_ranks(compare, size, path, cases) == [[]] * size
+
+
+def test_small_micro_batches_are_joined_in_their_order():
+    """As GPUs take them: rows and losses are the same."""
+    rows = make_samples(12)
+    for lay in (collate, flatten):
+        same = [
+            replace(row, input_ids=row.input_ids[:5], is_trained=row.is_trained[:5]) for row in rows
+        ]
+        parts = [lay(same[2 * i : 2 * i + 2]) for i in range(6)]
+        first, second = batches.join(parts, 4 * parts[0].input_ids.numel())
+        whole = lay(same[:8], 1)
+        kept = first.labels[first.labels != batches.NOT_TRAINED]
+        assert torch.equal(kept, whole.labels[whole.labels != batches.NOT_TRAINED])
+        assert first.num_trained_tokens == whole.num_trained_tokens
+        assert first.num_tokens + second.num_tokens == 12 * 5
+        assert sum(first.row_lengths) == first.input_ids.numel() * (lay is flatten)
+    assert len(batches.join([collate(rows[:2]), flatten(rows[:2])], 10**6)) == 2
 
 
 def reference_rows(world, paths):

@@ -171,7 +171,34 @@ def test_pairs_are_tried_where_no_single_change_keeps_everything():
     info, cfg = run_of("70b", "--sharding_strategy=ddp", "--batch_size=4")
     found = fit.changes(info, cfg, machine_of("3090+4060Ti-16G", 64))
     assert found and not found[0].lost
-    assert found[0].cfg.sharding_strategy == "full_shard" and found[0].cfg.batch_size < 4
+    first = found[0].cfg
+    assert first.sharding_strategy == "full_shard"
+    assert first.batch_size < 4 or first.use_activation_cpu_offload
+
+
+def test_inputs_of_layers_go_to_the_host_before_rows_are_cut():
+    """16,384 tokens of a 70B: chosen by the plan, and advised where the user has chosen."""
+    argv = ["--model_name=llama-2-70b", "--context_length=16384", "--batch_size=1"]
+    cfg, info = config.parse(argv), arch.read("llama-2-70b", need_weights=False)
+    machine = machine_of("2x24", 256)
+    own = fit.evaluate(info, cfg, setting_of(cfg, 80, 2), machine)
+    found = fit.choose(fit.explore(info, cfg, machine))
+    assert not own.fits and found and found.setting.hosts_inputs
+    assert applied(cfg, found.setting).use_activation_cpu_offload
+    assert any("inputs on the host" in item.words for item in fit.changes(info, cfg, machine))
+    lengths = [fit.longest(info, cfg, machine, is_lean) for is_lean in (False, True)]
+    assert lengths[0] < 16384
+
+
+def test_the_longest_row_is_the_longest_that_fits():
+    argv = ["--model_name=llama-3.1-8b", "--use_activation_cpu_offload=true"]
+    cfg, info = config.parse(argv), arch.read("llama-3.1-8b", need_weights=False)
+    machine = machine_of("12", 256)
+    length = fit.longest(info, cfg, machine, is_lean=False)
+    for tokens, fits in ((length, True), (length + fit.LENGTH_STEP, False)):
+        long = dataclasses.replace(cfg, context_length=tokens)
+        assert fit.evaluate(info, long, setting_of(long, 32, 1), machine).fits_safely == fits
+    assert 16384 < length == fit.longest(info, cfg, machine)
 
 
 def test_budgets_of_the_user_stand_above_the_machine():
