@@ -489,6 +489,9 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
         term("its log-sum-exp", tokens=tokens, heads=s.heads, bytes=4),
         term("gradient of its output", features=s.hidden, **wide),
         *present(term("inputs of more norms", features=s.head_norms, **wide)),
+        term(
+            "rotary tables, ids, what is handed on (measured)", features=s.hidden, share=0.4, **wide
+        ),
     ]
     if s.kind == "cpu" or s.cfg.liger == "off":
         made.append(term("norm's input in float32 (not fused)", hidden=s.hidden, **wide, n=2))
