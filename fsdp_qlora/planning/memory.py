@@ -438,7 +438,7 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
         term("gradient of its output", features=s.hidden, **wide),
         term("gradient of the activation product", features=s.product, **wide),
     ]
-    constants = {"weights": s.weights, "bytes": s.format.constant_bytes, "per_group": GROUP}
+    constants = {"weights": s.formatted, "bytes": s.format.constant_bytes, "per_group": GROUP}
     rest = [term("constants of the layer", **constants)]  # before its first matmul
     scratch = [*at_work(s), *rest]
     if s.is_kept_whole:
