@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import math
+import sys
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,11 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    experts = {type(module) for module in hf_model.modules() if hasattr(module, "is_transposed")}
     with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
         _apply_liger_kernel_to_instance(model=hf_model, **own)
+    for kind in experts:  # it puts its own in their place, and the next model would be built of it
+        setattr(sys.modules[kind.__module__], kind.__name__, kind)
 
 
 class QuantizedModel(nn.Module):

@@ -178,10 +178,16 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
 
 
 def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monkeypatch):
-    """It binds a forward to a mixture's experts, and stops at a layer that has none."""
+    """It binds a forward to a mixture's experts, and stops at a layer that has none.
+
+    And it puts a class of its own into transformers, which the next model must not be built of.
+    """
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
     from fsdp_qlora.model import skeleton
 
     def bind(model, **kernels):
+        modeling_qwen3_moe.Qwen3MoeExperts = torch.nn.Identity
         for layer in model.model.layers[1:]:
             layer.mlp.experts.forward = None
         model.model.layers[0].mlp.experts.forward = None
@@ -196,9 +202,10 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
 
     monkeypatch.setattr(skeleton, "choose_kernels", choose)
     tiny_models.save(tmp_path / "model", "qwen3_moe")  # its first layer is dense
-    built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
-    mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
-    assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
+    for _ in range(2):
+        built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
+        mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
+        assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
 
 
 def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
