@@ -171,9 +171,8 @@ class Structure:
             found.setdefault((tuple(sorted(layer.items())), own), []).append(index)
         kinds = []
         for (items, own), indices in found.items():
-            formats_of = dict(own)
             linears = tuple(
-                dataclasses.replace(linear, format=formats_of.get(f"{linear.name}.weight", ""))
+                dataclasses.replace(linear, format=dict(own).get(f"{linear.name}.weight", ""))
                 for linear in find_linears(self.layers[indices[0]])
             )
             weights = {f"{linear.name}.weight" for linear in linears}
@@ -210,6 +209,7 @@ class LayerShape:
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 
@@ -458,9 +458,10 @@ class ModelInfo:
         Args:
             name: in the text model, "model.layers.0.self_attn.q_proj".
         """
-        is_part = self.wrapper and name.startswith("model.")
-        outer = "language_model.model." if self.wrapper == "llama4" else "model.language_model."
-        return name.replace("model.", outer, 1) if is_part else name
+        old, new = RENAMED.get(self.model_type, ("", ""))
+        name = name.replace(old, new, 1)
+        outer = OUTER.get(self.wrapper, "model.language_model.")
+        return outer + name[6:] if self.wrapper and name.startswith("model.") else name
 
     def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
         """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.
@@ -632,10 +633,9 @@ def text_name(name: str, config: dict, wrapper: str) -> str:
         config: of the text half.
         wrapper: "" for a text model.
     """
-    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
-    first = config.get("num_hidden_layers")
-    is_behind = match and num and first and first <= int(match["index"]) < first + num
-    if is_behind or FORETELLING.match(name):
+    num, first = (config.get(k) or 0 for k in ("num_nextn_predict_layers", "num_hidden_layers"))
+    index = int(match["index"]) if (match := INDEXED.fullmatch(name)) else -1
+    if first <= index < first + num or FORETELLING.match(name):
         return ""
     return inner_name(name) if wrapper else name
 

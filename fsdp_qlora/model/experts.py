@@ -321,8 +321,9 @@ class ScaledExperts(QuantizedExperts):
         return out_SH.view(*top_k_index.shape, -1).sum(1)
 
     def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
+        own: Any = self
         gate, up = first.chunk(2, -1)
-        return self.act_fn(gate) * up
+        return own.act_fn(gate) * up
 
 
 class ScaledMixture(nn.Module):
@@ -377,10 +378,10 @@ def replace_experts(
         return []
     names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
     base: type[QuantizedExperts] = QuantizedExperts
-    for path, own in found.items() if "Llama4TextExperts" in names else ():
+    for path, experts in found.items() if "Llama4TextExperts" in names else ():
         base, mixture = ScaledExperts, layer.get_submodule(path.rpartition(".")[0])
         mixture.__class__ = type(type(mixture).__name__, (ScaledMixture, type(mixture)), {})
-        vars(own).update(is_transposed=True, has_gate=True, has_bias=False)
+        vars(experts).update(is_transposed=True, has_gate=True, has_bias=False)
     if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
         rule = "is not computed by transformers' interface for experts"
         raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
