@@ -19,7 +19,6 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,8 +60,7 @@ class Array(NamedTuple):
 Tensors = Mapping[str, Mapping[str, Array]]  # by file and name
 
 
-@dataclass(frozen=True)
-class SavedCheckpoint:
+class SavedCheckpoint(NamedTuple):
     """A checkpoint whose files are what its manifest says.
 
     Args:

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
@@ -391,8 +391,7 @@ def read_kib(path: Path, key: str) -> int:
     return int(line[1]) if line else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Cgroup:
+class Cgroup(NamedTuple):
     """The control group that bounds this process (a container, a Slurm job), v1 or v2.
 
     Attributes:

@@ -7,7 +7,6 @@ a run that the supervisor has started again is spared; only numbers are spoilt e
 """
 
 import contextlib
-import dataclasses
 import errno
 import os
 import resource
@@ -164,7 +163,7 @@ if __name__ == "__main__":  # as train.py, its ranks too
     def start(spec: launch.RankSpec) -> launch.Rank:
         own = (sys.executable, "-m", "tests.faults")
         command = [*own, *spec.command[len(launch.PROGRAM) :]]
-        return launch.start(dataclasses.replace(spec, command=command))
+        return launch.start(spec._replace(command=command))
 
     install()
     sys.exit(run.main(sys.argv[1:], start=start))

@@ -54,7 +54,7 @@ if launch.is_rank(os.environ):
     sys.exit(train.main(sys.argv[1:]))
 def start(spec):
     command = [sys.executable, __file__, *spec.command[len(launch.PROGRAM) :]]
-    return launch.start(dataclasses.replace(spec, command=command))
+    return launch.start(spec._replace(command=command))
 
 argv = sys.argv[1:]
 sys.exit(launch.supervise(launch.Attempt(config.parse(argv), argv, start=start)))

@@ -180,6 +180,10 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     round_base(model, format_name)
+    ranks, alphas = (json.loads(text or "{}") for text in (cfg.rank_pattern, cfg.alpha_pattern))
+    params = ["experts.gate_up_proj", "experts.down_proj"] if cfg.expert_lora_rank else []
+    ranks |= dict.fromkeys(params, cfg.expert_lora_rank)
+    alphas |= dict.fromkeys(params, cfg.expert_lora_rank * cfg.lora_alpha / cfg.lora_rank)
     names, layers = cfg.lora_target_modules, targets.layer_numbers(cfg.layers_to_transform)
     lora_config = LoraConfig(
         r=cfg.lora_rank,
@@ -188,8 +192,9 @@ def reference_model(path: Path, format_name: str, lora: dict[str, torch.Tensor],
         target_modules="all-linear" if names == "all" else names.split(","),
         exclude_modules=cfg.lora_exclude_modules,
         layers_to_transform=layers or None,
-        rank_pattern=json.loads(cfg.rank_pattern or "{}"),
-        alpha_pattern=json.loads(cfg.alpha_pattern or "{}"),
+        target_parameters=params or None,
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         use_rslora=cfg.use_rslora,
         use_dora=cfg.train_type.endswith("dora"),
         task_type="CAUSAL_LM",

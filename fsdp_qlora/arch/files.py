@@ -1,12 +1,19 @@
-"""The files of a model: where they lie, what their headers hold, and linears stored in 4 bit.
+"""The files of a model: where they lie, what their headers hold, and weights quantized there.
 
 Only headers are read (a few MB even for a 70B). The safetensors library makes sure that every byte
 of a file belongs to exactly one tensor, so that a truncated download is found before anything else
-starts. A local directory never reaches the hub. Of models in 4 bit those of bitsandbytes are read:
-a linear is "X.weight" (codes), "X.weight.absmax", "X.weight.quant_map", with double quantization
-also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...".
+starts. A local directory never reaches the hub.
 
-Source: bitsandbytes, functional.py, QuantState.as_dict.
+Bytes of bitsandbytes in 4 bit and of MXFP4 are kept as they are. FP8 and compressed-tensors become
+16-bit weights as they are read, tensor by tensor, and go to the run's format. Scales of activations
+are left out: activations are computed in 16 bit.
+
+A linear of bitsandbytes is "X.weight" (codes), "X.weight.absmax", "X.weight.quant_map", with double
+quantization also "nested_absmax" and "nested_quant_map", and JSON under "quant_state...". Experts
+in MXFP4 are "X_blocks" [experts, out, in / 32, 16] and "X_scales" [experts, out, in / 32].
+
+Source: bitsandbytes, functional.py, QuantState.as_dict; transformers, integrations/mxfp4.py and
+finegrained_fp8.py; compressed-tensors, compressors/pack_quantized.
 """
 
 import hashlib
@@ -19,7 +26,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -38,20 +45,27 @@ LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-QUANTIZED_ITEM_BYTES = ITEM_BYTES | {"U8": 1}  # of a model stored in 4 bit
+CODE_BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1}
+QUANTIZED_ITEM_BYTES = ITEM_BYTES | CODE_BYTES
 NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in another format
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
-STATE = ".quant_state.bitsandbytes__"
 ORIGINAL = "take the 16-bit original of this model"
 SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
+STATE = ".quant_state.bitsandbytes__"
+MXFP4 = "mxfp4"
+FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
+COMPRESSED = "compressed-tensors"
+CODED = "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
+SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
+SCALED |= {"weight_zero_point": "zero", "weight_g_idx": "order", "weight_shape": "shape"}
+OF_ACTIVATIONS = re.compile(r"(activation|input|output|[qkv])_(scale|zero_point)|input_scale_ub")
 PIECE = 1 << 16  # bytes compared at once
 # Run apart, for it imports torch.
-BUILDER = """import json, sys
-from fsdp_qlora.model.skeleton import shapes_of
-json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"""
+BUILDER = "import json, sys\nfrom fsdp_qlora.model.skeleton import shapes_of\n"
+BUILDER += "json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
 NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
 
@@ -185,13 +199,6 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
             remedy += f", or take the shape {near[0]}" if near else ""
         remedy = "run hf auth login, or give a local directory" if status == NO_TOKEN else remedy
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-
-
-JOINED = "gate_up_proj"  # of an expert, both projections in one
-FUSED = re.compile(
-    r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
-    r"|(?P<down>down_proj|output_linear\.weight))"
-)
 
 
 class TensorRef(NamedTuple):
@@ -473,138 +480,6 @@ def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError
     return UserError(str(path), rule, remedy, INTEGRITY)
 
 
-class QuantizedRef(NamedTuple):
-    """Where a linear that is stored in 4 bit lies.
-
-    Args:
-        refs: "weight", "absmax", "quant_map", "nested_absmax", "nested_quant_map" -> place.
-        offset: of the constants, with double quantization.
-    """
-
-    refs: dict[str, TensorRef]
-    offset: float | None
-
-
-def stored_format(config: dict, model_name: str) -> str | None:
-    """Say in which format a model lies on disk.
-
-    Args:
-        config: content of config.json.
-        model_name: for the message.
-
-    Returns:
-        "nf4", "nf4_dq", "fp4" or "fp4_dq"; None for 16 or 32 bit.
-
-    Raises:
-        UserError: it is quantized in another way (code 2).
-    """
-    found = config.get("quantization_config")
-    if found is None:
-        return None
-    found = found if isinstance(found, dict) else {}
-    is_double = bool(found.get("bnb_4bit_use_double_quant"))
-    name = f"{found.get('bnb_4bit_quant_type')}{'_dq' * is_double}"
-    if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
-        return name
-    method = str(found.get("quant_method") or "unknown")
-    method += " in 8 bit" if found.get("load_in_8bit") else ""
-    rule = f"is quantized already ({method}); of such models only bitsandbytes in 4 bit is read"
-    raise UserError(model_name, rule, ORIGINAL)
-
-
-def fold(
-    tensors: dict[str, TensorRef], format_name: str, model_name: str
-) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
-    """Make one entry of the parts of each quantized linear.
-
-    Args:
-        tensors: of the files.
-        format_name: of `stored_format`.
-        model_name: for the message.
-
-    Returns:
-        The tensors, those of quantized weights in their true shape; and the places of the parts.
-
-    Raises:
-        UserError: another block size or type, or parts that do not fit (code 5).
-    """
-    states = {name: name.partition(STATE)[0] for name in tensors if STATE in name}
-    folded, quantized = dict(tensors), {}
-    for state_name, name in states.items():
-        state = _read_state(tensors[state_name], state_name)
-        refs = {"weight": tensors[name]} if name in tensors else {}
-        for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
-            if f"{name}.{part}" in tensors:
-                refs[part] = folded.pop(f"{name}.{part}")
-        del folded[state_name]
-        _check(f"{name} in {model_name}", state, refs, format_name)
-        quantized[name] = QuantizedRef(refs, state.get("nested_offset"))
-        folded[name] = refs["weight"]._replace(shape=tuple(state["shape"]))
-    return folded, quantized
-
-
-def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, TensorRef]:
-    """Make an entry of the matrix of each expert where a tensor holds those of a layer.
-
-    Some files hold matrices as [out, in], some (gpt-oss, Llama 4) as [in, out]; both projections of
-    a layer together tell which.
-
-    Args:
-        tensors: of the files.
-        hidden: width of the residual stream.
-
-    Returns:
-        "...mlp.experts.3.gate_up_proj.weight" and so on in place of "...mlp.experts.gate_up_proj".
-    """
-    cubes = (name for name, ref in tensors.items() if len(ref.shape) == 3)
-    found = {name: match for name in cubes if (match := FUSED.fullmatch(name))}
-    turned = {m["block"] for n, m in found.items() if m["down"] and tensors[n].shape[2] == hidden}
-    turned -= {m["block"] for n, m in found.items() if m["up"] and tensors[n].shape[1] != hidden}
-    split: dict[str, TensorRef] = {}
-    for name, ref in tensors.items():
-        match = found.get(name)
-        if match is None:
-            split[name] = ref
-            continue
-        part = "down_proj" if match["down"] else "up_proj" if match["up"] == "up_proj" else JOINED
-        num, *shape = ref.shape
-        is_turned, nbytes = match["block"] in turned, ref.nbytes // max(num, 1)
-        for i in range(num):
-            own = (*shape[::-1],) if is_turned else (*shape,)
-            own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
-            stem = f"{match['block']}.experts.{i}.{part}.weight"
-            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
-    return split
-
-
-def _read_state(ref: TensorRef, name: str) -> dict:
-    try:
-        with ref.file.open("rb") as file:
-            file.seek(ref.start)
-            state = json.loads(file.read(ref.nbytes))
-        if [type(size) for size in state["shape"]] != [int, int]:
-            raise ValueError("no shape of two sizes")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
-    return state
-
-
-def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str) -> None:
-    num_weights, is_double = math.prod(state["shape"]), format_name.endswith("_dq")
-    num_blocks = -(-num_weights // GROUP)
-    sizes = {"weight": -(-num_weights // 2), "quant_map": 16 * 4}
-    sizes["absmax"] = num_blocks * (1 if is_double else 4)
-    if is_double:
-        sizes |= {"nested_absmax": -(-num_blocks // NESTED) * 4, "nested_quant_map": 256 * 4}
-    found = {part: ref.nbytes for part, ref in refs.items()}
-    own = (state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize"))
-    wanted = (format_name.removesuffix("_dq"), GROUP, NESTED if is_double else None)
-    is_good = found == sizes and own == wanted
-    if not is_good or is_double != isinstance(state.get("nested_offset"), float):
-        rule = f"type and block sizes {own}, want {wanted} and the parts {', '.join(sizes)}"
-        raise UserError(where, rule, ORIGINAL, INTEGRITY)
-
-
 def refuse(
     faults: Mapping[str, list[str]], model_name: str, remedy: str, code: int = INPUT
 ) -> None:
@@ -639,3 +514,225 @@ def check_shapes(
         "of another shape than config.json says": wrong,
     }
     refuse(faults, model_name, SAME_PLACE, INTEGRITY)
+
+
+class QuantizedRef(NamedTuple):
+    """Where the parts of a weight that is quantized on disk lie.
+
+    Args:
+        refs: of bitsandbytes "weight", "absmax" and so on; of MXFP4 "weight", "exponents"; of a
+            weight with scales "weight", "scale", "zero", "order" -> place.
+        format: whose bytes are kept, "nf4_dq" or "mxfp4"; "" for a weight with scales.
+        offset: of the constants, with double quantization.
+        block: rows and columns that share a scale; 0: as many as the number of scales says.
+    """
+
+    refs: dict[str, TensorRef]
+    format: str = ""
+    offset: float | None = None
+    block: tuple[int, int] = (0, 0)
+
+
+class Stored(NamedTuple):
+    """How a model lies on disk.
+
+    Args:
+        method: "nf4_dq" or the like, "mxfp4", "fp8", "compressed-tensors"; "" for 16 or 32 bit.
+        block: see QuantizedRef.
+    """
+
+    method: str = ""
+    block: tuple[int, int] = (0, 0)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether bytes are trained over as they are."""
+        return self.whole is not None or self.method == MXFP4
+
+    @property
+    def whole(self) -> str | None:
+        """The format of all linears, when it is bitsandbytes'."""
+        return self.method if self.method.startswith(("nf4", "fp4")) else None
+
+
+def stored_as(config: dict, model_name: str) -> Stored:
+    """Say in which format a model lies on disk.
+
+    Args:
+        config: content of config.json.
+        model_name: for the message.
+
+    Raises:
+        UserError: it is quantized in a way that is not read (code 2).
+    """
+    found = config.get("quantization_config", config.get("compression_config"))
+    if found is None:
+        return Stored()
+    found = _dict(found)
+    is_double = bool(found.get("bnb_4bit_use_double_quant"))
+    name = f"{found.get('bnb_4bit_quant_type')}{'_dq' * is_double}"
+    if found.get("load_in_4bit") and name.removesuffix("_dq") in ("nf4", "fp4"):
+        return Stored(name)
+    method = str(found.get("quant_method") or "unknown")
+    groups = [_dict(group) for group in _dict(found.get("config_groups")).values()]
+    blocks = [_dict(group.get("weights")).get("block_structure") for group in groups]
+    sizes = next(filter(None, [found.get("weight_block_size"), *blocks]), (0, 0))
+    is_pair = isinstance(sizes, list | tuple) and [type(n) for n in sizes] == [int, int]
+    others = set() if is_pair else {f"blocks of {sizes}"}
+    if method == COMPRESSED:
+        forms = {str(at.get("format") or "dense") for at in (found, *groups)}
+        others |= forms - {*CODED.split()}
+        others |= {str(_dict(found.get("sparsity_config")).get("format", "dense"))} - {"dense"}
+        others |= {"transform_config"} if found.get("transform_config") else set()
+    if method in (MXFP4, COMPRESSED, *FP8) and not others:
+        return Stored(method, (sizes[0], sizes[1]))
+    method += " in 8 bit" if found.get("load_in_8bit") else ""
+    method += f": {', '.join(sorted(others))}" if others else ""
+    rule = f"is quantized already ({method}); of such models bitsandbytes in 4 bit, MXFP4, FP8 "
+    rule += "and compressed-tensors of whole numbers or FP8 are read"
+    raise UserError(model_name, rule, ORIGINAL)
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def fold(
+    tensors: dict[str, TensorRef], stored: Stored, model_name: str
+) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """Make one entry of the parts of each quantized weight.
+
+    Args:
+        tensors: of the files.
+        stored: of `stored_as`.
+        model_name: for the message.
+
+    Returns:
+        The tensors, those of quantized weights in their true shape; and the places of the parts.
+
+    Raises:
+        UserError: another block size or type, or parts that do not fit (code 5).
+    """
+    if stored.whole:
+        return _fold_bnb(tensors, stored.whole, model_name)
+    split = (_fold_scaled, _split_blocks)[stored.method == MXFP4]
+    folded, quantized = split(tensors, stored)
+    others = [n for n, ref in folded.items() if n not in quantized and ref.dtype not in ITEM_BYTES]
+    refuse({f"no part of a weight as {stored.method} has it": others}, model_name, ORIGINAL)
+    return folded, quantized
+
+
+def _piece(ref: TensorRef, index: int) -> TensorRef:
+    """One expert's part of a tensor of all."""
+    nbytes = ref.nbytes // ref.shape[0]
+    start = ref.start + index * nbytes
+    return ref._replace(shape=ref.shape[1:], start=start, nbytes=nbytes)
+
+
+def _split_blocks(
+    tensors: dict[str, TensorRef], stored: Stored
+) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """An entry of the matrix of each expert in place of MXFP4's blocks and scales."""
+    folded, quantized = dict(tensors), {}
+    for name, ref in tensors.items():
+        stem = name.removesuffix("_blocks")
+        scales = tensors.get(f"{stem}_scales")
+        if stem == name or scales is None or (ref.dtype, scales.dtype) != ("U8", "U8"):
+            continue
+        if len(ref.shape) != 4 or ref.shape != (*scales.shape, 16):
+            raise _damaged(ref.file, f"{name} {list(ref.shape)} is no [experts, out, in / 32, 16]")
+        del folded[name], folded[f"{stem}_scales"]
+        block, _, part = stem.rpartition(".")
+        for i in range(ref.shape[0]):
+            own, at = f"{block}.{i}.{part}.weight", _piece(ref, i)
+            # In 16 bit it lies in one tensor with the others', as [in, out].
+            folded[own] = at._replace(
+                shape=(ref.shape[1], ref.shape[2] * 32), is_transposed=True, joint=stem
+            )
+            quantized[own] = QuantizedRef({"weight": at, "exponents": _piece(scales, i)}, MXFP4)
+    return folded, quantized
+
+
+def _fold_scaled(
+    tensors: dict[str, TensorRef], stored: Stored
+) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """An entry of each weight in place of its numbers of 4 or 8 bits and their scales."""
+    parts: dict[str, dict[str, TensorRef]] = {}
+    folded: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        stem, _, part = name.rpartition(".")
+        is_number = part == "weight" and ref.dtype in ("F8_E4M3", "I8")
+        if part in SCALED or is_number:
+            parts.setdefault(stem, {})[SCALED.get(part, part)] = ref
+        elif not OF_ACTIVATIONS.fullmatch(part):
+            folded[name] = ref
+    quantized = {}
+    for stem, refs in parts.items():
+        weight, scale, name = refs.get("weight"), refs.get("scale"), f"{stem}.weight"
+        shape = weight.shape if weight else ()
+        if weight and weight.dtype == "I32":
+            shape = _read_shape(refs.pop("shape", None))
+        bits = weight.nbytes * 8 // math.prod(shape) if weight and len(shape) == 2 else 0
+        if weight is None or scale is None or bits not in (4, 8):
+            rule = f"parts {', '.join(sorted(refs))} are no matrix of 4 or 8 bits with its scales"
+            where = next(iter(refs.values())).file
+            raise UserError(f"{stem} in {where}", rule, ORIGINAL, INTEGRITY)
+        folded[name] = weight._replace(shape=shape)
+        quantized[name] = QuantizedRef(refs, block=stored.block)
+    return folded, quantized
+
+
+def _read_shape(ref: TensorRef | None) -> tuple[int, ...]:
+    if ref is None or ref.dtype != "I64":
+        return ()
+    with ref.file.open("rb") as file:
+        file.seek(ref.start)
+        raw = file.read(ref.nbytes)
+    return tuple(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
+
+
+def _fold_bnb(
+    tensors: dict[str, TensorRef], format_name: str, model_name: str
+) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """As `fold`."""
+    states = {name: name.partition(STATE)[0] for name in tensors if STATE in name}
+    folded, quantized = dict(tensors), {}
+    for state_name, name in states.items():
+        state = _read_state(tensors[state_name], state_name)
+        refs = {"weight": tensors[name]} if name in tensors else {}
+        for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map"):
+            if f"{name}.{part}" in tensors:
+                refs[part] = folded.pop(f"{name}.{part}")
+        del folded[state_name]
+        _check(f"{name} in {model_name}", state, refs, format_name)
+        quantized[name] = QuantizedRef(refs, format_name, state.get("nested_offset"))
+        folded[name] = refs["weight"]._replace(shape=tuple(state["shape"]))
+    return folded, quantized
+
+
+def _read_state(ref: TensorRef, name: str) -> dict:
+    try:
+        with ref.file.open("rb") as file:
+            file.seek(ref.start)
+            state = json.loads(file.read(ref.nbytes))
+        if [type(size) for size in state["shape"]] != [int, int]:
+            raise ValueError("no shape of two sizes")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
+    return state
+
+
+def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str) -> None:
+    num_weights, is_double = math.prod(state["shape"]), format_name.endswith("_dq")
+    num_blocks = -(-num_weights // GROUP)
+    sizes = {"weight": -(-num_weights // 2), "quant_map": 16 * 4}
+    sizes["absmax"] = num_blocks * (1 if is_double else 4)
+    if is_double:
+        sizes |= {"nested_absmax": -(-num_blocks // NESTED) * 4, "nested_quant_map": 256 * 4}
+    found = {part: ref.nbytes for part, ref in refs.items()}
+    own = (state.get("quant_type"), state.get("blocksize"), state.get("nested_blocksize"))
+    wanted = (format_name.removesuffix("_dq"), GROUP, NESTED if is_double else None)
+    is_good = found == sizes and own == wanted
+    if not is_good or is_double != isinstance(state.get("nested_offset"), float):
+        rule = f"type and block sizes {own}, want {wanted} and the parts {', '.join(sizes)}"
+        raise UserError(where, rule, ORIGINAL, INTEGRITY)

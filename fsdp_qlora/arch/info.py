@@ -9,23 +9,29 @@ no rank fails over one. tests/arch compares every row with the model that transf
 """
 
 import contextlib
+import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.arch import files
-from fsdp_qlora.arch.files import QuantizedRef, TensorRef
+from fsdp_qlora.arch.files import MXFP4, QuantizedRef, Stored, TensorRef
 from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
-EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", files.JOINED), ("w1", "w3", "w2"))
+JOINED = "gate_up_proj"  # of an expert, both projections in one
+FUSED = re.compile(
+    r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
+    r"|(?P<down>down_proj|output_linear\.weight))"
+)
+EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
 # Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
 EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
 EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
@@ -37,12 +43,11 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 # Start of the layers' names in files of a model saved without its head -> what all names lack.
 BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
-FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
-FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
 # Names of the text half in the files of a model that sees or hears too -> those of a text model.
 WRAPPED = re.compile(
     r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
 )
+FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
 WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
 ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
@@ -71,12 +76,15 @@ class Linear:
         out_features: rows of its weight.
         in_features: columns of its weight.
         has_bias: a bias of out_features exists; it is not quantized.
+        format: row of planning.sizes.FORMATS in which the files have it, where that is kept
+            whatever the format of the run.
     """
 
     name: str
     out_features: int
     in_features: int
     has_bias: bool
+    format: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,18 +155,27 @@ class Structure:
             for name, shape in layer.items()
         }
 
-    def kinds(self) -> tuple[LayerKind, ...]:
+    def kinds(self, kept: Mapping[str, str]) -> tuple[LayerKind, ...]:
         """Sort the layers by what they hold; the kinds in the order of their first layers.
+
+        Args:
+            kept: full name of a weight -> its format, where that of the files is kept.
 
         Raises:
             UserError: see `find_linears`.
         """
         found: dict[tuple, list[int]] = {}
         for index, layer in enumerate(self.layers):
-            found.setdefault(tuple(sorted(layer.items())), []).append(index)
+            names = ((name, f"{self.layers_prefix}.{index}.{name}") for name in sorted(layer))
+            own = tuple((name, kept[full]) for name, full in names if full in kept)
+            found.setdefault((tuple(sorted(layer.items())), own), []).append(index)
         kinds = []
-        for items, indices in found.items():
-            linears = find_linears(self.layers[indices[0]])
+        for (items, own), indices in found.items():
+            formats_of = dict(own)
+            linears = tuple(
+                dataclasses.replace(linear, format=formats_of.get(f"{linear.name}.weight", ""))
+                for linear in find_linears(self.layers[indices[0]])
+            )
             weights = {f"{linear.name}.weight" for linear in linears}
             params = tuple(item for item in items if item[0] not in weights)
             kinds.append(LayerKind(linears, params, tuple(indices)))
@@ -208,11 +225,11 @@ def from_config(config: dict) -> Structure:
     Raises:
         UserError: a size is absent or no positive integer (code 2).
     """
-    hidden, vocab = _size(config, "hidden_size"), _size(config, "vocab_size")
+    hidden, vocab = read_size(config, "hidden_size"), read_size(config, "vocab_size")
     root: Shapes = {EMBEDDING: (vocab, hidden), "model.norm.weight": (hidden,)}
     if not _is_tied(config):
         root["lm_head.weight"] = (vocab, hidden)
-    layers = [_layer_shapes(config)] * _size(config, "num_hidden_layers")
+    layers = [_layer_shapes(config)] * read_size(config, "num_hidden_layers")
     return Structure("model.layers", layers, root)
 
 
@@ -250,7 +267,7 @@ def _is_tied(config: dict) -> bool:
     return bool(config.get("tie_word_embeddings", layout.is_tied))
 
 
-def _size(config: dict, key: str, default: int | None = None) -> int:
+def read_size(config: dict, key: str, default: int | None = None) -> int:
     """Read one size of a config.json; the default counts when the key is absent or null."""
     names = (key, *OTHER_NAMES.get(key, ()))
     value = next((config[name] for name in names if config.get(name) is not None), default)
@@ -265,10 +282,10 @@ def _size(config: dict, key: str, default: int | None = None) -> int:
 
 def _layer_shapes(config: dict) -> Shapes:
     layout = LAYOUTS[config["model_type"]]
-    hidden, inner = _size(config, "hidden_size"), _size(config, "intermediate_size")
-    heads = _size(config, "num_attention_heads")
-    head_dim = _size(config, "head_dim", layout.head_dim or hidden // heads)
-    query, key = heads * head_dim, _size(config, "num_key_value_heads", heads) * head_dim
+    hidden, inner = read_size(config, "hidden_size"), read_size(config, "intermediate_size")
+    heads = read_size(config, "num_attention_heads")
+    head_dim = read_size(config, "head_dim", layout.head_dim or hidden // heads)
+    query, key = heads * head_dim, read_size(config, "num_key_value_heads", heads) * head_dim
     qkv = {"q_proj": query, "k_proj": key, "v_proj": key}
     gates = {"gate_proj": inner, "up_proj": inner}
     if layout.is_fused:
@@ -367,9 +384,11 @@ class ModelInfo:
         root_params: (full name, shape) of embedding, last norm, untied lm_head, sorted by name.
         tensors: full name -> where its bytes lie; empty when no weights were asked for.
         wrapper: model_type of the model whose text half it is, or "".
-        towers: of a wrapper, full name -> where the bytes of its other parts lie.
-        stored_format: of the linears on disk when they are quantized there, such as "nf4_dq".
-        quantized: full name of such a linear's weight -> its parts; empty without `tensors`.
+        towers: full name -> where the bytes of parts lie that are not trained: the others of a
+            wrapper, layers that foretell further tokens.
+        stored: how it lies on disk.
+        quantized: full name of a weight that is quantized there -> its parts; empty without
+            `tensors`.
     """
 
     path: Path | None
@@ -385,8 +404,13 @@ class ModelInfo:
     tensors: dict[str, TensorRef]
     wrapper: str = ""
     towers: dict[str, TensorRef] = field(default_factory=dict)
-    stored_format: str | None = None
+    stored: Stored = field(default_factory=Stored)
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
+
+    @property
+    def stored_format(self) -> str | None:
+        """Of all linears on disk, when they are bitsandbytes', such as "nf4_dq"."""
+        return self.stored.whole
 
     @cached_property
     def by_layer(self) -> tuple[LayerKind, ...]:
@@ -422,6 +446,11 @@ class ModelInfo:
             return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
         return "sinks" if any("sink" in name for name in names) else ""
+
+    def formats(self, format_name: str) -> str:
+        """The formats of the linears where a run has `format_name`: "nf4_dq + mxfp4"."""
+        own = {linear.format for linear in self.linears} - {""}
+        return " + ".join([format_name, *sorted(own)])
 
     def outer_name(self, name: str) -> str:
         """What transformers calls a module or parameter, in a wrapper where the model is of one.
@@ -500,111 +529,55 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     path = found if found.is_dir() else None
     raw = files.read_json(path / "config.json" if path else found)
     text, wrapper = _text_half(raw)
-    config, stored = _checked_config(text, model_name), files.stored_format(raw, model_name)
+    config, stored = _checked_config(text, model_name), files.stored_as(text | raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
     quantized: dict[str, QuantizedRef] = {}
-    item_bytes = files.QUANTIZED_ITEM_BYTES if stored else files.ITEM_BYTES
     has_files = path and (need_weights or any(path.glob("*.safetensors")))
     if reads_headers := need_weights or not is_known:
         if path and has_files:
-            tensors, towers = without_towers(files.read_tensors(path, item_bytes), wrapper)
+            tensors, towers, quantized = stored_tensors(path, config, wrapper, stored)
         else:
-            tensors = files.without_bytes(raw.get("_tensors"), text)
-        if wrapper:
-            config["tie_word_embeddings"] = HEADS[0] not in tensors
-        tensors = _own_names(tensors, config)
-        if stored:
-            tensors, quantized = files.fold(tensors, stored, model_name)
+            found_at = files.without_bytes(raw.get("_tensors"), text)
+            config["tie_word_embeddings"] = HEADS[0] not in found_at
+            tensors = _own_names(found_at, config)
         tensors = _without_copies(tensors, config)
     elif path and _is_tied(config):  # whole files know better; a plan can do without
         with contextlib.suppress(UserError):
-            _without_copies(_own_names(files.read_tensors(path, item_bytes), config), config)
+            _without_copies(stored_tensors(path, config, wrapper, stored)[0], config)
     shapes = {name: ref.shape for name, ref in tensors.items()}
     structure = from_config(config) if is_known else from_headers(shapes)
     if reads_headers:
         _check_tensors(structure, shapes, config, model_name)
+    in_blocks = quantized if has_files else filter(_expert_part, shapes)
+    kept = dict.fromkeys(in_blocks, MXFP4) if stored.method == MXFP4 else {}
     info = ModelInfo(
         path=path,
         model_type=config["model_type"],
         config=config,
         num_layers=len(structure.layers),
-        hidden_size=_size(config, "hidden_size"),
-        vocab_size=_size(config, "vocab_size"),
+        hidden_size=read_size(config, "hidden_size"),
+        vocab_size=read_size(config, "vocab_size"),
         is_tied=not structure.root.keys() & set(HEADS),
         layers_prefix=structure.layers_prefix,
-        kinds=structure.kinds(),
+        kinds=structure.kinds(kept),
         root_params=tuple(sorted(structure.root.items())),
         tensors=tensors if has_files else {},
         wrapper=wrapper,
         towers=towers,
-        stored_format=stored,
+        stored=stored,
         quantized=quantized,
     )
-    _check_quantized(info, model_name)
+    if stored.whole and has_files:
+        _check_whole(info.linear_places().keys(), quantized.keys(), model_name)
     return info
 
 
-def _check_quantized(info: ModelInfo, model_name: str) -> None:
+def _check_whole(linears: Set[str], quantized: Set[str], model_name: str) -> None:
     """Of files in 4 bit, all linears of the layers are, and nothing else is."""
-    if not (info.stored_format and info.tensors):
-        return
-    names, quantized = info.linear_places().keys(), info.quantized.keys()
-    faults = {
-        "not in 4 bit, where others are": sorted(names - quantized),
-        "in 4 bit, but no linear of a decoder layer": sorted(quantized - names),
-    }
+    faults = {"not in 4 bit, where others are": sorted(linears - quantized)}
+    faults["in 4 bit, but no linear of a decoder layer"] = sorted(quantized - linears)
     files.refuse(faults, model_name, files.ORIGINAL)
-
-
-def unquantized(info: ModelInfo) -> dict[str, int]:
-    """The matrices that stay in 16 bit.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Name ("*" for the number of the layer) -> elements in all.
-    """
-    shapes = {name: (shape, 1) for name, shape in info.root_params}
-    for kind in info.kinds:
-        for name, shape in kind.params:
-            full = f"{info.layers_prefix}.*.{name}"
-            shapes[full] = shape, shapes.get(full, (shape, 0))[1] + len(kind.layers)
-    return {name: math.prod(at) * num for name, (at, num) in shapes.items() if len(at) > 1}
-
-
-def active_linears(info: ModelInfo, kind: LayerKind) -> tuple[tuple[Linear, ...], int]:
-    """The linears that one token passes in a layer.
-
-    Args:
-        info: the model.
-        kind: of the layer.
-
-    Returns:
-        The linears, those of an expert as often as a token has experts; and how many it has, 1 in
-        a dense layer.
-    """
-    dense = tuple(linear for linear in kind.linears if linear.expert is None)
-    of_first = [linear for linear in kind.linears if linear.expert and not linear.expert[1]]
-    one = sorted(of_first, key=lambda linear: linear.expert or ())
-    if not one:
-        return dense, 1
-    num = _size(info.config, "num_experts_per_tok")
-    return dense + tuple(linear for linear in one for _ in range(num)), num
-
-
-def num_params(info: ModelInfo) -> int:
-    """Count all parameters; a tied head counts once.
-
-    Args:
-        info: the model.
-
-    Returns:
-        Elements of all parameters.
-    """
-    root = sum(math.prod(shape) for _, shape in info.root_params)
-    return sum(kind.num_params * len(kind.layers) for kind in info.kinds) + root
 
 
 def _text_half(config: dict) -> tuple[dict, str]:
@@ -617,22 +590,53 @@ def _text_half(config: dict) -> tuple[dict, str]:
     return text | outer, str(config.get("model_type"))
 
 
-def without_towers(
-    tensors: dict[str, TensorRef], wrapper: str
-) -> tuple[dict[str, TensorRef], dict[str, TensorRef]]:
-    """Tell the text half of a wrapper from its other parts.
+def stored_tensors(
+    path: Path, config: dict, wrapper: str, stored: Stored
+) -> tuple[dict[str, TensorRef], dict[str, TensorRef], dict[str, QuantizedRef]]:
+    """Read what the files of a model hold.
 
     Args:
-        tensors: by their names in the files.
-        wrapper: "" for a text model.
+        path: its directory.
+        config: of its text half; of a wrapper it is told whether the head is tied.
+        wrapper: see ModelInfo.
+        stored: how it lies there.
 
     Returns:
-        Those of the text half, by the names of a text model; and all others.
+        See ModelInfo: tensors, towers, quantized.
     """
-    if not wrapper:
-        return tensors, {}
-    text = {own: ref for name, ref in tensors.items() if (own := inner_name(name))}
-    return text, {name: ref for name, ref in tensors.items() if not inner_name(name)}
+    item_bytes = files.QUANTIZED_ITEM_BYTES if stored.method else files.ITEM_BYTES
+    every = files.read_tensors(path, item_bytes)
+    text = {name: text_name(name, config, wrapper) for name in every}
+    tensors = {own: every[name] for name, own in text.items() if own}
+    towers = {name: every[name] for name, own in text.items() if not own}
+    if wrapper:
+        config["tie_word_embeddings"] = HEADS[0] not in tensors
+    tensors, quantized = _own_names(tensors, config), dict[str, QuantizedRef]()
+    if stored.method:
+        tensors, quantized = files.fold(tensors, stored, str(path))
+    if towers and stored.method and not stored.whole:
+        towers, others = files.fold(towers, stored, str(path))
+        quantized |= others
+    return tensors, towers, quantized
+
+
+def text_name(name: str, config: dict, wrapper: str) -> str:
+    """What a text model calls a tensor; "" for one of another part.
+
+    Other parts are the towers of a wrapper, and layers that foretell further tokens, which
+    transformers leaves too.
+
+    Args:
+        name: in the files.
+        config: of the text half.
+        wrapper: "" for a text model.
+    """
+    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
+    first = config.get("num_hidden_layers")
+    is_behind = match and num and first and first <= int(match["index"]) < first + num
+    if is_behind or FORETELLING.match(name):
+        return ""
+    return inner_name(name) if wrapper else name
 
 
 def inner_name(name: str) -> str:
@@ -673,7 +677,41 @@ def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorR
     bare = {name if name in HEADS else "".join(lacks) + name: ref for name, ref in tensors.items()}
     if _is_tied(config) and HEADS[0] in bare and config["model_type"] in LAYOUTS:
         bare.setdefault(EMBEDDING, bare[HEADS[0]])
-    return files.split_experts(bare, _size(config, "hidden_size"))
+    return split_experts(bare, read_size(config, "hidden_size"))
+
+
+def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, TensorRef]:
+    """Make an entry of the matrix of each expert where a tensor holds those of a layer.
+
+    Some files hold matrices as [out, in], some (gpt-oss, Llama 4) as [in, out]; both projections of
+    a layer together tell which.
+
+    Args:
+        tensors: of the files.
+        hidden: width of the residual stream.
+
+    Returns:
+        "...mlp.experts.3.gate_up_proj.weight" and so on in place of "...mlp.experts.gate_up_proj".
+    """
+    cubes = (name for name, ref in tensors.items() if len(ref.shape) == 3)
+    found = {name: match for name in cubes if (match := FUSED.fullmatch(name))}
+    turned = {m["block"] for n, m in found.items() if m["down"] and tensors[n].shape[2] == hidden}
+    turned -= {m["block"] for n, m in found.items() if m["up"] and tensors[n].shape[1] != hidden}
+    split: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        match = found.get(name)
+        if match is None:
+            split[name] = ref
+            continue
+        part = "down_proj" if match["down"] else "up_proj" if match["up"] == "up_proj" else JOINED
+        num, *shape = ref.shape
+        is_turned, nbytes = match["block"] in turned, ref.nbytes // max(num, 1)
+        for i in range(num):
+            own = (*shape[::-1],) if is_turned else (*shape,)
+            own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
+            stem = f"{match['block']}.experts.{i}.{part}.weight"
+            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
+    return split
 
 
 def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
@@ -692,54 +730,12 @@ def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, Te
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
     """Every parameter must be in the files, in the right shape, and nothing else."""
-    num_layers = _size(config, "num_hidden_layers")
+    num_layers = read_size(config, "num_hidden_layers")
     num_found = len(from_headers(shapes).layers)
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, files.SAME_PLACE)
     files.check_shapes(structure.all_shapes(), shapes, model_name)
-
-
-def stored_name(info: ModelInfo, name: str) -> str:
-    """Name in the files, where transformers calls a parameter otherwise.
-
-    Mixtral's experts lie in `block_sparse_moe` there and in `mlp` in the model; GPT-NeoX's head is
-    `embed_out` there.
-
-    Args:
-        info: the model.
-        name: full name of a parameter that the built model has and that is not fused.
-
-    Source: transformers, src/transformers/conversion_mapping.py.
-    """
-    if name in HEADS:
-        return next((head for head, _ in info.root_params if head in HEADS), name)
-    stored = next((linear.expert[0] for linear in info.linears if linear.expert), "mlp")
-    return name.replace(".mlp.", f".{stored}.")
-
-
-def expert_matrices(info: ModelInfo, name: str) -> list[list[str]]:
-    """Names in the files of what a fused 3-D parameter holds.
-
-    transformers holds the experts of a layer in `experts.gate_up_proj` and `experts.down_proj`;
-    files have a matrix for each projection of each expert.
-
-    Args:
-        info: the model.
-        name: full name in the built model, "model.layers.0.mlp.experts.gate_up_proj".
-
-    Returns:
-        For each expert the matrices that lie one below the other; empty for another parameter.
-    """
-    match = FUSED_NAME.fullmatch(name)
-    if match is None:
-        return []
-    wanted = FUSED[match["fused"]]
-    parts = {linear.expert[1:]: linear.name for linear in info.linears if linear.expert}
-    if wanted == (0, 1) and (0, 3) in parts:
-        wanted = (3,)
-    num = 1 + max((number for number, _ in parts), default=-1)
-    return [[f"{match['layer']}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]
 
 
 def _is_number(value: Any) -> bool:

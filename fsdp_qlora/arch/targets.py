@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fsdp_qlora.arch.files import JOINED
-from fsdp_qlora.arch.info import Linear, ModelInfo, active_linears
+from fsdp_qlora.arch.info import HEADS, JOINED, LayerKind, Linear, ModelInfo, read_size
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import UserError
 
+FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
+FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
 ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
 
 
@@ -223,3 +224,95 @@ def _is_read_whole(linear: Linear, params: set[str]) -> bool:
     """A Mamba kernel reads these weights itself: an adapter beside them would have no effect."""
     block = linear.name.rpartition(".")[0]
     return linear.last_name in ("out_proj", "x_proj", "dt_proj") and f"{block}.D" in params
+
+
+def unquantized(info: ModelInfo) -> dict[str, int]:
+    """The matrices that stay in 16 bit.
+
+    Args:
+        info: the model.
+
+    Returns:
+        Name ("*" for the number of the layer) -> elements in all.
+    """
+    shapes = {name: (shape, 1) for name, shape in info.root_params}
+    for kind in info.kinds:
+        for name, shape in kind.params:
+            full = f"{info.layers_prefix}.*.{name}"
+            shapes[full] = shape, shapes.get(full, (shape, 0))[1] + len(kind.layers)
+    return {name: math.prod(at) * num for name, (at, num) in shapes.items() if len(at) > 1}
+
+
+def active_linears(info: ModelInfo, kind: LayerKind) -> tuple[tuple[Linear, ...], int]:
+    """The linears that one token passes in a layer.
+
+    Args:
+        info: the model.
+        kind: of the layer.
+
+    Returns:
+        The linears, those of an expert as often as a token has experts; and how many it has, 1 in
+        a dense layer.
+    """
+    dense = tuple(linear for linear in kind.linears if linear.expert is None)
+    of_first = [linear for linear in kind.linears if linear.expert and not linear.expert[1]]
+    one = sorted(of_first, key=lambda linear: linear.expert or ())
+    if not one:
+        return dense, 1
+    num = read_size(info.config, "num_experts_per_tok")
+    return dense + tuple(linear for linear in one for _ in range(num)), num
+
+
+def num_params(info: ModelInfo) -> int:
+    """Count all parameters; a tied head counts once.
+
+    Args:
+        info: the model.
+
+    Returns:
+        Elements of all parameters.
+    """
+    root = sum(math.prod(shape) for _, shape in info.root_params)
+    return sum(kind.num_params * len(kind.layers) for kind in info.kinds) + root
+
+
+def stored_name(info: ModelInfo, name: str) -> str:
+    """Name in the files, where transformers calls a parameter otherwise.
+
+    Mixtral's experts lie in `block_sparse_moe` there and in `mlp` in the model; GPT-NeoX's head is
+    `embed_out` there.
+
+    Args:
+        info: the model.
+        name: full name of a parameter that the built model has and that is not fused.
+
+    Source: transformers, src/transformers/conversion_mapping.py.
+    """
+    if name in HEADS:
+        return next((head for head, _ in info.root_params if head in HEADS), name)
+    stored = next((linear.expert[0] for linear in info.linears if linear.expert), "mlp")
+    return name.replace(".mlp.", f".{stored}.")
+
+
+def expert_matrices(info: ModelInfo, name: str) -> list[list[str]]:
+    """Names in the files of what a fused 3-D parameter holds.
+
+    transformers holds the experts of a layer in `experts.gate_up_proj` and `experts.down_proj`;
+    files have a matrix for each projection of each expert.
+
+    Args:
+        info: the model.
+        name: full name in the built model, "model.layers.0.mlp.experts.gate_up_proj".
+
+    Returns:
+        For each expert the matrices that lie one below the other; empty for another parameter.
+    """
+    match = FUSED_NAME.fullmatch(name)
+    if match is None:
+        return []
+    wanted = FUSED[match["fused"]]
+    parts = {linear.expert[1:]: linear.name for linear in info.linears if linear.expert}
+    if wanted == (0, 1) and (0, 3) in parts:
+        wanted = (3,)
+    num = 1 + max((number for number, _ in parts), default=-1)
+    return [[f"{match['layer']}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]

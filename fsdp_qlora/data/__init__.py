@@ -4,8 +4,7 @@
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import TrainConfig
@@ -17,8 +16,7 @@ from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """What a run trains on.
 
     Args:

@@ -401,32 +401,26 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
     repeated = _repeated(TokenDataset(ready.stores[0]))
     uncut = np.concatenate([store.table[:-1, tokens.NUM_UNCUT] for store in ready.stores])
     lengths = np.concatenate([part.lengths for part in parts])
-    facts = {
-        "sources": list(ready.names),
-        "train_on": cfg.train_on,
-        "context_length": cfg.context_length,
-        **ready.facts,
-        "bad": [f"{place}: {fault}" for place, fault in ready.facts["bad"]],
-        "examples": ready.facts["examples"] | {"repeated": repeated[:NUM_EXAMPLES]},
-        "num_repeated": len(repeated),
-        "num_leaked": int(np.isin(ready.held_out.hashes, ready.train.hashes).sum()),
-        "num_train": len(ready.train),
-        "num_held_out": len(ready.held_out),
-        "num_test": ready.num_test,
-        "num_tokens": int(sum(part.sizes.sum() for part in parts)),
-        "num_trained_tokens": int(sum(part.num_trained.sum() for part in parts)),
-        "longest_tokens": int(lengths.max(initial=0)),
-        "epoch_tokens": int(ready.train.sizes.sum()),
-        "epoch_trained_tokens": int(ready.train.num_trained.sum()),
-        "median_tokens": int(np.median(uncut)) if len(uncut) else 0,
-        "p95_tokens": int(np.percentile(uncut, 95)) if len(uncut) else 0,
-        "longest_uncut_tokens": int(uncut.max(initial=0)),
-        "num_tokens_cut": int(np.maximum(uncut - cfg.context_length, 0).sum()),
-        "steps": _steps(cfg, len(ready.train), world_size),
-        "padding_share": _padding(cfg, ready.train, world_size, pad_multiple),
-        "answers": _answers(ready.stores),
-        "kept": ready.stores[0].note or "in memory only",
-    }
+    bad = [f"{place}: {fault}" for place, fault in ready.facts["bad"]]
+    examples = ready.facts["examples"] | {"repeated": repeated[:NUM_EXAMPLES]}
+    leaked = np.isin(ready.held_out.hashes, ready.train.hashes)
+    facts: Facts = {"sources": list(ready.names), "train_on": cfg.train_on}
+    facts |= {"context_length": cfg.context_length, **ready.facts, "bad": bad, "examples": examples}
+    facts |= {"num_repeated": len(repeated), "num_leaked": int(leaked.sum())}
+    facts |= {"num_train": len(ready.train), "num_held_out": len(ready.held_out)}
+    facts["num_test"] = ready.num_test
+    facts["num_tokens"] = int(sum(part.sizes.sum() for part in parts))
+    facts["num_trained_tokens"] = int(sum(part.num_trained.sum() for part in parts))
+    facts |= {"longest_tokens": int(lengths.max(initial=0))}
+    facts |= {"epoch_tokens": int(ready.train.sizes.sum())}
+    facts |= {"epoch_trained_tokens": int(ready.train.num_trained.sum())}
+    middle, most = np.percentile(uncut, [50, 95]) if len(uncut) else (0, 0)
+    facts |= {"median_tokens": int(middle), "p95_tokens": int(most)}
+    facts["longest_uncut_tokens"] = int(uncut.max(initial=0))
+    facts["num_tokens_cut"] = int(np.maximum(uncut - cfg.context_length, 0).sum())
+    facts["steps"] = _steps(cfg, len(ready.train), world_size)
+    facts["padding_share"] = _padding(cfg, ready.train, world_size, pad_multiple)
+    facts |= {"answers": _answers(ready.stores), "kept": ready.stores[0].note or "in memory only"}
     return Audit({**facts, "notes": _notes(cfg, ready, Audit(facts), world_size)})
 
 

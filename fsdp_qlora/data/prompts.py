@@ -1,9 +1,8 @@
 """What a run asks the model before and after training: the user's questions, or held-out rows."""
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ TEXT_TOKENS = 32  # of running text, in which nothing is a question
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A text that the model continues.
 
     Args:

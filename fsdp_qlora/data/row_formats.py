@@ -24,10 +24,8 @@ NOT_TRAINED = -100
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
 TOKENS, OWN = "tokens", "own template"
 # Columns of preferences: a chosen and a rejected answer; whether an answer is a good one.
-PAIRS, LABELS = (
-    (("chosen", "rejected"), ("chosen_response", "rejected_response")),
-    ("label", "kto_tag"),
-)
+PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+LABELS = ("label", "kto_tag")
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 

@@ -15,7 +15,6 @@ import runpy
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -316,8 +315,7 @@ READERS: dict[str, Callable[[Path], PlacedRows]] = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One place that rows come from.
 
     Args:
@@ -335,8 +333,7 @@ class Source:
     is_file: bool = False
 
 
-@dataclass(frozen=True)
-class HubSet:
+class HubSet(NamedTuple):
     """A data set of the Hugging Face hub, and which of its rows are used.
 
     Args:
@@ -421,7 +418,7 @@ def _find_one(name: str, cfg: TrainConfig, split: str | None, tokenizer: Any) ->
         if match is None or name.startswith("."):
             _refuse_name(name)
         entry = HubSet(match[1], match[3] or "train", match[2] or None)
-    return [_hub_source(replace(entry, split=split or entry.split), name, cfg)]
+    return [_hub_source(entry._replace(split=split or entry.split), name, cfg)]
 
 
 def _refuse_name(dataset: str) -> NoReturn:

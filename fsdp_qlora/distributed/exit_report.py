@@ -10,9 +10,8 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from fsdp_qlora import atomic, checkpoint_store, errors, hardware
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
@@ -30,8 +29,7 @@ AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
 OWN_FAULTS = (errors.INPUT, errors.ENVIRONMENT, errors.INTEGRITY)
 
 
-@dataclass(frozen=True)
-class RankError:
+class RankError(NamedTuple):
     """What a rank left behind when it failed.
 
     Args:
@@ -49,8 +47,7 @@ class RankError:
     kind: str = ""
 
 
-@dataclass(frozen=True)
-class RanksExit:
+class RanksExit(NamedTuple):
     """How the ranks ended.
 
     Attributes:
@@ -73,8 +70,7 @@ class RanksExit:
         return not any(self.codes) and all(sign.is_last for sign in self.signs)
 
 
-@dataclass(frozen=True)
-class ExitReport:
+class ExitReport(NamedTuple):
     """What is said of a run that has ended.
 
     Attributes:
@@ -246,7 +242,7 @@ def write_error(output_dir: Path, found: RankError) -> None:
     path = output_dir / LOGS / f"rank{found.rank}.error"
     path.parent.mkdir(parents=True, exist_ok=True)
     safe = {"line": one_line(found.line), "more": [one_line(text) for text in found.more]}
-    atomic.write_json(path, vars(found) | safe)
+    atomic.write_json(path, found._asdict() | safe)
 
 
 def read_errors(output_dir: Path) -> list[RankError]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fsdp_qlora import arch, checkpoint_store, hardware
 from fsdp_qlora.arch import ModelInfo
@@ -201,8 +201,7 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
     return links | dict(env) | wishes(env, num_ranks) | place
 
 
-@dataclass(frozen=True)
-class RankSpec:
+class RankSpec(NamedTuple):
     """What a rank is started with.
 
     Attributes:

@@ -15,20 +15,14 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
 from fsdp_qlora import __version__, arch, atomic, checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
-from fsdp_qlora.arch.targets import (
-    ALL_LINEARS,
-    by_pattern,
-    expert_sides,
-    find_targets,
-    module_names,
-)
+from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -53,8 +47,7 @@ SAME_PLACE = "take both files from the same place"
 OF_TOKENIZER = (*TOKENIZER_FILES, *TABLE["of_tokenizer"])
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """LoRA matrices of one linear; it gains scale * B @ A.
 
     Args:
@@ -442,7 +435,7 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
         shapes.pop("lm_head.weight", None)  # a copy
         _check_copy(adapter)
     for (layer, is_in), pair in adapter.expert_places.items():
-        sides = expert_sides(info, layer) if layer < info.num_layers else []
+        sides = arch.targets.expert_sides(info, layer) if layer < info.num_layers else []
         found = (pair.b.shape[0], pair.a.shape[1]), pair.num_experts
         if found not in [
             (linear.shape, num) for linear, num in (sides[:1] if is_in else sides[1:])

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.arch.files import read_tensors, split_experts
-from fsdp_qlora.arch.info import without_towers
+from fsdp_qlora.arch.files import Stored, read_json
+from fsdp_qlora.arch.info import stored_tensors
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.data import tokenizer
@@ -72,6 +72,7 @@ class MergeOptions(CheckOptions):
     format: str | None = flag(None, "merge", "of that base, where nothing tells", FORMATS)
     quant_cache: str = flag("auto", "merge", "where training kept its 4-bit bytes", rule=TEXT)
     any_base: bool = flag(False, "merge", "take another base than the one it was trained on")
+    mxfp4: str = flag("kept", "merge", "experts in it that no adapter changes", ("kept", "16bit"))
     device: str = flag("auto", "merge", "where it is computed", DEVICES)
 
 
@@ -211,39 +212,37 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
     is_dequantized = options.base == "dequantized"
     is_dequantized |= options.base == "auto" and format_name not in (None, "bf16")
     note = f"{format_name} dequantized, as training saw it, {seen.note}"
-    out, names = Path(str(options.out)), new_weights.file_names(info)
-    need_bytes = dtype.itemsize * sum(math.prod(ref.shape) for ref in info.tensors.values())
+    parts = new_weights.with_blocks(info, adapter) if options.mxfp4 == "kept" else info
+    out, names = Path(str(options.out)), new_weights.file_names(parts)
+    need_bytes = dtype.itemsize * sum(math.prod(ref.shape) for ref in parts.tensors.values())
+    need_bytes += sum(ref.nbytes for ref in parts.towers.values())
     atomic.check(out, need_bytes)
     print(f"adapter   {adapter.path}: {adapter}")
     print(f"base      {info.path}: {note if is_dequantized else 'its 16-bit weights'}", flush=True)
     if said := adapters.base_note(adapter, str(format_name) if is_dequantized else "bf16"):
         print(said)
     base = seen if is_dequantized else dataclasses.replace(seen, format_name=None)
-    tensors = new_weights.joined(info, new_weights.merged(base, dtype))
+    merged = new_weights.merged(base, dtype, list(parts.tensors))
+    tensors, stored, how = new_weights.joined(parts, merged), Stored(), {}
+    if info.path is not None and parts is not info:
+        config = read_json(info.path / "config.json")
+        stored, how = info.stored, {"quantization_config": config["quantization_config"]}
+    elif info.stored.method and not info.stored.whole:
+        print(f"form      the base is stored in {info.stored.method}, the result in 16 bit")
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
-        model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path)
-        there = read_tensors(draft)
-        there, _ = without_towers(there, info.wrapper)
-        split = split_experts(there, info.hidden_size)
-        result = dataclasses.replace(info, tensors=split, quantized={})
+        model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path, **how)
+        there = stored_tensors(draft, dict(info.config), info.wrapper, stored)
+        result = dataclasses.replace(info, tensors=there[0], quantized=there[2], stored=stored)
         no_more = SavedAdapter(adapter.path, "", {})
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         evidence = new_weights.check(seen, result_base, options)
-        facts = {
-            "adapter": str(adapter.path),
-            "base": str(info.path),
-            "base_digest": adapters.digest(info),
-            "added_to": "dequantized" if is_dequantized else "16bit",
-            "trained_over": format_name,
-            "packed_bytes": seen.note,
-            "dtype": options.dtype,
-            "num_merged": len(adapter.pairs) + len(adapter.experts),
-            "num_replaced": len(adapter.replaced),
-            "device": device.type,
-            "versions": versions(device),
-            **written,
-            "evidence": evidence,
-        }
+        facts: dict[str, Any] = {"adapter": str(adapter.path), "base": str(info.path)}
+        facts["base_digest"] = adapters.digest(info)
+        facts["added_to"] = "dequantized" if is_dequantized else "16bit"
+        facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
+        facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)
+        facts |= {"num_replaced": len(adapter.replaced), "device": device.type}
+        facts |= {"versions": versions(device), **written, "evidence": evidence}
         atomic.write_json(draft / "merge.json", facts)
     print(new_weights.lines(evidence))
 
@@ -262,8 +261,8 @@ def quantize(argv: list[str]) -> int:
     """
     options = _parse("4bit", argv, QuantizeOptions, "model_name", "out")
     info = arch.read(str(options.model_name), need_weights=True)
-    if info.stored_format:
-        rule = f"is quantized already, as {info.stored_format}"
+    if info.stored.is_kept:
+        rule = f"is quantized already, as {info.stored.method}"
         raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
     if any(ref.joint for ref in info.tensors.values()):
         rule = "holds the experts of a layer in one tensor, which transformers keeps in 16 bit"
@@ -374,8 +373,8 @@ def gguf(argv: list[str]) -> int:
         info = arch.read(options.model_name, need_weights=True)
     else:
         raise UserError("export gguf", "names no model", "give --adapter or --model_name")
-    if info.stored_format and not own:
-        rule = f"is quantized, as {info.stored_format}"
+    if info.stored.is_kept and not own:
+        rule = f"is quantized, as {info.stored.method}"
         raise UserError(str(info.path), rule, "take the 16-bit original of this model")
     assert info.path is not None
     has_own = own and tokenizer.has_files(own[0].path)

@@ -31,8 +31,15 @@ from torch import nn
 
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import GROUP, TensorRef, read_tensors
-from fsdp_qlora.arch.info import expert_matrices, inner_name
+from fsdp_qlora.arch.files import (
+    GROUP,
+    MXFP4,
+    QUANTIZED_ITEM_BYTES,
+    TensorRef,
+    read_tensors,
+)
+from fsdp_qlora.arch.info import inner_name
+from fsdp_qlora.arch.targets import expert_matrices
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -51,6 +58,7 @@ INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"
 FILE_NAME = re.compile(r"^~/|^\.{0,2}/\w|\w\.\w{1,5}$")  # no token that anybody means to add
 MULTIPLE = 8  # of embedding rows: tensor cores want it
 CHUNK_TOKENS = 64  # compared at once
+PARTS = ("blocks", "scales")  # of experts in MXFP4
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4
 SEED = 0  # of random tokens
@@ -80,7 +88,7 @@ class TrainedBase:
 
     def __post_init__(self) -> None:
         """Refuse another format than that of the files."""
-        if self.info.quantized and self.format_name != self.info.stored_format:
+        if self.info.stored_format and self.format_name != self.info.stored_format:
             rule = f"is stored as {self.info.stored_format}, not {self.format_name or 'in 16 bit'}"
             remedy = "use --base auto, or take the 16-bit original"
             raise UserError(str(self.info.path), rule, remedy)
@@ -104,13 +112,19 @@ class TrainedBase:
     def _places(self) -> dict[str, tuple[int, int]]:
         return self.info.linear_places()
 
+    @cached_property
+    def _kept(self) -> set[str]:
+        """What training computes with as the files have it."""
+        return {name for name, stored in self.info.quantized.items() if stored.format == MXFP4}
+
     def read_ahead(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """Yield weights as training saw them, the next two being read meanwhile.
 
         Args:
             names: in the files.
         """
-        known = self._places if self.cached.is_complete or self.info.quantized else {}
+        has_bytes = self.cached.is_complete or self.info.stored_format
+        known = self._places.keys() - self._kept if has_bytes else set()
         replaced = self.adapter.replaced
         others = [name for name in names if name not in known and name not in replaced]
         read = Weights(self.info).read_ahead(others, self.device)
@@ -121,7 +135,7 @@ class TrainedBase:
                 yield self._known(name)
             elif self.format_name is None:
                 yield next(read)
-            elif name in self._places:
+            elif name in self._places and name not in self._kept:
                 weight = next(read)
                 fields = quantize.FORMATS[self.format_name].quantize(weight)
                 yield self._dequantized(fields, weight.shape)
@@ -168,9 +182,8 @@ class TrainedBase:
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
         layer, index = self._places[name]
-        if self.info.quantized:
-            packed = Weights(self.info).read_quantized([name], self.device)
-            assert packed is not None
+        if self.info.stored_format:
+            packed = Weights(self.info).read_quantized([name], self.device, self.info.stored_format)
             return self._dequantized(next(packed), self.info.tensors[name].shape)
         if layer not in self._held:
             self._held.clear()
@@ -200,11 +213,33 @@ def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
 _read_once = lru_cache(maxsize=4)(read_float)  # experts of a layer share them
 
 
-def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
-    """Yield the tensors of base + adapter; a few are held at once.
+def with_blocks(info: ModelInfo, adapter: SavedAdapter) -> ModelInfo:
+    """Let experts in MXFP4 that no adapter changes be parts that are written byte by byte.
+
+    Args:
+        info: the base.
+        adapter: to be merged.
+
+    Returns:
+        The base; the same where there are no such experts.
+    """
+    kept = {n: i.joint for n, i in info.tensors.items() if n in info.quantized and i.joint}
+    changes = bool(adapter.experts) or any(".experts." in name for name in adapter.pairs)
+    if not kept or changes or info.path is None:
+        return info
+    there = read_tensors(info.path, QUANTIZED_ITEM_BYTES)
+    names = [f"{joint}_{part}" for joint in dict.fromkeys(kept.values()) for part in PARTS]
+    blocks = {name: there[name] for name in names}
+    rest = {name: ref for name, ref in info.tensors.items() if name not in kept}
+    return dataclasses.replace(info, tensors=rest, towers=info.towers | blocks)
+
+
+def merged(base: TrainedBase, dtype: torch.dtype, names: Sequence[str]) -> Tensors:
+    """Yield tensors of base + adapter; a few are held at once.
 
     Args:
         base: with its adapter; of DoRA, the rows get their lengths when that is added, in float32.
+        names: of the tensors.
         dtype: of the results.
 
     Yields:
@@ -213,7 +248,7 @@ def merged(base: TrainedBase, dtype: torch.dtype) -> Tensors:
     Raises:
         UserError: a result is not finite (code 5).
     """
-    names, device = list(base.info.tensors), base.device
+    device = base.device
     for name, weight_OI in zip(names, base.read_ahead(names), strict=True):
         weight_OI = base.with_pair(name, weight_OI)
         pair = base.adapter.pairs.get(base.info.outer_name(name.removesuffix(".weight")))
@@ -259,7 +294,7 @@ def _outer_names(info: ModelInfo) -> dict[str, str]:
     """Of a wrapper, name in its text half -> in the files."""
     if not info.wrapper or info.path is None:
         return {}
-    return {inner_name(name): name for name in read_tensors(info.path)}
+    return {inner_name(name): name for name in read_tensors(info.path, QUANTIZED_ITEM_BYTES)}
 
 
 def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:

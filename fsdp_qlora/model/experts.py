@@ -262,6 +262,7 @@ class QuantizedExperts(nn.Module):
         down: of each expert what makes the output.
         numbers: [E], the experts in the order of the store.
         places: [E], the place of each expert in that order.
+        loads: float32 [E], rows that each has been given since `take_load`, when they are trained.
     """
 
     in_name: str
@@ -269,6 +270,7 @@ class QuantizedExperts(nn.Module):
     down: ExpertMatrices
     numbers: torch.Tensor
     places: torch.Tensor
+    loads: torch.Tensor
 
     def forward(
         self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -287,6 +289,8 @@ class QuantizedExperts(nn.Module):
         is_one, most = top_k_index < len(self.places), len(self.places) - 1
         experts_MK, shares_MK = top_k_index.clamp(max=most), top_k_weights.masked_fill(~is_one, 0)
         routing = Routing(experts_MK, self.numbers, self.places)
+        if self.training:
+            self.loads += routing.starts.diff()
         shares_S1 = shares_MK.flatten()[routing.order, None]
         biases = (f"{self.in_name}_bias", "down_proj_bias")
         in_bias, bias = (getattr(own, name) if own.has_bias else None for name in biases)
@@ -371,8 +375,26 @@ def replace_experts(
     places = torch.tensor(numbers, device="cpu")
     module.register_buffer("numbers", places, persistent=False)
     module.register_buffer("places", places.argsort(), persistent=False)
+    module.register_buffer("loads", torch.zeros(num, device="cpu"), persistent=False)
     store.is_mixed = True
     return [module.ins.group, module.down.group]
+
+
+def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, torch.Tensor]:
+    """How evenly the rows went to the experts of this rank since the last time.
+
+    Args:
+        mixtures: of the layers; their counts begin anew.
+
+    Returns:
+        expert_load: rows of the fullest expert by those of the mean one, mean of the layers, 0-d on
+        the device; nothing without layers.
+    """
+    if not mixtures:
+        return {}
+    ratios = [m.loads.max() / m.loads.mean().clamp_min(1) for m in mixtures]
+    torch._foreach_zero_([m.loads for m in mixtures])
+    return {"expert_load": torch.stack(ratios).mean()}
 
 
 def pair_of_one(

@@ -21,7 +21,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, placement, shard, skeleton, weights
-from fsdp_qlora.model.quantize import FORMATS, store_linear
+from fsdp_qlora.model.quantize import store_linear
 from fsdp_qlora.model.weights import QuantizedCache, Weights
 from fsdp_qlora.planning.sizes import has_adapters, trained_whole
 
@@ -194,9 +194,7 @@ class _Dealer:
         """As `_make`, from 16-bit files or at random, and into the cache."""
         source, device = self.source, self.world.device
         names = list(source.info.linear_places(layers))
-        arrays = source.read_quantized(names, device)
-        quantize = FORMATS[self.layouts[0].format_name].quantize
-        arrays = arrays or map(quantize, source.read_ahead(names, device))
+        arrays = source.read_quantized(names, device, self.layouts[0].format_name)
         for layer in layers:
             flat, layout = self._zeros(layer), self.layouts[layer]
             for index in range(len(layout.shapes)):

@@ -13,14 +13,17 @@ peft's DoraLinearVariant.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fsdp_qlora.model import matmul
+from fsdp_qlora.planning.sizes import LONG_TOKENS
 
 
 class SavedActivations:
@@ -45,6 +48,32 @@ class SavedActivations:
         return self._results.pop(0)
 
 
+def random_state(has_dropout: bool, like: torch.Tensor) -> tuple | None:
+    """State of the generators that are drawn from, if they are."""
+    return (torch.get_rng_state(), *get_device_states(like)) if has_dropout else None
+
+
+@contextmanager
+def replayed(state: tuple | None, like: torch.Tensor) -> Iterator[None]:
+    """Draw the random numbers of a `random_state` once more, if there is one."""
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=state is not None):
+        if state is not None:
+            torch.set_rng_state(state[0])
+            set_device_states(*state[1:])
+        yield
+
+
+class Later(list[torch.Tensor]):
+    """Stand for deltas that FrozenMatmul adds to its own result, which saves a pass over them.
+
+    Attributes:
+        hidden_MR: x A^T of all of them, from the forward pass.
+    """
+
+    hidden_MR: torch.Tensor
+
+
 class LoraMatmul(torch.autograd.Function):
     """delta_MO = scale * (x A^T) B^T for every linear, and x itself passed through.
 
@@ -56,10 +85,12 @@ class LoraMatmul(torch.autograd.Function):
 
     Args:
         x: [..., I], compute dtype.
-        lora_x: what the adapters see instead of x (after dropout), same shape; or None.
+        lora_x: what the adapters see instead of x (after dropout), same shape; or None; or the
+            dropout, drawn once more in the backward: neither its result nor its mask is held.
         a_RI: the A matrices one below the other, compute dtype.
         scales: see LoraSlot.scale.
-        outputs: stand for the deltas without being made here (see SavedActivations); or None.
+        outputs: stand for the deltas without being made here (see SavedActivations, Later); or
+            None.
         b_ORs: the B matrices, each with its own columns of R.
 
     Returns:
@@ -71,9 +102,14 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_x, a_RI, scales, outputs, *b_ORs):
         ctx.set_materialize_grads(False)
-        seen = x if lora_x is None else lora_x
+        ctx.dropout = lora_x if isinstance(lora_x, float) else 0.0
+        ctx.random_state = random_state(ctx.dropout > 0, x)
+        saved = x if lora_x is None or ctx.dropout else lora_x
+        seen = nn.functional.dropout(x, ctx.dropout) if ctx.dropout else saved
         hidden_MR = _flat(seen) @ a_RI.t()
-        ctx.save_for_backward(seen, hidden_MR, a_RI, *b_ORs)
+        if isinstance(outputs, Later):
+            outputs.hidden_MR = hidden_MR
+        ctx.save_for_backward(saved, hidden_MR, a_RI, *b_ORs)
         ctx.scales, ctx.has_own_input = scales, lora_x is not None
         passed = x.view_as(x)
         if not ctx.needs_input_grad[0]:
@@ -93,9 +129,16 @@ class LoraMatmul(torch.autograd.Function):
             grad_parts.append(_scaled(grad_MO, b_OR, scale))
             grad_bs.append(_scaled(grad_MO.t(), part, scale))
         grad_hidden_MR = grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts, 1)
+        if ctx.dropout:
+            x = seen.detach().requires_grad_()
+            with replayed(ctx.random_state, x), torch.enable_grad():
+                seen = nn.functional.dropout(x, ctx.dropout)
         grad_a = grad_hidden_MR.t() @ _flat(seen)
         grad_seen = None
-        if ctx.has_own_input:
+        if ctx.dropout and grad_x is not None:
+            own = (grad_hidden_MR @ a_RI).view_as(seen)
+            grad_x += torch.autograd.grad(seen, x, own)[0]
+        elif ctx.has_own_input:
             if ctx.needs_input_grad[1]:
                 grad_seen = (grad_hidden_MR @ a_RI).view_as(seen)
         elif grad_x is not None:
@@ -116,7 +159,7 @@ class FrozenMatmul(torch.autograd.Function):
             is left out, or None; empty = none has one.
         is_done: the deltas are the outputs already (see SavedActivations); nothing is made for
             `asides`.
-        deltas_MO: added to in place; None where a linear has no adapter.
+        deltas_MO: added to in place, in 8 bit added; None where a linear has no adapter.
 
     Returns:
         y_MO of each linear in the compute dtype, then W A^T (no gradient passes it) or None of each
@@ -127,12 +170,14 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x, linears, asides, is_done, *deltas_MO):
         ctx.set_materialize_grads(False)
         ctx.linears, ctx.shape = linears, x.shape
-        ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         ctx.is_8_bit = not asides and matmul.serves(linears, _flat(x))
+        if ctx.is_8_bit and not is_done:
+            outs = matmul.products(_flat(x), linears)
+            linears[0].group.add_deltas(linears, outs, deltas_MO)
+            return tuple(outs)
+        ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         if is_done:
             return deltas_MO
-        if ctx.is_8_bit:
-            return tuple(matmul.add_products(_flat(x), linears, deltas_MO))
         a_RIs = asides or [None] * len(linears)
         pairs = [
             _matmul(_flat(x), linear, delta, a_RI)
@@ -324,6 +369,7 @@ class InputGroup:
         self.adapter: Adapter | None = None
         self.saved: SavedActivations | None = None
         self.is_skipped = self.has_run = False
+        self._later: Later | None = None
         self._x: torch.Tensor | None = None
         self._outs: dict[QuantizedLinear, torch.Tensor] = {}
         for linear in linears:
@@ -346,7 +392,7 @@ class InputGroup:
 
     def forget(self) -> None:
         """Drop what belongs to the pass that ends."""
-        self.adapter = self.saved = self._x = None
+        self.adapter = self.saved = self._x = self._later = None
         self.is_skipped = self.has_run = False
         self._outs = {}
 
@@ -374,17 +420,48 @@ class InputGroup:
         deltas |= zip(self.linears, done or (), strict=False)
         if self.adapter is not None:
             linears, a_RI, b_ORs, scales, dropout, *_ = self.adapter
-            outputs = None if done is None else [deltas[linear] for linear in linears]
+            outputs: Any = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
                 for i, a in enumerate(self.adapter.a_RIs):
-                    lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
+                    is_long = x.shape[:-1].numel() > LONG_TOKENS  # each linear has its own
+                    lora_x = dropout if is_long else nn.functional.dropout(x, dropout)
                     output = None if outputs is None else outputs[i : i + 1]
                     own = scales[i : i + 1]
                     x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, own, output, b_ORs[i])
             else:
+                if outputs is None and not asides and matmul.serves(self.linears, _flat(x)):
+                    shapes = [(x.shape[:-1].numel(), linear.out_features) for linear in linears]
+                    outputs = self._later = Later(x.new_empty(1).expand(shape) for shape in shapes)
                 x, *made = LoraMatmul.apply(x, None, a_RI, scales, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
         return x, self.linears, asides, done is not None, *deltas.values()
+
+    def add_deltas(
+        self,
+        linears: Sequence["QuantizedLinear"],
+        outs_MO: Sequence[torch.Tensor],
+        deltas_MO: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Add the deltas of linears to their outputs in place, or make them there.
+
+        Args:
+            linears: of the group.
+            outs_MO, deltas_MO: of each.
+        """
+        given, adapter, later = (
+            zip(linears, outs_MO, deltas_MO, strict=True),
+            self.adapter,
+            self._later,
+        )
+        if adapter is None or later is None:
+            for _, out_MO, delta_MO in given:
+                _ = out_MO if delta_MO is None else out_MO.add_(delta_MO)
+            return
+        outs = {linear: out_MO for linear, out_MO, _ in given}
+        parts = later.hidden_MR.split([b_OR.shape[1] for b_OR in adapter.b_ORs], 1)
+        rows = zip(adapter.linears, parts, adapter.b_ORs, adapter.scales, strict=True)
+        for linear, part, b_OR, scale in rows:
+            outs[linear].addmm_(part, b_OR.detach().t(), alpha=scale)
 
     def _rescale(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
         """DoRA: lengths are stored or taken with the outputs."""

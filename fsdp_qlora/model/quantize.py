@@ -25,11 +25,16 @@ from types import ModuleType
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import GROUP, NESTED
+from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.matmul import Quantized4, row_scales
-from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, Storage, whole_layer_bytes
-from fsdp_qlora.planning.sizes import FORMATS as STORAGES
+from fsdp_qlora.planning.sizes import (
+    ALIGN_BYTES,
+    PER_WORD,
+    STORAGES,
+    Storage,
+    whole_layer_bytes,
+)
 
 
 def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> torch.Tensor:
@@ -256,6 +261,84 @@ def _dequantize_int8(quantized, constants, shape, dtype) -> torch.Tensor:
     return torch.mul(values, constants[0].unsqueeze(1), out=weight_OI)
 
 
+def _quantize_mxfp4(weight_OI: torch.Tensor) -> Fields:
+    raise AssertionError("MXFP4 is kept where files have it, never made")
+
+
+def _dequantize_mxfp4(quantized, constants, shape, dtype, out=None) -> torch.Tensor:
+    """Codes of e2m1 times a power of two; the low bits of a byte come first.
+
+    Source: Open Compute Project, Microscaling Formats, v1.0, section 5.3.
+    """
+    table, group = mxfp4_values(quantized.device), STORAGES[MXFP4].group_size
+    kernel = triton_kernels() if quantized.is_cuda else None
+    if kernel is not None:
+        device = quantized.device
+        weight_OI = torch.empty(*shape, dtype=dtype, device=device) if out is None else out
+        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, group)
+        return weight_OI
+    exponents = constants[0].int()  # as the bits of a float32; 0 is the one below the normal ones
+    scales = torch.where(exponents > 0, exponents << 23, 1 << 22).view(torch.float32)
+    codes = torch.stack([quantized & 15, quantized >> 4], -1).view(-1, group)
+    return (table[codes.int()] * scales.unsqueeze(1)).view(shape).to(dtype)
+
+
+@lru_cache
+def mxfp4_values(device: torch.device) -> torch.Tensor:
+    """The 16 values of e2m1, float32."""
+    half = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    return torch.tensor([*half, *(-value for value in half)], device=device)
+
+
+def from_scaled(parts: Fields, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:
+    """Make a 16-bit weight of whole numbers or FP8 and their scales.
+
+    Args:
+        parts: "weight" [O, I], or int32 that hold several columns, low bits first; "scale" of all,
+            of rows, of groups of columns, of blocks; where there are such, "zero", alike, and
+            "order", the group of each column.
+        shape: O, I.
+        block: see arch.formats.QuantizedRef.
+
+    Returns:
+        weight_OI, in the dtype of the scales, bfloat16 where that is wider.
+
+    Source: compressed-tensors, quantization/lifecycle/forward.py; transformers,
+        integrations/finegrained_fp8.py.
+    """
+    codes, scale, zero = parts["weight"], parts["scale"], parts.get("zero")
+    bits = codes.nbytes * 8 // math.prod(shape)
+    dtype = scale.dtype if scale.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    if codes.dtype == torch.int32:
+        codes = _unpacked(codes, bits, shape[1]) - (1 << bits - 1)
+    scale = scale.float().reshape(-1, scale.shape[-1] if scale.dim() > 1 else 1)
+    if zero is not None and zero.dtype == torch.int32:
+        zero = _unpacked(zero.t(), bits, shape[0]).t() - (1 << bits - 1)
+    weight_OI = codes.float()
+    for part, apply in ((zero, weight_OI.sub_), (scale, weight_OI.mul_)):
+        if part is not None:
+            apply(_spread(part.float().view(scale.shape), parts.get("order"), shape, block))
+    return weight_OI.to(dtype)
+
+
+def _unpacked(words: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
+    """The numbers of the rows of int32 words, from 0 on, int32."""
+    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
+    values = (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1)
+    return values.flatten(1)[:, :cols]
+
+
+def _spread(part, order, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:
+    """One number for each element, or each row."""
+    for dim, (num, most) in enumerate(zip(part.shape, shape, strict=True)):
+        if dim == 1 and order is not None:
+            part = part[:, order.long()]
+        elif num not in (1, most):
+            step = block[dim] if block[dim] else -(-most // num)
+            part = part.repeat_interleave(step, dim).narrow(dim, 0, most)
+    return part
+
+
 def _quantize_bf16(weight_OI: torch.Tensor) -> Fields:
     return {"weight": weight_OI.bfloat16().contiguous().view(-1).view(torch.uint8)}
 
@@ -299,6 +382,14 @@ FORMATS: dict[str, Format] = {
     "bf16": Format(
         STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
     ),
+    MXFP4: Format(
+        STORAGES[MXFP4],
+        _quantize_mxfp4,
+        partial(_as_stored, names=("exponents",)),
+        "exponents",
+        _dequantize_mxfp4,
+        fills=True,
+    ),
 }
 
 
@@ -311,16 +402,18 @@ class Layout:
     """Where everything lies in the flat bytes of one decoder layer.
 
     Attributes:
-        format_name: row of FORMATS.
-        shapes: (O, I) of each linear, in order.
+        format_name: row of FORMATS that the run has.
+        formats: row of FORMATS of each linear, in order.
+        shapes: (O, I) of each linear.
         weights: (start, stop) byte range of each linear's quantized weight.
-        fields: name -> (dtype, start, stop) byte range of a constant field, all linears one after
-            the other.
+        fields: name -> (dtype, start, stop) byte range of a constant field, all linears that have
+            it one after the other.
         elements: name -> (start, stop) element range of each linear within the field.
         nbytes: length of the flat bytes.
     """
 
     format_name: str
+    formats: tuple[str, ...]
     shapes: tuple[tuple[int, int], ...]
     weights: tuple[tuple[int, int], ...]
     fields: dict[str, tuple[torch.dtype, int, int]]
@@ -344,40 +437,45 @@ class Layout:
 
     def is_run(self, first: int, last: int) -> bool:
         """Whether the weights and constants of some linears are those of one, without gaps."""
-        fmt, own = FORMATS[self.format_name], slice(first, last + 1)
-        if not fmt.is_sequential:
+        fmt, own = FORMATS[self.formats[first]], slice(first, last + 1)
+        if not fmt.is_sequential or len({*self.formats[own]}) > 1:
             return False
         has_gaps = any(a[1] != b[0] for a, b in itertools.pairwise(self.weights[own]))
         steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
         return not has_gaps and not any(n % step for n in self.numels[own] for step in steps)
 
 
-def build_layout(shapes: Sequence[tuple[int, int]], format_name: str) -> Layout:
+def build_layout(
+    shapes: Sequence[tuple[int, int]], format_name: str, own: Sequence[str] = ()
+) -> Layout:
     """Lay out the linears of one decoder layer.
 
     Args:
         shapes: (out features, in features) of each linear.
         format_name: row of FORMATS.
+        own: the same of each linear, "" for `format_name`; empty: all are in that.
 
     Returns:
         The places; a layer of the same shapes has the same.
     """
-    storage, offset = FORMATS[format_name].storage, 0
+    formats, offset = tuple(name or format_name for name in own or [""] * len(shapes)), 0
     weights, fields, elements = [], {}, {}
-    for shape in shapes:
-        nbytes = storage.weight_bytes(shape)
+    for shape, name in zip(shapes, formats, strict=True):
+        nbytes = STORAGES[name].weight_bytes(shape)
         weights.append((offset, offset + nbytes))
         offset = _round_up(offset + nbytes, ALIGN_BYTES)
-    for field in storage.fields:
+    every = [(name, field) for name in dict.fromkeys(formats) for field in STORAGES[name].fields]
+    for name, field in every:
         ranges, start, dtype = [], 0, getattr(torch, field.dtype)
-        for shape in shapes:
-            stop = start + field.num_elements(shape)
+        for shape, of in zip(shapes, formats, strict=True):
+            stop = start + (field.num_elements(shape) if of == name else 0)
             ranges.append((start, stop))
             start = stop
         elements[field.name] = tuple(ranges)
         fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
         offset = _round_up(fields[field.name][2], ALIGN_BYTES)
-    return Layout(format_name, tuple(shapes), tuple(weights), fields, elements, offset)
+    places = tuple(weights), fields, elements, offset
+    return Layout(format_name, formats, tuple(shapes), *places)
 
 
 def layer_layouts(info: ModelInfo, format_name: str) -> tuple[Layout, ...]:
@@ -387,12 +485,11 @@ def layer_layouts(info: ModelInfo, format_name: str) -> tuple[Layout, ...]:
         info: the model.
         format_name: row of FORMATS.
     """
-    by_kind = {
-        index: layout
-        for kind in info.kinds
-        for layout in [build_layout([linear.shape for linear in kind.linears], format_name)]
-        for index in kind.layers
-    }
+    by_kind: dict[int, Layout] = {}
+    for kind in info.kinds:
+        own = [linear.format for linear in kind.linears]
+        layout = build_layout([linear.shape for linear in kind.linears], format_name, own)
+        by_kind |= dict.fromkeys(kind.layers, layout)
     return tuple(by_kind[index] for index in range(info.num_layers))
 
 
@@ -434,7 +531,7 @@ class LayerCache:
 
     Attributes:
         key: (store, dtype) that it belongs to; () = none.
-        constants: what the format's `constants` made.
+        constants: what the `constants` of each format made.
         weights: the linears, dequantized; None = they are made anew for each matmul.
         joint: places in the layer -> the 4-bit weights of linears that read one input.
         most_bytes: of the weights of a layer that is dequantized at once.
@@ -448,7 +545,7 @@ class LayerCache:
     def clear(self) -> None:
         """Forget the layer."""
         self.key: tuple = ()
-        self.constants: Sequence[torch.Tensor] = ()
+        self.constants: dict[str, Sequence[torch.Tensor]] = {}
         self.joint: dict[tuple[int, ...], Quantized4] = {}
         self.weights: list[torch.Tensor] | None = None
 
@@ -461,7 +558,7 @@ class LayerStore:
             parameter, or what a placement puts here.
         layout: of the bytes.
         cache: shared by all layers of a model; its own by default.
-        format: row of FORMATS.
+        formats: rows of FORMATS, by name.
         is_mixed: it holds experts, which are dequantized by themselves, see `stacked`.
     """
 
@@ -469,7 +566,7 @@ class LayerStore:
         self, read: Callable[[], torch.Tensor], layout: Layout, cache: LayerCache | None = None
     ) -> None:
         self.read, self.layout, self.cache = read, layout, cache or LayerCache()
-        self.format = FORMATS[layout.format_name]
+        self.formats = {name: FORMATS[name] for name in layout.formats}
         self._viewed: torch.Tensor | None = None
         self.is_mixed = False
         self._runs: dict[tuple[int, ...], bool] = {}  # linears that lie side by side
@@ -501,7 +598,8 @@ class LayerStore:
         is_joint = [*indices] == [*range(first, first + num)]
         is_joint = num == 1 or (is_joint and layout.is_run(first, indices[-1]))
         fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
-        return self.cache.has_fp8 and self.format.index_field in ABSMAX and fits and is_joint
+        has_absmax = self.formats[layout.formats[first]].index_field in ABSMAX
+        return self.cache.has_fp8 and has_absmax and fits and is_joint
 
     def quantized(self, indices: tuple[int, ...]) -> Quantized4:
         """The 4-bit weights of linears that read one input.
@@ -553,22 +651,24 @@ class LayerStore:
             return
         quantized = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
         own = quantized, self._constants(first, last), (out[0].shape[0] * len(part), out.shape[2])
-        given = {"out": out} if self.format.fills else {}
-        made = self.format.dequantize(*own, dtype, **given)
+        fmt = self.formats[layout.formats[first]]
+        made = fmt.dequantize(*own, dtype, **({"out": out} if fmt.fills else {}))
         if made is not out:
             out.copy_(made.view(out.shape))
 
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         start, stop = self.layout.weights[index]
         quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
-        return self.format.dequantize(quantized, self._constants(index, index), shape, dtype)
+        dequantize = self.formats[self.layout.formats[index]].dequantize
+        return dequantize(quantized, self._constants(index, index), shape, dtype)
 
     def _constants(self, first: int, last: int) -> Sequence[torch.Tensor]:
         """Those of linears that lie side by side."""
-        ranges = self.layout.elements.get(self.format.index_field)
+        name = self.layout.formats[first]
+        ranges = self.layout.elements.get(self.formats[name].index_field)
         if ranges is None:
             return []
-        return [tensor[ranges[first][0] : ranges[last][1]] for tensor in self.cache.constants]
+        return [tensor[ranges[first][0] : ranges[last][1]] for tensor in self.cache.constants[name]]
 
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
         layout, cache = self.layout, self.cache
@@ -576,13 +676,13 @@ class LayerStore:
         is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes and not self.is_mixed
         if is_small and layout.is_contiguous:
             quantized = self._bytes[: layout.weights[-1][1]]
-            whole = (layout.num_weights, 1)
-            flat = self.format.dequantize(quantized, cache.constants, whole, dtype)
-            cache.constants = ()
+            whole, name = (layout.num_weights, 1), layout.formats[0]
+            constants = cache.constants.pop(name)
+            flat = self.formats[name].dequantize(quantized, constants, whole, dtype)
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
             return
-        if is_small and not self.format.is_sequential:
+        if is_small and not self.formats[layout.formats[0]].is_sequential:
             cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
 
     def _begin(self, key: tuple, dtype: torch.dtype) -> None:
@@ -594,4 +694,6 @@ class LayerStore:
             self._bytes = flat.detach().view(torch.uint8)
             self._fields = view_fields(self._bytes, self.layout)
         cache.clear()  # before the next weights are allocated
-        cache.key, cache.constants = key, self.format.constants(self._fields, dtype)
+        every = self.formats.items()
+        cache.constants = {name: fmt.constants(self._fields, dtype) for name, fmt in every}
+        cache.key = key

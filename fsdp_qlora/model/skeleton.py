@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import logging
 import math
+import sys
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from fsdp_qlora.arch import LayerKind, ModelInfo
-from fsdp_qlora.arch.info import INDEXED, stored_name
+from fsdp_qlora.arch.info import INDEXED
+from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import matmul, visit
@@ -113,8 +115,11 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    experts = {type(module) for module in hf_model.modules() if hasattr(module, "is_transposed")}
     with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
         _apply_liger_kernel_to_instance(model=hf_model, **own)
+    for kind in experts:  # it puts its own in their place, and the next model would be built of it
+        setattr(sys.modules[kind.__module__], kind.__name__, kind)
 
 
 class QuantizedModel(nn.Module):
@@ -128,6 +133,7 @@ class QuantizedModel(nn.Module):
         layouts: of the quantized bytes of each layer, were it quantized.
         kernels: what it computes with.
         tensors: name in the model's files -> (module, parameter name), quantized weights left out.
+        mixtures: the experts of its layers.
         layers_prefix: where its layers are, by which adapters are named: "model.layers".
     """
 
@@ -146,6 +152,7 @@ class QuantizedModel(nn.Module):
         self.is_tied = head.weight is self.embedding.weight
         self.tensors: dict[str, tuple[nn.Module, str]] = {}
         self.layers_prefix = "model.layers"
+        self.mixtures = [m for m in decoder.modules() if isinstance(m, QuantizedExperts)]
 
     @property
     def embedding(self) -> nn.Module:
@@ -167,13 +174,12 @@ class QuantizedModel(nn.Module):
         # and hands back gradients of `lora`, which must be alike in all layers.
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
-        has_experts = any(isinstance(module, QuantizedExperts) for module in self.modules())
-        is_plain &= cfg.per_visit * cfg.passes == 1 and not has_experts
+        is_plain &= cfg.per_visit * cfg.passes == 1 and not self.mixtures
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
-        if not has_experts:
+        if not self.mixtures:
             for store in (body.store for body in bodies if body.store):
                 store.cache.most_bytes = whole_layer_bytes(cfg.per_visit * cfg.passes)
         for body, level in zip(bodies, levels, strict=True):

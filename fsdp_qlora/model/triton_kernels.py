@@ -40,8 +40,13 @@ def _dequantize_bnb(
     is_in = byte * 2 < num_weights
     pair = tl.load(quantized + byte, mask=is_in, other=0).to(tl.int32)
     scale = tl.load(absmax + byte // group_bytes, mask=is_in, other=0)
-    even = tl.load(table + (pair >> 4)) * scale
-    odd = tl.load(table + (pair & 15)) * scale
+    first, second = pair >> 4, pair & 15
+    if absmax.dtype.element_ty == tl.uint8:  # the exponent of a power of two; low bits come first
+        exponent = scale.to(tl.int32)
+        scale = tl.where(exponent > 0, exponent << 23, 1 << 22).to(tl.float32, bitcast=True)
+        first, second = second, first
+    even = tl.load(table + first) * scale
+    odd = tl.load(table + second) * scale
     weight = first_byte * 2 + tl.arange(0, 2 * tile)
     values = tl.interleave(even, odd).to(out.dtype.element_ty)
     tl.store(out + weight, values, mask=weight < num_weights)
@@ -68,7 +73,8 @@ def dequantize_bnb(
 
     Args:
         quantized: uint8, 1-D.
-        absmax: float32, one of each group.
+        absmax: float32, one of each group; or, of MXFP4, whose low bits come first, uint8: powers
+            of two, as a float32 has them.
         table: float32 [16], the values of the code.
         out: any float dtype, written to; contiguous, or, in three dimensions, its parts are.
         group: weights that share a constant.

@@ -26,16 +26,19 @@ from safetensors.torch import save_file
 
 from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo, TensorRef
-from fsdp_qlora.arch.files import check_shapes
+from fsdp_qlora.arch.files import MXFP4, check_shapes
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.hardware import GIB
-from fsdp_qlora.model.quantize import Fields, Layout, from_stored
+from fsdp_qlora.model.quantize import FORMATS, Fields, Layout, from_scaled, from_stored
 from fsdp_qlora.planning.sizes import NUM_READ_AHEAD
 
 T = TypeVar("T")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PART_DTYPES = DTYPES | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
+PART_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+RANDOM_EXPONENT = 120  # MXFP4's codes then deviate by about 0.02
 PIECE_BYTES = 32 * 2**20  # one read of one thread
 NUM_READERS = 4
 LAYOUT_VERSION = 1  # of the bytes of a cached layer; raise it when build_layout changes
@@ -54,7 +57,8 @@ class Weights:
 
     def __init__(self, info: ModelInfo) -> None:
         self.info, self.read_bytes = info, 0
-        self.source = f"files, in {info.stored_format} as stored," if info.quantized else "files"
+        how = f"in {info.stored.method} " + ("as stored" if info.stored.is_kept else "made 16 bit")
+        self.source = f"files, {how}," if info.quantized else "files"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Account for every tensor.
@@ -84,6 +88,8 @@ class Weights:
         Raises:
             UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
+        if name in self.info.quantized:
+            return self._weight(name, self._read_parts(name), device)[slice(*rows)].to(dtype)
         return self._finite(name, self._read_rows(name, rows)).to(device=device, dtype=dtype)
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
@@ -94,39 +100,62 @@ class Weights:
             device: where they go.
 
         Yields:
-            Tensors in the dtype of the file.
+            Tensors in the dtype of the file; of one that is quantized there, in 16 bit.
 
         Raises:
             UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
-        found = zip(names, look_ahead(self._read_rows, names), strict=True)
-        return (self._finite(name, tensor.to(device)) for name, tensor in found)
+        found = zip(names, look_ahead(self._read_parts, names), strict=True)
+        return (self._weight(name, parts, device) for name, parts in found)
 
-    def read_quantized(self, names: list[str], device: torch.device) -> Iterator[Fields] | None:
-        """Yield the quantized bytes of linears that are stored in 4 bit, as they are stored.
+    def read_quantized(
+        self, names: list[str], device: torch.device, format_name: str
+    ) -> Iterator[Fields]:
+        """Yield the quantized bytes of linears: those of the files where they are kept.
 
         Args:
             names: of their weights.
-            device: where they go.
+            device: where they go, and others are quantized.
+            format_name: row of FORMATS of the others.
 
         Returns:
-            As Format.quantize makes them, the next two being read meanwhile; None where the model
-            is stored in 16 or 32 bit.
+            As Format.quantize makes them, the next two being read meanwhile.
 
         Raises:
-            UserError: another code than that of the format, or the file ends too early (code 5).
+            UserError: another code than that of the format, no number, or the file ends too early
+                (code 5).
         """
-        if not self.info.quantized:
-            return None
-        fields = look_ahead(self._read_fields, names)
-        return ({key: part.to(device) for key, part in found.items()} for found in fields)
+        quantize = FORMATS[format_name].quantize
+        for name, found in zip(names, look_ahead(self._read_parts, names), strict=True):
+            stored = self.info.quantized.get(name)
+            if stored is None or not stored.format:
+                yield quantize(self._weight(name, found, device))
+                continue
+            is_own = stored.format == MXFP4
+            found = found if is_own else from_stored(found, stored.offset, stored.format, name)
+            yield {key: part.to(device) for key, part in found.items()}
 
-    def _read_fields(self, name: str) -> Fields:
-        stored, parts = self.info.quantized[name], {}
+    def _read_parts(self, name: str) -> Fields:
+        """What the files have of a tensor: itself, or the parts of a quantized one."""
+        stored = self.info.quantized.get(name)
+        if stored is None:
+            return {"": self._read_rows(name)}
+        parts = {}
         for part, ref in stored.refs.items():
-            raw = self._read(ref, 0, ref.nbytes)
-            parts[part] = raw.view(DTYPES[ref.dtype]) if ref.dtype == "F32" else raw
-        return from_stored(parts, stored.offset, str(self.info.stored_format), name)
+            read = self._read(ref, 0, ref.nbytes).view(PART_DTYPES[ref.dtype])
+            parts[part] = read if stored.format else read.view(ref.shape)
+        return parts
+
+    def _weight(self, name: str, parts: Fields, device: torch.device) -> torch.Tensor:
+        """The tensor that `_read_parts` has read, in 16 bit or wider."""
+        parts = {key: part.to(device) for key, part in parts.items()}
+        if "" in parts:
+            return self._finite(name, parts[""])
+        stored, shape = self.info.quantized[name], self.info.tensors[name].shape
+        if stored.format:
+            own = [parts["exponents"]], shape, torch.bfloat16
+            return FORMATS[stored.format].dequantize(parts["weight"], *own)
+        return self._finite(name, from_scaled(parts, shape, stored.block))
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Refuse what would make every loss of the run NaN; aminmax hands a NaN on."""
@@ -138,7 +167,7 @@ class Weights:
 
     def _read_rows(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         ref = self.info.tensors[name]
-        if ref.dtype not in DTYPES:
+        if ref.dtype not in PART_DTYPES:
             rule = f"weights must be one of {', '.join(DTYPES)}"
             remedy = "use the 16-bit release of this model"
             raise UserError(f"{name} is stored as {ref.dtype}", rule, remedy, INTEGRITY)
@@ -147,7 +176,7 @@ class Weights:
             row_bytes, num_rows = ref.nbytes // max(ref.shape[0], 1), rows[1] - rows[0]
             start, nbytes = rows[0] * row_bytes, num_rows * row_bytes
             shape = (num_rows, *ref.shape[1:])
-        read = self._read(ref, start, nbytes).view(DTYPES[ref.dtype])
+        read = self._read(ref, start, nbytes).view(PART_DTYPES[ref.dtype])
         return read.view(shape[::-1]).t().contiguous() if ref.is_transposed else read.view(shape)
 
     def _read(self, ref: TensorRef, offset: int, nbytes: int) -> torch.Tensor:
@@ -184,8 +213,21 @@ class RandomWeights(Weights):
         """Make a tensor and keep some rows: see Weights.read_rows."""
         return self._make(name, device)[rows[0] : rows[1]].to(dtype).clone()
 
-    def read_quantized(self, names: list[str], device: torch.device) -> None:
-        """Nothing is quantized yet: see Weights.read_quantized."""
+    def read_quantized(
+        self, names: list[str], device: torch.device, format_name: str
+    ) -> Iterator[Fields]:
+        """Make quantized bytes; those of MXFP4 are any: see Weights.read_quantized."""
+        places, quantize = self.info.linear_places(), FORMATS[format_name].quantize
+        for name in names:
+            layer, index = places[name]
+            linear = self.info.by_layer[layer].linears[index]
+            if not linear.format:
+                yield quantize(self._make(name, device))
+                continue
+            generator, num = self._generator(name, device), linear.num_weights
+            codes = torch.empty(num // 2, dtype=torch.uint8, device=device)
+            exponents = torch.full((num // 32,), RANDOM_EXPONENT, dtype=torch.uint8, device=device)
+            yield {"weight": codes.random_(generator=generator), "exponents": exponents}
 
     def read_ahead(self, names: list[str], device: torch.device) -> Iterator[torch.Tensor]:
         """Make whole tensors in order, bfloat16: see Weights.read_ahead."""
@@ -196,10 +238,12 @@ class RandomWeights(Weights):
         if len(shape) < 2:
             make = torch.zeros if name.endswith("bias") else torch.ones
             return make(shape, dtype=torch.bfloat16, device=device)
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "little")
-        generator = torch.Generator(device).manual_seed(seed)
         weight = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        return weight.normal_(0.0, 0.02, generator=generator)
+        return weight.normal_(0.0, 0.02, generator=self._generator(name, device))
+
+    def _generator(self, name: str, device: torch.device) -> torch.Generator:
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:7], "little")
+        return torch.Generator(device).manual_seed(seed)
 
 
 def look_ahead(read: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:

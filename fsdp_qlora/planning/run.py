@@ -20,18 +20,10 @@ from fsdp_qlora.arch.targets import expert_rank, expert_sides, usual_expert_rank
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Device, Machine
-from fsdp_qlora.planning import fit, rows
+from fsdp_qlora.planning import fit, rows, sizes
 from fsdp_qlora.planning.fit import Outcome, Speed
 from fsdp_qlora.planning.memory import moment_bytes
-from fsdp_qlora.planning.sizes import (
-    DTYPE_BYTES,
-    Sizes,
-    adopt_format,
-    applied,
-    count_trained,
-    has_adapters,
-    setting_for,
-)
+from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
@@ -40,6 +32,7 @@ WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
 WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 IMAGINED = "2x24"
+Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
 
 
@@ -455,9 +448,7 @@ def main(argv: list[str]) -> int:
     return DONE if found.fits else ENVIRONMENT
 
 
-def survey(
-    info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine
-) -> dict[str, Any]:
+def survey(info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine) -> Values:
     """What a machine makes of a run, with what train.py would choose for it, in a few figures.
 
     Args:
@@ -510,7 +501,7 @@ def as_dict(plan: RunPlan, found: Outcome) -> dict[str, Any]:
     if best is not None and found.fits and best.speed.step_s * WORTH > found.speed.step_s:
         best = None
     to_fit = [] if found.fits else fit.changes(info, cfg, machine)
-    values: dict[str, Any] = {"model": cfg.model_name, "format": cfg.format_name}
+    values: dict[str, Any] = {"model": cfg.model_name, "format": info.formats(cfg.format_name)}
     values |= {"num_params": arch.num_params(info), "num_trained": count_trained(info, cfg).total}
     values |= {"cards": [gpu.name for gpu in machine.gpus], "num_ranks": machine.num_ranks}
     values["num_machines"] = machine.num_machines
@@ -538,9 +529,7 @@ def _memory(table: rows.Table) -> dict[str, Any]:
     return figures | {"phases_gib": table.to_dict(), "totals_gib": totals}
 
 
-def _brief(
-    cfg: TrainConfig, changed: TrainConfig, outcome: Outcome, found: Outcome
-) -> dict[str, Any]:
+def _brief(cfg: TrainConfig, changed: TrainConfig, outcome: Outcome, found: Outcome) -> Values:
     """Another way to run it: what to add to the command line, and what that gives."""
     speed = outcome.speed.tokens_per_s / found.speed.tokens_per_s
     peaks = {"card_gib": outcome.device.peak_gib, "host_gib": outcome.host.peak_gib}
@@ -624,9 +613,8 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     elif not values["to_fit"]:
         words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
         words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        lines.append(
-            ("to fit", f"{words}host by {_words(nearest['flags']) or 'what was asked for'}")
-        )
+        words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
+        lines.append(("to fit", words))
     slow = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.has_bf16]
     words = "has no bfloat16 matmuls: several times slower than in float16"
     notes = [f"a {name} {words}" for name in slow if plan.cfg.compute_dtype == "bfloat16"]
@@ -638,12 +626,13 @@ def _experts(plan: RunPlan) -> list[tuple[str, str]]:
     """What becomes of the experts of a mixture under adapters, and what theirs cost."""
     info, cfg = plan.info, plan.cfg
     sides = [side for index in range(info.num_layers) for side in expert_sides(info, index)]
-    if not sides or not has_adapters(cfg):
+    if not sides or not sizes.has_adapters(cfg):
         return []
     rank = expert_rank(info, cfg)
     num_params = sum(sum(linear.shape) * num for linear, num in sides)
     num_params *= rank or usual_expert_rank(info, cfg)
-    nbytes = 2 * DTYPE_BYTES[cfg.master_dtype] + moment_bytes(cfg) + DTYPE_BYTES[cfg.compute_dtype]
+    own, copy = (sizes.DTYPE_BYTES[dtype] for dtype in (cfg.master_dtype, cfg.compute_dtype))
+    nbytes = 2 * own + moment_bytes(cfg) + copy
     words = (
         f"{num_params:,} parameters, {num_params * nbytes / GIB:.1f} GiB with gradients and moments"
     )

@@ -133,6 +133,8 @@ FORMATS: dict[str, Storage] = {
     **{name: _hqq(*row) for name, row in HQQ_FORMATS.items()},
     "bf16": Storage(16, scratch_bytes=0),
 }
+# Of matrices whose bytes are kept as the files have them, whatever the format of the run.
+STORAGES = FORMATS | {"mxfp4": Storage(4, (Field("exponents", "uint8", 32),), group_size=32)}
 
 
 @functools.cache
@@ -157,20 +159,29 @@ def whole_layer_bytes(per_visit: int = 1) -> int:
     return VISIT_LAYER_BYTES if per_visit > 1 else WHOLE_LAYER_BYTES
 
 
-def quantized_bytes(shapes: Sequence[tuple[int, int]], format_name: str) -> tuple[int, int]:
+def quantized_bytes(
+    shapes: Sequence[tuple[int, int]], format_name: str, own: Sequence[str] = ()
+) -> tuple[int, int]:
     """Count the bytes of one decoder layer's frozen linears.
 
     Args:
         shapes: (out features, in features) of each linear.
         format_name: row of FORMATS.
+        own: row of STORAGES of each linear, "" for `format_name`; empty: all are in that.
 
     Returns:
         (quantized weights, quantization constants), each with its padding to ALIGN_BYTES.
     """
-    fmt = FORMATS[format_name]
-    weights = sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in shapes)
-    fields = [(DTYPE_BYTES[f.dtype] * sum(map(f.num_elements, shapes))) for f in fmt.fields]
-    return weights, sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for shape, name in zip(shapes, own or [""] * len(shapes), strict=True):
+        groups.setdefault(name or format_name, []).append(shape)
+    weights, constants = 0, 0
+    for name, members in groups.items():
+        fmt = STORAGES[name]
+        weights += sum(_up(fmt.weight_bytes(shape), ALIGN_BYTES) for shape in members)
+        fields = [DTYPE_BYTES[f.dtype] * sum(map(f.num_elements, members)) for f in fmt.fields]
+        constants += sum(_up(nbytes, ALIGN_BYTES) for nbytes in fields)
+    return weights, constants
 
 
 def _up(value: int, multiple: int) -> int:
@@ -496,6 +507,7 @@ class Sizes:
         norms: norms over the hidden size in a layer.
         head_norms: features that pass through norms of the head size (Qwen 3, Gemma 3).
         weights: frozen weights of a layer's linears.
+        formatted: those in the run's format.
         largest: weights of its largest linear.
         grouped: weights of all its experts, of the side that has more; 0 in a dense layer.
         active: weights that one token passes: of a mixture, those of its experts.
@@ -530,6 +542,7 @@ class Sizes:
     norms: float
     head_norms: float
     weights: float
+    formatted: float
     largest: float
     grouped: float
     active: float
@@ -603,7 +616,8 @@ class Sizes:
         linears, is_lora = kind.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
         counts = [math.prod(shape) for shape in shapes]
-        quantized, constants = quantized_bytes(shapes, cfg.format_name)
+        own = [linear.format for linear in linears]
+        quantized, constants = quantized_bytes(shapes, cfg.format_name, own)
         active, num_experts = arch.active_linears(info, kind)
         o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])
         qkv = linears[: linears.index(o_proj)]
@@ -624,6 +638,7 @@ class Sizes:
             "quantized": quantized,
             "constants": constants,
             "weights": sum(counts),
+            "formatted": sum(linear.num_weights for linear in linears if not linear.format),
             "largest": max(counts),
             "grouped": max([n.num_weights * num for n, num in sides], default=0),
             "active": sum(linear.num_weights for linear in active),

@@ -11,9 +11,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -238,8 +237,7 @@ def _slice(stored: Any, name: str, param: Tensor, local: Tensor, rows: int) -> T
     return padded
 
 
-@dataclass(frozen=True)
-class ResumeState:
+class ResumeState(NamedTuple):
     """Where a run starts: anew, or after a checkpoint.
 
     Attributes:

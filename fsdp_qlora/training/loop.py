@@ -24,6 +24,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.attention import Branches, RowBounds, joins_exactly
+from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.model.visit import RowGroup
@@ -351,7 +352,7 @@ def train_step(
     Returns:
         loss (mean over the trained tokens of all ranks), grad_norm (before clipping), skipped
         (the step was not taken) and, where there is one, the loss scale, 0-d on the device; of a
-        preference its figures.
+        preference its figures; of a mixture expert_load.
     """
     world, guard, preference = trained.world, trained.guard, trained.preference
     guard.begin()
@@ -384,6 +385,7 @@ def train_step(
     hook("post-optimizer")
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
     results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
+    results |= take_load(getattr(trained.model, "mixtures", ()))
     return results | _figures(preference, sums, weights, world)
 
 

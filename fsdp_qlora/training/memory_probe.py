@@ -11,9 +11,8 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,10 +76,8 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
         longest, is_flat = batches.longest, batches.is_flat
     ids = np.arange(longest, dtype=np.int32) % vocab_size
     one = Sample(ids, np.ones(longest, bool), label=int(cfg.num_answers == 1))
-    rows, multiple = (
-        [one] * (cfg.batch_size * batches.samples.num_sides),
-        batches.sampler.pad_multiple,
-    )
+    rows = [one] * (cfg.batch_size * batches.samples.num_sides)
+    multiple = batches.sampler.pad_multiple
     batch = flatten(rows, multiple) if is_flat else collate(rows, multiple, longest)
     return dataclasses.replace(batch, sides=Sides.of(rows) if cfg.num_answers else None)
 
@@ -152,8 +149,7 @@ def _drop_gradients(trained: Trained) -> None:
     trained.optimizer.zero_grad()
 
 
-@dataclass(frozen=True)
-class _Block:
+class _Block(NamedTuple):
     """One allocation.
 
     Attributes:

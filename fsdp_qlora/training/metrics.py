@@ -24,7 +24,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import psutil
 import torch
@@ -180,8 +180,7 @@ class Totals:
         return found | {"peaks": peaks, "events": self.events}
 
 
-@dataclass(frozen=True)
-class Resumed:
+class Resumed(NamedTuple):
     """The record of a run that goes on.
 
     Args:
@@ -525,6 +524,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     facts |= {"kernels": kernels.note, "placement": placed.note, "quant_cache": cache.note}
     shown = facts | device | host | {"cfg": cfg, "info": info, "whole": whole, "loaded": loaded}
     shown |= {"share": trainable / total, "audit": data.audit}
+    shown["formats"] = info.formats(cfg.format_name)
     lines = [text.format_map(shown) for text in TABLE["lines"]]
     lines += [f"note      {note}" for note in data.audit.facts["notes"]]
     if plan.found is not None and plan.rows_note:  # what the plan says now that rows are known
@@ -548,7 +548,7 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
 
 
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
-FIGURES += ("num_tokens", "num_trained_tokens", *PREFERENCE)
+FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
 SETTINGS = tuple(  # options that are no text of the user's own
     name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices

@@ -189,9 +189,8 @@ def facts(cfg: TrainConfig, device: "torch.device") -> dict[str, Any]:
     product = hashlib.sha256(b"".join(sources)).hexdigest()[:16]
     libraries = {f"version of {name}": v for name, v in hardware.versions(device).items()}
     every = {f"--{name}": value for name, value in vars(cfg).items()} | libraries
-    return {k: v for k, v in every.items() if k not in TABLE["may_differ"]} | {
-        "fsdp_qlora": product
-    }
+    every["fsdp_qlora"] = product
+    return {name: value for name, value in every.items() if name not in TABLE["may_differ"]}
 
 
 def fingerprint(

@@ -28,7 +28,7 @@ script, argv = sys.argv[1], sys.argv[2:]
 
 def start(spec):
     command = [sys.executable, script, *spec.command[len(launch.PROGRAM) :]]
-    return launch.start(dataclasses.replace(spec, command=command))
+    return launch.start(spec._replace(command=command))
 """
 PARENT = f"""{START}
 from fsdp_qlora.errors import UserError

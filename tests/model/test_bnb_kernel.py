@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from fsdp_qlora.arch.files import GROUP
-from fsdp_qlora.model.quantize import dynamic_map, import_bitsandbytes, values_of
+from fsdp_qlora.model.quantize import (
+    FORMATS,
+    dynamic_map,
+    import_bitsandbytes,
+    mxfp4_values,
+    values_of,
+)
 from tests import tiny
 
 
@@ -36,6 +42,23 @@ def test_weights_have_the_bits_of_bitsandbytes(kernel):
         table = values_of(quant_type, packed.device)
         kernel.dequantize_bnb(packed.view(-1), absmax, table, out, GROUP)
         assert torch.equal(out, expected), (quant_type, dtype, rows)
+
+
+def test_weights_of_mxfp4_have_the_bits_of_transformers(kernel):
+    """All codes and exponents but that of no number; low bits first."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if tiny.DEVICE == "cuda" else torch.float32
+    blocks = torch.randint(0, 256, (3, 32, 17, 16), dtype=torch.uint8, device=tiny.DEVICE)
+    scales = torch.randint(1, 251, (3, 32, 17), dtype=torch.uint8, device=tiny.DEVICE)
+    expected = convert_moe_packed_tensors(blocks, scales, dtype=dtype).transpose(1, 2)
+    flat = blocks.view(-1), [scales.view(-1)], expected.shape, dtype
+    own = FORMATS["mxfp4"].dequantize(*flat)
+    assert torch.equal(own, expected)
+    out = torch.full_like(own, float("nan"))
+    kernel.dequantize_bnb(blocks.view(-1), scales.view(-1), mxfp4_values(out.device), out, 32)
+    assert torch.equal(out, expected)
 
 
 def test_constants_have_the_bits_of_bitsandbytes(kernel):

@@ -121,6 +121,12 @@ def test_files_have_equal_logits_in_peft_and_when_they_are_merged(tmp_path, worl
             assert facts["evidence"]["max_difference"] < 1e-3, place
             merged = AutoModelForCausalLM.from_pretrained(f"{place}-merged", dtype=torch.float32)
             assert torch.allclose(merged.eval()(ids).logits[0, -1], wanted, 1e-4, 1e-4), place
+    model.train()
+    model(ids)
+    top = tiny_models.tiny_config(name).num_experts_per_tok
+    assert all(own.loads.sum() == len(ids[0]) * top for own in model.mixtures)
+    assert experts.take_load(model.mixtures)["expert_load"] > 1
+    assert not any(own.loads.any() for own in model.mixtures)
     vllm = next(line for line in serving.next_steps(out, cfg) if line.startswith("vllm"))
     assert ("per_expert" in vllm) == has_names
     assert ("merged" in vllm) != has_names

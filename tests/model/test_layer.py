@@ -73,9 +73,10 @@ def test_layout_has_the_bytes_of_the_formula():
 @pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])
 def test_constants_are_made_once_per_pass_over_a_layer(shapes):
     store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in shapes])
-    calls, real = [], store.format.constants
-    store.format = dataclasses.replace(
-        store.format, constants=lambda *args: calls.append(1) or real(*args)
+    calls, (name, fmt) = [], *store.formats.items()
+    real = fmt.constants
+    store.formats[name] = dataclasses.replace(
+        fmt, constants=lambda *args: calls.append(1) or real(*args)
     )
     for index in range(3):
         store.weight(index, torch.float32)
@@ -84,9 +85,10 @@ def test_constants_are_made_once_per_pass_over_a_layer(shapes):
 
 def test_a_small_layer_is_dequantized_once_for_all_its_matmuls():
     store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in EVEN_SHAPES])
-    calls, real = [], store.format.dequantize
-    store.format = dataclasses.replace(
-        store.format, dequantize=lambda *args: calls.append(1) or real(*args)
+    calls, (name, fmt) = [], *store.formats.items()
+    real = fmt.dequantize
+    store.formats[name] = dataclasses.replace(
+        fmt, dequantize=lambda *args: calls.append(1) or real(*args)
     )
     for index in (0, 1, 2, 3, 3, 2, 1, 0):  # recomputation, then backward
         store.weight(index, torch.bfloat16)

@@ -330,9 +330,19 @@ def no_prefix(tensors):
     return {re.sub(r"^(model|transformer)\.", "", name): t for name, t in tensors.items()}
 
 
+def foretelling(tensors):
+    """Layers behind the last one, and by names of their own, that foretell further tokens."""
+    last = max(int(name.split(".")[2]) for name in tensors if name.startswith("model.layers."))
+    layer = {n: t for n, t in tensors.items() if n.startswith(f"model.layers.{last}.")}
+    tensors |= {n.replace(f".{last}.", f".{last + 1}.", 1): t.clone() for n, t in layer.items()}
+    tensors |= {f"model.layers.{last + 1}.eh_proj.weight": torch.ones(4, 8)}
+    tensors |= {"mtp.layers.0.norm.weight": torch.ones(4), "mtp.fc.weight": torch.ones(4, 4)}
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "is_tied"),
     [
+        ("glm4_moe", foretelling, False),
         ("llama, tied", other_head, False),
         ("llama, tied", same_head, True),
         ("llama, tied", only_head, True),
@@ -347,6 +357,8 @@ def test_files_are_read_as_transformers_reads_them(tmp_path, world, name, edit, 
     """The head of a tied config that is another; one name for both; names of a part."""
     tiny_models.save(tmp_path / "model", name)
     edit_files(tmp_path / "model", edit)
+    if edit is foretelling:
+        edit_json(tmp_path / "model" / "config.json", num_nextn_predict_layers=1)
     found = judge(tmp_path / "model", world)
     assert found.verdict == "equal", found
     info = arch.read(str(tmp_path / "model"), need_weights=True)

@@ -41,6 +41,7 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 SHARED = ",shared_expert.gate_proj,shared_expert.up_proj,shared_expert.down_proj,shared_expert_gate"
 TARGETS = {"mixtral": ATTENTION, "qwen3_moe": ATTENTION, "qwen2_moe": ATTENTION + SHARED}
+ADAPTED = ("mixtral", "qwen3_moe")  # whose experts have adapters too
 MERGED = ("phi3", "mixtral", "gpt_neox")
 
 
@@ -58,10 +59,14 @@ def see_all(world, place: Path) -> dict[str, tuple]:
     return {name: see(world, place / name, place / f"{name}-adapter") for name in MODELS}
 
 
+def flags_of(name: str) -> tuple[str, ...]:
+    return (*FLAGS, *["--expert_lora_rank=2"] * (name in ADAPTED))
+
+
 def see(world, path: Path, out: Path) -> tuple:
     """Adapter values, their gradients, loss, logits of a row, and the matrices left in 16 bit."""
     model, info, cfg = tiny.build(
-        path, world, *FLAGS, f"--output_dir={out}", "--selective_layers=1"
+        path, world, *flags_of(path.name), f"--output_dir={out}", "--selective_layers=1"
     )
     flats = tiny.fill_lora(model)
     (batch,) = micro_batches(world.rank, world.size, 1)
@@ -91,7 +96,7 @@ def test_gradients_and_logits_equal_peft_on_one_process(seen, name: str):
     place, results = seen
     values, gradients, loss, last, _ = results[name]
     targets = f"--lora_target_modules={TARGETS.get(name, 'all')}"
-    cfg = config.parse([f"--model_name={place / name}", targets, *FLAGS])
+    cfg = config.parse([f"--model_name={place / name}", targets, *flags_of(name)])
     lora = {key: torch.from_numpy(value) for key, value in values.items()}
     model, named = tiny.reference_model(place / name, "nf4_dq", lora, cfg)
     batch = collate(make_samples(4))
@@ -173,10 +178,16 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
 
 
 def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monkeypatch):
-    """It binds a forward to a mixture's experts, and stops at a layer that has none."""
+    """It binds a forward to a mixture's experts, and stops at a layer that has none.
+
+    And it puts a class of its own into transformers, which the next model must not be built of.
+    """
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
     from fsdp_qlora.model import skeleton
 
     def bind(model, **kernels):
+        modeling_qwen3_moe.Qwen3MoeExperts = torch.nn.Identity
         for layer in model.model.layers[1:]:
             layer.mlp.experts.forward = None
         model.model.layers[0].mlp.experts.forward = None
@@ -191,9 +202,10 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
 
     monkeypatch.setattr(skeleton, "choose_kernels", choose)
     tiny_models.save(tmp_path / "model", "qwen3_moe")  # its first layer is dense
-    built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
-    mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
-    assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
+    for _ in range(2):
+        built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
+        mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
+        assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
 
 
 def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():

@@ -19,7 +19,15 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.quantize import build_layout
 from fsdp_qlora.planning import memory, rows
-from fsdp_qlora.planning.sizes import FORMATS, Setting, Sizes, place, quantized_bytes, setting_of
+from fsdp_qlora.planning.sizes import (
+    FORMATS,
+    STORAGES,
+    Setting,
+    Sizes,
+    place,
+    quantized_bytes,
+    setting_of,
+)
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
@@ -303,7 +311,7 @@ SHAPE = {
 
 def test_the_plan_knows_every_format():
     """A format that the trainer learns must be planned for."""
-    assert FORMATS.keys() == quantize.FORMATS.keys()
+    assert STORAGES.keys() == quantize.FORMATS.keys()
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -50,6 +50,7 @@ RUNS = {
         ("--layers_to_transform=1", '--rank_pattern={"v_proj": 2}', *PART),
         (7,),
     ),
+    "experts": (("--expert_lora_rank", "--selective_layers=1"), (3,)),
     "everything trained": (("--train_type=full", "--lr=0.001", "--optimizer=sgd"), (3,)),
     "selective, rest kept": (("--selective_layers=1", "--uncheckpointed_layers=1"), (6,)),
     "nothing recomputed, packed": (
@@ -80,7 +81,10 @@ def make_place(directory: Path) -> Path:
 
     from tests import small_tokenizers
 
-    tiny.save_tokenizer(model, [text for row in rows for text in small_tokenizers.pair(row)])
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    moe |= {"vocab_size": 384, "num_hidden_layers": 2}
+    for path in (model, tiny.save_model(directory / "mixture", "qwen3_moe", **moe)):
+        tiny.save_tokenizer(path, [text for row in rows for text in small_tokenizers.pair(row)])
     return directory
 
 
@@ -97,7 +101,7 @@ def run(world, place: Path, out: Path, *flags: str) -> None:
     from fsdp_qlora.training import preflight
 
     argv = [
-        f"--model_name={place / 'model'}",
+        f"--model_name={place / ('mixture' if '--expert_lora_rank' in flags else 'model')}",
         f"--dataset={place / 'data.jsonl'}",
         f"--quant_cache={place / 'cache'}",
         "--save_model=false",
