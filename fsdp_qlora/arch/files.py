@@ -280,17 +280,13 @@ def without_bytes(table: dict[str, list[int]] | None, config: dict) -> dict[str,
     }
 
 
-def _numbered(pattern: str) -> Iterator[str]:
+def _numbered(pattern: str) -> list[str]:
     """The names that "layers.{0-2,5}.norm" stands for."""
     before, _, rest = pattern.partition("{")
     numbers, _, after = rest.partition("}")
-    if not numbers:
-        yield pattern
-        return
-    for part in numbers.split(","):
-        ends = [int(end) for end in part.split("-")]
-        for number in range(ends[0], ends[-1] + 1):
-            yield from _numbered(f"{before}{number}{after}")
+    ends = [part.split("-") for part in numbers.split(",")] if numbers else []
+    every = (number for end in ends for number in range(int(end[0]), int(end[-1]) + 1))
+    return [n for i in every for n in _numbered(f"{before}{i}{after}")] if ends else [pattern]
 
 
 def read_tensors(
@@ -642,13 +638,11 @@ def _split_blocks(
         if len(ref.shape) != 4 or ref.shape != (*scales.shape, 16):
             raise _damaged(ref.file, f"{name} {list(ref.shape)} is no [experts, out, in / 32, 16]")
         del folded[name], folded[f"{stem}_scales"]
-        block, _, part = stem.rpartition(".")
+        (block, _, part), shape = stem.rpartition("."), (ref.shape[1], ref.shape[2] * 32)
         for i in range(ref.shape[0]):
             own, at = f"{block}.{i}.{part}.weight", _piece(ref, i)
             # In 16 bit it lies in one tensor with the others', as [in, out].
-            folded[own] = at._replace(
-                shape=(ref.shape[1], ref.shape[2] * 32), is_transposed=True, joint=stem
-            )
+            folded[own] = at._replace(shape=shape, is_transposed=True, joint=stem)
             quantized[own] = QuantizedRef({"weight": at, "exponents": _piece(scales, i)}, MXFP4)
     return folded, quantized
 
@@ -683,12 +677,11 @@ def _fold_scaled(
 
 
 def _read_shape(ref: TensorRef | None) -> tuple[int, ...]:
+    import numpy as np
+
     if ref is None or ref.dtype != "I64":
         return ()
-    with ref.file.open("rb") as file:
-        file.seek(ref.start)
-        raw = file.read(ref.nbytes)
-    return tuple(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
+    return tuple(np.fromfile(ref.file, "<i8", ref.nbytes // 8, offset=ref.start).tolist())
 
 
 def _fold_bnb(

@@ -106,19 +106,15 @@ class TrainedBase:
     def _places(self) -> dict[str, tuple[int, int]]:
         return self.info.linear_places()
 
-    @cached_property
-    def _kept(self) -> set[str]:
-        """What training computes with as the files have it."""
-        return {name for name, stored in self.info.quantized.items() if stored.format == MXFP4}
-
     def read_ahead(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """Yield weights as training saw them, the next two being read meanwhile.
 
         Args:
             names: in the files.
         """
-        has_bytes = self.cached.is_complete or self.info.stored_format
-        known = self._places.keys() - self._kept if has_bytes else set()
+        has_bytes, parts = self.cached.is_complete or self.info.stored_format, self.info.quantized
+        linears = self._places.keys() - {n for n in parts if parts[n].format == MXFP4}
+        known = linears if has_bytes else set()
         replaced = self.adapter.replaced
         others = [name for name in names if name not in known and name not in replaced]
         read = Weights(self.info).read_ahead(others, self.device)
@@ -129,7 +125,7 @@ class TrainedBase:
                 yield self._known(name)
             elif self.format_name is None:
                 yield next(read)
-            elif name in self._places and name not in self._kept:
+            elif name in linears:
                 weight = next(read)
                 fields = quantize.FORMATS[self.format_name].quantize(weight)
                 yield self._dequantized(fields, weight.shape)

@@ -312,31 +312,27 @@ class QuantizedExperts(nn.Module):
 class ScaledExperts(QuantizedExperts):
     """Those of Llama 4: what an expert reads is multiplied by its share, not what it writes."""
 
-    def forward(
-        self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_MH, top_k_index, top_k_weights):
         """As QuantizedExperts: each row is a token of one expert."""
         rows_SH = (hidden_MH.unsqueeze(1) * top_k_weights.unsqueeze(2)).flatten(0, 1)
         out_SH = super().forward(rows_SH, top_k_index.view(-1, 1), torch.ones_like(rows_SH[:, :1]))
         return out_SH.view(*top_k_index.shape, -1).sum(1)
 
-    def _apply_gate(self, first: torch.Tensor) -> torch.Tensor:
-        own: Any = self
+    def _apply_gate(self, first):
         gate, up = first.chunk(2, -1)
-        return own.act_fn(gate) * up
+        return self.act_fn(gate) * up
 
 
 class ScaledMixture(nn.Module):
     """Goes before the class of Llama 4's mixture, which has every expert compute every token."""
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden):
         """What transformers' own returns: the sum of all, and the router's logits."""
-        own: Any = self
-        hidden_MH = hidden.reshape(-1, own.hidden_dim)
-        scores_ME, logits_ME = own.router(hidden_MH)
-        shares_MK, index_MK = scores_ME.topk(own.top_k, 1)
-        out_MH = own.shared_expert(hidden_MH) + own.experts(hidden_MH, index_MK, shares_MK)
-        return out_MH, logits_ME
+        hidden_MH = hidden.reshape(-1, self.hidden_dim)
+        scores_ME, logits_ME = self.router(hidden_MH)
+        shares_MK, index_MK = scores_ME.topk(self.top_k, 1)
+        routed_MH = self.experts(hidden_MH, index_MK, shares_MK)
+        return self.shared_expert(hidden_MH) + routed_MH, logits_ME
 
 
 def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> torch.Tensor:
