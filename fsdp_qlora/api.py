@@ -209,18 +209,14 @@ def load_model(
     is_adapter = adapter is None and any((Path(path) / name).is_file() for name in names)
     flags = [] if is_adapter else [f"--model_name={path}"]
     place = Path(path if adapter is None else adapter) if is_adapter or adapter else None
-    cfg, env = inference.config_of(place, flags), dict(os.environ)
     try:
-        opened = inference.open_run(place, cfg, any_base)
+        opened = inference.open_run(place, inference.config_of(place, flags), any_base)
         opened.load_adapter()
     except BaseException:
         from fsdp_qlora.distributed import world
 
         world.leave()
         raise
-    finally:  # or a run started later would take this process for one of its ranks
-        os.environ.clear()
-        os.environ.update(env)
     return opened
 
 

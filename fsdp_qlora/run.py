@@ -72,18 +72,13 @@ def run(
             with tracker.phase("save"), cli.Progress("saves", is_silent=not is_writer):
                 evaluator.save(cfg)
             recorder.collect("save")
-            record["result"] = _hashes(out_dir) if is_writer else {}
+            files = sorted(out_dir.glob("*.safetensors")) if is_writer else ()
+            record["result"] = {file.name: checkpoint_store.listing(file) for file in files}
         recorder.say("\n".join([*lines, *recorder.compared()]))  # what is saved comes first
     if cfg.save_model and is_writer:
         _report(out_dir)
         metrics.print_summary(cfg, serving.next_steps(out_dir, cfg))
     world.barrier()  # what rank 0 writes is there for all
-
-
-def _hashes(out_dir: Path) -> dict[str, Any]:
-    """Size and SHA-256 of the weights that are delivered, by name."""
-    files = sorted(out_dir.glob("*.safetensors"))
-    return {path.name: checkpoint_store.listing(path) for path in files}
 
 
 def _report(out_dir: Path) -> None:

@@ -15,7 +15,7 @@ peft's DoraLinearVariant.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,6 +45,16 @@ class SavedActivations:
         return self._results.pop(0)
 
 
+class Later(list[torch.Tensor]):
+    """Stand for deltas that FrozenMatmul adds to its own result, which saves a pass over them.
+
+    Attributes:
+        hidden_MR: x A^T of all of them, from the forward pass.
+    """
+
+    hidden_MR: torch.Tensor
+
+
 class LoraMatmul(torch.autograd.Function):
     """delta_MO = scale * (x A^T) B^T for every linear, and x itself passed through.
 
@@ -59,7 +69,8 @@ class LoraMatmul(torch.autograd.Function):
         lora_x: what the adapters see instead of x (after dropout), same shape; or None.
         a_RI: the A matrices one below the other, compute dtype.
         scales: see LoraSlot.scale.
-        outputs: stand for the deltas without being made here (see SavedActivations); or None.
+        outputs: stand for the deltas without being made here (see SavedActivations, Later); or
+            None.
         b_ORs: the B matrices, each with its own columns of R.
 
     Returns:
@@ -73,6 +84,8 @@ class LoraMatmul(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         seen = x if lora_x is None else lora_x
         hidden_MR = _flat(seen) @ a_RI.t()
+        if isinstance(outputs, Later):
+            outputs.hidden_MR = hidden_MR
         ctx.save_for_backward(seen, hidden_MR, a_RI, *b_ORs)
         ctx.scales, ctx.has_own_input = scales, lora_x is not None
         passed = x.view_as(x)
@@ -116,7 +129,7 @@ class FrozenMatmul(torch.autograd.Function):
             is left out, or None; empty = none has one.
         is_done: the deltas are the outputs already (see SavedActivations); nothing is made for
             `asides`.
-        deltas_MO: added to in place; None where a linear has no adapter.
+        deltas_MO: added to in place, in 8 bit added; None where a linear has no adapter.
 
     Returns:
         y_MO of each linear in the compute dtype, then W A^T (no gradient passes it) or None of each
@@ -127,12 +140,14 @@ class FrozenMatmul(torch.autograd.Function):
     def forward(ctx, x, linears, asides, is_done, *deltas_MO):
         ctx.set_materialize_grads(False)
         ctx.linears, ctx.shape = linears, x.shape
-        ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         ctx.is_8_bit = not asides and matmul.serves(linears, _flat(x))
+        if ctx.is_8_bit and not is_done:
+            outs = matmul.products(_flat(x), linears)
+            linears[0].group.add_deltas(linears, outs, deltas_MO)
+            return tuple(outs)
+        ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         if is_done:
             return deltas_MO
-        if ctx.is_8_bit:
-            return tuple(matmul.add_products(_flat(x), linears, deltas_MO))
         a_RIs = asides or [None] * len(linears)
         pairs = [
             _matmul(_flat(x), linear, delta, a_RI)
@@ -324,6 +339,7 @@ class InputGroup:
         self.adapter: Adapter | None = None
         self.saved: SavedActivations | None = None
         self.is_skipped = self.has_run = False
+        self._later: Later | None = None
         self._x: torch.Tensor | None = None
         self._outs: dict[QuantizedLinear, torch.Tensor] = {}
         for linear in linears:
@@ -346,7 +362,7 @@ class InputGroup:
 
     def forget(self) -> None:
         """Drop what belongs to the pass that ends."""
-        self.adapter = self.saved = self._x = None
+        self.adapter = self.saved = self._x = self._later = None
         self.is_skipped = self.has_run = False
         self._outs = {}
 
@@ -374,7 +390,7 @@ class InputGroup:
         deltas |= zip(self.linears, done or (), strict=False)
         if self.adapter is not None:
             linears, a_RI, b_ORs, scales, dropout, *_ = self.adapter
-            outputs = None if done is None else [deltas[linear] for linear in linears]
+            outputs: Any = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
                 for i, a in enumerate(self.adapter.a_RIs):
                     lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
@@ -382,9 +398,39 @@ class InputGroup:
                     own = scales[i : i + 1]
                     x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, own, output, b_ORs[i])
             else:
+                if outputs is None and not asides and matmul.serves(self.linears, _flat(x)):
+                    shapes = [(x.shape[:-1].numel(), linear.out_features) for linear in linears]
+                    outputs = self._later = Later(x.new_empty(1).expand(shape) for shape in shapes)
                 x, *made = LoraMatmul.apply(x, None, a_RI, scales, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
         return x, self.linears, asides, done is not None, *deltas.values()
+
+    def add_deltas(
+        self,
+        linears: Sequence["QuantizedLinear"],
+        outs_MO: Sequence[torch.Tensor],
+        deltas_MO: Sequence[torch.Tensor | None],
+    ) -> None:
+        """Add the deltas of linears to their outputs in place, or make them there.
+
+        Args:
+            linears: of the group.
+            outs_MO, deltas_MO: of each.
+        """
+        given, adapter, later = (
+            zip(linears, outs_MO, deltas_MO, strict=True),
+            self.adapter,
+            self._later,
+        )
+        if adapter is None or later is None:
+            for _, out_MO, delta_MO in given:
+                _ = out_MO if delta_MO is None else out_MO.add_(delta_MO)
+            return
+        outs = {linear: out_MO for linear, out_MO, _ in given}
+        parts = later.hidden_MR.split([b_OR.shape[1] for b_OR in adapter.b_ORs], 1)
+        rows = zip(adapter.linears, parts, adapter.b_ORs, adapter.scales, strict=True)
+        for linear, part, b_OR, scale in rows:
+            outs[linear].addmm_(part, b_OR.detach().t(), alpha=scale)
 
     def _rescale(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
         """DoRA: lengths are stored or taken with the outputs."""

@@ -73,15 +73,12 @@ def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
     return x_MI.shape[0] >= MIN_TOKENS and x_MI.dtype == torch.bfloat16 and first.training
 
 
-def add_products(
-    x_MI: torch.Tensor, linears: Sequence[Any], deltas_MO: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor]:
-    """delta + x W^T + bias of every linear.
+def products(x_MI: torch.Tensor, linears: Sequence[Any]) -> list[torch.Tensor]:
+    """x W^T + bias of every linear.
 
     Args:
         x_MI: bfloat16.
         linears: see `serves`.
-        deltas_MO: added to in place; None where there is none.
 
     Returns:
         bfloat16 [M, O] of each linear.
@@ -89,10 +86,9 @@ def add_products(
     weight, sizes = linears[0].quantized(), [linear.out_features for linear in linears]
     codes_MI, scales_M1 = quantize_rows(x_MI)
     parts, outs = weight_codes(weight, False).split(sizes), []
-    rows = zip(linears, deltas_MO, parts, weight.scales_O.split(sizes), strict=True)
-    for linear, delta_MO, codes_OI, scales_O in rows:
+    rows = zip(linears, parts, weight.scales_O.split(sizes), strict=True)
+    for linear, codes_OI, scales_O in rows:
         out_MO = multiply(codes_MI, scales_M1, codes_OI, scales_O, True)
-        out_MO = out_MO if delta_MO is None else delta_MO.add_(out_MO)
         outs.append(out_MO if linear.bias is None else out_MO.add_(linear.bias))
     return outs
 
@@ -133,7 +129,8 @@ def quantize_rows(
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
     most = values.abs().amax(1, keepdim=True).clamp_min(FLOOR)
     most = most + (values - values).sum(1, keepdim=True)  # not finite where one of them is not
-    return (values * (LARGEST / most)).clamp(-LARGEST, LARGEST).to(FP8), most / LARGEST
+    inverse = torch.full_like(most, LARGEST) / most  # a number / a tensor would be rounded twice
+    return (values * inverse).clamp(-LARGEST, LARGEST).to(FP8), most / LARGEST
 
 
 def weight_codes(weight: Quantized4, is_turned: bool) -> torch.Tensor:

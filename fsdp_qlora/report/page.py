@@ -13,7 +13,7 @@ import jinja2
 
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.config import TrainConfig, to_dict
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
 from fsdp_qlora.record import OWN_FLAGS, Run, command, distinct, highest, read, word
 from fsdp_qlora.report.charts import LOOK, TABLE, Tape, planned_steps
@@ -88,14 +88,12 @@ def write(run_dirs: list[Path], out: Path) -> Path:
         runs = distinct([read(run_dir) for run_dir in run_dirs])
         data = [{"name": run.name, "state": run.state} | Tape.of(run).since() for run in runs]
         page = render("  ·  ".join(run.name for run in runs), sections(runs), data)
-        out.mkdir(parents=True, exist_ok=True)
-        return atomic.write(path, page)
-    except OSError as error:
-        reason, remedy = error.strerror or str(error), "make room or check permissions"
-        raise UserError(str(path), reason, remedy, code=ENVIRONMENT) from error
     except NO_RECORD as error:
         got, rule = ", ".join(map(str, run_dirs)), f"cannot be shown ({error!r:.120})"
         raise UserError(got, rule, "give directories whose record nobody has changed") from error
+    with one_line_of(path, "make room or check permissions", ENVIRONMENT):
+        out.mkdir(parents=True, exist_ok=True)
+        return atomic.write(path, page)
 
 
 def render(
@@ -160,14 +158,6 @@ def cell(value: float | None, form: str = ",.3f", note: str = "") -> Cell:
     return Cell(UNKNOWN) if value is None else Cell(format(value, form), value, note)
 
 
-def _left_s(run: Run) -> float | None:
-    """Seconds until the last step, at the median speed."""
-    last = run.steps[-1]
-    planned = planned_steps(run.config, last)
-    left = max((planned or 0) - last["step"], 0) * (run.median("step_s") or 0.0)
-    return left if planned and run.state != "finished" else None
-
-
 def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     """Table -> rows: name, format, and the figure; None where the record has none."""
     known: dict[str, Any] = dict(run.facts)
@@ -179,7 +169,11 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     host_gib = [run.table("peaks").get("host", {}).get("host_peak_used_gib")]
     host_gib += run.host("host_peak_used_gib") + run.host("host_used_gib")
     cores = [busy for busy in run.host("cpu_cores") if busy is not None]
-    known |= {"steps": len(run.steps), "left_s": _left_s(run), "host_gib": highest(host_gib)}
+    known |= {"steps": len(run.steps), "host_gib": highest(host_gib)}
+    planned = planned_steps(run.config, run.steps[-1])
+    if planned and run.state != "finished":  # at the median speed
+        left = max(planned - run.steps[-1]["step"], 0)
+        known["left_s"] = left * (run.median("step_s") or 0.0)
     known["cores"] = statistics.fmean(cores) if cores else None
     known["loading_gib"] = run.table("load_peaks").get("host_peak_used_gib")
     known["lost"] = run.values("loss").count(None) or None
