@@ -20,8 +20,7 @@ Shape letters: I in features, O out features, R LoRA rank.
 import inspect
 import re
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -29,30 +28,22 @@ import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.experts import QuantizedExperts
-from fsdp_qlora.model.lora import Adapter, InputGroup, LoraSlot, SavedActivations
+from fsdp_qlora.model.lora import (
+    Adapter,
+    InputGroup,
+    LoraSlot,
+    SavedActivations,
+    random_state,
+    replayed,
+)
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
 from fsdp_qlora.model.visit import LayerCall, Spread
 from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
-
-
-def _random_state(has_dropout: bool, hidden: torch.Tensor) -> tuple | None:
-    return (torch.get_rng_state(), *get_device_states(hidden)) if has_dropout else None
-
-
-@contextmanager
-def _replayed(state: tuple | None, hidden: torch.Tensor) -> Iterator[None]:
-    """Draw the random numbers of a `_random_state` once more, if there is one."""
-    devices = [hidden.device] if hidden.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=state is not None):
-        if state is not None:
-            torch.set_rng_state(state[0])
-            set_device_states(*state[1:])
-        yield
 
 
 class Tiled(torch.autograd.Function):
@@ -61,7 +52,7 @@ class Tiled(torch.autograd.Function):
     Args:
         run: (tile [1, tile, H], tensors) -> the same shape.
         tile: tokens of one.
-        state: see `_replayed`.
+        state: see lora.replayed.
         hidden: [B, T, H].
         tensors: trained ones that `run` reads; the gradients are summed up in float32.
 
@@ -82,7 +73,7 @@ class Tiled(torch.autograd.Function):
         sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
         grad = grad.contiguous()
         pairs = zip(tiles(hidden, ctx.tile), tiles(grad, ctx.tile), strict=True)
-        with _replayed(ctx.random_state, hidden):
+        with replayed(ctx.random_state, hidden):
             for part, grad_part in pairs:
                 part = part.detach().requires_grad_()
                 with torch.enable_grad():
@@ -130,7 +121,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, has_dropout, hidden, *trained):
-        ctx.run, ctx.random_state = run, _random_state(has_dropout, hidden)
+        ctx.run, ctx.random_state = run, random_state(has_dropout, hidden)
         ctx.save_for_backward(hidden, *trained)
         return run(hidden, *trained)
 
@@ -143,7 +134,7 @@ class Recomputed(torch.autograd.Function):
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved, needed, strict=True)
         ]
-        with _replayed(ctx.random_state, hidden), torch.enable_grad():
+        with replayed(ctx.random_state, hidden), torch.enable_grad():
             outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         every = zip(outs, grads_out, strict=True)
@@ -469,7 +460,7 @@ class TrainedLayer(nn.Module):
 
         tensors = [tensor for _, adapter in groups for tensor in adapter.trained]
         if torch.is_grad_enabled():
-            state = _random_state(any(adapter.dropout for _, adapter in groups), hidden)
+            state = random_state(any(adapter.dropout for _, adapter in groups), hidden)
             return Tiled.apply(run, self.tile_tokens, state, hidden, *tensors)
         out = torch.empty_like(hidden)
         for part, own in zip(*(tiles(t, self.tile_tokens) for t in (hidden, out)), strict=True):

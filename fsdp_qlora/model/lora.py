@@ -13,14 +13,17 @@ peft's DoraLinearVariant.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fsdp_qlora.model import matmul
+from fsdp_qlora.planning.sizes import LONG_TOKENS
 
 
 class SavedActivations:
@@ -45,6 +48,22 @@ class SavedActivations:
         return self._results.pop(0)
 
 
+def random_state(has_dropout: bool, like: torch.Tensor) -> tuple | None:
+    """State of the generators that are drawn from, if they are."""
+    return (torch.get_rng_state(), *get_device_states(like)) if has_dropout else None
+
+
+@contextmanager
+def replayed(state: tuple | None, like: torch.Tensor) -> Iterator[None]:
+    """Draw the random numbers of a `random_state` once more, if there is one."""
+    devices = [like.device] if like.device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=state is not None):
+        if state is not None:
+            torch.set_rng_state(state[0])
+            set_device_states(*state[1:])
+        yield
+
+
 class Later(list[torch.Tensor]):
     """Stand for deltas that FrozenMatmul adds to its own result, which saves a pass over them.
 
@@ -66,7 +85,8 @@ class LoraMatmul(torch.autograd.Function):
 
     Args:
         x: [..., I], compute dtype.
-        lora_x: what the adapters see instead of x (after dropout), same shape; or None.
+        lora_x: what the adapters see instead of x (after dropout), same shape; or None; or the
+            dropout, drawn once more in the backward: neither its result nor its mask is held.
         a_RI: the A matrices one below the other, compute dtype.
         scales: see LoraSlot.scale.
         outputs: stand for the deltas without being made here (see SavedActivations, Later); or
@@ -82,11 +102,14 @@ class LoraMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_x, a_RI, scales, outputs, *b_ORs):
         ctx.set_materialize_grads(False)
-        seen = x if lora_x is None else lora_x
+        ctx.dropout = lora_x if isinstance(lora_x, float) else 0.0
+        ctx.random_state = random_state(ctx.dropout > 0, x)
+        saved = x if lora_x is None or ctx.dropout else lora_x
+        seen = nn.functional.dropout(x, ctx.dropout) if ctx.dropout else saved
         hidden_MR = _flat(seen) @ a_RI.t()
         if isinstance(outputs, Later):
             outputs.hidden_MR = hidden_MR
-        ctx.save_for_backward(seen, hidden_MR, a_RI, *b_ORs)
+        ctx.save_for_backward(saved, hidden_MR, a_RI, *b_ORs)
         ctx.scales, ctx.has_own_input = scales, lora_x is not None
         passed = x.view_as(x)
         if not ctx.needs_input_grad[0]:
@@ -106,9 +129,16 @@ class LoraMatmul(torch.autograd.Function):
             grad_parts.append(_scaled(grad_MO, b_OR, scale))
             grad_bs.append(_scaled(grad_MO.t(), part, scale))
         grad_hidden_MR = grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts, 1)
+        if ctx.dropout:
+            x = seen.detach().requires_grad_()
+            with replayed(ctx.random_state, x), torch.enable_grad():
+                seen = nn.functional.dropout(x, ctx.dropout)
         grad_a = grad_hidden_MR.t() @ _flat(seen)
         grad_seen = None
-        if ctx.has_own_input:
+        if ctx.dropout and grad_x is not None:
+            own = (grad_hidden_MR @ a_RI).view_as(seen)
+            grad_x += torch.autograd.grad(seen, x, own)[0]
+        elif ctx.has_own_input:
             if ctx.needs_input_grad[1]:
                 grad_seen = (grad_hidden_MR @ a_RI).view_as(seen)
         elif grad_x is not None:
@@ -393,7 +423,8 @@ class InputGroup:
             outputs: Any = None if done is None else [deltas[linear] for linear in linears]
             if dropout and linears[0].training:
                 for i, a in enumerate(self.adapter.a_RIs):
-                    lora_x = nn.functional.dropout(x, dropout)  # each linear has its own
+                    is_long = x.shape[:-1].numel() > LONG_TOKENS  # each linear has its own
+                    lora_x = dropout if is_long else nn.functional.dropout(x, dropout)
                     output = None if outputs is None else outputs[i : i + 1]
                     own = scales[i : i + 1]
                     x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, own, output, b_ORs[i])

@@ -9,9 +9,9 @@ runs once for each group with stand-ins in the layers' places, which write down 
 called with; and once more at the end, for what it does behind the last layer.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,12 +75,9 @@ class Spread(torch.autograd.Function):
 
 def _sum(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     found = [grad for grad in grads if grad is not None]
-    if len(found) < 2:
-        return found[0] if found else None
-    total = found[0] + found[1] if found[0].itemsize == 4 else found[0].float() + found[1]
-    for grad in found[2:]:
-        total += grad
-    return total.to(found[0].dtype)
+    if not found:
+        return None
+    return functools.reduce(torch.add, found[1:], found[0].float()).to(found[0].dtype)
 
 
 Step = Callable[[int, torch.Tensor, tuple, dict[str, Any]], torch.Tensor]
@@ -105,7 +102,7 @@ def _replaced(layers: nn.ModuleList, step: Step) -> Iterator[None]:
     blocks = list(layers)
     try:
         for number, block in enumerate(blocks):
-            layers._modules[str(number)] = _StandIn(block, partial(step, number))
+            layers._modules[str(number)] = _StandIn(block, functools.partial(step, number))
         yield
     finally:
         for number, block in enumerate(blocks):

@@ -8,7 +8,7 @@ import torch
 
 from fsdp_qlora.data import batches
 from fsdp_qlora.data.batches import collate, flatten
-from fsdp_qlora.model import attention, shard
+from fsdp_qlora.model import attention, lora, shard
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.visit import RowGroup
@@ -141,7 +141,7 @@ def tiled(world, cases):
     for path, flags in cases:
         results = []
         for tile_tokens in (10**6, 4):
-            attention.LONG_TOKENS = tile_tokens
+            attention.LONG_TOKENS = lora.LONG_TOKENS = tile_tokens
             model, _, _ = tiny.build(path, world, *FLAGS, FULL, "--use_cpu_offload=false", *flags)
             tiny.fill_lora(model)
             for block in shard.blocks(model):
