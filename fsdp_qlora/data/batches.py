@@ -471,10 +471,8 @@ def join(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
         last = found[-1] if found else batch
         pairs = [(getattr(last, name), getattr(batch, name)) for name in ("input_ids", "labels")]
         (ids, new_ids), _ = pairs
-        has_rows = bool(batch.row_lengths)
-        is_alike = has_rows == bool(last.row_lengths) and (
-            has_rows or ids[0].shape == new_ids[0].shape
-        )
+        has_rows, shapes = bool(batch.row_lengths), {ids[0].shape, new_ids[0].shape}
+        is_alike = has_rows == bool(last.row_lengths) and (has_rows or len(shapes) == 1)
         if not found or not is_alike or ids.numel() + new_ids.numel() > most_tokens:
             found.append(batch)
             continue

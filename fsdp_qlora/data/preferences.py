@@ -12,17 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.data import chats
-from fsdp_qlora.data.row_formats import (
-    HISTORY,
-    KWARGS,
-    LABELS,
-    PAIRS,
-    TOOL_COLUMNS,
-    RowFormatter,
-    suggested,
-    without,
-)
+from fsdp_qlora.data import chats, row_formats
 from fsdp_qlora.data.tokenizer import Refused, Text
 from fsdp_qlora.data.tokens import Sample
 
@@ -31,13 +21,15 @@ if TYPE_CHECKING:
 
 # Columns of a prompt in text -> that of the answer in rows of the same kind.
 ASKED = {"prompt": "completion", "question": "answer", "instruction": "output"}
-BESIDE = (*chats.SYSTEM_COLUMNS, *TOOL_COLUMNS, KWARGS, HISTORY, "input", "context")
+MORE = (row_formats.KWARGS, row_formats.HISTORY, "input", "context")
+BESIDE = (*chats.SYSTEM_COLUMNS, *row_formats.TOOL_COLUMNS, *MORE)
+PAIRS, LABELS = row_formats.PAIRS, row_formats.LABELS
 TURN = re.compile(r"\n\n(Human|Assistant): ?")  # of HH-RLHF
 WANTED = {2: "prompt+chosen+rejected", 1: "prompt+completion+label | prompt+chosen+rejected"}
 
 
 @dataclass(frozen=True)
-class PreferenceFormatter(RowFormatter):
+class PreferenceFormatter(row_formats.RowFormatter):
     """How rows of preferences become text.
 
     Args:
@@ -54,9 +46,8 @@ class PreferenceFormatter(RowFormatter):
             sides = self.sides(row)
         except Refused as refusal:
             return str(refusal)
-        return next(
-            filter(None, (super(PreferenceFormatter, self).problem(s) for s, _ in sides)), None
-        )
+        faults = (super(PreferenceFormatter, self).problem(side) for side, _ in sides)
+        return next(filter(None, faults), None)
 
     def unused(self, row: object) -> list[str]:
         """Return the columns that nothing uses, see RowFormatter."""
@@ -72,7 +63,7 @@ class PreferenceFormatter(RowFormatter):
     def name(self, row: object) -> str:
         """Return how a row is treated, see RowFormatter."""
         assert isinstance(row, dict)
-        what = "pairs" if suggested(row) == "dpo" else "labelled answers"
+        what = "pairs" if row_formats.suggested(row) == "dpo" else "labelled answers"
         return f"{super().name(self.sides(row)[0][0])}, {what}"
 
     def is_chat(self, row: object) -> bool:
@@ -81,9 +72,8 @@ class PreferenceFormatter(RowFormatter):
 
     def ask(self, question: str, example: object) -> str:
         """Put a new question into the form of the rows, see RowFormatter."""
-        return super().ask(
-            question, self.sides(example)[0][0] if isinstance(example, dict) else None
-        )
+        side = self.sides(example)[0][0] if isinstance(example, dict) else None
+        return super().ask(question, side)
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into the text of each of `sides`, what is compared marked.
@@ -130,12 +120,11 @@ class PreferenceFormatter(RowFormatter):
             raise Refused(f"has fields {shown} (want {WANTED[self.num_answers]})")
         if row[label] not in (0, 1) or isinstance(row[label], float):
             raise Refused(f'field "{label}" is {chats.kind(row[label])} (want true or false)')
-        side = without(row, LABELS)
+        side = row_formats.without(row, LABELS)
         if "prompt" not in side and any(side.get(name) for name in chats.CHAT_COLUMNS):
             messages = chats.conversation(side)
-            beside = {
-                n: v for n, v in side.items() if n in BESIDE and n not in chats.SYSTEM_COLUMNS
-            }
+            kept = [name for name in side if name in BESIDE and name not in chats.SYSTEM_COLUMNS]
+            beside = {name: side[name] for name in kept}
             side = beside | {"prompt": messages[:-1], "completion": messages[-1:]}
         return [(side, 1 if row[label] else -1)]
 

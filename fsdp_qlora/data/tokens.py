@@ -38,6 +38,8 @@ MOST_BAD = 1000  # then reading stops: the format is another one than we think
 NUMBERS: tuple[str, ...] = ("num_rows", "num_bad", "num_cut", "num_empty", "num_beyond")
 NUMBERS += ("num_same", "num_with_end", "num_learning_end")
 Facts = dict[str, Any]
+Parts = tuple[int, ...]  # prompt, second, label of a `Sample`
+WHOLE: Parts = (0, 0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,19 +201,13 @@ class StoreBuilder:
             self.file = (directory / CODES).open("wb")
         self.num_tokens, self.table, self.names = 0, array("q"), dict[str, int]()
 
-    def add(
-        self,
-        codes: np.ndarray,
-        place: RowPlace,
-        num_uncut: int | None = None,
-        parts: tuple[int, ...] = (0, 0, 0),
-    ) -> None:
+    def add(self, codes: np.ndarray, place: RowPlace, uncut: int = 0, parts: Parts = WHOLE) -> None:
         """Add a sample.
 
         Args:
             codes: int32 [T].
             place: of its row.
-            num_uncut: tokens before it was cut; None for T.
+            uncut: tokens before it was cut; 0 for T.
             parts: prompt, second, label of `Sample`.
         """
         whole = codes.tobytes()
@@ -220,7 +216,7 @@ class StoreBuilder:
         digest = hashlib.blake2b(whole + own, digest_size=8).digest()
         file = self.names.setdefault(place.name, len(self.names))
         num_trained = int(np.count_nonzero(codes[1:] >= 0))
-        uncut = len(codes) if num_uncut is None else num_uncut
+        uncut = uncut or len(codes)
         number = int.from_bytes(digest, "little", signed=True)
         self.table.extend((self.num_tokens, file, place.number, number, num_trained, uncut, *parts))
         self.num_tokens += len(codes)
@@ -251,9 +247,8 @@ def _digest(path: Path) -> str:
 def _map(directory: Path, facts: dict[str, Any]) -> TokenStore:
     has_codes = (directory / CODES).stat().st_size > 0  # nothing of that size can be mapped
     codes = np.memmap(directory / CODES, np.int32, "r") if has_codes else np.zeros(0, np.int32)
-    return TokenStore(
-        codes, np.memmap(directory / TABLE, np.int64, "r").reshape(-1, LABEL + 1), facts
-    )
+    table = np.memmap(directory / TABLE, np.int64, "r").reshape(-1, LABEL + 1)
+    return TokenStore(codes, table, facts)
 
 
 def read_store(directory: Path) -> TokenStore | None:
@@ -559,7 +554,7 @@ class _SampleMaker:
         num_uncut = max(map(len, rows))
         if num_uncut > self.context_length:
             self._lose("cut", place)
-        cut, parts = cuts[0], (0, 0, 0)
+        cut, parts = cuts[0], WHOLE
         if answer:
             parts = 1 + int((cut[1:] >= 0).argmax()), 0, answer
         elif answer == 0:
@@ -632,14 +627,12 @@ def dummy_samples(
         `num` samples of `context_length` ids; of pairs two such rows each.
     """
     random, prompt = np.random.default_rng(seed), context_length // 2 * (num_answers > 0)
-    if num_answers:
-        size = context_length + (context_length - prompt) * (num_answers == 2)
-        second = context_length * (num_answers == 2)
-        ids = random.integers(vocab_size, size=(num, size), dtype=np.int32)
-        is_trained = np.arange(size) >= prompt
-        labels = [0 if second else 1 - number % 2 * 2 for number in range(num)]
-        rows = zip(ids, labels, strict=True)
-        made = [Sample(row, is_trained, prompt, second, label) for row, label in rows]
-        return of_samples(made, "dummy")
-    ids = random.integers(vocab_size, size=(num, context_length), dtype=np.int32)
-    return of_samples([Sample(row, np.ones(context_length, bool)) for row in ids], "dummy")
+    second = context_length * (num_answers == 2)
+    size = 2 * context_length - prompt if second else context_length
+    ids = random.integers(vocab_size, size=(num, size), dtype=np.int32)
+    is_trained = np.arange(size) >= prompt
+    labels = [(1 - number % 2 * 2) * (num_answers == 1) for number in range(num)]
+    rows = zip(ids, labels, strict=True)
+    return of_samples(
+        [Sample(row, is_trained, prompt, second, sign) for row, sign in rows], "dummy"
+    )

@@ -43,6 +43,7 @@ SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of 
 SELECTION = ("lora_exclude_modules", "layers_to_transform")
 OPEN = ("lora_dropout", "lora_target_modules", "model_name", *SELECTION)  # may be others than its
 BY_PEFT = "merge it with peft's merge_and_unload"
+OWN_BASE = "give the base it was trained on with --model_name"
 SAME_PLACE = "take both files from the same place"
 OF_TOKENIZER = (*TOKENIZER_FILES, *TABLE["of_tokenizer"])
 
@@ -436,21 +437,18 @@ def check(adapter: SavedAdapter, info: ModelInfo) -> None:
         _check_copy(adapter)
     for (layer, is_in), pair in adapter.expert_places.items():
         sides = arch.targets.expert_sides(info, layer) if layer < info.num_layers else []
+        sides = sides[:1] if is_in else sides[1:]
         found = (pair.b.shape[0], pair.a.shape[1]), pair.num_experts
-        if found not in [
-            (linear.shape, num) for linear, num in (sides[:1] if is_in else sides[1:])
-        ]:
+        if found not in [(linear.shape, num) for linear, num in sides]:
             got = f"adapter for {found[1]} experts of {list(found[0])} in layer {layer}"
-            remedy = "give the base it was trained on with --model_name"
-            raise UserError(got, f"no such experts in {info.path}", remedy, INTEGRITY)
+            raise UserError(got, f"no such experts in {info.path}", OWN_BASE, INTEGRITY)
     there = {info.outer_name(name): ref.shape for name, ref in info.tensors.items()}
     for name, shape in shapes.items():
         stored = there.get(name)
         if stored != shape:
             rule = f"{f'is {list(stored)}' if stored else 'no such linear'} in {info.path}"
             got = f"adapter for {name.removesuffix('.weight')} {list(shape)}"
-            remedy = "give the base it was trained on with --model_name"
-            raise UserError(got, rule, remedy, INTEGRITY)
+            raise UserError(got, rule, OWN_BASE, INTEGRITY)
 
 
 def _check_copy(adapter: SavedAdapter) -> None:

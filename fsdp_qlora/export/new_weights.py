@@ -31,13 +31,7 @@ from torch import nn
 
 from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.files import (
-    GROUP,
-    MXFP4,
-    QUANTIZED_ITEM_BYTES,
-    TensorRef,
-    read_tensors,
-)
+from fsdp_qlora.arch.files import GROUP, MXFP4, QUANTIZED_ITEM_BYTES, TensorRef, read_tensors
 from fsdp_qlora.arch.info import inner_name
 from fsdp_qlora.arch.targets import expert_matrices
 from fsdp_qlora.config import TrainConfig, check_own_code

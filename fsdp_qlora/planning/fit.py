@@ -103,9 +103,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora_passed * s.layers * tokens
-    weight_grads = (
-        2.0 * (s.num_trained(setting) - s.lora * s.layers) * tokens
-    )  # of what is trained itself
+    weight_grads = 2.0 * (s.num_trained(setting) - s.lora * s.layers) * tokens  # of whole weights
     num_full, num_selective = setting.count("full"), setting.count("selective")
     # A non-reentrant recomputation stops before the last matmul.
     left_out = 0 if s.cfg.reentrant_checkpointing else s.last / s.active
