@@ -56,6 +56,7 @@ SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
+KEPT = (MXFP4, "nf4", "nf4_dq", "fp4", "fp4_dq")  # whose bytes are trained over as they are
 FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
 COMPRESSED = "compressed-tensors"
 CODED = "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
@@ -541,11 +542,6 @@ class Stored(NamedTuple):
     block: tuple[int, int] = (0, 0)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether bytes are trained over as they are."""
-        return self.whole is not None or self.method == MXFP4
-
-    @property
     def whole(self) -> str | None:
         """The format of all linears, when it is bitsandbytes'."""
         return self.method if self.method.startswith(("nf4", "fp4")) else None
@@ -664,8 +660,8 @@ def _fold_scaled(
     for stem, refs in parts.items():
         weight, scale, name = refs.get("weight"), refs.get("scale"), f"{stem}.weight"
         shape = weight.shape if weight else ()
-        if weight and weight.dtype == "I32":
-            shape = _read_shape(refs.pop("shape", None))
+        if "shape" in refs:
+            shape = _read_shape(refs.pop("shape"))
         bits = weight.nbytes * 8 // math.prod(shape) if weight and len(shape) == 2 else 0
         if weight is None or scale is None or bits not in (4, 8):
             rule = f"parts {', '.join(sorted(refs))} are no matrix of 4 or 8 bits with its scales"
@@ -676,11 +672,9 @@ def _fold_scaled(
     return folded, quantized
 
 
-def _read_shape(ref: TensorRef | None) -> tuple[int, ...]:
+def _read_shape(ref: TensorRef) -> tuple[int, ...]:
     import numpy as np
 
-    if ref is None or ref.dtype != "I64":
-        return ()
     return tuple(np.fromfile(ref.file, "<i8", ref.nbytes // 8, offset=ref.start).tolist())
 
 

@@ -114,8 +114,7 @@ class TrainedBase:
         """
         has_bytes, parts = self.cached.is_complete or self.info.stored_format, self.info.quantized
         linears = self._places.keys() - {n for n in parts if parts[n].format == MXFP4}
-        known = linears if has_bytes else set()
-        replaced = self.adapter.replaced
+        known, replaced = linears if has_bytes else set(), self.adapter.replaced
         others = [name for name in names if name not in known and name not in replaced]
         read = Weights(self.info).read_ahead(others, self.device)
         for name in names:
@@ -484,8 +483,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
             reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
-            if module is embedding and base.info.model_type == TURNED:
-                reader = ""  # it is asked where it lies before it runs
+            if module is embedding and base.info.model_type == TURNED:  # it is asked before it runs
+                reader = ""
             holder = model.get_submodule(reader)
             holder.register_forward_pre_hook(partial(_bring, own, base, module))
             holder.register_forward_hook(partial(_drop, module))

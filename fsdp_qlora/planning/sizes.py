@@ -151,6 +151,15 @@ def has_ending(model_type: str) -> bool:
     return file.is_file() and ENDING.search(file.read_text(encoding="utf-8")) is not None
 
 
+def head_parts(num_key_heads: int) -> int:
+    """Into how many parts the heads are cut in the backward of long rows' attention.
+
+    Args:
+        num_key_heads: of the layer.
+    """
+    return next((n for n in (4, 3, 2) if num_key_heads % n == 0), 1)
+
+
 def whole_layer_bytes(per_visit: int = 1) -> int:
     """Largest dequantized layer that is held whole while it is at work.
 
