@@ -310,9 +310,8 @@ class TrainConfig:
     @property
     def has_cached_reference(self) -> bool:
         """Whether log-probabilities by the reference are computed once, before the first step."""
-        is_cached = {"pass": False, "cached": True}.get(
-            self.reference, not self.trains_new_adapters
-        )
+        is_cached = self.reference == "cached"
+        is_cached |= self.reference == "auto" and not self.trains_new_adapters
         return is_cached and OBJECTIVES[self.objective].has_reference
 
     @property

@@ -633,6 +633,5 @@ def dummy_samples(
     is_trained = np.arange(size) >= prompt
     labels = [(1 - number % 2 * 2) * (num_answers == 1) for number in range(num)]
     rows = zip(ids, labels, strict=True)
-    return of_samples(
-        [Sample(row, is_trained, prompt, second, sign) for row, sign in rows], "dummy"
-    )
+    made = [Sample(row, is_trained, prompt, second, sign) for row, sign in rows]
+    return of_samples(made, "dummy")

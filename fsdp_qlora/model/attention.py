@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.planning.sizes import LONG_TOKENS
+from fsdp_qlora.planning.sizes import LONG_TOKENS, head_parts
 
 
 class RowBounds(NamedTuple):
@@ -389,7 +389,7 @@ def _by_heads(backward: Callable, grad_out, tensors: Sequence[torch.Tensor], sca
     for every query head. Heads are the second dimension, of the log-sum-exp of rows the first.
     """
     query, key, value, out, log_sum, *state = tensors
-    parts = next(n for n in (4, 3, 2, 1) if key.shape[1] % n == 0)
+    parts = head_parts(key.shape[1])
     columns = [t.chunk(parts, 1) for t in (grad_out, query, key, value, out)]
     columns.append([t.contiguous() for t in log_sum.chunk(parts, 1 if query.dim() == 4 else 0)])
     grads = tuple(map(torch.empty_like, (query, key, value)))

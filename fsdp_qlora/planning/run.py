@@ -618,6 +618,9 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     slow = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.has_bf16]
     words = "has no bfloat16 matmuls: several times slower than in float16"
     notes = [f"a {name} {words}" for name in slow if plan.cfg.compute_dtype == "bfloat16"]
+    eight = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.fp8_gain]
+    words = "gains nothing by --matmul fp8, which is refused there"
+    notes += [f"a {name} {words}" for name in eight if plan.cfg.matmul == "fp8"]
     lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 
@@ -632,14 +635,9 @@ def _experts(plan: RunPlan) -> list[tuple[str, str]]:
     num_params = sum(sum(linear.shape) * num for linear, num in sides)
     num_params *= rank or usual_expert_rank(info, cfg)
     own, copy = (sizes.DTYPE_BYTES[dtype] for dtype in (cfg.master_dtype, cfg.compute_dtype))
-    nbytes = 2 * own + moment_bytes(cfg) + copy
-    words = (
-        f"{num_params:,} parameters, {num_params * nbytes / GIB:.1f} GiB with gradients and moments"
-    )
-    words = (
-        f"LoRA r {rank}: {words}" if rank else f"frozen; --expert_lora_rank trains them: {words}"
-    )
-    return [("experts", f"{words}; the router is frozen, no balancing loss")]
+    gib = num_params * (2 * own + moment_bytes(cfg) + copy) / GIB
+    trains = f"LoRA r {rank}" if rank else "frozen; --expert_lora_rank trains them"
+    return [("experts", WORDS["experts"].format(trains, num_params, gib))]
 
 
 def _wrapped(lines: Sequence[tuple[str, str]]) -> list[str]:
