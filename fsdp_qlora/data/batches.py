@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -102,6 +102,7 @@ class Batch:
         num_tokens: ids that are not padding.
         row_lengths: when B is 1 and several rows lie in it, tokens of each, padding last; else ().
         sides: the answers in it that are compared; None: nothing is.
+        branches: of pairs that share their prompt: what `branch` has laid; None: whole rows.
         mismatched: of KTO, the same prompts, each with the answer of another row of the step.
     """
 
@@ -112,6 +113,23 @@ class Batch:
     row_lengths: tuple[int, ...] = ()
     sides: Sides | None = None
     mismatched: "Batch | None" = None
+    branches: "Branched | None" = None
+
+
+class Branched(NamedTuple):
+    """Where the answers of pairs go on from prompts that lie before all of them.
+
+    Args:
+        prompts, answers: tokens of each prompt, and of all answers to it.
+        position_ids: int64 [1, T].
+        positions, tokens: int64 [N], what is predicted from where, row after row.
+    """
+
+    prompts: tuple[int, ...]
+    answers: tuple[int, ...]
+    position_ids: "torch.Tensor"
+    positions: "torch.Tensor"
+    tokens: "torch.Tensor"
 
 
 class Batches:
@@ -127,7 +145,12 @@ class Batches:
         samples: all training samples, the same on every rank.
         sampler: of the rows; T is a multiple of its `pad_multiple`, up to the longest row.
         is_flat: the rows of a micro-batch lie one after the other instead of being padded.
+
+    Attributes:
+        shares_prompts: the two rows of a pair have one prompt.
     """
+
+    shares_prompts = False
 
     def __init__(
         self, samples: TokenDataset, sampler: SamplerConfig, is_flat: bool = False
@@ -193,7 +216,11 @@ class Batches:
         rows = [part for sample in samples for part in sample.rows(row.nll_on_prompt)]
         if not row.num_answers:
             return self._lay(rows)
-        return replace(self._lay(rows), sides=Sides.of(rows, self.samples.hashes[list(indices)]))
+        sides = Sides.of(rows, self.samples.hashes[list(indices)])
+        if self.shares_prompts and samples and all(sample.prompt for sample in samples):
+            made = branch(samples, self.sampler.pad_multiple, row.nll_on_prompt)
+            return replace(made, sides=sides)
+        return replace(self._lay(rows), sides=sides)
 
     def _lay(self, rows: Sequence[Sample]) -> Batch:
         multiple = self.sampler.pad_multiple
@@ -481,6 +508,47 @@ def join(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
         lengths = (*last.row_lengths, *batch.row_lengths)
         found[-1] = Batch(ids, labels, num_trained, last.num_tokens + batch.num_tokens, lengths)
     return found
+
+
+def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) -> Batch:
+    """Lay the prompts of pairs one after the other, then their answers.
+
+    Args:
+        samples: pairs with prompts, at least one.
+        pad_multiple: T is a multiple of this.
+        learns_prompt: see Sample.rows.
+
+    Returns:
+        The batch, [1, T], on the CPU, its `labels` empty.
+    """
+    import torch
+
+    prompts = tuple(sample.prompt for sample in samples)
+    sizes = [(s.second - s.prompt, len(s.input_ids) - s.second) for s in samples]
+    lengths, answers = [*prompts, *itertools.chain(*sizes)], tuple(map(sum, sizes))
+    width = -(-sum(lengths) // pad_multiple) * pad_multiple
+    starts = [0, *itertools.accumulate(lengths)]
+    rest = width - starts[-1]
+    ids = np.full((1, width), PAD_ID, np.int64)
+    ids[0, : starts[-1]] = np.concatenate(
+        [*(s.input_ids[: s.prompt] for s in samples), *(s.input_ids[s.prompt :] for s in samples)]
+    )
+    firsts = [0] * len(prompts) + [p for p in prompts for _ in range(2)] + [0]
+    at = [np.arange(n) + first for n, first in zip([*lengths, rest], firsts, strict=True)]
+    positions, targets = [], []
+    for i, row in enumerate(row for sample in samples for row in sample.rows(learns_prompt)):
+        prompt, begin, start = prompts[i // 2], starts[i // 2], starts[len(prompts) + i]
+        places = np.arange(len(row.input_ids))
+        places = np.where(places < prompt, begin + places, start + places - prompt)
+        learned = np.nonzero(row.is_trained[1:])[0]
+        positions.append(places[learned])
+        targets.append(row.input_ids[learned + 1].astype(np.int64))
+    whole = [torch.from_numpy(np.concatenate(t)) for t in (positions, targets)]
+    branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], *whole)
+    labels = torch.full((1, width), NOT_TRAINED)
+    counts = len(whole[0]), starts[-1]
+    lengths += [rest] * (rest > 0)
+    return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
 
 
 def _batch(

@@ -3,7 +3,8 @@
 Shape letters: B batch, N heads, T tokens, D head size.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.planning.sizes import LONG_TOKENS
+from fsdp_qlora.planning.sizes import LONG_TOKENS, head_parts
 
 
 class RowBounds(NamedTuple):
@@ -24,11 +25,13 @@ class RowBounds(NamedTuple):
         bounds: int32 [rows + 1], first token of each row, and T.
         position_ids: int64 [1, T], counted from 0 in each row.
         longest: tokens of the longest row.
+        branches: where rows go on from others, see there; or None.
     """
 
     bounds: torch.Tensor
     position_ids: torch.Tensor
     longest: int
+    branches: "Branches | None" = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "RowBounds | None":
@@ -51,7 +54,42 @@ class RowBounds(NamedTuple):
         """Keyword arguments of a transformers decoder; those of its flash attention, too."""
         bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.bounds)
         lengths = dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
-        return {"position_ids": self.position_ids, **bounds, **lengths}
+        more = {} if self.branches is None else {"branches": self.branches}
+        return {"position_ids": self.position_ids, **bounds, **lengths, **more}
+
+
+class Branches(NamedTuple):
+    """Rows that go on from others: prompts, behind them all answers, behind these the rest.
+
+    Attributes:
+        prompts, answers: int32 [prompts + 1] each: bounds of the prompts, and of all answers to
+            each of them, counted from the first answer.
+        num_prompt, num_answer: tokens.
+        longest_prompt, longest_answer: of the tokens between two bounds, the most.
+    """
+
+    prompts: torch.Tensor
+    answers: torch.Tensor
+    num_prompt: int
+    num_answer: int
+    longest_prompt: int
+    longest_answer: int
+
+    @classmethod
+    def join(cls, bounds: RowBounds, prompts: Sequence[int], answers: Sequence[int]) -> RowBounds:
+        """Let answers go on from their prompts.
+
+        Args:
+            bounds: of prompts, answers, and padding, each a row.
+            prompts, answers: tokens of each prompt, and of all answers to it.
+        """
+        ends = torch.stack(
+            [torch.tensor([0, *part]).cumsum(0).int() for part in (prompts, answers)]
+        )
+        if bounds.bounds.device.type == "cuda":
+            ends = ends.pin_memory().to(bounds.bounds.device, non_blocking=True)
+        nums = sum(prompts), sum(answers), max(prompts), max(answers)
+        return bounds._replace(branches=cls(ends[0], ends[1], *nums))
 
 
 aten = torch.ops.aten
@@ -62,7 +100,7 @@ HEAD_SIZES = range(8, 257, 8)
 # Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
 KEYWORDS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
 KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"}
-KEYWORDS |= {"output_router_logits", "logits_to_keep"}
+KEYWORDS |= {"branches", "output_router_logits", "logits_to_keep"}
 
 
 def register(config, has_row_kernel: bool) -> str:
@@ -109,7 +147,13 @@ def attend(module, query, key, value, attention_mask, **kwargs):
         rule = f"{type(module).__name__} wants {unknown[0]}, which it does not compute"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     saved = getattr(module, "saved", None)
-    bounds = kwargs.get("cu_seq_lens_q")
+    bounds, branches = kwargs.get("cu_seq_lens_q"), kwargs.get("branches")
+    if branches is not None:
+        if query.device.type == "cpu":
+            key, value = (
+                t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value)
+            )
+        return _attend_rows(query, key, value, kwargs, bounds, saved), None
     if bounds is not None and attention_mask is None and query.device.type == "cuda":
         return _attend_rows(query, key, value, kwargs, bounds, saved), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
@@ -130,6 +174,11 @@ def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor
     """Attention inside each row of the one sequence, [1, T, N, D]."""
     rest = {"bounds": bounds, "longest": kwargs["max_length_q"]}
     kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+    if kwargs.get("branches") is not None:
+        if kwargs.get("sliding_window"):
+            raise ValueError("a window may end inside a prompt that other rows go on from")
+        rest["branches"] = kwargs["branches"]
+        kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     return _run(query, key, value, kwargs.get("scaling"), kernel, saved).unsqueeze(0)
 
@@ -193,6 +242,122 @@ def _rows_backward(
     )
 
 
+def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.Tensor, ...]:
+    """Each row by itself, and answers over their prompts too; the parts are joined by their sums.
+
+    softmax over both parts of the keys = parts * exp(log sum of the part - log sum of all).
+    """
+    to, own = branches, (bounds, bounds, longest, longest)
+    out, log_sum, *state = _varlen(query, key, value, own, True, scale)
+    part, cross = slice(to.num_prompt, to.num_prompt + to.num_answer), _cross(to)
+    prompts = key[: to.num_prompt], value[: to.num_prompt]
+    over, over_sum, *more = _varlen(query[part], *prompts, cross, False, scale)
+    whole = torch.logaddexp(log_sum[:, part], over_sum)
+    shares = ((s - whole).exp().t().unsqueeze(2) for s in (log_sum[:, part], over_sum))
+    mine, theirs = (o.float() * share for o, share in zip((out[part], over), shares, strict=True))
+    out, log_sum = out.clone(), log_sum.clone()
+    out[part], log_sum[:, part] = (mine + theirs).to(out.dtype), whole
+    return out, log_sum, *state, *more
+
+
+def _joined_backward(
+    grad_out, query, key, value, out, log_sum, *states, scale, bounds, longest, branches
+) -> tuple[torch.Tensor, ...]:
+    """Every part's own backward, with the output and the log sum of all."""
+    to, num = branches, len(states) // 2
+    own, cross = (bounds, bounds, longest, longest), _cross(to)
+    rest = (query, key, value, out, log_sum)
+    grads = _varlen_backward(grad_out, *rest, own, True, scale, states[:num])
+    part, first = slice(to.num_prompt, to.num_prompt + to.num_answer), slice(to.num_prompt)
+    rest = (query[part], key[first], value[first], out[part], log_sum[:, part].contiguous())
+    more = _varlen_backward(grad_out[part], *rest, cross, False, scale, states[num:])
+    for grad, other, at in zip(grads, more, (part, first, first), strict=True):
+        grad[at] += other
+    return grads
+
+
+def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels of a device give the joined parts the output and the gradients of one.
+
+    Args:
+        device: of the rank.
+        dtype: of the activations.
+    """
+    prompts, answers, generator = (5, 9), ((3, 6), (7, 2)), torch.Generator().manual_seed(0)
+    lengths = [*prompts, *itertools.chain(*answers), 4]
+    bounds = RowBounds.of(lengths, device)
+    assert bounds is not None
+    rows = Branches.join(bounds, prompts, [sum(a) for a in answers])
+    one = [
+        torch.randn(sum(lengths), 4, 64, generator=generator).to(device, dtype) for _ in range(4)
+    ]
+    rest = {"bounds": rows.bounds, "longest": rows.longest, "branches": rows.branches}
+    kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+    prompt_of = torch.tensor([-1, -1, 0, 0, 1, 1, -1], device=device)[owner]
+    mask = (owner[:, None] == owner).tril() | (prompt_of[:, None] == owner)
+    found = []
+    for is_joined in (True, False):
+        parts = (t if is_joined else t.float() for t in one)
+        grad, *inputs = [t.detach().requires_grad_() for t in parts]
+        with torch.enable_grad():
+            if is_joined:
+                out = SavedAttention.apply(*inputs, None, kernel, None)[0]
+            else:
+                q, k, v = (t.transpose(0, 1) for t in inputs)
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+                out = out.transpose(0, 1)
+        found.append([out, *torch.autograd.grad(out, inputs, grad.detach())])
+    limit = 1e-5 if dtype == torch.float32 else 0.03
+    pairs = zip(*found, strict=True)
+    return all(bool((a.float() - b).norm() <= limit * b.norm()) for a, b in pairs)
+
+
+def _cross(to: Branches) -> tuple:
+    return to.answers, to.prompts, to.longest_answer, to.longest_prompt
+
+
+def _varlen(query, key, value, lengths, is_causal: bool, scale) -> tuple[torch.Tensor, ...]:
+    """Attention inside parts: out [T, N, D], log sums [N, T], state."""
+    if query.device.type == "cuda":
+        rest = (*lengths, 0.0, is_causal, False)
+        return aten._flash_attention_forward(query, key, value, *rest, scale=scale)[:4]
+    parts = list(_parts(lengths, query, key, value))
+    pairs = [_cpu(*part, is_causal=is_causal, scale=scale) for part in parts]
+    outs, sums = zip(*pairs, strict=True)
+    return torch.cat([o[0].transpose(0, 1) for o in outs]), torch.cat([s[0] for s in sums], 1)
+
+
+def _varlen_backward(
+    grad_out, query, key, value, out, log_sum, lengths, is_causal, scale, state
+) -> tuple[torch.Tensor, ...]:
+    rest = (query, key, value, out, log_sum)
+    if query.device.type == "cuda":
+        rest = (*rest, *lengths, 0.0, is_causal, *state)
+        return aten._flash_attention_backward(grad_out, *rest, scale=scale)
+    sums = torch.split(log_sum, lengths[0].diff().tolist(), 1)
+    found = []
+    for (q, k, v, o, g), s in zip(
+        _parts(lengths, query, key, value, out, grad_out), sums, strict=True
+    ):
+        found.append(
+            _cpu_backward(g, q, k, v, o, s[None].contiguous(), is_causal=is_causal, scale=scale)
+        )
+    return tuple(
+        torch.cat([g[0].transpose(0, 1) for g in grads]) for grads in zip(*found, strict=True)
+    )
+
+
+def _parts(lengths, query, key, value, *of_query) -> Iterator[list[torch.Tensor]]:
+    """[1, N, T, D] of every part, as the kernel of the CPU wants it."""
+    by_query, by_key = (bounds.diff().tolist() for bounds in lengths[:2])
+    sizes = [by_query, by_key, by_key, *[by_query] * len(of_query)]
+    every = (query, key, value, *of_query)
+    split = [torch.split(t, size) for t, size in zip(every, sizes, strict=True)]
+    for parts in zip(*split, strict=True):
+        yield [part.transpose(0, 1).unsqueeze(0).contiguous() for part in parts]
+
+
 KERNELS: dict[Any, tuple[Callable, Callable]] = {
     "cpu": (_cpu, _cpu_backward),
     SDPBackend.FLASH_ATTENTION: (_flash, _flash_backward),
@@ -224,7 +389,7 @@ def _by_heads(backward: Callable, grad_out, tensors: Sequence[torch.Tensor], sca
     for every query head. Heads are the second dimension, of the log-sum-exp of rows the first.
     """
     query, key, value, out, log_sum, *state = tensors
-    parts = next(n for n in (4, 3, 2, 1) if key.shape[1] % n == 0)
+    parts = head_parts(key.shape[1])
     columns = [t.chunk(parts, 1) for t in (grad_out, query, key, value, out)]
     columns.append([t.contiguous() for t in log_sum.chunk(parts, 1 if query.dim() == 4 else 0)])
     grads = tuple(map(torch.empty_like, (query, key, value)))

@@ -264,8 +264,7 @@ class Offload:
     def _take(self, depth: int) -> torch.Tensor:
         assert depth == len(self._stack) - 1, "saved inputs are asked for in another order"
         self._fetch(depth)
-        width = self._stack[depth].shape[-1]
-        if depth and self._stack[depth].numel() <= LONG_TOKENS * width:  # a long one is worth room
+        if depth:
             self._fetch(depth - 1)
         self._stack.pop()
         found, arrived = self._fetched.pop(depth)
@@ -517,7 +516,7 @@ class TrainedLayer(nn.Module):
         has_dropout = any(slot.dropout for slot in self.slots)
         is_alone = not any(isinstance(value, UserDict) for value in kwargs.values())
         is_plain = torch.is_grad_enabled() and self.level == "full" and not has_dropout and is_alone
-        if self.graphs is not None and is_plain:
+        if self.graphs is not None and is_plain and not self._is_tiled(hidden):
             found = self.graphs.find(self, hidden, args, kwargs)
             if found is not None:
                 return Replayed.apply(self.graphs, found, self, args, kwargs, hidden, self.lora)

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fsdp_qlora.arch.files import GROUP
+from fsdp_qlora.planning.sizes import FP8_TOKENS
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 FLOOR = 1e-30  # of a scale
-MIN_TOKENS = 1024  # fewer gain nothing: the cost of the codes of W
 
 
 class Quantized4(NamedTuple):
@@ -70,7 +70,7 @@ def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
     first = linears[0]
     if getattr(first, "quantized", None) is None or len(linears) < len(first.group.linears):
         return False
-    return x_MI.shape[0] >= MIN_TOKENS and x_MI.dtype == torch.bfloat16 and first.training
+    return x_MI.shape[0] >= FP8_TOKENS and x_MI.dtype == torch.bfloat16 and first.training
 
 
 def products(x_MI: torch.Tensor, linears: Sequence[Any]) -> list[torch.Tensor]:

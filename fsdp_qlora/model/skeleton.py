@@ -24,7 +24,7 @@ from fsdp_qlora.arch.info import INDEXED
 from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
-from fsdp_qlora.model import matmul, visit
+from fsdp_qlora.model import visit
 from fsdp_qlora.model.attention import RowBounds, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
@@ -33,7 +33,7 @@ from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.model.visit import RowGroup
-from fsdp_qlora.planning.sizes import trained_whole, whole_layer_bytes
+from fsdp_qlora.planning.sizes import FP8_TOKENS, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
 
@@ -96,7 +96,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
         rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
         raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
-    note += f", frozen matmuls of {matmul.MIN_TOKENS:,} tokens and more in fp8" * has_fp8
+    note += f", frozen matmuls of {FP8_TOKENS:,} tokens and more in fp8" * has_fp8
     choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
     return KernelChoice(*choice, note)
 

@@ -29,7 +29,6 @@ LIBRARY_BYTES = 64 * 2**20
 HOLES = 1 / 3
 HOLES_OF_LONG = 0.1  # the same of long rows: 0.5 GiB of 5 to 15 (8B, 65,536 to 196,608 tokens)
 OTHERS = 0.4  # of the hidden size, a token of them: measured in the same runs
-HEAD_PARTS = 4  # in which the backward of long rows' attention goes through the heads
 # Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
 CPU_LIBRARY_BYTES = 160 * 2**20
 # Measured on the H200 machine: 17, 20 and 39 GiB in use in total, less the other rows; CPU ranks on
@@ -500,10 +499,11 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     ]
     # Of some heads after the others: gradients of queries in float32, of keys and values for all
     # the queries' heads, and all three as they are handed on.
+    key_heads = (qkv - s.attention) / 2 * s.heads / s.attention
     part = s.attention * (4 + 2 * s.item) + qkv * s.item
     attention = [
         term("gradients around the attention", features=s.attention + qkv, **wide),
-        term("its own", tokens=tokens, bytes=part, per_part=HEAD_PARTS),
+        term("its own", tokens=tokens, bytes=part, per_part=sizes.head_parts(int(key_heads))),
     ]
     constants = scratch if s.is_kept_whole else scratch[1:]
     return [
@@ -530,7 +530,7 @@ def kept_by_level(
         for item in kept_bytes(s, tokens, level):
             num = levels.count(level) * per_visit
             if item.what == INPUT and hosts_inputs and level != "none":
-                num = min(num, 1 if tokens > sizes.LONG_TOKENS else AT_WORK)
+                num = min(num, AT_WORK)
             factors = (*item.factors, ("layers", num))
             terms.append(Term(f"{level}: {item.what}", factors, item.nbytes * num))
     return terms
@@ -562,6 +562,7 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         and setting.count("full") > 0
         and (cfg.packing != "on" and has_one_length)
         and (s.groups(setting) == 1 and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
+        and not is_tiled(s, s.tokens(setting), "full")
     )
 
 

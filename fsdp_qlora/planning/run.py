@@ -618,6 +618,9 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     slow = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.has_bf16]
     words = "has no bfloat16 matmuls: several times slower than in float16"
     notes = [f"a {name} {words}" for name in slow if plan.cfg.compute_dtype == "bfloat16"]
+    eight = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.fp8_gain]
+    words = "gains nothing by --matmul fp8, which is refused there"
+    notes += [f"a {name} {words}" for name in eight if plan.cfg.matmul == "fp8"]
     lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 

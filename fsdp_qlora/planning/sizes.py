@@ -25,6 +25,7 @@ from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
 
+FP8_TOKENS = 1024  # of a micro-batch; with fewer, matmuls in 8 bit gain nothing
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
 VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
 # Tokens of a micro-batch whose layers end tile by tile, and of a tile: shorter ones gain nothing.
@@ -148,6 +149,15 @@ def has_ending(model_type: str) -> bool:
     place = Path(spec.origin or "").parent if spec else Path()
     file = place / "models" / name / f"modeling_{name}.py"
     return file.is_file() and ENDING.search(file.read_text(encoding="utf-8")) is not None
+
+
+def head_parts(num_key_heads: int) -> int:
+    """Into how many parts the heads are cut in the backward of long rows' attention.
+
+    Args:
+        num_key_heads: of the layer.
+    """
+    return next((n for n in (4, 3, 2) if num_key_heads % n == 0), 1)
 
 
 def whole_layer_bytes(per_visit: int = 1) -> int:

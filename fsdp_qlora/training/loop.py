@@ -10,19 +10,20 @@ import functools
 import gc
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from fsdp_qlora import cli
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, join
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, flatten, join
+from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.model.attention import RowBounds
+from fsdp_qlora.model.attention import Branches, RowBounds, joins_exactly
 from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -220,7 +221,12 @@ def reference_of(
 
 def _group(batch: Batch, device: torch.device) -> RowGroup:
     targets = Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
-    rows = RowBounds.of(batch.row_lengths, device)
+    rows, laid = RowBounds.of(batch.row_lengths, device), batch.branches
+    if laid is not None and rows is not None:
+        tokens_N = _to_device(laid.tokens, device)
+        targets = Targets(_to_device(laid.positions, device), tokens_N, is_single=True)
+        rows = rows._replace(position_ids=_to_device(laid.position_ids, device))
+        rows = Branches.join(rows, laid.prompts, laid.answers)
     return RowGroup(_to_device(batch.input_ids, device), targets, rows)
 
 
@@ -244,7 +250,7 @@ def _single_losses(
 def keep_rows_apart(
     model: torch.nn.Module, batches: Batches | PackedBatches, info: ModelInfo, world: World
 ) -> str:
-    """Lay no rows one after the other where they would see each other.
+    """Lay no rows one after the other where they would see each other; share prompts of pairs.
 
     Args:
         model: filled.
@@ -259,7 +265,9 @@ def keep_rows_apart(
         UserError: --packing on, and they would (code 2).
     """
     if not batches.is_flat or are_rows_apart(model, world):
-        return ""
+        is_pair = batches.is_flat and batches.samples.num_sides == 2
+        batches.shares_prompts = is_pair and can_share_prompts(model, world)
+        return "prompts   computed once for both answers of a pair" * batches.shares_prompts
     rule = f"rows of a {info.model_type} model that lie one after the other see each other"
     if isinstance(batches, PackedBatches):
         raise UserError("--packing on", rule, "use --packing off")
@@ -295,6 +303,35 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
     # A median, because a rounding can send a token to another expert.
     error = (apart.norm(dim=1) / seeing.norm(dim=1)).median().item()
     return world.sum(float(error > MOST_ROW_ERROR)) == 0
+
+
+def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
+    """Whether two answers that go on from one prompt have the logits of two whole rows.
+
+    Args:
+        model: a QuantizedModel, filled.
+        world: the ranks; all must call.
+    """
+    random, first, second = np.random.default_rng(0), sum(SHORT_ROWS), sum(SHORT_ROWS) + 5
+    vocab_size = model.get_parameter("head.weight").shape[0]
+    ids = random.integers(vocab_size, size=second, dtype=np.int32)
+    pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
+    laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
+    is_training, found = model.training, list[torch.Tensor]()
+    with torch.no_grad(), contextlib.suppress(Exception):  # of a model that knows no branches
+        model.eval()
+        for group in (_group(batch, world.device) for batch in laid):
+            asked = group.targets._replace(tokens_N=None) if group.targets is not None else None
+            found.append(model(group.input_ids, asked, rows=group.rows).float())
+        if not joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype):
+            found.clear()
+    model.train(is_training)
+    shard.settle(model)
+    if len(found) < 2:
+        return world.sum(1.0) == 0
+    error = (found[1] - found[0]).norm(dim=1) / (found[0] - found[0].roll(1, 0)).norm(dim=1)
+    worst = max(part.median().item() for part in error.split((SHORT_ROWS[1], 5)))
+    return world.sum(float(worst > MOST_ROW_ERROR)) == 0
 
 
 def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -131,7 +131,7 @@ TILED = {"llama": True, "gemma3_text": True, "olmo2": True, "cohere": False}
 TILED_FLAGS = (
     ("--train_type=bnb_dora",),
     ("--lora_dropout=0.1",),
-    ("--lora_target_modules=q_proj",),
+    ("--lora_target_modules=q_proj", "--reentrant_checkpointing=true"),
 )
 
 

@@ -294,3 +294,19 @@ def test_steps_are_known_where_rows_are_counted_cheaply(tmp_path: Path):
     assert steps("--dataset=alpaca") == 12_915  # 100 rows held out
     assert steps("--dataset=rows.parquet") is None
     assert steps("--dataset=rows.parquet", "--max_steps=7") == 7
+
+
+# Llama-3.1-8B r 32, inputs on the host, one H200 (torch 2.11): tokens -> GiB in tensors. That run
+# did not fetch the next layer's input ahead.
+LONG_ROWS = {16_384: 6.83, 32_768: 6.47, 65_536: 8.94, 131_072: 13.87, 196_608: 18.80}
+
+
+@pytest.mark.parametrize("tokens", LONG_ROWS)
+def test_long_rows_take_what_was_measured(tokens):
+    flags = ("--lora_rank=32", "--use_activation_cpu_offload=true", f"--context_length={tokens}")
+    cfg = config.parse(["--model_name=llama-3.1-8b", *flags])
+    info = arch.read("llama-3.1-8b", need_weights=False)
+    found = fit.evaluate(info, cfg, setting_of(cfg, 32, 1), machine_of("24", 128))
+    ahead = tokens * 4096 * 2 / 2**30 * (tokens > 16_384)
+    assert abs(found.device.allocated_gib / (LONG_ROWS[tokens] + ahead) - 1) < 0.05
+    assert found.fits

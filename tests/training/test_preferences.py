@@ -43,6 +43,7 @@ OBJECTIVES = {
 CUTS = {
     "streamed, padded": (),
     "sharded, packed": ("--use_cpu_offload=false", "--packing=on"),
+    "packed, shared prompts": ("--packing=on", "--selective_layers=1"),
     "offloaded, all in one visit": ("--offload_impl=fsdp", "--accumulate_by_layer=2"),
     "cached": ("--reference=cached", "--selective_layers=1"),
 }
@@ -62,14 +63,16 @@ def samples(objective):
     return of_samples(made, "x")
 
 
-def step(world, model, trained, flags, case):
+def step(world, model, trained, cut, case):
     """Loss, figures and whole gradients of one optimizer step, which is taken back."""
-    name = case.partition(",")[0]
+    name, flags = case.partition(",")[0], CUTS[cut]
     cfg = config.parse([*FLAGS, f"--objective={name}", *OBJECTIVES[case][0], *flags])
     rows, sampler = samples(name), sampler_config(cfg, world.size, world.rank, 8)
     batches = Batches(rows, sampler)
     if cfg.packing == "on":
         batches = PackedBatches(rows, cfg.context_length, sampler)
+        batches.shares_prompts = "shared" in cut and rows.num_sides == 2
+        assert not batches.shares_prompts or any(b.branches for b in batches.step(0))
     assert batches.steps_per_epoch == 1
     preference = Preference.of(cfg, trained.preference.can_visit)
     if cfg.has_cached_reference:
@@ -95,10 +98,11 @@ def run(world, path: Path):
         model, _, cfg = tiny.build(path, world, *FLAGS, "--objective=dpo", *own)
         values = {k: t.numpy() for k, t in tiny.lora_dict(model, tiny.fill_lora(model)).items()}
         trained = optim.prepare(model, cfg, 1, world)
+        assert loop.can_share_prompts(model, world)
         assert trained.preference.can_visit and trained.per_visit == cfg.per_visit
         for case in OBJECTIVES if cut == "streamed, padded" else ("dpo, sft", "orpo", "kto", "ipo"):
             if (cut, case) not in {("cached", "kto"), ("cached", "orpo")}:
-                found[case, cut] = step(world, model, trained, flags, case)
+                found[case, cut] = step(world, model, trained, cut, case)
     return values, found
 
 
@@ -206,3 +210,28 @@ def test_two_ranks_and_micro_batches_have_the_step_of_trl_in_one(seen, tmp_path,
         assert {k: v for k, v in held_out.items() if k != "loss"} == pytest.approx(
             {k: v for k, v in figures.items() if k != "loss"}, rel=1e-4, abs=1e-6
         )
+
+
+def test_a_shared_prompt_gives_what_two_whole_rows_give(seen):
+    _, _, found = seen
+    for case in ("dpo, sft", "orpo", "ipo"):
+        one, other = (found[case, cut] for cut in ("sharded, packed", "packed, shared prompts"))
+        assert one[0] == pytest.approx(other[0], rel=2e-6, abs=2e-6)
+        largest = max(np.abs(grad).max() for grad in one[1].values())
+        for key, grad in one[1].items():
+            assert np.abs(grad - other[1][key]).max() <= 2e-6 * max(largest, 1e-2), key
+
+
+def _shares(world, path: Path) -> bool:
+    model, info, cfg = tiny.build(path, world, *FLAGS, "--packing=on", "--objective=dpo")
+    batches = PackedBatches(samples("dpo"), 24, sampler_config(cfg, 1, 0, 8))
+    said = loop.keep_rows_apart(model, batches, info, world)
+    assert bool(said) == batches.shares_prompts
+    return batches.shares_prompts
+
+
+def test_prompts_are_shared_by_models_that_compute_branches_alone(tmp_path):
+    """A window may end inside a prompt."""
+    for name, sizes in {"qwen3": {"head_dim": 32}, "gemma2": {"head_dim": 32}}.items():
+        path = tiny.save_model(tmp_path / name, name, num_hidden_layers=2, **sizes)
+        assert run_ranks(_shares, 1, path) == [name == "qwen3"]
