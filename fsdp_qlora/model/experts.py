@@ -203,6 +203,14 @@ class GroupedCall(NamedTuple):
     ends: tuple[bool, bool]
     scale: float = 1.0
 
+    def by_expert(
+        self, a_RI: torch.Tensor, b_OR: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """LoRA matrices [E, R, I] and [E, O, R] in the order of the store, of those of peft."""
+        num, numbers = self.routing.num, self.routing.numbers
+        b_EOR = b_OR.view(len(b_OR), -1, num).permute(2, 0, 1)[numbers]
+        return a_RI.view(num, -1, a_RI.shape[1])[numbers], b_EOR.contiguous()
+
 
 class GroupedMatmul(torch.autograd.Function):
     """y of each row: x W^T + scale * (x A^T) B^T + bias by the matrices of its expert.
@@ -222,31 +230,30 @@ class GroupedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, call, bias, a_RI, b_OR):
         ctx.call, (matrices, routing, ends, scale) = call, call
-        num, num_out, a_ERI, b_EOR = routing.num, matrices.out_features, None, None
         rest = {"bias": None if bias is None else bias[routing.numbers]}
         if a_RI is not None:
-            a_ERI = a_RI.view(num, -1, matrices.in_features)[routing.numbers]
-            b_EOR = b_OR.view(num_out, -1, num).permute(2, 0, 1)[routing.numbers].contiguous()
-            own = [(0, num, a_ERI)], a_ERI.shape[1], (ends[0], False)
-            rest |= {"low": routing.matmul(x, *own, alpha=scale), "high": b_EOR}
-        ctx.save_for_backward(None if a_RI is None else x, rest.get("low"), a_ERI, b_EOR)
+            a_ERI, rest["high"] = call.by_expert(a_RI, b_OR)
+            own = [(0, routing.num, a_ERI)], a_ERI.shape[1], (ends[0], False)
+            rest["low"] = routing.matmul(x, *own, alpha=scale)
+        ctx.save_for_backward(None if a_RI is None else x, rest.get("low"), a_RI, b_OR)
+        num_out = matrices.out_features
         if matrices.group.is_skipped:
             return x.new_empty(len(routing.order) // (routing.top if ends[1] else 1), num_out)
         return routing.matmul(x, matrices.weights(x.dtype), num_out, ends, **rest)
 
     @staticmethod
     def backward(ctx, grad):
-        x, low, a_ERI, b_EOR = ctx.saved_tensors
+        x, low, a_RI, b_OR = ctx.saved_tensors
         matrices, routing, (is_spread, is_joined), scale = ctx.call
         grad_a, grad_b, grad_x, rest = None, None, None, {"turned": True}
         grad = grad.contiguous()
         if low is not None:
+            rest["high"], b_EOR = ctx.call.by_expert(a_RI, b_OR)
             own = [(0, routing.num, b_EOR)], low.shape[1], (is_joined, False)
-            grad_low = routing.matmul(grad, *own, alpha=scale, **rest)
-            grad_a = routing.outer(grad_low, x, is_spread)[routing.places].flatten(0, 1)
+            rest["low"] = routing.matmul(grad, *own, turned=True, alpha=scale)
+            grad_a = routing.outer(rest["low"], x, is_spread)[routing.places].flatten(0, 1)
             grad_b = routing.outer(low, grad, is_joined)[routing.places]
             grad_b = grad_b.permute(2, 1, 0).flatten(1)
-            rest |= {"low": grad_low, "high": a_ERI}
         if ctx.needs_input_grad[0]:
             own = matrices.weights(grad.dtype), matrices.in_features, (is_joined, is_spread)
             grad_x = routing.matmul(grad, *own, **rest)
@@ -291,7 +298,7 @@ class QuantizedExperts(nn.Module):
         routing = Routing(experts_MK, self.numbers, self.places)
         if self.training:
             self.loads += routing.starts.diff()
-        shares_S1 = shares_MK.flatten()[routing.order, None]
+        shares_S1 = shares_MK.flatten().gather(0, routing.order).unsqueeze(1)
         biases = (f"{self.in_name}_bias", "down_proj_bias")
         in_bias, bias = (getattr(own, name) if own.has_bias else None for name in biases)
         first = _matmul(hidden_MH, self.ins, routing, (True, False), in_bias)
@@ -300,13 +307,14 @@ class QuantizedExperts(nn.Module):
             last = own.post_expert_norm(_matmul(product, self.down, routing, (False, False), bias))
             last = (last * shares_S1).to(hidden_MH.dtype)
             return torch.zeros_like(hidden_MH).index_add(0, routing.tokens, last)
+        bias_MH = None
+        if bias is not None:  # before the matmul, which is then the last one and not made again
+            shares_ME = torch.zeros_like(shares_MK[:, :1]).expand(-1, most + 1)
+            shares_ME = shares_ME.scatter_add(1, experts_MK, shares_MK)
+            bias_MH = shares_ME.to(bias.dtype) @ bias
         weighted = (product * shares_S1).to(hidden_MH.dtype)
         out_MH = _matmul(weighted, self.down, routing, (False, True), None)
-        if bias is None:
-            return out_MH
-        shares_ME = torch.zeros_like(shares_MK[:, :1]).expand(-1, most + 1)
-        shares_ME = shares_ME.scatter_add(1, experts_MK, shares_MK)
-        return torch.addmm(out_MH, shares_ME.to(bias.dtype), bias)
+        return out_MH if bias_MH is None else out_MH + bias_MH
 
 
 def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> torch.Tensor:

@@ -7,13 +7,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.__main__ import main
+from fsdp_qlora.arch import targets
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import model_files, serving
 from fsdp_qlora.model import adapters, experts, load, quantize
+from fsdp_qlora.planning import run as plans
+from fsdp_qlora.planning.sizes import count_trained
 from tests import tiny, tiny_models
 
 ENDS = {"spread": (True, False), "joined": (False, True), "rows": (False, False)}
@@ -146,3 +149,33 @@ def test_files_have_equal_logits_in_peft_and_when_they_are_merged(tmp_path, worl
     other = tiny.save_model(tmp_path / "other")
     with pytest.raises(UserError, match="no such experts"):
         adapter_files.check(opened, arch.read(str(other), need_weights=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "match"),
+    [
+        ("qwen3-30b-a3b", ["--lora_dropout=0.1"], "--lora_dropout 0.1 with --expert_lora_rank"),
+        ("qwen3-30b-a3b", ["--train_type=bnb_dora"], "peft has no such adapter on experts"),
+        ("llama-2-7b", [], "--expert_lora_rank 16: there are no experts"),
+        ("gpt-oss-20b", ["--expert_names=each"], "has no names for one expert"),
+    ],
+)
+def test_what_cannot_be_an_adapter_of_experts_is_refused_before_anything_is_read(
+    shape, flags, match
+):
+    with pytest.raises(UserError, match=match):
+        cfg = config.parse([f"--model_name={shape}", "--expert_lora_rank", *flags])
+        targets.find_targets(arch.read(shape, need_weights=False), cfg)
+
+
+def test_the_plan_counts_adapters_of_experts_as_peft_has_them():
+    """Qwen3-30B-A3B: 48 layers of 128 experts, 768 wide, 8 a token; A is shared by gate and up."""
+    info = arch.read("qwen3-30b-a3b", need_weights=False)
+    flags = ["--model_name=qwen3-30b-a3b", "--lora_rank=32", "--expert_lora_rank"]
+    cfg = config.parse(flags)
+    frozen = config.parse(flags[:2])
+    of_one = 4 * (2048 + 2 * 768) + 4 * (768 + 2048)
+    more = count_trained(info, cfg).total - count_trained(info, frozen).total
+    assert more == 48 * 128 * of_one == 157_286_400
+    plan = plans.RunPlan(frozen, frozen, info, hardware.Machine(()))
+    assert "frozen; --expert_lora_rank trains them: 157,286,400 parameters" in " ".join(plan.lines)

@@ -71,7 +71,7 @@ def judge(path: Path, world: World) -> Finding:
     cfg = config.parse([f"--model_name={path}", *FLAGS])
     with patch.object(weights, "read_file", wraps=weights.read_file) as reader:
         try:
-            model, info, cfg = build(cfg, world)
+            model, info, cfg = build(cfg, world, expert_rank=3)
         except UserError as error:
             verdict = "different" if reader.called else "refused"
             return Finding(verdict, str(error).replace(str(path), "DIR"))
@@ -105,17 +105,19 @@ def judge(path: Path, world: World) -> Finding:
     return Finding("equal" if len(notes[0]) < 10 else "different", ", ".join(notes))
 
 
-def build(cfg, world: World) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
-    """The model as a run builds it, experts adapted; with the flag that a refusal names."""
+def build(
+    cfg, world: World, expert_rank: int = 0
+) -> tuple[Any, arch.ModelInfo, config.TrainConfig]:
+    """The model as a run builds it; with the flag that a refusal names, if it names one."""
     try:
         info = arch.read(cfg.model_name, need_weights=True)
         if any(linear.expert for linear in info.linears):
-            cfg = dataclasses.replace(cfg, expert_lora_rank=3)
+            cfg = dataclasses.replace(cfg, expert_lora_rank=expert_rank)
         return load.build(cfg, info, world).model, info, cfg
     except UserError as error:
         if cfg.attn == "eager" or not str(error).endswith("use --attn eager"):
             raise
-        return build(dataclasses.replace(cfg, attn="eager"), world)
+        return build(dataclasses.replace(cfg, attn="eager"), world, expert_rank)
 
 
 def run(model, batch: Batch, world: World) -> Results:

@@ -216,7 +216,7 @@ def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
         sizes = AutoConfig.for_model(model_type, **{**tiny.SIZES, **values}).to_dict()
         return dataclasses.replace(info, config=sizes, layers_prefix="model.layers")
 
-    kinds = shapes.from_config({"model_type": "llama", **tiny.SIZES}).kinds()
+    kinds = shapes.from_config({"model_type": "llama", **tiny.SIZES}).kinds({})
     layers = {"kinds": kinds, "num_layers": len(kinds[0].layers)}
     info = dataclasses.replace(arch.read("llama-2-7b", need_weights=False), **layers)
     assert build_one(info_of("granite", logits_scaling=8.0)).head.scale == 0.125
