@@ -57,7 +57,6 @@ NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit
 STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
 KEPT = (MXFP4, "nf4", "nf4_dq", "fp4", "fp4_dq")  # whose bytes are trained over as they are
-FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
 COMPRESSED = "compressed-tensors"
 CODED = "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
 SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
@@ -572,11 +571,11 @@ def stored_as(config: dict, model_name: str) -> Stored:
     is_pair = isinstance(sizes, list | tuple) and [type(n) for n in sizes] == [int, int]
     others = set() if is_pair else {f"blocks of {sizes}"}
     if method == COMPRESSED:
-        forms = {str(at.get("format") or "dense") for at in (found, *groups)}
+        every = found, _dict(found.get("sparsity_config")), *groups
+        forms = {str(at.get("format") or "dense") for at in every}
         others |= forms - {*CODED.split()}
-        others |= {str(_dict(found.get("sparsity_config")).get("format", "dense"))} - {"dense"}
         others |= {"transform_config"} if found.get("transform_config") else set()
-    if method in (MXFP4, COMPRESSED, *FP8) and not others:
+    if method in (MXFP4, COMPRESSED, "fp8", "fbgemm_fp8") and not others:
         return Stored(method, (sizes[0], sizes[1]))
     method += " in 8 bit" if found.get("load_in_8bit") else ""
     method += f": {', '.join(sorted(others))}" if others else ""

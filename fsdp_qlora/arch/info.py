@@ -32,10 +32,6 @@ FUSED = re.compile(
     r"|(?P<down>down_proj|output_linear\.weight))"
 )
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
-# Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
-EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
-EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
-EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 # Matrices that stay in 16 bit beside routers: gates of linear attention, one row a head.
 SMALL = ("in_proj_a", "in_proj_b", "in_proj_ba")
 SLIDING = "sliding_attention"
@@ -54,15 +50,6 @@ ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
-# As transformers' attribute_map has them for GPT-2, Bloom, MPT and others.
-OTHER_NAMES = {
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
-    "hidden_size": ("n_embd", "d_model"),
-    "num_attention_heads": (
-        *("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
-    ),
-    "num_experts_per_tok": ("moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
-}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -209,6 +196,7 @@ class LayerShape:
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 

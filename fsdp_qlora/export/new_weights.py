@@ -52,7 +52,6 @@ INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"
 FILE_NAME = re.compile(r"^~/|^\.{0,2}/\w|\w\.\w{1,5}$")  # no token that anybody means to add
 MULTIPLE = 8  # of embedding rows: tensor cores want it
 CHUNK_TOKENS = 64  # compared at once
-PARTS = ("blocks", "scales")  # of experts in MXFP4
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4
 SEED = 0  # of random tokens
@@ -217,8 +216,7 @@ def with_blocks(info: ModelInfo, adapter: SavedAdapter) -> ModelInfo:
     if not kept or changes or info.path is None:
         return info
     there = read_tensors(info.path, QUANTIZED_ITEM_BYTES)
-    names = [f"{joint}_{part}" for joint in dict.fromkeys(kept.values()) for part in PARTS]
-    blocks = {name: there[name] for name in names}
+    blocks = {n: ref for n, ref in there.items() if n.endswith(("_blocks", "_scales"))}
     rest = {name: ref for name, ref in info.tensors.items() if name not in kept}
     return dataclasses.replace(info, tensors=rest, towers=info.towers | blocks)
 

@@ -380,11 +380,7 @@ def replace_experts(
     if not found and not tables:
         return []
     names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
-    base: type[QuantizedExperts] = QuantizedExperts
-    for path, experts in found.items() if "Llama4TextExperts" in names else ():
-        base, mixture = ScaledExperts, layer.get_submodule(path.rpartition(".")[0])
-        mixture.__class__ = type(type(mixture).__name__, (ScaledMixture, type(mixture)), {})
-        vars(experts).update(is_transposed=True, has_gate=True, has_bias=False)
+    base = _base_of(layer, found)
     if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
         rule = "is not computed by transformers' interface for experts"
         raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
@@ -416,6 +412,17 @@ def replace_experts(
     module.register_buffer("loads", torch.zeros(num, device="cpu"), persistent=False)
     store.is_mixed = True
     return [module.ins.group, module.down.group]
+
+
+def _base_of(layer: nn.Module, found: dict[str, nn.Module]) -> type[QuantizedExperts]:
+    """What goes before the class of a layer's experts; those of Llama 4 are told what they are."""
+    path, experts = next(iter(found.items()), ("", layer))
+    if type(experts).__name__ != "Llama4TextExperts":
+        return QuantizedExperts
+    mixture = layer.get_submodule(path.rpartition(".")[0])
+    mixture.__class__ = type(type(mixture).__name__, (ScaledMixture, type(mixture)), {})
+    vars(experts).update(is_transposed=True, has_gate=True, has_bias=False)
+    return ScaledExperts
 
 
 def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, torch.Tensor]:
