@@ -621,7 +621,8 @@ def text_name(name: str, config: dict, wrapper: str) -> str:
         config: of the text half.
         wrapper: "" for a text model.
     """
-    num, first = (config.get(k) or 0 for k in ("num_nextn_predict_layers", "num_hidden_layers"))
+    sizes = (config.get(k) for k in ("num_nextn_predict_layers", "num_hidden_layers"))
+    num, first = (size if type(size) is int else 0 for size in sizes)
     index = int(match["index"]) if (match := INDEXED.fullmatch(name)) else -1
     if first <= index < first + num or FORETELLING.match(name):
         return ""
