@@ -576,7 +576,9 @@ def _text_half(config: dict) -> tuple[dict, str]:
     if not isinstance(text, dict) or "model_type" not in text:
         return config, ""
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    outer = {} if tied is None else {"tie_word_embeddings": tied}
+    outer: dict[str, Any] = {} if tied is None else {"tie_word_embeddings": tied}
+    if config.get("model_type") == "gemma3":  # it computes none, whatever its text half says
+        outer["final_logit_softcapping"] = None
     return text | outer, str(config.get("model_type"))
 
 

@@ -15,8 +15,9 @@ from fsdp_qlora import arch, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE
+from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import model_files
-from fsdp_qlora.model import load
+from fsdp_qlora.model import adapters, load
 from tests import tiny, tiny_models
 from tests.model.test_model_sweep import share
 from tests.model_files import edit_json
@@ -33,7 +34,6 @@ def save_wrapper(path, name: str) -> None:
     """Write a tiny random wrapper as transformers does."""
     text = tiny_models.tiny_config(WRAPPERS[name]).to_dict()
     text |= {"pad_token_id": 0}  # Gemma 4 fills the places of pictures with it
-    text |= {"final_logit_softcapping": None} if name == "gemma3" else {}  # the whole has none
     usual = AutoConfig.for_model(name).vision_config or AutoConfig.for_model(f"{name}_vision")
     vision = usual.to_dict() | {k: v for k, v in SIZES.items() if hasattr(usual, k)}
     rest = {"mm_tokens_per_image": 4} if name == "gemma3" else {}
@@ -65,6 +65,14 @@ def test_adapter_and_merge_are_those_of_the_whole_model(tmp_path, name):
         ids = torch.arange(40)[None]
         with torch.no_grad():
             own = model.eval()(ids)[0, -1]
+        argv = adapter_files.expand_init([f"--init_adapter={out}", *flags])
+        again = config.parse([f"--model_name={base}", *argv])
+        adapter_files.check_init(again, info, print)
+        fresh = load.build(again, info, World(0, 1, 0, 1, torch.device("cpu"))).model
+        place = out / adapter_files.WEIGHTS_NAME
+        adapters.load(fresh, place, fresh.layers_prefix, torch.device("cpu"))
+        with torch.no_grad():
+            assert torch.equal(fresh.eval()(ids)[0, -1], own)
     finally:
         torch.distributed.destroy_process_group()
     argv = [f"--adapter={out}", f"--out={merged}", f"--model_name={base}"]
