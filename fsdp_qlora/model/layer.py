@@ -21,7 +21,7 @@ import inspect
 import re
 from collections import UserDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -420,17 +420,18 @@ class TrainedLayer(nn.Module):
                 group.adapter = adapter
         for saver in self._savers:
             saver.saved = saved
-        plain = [module.forward for module in self._ending]
-        if self._is_tiled(hidden):
-            for module in self._ending:
-                module.forward = lambda x: x
-            self._ending[-1].forward = lambda _: _Ending(partial(self._end, plain))
+        ending = self._ending if self._is_tiled(hidden) else []
+        plain = [module.forward for module in ending]
+        for module in ending:
+            module.forward = lambda x: x
+        if ending:
+            ending[-1].forward = lambda _: _Ending(partial(self._end, plain))
         try:
             if params is None:
                 return self.layer(hidden, *args, **kwargs)
             return torch.func.functional_call(self.layer, params, (hidden, *args), kwargs)
         finally:
-            for module, forward in zip(self._ending, plain, strict=True):
+            for module, forward in zip(ending, plain, strict=True):
                 module.forward = forward
             for saver in self._savers:
                 saver.saved = None
@@ -441,18 +442,13 @@ class TrainedLayer(nn.Module):
         """hidden + modules(hidden); in a recomputation for the gradients alone."""
         groups = [(group, group.adapter) for group in self._end_groups if group.adapter]
 
-        def through(part: torch.Tensor) -> torch.Tensor:
-            for module in modules:
-                part = module(part)
-            return part
-
         def run(part: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             left = list(tensors)
             for group, adapter in groups:
                 group.adapter, left = adapter.of(left)
+            through = partial(reduce, lambda x, module: module(x), modules, part)
             try:
-                again = torch.is_grad_enabled()
-                return self._without_last(through, part) if again else through(part)
+                return self._without_last(through) if torch.is_grad_enabled() else through()
             finally:
                 for group in self._groups:
                     group.forget()
