@@ -22,6 +22,7 @@ import re
 from collections import UserDict
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -203,15 +204,16 @@ class Offload:
         num_copies: tensors put away so far.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, folder: Path | None = None) -> None:
         """Make room as it is needed.
 
         Args:
             device: of the rank.
             nbytes: of the largest tensor that is expected.
+            folder: where they lie in a file instead; or None.
         """
         self.num_copies = 0
-        self._device, self._nbytes = device, nbytes
+        self._device, self._nbytes, self._folder = device, nbytes, folder
         self._rooms: list[placement.HostBytes] = []
         self._stack: list[torch.Tensor] = []  # on the host
         self._fetched: dict[int, tuple[torch.Tensor, Any]] = {}  # and when they have arrived
@@ -220,7 +222,7 @@ class Offload:
     @property
     def nbytes(self) -> int:
         """Host memory that it holds."""
-        return sum(room.bytes.nbytes for room in self._rooms)
+        return sum(room.bytes.nbytes for room in self._rooms if self._folder is None)
 
     def saving(self, *hidden: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
         """Context in which autograd keeps `hidden` on the host; other tensors stay where they are.
@@ -257,7 +259,9 @@ class Offload:
                 self._copies.synchronize()  # the last step may still be reading
             del self._rooms[depth:]
         if depth == len(self._rooms):
-            room = placement.private(max(nbytes, self._nbytes), self._copies is not None)
+            room = placement.private(
+                max(nbytes, self._nbytes), self._copies is not None, self._folder
+            )
             self._rooms.append(room)
         return self._rooms[depth].bytes[:nbytes]
 
