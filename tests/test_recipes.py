@@ -14,8 +14,8 @@ from fsdp_qlora.planning import run as plans
 from tests.test_readme import commands, fault
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
-NUM_RECIPES = 17
-ON_A_LAPTOP = {"dialogues", "instructions", "names", "text"}
+NUM_RECIPES = 18
+ON_A_LAPTOP = {"dialogues", "instructions", "names", "preferences", "text"}
 WITHOUT_PAGE = {"quickstart", "reference"}  # the README and defaults.md describe them
 MODELS = {"llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "gemma-3-1b"}
 MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: gpus.md

@@ -102,22 +102,21 @@ class Routing:
         source, target = self.tokens if ends[0] else None, self.order if ends[1] else None
         kernels, places = _kernels(x), {"source": source, "target": target}
         for first, last, weight in weights:
+            rest |= {"experts": (first, last), **places}
             if kernels is not None:
-                own = x, weight, out, self._tiles, (first, last)
-                kernels.grouped_matmul(*own, **places, **rest)
+                kernels.grouped_matmul(x, weight, out, self._tiles, **rest)
             else:
-                self._loop(x, out, weight, range(first, last), **places, **rest)
+                self._loop(x, weight, out, **rest)
             del weight  # before the next are made
         return out.view(-1, self.top, num_out).sum(1) if ends[1] else out
 
-    def _loop(self, x, out, weight, experts, **rest) -> None:
+    def _loop(self, x, weight, out, experts, **rest) -> None:
         """As triton_kernels.grouped_matmul."""
         source, target, bias, low, high = map(rest.get, ("source", "target", "bias", "low", "high"))
         turned, alpha = rest.get("turned", False), rest.get("alpha", 1.0)
         high = high if turned or high is None else high.transpose(1, 2)
-        for expert in experts:
+        for expert, matrix in enumerate(weight, experts[0]):
             own = slice(*self._bounds[expert : expert + 2])
-            matrix = weight[expert - experts.start]
             rows = x[own] if source is None else x[source[own]]
             made = alpha * (rows @ (matrix if turned else matrix.t()))
             if low is not None:

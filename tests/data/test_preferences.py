@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data import prepare, tokenizer
+from fsdp_qlora.data import prepare, prompts, tokenizer
 from fsdp_qlora.data.batches import PackedBatches, held_out, sampler_config
 from fsdp_qlora.errors import UserError
 from tests import small_tokenizers
@@ -148,6 +148,15 @@ def test_what_is_lost_is_counted_and_what_cannot_be_compared_is_refused(place, t
     assert ready.facts["bad"] == [(f"{path}:1", 'field "label" is a number (want true or false)')]
     with pytest.raises(UserError, match="knows no prompt"):
         run(place, path, "--objective=dpo", "--template={prompt} {chosen}")
+
+
+def test_held_out_prompts_are_asked_as_the_user_wrote_them(place, tmp_path):
+    path = write(tmp_path / "x.jsonl", [PAIRS["messages"]] * 4)
+    cfg = config.parse([f"--dataset={path}", "--objective=dpo", "--eval_split=1"])
+    ready = prepare.prepare(cfg, light := tokenizer.read(place), 600)
+    (asked,) = prompts.choose_prompts(cfg, ready, light)
+    assert (asked.shown, asked.expected) == (ASK, GOOD)
+    assert light.core.decode(list(asked.ids), False).endswith("<|im_start|>assistant\n")
 
 
 def test_sft_says_what_happens_to_rows_of_preferences(place, tmp_path):
