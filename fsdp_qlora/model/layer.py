@@ -34,14 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.experts import QuantizedExperts
-from fsdp_qlora.model.lora import (
-    Adapter,
-    InputGroup,
-    LoraSlot,
-    SavedActivations,
-    random_state,
-    replayed,
-)
+from fsdp_qlora.model.lora import Adapter, Draws, InputGroup, LoraSlot, SavedActivations
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
 from fsdp_qlora.model.visit import LayerCall, Spread
 from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
@@ -53,7 +46,7 @@ class Tiled(torch.autograd.Function):
     Args:
         run: (tile [1, tile, H], tensors) -> the same shape.
         tile: tokens of one.
-        state: see lora.replayed.
+        draws: of the forward pass.
         hidden: [B, T, H].
         tensors: trained ones that `run` reads; the gradients are summed up in float32.
 
@@ -62,8 +55,8 @@ class Tiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, tile, state, hidden, *tensors):
-        ctx.run, ctx.tile, ctx.random_state = run, tile, state
+    def forward(ctx, run, tile, draws, hidden, *tensors):
+        ctx.run, ctx.tile, ctx.draws = run, tile, draws
         ctx.save_for_backward(hidden, *tensors)
         return hidden.new_empty(1).expand(hidden.shape)
 
@@ -74,7 +67,7 @@ class Tiled(torch.autograd.Function):
         sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
         grad = grad.contiguous()
         pairs = zip(tiles(hidden, ctx.tile), tiles(grad, ctx.tile), strict=True)
-        with replayed(ctx.random_state, hidden):
+        with ctx.draws.again():
             for part, grad_part in pairs:
                 part = part.detach().requires_grad_()
                 with torch.enable_grad():
@@ -122,20 +115,19 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, has_dropout, hidden, *trained):
-        ctx.run, ctx.random_state = run, random_state(has_dropout, hidden)
+        ctx.run, ctx.draws = run, Draws(has_dropout, hidden)
         ctx.save_for_backward(hidden, *trained)
         return run(hidden, *trained)
 
     @staticmethod
     def backward(ctx, *grads_out):
         saved = ctx.saved_tensors  # asked for once: an input may come from the host
-        hidden = saved[0]
         needed = ctx.needs_input_grad[2:]
         inputs = [
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved, needed, strict=True)
         ]
-        with replayed(ctx.random_state, hidden), torch.enable_grad():
+        with ctx.draws.again(), torch.enable_grad():
             outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         every = zip(outs, grads_out, strict=True)
@@ -259,9 +251,7 @@ class Offload:
                 self._copies.synchronize()  # the last step may still be reading
             del self._rooms[depth:]
         if depth == len(self._rooms):
-            room = placement.private(
-                max(nbytes, self._nbytes), self._copies is not None, self._folder
-            )
+            room = placement.private(max(nbytes, self._nbytes), bool(self._copies), self._folder)
             self._rooms.append(room)
         return self._rooms[depth].bytes[:nbytes]
 
@@ -459,8 +449,8 @@ class TrainedLayer(nn.Module):
 
         tensors = [tensor for _, adapter in groups for tensor in adapter.trained]
         if torch.is_grad_enabled():
-            state = random_state(any(adapter.dropout for _, adapter in groups), hidden)
-            return Tiled.apply(run, self.tile_tokens, state, hidden, *tensors)
+            draws = Draws(any(adapter.dropout for _, adapter in groups), hidden)
+            return Tiled.apply(run, self.tile_tokens, draws, hidden, *tensors)
         out = torch.empty_like(hidden)
         for part, own in zip(*(tiles(t, self.tile_tokens) for t in (hidden, out)), strict=True):
             torch.add(part, run(part, tensors), out=own)
