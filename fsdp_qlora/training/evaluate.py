@@ -52,10 +52,8 @@ def measure(
         batches: this rank's, as many on every rank.
         world: the ranks; all must call.
     """
-    if preference is not None:
-        return loop.evaluate_preference(model, preference, batches, world)
-    loss = loop.evaluate(model, batches, world)
-    return {"loss": loss, "perplexity": perplexity(loss)}
+    found = loop.evaluate_preference(model, preference, batches, world)
+    return found if preference else found | {"perplexity": perplexity(found["loss"])}
 
 
 def preference_of_base(
@@ -106,15 +104,8 @@ def with_reference(
     rows, held_out = data.train.samples, data.held_out
     own = np.concatenate([rows.hashes, *(batch.sides.hashes for batch in held_out if batch.sides)])
     wanted = np.unique(np.concatenate(world.gather_objects(np.unique(own))))
-    digest = base()
-    parts = [
-        digest,
-        cfg.format_name,
-        cfg.compute_dtype,
-        cfg.attn,
-        __version__,
-        wanted.tobytes().hex(),
-    ]
+    kind = (cfg.format_name, cfg.compute_dtype, cfg.attn, __version__)
+    parts = (digest := base(), *kind, wanted.tobytes())
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     root, is_base = tokens.cache_root(cfg.token_cache), cfg.trains_new_adapters
     place = root / f"reference-{key}.npz" if is_base and digest and root is not None else None

@@ -472,54 +472,41 @@ def _note_skipped(
 
 @torch.no_grad()
 def evaluate_preference(
-    model: torch.nn.Module, preference: Preference, batches: Sequence[Batch], world: World
+    model: torch.nn.Module, preference: Preference | None, batches: Sequence[Batch], world: World
 ) -> dict[str, float]:
-    """Mean loss over held-out rows of preferences of all ranks, and the figures of a step.
+    """Mean loss over held-out rows of all ranks; of preferences the figures of a step, too.
 
     Args:
         model: a QuantizedModel; its mode is left as it was.
-        preference: what is minimised.
+        preference: what is minimised; None: the cross entropy.
         batches: this rank's, as many on every rank.
         world: the ranks; all must call.
     """
     was_training = model.training
     model.eval()
     weights = weigh(model, preference, batches, world)
-    sums = torch.zeros(8, device=world.device)
+    # In float64, so that the sum is the same however the rows are cut into batches.
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    sums = torch.zeros(8, device=world.device)
     with cli.Progress("evaluates", len(batches), "batches", world.rank > 0) as progress:
         for batch in batches:
             hooks.reach("eval", world.rank)
-            losses, own = compare(model, preference, [batch], weights, world.device)
-            loss_sum, sums = loss_sum + losses.sum(), sums + own
+            if preference is None:
+                loss_sum += token_loss_sum(model, batch, world.device)
+            else:
+                losses, own = compare(model, preference, [batch], weights, world.device)
+                loss_sum, sums = loss_sum + losses.sum(), sums + own
             progress.update()
     model.train(was_training)
-    found = {"loss": world.sum(loss_sum.item()) / weights.num}
     figures = _figures(preference, sums, weights, world)
+    found = {"loss": world.sum(loss_sum.item()) / weights.num}
     return found | {name: value.item() for name, value in figures.items()}
 
 
-@torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Sequence[Batch], world: World) -> float:
-    """Mean loss over all trained tokens of all ranks' batches.
+    """Mean cross entropy over all trained tokens of all ranks' batches, nats per token.
 
     Args:
-        model: a QuantizedModel; its mode is left as it was.
-        batches: this rank's, as many on every rank.
-        world: the ranks; all must call.
-
-    Returns:
-        Mean cross entropy, nats per token.
+        model, batches, world: see `evaluate_preference`.
     """
-    was_training = model.training
-    model.eval()
-    # In float64, so that the sum is the same however the rows are cut into batches.
-    loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    with cli.Progress("evaluates", len(batches), "batches", world.rank > 0) as progress:
-        for batch in batches:
-            hooks.reach("eval", world.rank)
-            loss_sum += token_loss_sum(model, batch, world.device)
-            num_tokens += batch.num_trained_tokens
-            progress.update()
-    model.train(was_training)
-    return world.sum(loss_sum.item()) / max(world.sum(num_tokens), 1.0)
+    return evaluate_preference(model, None, batches, world)["loss"]
