@@ -56,7 +56,7 @@ SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
-FP8 = ("fp8", "fbgemm_fp8")  # transformers' names
+KEPT = (MXFP4, "nf4", "nf4_dq", "fp4", "fp4_dq")  # whose bytes are trained over as they are
 COMPRESSED = "compressed-tensors"
 CODED = "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
 SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
@@ -280,17 +280,13 @@ def without_bytes(table: dict[str, list[int]] | None, config: dict) -> dict[str,
     }
 
 
-def _numbered(pattern: str) -> Iterator[str]:
+def _numbered(pattern: str) -> list[str]:
     """The names that "layers.{0-2,5}.norm" stands for."""
     before, _, rest = pattern.partition("{")
     numbers, _, after = rest.partition("}")
-    if not numbers:
-        yield pattern
-        return
-    for part in numbers.split(","):
-        ends = [int(end) for end in part.split("-")]
-        for number in range(ends[0], ends[-1] + 1):
-            yield from _numbered(f"{before}{number}{after}")
+    ends = [part.split("-") for part in numbers.split(",")] if numbers else []
+    every = (number for end in ends for number in range(int(end[0]), int(end[-1]) + 1))
+    return [n for i in every for n in _numbered(f"{before}{i}{after}")] if ends else [pattern]
 
 
 def read_tensors(
@@ -545,11 +541,6 @@ class Stored(NamedTuple):
     block: tuple[int, int] = (0, 0)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether bytes are trained over as they are."""
-        return self.whole is not None or self.method == MXFP4
-
-    @property
     def whole(self) -> str | None:
         """The format of all linears, when it is bitsandbytes'."""
         return self.method if self.method.startswith(("nf4", "fp4")) else None
@@ -580,11 +571,11 @@ def stored_as(config: dict, model_name: str) -> Stored:
     is_pair = isinstance(sizes, list | tuple) and [type(n) for n in sizes] == [int, int]
     others = set() if is_pair else {f"blocks of {sizes}"}
     if method == COMPRESSED:
-        forms = {str(at.get("format") or "dense") for at in (found, *groups)}
+        every = found, _dict(found.get("sparsity_config")), *groups
+        forms = {str(at.get("format") or "dense") for at in every}
         others |= forms - {*CODED.split()}
-        others |= {str(_dict(found.get("sparsity_config")).get("format", "dense"))} - {"dense"}
         others |= {"transform_config"} if found.get("transform_config") else set()
-    if method in (MXFP4, COMPRESSED, *FP8) and not others:
+    if method in (MXFP4, COMPRESSED, "fp8", "fbgemm_fp8") and not others:
         return Stored(method, (sizes[0], sizes[1]))
     method += " in 8 bit" if found.get("load_in_8bit") else ""
     method += f": {', '.join(sorted(others))}" if others else ""
@@ -642,13 +633,11 @@ def _split_blocks(
         if len(ref.shape) != 4 or ref.shape != (*scales.shape, 16):
             raise _damaged(ref.file, f"{name} {list(ref.shape)} is no [experts, out, in / 32, 16]")
         del folded[name], folded[f"{stem}_scales"]
-        block, _, part = stem.rpartition(".")
+        (block, _, part), shape = stem.rpartition("."), (ref.shape[1], ref.shape[2] * 32)
         for i in range(ref.shape[0]):
             own, at = f"{block}.{i}.{part}.weight", _piece(ref, i)
             # In 16 bit it lies in one tensor with the others', as [in, out].
-            folded[own] = at._replace(
-                shape=(ref.shape[1], ref.shape[2] * 32), is_transposed=True, joint=stem
-            )
+            folded[own] = at._replace(shape=shape, is_transposed=True, joint=stem)
             quantized[own] = QuantizedRef({"weight": at, "exponents": _piece(scales, i)}, MXFP4)
     return folded, quantized
 
@@ -670,8 +659,8 @@ def _fold_scaled(
     for stem, refs in parts.items():
         weight, scale, name = refs.get("weight"), refs.get("scale"), f"{stem}.weight"
         shape = weight.shape if weight else ()
-        if weight and weight.dtype == "I32":
-            shape = _read_shape(refs.pop("shape", None))
+        if "shape" in refs:
+            shape = _read_shape(refs.pop("shape"))
         bits = weight.nbytes * 8 // math.prod(shape) if weight and len(shape) == 2 else 0
         if weight is None or scale is None or bits not in (4, 8):
             rule = f"parts {', '.join(sorted(refs))} are no matrix of 4 or 8 bits with its scales"
@@ -682,13 +671,10 @@ def _fold_scaled(
     return folded, quantized
 
 
-def _read_shape(ref: TensorRef | None) -> tuple[int, ...]:
-    if ref is None or ref.dtype != "I64":
-        return ()
-    with ref.file.open("rb") as file:
-        file.seek(ref.start)
-        raw = file.read(ref.nbytes)
-    return tuple(int.from_bytes(raw[i : i + 8], "little") for i in range(0, len(raw), 8))
+def _read_shape(ref: TensorRef) -> tuple[int, ...]:
+    import numpy as np
+
+    return tuple(np.fromfile(ref.file, "<i8", ref.nbytes // 8, offset=ref.start).tolist())
 
 
 def _fold_bnb(

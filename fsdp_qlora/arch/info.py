@@ -32,10 +32,6 @@ FUSED = re.compile(
     r"|(?P<down>down_proj|output_linear\.weight))"
 )
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
-# Quantized bytes lie in the order in which a layer computes, whatever the order of its files.
-EXECUTION_ORDER = ["q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "o_proj", "dense"]
-EXECUTION_ORDER += ["gate_proj", "up_proj", "gate_up_proj", "down_proj"]
-EXECUTION_ORDER += ["dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2"]
 # Matrices that stay in 16 bit beside routers: gates of linear attention, one row a head.
 SMALL = ("in_proj_a", "in_proj_b", "in_proj_ba")
 SLIDING = "sliding_attention"
@@ -54,15 +50,6 @@ ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
-# As transformers' attribute_map has them for GPT-2, Bloom, MPT and others.
-OTHER_NAMES = {
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers", "decoder_layers"),
-    "hidden_size": ("n_embd", "d_model"),
-    "num_attention_heads": (
-        *("n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads"),
-    ),
-    "num_experts_per_tok": ("moe_topk", "moe_k", "num_experts_per_token", "top_k_experts"),
-}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -171,9 +158,8 @@ class Structure:
             found.setdefault((tuple(sorted(layer.items())), own), []).append(index)
         kinds = []
         for (items, own), indices in found.items():
-            formats_of = dict(own)
             linears = tuple(
-                dataclasses.replace(linear, format=formats_of.get(f"{linear.name}.weight", ""))
+                dataclasses.replace(linear, format=dict(own).get(f"{linear.name}.weight", ""))
                 for linear in find_linears(self.layers[indices[0]])
             )
             weights = {f"{linear.name}.weight" for linear in linears}
@@ -210,6 +196,8 @@ class LayerShape:
 
 
 _TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
+RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 
@@ -458,8 +446,10 @@ class ModelInfo:
         Args:
             name: in the text model, "model.layers.0.self_attn.q_proj".
         """
-        is_part = self.wrapper and name.startswith("model.")
-        return name.replace("model.", "model.language_model.", 1) if is_part else name
+        old, new = RENAMED.get(self.model_type, ("", ""))
+        name = name.replace(old, new, 1)
+        outer = OUTER.get(self.wrapper, "model.language_model.")
+        return outer + name[6:] if self.wrapper and name.startswith("model.") else name
 
     def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
         """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.
@@ -631,10 +621,10 @@ def text_name(name: str, config: dict, wrapper: str) -> str:
         config: of the text half.
         wrapper: "" for a text model.
     """
-    match, num = INDEXED.fullmatch(name), config.get("num_nextn_predict_layers") or 0
-    first = config.get("num_hidden_layers")
-    is_behind = match and num and first and first <= int(match["index"]) < first + num
-    if is_behind or FORETELLING.match(name):
+    sizes = (config.get(k) for k in ("num_nextn_predict_layers", "num_hidden_layers"))
+    num, first = (size if type(size) is int else 0 for size in sizes)
+    index = int(match["index"]) if (match := INDEXED.fullmatch(name)) else -1
+    if first <= index < first + num or FORETELLING.match(name):
         return ""
     return inner_name(name) if wrapper else name
 

@@ -11,8 +11,9 @@ from fsdp_qlora.arch.info import HEADS, JOINED, LayerKind, Linear, ModelInfo, re
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.errors import UserError
 
-FUSED = {"gate_up_proj": (0, 1), "down_proj": (2,)}
-FUSED_NAME = re.compile(r"(?P<layer>.+\.\d+)\..+\.experts\.(?P<fused>gate_up_proj|down_proj)")
+FUSED = {"gate_up_proj": (0, 1), "up_proj": (1,), "down_proj": (2,)}
+FUSED_NAME = re.compile(r".+?\.(?P<layer>\d+)\..+\.experts\.(?P<fused>(gate_)?up_proj|down_proj)")
+TURNED = "llama4_text"  # whose experts peft takes for turned
 ALL_LINEARS = {"all", "all-linear", "all_linear", "default"}
 
 
@@ -101,7 +102,13 @@ def expert_rank(info: ModelInfo, cfg: TrainConfig) -> int:
     Args:
         info: the model.
         cfg: expert_lora_rank; where that is True, lora_rank.
+
+    Raises:
+        UserError: peft would read such an adapter otherwise (code 2).
     """
+    if cfg.expert_lora_rank and info.model_type == TURNED:
+        rule = f"peft takes the experts' matrices of {TURNED} turned, and could not read the result"
+        raise UserError(f"--expert_lora_rank {cfg.expert_lora_rank}", rule, "leave it out")
     if cfg.expert_lora_rank is not True:
         return int(cfg.expert_lora_rank)
     return usual_expert_rank(info, cfg)
@@ -315,4 +322,5 @@ def expert_matrices(info: ModelInfo, name: str) -> list[list[str]]:
     if wanted == (0, 1) and (0, 3) in parts:
         wanted = (3,)
     num = 1 + max((number for number, _ in parts), default=-1)
-    return [[f"{match['layer']}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]
+    stem = f"{info.layers_prefix}.{match['layer']}"
+    return [[f"{stem}.{parts[i, part]}.weight" for part in wanted] for i in range(num)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli
-from fsdp_qlora.arch.files import Stored, read_json
+from fsdp_qlora.arch.files import KEPT, Stored, read_json
 from fsdp_qlora.arch.info import stored_tensors
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
@@ -261,7 +261,7 @@ def quantize(argv: list[str]) -> int:
     """
     options = _parse("4bit", argv, QuantizeOptions, "model_name", "out")
     info = arch.read(str(options.model_name), need_weights=True)
-    if info.stored.is_kept:
+    if info.stored.method in KEPT:
         rule = f"is quantized already, as {info.stored.method}"
         raise UserError(str(options.model_name), rule, "take the 16-bit original of this model")
     if any(ref.joint for ref in info.tensors.values()):
@@ -373,7 +373,7 @@ def gguf(argv: list[str]) -> int:
         info = arch.read(options.model_name, need_weights=True)
     else:
         raise UserError("export gguf", "names no model", "give --adapter or --model_name")
-    if info.stored.is_kept and not own:
+    if info.stored.method in KEPT and not own:
         rule = f"is quantized, as {info.stored.method}"
         raise UserError(str(info.path), rule, "take the 16-bit original of this model")
     assert info.path is not None

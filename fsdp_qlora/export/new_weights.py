@@ -33,7 +33,7 @@ from fsdp_qlora import hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, QUANTIZED_ITEM_BYTES, TensorRef, read_tensors
 from fsdp_qlora.arch.info import inner_name
-from fsdp_qlora.arch.targets import expert_matrices
+from fsdp_qlora.arch.targets import TURNED, expert_matrices
 from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -52,7 +52,6 @@ INTO_RESIDUAL = {"o_proj", "down_proj", "dense", "dense_4h_to_h", "c_proj", "w2"
 FILE_NAME = re.compile(r"^~/|^\.{0,2}/\w|\w\.\w{1,5}$")  # no token that anybody means to add
 MULTIPLE = 8  # of embedding rows: tensor cores want it
 CHUNK_TOKENS = 64  # compared at once
-PARTS = ("blocks", "scales")  # of experts in MXFP4
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
 LOGITS_COPIES = 4
 SEED = 0  # of random tokens
@@ -106,20 +105,15 @@ class TrainedBase:
     def _places(self) -> dict[str, tuple[int, int]]:
         return self.info.linear_places()
 
-    @cached_property
-    def _kept(self) -> set[str]:
-        """What training computes with as the files have it."""
-        return {name for name, stored in self.info.quantized.items() if stored.format == MXFP4}
-
     def read_ahead(self, names: Sequence[str]) -> Iterator[torch.Tensor]:
         """Yield weights as training saw them, the next two being read meanwhile.
 
         Args:
             names: in the files.
         """
-        has_bytes = self.cached.is_complete or self.info.stored_format
-        known = self._places.keys() - self._kept if has_bytes else set()
-        replaced = self.adapter.replaced
+        has_bytes, parts = self.cached.is_complete or self.info.stored_format, self.info.quantized
+        linears = self._places.keys() - {n for n in parts if parts[n].format == MXFP4}
+        known, replaced = linears if has_bytes else set(), self.adapter.replaced
         others = [name for name in names if name not in known and name not in replaced]
         read = Weights(self.info).read_ahead(others, self.device)
         for name in names:
@@ -129,7 +123,7 @@ class TrainedBase:
                 yield self._known(name)
             elif self.format_name is None:
                 yield next(read)
-            elif name in self._places and name not in self._kept:
+            elif name in linears:
                 weight = next(read)
                 fields = quantize.FORMATS[self.format_name].quantize(weight)
                 yield self._dequantized(fields, weight.shape)
@@ -222,8 +216,7 @@ def with_blocks(info: ModelInfo, adapter: SavedAdapter) -> ModelInfo:
     if not kept or changes or info.path is None:
         return info
     there = read_tensors(info.path, QUANTIZED_ITEM_BYTES)
-    names = [f"{joint}_{part}" for joint in dict.fromkeys(kept.values()) for part in PARTS]
-    blocks = {name: there[name] for name in names}
+    blocks = {n: ref for n, ref in there.items() if n.endswith(("_blocks", "_scales"))}
     rest = {name: ref for name, ref in info.tensors.items() if name not in kept}
     return dataclasses.replace(info, tensors=rest, towers=info.towers | blocks)
 
@@ -488,6 +481,8 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
             reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
+            if module is embedding and base.info.model_type == TURNED:  # it is asked before it runs
+                reader = ""
             holder = model.get_submodule(reader)
             holder.register_forward_pre_hook(partial(_bring, own, base, module))
             holder.register_forward_hook(partial(_drop, module))

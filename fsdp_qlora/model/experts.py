@@ -19,7 +19,7 @@ tuners/lora/layer.py, ParamWrapper.
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -316,6 +316,32 @@ class QuantizedExperts(nn.Module):
         return out_MH if bias_MH is None else out_MH + bias_MH
 
 
+class ScaledExperts(QuantizedExperts):
+    """Those of Llama 4: what an expert reads is multiplied by its share, not what it writes."""
+
+    def forward(self, hidden_MH, top_k_index, top_k_weights):
+        """As QuantizedExperts: each row is a token of one expert."""
+        rows_SH = (hidden_MH.unsqueeze(1) * top_k_weights.unsqueeze(2)).flatten(0, 1)
+        out_SH = super().forward(rows_SH, top_k_index.view(-1, 1), torch.ones_like(rows_SH[:, :1]))
+        return out_SH.view(*top_k_index.shape, -1).sum(1)
+
+    def _apply_gate(self, first):
+        (gate, up), own = first.chunk(2, -1), cast(Any, self)
+        return own.act_fn(gate) * up
+
+
+class ScaledMixture(nn.Module):
+    """Goes before the class of Llama 4's mixture, which has every expert compute every token."""
+
+    def forward(self, hidden):
+        """What transformers' own returns: the sum of all, and the router's logits."""
+        own: Any = self
+        hidden_MH = hidden.flatten(0, -2)
+        scores_ME, logits_ME = own.router(hidden_MH)
+        routed_MH = own.experts(hidden_MH, *scores_ME.topk(own.top_k, 1)[::-1])
+        return own.shared_expert(hidden_MH) + routed_MH, logits_ME
+
+
 def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> torch.Tensor:
     adapter, call = matrices.group.adapter, GroupedCall(matrices, routing, ends)
     pair: tuple = (None, None)
@@ -354,6 +380,7 @@ def replace_experts(
     if not found and not tables:
         return []
     names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+    base = _base_of(layer, found)
     if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
         rule = "is not computed by transformers' interface for experts"
         raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
@@ -375,7 +402,7 @@ def replace_experts(
             raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
         sides.append(parts)
     kind, stem = type(module), f"{next(n.expert[0] for n in linears if n.expert)}.experts"
-    module.__class__ = type(kind.__name__, (QuantizedExperts, kind), {})
+    module.__class__ = type(kind.__name__, (base, kind), {})
     module.__dict__.pop("forward", None)  # that Liger has put there
     module.ins = ExpertMatrices(store, sides[0], f"{stem}.{module.in_name}")
     module.down = ExpertMatrices(store, sides[1], f"{stem}.down_proj")
@@ -385,6 +412,17 @@ def replace_experts(
     module.register_buffer("loads", torch.zeros(num, device="cpu"), persistent=False)
     store.is_mixed = True
     return [module.ins.group, module.down.group]
+
+
+def _base_of(layer: nn.Module, found: dict[str, nn.Module]) -> type[QuantizedExperts]:
+    """What goes before the class of a layer's experts; those of Llama 4 are told what they are."""
+    path, experts = next(iter(found.items()), ("", layer))
+    if type(experts).__name__ != "Llama4TextExperts":
+        return QuantizedExperts
+    mixture = layer.get_submodule(path.rpartition(".")[0])
+    mixture.__class__ = type(type(mixture).__name__, (ScaledMixture, type(mixture)), {})
+    vars(experts).update(is_transposed=True, has_gate=True, has_bias=False)
+    return ScaledExperts
 
 
 def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, torch.Tensor]:

@@ -28,13 +28,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.matmul import Quantized4, row_scales
-from fsdp_qlora.planning.sizes import (
-    ALIGN_BYTES,
-    PER_WORD,
-    STORAGES,
-    Storage,
-    whole_layer_bytes,
-)
+from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, STORAGES, Storage, whole_layer_bytes
 
 
 def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> torch.Tensor:
@@ -373,6 +367,7 @@ def _hqq_row(storage: Storage) -> Format:
     )
 
 
+_exponents = partial(_as_stored, names=("exponents",))
 FORMATS: dict[str, Format] = {
     **{name: _bnb_row(name) for name in ("nf4", "nf4_dq", "fp4", "fp4_dq")},
     "int8": Format(
@@ -383,12 +378,7 @@ FORMATS: dict[str, Format] = {
         STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
     ),
     MXFP4: Format(
-        STORAGES[MXFP4],
-        _quantize_mxfp4,
-        partial(_as_stored, names=("exponents",)),
-        "exponents",
-        _dequantize_mxfp4,
-        fills=True,
+        STORAGES[MXFP4], _quantize_mxfp4, _exponents, "exponents", _dequantize_mxfp4, fills=True
     ),
 }
 

@@ -338,7 +338,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     for param in params:
         param.data = param.data.to(master)  # in place: a tied head is the same parameter
         param.requires_grad_(True)
-    model = QuantizedModel(hf_model.base_model, head, layouts, chosen)
+    model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
 
@@ -356,13 +356,20 @@ def _places(
     return found | {name: (head, part) for name, part in at_head.items() if part}
 
 
+def _decoder(hf_model: Any) -> tuple[str, Any]:
+    """The decoder and its name; the prefix that Llama 4 gives is that of its wrapper."""
+    prefix = hf_model.base_model_prefix
+    name = prefix if hasattr(hf_model, prefix) else "model"
+    return name, getattr(hf_model, name, hf_model)
+
+
 def _loss_head(hf_model: Any, info: ModelInfo) -> LossHead:
     """The head that computes what the model's own does; tied to the embedding if it is."""
     output = hf_model.get_output_embeddings()
     softcap = getattr(hf_model.config, "final_logit_softcapping", None)
     scale = _measure_scale(hf_model, softcap)
     try:
-        embedding = hf_model.base_model.get_input_embeddings().weight
+        embedding = _decoder(hf_model)[1].get_input_embeddings().weight
     except (NotImplementedError, AttributeError):  # the decoder of something else
         embedding = None
     is_odd = info.is_tied and embedding is not None and embedding.shape != output.weight.shape
@@ -440,7 +447,7 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     Returns:
         None: it does not compute cap(scale * (x W^T + b)).
     """
-    own, decoder = hf_model.get_output_embeddings(), hf_model.base_model
+    own, (name, decoder) = hf_model.get_output_embeddings(), _decoder(hf_model)
     if type(own) is not nn.Linear or decoder is hf_model:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -449,7 +456,7 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     for param in head.requires_grad_(False).parameters():
         param.normal_(generator=generator)
     hf_model.set_output_embeddings(head)
-    setattr(hf_model, hf_model.base_model_prefix, _StandIn(decoder, hidden))
+    setattr(hf_model, name, _StandIn(decoder, hidden))
     try:
         with torch.no_grad():
             wanted = hf_model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits
@@ -457,7 +464,7 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
         return None
     finally:
         hf_model.set_output_embeddings(own)
-        setattr(hf_model, hf_model.base_model_prefix, decoder)
+        setattr(hf_model, name, decoder)
     inner = wanted if softcap is None else (wanted / softcap).atanh() * softcap
     scale = float(f"{(inner / head(hidden)).median():.6g}")
     weight, bias = head.get_parameter("weight"), head._parameters["bias"]

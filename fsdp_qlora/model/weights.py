@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from fsdp_qlora import __version__, atomic
 from fsdp_qlora.arch import ModelInfo, TensorRef
-from fsdp_qlora.arch.files import MXFP4, check_shapes
+from fsdp_qlora.arch.files import KEPT, MXFP4, check_shapes
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
@@ -57,8 +57,8 @@ class Weights:
 
     def __init__(self, info: ModelInfo) -> None:
         self.info, self.read_bytes = info, 0
-        how = f"in {info.stored.method} " + ("as stored" if info.stored.is_kept else "made 16 bit")
-        self.source = f"files, {how}," if info.quantized else "files"
+        how = "as stored" if info.stored.method in KEPT else "made 16 bit"
+        self.source = f"files, in {info.stored.method} {how}," if info.quantized else "files"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Account for every tensor.

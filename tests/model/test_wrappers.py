@@ -22,7 +22,7 @@ from tests.model.test_model_sweep import share
 from tests.model_files import edit_json
 
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text"}
-WRAPPERS |= {"gemma4": "gemma4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+WRAPPERS |= {"gemma4": "gemma4_text", "qwen3_5_moe": "qwen3_5_moe_text", "llama4": "llama4_text"}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "depth": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_heads": 4, "head_dim": 8}
 SIZES |= {"global_head_dim": 8, "image_size": 28, "patch_size": 14, "out_hidden_size": 64}
