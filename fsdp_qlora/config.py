@@ -102,6 +102,7 @@ REFERENCES, HALF = ("auto", "pass", "cached"), "from 0 to below 0.5"
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
 JSON, LAYERS, VISIT = "a JSON object", "layers as in 0,8-15", "auto or >= 1"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
+DISK, INPUTS_HELP = "disk", "layer inputs on the host, or in a file in output_dir"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
 
 
@@ -229,7 +230,7 @@ class TrainConfig:
     selective_layers: int = flag(0, "memory", "layers that keep some activations", rule=">= 0")
     uncheckpointed_layers: int = flag(0, "memory", "layers that keep all", rule=">= 0")
     cuda_graphs: str = flag("auto", "memory", "CUDA graphs for small batches", AUTO_OFF)
-    use_activation_cpu_offload: bool = flag(False, "memory", "layer inputs on the host")
+    use_activation_cpu_offload: bool | str = flag(False, "memory", INPUTS_HELP, (False, True, DISK))
     fit: str = flag("auto", "memory", "the plan chooses what you leave open", AUTO_OFF)
     plan: str = flag("check", "memory", "ignore: run what should not fit", ("check", "ignore"))
     dry_run: str = flag("auto", "memory", "longest rows once; auto: on GPUs", ON_OFF)

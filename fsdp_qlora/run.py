@@ -121,11 +121,12 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
-    visits = ""
-    if trained.per_visit < cfg.per_visit:
-        rule = f"layers of {plan.info.model_type} hand on more than one tensor"
-        visits = f"note      --accumulate_by_layer has no effect: {rule}"
-    notes = [visits, packing, plan.info.rope_note(cfg.context_length)]
+    visits = f"note      no --accumulate_by_layer: {plan.info.model_type} layers share tensors"
+    notes = [
+        visits * (trained.per_visit < cfg.per_visit),
+        packing,
+        plan.info.rope_note(cfg.context_length),
+    ]
     notes.append(peft_note(built.model, plan.info))
     record["lines"] += [line for line in notes if line]
     if is_probed:

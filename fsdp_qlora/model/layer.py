@@ -21,7 +21,8 @@ import inspect
 import re
 from collections import UserDict
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,14 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from fsdp_qlora.model import placement
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.experts import QuantizedExperts
-from fsdp_qlora.model.lora import (
-    Adapter,
-    InputGroup,
-    LoraSlot,
-    SavedActivations,
-    random_state,
-    replayed,
-)
+from fsdp_qlora.model.lora import Adapter, Draws, InputGroup, LoraSlot, SavedActivations
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
 from fsdp_qlora.model.visit import LayerCall, Spread
 from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
@@ -52,7 +46,7 @@ class Tiled(torch.autograd.Function):
     Args:
         run: (tile [1, tile, H], tensors) -> the same shape.
         tile: tokens of one.
-        state: see lora.replayed.
+        draws: of the forward pass.
         hidden: [B, T, H].
         tensors: trained ones that `run` reads; the gradients are summed up in float32.
 
@@ -61,8 +55,8 @@ class Tiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, tile, state, hidden, *tensors):
-        ctx.run, ctx.tile, ctx.random_state = run, tile, state
+    def forward(ctx, run, tile, draws, hidden, *tensors):
+        ctx.run, ctx.tile, ctx.draws = run, tile, draws
         ctx.save_for_backward(hidden, *tensors)
         return hidden.new_empty(1).expand(hidden.shape)
 
@@ -73,7 +67,7 @@ class Tiled(torch.autograd.Function):
         sums = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
         grad = grad.contiguous()
         pairs = zip(tiles(hidden, ctx.tile), tiles(grad, ctx.tile), strict=True)
-        with replayed(ctx.random_state, hidden):
+        with ctx.draws.again():
             for part, grad_part in pairs:
                 part = part.detach().requires_grad_()
                 with torch.enable_grad():
@@ -121,20 +115,19 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run, has_dropout, hidden, *trained):
-        ctx.run, ctx.random_state = run, random_state(has_dropout, hidden)
+        ctx.run, ctx.draws = run, Draws(has_dropout, hidden)
         ctx.save_for_backward(hidden, *trained)
         return run(hidden, *trained)
 
     @staticmethod
     def backward(ctx, *grads_out):
         saved = ctx.saved_tensors  # asked for once: an input may come from the host
-        hidden = saved[0]
         needed = ctx.needs_input_grad[2:]
         inputs = [
             None if tensor is None else tensor.detach().requires_grad_(need)
             for tensor, need in zip(saved, needed, strict=True)
         ]
-        with replayed(ctx.random_state, hidden), torch.enable_grad():
+        with ctx.draws.again(), torch.enable_grad():
             outs = ctx.run(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         every = zip(outs, grads_out, strict=True)
@@ -203,15 +196,16 @@ class Offload:
         num_copies: tensors put away so far.
     """
 
-    def __init__(self, device: torch.device, nbytes: int) -> None:
+    def __init__(self, device: torch.device, nbytes: int, folder: Path | None = None) -> None:
         """Make room as it is needed.
 
         Args:
             device: of the rank.
             nbytes: of the largest tensor that is expected.
+            folder: where they lie in a file instead; or None.
         """
         self.num_copies = 0
-        self._device, self._nbytes = device, nbytes
+        self._device, self._nbytes, self._folder = device, nbytes, folder
         self._rooms: list[placement.HostBytes] = []
         self._stack: list[torch.Tensor] = []  # on the host
         self._fetched: dict[int, tuple[torch.Tensor, Any]] = {}  # and when they have arrived
@@ -220,7 +214,7 @@ class Offload:
     @property
     def nbytes(self) -> int:
         """Host memory that it holds."""
-        return sum(room.bytes.nbytes for room in self._rooms)
+        return sum(room.bytes.nbytes for room in self._rooms if self._folder is None)
 
     def saving(self, *hidden: torch.Tensor) -> torch.autograd.graph.saved_tensors_hooks:
         """Context in which autograd keeps `hidden` on the host; other tensors stay where they are.
@@ -257,7 +251,7 @@ class Offload:
                 self._copies.synchronize()  # the last step may still be reading
             del self._rooms[depth:]
         if depth == len(self._rooms):
-            room = placement.private(max(nbytes, self._nbytes), self._copies is not None)
+            room = placement.private(max(nbytes, self._nbytes), bool(self._copies), self._folder)
             self._rooms.append(room)
         return self._rooms[depth].bytes[:nbytes]
 
@@ -420,17 +414,18 @@ class TrainedLayer(nn.Module):
                 group.adapter = adapter
         for saver in self._savers:
             saver.saved = saved
-        plain = [module.forward for module in self._ending]
-        if self._is_tiled(hidden):
-            for module in self._ending:
-                module.forward = lambda x: x
-            self._ending[-1].forward = lambda _: _Ending(partial(self._end, plain))
+        ending = self._ending if self._is_tiled(hidden) else []
+        plain = [module.forward for module in ending]
+        for module in ending:
+            module.forward = lambda x: x
+        if ending:
+            ending[-1].forward = lambda _: _Ending(partial(self._end, plain))
         try:
             if params is None:
                 return self.layer(hidden, *args, **kwargs)
             return torch.func.functional_call(self.layer, params, (hidden, *args), kwargs)
         finally:
-            for module, forward in zip(self._ending, plain, strict=True):
+            for module, forward in zip(ending, plain, strict=True):
                 module.forward = forward
             for saver in self._savers:
                 saver.saved = None
@@ -441,26 +436,21 @@ class TrainedLayer(nn.Module):
         """hidden + modules(hidden); in a recomputation for the gradients alone."""
         groups = [(group, group.adapter) for group in self._end_groups if group.adapter]
 
-        def through(part: torch.Tensor) -> torch.Tensor:
-            for module in modules:
-                part = module(part)
-            return part
-
         def run(part: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             left = list(tensors)
             for group, adapter in groups:
                 group.adapter, left = adapter.of(left)
+            through = partial(reduce, lambda x, module: module(x), modules, part)
             try:
-                again = torch.is_grad_enabled()
-                return self._without_last(through, part) if again else through(part)
+                return self._without_last(through) if torch.is_grad_enabled() else through()
             finally:
                 for group in self._groups:
                     group.forget()
 
         tensors = [tensor for _, adapter in groups for tensor in adapter.trained]
         if torch.is_grad_enabled():
-            state = random_state(any(adapter.dropout for _, adapter in groups), hidden)
-            return Tiled.apply(run, self.tile_tokens, state, hidden, *tensors)
+            draws = Draws(any(adapter.dropout for _, adapter in groups), hidden)
+            return Tiled.apply(run, self.tile_tokens, draws, hidden, *tensors)
         out = torch.empty_like(hidden)
         for part, own in zip(*(tiles(t, self.tile_tokens) for t in (hidden, out)), strict=True):
             torch.add(part, run(part, tensors), out=own)

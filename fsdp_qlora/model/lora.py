@@ -48,20 +48,21 @@ class SavedActivations:
         return self._results.pop(0)
 
 
-def random_state(has_dropout: bool, like: torch.Tensor) -> tuple | None:
-    """State of the generators that are drawn from, if they are."""
-    return (torch.get_rng_state(), *get_device_states(like)) if has_dropout else None
+class Draws:
+    """Random numbers that are drawn now and can be drawn once more."""
 
+    def __init__(self, has_dropout: bool, like: torch.Tensor) -> None:
+        self._devices = [like.device] if like.is_cuda else []
+        self._state = (torch.get_rng_state(), *get_device_states(like)) if has_dropout else None
 
-@contextmanager
-def replayed(state: tuple | None, like: torch.Tensor) -> Iterator[None]:
-    """Draw the random numbers of a `random_state` once more, if there is one."""
-    devices = [like.device] if like.device.type == "cuda" else []
-    with torch.random.fork_rng(devices, enabled=state is not None):
-        if state is not None:
-            torch.set_rng_state(state[0])
-            set_device_states(*state[1:])
-        yield
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """What is drawn inside is what was drawn then."""
+        with torch.random.fork_rng(self._devices, enabled=self._state is not None):
+            if self._state is not None:
+                torch.set_rng_state(self._state[0])
+                set_device_states(*self._state[1:])
+            yield
 
 
 class Later(list[torch.Tensor]):
@@ -103,7 +104,7 @@ class LoraMatmul(torch.autograd.Function):
     def forward(ctx, x, lora_x, a_RI, scales, outputs, *b_ORs):
         ctx.set_materialize_grads(False)
         ctx.dropout = lora_x if isinstance(lora_x, float) else 0.0
-        ctx.random_state = random_state(ctx.dropout > 0, x)
+        ctx.draws = Draws(ctx.dropout > 0, x)
         saved = x if lora_x is None or ctx.dropout else lora_x
         seen = nn.functional.dropout(x, ctx.dropout) if ctx.dropout else saved
         hidden_MR = _flat(seen) @ a_RI.t()
@@ -131,7 +132,7 @@ class LoraMatmul(torch.autograd.Function):
         grad_hidden_MR = grad_parts[0] if len(grad_parts) == 1 else torch.cat(grad_parts, 1)
         if ctx.dropout:
             x = seen.detach().requires_grad_()
-            with replayed(ctx.random_state, x), torch.enable_grad():
+            with ctx.draws.again(), torch.enable_grad():
                 seen = nn.functional.dropout(x, ctx.dropout)
         grad_a = grad_hidden_MR.t() @ _flat(seen)
         grad_seen = None

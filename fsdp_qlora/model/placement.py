@@ -8,8 +8,10 @@ block to a power of two; registering a mapping does not.
 import dataclasses
 import mmap
 import os
+import tempfile
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -64,14 +66,20 @@ class HostBytes:
         release.atexit = False
 
 
-def private(nbytes: int, pin: bool) -> HostBytes:
+def private(nbytes: int, pin: bool, folder: Path | None = None) -> HostBytes:
     """Memory of this process alone.
 
     Args:
         nbytes: its size.
         pin: page-lock it.
+        folder: a file in it, without a name, instead: the system writes what it has no room for.
     """
-    return HostBytes(mmap.mmap(-1, nbytes), pin)
+    if folder is None:
+        return HostBytes(mmap.mmap(-1, nbytes), pin)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)  # or a full disk would kill the process later
+        return HostBytes(mmap.mmap(file.fileno(), nbytes), False)
 
 
 def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentio
 from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.info import INDEXED
 from fsdp_qlora.arch.targets import stored_name
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import visit
 from fsdp_qlora.model.attention import RowBounds, register
@@ -188,7 +188,8 @@ class QuantizedModel(nn.Module):
         width = self.decoder.config.hidden_size * getattr(torch, cfg.compute_dtype).itemsize
         offload = blocks[0].offload
         if offload is None and cfg.use_activation_cpu_offload:
-            offload = Offload(device, cfg.batch_size * cfg.context_length * width)
+            folder = cfg.resolved_output_dir if cfg.use_activation_cpu_offload == DISK else None
+            offload = Offload(device, cfg.batch_size * cfg.context_length * width, folder)
         for block, level in zip(blocks[:-1], levels, strict=False):  # the last is needed at once
             block.offload = None if level == "none" else offload
 

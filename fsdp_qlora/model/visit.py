@@ -80,9 +80,6 @@ def _sum(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return functools.reduce(torch.add, found[1:], found[0].float()).to(found[0].dtype)
 
 
-Step = Callable[[int, torch.Tensor, tuple, dict[str, Any]], torch.Tensor]
-
-
 class _StandIn(nn.Module):
     """In the place of a layer; whatever else it is asked, the layer answers."""
 
@@ -98,7 +95,7 @@ class _StandIn(nn.Module):
 
 
 @contextmanager
-def _replaced(layers: nn.ModuleList, step: Step) -> Iterator[None]:
+def _replaced(layers: nn.ModuleList, step: Callable[..., torch.Tensor]) -> Iterator[None]:
     blocks = list(layers)
     try:
         for number, block in enumerate(blocks):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
@@ -25,6 +25,7 @@ VISITS = (2, 4, 8, 16)  # micro-batches that may pass each layer together
 TIE = 0.01  # settings this close in speed: the one that needs least
 LENGTH_STEP, MOST_TOKENS = 256, 2**17  # of the longest rows that are looked for
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
+DISK_GBS = 1.5  # written and read; an assumption, not measured
 HOSTED = ("use_cpu_offload", "use_activation_cpu_offload")
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
@@ -125,7 +126,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     if memory.uses_graphs(s, setting):
         launch_s *= GRAPHS_SHARE
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
-    inputs_s = inputs / (gpu.host_link_gbs * 1e9)
+    inputs_s = inputs / (DISK_GBS if setting.hosts_inputs == DISK else gpu.host_link_gbs) / 1e9
     rows = []
     passes = [(False, forward_s * s.cfg.passes), (True, backward_s)]
     passes += [(False, 2 * forward_s)] * (s.cfg.objective == "kto")  # other pairs, for its KL
@@ -267,8 +268,9 @@ def explore(
                 hidden_batches.add(batch)
         is_open = "use_activation_cpu_offload" not in fixed and "full" in rising[0].levels
         if is_open and not outcomes[number].fits_safely:
-            hosting = dataclasses.replace(rising[0], hosts_inputs=True)
-            outcomes.append(_evaluate(s, hosting, machine))
+            for where in (True, DISK):
+                hosting = dataclasses.replace(rising[0], hosts_inputs=where)
+                outcomes.append(_evaluate(s, hosting, machine))
     return outcomes
 
 
@@ -424,7 +426,8 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
     rows += [
         ("the base on the host", "", 0, {**hosted, "resident_layers": 0}),
         ("recompute every layer", "", 0, recompute),
-        ("layers' inputs on the host", "", 0, {**recompute, "use_activation_cpu_offload": True}),
+        ("layers' inputs on the host", "", 0, {**recompute, HOSTED[1]: True}),
+        ("layers' inputs on disk", "", 0, {**recompute, HOSTED[1]: DISK}),
         ("constants quantised too", "", 0, {"double_quant": True}),
         ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
         ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),

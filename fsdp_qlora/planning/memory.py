@@ -9,9 +9,10 @@ measured: how much the allocator holds beyond what is in use, and what processes
 import dataclasses
 import functools
 from itertools import pairwise
+from typing import Any
 
 from fsdp_qlora.arch.files import GROUP
-from fsdp_qlora.config import OPTIMIZERS, TrainConfig
+from fsdp_qlora.config import DISK, OPTIMIZERS, TrainConfig
 from fsdp_qlora.hardware import GIB, has_gpu_build
 from fsdp_qlora.planning import rows, sizes
 from fsdp_qlora.planning.rows import Rows, Table, Term, merged, present, term, total_bytes
@@ -315,7 +316,7 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
         rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
     wide = {"tokens": s.tokens(setting) * ranks, "hidden": s.hidden, "bytes": s.item}
-    num = num_offloaded(s, setting)
+    num = num_offloaded(s, setting) * (setting.hosts_inputs != DISK)
     inputs = term("layers' inputs, of all ranks", layers=num, **wide)
     waiting: Rows = {rows.WAITING: [inputs]} if num else {}  # for the backward: the room stays
     phases = {name: always | (waiting if name != "load" else {}) for name in rows.PHASES}
@@ -513,7 +514,7 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
 
 
 def kept_by_level(
-    s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int = 1, hosts_inputs: bool = False
+    s: Sizes, tokens: int, levels: tuple[str, ...], per_visit: int = 1, hosts_inputs: Any = False
 ) -> list[Term]:
     """Sum `kept_bytes` over layers.
 
@@ -538,7 +539,7 @@ def kept_by_level(
 
 def num_offloaded(s: Sizes, setting: Setting) -> int:
     """Inputs of layers that wait on the host: of the recomputed ones, but for the very last."""
-    num = setting.per_visit * setting.hosts_inputs
+    num = setting.per_visit * bool(setting.hosts_inputs)
     return sum(level != "none" for level in setting.levels[:-1]) * num
 
 

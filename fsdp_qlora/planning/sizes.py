@@ -369,7 +369,7 @@ class Setting:
         strategy: row of choices.STRATEGIES.
         machines: with as many ranks each.
         per_visit: micro-batches that pass each layer together.
-        hosts_inputs: inputs of recomputed layers wait on the host.
+        hosts_inputs: inputs of recomputed layers wait on the host, or on "disk".
     """
 
     num_ranks: int
@@ -380,7 +380,7 @@ class Setting:
     strategy: str = "full_shard"
     machines: int = 1
     per_visit: int = 1
-    hosts_inputs: bool = False
+    hosts_inputs: bool | str = False
 
     @property
     def num_visits(self) -> int:

@@ -27,7 +27,7 @@ CASES = [
     (1, flatten, (STREAM, "--use_activation_cpu_offload=true", "--train_type=bnb_dora")),
     (1, collate, (STREAM, "--layers_to_transform=1", "--use_gradient_checkpointing=false")),
     (2, collate, ("--use_cpu_offload=false",)),
-    (2, flatten, ("--offload_impl=fsdp", "--use_activation_cpu_offload=true")),
+    (2, flatten, ("--offload_impl=fsdp", "--use_activation_cpu_offload=disk")),
     (2, flatten, ("--sharding_strategy=ddp", "--no_sync=true")),
 ]
 TYPES = {"qwen3_moe": True, "gemma3_text": True, "granite": True, "gemma4_text": False}
