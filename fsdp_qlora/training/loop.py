@@ -323,11 +323,10 @@ def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
     is_training, found = model.training, list[torch.Tensor]()
     with torch.no_grad(), contextlib.suppress(Exception):  # of a model that knows no branches
         model.eval()
-        for group in (_group(batch, world.device) for batch in laid):
+        is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
+        for group in (_group(batch, world.device) for batch in laid if is_exact):
             asked = group.targets._replace(tokens_N=None) if group.targets is not None else None
             found.append(model(group.input_ids, asked, rows=group.rows).float())
-        if not joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype):
-            found.clear()
     model.train(is_training)
     shard.settle(model)
     if len(found) < 2:
