@@ -1,6 +1,7 @@
 """Every recipe is a command line that works, and has a page that says what it does."""
 
 import dataclasses
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -21,6 +22,7 @@ MODELS = {"llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "gem
 MODELS |= {"mistral-small", "qwen2.5-72b", "llama-3.3-70b"}  # one page has them all: gpus.md
 GPUS = {"12": "12 GB", "16": "16 GB", "24": "24 GB", "2x12": "2 x 12 GB", "2x24": "2 x 24 GB"}
 GPUS |= {"48": "48 GB"}
+README = Path(__file__).parents[1] / "README.md"
 PAGE = RECIPES[0].parent / "gpus.md"
 
 
@@ -50,6 +52,13 @@ def test_the_table_of_models_and_gpus_is_what_the_plan_says():
     new = old[:start] + "\n".join(rows) + old[old.index("\n\n", start) :]
     PAGE.write_text(new, encoding="utf-8")
     assert old == new, f"{PAGE} was not what the plan says; it is now"
+    # README has some of the rows, shorter.
+    short = re.sub(
+        r"[\d.]+ GiB, ([\d.]+ s)<br>to ([\d,]+) tokens", r"\2; \1", new.replace("**", "")
+    )
+    cells = {name: rest for name, rest in re.findall(r"(?m)^\| (\S+) \(\S+\) (\|.*)$", short)}
+    told = re.findall(r"(?m)^\| `(\S+)` (\|.*; [\d.]+ s \|.*)$", README.read_text(encoding="utf-8"))
+    assert len(told) >= 6 and told == [(name, cells[name]) for name, _ in told]
     assert len(rows) == 13 and 0 < new.count("**no**:") < new.count("<br>") / 5
 
 
