@@ -56,7 +56,7 @@ def test_the_table_of_models_and_gpus_is_what_the_plan_says():
     short = re.sub(
         r"[\d.]+ GiB, ([\d.]+ s)<br>to ([\d,]+) tokens", r"\2; \1", new.replace("**", "")
     )
-    cells = {name: rest for name, rest in re.findall(r"(?m)^\| (\S+) \(\S+\) (\|.*)$", short)}
+    cells = dict(re.findall(r"(?m)^\| (\S+) \(\S+\) (\|.*)$", short))
     told = re.findall(r"(?m)^\| `(\S+)` (\|.*; [\d.]+ s \|.*)$", README.read_text(encoding="utf-8"))
     assert len(told) >= 6 and told == [(name, cells[name]) for name, _ in told]
     assert len(rows) == 13 and 0 < new.count("**no**:") < new.count("<br>") / 5

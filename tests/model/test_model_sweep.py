@@ -75,7 +75,9 @@ def judge(path: Path, world: World) -> Finding:
             model, info, cfg = build(cfg, world, expert_rank=3)
         except UserError as error:
             verdict = "different" if reader.called else "refused"
-            return Finding(verdict, str(error).replace(str(path), "DIR"))
+            words = str(error).replace(str(path), "DIR")
+            # A long list is cut where the path's length has it.
+            return Finding(verdict, re.sub(r"\([^()]*\.\.\.[^()]*\)", "(...)", words))
     flats = tiny.fill_lora(model)
     routers = [n.name for n in info.linears if n.out_features == tiny_models.EXPERTS]
     if routers:
