@@ -201,17 +201,21 @@ def figures(runs: list[Run]) -> list[PageTable]:
         rows = []
         for same in zip(*(column[group] for column in columns), strict=True):
             (name, form, _), values = same[0], [value for _, _, value in same]
-            rows += [(name, _figure(name, form, values))] if highest(values) is not None else []
+            rows += (
+                [(name, _figure(name, form, values, runs))] if highest(values) is not None else []
+            )
         tables.append(PageTable(group, _heads(runs), rows))
     return tables
 
 
-def _figure(name: str, form: str, values: list[float | None]) -> list[Cell]:
+def _figure(name: str, form: str, values: list[float | None], runs: list[Run]) -> list[Cell]:
     one, has_ratio, cells = values[0], "median" in name or "GiB" in name, []
     for i, value in enumerate(values):
         note = f"{value / one:.2f} ×" if i and one and value is not None and has_ratio else ""
         if value is not None and value < 100 and name.startswith("held-out"):
-            note = f"perplexity {math.exp(value):,.2f}"
+            known = [right for _, (right,) in sorted(runs[i].accuracies.items())]
+            right = known[-1 if name.endswith("after") else 0] if known else 0.0
+            note = f"accuracy {right:.1%}" if known else f"perplexity {math.exp(value):,.2f}"
         cells.append(cell(value, form, note))
     return cells
 

@@ -67,6 +67,18 @@ def test_every_figure_of_a_real_run_is_that_of_its_files(tmp_path):
     assert f"perplexity {math.exp(evals[1]):.2f}" in page.words
 
 
+def test_held_out_preferences_have_an_accuracy_and_no_perplexity(tmp_path):
+    run = write_run(tmp_path / "run", [step_line(1, 2.0)], evals=(0.693, 0.25))
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    told = iter((0.5, 0.925))
+    rows = [json.loads(line) for line in lines]
+    rows = [row | {"accuracy": next(told)} if row.get("event") == "eval" else row for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = page_of(run, out=tmp_path / "page").words
+    assert "0.6930 accuracy 50.0%" in words and "0.2500 accuracy 92.5%" in words
+    assert "perplexity" not in words
+
+
 def test_what_is_read_is_the_rounded_number_everywhere(gpus):
     cells = [
         cell
