@@ -56,7 +56,8 @@ def main(argv: list[str], makers: Makers = MappingProxyType({})) -> int:
     makers = own | dict(makers)
     args = cli.arguments("fetch", argv, __doc__, name={"help": ", ".join(makers)})
     if args.name not in makers:
-        raise UserError(args.name, f"want one of {', '.join(makers)}", "name one of them")
+        remedy = "name one of them; other demo data: python recipes/demo_data.py NAME"
+        raise UserError(args.name, f"want one of {', '.join(makers)}", remedy)
     file_name, make = makers[args.name]
     out = args.out or Path("quickstart", file_name)
     if out.exists():
