@@ -268,6 +268,28 @@ def test_a_run_that_goes_on_from_an_adapter_is_resumed_without_it(tmp_path: Path
     assert again.wait() == 0, again.err
 
 
+def test_preferences_that_go_on_from_an_adapter_are_compared_with_it(tmp_path: Path):
+    """The first loss is log 2, as the policy is the reference; after a resume it still is that."""
+    warm.make_model(tmp_path)
+    start, out = tmp_path / "made", tmp_path / "out"
+    made(tmp_path / "model", start, {"target_modules": ATTENTION})
+    words = [f"what is {i}" for i in range(8)]
+    rows = [{"prompt": w, "chosen": f"{w} it is", "rejected": f"so {w} why"} for w in words]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--init_adapter={start}", f"--dataset={tmp_path / 'pairs.jsonl'}", "--lr=1e-3"]
+    flags += ["--objective=dpo", "--precision=fp32", "--batch_size=2", "--context_length=64"]
+    flags += ["--save_every=1", "--world_size=2", "--quant_cache=off", "--token_cache=off"]
+    run = warm.start([*flags, "--max_steps=2", f"--output_dir={out}"], tmp_path)
+    assert run.wait() == 0, run.err
+    again = warm.start([f"--resume={out}", "--max_steps=3"], tmp_path)
+    assert again.wait() == 0, again.err
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    steps = {line["step"]: line for line in lines if "event" not in line}
+    assert steps[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert steps[1]["margin"] == pytest.approx(0, abs=1e-6)
+    assert steps[3]["margin"] > 0.001
+
+
 SELECTIONS = [
     {},
     {"target_modules": ["v_proj", "dense", "fc1", "mlp.up_proj"]},
