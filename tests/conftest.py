@@ -6,8 +6,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from fsdp_qlora.distributed.world import World
 
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
@@ -45,6 +49,19 @@ def pytest_configure() -> None:
     """Stop where REQUIRE_HQQ=1 promises hqq and it is absent: its tests would be skipped."""
     if os.environ.get("REQUIRE_HQQ") == "1" and importlib.util.find_spec("hqq") is None:
         raise pytest.UsageError("REQUIRE_HQQ=1 but hqq is not installed")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator["World"]:
+    """The only rank, in this process."""
+    import torch
+
+    from fsdp_qlora.distributed.world import World
+
+    store = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield World(0, 1, 0, 1, torch.device("cpu"))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

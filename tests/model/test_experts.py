@@ -10,7 +10,6 @@ import torch
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.arch import targets
-from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import DONE, UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import model_files, serving
@@ -80,15 +79,6 @@ def test_all_paths_are_own_arithmetic_in_groups_of_experts(monkeypatch, shapes, 
         assert torch.allclose(found, made, 1e-4, 1e-4), path
         for part, other in zip(given, wanted, strict=True):
             assert torch.allclose(part.grad, other.grad, 1e-4, 1e-4), path
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    """The only rank."""
-    store = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield World(0, 1, 0, 1, torch.device("cpu"))
-    torch.distributed.destroy_process_group()
 
 
 FLAGS = ("--train_type=lora", "--precision=fp32", "--lora_rank=4", "--lora_alpha=6")

@@ -224,15 +224,6 @@ def judge_type(name: str, path: Path, world: World) -> Finding:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    """The only rank."""
-    store = f"file://{tmp_path_factory.mktemp('group') / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield World(0, 1, 0, 1, torch.device("cpu"))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
 def found(tmp_path_factory, world) -> dict[str, Finding]:
     """What became of every type."""
     place, names = tmp_path_factory.mktemp("sweep"), tiny_models.all_types()

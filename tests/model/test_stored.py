@@ -20,7 +20,7 @@ from fsdp_qlora.export import model_files
 from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.planning.sizes import Sizes, quantized_bytes
 from tests import tiny, tiny_models
-from tests.model.test_model_sweep import judge, share, world  # noqa: F401 (a fixture)
+from tests.model.test_model_sweep import judge, share
 from tests.model_files import edit_json
 
 MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]}
@@ -43,7 +43,7 @@ def save_gpt_oss(path: Path) -> Path:
     return path
 
 
-def test_experts_in_mxfp4_are_trained_over_as_transformers_reads_them(tmp_path, world):  # noqa: F811
+def test_experts_in_mxfp4_are_trained_over_as_transformers_reads_them(tmp_path, world):
     """Loss, logits and gradients at all levels; the bytes of the file, in the cache too."""
     path = save_gpt_oss(tmp_path / "model")
     found = judge(path, world)
@@ -75,7 +75,7 @@ def test_experts_in_mxfp4_are_trained_over_as_transformers_reads_them(tmp_path, 
 
 
 @pytest.mark.parametrize("form", ["kept", "16bit"])
-def test_a_merged_model_has_its_experts_in_mxfp4_or_in_16_bit(tmp_path, world, form):  # noqa: F811
+def test_a_merged_model_has_its_experts_in_mxfp4_or_in_16_bit(tmp_path, world, form):
     """As they were, byte by byte, unless asked otherwise."""
     base, out, merged = save_gpt_oss(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
     flags = ["--train_type=qlora", "--precision=fp32", f"--output_dir={out}", "--attn=eager"]
@@ -234,7 +234,7 @@ def test_fp8_and_whole_numbers_are_read_as_what_they_stand_for(tmp_path):
         arch.read(str(path), need_weights=True)
 
 
-def test_a_model_in_fp8_is_trained_as_transformers_reads_it_and_merged_in_16_bit(tmp_path, world):  # noqa: F811
+def test_a_model_in_fp8_is_trained_as_transformers_reads_it_and_merged_in_16_bit(tmp_path, world):
     """Blocks of 16 rows, because transformers wants whole ones."""
     STORED["whole"] = (
         STORED["fp8"][0] | {"weight_block_size": [16, 32]},
