@@ -449,16 +449,13 @@ class InputGroup:
             linears: of the group.
             outs_MO, deltas_MO: of each.
         """
-        given, adapter, later = (
-            zip(linears, outs_MO, deltas_MO, strict=True),
-            self.adapter,
-            self._later,
-        )
+        adapter, later = self.adapter, self._later
         if adapter is None or later is None:
-            for _, out_MO, delta_MO in given:
-                _ = out_MO if delta_MO is None else out_MO.add_(delta_MO)
+            for out_MO, delta_MO in zip(outs_MO, deltas_MO, strict=True):
+                if delta_MO is not None:
+                    out_MO.add_(delta_MO)
             return
-        outs = {linear: out_MO for linear, out_MO, _ in given}
+        outs = dict(zip(linears, outs_MO, strict=True))
         parts = later.hidden_MR.split([b_OR.shape[1] for b_OR in adapter.b_ORs], 1)
         rows = zip(adapter.linears, parts, adapter.b_ORs, adapter.scales, strict=True)
         for linear, part, b_OR, scale in rows:

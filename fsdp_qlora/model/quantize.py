@@ -423,12 +423,13 @@ class Layout:
     @cached_property
     def is_contiguous(self) -> bool:
         """The layer's weights and constants are those of one long linear, without gaps."""
-        return self.is_run(0, len(self.shapes) - 1)
+        return self.is_run(range(len(self.shapes)))
 
-    def is_run(self, first: int, last: int) -> bool:
+    def is_run(self, indices: Sequence[int]) -> bool:
         """Whether the weights and constants of some linears are those of one, without gaps."""
-        fmt, own = FORMATS[self.formats[first]], slice(first, last + 1)
-        if not fmt.is_sequential or len({*self.formats[own]}) > 1:
+        fmt, own = FORMATS[self.formats[indices[0]]], slice(indices[0], indices[-1] + 1)
+        is_joint = [*indices] == [*range(own.start, own.stop)]
+        if not is_joint or not fmt.is_sequential or len({*self.formats[own]}) > 1:
             return False
         has_gaps = any(a[1] != b[0] for a, b in itertools.pairwise(self.weights[own]))
         steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
@@ -584,11 +585,10 @@ class LayerStore:
         Args:
             indices: of linears that read one input.
         """
-        layout, first, num = self.layout, indices[0], len(indices)
-        is_joint = [*indices] == [*range(first, first + num)]
-        is_joint = num == 1 or (is_joint and layout.is_run(first, indices[-1]))
+        layout = self.layout
+        is_joint = len(indices) == 1 or layout.is_run(indices)
         fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
-        has_absmax = self.formats[layout.formats[first]].index_field in ABSMAX
+        has_absmax = self.formats[layout.formats[indices[0]]].index_field in ABSMAX
         return self.cache.has_fp8 and has_absmax and fits and is_joint
 
     def quantized(self, indices: tuple[int, ...]) -> Quantized4:
@@ -605,7 +605,7 @@ class LayerStore:
             num_out = sum(layout.shapes[index][0] for index in indices)
             codes = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
             absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
-            table = values_of(layout.format_name[:3], codes.device)
+            table = values_of(layout.formats[first][:3], codes.device)
             cache.joint[indices] = Quantized4(codes, absmax, table, row_scales(absmax, num_out))
         return cache.joint[indices]
 
@@ -633,8 +633,7 @@ class LayerStore:
     def _stack(self, part: tuple[int, ...], out: torch.Tensor) -> None:
         first, last, layout, dtype = part[0], part[-1], self.layout, out.dtype
         if part not in self._runs:
-            is_run = [*part] == [*range(first, last + 1)] and layout.is_run(first, last)
-            self._runs[part] = is_run
+            self._runs[part] = layout.is_run(part)
         if not self._runs[part]:
             for index, matrix in zip(part, out, strict=True):
                 matrix.copy_(self._dequantize(index, dtype))

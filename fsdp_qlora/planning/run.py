@@ -615,12 +615,13 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
         words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
         words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
         lines.append(("to fit", words))
-    slow = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.has_bf16]
-    words = "has no bfloat16 matmuls: several times slower than in float16"
-    notes = [f"a {name} {words}" for name in slow if plan.cfg.compute_dtype == "bfloat16"]
-    eight = [gpu.name for gpu in dict.fromkeys(plan.machine.gpus) if not gpu.fp8_gain]
-    words = "gains nothing by --matmul fp8, which is refused there"
-    notes += [f"a {name} {words}" for name in eight if plan.cfg.matmul == "fp8"]
+    notes = []
+    for gpu in dict.fromkeys(plan.machine.gpus):
+        if plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16:
+            words = "has no bfloat16 matmuls: several times slower than in float16"
+            notes.append(f"a {gpu.name} {words}")
+        if plan.cfg.matmul == "fp8" and not gpu.fp8_gain:
+            notes.append(f"a {gpu.name} gains nothing by --matmul fp8, which is refused there")
     lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 
