@@ -219,9 +219,7 @@ class TrainConfig:
     world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     no_sync: bool = flag(False, "memory", "reduce gradients once a step")
-    accumulate_by_layer: str = flag(
-        "auto", "memory", "micro-batches per visit of a layer", rule=VISIT
-    )
+    accumulate_by_layer: str = flag("auto", "memory", "micro-batches a visit of layers", rule=VISIT)
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")

@@ -75,10 +75,10 @@ class Opened:
         """Whether this rank speaks and writes."""
         return self.world.rank == 0
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def say(self, text: str) -> None:
         """Print, on one rank."""
         if self.is_writer:
-            print(text, end=end, flush=True)
+            print(text, flush=True)
 
     def load_adapter(self) -> None:
         """Put the adapter on top of the base; nothing without one."""
@@ -95,9 +95,9 @@ class Opened:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer of the base."""
-        from fsdp_qlora import data
+        from fsdp_qlora.data import tokenizer
 
-        return data.load_tokenizer(self.info)
+        return tokenizer.load(tokenizer.directory(self.info))
 
     def encode(self, question: str | list[dict], is_raw: bool = False) -> list[int]:
         """Make the tokens of a prompt, as the model was trained to see it.

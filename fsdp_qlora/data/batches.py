@@ -569,40 +569,28 @@ def _batch(
     return Batch(input_ids, targets, num_trained, num_tokens)
 
 
-def held_out(
-    samples: TokenDataset,
-    batch_size: int,
-    world_size: int,
-    rank: int,
-    pad_multiple: int = 8,
-    objective: str = "sft",
-) -> list[Batch]:
-    """Make this rank's share of the held-out rows: every row once, as many batches on each rank.
+def held_out(samples: TokenDataset, *shape: Any) -> list[Batch]:
+    """Make this rank's share of the held-out rows, see `all_once`."""
+    return list(all_once(samples, *shape))
+
+
+def all_once(
+    samples: TokenDataset, batch_size: int, world_size: int, rank: int, *rest: Any
+) -> Iterator[Batch]:
+    """Make this rank's share of some rows: every row once, as many batches on each rank.
 
     Args:
-        samples: held-out samples, the same on every rank.
+        samples: the same on every rank.
         batch_size: rows of a batch.
         world_size: ranks.
         rank: this rank.
-        pad_multiple: T is a multiple of this, up to the longest row.
-        objective: see SamplerConfig.
+        rest: pad_multiple and objective of SamplerConfig.
 
-    Returns:
+    Yields:
         Batches on the CPU; none if there are no samples.
     """
-    return list(all_once(samples, batch_size, world_size, rank, pad_multiple, objective))
-
-
-def all_once(samples: TokenDataset, *shape: Any) -> Iterator[Batch]:
-    """As `held_out`, one batch after the other.
-
-    Args:
-        samples, shape: arguments of `held_out`.
-    """
-    if not len(samples):
-        return
-    batch_size, world_size, rank, pad_multiple, objective = shape
-    once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, pad_multiple, objective)
-    batches = Batches(samples, once)
-    for step in range(batches.num_steps):
-        yield from batches.step(step)
+    if len(samples):
+        once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, *rest)
+        batches = Batches(samples, once)
+        for step in range(batches.num_steps):
+            yield from batches.step(step)

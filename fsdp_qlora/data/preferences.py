@@ -139,7 +139,7 @@ class PreferenceFormatter(row_formats.RowFormatter):
 def _pair(row: dict, names: Sequence[str]) -> list[dict]:
     """The row with the chosen answer and that with the rejected one."""
     beside = {name: row[name] for name in BESIDE if name in row}
-    answers = [_as_messages(row[name]) for name in names]
+    answers: list[Any] = [row[n] if not isinstance(row[n], dict) else [row[n]] for n in names]
     asked = next((name for name in ASKED if row.get(name) not in (None, "", [])), "")
     prompt: Any = row.get(asked)
     if not asked:
@@ -174,10 +174,6 @@ def _pair(row: dict, names: Sequence[str]) -> list[dict]:
     if not start or not all(both):
         raise Refused(f'"{names[0]}" and "{names[1]}" have no prompt in common')
     return [beside | {"prompt": start, "completion": messages} for messages in both]
-
-
-def _as_messages(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
 
 
 def _turns(text: str) -> list[dict]:

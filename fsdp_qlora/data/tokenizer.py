@@ -342,11 +342,6 @@ class TextTokenizer:
         return found
 
     @property
-    def added_ids(self) -> set[int]:
-        """Ids that stand for no text of a language: special tokens and others added by hand."""
-        return set(self.core.get_added_tokens_decoder())
-
-    @property
     def adds_bos(self) -> bool:
         """Whether a text by itself gets the beginning-of-text token in front."""
         bos_id = self.core.token_to_id(self.names.get("bos_token", ""))

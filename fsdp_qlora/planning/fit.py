@@ -30,13 +30,9 @@ HOSTED = ("use_cpu_offload", "use_activation_cpu_offload")
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
 BATCHING = {"batch_size", "gradient_accumulation_steps"}
-MATMULS = "compute"
-DEQUANTISE = "dequantisation"
-HOST_LINK = "host link"
-PEER_LINK = "GPU-to-GPU link"
-LAUNCHES = "launch overhead"
-NETWORK = "link between machines"
-BOUNDS = (MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES)
+BOUNDS: tuple[str, ...] = ("compute", "dequantisation", "host link", "GPU-to-GPU link")
+BOUNDS += ("link between machines", "launch overhead")
+MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES = BOUNDS
 
 UNPACK_SHARE = 0.4  # of memory bandwidth: 6.5e9 weights took 8.3 ms a pass
 GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer access: 2.35 s a step

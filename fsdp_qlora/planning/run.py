@@ -12,7 +12,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
@@ -341,20 +341,7 @@ class PlanOptions:
     json: bool = cli.flag(False, "plan", "print JSON")
 
 
-class Asked(NamedTuple):
-    """A command line of the command.
-
-    Args:
-        options: the plan's own.
-        cfg: the run.
-        given: options of the run that the user wrote.
-        machines: what `gpus` names -> the machine to plan for.
-    """
-
-    options: PlanOptions
-    cfg: TrainConfig
-    given: frozenset[str]
-    machines: dict[str, Machine]
+Asked = tuple[PlanOptions, TrainConfig, frozenset[str], dict[str, Machine]]
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -364,7 +351,8 @@ def parse(argv: Sequence[str]) -> Asked:
         argv: arguments without the command.
 
     Returns:
-        What it asks for.
+        The plan's own options; the run; its options that the user wrote; and what `gpus` names ->
+        the machine to plan for.
 
     Raises:
         UserError: every fault at once.
@@ -388,7 +376,7 @@ def parse(argv: Sequence[str]) -> Asked:
         faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
     if faults:
         raise join(faults)
-    return Asked(options, cfg, config.given(rest), machines)
+    return options, cfg, config.given(rest), machines
 
 
 def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import LayerKind, ModelInfo
@@ -543,27 +543,9 @@ class Sizes:
             gathered and reduced at once; else empty.
     """
 
-    outs: float
-    routed: float
-    redone: float
-    attention: float
-    gates: float
-    product: float
-    norms: float
-    head_norms: float
-    weights: float
-    formatted: float
-    largest: float
-    grouped: float
-    active: float
-    last: float
-    quantized: float
-    constants: float
-    small: float
-    lora_ranks: float
-    lora_passed: float
-    input_features: float
-    dropped_features: float
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> float: ...  # those of `_numbers`
 
     def __init__(self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda") -> None:
         """Collect the numbers of a model and a run.
