@@ -245,10 +245,8 @@ def options(cls: type) -> dict[str, SimpleNamespace]:
     hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-        own = {"kinds": [kind for kind in kinds if kind is not NoneType]}
-        found[field.name] = SimpleNamespace(
-            default=field.default, is_optional=NoneType in kinds, **own, **field.metadata
-        )
+        own = {"kinds": [kind for kind in kinds if kind is not NoneType], "default": field.default}
+        found[field.name] = SimpleNamespace(is_optional=NoneType in kinds, **own, **field.metadata)
     return found
 
 
@@ -659,9 +657,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(self.prog, message, "--help tells what it takes")
 
 
-def arguments(
-    command: str, argv: Sequence[str], about: str | None, **known: dict[str, Any]
-) -> argparse.Namespace:
+def arguments(command: str, argv: Sequence[str], about: str | None, **known: dict[str, Any]) -> Any:
     """Read the command line of a command whose arguments stand in commands.toml.
 
     Args:

@@ -142,7 +142,7 @@ class Batches:
     trained token of the global batch weighs the same.
 
     Args:
-        samples: all training samples, the same on every rank.
+        rows: all training samples, the same on every rank.
         sampler: of the rows; T is a multiple of its `pad_multiple`, up to the longest row.
         is_flat: the rows of a micro-batch lie one after the other instead of being padded.
 
@@ -152,12 +152,10 @@ class Batches:
 
     shares_prompts = False
 
-    def __init__(
-        self, samples: TokenDataset, sampler: SamplerConfig, is_flat: bool = False
-    ) -> None:
-        assert len(samples)
-        self.samples, self.sampler, self.is_flat = samples, sampler, is_flat
-        self.longest = int(samples.lengths.max())
+    def __init__(self, rows: TokenDataset, sampler: SamplerConfig, is_flat: bool = False) -> None:
+        assert len(rows)
+        self.samples, self.sampler, self.is_flat = rows, sampler, is_flat
+        self.longest = int(rows.lengths.max())
         self.steps_per_epoch = self._steps_per_epoch()
         self.num_steps = sampler.num_steps(self.steps_per_epoch)
 
@@ -443,22 +441,20 @@ def _best_fit(rows: list[int], lengths: np.ndarray, capacity: int) -> tuple[list
     return fills, bins
 
 
-def collate(
-    samples: Sequence[Sample], pad_multiple: int = 8, longest_of_all: int | None = None
-) -> Batch:
+def collate(samples: Sequence[Sample], pad_multiple: int = 8, most: int | None = None) -> Batch:
     """Pad samples on the right to a common length.
 
     Args:
         samples: rows of the batch; none gives one row of padding.
         pad_multiple: T is the smallest multiple of this that holds the longest row.
-        longest_of_all: T goes no further than the multiple of 8 that holds a row of so many
+        most: T goes no further than the multiple of 8 that holds a row of so many
             tokens; None for no such bound.
 
     Returns:
         The batch, on the CPU.
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
-    width = padded_width(longest, pad_multiple, longest_of_all or longest + pad_multiple)
+    width = padded_width(longest, pad_multiple, most or longest + pad_multiple)
     starts = [(row, 0) for row in range(len(samples))]
     return _batch((max(len(samples), 1), width), samples, starts)
 
@@ -530,9 +526,8 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
     starts = [0, *itertools.accumulate(lengths)]
     rest = width - starts[-1]
     ids = np.full((1, width), PAD_ID, np.int64)
-    ids[0, : starts[-1]] = np.concatenate(
-        [*(s.input_ids[: s.prompt] for s in samples), *(s.input_ids[s.prompt :] for s in samples)]
-    )
+    parts = [s.input_ids[: s.prompt] for s in samples] + [s.input_ids[s.prompt :] for s in samples]
+    ids[0, : starts[-1]] = np.concatenate(parts)
     firsts = [0] * len(prompts) + [p for p in prompts for _ in range(2)] + [0]
     at = [np.arange(n) + first for n, first in zip([*lengths, rest], firsts, strict=True)]
     positions, targets = [], []

@@ -23,6 +23,7 @@ import numpy as np
 from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, preferences, row_formats, sources, tokenizer, tokens
+from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
@@ -57,7 +58,7 @@ class PreparedData:
     num_test: int
     stores: tuple[TokenStore, ...]
     names: tuple[str, ...]
-    formatter: row_formats.RowFormatter | None = None
+    formatter: RowFormatter | None = None
     example: Any = None
 
     @functools.cached_property
@@ -141,7 +142,7 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
-def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormatter:
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
     """How the rows of a run become text."""
     how = (cfg.train_on, cfg.system_prompt)
     found = row_formats.choose(cfg.template, tokenizer.chat(), tokenizer.names, *how)
@@ -199,7 +200,7 @@ def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[so
 def _tokenize(
     cfg: TrainConfig,
     tokenizer: TextTokenizer,
-    formatter: row_formats.RowFormatter,
+    formatter: RowFormatter,
     progress: Callable[[int], Any],
     found: list[sources.Source],
 ) -> TokenDataset:
@@ -223,16 +224,14 @@ def _tokenize(
     return TokenDataset(made)
 
 
-def _key(
-    prints: list, tokenizer: TextTokenizer, formatter: row_formats.RowFormatter, context_length: int
-) -> str:
+def _key(prints: list, tokenizer: TextTokenizer, formatter: RowFormatter, most: int) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how: list[Any] = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
     how += [formatter.chat_kwargs, formatter.allows_dropped, getattr(formatter, "num_answers", 0)]
     jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
-    parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
+    parts = [versions, prints, tokenizer.fingerprint(), how, jinja, most]
     return f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
@@ -441,9 +440,7 @@ def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[s
     return found
 
 
-def _padding(
-    cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple: int
-) -> dict[str, float]:
+def _padding(cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple: int) -> Facts:
     """Share of the tokens of an epoch that are padding, in batches and in packed sequences."""
     lengths, sizes, num_sides = rows.lengths, rows.sizes, rows.num_sides
     if not len(lengths):

@@ -147,10 +147,8 @@ def _new_model(
         max_bytes = round(options.max_shard_gib * GIB)
         written = model_files.write_weights(draft, names, tensors, max_bytes)
         yield draft, written
-    print(
-        f"written   {out}: {written['num_files']} files, {written['gib']:.2f} GiB in "
-        f"{written['written_s']:.1f} s; at most {written['host_peak_gib']:.2f} GiB of host memory"
-    )
+    text = "{num_files} files, {gib:.2f} GiB in {written_s:.1f} s; at most {host_peak_gib:.2f} GiB"
+    print(f"written   {out}: {text.format_map(written)} of host memory")
 
 
 def _choose_device(name: str) -> "torch.device":
@@ -237,7 +235,7 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         evidence = new_weights.check(seen, result_base, options)
         facts: dict[str, Any] = {"adapter": str(adapter.path), "base": str(info.path)}
-        facts["base_digest"] = adapters.digest(info)
+        facts["base_digest"] = info.digest(1)
         facts["added_to"] = "dequantized" if is_dequantized else "16bit"
         facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
         facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)

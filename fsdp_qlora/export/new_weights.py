@@ -149,23 +149,18 @@ class TrainedBase:
             weight_OI: the weight.
         """
         device, own = weight_OI.device, self.info.outer_name(name.removesuffix(".weight"))
-        if pair := self.adapter.pairs.get(own):
-            both = read_float(pair.a, device), read_float(pair.b, device)
-        elif pair := self._pair_of_experts(name):
+        pair, linear = self.adapter.pairs.get(own), None
+        if self.adapter.experts and name in self._places and pair is None:
             layer, index = self._places[name]
-            all_pairs = _read_once(pair.a, device), _read_once(pair.b, device)
             linear = self.info.by_layer[layer].linears[index]
-            both = pair_of_one(linear, pair.num_experts, *all_pairs)
-        else:
+            expert = linear.expert
+            pair = expert and self.adapter.expert_places.get((layer, expert[2] != 2))
+        if not pair:
             return weight_OI
+        both = _read_once(pair.a, device), _read_once(pair.b, device)
+        if linear is not None:
+            both = pair_of_one(linear, pair.num_experts, *both)
         return torch.addmm(weight_OI.float(), both[1], both[0], alpha=pair.scale)
-
-    def _pair_of_experts(self, name: str) -> Pair | None:
-        if not self.adapter.experts or name not in self._places:
-            return None
-        layer, index = self._places[name]
-        expert = self.info.by_layer[layer].linears[index].expert
-        return expert and self.adapter.expert_places.get((layer, expert[2] != 2))
 
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""

@@ -224,12 +224,9 @@ def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
     if s.cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
         outside = (host.gib(host.peak_phase, row) for row in (SYSTEM, FILES))
         host_limits.append(s.cfg.host_budget_gib + sum(outside))
-    return Outcome(
-        setting,
-        dataclasses.replace(device, limit_gib=min(gpu_limits, default=None)),
-        dataclasses.replace(host, limit_gib=min(host_limits, default=None)),
-        estimate(s, setting, machine.gpus or (machine.cpu,)),
-    )
+    device = dataclasses.replace(device, limit_gib=min(gpu_limits, default=None))
+    host = dataclasses.replace(host, limit_gib=min(host_limits, default=None))
+    return Outcome(setting, device, host, estimate(s, setting, machine.gpus or (machine.cpu,)))
 
 
 def explore(

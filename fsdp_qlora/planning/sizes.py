@@ -55,6 +55,7 @@ _STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
 _END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n"
 ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}")
 ENDS = ("embed_tokens", "lm_head")
+Layers = Sequence[int]  # their numbers
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 
 
@@ -413,9 +414,7 @@ class Setting:
         return collections.Counter((*self.placements, *self.levels))
 
 
-def place(
-    num_layers: int, rest: str, num_resident: int, whole: Sequence[int] = ()
-) -> tuple[str, ...]:
+def place(num_layers: int, rest: str, num_resident: int, whole: Layers = ()) -> tuple[str, ...]:
     """Placements with some layers whole on each GPU, evenly spread, and the others alike.
 
     Args:
@@ -434,9 +433,7 @@ def place(
     return tuple("trained" if i in whole else next(frozen) for i in range(num_layers))
 
 
-def setting_of(
-    cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Sequence[int] = ()
-) -> Setting:
+def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers = ()) -> Setting:
     """What a command line sets.
 
     Args:

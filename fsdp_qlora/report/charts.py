@@ -70,10 +70,9 @@ class Tape:
         tape.facts = run.facts | {"config": run.config}
         for line in (*run.steps, *run.samples):
             tape.add(line)
-        tape._evals = [
-            [step, short(loss), *map(short, run.accuracies.get(step, ()))]
-            for step, loss in run.evals
-        ]
+        for step, loss in run.evals:
+            right = map(short, run.accuracies.get(step, ()))
+            tape._evals.append([step, short(loss), *right])
         return tape
 
     @property

@@ -201,9 +201,8 @@ def figures(runs: list[Run]) -> list[PageTable]:
         rows = []
         for same in zip(*(column[group] for column in columns), strict=True):
             (name, form, _), values = same[0], [value for _, _, value in same]
-            rows += (
-                [(name, _figure(name, form, values, runs))] if highest(values) is not None else []
-            )
+            if highest(values) is not None:
+                rows.append((name, _figure(name, form, values, runs)))
         tables.append(PageTable(group, _heads(runs), rows))
     return tables
 

@@ -550,9 +550,8 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
 FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
-SETTINGS = tuple(  # options that are no text of the user's own
-    name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
-)
+_OPTIONS = cli.options(TrainConfig).items()  # a tracker gets those that are no text of the user's
+SETTINGS = tuple(name for name, row in _OPTIONS if str not in row.kinds or row.choices)
 POLL_S = 1.0
 PATIENCE_S = 15.0  # for the trackers to take the rest, once the run is over
 SHORT_S = 1.0  # the same, when the run has failed

@@ -10,7 +10,6 @@ from pathlib import Path
 from fsdp_qlora import arch, checkpoint_store, config
 from fsdp_qlora.checkpoint_store import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
 from fsdp_qlora.errors import INTEGRITY
-from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.training.preflight import fingerprint
 from tests import small_tokenizers
 from tests.bad_input.case import VOCAB_SIZE, Case, Place
@@ -26,7 +25,7 @@ def save(place: Place, **changes: object) -> Path:
     argv = place.flags()
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=True)
-    found = fingerprint(cfg, info, adapter_files.digest(info), 1)
+    found = fingerprint(cfg, info, info.digest(1), 1)
     state = {"config": config.to_dict(cfg), "given": sorted(config.given(argv))}
     state |= {"fingerprint": found} | changes
     data = Array("F32", (64,), memoryview(bytearray(range(256))))

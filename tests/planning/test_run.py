@@ -408,8 +408,8 @@ def test_all_faults_are_told_at_once():
     assert str(caught.value).count(" | ") == 3
     with pytest.raises(UserError, match="a rank needs one"):
         run.parse(["--gpus=2x3090", "--world_size=3"])
-    mixed = run.parse(["--gpus", "2x3090 + T4"]).machines.values()
-    assert [*mixed] == [*run.parse(["--cards=2x3090,T4"]).machines.values()]
+    mixed = run.parse(["--gpus", "2x3090 + T4"])[3].values()
+    assert [*mixed] == [*run.parse(["--cards=2x3090,T4"])[3].values()]
 
 
 def test_measured_speeds_are_used_and_named(
