@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
-from fsdp_qlora import atomic
-from fsdp_qlora.atomic import GIB
+from fsdp_qlora.atomic import GIB, cache_dir
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 if TYPE_CHECKING:
@@ -325,7 +324,7 @@ def machine_file() -> Path:
 
     Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
     """
-    return atomic.cache_dir() / "machine.json"
+    return cache_dir() / "machine.json"
 
 
 def measured_speeds() -> dict[str, dict[str, float]]:

@@ -329,7 +329,7 @@ class RowFormatter:
         """Return what each text of `render` is in a comparison: None, as nothing is compared."""
         return itertools.repeat(None)
 
-    def ask(self, question: str, example: object) -> str:
+    def ask(self, question: str, example: Any) -> str:
         """Put a new question into the form of the rows that are trained on.
 
         Args:
@@ -342,7 +342,7 @@ class RowFormatter:
         Raises:
             Refused: the chat template cannot render it.
         """
-        if not isinstance(example, dict) or self.name(example) in (BLOCKS, OWN, TOKENS):
+        if RowFormatter.name(self, example) in (BLOCKS, OWN, TOKENS):
             return question
         found = self._find(example)
         if self._as_chat(found):

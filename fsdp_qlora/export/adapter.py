@@ -23,7 +23,6 @@ from fsdp_qlora import __version__, arch, atomic, checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
-from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
@@ -624,5 +623,5 @@ def run_config(path: Path) -> TrainConfig | None:
     Raises:
         UserError: it is damaged (code 5).
     """
-    file = path / RUN_CONFIG_NAME
+    file = path / checkpoint_store.CONFIG
     return from_record(read_json(file))[0] if file.is_file() else None

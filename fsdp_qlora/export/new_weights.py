@@ -20,7 +20,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +56,7 @@ LOGITS_COPIES = 4
 SEED = 0  # of random tokens
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainedBase:
     """Makes of the weights in the files what training computes with.
 
@@ -77,7 +76,7 @@ class TrainedBase:
     device: torch.device
     format_name: str | None = None
     quant_cache: str = "off"
-    _held: dict[int, LayerStore] = field(default_factory=dict, init=False)  # a layer of the cache
+    _held: dict[int, LayerStore] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Refuse another format than that of the files."""
