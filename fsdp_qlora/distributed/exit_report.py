@@ -266,11 +266,7 @@ def clear_errors(output_dir: Path) -> None:
 
 
 def diagnose_exit(
-    ended: RanksExit,
-    out_dir: Path,
-    how_to_resume: str,
-    num_kills: int,
-    plan: plans.RunPlan | None,
+    ended: RanksExit, out_dir: Path, how_to_resume: str, num_kills: int, plan: plans.RunPlan | None
 ) -> ExitReport:
     """Find out why a run ended: the first cause, not what its peers say of it.
 
