@@ -114,13 +114,6 @@ def test_a_thousand_damages_are_found_each_naming_its_file(tmp_path: Path):
     assert num_found >= 1000
 
 
-def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path):
-    path = save(tmp_path, 7)
-    path.rename(path.with_name("step-8"))
-    with pytest.raises(UserError, match="manifest"):
-        store.read(path.with_name("step-8"))
-
-
 @pytest.mark.parametrize("point", hooks.SAVE_POINTS)
 def test_a_full_disk_leaves_the_one_before_and_nothing_half_done(
     tmp_path: Path, point: str, monkeypatch

@@ -251,20 +251,6 @@ def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path):
     assert not any(map(is_alive, pids))
 
 
-def test_a_directory_with_files_is_kept_unless_overwrite_is_given(tmp_path: Path):
-    """Records of the old run go, files of others stay."""
-    out = tmp_path / "out"
-    (out / "logs").mkdir(parents=True)
-    for name in ("metrics.jsonl", "mine.txt", "logs/rank7.error"):
-        (out / name).write_text("{}")
-    code, _, err = run(tmp_path, "pass")
-    assert code == INPUT and "holds files already; give another" in err and err.count("\n") == 1
-    assert len(list(out.rglob("*"))) == 4
-    assert run(tmp_path, "pass", "--overwrite") == (0, "", "")
-    assert (out / "mine.txt").exists()
-    assert not (out / "metrics.jsonl").exists() and not (out / "logs/rank7.error").exists()
-
-
 def test_a_run_of_which_nothing_came_takes_only_its_own_files_along(tmp_path: Path):
     """A cache in a new output directory stays when the run is refused."""
     body = "write_error(out, rank, 2, 'bad; repair it')\nsys.exit(2)"

@@ -204,9 +204,6 @@ def test_small_shards_have_an_index_that_transformers_reads(places, tmp_path: Pa
     assert first.dtype == torch.bfloat16 and first.config.tie_word_embeddings
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    sizes = [path.stat().st_size for path in (tmp_path / "many").glob("*.safetensors")]
-    largest = max(t.numel() * 2 for t in first.parameters())
-    assert max(sizes) < max(0.0002 * 2**30, largest) + 50_000
 
 
 def test_held_out_rows_of_the_run_are_used(places, tmp_path: Path):
