@@ -123,19 +123,6 @@ def test_parts_that_cannot_be_are_refused(place, tmp_path, flags, words):
         run(place, write(tmp_path / "x.jsonl", rows(5)), *flags)
 
 
-def test_bad_rows_are_named_by_file_and_line_all_at_once(place, tmp_path):
-    table = [*rows(3), {"prompt": 1, "completion": ""}, *rows(3), 7, *([[]] * 6)]
-    path = write(tmp_path / "x.jsonl", table)
-    ready = run(place, path)
-    assert ready.facts["num_bad"] == 8 and len(ready.train) == 6
-    with pytest.raises(UserError) as caught:
-        ready.check()
-    parts = str(caught.value).split(" | ")
-    assert parts[0] == f'{path}:4: field "prompt" is a number (want text); correct or remove it'
-    assert parts[1].startswith(f"{path}:8: is a number") and len(parts) == 5
-    assert parts[-1].endswith("correct or remove it and 3 more bad rows")
-
-
 def kept(cache):
     return sorted(path.name for path in cache.glob("tokens-*"))
 
