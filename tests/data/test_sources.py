@@ -213,17 +213,6 @@ def test_a_strange_name_gets_the_list_of_those_known():
             read(name)
 
 
-def test_reading_rows_needs_neither_torch_nor_transformers():
-    code = (
-        "import sys, fsdp_qlora.data.sources\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
-
-
 def test_mutated_files_of_every_format_give_rows_or_one_line(tmp_path):
     """Only UserError and BadRow may come out, whatever 600 damaged files hold."""
     table = pyarrow.Table.from_pylist(ROWS)
