@@ -18,7 +18,6 @@ tuners/lora/layer.py, ParamWrapper.
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -100,7 +99,7 @@ class Routing:
         """
         x, out = x.contiguous(), x.new_empty(len(self.order), num_out)
         source, target = self.tokens if ends[0] else None, self.order if ends[1] else None
-        kernels, places = _kernels(x), {"source": source, "target": target}
+        kernels, places = triton_kernels(x.is_cuda), {"source": source, "target": target}
         for first, last, weight in weights:
             rest |= {"experts": (first, last), **places}
             if kernels is not None:
@@ -137,7 +136,7 @@ class Routing:
             [E, R, I].
         """
         out = x.new_empty(self.num, low.shape[1], x.shape[1])
-        source, kernels = self.tokens if is_of_tokens else None, _kernels(x)
+        source, kernels = self.tokens if is_of_tokens else None, triton_kernels(x.is_cuda)
         if kernels is not None:
             kernels.grouped_outer(low, x.contiguous(), out, self.starts, source=source)
             return out
@@ -146,10 +145,6 @@ class Routing:
             rows = x[own] if source is None else x[source[own]]
             torch.matmul(low[own].t(), rows, out=out[expert])
         return out
-
-
-def _kernels(x: torch.Tensor) -> ModuleType | None:
-    return triton_kernels() if x.is_cuda else None
 
 
 class ExpertMatrices:

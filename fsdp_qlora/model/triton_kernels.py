@@ -68,8 +68,8 @@ def dequantize_bnb(
     table: torch.Tensor,
     out: torch.Tensor,
     group: int,
-) -> None:
-    """Fill `out` with table[4 bits] * absmax of their group; the high bits of a byte come first.
+) -> torch.Tensor:
+    """Return `out`, filled with table[4 bits] * absmax; the high bits of a byte come first.
 
     Args:
         quantized: uint8, 1-D.
@@ -82,10 +82,9 @@ def dequantize_bnb(
     num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
     size = out.numel() // num
     grid = (triton.cdiv(size, 2 * BYTES_PER_PROGRAM), num)
-    tensors, meta = (quantized, absmax, table, out), {"group_bytes": group // 2}
-    _dequantize_bnb[grid](
-        *tensors, size, stride, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
-    )
+    meta = {"group_bytes": group // 2, "tile": BYTES_PER_PROGRAM, "num_warps": NUM_WARPS}
+    _dequantize_bnb[grid](quantized, absmax, table, out, size, stride, **meta)
+    return out
 
 
 def expand(
