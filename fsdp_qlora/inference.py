@@ -472,9 +472,9 @@ def generate(argv: list[str]) -> int:
     if not asked:
         _converse(opened, options)
         return DONE
-    _, questions, rows = zip(*asked, strict=True)
-    found = opened.answer_all(questions, options, options.raw, rows)
-    rows = [{**row, "answer": text} for row, text in zip(rows, found, strict=True)]
+    _, questions, of = zip(*asked, strict=True)
+    found = opened.answer_all(questions, options, options.raw, of)
+    rows = [{**row, "answer": text} for row, text in zip(of, found, strict=True)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if opened.is_writer:
         print(atomic.write(Path(options.out or ""), text))
