@@ -124,7 +124,7 @@ def write_json(path: Path, values: Any) -> Path:
     return write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
-def parse_json(text: bytes) -> dict[str, Any] | None:
+def parse_json(text: str | bytes) -> dict[str, Any] | None:
     """Read a JSON object.
 
     Args:

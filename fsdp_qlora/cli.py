@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
 
+from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
@@ -52,7 +53,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
     "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
     "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),
-    "a JSON object": lambda value: _is_object(value),
+    "a JSON object": lambda value: atomic.parse_json(value) is not None,
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 
@@ -204,12 +205,6 @@ class Alias(NamedTuple):
     def changes(self, text: str) -> bool:
         """Whether a value is another than the usual one, however true and false are spelled."""
         return plain(text) != plain(self.usual)
-
-
-def _is_object(text: str) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(text), dict)
-    return False
 
 
 def flag(default: Any, group: str, meaning: str, choices: Any = None, rule: str = "") -> Any:

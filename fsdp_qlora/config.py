@@ -322,8 +322,7 @@ class TrainConfig:
     @property
     def passes(self) -> int:
         """How often rows pass a layer in a forward pass: twice with a reference."""
-        has_reference = OBJECTIVES[self.objective].has_reference
-        return 1 + (has_reference and not self.has_cached_reference)
+        return 1 + (OBJECTIVES[self.objective].has_reference and not self.has_cached_reference)
 
     @property
     def nll_weight(self) -> float:
@@ -404,8 +403,7 @@ def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
     reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
     values, faults = reader.read(argv)
     try:
-        cfg = TrainConfig(**values)
-        faults += _written(cfg, values)
+        faults += _written(cfg := TrainConfig(**values), values)
     except UserError as fault:
         faults.append(fault)
     if faults:

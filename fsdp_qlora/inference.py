@@ -287,8 +287,7 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
             os.environ.clear()
             os.environ.update(before)
     worlds.configure(world, cfg.gpu_budget_gib, cfg.seed)
-    model = build(cfg, info, world).model.eval()
-    return Opened(cfg, info, world, model, saved)
+    return Opened(cfg, info, world, build(cfg, info, world).model.eval(), saved)
 
 
 def _generator(model: Any, world: Any) -> Any:

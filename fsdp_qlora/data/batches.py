@@ -339,8 +339,7 @@ def micro_batches(rows: np.ndarray, rows_per_micro: int, world_size: int) -> lis
     Returns:
         For every micro-batch the rows of each rank: of like length, as many or one fewer.
     """
-    num_parts = max(-(-len(rows) // rows_per_micro), 1)
-    parts = np.array_split(rows, num_parts)
+    parts = np.array_split(rows, max(-(-len(rows) // rows_per_micro), 1))
     return [[part[rank::world_size] for rank in range(world_size)] for part in parts]
 
 
@@ -585,7 +584,6 @@ def all_once(
         Batches on the CPU; none if there are no samples.
     """
     if len(samples):
-        once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, *rest)
-        batches = Batches(samples, once)
+        batches = Batches(samples, SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, *rest))
         for step in range(batches.num_steps):
             yield from batches.step(step)

@@ -215,8 +215,7 @@ def _tokenize(
     if root is None or None in prints or (cfg.token_cache == "auto" and _is_small(found)):
         made = build(tokens.StoreBuilder(None))
     else:
-        key = _key(prints, tokenizer, formatter, cfg.context_length)
-        made = tokens.cached(root / key, build)
+        made = tokens.cached(root / _key(prints, tokenizer, formatter, cfg.context_length), build)
     if not len(made) and made.facts["num_rows"] and not made.facts["num_bad"]:
         rule = f"none has an answer within {cfg.context_length} tokens"
         remedy = "raise --context_length or check the answers"
@@ -446,8 +445,7 @@ def _padding(cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple
     if not len(lengths):
         return {"batches": 0.0, "packed": 0.0}
     if len(lengths) > MOST_SIMULATED_ROWS:
-        random = np.random.default_rng(cfg.seed)
-        chosen = random.choice(len(lengths), MOST_SIMULATED_ROWS, False)
+        chosen = np.random.default_rng(cfg.seed).choice(len(lengths), MOST_SIMULATED_ROWS, False)
         lengths, sizes = lengths[chosen], sizes[chosen]
     total, capacity = int(sizes.sum()), cfg.context_length * num_sides
     num_packed = len(batches.pack(sizes, capacity, world_size, cfg.seed, 0))

@@ -377,8 +377,7 @@ class TextTokenizer:
             table["post_processor"] = None  # transformers puts one there that does nothing
         table["split_special_tokens"] = self.core.encode_special_tokens
         parts = [table, self.names, self.chat_template, self.tool_template]
-        whole = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(whole.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> TextTokenizer:

@@ -515,8 +515,7 @@ class _SampleMaker:
         codes = np.where(is_trained, ids, ~ids)
         if has_end or (text.has_markup and not reaches_end):
             return codes
-        end_code = self.eos_id if reaches_end else ~self.eos_id
-        return np.append(codes, np.int32(end_code))
+        return np.append(codes, np.int32(self.eos_id if reaches_end else ~self.eos_id))
 
     def take(self, job: _Job, codes: np.ndarray) -> None:
         """Turn the codes of a job into samples, in the order of the rows."""

@@ -341,8 +341,7 @@ def expand(argv: list[str]) -> int:
         flags = f"--train_type bnb_llama_pro --llama_pro_path {out}"
         print(f"layers    {info.num_layers} and {num_new} new ones, numbers {added}")
     if tokens is not None:
-        num_tokens = tokens.core.get_vocab_size()
-        print(f"tokens    {num_tokens:,}, embeddings of {tokens.num_rows:,} rows")
+        print(f"tokens    {tokens.core.get_vocab_size():,}, embeddings of {tokens.num_rows:,} rows")
     print(f"next      python train.py {flags} --dataset YOUR_ROWS.jsonl")
     return DONE
 

@@ -153,8 +153,8 @@ class TrainedBase:
         if self.adapter.experts and name in self._places and pair is None:
             layer, index = self._places[name]
             linear = self.info.by_layer[layer].linears[index]
-            expert = linear.expert
-            pair = expert and self.adapter.expert_places.get((layer, expert[2] != 2))
+            if linear.expert is not None:
+                pair = self.adapter.expert_places.get((layer, linear.expert[2] != 2))
         if not pair:
             return weight_OI
         both = _read_once(pair.a, device), _read_once(pair.b, device)
@@ -432,10 +432,9 @@ def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any
     largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
     logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
     need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / hardware.GIB
+    free_gib = hardware.host_limit_gib() - hardware.host_used_gib()
     if device.type == "cuda":
         free_gib = torch.cuda.mem_get_info(device)[0] / hardware.GIB
-    else:
-        free_gib = hardware.host_limit_gib() - hardware.host_used_gib()
     if need_gib > free_gib:
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
@@ -489,8 +488,7 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
 
 def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, *_: Any) -> None:
     for part, name in own.items():
-        weight = base.read(name).float()
-        module._parameters[part] = nn.Parameter(weight, requires_grad=False)
+        module._parameters[part] = nn.Parameter(base.read(name).float(), requires_grad=False)
 
 
 def _drop(module: nn.Module, *_: Any) -> None:

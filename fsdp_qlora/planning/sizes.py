@@ -346,8 +346,7 @@ def adopt_format(
     nf4, is_double = stored.removesuffix("_dq"), stored.endswith("_dq")
     own: dict[str, Any] = {"quant_type": nf4, "double_quant": is_double}
     if TRAIN_TYPES[cfg.train_type].base != "bnb":
-        is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        own["train_type"] = "bnb_dora" if is_dora else "qlora"
+        own["train_type"] = {"dora": "bnb_dora"}.get(TRAIN_TYPES[cfg.train_type].adapter, "qlora")
     for name, value in own.items():
         got = getattr(cfg, name)
         is_given = got != getattr(TrainConfig, name) if given is None else name in given
@@ -451,9 +450,9 @@ def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers 
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
-    kept = cfg.levels(num_layers), cfg.sharding_strategy
     visit = cfg.per_visit, cfg.use_activation_cpu_offload
-    return Setting(*step, placements, *kept, 1, *visit)
+    levels = cfg.levels(num_layers)
+    return Setting(*step, placements, levels, cfg.sharding_strategy, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:

@@ -71,8 +71,7 @@ class Tape:
         for line in (*run.steps, *run.samples):
             tape.add(line)
         for step, loss in run.evals:
-            right = map(short, run.accuracies.get(step, ()))
-            tape._evals.append([step, short(loss), *right])
+            tape._evals.append([step, *map(short, (loss, *run.accuracies.get(step, ())))])
         return tape
 
     @property

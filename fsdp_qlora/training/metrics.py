@@ -312,8 +312,7 @@ class Recorder:
             self.flush()
             sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
             rows = [row[begin + len(COUNTS) :] for row in every]
-            memories = self._memories([*mine], [*host], rows)
-            self._pending = ({**record, **sums, **memories}, lap)
+            self._pending = ({**record, **sums, **self._memories([*mine], [*host], rows)}, lap)
         self.clock.mark("record")
         return agreed
 
@@ -565,8 +564,7 @@ class _Quiet:
         self.stream, self.muted = stream, set[int]()
 
     def write(self, text: str) -> int:
-        is_muted = threading.get_ident() in self.muted
-        return len(text) if is_muted else self.stream.write(text)
+        return len(text) if threading.get_ident() in self.muted else self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
