@@ -187,8 +187,7 @@ def as_object(arguments: Any) -> Any:
 
 def as_text(arguments: Any) -> Any:
     """Return arguments of a call as JSON in text."""
-    is_text = isinstance(arguments, str)
-    return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def with_arguments(message: dict, form: Callable[[Any], Any]) -> dict:

@@ -158,8 +158,7 @@ def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
         got = f"--template {cfg.template} with --objective {cfg.objective}"
         rule = "knows no prompt and no answers to compare"
         raise UserError(got, rule, "use --template chat or prompt, or leave it out")
-    rest = vars(found) | rest
-    return preferences.PreferenceFormatter(**rest, num_answers=cfg.num_answers)
+    return preferences.PreferenceFormatter(**vars(found) | rest, num_answers=cfg.num_answers)
 
 
 def prepare_early(cfg: TrainConfig, light: TextTokenizer, vocab_size: int) -> PreparedData | None:
@@ -262,8 +261,7 @@ def train_test_split(
         if num_rows and num_held_out >= num_rows:
             rule = f"only {num_rows} rows can be used, and some must be trained on"
             raise UserError(f"--eval_split {num_held_out}", rule, f"at most {num_rows - 1}")
-        chosen = np.argsort(at, kind="stable")[:num_held_out]
-        is_held_out = np.isin(np.arange(num_rows), chosen)
+        is_held_out = np.isin(np.arange(num_rows), np.argsort(at, kind="stable")[:num_held_out])
         return whole.part(~is_held_out), whole.part(is_held_out), 0
     hold = split_share(cfg.eval_split)
     if learn is None and hold is None:
@@ -451,8 +449,7 @@ def _padding(cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple
     num_packed = len(batches.pack(sizes, capacity, world_size, cfg.seed, 0))
     sampler = batches.sampler_config(cfg, world_size, 0, pad_multiple)
     num_padded = sum(batches.padded_tokens(lengths, sampler)) * num_sides
-    packed = 1 - total / (num_packed * capacity)
-    return {"batches": 1 - total / num_padded, "packed": packed}
+    return {"batches": 1 - total / num_padded, "packed": 1 - total / (num_packed * capacity)}
 
 
 def _answers(stores: Sequence[TokenStore]) -> dict[str, float]:
@@ -575,7 +572,6 @@ def _shown(
 def _safe(text: str) -> str:
     """Long text without its middle, and no terminal codes of the data's own."""
     if len(text) > MOST_CHARS:
-        num_left_out = len(text) - MOST_CHARS
         head, tail = text[: MOST_CHARS // 2], text[-MOST_CHARS // 2 :]
-        text = f"{head} [... {num_left_out:,} characters ...] {tail}"
+        text = f"{head} [... {len(text) - MOST_CHARS:,} characters ...] {tail}"
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -331,8 +331,7 @@ def expand(argv: list[str]) -> int:
     names, tensors = [new for _, new, _ in expansion.sources], expansion.tensors(tokens)
     need_bytes = sum(ref.nbytes for ref in info.tensors.values()) * (1 + num_new / info.num_layers)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
-        changes = expansion.changes()
-        changes |= {} if tokens is None else {"vocab_size": tokens.num_rows}
+        changes = expansion.changes() | ({} if tokens is None else {"vocab_size": tokens.num_rows})
         model_files.copy_beside(draft, info, None, **changes)
         if tokens is not None:
             model_files.write_tokens(draft, tokens.core)

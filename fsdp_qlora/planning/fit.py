@@ -366,12 +366,11 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine, is_lean: bool =
     lean |= dict.fromkeys(("selective_layers", "uncheckpointed_layers", "resident_layers"), 0)
     lean |= {"offload_impl": "auto", "sharding_strategy": "full_shard"}
 
-    places = [dict(zip(HOSTED, pair, strict=True)) for pair in itertools.product((0, 1), repeat=2)]
-    chances = [lean | {name: bool(is_on) for name, is_on in own.items()} for own in places]
+    pairs = itertools.product((False, True), repeat=2)
+    chances = [lean | dict(zip(HOSTED, pair, strict=True)) for pair in pairs] if is_lean else [{}]
 
     def is_too_long(length: int) -> bool:
-        changed = dataclasses.replace(cfg, context_length=length)
-        runs = [dataclasses.replace(changed, **own) for own in (chances if is_lean else [{}])]
+        runs = [dataclasses.replace(cfg, context_length=length, **own) for own in chances]
         tried = [evaluate(info, run, setting_for(info, run, machine), machine) for run in runs]
         return not any(item.fits_safely for item in tried)
 
@@ -454,8 +453,7 @@ def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> list[Change]
         changed = dataclasses.replace(cfg, **values)
         outcome = evaluate(info, changed, setting_for(info, changed, machine), machine)
         words, lost = " and ".join(row[0] for row in rows), ", ".join(r[1] for r in rows if r[1])
-        cost = sum(row[2] for row in rows)
-        return Change(words, lost, cost, frozenset(values), changed, outcome)
+        return Change(words, lost, sum(row[2] for row in rows), frozenset(values), changed, outcome)
 
     singles = _single_changes(cfg, info.num_layers, machine.num_ranks)
     fitting = [item for item in map(tried, singles) if item.outcome.fits_safely]

@@ -104,8 +104,8 @@ def moment_bytes(cfg: TrainConfig) -> int:
         cfg: optimizer, precision.
     """
     row = OPTIMIZERS[cfg.optimizer]
-    is_torchs = row.on_cpu  # as wide as what is trained
-    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if is_torchs else row.state_bytes
+    # Torch's own are as wide as what is trained.
+    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if row.on_cpu else row.state_bytes
 
 
 def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Term]:

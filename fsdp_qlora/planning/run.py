@@ -87,9 +87,8 @@ class RunPlan:
         if found is None or length >= cfg.context_length:
             return self
         shorter = dataclasses.replace(cfg, context_length=length)
-        outcome = fit.evaluate(self.info, shorter, found.setting, self.machine)
         candidates = list(self.candidates)
-        candidates[self.fallback] = outcome
+        candidates[self.fallback] = fit.evaluate(self.info, shorter, found.setting, self.machine)
         words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
         return dataclasses.replace(self, candidates=tuple(candidates), rows_note=words)
 
@@ -212,9 +211,8 @@ def make(
     outcomes = fit.explore(info, cfg, machine, given)
     best = fit.choose(outcomes)
     if best is None:  # nothing fits with a margin: without one, as asked for if that fits
-        fitting = [item for item in outcomes if item.fits]
-        fastest = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
-        best = own if own.fits else fastest
+        fitting = [own] if own.fits else [item for item in outcomes if item.fits]
+        best = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
     candidates = (best, *fit.fallbacks(outcomes, best))
     number = min(fallback, len(candidates) - 1)
     taken = candidates[number]
@@ -647,8 +645,7 @@ def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
             size = f" of {table.limit_gib:.1f}"
             left = f": {free_gib:.1f} free" if free_gib >= 0 else f": {-free_gib:.1f} MISSING"
         parts.append(f"{table.peak_gib:.1f}{size} GiB on {name} ({table.peak_phase}){left}")
-    is_tight = found.fits and not found.fits_safely
-    tight = "; predictions err by as much as is left" if is_tight else ""
+    tight = "; predictions err by as much as is left" * (found.fits and not found.fits_safely)
     return "fits" if found.fits else "NO FIT", "; ".join(parts) + tight
 
 
