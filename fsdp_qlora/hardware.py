@@ -183,8 +183,7 @@ def _rows(name: str, rest: str) -> list[Device]:
     alike.sort(key=lambda gpu: (SIZE.search(gpu.name.lower()) is not None, gpu.memory_gib))
     if size is None:
         return alike
-    nominal_gib = int(size[1] or size[2])
-    return [gpu for gpu in alike if 0.85 < gpu.memory_gib / nominal_gib < 1.05]
+    return [gpu for gpu in alike if 0.85 < gpu.memory_gib / int(size[1] or size[2]) < 1.05]
 
 
 def gpu_like(name: str, memory_gib: float) -> Device:

@@ -85,11 +85,9 @@ class Opened:
         from fsdp_qlora.model import adapters
 
         if self.adapter is not None:
-            device = self.world.device
-            pairs, folder = self.adapter.pairs, self.adapter.path
+            pairs, folder, device = self.adapter.pairs, self.adapter.path, self.world.device
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
-            pairs = pairs | self.adapter.experts
-            scales = {name: pair.scale for name, pair in pairs.items()}
+            scales = {own: pair.scale for own, pair in (pairs | self.adapter.experts).items()}
             adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
 
     @functools.cached_property

@@ -178,8 +178,7 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     known["loading_gib"] = run.table("load_peaks").get("host_peak_used_gib")
     known["lost"] = run.values("loss").count(None) or None
     known["before"] = next((loss for step, loss in run.evals if not step), None)
-    late = (loss for step, loss in run.evals[::-1] if step and loss is not None)
-    known["after"] = next(late, None)
+    known["after"] = next((x for step, x in run.evals[::-1] if step and x is not None), None)
     if run.has_gpus:
         known["gpu_gib"] = highest(run.peaks("device_peak_reserved_gib"))
         known["plan_s"] = run.table("plan").get("step_s")
