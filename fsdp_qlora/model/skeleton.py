@@ -199,15 +199,12 @@ class QuantizedModel(nn.Module):
         lists = (m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m))
         return next(layers for layers in lists if isinstance(layers[0], DecoderBlock))
 
-    def can_visit(self, device: torch.device, num_groups: int = 2) -> bool:
+    def can_visit(self, device: torch.device) -> bool:
         """Whether groups of rows can pass each layer together: see visit.take_apart.
 
         Args:
             device: of the rank.
-            num_groups: of them; one always can.
         """
-        if num_groups == 1:
-            return True
         size = self.decoder.config.hidden_size
         embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
         try:
