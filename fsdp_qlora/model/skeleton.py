@@ -344,9 +344,10 @@ def _places(
     hf_model: Any, head: LossHead, names: dict[str, str]
 ) -> dict[str, tuple[nn.Module, str]]:
     """Name in the files -> (module, name there) of what is not quantized."""
-    parts = {**dict(hf_model.named_parameters()), **dict(hf_model.named_buffers())}
-    own_names = {name: name.replace(".body.layer.", ".") for name in parts}
-    found = {names[own]: _owner(hf_model, name) for name, own in own_names.items() if own in names}
+    parts = (*hf_model.named_parameters(), *hf_model.named_buffers())
+    own_names = {name: name.replace(".body.layer.", ".") for name, _ in parts}
+    places = {own: name.rpartition(".") for name, own in own_names.items() if own in names}
+    found = {names[own]: (hf_model.get_submodule(at[0]), at[2]) for own, at in places.items()}
     own = {id(param): name for name, param in head.named_parameters()}
     own.pop(id(hf_model.get_input_embeddings().weight), None)  # tied: it stays the embedding's
     at_head = {name: own.get(id(getattr(*place))) for name, place in found.items()}
@@ -534,11 +535,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_numbers(entry) for key, entry in value.items()}
     return [_with_numbers(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
 
 
 def _build_body(
