@@ -48,7 +48,7 @@ class Code(NamedTuple):
 
 CODES = {
     "fp8": Code(torch.float8_e4m3fn, 448.0, 0, 0),
-    "int8": Code(torch.int8, 127.0, BLOCK, 8),
+    "int8": Code(torch.int8, 127.0, BLOCK, 16),
 }
 Pair = tuple[torch.Tensor, torch.Tensor]  # codes, scales
 LowRank = tuple[torch.Tensor, torch.Tensor, float]  # hidden_MR, b_OR, scale
