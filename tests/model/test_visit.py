@@ -2,13 +2,14 @@
 
 import dataclasses
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from fsdp_qlora.data import batches
 from fsdp_qlora.data.batches import collate, flatten
-from fsdp_qlora.model import attention, lora, shard
+from fsdp_qlora.model import attention, lora, shard, visit
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.visit import RowGroup
@@ -184,3 +185,20 @@ def test_layers_that_end_tile_by_tile_have_the_gradients_of_whole_ones(tmp_path)
     found = run_ranks(tiled, 1, cases)[0]
     assert [is_tiled for is_tiled, *_ in found] == [*TILED.values(), True, True, True]
     assert max(max(errors) for _, *errors in found) < 1e-6, found
+
+
+def test_a_model_may_refuse_inputs_and_lack_of_memory_is_a_fault(tmp_path, world):
+    model, _, _ = tiny.build(tiny.save_model(tmp_path / "m"), world, *FLAGS)
+    asks = (lambda: model.can_visit(world.device), lambda: loop.can_share_prompts(model, world))
+    assert all(ask() for ask in asks)
+    for error in (ValueError, RuntimeError, torch.OutOfMemoryError, KeyError):
+        with (
+            patch.object(visit, "take_apart", side_effect=error("x")),
+            patch.object(type(model), "forward", side_effect=error("x")),
+        ):
+            for ask in asks:
+                if error in (ValueError, RuntimeError):
+                    assert not ask()
+                    continue
+                with pytest.raises(error):
+                    ask()
