@@ -103,6 +103,8 @@ def test_all_faults_are_told_at_once():
         ("--revision v1 --model_name tests", "is no name on the hub"),
         ("--revision v1 --model_name a/b@v2", "names another one"),
         ("--warmup_steps -1", "steps, or from 0.0 to 1.0"),
+        ("--batch_size 70000 --gradient_accumulation_steps 70000", "make 4900000000 rows a step"),
+        ("--objective kto --reference cached --train_type full", "it is gone after step 1"),
         ("--gpu_budget_gib 0", "must be > 0; leave it out"),
         ("--train_type lora --double_quant false", "belongs to a bitsandbytes base"),
         ("--=3", "no such option"),
