@@ -14,6 +14,7 @@ Source of the arithmetic: bitsandbytes, csrc/kernels.cu (kDequantizeBlockwise).
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BYTES_PER_PROGRAM = 2048
 CONSTANTS_PER_PROGRAM = 1024
@@ -63,13 +64,9 @@ def _expand(quantized, nested, offset, code, out, num, group: tl.constexpr, tile
 
 
 def dequantize_bnb(
-    quantized: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
-    group: int,
-) -> None:
-    """Fill `out` with table[4 bits] * absmax of their group; the high bits of a byte come first.
+    quantized: Tensor, absmax: Tensor, table: Tensor, out: Tensor, group: int
+) -> Tensor:
+    """Return `out`, filled with table[4 bits] * absmax; the high bits of a byte come first.
 
     Args:
         quantized: uint8, 1-D.
@@ -82,19 +79,12 @@ def dequantize_bnb(
     num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
     size = out.numel() // num
     grid = (triton.cdiv(size, 2 * BYTES_PER_PROGRAM), num)
-    tensors, meta = (quantized, absmax, table, out), {"group_bytes": group // 2}
-    _dequantize_bnb[grid](
-        *tensors, size, stride, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
-    )
+    meta = {"group_bytes": group // 2, "tile": BYTES_PER_PROGRAM, "num_warps": NUM_WARPS}
+    _dequantize_bnb[grid](quantized, absmax, table, out, size, stride, **meta)
+    return out
 
 
-def expand(
-    quantized: torch.Tensor,
-    nested: torch.Tensor,
-    offset: torch.Tensor,
-    code: torch.Tensor,
-    group: int,
-) -> torch.Tensor:
+def expand(quantized: Tensor, nested: Tensor, offset: Tensor, code: Tensor, group: int) -> Tensor:
     """Return code[quantized] * nested + offset, product and sum rounded each: float32, 1-D.
 
     Args:
@@ -104,10 +94,10 @@ def expand(
         group: constants that share one of the second level.
     """
     out = torch.empty(quantized.shape, dtype=torch.float32, device=quantized.device)
-    tensors, meta = (quantized, nested, offset, code, out), {"tile": CONSTANTS_PER_PROGRAM}
+    meta = {"tile": CONSTANTS_PER_PROGRAM, "num_warps": NUM_WARPS, "group": group}
     meta["enable_fp_fusion"] = False  # else product and sum are rounded once
     grid = (triton.cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)
-    _expand[grid](*tensors, out.numel(), group=group, num_warps=NUM_WARPS, **meta)
+    _expand[grid](quantized, nested, offset, code, out, out.numel(), **meta)
     return out
 
 
@@ -154,10 +144,10 @@ def _dequantize_hqq(
 
 
 def dequantize_hqq(
-    words: torch.Tensor,
-    zero: torch.Tensor,
-    scale: torch.Tensor,
-    out: torch.Tensor,
+    words: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    out: Tensor,
     bits: int,
     axis: int,
     math_dtype: torch.dtype,
@@ -174,14 +164,12 @@ def dequantize_hqq(
     (rows, cols), word_rows = out.shape, words.shape[0]
     assert out.numel() + cols * 32 < 2**31, "indices are 32 bit"
     tile_cols = COLS_AT_AXIS_0 if axis == 0 else cols
-    tiles_across = -(-cols // tile_cols)
-    tile_rows = TILE // tile_cols
+    tiles_across, tile_rows = -(-cols // tile_cols), TILE // tile_cols
     meta = {"bits": bits, "slots": 10 if bits == 3 else 8 // bits, "axis": axis}
     meta |= {"tile_rows": tile_rows, "tile_cols": tile_cols, "num_warps": NUM_WARPS}
-    sizes = rows, cols, word_rows, tiles_across
+    meta["math_dtype"] = TL_DTYPES[math_dtype]
     grid = (-(-word_rows // tile_rows) * tiles_across,)
-    dtype = TL_DTYPES[math_dtype]
-    _dequantize_hqq[grid](words, zero, scale, out, *sizes, math_dtype=dtype, **meta)
+    _dequantize_hqq[grid](words, zero, scale, out, rows, cols, word_rows, tiles_across, **meta)
 
 
 @triton.jit
@@ -270,18 +258,18 @@ def _grouped_matmul(
 
 
 def grouped_matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int],
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tiles: tuple[Tensor, Tensor, Tensor, int],
     experts: tuple[int, int],
     turned: bool = False,
     alpha: float = 1.0,
-    source: torch.Tensor | None = None,
-    target: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    low: torch.Tensor | None = None,
-    high: torch.Tensor | None = None,
+    source: Tensor | None = None,
+    target: Tensor | None = None,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
 ) -> None:
     """Fill the rows of some experts: out = alpha * x @ W^T + low @ high^T + bias, of their expert.
 
@@ -345,11 +333,7 @@ def _grouped_outer(
 
 
 def grouped_outer(
-    low: torch.Tensor,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    starts: torch.Tensor,
-    source: torch.Tensor | None = None,
+    low: Tensor, x: Tensor, out: Tensor, starts: Tensor, source: Tensor | None = None
 ) -> None:
     """Fill out[e] = low^T @ x over the rows of each expert.
 
