@@ -87,6 +87,7 @@ TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].item
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
 PRECISIONS: dict[str, str] = _TABLE["precisions"]
+MATMULS = ("bf16", "fp8", "int8", "auto")
 TRACKERS = tuple(_TABLE["trackers"])
 BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
@@ -159,7 +160,7 @@ class TrainConfig:
     verify_base: str = flag("auto", "model", "full: hash all bytes of the model", ("auto", "full"))
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
-    matmul: str = flag("bf16", "model", "frozen matmuls of a 4-bit base", ("bf16", "fp8"))
+    matmul: str = flag("bf16", "model", "frozen matmuls of a 4-bit base", MATMULS)
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
     lora_rank: int = flag(16, "adapter", "rank r of the LoRA matrices", rule=">= 1")
@@ -615,7 +616,7 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
     for name in ("trains_new_adapters", "has_cached_reference"):
         values[name] = getattr(cfg, name)
     values["is_local"] = cfg.trackers in ((), ("tensorboard",))
-    is_code = cfg.format_name.startswith(("nf4", "fp4"))
+    is_code = cfg.format_name.startswith(("nf4", "fp4", "hqq"))
     values["has_codes"] = is_code and cfg.compute_dtype == "bfloat16"
     shown = {name: cli.to_text(value) for name, value in values.items()}
     for row in rows:

@@ -34,7 +34,7 @@ from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.model.visit import RowGroup
-from fsdp_qlora.planning.sizes import FP8_TOKENS, trained_whole, whole_layer_bytes
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
 
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
-FP8_MAJORS = (9, 10)  # compute capability of Hopper and of data-centre Blackwell
+# Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
+MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class KernelChoice:
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
-        has_fp8: large frozen matmuls run in 8 bit.
+        matmul: row of matmul.CODES of large frozen matmuls, or "bf16".
         note: one line for the user, with the reasons.
     """
 
@@ -62,7 +63,7 @@ class KernelChoice:
     attention: str
     use_liger: bool
     has_row_kernel: bool
-    has_fp8: bool
+    matmul: str
     note: str
 
 
@@ -93,18 +94,22 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    has_fp8 = cfg.matmul == "fp8"
-    if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
-        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
-        raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
     if cfg.context_parallel > 1:
         note += f", rows cut over {cfg.context_parallel} ranks"
         if has_gpu and not has_rows:
             rule = "the kernel for cut rows needs 16 bit and a GPU of 2020 (Ampere) or newer"
             got = f"--context_parallel {cfg.context_parallel}"
             raise UserError(got, rule, "use --context_parallel 1", ENVIRONMENT)
-    note += f", frozen matmuls of {FP8_TOKENS:,} tokens and more in fp8" * has_fp8
-    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
+    majors = MAJORS.get(cfg.matmul, ())
+    if majors and has_gpu and torch.cuda.get_device_capability(device)[0] not in majors:
+        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: GPUs of compute "
+        rule += f"capability {', '.join(map(str, majors))} do"
+        raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
+    if majors:
+        note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
+    note += ", frozen matmuls in bf16 (8 bit is for who asks)" * (cfg.matmul == "auto")
+    way = cfg.matmul if majors else "bf16"
+    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
     return KernelChoice(*choice, note)
 
 
@@ -334,7 +339,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.has_fp8)
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.matmul)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers

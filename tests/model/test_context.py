@@ -153,7 +153,7 @@ def test_what_is_not_exact_is_refused(tmp_path):
         "opt": "keys and values",
         "bamba": "keys and values",
         "qwen3_moe": "",
-        "gemma4_text": "",
+        "gemma4_text": "not known",
     }
     paths = [saved(tmp_path, kind) for kind in kinds]
     for found in run_ranks(refusals, 2, paths):
