@@ -214,15 +214,12 @@ class QuantizedModel(nn.Module):
         lists = (m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m))
         return next(layers for layers in lists if isinstance(layers[0], DecoderBlock))
 
-    def can_visit(self, device: torch.device, num_groups: int = 2) -> bool:
+    def can_visit(self, device: torch.device) -> bool:
         """Whether groups of rows can pass each layer together: see visit.take_apart.
 
         Args:
             device: of the rank.
-            num_groups: of them; one always can.
         """
-        if num_groups == 1:
-            return True
         size = self.decoder.config.hidden_size
         embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
         try:
@@ -362,9 +359,10 @@ def _places(
     hf_model: Any, head: LossHead, names: dict[str, str]
 ) -> dict[str, tuple[nn.Module, str]]:
     """Name in the files -> (module, name there) of what is not quantized."""
-    parts = {**dict(hf_model.named_parameters()), **dict(hf_model.named_buffers())}
-    own_names = {name: name.replace(".body.layer.", ".") for name in parts}
-    found = {names[own]: _owner(hf_model, name) for name, own in own_names.items() if own in names}
+    parts = (*hf_model.named_parameters(), *hf_model.named_buffers())
+    own_names = {name: name.replace(".body.layer.", ".") for name, _ in parts}
+    places = {own: name.rpartition(".") for name, own in own_names.items() if own in names}
+    found = {names[own]: (hf_model.get_submodule(at[0]), at[2]) for own, at in places.items()}
     own = {id(param): name for name, param in head.named_parameters()}
     own.pop(id(hf_model.get_input_embeddings().weight), None)  # tied: it stays the embedding's
     at_head = {name: own.get(id(getattr(*place))) for name, place in found.items()}
@@ -552,11 +550,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_numbers(entry) for key, entry in value.items()}
     return [_with_numbers(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
 
 
 def _build_body(

@@ -15,7 +15,7 @@ from fsdp_qlora.distributed import world as worlds
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import attention, shard
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.training import loop, optim
+from fsdp_qlora.training import evaluate, loop, optim
 from tests import tiny, tiny_models, warm
 from tests.model.test_shard import FLAGS
 from tests.ranks import run_ranks
@@ -94,7 +94,7 @@ def steps(world, num, paths, cases):
         train = PackedBatches(rows, 50, sampler) if PACKED in flags else Batches(rows, sampler)
         loop.keep_rows_apart(model, train, info, world)
         held_out = list(all_once(make_rows(5, 9, seed=1), sampler))
-        figures = [loop.evaluate(model, held_out, world)]
+        figures = [evaluate.measure(model, None, held_out, world)["loss"]]
         before = [flat.clone() for flat in shard.whole_lora(model)]
         for step in range(2):
             found = loop.train_step(trained, train.step(step))
