@@ -129,7 +129,7 @@ class Branched(NamedTuple):
         prompts, answers: tokens of each prompt, and of all answers to it.
         position_ids: int64 [1, T].
         positions, tokens: int64 [N], what is predicted from where, row after row.
-        chunks: which of equally long chunks of the sequence these are; () = it is whole.
+        chunks: which of equally long chunks of the sequence these are; None: it is whole.
     """
 
     prompts: tuple[int, ...]
@@ -137,7 +137,7 @@ class Branched(NamedTuple):
     position_ids: "torch.Tensor"
     positions: "torch.Tensor"
     tokens: "torch.Tensor"
-    chunks: tuple[int, ...] = ()
+    chunks: tuple[int, int] | None = None
 
 
 class Batches:
@@ -521,8 +521,8 @@ def cut(batch: Batch, num: int, part: int) -> Batch:
     whole = torch.cat([torch.arange(length) for length in batch.row_lengths])
     laid = Branched((), (), whole[at][None], positions, following[positions], chunks)
     counts = len(positions), int((at < batch.num_tokens).sum())
-    rest = batch.row_lengths, batch.sides, None, laid
-    return Batch(batch.input_ids[:, at], batch.labels[:, at], *counts, *rest)
+    ids, labels = batch.input_ids[:, at], batch.labels[:, at]
+    return replace(Batch(ids, labels, *counts, batch.row_lengths), branches=laid)
 
 
 def join(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
@@ -587,10 +587,10 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
         learned = np.nonzero(row.is_trained[1:])[0]
         positions.append(places[learned])
         targets.append(row.input_ids[learned + 1].astype(np.int64))
-    whole = [torch.from_numpy(np.concatenate(t)) for t in (positions, targets)]
-    branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], *whole)
+    where, what = (torch.from_numpy(np.concatenate(t)) for t in (positions, targets))
+    branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], where, what)
     labels = torch.full((1, width), NOT_TRAINED)
-    counts = len(whole[0]), starts[-1]
+    counts = len(where), starts[-1]
     lengths += [rest] * (rest > 0)
     return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
 

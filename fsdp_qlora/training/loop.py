@@ -233,7 +233,7 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
         positions, tokens_N, position_ids = (_to_device(t, device) for t in places)
         targets = targets._replace(positions_N=positions, tokens_N=tokens_N)
         rows = rows._replace(position_ids=position_ids)
-        if laid.chunks:
+        if laid.chunks is not None:
             cut = Cut.of(batch.row_lengths, laid.chunks, device)
             return RowGroup(_to_device(batch.input_ids, device), targets, rows._replace(cut=cut))
         rows = Branches.join(rows, laid.prompts, laid.answers)
@@ -336,16 +336,17 @@ def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> Non
     whole = flatten(rows, 8)
     numbered = dataclasses.replace(whole, input_ids=torch.arange(shape[1]).unsqueeze(0))
     at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
-    group = _group(part, world.device)
+    group, laid = _group(part, world.device), part.branches
+    assert laid is not None and group.targets is not None
     with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError):
         model.eval()
         asked = (Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
         pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
         alone = torch.cat([model(row, targets).float() for row, targets in pairs])
-        wanted = alone[at.input_ids[0, part.branches.positions]]
+        wanted = alone[at.input_ids[0, laid.positions]]
         found = model(group.input_ids, group.targets._replace(tokens_N=None), rows=group.rows)
         errors = (found.float() - wanted).norm(dim=1) / (wanted - wanted.roll(1, 0)).norm(dim=1)
-        is_late = part.branches.positions >= part.input_ids.shape[1] // 2
+        is_late = laid.positions >= part.input_ids.shape[1] // 2
         worst = max(errors[where].median().item() for where in (is_late, ~is_late))
     model.train(is_training)
     shard.settle(model)
