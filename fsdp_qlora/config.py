@@ -597,6 +597,9 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
             got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
             rule = f"belongs to --objective {' '.join(objectives)}"
             faults.append(UserError(got, rule, "leave one of them out"))
+    if (num_rows := cfg.batch_size * cfg.gradient_accumulation_steps) >= cli.TOO_LARGE:
+        got = f"--batch_size {cfg.batch_size} with {cfg.gradient_accumulation_steps} micro-batches"
+        faults.append(UserError(got, f"make {num_rows} rows a step", "take fewer than 2**32"))
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))

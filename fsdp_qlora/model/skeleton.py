@@ -222,12 +222,11 @@ class QuantizedModel(nn.Module):
         """
         size = self.decoder.config.hidden_size
         embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
-        try:
+        with visit.may_refuse():  # a decoder may want more than embeddings
             _, calls = visit.take_apart(self.decoder, self.layers, True, {"inputs_embeds": embeds})
-        except Exception:  # whatever stops a decoder that wants more than embeddings
-            return False
-        values = [value for call in calls for value in call.kwargs.values()]
-        return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+            values = [value for call in calls for value in call.kwargs.values()]
+            return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+        return False
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:

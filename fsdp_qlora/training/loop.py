@@ -26,7 +26,7 @@ from fsdp_qlora.model.attention import Branches, Cut, RowBounds, joins_exactly
 from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.model.visit import RowGroup, may_refuse
 from fsdp_qlora.planning.sizes import JOINED_TOKENS
 from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
@@ -104,9 +104,10 @@ def weigh(
     counts = [float(sum(len(s.hashes) for s in sides)), float(num_tokens)]
     num, num_tokens = (max(sum(column), 1.0) for column in zip(*world.gather(counts), strict=True))
     ratios = torch.zeros((), device=world.device)
+    live = dataclasses.replace(preference, is_live=True)  # these rows are never the same
     for other in (batch.mismatched for batch in batches if batch.mismatched is not None):
         with torch.no_grad():
-            ((answers, _),) = _answers(model, preference, [other], world.device)
+            ((answers, _),) = _answers(model, live, [other], world.device)
         ratios += answers.ratio_P.sum()
     ratios = world.sum_(ratios) if preference.name == "kto" else ratios
     divergence = objectives.divergence(ratios, num)
@@ -368,7 +369,7 @@ def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
     laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
     found = list[torch.Tensor]()
-    with evaluating(model), contextlib.suppress(Exception):  # of a model that knows no branches
+    with evaluating(model), may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
             asked = group.targets._replace(tokens_N=None) if group.targets is not None else None
