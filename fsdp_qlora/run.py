@@ -185,6 +185,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
         peers = launch.watch_peers(cfg, world) if is_alone else None
         plan = launch.broadcast_plan(cfg, given, world)
+        world = worlds.split(world, cfg.context_parallel)
         if is_mine:
             adapter.check_init(plan.cfg, plan.info, str if is_silent else print)
         with preflight.explain_disk_full(plan.cfg):
