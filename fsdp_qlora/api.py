@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, errors
 from fsdp_qlora.config import TrainConfig, parse
-from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -204,7 +203,7 @@ def load_model(
 
     if _rank(TrainConfig()) is not None:
         rule = "this process is in a process group already"
-        raise UserError("load_model", rule, "close the other model, or use another process")
+        raise errors.UserError("load_model", rule, "close the other model, or use another process")
     names = (CONFIG_NAME, LAYERS_NAME)
     is_adapter = adapter is None and any((Path(path) / name).is_file() for name in names)
     flags = [] if is_adapter else [f"--model_name={path}"]
@@ -260,7 +259,7 @@ def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
         text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         rule = f"every row must be a dict of JSON values ({error})"
-        raise UserError("dataset", rule, "convert the other values to text") from error
+        raise errors.UserError("dataset", rule, "convert the other values to text") from error
     data = text.encode()
     path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

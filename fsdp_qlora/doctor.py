@@ -17,9 +17,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import atomic, cli, hardware
+from fsdp_qlora import atomic, cli, config, hardware
 from fsdp_qlora.cli import flag
-from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
@@ -214,7 +213,7 @@ def packages() -> Iterator[Finding]:
     """Whether the packages are there, in the wanted ranges."""
     from packaging.requirements import Requirement
 
-    own = [need for need in map(Requirement, _requirements()) if need.name != PACKAGE]
+    own = [need for need in map(Requirement, _requirements()) if need.name != config.PACKAGE]
     versions = {need.name: _version(need.name) for need in own}
     there = [name for name, version in versions.items() if version]
     named = [f"{name} {versions[name]}" for name in there]
@@ -226,15 +225,15 @@ def packages() -> Iterator[Finding]:
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
         is_right = wanted.contains(found, prereleases=True) if found else not is_needed
         if not is_right:
-            value = f"{PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
+            value = f"{config.PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
             remedy = f"pip install '{need.name}{wanted}'"
             yield Finding(need.name, value, remedy, ENVIRONMENT * is_needed)
 
 
 def _requirements() -> list[str]:
     """Of pyproject.toml, or of the installed package; those of extras end in a marker."""
-    if not (table := own_project()):
-        return (metadata.requires(PACKAGE) or []) if _version(PACKAGE) else []
+    if not (table := config.own_project()):
+        return (metadata.requires(config.PACKAGE) or []) if _version(config.PACKAGE) else []
     extras = table["optional-dependencies"].items()
     marked = [f"{text}; extra == '{name}'" for name, texts in extras for text in texts]
     return [*table["dependencies"], *marked]

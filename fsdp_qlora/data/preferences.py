@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.data import chats, row_formats
+from fsdp_qlora.data import chats, row_formats, tokens
 from fsdp_qlora.data.tokenizer import Refused, Text
-from fsdp_qlora.data.tokens import Sample
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +191,7 @@ class Sides(NamedTuple):
     hashes: np.ndarray = np.zeros(0, np.uint64)
 
     @classmethod
-    def of(cls, rows: Sequence[Sample], hashes: np.ndarray | None = None) -> "Sides":
+    def of(cls, rows: Sequence[tokens.Sample], hashes: np.ndarray | None = None) -> "Sides":
         """Those of some rows.
 
         Args:

@@ -13,9 +13,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from fsdp_qlora import atomic, checkpoint_store, errors, hardware
+from fsdp_qlora import atomic, checkpoint_store, config, errors, hardware
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import BUG, DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
@@ -116,7 +115,7 @@ def compare_memory(
     return [*lines, *([f"largest   {', '.join(parts)} GiB"] if parts else [])]
 
 
-def fail(error: Exception, cfg: TrainConfig, plan: plans.RunPlan | None = None) -> NoReturn:
+def fail(error: Exception, cfg: config.TrainConfig, plan: plans.RunPlan | None = None) -> NoReturn:
     """Leave word of what ended this rank, then leave.
 
     The word goes to the supervisor, or to the terminal without one; the trace of what is no

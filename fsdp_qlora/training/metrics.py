@@ -30,13 +30,12 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic, cli, hardware
+from fsdp_qlora import atomic, cli, errors, hardware
 from fsdp_qlora.arch import num_params, unquantized
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.planning import rows as names
@@ -589,7 +588,7 @@ def _follow(name: str, cfg: TrainConfig, stop: threading.Event, tell: Say, quiet
                 tracker.log(values, step=step)
         tracker.finish()
     except BaseException as error:  # wandb leaves by SystemExit too
-        failure = brief(error) or type(error).__name__
+        failure = errors.brief(error) or type(error).__name__
         quiet.muted.discard(threading.get_ident())
         tell(f"note      {name} failed ({failure}): metrics.jsonl goes on")
 
@@ -654,7 +653,7 @@ def attach_trackers(cfg: TrainConfig, is_writer: bool, tell: Say = tqdm.write) -
             if slow := " and ".join(thread.name for thread in threads if thread.is_alive()):
                 tell(f"note      {slow} has not taken all of it yet: metrics.jsonl has it")
                 # Before what the tracker wants to do at the end, and waits.
-                atexit.register(exit_report.leave, DONE)
+                atexit.register(exit_report.leave, errors.DONE)
 
 
 def _open(name: str, cfg: TrainConfig) -> Any:
