@@ -559,8 +559,7 @@ def versions(device: "torch.device") -> dict[str, str]:
     if device.type == "cuda":
         import torch
 
-        facts["cuda"] = str(torch.version.cuda)
-        facts["card"] = torch.cuda.get_device_name(device)
+        facts |= {"cuda": str(torch.version.cuda), "card": torch.cuda.get_device_name(device)}
         facts["num_cards"] = str(torch.cuda.device_count())
         facts["driver"] = driver_version() or "unknown"
     return facts

@@ -204,8 +204,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
         UserError: the directory holds no LoRA adapter (code 2), or wrong flags.
     """
     known: dict[str, Any] = {"train_type": "lora"}
-    if adapter is not None:
-        known = adapter_files.options(adapter_files.read(adapter))
+    known = adapter_files.options(adapter_files.read(adapter)) if adapter is not None else known
     given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
     known |= {"output_dir": str(adapter or "output"), "fit": "off"}

@@ -64,8 +64,7 @@ def choose_prompts(
     if tokenizer is None:
         return ()
     asked = list[tuple[str, Any, dict]]()
-    if cfg.sample_prompt is not None:
-        asked.append(("--sample_prompt", cfg.sample_prompt, {}))
+    asked += [("--sample_prompt", cfg.sample_prompt, {})] if cfg.sample_prompt is not None else []
     if cfg.sample_prompts not in ("auto", "off"):
         asked += read_prompts(Path(cfg.sample_prompts), "--sample_prompts")
     if asked or cfg.sample_prompts == "off" or ready.formatter is None:
@@ -130,8 +129,7 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
 
 def _parse_prompt(place: str, value: Any) -> Any:
     """A text, or the messages of a conversation."""
-    if isinstance(value, dict):
-        value = value.get("prompt", value.get("messages"))
+    value = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
     if not value or not (isinstance(value, str) or is_chat):
         remedy = 'write "text", {"prompt": "text"} or {"messages": [...]}'

@@ -277,8 +277,7 @@ class RowFormatter:
         found, names = self._find(row), []
         used = {*found.required, *found.optional}
         used |= self.row_template.variables if self.row_template is not None else set()
-        if self._as_chat(found):
-            used |= {*TOOL_COLUMNS, KWARGS}
+        used |= {*TOOL_COLUMNS, KWARGS} if self._as_chat(found) else set()
         if found.name == CHAT and found.messages is not None:
             asked = [m for m in found.messages(row) if m["role"] not in ("assistant", chats.CALL)]
             switched = ((n, m["role"]) for m in asked for n in chats.SWITCHES if m.get(n))
@@ -405,8 +404,7 @@ class RowFormatter:
             texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
         else:
             texts, end = self.chat.render(messages, learned, **values), learned[-1]
-        if learned:
-            notes += find_lost(messages, learned, texts, end, tools)
+        notes += find_lost(messages, learned, texts, end, tools) if learned else []
         return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
     def _with_calls(self, messages: list[dict], values: dict[str, Any]) -> list[dict]:

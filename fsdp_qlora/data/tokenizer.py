@@ -180,16 +180,14 @@ class Chat(Template):
         elif marks and len(turns) < sum(map(says_something, (messages[i] for i in answers))):
             marks = ()  # of some answers, and they are not told apart
         if marks:
-            notes = self._start(messages, turns[-1], whole, values)[1]
-            return [Text(whole, marks, True, notes)]
+            return [Text(whole, marks, True, self._start(messages, turns[-1], whole, values)[1])]
         ends = [(turn, self._render(messages[: turn + 1], values)[0]) for turn in turns]
         starts = [self._start(messages, turn, after, values) for turn, after in ends]
         notes = starts[-1][1]
         parts = [(start, after) for (start, _), (_, after) in zip(starts, ends, strict=True)]
         less = [(start, self._less_end(after, whole)) for start, after in parts]
         if all(whole.startswith(after) for _, after in less):
-            spans = tuple((start, len(after)) for start, after in less)
-            return [Text(whole, spans, True, notes)]
+            return [Text(whole, tuple((start, len(after)) for start, after in less), True, notes)]
         return [Text(after, ((start, len(after)),), True, notes) for start, after in parts]
 
     def _less_end(self, after: str, whole: str) -> str:

@@ -395,8 +395,7 @@ def explain(error: Exception, world: World, peers: Peers | None = None) -> Excep
         peers.hurry()
     with suppress(UserError, RuntimeError):
         code = error.code if isinstance(error, UserError) else RUN_FAILED
-        line = str(error) if is_own else repr(error)
-        world.meeting.tell_failure(line, code, lingers=False)
+        world.meeting.tell_failure(str(error) if is_own else repr(error), code, lingers=False)
     return error
 
 

@@ -289,8 +289,7 @@ def _pattern(names: str | list[str] | None) -> str | None:
 def _target_text(names: str | list[str] | None, pairs: Collection[str]) -> str:
     """A list without what matches nothing; a pattern so that it is seen to be one."""
     if isinstance(names, str):
-        is_clear = names in ALL_LINEARS or module_names(names) == names
-        return names if is_clear else f"({names})"
+        return names if names in ALL_LINEARS or module_names(names) == names else f"({names})"
     kept = [key for key in names or () if any(f".{name}".endswith(f".{key}") for name in pairs)]
     return ",".join(sorted(kept)) or "all"
 

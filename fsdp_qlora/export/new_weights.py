@@ -155,8 +155,7 @@ class TrainedBase:
         if not pair:
             return weight_OI
         both = _read_once(pair.a, device), _read_once(pair.b, device)
-        if linear is not None:
-            both = experts.pair_of_one(linear, pair.num_experts, *both)
+        both = experts.pair_of_one(linear, pair.num_experts, *both) if linear is not None else both
         return torch.addmm(weight_OI.float(), both[1], both[0], alpha=pair.scale)
 
     def _known(self, name: str) -> torch.Tensor:
@@ -232,8 +231,7 @@ def merged(base: TrainedBase, dtype: torch.dtype, names: Sequence[str]) -> Tenso
         weight_OI = base.with_pair(name, weight_OI)
         pair = base.adapter.pairs.get(base.info.outer_name(name.removesuffix(".weight")))
         if pair is not None and pair.magnitude is not None:
-            length_O = read_float(pair.magnitude, device) / weight_OI.norm(dim=1)
-            weight_OI *= length_O.unsqueeze(1)
+            weight_OI *= (read_float(pair.magnitude, device) / weight_OI.norm(dim=1)).unsqueeze(1)
         result = weight_OI.to(dtype)
         if not result.sum(dtype=torch.float32).isfinite():
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
@@ -390,8 +388,7 @@ class Expansion:
             if vocabulary is not None and old in ends:  # new rows: the mean of the known ones
                 known = tensor[: vocabulary.num_known]
                 mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
-                num_new = vocabulary.num_rows - len(known)
-                tensor = torch.cat([known, mean_H.expand(num_new, -1)])
+                tensor = torch.cat([known, mean_H.expand(vocabulary.num_rows - len(known), -1)])
             for _, new, is_zero in group:
                 yield new, torch.zeros_like(tensor) if is_zero else tensor
 

@@ -55,8 +55,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
-    if s.groups(setting) > 1:
-        s, setting = s.visiting, s.joined(setting)
+    s, setting = (s.visiting, s.joined(setting)) if s.groups(setting) > 1 else (s, setting)
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
@@ -70,8 +69,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     }
     # What layers leave there: their graphs, or the small layer that was last at work.
     staying: Rows = {rows.SCRATCH: at_work(s)} if s.is_kept_whole else {}
-    if uses_graphs(s, setting):
-        staying = graph_rows(s, setting)
+    staying = graph_rows(s, setting) if uses_graphs(s, setting) else staying
     moments = {phase: [states, trained, part, staying] for phase, part in own.items()}
     always: Rows = {rows.LIBRARIES: [term("cuBLAS", bytes=LIBRARY_BYTES)]}
     if s.kind == "cuda":
@@ -245,8 +243,7 @@ def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
     """The head while it is at work: as gathered, and copied out of that."""
     copies = 1 if setting.keeps_gathered else 2
     held = [term("gathered adapters", **s.one_group, bytes=s.item)] if s.one_group else []
-    if setting.keeps_gathered:
-        held = _buffers(s, setting)
+    held = _buffers(s, setting) if setting.keeps_gathered else held
     head = term("gathered head", copies=copies, params=s.head, bytes=s.item)
     return [*held, head] if setting.shares > 1 and not s.is_tied else held
 
@@ -293,9 +290,8 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     cfg, ranks = s.cfg, setting.local_ranks
     process_bytes = PROCESS_BYTES[s.kind]
     process_bytes += (s.kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
-    system_bytes = SYSTEM_BYTES
-    if system_gib is not None:
-        system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
+    in_use = None if system_gib is None else max(system_gib * GIB - s.file_bytes, 0.0)
+    system_bytes = SYSTEM_BYTES if in_use is None else in_use
     ids = {"rows": s.num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
     has_text = cfg.dataset != "dummy" or cfg.sample_prompt is not None
     tokens = {"tokens": s.vocab * has_text}
@@ -506,16 +502,14 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     ]
     # Of some heads after the others: gradients of queries in float32, of keys and values for all
     # the queries' heads, and all three as they are handed on.
-    key_heads = keys_values(s) / 2 * s.heads / s.attention
-    num_parts = sizes.head_parts(int(key_heads))
+    num_parts = sizes.head_parts(int(keys_values(s) / 2 * s.heads / s.attention))
     part = s.attention * (4 + 2 * s.item) + qkv * s.item
     attention = [
         term("gradients around the attention", features=s.attention + qkv, **wide),
         term("its own", tokens=tokens, bytes=part, per_part=num_parts),
         *_of_all_ranks(s, tokens, num_parts),
     ]
-    constants = scratch if s.is_kept_whole else scratch[1:]
-    both = (tile, scratch), (attention, constants)
+    both = (tile, scratch), (attention, scratch if s.is_kept_whole else scratch[1:])
     return [{rows.LAYER: [*made, *own], rows.SCRATCH: held} for own, held in both]
 
 

@@ -393,10 +393,8 @@ def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:
     found, host_gib = [], options.host
     if gpus == "auto":
         found = hardware.find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        if found and host_gib is None:
-            host_gib = hardware.host_limit_gib()
-    if not found:
-        found = hardware.parse_gpus(IMAGINED if gpus == "auto" else gpus)
+        host_gib = hardware.host_limit_gib() if found and host_gib is None else host_gib
+    found = found or hardware.parse_gpus(IMAGINED if gpus == "auto" else gpus)
     if found and cfg.world_size > len(found):
         rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --gpus")
@@ -554,8 +552,7 @@ def _table(title: str, names: Sequence[str], table: rows.Table) -> list[str]:
     found["total"] = [table.total_gib(phase) for phase in rows.PHASES]
     for name, values in found.items():
         cells = (f"{value:10.2f}" if value >= 0.005 else f"{'-':>10}" for value in values)
-        if max(values) >= 0.005:
-            lines.append(f"  {name:<46}" + "".join(cells))
+        lines += [f"  {name:<46}" + "".join(cells)] if max(values) >= 0.005 else []
     return lines
 
 

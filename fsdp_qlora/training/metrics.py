@@ -301,8 +301,7 @@ class Recorder:
         mine["cpu_cores"] = self._process.cpu_percent() / 100
         counts = [float(record[name]) for name in COUNTS]
         host = self._host()
-        share = self.tracker.share._replace(used_gib=host["host_used_gib"])
-        by_row = memory.encode(phases, share)
+        by_row = memory.encode(phases, self.tracker.share._replace(used_gib=host["host_used_gib"]))
         every = self._world.gather([*wishes, *counts, *mine.values(), *host.values(), *by_row])
         columns, begin = list(zip(*every, strict=True)), len(wishes)
         agreed = [max(column) for column in columns[:begin]]
@@ -462,8 +461,7 @@ class Recorder:
 
 def _plain(value: Any) -> Any:
     """The value as JSON knows it: tensors as numbers, NaN and infinity as None."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
+    value = value.item() if isinstance(value, torch.Tensor) else value
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -526,8 +524,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     lines = [text.format_map(shown) for text in TABLE["lines"]]
     lines += [f"note      {note}" for note in data.audit.facts["notes"]]
     if plan.found is not None and plan.rows_note:  # what the plan says now that rows are known
-        host_gib = plan.found.host.peak_gib
-        lines.append(f"plan      {plan.rows_note}: {host_gib:.1f} GiB on the host")
+        lines.append(f"plan      {plan.rows_note}: {plan.found.host.peak_gib:.1f} GiB on the host")
     lines += [f"note      {note}" for note in cfg_notes(cfg)]
     return facts | {"data": data.audit.facts, "lines": lines}
 
