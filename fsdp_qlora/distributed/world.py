@@ -49,7 +49,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    meeting: meeting.Meeting | None = None
+    meeting: "meeting.Meeting | None" = None
     neighbors: tuple[int, ...] = ()
     context: "World | None" = None
     group: Any = None
