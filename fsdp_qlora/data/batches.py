@@ -588,7 +588,7 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
 
 
 def _batch(
-    shape: tuple[int, int], samples: Sequence[Sample], starts: Sequence[tuple[int, int]]
+    shape: tuple[int, int], samples: Sequence[Sample], starts: list[tuple[int, int]]
 ) -> Batch:
     """Samples on padding, each from its row and column on."""
     import torch

@@ -142,19 +142,16 @@ def _parse_prompt(place: str, value: Any) -> Any:
         raise UserError(place, str(refusal), "correct it") from refusal
 
 
-def _ask(
-    place: str, question: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer
-) -> Prompt:
+def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
     """A prompt as the rows have it; the template of a chat writes the beginning of text itself."""
-    is_chat = isinstance(question, list)
-    shown = str(question[-1].get("content", "")) if is_chat else question
-    text = question
+    is_chat, text = isinstance(asked, list), asked
+    shown = str(asked[-1].get("content", "")) if is_chat else asked
     try:
         if ready.formatter is not None:
-            text = ready.formatter.ask(question, ready.example, **chat_values(row))
+            text = ready.formatter.ask(asked, ready.example, **chat_values(row))
     except Refused as refusal:
         rule = f"cannot be asked ({refusal})"
-        raise UserError(f"{place} {shown}", rule, "leave it out") from refusal
+        raise UserError(f"{at} {shown}", rule, "leave it out") from refusal
     if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
         return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""

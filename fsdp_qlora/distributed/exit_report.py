@@ -155,9 +155,7 @@ def _tell_torchrun(line: str, trace: str = "") -> None:
             atomic.write_json(Path(path), {"message": message})
 
 
-def end_without(
-    lost: Sequence[int], rule: str, rank: int, hosts: Sequence[str], output_dir: Path
-) -> NoReturn:
+def end_without(lost: list[int], rule: str, rank: int, hosts: list[str], out_dir: Path) -> NoReturn:
     """End this rank because others are lost; one rank of each host says so.
 
     Args:
@@ -165,13 +163,13 @@ def end_without(
         rule: in what way.
         rank: of this process.
         hosts: by rank.
-        output_dir: directory of the run.
+        out_dir: directory of the run.
     """
     remedies = "no step is saved on this host", "start the run again"
-    if (saved := checkpoint_store.latest(output_dir)) is not None:
-        remedies = f"step {saved.step} is saved", f"continue with --resume {output_dir}"
+    if (saved := checkpoint_store.latest(out_dir)) is not None:
+        remedies = f"step {saved.step} is saved", f"continue with --resume {out_dir}"
     line = _line(", ".join(f"{hosts[i]} (rank {i})" for i in lost), rule, *remedies)
-    with suppress(OSError), (output_dir / LOGS / f"rank{rank}.log").open("a") as log:
+    with suppress(OSError), (out_dir / LOGS / f"rank{rank}.log").open("a") as log:
         faulthandler.dump_traceback(log)
     here = [i for i, host in enumerate(hosts) if host == hosts[rank]]
     if rank == ([i for i in here if i not in lost] or here)[0]:

@@ -477,7 +477,7 @@ def watch_peers(cfg: TrainConfig, world: "World") -> hooks.Peers | None:
         return None
     place, rank, out = world.meeting, world.rank, cfg.resolved_output_dir
     hosts = [words[0] for words in place.places]
-    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, output_dir=out)
+    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, out_dir=out)
     keys = [f"{place.round}/beat {i}" for i in range(world.size)]
     peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
     peers.start()

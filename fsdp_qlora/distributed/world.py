@@ -399,25 +399,23 @@ def explain(error: Exception, world: World, peers: Peers | None = None) -> Excep
     return error
 
 
-def configure(
-    world: World, gpu_budget_gib: float | None, seed: int, is_deterministic: bool = False
-) -> None:
+def configure(world: World, budget_gib: float | None, seed: int, is_exact: bool = False) -> None:
     """Prepare this process for a run.
 
     Args:
         world: this process among the ranks.
-        gpu_budget_gib: cap of this rank's allocator, GiB.
+        budget_gib: cap of this rank's allocator, GiB.
         seed: of dropout, different on every rank; adapters and data have their own generators.
-        is_deterministic: let every kernel sum in the same order each time; on GPUs the backward
+        is_exact: let every kernel sum in the same order each time; on GPUs the backward
             passes of attention do not by themselves, CPU ranks always do.
     """
     device = world.device
     torch.manual_seed(seed + world.rank)
-    if is_deterministic:
+    if is_exact:
         _be_deterministic()
-    if device.type == "cuda" and gpu_budget_gib is not None:
+    if device.type == "cuda" and budget_gib is not None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
-        fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
+        fraction = min(budget_gib * 2**30 / total_bytes, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction)
 
 

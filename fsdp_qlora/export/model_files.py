@@ -39,6 +39,7 @@ OF_WRAPPER = ("preprocessor_config.json", "processor_config.json", "video_prepro
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
 DTYPE_NAMES = {dtype: name for name, dtype in weights.DTYPES.items()} | {torch.uint8: "U8"}
 FORMAT = {"format": "pt"}  # what transformers wants in a header
+Tensors = dict[str, torch.Tensor]
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -62,7 +63,7 @@ def safetensors_file(
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + len(json.dumps(entries))
     header_bytes = -(-room // ALIGN_BYTES) * ALIGN_BYTES
-    waiting: dict[str, torch.Tensor] = {}
+    waiting: Tensors = {}
     with path.open("wb") as file:
 
         def write(name: str, tensor: torch.Tensor) -> None:
@@ -279,9 +280,7 @@ def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
     return path
 
 
-def _each(
-    tensors: dict[str, torch.Tensor], model: QuantizedModel, info: ModelInfo
-) -> dict[str, torch.Tensor]:
+def _each(tensors: Tensors, model: QuantizedModel, info: ModelInfo) -> Tensors:
     """The matrices of an adapter, those of experts by the names of their base's files."""
     each = dict(tensors)
     slots = [(i, slot) for i, block in enumerate(shard.blocks(model)) for slot in block.body.slots]
@@ -297,7 +296,7 @@ def _each(
     return each
 
 
-def _write_checked(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def _write_checked(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     with atomic.new_file(path) as draft, safetensors_file(draft, tensors, metadata) as add:
         for tensor_name, tensor in sorted(tensors.items()):
             add(tensor_name, tensor)

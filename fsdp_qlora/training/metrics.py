@@ -335,17 +335,15 @@ class Recorder:
         host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"])
         return host
 
-    def _memories(
-        self, mine: Sequence[str], host: Sequence[str], rows: list[list[float]]
-    ) -> dict[str, Any]:
+    def _memories(self, own: list[str], host: list[str], rows: list[list[float]]) -> dict[str, Any]:
         """What a line says of memory and processors, of each rank and of each machine."""
         values = [row[-memory.NUM_VALUES :] for row in rows]
         tops, host_tops = self._ledger.update(values, memory.STEP_PHASES)
         ranks, hosts = [], []
         for row, top in zip(rows, tops, strict=True):
-            ranks.append({**dict(zip(mine, row, strict=False)), "device_rows": top})
+            ranks.append({**dict(zip(own, row, strict=False)), "device_rows": top})
         for (first, *_), top in zip(self._machines, host_tops, strict=True):
-            figures = dict[str, Any](zip(host, rows[first][len(mine) :], strict=False))
+            figures = dict[str, Any](zip(host, rows[first][len(own) :], strict=False))
             figures["num_cpu_cores"] = int(figures["num_cpu_cores"])
             hosts.append({**_plain(figures), "host_rows": top})
         named = zip(self._machines.values(), hosts, strict=True)
