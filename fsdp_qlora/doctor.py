@@ -441,11 +441,9 @@ def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
         return row.dequantize(own.pop("weight"), row.constants(own), weight_OI.shape, dtype)
 
     exact_OI = decoded(FORMATS[name], "cpu", torch.float32).double()
-    pairs = (
-        (decoded(row, device, torch.float32), exact_OI),
-        (x_MI.to(device) @ decoded(row, device, half).t(), x_MI.double() @ exact_OI.t()),
-        (exact_OI, weight_OI.double()),
-    )
+    product = x_MI.to(device) @ decoded(row, device, half).t(), x_MI.double() @ exact_OI.t()
+    weights = decoded(row, device, torch.float32), exact_OI
+    pairs = weights, product, (exact_OI, weight_OI.double())
     errors = [float((got.cpu().double() - want).norm() / want.norm()) for got, want in pairs]
     value = "weights off by {:.0e}, matmul by {:.1e}, rounding to 4 bits {:.2f}".format(*errors)
     if all(error <= limit for error, limit in zip(errors, MAX_ERRORS, strict=True)):

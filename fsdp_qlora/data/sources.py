@@ -301,12 +301,10 @@ def _without_nulls(row: dict, features: dict, decodes: bool = False) -> dict:
     return {name: stripped(value, features.get(name)) for name, value in row.items()}
 
 
-READERS: dict[str, Callable[[Path], PlacedRows]] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
-    **dict.fromkeys((".csv", ".tsv"), _read_csv),
-    **dict.fromkeys((".txt", ".text"), _read_text),
-    **dict.fromkeys((".parquet", ".arrow"), _read_arrow),
-}
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json)
+READERS |= dict.fromkeys((".csv", ".tsv"), _read_csv)
+READERS |= dict.fromkeys((".txt", ".text"), _read_text)
+READERS |= dict.fromkeys((".parquet", ".arrow"), _read_arrow)
 
 
 class Source(NamedTuple):

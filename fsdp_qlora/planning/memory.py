@@ -178,11 +178,9 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
     moments, waiting = list[Rows](), (setting.per_visit, setting.hosts_inputs)
     for at in sorted({0, last, *turns, *(i + 1 for i in turns)}):
         done = s.layers if setting.num_visits > 1 else last - at
-        common: Rows = {
-            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1], *waiting),
-            rows.BUFFERS: _buffers(s, setting),
-            rows.LAYER: _between(s, setting),
-        }
+        kept = kept_by_level(s, tokens, setting.levels[: at + 1], *waiting)
+        common: Rows = {rows.KEPT: kept, rows.BUFFERS: _buffers(s, setting)}
+        common[rows.LAYER] = _between(s, setting)
         if done or s.trained_root:
             common[rows.GRADIENTS] = _gradients("of layers done", s, setting, s.layers - done)
         if at == 0 and s.one_group:
@@ -232,11 +230,9 @@ def _between(s: Sizes, setting: Setting) -> list[Term]:
     """What groups of rows that pass a layer together have between two layers."""
     others, adapted = s.groups(setting) - 1, setting.per_visit - 1
     wide = {"tokens": s.tokens(setting), "hidden": s.hidden, "bytes": s.item}
+    ends = term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide)
     own = {"groups": adapted, "params": s.lora, "bytes": s.item}
-    return present(
-        term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide),
-        term("the other groups' gradients of adapters", **own),
-    )
+    return present(ends, term("the other groups' gradients of adapters", **own))
 
 
 def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
@@ -367,11 +363,9 @@ def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
     kept = [wide(INPUT, hidden=s.hidden)]
     if level == "full":
         return kept
-    kept += [
-        wide("outputs of all matmuls but the last", features=s.outs),
-        wide("attention's output", features=s.attention),
-        wide("its log-sum-exp", 4, heads=s.heads),
-    ]
+    kept.append(wide("outputs of all matmuls but the last", features=s.outs))
+    kept.append(wide("attention's output", features=s.attention))
+    kept.append(wide("its log-sum-exp", 4, heads=s.heads))
     if level == "selective":
         return kept
     read = wide("norms' outputs, activation product", features=s.input_features)
@@ -380,11 +374,9 @@ def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
         read = wide("dropped inputs, masks", s.item + mask, features=s.dropped_features)
     others = (s.norms - 2) * s.hidden + s.head_norms
     kept += [read, wide("matmuls with A", ranks=s.lora_ranks)]
-    kept += present(
-        wide("outputs of experts, their products", features=s.routed),
-        wide("outputs to be scaled", features=s.magnitudes),
-        wide("inputs of more norms", features=others),
-    )
+    kept += present(wide("outputs of experts, their products", features=s.routed))
+    kept += present(wide("outputs to be scaled", features=s.magnitudes))
+    kept += present(wide("inputs of more norms", features=others))
     if s.kind == "cpu" or s.cfg.liger == "off":
         norms = {"hidden": s.hidden, "norms": s.norms}
         kept.append(wide("norms' inputs in float32 instead (not fused)", 4 - s.item, **norms))
@@ -496,19 +488,15 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     if s.kind == "cpu" or s.cfg.liger == "off":
         made.append(term("norm's input in float32 (not fused)", hidden=s.hidden, **wide, n=2))
     features = 5 * s.hidden + 2 * s.gates + 2 * s.product
-    tile = [
-        term("recomputed: residual", features=s.hidden, **wide),
-        term("a tile", tokens=sizes.TILE_TOKENS, features=features, bytes=s.item),
-    ]
+    residual = term("recomputed: residual", features=s.hidden, **wide)
+    tile = [residual, term("a tile", tokens=sizes.TILE_TOKENS, features=features, bytes=s.item)]
     # Of some heads after the others: gradients of queries in float32, of keys and values for all
     # the queries' heads, and all three as they are handed on.
     num_parts = sizes.head_parts(int(keys_values(s) / 2 * s.heads / s.attention))
     part = s.attention * (4 + 2 * s.item) + qkv * s.item
-    attention = [
-        term("gradients around the attention", features=s.attention + qkv, **wide),
-        term("its own", tokens=tokens, bytes=part, per_part=num_parts),
-        *_of_all_ranks(s, tokens, num_parts),
-    ]
+    around = term("gradients around the attention", features=s.attention + qkv, **wide)
+    inside = term("its own", tokens=tokens, bytes=part, per_part=num_parts)
+    attention = [around, inside, *_of_all_ranks(s, tokens, num_parts)]
     both = (tile, scratch), (attention, scratch if s.is_kept_whole else scratch[1:])
     return [{rows.LAYER: [*made, *own], rows.SCRATCH: held} for own, held in both]
 

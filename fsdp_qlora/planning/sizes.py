@@ -121,11 +121,8 @@ def _hqq(bits: int, group_size: int, axis: int) -> Storage:
 
 
 _ABSMAX = (Field("absmax", "float32", GROUP),)
-_NESTED_ABSMAX = (
-    Field("qabsmax", "uint8", GROUP, multiple=NESTED),
-    Field("nested_absmax", "float32", GROUP * NESTED),
-    Field("offset", "float32", GROUP * NESTED),
-)
+_NESTED = (Field(name, "float32", GROUP * NESTED) for name in ("nested_absmax", "offset"))
+_NESTED_ABSMAX = (Field("qabsmax", "uint8", GROUP, multiple=NESTED), *_NESTED)
 FORMATS: dict[str, Storage] = {
     "nf4": Storage(4, _ABSMAX),
     "nf4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
