@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]  # a line of metrics.jsonl
 Callback = Callable[[Event], Any] | None
+Place = str | Path
 Rows = Iterable[Mapping[str, Any]] | None  # such as a datasets.Dataset or a list of dicts
 
 
@@ -160,7 +161,7 @@ def train(
     return read() if group is None else group.first(read)
 
 
-def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
+def merge(adapter: Place, out: Place, base: str = "auto") -> Path:
     """Merge an adapter into its base and write a plain model, as the command `merge` does.
 
     Args:
@@ -180,9 +181,7 @@ def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
     return Path(out)
 
 
-def load_model(
-    path: str | Path, adapter: str | Path | None = None, any_base: bool = False
-) -> "Opened":
+def load_model(path: Place, adapter: Place | None = None, any_base: bool = False) -> "Opened":
     """Load a model that answers, in this process, on its CPU or one GPU.
 
     The process is a torch.distributed group of one rank until the model's `close` is called.

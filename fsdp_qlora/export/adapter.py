@@ -237,10 +237,9 @@ def expand_init(argv: Sequence[str]) -> list[str]:
     adapter, flags = read(locate(given["init_adapter"])), []
     for name, value in _start_options(adapter, given.get("train_type", "qlora")).items():
         mine = given.get(name, value)
+        is_same = name in OPEN or mine == value
         if name == "train_type":
             is_same = TRAIN_TYPES[mine].adapter == TRAIN_TYPES[value].adapter
-        else:
-            is_same = name in OPEN or mine == value
         if not is_same:
             got, rule = f"--{name} {cli.to_text(mine)}", f"{adapter.path} has {cli.to_text(value)}"
             raise UserError(got, rule, "leave it out, or start without --init_adapter")
