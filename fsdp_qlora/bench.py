@@ -31,8 +31,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from fsdp_qlora import __version__, arch, atomic, cli, config, hardware, record
-from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
+from fsdp_qlora import __version__, arch, atomic, cli, config, errors, hardware, record
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report import page
 
@@ -150,7 +149,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
     return {
         **{"command": shlex.join(argv), "log": str(log), "wall_s": time.perf_counter() - began_s},
         **{"host_peak_gib": peak_gib, "host_added_gib": peak_gib - before_gib},
-        "reason": None if code == DONE else f"{how}: {last_error(log)} (log: {log})",
+        "reason": None if code == errors.DONE else f"{how}: {last_error(log)} (log: {log})",
     }
 
 
@@ -172,7 +171,7 @@ def last_error(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     faults = [line for line in lines if FAULT.match(line)]
-    return one_line([*lines, *faults][-1])[:200] if lines else "it printed nothing"
+    return errors.one_line([*lines, *faults][-1])[:200] if lines else "it printed nothing"
 
 
 def read_run(run_dir: Path) -> BenchRow:
@@ -261,7 +260,7 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
         return row
     try:
         return row | read_run(out / "run") | {"state": "measured"}
-    except (UserError, KeyError) as error:
+    except (errors.UserError, KeyError) as error:
         return {**row, "reason": f"its record cannot be read: {error} (log: {row['log']})"}
 
 
@@ -349,10 +348,10 @@ def main(argv: list[str]) -> int:
     former = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     names = [name for text in args.rows.split(",") for name in fnmatch.filter(every, text)]
     if not names:
-        raise UserError(f"--rows {args.rows}", "no such row", f"use {' '.join(every)}")
+        raise errors.UserError(f"--rows {args.rows}", "no such row", f"use {' '.join(every)}")
     if any(row["where"] != args.where for row in former):
         rule = f"is of {former[0]['where']}, this is {args.where}"
-        raise UserError(f"{stem}.json", rule, "give another directory with --out")
+        raise errors.UserError(f"{stem}.json", rule, "give another directory with --out")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {row["name"]: row for row in former}
     for name in names:
@@ -361,7 +360,7 @@ def main(argv: list[str]) -> int:
         write(stem, _facts(args, [*rows.values()]))
     print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .html")
     states = {rows[name]["state"] for name in names}
-    return DONE if states <= {"measured", "left out"} else RUN_FAILED
+    return errors.DONE if states <= {"measured", "left out"} else errors.RUN_FAILED
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import meta
 
-from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch, atomic
 from fsdp_qlora.errors import UserError, brief
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -483,7 +482,7 @@ def has_files(path: Path) -> bool:
     return any((path / name).exists() for name in TOKENIZER_FILES)
 
 
-def directory(info: ModelInfo) -> Path:
+def directory(info: arch.ModelInfo) -> Path:
     """Return where the tokenizer of a model lies.
 
     Args:

@@ -30,8 +30,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic, cli, errors, hardware
-from fsdp_qlora.arch import num_params, unquantized
+from fsdp_qlora import arch, atomic, cli, errors, hardware
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report, hooks
@@ -501,7 +500,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
         For the record, by name; `lines` are what the console shows.
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
-    trainable, total = count_trained(info, cfg).total, num_params(info)
+    trainable, total = count_trained(info, cfg).total, arch.num_params(info)
     allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else memory.Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
@@ -509,7 +508,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
     stores = (block.store for block in blocks(built.model))
     quantized_gib = sum(store.layout.nbytes for store in stores if store) / hardware.GIB
-    sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
+    sizes = {name.removesuffix(".weight"): num for name, num in arch.unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
     facts: dict[str, Any] = {"config": to_dict(cfg), "plan": plan.to_dict()}
     facts |= {"model_type": info.model_type, "num_params": total}
