@@ -107,6 +107,22 @@ def lora_dict(model: QuantizedModel, flats: list[torch.Tensor]) -> dict[str, tor
     return dict(adapters.named_pairs(model, flats, "model.layers"))
 
 
+def merged_logits(out: Path, ids: torch.Tensor, *more: str, most: float = 1e-3) -> torch.Tensor:
+    """The last logits by transformers of an adapter that is merged into its base, in OUT-merged."""
+    from transformers import AutoModelForCausalLM
+
+    from fsdp_qlora.export import commands
+
+    place = Path(f"{out}-merged")
+    argv = [f"--adapter={out}", f"--out={place}", "--dtype=fp32", "--device=cpu", *more]
+    assert commands.merge(argv) == 0
+    evidence = json.loads((place / "merge.json").read_text())["evidence"]
+    assert evidence["max_difference"] < most, evidence
+    merged = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return merged(ids).logits[0, -1]
+
+
 def quantized_store(
     format_name: str, weights: list[torch.Tensor]
 ) -> tuple[LayerStore, torch.Tensor]:

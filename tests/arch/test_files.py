@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,156 +18,63 @@ from fsdp_qlora.arch import files
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError
 from tests.model_files import write_header, write_model
 
-
-def lose_config(directory: Path) -> None:
-    """config.json is absent."""
-    (directory / "config.json").unlink()
-
-
-def cut_config(directory: Path) -> None:
-    """config.json ends in the middle."""
-    path = directory / "config.json"
-    path.write_text(path.read_text()[:100])
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000000\n"
+CUT_OFF = "incomplete metadata, file not fully covered"
 
 
-def list_config(directory: Path) -> None:
-    """config.json is JSON, but no object."""
-    (directory / "config.json").write_text("[]")
+def index_of(more: dict[str, str]) -> tuple[str, Callable[[bytes], bytes]]:
+    """An index of the single file, with more entries; without such it names nothing."""
+    index = {"weight_map": {"model.norm.weight": WEIGHTS} | more if more else {}}
+    return files.INDEX_NAME, lambda _: json.dumps(index).encode()
 
 
-def pickle_only(directory: Path) -> None:
-    """Only pickled weights."""
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+def swapped(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
+    """Text in the header is another one, as long."""
+    return lambda raw: raw.replace(old, new, 1)
 
 
-def adapter_only(directory: Path) -> None:
-    """An adapter's directory instead of a model's."""
-    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
-
-
-def lfs_pointer(directory: Path) -> None:
-    """A clone without git lfs."""
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000000\n"
-    (directory / "model.safetensors").write_text(text)
-
-
-def html_page(directory: Path) -> None:
-    """A page saved by a browser."""
-    (directory / "model.safetensors").write_text("\n<!DOCTYPE html><html>Sign in</html>")
-
-
-def truncate(directory: Path) -> None:
-    """A download that stopped near the end."""
-    path = directory / "model.safetensors"
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def truncate_header(directory: Path) -> None:
-    """A download that stopped at the start."""
-    os.truncate(directory / "model.safetensors", 100)
-
-
-def empty(directory: Path) -> None:
-    """A file without a byte."""
-    os.truncate(directory / "model.safetensors", 0)
-
-
-def append(directory: Path) -> None:
-    """Bytes that belong to no tensor."""
-    with (directory / "model.safetensors").open("ab") as file:
-        file.write(b"\0")
-
-
-def edit_header(directory: Path, old: bytes, new: bytes) -> None:
-    """Replace text in the header, keeping its length."""
-    path = directory / "model.safetensors"
-    raw = path.read_bytes()
-    assert len(old) == len(new) and raw.count(old) >= 1
-    path.write_bytes(raw.replace(old, new, 1))
-
-
-def rename_tensor(directory: Path) -> None:
-    """A tensor with a wrong name."""
-    edit_header(directory, b"model.norm.weight", b"model.mean.weight")
-
-
-def integer_tensor(directory: Path) -> None:
-    """A checkpoint of integers."""
-    edit_header(directory, b'"F32"', b'"I32"')
-
-
-def garbled_header(directory: Path) -> None:
-    """A header that is no JSON."""
-    edit_header(directory, b'"F32"', b'"F32,')
-
-
-def float_offsets(directory: Path) -> None:
+def float_offsets(raw: bytes) -> bytes:
     """Written by something for which all numbers are floats."""
-    path = directory / "model.safetensors"
-    raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
-    write_header(path, json.loads(raw[8:end], parse_int=float), raw[end:])
+    header = json.dumps(json.loads(raw[8:end], parse_int=float)).encode()
+    return len(header).to_bytes(8, "little") + header + raw[end:]
 
 
-def nested_config(directory: Path) -> None:
-    """Deeper than Python's parser goes."""
-    (directory / "config.json").write_text('{"a":' * 100_000)
+# What is done to a file (None: its name is another one now), what the line says, and its code.
+DAMAGES = [
+    ((CONFIG, None), "config.json: is needed, and absent", INPUT),
+    ((CONFIG, lambda raw: raw[:100]), "is no valid JSON", INTEGRITY),
+    ((CONFIG, lambda _: b'{"a":' * 100_000), "is no valid JSON", INTEGRITY),  # Python's parser ends
+    ((CONFIG, lambda _: b"[]"), "must hold a JSON object", INTEGRITY),
+    ((WEIGHTS, "pytorch_model.bin"), "only pickled weights (pytorch_model.bin)", INPUT),
+    ((WEIGHTS, "adapter_model.safetensors"), "holds no safetensors weights", INPUT),
+    ((WEIGHTS, lambda _: POINTER), "is a git-lfs pointer, not the file; run git lfs", INTEGRITY),
+    ((WEIGHTS, lambda _: b"\n<!DOCTYPE html><html>Sign in"), "is an HTML page", INTEGRITY),
+    ((WEIGHTS, lambda raw: raw[:-1]), CUT_OFF, INTEGRITY),  # a download that stopped near the end
+    ((WEIGHTS, lambda raw: raw[:100]), "100 bytes are no safetensors file", INTEGRITY),
+    ((WEIGHTS, lambda _: b""), "0 bytes are no safetensors file", INTEGRITY),
+    ((WEIGHTS, lambda raw: raw + b"\0"), CUT_OFF, INTEGRITY),
+    ((WEIGHTS, swapped(b"model.norm", b"model.mean")), "1 tensor (model.norm.weight)", INTEGRITY),
+    ((WEIGHTS, swapped(b'"F32"', b'"I32"')), "holds I32 tensors", INPUT),
+    ((WEIGHTS, swapped(b'"F32"', b'"F32,')), "invalid JSON in header", INTEGRITY),
+    ((WEIGHTS, float_offsets), "are no safetensors file", INTEGRITY),
+    (index_of({"a": "model-2-of-2.safetensors"}), "is named by the index, and absent", INTEGRITY),
+    (index_of({"model.a": WEIGHTS}), "1 tensor (model.a) not in the file", INTEGRITY),
+    (index_of({"a": f"../{WEIGHTS}"}), "which is no plain file name", INTEGRITY),
+    (index_of({}), "has no weight_map", INTEGRITY),
+]
 
 
-def index_of_absent_file(directory: Path) -> None:
-    """A shard was not downloaded."""
-    write_index(directory, {"lm_head.weight": "model-00002-of-00002.safetensors"})
-
-
-def index_of_other_tensors(directory: Path) -> None:
-    """The index belongs to another model."""
-    write_index(directory, {"model.extra.weight": "model.safetensors"})
-
-
-def index_outside(directory: Path) -> None:
-    """The index points out of the directory."""
-    write_index(directory, {"lm_head.weight": "../model.safetensors"})
-
-
-def index_without_map(directory: Path) -> None:
-    """The index names nothing."""
-    write_index(directory, {})
-
-
-def write_index(directory: Path, more: dict) -> None:
-    """Write an index of the single file, with more entries."""
-    index = {"weight_map": {"model.norm.weight": "model.safetensors"} | more if more else {}}
-    (directory / files.INDEX_NAME).write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize(
-    ("damage", "words", "code"),
-    [
-        (lose_config, "config.json: is needed, and absent", INPUT),
-        (cut_config, "is no valid JSON", INTEGRITY),
-        (list_config, "must hold a JSON object", INTEGRITY),
-        (pickle_only, "only pickled weights (pytorch_model.bin)", INPUT),
-        (adapter_only, "holds no safetensors weights", INPUT),
-        (lfs_pointer, "is a git-lfs pointer, not the file; run git lfs pull", INTEGRITY),
-        (html_page, "is an HTML page", INTEGRITY),
-        (truncate, "incomplete metadata, file not fully covered", INTEGRITY),
-        (truncate_header, "100 bytes are no safetensors file", INTEGRITY),
-        (empty, "0 bytes are no safetensors file", INTEGRITY),
-        (append, "incomplete metadata, file not fully covered", INTEGRITY),
-        (rename_tensor, "1 tensor (model.norm.weight)", INTEGRITY),
-        (integer_tensor, "holds I32 tensors", INPUT),
-        (garbled_header, "invalid JSON in header", INTEGRITY),
-        (float_offsets, "are no safetensors file", INTEGRITY),
-        (nested_config, "is no valid JSON", INTEGRITY),
-        (index_of_absent_file, "is named by the index, and absent", INTEGRITY),
-        (index_of_other_tensors, "1 tensor (model.extra.weight) not in the file", INTEGRITY),
-        (index_outside, "which is no plain file name", INTEGRITY),
-        (index_without_map, "has no weight_map", INTEGRITY),
-    ],
-)
+@pytest.mark.parametrize(("damage", "words", "code"), DAMAGES)
 def test_damaged_files_are_named_in_one_line(tmp_path: Path, damage, words: str, code: int) -> None:
     """Found from the headers, before a weight is read."""
-    damage(write_model(tmp_path))
+    (name, change), model = damage, write_model(tmp_path)
+    file = model / name
+    if callable(change):
+        file.write_bytes(change(file.read_bytes() if file.exists() else b""))
+    else:
+        file.rename(model / (change or "other"))
     with pytest.raises(UserError) as caught:
         arch.read(str(tmp_path), need_weights=True)
     assert words in str(caught.value)
