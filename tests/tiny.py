@@ -30,6 +30,11 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 
+MIXTURES = {  # experts of two types
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 96},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+}
+
 
 def require_triton() -> None:
     """Skip the calling test without Triton; fail where REQUIRE_TRITON=1 promises it."""
@@ -105,6 +110,18 @@ def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
 def lora_dict(model: QuantizedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flat tensors by peft's names."""
     return dict(adapters.named_pairs(model, flats, "model.layers"))
+
+
+def lora_grads(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The whole gradients of the adapters, layer by layer."""
+    grads = [block.body.lora.grad for block in shard.blocks(model) if block.body.slots]
+    return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+
+
+def reference_loss(model, batch) -> torch.Tensor:
+    """Mean cross entropy over the trained tokens, of a model of transformers, in float32."""
+    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
 
 
 def merged_logits(out: Path, ids: torch.Tensor, *more: str, most: float = 1e-3) -> torch.Tensor:

@@ -34,6 +34,7 @@ from fsdp_qlora import cli
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
+NAMES = ("_name_or_path", "_also")  # in a shape, of the model on the hub
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -110,12 +111,10 @@ def locate(model_name: str, need_weights: bool) -> Path:
     if is_hub_name and need_weights:
         return _without_metas_files(download(model_name, MODEL_FILES))
     if is_hub_name:
-        shapes = {path: read_json(path) for path in sorted(SHAPES_DIRECTORY.glob("*.json"))}
-        name = model_name.partition("@")[0].lower()
-        names = {path: (row["_name_or_path"], row.get("_also", "")) for path, row in shapes.items()}
-        known = [path for path in shapes if name in map(str.lower, names[path])]
-        found = [*filter(None, [_find_cached(model_name)]), *known]
-        return found[0] if found else download(model_name, CONFIG_FILES)
+        name, shapes = model_name.partition("@")[0].lower(), sorted(SHAPES_DIRECTORY.glob("*.json"))
+        tables = ((path, read_json(path)) for path in shapes)
+        known = (p for p, row in tables if name in [str(row.get(key)).lower() for key in NAMES])
+        return _find_cached(model_name) or next(known, None) or download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():
         near = get_close_matches(model_name.lower(), known_shapes(), 3, 0.5) or known_shapes()[:3]
         remedy = f"give a directory, a hub name ORGANISATION/MODEL, or a shape ({', '.join(near)})"

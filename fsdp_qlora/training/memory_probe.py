@@ -59,7 +59,7 @@ def is_wanted(cfg: TrainConfig, device: torch.device) -> bool:
     return cfg.dry_run == "on" or (cfg.dry_run == "auto" and device.type == "cuda")
 
 
-def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size: int) -> Batch:
+def longest_batch(batches: Batches, cfg: TrainConfig, vocab_size: int) -> Batch:
     """A micro-batch as large as any that the data can bring, every token trained.
 
     Args:
@@ -79,7 +79,7 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     return dataclasses.replace(batch, sides=Sides.of(rows) if cfg.num_answers else None)
 
 
-def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTracker) -> str:
+def run(trained: Trained, batches: Batches, tracker: MemoryTracker) -> str:
     """Prove that the longest rows fit, and learn what comes and goes in a pass.
 
     Model, optimizer, random numbers and data are afterwards as if it had not been.

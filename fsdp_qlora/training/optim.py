@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fsdp_qlora.arch.files import describe
 from fsdp_qlora.config import OPTIMIZERS, TrainConfig, check_optimizer
-from fsdp_qlora.data.batches import Batches, PackedBatches
+from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.model import adapters, shard
@@ -350,9 +350,7 @@ class NonFiniteGuard:
             done.record()
         self._pending.append((step, facts, done))
 
-    def skipped_steps(
-        self, rows: Batches | PackedBatches, is_last: bool = False
-    ) -> Iterator[Skipped]:
+    def skipped_steps(self, rows: Batches, is_last: bool = False) -> Iterator[Skipped]:
         """Yield the steps that are known to be skipped since the last call; call it once a step.
 
         Args:

@@ -133,8 +133,7 @@ def run(model, batch: Batch, world: World) -> Results:
     model.train()
     loss = loop.token_loss_sum(model, batch, world.device)
     loss.backward()
-    grads = [block.body.lora.grad for block in shard.blocks(model)]
-    grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+    grads = tiny.lora_grads(model)
     targets = Targets.of(batch.labels, world.device)
     rows = RowBounds.of(batch.row_lengths, world.device)
     with torch.no_grad():
@@ -284,7 +283,10 @@ def table(found: dict[str, Finding]) -> str:
     return "\n".join(rows) + "\n"
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_5_text", "granitemoe", "nemotron_h"])
+MERGED = ("gpt_oss", "qwen3_5_text", "granitemoe", "nemotron_h", "phi3", "mixtral", "gpt_neox")
+
+
+@pytest.mark.parametrize("name", MERGED)
 def test_a_merged_model_of_several_kinds_is_that_of_the_adapter(tmp_path, world, name):
     """Experts in one tensor, linear attention, shared keys: written as the base has them."""
     base, out = tmp_path / "model", tmp_path / "adapter"
