@@ -27,7 +27,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.model.matmul import Quantized4, row_scales
+from fsdp_qlora.model.matmul import CODES, Quantized4, Quantized8, quantize_rows, row_scales
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, STORAGES, Storage, whole_layer_bytes
 
 
@@ -496,11 +496,11 @@ class LayerCache:
         weights: the linears, dequantized; None = they are made anew for each matmul.
         joint: places in the layer -> the 4-bit weights of linears that read one input.
         most_bytes: of the weights of a layer that is dequantized at once.
-        has_fp8: large matmuls run in 8 bit.
+        code: of large matmuls in 8 bit, or None.
     """
 
-    def __init__(self, has_fp8: bool = False) -> None:
-        self.most_bytes, self.has_fp8 = whole_layer_bytes(), has_fp8
+    def __init__(self, matmul: str = "bf16") -> None:
+        self.most_bytes, self.code = whole_layer_bytes(), CODES.get(matmul)
         self.clear()
 
     def clear(self) -> None:
@@ -558,16 +558,24 @@ class LayerStore:
         layout = self.layout
         is_joint = len(indices) == 1 or layout.is_run(indices)
         fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
-        has_absmax = self.formats[layout.formats[indices[0]]].index_field in ABSMAX
-        return self.cache.has_fp8 and has_absmax and fits and is_joint
+        names = [layout.formats[index] for index in indices]
+        is_hqq = all(name.startswith("hqq") for name in names)
+        can_join = is_hqq or (is_joint and self.formats[names[0]].index_field in ABSMAX)
+        return self.cache.code is not None and can_join and fits
 
-    def quantized(self, indices: tuple[int, ...]) -> Quantized4:
+    def quantized(self, indices: tuple[int, ...]) -> Quantized4 | Quantized8:
         """The 4-bit weights of linears that read one input.
 
         Args:
             indices: for which `can_multiply` holds.
         """
-        cache, key, layout = self.cache, (id(self), None), self.layout
+        cache, key, layout, code = self.cache, (id(self), None), self.layout, self.cache.code
+        assert code is not None
+        if layout.formats[indices[0]].startswith("hqq"):
+            weights = [self.weight(index, torch.bfloat16) for index in indices]
+            weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
+            codes_OI, scales_O1 = quantize_rows(weight_OI, code._replace(block=0))
+            return Quantized8(codes_OI, scales_O1[:, 0], code)
         if cache.key != key:
             self._begin(key)
         if indices not in cache.joint:
@@ -576,7 +584,8 @@ class LayerStore:
             codes = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
             absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
             table = values_of(layout.formats[first][:3], codes.device)
-            cache.joint[indices] = Quantized4(codes, absmax, table, row_scales(absmax, num_out))
+            scales = row_scales(absmax, num_out, code)
+            cache.joint[indices] = Quantized4(codes, absmax, table, scales, code)
         return cache.joint[indices]
 
     def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:

@@ -23,6 +23,7 @@ from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.info import INDEXED
 from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import DISK, TrainConfig
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import visit
 from fsdp_qlora.model.attention import RowBounds, register
@@ -33,7 +34,7 @@ from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.model.visit import RowGroup
-from fsdp_qlora.planning.sizes import FP8_TOKENS, trained_whole, whole_layer_bytes
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
 
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
-FP8_MAJORS = (9, 10)  # compute capability of Hopper and of data-centre Blackwell
+# Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
+MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class KernelChoice:
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
-        has_fp8: large frozen matmuls run in 8 bit.
+        matmul: row of matmul.CODES of large frozen matmuls, or "bf16".
         note: one line for the user, with the reasons.
     """
 
@@ -61,7 +63,7 @@ class KernelChoice:
     attention: str
     use_liger: bool
     has_row_kernel: bool
-    has_fp8: bool
+    matmul: str
     note: str
 
 
@@ -80,7 +82,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        has_flash = is_installed and extra in ("", "soft-capped")
+        has_flash = is_installed and extra in ("", "soft-capped") and cfg.context_parallel == 1
         attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
@@ -92,12 +94,22 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    has_fp8 = cfg.matmul == "fp8"
-    if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
-        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
-        raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
-    note += f", frozen matmuls of {FP8_TOKENS:,} tokens and more in fp8" * has_fp8
-    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
+    if cfg.context_parallel > 1:
+        note += f", rows cut over {cfg.context_parallel} ranks"
+        if has_gpu and not has_rows:
+            rule = "the kernel for cut rows needs 16 bit and a GPU of 2020 (Ampere) or newer"
+            got = f"--context_parallel {cfg.context_parallel}"
+            raise UserError(got, rule, "use --context_parallel 1", ENVIRONMENT)
+    majors = MAJORS.get(cfg.matmul, ())
+    if majors and has_gpu and torch.cuda.get_device_capability(device)[0] not in majors:
+        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: GPUs of compute "
+        rule += f"capability {', '.join(map(str, majors))} do"
+        raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
+    if majors:
+        note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
+    note += ", frozen matmuls in bf16 (8 bit is for who asks)" * (cfg.matmul == "auto")
+    way = cfg.matmul if majors else "bf16"
+    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
     return KernelChoice(*choice, note)
 
 
@@ -135,6 +147,7 @@ class QuantizedModel(nn.Module):
         tensors: name in the model's files -> (module, parameter name), quantized weights left out.
         mixtures: the experts of its layers.
         layers_prefix: where its layers are, by which adapters are named: "model.layers".
+        context: the ranks that share the tokens of its rows, see World; or None.
     """
 
     decoder: "PreTrainedModel"
@@ -152,6 +165,7 @@ class QuantizedModel(nn.Module):
         self.is_tied = head.weight is self.embedding.weight
         self.tensors: dict[str, tuple[nn.Module, str]] = {}
         self.layers_prefix = "model.layers"
+        self.context: World | None = None
         self.mixtures = [m for m in decoder.modules() if isinstance(m, QuantizedExperts)]
 
     @property
@@ -174,7 +188,7 @@ class QuantizedModel(nn.Module):
         # and hands back gradients of `lora`, which must be alike in all layers.
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
-        is_plain &= cfg.per_visit * cfg.passes == 1 and not self.mixtures
+        is_plain &= cfg.per_visit * cfg.passes * cfg.context_parallel == 1 and not self.mixtures
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
@@ -189,7 +203,8 @@ class QuantizedModel(nn.Module):
         offload = blocks[0].offload
         if offload is None and cfg.use_activation_cpu_offload:
             folder = cfg.resolved_output_dir if cfg.use_activation_cpu_offload == DISK else None
-            offload = Offload(device, cfg.batch_size * cfg.context_length * width, folder)
+            tokens = cfg.batch_size * cfg.context_length // cfg.context_parallel
+            offload = Offload(device, tokens * width, folder)
         for block, level in zip(blocks[:-1], levels, strict=False):  # the last is needed at once
             block.offload = None if level == "none" else offload
 
@@ -207,12 +222,11 @@ class QuantizedModel(nn.Module):
         """
         size = self.decoder.config.hidden_size
         embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
-        try:
+        with visit.may_refuse():  # a decoder may want more than embeddings
             _, calls = visit.take_apart(self.decoder, self.layers, True, {"inputs_embeds": embeds})
-        except Exception:  # whatever stops a decoder that wants more than embeddings
-            return False
-        values = [value for call in calls for value in call.kwargs.values()]
-        return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+            values = [value for call in calls for value in call.kwargs.values()]
+            return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+        return False
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:
@@ -233,7 +247,7 @@ class QuantizedModel(nn.Module):
         parts = embeds.squeeze(0).split([part.numel() for part in ids])
         inputs: list[dict[str, Any]] = []
         for group, part in zip(groups, parts, strict=True):
-            rest = group.rows.arguments() if group.rows is not None else {}
+            rest = group.rows.arguments(self.context) if group.rows is not None else {}
             inputs.append({"inputs_embeds": part.view(*group.input_ids.shape, -1), **rest})
         pairs = zip(groups, inputs, strict=True)
         decoder, layers = self.decoder, self.layers
@@ -276,7 +290,7 @@ class QuantizedModel(nn.Module):
             input_ids=input_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            **(rows.arguments() if rows is not None else padding),
+            **(rows.arguments(self.context) if rows is not None else padding),
         )
         return self.head(out.last_hidden_state, targets)
 
@@ -321,7 +335,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.has_fp8)
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.matmul)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers

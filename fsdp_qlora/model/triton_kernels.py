@@ -166,7 +166,7 @@ def dequantize_hqq(
 
 
 @triton.jit
-def _add_low_rank(acc, low, high, expert, row, col, is_row, n, turned, rank, rank_tile):
+def _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile):
     r = tl.arange(0, rank_tile)
     left = tl.load(
         low + row[:, None] * rank + r[None, :],
@@ -175,7 +175,7 @@ def _add_low_rank(acc, low, high, expert, row, col, is_row, n, turned, rank, ran
     )
     at = r[:, None] * n + col[None, :] if turned else col[None, :] * rank + r[:, None]
     is_in = (r < rank)[:, None] & (col < n)[None, :]
-    right = tl.load(high + expert.to(tl.int64) * (n * rank) + at, mask=is_in, other=0.0)
+    right = tl.load(high + at, mask=is_in, other=0.0)
     return tl.dot(left, right, acc, input_precision="ieee")
 
 
@@ -230,7 +230,8 @@ def _grouped_matmul(
         weight_at += tile_k * n if turned else tile_k
     acc *= alpha
     if low is not None:
-        acc = _add_low_rank(acc, low, high, expert, row, col, is_row, n, turned, rank, rank_tile)
+        high += expert.to(tl.int64) * (n * rank)
+        acc = _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile)
     if bias is not None:
         acc += tl.load(bias + expert * n + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
     out_row = row if target is None else tl.load(target + row, mask=is_row, other=0)
@@ -332,8 +333,19 @@ def grouped_outer(
     _grouped_outer[grid](low, x, out, starts, source, n, **meta)
 
 
-TURNED_ROWS = 256
-LARGEST, FLOOR = tl.constexpr(448.0), tl.constexpr(1e-30)
+TURNED_ROWS, BLOCKS = 256, 16
+# Rows and columns of a tile, warps, stages: on Hopper, and where 99 KiB of shared memory are all.
+INT8_TILES = {True: (128, 128, 8, 4), False: (128, 128, 8, 3)}
+FLOOR, BLOCK = tl.constexpr(1e-30), tl.constexpr(128)
+TO_WHOLE = tl.constexpr(1.5 * 2**23)  # what is added to it is rounded to a whole number
+
+
+@triton.jit
+def _cast(values, dtype: tl.constexpr):
+    """Where the product before is not fused with the sum; see enable_fp_fusion."""
+    if dtype == tl.int8:
+        values = (values + TO_WHOLE) - TO_WHOLE
+    return values.to(dtype)
 
 
 @triton.jit
@@ -349,7 +361,7 @@ def _weight_rows(
     factor = factor * tl.math.div_rn(1.0, tl.load(scales + row))
     even = tl.load(table + (pair >> 4)) * factor
     odd = tl.load(table + (pair & 15)) * factor
-    values = tl.interleave(even, odd).to(out.dtype.element_ty)
+    values = _cast(tl.interleave(even, odd), out.dtype.element_ty)
     col = tl.program_id(1) * (2 * tile) + tl.arange(0, 2 * tile)
     tl.store(out + row * (2 * num_bytes) + col, values, mask=col < 2 * num_bytes)
 
@@ -377,8 +389,8 @@ def _weight_turned(
     at = row.to(tl.int64) * (num_bytes // group_bytes) + group
     factor = tl.load(absmax + at, mask=is_row, other=0)
     factor = factor * tl.math.div_rn(1.0, tl.load(scales + row, mask=is_row, other=1.0))
-    even = (tl.load(table + (pair >> 4)) * factor[None, :]).to(out.dtype.element_ty)
-    odd = (tl.load(table + (pair & 15)) * factor[None, :]).to(out.dtype.element_ty)
+    even = _cast(tl.load(table + (pair >> 4)) * factor[None, :], out.dtype.element_ty)
+    odd = _cast(tl.load(table + (pair & 15)) * factor[None, :], out.dtype.element_ty)
     first = out + group.to(tl.int64) * (2 * group_bytes) * num_out
     places = byte[:, None] * (2 * num_out) + row[None, :]
     tl.store(first + places, even, mask=is_row[None, :])
@@ -404,6 +416,7 @@ def weight_codes(
     """
     num_out, num_bytes = scales_O.numel(), codes.numel() // scales_O.numel()
     tensors, meta = (codes, absmax, table, scales_O, out), {"group_bytes": group // 2}
+    meta["enable_fp_fusion"] = False
     if is_turned:
         grid = (triton.cdiv(num_out, TURNED_ROWS), 2 * num_bytes // group)
         _weight_turned[grid](
@@ -416,39 +429,133 @@ def weight_codes(
 
 @triton.jit
 def _quantize_rows(
-    x, factors, codes, scales, num, stride, has_factors: tl.constexpr, tile: tl.constexpr
+    x,
+    factors,
+    codes,
+    scales,
+    num,
+    stride,
+    largest: tl.constexpr,
+    has_factors: tl.constexpr,
+    block: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, tile)
+    at = tl.program_id(1) * blocks + tl.arange(0, blocks)
+    col = at[:, None] * block + tl.arange(0, block)[None, :]
     is_in = col < num
     values = tl.load(x + row * stride + col, mask=is_in, other=0).to(tl.float32)
-    rest = tl.sum(values - values, 0)  # not finite where one of them is not
+    rest = tl.sum(values - values, 1)  # not finite where one of them is not
     if has_factors:
         values = values * tl.load(factors + col, mask=is_in, other=0)
-    most = tl.maximum(tl.max(tl.abs(values), 0), FLOOR) + rest
-    quotient = values * tl.math.div_rn(LARGEST, most)
-    quotient = tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)
-    tl.store(codes + row * num + col, quotient.to(codes.dtype.element_ty), mask=is_in)
-    tl.store(scales + row, tl.math.div_rn(most, LARGEST))
+    most = tl.maximum(tl.max(tl.abs(values), 1), FLOOR) + rest
+    quotient = values * tl.math.div_rn(largest, most)[:, None]
+    quotient = tl.minimum(tl.maximum(quotient, -largest), largest)
+    tl.store(codes + row * num + col, _cast(quotient, codes.dtype.element_ty), mask=is_in)
+    place = scales + at * tl.num_programs(0) + row
+    tl.store(place, tl.math.div_rn(most, largest), mask=at * block < num)
 
 
 def quantize_rows(
-    x_MI: torch.Tensor, factors_I: torch.Tensor | None, dtype: torch.dtype = torch.float8_e4m3fn
+    x_MI: torch.Tensor,
+    factors_I: torch.Tensor | None,
+    dtype: torch.dtype,
+    largest: float,
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See matmul.quantize_rows.
+    """See matmul.quantize_rows; scales of a block lie together.
 
     Args:
         x_MI: rows contiguous.
         factors_I: float32, or None.
-        dtype: of the codes.
+        dtype, largest, block: see matmul.Code.
     """
-    num, tile = x_MI.shape[1], triton.next_power_of_2(x_MI.shape[1])
+    num_rows, num = x_MI.shape
+    width, blocks = (block, BLOCKS) if block else (triton.next_power_of_2(num), 1)
     codes = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
-    scales = torch.empty(len(x_MI), 1, dtype=torch.float32, device=x_MI.device)
+    size = triton.cdiv(num, width), num_rows
+    scales = torch.empty(size, dtype=torch.float32, device=x_MI.device).t()
     factors = scales if factors_I is None else factors_I
-    meta = {"tile": tile, "num_warps": min(16, max(4, tile // 1024))}
-    tensors = x_MI, factors, codes, scales
-    _quantize_rows[(len(x_MI),)](
-        *tensors, num, x_MI.stride(0), has_factors=factors_I is not None, **meta
-    )
+    meta = {"block": width, "blocks": blocks, "has_factors": factors_I is not None}
+    meta |= {"largest": largest, "enable_fp_fusion": False}
+    meta["num_warps"] = min(16, max(4, width * blocks // 1024))
+    grid = num_rows, triton.cdiv(num, width * blocks)
+    _quantize_rows[grid](x_MI, factors, codes, scales, num, x_MI.stride(0), **meta)
     return codes, scales
+
+
+@triton.jit
+def _int8_matmul(
+    x,
+    y,
+    out,
+    x_scales,
+    y_scales,
+    bias,
+    low,
+    high,
+    m,
+    n,
+    k,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+    is_even: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+    band: tl.constexpr,
+):
+    """Tiles in bands of `band` rows of them, whose operands stay in the cache."""
+    down, across = tl.cdiv(m, tile_m), tl.cdiv(n, tile_n)
+    first = tl.program_id(0) // (band * across) * band
+    height, inside = tl.minimum(down - first, band), tl.program_id(0) % (band * across)
+    row = ((first + inside % height) * tile_m + tl.arange(0, tile_m)).to(tl.int64)
+    col = ((inside // height) * tile_n + tl.arange(0, tile_n)).to(tl.int64)
+    is_row, is_col, at_k = row < m, col < n, tl.arange(0, BLOCK)
+    x_at, y_at = x + row[:, None] * k + at_k[None, :], y + col[None, :] * k + at_k[:, None]
+    x_scale_at = x_scales + row
+    acc = tl.zeros((tile_m, tile_n), dtype=tl.float32)
+    for start in range(0, k, BLOCK):
+        is_k = at_k < (BLOCK if is_even else k - start)
+        left = tl.load(x_at, mask=is_row[:, None] & is_k[None, :], other=0)
+        right = tl.load(y_at, mask=is_k[:, None] & is_col[None, :], other=0)
+        scale = tl.load(x_scale_at, mask=is_row, other=0.0)
+        acc += tl.dot(left, right).to(tl.float32) * scale[:, None]
+        x_at += BLOCK
+        y_at += BLOCK
+        x_scale_at += m
+    acc *= tl.load(y_scales + col, mask=is_col, other=0.0)[None, :]
+    if low is not None:
+        acc = _add_low_rank(acc, low, high, row, col, is_row, n, False, rank, rank_tile)
+    if bias is not None:
+        acc += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
+    at = out + row[:, None] * n + col[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
+
+
+def int8_matmul(
+    x: tuple[torch.Tensor, torch.Tensor],
+    y: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None,
+) -> torch.Tensor:
+    """See matmul.multiply: whole numbers are summed up in each block of 128, blocks in float32.
+
+    Args:
+        x, y: int8 codes and scales.
+        bias, low_rank: added, or None.
+    """
+    (codes, scales), (y_codes, y_scales) = x, y
+    (m, k), n, low, high = codes.shape, len(y_codes), None, None
+    if low_rank is not None:
+        low, high = low_rank[0] * low_rank[2], low_rank[1].contiguous()
+    rank = 0 if low is None else low.shape[1]
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=codes.device)
+    is_wide = codes.is_cuda and torch.cuda.get_device_capability(codes.device)[0] == 9
+    tile_m, tile_n, num_warps, num_stages = INT8_TILES[is_wide]
+    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
+    meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8, "is_even": k % BLOCK.value == 0}
+    meta |= {"num_warps": num_warps, "num_stages": num_stages}
+    grid = (triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)
+    tensors = codes, y_codes, out, scales, y_scales, bias, low, high
+    _int8_matmul[grid](*tensors, m, n, k, **meta)
+    return out

@@ -16,7 +16,7 @@ from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.hardware import Device, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import FP8_TOKENS, Setting, Sizes, place, setting_for
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -101,8 +101,8 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     """Seconds of forward and backward of a visit of all layers, by what they are spent on."""
     tokens = s.tokens(setting) * setting.per_visit
     matmuls = 2.0 * s.active * s.layers * tokens
-    if s.cfg.matmul == "fp8" and s.tokens(setting) >= FP8_TOKENS:
-        matmuls /= gpu.fp8_gain or 1.0
+    if s.tokens(setting) >= MIN_TOKENS_8_BIT:
+        matmuls /= gpu.gain(s.cfg.matmul) or 1.0
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora_passed * s.layers * tokens
@@ -115,6 +115,11 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     item, flops = s.item / 2, gpu.bf16_tflops * 1e12
     forward_s = (matmuls + attention + 2 * head + lora) * item / flops
     backward_s = (matmuls + 2.5 * attention + 2 * lora + weight_grads + again) * item / flops
+    # Keys and values of the ranks that share rows are gathered, their gradients summed in float32.
+    peer_s = 1 / (gpu.peer_gbs or gpu.host_link_gbs) / 1e9 / GATHER_SHARE
+    others_s = tokens * (s.cfg.context_parallel - 1) * memory.keys_values(s) * s.layers * peer_s
+    forward_s += others_s * s.item
+    backward_s += others_s * (s.item * (1 + num_full / s.layers) + 4)
     # What selective layers recompute is elementwise: norms, rotary embedding, activation.
     features = 6 * s.hidden + s.gates + s.product
     elementwise = tokens * features * s.item * (num_full + num_selective)
@@ -171,7 +176,8 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
 
 def num_steps(s: Sizes, setting: Setting) -> int | None:
     """Optimizer steps of the run; None where they depend on rows that are not known."""
-    cfg, rows_per_step = s.cfg, setting.batch_size * setting.accumulation * setting.num_ranks
+    cfg, num_readers = s.cfg, setting.num_ranks // s.cfg.context_parallel
+    rows_per_step = setting.batch_size * setting.accumulation * num_readers
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
     num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)

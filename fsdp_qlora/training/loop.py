@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, flatten, join
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, cut, flatten, join
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.model.attention import Branches, RowBounds, joins_exactly
+from fsdp_qlora.model.attention import Branches, Cut, RowBounds, joins_exactly
 from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.model.visit import RowGroup, may_refuse
 from fsdp_qlora.planning.sizes import JOINED_TOKENS
 from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
@@ -51,8 +51,8 @@ def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> Tens
     Returns:
         0-d float32 on the device, with its graph.
     """
-    rows = RowBounds.of(batch.row_lengths, device)
-    return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
+    group = _group(batch, device)
+    return model(group.input_ids, group.targets, rows=group.rows)
 
 
 def token_losses(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
@@ -64,7 +64,7 @@ def token_losses(model: nn.Module, batches: Sequence[Batch], device: torch.devic
     Returns:
         [batches], float32; of those that a GPU takes as one, one figure.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and batches[0].branches is None:
         batches = join(batches, JOINED_TOKENS)
     if len(batches) == 1:
         return token_loss_sum(model, batches[0], device).unsqueeze(0)
@@ -103,9 +103,10 @@ def weigh(
     counts = [float(sum(len(s.hashes) for s in sides)), float(num_tokens)]
     num, num_tokens = (max(sum(column), 1.0) for column in zip(*world.gather(counts), strict=True))
     ratios = torch.zeros((), device=world.device)
+    live = dataclasses.replace(preference, is_live=True)  # these rows are never the same
     for other in (batch.mismatched for batch in batches if batch.mismatched is not None):
         with torch.no_grad():
-            ((answers, _),) = _answers(model, preference, [other], world.device)
+            ((answers, _),) = _answers(model, live, [other], world.device)
         ratios += answers.ratio_P.sum()
     ratios = world.sum_(ratios) if preference.name == "kto" else ratios
     divergence = objectives.divergence(ratios, num)
@@ -228,9 +229,13 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
     targets = Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
     rows, laid = RowBounds.of(batch.row_lengths, device), batch.branches
     if laid is not None and rows is not None:
-        tokens_N = _to_device(laid.tokens, device)
-        targets = Targets(_to_device(laid.positions, device), tokens_N, is_single=True)
-        rows = rows._replace(position_ids=_to_device(laid.position_ids, device))
+        places = laid.positions, laid.tokens, laid.position_ids
+        positions, tokens_N, position_ids = (_to_device(t, device) for t in places)
+        targets = targets._replace(positions_N=positions, tokens_N=tokens_N)
+        rows = rows._replace(position_ids=position_ids)
+        if laid.chunks is not None:
+            cut = Cut.of(batch.row_lengths, laid.chunks, device)
+            return RowGroup(_to_device(batch.input_ids, device), targets, rows._replace(cut=cut))
         rows = Branches.join(rows, laid.prompts, laid.answers)
     return RowGroup(_to_device(batch.input_ids, device), targets, rows)
 
@@ -265,8 +270,11 @@ def keep_rows_apart(model: nn.Module, batches: Batches, info: ModelInfo, world: 
         One line for the user, or "".
 
     Raises:
-        UserError: --packing on, and they would (code 2).
+        UserError: --packing on, and they would; or rows cannot be cut over ranks (code 2).
     """
+    if world.context is not None:
+        check_cut_rows(model, info, world)
+        return ""
     if not batches.is_flat or are_rows_apart(model, world):
         is_pair = batches.is_flat and batches.samples.num_sides == 2
         batches.shares_prompts = is_pair and can_share_prompts(model, world)
@@ -307,6 +315,42 @@ def are_rows_apart(model: nn.Module, world: World) -> bool:
     return world.sum(float(error > MOST_ROW_ERROR)) == 0
 
 
+def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
+    """Compare two short rows, one after the other and cut over ranks, with each by itself.
+
+    Args:
+        model: a QuantizedModel, filled.
+        info: the model.
+        world: the ranks, with `context`; all must call.
+
+    Raises:
+        UserError: their logits differ: layers hand on more than keys and values (code 2).
+    """
+    ranks, worst = world.context, 1.0
+    assert ranks is not None
+    generator, shape = torch.Generator().manual_seed(0), (1, sum(SHORT_ROWS))
+    ids = torch.randint(model.get_parameter("head.weight").shape[0], shape, generator=generator)
+    rows = [Sample(row.numpy(), np.ones(len(row), bool)) for row in ids[0].split(SHORT_ROWS)]
+    whole = flatten(rows, 8)
+    numbered = dataclasses.replace(whole, input_ids=torch.arange(shape[1]).unsqueeze(0))
+    at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
+    group, laid = _group(part, world.device), part.branches
+    assert laid is not None and group.targets is not None
+    with evaluating(model), contextlib.suppress(TypeError, ValueError, RuntimeError):
+        asked = (Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
+        pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
+        alone = torch.cat([model(row, targets).float() for row, targets in pairs])
+        wanted = alone[at.input_ids[0, laid.positions]]
+        found = model(group.input_ids, group.targets._replace(tokens_N=None), rows=group.rows)
+        errors = (found.float() - wanted).norm(dim=1) / (wanted - wanted.roll(1, 0)).norm(dim=1)
+        is_late = laid.positions >= part.input_ids.shape[1] // 2
+        worst = max(errors[where].median().item() for where in (is_late, ~is_late))
+    shard.settle(model)
+    if world.sum(float(worst > MOST_ROW_ERROR)):
+        rule = f"layers of a {info.model_type} model need more of a row than keys and values"
+        raise UserError(f"--context_parallel {ranks.size}", rule, "use --context_parallel 1")
+
+
 def can_share_prompts(model: nn.Module, world: World) -> bool:
     """Whether two answers that go on from one prompt have the logits of two whole rows.
 
@@ -320,7 +364,7 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
     laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
     found = list[Tensor]()
-    with evaluating(model), contextlib.suppress(Exception):  # of a model that knows no branches
+    with evaluating(model), may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
             asked = group.targets._replace(tokens_N=None) if group.targets is not None else None

@@ -389,6 +389,7 @@ def test_a_single_file_beside_the_index_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["hunyuan_v1_moe", "solar_open", "qwen2_moe", "llama"])
 def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
+    """What is merged computes in transformers as in training, of these types too."""
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -404,6 +405,9 @@ def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
     with torch.no_grad():
         ids = collate(samples, 1).input_ids
         found = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits[:, -1:]
-        is_same = torch.allclose(model.eval()(ids), found, 1e-4, 1e-4)
+        trained = model.eval()(ids)
+    is_same = torch.allclose(trained, found, 1e-4, 1e-4)
+    merged = tiny.merged_logits(tmp_path, ids, f"--model_name={path}")
+    assert torch.allclose(merged, trained[0, -1], 1e-4, 1e-4)
     assert is_same == (adapters.peft_note(model, info) == "")
     assert is_same == (name in ("qwen2_moe", "llama"))
