@@ -19,6 +19,7 @@ from tests import tiny
 from tests.ranks import run_ranks
 
 FLAGS = ("--precision=fp32", "--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0")
+CLIPPED = ("--lr=0.01", "--apply_gradient_clipping=true")
 CHECKPOINTING = {
     "none": ("--use_gradient_checkpointing=false",),
     "non_reentrant": (),
@@ -230,10 +231,9 @@ def test_fingerprint_sees_every_single_bit():
 
 
 def _train(world, path, out, steps, flags):
-    model, info, cfg = tiny.build(path, world, *FLAGS, *flags, f"--output_dir={out}", "--lr=0.01")
-    params = shard.local_parameters(model)
-    optimizer, schedule = optim.build(params, cfg, steps)
-    trained = optim.Trained(model, params, optimizer, schedule, 1.0, world)
+    flags = (*FLAGS, *CLIPPED, *flags, f"--output_dir={out}")
+    model, info, cfg = tiny.build(path, world, *flags)
+    trained = optim.prepare(model, cfg, steps, world)
     losses = [
         loop.train_step(trained, micro_batches(world.rank, world.size, 1)) for _ in range(steps)
     ]

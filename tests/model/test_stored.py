@@ -216,6 +216,8 @@ def test_fp8_and_whole_numbers_are_read_as_what_they_stand_for(tmp_path):
     path = tmp_path / "0"
     for how, words in (
         ({"quant_method": "gptq"}, "already .gptq.; of such models"),
+        ({"quant_method": 1.5}, "already .1.5.; of such models"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes in 8 bit"),
         (compressed("nvfp4-pack-quantized"), "compressed-tensors: nvfp4-pack-quantized"),
         (compressed("int-quantized") | {"transform_config": {"a": 1}}, "transform_config"),
     ):
