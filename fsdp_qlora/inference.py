@@ -90,7 +90,7 @@ class Opened:
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
             pairs = pairs | self.adapter.experts
             scales = {name: pair.scale for name, pair in pairs.items()}
-            adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
+            adapters.load(self.model, folder / name, device, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

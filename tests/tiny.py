@@ -116,7 +116,7 @@ def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
 
 def lora_dict(model: QuantizedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flat tensors by peft's names."""
-    return dict(adapters.named_pairs(model, flats, "model.layers"))
+    return dict(adapters.named_pairs(model, flats))
 
 
 def lora_grads(model: torch.nn.Module) -> list[torch.Tensor]:

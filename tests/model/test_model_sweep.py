@@ -81,7 +81,7 @@ def judge(path: Path, world: World) -> Finding:
     routers = [n.name for n in info.linears if n.out_features == tiny_models.EXPERTS]
     if routers:
         return Finding("different", f"routers are quantized: {routers[0]}")
-    lora = dict(adapters.named_pairs(model, flats, model.layers_prefix))
+    lora = tiny.lora_dict(model, flats)
     known = {info.outer_name(name) for name in info.tensors}  # as merge looks for them
     named = {re.sub(r"base_model\.model\.(.*)\.lora_[AB]", r"\1", name) for name in lora}
     if lost := {name for name in named - known if ".experts." not in name}:
@@ -138,9 +138,7 @@ def run(model, batch: Batch, world: World) -> Results:
     rows = RowBounds.of(batch.row_lengths, world.device)
     with torch.no_grad():
         logits = model(batch.input_ids, Targets(targets.positions_N, None), rows=rows)
-    return Results(
-        loss.detach(), logits, dict(adapters.named_pairs(model, grads, model.layers_prefix))
-    )
+    return Results(loss.detach(), logits, tiny.lora_dict(model, grads))
 
 
 def reference(path: Path, lora: dict[str, torch.Tensor], cfg, samples) -> Results | str:
@@ -370,7 +368,7 @@ def test_a_window_of_nothing_is_none(tmp_path, world, window):
     own = run(model, collate(samples, 1), world)
     raw = json.loads((path / "config.json").read_text()) | {"sliding_window": None}
     (path / "config.json").write_text(json.dumps(raw))
-    lora = dict(adapters.named_pairs(model, flats, model.layers_prefix))
+    lora = tiny.lora_dict(model, flats)
     assert max(differences(own, reference(path, lora, cfg, samples)).values()) < TOLERANCE
 
 
@@ -397,7 +395,7 @@ def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
     tiny_models.save(path, name)
     cfg = config.parse([f"--model_name={path}", *FLAGS])
     model, info, _ = build(cfg, world)
-    lora = dict(adapters.named_pairs(model, tiny.fill_lora(model), model.layers_prefix))
+    lora = tiny.lora_dict(model, tiny.fill_lora(model))
     names = sorted({key.split(".")[-3] for key in lora})
     LoraConfig(r=4, lora_alpha=8, target_modules=names).save_pretrained(tmp_path)
     save_file({n: t.contiguous() for n, t in lora.items()}, tmp_path / "adapter_model.safetensors")
