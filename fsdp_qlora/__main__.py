@@ -7,7 +7,6 @@ import re
 import sys
 
 from fsdp_qlora import cli
-from fsdp_qlora.cli import safe_output
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
 COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
@@ -108,7 +107,7 @@ def console() -> int:
     """
     redact_tracebacks()
     code = SIGINT
-    with safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
+    with cli.safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
         try:
             code = main(sys.argv[1:])
         except UserError as error:

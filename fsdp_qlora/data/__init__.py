@@ -3,6 +3,7 @@
 `build` goes the whole way. torch and transformers are imported by it, not with this package.
 """
 
+import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         UserError: no such data, a bad row, no usable tokenizer, nothing left to train on.
     """
     needs_text = cfg.dataset != sources.DUMMY or prompts.has_prompts(cfg)
-    full = load_tokenizer(info) if needs_text else None
+    full = tokenizer.load(tokenizer.directory(info)) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
     ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, world.rank == 0)
     ready.check()
@@ -66,8 +67,10 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     if cfg.objective == "kto" and cfg.batch_size * cfg.gradient_accumulation_steps * world.size < 2:
         rule = "estimates the divergence from prompts with another row's answer: a step needs two"
         raise UserError("--objective kto", rule, "use --batch_size 2")
-    audit = prepare.audit(cfg, ready, world.size, pad_multiple)
-    sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
+    num = cfg.context_parallel
+    audit = prepare.audit(cfg, ready, world.size // num, pad_multiple)
+    sampler = batches.sampler_config(cfg, world.size // num, world.rank // num, pad_multiple)
+    sampler = dataclasses.replace(sampler, parts=num, part=world.rank % num)
     train: batches.Batches | batches.PackedBatches
     if cfg.packing == "on":
         train = batches.PackedBatches(ready.train, cfg.context_length, sampler)
@@ -76,22 +79,9 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         is_loose = audit.facts["padding_share"]["batches"] > MOST_PADDING
         is_flat = is_flat and (is_loose or ready.train.num_sides == 2)  # which share prompts
         train = batches.Batches(ready.train, sampler, is_flat)
-    shape = (cfg.batch_size, world.size, world.rank, pad_multiple, cfg.objective)
-    held_out = batches.held_out(ready.held_out, *shape)
+    held_out = list(batches.all_once(ready.held_out, sampler))
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()
     held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()
     digest = hashlib.sha256(held_back).hexdigest()[:16]
     return Data(train, held_out, full, audit, asked, digest)
-
-
-def load_tokenizer(info: ModelInfo) -> Any:
-    """Load the transformers tokenizer that lies beside a model; no code is run.
-
-    Args:
-        info: the model.
-
-    Raises:
-        UserError: there is none, or its files cannot be read.
-    """
-    return tokenizer.load(tokenizer.directory(info))

@@ -1,7 +1,9 @@
 """The ranks: who they are, and every collective outside FSDP."""
 
+import atexit
 import dataclasses
 import datetime
+import gc
 import os
 import socket
 import sys
@@ -9,11 +11,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 from torch.utils import deterministic
 
 from fsdp_qlora.distributed import meeting
@@ -29,7 +31,7 @@ T = TypeVar("T")
 MACHINE_NUMBERS = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")  # of torchrun, srun, Ray
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """This process among the ranks.
 
@@ -39,6 +41,9 @@ class World:
         device: where this rank computes.
         meeting: where they have met; None in a process group of the caller's.
         neighbors: the ranks of this machine, if `find_neighbors` has looked.
+        context: the ranks that share the tokens of this one's rows, numbered among themselves, see
+            `split`; None: it has whole rows.
+        group: torch's process group; None: the one of all ranks.
     """
 
     rank: int
@@ -48,6 +53,8 @@ class World:
     device: torch.device
     meeting: Meeting | None = None
     neighbors: tuple[int, ...] = ()
+    context: "World | None" = None
+    group: Any = None
 
     @property
     def peers(self) -> Sequence[int]:
@@ -74,7 +81,7 @@ class World:
         Returns:
             The same tensor.
         """
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, values: list[float]) -> list[list[float]]:
@@ -194,8 +201,22 @@ class World:
         received = flat.new_empty(self.size * flat.numel())
         # torch 2.13 renamed it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(received, flat)
+        gather(received, flat, group=self.group)
         return received.view(self.size, -1)
+
+    def sum_slices(self, slices: torch.Tensor) -> torch.Tensor:
+        """Sum slices over ranks, and keep one.
+
+        Args:
+            slices: [size, n] on every rank, contiguous.
+
+        Returns:
+            [n], the sum of this rank's slices.
+        """
+        own = torch.empty_like(slices[0])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, slices.view(-1), group=self.group)
+        return own
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -240,6 +261,23 @@ def find_neighbors(world: World) -> World:
     peers = tuple(rank for rank in range(world.size) if machines[rank] == machines[world.rank])
     number, num = peers.index(world.rank), len(peers)
     return dataclasses.replace(world, neighbors=peers, local_rank=number, local_size=num)
+
+
+def split(world: World, num: int) -> World:
+    """Let neighbouring ranks share the tokens of their rows.
+
+    Args:
+        world: the ranks; all must call.
+        num: of the ranks that share; `world.size` is a multiple of it.
+
+    Returns:
+        The same with `context`, where there is more than one.
+    """
+    if num == 1:
+        return world
+    group, _ = dist.new_subgroups(num)
+    context = dataclasses.replace(world, rank=world.rank % num, size=num, group=group)
+    return dataclasses.replace(world, context=context)
 
 
 def _device(local_rank: int) -> torch.device:
@@ -288,6 +326,7 @@ def join(timeout_s: float = 1800.0) -> World:
     if GLOO_LINK not in os.environ and (link := place.link()):
         os.environ[GLOO_LINK] = link  # gloo asks for the host's name, in Debian 127.0.1.1
     store = dist.PrefixStore(f"group {place.round}", place.store)
+    atexit.register(leave)
     dist.init_process_group(backend, None, limit, size, rank, store, device_id=own_device)
     world = of_process_group()
     assert world is not None
@@ -418,6 +457,13 @@ def check_links(world: World, timeout_s: float = 20.0) -> None:
 
 
 def leave() -> None:
-    """Leave the process group."""
+    """Leave the process group, whose threads end if no model is left.
+
+    One that is at work while the interpreter ends would abort it.
+
+    Source: https://github.com/pytorch/pytorch/issues/190489.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    debug._clear_sharding_prop_cache()  # it keeps meshes, and they the group
+    gc.collect()

@@ -104,8 +104,8 @@ def moment_bytes(cfg: TrainConfig) -> int:
         cfg: optimizer, precision.
     """
     row = OPTIMIZERS[cfg.optimizer]
-    is_torchs = row.on_cpu  # as wide as what is trained
-    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if is_torchs else row.state_bytes
+    # Torch's own are as wide as what is trained.
+    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if row.on_cpu else row.state_bytes
 
 
 def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Term]:
@@ -223,14 +223,10 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     width, what = 2 * s.hidden + s.fullest.gates + s.fullest.product, "gates, product"
     if is_tiled(s, tokens, setting.levels[-1]):
         width, what = 2 * s.hidden + _qkv(s.fullest) + s.fullest.attention, "attention"
-    layer: Rows = {
-        rows.LAYER: [
-            term(f"residual, norm, {what}", features=width, **wide),
-            *_between(s, setting),
-        ],
-        rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
-        rows.BUFFERS: _buffers(s, setting),
-    }
+    read = term(f"residual, norm, {what}", features=width, **wide)
+    scratch = [] if s.is_kept_whole else at_work(s)
+    layer: Rows = {rows.LAYER: [read, *_of_all_ranks(s, tokens), *_between(s, setting)]}
+    layer |= {rows.SCRATCH: scratch, rows.BUFFERS: _buffers(s, setting)}
     return [merged([kept, head]), merged([kept, layer])]
 
 
@@ -238,11 +234,10 @@ def _between(s: Sizes, setting: Setting) -> list[Term]:
     """What groups of rows that pass a layer together have between two layers."""
     others, adapted = s.groups(setting) - 1, setting.per_visit - 1
     wide = {"tokens": s.tokens(setting), "hidden": s.hidden, "bytes": s.item}
+    own = {"groups": adapted, "params": s.lora, "bytes": s.item}
     return present(
         term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide),
-        term(
-            "the other groups' gradients of adapters", groups=adapted, params=s.lora, bytes=s.item
-        ),
+        term("the other groups' gradients of adapters", **own),
     )
 
 
@@ -304,15 +299,13 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     ids = {"rows": s.num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
     has_text = cfg.dataset != "dummy" or cfg.sample_prompt is not None
     tokens = {"tokens": s.vocab * has_text}
+    process = term("Python, torch, driver", bytes=process_bytes, ranks=ranks)
     tokenizer = term("tokenizer", **tokens, bytes=TOKENIZER_BYTES, ranks=ranks)
     always: Rows = {
         rows.HOSTED: _hosted(s, setting),
         rows.FILES: present(term("model files in /dev/shm", bytes=s.file_bytes)),
         rows.SYSTEM: [term("in use without the run", bytes=system_bytes)],
-        rows.PROCESSES: [
-            term("Python, torch, driver", bytes=process_bytes, ranks=ranks),
-            *present(tokenizer),
-        ],
+        rows.PROCESSES: present(process, tokenizer),
         rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
     wide = {"tokens": s.tokens(setting) * ranks, "hidden": s.hidden, "bytes": s.item}
@@ -434,10 +427,8 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     """
     s = s.fullest
     wide = {"tokens": tokens, "bytes": s.item}
-    grads = [
-        term("gradient of its output", features=s.hidden, **wide),
-        term("gradient of the activation product", features=s.product, **wide),
-    ]
+    made_of = {"its output": s.hidden, "the activation product": s.product}
+    grads = [term(f"gradient of {what}", features=num, **wide) for what, num in made_of.items()]
     constants = {"weights": s.formatted, "bytes": s.format.constant_bytes, "per_group": GROUP}
     rest = [term("constants of the layer", **constants)]  # before its first matmul
     scratch = [*at_work(s), *rest]
@@ -451,6 +442,7 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     kept = {item.what for item in kept_bytes(s, tokens, level)}
     made = [t for t in kept_bytes(s, tokens, "none") if t.what not in kept]
     made = [item._replace(what=f"recomputed: {item.what}") for item in made]
+    made += _of_all_ranks(s, tokens, 1)
     output = term("LoRA output of the last linear", features=s.hidden, **wide)
     if level == "selective":
         residual = term("recomputed: residual", features=s.hidden, **wide)
@@ -460,10 +452,8 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
         return [{rows.LAYER: [*made, output, *grads], rows.SCRATCH: scratch}]
     # The backward of the last matmul runs first and keeps nothing; then the layer is recomputed.
     waiting = term("activation product, not yet made", features=-s.product, **wide)
-    return [
-        {rows.LAYER: [*made, output, *grads], rows.SCRATCH: rest},
-        {rows.LAYER: [*made, waiting, *grads], rows.SCRATCH: scratch},
-    ]
+    both = (output, rest), (waiting, scratch)
+    return [{rows.LAYER: [*made, own, *grads], rows.SCRATCH: held} for own, held in both]
 
 
 def is_tiled(s: Sizes, tokens: int, level: str) -> bool:
@@ -478,6 +468,22 @@ def is_tiled(s: Sizes, tokens: int, level: str) -> bool:
 def _qkv(s: Sizes) -> float:
     """Features of what attention reads."""
     return s.outs - s.gates - s.hidden
+
+
+def keys_values(s: Sizes) -> float:
+    """Features of the keys and values of a token in a layer."""
+    return _qkv(s) - s.attention
+
+
+def _of_all_ranks(s: Sizes, tokens: int, parts: int = 0) -> list[Term]:
+    """Keys and values gathered for rows that are cut over ranks; `parts`: of heads, backward."""
+    wide = {"tokens": tokens, "ranks": s.cfg.context_parallel, "features": keys_values(s)}
+    if s.cfg.context_parallel == 1:
+        return []
+    if not parts:
+        return [term("keys, values of all ranks; as they arrive", **wide, bytes=1.5 * s.item)]
+    what = "keys, values of all ranks; their gradients, 32 bit"
+    return [term(what, **wide, bytes=2 * s.item + 6, per_part=parts)]
 
 
 def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
@@ -500,17 +506,17 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     ]
     # Of some heads after the others: gradients of queries in float32, of keys and values for all
     # the queries' heads, and all three as they are handed on.
-    key_heads = (qkv - s.attention) / 2 * s.heads / s.attention
+    key_heads = keys_values(s) / 2 * s.heads / s.attention
+    num_parts = sizes.head_parts(int(key_heads))
     part = s.attention * (4 + 2 * s.item) + qkv * s.item
     attention = [
         term("gradients around the attention", features=s.attention + qkv, **wide),
-        term("its own", tokens=tokens, bytes=part, per_part=sizes.head_parts(int(key_heads))),
+        term("its own", tokens=tokens, bytes=part, per_part=num_parts),
+        *_of_all_ranks(s, tokens, num_parts),
     ]
     constants = scratch if s.is_kept_whole else scratch[1:]
-    return [
-        {rows.LAYER: [*made, *tile], rows.SCRATCH: scratch},
-        {rows.LAYER: [*made, *attention], rows.SCRATCH: constants},
-    ]
+    both = (tile, scratch), (attention, constants)
+    return [{rows.LAYER: [*made, *own], rows.SCRATCH: held} for own, held in both]
 
 
 def kept_by_level(
@@ -562,7 +568,8 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         and (cfg.lora_dropout == 0 and not cfg.reentrant_checkpointing)
         and setting.count("full") > 0
         and (cfg.packing != "on" and has_one_length)
-        and (s.groups(setting) == 1 and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
+        and (s.groups(setting) == cfg.context_parallel == 1)
+        and (s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
         and not is_tiled(s, s.tokens(setting), "full")
     )
 

@@ -12,7 +12,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
@@ -87,9 +87,8 @@ class RunPlan:
         if found is None or length >= cfg.context_length:
             return self
         shorter = dataclasses.replace(cfg, context_length=length)
-        outcome = fit.evaluate(self.info, shorter, found.setting, self.machine)
         candidates = list(self.candidates)
-        candidates[self.fallback] = outcome
+        candidates[self.fallback] = fit.evaluate(self.info, shorter, found.setting, self.machine)
         words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
         return dataclasses.replace(self, candidates=tuple(candidates), rows_note=words)
 
@@ -200,7 +199,11 @@ def make(
 
     Returns:
         The plan; a run that does not fit is planned as it is.
+
+    Raises:
+        UserError: see check_context.
     """
+    sizes.check_context(info, cfg, machine.num_ranks)
     cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
     why, lacking = "", [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
@@ -212,9 +215,8 @@ def make(
     outcomes = fit.explore(info, cfg, machine, given)
     best = fit.choose(outcomes)
     if best is None:  # nothing fits with a margin: without one, as asked for if that fits
-        fitting = [item for item in outcomes if item.fits]
-        fastest = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
-        best = own if own.fits else fastest
+        fitting = [own] if own.fits else [item for item in outcomes if item.fits]
+        best = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
     candidates = (best, *fit.fallbacks(outcomes, best))
     number = min(fallback, len(candidates) - 1)
     taken = candidates[number]
@@ -341,20 +343,7 @@ class PlanOptions:
     json: bool = cli.flag(False, "plan", "print JSON")
 
 
-class Asked(NamedTuple):
-    """A command line of the command.
-
-    Args:
-        options: the plan's own.
-        cfg: the run.
-        given: options of the run that the user wrote.
-        machines: what `gpus` names -> the machine to plan for.
-    """
-
-    options: PlanOptions
-    cfg: TrainConfig
-    given: frozenset[str]
-    machines: dict[str, Machine]
+Asked = tuple[PlanOptions, TrainConfig, frozenset[str], dict[str, Machine]]
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -364,7 +353,8 @@ def parse(argv: Sequence[str]) -> Asked:
         argv: arguments without the command.
 
     Returns:
-        What it asks for.
+        The plan's own options; the run; its options that the user wrote; and what `gpus` names ->
+        the machine to plan for.
 
     Raises:
         UserError: every fault at once.
@@ -388,7 +378,7 @@ def parse(argv: Sequence[str]) -> Asked:
         faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
     if faults:
         raise join(faults)
-    return Asked(options, cfg, config.given(rest), machines)
+    return options, cfg, config.given(rest), machines
 
 
 def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:
@@ -440,6 +430,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(table, indent=1) if options.json else "\n".join(_survey_lines(table)))
         return DONE if any(row["fits"] for row in table.values()) else ENVIRONMENT
     (machine,) = machines.values()
+    sizes.check_context(info, cfg, machine.num_ranks)
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     plan = RunPlan(cfg, cfg, info, machine, (found,))
     values = as_dict(plan, found)
@@ -541,6 +532,8 @@ def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> 
     kind, setting = TRAIN_TYPES[plan.cfg.train_type].adapter, found.setting
     shown = values | {"trained": WORDS["trained"][kind].format(plan.cfg.lora_rank)}
     shown |= {"on_machines": f" on {setting.machines} machines" * (setting.machines > 1)}
+    num_shared = plan.cfg.context_parallel
+    shown["shared"] = f", each row over {num_shared} ranks" * (num_shared > 1)
     shown |= {"num_layers": len(setting.levels), "placed": _counts(setting.placements)}
     shown["kept"] = _counts(setting.levels)
     lines = [*_summary(plan, found, values), *(text.format_map(shown) for text in WORDS["text"])]
@@ -663,8 +656,7 @@ def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
             size = f" of {table.limit_gib:.1f}"
             left = f": {free_gib:.1f} free" if free_gib >= 0 else f": {-free_gib:.1f} MISSING"
         parts.append(f"{table.peak_gib:.1f}{size} GiB on {name} ({table.peak_phase}){left}")
-    is_tight = found.fits and not found.fits_safely
-    tight = "; predictions err by as much as is left" if is_tight else ""
+    tight = "; predictions err by as much as is left" * (found.fits and not found.fits_safely)
     return "fits" if found.fits else "NO FIT", "; ".join(parts) + tight
 
 

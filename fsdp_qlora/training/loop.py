@@ -9,25 +9,24 @@ import dataclasses
 import functools
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from fsdp_qlora import cli
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, flatten, join
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, cut, flatten, join
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.model.attention import Branches, RowBounds, joins_exactly
+from fsdp_qlora.model.attention import Branches, Cut, RowBounds, joins_exactly
 from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.model.visit import RowGroup, may_refuse
 from fsdp_qlora.planning.sizes import JOINED_TOKENS
 from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
@@ -51,8 +50,8 @@ def token_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -
     Returns:
         0-d float32 on the device, with its graph.
     """
-    rows = RowBounds.of(batch.row_lengths, device)
-    return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
+    group = _group(batch, device)
+    return model(group.input_ids, group.targets, rows=group.rows)
 
 
 def token_losses(
@@ -66,7 +65,7 @@ def token_losses(
     Returns:
         [batches], float32; of those that a GPU takes as one, one figure.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and batches[0].branches is None:
         batches = join(batches, JOINED_TOKENS)
     if len(batches) == 1:
         return token_loss_sum(model, batches[0], device).unsqueeze(0)
@@ -105,9 +104,10 @@ def weigh(
     counts = [float(sum(len(s.hashes) for s in sides)), float(num_tokens)]
     num, num_tokens = (max(sum(column), 1.0) for column in zip(*world.gather(counts), strict=True))
     ratios = torch.zeros((), device=world.device)
+    live = dataclasses.replace(preference, is_live=True)  # these rows are never the same
     for other in (batch.mismatched for batch in batches if batch.mismatched is not None):
         with torch.no_grad():
-            ((answers, _),) = _answers(model, preference, [other], world.device)
+            ((answers, _),) = _answers(model, live, [other], world.device)
         ratios += answers.ratio_P.sum()
     ratios = world.sum_(ratios) if preference.name == "kto" else ratios
     divergence = objectives.divergence(ratios, num)
@@ -186,7 +186,16 @@ def _answers(
     return made
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Context in which a model evaluates, without gradients; its mode is afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
 def reference_of(
     model: QuantizedModel,
     preference: Preference,
@@ -197,23 +206,21 @@ def reference_of(
     """Compute the log-probabilities of all answers before anything is trained.
 
     Args:
-        model: filled; its mode is left as it was.
+        model: filled.
         preference: that of the run.
         batches: this rank's, as many on every rank; together all samples.
         world: the ranks; all must call.
         is_base: the reference is the model without its adapters.
     """
-    was_training, found = model.training, list[tuple[np.ndarray, np.ndarray]]()
+    found = list[tuple[np.ndarray, np.ndarray]]()
     alone = dataclasses.replace(preference, is_live=False, known=None)
-    with model.bare() if is_base else contextlib.nullcontext():
-        model.eval()
+    with evaluating(model), model.bare() if is_base else contextlib.nullcontext():
         for batch in batches:
             hooks.reach("eval", world.rank)
             ((answers, _),) = _answers(model, alone, [batch], world.device)
             assert batch.sides is not None
             if len(hashes := batch.sides.hashes):
                 found.append((hashes, answers.policy_P.cpu().numpy().reshape(len(hashes), -1)))
-        model.train(was_training)
     every = [pair for own in world.gather_objects(found) for pair in own]
     hashes, order = np.unique(np.concatenate([pair[0] for pair in every]), return_index=True)
     return KnownReference(hashes, np.concatenate([pair[1] for pair in every])[order])
@@ -223,9 +230,13 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
     targets = Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
     rows, laid = RowBounds.of(batch.row_lengths, device), batch.branches
     if laid is not None and rows is not None:
-        tokens_N = _to_device(laid.tokens, device)
-        targets = Targets(_to_device(laid.positions, device), tokens_N, is_single=True)
-        rows = rows._replace(position_ids=_to_device(laid.position_ids, device))
+        places = laid.positions, laid.tokens, laid.position_ids
+        positions, tokens_N, position_ids = (_to_device(t, device) for t in places)
+        targets = targets._replace(positions_N=positions, tokens_N=tokens_N)
+        rows = rows._replace(position_ids=position_ids)
+        if laid.chunks is not None:
+            cut = Cut.of(batch.row_lengths, laid.chunks, device)
+            return RowGroup(_to_device(batch.input_ids, device), targets, rows._replace(cut=cut))
         rows = Branches.join(rows, laid.prompts, laid.answers)
     return RowGroup(_to_device(batch.input_ids, device), targets, rows)
 
@@ -262,8 +273,11 @@ def keep_rows_apart(
         One line for the user, or "".
 
     Raises:
-        UserError: --packing on, and they would (code 2).
+        UserError: --packing on, and they would; or rows cannot be cut over ranks (code 2).
     """
+    if world.context is not None:
+        check_cut_rows(model, info, world)
+        return ""
     if not batches.is_flat or are_rows_apart(model, world):
         is_pair = batches.is_flat and batches.samples.num_sides == 2
         batches.shares_prompts = is_pair and can_share_prompts(model, world)
@@ -287,13 +301,10 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_parameter("head.weight").shape[0]
-    ids = torch.randint(vocab_size, (1, SHORT_ROWS[0] + SHORT_ROWS[1]), generator=generator)
-    ids = ids.to(world.device)
+    ids = torch.randint(vocab_size, (1, sum(SHORT_ROWS)), generator=generator).to(world.device)
     rows = RowBounds.of(SHORT_ROWS, world.device)
     positions = torch.arange(SHORT_ROWS[1], device=world.device)
-    is_training = model.training
-    with torch.no_grad():
-        model.eval()
+    with evaluating(model):
         alone = model(ids[:, SHORT_ROWS[0] :], Targets(positions, None)).float()
         behind = Targets(positions + SHORT_ROWS[0], None)
         seeing = model(ids, behind).float() - alone
@@ -301,11 +312,48 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
             apart = model(ids, behind, rows=rows).float() - alone
         except ValueError:  # transformers: recurrent layers need kernels that are not installed
             apart = seeing
-        model.train(is_training)
     shard.settle(model)
     # A median, because a rounding can send a token to another expert.
     error = (apart.norm(dim=1) / seeing.norm(dim=1)).median().item()
     return world.sum(float(error > MOST_ROW_ERROR)) == 0
+
+
+def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> None:
+    """Compare two short rows, one after the other and cut over ranks, with each by itself.
+
+    Args:
+        model: a QuantizedModel, filled.
+        info: the model.
+        world: the ranks, with `context`; all must call.
+
+    Raises:
+        UserError: their logits differ: layers hand on more than keys and values (code 2).
+    """
+    ranks, is_training, worst = world.context, model.training, 1.0
+    assert ranks is not None
+    generator, shape = torch.Generator().manual_seed(0), (1, sum(SHORT_ROWS))
+    ids = torch.randint(model.get_parameter("head.weight").shape[0], shape, generator=generator)
+    rows = [Sample(row.numpy(), np.ones(len(row), bool)) for row in ids[0].split(SHORT_ROWS)]
+    whole = flatten(rows, 8)
+    numbered = dataclasses.replace(whole, input_ids=torch.arange(shape[1]).unsqueeze(0))
+    at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
+    group, laid = _group(part, world.device), part.branches
+    assert laid is not None and group.targets is not None
+    with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError):
+        model.eval()
+        asked = (Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
+        pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
+        alone = torch.cat([model(row, targets).float() for row, targets in pairs])
+        wanted = alone[at.input_ids[0, laid.positions]]
+        found = model(group.input_ids, group.targets._replace(tokens_N=None), rows=group.rows)
+        errors = (found.float() - wanted).norm(dim=1) / (wanted - wanted.roll(1, 0)).norm(dim=1)
+        is_late = laid.positions >= part.input_ids.shape[1] // 2
+        worst = max(errors[where].median().item() for where in (is_late, ~is_late))
+    model.train(is_training)
+    shard.settle(model)
+    if world.sum(float(worst > MOST_ROW_ERROR)):
+        rule = f"layers of a {info.model_type} model need more of a row than keys and values"
+        raise UserError(f"--context_parallel {ranks.size}", rule, "use --context_parallel 1")
 
 
 def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
@@ -320,14 +368,12 @@ def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
     ids = random.integers(vocab_size, size=second, dtype=np.int32)
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
     laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
-    is_training, found = model.training, list[torch.Tensor]()
-    with torch.no_grad(), contextlib.suppress(Exception):  # of a model that knows no branches
-        model.eval()
+    found = list[torch.Tensor]()
+    with evaluating(model), may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
             asked = group.targets._replace(tokens_N=None) if group.targets is not None else None
             found.append(model(group.input_ids, asked, rows=group.rows).float())
-    model.train(is_training)
     shard.settle(model)
     if len(found) < 2:
         return world.sum(1.0) == 0
@@ -388,13 +434,19 @@ def train_step(
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
     results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
     results |= take_load(getattr(trained.model, "mixtures", ()))
-    return results | _figures(preference, sums, weights, world)
+    return results | figures(preference, sums, weights, world)
 
 
-def _figures(
+def figures(
     preference: Preference | None, sums: torch.Tensor, weights: StepWeights, world: World
 ) -> dict[str, Any]:
-    """What the record has of a preference besides the loss."""
+    """What the record has of a preference besides the loss.
+
+    Args:
+        preference: see Trained.
+        sums, weights: of a step, or of an evaluation.
+        world: the ranks; all must call.
+    """
     if preference is None:
         return {}
     kl = {"kl": weights.divergence} if preference.name == "kto" else {}
@@ -470,45 +522,3 @@ def _note_skipped(
         recorder.event("skipped", dataclasses.asdict(skipped))
         recorder.say(str(skipped))
         optim.check_weights(trained, skipped.step - 1)
-
-
-@torch.no_grad()
-def evaluate_preference(
-    model: torch.nn.Module, preference: Preference | None, batches: Sequence[Batch], world: World
-) -> dict[str, float]:
-    """Mean loss over held-out rows of all ranks; of preferences the figures of a step, too.
-
-    Args:
-        model: a QuantizedModel; its mode is left as it was.
-        preference: what is minimised; None: the cross entropy.
-        batches: this rank's, as many on every rank.
-        world: the ranks; all must call.
-    """
-    was_training = model.training
-    model.eval()
-    weights = weigh(model, preference, batches, world)
-    # In float64, so that the sum is the same however the rows are cut into batches.
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    sums = torch.zeros(8, device=world.device)
-    with cli.Progress("evaluates", len(batches), "batches", world.rank > 0) as progress:
-        for batch in batches:
-            hooks.reach("eval", world.rank)
-            if preference is None:
-                loss_sum += token_loss_sum(model, batch, world.device)
-            else:
-                losses, own = compare(model, preference, [batch], weights, world.device)
-                loss_sum, sums = loss_sum + losses.sum(), sums + own
-            progress.update()
-    model.train(was_training)
-    figures = _figures(preference, sums, weights, world)
-    found = {"loss": world.sum(loss_sum.item()) / weights.num}
-    return found | {name: value.item() for name, value in figures.items()}
-
-
-def evaluate(model: torch.nn.Module, batches: Sequence[Batch], world: World) -> float:
-    """Mean cross entropy over all trained tokens of all ranks' batches, nats per token.
-
-    Args:
-        model, batches, world: see `evaluate_preference`.
-    """
-    return evaluate_preference(model, None, batches, world)["loss"]

@@ -141,7 +141,7 @@ def _compare(world, path):
     """Of every way and level: losses of two steps, the gradient norm, the held-out loss after."""
     from fsdp_qlora.data.batches import collate
     from fsdp_qlora.model import shard
-    from fsdp_qlora.training import loop
+    from fsdp_qlora.training import evaluate, loop
     from tests.model.test_shard import make_samples
 
     rows = make_samples(2 * world.size)[world.rank :: world.size]
@@ -160,7 +160,7 @@ def _compare(world, path):
         model, _, _ = tiny.build(path, world, "--precision=bf16", "--lora_dropout=0", *flags)
         tiny.fill_lora(model)
         batch = collate(rows)
-        before = loop.evaluate(model, [batch], world)
+        before = evaluate.measure(model, None, [batch], world)["loss"]
         loss = loop.token_loss_sum(model.train(), batch, world.device)
         loss.backward()
         whole = [
