@@ -337,6 +337,10 @@ def test_short_help_shows_ten_options_and_three_examples_that_work(capsys):
         words = [word for word in example.split() if word != "--print_config"]
         assert parse([word.replace("output/mine", "output/other") for word in words])
     assert ended(capsys, "--version") == f"fsdp_qlora {__version__}\n"
+    changes = (config.PROJECT_DIR / ".github" / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, is_new = re.search(r"^## ([\d.]+)( \(not released\))?$", changes, re.MULTILINE).groups()
+    assert config.own_project()["version"] == __version__
+    assert __version__ == f"{newest}.0" + ".dev0" * bool(is_new)
     shown = re.findall(r"^  --(\w+)", ended(capsys, "--help=all"), re.MULTILINE)
     assert shown == [field.name for field in dataclasses.fields(TrainConfig)]
 
