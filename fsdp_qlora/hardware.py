@@ -47,6 +47,7 @@ class Device:
         network_gbs: from its machine to another, GB/s, all GPUs of the machine together.
         dense_tflops: of its data sheet.
         fp8_gain: how much faster large frozen matmuls in 8 bit are; 0: they do not run.
+        disk_gbs: read from the disk of its machine, GB/s; an assumption where nobody measured it.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Device:
     network_gbs: float = 1.25
     dense_tflops: float = 0.0
     fp8_gain: float = 0.0
+    disk_gbs: float = 1.5
 
 
 _SERIES = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
@@ -367,7 +369,8 @@ def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[
     found = []
     for device in devices:
         row = measured.get(_plain(device.name), {})
-        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in row.items()}
+        every = (measured.get("disk", {}) | row).items()
+        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in every}
         found.append(dataclasses.replace(device, **speeds | given, is_measured=bool(row)))
     return found
 
