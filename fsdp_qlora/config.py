@@ -87,6 +87,7 @@ TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].item
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
 PRECISIONS: dict[str, str] = _TABLE["precisions"]
+MATMULS = ("bf16", "fp8", "int8", "auto")
 TRACKERS = tuple(_TABLE["trackers"])
 BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
@@ -160,7 +161,7 @@ class TrainConfig:
     verify_base: str = flag("auto", "model", "full: hash all bytes of the model", ("auto", "full"))
     weights: str = flag("load", "model", "random: take only the model's shape", ("load", "random"))
     attn: str = flag("auto", "model", "attention kernel", ATTENTIONS)
-    matmul: str = flag("bf16", "model", "frozen matmuls of a 4-bit base", ("bf16", "fp8"))
+    matmul: str = flag("bf16", "model", "frozen matmuls of a 4-bit base", MATMULS)
     liger: str = flag("auto", "model", "Liger kernels, when installed", AUTO_OFF)
 
     lora_rank: int = flag(16, "adapter", "rank r of the LoRA matrices", rule=">= 1")
@@ -596,6 +597,9 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
             got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
             rule = f"belongs to --objective {' '.join(objectives)}"
             faults.append(UserError(got, rule, "leave one of them out"))
+    if (num_rows := cfg.batch_size * cfg.gradient_accumulation_steps) >= cli.TOO_LARGE:
+        got = f"--batch_size {cfg.batch_size} with {cfg.gradient_accumulation_steps} micro-batches"
+        faults.append(UserError(got, f"make {num_rows} rows a step", "take fewer than 2**32"))
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
@@ -615,7 +619,7 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
     for name in ("trains_new_adapters", "has_cached_reference"):
         values[name] = getattr(cfg, name)
     values["is_local"] = cfg.trackers in ((), ("tensorboard",))
-    is_code = cfg.format_name.startswith(("nf4", "fp4"))
+    is_code = cfg.format_name.startswith(("nf4", "fp4", "hqq"))
     values["has_codes"] = is_code and cfg.compute_dtype == "bfloat16"
     shown = {name: cli.to_text(value) for name, value in values.items()}
     for row in rows:

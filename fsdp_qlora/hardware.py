@@ -46,8 +46,8 @@ class Device:
         has_bf16: matmuls of bfloat16 run on its tensor cores.
         network_gbs: from its machine to another, GB/s, all GPUs of the machine together.
         dense_tflops: of its data sheet.
-        fp8_gain: how much faster large frozen matmuls in 8 bit are; 0: they do not run.
         disk_gbs: read from the disk of its machine, GB/s; an assumption where nobody measured it.
+        fp8_gain, int8_gain: see `gain`.
     """
 
     name: str
@@ -61,12 +61,26 @@ class Device:
     network_gbs: float = 1.25
     dense_tflops: float = 0.0
     fp8_gain: float = 0.0
+    int8_gain: float = 0.0
     disk_gbs: float = 1.5
+
+    def gain(self, matmul: str) -> float:
+        """How much faster large frozen matmuls are; 0: they do not run.
+
+        Args:
+            matmul: `--matmul`.
+        """
+        gains = {"fp8": self.fp8_gain, "int8": self.int8_gain * self.has_bf16}
+        return gains.get(matmul, 1.0)
 
 
 _SERIES = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
-_ROWS = {name: row for table in _SERIES.values() for name, row in table.items()}
-GPUS = {name: Device(name, **row) for name, row in _ROWS.items() if name != "source"}
+GPUS = {
+    name: Device(name, **{"int8_gain": table.get("int8_gain", 0.0), **row})
+    for table in _SERIES.values()
+    for name, row in table.items()
+    if isinstance(row, dict)
+}
 _BY_SIZE = {int(size): name for size, name in _TABLE["by_size"].items()}
 MIN_GB, MAX_GB = 4, 512
 USABLE_OF_NOMINAL = 0.975  # of a GPU's nominal GB, as torch reports it

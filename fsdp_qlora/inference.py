@@ -99,17 +99,22 @@ class Opened:
 
         return data.load_tokenizer(self.info)
 
-    def encode(self, question: str | list[dict], is_raw: bool = False) -> list[int]:
+    def encode(
+        self, question: str | list[dict], is_raw: bool = False, row: dict | None = None
+    ) -> list[int]:
         """Make the tokens of a prompt, as the model was trained to see it.
 
         Args:
             question: what the user says, or a conversation: role and content; the system prompt of
                 the run is put before one that has none, an answer at its end is left out.
             is_raw: put no chat template around the last turn, and leave the others out.
+            row: it stands in; its `tools` and `chat_template_kwargs` reach the template.
 
         Raises:
             UserError: the chat template cannot render it.
         """
+        from fsdp_qlora.data.row_formats import chat_values
+
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
         turns = turns[:-1] if turns[-1]["role"] == "assistant" and turns[1:] else turns
         text, tokenizer = turns[-1]["content"], self.tokenizer
@@ -118,8 +123,9 @@ class Opened:
             if (system := self.cfg.system_prompt) and turns[0]["role"] != "system":
                 turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
-            kwargs |= {"tokenize": False, "add_generation_prompt": True}
             try:
+                kwargs |= chat_values(row or {})
+                kwargs |= {"tokenize": False, "add_generation_prompt": True}
                 text = tokenizer.apply_chat_template(turns, **kwargs)
             except Exception as error:  # code of others: it may raise anything
                 rule = f"the chat template cannot render the conversation ({brief(error)})"
@@ -133,7 +139,11 @@ class Opened:
         return complete(self.model, self.tokenizer, rows, how, self.world, streamer)
 
     def answer_all(
-        self, questions: Sequence[str | list[dict]], how: Sampling, is_raw: bool = False
+        self,
+        questions: Sequence[str | list[dict]],
+        how: Sampling,
+        is_raw: bool = False,
+        of: Sequence[dict] = (),
     ) -> list[str]:
         """Answer prompts, `batch_size` of the run at a time, those of like length together.
 
@@ -141,13 +151,15 @@ class Opened:
             questions: see `encode`.
             how: the tokens are chosen; what is drawn depends on the batch.
             is_raw: see `encode`.
+            of: the row of each.
 
         Returns:
             The answers alone, in the order of the prompts.
         """
         from tqdm import tqdm
 
-        rows, size = [self.encode(question, is_raw) for question in questions], self.cfg.batch_size
+        pairs, size = itertools.zip_longest(questions, of), self.cfg.batch_size
+        rows = [self.encode(question, is_raw, row) for question, row in pairs]
         order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [""] * len(rows)
         quiet = not self.is_writer or len(rows) == 1
         for first in tqdm(range(0, len(rows), size), "generate", unit="batch", disable=quiet):
@@ -460,8 +472,9 @@ def generate(argv: list[str]) -> int:
     if not asked:
         _converse(opened, options)
         return DONE
-    found = opened.answer_all([question for _, question, _ in asked], options, options.raw)
-    rows = [{**row, "answer": text} for (*_, row), text in zip(asked, found, strict=True)]
+    _, questions, of = zip(*asked, strict=True)
+    found = opened.answer_all(questions, options, options.raw, of)
+    rows = [{**row, "answer": text} for row, text in zip(of, found, strict=True)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if opened.is_writer:
         print(atomic.write(Path(options.out or ""), text))

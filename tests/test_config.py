@@ -129,6 +129,8 @@ def test_all_faults_are_told_at_once():
         ("--warmup_steps -1", "steps, or from 0.0 to 1.0"),
         ("--context_length 1", "must be >= 2"),
         ("--seed -1", "must be from 0 to 2**32 - 1"),
+        ("--batch_size 70000 --gradient_accumulation_steps 70000", "make 4900000000 rows a step"),
+        ("--objective kto --reference cached --train_type full", "it is gone after step 1"),
         ("--master_port 70000", "must be from 0 to 65535"),
         ("--model_name=", "must be printable text"),
         ("--gpu_budget_gib 0", "must be > 0; leave it out"),

@@ -74,7 +74,7 @@ def run(world, path, out, is_evaluated):
 def _compare(world, path, out):
     """Without and with evaluation; then the same rows in other batches."""
     from fsdp_qlora.data.batches import held_out
-    from fsdp_qlora.training import loop
+    from fsdp_qlora.training import evaluate
 
     run(world, path, out / "without", is_evaluated=False)
     found = run(world, path, out / "with", is_evaluated=True)
@@ -82,19 +82,19 @@ def _compare(world, path, out):
     _, _, trained = build(world, path)
     nothing = of_samples([Sample(np.arange(3, 9, dtype=np.int32), np.zeros(6, bool))] * 3, "x")
     batches = held_out(nothing, 2, world.size, world.rank)
-    found["nothing"] = loop.evaluate(trained.model, batches, world)
+    found["nothing"] = evaluate.measure(trained.model, None, batches, world)["loss"]
     return found
 
 
 def _cuts(world, path):
     """Held-out loss of one adapter, by batch size."""
     from fsdp_qlora.data.batches import held_out
-    from fsdp_qlora.training import loop
+    from fsdp_qlora.training import evaluate
 
     _, _, trained = build(world, path, "--precision=fp32")
     tiny.fill_lora(trained.model)
     cuts = [held_out(samples(9, 1), size, world.size, world.rank) for size in (1, 2, 4, 16)]
-    return [loop.evaluate(trained.model, batches, world) for batches in cuts]
+    return [evaluate.measure(trained.model, None, batches, world)["loss"] for batches in cuts]
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +149,13 @@ def test_every_second_step_is_evaluated_and_the_best_adapter_is_kept(looked):
 def _reload(world, path):
     from fsdp_qlora.data.batches import held_out
     from fsdp_qlora.model import adapters
-    from fsdp_qlora.training import loop
+    from fsdp_qlora.training import evaluate
 
     plan, _, trained = build(world, path.parent / "model")
     file = path / "best" / "adapter_model.safetensors"
     adapters.load(trained.model, file, plan.info.layers_prefix, world.device)
-    return loop.evaluate(trained.model, held_out(samples(9, 1), 2, world.size, world.rank), world)
+    rows = held_out(samples(9, 1), 2, world.size, world.rank)
+    return evaluate.measure(trained.model, None, rows, world)["loss"]
 
 
 def test_the_kept_adapter_has_the_loss_it_was_kept_for(looked):

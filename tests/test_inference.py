@@ -20,7 +20,8 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export import commands
-from tests import tiny
+from tests import small_tokenizers, tiny
+from tests.model_files import edit_json
 
 TASK = """
 task: say
@@ -345,6 +346,31 @@ def test_a_file_of_prompts_is_answered_in_its_order_as_one_by_one(opened, tmp_pa
             inference.generate([*argv, *flags])
     with pytest.raises(UserError, match="must be above 0 to 1"):
         inference.generate([*argv, "--top_p=0"])
+
+
+def test_the_template_gets_what_run_and_row_give_it(finished, tmp_path):
+    """The same ids as by transformers."""
+    from transformers import AutoTokenizer
+
+    template = "{{ style }}{{ tools }}" + small_tokenizers.CHATML
+    tokenizer = AutoTokenizer.from_pretrained(
+        small_tokenizers.save(tmp_path / "m", "chatml", chat_template=template)
+    )
+    shutil.copytree(finished, tmp_path / "run")
+    edit_json(tmp_path / "run" / "run_config.json", chat_template_kwargs='{"style": "::"}')
+    cfg = inference.config_of(tmp_path / "run", [])
+    opened = inference.Opened(cfg, None, None, None, None)
+    opened.__dict__["tokenizer"] = tokenizer
+    turns, tools = [{"role": "user", "content": ASKED}], [{"type": "function", "function": {}}]
+    for own, row in [
+        ({"style": "::"}, None),
+        ({"style": "!!"}, {"chat_template_kwargs": {"style": "!!"}}),
+        ({"style": "::", "tools": tools}, {"tools": json.dumps(tools)}),
+    ]:
+        wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, **own)
+        assert opened.encode(ASKED, row=row) == wanted["input_ids"]
+    with pytest.raises(UserError, match='field "chat_template_kwargs" is a list'):
+        opened.encode(ASKED, row={"chat_template_kwargs": [1]})
 
 
 def test_a_chat_has_commands(opened, tmp_path, capsys, monkeypatch):

@@ -77,10 +77,10 @@ class PreferenceFormatter(row_formats.RowFormatter):
         """Return whether a row goes through the chat template."""
         return isinstance(row, dict) and self._plain.is_chat(self.sides(row)[0][0])
 
-    def ask(self, question: str, example: object) -> str:
+    def ask(self, question: str | list[dict], example: object, **values: Any) -> str:
         """Put a new question into the form of the rows, see RowFormatter."""
         side = self.sides(example)[0][0] if isinstance(example, dict) else None
-        return self._plain.ask(question, side)
+        return self._plain.ask(question, side, **values)
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into the text of each of `sides`, what is compared marked.

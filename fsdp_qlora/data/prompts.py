@@ -9,6 +9,7 @@ import numpy as np
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.chats import read_messages
 from fsdp_qlora.data.prepare import PreparedData
+from fsdp_qlora.data.row_formats import chat_values
 from fsdp_qlora.data.sources import parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.data.tokens import Sample
@@ -62,12 +63,13 @@ def choose_prompts(
     """
     if tokenizer is None:
         return ()
-    asked = [] if cfg.sample_prompt is None else [("--sample_prompt", cfg.sample_prompt)]
+    asked = list[tuple[str, Any, dict]]()
+    if cfg.sample_prompt is not None:
+        asked.append(("--sample_prompt", cfg.sample_prompt, {}))
     if cfg.sample_prompts not in ("auto", "off"):
-        path = Path(cfg.sample_prompts)
-        asked += [(place, text) for place, text, _ in read_prompts(path, "--sample_prompts")]
+        asked += read_prompts(Path(cfg.sample_prompts), "--sample_prompts")
     if asked or cfg.sample_prompts == "off" or ready.formatter is None:
-        return tuple(_ask(place, question, ready, tokenizer) for place, question in asked)
+        return tuple(_ask(*prompt, ready, tokenizer) for prompt in asked)
     number = min(NUM_HELD_OUT, len(ready.held_out))
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
     samples = (ready.held_out[index].rows()[0] for index in sorted(chosen.tolist()))
@@ -142,16 +144,16 @@ def _parse_prompt(place: str, value: Any) -> Any:
         raise UserError(place, str(refusal), "correct it") from refusal
 
 
-def _ask(place: str, question: Any, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
+def _ask(
+    place: str, question: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer
+) -> Prompt:
     """A prompt as the rows have it; the template of a chat writes the beginning of text itself."""
     is_chat = isinstance(question, list)
     shown = str(question[-1].get("content", "")) if is_chat else question
     text = question
     try:
-        if is_chat and ready.formatter is not None:
-            text = ready.formatter.chat.prompt(question, **ready.formatter.chat_kwargs)
-        elif ready.formatter is not None:
-            text = ready.formatter.ask(question, ready.example)
+        if ready.formatter is not None:
+            text = ready.formatter.ask(question, ready.example, **chat_values(row))
     except Refused as refusal:
         rule = f"cannot be asked ({refusal})"
         raise UserError(f"{place} {shown}", rule, "leave it out") from refusal

@@ -329,12 +329,13 @@ class RowFormatter:
         """Return what each text of `render` is in a comparison: None, as nothing is compared."""
         return itertools.repeat(None)
 
-    def ask(self, question: str, example: object) -> str:
+    def ask(self, question: str | list[dict], example: object, **values: Any) -> str:
         """Put a new question into the form of the rows that are trained on.
 
         Args:
-            question: what the model is asked.
+            question: what the model is asked, or a conversation.
             example: any row of the training data without a problem.
+            values: what a chat template reads besides.
 
         Returns:
             The prompt whose continuation is the answer.
@@ -342,13 +343,16 @@ class RowFormatter:
         Raises:
             Refused: the chat template cannot render it.
         """
+        values = {**self.chat_kwargs, **values}
+        if isinstance(question, list):
+            return self.chat.prompt(question, **values)
         if not isinstance(example, dict) or self.name(example) in (BLOCKS, OWN, TOKENS):
             return question
         found = self._find(example)
         if self._as_chat(found):
             first = [{"role": "system", "content": LABEL_PROMPT}] * (found.name == LABEL)
             messages = [*first, {"role": "user", "content": question}]
-            return self.chat.prompt(self._with_system(messages), **self.chat_kwargs)
+            return self.chat.prompt(self._with_system(messages), **values)
         assert found.pair is not None
         if ASSISTANT in str(example.get("text", "")):
             question = f"### Human: {question}\n{ASSISTANT}"
@@ -384,12 +388,9 @@ class RowFormatter:
 
     def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
         assert found.messages is not None
-        tools, own = _tools(row), chats.from_json(KWARGS, row.get(KWARGS)) or {}
-        if not isinstance(own, dict):
-            raise Refused(f'field "{KWARGS}" is {chats.kind(own)} (want an object)')
-        values = {**self.chat_kwargs, **{k: v for k, v in own.items() if v is not None}}
-        notes = [("unread", name) for name in self.chat.unread(values, tools)]
-        values["tools"], messages = tools, found.messages(row)
+        values, messages = {**self.chat_kwargs, **chat_values(row)}, found.messages(row)
+        tools = values["tools"]
+        notes = [("unread", name) for name in self.chat.unread(values, tools) if name != "tools"]
         if "developer" not in self.chat.chosen(tools).source:
             notes += [("developer", "") for m in messages if m["role"] == "developer"]
             renamed = {"developer": "system"}
@@ -510,13 +511,23 @@ def choose(
     raise UserError(f"--template {template}", "is no template", f"give {remedy}")
 
 
-def _tools(row: dict) -> Any:
-    """What a chat template shows as tools: `tools`, or OpenAI's older `functions`."""
+def chat_values(row: dict) -> dict[str, Any]:
+    """Return what a chat template reads of a row beside its messages.
+
+    Args:
+        row: its `chat_template_kwargs`, `tools` (or OpenAI's older `functions`).
+
+    Raises:
+        Refused: they are not what they should be.
+    """
+    own = chats.from_json(KWARGS, row.get(KWARGS)) or {}
+    if not isinstance(own, dict):
+        raise Refused(f'field "{KWARGS}" is {chats.kind(own)} (want an object)')
     tools = chats.from_json("tools", row.get("tools"))
     functions = row.get("functions")
     if not tools and isinstance(functions, list):
         tools = [{"type": "function", "function": function} for function in functions]
-    return tools or None
+    return {k: v for k, v in own.items() if v is not None} | {"tools": tools or None}
 
 
 def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:

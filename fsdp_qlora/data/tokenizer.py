@@ -27,6 +27,9 @@ CHAT_FILE = "chat_template.jinja"
 GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Types of models for which transformers trusts its own class and not the one that the files name.
 REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
+# Types of models -> their own class, which is chosen where the files name it, too.
+OWN_CLASSES = {r"qwen(3_5|4).*": "Qwen3_5Tokenizer", "qwen.*": "Qwen2Tokenizer"}
+OWN_CLASSES |= {"gemma.*": "GemmaTokenizer", "cohere2?": "CohereTokenizer"}
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 # For tokenizers without a template: guanaco's form, each answer ended like a text.
 PLAIN_TEMPLATE = Path(__file__).with_name("plain.j2").read_text(encoding="utf-8")[:-1]
@@ -404,7 +407,7 @@ def load(path: Path, is_light: bool = False) -> Any:
     Args:
         path: directory of a model.
         is_light: without torch, which the choice among transformers' classes needs, where the
-            files tell that the general class is chosen.
+            files tell which one is chosen.
 
     Returns:
         A transformers tokenizer.
@@ -415,31 +418,37 @@ def load(path: Path, is_light: bool = False) -> Any:
     require_files(path)
     import transformers
 
-    is_light = is_light and _is_general(path)
+    name = is_light and _known_class(path)
     try:
-        made = transformers.PreTrainedTokenizerFast if is_light else transformers.AutoTokenizer
+        made = getattr(transformers, name or "AutoTokenizer")
         return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust side raises bare Exception
         rule = f"its tokenizer cannot be read ({brief(error)})"
         raise UserError(str(path), rule, "fetch its tokenizer files again") from error
 
 
-def _is_general(path: Path) -> bool:
-    """Whether transformers' own choice is its general class, which reads tokenizer.json as it is.
+def _known_class(path: Path) -> str | None:
+    """Name the class that transformers itself chooses, where the files tell that.
 
-    Other classes build the splitting of text anew, so that only they give the tokens of a run.
+    The general class reads tokenizer.json as it is. Others build the splitting of text anew, so
+    that only they give the tokens of a run.
     """
     found: list[dict[str, Any]] = []
     for place in (path / "tokenizer_config.json", path / "config.json"):
         value = atomic.parse_json(place.read_bytes()) if place.is_file() else {}
         if value is None or (place.exists() and not place.is_file()):
-            return True  # every class refuses such a file; the general one does so without torch
+            return GENERAL_CLASSES[0]  # all refuse such a file; this one does so without torch
         found.append(value)
-    settings, config = found
-    is_rebuilt = str(config.get("model_type")).startswith(REBUILT_TYPES)
-    is_named = settings.get("tokenizer_class") in GENERAL_CLASSES and "auto_map" not in settings
-    has_files = (path / "tokenizer.json").exists() and not (path / "tekken.json").exists()
-    return is_named and has_files and not is_rebuilt
+    settings, model_type = found[0], str(found[1].get("model_type"))
+    named = str(settings.get("tokenizer_class"))
+    if "auto_map" in settings or not (path / "tokenizer.json").exists():
+        return None
+    if (path / "tekken.json").exists():
+        return None
+    if named in GENERAL_CLASSES:
+        return None if model_type.startswith(REBUILT_TYPES) else GENERAL_CLASSES[0]
+    own = next((own for kind, own in OWN_CLASSES.items() if re.fullmatch(kind, model_type)), None)
+    return own if named.removesuffix("Fast") == own else None
 
 
 def wrap(full: Any, place: Path | str) -> TextTokenizer:

@@ -1,7 +1,9 @@
 """The ranks: who they are, and every collective outside FSDP."""
 
+import atexit
 import dataclasses
 import datetime
+import gc
 import os
 import socket
 import sys
@@ -14,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import debug
 from torch.utils import deterministic
 
 from fsdp_qlora.distributed import meeting
@@ -288,6 +291,7 @@ def join(timeout_s: float = 1800.0) -> World:
     if GLOO_LINK not in os.environ and (link := place.link()):
         os.environ[GLOO_LINK] = link  # gloo asks for the host's name, in Debian 127.0.1.1
     store = dist.PrefixStore(f"group {place.round}", place.store)
+    atexit.register(leave)
     dist.init_process_group(backend, None, limit, size, rank, store, device_id=own_device)
     world = of_process_group()
     assert world is not None
@@ -418,6 +422,13 @@ def check_links(world: World, timeout_s: float = 20.0) -> None:
 
 
 def leave() -> None:
-    """Leave the process group."""
+    """Leave the process group, whose threads end if no model is left.
+
+    One that is at work while the interpreter ends would abort it.
+
+    Source: https://github.com/pytorch/pytorch/issues/190489.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    debug._clear_sharding_prop_cache()  # it keeps meshes, and they the group
+    gc.collect()

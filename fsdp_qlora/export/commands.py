@@ -53,7 +53,7 @@ class CheckOptions(OutputOptions):
 
     evidence_rows: int = flag(8, "check", "rows to compare on; 0: none", rule=">= 0")
     evidence_tokens: int = flag(64, "check", "longest such row in tokens", rule=">= 2")
-    dataset: str | None = flag(None, "check", "where they come from [of the run, else random]")
+    dataset: str | None = flag(None, "check", "where they come from [of the run, else docs]")
 
 
 @dataclasses.dataclass(frozen=True)

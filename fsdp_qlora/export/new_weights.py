@@ -14,6 +14,7 @@ features, R LoRA rank.
 Source: LLaMA Pro, arXiv 2401.02415, section 3.2.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -572,7 +573,7 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
 
 
 def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) -> Rows:
-    """Take the rows that the run held out, else some that it learned, else random tokens.
+    """Take the rows that the run held out, else some that it learned, else English, else any ids.
 
     Args:
         base: with the adapter whose run it was.
@@ -588,21 +589,32 @@ def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) 
     if dataset is not None:
         return _rows_of_data(TrainConfig(dataset=dataset), base, shape)
     path, has_run = base.adapter.path, base.adapter.pairs or base.adapter.replaced
-    why = "no run_config.json beside the adapter" if has_run else "--dataset takes rows of text"
+    why = "no run_config.json beside the adapter" if has_run else "--dataset takes your own"
     try:
         if (run := run_config(path)) is not None:
             check_own_code(vars(run), (), path)
             return _rows_of_data(run, base, shape)
     except UserError as error:
         why = f"the run's rows cannot be read: {error}"
+    with contextlib.suppress(UserError, ImportError):
+        from pydoc_data.topics import topics  # text that is there wherever Python is
+
+        texts = sorted(topics.values(), key=len)[-shape[0] :]
+        encoded = _tokenizer(base).encode([text[: 16 * shape[1]] for text in texts], True)
+        ids = [row.ids[: shape[1]] for row in encoded]
+        if max(map(max, ids)) < base.info.vocab_size:
+            return ids, f"{len(ids)} rows of Python's documentation ({why})", True
     ids = np.random.default_rng(SEED).integers(0, base.info.vocab_size, shape).tolist()
     return ids, f"{shape[0]} rows of random tokens ({why})", False
 
 
-def _rows_of_data(cfg: TrainConfig, base: TrainedBase, shape: tuple[int, int]) -> Rows:
+def _tokenizer(base: TrainedBase) -> tokenizer.TextTokenizer:
     path = base.adapter.path
-    path = path if tokenizer.has_files(path) else tokenizer.directory(base.info)
-    ready = prepare.prepare(cfg, tokenizer.read(path), base.info.vocab_size)
+    return tokenizer.read(path if tokenizer.has_files(path) else tokenizer.directory(base.info))
+
+
+def _rows_of_data(cfg: TrainConfig, base: TrainedBase, shape: tuple[int, int]) -> Rows:
+    ready = prepare.prepare(cfg, _tokenizer(base), base.info.vocab_size)
     part, kind = ready.held_out, "held-out rows"
     if not len(part):
         part, kind = ready.train, "rows, none held out,"

@@ -40,28 +40,22 @@ def attach(
         cfg: lora_dropout, use_rslora, train_type (see LoraSlot), master_dtype.
         world_size: the parameter is padded to a multiple of it, so that slices are even.
     """
+    has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
+    master = getattr(torch, cfg.master_dtype)
     for block, own in zip(blocks(model), targets, strict=True):
         if not own:
             continue
-        body = block.body
-        linears: dict[str, tuple[str, Any]] = {
-            module.stored_name: (name, module)
-            for name, module in body.layer.named_modules()
-            if isinstance(module, QuantizedLinear)
-        }
-        for name, experts in body.layer.named_modules():
-            if isinstance(experts, QuantizedExperts):
-                sides = {experts.in_name: experts.ins, "down_proj": experts.down}
+        body, linears, slots = block.body, dict[str, tuple[str, Any]](), list[LoraSlot]()
+        for name, module in body.layer.named_modules():
+            if isinstance(module, QuantizedLinear):
+                linears[module.stored_name] = name, module
+            elif isinstance(module, QuantizedExperts):
+                sides = {module.in_name: module.ins, "down_proj": module.down}
                 linears |= {m.stored_name: (f"{name}.{side}", m) for side, m in sides.items()}
-        has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        rest: dict[str, Any] = {"dropout": cfg.lora_dropout, "use_rslora": cfg.use_rslora}
-        slots = []
-        for row in own:
-            rest |= {"has_magnitude": has_magnitude, "num_experts": row.num_experts}
-            rank = row.rank * row.num_experts
-            slots.append(LoraSlot(*linears[row.linear.name], rank, row.alpha, **rest))
+        for linear, rank, alpha, num in own:
+            rest: Any = (cfg.lora_dropout, cfg.use_rslora, has_magnitude, num)
+            slots.append(LoraSlot(*linears[linear.name], rank * num, alpha, *rest))
         numel = -(-body.set_slots(slots) // world_size) * world_size
-        master = getattr(torch, cfg.master_dtype)
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
 
 
@@ -197,9 +191,9 @@ def named_pairs(
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
         lora_B, [O, R], and of DoRA lora_magnitude_vector, [O].
     """
-    adapted = [(index, block) for index, block in enumerate(blocks(model)) if block.body.slots]
-    for (index, block), flat in zip(adapted, flats, strict=True):
-        for slot, parts in zip(block.body.slots, block.body.split_lora(flat), strict=True):
+    adapted = [(i, block.body) for i, block in enumerate(blocks(model)) if block.body.slots]
+    for (index, body), flat in zip(adapted, flats, strict=True):
+        for slot, parts in zip(body.slots, body.split_lora(flat), strict=True):
             stem = f"base_model.model.{layers_prefix}.{index}.{peft_name(slot.name)}"
             for name, part in zip(PEFT_NAMES, parts, strict=False):
                 yield f"{stem}.{name}", part

@@ -123,16 +123,11 @@ class Graphs:
                 forward()
                 backward()
         torch.cuda.current_stream().wait_stream(self._stream)
-        graphs: list[torch.cuda.CUDAGraph] = []
-        results: list[Any] = []
-        for work in (forward, backward):
-            graph = torch.cuda.CUDAGraph()
-            # NCCL's watchdog asks for events from its own thread meanwhile
-            with torch.cuda.graph(
-                graph, self._pool, self._stream, capture_error_mode="thread_local"
-            ):
+        graphs, results = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), list[Any]()
+        mode = "thread_local"  # NCCL's watchdog asks for events from its own thread meanwhile
+        for graph, work in zip(graphs, (forward, backward), strict=True):
+            with torch.cuda.graph(graph, self._pool, self._stream, mode):
                 results.append(work())
-            graphs.append(graph)
         for leaf in leaves:
             leaf.requires_grad_(False)
         return Pass(inputs, results[0], grad_out, results[1], *graphs)
@@ -161,15 +156,11 @@ def choose(
 
 
 def _facts(layer: torch.nn.Module) -> list[tuple]:
-    plain = (int, float, str, type(None))
-    return [
-        (
-            name,
-            type(module),
-            {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"},
-        )
-        for name, module in layer.named_modules()
-    ]
+    def own(module: torch.nn.Module) -> dict[str, Any]:
+        plain = (int, float, str, type(None))
+        return {k: v for k, v in vars(module).items() if isinstance(v, plain) and k != "layer_idx"}
+
+    return [(name, type(module), own(module)) for name, module in layer.named_modules()]
 
 
 class Replayed(torch.autograd.Function):
@@ -199,11 +190,8 @@ class Replayed(torch.autograd.Function):
         graphs.load(found, body, *ctx.saved_tensors, args, kwargs)
         found.grad_out.copy_(grad_out)
         found.backward.replay()
-        grads = [
-            grad.clone() if need else None
-            for grad, need in zip(found.grads, ctx.needs_input_grad[5:], strict=True)
-        ]
-        return None, None, None, None, None, *grads
+        pairs = zip(found.grads, ctx.needs_input_grad[5:], strict=True)
+        return None, None, None, None, None, *[g.clone() if need else None for g, need in pairs]
 
 
 def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[torch.Tensor]:

@@ -18,11 +18,10 @@ tuners/lora/layer.py, ParamWrapper.
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fsdp_qlora.arch.info import Linear
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -33,7 +32,7 @@ from fsdp_qlora.planning.sizes import WHOLE_LAYER_BYTES
 TILE_ROWS = 128  # of one expert, that a program of the kernel computes
 OTHER_MODEL = "take another model"
 # First expert, last + 1, their matrices.
-Weights = Iterable[tuple[int, int, torch.Tensor]]
+Weights = Iterable[tuple[int, int, Tensor]]
 
 
 class Routing:
@@ -50,9 +49,7 @@ class Routing:
         starts: [E + 1], the first row of each expert.
     """
 
-    def __init__(
-        self, experts_MK: torch.Tensor, numbers: torch.Tensor, places: torch.Tensor
-    ) -> None:
+    def __init__(self, experts_MK: Tensor, numbers: Tensor, places: Tensor) -> None:
         """Sort.
 
         Args:
@@ -71,7 +68,7 @@ class Routing:
         return self.starts.tolist()
 
     @cached_property
-    def _tiles(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    def _tiles(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Of as many tiles as there can be: expert (E: no more) and first row, see the kernel."""
         num_tiles = (self.starts.diff() + TILE_ROWS - 1) // TILE_ROWS
         ends = num_tiles.cumsum(0)
@@ -83,8 +80,8 @@ class Routing:
         return expert, row, self.starts[1:], TILE_ROWS
 
     def matmul(
-        self, x: torch.Tensor, weights: Weights, num_out: int, ends: tuple[bool, bool], **rest: Any
-    ) -> torch.Tensor:
+        self, x: Tensor, weights: Weights, num_out: int, ends: tuple[bool, bool], **rest: Any
+    ) -> Tensor:
         """Each row times the matrix of its expert.
 
         Args:
@@ -100,7 +97,7 @@ class Routing:
         """
         x, out = x.contiguous(), x.new_empty(len(self.order), num_out)
         source, target = self.tokens if ends[0] else None, self.order if ends[1] else None
-        kernels, places = _kernels(x), {"source": source, "target": target}
+        kernels, places = triton_kernels(x.is_cuda), {"source": source, "target": target}
         for first, last, weight in weights:
             rest |= {"experts": (first, last), **places}
             if kernels is not None:
@@ -125,7 +122,7 @@ class Routing:
                 made += bias[expert]
             out[own if target is None else target[own]] = made
 
-    def outer(self, low: torch.Tensor, x: torch.Tensor, is_of_tokens: bool) -> torch.Tensor:
+    def outer(self, low: Tensor, x: Tensor, is_of_tokens: bool) -> Tensor:
         """Sum low^T x over the rows of each expert.
 
         Args:
@@ -137,7 +134,7 @@ class Routing:
             [E, R, I].
         """
         out = x.new_empty(self.num, low.shape[1], x.shape[1])
-        source, kernels = self.tokens if is_of_tokens else None, _kernels(x)
+        source, kernels = self.tokens if is_of_tokens else None, triton_kernels(x.is_cuda)
         if kernels is not None:
             kernels.grouped_outer(low, x.contiguous(), out, self.starts, source=source)
             return out
@@ -146,10 +143,6 @@ class Routing:
             rows = x[own] if source is None else x[source[own]]
             torch.matmul(low[own].t(), rows, out=out[expert])
         return out
-
-
-def _kernels(x: torch.Tensor) -> ModuleType | None:
-    return triton_kernels() if x.is_cuda else None
 
 
 class ExpertMatrices:
@@ -202,9 +195,7 @@ class GroupedCall(NamedTuple):
     ends: tuple[bool, bool]
     scale: float = 1.0
 
-    def by_expert(
-        self, a_RI: torch.Tensor, b_OR: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_expert(self, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
         """LoRA matrices [E, R, I] and [E, O, R] in the order of the store, of those of peft."""
         num, numbers = self.routing.num, self.routing.numbers
         b_EOR = b_OR.view(len(b_OR), -1, num).permute(2, 0, 1)[numbers]
@@ -274,13 +265,11 @@ class QuantizedExperts(nn.Module):
     in_name: str
     ins: ExpertMatrices
     down: ExpertMatrices
-    numbers: torch.Tensor
-    places: torch.Tensor
-    loads: torch.Tensor
+    numbers: Tensor
+    places: Tensor
+    loads: Tensor
 
-    def forward(
-        self, hidden_MH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_MH: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum what the chosen experts make of each token.
 
         Args:
@@ -342,7 +331,7 @@ class ScaledMixture(nn.Module):
         return own.shared_expert(hidden_MH) + routed_MH, logits_ME
 
 
-def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> torch.Tensor:
+def _matmul(x, matrices: ExpertMatrices, routing: Routing, ends, bias) -> Tensor:
     adapter, call = matrices.group.adapter, GroupedCall(matrices, routing, ends)
     pair: tuple = (None, None)
     if adapter is not None:
@@ -425,7 +414,7 @@ def _base_of(layer: nn.Module, found: dict[str, nn.Module]) -> type[QuantizedExp
     return ScaledExperts
 
 
-def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, torch.Tensor]:
+def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, Tensor]:
     """How evenly the rows went to the experts of this rank since the last time.
 
     Args:
@@ -442,9 +431,7 @@ def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, torch.Tensor]:
     return {"expert_load": torch.stack(ratios).mean()}
 
 
-def pair_of_one(
-    linear: Linear, num: int, a_RI: torch.Tensor, b_OR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_of_one(linear: Linear, num: int, a_RI: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
     """The LoRA pair of a matrix of one expert.
 
     Args:

@@ -150,11 +150,7 @@ class LossHead(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        scale: float = 1.0,
-        softcap: float | None = None,
+        self, weight: nn.Parameter, bias: nn.Parameter | None, scale: float, softcap: float | None
     ) -> None:
         super().__init__()
         self.weight = weight

@@ -173,8 +173,11 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.linears, ctx.shape = linears, x.shape
         ctx.is_8_bit = not asides and matmul.serves(linears, _flat(x))
         if ctx.is_8_bit and not is_done:
-            outs = matmul.products(_flat(x), linears)
-            linears[0].group.add_deltas(linears, outs, deltas_MO)
+            low_ranks = linears[0].group.low_ranks()
+            outs = matmul.products(_flat(x), linears, low_ranks)
+            for out, delta in zip(outs, deltas_MO, strict=True):
+                if delta is not None and not low_ranks:
+                    out.add_(delta)
             return tuple(outs)
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         if is_done:
@@ -437,29 +440,14 @@ class InputGroup:
                 deltas |= zip(linears, made, strict=True)
         return x, self.linears, asides, done is not None, *deltas.values()
 
-    def add_deltas(
-        self,
-        linears: Sequence["QuantizedLinear"],
-        outs_MO: Sequence[torch.Tensor],
-        deltas_MO: Sequence[torch.Tensor | None],
-    ) -> None:
-        """Add the deltas of linears to their outputs in place, or make them there.
-
-        Args:
-            linears: of the group.
-            outs_MO, deltas_MO: of each.
-        """
+    def low_ranks(self) -> dict["QuantizedLinear", matmul.LowRank]:
+        """Hidden, B and scale of each adapted linear whose delta was not made; see Later."""
         adapter, later = self.adapter, self._later
         if adapter is None or later is None:
-            for out_MO, delta_MO in zip(outs_MO, deltas_MO, strict=True):
-                if delta_MO is not None:
-                    out_MO.add_(delta_MO)
-            return
-        outs = dict(zip(linears, outs_MO, strict=True))
+            return {}
         parts = later.hidden_MR.split([b_OR.shape[1] for b_OR in adapter.b_ORs], 1)
-        rows = zip(adapter.linears, parts, adapter.b_ORs, adapter.scales, strict=True)
-        for linear, part, b_OR, scale in rows:
-            outs[linear].addmm_(part, b_OR.detach().t(), alpha=scale)
+        rows = zip(parts, (b_OR.detach() for b_OR in adapter.b_ORs), adapter.scales, strict=True)
+        return dict(zip(adapter.linears, rows, strict=True))
 
     def _rescale(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
         """DoRA: lengths are stored or taken with the outputs."""
@@ -516,7 +504,7 @@ class QuantizedLinear(nn.Module):
 
     bias: nn.Parameter | None
     group: InputGroup
-    quantized: Callable[[], matmul.Quantized4] | None = None
+    quantized: Callable[[], matmul.Quantized4 | matmul.Quantized8] | None = None
 
     def __init__(self, linear: nn.Linear, dequantize: Dequantize, stored_name: str = "") -> None:
         super().__init__()

@@ -1,31 +1,57 @@
-"""Frozen matmuls in 8 bit: e4m3 codes of a 4-bit weight, made anew for each matmul.
+"""Frozen matmuls in 8 bit: codes of a 4-bit weight in e4m3 or int8, made anew for each matmul.
 
-A product of two e4m3 matrices runs at twice the rate of bfloat16 on data-centre GPUs from Hopper
-on, and wants both contiguous along the sum. From 4-bit codes both layouts of W are free to make.
-Each row of W has one scale, its largest constant / 448: no pass over W. In the gradient of x that
-scale stands along the sum, so it is multiplied into dy before dy is quantized; x and dy are
-quantized by row (of tokens). LoRA, attention, norms and loss stay as they are.
+A product of two matrices in 8 bit runs at twice the rate of bfloat16 and more: of e4m3 on
+data-centre GPUs from Hopper on, of int8 on those before and on GeForce. It wants both contiguous
+along the sum. From 4-bit codes both layouts of W are free to make. Each row of W has one scale, its
+largest constant / the largest code: no pass over W. In the gradient of x that scale stands along
+the sum, so it is multiplied into dy before dy is quantized; x and dy are quantized by row (of
+tokens); in int8, which has no exponent for outliers, by row and block of 128, and the few inputs
+with the largest numbers are left out and added in 16 bit, with LoRA's product. LoRA, attention,
+norms and loss stay as they are.
 
 Scales have a floor (rows of zeros are common: dy of untrained tokens), and a row with a number that
 is not finite has a scale that is none, so that the result is not finite either: a cast saturates
 and would hide the overflow from the guard.
 
-Shape letters: M tokens, I in features, O out features of all linears that read one input.
+Shape letters: M tokens, I in features, O out features of all linears that read one input, B blocks.
 
-Source: e4m3, arXiv 2209.05433; scales by row, torch._scaled_mm.
+Source: e4m3, arXiv 2209.05433; scales by row, torch._scaled_mm; by block, arXiv 2412.19437, 3.3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from fsdp_qlora.arch.files import GROUP
-from fsdp_qlora.planning.sizes import FP8_TOKENS
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT
 
-FP8 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
 FLOOR = 1e-30  # of a scale
+BLOCK = 128  # inputs that share a scale of x in int8
+
+
+class Code(NamedTuple):
+    """How 8 bits stand for a number.
+
+    Attributes:
+        dtype: of codes.
+        largest: code.
+        block: inputs of a row of x that share a scale; 0: all.
+        outliers: the largest inputs of all rows, which stay in 16 bit in the forward pass.
+    """
+
+    dtype: torch.dtype
+    largest: float
+    block: int
+    outliers: int
+
+
+CODES = {
+    "fp8": Code(torch.float8_e4m3fn, 448.0, 0, 0),
+    "int8": Code(torch.int8, 127.0, BLOCK, 16),
+}
+Pair = tuple[torch.Tensor, torch.Tensor]  # codes, scales
+LowRank = tuple[torch.Tensor, torch.Tensor, float]  # hidden_MR, b_OR, scale
 
 
 class Quantized4(NamedTuple):
@@ -34,14 +60,17 @@ class Quantized4(NamedTuple):
     Attributes:
         codes: uint8 [O * I / 2], the high bits of a byte first.
         absmax: float32 [O * I / 64].
-        table: float32 [16], the values of the code, none above 1.
-        scales_O: float32, of each row: with it the row's largest possible value becomes 448.
+        table: float32 [16], the values of the 4-bit code, none above 1.
+        scales_O: float32, of each row: with it the row's largest possible value becomes the
+            largest code.
+        code: in 8 bit.
     """
 
     codes: torch.Tensor
     absmax: torch.Tensor
     table: torch.Tensor
     scales_O: torch.Tensor
+    code: Code
 
     @property
     def num_in(self) -> int:
@@ -49,14 +78,34 @@ class Quantized4(NamedTuple):
         return self.codes.numel() * 2 // self.scales_O.numel()
 
 
-def row_scales(absmax: torch.Tensor, num_out: int) -> torch.Tensor:
+class Quantized8(NamedTuple):
+    """The same of a format that is dequantized first, and then quantized by row.
+
+    Attributes:
+        codes_OI: of 8 bit.
+        scales_O: float32.
+        code: see Quantized4.
+    """
+
+    codes_OI: torch.Tensor
+    scales_O: torch.Tensor
+    code: Code
+
+    @property
+    def num_in(self) -> int:
+        """I."""
+        return self.codes_OI.shape[1]
+
+
+def row_scales(absmax: torch.Tensor, num_out: int, code: Code) -> torch.Tensor:
     """See Quantized4.scales_O.
 
     Args:
         absmax: float32 [O * I / 64].
         num_out: O.
+        code: in 8 bit.
     """
-    return absmax.view(num_out, -1).amax(1).clamp_(min=FLOOR).div_(LARGEST)
+    return absmax.view(num_out, -1).amax(1).clamp_(min=FLOOR).div_(code.largest)
 
 
 def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
@@ -64,33 +113,50 @@ def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
 
     Args:
         linears: that read x, all of one group; the first may have `quantized`, which gives the
-            Quantized4 of all.
+            weights of all.
         x_MI: their input.
     """
     first = linears[0]
     if getattr(first, "quantized", None) is None or len(linears) < len(first.group.linears):
         return False
-    return x_MI.shape[0] >= FP8_TOKENS and x_MI.dtype == torch.bfloat16 and first.training
+    return x_MI.shape[0] >= MIN_TOKENS_8_BIT and x_MI.dtype == torch.bfloat16 and first.training
 
 
-def products(x_MI: torch.Tensor, linears: Sequence[Any]) -> list[torch.Tensor]:
-    """x W^T + bias of every linear.
+def products(
+    x_MI: torch.Tensor, linears: Sequence[Any], low_ranks: Mapping[Any, LowRank]
+) -> list[torch.Tensor]:
+    """x W^T + bias of every linear, and its LoRA product.
 
     Args:
         x_MI: bfloat16.
         linears: see `serves`.
+        low_ranks: linear -> what is added to its product: scale * hidden_MR b_OR^T.
 
     Returns:
         bfloat16 [M, O] of each linear.
     """
     weight, sizes = linears[0].quantized(), [linear.out_features for linear in linears]
-    codes_MI, scales_M1 = quantize_rows(x_MI)
-    parts, outs = weight_codes(weight, False).split(sizes), []
-    rows = zip(linears, parts, weight.scales_O.split(sizes), strict=True)
-    for linear, codes_OI, scales_O in rows:
-        out_MO = multiply(codes_MI, scales_M1, codes_OI, scales_O, True)
-        outs.append(out_MO if linear.bias is None else out_MO.add_(linear.bias))
+    factors_I, num, outs = None, weight.code.outliers, []
+    if num:
+        places = torch.linalg.vector_norm(x_MI, torch.inf, dim=0).topk(num).indices
+        factors_I = torch.ones(weight.num_in, device=x_MI.device).index_fill_(0, places, 0)
+    pair = quantize_rows(x_MI, weight.code, factors_I)
+    parts, scales = weight_codes(weight, False).split(sizes), weight.scales_O.split(sizes)
+    for linear, codes_OI, scales_O in zip(linears, parts, scales, strict=True):
+        low_rank = low_ranks.get(linear)
+        if num:
+            columns = x_MI[:, places], (codes_OI[:, places] * scales_O[:, None]).to(x_MI.dtype)
+            low_rank = _joined(columns, low_rank)
+        outs.append(multiply(pair, (codes_OI, scales_O), True, linear.bias, low_rank))
     return outs
+
+
+def _joined(columns: Pair, low_rank: LowRank | None) -> LowRank:
+    if low_rank is None:
+        return *columns, 1.0
+    hidden_MR, b_OR, scale = low_rank
+    both = torch.cat((hidden_MR * scale, columns[0]), 1), torch.cat((b_OR, columns[1]), 1)
+    return *both, 1.0
 
 
 def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> torch.Tensor:
@@ -105,35 +171,37 @@ def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> 
     """
     weight = linears[0].quantized()
     grad_MO = grads_MO[0] if len(grads_MO) == 1 else torch.cat(list(grads_MO), 1)
-    codes_MO, scales_M1 = quantize_rows(grad_MO, weight.scales_O)
-    codes_IO = weight_codes(weight, True)
+    pair = quantize_rows(grad_MO, weight.code, weight.scales_O)
     ones_I = torch.ones(weight.num_in, device=grad_MO.device)
-    return multiply(codes_MO, scales_M1, codes_IO, ones_I, False)
+    return multiply(pair, (weight_codes(weight, True), ones_I), False)
 
 
-def quantize_rows(
-    x_MI: torch.Tensor, factors_I: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of every row, and its scale.
+def quantize_rows(x_MI: torch.Tensor, code: Code, factors_I: torch.Tensor | None = None) -> Pair:
+    """Codes of every row, and the scale of each of its blocks.
 
     Args:
         x_MI: bfloat16.
+        code: in 8 bit.
         factors_I: float32, multiplied into each row first; or None.
 
     Returns:
-        e4m3 [M, I], float32 [M, 1].
+        code.dtype [M, I], float32 [M, B].
     """
     if x_MI.is_cuda:
         x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
-        return _kernels().quantize_rows(x_MI, factors_I)
+        return _kernels().quantize_rows(x_MI, factors_I, *code[:3])
+    num_rows, num = x_MI.shape
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
-    most = values.abs().amax(1, keepdim=True).clamp_min(FLOOR)
-    most = most + (values - values).sum(1, keepdim=True)  # not finite where one of them is not
-    inverse = torch.full_like(most, LARGEST) / most  # a number / a tensor would be rounded twice
-    return (values * inverse).clamp(-LARGEST, LARGEST).to(FP8), most / LARGEST
+    block = code.block or num
+    values = torch.nn.functional.pad(values, (0, -num % block)).view(num_rows, -1, block)
+    most = values.abs().amax(2, keepdim=True).clamp_min(FLOOR)
+    most = most + (values - values).sum(2, keepdim=True)  # not finite where one of them is not
+    inverse = torch.full_like(most, code.largest) / most  # a number / a tensor would round twice
+    quotients = (values * inverse).clamp(-code.largest, code.largest).view(num_rows, -1)[:, :num]
+    return _cast(quotients, code), most[:, :, 0] / code.largest
 
 
-def weight_codes(weight: Quantized4, is_turned: bool) -> torch.Tensor:
+def weight_codes(weight: Quantized4 | Quantized8, is_turned: bool) -> torch.Tensor:
     """W by the scales of its rows.
 
     Args:
@@ -141,42 +209,62 @@ def weight_codes(weight: Quantized4, is_turned: bool) -> torch.Tensor:
         is_turned: see below.
 
     Returns:
-        e4m3 [O, I], or [I, O] if turned.
+        8 bit [O, I], or [I, O] if turned.
     """
+    if isinstance(weight, Quantized8):
+        return weight.codes_OI.t().contiguous() if is_turned else weight.codes_OI
+    *parts, code = weight
     shape = weight.scales_O.numel(), weight.num_in
     if weight.codes.is_cuda:
-        out = weight.codes.new_empty(shape[::-1] if is_turned else shape, dtype=FP8)
-        _kernels().weight_codes(*weight, out, is_turned, GROUP)
+        out = weight.codes.new_empty(shape[::-1] if is_turned else shape, dtype=code.dtype)
+        _kernels().weight_codes(*parts, out, is_turned, GROUP)
         return out
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), 1)
     factors = weight.absmax.view(shape[0], -1) * (1.0 / weight.scales_O)[:, None]
     values = weight.table[pairs.view(-1, GROUP).int()] * factors.view(-1, 1)
-    codes_OI = values.view(shape).to(FP8)
+    codes_OI = _cast(values.view(shape), code)
     return codes_OI.t().contiguous() if is_turned else codes_OI
 
 
+def _cast(values: torch.Tensor, code: Code) -> torch.Tensor:
+    return (values if code.dtype.is_floating_point else values.round()).to(code.dtype)
+
+
 def multiply(
-    codes_MK: torch.Tensor,
-    scales_M1: torch.Tensor,
-    codes_NK: torch.Tensor,
-    scales_N: torch.Tensor,
+    x: Pair,
+    y: Pair,
     is_fast: bool,
+    bias_N: torch.Tensor | None = None,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """x y^T of two quantized matrices.
 
     Args:
-        codes_MK, scales_M1: of x.
-        codes_NK, scales_N: of y.
-        is_fast: sum up in the tensor cores' own registers, as the forward pass may.
+        x: codes [M, K], scales [M, B].
+        y: codes [N, K], scales [N].
+        is_fast: sum e4m3 up in the tensor cores' own registers, as the forward pass may.
+        bias_N: added, or None.
+        low_rank: added, or None; see `products`.
 
     Returns:
         bfloat16 [M, N].
     """
-    if not codes_MK.is_cuda:
-        product = (codes_MK.float() * scales_M1) @ (codes_NK.float() * scales_N[:, None]).t()
-        return product.bfloat16()
-    rest: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": is_fast}
-    return torch._scaled_mm(codes_MK, codes_NK.t(), scales_M1, scales_N[None], **rest)
+    (codes_MK, scales_MB), (codes_NK, scales_N) = x, y
+    if codes_MK.is_cuda and codes_MK.dtype == torch.int8:
+        return _kernels().int8_matmul(x, y, bias_N, low_rank)
+    if codes_MK.is_cuda:
+        rest: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": is_fast}
+        out_MN = torch._scaled_mm(codes_MK, codes_NK.t(), scales_MB, scales_N[None], **rest)
+    else:
+        num = codes_MK.shape[1]
+        scales_MK = scales_MB.repeat_interleave(BLOCK if scales_MB.shape[1] > 1 else num, 1)
+        product = codes_MK.float() * scales_MK[:, :num] @ (codes_NK.float() * scales_N[:, None]).t()
+        out_MN = product.bfloat16()
+    if bias_N is not None:
+        out_MN.add_(bias_N)
+    if low_rank is not None:
+        out_MN.addmm_(low_rank[0], low_rank[1].t(), alpha=low_rank[2])
+    return out_MN
 
 
 def _kernels() -> Any:

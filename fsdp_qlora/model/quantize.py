@@ -27,11 +27,11 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.model.matmul import Quantized4, row_scales
+from fsdp_qlora.model.matmul import CODES, Quantized4, Quantized8, quantize_rows, row_scales
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, STORAGES, Storage, whole_layer_bytes
 
 
-def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> torch.Tensor:
+def _dequantize_hqq(quantized, constants, shape, dtype, out=None, *, storage) -> torch.Tensor:
     """The bits of hqq's own dequantization.
 
     As there, difference and product are rounded to the wider one of the compute dtype and the
@@ -43,10 +43,9 @@ def _dequantize_hqq(quantized, constants, shape, dtype, storage: Storage) -> tor
     rows = math.prod(shape) // cols
     words = quantized.view(torch.int32 if bits == 3 else torch.uint8).view(-1, cols)
     math_dtype = torch.promote_types(dtype, zero.dtype)
-    kernel = triton_kernels() if quantized.is_cuda else None
-    if kernel is not None:
+    if kernels := triton_kernels(quantized.is_cuda):
         out = torch.empty(rows, cols, dtype=dtype, device=quantized.device)
-        kernel.dequantize_hqq(words, zero, scale, out, bits, storage.axis, math_dtype)
+        kernels.dequantize_hqq(words, zero, scale, out, bits, storage.axis, math_dtype)
         return out.view(*shape)
     zero, scale = (part.unsqueeze(storage.axis) for part in constants)
     values = _values(words, bits, math_dtype)[:rows]
@@ -62,10 +61,10 @@ def _values(words: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @lru_cache
-def triton_kernels() -> ModuleType | None:
-    """The module triton_kernels.py; None where torch came without Triton."""
+def triton_kernels(is_cuda: bool = True) -> ModuleType | None:
+    """The module triton_kernels.py; None on a CPU, and where torch came without Triton."""
     try:
-        return import_module("fsdp_qlora.model.triton_kernels")
+        return import_module("fsdp_qlora.model.triton_kernels") if is_cuda else None
     except ImportError:
         return None
 
@@ -78,26 +77,22 @@ class Format:
     """A row of FORMATS.
 
     Attributes:
-        storage: its bytes: the quantized weight ("weight") and the fields of constants.
-        quantize: weight_OI -> {field name: 1-D tensor}, at most `num_elements` long.
-        constants: (fields of all linears of a layer, compute dtype) -> tensors, each indexed like
-            `index_field`.
+        quantize: weight_OI -> {field name: 1-D tensor}, at most `num_elements` long; "weight" is
+            the quantized weight.
+        constants: fields of all linears of a layer -> tensors, each indexed like `index_field`.
         index_field: the field whose element ranges cut the tensors of `constants` into linears
             ("" = no constants).
         is_sequential: the bytes and constants of several linears, one after the other, are those of
             one long linear.
-        dequantize: (quantized bytes, constants of the linear, shape, compute dtype) -> weight_OI in
-            the compute dtype.
-        fills: `dequantize` takes a tensor `out` too, which its kernel writes to and it returns.
+        dequantize: (quantized bytes, constants of the linear, shape, compute dtype, out) ->
+            weight_OI in the compute dtype; it may write to the tensor `out`, and then returns that.
     """
 
-    storage: Storage
     quantize: Callable[[torch.Tensor], Fields]
-    constants: Callable[[Fields, torch.dtype], Sequence[torch.Tensor]]
+    constants: Callable[[Fields], Sequence[torch.Tensor]]
     index_field: str
     dequantize: Callable[..., torch.Tensor]
     is_sequential: bool = True
-    fills: bool = False
 
 
 def import_bitsandbytes():
@@ -166,25 +161,21 @@ def from_stored(parts: Fields, offset: float | None, format_name: str, name: str
     return _nested_fields(parts["weight"], parts["absmax"], nested, offsets)
 
 
-def _as_stored(fields: Fields, dtype: torch.dtype, names: Sequence[str]) -> Sequence[torch.Tensor]:
-    return [fields[name] for name in names]
+def _as_stored(*names: str) -> Callable[[Fields], Sequence[torch.Tensor]]:
+    return lambda fields: [fields[name] for name in names]
 
 
-def _nested_absmax(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
+def _nested_absmax(fields: Fields) -> Sequence[torch.Tensor]:
     """Second-level constants to absmax, for all linears of a layer in one kernel.
 
     Source: QLoRA, arXiv 2305.14314, section 3, double quantization.
     """
-    nested = fields["nested_absmax"]
-    code = dynamic_map(nested.device)
-    kernel = triton_kernels() if nested.is_cuda else None
-    if kernel is not None:
-        offset = fields["offset"]
-        return (kernel.expand(fields["qabsmax"], nested, offset, code, NESTED),)
-    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
-        fields["qabsmax"], nested, code, NESTED, torch.float32
-    )
-    absmax.view(-1, NESTED).add_(fields["offset"].unsqueeze(1))
+    quantized, nested, offset = (fields[name] for name in ("qabsmax", "nested_absmax", "offset"))
+    code, dtype = dynamic_map(nested.device), torch.float32
+    if kernels := triton_kernels(nested.is_cuda):
+        return (kernels.expand(quantized, nested, offset, code, NESTED),)
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(quantized, nested, code, NESTED, dtype)
+    absmax.view(-1, NESTED).add_(offset.unsqueeze(1))
     return (absmax,)
 
 
@@ -198,24 +189,17 @@ def dynamic_map(device: torch.device) -> torch.Tensor:
 def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
     """The 16 values of a 4-bit code, float32, as the library's own kernel has them."""
     codes = torch.arange(16, dtype=torch.uint8, device=device).mul_(16).view(-1, 1)
-    ones = torch.ones(1, device=device)
-    pairs = torch.ops.bitsandbytes.dequantize_4bit(
-        codes, ones, GROUP, quant_type, (16, 2), torch.float32
-    )
-    return pairs[:, 0].contiguous()
+    rest = torch.ones(1, device=device), GROUP, quant_type, (16, 2), torch.float32
+    return torch.ops.bitsandbytes.dequantize_4bit(codes, *rest)[:, 0].contiguous()
 
 
-def _dequantize_bnb(quantized, constants, shape, dtype, quant_type: str, out=None):
-    kernel = triton_kernels() if quantized.is_cuda else None
-    if kernel is not None:
-        device = quantized.device
-        weight_OI = torch.empty(*shape, dtype=dtype, device=device) if out is None else out
+def _dequantize_bnb(quantized, constants, shape, dtype, out=None, *, quant_type) -> torch.Tensor:
+    if kernels := triton_kernels(quantized.is_cuda):
         table = values_of(quant_type, quantized.device)
-        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, GROUP)
-        return weight_OI
-    return torch.ops.bitsandbytes.dequantize_4bit(
-        quantized.view(-1, 1), constants[0], GROUP, quant_type, shape, dtype
-    )
+        out = torch.empty(*shape, dtype=dtype, device=quantized.device) if out is None else out
+        return kernels.dequantize_bnb(quantized, constants[0], table, out, GROUP)
+    rest = constants[0], GROUP, quant_type, shape, dtype
+    return torch.ops.bitsandbytes.dequantize_4bit(quantized.view(-1, 1), *rest)
 
 
 def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
@@ -244,11 +228,7 @@ def _quantize_int8(weight_OI: torch.Tensor) -> Fields:
     return {"weight": quantized.view(-1).view(torch.uint8), "row_absmax": row_absmax}
 
 
-def _int8_constants(fields: Fields, dtype: torch.dtype) -> Sequence[torch.Tensor]:
-    return (fields["row_absmax"] * (1.0 / 127.0),)
-
-
-def _dequantize_int8(quantized, constants, shape, dtype) -> torch.Tensor:
+def _dequantize_int8(quantized, constants, shape, dtype, out=None) -> torch.Tensor:
     """In one kernel, rounded once, as the backward pass of bitsandbytes' MatMul8bitLt does."""
     weight_OI = torch.empty(*shape, dtype=dtype, device=quantized.device)
     values = quantized.view(torch.int8).view(*shape)
@@ -265,12 +245,9 @@ def _dequantize_mxfp4(quantized, constants, shape, dtype, out=None) -> torch.Ten
     Source: Open Compute Project, Microscaling Formats, v1.0, section 5.3.
     """
     table, group = mxfp4_values(quantized.device), STORAGES[MXFP4].group_size
-    kernel = triton_kernels() if quantized.is_cuda else None
-    if kernel is not None:
-        device = quantized.device
-        weight_OI = torch.empty(*shape, dtype=dtype, device=device) if out is None else out
-        kernel.dequantize_bnb(quantized, constants[0], table, weight_OI, group)
-        return weight_OI
+    if kernels := triton_kernels(quantized.is_cuda):
+        out = torch.empty(*shape, dtype=dtype, device=quantized.device) if out is None else out
+        return kernels.dequantize_bnb(quantized, constants[0], table, out, group)
     exponents = constants[0].int()  # as the bits of a float32; 0 is the one below the normal ones
     scales = torch.where(exponents > 0, exponents << 23, 1 << 22).view(torch.float32)
     codes = torch.stack([quantized & 15, quantized >> 4], -1).view(-1, group)
@@ -337,7 +314,7 @@ def _quantize_bf16(weight_OI: torch.Tensor) -> Fields:
     return {"weight": weight_OI.bfloat16().contiguous().view(-1).view(torch.uint8)}
 
 
-def _dequantize_bf16(quantized, constants, shape, dtype) -> torch.Tensor:
+def _dequantize_bf16(quantized, constants, shape, dtype, out=None) -> torch.Tensor:
     return quantized.view(torch.bfloat16).view(shape).to(dtype)
 
 
@@ -347,44 +324,38 @@ ABSMAX = ("absmax", "qabsmax")  # fields of constants in bitsandbytes' formats
 def _bnb_row(name: str) -> Format:
     quant_type, _, double = name.partition("_")
     return Format(
-        storage=STORAGES[name],
         quantize=partial(_quantize_bnb, quant_type=quant_type, double=bool(double)),
-        constants=_nested_absmax if double else partial(_as_stored, names=("absmax",)),
+        constants=_nested_absmax if double else _as_stored("absmax"),
         index_field=ABSMAX[bool(double)],
         dequantize=partial(_dequantize_bnb, quant_type=quant_type),
-        fills=True,
     )
 
 
 def _hqq_row(storage: Storage) -> Format:
     return Format(
-        storage=storage,
         quantize=partial(_quantize_hqq, storage=storage),
-        constants=partial(_as_stored, names=("zero", "scale")),
+        constants=_as_stored("zero", "scale"),
         index_field="scale",
         dequantize=partial(_dequantize_hqq, storage=storage),
         is_sequential=False,
     )
 
 
-_exponents = partial(_as_stored, names=("exponents",))
+def _int8_scales(fields: Fields) -> Sequence[torch.Tensor]:
+    return (fields["row_absmax"] * (1.0 / 127.0),)
+
+
 FORMATS: dict[str, Format] = {
     **{name: _bnb_row(name) for name in ("nf4", "nf4_dq", "fp4", "fp4_dq")},
-    "int8": Format(
-        STORAGES["int8"], _quantize_int8, _int8_constants, "row_absmax", _dequantize_int8, False
-    ),
+    "int8": Format(_quantize_int8, _int8_scales, "row_absmax", _dequantize_int8, False),
     **{name: _hqq_row(row) for name, row in STORAGES.items() if name.startswith("hqq")},
-    "bf16": Format(
-        STORAGES["bf16"], _quantize_bf16, partial(_as_stored, names=()), "", _dequantize_bf16
-    ),
-    MXFP4: Format(
-        STORAGES[MXFP4], _quantize_mxfp4, _exponents, "exponents", _dequantize_mxfp4, fills=True
-    ),
+    "bf16": Format(_quantize_bf16, _as_stored(), "", _dequantize_bf16),
+    MXFP4: Format(_quantize_mxfp4, _as_stored("exponents"), "exponents", _dequantize_mxfp4),
 }
 
 
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _aligned(value: int) -> int:
+    return -(-value // ALIGN_BYTES) * ALIGN_BYTES
 
 
 @dataclass(frozen=True)
@@ -427,12 +398,12 @@ class Layout:
 
     def is_run(self, indices: Sequence[int]) -> bool:
         """Whether the weights and constants of some linears are those of one, without gaps."""
-        fmt, own = FORMATS[self.formats[indices[0]]], slice(indices[0], indices[-1] + 1)
+        name, own = self.formats[indices[0]], slice(indices[0], indices[-1] + 1)
         is_joint = [*indices] == [*range(own.start, own.stop)]
-        if not is_joint or not fmt.is_sequential or len({*self.formats[own]}) > 1:
+        if not is_joint or not FORMATS[name].is_sequential or len({*self.formats[own]}) > 1:
             return False
         has_gaps = any(a[1] != b[0] for a, b in itertools.pairwise(self.weights[own]))
-        steps = [field.num_weights * field.multiple for field in fmt.storage.fields]
+        steps = [field.num_weights * field.multiple for field in STORAGES[name].fields]
         return not has_gaps and not any(n % step for n in self.numels[own] for step in steps)
 
 
@@ -454,7 +425,7 @@ def build_layout(
     for shape, name in zip(shapes, formats, strict=True):
         nbytes = STORAGES[name].weight_bytes(shape)
         weights.append((offset, offset + nbytes))
-        offset = _round_up(offset + nbytes, ALIGN_BYTES)
+        offset = _aligned(offset + nbytes)
     every = [(name, field) for name in dict.fromkeys(formats) for field in STORAGES[name].fields]
     for name, field in every:
         ranges, start, dtype = [], 0, getattr(torch, field.dtype)
@@ -464,9 +435,8 @@ def build_layout(
             start = stop
         elements[field.name] = tuple(ranges)
         fields[field.name] = (dtype, offset, offset + start * dtype.itemsize)
-        offset = _round_up(fields[field.name][2], ALIGN_BYTES)
-    places = tuple(weights), fields, elements, offset
-    return Layout(format_name, formats, tuple(shapes), *places)
+        offset = _aligned(fields[field.name][2])
+    return Layout(format_name, formats, tuple(shapes), tuple(weights), fields, elements, offset)
 
 
 def layer_layouts(info: ModelInfo, format_name: str) -> tuple[Layout, ...]:
@@ -526,11 +496,11 @@ class LayerCache:
         weights: the linears, dequantized; None = they are made anew for each matmul.
         joint: places in the layer -> the 4-bit weights of linears that read one input.
         most_bytes: of the weights of a layer that is dequantized at once.
-        has_fp8: large matmuls run in 8 bit.
+        code: of large matmuls in 8 bit, or None.
     """
 
-    def __init__(self, has_fp8: bool = False) -> None:
-        self.most_bytes, self.has_fp8 = whole_layer_bytes(), has_fp8
+    def __init__(self, matmul: str = "bf16") -> None:
+        self.most_bytes, self.code = whole_layer_bytes(), CODES.get(matmul)
         self.clear()
 
     def clear(self) -> None:
@@ -588,25 +558,34 @@ class LayerStore:
         layout = self.layout
         is_joint = len(indices) == 1 or layout.is_run(indices)
         fits = not any(rows % 16 or cols % GROUP for rows, cols in layout.shapes)
-        has_absmax = self.formats[layout.formats[indices[0]]].index_field in ABSMAX
-        return self.cache.has_fp8 and has_absmax and fits and is_joint
+        names = [layout.formats[index] for index in indices]
+        is_hqq = all(name.startswith("hqq") for name in names)
+        can_join = is_hqq or (is_joint and self.formats[names[0]].index_field in ABSMAX)
+        return self.cache.code is not None and can_join and fits
 
-    def quantized(self, indices: tuple[int, ...]) -> Quantized4:
+    def quantized(self, indices: tuple[int, ...]) -> Quantized4 | Quantized8:
         """The 4-bit weights of linears that read one input.
 
         Args:
             indices: for which `can_multiply` holds.
         """
-        cache, key, layout = self.cache, (id(self), None), self.layout
+        cache, key, layout, code = self.cache, (id(self), None), self.layout, self.cache.code
+        assert code is not None
+        if layout.formats[indices[0]].startswith("hqq"):
+            weights = [self.weight(index, torch.bfloat16) for index in indices]
+            weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
+            codes_OI, scales_O1 = quantize_rows(weight_OI, code._replace(block=0))
+            return Quantized8(codes_OI, scales_O1[:, 0], code)
         if cache.key != key:
-            self._begin(key, torch.float32)
+            self._begin(key)
         if indices not in cache.joint:
             first, last = indices[0], indices[-1]
             num_out = sum(layout.shapes[index][0] for index in indices)
             codes = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
             absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
             table = values_of(layout.formats[first][:3], codes.device)
-            cache.joint[indices] = Quantized4(codes, absmax, table, row_scales(absmax, num_out))
+            scales = row_scales(absmax, num_out, code)
+            cache.joint[indices] = Quantized4(codes, absmax, table, scales, code)
         return cache.joint[indices]
 
     def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:
@@ -631,25 +610,26 @@ class LayerStore:
         return stacked
 
     def _stack(self, part: tuple[int, ...], out: torch.Tensor) -> None:
-        first, last, layout, dtype = part[0], part[-1], self.layout, out.dtype
         if part not in self._runs:
-            self._runs[part] = layout.is_run(part)
+            self._runs[part] = self.layout.is_run(part)
         if not self._runs[part]:
             for index, matrix in zip(part, out, strict=True):
-                matrix.copy_(self._dequantize(index, dtype))
+                matrix.copy_(self._dequantize(index, out.dtype))
             return
-        quantized = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
-        own = quantized, self._constants(first, last), (out[0].shape[0] * len(part), out.shape[2])
-        fmt = self.formats[layout.formats[first]]
-        made = fmt.dequantize(*own, dtype, **({"out": out} if fmt.fills else {}))
+        made = self._joint(
+            part[0], part[-1], (out.shape[1] * len(part), out.shape[2]), out.dtype, out
+        )
         if made is not out:
             out.copy_(made.view(out.shape))
 
     def _dequantize(self, index: int, dtype: torch.dtype) -> torch.Tensor:
-        start, stop = self.layout.weights[index]
-        quantized, shape = self._bytes[start:stop], self.layout.shapes[index]
-        dequantize = self.formats[self.layout.formats[index]].dequantize
-        return dequantize(quantized, self._constants(index, index), shape, dtype)
+        return self._joint(index, index, self.layout.shapes[index], dtype)
+
+    def _joint(self, first: int, last: int, shape, dtype, out=None) -> torch.Tensor:
+        """Dequantize linears that lie side by side as one of this shape."""
+        weights, fmt = self.layout.weights, self.formats[self.layout.formats[first]]
+        quantized = self._bytes[weights[first][0] : weights[last][1]]
+        return fmt.dequantize(quantized, self._constants(first, last), shape, dtype, out)
 
     def _constants(self, first: int, last: int) -> Sequence[torch.Tensor]:
         """Those of linears that lie side by side."""
@@ -661,20 +641,17 @@ class LayerStore:
 
     def _dequantize_layer(self, dtype: torch.dtype) -> None:
         layout, cache = self.layout, self.cache
-        self._begin((id(self), dtype), dtype)
+        self._begin((id(self), dtype))
         is_small = layout.num_weights * dtype.itemsize <= cache.most_bytes and not self.is_mixed
         if is_small and layout.is_contiguous:
-            quantized = self._bytes[: layout.weights[-1][1]]
-            whole, name = (layout.num_weights, 1), layout.formats[0]
-            constants = cache.constants.pop(name)
-            flat = self.formats[name].dequantize(quantized, constants, whole, dtype)
+            flat = self._joint(0, len(layout.shapes) - 1, (layout.num_weights, 1), dtype)
             parts = zip(flat.view(-1).split(layout.numels), layout.shapes, strict=True)
             cache.weights = [part.view(shape) for part, shape in parts]
-            return
-        if is_small and not self.formats[layout.formats[0]].is_sequential:
+            cache.constants.clear()
+        elif is_small and not self.formats[layout.formats[0]].is_sequential:
             cache.weights = [self._dequantize(i, dtype) for i in range(len(layout.shapes))]
 
-    def _begin(self, key: tuple, dtype: torch.dtype) -> None:
+    def _begin(self, key: tuple) -> None:
         flat, cache = self.read(), self.cache
         if flat is not self._viewed:
             # FSDP keeps one gathered parameter per layer and only resizes its storage; with weight
@@ -683,6 +660,5 @@ class LayerStore:
             self._bytes = flat.detach().view(torch.uint8)
             self._fields = view_fields(self._bytes, self.layout)
         cache.clear()  # before the next weights are allocated
-        every = self.formats.items()
-        cache.constants = {name: fmt.constants(self._fields, dtype) for name, fmt in every}
+        cache.constants = {n: fmt.constants(self._fields) for n, fmt in self.formats.items()}
         cache.key = key

@@ -33,7 +33,7 @@ from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
 from fsdp_qlora.model.visit import RowGroup
-from fsdp_qlora.planning.sizes import FP8_TOKENS, trained_whole, whole_layer_bytes
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
-FP8_MAJORS = (9, 10)  # compute capability of Hopper and of data-centre Blackwell
+# Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
+MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class KernelChoice:
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
-        has_fp8: large frozen matmuls run in 8 bit.
+        matmul: row of matmul.CODES of large frozen matmuls, or "bf16".
         note: one line for the user, with the reasons.
     """
 
@@ -61,7 +62,7 @@ class KernelChoice:
     attention: str
     use_liger: bool
     has_row_kernel: bool
-    has_fp8: bool
+    matmul: str
     note: str
 
 
@@ -92,12 +93,16 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
-    has_fp8 = cfg.matmul == "fp8"
-    if has_fp8 and has_gpu and torch.cuda.get_device_capability(device)[0] not in FP8_MAJORS:
-        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: Hopper and newer data-"
-        raise UserError("--matmul fp8", f"{rule}centre GPUs do", "use --matmul bf16", ENVIRONMENT)
-    note += f", frozen matmuls of {FP8_TOKENS:,} tokens and more in fp8" * has_fp8
-    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, has_fp8
+    majors = MAJORS.get(cfg.matmul, ())
+    if majors and has_gpu and torch.cuda.get_device_capability(device)[0] not in majors:
+        rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: GPUs of compute "
+        rule += f"capability {', '.join(map(str, majors))} do"
+        raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
+    if majors:
+        note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
+    note += ", frozen matmuls in bf16 (8 bit is for who asks)" * (cfg.matmul == "auto")
+    way = cfg.matmul if majors else "bf16"
+    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
     return KernelChoice(*choice, note)
 
 
@@ -199,23 +204,19 @@ class QuantizedModel(nn.Module):
         lists = (m for m in self.decoder.modules() if isinstance(m, nn.ModuleList) and len(m))
         return next(layers for layers in lists if isinstance(layers[0], DecoderBlock))
 
-    def can_visit(self, device: torch.device, num_groups: int = 2) -> bool:
+    def can_visit(self, device: torch.device) -> bool:
         """Whether groups of rows can pass each layer together: see visit.take_apart.
 
         Args:
             device: of the rank.
-            num_groups: of them; one always can.
         """
-        if num_groups == 1:
-            return True
         size = self.decoder.config.hidden_size
         embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
-        try:
+        with visit.may_refuse():  # a decoder may want more than embeddings
             _, calls = visit.take_apart(self.decoder, self.layers, True, {"inputs_embeds": embeds})
-        except Exception:  # whatever stops a decoder that wants more than embeddings
-            return False
-        values = [value for call in calls for value in call.kwargs.values()]
-        return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+            values = [value for call in calls for value in call.kwargs.values()]
+            return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+        return False
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[None]:
@@ -324,7 +325,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.has_fp8)
+    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.matmul)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
@@ -347,9 +348,10 @@ def _places(
     hf_model: Any, head: LossHead, names: dict[str, str]
 ) -> dict[str, tuple[nn.Module, str]]:
     """Name in the files -> (module, name there) of what is not quantized."""
-    parts = {**dict(hf_model.named_parameters()), **dict(hf_model.named_buffers())}
-    own_names = {name: name.replace(".body.layer.", ".") for name in parts}
-    found = {names[own]: _owner(hf_model, name) for name, own in own_names.items() if own in names}
+    parts = (*hf_model.named_parameters(), *hf_model.named_buffers())
+    own_names = {name: name.replace(".body.layer.", ".") for name, _ in parts}
+    places = {own: name.rpartition(".") for name, own in own_names.items() if own in names}
+    found = {names[own]: (hf_model.get_submodule(at[0]), at[2]) for own, at in places.items()}
     own = {id(param): name for name, param in head.named_parameters()}
     own.pop(id(hf_model.get_input_embeddings().weight), None)  # tied: it stays the embedding's
     at_head = {name: own.get(id(getattr(*place))) for name, place in found.items()}
@@ -537,11 +539,6 @@ def _with_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_numbers(entry) for key, entry in value.items()}
     return [_with_numbers(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, attribute = name.rpartition(".")
-    return model.get_submodule(path), attribute
 
 
 def _build_body(

@@ -14,6 +14,7 @@ Source of the arithmetic: bitsandbytes, csrc/kernels.cu (kDequantizeBlockwise).
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 BYTES_PER_PROGRAM = 2048
 CONSTANTS_PER_PROGRAM = 1024
@@ -63,13 +64,9 @@ def _expand(quantized, nested, offset, code, out, num, group: tl.constexpr, tile
 
 
 def dequantize_bnb(
-    quantized: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor,
-    out: torch.Tensor,
-    group: int,
-) -> None:
-    """Fill `out` with table[4 bits] * absmax of their group; the high bits of a byte come first.
+    quantized: Tensor, absmax: Tensor, table: Tensor, out: Tensor, group: int
+) -> Tensor:
+    """Return `out`, filled with table[4 bits] * absmax; the high bits of a byte come first.
 
     Args:
         quantized: uint8, 1-D.
@@ -82,19 +79,12 @@ def dequantize_bnb(
     num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
     size = out.numel() // num
     grid = (triton.cdiv(size, 2 * BYTES_PER_PROGRAM), num)
-    tensors, meta = (quantized, absmax, table, out), {"group_bytes": group // 2}
-    _dequantize_bnb[grid](
-        *tensors, size, stride, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta
-    )
+    meta = {"group_bytes": group // 2, "tile": BYTES_PER_PROGRAM, "num_warps": NUM_WARPS}
+    _dequantize_bnb[grid](quantized, absmax, table, out, size, stride, **meta)
+    return out
 
 
-def expand(
-    quantized: torch.Tensor,
-    nested: torch.Tensor,
-    offset: torch.Tensor,
-    code: torch.Tensor,
-    group: int,
-) -> torch.Tensor:
+def expand(quantized: Tensor, nested: Tensor, offset: Tensor, code: Tensor, group: int) -> Tensor:
     """Return code[quantized] * nested + offset, product and sum rounded each: float32, 1-D.
 
     Args:
@@ -104,10 +94,10 @@ def expand(
         group: constants that share one of the second level.
     """
     out = torch.empty(quantized.shape, dtype=torch.float32, device=quantized.device)
-    tensors, meta = (quantized, nested, offset, code, out), {"tile": CONSTANTS_PER_PROGRAM}
+    meta = {"tile": CONSTANTS_PER_PROGRAM, "num_warps": NUM_WARPS, "group": group}
     meta["enable_fp_fusion"] = False  # else product and sum are rounded once
     grid = (triton.cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)
-    _expand[grid](*tensors, out.numel(), group=group, num_warps=NUM_WARPS, **meta)
+    _expand[grid](quantized, nested, offset, code, out, out.numel(), **meta)
     return out
 
 
@@ -154,10 +144,10 @@ def _dequantize_hqq(
 
 
 def dequantize_hqq(
-    words: torch.Tensor,
-    zero: torch.Tensor,
-    scale: torch.Tensor,
-    out: torch.Tensor,
+    words: Tensor,
+    zero: Tensor,
+    scale: Tensor,
+    out: Tensor,
     bits: int,
     axis: int,
     math_dtype: torch.dtype,
@@ -174,14 +164,12 @@ def dequantize_hqq(
     (rows, cols), word_rows = out.shape, words.shape[0]
     assert out.numel() + cols * 32 < 2**31, "indices are 32 bit"
     tile_cols = COLS_AT_AXIS_0 if axis == 0 else cols
-    tiles_across = -(-cols // tile_cols)
-    tile_rows = TILE // tile_cols
+    tiles_across, tile_rows = -(-cols // tile_cols), TILE // tile_cols
     meta = {"bits": bits, "slots": 10 if bits == 3 else 8 // bits, "axis": axis}
     meta |= {"tile_rows": tile_rows, "tile_cols": tile_cols, "num_warps": NUM_WARPS}
-    sizes = rows, cols, word_rows, tiles_across
+    meta["math_dtype"] = TL_DTYPES[math_dtype]
     grid = (-(-word_rows // tile_rows) * tiles_across,)
-    dtype = TL_DTYPES[math_dtype]
-    _dequantize_hqq[grid](words, zero, scale, out, *sizes, math_dtype=dtype, **meta)
+    _dequantize_hqq[grid](words, zero, scale, out, rows, cols, word_rows, tiles_across, **meta)
 
 
 @triton.jit
@@ -189,7 +177,6 @@ def _add_low_rank(
     acc,
     low,
     high,
-    expert,
     row,
     col,
     is_row,
@@ -206,7 +193,7 @@ def _add_low_rank(
     )
     at = r[:, None] * n + col[None, :] if turned else col[None, :] * rank + r[:, None]
     is_in = (r < rank)[:, None] & (col < n)[None, :]
-    right = tl.load(high + expert.to(tl.int64) * (n * rank) + at, mask=is_in, other=0.0)
+    right = tl.load(high + at, mask=is_in, other=0.0)
     return tl.dot(left, right, acc, input_precision="ieee")
 
 
@@ -261,7 +248,8 @@ def _grouped_matmul(
         weight_at += tile_k * n if turned else tile_k
     acc *= alpha
     if low is not None:
-        acc = _add_low_rank(acc, low, high, expert, row, col, is_row, n, turned, rank, rank_tile)
+        high += expert.to(tl.int64) * (n * rank)
+        acc = _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile)
     if bias is not None:
         acc += tl.load(bias + expert * n + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
     out_row = row if target is None else tl.load(target + row, mask=is_row, other=0)
@@ -270,18 +258,18 @@ def _grouped_matmul(
 
 
 def grouped_matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out: torch.Tensor,
-    tiles: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int],
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    tiles: tuple[Tensor, Tensor, Tensor, int],
     experts: tuple[int, int],
     turned: bool = False,
     alpha: float = 1.0,
-    source: torch.Tensor | None = None,
-    target: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    low: torch.Tensor | None = None,
-    high: torch.Tensor | None = None,
+    source: Tensor | None = None,
+    target: Tensor | None = None,
+    bias: Tensor | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
 ) -> None:
     """Fill the rows of some experts: out = alpha * x @ W^T + low @ high^T + bias, of their expert.
 
@@ -345,11 +333,7 @@ def _grouped_outer(
 
 
 def grouped_outer(
-    low: torch.Tensor,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    starts: torch.Tensor,
-    source: torch.Tensor | None = None,
+    low: Tensor, x: Tensor, out: Tensor, starts: Tensor, source: Tensor | None = None
 ) -> None:
     """Fill out[e] = low^T @ x over the rows of each expert.
 
@@ -367,8 +351,19 @@ def grouped_outer(
     _grouped_outer[grid](low, x, out, starts, source, n, **meta)
 
 
-TURNED_ROWS = 256
-LARGEST, FLOOR = tl.constexpr(448.0), tl.constexpr(1e-30)
+TURNED_ROWS, BLOCKS = 256, 16
+# Rows and columns of a tile, warps, stages: on Hopper, and where 99 KiB of shared memory are all.
+INT8_TILES = {True: (128, 128, 8, 4), False: (128, 128, 8, 3)}
+FLOOR, BLOCK = tl.constexpr(1e-30), tl.constexpr(128)
+TO_WHOLE = tl.constexpr(1.5 * 2**23)  # what is added to it is rounded to a whole number
+
+
+@triton.jit
+def _cast(values, dtype: tl.constexpr):
+    """Where the product before is not fused with the sum; see enable_fp_fusion."""
+    if dtype == tl.int8:
+        values = (values + TO_WHOLE) - TO_WHOLE
+    return values.to(dtype)
 
 
 @triton.jit
@@ -384,7 +379,7 @@ def _weight_rows(
     factor = factor * tl.math.div_rn(1.0, tl.load(scales + row))
     even = tl.load(table + (pair >> 4)) * factor
     odd = tl.load(table + (pair & 15)) * factor
-    values = tl.interleave(even, odd).to(out.dtype.element_ty)
+    values = _cast(tl.interleave(even, odd), out.dtype.element_ty)
     col = tl.program_id(1) * (2 * tile) + tl.arange(0, 2 * tile)
     tl.store(out + row * (2 * num_bytes) + col, values, mask=col < 2 * num_bytes)
 
@@ -412,8 +407,8 @@ def _weight_turned(
     at = row.to(tl.int64) * (num_bytes // group_bytes) + group
     factor = tl.load(absmax + at, mask=is_row, other=0)
     factor = factor * tl.math.div_rn(1.0, tl.load(scales + row, mask=is_row, other=1.0))
-    even = (tl.load(table + (pair >> 4)) * factor[None, :]).to(out.dtype.element_ty)
-    odd = (tl.load(table + (pair & 15)) * factor[None, :]).to(out.dtype.element_ty)
+    even = _cast(tl.load(table + (pair >> 4)) * factor[None, :], out.dtype.element_ty)
+    odd = _cast(tl.load(table + (pair & 15)) * factor[None, :], out.dtype.element_ty)
     first = out + group.to(tl.int64) * (2 * group_bytes) * num_out
     places = byte[:, None] * (2 * num_out) + row[None, :]
     tl.store(first + places, even, mask=is_row[None, :])
@@ -439,6 +434,7 @@ def weight_codes(
     """
     num_out, num_bytes = scales_O.numel(), codes.numel() // scales_O.numel()
     tensors, meta = (codes, absmax, table, scales_O, out), {"group_bytes": group // 2}
+    meta["enable_fp_fusion"] = False
     if is_turned:
         grid = (triton.cdiv(num_out, TURNED_ROWS), 2 * num_bytes // group)
         _weight_turned[grid](
@@ -451,39 +447,133 @@ def weight_codes(
 
 @triton.jit
 def _quantize_rows(
-    x, factors, codes, scales, num, stride, has_factors: tl.constexpr, tile: tl.constexpr
+    x,
+    factors,
+    codes,
+    scales,
+    num,
+    stride,
+    largest: tl.constexpr,
+    has_factors: tl.constexpr,
+    block: tl.constexpr,
+    blocks: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, tile)
+    at = tl.program_id(1) * blocks + tl.arange(0, blocks)
+    col = at[:, None] * block + tl.arange(0, block)[None, :]
     is_in = col < num
     values = tl.load(x + row * stride + col, mask=is_in, other=0).to(tl.float32)
-    rest = tl.sum(values - values, 0)  # not finite where one of them is not
+    rest = tl.sum(values - values, 1)  # not finite where one of them is not
     if has_factors:
         values = values * tl.load(factors + col, mask=is_in, other=0)
-    most = tl.maximum(tl.max(tl.abs(values), 0), FLOOR) + rest
-    quotient = values * tl.math.div_rn(LARGEST, most)
-    quotient = tl.minimum(tl.maximum(quotient, -LARGEST), LARGEST)
-    tl.store(codes + row * num + col, quotient.to(codes.dtype.element_ty), mask=is_in)
-    tl.store(scales + row, tl.math.div_rn(most, LARGEST))
+    most = tl.maximum(tl.max(tl.abs(values), 1), FLOOR) + rest
+    quotient = values * tl.math.div_rn(largest, most)[:, None]
+    quotient = tl.minimum(tl.maximum(quotient, -largest), largest)
+    tl.store(codes + row * num + col, _cast(quotient, codes.dtype.element_ty), mask=is_in)
+    place = scales + at * tl.num_programs(0) + row
+    tl.store(place, tl.math.div_rn(most, largest), mask=at * block < num)
 
 
 def quantize_rows(
-    x_MI: torch.Tensor, factors_I: torch.Tensor | None, dtype: torch.dtype = torch.float8_e4m3fn
+    x_MI: torch.Tensor,
+    factors_I: torch.Tensor | None,
+    dtype: torch.dtype,
+    largest: float,
+    block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See matmul.quantize_rows.
+    """See matmul.quantize_rows; scales of a block lie together.
 
     Args:
         x_MI: rows contiguous.
         factors_I: float32, or None.
-        dtype: of the codes.
+        dtype, largest, block: see matmul.Code.
     """
-    num, tile = x_MI.shape[1], triton.next_power_of_2(x_MI.shape[1])
+    num_rows, num = x_MI.shape
+    width, blocks = (block, BLOCKS) if block else (triton.next_power_of_2(num), 1)
     codes = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
-    scales = torch.empty(len(x_MI), 1, dtype=torch.float32, device=x_MI.device)
+    size = triton.cdiv(num, width), num_rows
+    scales = torch.empty(size, dtype=torch.float32, device=x_MI.device).t()
     factors = scales if factors_I is None else factors_I
-    meta = {"tile": tile, "num_warps": min(16, max(4, tile // 1024))}
-    tensors = x_MI, factors, codes, scales
-    _quantize_rows[(len(x_MI),)](
-        *tensors, num, x_MI.stride(0), has_factors=factors_I is not None, **meta
-    )
+    meta = {"block": width, "blocks": blocks, "has_factors": factors_I is not None}
+    meta |= {"largest": largest, "enable_fp_fusion": False}
+    meta["num_warps"] = min(16, max(4, width * blocks // 1024))
+    grid = num_rows, triton.cdiv(num, width * blocks)
+    _quantize_rows[grid](x_MI, factors, codes, scales, num, x_MI.stride(0), **meta)
     return codes, scales
+
+
+@triton.jit
+def _int8_matmul(
+    x,
+    y,
+    out,
+    x_scales,
+    y_scales,
+    bias,
+    low,
+    high,
+    m,
+    n,
+    k,
+    rank: tl.constexpr,
+    rank_tile: tl.constexpr,
+    is_even: tl.constexpr,
+    tile_m: tl.constexpr,
+    tile_n: tl.constexpr,
+    band: tl.constexpr,
+):
+    """Tiles in bands of `band` rows of them, whose operands stay in the cache."""
+    down, across = tl.cdiv(m, tile_m), tl.cdiv(n, tile_n)
+    first = tl.program_id(0) // (band * across) * band
+    height, inside = tl.minimum(down - first, band), tl.program_id(0) % (band * across)
+    row = ((first + inside % height) * tile_m + tl.arange(0, tile_m)).to(tl.int64)
+    col = ((inside // height) * tile_n + tl.arange(0, tile_n)).to(tl.int64)
+    is_row, is_col, at_k = row < m, col < n, tl.arange(0, BLOCK)
+    x_at, y_at = x + row[:, None] * k + at_k[None, :], y + col[None, :] * k + at_k[:, None]
+    x_scale_at = x_scales + row
+    acc = tl.zeros((tile_m, tile_n), dtype=tl.float32)
+    for start in range(0, k, BLOCK):
+        is_k = at_k < (BLOCK if is_even else k - start)
+        left = tl.load(x_at, mask=is_row[:, None] & is_k[None, :], other=0)
+        right = tl.load(y_at, mask=is_k[:, None] & is_col[None, :], other=0)
+        scale = tl.load(x_scale_at, mask=is_row, other=0.0)
+        acc += tl.dot(left, right).to(tl.float32) * scale[:, None]
+        x_at += BLOCK
+        y_at += BLOCK
+        x_scale_at += m
+    acc *= tl.load(y_scales + col, mask=is_col, other=0.0)[None, :]
+    if low is not None:
+        acc = _add_low_rank(acc, low, high, row, col, is_row, n, False, rank, rank_tile)
+    if bias is not None:
+        acc += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
+    at = out + row[:, None] * n + col[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), mask=is_row[:, None] & is_col[None, :])
+
+
+def int8_matmul(
+    x: tuple[torch.Tensor, torch.Tensor],
+    y: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None,
+) -> torch.Tensor:
+    """See matmul.multiply: whole numbers are summed up in each block of 128, blocks in float32.
+
+    Args:
+        x, y: int8 codes and scales.
+        bias, low_rank: added, or None.
+    """
+    (codes, scales), (y_codes, y_scales) = x, y
+    (m, k), n, low, high = codes.shape, len(y_codes), None, None
+    if low_rank is not None:
+        low, high = low_rank[0] * low_rank[2], low_rank[1].contiguous()
+    rank = 0 if low is None else low.shape[1]
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=codes.device)
+    is_wide = codes.is_cuda and torch.cuda.get_device_capability(codes.device)[0] == 9
+    tile_m, tile_n, num_warps, num_stages = INT8_TILES[is_wide]
+    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
+    meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8, "is_even": k % BLOCK.value == 0}
+    meta |= {"num_warps": num_warps, "num_stages": num_stages}
+    grid = (triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)
+    tensors = codes, y_codes, out, scales, y_scales, bias, low, high
+    _int8_matmul[grid](*tensors, m, n, k, **meta)
+    return out

@@ -106,6 +106,17 @@ def _replaced(layers: nn.ModuleList, step: Callable[..., torch.Tensor]) -> Itera
             layers._modules[str(number)] = block
 
 
+@contextmanager
+def may_refuse() -> Iterator[None]:
+    """Context in which code of a model may refuse inputs of a kind; other faults are raised."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except (ValueError, TypeError, RuntimeError):
+        return
+
+
 class _Recorded(Exception):
     """The last layer's arguments are known; nothing behind it need run."""
 

@@ -16,7 +16,7 @@ from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import FP8_TOKENS, STREAMED, Setting, Sizes, place, setting_for
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -101,8 +101,8 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     """Seconds of forward and backward of a visit of all layers, by what they are spent on."""
     tokens = s.tokens(setting) * setting.per_visit
     matmuls = 2.0 * s.active * s.layers * tokens
-    if s.cfg.matmul == "fp8" and s.tokens(setting) >= FP8_TOKENS:
-        matmuls /= gpu.fp8_gain or 1.0
+    if s.tokens(setting) >= MIN_TOKENS_8_BIT:
+        matmuls /= gpu.gain(s.cfg.matmul) or 1.0
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora_passed * s.layers * tokens

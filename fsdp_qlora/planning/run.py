@@ -620,8 +620,12 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
         if plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16:
             words = "has no bfloat16 matmuls: several times slower than in float16"
             notes.append(f"a {gpu.name} {words}")
-        if plan.cfg.matmul == "fp8" and not gpu.fp8_gain:
-            notes.append(f"a {gpu.name} gains nothing by --matmul fp8, which is refused there")
+        way, gain = plan.cfg.matmul, gpu.gain(plan.cfg.matmul)
+        if not gain:
+            notes.append(f"a {gpu.name} gains nothing by --matmul {way}, which is refused there")
+        elif way == "int8":
+            words = "as fast in frozen matmuls: predicted, not measured"
+            notes.append(f"--matmul int8: {gain}x {words} on a {gpu.name}")
     lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 

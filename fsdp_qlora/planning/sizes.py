@@ -25,7 +25,7 @@ from fsdp_qlora.config import DISK, HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainC
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
 
-FP8_TOKENS = 1024  # of a micro-batch; with fewer, matmuls in 8 bit gain nothing
+MIN_TOKENS_8_BIT = 1024  # of a micro-batch; with fewer, matmuls in 8 bit gain nothing
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
 VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
 # Tokens of a micro-batch whose layers end tile by tile, and of a tile: shorter ones gain nothing.

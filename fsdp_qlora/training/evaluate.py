@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fsdp_qlora import __version__, atomic, cli
 from fsdp_qlora.checkpoint_store import BEST_DIR, BEST_DRAFT
@@ -19,6 +20,7 @@ from fsdp_qlora.config import OBJECTIVES, TrainConfig
 from fsdp_qlora.data import Data, tokens
 from fsdp_qlora.data.batches import Batch, all_once
 from fsdp_qlora.data.prompts import Prompt
+from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -47,13 +49,30 @@ def measure(
     """Return loss and perplexity of held-out rows, of preferences loss, accuracy and more.
 
     Args:
-        model: a QuantizedModel; its mode is left as it was.
+        model: a QuantizedModel.
         preference: see Trained.
         batches: this rank's, as many on every rank.
         world: the ranks; all must call.
     """
-    found = loop.evaluate_preference(model, preference, batches, world)
-    return found if preference else found | {"perplexity": perplexity(found["loss"])}
+    # In float64, so that the sum is the same however the rows are cut into batches.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    sums, is_silent = torch.zeros(8, device=world.device), world.rank > 0
+    progress = cli.Progress("evaluates", len(batches), "batches", is_silent)
+    with loop.evaluating(model), progress:
+        weights = loop.weigh(model, preference, batches, world)
+        for batch in batches:
+            hooks.reach("eval", world.rank)
+            if preference is None:
+                loss_sum += loop.token_loss_sum(model, batch, world.device)
+            else:
+                losses, own = loop.compare(model, preference, [batch], weights, world.device)
+                loss_sum, sums = loss_sum + losses.sum(), sums + own
+            progress.update()
+    loss = world.sum(loss_sum.item()) / weights.num
+    if preference is None:
+        return {"loss": loss, "perplexity": perplexity(loss)}
+    figures = loop.figures(preference, sums, weights, world)
+    return {"loss": loss} | {name: value.item() for name, value in figures.items()}
 
 
 def preference_of_base(

@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import gc
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
-from fsdp_qlora import cli
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, flatten, join
 from fsdp_qlora.data.tokens import Sample
@@ -27,7 +26,7 @@ from fsdp_qlora.model.attention import Branches, RowBounds, joins_exactly
 from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.model.visit import RowGroup
+from fsdp_qlora.model.visit import RowGroup, may_refuse
 from fsdp_qlora.planning.sizes import JOINED_TOKENS
 from fsdp_qlora.training import metrics, objectives, optim
 from fsdp_qlora.training.checkpoint import Checkpointer
@@ -105,9 +104,10 @@ def weigh(
     counts = [float(sum(len(s.hashes) for s in sides)), float(num_tokens)]
     num, num_tokens = (max(sum(column), 1.0) for column in zip(*world.gather(counts), strict=True))
     ratios = torch.zeros((), device=world.device)
+    live = dataclasses.replace(preference, is_live=True)  # these rows are never the same
     for other in (batch.mismatched for batch in batches if batch.mismatched is not None):
         with torch.no_grad():
-            ((answers, _),) = _answers(model, preference, [other], world.device)
+            ((answers, _),) = _answers(model, live, [other], world.device)
         ratios += answers.ratio_P.sum()
     ratios = world.sum_(ratios) if preference.name == "kto" else ratios
     divergence = objectives.divergence(ratios, num)
@@ -186,7 +186,16 @@ def _answers(
     return made
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Context in which a model evaluates, without gradients; its mode is afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
 def reference_of(
     model: QuantizedModel,
     preference: Preference,
@@ -197,23 +206,21 @@ def reference_of(
     """Compute the log-probabilities of all answers before anything is trained.
 
     Args:
-        model: filled; its mode is left as it was.
+        model: filled.
         preference: that of the run.
         batches: this rank's, as many on every rank; together all samples.
         world: the ranks; all must call.
         is_base: the reference is the model without its adapters.
     """
-    was_training, found = model.training, list[tuple[np.ndarray, np.ndarray]]()
+    found = list[tuple[np.ndarray, np.ndarray]]()
     alone = dataclasses.replace(preference, is_live=False, known=None)
-    with model.bare() if is_base else contextlib.nullcontext():
-        model.eval()
+    with evaluating(model), model.bare() if is_base else contextlib.nullcontext():
         for batch in batches:
             hooks.reach("eval", world.rank)
             ((answers, _),) = _answers(model, alone, [batch], world.device)
             assert batch.sides is not None
             if len(hashes := batch.sides.hashes):
                 found.append((hashes, answers.policy_P.cpu().numpy().reshape(len(hashes), -1)))
-        model.train(was_training)
     every = [pair for own in world.gather_objects(found) for pair in own]
     hashes, order = np.unique(np.concatenate([pair[0] for pair in every]), return_index=True)
     return KnownReference(hashes, np.concatenate([pair[1] for pair in every])[order])
@@ -287,13 +294,10 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_parameter("head.weight").shape[0]
-    ids = torch.randint(vocab_size, (1, SHORT_ROWS[0] + SHORT_ROWS[1]), generator=generator)
-    ids = ids.to(world.device)
+    ids = torch.randint(vocab_size, (1, sum(SHORT_ROWS)), generator=generator).to(world.device)
     rows = RowBounds.of(SHORT_ROWS, world.device)
     positions = torch.arange(SHORT_ROWS[1], device=world.device)
-    is_training = model.training
-    with torch.no_grad():
-        model.eval()
+    with evaluating(model):
         alone = model(ids[:, SHORT_ROWS[0] :], Targets(positions, None)).float()
         behind = Targets(positions + SHORT_ROWS[0], None)
         seeing = model(ids, behind).float() - alone
@@ -301,7 +305,6 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
             apart = model(ids, behind, rows=rows).float() - alone
         except ValueError:  # transformers: recurrent layers need kernels that are not installed
             apart = seeing
-        model.train(is_training)
     shard.settle(model)
     # A median, because a rounding can send a token to another expert.
     error = (apart.norm(dim=1) / seeing.norm(dim=1)).median().item()
@@ -320,14 +323,12 @@ def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
     ids = random.integers(vocab_size, size=second, dtype=np.int32)
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
     laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
-    is_training, found = model.training, list[torch.Tensor]()
-    with torch.no_grad(), contextlib.suppress(Exception):  # of a model that knows no branches
-        model.eval()
+    found = list[torch.Tensor]()
+    with evaluating(model), may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
             asked = group.targets._replace(tokens_N=None) if group.targets is not None else None
             found.append(model(group.input_ids, asked, rows=group.rows).float())
-    model.train(is_training)
     shard.settle(model)
     if len(found) < 2:
         return world.sum(1.0) == 0
@@ -388,13 +389,19 @@ def train_step(
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
     results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
     results |= take_load(getattr(trained.model, "mixtures", ()))
-    return results | _figures(preference, sums, weights, world)
+    return results | figures(preference, sums, weights, world)
 
 
-def _figures(
+def figures(
     preference: Preference | None, sums: torch.Tensor, weights: StepWeights, world: World
 ) -> dict[str, Any]:
-    """What the record has of a preference besides the loss."""
+    """What the record has of a preference besides the loss.
+
+    Args:
+        preference: see Trained.
+        sums, weights: of a step, or of an evaluation.
+        world: the ranks; all must call.
+    """
     if preference is None:
         return {}
     kl = {"kl": weights.divergence} if preference.name == "kto" else {}
@@ -470,45 +477,3 @@ def _note_skipped(
         recorder.event("skipped", dataclasses.asdict(skipped))
         recorder.say(str(skipped))
         optim.check_weights(trained, skipped.step - 1)
-
-
-@torch.no_grad()
-def evaluate_preference(
-    model: torch.nn.Module, preference: Preference | None, batches: Sequence[Batch], world: World
-) -> dict[str, float]:
-    """Mean loss over held-out rows of all ranks; of preferences the figures of a step, too.
-
-    Args:
-        model: a QuantizedModel; its mode is left as it was.
-        preference: what is minimised; None: the cross entropy.
-        batches: this rank's, as many on every rank.
-        world: the ranks; all must call.
-    """
-    was_training = model.training
-    model.eval()
-    weights = weigh(model, preference, batches, world)
-    # In float64, so that the sum is the same however the rows are cut into batches.
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    sums = torch.zeros(8, device=world.device)
-    with cli.Progress("evaluates", len(batches), "batches", world.rank > 0) as progress:
-        for batch in batches:
-            hooks.reach("eval", world.rank)
-            if preference is None:
-                loss_sum += token_loss_sum(model, batch, world.device)
-            else:
-                losses, own = compare(model, preference, [batch], weights, world.device)
-                loss_sum, sums = loss_sum + losses.sum(), sums + own
-            progress.update()
-    model.train(was_training)
-    figures = _figures(preference, sums, weights, world)
-    found = {"loss": world.sum(loss_sum.item()) / weights.num}
-    return found | {name: value.item() for name, value in figures.items()}
-
-
-def evaluate(model: torch.nn.Module, batches: Sequence[Batch], world: World) -> float:
-    """Mean cross entropy over all trained tokens of all ranks' batches, nats per token.
-
-    Args:
-        model, batches, world: see `evaluate_preference`.
-    """
-    return evaluate_preference(model, None, batches, world)["loss"]

@@ -70,15 +70,12 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     Returns:
         The batch, on the host.
     """
-    if isinstance(batches, PackedBatches):
-        longest, is_flat = cfg.context_length, True
-    else:
-        longest, is_flat = batches.longest, batches.is_flat
+    longest = cfg.context_length if isinstance(batches, PackedBatches) else batches.longest
     ids = np.arange(longest, dtype=np.int32) % vocab_size
     one = Sample(ids, np.ones(longest, bool), label=int(cfg.num_answers == 1))
     rows = [one] * (cfg.batch_size * batches.samples.num_sides)
     multiple = batches.sampler.pad_multiple
-    batch = flatten(rows, multiple) if is_flat else collate(rows, multiple, longest)
+    batch = flatten(rows, multiple) if batches.is_flat else collate(rows, multiple, longest)
     return dataclasses.replace(batch, sides=Sides.of(rows) if cfg.num_answers else None)
 
 

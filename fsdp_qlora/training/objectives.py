@@ -158,9 +158,7 @@ def divergence(ratio_sum: Tensor, num: float) -> Tensor:
 FIGURES: tuple[str, ...] = ("rewards_chosen", "rewards_rejected", "logps_chosen", "logps_rejected")
 FIGURES += ("accuracy", "margin", "kl")  # of a step in the record; kl of KTO alone
 PAIRED: dict[str, Callable[[Answers, Answers, Strength], Tensor]] = {
-    **{"dpo": dpo, "hinge": hinge, "ipo": ipo, "robust": robust},
-    **{"apo_zero": apo_zero, "apo_down": apo_down},
-    **{"orpo": orpo, "cpo": cpo, "simpo": simpo},
+    f.__name__: f for f in (dpo, hinge, ipo, robust, apo_zero, apo_down, orpo, cpo, simpo)
 }
 
 
@@ -255,10 +253,8 @@ class Preference:
         worth_R = self.by.beta * (rows.mean_P if is_mean else rows.ratio_P).detach()
         if sign_R is None:
             chosen, rejected = (Answers(*(part[i::2] for part in rows)) for i in (0, 1))
-            loss_P, margin_P = (
-                PAIRED[self.name](chosen, rejected, self.by),
-                worth_R[::2] - worth_R[1::2],
-            )
+            loss_P = PAIRED[self.name](chosen, rejected, self.by)
+            margin_P = worth_R[::2] - worth_R[1::2]
             sign_R = 1 - torch.arange(len(worth_R), device=worth_R.device) % 2 * 2.0
         else:
             loss_P = kto(rows, sign_R, divergence, self.by)

@@ -9,7 +9,7 @@ import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,13 +145,12 @@ def clip(
 
     Source: torch.nn.utils.clip_grad_norm_, the 1e-6 included.
     """
+    if max_norm is None and scale is None:
+        return
     share = torch.ones_like(norm)
     if max_norm is not None:
         share = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if scale is not None:
-        share = share / scale
-    if max_norm is not None or scale is not None:
-        torch._foreach_mul_(list(grads), share)
+    torch._foreach_mul_(list(grads), share if scale is None else share / scale)
 
 
 def step(optimizer: Optimizer, is_bad: Tensor) -> None:
@@ -452,10 +451,7 @@ def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) ->
         scale_updates(optimizer, adapters.b_slices(model, params), cfg.loraplus_ratio)
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
     guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
-    parts = (model, params, optimizer, schedule, max_norm, world, guard)
-    is_known, per_visit = isinstance(model, QuantizedModel), cfg.per_visit
-    num_groups = max(per_visit, 1 + bool(cfg.num_answers))
-    can_visit = is_known and cast(QuantizedModel, model).can_visit(world.device, num_groups)
-    rest: dict[str, Any] = {"per_visit": per_visit if can_visit else 1}
-    rest["preference"] = Preference.of(cfg, can_visit)
-    return Trained(*parts, is_reduced_once=cfg.no_sync, seed=cfg.seed, **rest)
+    parts = (model, params, optimizer, schedule, max_norm, world, guard, cfg.no_sync, cfg.seed)
+    is_one = max(cfg.per_visit, 1 + bool(cfg.num_answers)) == 1
+    can_visit = isinstance(model, QuantizedModel) and (is_one or model.can_visit(world.device))
+    return Trained(*parts, cfg.per_visit if can_visit else 1, Preference.of(cfg, can_visit))

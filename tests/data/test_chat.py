@@ -2,6 +2,9 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,6 +123,11 @@ def test_the_light_tokenizer_heeds_its_configuration(tmp_path, config):
         check_light_tokenizer(small_tokenizers.save(tmp_path / kind, kind, **config))
 
 
+UNKNOWN = {"unk_token": "<|endoftext|>"}  # Gemma's class wants one that is there
+OWN = [("gemma3_text", "GemmaTokenizerFast"), ("cohere2", "CohereTokenizer")]
+OWN += [("qwen3_moe", "Qwen2TokenizerFast"), ("qwen3_5", "Qwen3_5Tokenizer")]
+
+
 def added(number, text, is_special):
     others = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
     return {str(number): {"content": text, "special": is_special, **others}}
@@ -138,6 +146,7 @@ def added(number, text, is_special):
         ({"tokenizer_class": "Qwen2Tokenizer"}, {"config.json": {"model_type": "qwen3"}}),
         ({}, {"config.json": {"model_type": "qwen2"}}),
         ({"tokenizer_class": "CohereTokenizer"}, {}),
+        *((UNKNOWN | {"tokenizer_class": n}, {"config.json": {"model_type": t}}) for t, n in OWN),
         ({"tokenizer_class": "GPTNeoXTokenizerFast"}, {"config.json": {"model_type": "gpt_neox"}}),
         ({"tokenizer_class": "LlamaTokenizer"}, {"config.json": {"model_type": "llama"}}),
         ({"tokenizer_class": None}, {"config.json": {"model_type": "gpt2"}}),
@@ -151,6 +160,23 @@ def test_every_layout_of_files_gives_the_ids_of_transformers(tmp_path, config, f
     usual = tokenizer.read(small_tokenizers.save(tmp_path / "usual", "chatml")).fingerprint()
     is_usual = config.get("tokenizer_class") == "LlamaTokenizer"  # its file is believed
     assert (usual == tokenizer.read(place).fingerprint()) == is_usual
+
+
+def test_own_classes_are_those_of_transformers_and_need_no_torch(tmp_path):
+    """Where the files name them."""
+    places = [small_tokenizers.save(tmp_path / t, tokenizer_class=name) for t, name in OWN]
+    for (model_type, _), place in zip(OWN, places, strict=True):
+        (place / "config.json").write_text(json.dumps({"model_type": model_type}))
+    code = "import sys; from pathlib import Path; from fsdp_qlora.data import tokenizer\n"
+    code += "print(*[type(tokenizer.read(Path(p)).full).__name__ for p in sys.argv[1:]])\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}print('torch' in sys.modules)", *map(str, places)],
+        **{"text": True, "check": True, "stdout": subprocess.PIPE},
+    )
+    assert done.stdout.split() == [*(name.removesuffix("Fast") for _, name in OWN), "False"]
+    for model_type, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items():
+        kinds = (own for t, own in tokenizer.OWN_CLASSES.items() if re.fullmatch(t, model_type))
+        assert next(kinds, name) == name, model_type
 
 
 def test_types_whose_class_is_not_that_of_the_files_are_known():

@@ -100,6 +100,16 @@ def test_a_file_of_prompts_is_asked_in_the_shape_of_the_rows(places, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     found, more = choose(places["llama3"], rows, f"--sample_prompts={tmp_path / 'x.jsonl'}")
     assert more[:2] == texts[1:] and "Be brief." in more[2] and found[2].shown == "Where?"
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ style }}{{ tools }}" + small_tokenizers.LLAMA3)
+    own = [{"style": "!!"}, '{"style": "??"}']
+    values = [{**row, "chat_template_kwargs": o} for row, o in zip(values[1:], own, strict=True)]
+    values[0]["tools"] = [{"name": "find"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(v) + "\n" for v in ["How?", *values]))
+    flags = (f"--sample_prompts={tmp_path / 'x.jsonl'}", f"--template={template}")
+    _, more = choose(places["llama3"], rows, *flags, '--chat_template_kwargs={"style": "::"}')
+    starts = [text.partition("<|begin")[0] for text in more]
+    assert starts == ["::None", "!![{'name': 'find'}]", "??None"]
 
 
 def test_a_chat_is_asked_with_the_ids_that_transformers_makes(tmp_path):

@@ -225,15 +225,20 @@ def test_held_out_rows_of_the_run_are_used(places, tmp_path: Path):
     assert (tmp_path / "one" / "tokenizer.json").exists()
     evil = write_evil(adapter)
     asked = merge(adapter, tmp_path / "asked", "--device=cpu", "--evidence_rows=1")["evidence"]
-    assert "random tokens" in asked["rows"] and f"add --dataset {evil}:rows" in asked["rows"]
+    assert (
+        "Python's documentation" in asked["rows"] and f"add --dataset {evil}:rows" in asked["rows"]
+    )
     assert not (adapter / "ran").exists()
     merge(adapter, tmp_path / "named", "--evidence_rows=1", f"--dataset={evil}:rows")
     assert (adapter / "ran").exists()
     config.save(config.parse([*argv, f"--output_dir={adapter}"]), adapter / "run_config.json", {})
     data.unlink()
     lost = merge(adapter, tmp_path / "two", "--device=cpu")["evidence"]
-    assert "random tokens" in lost["rows"] and str(data.name) in lost["rows"]
-    assert "loss_merged" not in lost
+    assert "Python's documentation" in lost["rows"] and str(data.name) in lost["rows"]
+    assert lost["loss_merged"] > 1
+    (adapter / "tokenizer.json").unlink()
+    lost = merge(adapter, tmp_path / "three", "--device=cpu")["evidence"]
+    assert "random tokens" in lost["rows"] and "loss_merged" not in lost
 
 
 def write_evil(adapter: Path) -> Path:

@@ -76,7 +76,8 @@ def test_it_writes_what_transformers_saves(
     assert torch.equal(logits(ours), logits(saved))
 
 
-def test_it_says_what_was_lost(tmp_path: Path, capfd):
+@pytest.mark.parametrize("has_rows", [True, False], ids=["rows", "documentation"])
+def test_it_says_what_was_lost(tmp_path: Path, capfd, has_rows: bool):
     """Both losses on rows of text are those of transformers, original and its own 4 bit."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -86,7 +87,8 @@ def test_it_says_what_was_lost(tmp_path: Path, capfd):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     argv = [f"--model_name={model}", "--device=cpu", f"--out={tmp_path / 'out'}"]
-    assert main(["quantize", *argv, f"--dataset={rows}", "--evidence_tokens=16"]) == DONE
+    given = [f"--dataset={rows}"] * has_rows
+    assert main(["quantize", *argv, *given, "--evidence_tokens=16"]) == DONE
     out = capfd.readouterr().out
     said = re.search(r"loss on these rows (\S+) -> (\S+)", out)
     assert said is not None and "in 4 bit against the original" in out, out
@@ -96,7 +98,7 @@ def test_it_says_what_was_lost(tmp_path: Path, capfd):
     )
     nothing, info = SavedAdapter(model, "", {}), arch.read(str(model), need_weights=False)
     base = new_weights.TrainedBase(info, nothing, torch.float32, torch.device("cpu"))
-    ids, _, is_text = new_weights.choose_rows(base, (8, 16), str(rows))
+    ids, _, is_text = new_weights.choose_rows(base, (8, 16), str(rows) if has_rows else None)
     assert is_text and ids
     for shown, how in zip(said.groups(), ({}, {"quantization_config": settings}), strict=True):
         plain = AutoModelForCausalLM.from_pretrained(

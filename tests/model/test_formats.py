@@ -67,7 +67,7 @@ def test_a_4_bit_weight_decodes_as_the_papers_say(name):
     largest = blocks.abs().amax(1, keepdim=True).double()
     decoded = torch.tensor(VALUES[name]).double()[codes] * largest
     found = row.dequantize(
-        fields.pop("weight"), row.constants(fields, torch.float32), weight_OI.shape, torch.float32
+        fields.pop("weight"), row.constants(fields), weight_OI.shape, torch.float32
     )
     assert torch.equal(found.cpu().view(-1, 64), decoded.float())
     off = (torch.tensor(VALUES[name]).double() * largest[..., None] - blocks[..., None]).abs()

@@ -395,6 +395,7 @@ def test_a_single_file_beside_the_index_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["hunyuan_v1_moe", "solar_open", "qwen2_moe", "llama"])
 def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
+    """What is merged computes in transformers as in training, of these types too."""
     from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -410,6 +411,13 @@ def test_it_is_said_where_plain_peft_computes_otherwise(tmp_path, world, name):
     with torch.no_grad():
         ids = collate(samples, 1).input_ids
         found = PeftModel.from_pretrained(base, tmp_path).eval()(ids).logits[:, -1:]
-        is_same = torch.allclose(model.eval()(ids), found, 1e-4, 1e-4)
+        trained, out = model.eval()(ids), tmp_path / "out"
+        is_same = torch.allclose(trained, found, 1e-4, 1e-4)
+        argv = [f"--adapter={tmp_path}", f"--model_name={path}", f"--out={out}", "--dtype=fp32"]
+        assert main(["merge", *argv, "--device=cpu"]) == DONE
+        facts = json.loads((out / "merge.json").read_text())
+        assert facts["evidence"]["max_difference"] < 1e-3
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        assert torch.allclose(merged(ids).logits[:, -1:], trained, 1e-4, 1e-4)
     assert is_same == (adapters.peft_note(model, info) == "")
     assert is_same == (name in ("qwen2_moe", "llama"))

@@ -15,7 +15,7 @@ from fsdp_qlora import config
 from fsdp_qlora.config import STRATEGIES
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.model import load, shard
-from fsdp_qlora.training import loop, optim
+from fsdp_qlora.training import evaluate, loop, optim
 from tests import tiny
 from tests.model.test_shard import FLAGS, make_samples
 from tests.ranks import run_ranks
@@ -169,7 +169,8 @@ def kept_on_the_host(world, path):
                 batches = [collate(make_samples(2 + 2 * step)), collate(make_samples(9))]
                 loss = loop.train_step(trained, batches)["loss"]
                 losses.append(loss.item().hex())
-            losses.append(loop.evaluate(model, [collate(make_samples(3))], world).hex())
+            held_out = evaluate.measure(model, None, [collate(make_samples(3))], world)
+            losses.append(held_out["loss"].hex())
             digest = sum(load.fingerprint(flat) for flat in shard.whole_lora(model))
             offload = next(shard.blocks(model)).offload
             found[name, bool(extra)] = losses, digest, offload.num_copies if offload else 0

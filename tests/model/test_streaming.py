@@ -89,7 +89,7 @@ def test_the_placement_and_its_reason_are_shown_before_the_load(tmp_path):
 def _losses(world, path, cases):
     """Losses of one epoch, 3 steps of 2 micro-batches, and the held-out loss, bit for bit."""
     from fsdp_qlora.model import shard
-    from fsdp_qlora.training import loop, optim
+    from fsdp_qlora.training import evaluate, loop, optim
     from tests.model.test_shard import FLAGS, micro_batches
 
     results = []
@@ -99,7 +99,7 @@ def _losses(world, path, cases):
         trained = optim.Trained(model, params, *optim.build(params, cfg, 3), 1.0, world)
         batches = micro_batches(world.rank, world.size, 6)
         losses = [loop.train_step(trained, batches[2 * i : 2 * i + 2])["loss"] for i in range(3)]
-        held_out = loop.evaluate(model, batches, world)
+        held_out = evaluate.measure(model, None, batches, world)["loss"]
         if world.rank == 0 and "--host_budget_gib=0.00001" in flags:  # no `cache clear` meanwhile
             assert atomic.lock(next(Path(flags[0].partition("=")[2]).glob("model-*"))) is None
         results.append([loss.item().hex() for loss in losses] + [held_out.hex()])

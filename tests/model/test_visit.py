@@ -1,14 +1,16 @@
 """Groups of rows that pass each layer together have the bits of one after the other."""
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from fsdp_qlora.data import batches
 from fsdp_qlora.data.batches import collate, flatten
-from fsdp_qlora.model import attention, lora, shard
+from fsdp_qlora.model import attention, lora, shard, visit
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.visit import RowGroup
@@ -184,3 +186,17 @@ def test_layers_that_end_tile_by_tile_have_the_gradients_of_whole_ones(tmp_path)
     found = run_ranks(tiled, 1, cases)[0]
     assert [is_tiled for is_tiled, *_ in found] == [*TILED.values(), True, True, True]
     assert max(max(errors) for _, *errors in found) < 1e-6, found
+
+
+def test_a_model_may_refuse_inputs_and_lack_of_memory_is_a_fault(tmp_path, world):
+    model, _, _ = tiny.build(tiny.save_model(tmp_path / "m"), world, *FLAGS)
+    asks = (lambda: model.can_visit(world.device), lambda: loop.can_share_prompts(model, world))
+    assert all(ask() for ask in asks)
+    for error in (ValueError, RuntimeError, torch.OutOfMemoryError, KeyError):
+        is_refusal = error in (ValueError, RuntimeError)
+        with (
+            patch.object(visit, "take_apart", side_effect=error("x")),
+            patch.object(type(model), "forward", side_effect=error("x")),
+            nullcontext() if is_refusal else pytest.raises(error),
+        ):
+            assert not any(ask() for ask in asks)

@@ -475,3 +475,43 @@ def test_the_learning_rate_follows_the_width_of_the_model(name, flags, lr):
     plan = run.make(info, cfg, frozenset(), hardware.Machine((), 64, 2))
     assert plan.cfg.lr == plan.asked.lr == lr
     assert run.learning_rate(cfg, dataclasses.replace(info, hidden_size=576)) in (5e-4, lr)
+
+
+UNKNOWN = {
+    "llama": {"attention_bias": True},
+    "gemma2": {"head_dim": 96},  # tied
+    "qwen3_moe": {
+        **{"head_dim": 96, "num_experts": 6, "moe_intermediate_size": 384, "mlp_only_layers": [0]},
+        **{"num_experts_per_tok": 2, "decoder_sparse_step": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_a_shape_that_nobody_knows_is_counted_as_transformers_builds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str
+):
+    """From config.json alone; bytes by own arithmetic: half one of a weight, a scale of 64."""
+    from torch import device, nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 448, "intermediate_size": 1216, "num_hidden_layers": 5}
+    sizes |= {"num_attention_heads": 7, "num_key_value_heads": 1, "vocab_size": 5003}
+    values = {"model_type": model_type, **sizes, **UNKNOWN[model_type]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    argv = [f"--model_name={tmp_path}", "--gpus=24", "--use_cpu_offload=true", "--lora_rank=8"]
+    found = json.loads(output(capsys, *argv, "--json"))
+    with device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+        params = {name: p.numel() for name, p in model.named_parameters()}
+        linears = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    assert found["num_params"] == sum(params.values())
+    assert found["num_trained"] == sum(8 * (m.in_features + m.out_features) for m in linears)
+    num_packed = sum(m.weight.numel() for m in linears)
+    num_packed += sum(num for name, num in params.items() if ".experts." in name)
+    kept_bytes = (sum(params.values()) - num_packed) * 2
+    rows = [found[place]["phases_gib"]["forward"] for place in ("card", "host")]
+    assert rows[0]["unquantised weights"] * 2**30 == pytest.approx(kept_bytes, rel=1e-9)
+    assert rows[1]["packed layers"] * 2**30 == pytest.approx(
+        num_packed * (1 / 2 + 1 / 64), rel=0.01
+    )
