@@ -224,6 +224,7 @@ class TrainConfig:
     accumulate_by_layer: str = flag(
         "auto", "memory", "micro-batches per visit of a layer", rule=VISIT
     )
+    context_parallel: int = flag(1, "memory", "ranks that share the tokens of a row", (1, 2, 4))
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied; file: from disk", OFFLOADS)
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")

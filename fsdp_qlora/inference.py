@@ -211,7 +211,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
     given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
     known |= {"output_dir": str(adapter or "output"), "fit": "off"}
-    known["world_size"] = max(given.world_size, 1)
+    known |= {"world_size": max(given.world_size, 1), "context_parallel": 1}
     return dataclasses.replace(config.parse([]), **known)
 
 

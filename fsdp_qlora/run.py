@@ -190,6 +190,7 @@ def join_and_run(
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
         peers = launch.watch_peers(cfg, world) if owns_process else None
         plan = launch.broadcast_plan(cfg, given, world)
+        world = worlds.split(world, cfg.context_parallel)
         if is_mine:
             adapter.check_init(plan.cfg, plan.info, str if is_silent else print)
         with preflight.explain_disk_full(plan.cfg):

@@ -40,14 +40,14 @@ def run(world, path, out, is_evaluated):
     from transformers import AutoTokenizer
 
     from fsdp_qlora import inference
-    from fsdp_qlora.data.batches import Batches, SamplerConfig, held_out
+    from fsdp_qlora.data.batches import Batches, SamplerConfig
     from fsdp_qlora.export import model_files
     from fsdp_qlora.training import loop, metrics
 
     flags = ("--eval_every=2", "--sample_tokens=5") if is_evaluated else ()
     plan, tracker, trained = build(world, path, f"--output_dir={out}", *flags)
     train = Batches(samples(40, 0), SamplerConfig(2, 1, world.size, world.rank, 42, 1, NUM_STEPS))
-    rest = held_out(samples(9, 1), 2, world.size, world.rank)
+    rest = tiny.held_out(samples(9, 1), 2, world.size, world.rank)
     tokenizer = AutoTokenizer.from_pretrained(path)
     data = SimpleNamespace(train=train, held_out=rest, tokenizer=tokenizer, prompts=PROMPTS)
     if is_evaluated and world.rank == 0:
@@ -73,7 +73,6 @@ def run(world, path, out, is_evaluated):
 
 def _compare(world, path, out):
     """Without and with evaluation; then the same rows in other batches."""
-    from fsdp_qlora.data.batches import held_out
     from fsdp_qlora.training import evaluate
 
     run(world, path, out / "without", is_evaluated=False)
@@ -81,19 +80,18 @@ def _compare(world, path, out):
     found["cuts"] = _cuts(world, path)
     _, _, trained = build(world, path)
     nothing = of_samples([Sample(np.arange(3, 9, dtype=np.int32), np.zeros(6, bool))] * 3, "x")
-    batches = held_out(nothing, 2, world.size, world.rank)
+    batches = tiny.held_out(nothing, 2, world.size, world.rank)
     found["nothing"] = evaluate.measure(trained.model, None, batches, world)["loss"]
     return found
 
 
 def _cuts(world, path):
     """Held-out loss of one adapter, by batch size."""
-    from fsdp_qlora.data.batches import held_out
     from fsdp_qlora.training import evaluate
 
     _, _, trained = build(world, path, "--precision=fp32")
     tiny.fill_lora(trained.model)
-    cuts = [held_out(samples(9, 1), size, world.size, world.rank) for size in (1, 2, 4, 16)]
+    cuts = [tiny.held_out(samples(9, 1), size, world.size, world.rank) for size in (1, 2, 4, 16)]
     return [evaluate.measure(trained.model, None, batches, world)["loss"] for batches in cuts]
 
 
@@ -147,14 +145,13 @@ def test_every_second_step_is_evaluated_and_the_best_adapter_is_kept(looked):
 
 
 def _reload(world, path):
-    from fsdp_qlora.data.batches import held_out
     from fsdp_qlora.model import adapters
     from fsdp_qlora.training import evaluate
 
     plan, _, trained = build(world, path.parent / "model")
     file = path / "best" / "adapter_model.safetensors"
     adapters.load(trained.model, file, plan.info.layers_prefix, world.device)
-    rows = held_out(samples(9, 1), 2, world.size, world.rank)
+    rows = tiny.held_out(samples(9, 1), 2, world.size, world.rank)
     return evaluate.measure(trained.model, None, rows, world)["loss"]
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.arch import targets
+from fsdp_qlora.data import batches
 from fsdp_qlora.distributed.hooks import StopFlag
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model import adapters, load, shard, weights
@@ -67,6 +68,12 @@ def unsaved() -> SimpleNamespace:
     """What stands for the Checkpointer of a training that saves nothing and hears no signal."""
     never = {"poll": lambda step: (), "should_save": lambda agreed: False}
     return SimpleNamespace(step=0, stop=StopFlag(), finish=lambda step: None, **never)
+
+
+def held_out(samples, size: int, world: int, rank: int, multiple: int = 8, objective: str = "sft"):
+    """A rank's batches of held-out rows."""
+    sampler = batches.SamplerConfig(size, 1, world, rank, 0, 1, 0, multiple, objective)
+    return list(batches.all_once(samples, sampler))
 
 
 def shape(path: Path, world: World, *flags: str):

@@ -3,6 +3,7 @@
 `build` goes the whole way. torch and transformers are imported by it, not with this package.
 """
 
+import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
@@ -66,8 +67,10 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     if cfg.objective == "kto" and cfg.batch_size * cfg.gradient_accumulation_steps * world.size < 2:
         rule = "estimates the divergence from prompts with another row's answer: a step needs two"
         raise UserError("--objective kto", rule, "use --batch_size 2")
-    audit = prepare.audit(cfg, ready, world.size, pad_multiple)
-    sampler = batches.sampler_config(cfg, world.size, world.rank, pad_multiple)
+    num = cfg.context_parallel
+    audit = prepare.audit(cfg, ready, world.size // num, pad_multiple)
+    sampler = batches.sampler_config(cfg, world.size // num, world.rank // num, pad_multiple)
+    sampler = dataclasses.replace(sampler, parts=num, part=world.rank % num)
     train: batches.Batches | batches.PackedBatches
     if cfg.packing == "on":
         train = batches.PackedBatches(ready.train, cfg.context_length, sampler)
@@ -76,8 +79,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         is_loose = audit.facts["padding_share"]["batches"] > MOST_PADDING
         is_flat = is_flat and (is_loose or ready.train.num_sides == 2)  # which share prompts
         train = batches.Batches(ready.train, sampler, is_flat)
-    shape = (cfg.batch_size, world.size, world.rank, pad_multiple, cfg.objective)
-    held_out = batches.held_out(ready.held_out, *shape)
+    held_out = list(batches.all_once(ready.held_out, sampler))
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()
     held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()

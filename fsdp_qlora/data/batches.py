@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class SamplerConfig:
         max_steps: optimizer steps of the run, if positive.
         pad_multiple: tokens of a row, or of rows laid one after the other, are a multiple of this.
         objective: row of OBJECTIVES; of pairs both rows count as one.
+        parts, part: ranks of a context group, which count as one rank above and see the same rows;
+            which of them this is.
     """
 
     batch_size: int
@@ -56,6 +58,8 @@ class SamplerConfig:
     max_steps: int
     pad_multiple: int = 8
     objective: str = "sft"
+    parts: int = 1
+    part: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.world_size
@@ -117,12 +121,15 @@ class Batch:
 
 
 class Branched(NamedTuple):
-    """Where the answers of pairs go on from prompts that lie before all of them.
+    """Where tokens stand that do not follow one another.
+
+    Answers of pairs that go on from prompts, which lie before all of them; or what `cut` has left.
 
     Args:
         prompts, answers: tokens of each prompt, and of all answers to it.
         position_ids: int64 [1, T].
         positions, tokens: int64 [N], what is predicted from where, row after row.
+        chunks: which of equally long chunks of the sequence these are; None: it is whole.
     """
 
     prompts: tuple[int, ...]
@@ -130,6 +137,7 @@ class Branched(NamedTuple):
     position_ids: "torch.Tensor"
     positions: "torch.Tensor"
     tokens: "torch.Tensor"
+    chunks: tuple[int, int] | None = None
 
 
 class Batches:
@@ -156,7 +164,7 @@ class Batches:
         self, samples: TokenDataset, sampler: SamplerConfig, is_flat: bool = False
     ) -> None:
         assert len(samples)
-        self.samples, self.sampler, self.is_flat = samples, sampler, is_flat
+        self.samples, self.sampler, self.is_flat = samples, sampler, is_flat or sampler.parts > 1
         self.longest = int(samples.lengths.max())
         self.steps_per_epoch = self._steps_per_epoch()
         self.num_steps = sampler.num_steps(self.steps_per_epoch)
@@ -206,7 +214,7 @@ class Batches:
         before = dict(zip(order, [*order[-1:], *order[:-1]], strict=True))
         samples, pairs = self.samples, ([(row, before[row]) for row in micro] for micro in micros)
         others = [[samples[b].after(samples[a], self.longest) for a, b in micro] for micro in pairs]
-        laid = [replace(self._lay(rows), sides=Sides.of(rows)) for rows in others]
+        laid = [replace(self.lay(rows), sides=Sides.of(rows)) for rows in others]
         return [replace(batch, mismatched=own) for batch, own in zip(found, laid, strict=True)]
 
     def _batch(self, indices: Sequence[int]) -> Batch:
@@ -215,20 +223,27 @@ class Batches:
         samples = [self.samples[index] for index in indices]
         rows = [part for sample in samples for part in sample.rows(row.nll_on_prompt)]
         if not row.num_answers:
-            return self._lay(rows)
+            return self.lay(rows)
         sides = Sides.of(rows, self.samples.hashes[list(indices)])
         if self.shares_prompts and samples and all(sample.prompt for sample in samples):
             made = branch(samples, self.sampler.pad_multiple, row.nll_on_prompt)
             return replace(made, sides=sides)
-        return replace(self._lay(rows), sides=sides)
+        return replace(self.lay(rows), sides=sides)
 
-    def _lay(self, rows: Sequence[Sample]) -> Batch:
-        multiple = self.sampler.pad_multiple
-        return flatten(rows, multiple) if self.is_flat else collate(rows, multiple, self.longest)
+    def lay(self, rows: Sequence[Sample]) -> Batch:
+        """Make one batch of rows, or this rank's part of it.
+
+        Args:
+            rows: one below the other, or one after the other if `is_flat`.
+        """
+        sampler = self.sampler
+        if not self.is_flat:
+            return collate(rows, sampler.pad_multiple, self.longest)
+        return cut(flatten(rows, sampler.pad_multiple), sampler.parts, sampler.part)
 
     def places(self, step: int, rank: int) -> list[str]:
-        """Where the rows stand that `rank` sees at optimizer step `step`."""
-        micros = self.micro_batches(step, rank)
+        """Where the rows stand that `rank` of all ranks sees at optimizer step `step`."""
+        micros = self.micro_batches(step, rank // self.sampler.parts)
         return [str(self.samples.place(index)) for micro in micros for index in micro]
 
     def epoch(self, step: int) -> float:
@@ -481,6 +496,35 @@ def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
     return replace(batch, row_lengths=(*lengths, *[width - end] * (width > end)))
 
 
+def cut(batch: Batch, num: int, part: int) -> Batch:
+    """Keep one rank's part of rows that lie one after the other.
+
+    That is the chunks `part` and 2 num - 1 - part of 2 num equally long ones: all ranks have the
+    same work then, though later tokens look at more.
+
+    Args:
+        batch: of `flatten`; T is a multiple of 2 num.
+        num: ranks that share it; 1: it stays whole.
+        part: number of the rank among them.
+
+    Returns:
+        The batch, [1, T / num]; counts and targets are of this part, `row_lengths` of the whole.
+    """
+    import torch
+
+    if num == 1:
+        return batch
+    chunks = part, 2 * num - 1 - part
+    at = torch.arange(batch.input_ids.shape[1]).view(2 * num, -1)[[*chunks]].flatten()
+    following = batch.labels[0].roll(-1)[at]  # the first token is no target
+    positions = (following != NOT_TRAINED).nonzero().squeeze(1)
+    whole = torch.cat([torch.arange(length) for length in batch.row_lengths])
+    laid = Branched((), (), whole[at][None], positions, following[positions], chunks)
+    counts = len(positions), int((at < batch.num_tokens).sum())
+    ids, labels = batch.input_ids[:, at], batch.labels[:, at]
+    return replace(Batch(ids, labels, *counts, batch.row_lengths), branches=laid)
+
+
 def join(batches: Sequence[Batch], most_tokens: int) -> list[Batch]:
     """Take neighbours of one kind as one: several padded rows, or rows one after the other.
 
@@ -543,10 +587,10 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
         learned = np.nonzero(row.is_trained[1:])[0]
         positions.append(places[learned])
         targets.append(row.input_ids[learned + 1].astype(np.int64))
-    whole = [torch.from_numpy(np.concatenate(t)) for t in (positions, targets)]
-    branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], *whole)
+    where, what = (torch.from_numpy(np.concatenate(t)) for t in (positions, targets))
+    branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], where, what)
     labels = torch.full((1, width), NOT_TRAINED)
-    counts = len(whole[0]), starts[-1]
+    counts = len(where), starts[-1]
     lengths += [rest] * (rest > 0)
     return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
 
@@ -569,40 +613,18 @@ def _batch(
     return Batch(input_ids, targets, num_trained, num_tokens)
 
 
-def held_out(
-    samples: TokenDataset,
-    batch_size: int,
-    world_size: int,
-    rank: int,
-    pad_multiple: int = 8,
-    objective: str = "sft",
-) -> list[Batch]:
-    """Make this rank's share of the held-out rows: every row once, as many batches on each rank.
+def all_once(samples: TokenDataset, sampler: SamplerConfig) -> Iterator[Batch]:
+    """Make a rank's share of held-out rows: every row once, as many batches on each rank.
 
     Args:
-        samples: held-out samples, the same on every rank.
-        batch_size: rows of a batch.
-        world_size: ranks.
-        rank: this rank.
-        pad_multiple: T is a multiple of this, up to the longest row.
-        objective: see SamplerConfig.
+        samples: the same on every rank.
+        sampler: of the run.
 
-    Returns:
+    Yields:
         Batches on the CPU; none if there are no samples.
-    """
-    return list(all_once(samples, batch_size, world_size, rank, pad_multiple, objective))
-
-
-def all_once(samples: TokenDataset, *shape: Any) -> Iterator[Batch]:
-    """As `held_out`, one batch after the other.
-
-    Args:
-        samples, shape: arguments of `held_out`.
     """
     if not len(samples):
         return
-    batch_size, world_size, rank, pad_multiple, objective = shape
-    once = SamplerConfig(batch_size, 1, world_size, rank, 0, 1, 0, pad_multiple, objective)
-    batches = Batches(samples, once)
+    batches = Batches(samples, replace(sampler, accumulation=1, seed=0, num_epochs=1, max_steps=0))
     for step in range(batches.num_steps):
         yield from batches.step(step)

@@ -385,7 +385,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
     Args:
         cfg: the run.
         ready: its tokens.
-        world_size: ranks.
+        world_size: ranks that see rows of their own.
         pad_multiple: the width of a batch is a multiple of this.
 
     Returns:
@@ -537,7 +537,8 @@ def main(argv: list[str]) -> int:
     ready = prepare(cfg, text_tokenizer, info.vocab_size, shows_progress=True)
     num_gpus = hardware.count_gpus(os.environ)
     world_size = cfg.world_size if cfg.world_size > 0 else max(num_gpus, 1)
-    found = audit(cfg, ready, world_size, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])
+    num_readers = max(world_size // cfg.context_parallel, 1)
+    found = audit(cfg, ready, num_readers, PAD_MULTIPLES["cuda" if num_gpus else "cpu"])
     if own.json:
         print(json.dumps(found.facts, indent=1))
     else:

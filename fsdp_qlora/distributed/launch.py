@@ -30,7 +30,7 @@ from fsdp_qlora.distributed.meeting import IDENTITY
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import adopt_format
+from fsdp_qlora.planning.sizes import adopt_format, check_context
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -627,6 +627,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
         UserError: it does not fit, or there is no such model; raised on every rank.
     """
     info, cfg = world.each(lambda: _read(cfg, given))
+    check_context(info, cfg, world.size)
     num_gpus = world.local_size if world.device.type == "cuda" else 0
     machine = plans.find_machine(os.environ, world.local_size, num_gpus)
     every = world.gather_objects((world.local_size, machine))  # they have looked one by one

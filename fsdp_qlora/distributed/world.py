@@ -42,6 +42,9 @@ class World:
         device: where this rank computes.
         meeting: where they have met; None in a process group of the caller's.
         neighbors: the ranks of this machine, if `find_neighbors` has looked.
+        context: the ranks that share the tokens of this one's rows, numbered among themselves, see
+            `split`; None: it has whole rows.
+        group: torch's process group; None: the one of all ranks.
     """
 
     rank: int
@@ -51,6 +54,8 @@ class World:
     device: torch.device
     meeting: Meeting | None = None
     neighbors: tuple[int, ...] = ()
+    context: "World | None" = None
+    group: Any = None
 
     @property
     def peers(self) -> Sequence[int]:
@@ -77,7 +82,7 @@ class World:
         Returns:
             The same tensor.
         """
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, values: list[float]) -> list[list[float]]:
@@ -197,8 +202,22 @@ class World:
         received = flat.new_empty(self.size * flat.numel())
         # torch 2.13 renamed it.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(received, flat)
+        gather(received, flat, group=self.group)
         return received.view(self.size, -1)
+
+    def sum_slices(self, slices: torch.Tensor) -> torch.Tensor:
+        """Sum slices over ranks, and keep one.
+
+        Args:
+            slices: [size, n] on every rank, contiguous.
+
+        Returns:
+            [n], the sum of this rank's slices.
+        """
+        own = torch.empty_like(slices[0])
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        scatter(own, slices.view(-1), group=self.group)
+        return own
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -243,6 +262,23 @@ def find_neighbors(world: World) -> World:
     peers = tuple(rank for rank in range(world.size) if machines[rank] == machines[world.rank])
     number, num = peers.index(world.rank), len(peers)
     return dataclasses.replace(world, neighbors=peers, local_rank=number, local_size=num)
+
+
+def split(world: World, num: int) -> World:
+    """Let neighbouring ranks share the tokens of their rows.
+
+    Args:
+        world: the ranks; all must call.
+        num: of the ranks that share; `world.size` is a multiple of it.
+
+    Returns:
+        The same with `context`, where there is more than one.
+    """
+    if num == 1:
+        return world
+    group, _ = dist.new_subgroups(num)
+    context = dataclasses.replace(world, rank=world.rank % num, size=num, group=group)
+    return dataclasses.replace(world, context=context)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.planning.sizes import LONG_TOKENS, head_parts
 
@@ -26,12 +27,15 @@ class RowBounds(NamedTuple):
         position_ids: int64 [1, T], counted from 0 in each row.
         longest: tokens of the longest row.
         branches: where rows go on from others, see there; or None.
+        cut: which part of them this rank has, see there; None: all. Only `bounds` and `longest` are
+            of the whole sequence then.
     """
 
     bounds: torch.Tensor
     position_ids: torch.Tensor
     longest: int
     branches: "Branches | None" = None
+    cut: "Cut | None" = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "RowBounds | None":
@@ -50,11 +54,18 @@ class RowBounds(NamedTuple):
             position_ids = position_ids.pin_memory().to(device, non_blocking=True)
         return cls(bounds, position_ids, max(lengths))
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of a transformers decoder; those of its flash attention, too."""
+    def arguments(self, context: World | None = None) -> dict[str, Any]:
+        """Keyword arguments of a transformers decoder; those of its flash attention, too.
+
+        Args:
+            context: the ranks that share the rows, where they are cut.
+        """
         bounds = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.bounds)
         lengths = dict.fromkeys(("max_length_q", "max_length_k"), self.longest)
-        more = {} if self.branches is None else {"branches": self.branches}
+        more: dict[str, Any] = {} if self.branches is None else {"branches": self.branches}
+        if self.cut is not None:  # a mask of four dimensions is taken as it is: none is made
+            mask = self.position_ids.new_ones(1, 1, 1, 1)
+            more = {"cut": self.cut._replace(ranks=context), "attention_mask": mask}
         return {"position_ids": self.position_ids, **bounds, **lengths, **more}
 
 
@@ -92,6 +103,66 @@ class Branches(NamedTuple):
         return bounds._replace(branches=cls(ends[0], ends[1], *nums))
 
 
+class Piece(NamedTuple):
+    """A chunk of neighbouring tokens of a sequence, and the keys that it looks at.
+
+    Attributes:
+        keys: from the first token of the chunk's first row to the chunk's last.
+        lengths: bounds of the rows among the chunk's tokens, among the keys, and the most tokens of
+            a row in each: what kernels for rows ask for.
+    """
+
+    keys: slice
+    lengths: tuple[torch.Tensor, torch.Tensor, int, int]
+
+
+class Cut(NamedTuple):
+    """The part of a sequence that one of several ranks has: two chunks, see `batches.cut`.
+
+    Attributes:
+        pieces: the two chunks.
+        ranks: those that have the others; None: not known yet.
+    """
+
+    pieces: tuple[Piece, Piece]
+    ranks: World | None = None
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], chunks: tuple[int, int], device: torch.device) -> "Cut":
+        """Find the rows in the chunks on the host.
+
+        Args:
+            lengths: tokens of each row of the whole sequence.
+            chunks: numbers of the two, which stand as far from the beginning and from the end.
+            device: where the bounds go.
+        """
+        ends = [*itertools.accumulate(lengths, initial=0)]
+        size, made = ends[-1] // (sum(chunks) + 1), []
+        for first in (number * size for number in chunks):
+            last = first + size
+            inside = [(a, b) for a, b in itertools.pairwise(ends) if a < last and b > first]
+            seen = [(min(b, last) - max(a, first), min(b, last) - a) for a, b in inside]
+            bounds = torch.tensor([(0, 0), *seen]).cumsum(0).int().t().contiguous()
+            if device.type == "cuda":
+                bounds = bounds.pin_memory().to(device, non_blocking=True)
+            longest = [max(column) for column in zip(*seen, strict=True)]
+            made.append(Piece(slice(inside[0][0], last), (*bounds, *longest)))
+        return cls((made[0], made[1]))
+
+    def gather(self, own: torch.Tensor) -> torch.Tensor:
+        """The tokens of all ranks in their order, [T, ...], of this rank's, [T / ranks, ...]."""
+        assert self.ranks is not None
+        parts = self.ranks.share(own.reshape(-1)).view(self.ranks.size, 2, -1, *own.shape[1:])
+        return torch.cat([parts[:, 0], parts[:, 1].flip(0)]).flatten(0, 1)
+
+    def reduce(self, whole: torch.Tensor) -> torch.Tensor:
+        """The other way: `gather`, differentiated; the sum over ranks of this rank's tokens."""
+        assert self.ranks is not None
+        first, second = whole.view(2, self.ranks.size, -1, *whole.shape[1:])
+        parts = torch.stack([first, second.flip(0)], 1)
+        return self.ranks.sum_slices(parts.flatten(1)).view(-1, *whole.shape[1:])
+
+
 aten = torch.ops.aten
 PLAIN = "fsdp_qlora_causal"  # names by which transformers finds `attend`, without masks
 MASKED = "fsdp_qlora_masked"  # and with masks, for sliding windows
@@ -100,7 +171,7 @@ HEAD_SIZES = range(8, 257, 8)
 # Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
 KEYWORDS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
 KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"}
-KEYWORDS |= {"branches", "output_router_logits", "logits_to_keep"}
+KEYWORDS |= {"branches", "cut", "output_router_logits", "logits_to_keep"}
 
 
 def register(config, has_row_kernel: bool) -> str:
@@ -147,12 +218,13 @@ def attend(module, query, key, value, attention_mask, **kwargs):
         rule = f"{type(module).__name__} wants {unknown[0]}, which it does not compute"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     saved = getattr(module, "saved", None)
-    bounds, branches = kwargs.get("cu_seq_lens_q"), kwargs.get("branches")
-    if branches is not None:
+    bounds = kwargs.get("cu_seq_lens_q")
+    if kwargs.get("branches") is not None or kwargs.get("cut") is not None:
         if query.device.type == "cpu":
             key, value = (
                 t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value)
             )
+        kwargs["window"] = _window(module, query, value, kwargs)
         return _attend_rows(query, key, value, kwargs, bounds, saved), None
     if bounds is not None and attention_mask is None and query.device.type == "cuda":
         return _attend_rows(query, key, value, kwargs, bounds, saved), None
@@ -174,13 +246,34 @@ def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor
     """Attention inside each row of the one sequence, [1, T, N, D]."""
     rest = {"bounds": bounds, "longest": kwargs["max_length_q"]}
     kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
-    if kwargs.get("branches") is not None:
-        if kwargs.get("sliding_window"):
+    if kwargs.get("cut") is not None:
+        rest = {name: kwargs[name] for name in ("cut", "window")}
+        kernel = partial(_gathered, **rest), partial(_gathered_backward, **rest)
+    elif kwargs.get("branches") is not None:
+        if kwargs["window"]:
             raise ValueError("a window may end inside a prompt that other rows go on from")
         rest["branches"] = kwargs["branches"]
         kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
     query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     return _run(query, key, value, kwargs.get("scaling"), kernel, saved).unsqueeze(0)
+
+
+def _window(module, query, value, kwargs: dict) -> int | None:
+    """How many tokens up to itself a token sees; None: all in its row.
+
+    Raises:
+        UserError: that is not known, or no kernel for rows does it (code 2).
+    """
+    config, window = module.config, kwargs.get("sliding_window")
+    kinds = getattr(config, "layer_types", None)
+    is_short = any(getattr(config, name, None) for name in WINDOWS)
+    if kinds:
+        is_short = kinds[module.layer_idx] != "full_attention"
+    is_odd = query.shape[-1] != value.shape[-1] or query.shape[-1] not in HEAD_SIZES
+    if kwargs.get("cut") is not None and (is_odd or is_short != bool(window)):
+        rule = f"{type(module).__name__} attends in a way that is not known for cut rows"
+        raise UserError("--context_parallel", rule, "use --context_parallel 1")
+    return window or None
 
 
 def _run(query, key, value, scale, kernel, saved) -> torch.Tensor:
@@ -276,6 +369,39 @@ def _joined_backward(
     return grads
 
 
+def _gathered(query, key, value, scale, cut, window) -> tuple[torch.Tensor, ...]:
+    """Two chunks of queries over all keys up to their ends.
+
+    Source: zigzag halves, Llama 3, arXiv 2407.21783, section 3.3.2.
+    """
+    key, value = cut.gather(key), cut.gather(value)
+    pairs = zip(query.chunk(2), cut.pieces, strict=True)
+    made = [
+        _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
+        for part, to in pairs
+    ]
+    states = [state for _, _, *own in made for state in own]
+    return torch.cat([own[0] for own in made]), torch.cat([own[1] for own in made], 1), *states
+
+
+def _gathered_backward(
+    grad_out, query, key, value, out, log_sum, *states, scale, cut, window
+) -> tuple[torch.Tensor, ...]:
+    """Keys and values are gathered again; their gradients are summed in float32."""
+    dtype, num = key.dtype, len(states) // 2
+    key, value = cut.gather(key), cut.gather(value)
+    sums = [torch.zeros_like(t, dtype=torch.float32) for t in (key, value)]
+    parts = zip(*(t.chunk(2) for t in (grad_out, query, out)), log_sum.chunk(2, 1), strict=True)
+    grads = []
+    for (grad, q, o, total), to, at in zip(parts, cut.pieces, (0, num), strict=True):
+        rest = (q, key[to.keys], value[to.keys], o, total.contiguous(), to.lengths, True, scale)
+        grad, *more = _varlen_backward(grad, *rest, states[at : at + num], window)
+        grads.append(grad)
+        for whole, part in zip(sums, more, strict=True):
+            whole[to.keys] += part
+    return torch.cat(grads), *(cut.reduce(whole).to(dtype) for whole in sums)
+
+
 def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels of a device give the joined parts the output and the gradients of one.
 
@@ -317,35 +443,54 @@ def _cross(to: Branches) -> tuple:
     return to.answers, to.prompts, to.longest_answer, to.longest_prompt
 
 
-def _varlen(query, key, value, lengths, is_causal: bool, scale) -> tuple[torch.Tensor, ...]:
-    """Attention inside parts: out [T, N, D], log sums [N, T], state."""
+def _varlen(
+    query, key, value, lengths, is_causal: bool, scale, window=None
+) -> tuple[torch.Tensor, ...]:
+    """Attention inside parts, whose ends meet: out [T, N, D], log sums [N, T], state."""
     if query.device.type == "cuda":
-        rest = (*lengths, 0.0, is_causal, False)
-        return aten._flash_attention_forward(query, key, value, *rest, scale=scale)[:4]
+        rest, more = (*lengths, 0.0, is_causal, False), _sides(scale, window)
+        return aten._flash_attention_forward(query, key, value, *rest, **more)[:4]
     parts = list(_parts(lengths, query, key, value))
-    pairs = [_cpu(*part, is_causal=is_causal, scale=scale) for part in parts]
+    pairs = [_cpu(*part, **_mask(part, is_causal, window), scale=scale) for part in parts]
     outs, sums = zip(*pairs, strict=True)
     return torch.cat([o[0].transpose(0, 1) for o in outs]), torch.cat([s[0] for s in sums], 1)
 
 
 def _varlen_backward(
-    grad_out, query, key, value, out, log_sum, lengths, is_causal, scale, state
+    grad_out, query, key, value, out, log_sum, lengths, is_causal, scale, state, window=None
 ) -> tuple[torch.Tensor, ...]:
     rest = (query, key, value, out, log_sum)
     if query.device.type == "cuda":
         rest = (*rest, *lengths, 0.0, is_causal, *state)
-        return aten._flash_attention_backward(grad_out, *rest, scale=scale)
+        return aten._flash_attention_backward(grad_out, *rest, **_sides(scale, window))
     sums = torch.split(log_sum, lengths[0].diff().tolist(), 1)
     found = []
     for (q, k, v, o, g), s in zip(
         _parts(lengths, query, key, value, out, grad_out), sums, strict=True
     ):
-        found.append(
-            _cpu_backward(g, q, k, v, o, s[None].contiguous(), is_causal=is_causal, scale=scale)
-        )
+        rest = (q, k, v, o, s[None].contiguous())
+        mask = _mask(rest, is_causal, window)
+        found.append(_cpu_backward(g, *rest, **mask, scale=scale))
     return tuple(
         torch.cat([g[0].transpose(0, 1) for g in grads]) for grads in zip(*found, strict=True)
     )
+
+
+def _sides(scale, window: int | None) -> dict[str, Any]:
+    """Keywords of flash attention."""
+    sides = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+    return {"scale": scale, **sides}
+
+
+def _mask(part: Sequence[torch.Tensor], is_causal: bool, window: int | None) -> dict[str, Any]:
+    """Keywords of the CPU's kernel, whose own causal mask lets the beginnings meet."""
+    query, num_keys = part[0], part[1].shape[2]
+    if not is_causal or (query.shape[2] == num_keys and window is None):
+        return {"is_causal": is_causal}
+    ago = torch.arange(num_keys - query.shape[2], num_keys)[:, None] - torch.arange(num_keys)
+    is_seen = (ago >= 0) & (ago < (window or num_keys))
+    mask = torch.zeros(ago.shape, dtype=query.dtype).masked_fill_(~is_seen, -torch.inf)
+    return {"is_causal": False, "attn_mask": mask}
 
 
 def _parts(lengths, query, key, value, *of_query) -> Iterator[list[torch.Tensor]]:

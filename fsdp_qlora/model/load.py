@@ -293,6 +293,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
         UserError: see placement.choose.
     """
     model = skeleton.build(info, cfg, world.device)
+    model.context = world.context
     if has_adapters(cfg):
         adapters.attach(model, find_targets(info, cfg), cfg, world.size)
     # The cache keeps whole models, and what is in their files.

@@ -23,6 +23,7 @@ from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.info import INDEXED
 from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import DISK, TrainConfig
+from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import visit
 from fsdp_qlora.model.attention import RowBounds, register
@@ -81,7 +82,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        has_flash = is_installed and extra in ("", "soft-capped")
+        has_flash = is_installed and extra in ("", "soft-capped") and cfg.context_parallel == 1
         attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
@@ -93,6 +94,12 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     note += "on" if use_liger else f"off ({liger_why})"
     has_rows = has_gpu and cfg.compute_dtype != "float32"
     has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
+    if cfg.context_parallel > 1:
+        note += f", rows cut over {cfg.context_parallel} ranks"
+        if has_gpu and not has_rows:
+            rule = "the kernel for cut rows needs 16 bit and a GPU of 2020 (Ampere) or newer"
+            got = f"--context_parallel {cfg.context_parallel}"
+            raise UserError(got, rule, "use --context_parallel 1", ENVIRONMENT)
     majors = MAJORS.get(cfg.matmul, ())
     if majors and has_gpu and torch.cuda.get_device_capability(device)[0] not in majors:
         rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: GPUs of compute "
@@ -140,6 +147,7 @@ class QuantizedModel(nn.Module):
         tensors: name in the model's files -> (module, parameter name), quantized weights left out.
         mixtures: the experts of its layers.
         layers_prefix: where its layers are, by which adapters are named: "model.layers".
+        context: the ranks that share the tokens of its rows, see World; or None.
     """
 
     decoder: "PreTrainedModel"
@@ -157,6 +165,7 @@ class QuantizedModel(nn.Module):
         self.is_tied = head.weight is self.embedding.weight
         self.tensors: dict[str, tuple[nn.Module, str]] = {}
         self.layers_prefix = "model.layers"
+        self.context: World | None = None
         self.mixtures = [m for m in decoder.modules() if isinstance(m, QuantizedExperts)]
 
     @property
@@ -179,7 +188,7 @@ class QuantizedModel(nn.Module):
         # and hands back gradients of `lora`, which must be alike in all layers.
         is_plain = all(body.slots and not body.slots[0].has_magnitude for body in bodies)
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
-        is_plain &= cfg.per_visit * cfg.passes == 1 and not self.mixtures
+        is_plain &= cfg.per_visit * cfg.passes * cfg.context_parallel == 1 and not self.mixtures
         setting = cfg.cuda_graphs if is_plain else "off"
         weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
         work = weights * cfg.batch_size * cfg.context_length
@@ -194,7 +203,8 @@ class QuantizedModel(nn.Module):
         offload = blocks[0].offload
         if offload is None and cfg.use_activation_cpu_offload:
             folder = cfg.resolved_output_dir if cfg.use_activation_cpu_offload == DISK else None
-            offload = Offload(device, cfg.batch_size * cfg.context_length * width, folder)
+            tokens = cfg.batch_size * cfg.context_length // cfg.context_parallel
+            offload = Offload(device, tokens * width, folder)
         for block, level in zip(blocks[:-1], levels, strict=False):  # the last is needed at once
             block.offload = None if level == "none" else offload
 
@@ -237,7 +247,7 @@ class QuantizedModel(nn.Module):
         parts = embeds.squeeze(0).split([part.numel() for part in ids])
         inputs: list[dict[str, Any]] = []
         for group, part in zip(groups, parts, strict=True):
-            rest = group.rows.arguments() if group.rows is not None else {}
+            rest = group.rows.arguments(self.context) if group.rows is not None else {}
             inputs.append({"inputs_embeds": part.view(*group.input_ids.shape, -1), **rest})
         pairs = zip(groups, inputs, strict=True)
         decoder, layers = self.decoder, self.layers
@@ -280,7 +290,7 @@ class QuantizedModel(nn.Module):
             input_ids=input_ids,
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            **(rows.arguments() if rows is not None else padding),
+            **(rows.arguments(self.context) if rows is not None else padding),
         )
         return self.head(out.last_hidden_state, targets)
 

@@ -115,6 +115,11 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     item, flops = s.item / 2, gpu.bf16_tflops * 1e12
     forward_s = (matmuls + attention + 2 * head + lora) * item / flops
     backward_s = (matmuls + 2.5 * attention + 2 * lora + weight_grads + again) * item / flops
+    # Keys and values of the ranks that share rows are gathered, their gradients summed in float32.
+    peer_s = 1 / (gpu.peer_gbs or gpu.host_link_gbs) / 1e9 / GATHER_SHARE
+    others_s = tokens * (s.cfg.context_parallel - 1) * memory.keys_values(s) * s.layers * peer_s
+    forward_s += others_s * s.item
+    backward_s += others_s * (s.item * (1 + num_full / s.layers) + 4)
     # What selective layers recompute is elementwise: norms, rotary embedding, activation.
     features = 6 * s.hidden + s.gates + s.product
     elementwise = tokens * features * s.item * (num_full + num_selective)
@@ -174,7 +179,8 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
 
 def num_steps(s: Sizes, setting: Setting) -> int | None:
     """Optimizer steps of the run; None where they depend on rows that are not known."""
-    cfg, rows_per_step = s.cfg, setting.batch_size * setting.accumulation * setting.num_ranks
+    cfg, num_readers = s.cfg, setting.num_ranks // s.cfg.context_parallel
+    rows_per_step = setting.batch_size * setting.accumulation * num_readers
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
     num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)

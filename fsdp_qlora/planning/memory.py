@@ -227,6 +227,7 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     layer: Rows = {
         rows.LAYER: [
             term(f"residual, norm, {what}", features=width, **wide),
+            *_of_all_ranks(s, tokens),
             *_between(s, setting),
         ],
         rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
@@ -454,6 +455,7 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     kept = {item.what for item in kept_bytes(s, tokens, level)}
     made = [t for t in kept_bytes(s, tokens, "none") if t.what not in kept]
     made = [item._replace(what=f"recomputed: {item.what}") for item in made]
+    made += _of_all_ranks(s, tokens, 1)
     output = term("LoRA output of the last linear", features=s.hidden, **wide)
     if level == "selective":
         residual = term("recomputed: residual", features=s.hidden, **wide)
@@ -483,6 +485,22 @@ def _qkv(s: Sizes) -> float:
     return s.outs - s.gates - s.hidden
 
 
+def keys_values(s: Sizes) -> float:
+    """Features of the keys and values of a token in a layer."""
+    return _qkv(s) - s.attention
+
+
+def _of_all_ranks(s: Sizes, tokens: int, parts: int = 0) -> list[Term]:
+    """Keys and values gathered for rows that are cut over ranks; `parts`: of heads, backward."""
+    wide = {"tokens": tokens, "ranks": s.cfg.context_parallel, "features": keys_values(s)}
+    if s.cfg.context_parallel == 1:
+        return []
+    if not parts:
+        return [term("keys, values of all ranks; as they arrive", **wide, bytes=1.5 * s.item)]
+    what = "keys, values of all ranks; their gradients, 32 bit"
+    return [term(what, **wide, bytes=2 * s.item + 6, per_part=parts)]
+
+
 def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     """The backward of a tile at the end of a layer, and that of the attention."""
     wide, qkv = {"tokens": tokens, "bytes": s.item}, _qkv(s)
@@ -503,11 +521,13 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     ]
     # Of some heads after the others: gradients of queries in float32, of keys and values for all
     # the queries' heads, and all three as they are handed on.
-    key_heads = (qkv - s.attention) / 2 * s.heads / s.attention
+    key_heads = keys_values(s) / 2 * s.heads / s.attention
+    num_parts = sizes.head_parts(int(key_heads))
     part = s.attention * (4 + 2 * s.item) + qkv * s.item
     attention = [
         term("gradients around the attention", features=s.attention + qkv, **wide),
-        term("its own", tokens=tokens, bytes=part, per_part=sizes.head_parts(int(key_heads))),
+        term("its own", tokens=tokens, bytes=part, per_part=num_parts),
+        *_of_all_ranks(s, tokens, num_parts),
     ]
     constants = scratch if s.is_kept_whole else scratch[1:]
     return [
@@ -565,7 +585,8 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         and (cfg.lora_dropout == 0 and not cfg.reentrant_checkpointing)
         and setting.count("full") > 0
         and (cfg.packing != "on" and has_one_length)
-        and (s.groups(setting) == 1 and s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
+        and (s.groups(setting) == cfg.context_parallel == 1)
+        and (s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
         and not is_tiled(s, s.tokens(setting), "full")
     )
 

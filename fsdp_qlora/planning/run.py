@@ -200,7 +200,11 @@ def make(
 
     Returns:
         The plan; a run that does not fit is planned as it is.
+
+    Raises:
+        UserError: see check_context.
     """
+    sizes.check_context(info, cfg, machine.num_ranks)
     cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
     why, lacking = "", [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
@@ -440,6 +444,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(table, indent=1) if options.json else "\n".join(_survey_lines(table)))
         return DONE if any(row["fits"] for row in table.values()) else ENVIRONMENT
     (machine,) = machines.values()
+    sizes.check_context(info, cfg, machine.num_ranks)
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     plan = RunPlan(cfg, cfg, info, machine, (found,))
     values = as_dict(plan, found)
@@ -541,6 +546,8 @@ def _text(plan: RunPlan, found: Outcome, values: dict[str, Any], full: bool) -> 
     kind, setting = TRAIN_TYPES[plan.cfg.train_type].adapter, found.setting
     shown = values | {"trained": WORDS["trained"][kind].format(plan.cfg.lora_rank)}
     shown |= {"on_machines": f" on {setting.machines} machines" * (setting.machines > 1)}
+    num_shared = plan.cfg.context_parallel
+    shown["shared"] = f", each row over {num_shared} ranks" * (num_shared > 1)
     shown |= {"num_layers": len(setting.levels), "placed": _counts(setting.placements)}
     shown["kept"] = _counts(setting.levels)
     lines = [*_summary(plan, found, values), *(text.format_map(shown) for text in WORDS["text"])]

@@ -479,6 +479,31 @@ def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
     return dataclasses.replace(setting, machines=machine.num_machines)
 
 
+def check_context(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> None:
+    """Refuse to cut rows over ranks where that is not exact.
+
+    Args:
+        info: the model.
+        cfg: context_parallel, context_length.
+        num_ranks: of all machines.
+
+    Raises:
+        UserError: the ranks or the model cannot do it (code 2).
+    """
+    num, rule = cfg.context_parallel, ""
+    kinds = {*info.config.get("layer_types", ())} - {"full_attention", "sliding_attention"}
+    if num > 1 and num_ranks % num:
+        rule = f"shares each row among {num} ranks, and there are {num_ranks}"
+    elif num > 1 and (extra := info.attention_extra or ", ".join(sorted(kinds))):
+        rule = f"no kernel cuts the rows of a {info.model_type} model ({extra})"
+    elif num > 1 and (note := info.rope_note(cfg.context_length)):
+        rule = f"the ranks' rotary tables would differ: {note.split()[1]} of longer rows"
+    if rule:
+        remedy = "use --context_parallel 1"
+        remedy += f", or --world_size {num}" * (num_ranks % num > 0)
+        raise UserError(f"--context_parallel {num}", rule, remedy)
+
+
 def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     """The run that a setting makes of a run: `setting_of` the other way round.
 
@@ -701,12 +726,14 @@ class Sizes:
 
     def tokens(self, setting: Setting) -> int:
         """Tokens of a full micro-batch of a rank; a pair has two rows."""
-        return setting.batch_size * self.cfg.context_length * (1 + (self.cfg.num_answers == 2))
+        rows = setting.batch_size * (1 + (self.cfg.num_answers == 2))
+        return -(-rows * self.cfg.context_length // self.cfg.context_parallel)
 
     def joined(self, setting: Setting) -> Setting:
         """The same as GPUs compute it: small micro-batches of a visit are one."""
         most = min(setting.per_visit, JOINED_TOKENS // self.tokens(setting))
-        if self.kind != "cuda" or self.cfg.objective != "sft" or most < 2:
+        is_plain = self.cfg.objective == "sft" and self.cfg.context_parallel == 1
+        if self.kind != "cuda" or not is_plain or most < 2:
             return setting
         num = max(n for n in range(1, most + 1) if setting.per_visit % n == 0)
         joined = dataclasses.replace(setting, batch_size=setting.batch_size * num)

@@ -135,9 +135,7 @@ def with_reference(
         rule = "does not hold what the reference said of all rows before the first step"
         raise UserError(str(place), rule, "start a new run", INTEGRITY)
     if known is None:
-        sampler = data.train.sampler
-        shape = (sampler.batch_size, world.size, world.rank, sampler.pad_multiple, cfg.objective)
-        batches = itertools.chain(all_once(rows, *shape), held_out)
+        batches = itertools.chain(all_once(rows, data.train.sampler), held_out)
         known = loop.reference_of(model, preference, batches, world, is_base)
         if world.rank == 0 and place is not None:
             with contextlib.suppress(*[OSError] * is_base):

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, flatten, join
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, cut, flatten, join
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import shard
-from fsdp_qlora.model.attention import Branches, RowBounds, joins_exactly
+from fsdp_qlora.model.attention import Branches, Cut, RowBounds, joins_exactly
 from fsdp_qlora.model.experts import take_load
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.skeleton import QuantizedModel
@@ -50,8 +50,8 @@ def token_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -
     Returns:
         0-d float32 on the device, with its graph.
     """
-    rows = RowBounds.of(batch.row_lengths, device)
-    return model(_to_device(batch.input_ids, device), Targets.of(batch.labels, device), rows=rows)
+    group = _group(batch, device)
+    return model(group.input_ids, group.targets, rows=group.rows)
 
 
 def token_losses(
@@ -65,7 +65,7 @@ def token_losses(
     Returns:
         [batches], float32; of those that a GPU takes as one, one figure.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and batches[0].branches is None:
         batches = join(batches, JOINED_TOKENS)
     if len(batches) == 1:
         return token_loss_sum(model, batches[0], device).unsqueeze(0)
@@ -230,9 +230,13 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
     targets = Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
     rows, laid = RowBounds.of(batch.row_lengths, device), batch.branches
     if laid is not None and rows is not None:
-        tokens_N = _to_device(laid.tokens, device)
-        targets = Targets(_to_device(laid.positions, device), tokens_N, is_single=True)
-        rows = rows._replace(position_ids=_to_device(laid.position_ids, device))
+        places = laid.positions, laid.tokens, laid.position_ids
+        positions, tokens_N, position_ids = (_to_device(t, device) for t in places)
+        targets = targets._replace(positions_N=positions, tokens_N=tokens_N)
+        rows = rows._replace(position_ids=position_ids)
+        if laid.chunks is not None:
+            cut = Cut.of(batch.row_lengths, laid.chunks, device)
+            return RowGroup(_to_device(batch.input_ids, device), targets, rows._replace(cut=cut))
         rows = Branches.join(rows, laid.prompts, laid.answers)
     return RowGroup(_to_device(batch.input_ids, device), targets, rows)
 
@@ -269,8 +273,11 @@ def keep_rows_apart(
         One line for the user, or "".
 
     Raises:
-        UserError: --packing on, and they would (code 2).
+        UserError: --packing on, and they would; or rows cannot be cut over ranks (code 2).
     """
+    if world.context is not None:
+        check_cut_rows(model, info, world)
+        return ""
     if not batches.is_flat or are_rows_apart(model, world):
         is_pair = batches.is_flat and batches.samples.num_sides == 2
         batches.shares_prompts = is_pair and can_share_prompts(model, world)
@@ -309,6 +316,44 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
     # A median, because a rounding can send a token to another expert.
     error = (apart.norm(dim=1) / seeing.norm(dim=1)).median().item()
     return world.sum(float(error > MOST_ROW_ERROR)) == 0
+
+
+def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> None:
+    """Compare two short rows, one after the other and cut over ranks, with each by itself.
+
+    Args:
+        model: a QuantizedModel, filled.
+        info: the model.
+        world: the ranks, with `context`; all must call.
+
+    Raises:
+        UserError: their logits differ: layers hand on more than keys and values (code 2).
+    """
+    ranks, is_training, worst = world.context, model.training, 1.0
+    assert ranks is not None
+    generator, shape = torch.Generator().manual_seed(0), (1, sum(SHORT_ROWS))
+    ids = torch.randint(model.get_parameter("head.weight").shape[0], shape, generator=generator)
+    rows = [Sample(row.numpy(), np.ones(len(row), bool)) for row in ids[0].split(SHORT_ROWS)]
+    whole = flatten(rows, 8)
+    numbered = dataclasses.replace(whole, input_ids=torch.arange(shape[1]).unsqueeze(0))
+    at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
+    group, laid = _group(part, world.device), part.branches
+    assert laid is not None and group.targets is not None
+    with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError):
+        model.eval()
+        asked = (Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
+        pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
+        alone = torch.cat([model(row, targets).float() for row, targets in pairs])
+        wanted = alone[at.input_ids[0, laid.positions]]
+        found = model(group.input_ids, group.targets._replace(tokens_N=None), rows=group.rows)
+        errors = (found.float() - wanted).norm(dim=1) / (wanted - wanted.roll(1, 0)).norm(dim=1)
+        is_late = laid.positions >= part.input_ids.shape[1] // 2
+        worst = max(errors[where].median().item() for where in (is_late, ~is_late))
+    model.train(is_training)
+    shard.settle(model)
+    if world.sum(float(worst > MOST_ROW_ERROR)):
+        rule = f"layers of a {info.model_type} model need more of a row than keys and values"
+        raise UserError(f"--context_parallel {ranks.size}", rule, "use --context_parallel 1")
 
 
 def can_share_prompts(model: torch.nn.Module, world: World) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from fsdp_qlora import atomic
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, collate, flatten
+from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.preferences import Sides
 from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.hardware import GIB
@@ -74,9 +74,7 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     ids = np.arange(longest, dtype=np.int32) % vocab_size
     one = Sample(ids, np.ones(longest, bool), label=int(cfg.num_answers == 1))
     rows = [one] * (cfg.batch_size * batches.samples.num_sides)
-    multiple = batches.sampler.pad_multiple
-    batch = flatten(rows, multiple) if batches.is_flat else collate(rows, multiple, longest)
-    return dataclasses.replace(batch, sides=Sides.of(rows) if cfg.num_answers else None)
+    return dataclasses.replace(batches.lay(rows), sides=Sides.of(rows) if cfg.num_answers else None)
 
 
 def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTracker) -> str:

@@ -207,6 +207,7 @@ def fingerprint(
     Returns:
         Plain values by name, as JSON has them.
     """
+    per_step = cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks
     values: dict[str, Any] = {
         "base": base or _digest(repr(sorted(info.config.items()))),
         **({"base_samples": info.digest()} if base else {}),
@@ -214,7 +215,7 @@ def fingerprint(
         "adapter": TRAIN_TYPES[cfg.train_type].adapter,
         "targets": _targets(info, cfg),
         "compute_dtype": cfg.compute_dtype,
-        "global_batch": cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks,
+        "global_batch": per_step // cfg.context_parallel,
         "tokenizer": _tokenizer(info.path),
     }
     return values | {name: getattr(cfg, name) for name in (*TABLE["model"], *TABLE["data"])}

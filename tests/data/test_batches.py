@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fsdp_qlora.data import batches as batches_of
-from fsdp_qlora.data.batches import NOT_TRAINED, Batches, SamplerConfig, collate, held_out
+from fsdp_qlora.data.batches import NOT_TRAINED, Batches, SamplerConfig, collate
 from fsdp_qlora.data.tokens import Sample, of_samples
+from tests import tiny
 
 
 def sample(ids, num_given=0):
@@ -194,13 +195,13 @@ def test_the_padding_that_is_foretold_is_what_batches_have():
 
 def test_held_out_rows_come_once_over_all_ranks_in_as_many_batches_on_each():
     samples = make_samples(7)
-    ranks = [held_out(samples, 2, 3, rank) for rank in range(3)]
+    ranks = [tiny.held_out(samples, 2, 3, rank) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     seen = Counter(row for batches in ranks for batch in batches for row in rows_of(batch))
     assert seen == Counter(range(1, 8))
     total = sum(batch.num_trained_tokens for batches in ranks for batch in batches)
     assert total == int(samples.num_trained.sum()) == sum(s.num_trained_tokens for s in samples)
-    assert held_out(of_samples([], "x"), 2, 3, 0) == []
+    assert tiny.held_out(of_samples([], "x"), 2, 3, 0) == []
 
 
 def spread(num, seed=0, longest=2048):

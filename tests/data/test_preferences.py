@@ -7,9 +7,9 @@ import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora.data import prepare, prompts, tokenizer
-from fsdp_qlora.data.batches import PackedBatches, held_out, sampler_config
+from fsdp_qlora.data.batches import PackedBatches, sampler_config
 from fsdp_qlora.errors import UserError
-from tests import small_tokenizers
+from tests import small_tokenizers, tiny
 
 ASK, GOOD, BAD = "What is 3?", "Some number.", "A fish, I think, or maybe two of them."
 USER, YES, NO = (
@@ -199,7 +199,9 @@ def test_batches_hold_every_answer_once_with_its_targets(place, tmp_path, object
     flags = (f"--objective={objective}", "--batch_size=2", "--gradient_accumulation_steps=2")
     cfg, ready, _ = run(place, tmp_path / "x.jsonl", *flags, rows=table)
     samples = ready.train
-    padded = [batch for rank in range(3) for batch in held_out(samples, 2, 3, rank, 8, objective)]
+    padded = [
+        batch for rank in range(3) for batch in tiny.held_out(samples, 2, 3, rank, 8, objective)
+    ]
     packed = [
         batch
         for rank in range(3)
@@ -221,7 +223,7 @@ def test_batches_hold_every_answer_once_with_its_targets(place, tmp_path, object
                 assert len(sides.signs) == len(sides.counts)
     assert all(batch.num_tokens <= 2 * 96 * samples.num_sides for batch in packed)
     if objective == "kto":
-        step = [held_out(samples, 2, 3, rank, 8, "kto")[0] for rank in range(3)]
+        step = [tiny.held_out(samples, 2, 3, rank, 8, "kto")[0] for rank in range(3)]
         core = tokenizer.read(place).core
         for own, other in ((batch, batch.mismatched) for batch in step):
             for a, b in zip(own.input_ids, other.input_ids, strict=False):
