@@ -14,7 +14,7 @@ import pytest
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import disk, placement
-from fsdp_qlora.training import loop
+from fsdp_qlora.training import evaluate
 from tests import tiny
 from tests.model.test_shard import FLAGS, micro_batches
 from tests.model.test_visit import NUM_MICRO, trained_by
@@ -84,7 +84,7 @@ def compare(world, path, folder):
     model, _, _ = tiny.build(path, world, *FLAGS, cache, FILE)
     world.barrier()
     before = psutil.Process().io_counters().read_chars
-    loop.evaluate(model, micro_batches(world.rank, world.size, 1), world)
+    evaluate.measure(model, None, micro_batches(world.rank, world.size, 1), world)
     num_read = psutil.Process().io_counters().read_chars - before
     wrong = [name for name, own in found.items() if own[:2] != plain]
     return wrong, pages, num_read / sum(file.stat().st_size for file in files)
@@ -116,27 +116,27 @@ def faults(world, path, folder):
         texts.append(str(caught.value))
 
     model = start()
-    loss = loop.evaluate(model, batches, world)
+    loss = evaluate.measure(model, None, batches, world)
     files = sorted((folder / "cache").glob("model-*/layer-*"))
     model, size = start(), files[0].stat().st_size
     for file in files:  # whoever has a file open reads on
         file.rename(file.with_suffix(".old"))
-    is_same = [loop.evaluate(model, batches, world) == loss]
-    is_same.append(loop.evaluate(start(), batches, world) == loss)  # they are made anew
+    is_same = [evaluate.measure(model, None, batches, world) == loss]
+    is_same.append(evaluate.measure(start(), None, batches, world) == loss)  # they are made anew
     model, state = start(), disk.Span._stat
     os.truncate(files[2], size // 2)
-    fault(lambda: loop.evaluate(model, batches, world))
+    fault(lambda: evaluate.measure(model, None, batches, world))
     disk.Span._stat = lambda self: (size, 0)  # of a file system that tells no change
     model = start()
     os.truncate(files[2], size // 2)
-    fault(lambda: loop.evaluate(model, batches, world))
+    fault(lambda: evaluate.measure(model, None, batches, world))
     disk.Span._stat = state
     model = start()
     with files[6].open("r+b") as file:
         file.seek(size // 2)
         file.write(b"wrong")
-    fault(lambda: loop.evaluate(model, batches, world))
-    is_same.append(loop.evaluate(start(), batches, world) == loss)
+    fault(lambda: evaluate.measure(model, None, batches, world))
+    is_same.append(evaluate.measure(start(), None, batches, world) == loss)
     read = disk.Span._read
 
     def spoil(self, view, start):
