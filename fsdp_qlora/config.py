@@ -578,6 +578,20 @@ def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Pat
         raise UserError(got, rule, f"if you trust it, add {flags}")
 
 
+def split_name(model_name: str) -> tuple[str, str]:
+    """Split NAME@REVISION of the hub; of a directory the name is whole.
+
+    Args:
+        model_name: of a model.
+
+    Returns:
+        Name and revision, or "".
+    """
+    name, _, revision = model_name.partition("@")
+    is_local = os.path.exists(os.path.expanduser(model_name)) or not _HUB_NAME.fullmatch(name)
+    return (model_name, "") if is_local else (name, revision)
+
+
 def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     """Return the combinations of options that cannot work.
 
@@ -600,8 +614,8 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
-    name, _, named = cfg.model_name.partition("@")
-    is_local = os.path.exists(os.path.expanduser(cfg.model_name)) or not _HUB_NAME.fullmatch(name)
+    name, named = split_name(cfg.model_name)
+    is_local = os.path.exists(os.path.expanduser(name)) or not _HUB_NAME.fullmatch(name)
     if cfg.revision is not None and (is_local or named not in ("", cfg.revision)):
         got = f"--revision {cfg.revision} with --model_name {cfg.model_name}"
         rule = "which is no name on the hub" if is_local else "which names another one"
