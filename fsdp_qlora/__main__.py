@@ -7,7 +7,6 @@ import re
 import sys
 
 from fsdp_qlora import cli
-from fsdp_qlora.cli import safe_output
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
 COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
@@ -22,6 +21,9 @@ esac
 COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _fsdp_qlora fsdp-qlora"""
+ZSH = """(( $+functions[compdef] )) || { autoload -U compinit && compinit }
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -95,8 +97,7 @@ def completion(shell: str) -> str:
     for command, row in words.items():
         names = " ".join(name if name.islower() else value for name, value in row.items())
         cases.append(f'"{command} "*) words="{names}";;')
-    start = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return start + BASH % ("\n".join(cases), " ".join(COMMANDS))
+    return ZSH * (shell == "zsh") + BASH % ("\n".join(cases), " ".join(COMMANDS))
 
 
 def console() -> int:
@@ -108,7 +109,7 @@ def console() -> int:
     """
     redact_tracebacks()
     code = SIGINT
-    with safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
+    with cli.safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
         try:
             code = main(sys.argv[1:])
         except UserError as error:

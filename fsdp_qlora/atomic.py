@@ -124,7 +124,7 @@ def write_json(path: Path, values: Any) -> Path:
     return write(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
-def parse_json(text: bytes) -> dict[str, Any] | None:
+def parse_json(text: str | bytes) -> dict[str, Any] | None:
     """Read a JSON object.
 
     Args:
@@ -251,21 +251,17 @@ def sweep(entry: Path) -> None:
             shutil.rmtree(draft) if owner == entry else remove(draft, owner)
 
 
-def commit(draft: Path, final: Path) -> None:
-    """Give a directory its name, in place of one that is there.
+def commit(draft: Path, final: Path, replaces: bool = True) -> None:
+    """Bring a directory to the disk, then give it its name.
 
     Args:
         draft: on the same file system, its files written and closed.
         final: its own name, locked by the caller.
+        replaces: one that is there.
 
     Raises:
         OSError: the disk does not take it.
     """
-    _rename(draft, final, replaces=True)
-
-
-def _rename(draft: Path, final: Path, replaces: bool = False) -> None:
-    """Bring a directory to the disk, then give it its name."""
     for path in (*draft.rglob("*"), draft):
         sync(path)
     if replaces:
@@ -331,7 +327,7 @@ def new_directory(out: Path, need_bytes: int) -> Iterator[Path]:
         lock = os.open(draft, os.O_RDONLY)
         try_lock(lock)
         yield draft
-        _rename(draft, out)
+        commit(draft, out, replaces=False)
     except OSError as error:
         reason = error.strerror or str(error)
         place = str(out if draft is None or error.errno in IS_FULL else error.filename or out)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
 
+from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError, join
 
 OptionsT = TypeVar("OptionsT")
@@ -52,7 +53,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
     "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
     "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),
-    "a JSON object": lambda value: _is_object(value),
+    "a JSON object": lambda value: atomic.parse_json(value) is not None,
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 
@@ -206,12 +207,6 @@ class Alias(NamedTuple):
         return plain(text) != plain(self.usual)
 
 
-def _is_object(text: str) -> bool:
-    with contextlib.suppress(ValueError, RecursionError):
-        return isinstance(json.loads(text), dict)
-    return False
-
-
 def flag(default: Any, group: str, meaning: str, choices: Any = None, rule: str = "") -> Any:
     """Declare one option of a dataclass.
 
@@ -245,10 +240,8 @@ def options(cls: type) -> dict[str, SimpleNamespace]:
     hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
-        own = {"kinds": [kind for kind in kinds if kind is not NoneType]}
-        found[field.name] = SimpleNamespace(
-            default=field.default, is_optional=NoneType in kinds, **own, **field.metadata
-        )
+        own = {"kinds": [kind for kind in kinds if kind is not NoneType], "default": field.default}
+        found[field.name] = SimpleNamespace(is_optional=NoneType in kinds, **own, **field.metadata)
     return found
 
 
@@ -659,9 +652,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(self.prog, message, "--help tells what it takes")
 
 
-def arguments(
-    command: str, argv: Sequence[str], about: str | None, **known: dict[str, Any]
-) -> argparse.Namespace:
+def arguments(command: str, argv: Sequence[str], about: str | None, **known: dict[str, Any]) -> Any:
     """Read the command line of a command whose arguments stand in commands.toml.
 
     Args:

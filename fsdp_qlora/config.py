@@ -220,9 +220,7 @@ class TrainConfig:
     world_size: int = flag(-1, "memory", "ranks; -1: one per GPU", rule=COUNT)
     sharding_strategy: str = flag("full_shard", "memory", "ZeRO-3, ZeRO-2 or DDP", STRATEGIES)
     no_sync: bool = flag(False, "memory", "reduce gradients once a step")
-    accumulate_by_layer: str = flag(
-        "auto", "memory", "micro-batches per visit of a layer", rule=VISIT
-    )
+    accumulate_by_layer: str = flag("auto", "memory", "micro-batches a visit of layers", rule=VISIT)
     context_parallel: int = flag(1, "memory", "ranks that share the tokens of a row", (1, 2, 4))
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
     offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
@@ -326,8 +324,7 @@ class TrainConfig:
     @property
     def passes(self) -> int:
         """How often rows pass a layer in a forward pass: twice with a reference."""
-        has_reference = OBJECTIVES[self.objective].has_reference
-        return 1 + (has_reference and not self.has_cached_reference)
+        return 1 + (OBJECTIVES[self.objective].has_reference and not self.has_cached_reference)
 
     @property
     def nll_weight(self) -> float:
@@ -408,8 +405,7 @@ def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
     reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
     values, faults = reader.read(argv)
     try:
-        cfg = TrainConfig(**values)
-        faults += _written(cfg, values)
+        faults += _written(cfg := TrainConfig(**values), values)
     except UserError as fault:
         faults.append(fault)
     if faults:

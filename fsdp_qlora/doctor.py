@@ -439,8 +439,7 @@ def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
 
     def decoded(row: Any, device: Any, dtype: torch.dtype) -> torch.Tensor:
         own = {key: field.to(device) for key, field in fields.items()}
-        codes = own.pop("weight")
-        return row.dequantize(codes, row.constants(own), weight_OI.shape, dtype)
+        return row.dequantize(own.pop("weight"), row.constants(own), weight_OI.shape, dtype)
 
     exact_OI = decoded(FORMATS[name], "cpu", torch.float32).double()
     pairs = (

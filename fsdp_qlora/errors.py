@@ -81,8 +81,7 @@ def one_line(text: str) -> str:
     Returns:
         The same text, safe to print as a single line.
     """
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "".join(shown)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(text: str) -> str:

@@ -242,8 +242,8 @@ def docstrings() -> list[dict[str, str]]:
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         if parts and not any(PRIVATE.fullmatch(part) for part in parts):
             tree = ast.parse(source.read_text(encoding="utf-8", errors="replace"))
-            docs = [*module_docs(".".join(parts), tree)]
-            answers |= dict(reversed(docs))  # of two with one name, the first one's
+            # Of two with one name, the first one's.
+            answers |= dict(reversed([*module_docs(".".join(parts), tree)]))
     if not answers:
         remedy = "use a Python with its library in files"
         raise UserError(str(library), "holds no Python sources", remedy, ENVIRONMENT)

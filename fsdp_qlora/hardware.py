@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 
-from fsdp_qlora import atomic
-from fsdp_qlora.atomic import GIB
+from fsdp_qlora.atomic import GIB, cache_dir
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 
 if TYPE_CHECKING:
@@ -198,8 +197,7 @@ def _rows(name: str, rest: str) -> list[Device]:
     alike.sort(key=lambda gpu: (SIZE.search(gpu.name.lower()) is not None, gpu.memory_gib))
     if size is None:
         return alike
-    nominal_gib = int(size[1] or size[2])
-    return [gpu for gpu in alike if 0.85 < gpu.memory_gib / nominal_gib < 1.05]
+    return [gpu for gpu in alike if 0.85 < gpu.memory_gib / int(size[1] or size[2]) < 1.05]
 
 
 def gpu_like(name: str, memory_gib: float) -> Device:
@@ -339,7 +337,7 @@ def machine_file() -> Path:
 
     Its content: {"cards": {name as the driver calls it: {some of SPEEDS: number}}}.
     """
-    return atomic.cache_dir() / "machine.json"
+    return cache_dir() / "machine.json"
 
 
 def measured_speeds() -> dict[str, dict[str, float]]:

@@ -75,29 +75,27 @@ class Opened:
         """Whether this rank speaks and writes."""
         return self.world.rank == 0
 
-    def say(self, text: str, end: str = "\n") -> None:
+    def say(self, text: str) -> None:
         """Print, on one rank."""
         if self.is_writer:
-            print(text, end=end, flush=True)
+            print(text, flush=True)
 
     def load_adapter(self) -> None:
         """Put the adapter on top of the base; nothing without one."""
         from fsdp_qlora.model import adapters
 
         if self.adapter is not None:
-            device = self.world.device
-            pairs, folder = self.adapter.pairs, self.adapter.path
+            pairs, folder, device = self.adapter.pairs, self.adapter.path, self.world.device
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
-            pairs = pairs | self.adapter.experts
-            scales = {name: pair.scale for name, pair in pairs.items()}
+            scales = {own: pair.scale for own, pair in (pairs | self.adapter.experts).items()}
             adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer of the base."""
-        from fsdp_qlora import data
+        from fsdp_qlora.data import tokenizer
 
-        return data.load_tokenizer(self.info)
+        return tokenizer.load(tokenizer.directory(self.info))
 
     def encode(
         self, question: str | list[dict], is_raw: bool = False, row: dict | None = None
@@ -287,8 +285,7 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
             os.environ.clear()
             os.environ.update(before)
     worlds.configure(world, cfg.gpu_budget_gib, cfg.seed)
-    model = build(cfg, info, world).model.eval()
-    return Opened(cfg, info, world, model, saved)
+    return Opened(cfg, info, world, build(cfg, info, world).model.eval(), saved)
 
 
 def _generator(model: Any, world: Any) -> Any:

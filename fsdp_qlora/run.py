@@ -22,9 +22,7 @@ from fsdp_qlora.training import preflight
 Poll = Callable[[], object]  # called after each step
 
 
-def run(
-    plan: plans.RunPlan, world, given: frozenset[str] = frozenset(), saved=None, poll: Poll = int
-) -> None:
+def run(plan: plans.RunPlan, world, given: frozenset[str], saved=None, poll: Poll = int) -> None:
     """Train as one of the ranks.
 
     Args:
@@ -42,7 +40,7 @@ def run(
     resumed = checkpoint.load(plan, given, saved, dataset, world)
     trained, tracker, record = _build(plan, dataset, world, saved is None)
     checkpoint.restore(trained, resumed.saved)
-    base = functools.partial(adapter.digest, plan.info)
+    base = functools.partial(plan.info.digest, 1)
     trained = evaluate.with_reference(trained, dataset, cfg, resumed.saved, base)
     kept, signals = resumed.record(out_dir, is_writer), hooks.StopFlag()
     signals.install()  # from here on a stop is recorded
@@ -142,21 +140,18 @@ def _evaluator(trained, dataset, plan: plans.RunPlan, recorder, num_done: int) -
     def answer(prompt) -> str:
         return inference.answer(model, tokenizer, prompt.ids, plan.cfg.sample_tokens, world)
 
-    def save_as(cfg: config.TrainConfig) -> None:
-        save(model, plan.info, cfg, tokenizer, is_writer=world.rank == 0)
-
+    own = {"tokenizer": tokenizer, "is_writer": world.rank == 0}
+    save_as = functools.partial(save, model, plan.info, **own)
     return Evaluator(trained, dataset, plan.cfg, answer, save_as, recorder, num_done)
 
 
-def join_and_run(
-    argv: list[str], poll: Poll = int, owns_process: bool = False
-) -> config.TrainConfig:
+def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> config.TrainConfig:
     """Be one of the ranks, of a process group that is there or of a new one.
 
     Args:
         argv: the command line, the same on every rank but for what is of its host.
         poll: called after each step.
-        owns_process: this process is the rank's alone; what goes wrong ends it, and is left as one
+        is_alone: this process is the rank's alone; what goes wrong ends it, and is left as one
             line for the supervisor.
 
     Returns:
@@ -188,7 +183,7 @@ def join_and_run(
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
             unused = f"--output_dir {own_dir} is not used"
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
-        peers = launch.watch_peers(cfg, world) if owns_process else None
+        peers = launch.watch_peers(cfg, world) if is_alone else None
         plan = launch.broadcast_plan(cfg, given, world)
         world = worlds.split(world, cfg.context_parallel)
         if is_mine:
@@ -204,7 +199,7 @@ def join_and_run(
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
         cause = error if world is None else worlds.explain(error, world, peers)
-        if owns_process:
+        if is_alone:
             exit_report.fail(cause, cfg, plan)
         raise cause from error
     return plan.cfg
@@ -268,7 +263,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
             say(f"note      {what}: without effect, what has started the ranks decides")
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
-        join_and_run(argv, owns_process=True)
+        join_and_run(argv, is_alone=True)
         return errors.DONE
     argv, saved = preflight.expand_resume(argv, say)
     argv = adapter.expand_init(argv) if saved is None else argv
@@ -279,7 +274,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     plans.announce(plan, say)
     if saved is None:
         adapter.check_init(plan.cfg, plan.info, say)
-    preflight.check(plan, saved, adapter.digest(plan.info))
+    preflight.check(plan, saved, plan.info.digest(1))
     hub.check(cfg.push_to_hub)
     for line in serving.notes(cfg):
         say(line)

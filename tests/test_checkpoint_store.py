@@ -1,15 +1,11 @@
 """The files of a checkpoint: all there or not at all, every wrong byte found; no torch."""
 
-import contextlib
 import errno
-import fcntl
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from safetensors import safe_open
@@ -112,13 +108,6 @@ def test_a_thousand_damages_are_found_each_naming_its_file(tmp_path: Path):
     with pytest.raises(UserError, match=r"extra\.json"):
         store.read(path)
     assert num_found >= 1000
-
-
-def test_a_checkpoint_under_another_step_is_refused(tmp_path: Path):
-    path = save(tmp_path, 7)
-    path.rename(path.with_name("step-8"))
-    with pytest.raises(UserError, match="manifest"):
-        store.read(path.with_name("step-8"))
 
 
 @pytest.mark.parametrize("point", hooks.SAVE_POINTS)
@@ -282,14 +271,3 @@ def test_a_run_of_which_nothing_came_leaves_no_word_of_a_rank_half_written(tmp_p
     store.clear(tmp_path)
     assert not best.exists(), "an adapter of the run that is written over"
     assert [path.name for path in logs.iterdir()] == ["notes.rank"]
-
-
-def test_a_disk_without_locks_is_used_with_a_warning(tmp_path: Path, monkeypatch, capsys):
-    """As some network file systems answer; another refusal of the system is still an error."""
-    for number, is_usable in ((errno.ENOLCK, True), (errno.ENOSYS, True), (errno.EIO, False)):
-        error = OSError(number, os.strerror(number))
-        monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=error))
-        with contextlib.nullcontext() if is_usable else pytest.raises(OSError, match="output"):
-            store.lock(tmp_path)
-        warning = f"warning   {tmp_path / store.LOCK}: its file system has no locks"
-        assert capsys.readouterr().err.startswith(warning) == is_usable

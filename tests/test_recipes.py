@@ -31,10 +31,10 @@ def planned() -> list[str]:
     rows = [f"| recipe | {' | '.join(GPUS.values())} |", "|---" * (1 + len(GPUS)) + "|"]
     for name in sorted(MODELS | {"llama-2-7b", "llama-2-70b"}):
         words = ["--recipe", name, "--gpus", ",".join(GPUS), "--host", "64"]
-        asked = plans.parse(words)
-        info, cells = arch.read(asked.cfg.model_name, need_weights=False), []
-        for machine in asked.machines.values():
-            found = plans.survey(info, asked.cfg, asked.given, machine)
+        _, cfg, given, machines = plans.parse(words)
+        info, cells = arch.read(cfg.model_name, need_weights=False), []
+        for machine in machines.values():
+            found = plans.survey(info, cfg, given, machine)
             longest = f"{found['longest']:,} tokens"
             cell = f"{found['gpu_gib']:.1f} GiB, {found['step_s']:.3g} s<br>to {longest}"
             cells.append(

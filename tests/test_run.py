@@ -13,7 +13,7 @@ from fsdp_qlora import config
 from fsdp_qlora import run as train_run
 from fsdp_qlora.__main__ import COMMANDS, console
 from fsdp_qlora.config import PROJECT_DIR
-from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT, INPUT
+from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT
 from tests import tiny, warm
 
 NUM_STEPS = 12
@@ -259,23 +259,3 @@ def test_no_command_depends_on_its_screen(place: Path):
         assert ended.err.endswith(lost) or command == "train", (command, ended.err)
         assert code == (ENVIRONMENT if file is None else DONE), (command, ended.err)
         assert file is None or file.exists(), command
-
-
-@pytest.mark.parametrize(
-    ("argv", "code"),
-    [
-        (["--help"], DONE),
-        (["--lora_rnk=8", "--batch_size=0"], INPUT),
-        (["--model_name=no-such-directory"], INPUT),
-    ],
-)
-def test_help_and_errors_of_arguments_do_not_import_torch(tmp_path, argv: list[str], code: int):
-    """What needs a second must not take ten."""
-    command = ("-X", "importtime", str(PROJECT_DIR / "train.py"), *argv)
-    found, out, err = run(tmp_path, *command)
-    assert found == code
-    modules = set(re.findall(r"^import time:.*\| +(\w+)", err, re.MULTILINE))
-    assert "json" in modules and not modules & {"torch", "numpy", "transformers", "peft"}
-    said = [line for line in err.splitlines() if not line.startswith("import time:")]
-    assert len(said) == (code != DONE) and bool(out) == (code == DONE)
-    assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         UserError: no such data, a bad row, no usable tokenizer, nothing left to train on.
     """
     needs_text = cfg.dataset != sources.DUMMY or prompts.has_prompts(cfg)
-    full = load_tokenizer(info) if needs_text else None
+    full = tokenizer.load(tokenizer.directory(info)) if needs_text else None
     text_tokenizer = None if full is None else tokenizer.wrap(full, str(info.path))
     ready = prepare.prepare(cfg, text_tokenizer, info.vocab_size, world.rank == 0)
     ready.check()
@@ -86,15 +86,3 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()
     digest = hashlib.sha256(held_back).hexdigest()[:16]
     return Data(train, held_out, full, audit, asked, digest)
-
-
-def load_tokenizer(info: ModelInfo) -> Any:
-    """Load the transformers tokenizer that lies beside a model; no code is run.
-
-    Args:
-        info: the model.
-
-    Raises:
-        UserError: there is none, or its files cannot be read.
-    """
-    return tokenizer.load(tokenizer.directory(info))

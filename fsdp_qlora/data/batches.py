@@ -152,7 +152,7 @@ class Batches:
     trained token of the global batch weighs the same.
 
     Args:
-        samples: all training samples, the same on every rank.
+        rows: all training samples, the same on every rank.
         sampler: of the rows; T is a multiple of its `pad_multiple`, up to the longest row.
         is_flat: the rows of a micro-batch lie one after the other instead of being padded.
 
@@ -162,12 +162,10 @@ class Batches:
 
     shares_prompts = False
 
-    def __init__(
-        self, samples: TokenDataset, sampler: SamplerConfig, is_flat: bool = False
-    ) -> None:
-        assert len(samples)
-        self.samples, self.sampler, self.is_flat = samples, sampler, is_flat or sampler.parts > 1
-        self.longest = int(samples.lengths.max())
+    def __init__(self, rows: TokenDataset, sampler: SamplerConfig, is_flat: bool = False) -> None:
+        assert len(rows)
+        self.samples, self.sampler, self.is_flat = rows, sampler, is_flat or sampler.parts > 1
+        self.longest = int(rows.lengths.max())
         self.steps_per_epoch = self._steps_per_epoch()
         self.num_steps = sampler.num_steps(self.steps_per_epoch)
 
@@ -358,8 +356,7 @@ def micro_batches(rows: np.ndarray, rows_per_micro: int, world_size: int) -> lis
     Returns:
         For every micro-batch the rows of each rank: of like length, as many or one fewer.
     """
-    num_parts = max(-(-len(rows) // rows_per_micro), 1)
-    parts = np.array_split(rows, num_parts)
+    parts = np.array_split(rows, max(-(-len(rows) // rows_per_micro), 1))
     return [[part[rank::world_size] for rank in range(world_size)] for part in parts]
 
 
@@ -460,22 +457,20 @@ def _best_fit(rows: list[int], lengths: np.ndarray, capacity: int) -> tuple[list
     return fills, bins
 
 
-def collate(
-    samples: Sequence[Sample], pad_multiple: int = 8, longest_of_all: int | None = None
-) -> Batch:
+def collate(samples: Sequence[Sample], pad_multiple: int = 8, most: int | None = None) -> Batch:
     """Pad samples on the right to a common length.
 
     Args:
         samples: rows of the batch; none gives one row of padding.
         pad_multiple: T is the smallest multiple of this that holds the longest row.
-        longest_of_all: T goes no further than the multiple of 8 that holds a row of so many
+        most: T goes no further than the multiple of 8 that holds a row of so many
             tokens; None for no such bound.
 
     Returns:
         The batch, on the CPU.
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
-    width = padded_width(longest, pad_multiple, longest_of_all or longest + pad_multiple)
+    width = padded_width(longest, pad_multiple, most or longest + pad_multiple)
     starts = [(row, 0) for row in range(len(samples))]
     return _batch((max(len(samples), 1), width), samples, starts)
 
@@ -579,9 +574,8 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
     starts = [0, *itertools.accumulate(lengths)]
     rest = width - starts[-1]
     ids = np.full((1, width), PAD_ID, np.int64)
-    ids[0, : starts[-1]] = np.concatenate(
-        [*(s.input_ids[: s.prompt] for s in samples), *(s.input_ids[s.prompt :] for s in samples)]
-    )
+    parts = [s.input_ids[: s.prompt] for s in samples] + [s.input_ids[s.prompt :] for s in samples]
+    ids[0, : starts[-1]] = np.concatenate(parts)
     firsts = [0] * len(prompts) + [p for p in prompts for _ in range(2)] + [0]
     at = [np.arange(n) + first for n, first in zip([*lengths, rest], firsts, strict=True)]
     positions, targets = [], []
@@ -628,8 +622,8 @@ def all_once(samples: TokenDataset, sampler: SamplerConfig) -> Iterator[Batch]:
     Yields:
         Batches on the CPU; none if there are no samples.
     """
-    if not len(samples):
-        return
-    batches = Batches(samples, replace(sampler, accumulation=1, seed=0, num_epochs=1, max_steps=0))
-    for step in range(batches.num_steps):
-        yield from batches.step(step)
+    if len(samples):
+        once = replace(sampler, accumulation=1, seed=0, num_epochs=1, max_steps=0)
+        batches = Batches(samples, once)
+        for step in range(batches.num_steps):
+            yield from batches.step(step)

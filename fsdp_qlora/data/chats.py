@@ -1,5 +1,6 @@
 """Messages of a conversation, read from every spelling; calls of tools in every form."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -165,10 +166,9 @@ def call_message(message: dict, is_known: bool) -> dict:
     """
     if message["role"] != CALL:
         return message
-    try:
+    found = None
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(message["content"])
-    except (ValueError, RecursionError):
-        found = None
     calls = found if isinstance(found, list) else [found]
     are_calls = calls and all(isinstance(call, dict) and "name" in call for call in calls)
     if not is_known or not are_calls:
@@ -179,17 +179,15 @@ def call_message(message: dict, is_known: bool) -> dict:
 
 def as_object(arguments: Any) -> Any:
     """Return arguments of a call as an object where they are one in JSON."""
-    try:
-        found = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        return arguments
-    return found if isinstance(found, dict) else arguments
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        if isinstance(found := json.loads(arguments), dict):
+            return found
+    return arguments
 
 
 def as_text(arguments: Any) -> Any:
     """Return arguments of a call as JSON in text."""
-    is_text = isinstance(arguments, str)
-    return arguments if is_text else json.dumps(arguments, ensure_ascii=False)
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def with_arguments(message: dict, form: Callable[[Any], Any]) -> dict:

@@ -4,11 +4,10 @@ Such a row becomes one row of a usual format for each answer, which is written, 
 as any other. Source of the forms: TRL's dataset formats, LLaMA-Factory's, UltraFeedback, HH-RLHF.
 """
 
-import functools
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -39,12 +38,6 @@ class PreferenceFormatter(row_formats.RowFormatter):
 
     num_answers: int = 2
 
-    @functools.cached_property
-    def _plain(self) -> row_formats.RowFormatter:
-        """That of the rows of the single answers."""
-        plain = row_formats.RowFormatter
-        return plain(**{field.name: getattr(self, field.name) for field in fields(plain)})
-
     def problem(self, row: object) -> str | None:
         """Say what keeps a value from being a row of preferences, see RowFormatter."""
         if not isinstance(row, dict):
@@ -63,24 +56,23 @@ class PreferenceFormatter(row_formats.RowFormatter):
         side = self.sides(row)[0][0]
         own = {"chosen", "completion", "output", "answer"}
         used = {*itertools.chain(*PAIRS, LABELS), *ASKED, *chats.CHAT_COLUMNS, *own}
-        found = [name for name in self._plain.unused(side) if name in row or " " in name]
+        found = [name for name in super().unused(side) if name in row or " " in name]
         others = (n for n, v in row.items() if n not in used | {*side} and v not in (None, "", []))
         return [*found, *others]
 
-    def name(self, row: object) -> str:
+    def name(self, row: Any) -> str:
         """Return how a row is treated, see RowFormatter."""
-        assert isinstance(row, dict)
         what = "pairs" if row_formats.suggested(row) == "dpo" else "labelled answers"
-        return f"{self._plain.name(self.sides(row)[0][0])}, {what}"
+        return f"{super().name(self.sides(row)[0][0])}, {what}"
 
     def is_chat(self, row: object) -> bool:
         """Return whether a row goes through the chat template."""
-        return isinstance(row, dict) and self._plain.is_chat(self.sides(row)[0][0])
+        return isinstance(row, dict) and super().is_chat(self.sides(row)[0][0])
 
     def ask(self, question: str | list[dict], example: object, **values: Any) -> str:
         """Put a new question into the form of the rows, see RowFormatter."""
         side = self.sides(example)[0][0] if isinstance(example, dict) else None
-        return self._plain.ask(question, side, **values)
+        return super().ask(question, side, **values)
 
     def render(self, row: dict) -> list[Text]:
         """Turn a row into the text of each of `sides`, what is compared marked.
@@ -98,7 +90,7 @@ class PreferenceFormatter(row_formats.RowFormatter):
         return [sign for _, sign in self.sides(row)]
 
     def _one(self, side: dict) -> Text:
-        texts = self._plain.render(side)
+        texts = super().render(side)
         if len(texts) > 1:
             rule = "the chat template writes earlier turns in another way"
             raise Refused(f"{rule}; --train_on last compares the last answers")
@@ -139,7 +131,7 @@ class PreferenceFormatter(row_formats.RowFormatter):
 def _pair(row: dict, names: Sequence[str]) -> list[dict]:
     """The row with the chosen answer and that with the rejected one."""
     beside = {name: row[name] for name in BESIDE if name in row}
-    answers = [_as_messages(row[name]) for name in names]
+    answers: list[Any] = [row[n] if not isinstance(row[n], dict) else [row[n]] for n in names]
     asked = next((name for name in ASKED if row.get(name) not in (None, "", [])), "")
     prompt: Any = row.get(asked)
     if not asked:
@@ -174,10 +166,6 @@ def _pair(row: dict, names: Sequence[str]) -> list[dict]:
     if not start or not all(both):
         raise Refused(f'"{names[0]}" and "{names[1]}" have no prompt in common')
     return [beside | {"prompt": start, "completion": messages} for messages in both]
-
-
-def _as_messages(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
 
 
 def _turns(text: str) -> list[dict]:

@@ -23,6 +23,7 @@ import numpy as np
 from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, preferences, row_formats, sources, tokenizer, tokens
+from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.tokenizer import TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
@@ -57,7 +58,7 @@ class PreparedData:
     num_test: int
     stores: tuple[TokenStore, ...]
     names: tuple[str, ...]
-    formatter: row_formats.RowFormatter | None = None
+    formatter: RowFormatter | None = None
     example: Any = None
 
     @functools.cached_property
@@ -141,7 +142,7 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
-def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormatter:
+def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
     """How the rows of a run become text."""
     how = (cfg.train_on, cfg.system_prompt)
     found = row_formats.choose(cfg.template, tokenizer.chat(), tokenizer.names, *how)
@@ -157,8 +158,7 @@ def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> row_formats.RowFormat
         got = f"--template {cfg.template} with --objective {cfg.objective}"
         rule = "knows no prompt and no answers to compare"
         raise UserError(got, rule, "use --template chat or prompt, or leave it out")
-    rest = vars(found) | rest
-    return preferences.PreferenceFormatter(**rest, num_answers=cfg.num_answers)
+    return preferences.PreferenceFormatter(**vars(found) | rest, num_answers=cfg.num_answers)
 
 
 def prepare_early(cfg: TrainConfig, light: TextTokenizer, vocab_size: int) -> PreparedData | None:
@@ -199,7 +199,7 @@ def _find_eval(cfg: TrainConfig, name: str, tokenizer: TextTokenizer) -> list[so
 def _tokenize(
     cfg: TrainConfig,
     tokenizer: TextTokenizer,
-    formatter: row_formats.RowFormatter,
+    formatter: RowFormatter,
     progress: Callable[[int], Any],
     found: list[sources.Source],
 ) -> TokenDataset:
@@ -214,8 +214,7 @@ def _tokenize(
     if root is None or None in prints or (cfg.token_cache == "auto" and _is_small(found)):
         made = build(tokens.StoreBuilder(None))
     else:
-        key = _key(prints, tokenizer, formatter, cfg.context_length)
-        made = tokens.cached(root / key, build)
+        made = tokens.cached(root / _key(prints, tokenizer, formatter, cfg.context_length), build)
     if not len(made) and made.facts["num_rows"] and not made.facts["num_bad"]:
         rule = f"none has an answer within {cfg.context_length} tokens"
         remedy = "raise --context_length or check the answers"
@@ -223,16 +222,14 @@ def _tokenize(
     return TokenDataset(made)
 
 
-def _key(
-    prints: list, tokenizer: TextTokenizer, formatter: row_formats.RowFormatter, context_length: int
-) -> str:
+def _key(prints: list, tokenizer: TextTokenizer, formatter: RowFormatter, most: int) -> str:
     """Another name for other tokens; transformers renders the templates."""
     own = formatter.row_template
     how: list[Any] = [formatter.format_name, formatter.train_on, formatter.system, formatter.parts]
     how += [formatter.chat_kwargs, formatter.allows_dropped, getattr(formatter, "num_answers", 0)]
     jinja = [formatter.chat.source, own and own.source]
     versions = [tokens.VERSION, __version__, importlib.metadata.version("transformers")]
-    parts = [versions, prints, tokenizer.fingerprint(), how, jinja, context_length]
+    parts = [versions, prints, tokenizer.fingerprint(), how, jinja, most]
     return f"tokens-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
 
 
@@ -264,8 +261,7 @@ def train_test_split(
         if num_rows and num_held_out >= num_rows:
             rule = f"only {num_rows} rows can be used, and some must be trained on"
             raise UserError(f"--eval_split {num_held_out}", rule, f"at most {num_rows - 1}")
-        chosen = np.argsort(at, kind="stable")[:num_held_out]
-        is_held_out = np.isin(np.arange(num_rows), chosen)
+        is_held_out = np.isin(np.arange(num_rows), np.argsort(at, kind="stable")[:num_held_out])
         return whole.part(~is_held_out), whole.part(is_held_out), 0
     hold = split_share(cfg.eval_split)
     if learn is None and hold is None:
@@ -441,23 +437,19 @@ def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[s
     return found
 
 
-def _padding(
-    cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple: int
-) -> dict[str, float]:
+def _padding(cfg: TrainConfig, rows: TokenDataset, world_size: int, pad_multiple: int) -> Facts:
     """Share of the tokens of an epoch that are padding, in batches and in packed sequences."""
     lengths, sizes, num_sides = rows.lengths, rows.sizes, rows.num_sides
     if not len(lengths):
         return {"batches": 0.0, "packed": 0.0}
     if len(lengths) > MOST_SIMULATED_ROWS:
-        random = np.random.default_rng(cfg.seed)
-        chosen = random.choice(len(lengths), MOST_SIMULATED_ROWS, False)
+        chosen = np.random.default_rng(cfg.seed).choice(len(lengths), MOST_SIMULATED_ROWS, False)
         lengths, sizes = lengths[chosen], sizes[chosen]
     total, capacity = int(sizes.sum()), cfg.context_length * num_sides
     num_packed = len(batches.pack(sizes, capacity, world_size, cfg.seed, 0))
     sampler = batches.sampler_config(cfg, world_size, 0, pad_multiple)
     num_padded = sum(batches.padded_tokens(lengths, sampler)) * num_sides
-    packed = 1 - total / (num_packed * capacity)
-    return {"batches": 1 - total / num_padded, "packed": packed}
+    return {"batches": 1 - total / num_padded, "packed": 1 - total / (num_packed * capacity)}
 
 
 def _answers(stores: Sequence[TokenStore]) -> dict[str, float]:
@@ -581,7 +573,6 @@ def _shown(
 def _safe(text: str) -> str:
     """Long text without its middle, and no terminal codes of the data's own."""
     if len(text) > MOST_CHARS:
-        num_left_out = len(text) - MOST_CHARS
         head, tail = text[: MOST_CHARS // 2], text[-MOST_CHARS // 2 :]
-        text = f"{head} [... {num_left_out:,} characters ...] {tail}"
+        text = f"{head} [... {len(text) - MOST_CHARS:,} characters ...] {tail}"
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -5,7 +5,7 @@ import itertools
 import json
 import operator
 import string
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ class RowFormat:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    pair: Callable[[dict], tuple[str, str]] | None = None
-    messages: Callable[[dict], list[dict]] | None = None
-    check: Callable[[dict], Any] | None = None
+    pair: Any = None
+    messages: Any = None
+    check: Any = None
     holds: type = object
     answers: str | None = None
 
@@ -91,9 +91,9 @@ class RowFormat:
         return None
 
 
-def match(row: dict) -> RowFormat | None:
-    """Return the first format whose columns a row has, or None."""
-    return next((found for found in ROW_FORMATS if found.has(row)), None)
+def match(row: dict, formats: Sequence[RowFormat] = ()) -> RowFormat | None:
+    """Return the first format, of some or all, whose columns a row has, or None."""
+    return next((found for found in formats or ROW_FORMATS if found.has(row)), None)
 
 
 def suggested(row: object) -> str:
@@ -256,7 +256,7 @@ class RowFormatter:
             return None if is_text else "is running text (the template wants columns)"
         if not isinstance(row, dict):
             return f"is {chats.kind(row)} (want an object with named fields)"
-        found = self._match(row)
+        found = match(row, self.formats)
         if found is None:
             usual = {f.name: f for f in reversed(self.formats)}
             kinds = ["+".join(f.required) for f in self.formats if usual[f.name] is f]
@@ -329,7 +329,7 @@ class RowFormatter:
         """Return what each text of `render` is in a comparison: None, as nothing is compared."""
         return itertools.repeat(None)
 
-    def ask(self, question: str | list[dict], example: object, **values: Any) -> str:
+    def ask(self, question: str | list[dict], example: Any, **values: Any) -> str:
         """Put a new question into the form of the rows that are trained on.
 
         Args:
@@ -346,14 +346,13 @@ class RowFormatter:
         values = {**self.chat_kwargs, **values}
         if isinstance(question, list):
             return self.chat.prompt(question, **values)
-        if not isinstance(example, dict) or self.name(example) in (BLOCKS, OWN, TOKENS):
+        if RowFormatter.name(self, example) in (BLOCKS, OWN, TOKENS):
             return question
         found = self._find(example)
         if self._as_chat(found):
             first = [{"role": "system", "content": LABEL_PROMPT}] * (found.name == LABEL)
             messages = [*first, {"role": "user", "content": question}]
             return self.chat.prompt(self._with_system(messages), **values)
-        assert found.pair is not None
         if ASSISTANT in str(example.get("text", "")):
             question = f"### Human: {question}\n{ASSISTANT}"
         blank = dict.fromkeys(found.required, "")
@@ -372,7 +371,6 @@ class RowFormatter:
         found = self._find(row)
         if self._as_chat(found):
             return self._render_chat(found, row)
-        assert found.pair is not None
         start = "" if self.parts else self._system_text(found, row)
         history = chats.earlier_turns(row) if HISTORY in found.optional else []
         turns = [dict(zip(found.required, turn, strict=True)) for turn in history]
@@ -387,7 +385,6 @@ class RowFormatter:
         return [Text(text, tuple((a, b) for a, b in spans if text[a:b].strip()))]
 
     def _render_chat(self, found: RowFormat, row: dict) -> list[Text]:
-        assert found.messages is not None
         values, messages = {**self.chat_kwargs, **chat_values(row)}, found.messages(row)
         tools = values["tools"]
         notes = [("unread", name) for name in self.chat.unread(values, tools) if name != "tools"]
@@ -435,11 +432,8 @@ class RowFormatter:
         assert refusal is not None
         raise refusal
 
-    def _match(self, row: dict) -> RowFormat | None:
-        return next((found for found in self.formats if found.has(row)), None)
-
     def _find(self, row: dict) -> RowFormat:
-        found = self._match(row)
+        found = match(row, self.formats)
         assert found is not None, f"row of no kind: {sorted(row)}"
         return found
 

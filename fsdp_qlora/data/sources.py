@@ -50,8 +50,7 @@ class RowPlace(NamedTuple):
     number: int
 
     def __str__(self) -> str:
-        number = f":{self.number}" if self.number > 0 else f" row {-self.number}"
-        return self.name + number
+        return self.name + (f":{self.number}" if self.number > 0 else f" row {-self.number}")
 
 
 class BadRow(NamedTuple):
@@ -84,8 +83,7 @@ PlacedRows = Iterator[tuple[RowPlace, Any]]
 
 def suffix(path: Path) -> str:
     """Return the suffix that tells the format, without that of a compression, in lower case."""
-    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    return plain.suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
 def can_read(path: Path) -> bool:
@@ -149,10 +147,7 @@ def _open(path: Path) -> io.TextIOWrapper:
 
 def is_unicode(text: str) -> bool:
     """Return whether a text holds no half of a surrogate pair, such as a wrong byte becomes."""
-    try:
-        return text.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    return text.encode(errors="ignore").decode() == text
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
@@ -278,8 +273,7 @@ def _read_arrow(path: Path) -> PlacedRows:
     except OSError:
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
-        kind = "parquet" if is_parquet else "Arrow"
-        rule = f"is not a readable {kind} file ({brief(error)})"
+        rule = f"is not a readable {'parquet' if is_parquet else 'Arrow'} file ({brief(error)})"
         raise UserError(str(path), rule, "fetch or save it again") from error
 
 

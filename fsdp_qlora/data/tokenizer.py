@@ -345,11 +345,6 @@ class TextTokenizer:
         return found
 
     @property
-    def added_ids(self) -> set[int]:
-        """Ids that stand for no text of a language: special tokens and others added by hand."""
-        return set(self.core.get_added_tokens_decoder())
-
-    @property
     def adds_bos(self) -> bool:
         """Whether a text by itself gets the beginning-of-text token in front."""
         bos_id = self.core.token_to_id(self.names.get("bos_token", ""))
@@ -382,8 +377,7 @@ class TextTokenizer:
             table["post_processor"] = None  # transformers puts one there that does nothing
         table["split_special_tokens"] = self.core.encode_special_tokens
         parts = [table, self.names, self.chat_template, self.tool_template]
-        whole = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(whole.encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> TextTokenizer:

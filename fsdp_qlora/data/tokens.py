@@ -140,10 +140,8 @@ class TokenDataset(Sequence[Sample]):
         tokens = np.diff(store.table[:, START])[self.indices]
         prompt, second = (store.table[self.indices, name] for name in (PROMPT, SECOND))
         self.num_sides = 1 + bool(store.table[:, SECOND].any())
-        self.lengths, self.sizes = tokens, tokens
-        if self.num_sides == 2:
-            self.sizes = tokens + prompt
-            self.lengths = np.maximum(second, self.sizes - second)
+        self.sizes = tokens + prompt * (second > 0)
+        self.lengths = np.maximum(second, self.sizes - second)
         self.num_trained = store.table[self.indices, NUM_TRAINED]
         self.hashes = store.table[self.indices, HASH].view(np.uint64)  # equal for equal tokens
 
@@ -316,9 +314,8 @@ def cached(directory: Path, build: Callable[[StoreBuilder], TokenStore]) -> Toke
 
 def no_facts() -> Facts:
     """Return what `tokenize` counts, before a row has been read."""
-    numbers = dict.fromkeys(NUMBERS, 0)
-    tables: Facts = {name: {} for name in ("kinds", "findings", "unused", "examples")}
-    return {**numbers, **tables, "bad": [], "largest_id": -1}
+    tables: Facts = {name: Counter() for name in ("kinds", "findings", "unused")}
+    return dict.fromkeys(NUMBERS, 0) | tables | {"examples": {}, "bad": [], "largest_id": -1}
 
 
 class _Job(NamedTuple):
@@ -368,8 +365,6 @@ def tokenize(
             not raised.
     """
     num_reported, facts = 0, no_facts()
-    counted: Facts = {name: Counter() for name in ("kinds", "findings", "unused")}
-    facts |= counted
     maker = _SampleMaker(builder, facts, context_length, tokenizer)
     jobs = _jobs(rows, formatter, facts)
     while chunk := list(itertools.islice(jobs, CHUNK)):
@@ -379,7 +374,7 @@ def tokenize(
         num_reported = facts["num_rows"]
     if maker.num_running > 1:  # of a single token nothing can be learned
         maker.flush()
-    return builder.finish(facts | {name: dict(count) for name, count in counted.items()})
+    return builder.finish(facts)
 
 
 def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_Job]:
@@ -472,7 +467,8 @@ class _SampleMaker:
     ) -> None:
         self.builder, self.facts, self.context_length = builder, facts, context_length
         self.tokenizer, self.eos_id = tokenizer, tokenizer.eos_id
-        self.added_ids = np.array(sorted(tokenizer.added_ids | {self.eos_id}), np.int32)
+        added = tokenizer.core.get_added_tokens_decoder()  # no text of a language
+        self.added_ids = np.array(sorted({*added, self.eos_id}), np.int32)
         bos_id = tokenizer.core.token_to_id(tokenizer.names.get("bos_token", ""))
         self.bos_codes = np.array([~bos_id] if tokenizer.adds_bos else [], np.int32)
         bos, eos = (re.escape(tokenizer.names.get(name, "")) for name in ("bos_token", "eos_token"))
@@ -519,8 +515,7 @@ class _SampleMaker:
         codes = np.where(is_trained, ids, ~ids)
         if has_end or (text.has_markup and not reaches_end):
             return codes
-        end_code = self.eos_id if reaches_end else ~self.eos_id
-        return np.append(codes, np.int32(end_code))
+        return np.append(codes, np.int32(self.eos_id if reaches_end else ~self.eos_id))
 
     def take(self, job: _Job, codes: np.ndarray) -> None:
         """Turn the codes of a job into samples, in the order of the rows."""

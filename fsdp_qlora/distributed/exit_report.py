@@ -20,7 +20,6 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import BUG, DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.rows import GibByRow
-from fsdp_qlora.planning.run import RunPlan
 
 MOST_ROWS = 4
 MAX_LINES = 10
@@ -117,7 +116,7 @@ def compare_memory(
     return [*lines, *([f"largest   {', '.join(parts)} GiB"] if parts else [])]
 
 
-def fail(error: Exception, cfg: TrainConfig, plan: RunPlan | None = None) -> NoReturn:
+def fail(error: Exception, cfg: TrainConfig, plan: plans.RunPlan | None = None) -> NoReturn:
     """Leave word of what ended this rank, then leave.
 
     The word goes to the supervisor, or to the terminal without one; the trace of what is no
@@ -202,7 +201,7 @@ def _describe(error: Exception, rank: int, trace: str) -> RankError:
     return RankError(rank, code, line, kind=LINK if isinstance(error, LinkError) else "")
 
 
-def error_lines(found: RankError, plan: RunPlan | None, how_to_resume: str = "") -> list[str]:
+def error_lines(found: RankError, plan: plans.RunPlan | None, how_to_resume: str = "") -> list[str]:
     """Return the lines that tell of a failed rank.
 
     Args:
@@ -267,13 +266,13 @@ def clear_errors(output_dir: Path) -> None:
 
 
 def diagnose_exit(
-    ended: RanksExit, output_dir: Path, how_to_resume: str, num_kills: int, plan: RunPlan | None
+    ended: RanksExit, out_dir: Path, how_to_resume: str, num_kills: int, plan: plans.RunPlan | None
 ) -> ExitReport:
     """Find out why a run ended: the first cause, not what its peers say of it.
 
     Args:
         ended: of the ranks.
-        output_dir: directory of the run.
+        out_dir: directory of the run.
         how_to_resume: how to continue, in words; "" when nothing can be continued.
         num_kills: processes that the kernel has killed meanwhile, because memory ran out.
         plan: of the run, if it was made.
@@ -284,15 +283,15 @@ def diagnose_exit(
     if ended.stop is not None:
         step = max(sign.step for sign in signs)
         line = f"stopped by {signal.Signals(ended.stop).name}{f' at step {step}' if step else ''}; "
-        line += how_to_resume or f"what was recorded is in {output_dir}"
+        line += how_to_resume or f"what was recorded is in {out_dir}"
         return ExitReport(errors.SIGNALED + ended.stop, [line], is_final=True)
     if ended.hung:
         who = f"rank{'s' * (len(ended.hung) > 1)} {', '.join(map(str, ended.hung))}"
         sign = signs[ended.hung[0]]
         rule = f"hung{sign}: no sign of life for {sign.silent_s:.0f} s"
-        remedy = f"the stacks of all ranks are in {output_dir}/{LOGS}"
+        remedy = f"the stacks of all ranks are in {out_dir}/{LOGS}"
         return ExitReport(RUN_FAILED, [_line(who, rule, remedy, how_to_resume)])
-    words, is_last = read_errors(output_dir), [sign.is_last for sign in signs]
+    words, is_last = read_errors(out_dir), [sign.is_last for sign in signs]
     failed = [i for i in range(len(codes)) if i not in ended.ended and (codes[i] or not is_last[i])]
     words += [RankError(i, codes[i], signs[i].point) for i in failed if " " in signs[i].point]
     sudden = [rank for rank in failed if codes[rank] < 0 and -codes[rank] not in AFTERMATH]
@@ -305,9 +304,9 @@ def diagnose_exit(
         return ExitReport(causes[0].code, lines, causes[0].kind, bool(own), has_begun)
     rank = (sudden or early or failed)[0]
     who, code, sign = f"rank {rank}", codes[rank], signs[rank]
-    remedy = f"see {output_dir}/{LOGS}/rank{rank}.log" if rank else "see the lines above"
+    remedy = f"see {out_dir}/{LOGS}/rank{rank}.log" if rank else "see the lines above"
     if -code == signal.SIGKILL and num_kills:
-        rule, more = _killed_by_kernel(output_dir, plan)
+        rule, more = _killed_by_kernel(out_dir, plan)
         first = _line(who, rule, "free host memory or keep less in it", how_to_resume)
         return ExitReport(RUN_FAILED, [first, *more][:MAX_LINES])
     rule = f"ended with code {code}{sign}" + ", before its end" * (code == DONE)
@@ -332,7 +331,7 @@ def _joined(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _killed_by_kernel(output_dir: Path, plan: RunPlan | None) -> tuple[str, list[str]]:
+def _killed_by_kernel(output_dir: Path, plan: plans.RunPlan | None) -> tuple[str, list[str]]:
     """Why a rank was killed, and what the host had, at the last record and by the plan."""
     last: dict[str, Any] = {}
     where, phase, path = "load", "load", output_dir / METRICS

@@ -15,12 +15,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fsdp_qlora import arch, checkpoint_store, hardware
-from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
@@ -29,7 +27,6 @@ from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, W
 from fsdp_qlora.distributed.meeting import IDENTITY
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import adopt_format, check_context
 
 if TYPE_CHECKING:
@@ -372,7 +369,7 @@ class _Supervisor:
         _send(self._ranks, number)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Attempt:
     """What the ranks are started with, and who follows them.
 
@@ -389,7 +386,7 @@ class Attempt:
 
     cfg: TrainConfig
     argv: Sequence[str]
-    plan: RunPlan | None = None
+    plan: plans.RunPlan | None = None
     start: Start = start
     tell: Callable[[str], Any] = lambda line: print(line, file=sys.stderr)
     poll: Poll = int
@@ -587,7 +584,7 @@ def _again(found: ExitReport, attempt: Attempt) -> Attempt | None:
     return dataclasses.replace(attempt, argv=argv, plan=plan, num_restarts=number)
 
 
-def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
+def plan_run(cfg: TrainConfig, given: frozenset[str]) -> plans.RunPlan:
     """Make the plan of a run on this machine; no torch.
 
     Args:
@@ -606,13 +603,13 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> RunPlan:
     return plans.make(info, cfg, given, machine)
 
 
-def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[ModelInfo, TrainConfig]:
+def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[arch.ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     find_targets(info, cfg)
     return info, adopt_format(cfg, info.stored_format, given)
 
 
-def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> RunPlan:
+def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> plans.RunPlan:
     """Make the plan of a run on one of its ranks: that of the supervisor, or of rank 0.
 
     Args:
@@ -639,7 +636,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> R
             remedy = "use full_shard, or as many ranks on each"
             raise UserError(f"--sharding_strategy {cfg.sharding_strategy}", rule, remedy)
         note = "off: the machines have different numbers of ranks"
-        return RunPlan(cfg, cfg, info, machine, note=note)
+        return plans.RunPlan(cfg, cfg, info, machine, note=note)
     machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)
     found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
     if not hooks.is_supervised():

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +31,7 @@ T = TypeVar("T")
 MACHINE_NUMBERS = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")  # of torchrun, srun, Ray
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class World:
     """This process among the ranks.
 

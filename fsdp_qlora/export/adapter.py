@@ -23,7 +23,6 @@ from fsdp_qlora import __version__, arch, atomic, checkpoint_store, cli, config
 from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
-from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG_NAME
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
@@ -389,7 +388,7 @@ def check_base(adapter: SavedAdapter, info: ModelInfo, any_base: bool = False) -
     """
     name = "samples" if "samples" in adapter.record else "digest"
     trained_on = adapter.record.get(name) if info.tensors and not any_base else None
-    if trained_on not in (None, info.digest() if name == "samples" else digest(info)):
+    if trained_on not in (None, info.digest() if name == "samples" else info.digest(1)):
         rule = f"is not the base that {adapter.path} was trained on ({adapter.record.get('base')})"
         remedy = "give that one with --model_name, or add --any_base true"
         raise UserError(str(info.path), rule, remedy)
@@ -503,7 +502,7 @@ def record_of(info: ModelInfo, cfg: TrainConfig) -> dict[str, Any]:
     """
     base = "@".join(filter(None, base_name(info, cfg)))
     found: dict[str, Any] = {"version": __version__, "base": base, "format": cfg.format_name}
-    found |= {"compute_dtype": cfg.compute_dtype, "digest": digest(info)}
+    found |= {"compute_dtype": cfg.compute_dtype, "digest": info.digest(1)}
     return found | {"samples": info.digest()}
 
 
@@ -517,11 +516,6 @@ def metadata(record: dict[str, Any]) -> dict[str, str]:
         Texts by name, with what transformers and peft look for.
     """
     return {"format": "pt", RECORD_KEY: json.dumps(record)}
-
-
-def digest(info: ModelInfo) -> str | None:
-    """Return `ModelInfo.digest` as the records of older versions have it, by one place a tensor."""
-    return info.digest(1)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -629,5 +623,5 @@ def run_config(path: Path) -> TrainConfig | None:
     Raises:
         UserError: it is damaged (code 5).
     """
-    file = path / RUN_CONFIG_NAME
+    file = path / checkpoint_store.CONFIG
     return from_record(read_json(file))[0] if file.is_file() else None

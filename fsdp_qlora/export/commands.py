@@ -147,10 +147,8 @@ def _new_model(
         max_bytes = round(options.max_shard_gib * GIB)
         written = model_files.write_weights(draft, names, tensors, max_bytes)
         yield draft, written
-    print(
-        f"written   {out}: {written['num_files']} files, {written['gib']:.2f} GiB in "
-        f"{written['written_s']:.1f} s; at most {written['host_peak_gib']:.2f} GiB of host memory"
-    )
+    text = "{num_files} files, {gib:.2f} GiB in {written_s:.1f} s; at most {host_peak_gib:.2f} GiB"
+    print(f"written   {out}: {text.format_map(written)} of host memory")
 
 
 def _choose_device(name: str) -> "torch.device":
@@ -237,7 +235,7 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         evidence = new_weights.check(seen, result_base, options)
         facts: dict[str, Any] = {"adapter": str(adapter.path), "base": str(info.path)}
-        facts["base_digest"] = adapters.digest(info)
+        facts["base_digest"] = info.digest(1)
         facts["added_to"] = "dequantized" if is_dequantized else "16bit"
         facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
         facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)
@@ -333,8 +331,7 @@ def expand(argv: list[str]) -> int:
     names, tensors = [new for _, new, _ in expansion.sources], expansion.tensors(tokens)
     need_bytes = sum(ref.nbytes for ref in info.tensors.values()) * (1 + num_new / info.num_layers)
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
-        changes = expansion.changes()
-        changes |= {} if tokens is None else {"vocab_size": tokens.num_rows}
+        changes = expansion.changes() | ({} if tokens is None else {"vocab_size": tokens.num_rows})
         model_files.copy_beside(draft, info, None, **changes)
         if tokens is not None:
             model_files.write_tokens(draft, tokens.core)
@@ -343,8 +340,7 @@ def expand(argv: list[str]) -> int:
         flags = f"--train_type bnb_llama_pro --llama_pro_path {out}"
         print(f"layers    {info.num_layers} and {num_new} new ones, numbers {added}")
     if tokens is not None:
-        num_tokens = tokens.core.get_vocab_size()
-        print(f"tokens    {num_tokens:,}, embeddings of {tokens.num_rows:,} rows")
+        print(f"tokens    {tokens.core.get_vocab_size():,}, embeddings of {tokens.num_rows:,} rows")
     print(f"next      python train.py {flags} --dataset YOUR_ROWS.jsonl")
     return DONE
 

@@ -15,7 +15,6 @@ from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, REDACTED, UserError, brief, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, TABLE, WEIGHTS_NAME
 from fsdp_qlora.planning.sizes import count_trained
-from fsdp_qlora.record import OWN_FLAGS, Run, highest
 
 CARD_NAME = "README.md"
 FILES = (*TABLE["of_model"], CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
@@ -45,7 +44,7 @@ def write_card(directory: Path, cfg: TrainConfig, info: arch.ModelInfo) -> Path:
     return atomic.write(directory / CARD_NAME, text)
 
 
-def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> str:
+def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: record.Run | None) -> str:
     """Compose the card; `redact` it before it is written.
 
     Args:
@@ -70,7 +69,7 @@ def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> str:
     tables = {"Training": _facts(cfg, info, run)}
     if run is not None:
         tables |= {"Results": _results(run), "Versions": run.table("versions")}
-    options = {flag: value for flag, value in to_dict(cfg).items() if flag not in OWN_FLAGS}
+    options = {flag: value for flag, value in to_dict(cfg).items() if flag not in record.OWN_FLAGS}
     merge = f"--adapter {shlex.quote(name)} --out {shlex.quote(name + '-merged')}"
     card = ModelCard.from_template(
         header,
@@ -95,7 +94,7 @@ def _is_hub_name(name: str) -> bool:
     return is_form and not Path(name).expanduser().exists()
 
 
-def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> dict[str, Any]:
+def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: record.Run | None) -> dict[str, Any]:
     total, num_trained = arch.num_params(info), count_trained(info, cfg).total
     base = f"{cfg.model_name}: {total:,} parameters, {info.model_type}"
     facts: dict[str, Any] = {"base": base, "base in training": cfg.format_name}
@@ -108,13 +107,13 @@ def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: Run | None) -> dict[str,
     return facts | {"ranks": run.num_ranks, "steps": f"{run.steps[-1]['step']:,}"}
 
 
-def _results(run: Run) -> dict[str, str]:
+def _results(run: record.Run) -> dict[str, str]:
     held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
     seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
-    size = highest(run.peaks("device_total_gib")) or 0.0
-    peak = highest(run.peaks("device_peak_reserved_gib")) or 0.0
-    host_gib = highest(run.host("host_peak_used_gib")) or 0.0
+    size = record.highest(run.peaks("device_total_gib")) or 0.0
+    peak = record.highest(run.peaks("device_peak_reserved_gib")) or 0.0
+    host_gib = record.highest(run.host("host_peak_used_gib")) or 0.0
     rows = {
         "loss of the first and the last step": _both(run.values("loss")),
         "held-out loss before and after": _both(held_out) if len(held_out) > 1 else "",

@@ -223,7 +223,7 @@ def _copy(source: Path | None, out: Path, patterns: tuple[str, ...]) -> None:
 
 
 def save(
-    model: torch.nn.Module, info: ModelInfo, cfg: TrainConfig, tokenizer: Any, is_writer: bool
+    model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, tokenizer: Any, is_writer: bool
 ) -> Path:
     """Write what was trained, the tokenizer and a model card.
 
@@ -244,7 +244,6 @@ def save(
     Raises:
         UserError: what was read back is not what was written (code 5).
     """
-    assert isinstance(model, QuantizedModel)
     is_full = TRAIN_TYPES[cfg.train_type].adapter == "full"
     path = (_save_model if is_full else _save_parts)(model, info, cfg, is_writer)
     if is_writer and tokenizer is not None:

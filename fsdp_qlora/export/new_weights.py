@@ -21,7 +21,6 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +57,7 @@ LOGITS_COPIES = 4
 SEED = 0  # of random tokens
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainedBase:
     """Makes of the weights in the files what training computes with.
 
@@ -78,7 +77,7 @@ class TrainedBase:
     device: torch.device
     format_name: str | None = None
     quant_cache: str = "off"
-    _held: dict[int, LayerStore] = field(default_factory=dict, init=False)  # a layer of the cache
+    _held: dict[int, LayerStore] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Refuse another format than that of the files."""
@@ -150,23 +149,18 @@ class TrainedBase:
             weight_OI: the weight.
         """
         device, own = weight_OI.device, self.info.outer_name(name.removesuffix(".weight"))
-        if pair := self.adapter.pairs.get(own):
-            both = read_float(pair.a, device), read_float(pair.b, device)
-        elif pair := self._pair_of_experts(name):
+        pair, linear = self.adapter.pairs.get(own), None
+        if self.adapter.experts and name in self._places and pair is None:
             layer, index = self._places[name]
-            all_pairs = _read_once(pair.a, device), _read_once(pair.b, device)
             linear = self.info.by_layer[layer].linears[index]
-            both = pair_of_one(linear, pair.num_experts, *all_pairs)
-        else:
+            if linear.expert is not None:
+                pair = self.adapter.expert_places.get((layer, linear.expert[2] != 2))
+        if not pair:
             return weight_OI
+        both = _read_once(pair.a, device), _read_once(pair.b, device)
+        if linear is not None:
+            both = pair_of_one(linear, pair.num_experts, *both)
         return torch.addmm(weight_OI.float(), both[1], both[0], alpha=pair.scale)
-
-    def _pair_of_experts(self, name: str) -> Pair | None:
-        if not self.adapter.experts or name not in self._places:
-            return None
-        layer, index = self._places[name]
-        expert = self.info.by_layer[layer].linears[index].expert
-        return expert and self.adapter.expert_places.get((layer, expert[2] != 2))
 
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
@@ -438,10 +432,9 @@ def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any
     largest = max(ref.nbytes for ref in info.tensors.values()) * max(num_experts, 1)
     logits_bytes = math.prod(shape) * info.vocab_size * 4 * LOGITS_COPIES
     need_gib = (largest * WEIGHT_BYTES // 2 + logits_bytes) / hardware.GIB
+    free_gib = hardware.host_limit_gib() - hardware.host_used_gib()
     if device.type == "cuda":
         free_gib = torch.cuda.mem_get_info(device)[0] / hardware.GIB
-    else:
-        free_gib = hardware.host_limit_gib() - hardware.host_used_gib()
     if need_gib > free_gib:
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
@@ -495,8 +488,7 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
 
 def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, *_: Any) -> None:
     for part, name in own.items():
-        weight = base.read(name).float()
-        module._parameters[part] = nn.Parameter(weight, requires_grad=False)
+        module._parameters[part] = nn.Parameter(base.read(name).float(), requires_grad=False)
 
 
 def _drop(module: nn.Module, *_: Any) -> None:

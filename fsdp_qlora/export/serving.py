@@ -201,8 +201,7 @@ def go_template(text: "TextTokenizer") -> str | None:
         return None
     parts = {"SYSTEM": system, "FIRST": _go(first), "AFTER": _go(after), "ASKED": _go(asked)}
     parts |= {"ANSWERED": _go(answered), "ASK": _go(ask)}
-    pattern = rf"\b({'|'.join(parts)})\b"
-    return re.sub(pattern, lambda match: parts[match[1]], GO) if is_plain else None
+    return re.sub(rf"\b({'|'.join(parts)})\b", lambda m: parts[m[1]], GO) if is_plain else None
 
 
 def _go(text: str) -> str:

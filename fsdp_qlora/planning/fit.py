@@ -30,13 +30,9 @@ HOSTED = ("use_cpu_offload", "use_activation_cpu_offload")
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
 BATCHING = {"batch_size", "gradient_accumulation_steps"}
-MATMULS = "compute"
-DEQUANTISE = "dequantisation"
-HOST_LINK = "host link"
-PEER_LINK = "GPU-to-GPU link"
-LAUNCHES = "launch overhead"
-NETWORK = "link between machines"
-BOUNDS = (MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES)
+BOUNDS: tuple[str, ...] = ("compute", "dequantisation", "host link", "GPU-to-GPU link")
+BOUNDS += ("link between machines", "launch overhead")
+MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES = BOUNDS
 
 UNPACK_SHARE = 0.4  # of memory bandwidth: 6.5e9 weights took 8.3 ms a pass
 GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer access: 2.35 s a step
@@ -234,12 +230,9 @@ def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
     if s.cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
         outside = (host.gib(host.peak_phase, row) for row in (SYSTEM, FILES))
         host_limits.append(s.cfg.host_budget_gib + sum(outside))
-    return Outcome(
-        setting,
-        dataclasses.replace(device, limit_gib=min(gpu_limits, default=None)),
-        dataclasses.replace(host, limit_gib=min(host_limits, default=None)),
-        estimate(s, setting, machine.gpus or (machine.cpu,)),
-    )
+    device = dataclasses.replace(device, limit_gib=min(gpu_limits, default=None))
+    host = dataclasses.replace(host, limit_gib=min(host_limits, default=None))
+    return Outcome(setting, device, host, estimate(s, setting, machine.gpus or (machine.cpu,)))
 
 
 def explore(
@@ -379,12 +372,11 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine, is_lean: bool =
     lean |= dict.fromkeys(("selective_layers", "uncheckpointed_layers", "resident_layers"), 0)
     lean |= {"offload_impl": "auto", "sharding_strategy": "full_shard"}
 
-    places = [dict(zip(HOSTED, pair, strict=True)) for pair in itertools.product((0, 1), repeat=2)]
-    chances = [lean | {name: bool(is_on) for name, is_on in own.items()} for own in places]
+    pairs = itertools.product((False, True), repeat=2)
+    chances = [lean | dict(zip(HOSTED, pair, strict=True)) for pair in pairs] if is_lean else [{}]
 
     def is_too_long(length: int) -> bool:
-        changed = dataclasses.replace(cfg, context_length=length)
-        runs = [dataclasses.replace(changed, **own) for own in (chances if is_lean else [{}])]
+        runs = [dataclasses.replace(cfg, context_length=length, **own) for own in chances]
         tried = [evaluate(info, run, setting_for(info, run, machine), machine) for run in runs]
         return not any(item.fits_safely for item in tried)
 
@@ -467,8 +459,7 @@ def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> list[Change]
         changed = dataclasses.replace(cfg, **values)
         outcome = evaluate(info, changed, setting_for(info, changed, machine), machine)
         words, lost = " and ".join(row[0] for row in rows), ", ".join(r[1] for r in rows if r[1])
-        cost = sum(row[2] for row in rows)
-        return Change(words, lost, cost, frozenset(values), changed, outcome)
+        return Change(words, lost, sum(row[2] for row in rows), frozenset(values), changed, outcome)
 
     singles = _single_changes(cfg, info.num_layers, machine.num_ranks)
     fitting = [item for item in map(tried, singles) if item.outcome.fits_safely]

@@ -104,8 +104,8 @@ def moment_bytes(cfg: TrainConfig) -> int:
         cfg: optimizer, precision.
     """
     row = OPTIMIZERS[cfg.optimizer]
-    is_torchs = row.on_cpu  # as wide as what is trained
-    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if is_torchs else row.state_bytes
+    # Torch's own are as wide as what is trained.
+    return row.state_bytes * DTYPE_BYTES[cfg.master_dtype] // 4 if row.on_cpu else row.state_bytes
 
 
 def _gradients(what: str, s: Sizes, setting: Setting, first: int = 0) -> list[Term]:
@@ -223,15 +223,10 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     width, what = 2 * s.hidden + s.fullest.gates + s.fullest.product, "gates, product"
     if is_tiled(s, tokens, setting.levels[-1]):
         width, what = 2 * s.hidden + _qkv(s.fullest) + s.fullest.attention, "attention"
-    layer: Rows = {
-        rows.LAYER: [
-            term(f"residual, norm, {what}", features=width, **wide),
-            *_of_all_ranks(s, tokens),
-            *_between(s, setting),
-        ],
-        rows.SCRATCH: [] if s.is_kept_whole else at_work(s),
-        rows.BUFFERS: _buffers(s, setting),
-    }
+    read = term(f"residual, norm, {what}", features=width, **wide)
+    scratch = [] if s.is_kept_whole else at_work(s)
+    layer: Rows = {rows.LAYER: [read, *_of_all_ranks(s, tokens), *_between(s, setting)]}
+    layer |= {rows.SCRATCH: scratch, rows.BUFFERS: _buffers(s, setting)}
     return [merged([kept, head]), merged([kept, layer])]
 
 
@@ -239,11 +234,10 @@ def _between(s: Sizes, setting: Setting) -> list[Term]:
     """What groups of rows that pass a layer together have between two layers."""
     others, adapted = s.groups(setting) - 1, setting.per_visit - 1
     wide = {"tokens": s.tokens(setting), "hidden": s.hidden, "bytes": s.item}
+    own = {"groups": adapted, "params": s.lora, "bytes": s.item}
     return present(
         term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide),
-        term(
-            "the other groups' gradients of adapters", groups=adapted, params=s.lora, bytes=s.item
-        ),
+        term("the other groups' gradients of adapters", **own),
     )
 
 
@@ -305,15 +299,13 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     ids = {"rows": s.num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
     has_text = cfg.dataset != "dummy" or cfg.sample_prompt is not None
     tokens = {"tokens": s.vocab * has_text}
+    process = term("Python, torch, driver", bytes=process_bytes, ranks=ranks)
     tokenizer = term("tokenizer", **tokens, bytes=TOKENIZER_BYTES, ranks=ranks)
     always: Rows = {
         rows.HOSTED: _hosted(s, setting),
         rows.FILES: present(term("model files in /dev/shm", bytes=s.file_bytes)),
         rows.SYSTEM: [term("in use without the run", bytes=system_bytes)],
-        rows.PROCESSES: [
-            term("Python, torch, driver", bytes=process_bytes, ranks=ranks),
-            *present(tokenizer),
-        ],
+        rows.PROCESSES: present(process, tokenizer),
         rows.DATA: [term("token ids of all rows at full length", **ids, ranks=ranks)],
     }
     wide = {"tokens": s.tokens(setting) * ranks, "hidden": s.hidden, "bytes": s.item}
@@ -435,10 +427,8 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     """
     s = s.fullest
     wide = {"tokens": tokens, "bytes": s.item}
-    grads = [
-        term("gradient of its output", features=s.hidden, **wide),
-        term("gradient of the activation product", features=s.product, **wide),
-    ]
+    made_of = {"its output": s.hidden, "the activation product": s.product}
+    grads = [term(f"gradient of {what}", features=num, **wide) for what, num in made_of.items()]
     constants = {"weights": s.formatted, "bytes": s.format.constant_bytes, "per_group": GROUP}
     rest = [term("constants of the layer", **constants)]  # before its first matmul
     scratch = [*at_work(s), *rest]
@@ -462,10 +452,8 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
         return [{rows.LAYER: [*made, output, *grads], rows.SCRATCH: scratch}]
     # The backward of the last matmul runs first and keeps nothing; then the layer is recomputed.
     waiting = term("activation product, not yet made", features=-s.product, **wide)
-    return [
-        {rows.LAYER: [*made, output, *grads], rows.SCRATCH: rest},
-        {rows.LAYER: [*made, waiting, *grads], rows.SCRATCH: scratch},
-    ]
+    both = (output, rest), (waiting, scratch)
+    return [{rows.LAYER: [*made, own, *grads], rows.SCRATCH: held} for own, held in both]
 
 
 def is_tiled(s: Sizes, tokens: int, level: str) -> bool:
@@ -527,10 +515,8 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
         *_of_all_ranks(s, tokens, num_parts),
     ]
     constants = scratch if s.is_kept_whole else scratch[1:]
-    return [
-        {rows.LAYER: [*made, *tile], rows.SCRATCH: scratch},
-        {rows.LAYER: [*made, *attention], rows.SCRATCH: constants},
-    ]
+    both = (tile, scratch), (attention, constants)
+    return [{rows.LAYER: [*made, *own], rows.SCRATCH: held} for own, held in both]
 
 
 def kept_by_level(

@@ -166,14 +166,12 @@ def comparison(plan: Facts, ledger: Facts, is_cuda: bool) -> list[str]:
     phase = _peak(host)
     if not is_cuda:
         title = f"memory    GiB on the host, {phase}, all programs"
-        predicted = plan["host"].get(phase, {})
-        return _compared(title, predicted, host[phase], HOST_ROWS, HOST_LEAST_GIB)
+        return _compared(title, plan["host"].get(phase, {}), host[phase], HOST_ROWS, HOST_LEAST_GIB)
     devices = [rank["device"] for rank in ledger["ranks"]]
     rank = max(range(len(devices)), key=lambda i: _highest(devices[i]))
     measured, at = devices[rank], _peak(devices[rank])
     title = f"memory    GiB on the GPU of rank {rank}, {at}"
-    predicted = plan["device"].get(at, {})
-    lines = _compared(title, predicted, measured[at], DEVICE_ROWS, GPU_LEAST_GIB)
+    lines = _compared(title, plan["device"].get(at, {}), measured[at], DEVICE_ROWS, GPU_LEAST_GIB)
     totals = sum(plan["host"].get(phase, {}).values()), sum(host[phase].values())
     return [*lines, _line(f"host, {phase}, all programs", *totals)]
 

@@ -12,7 +12,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
@@ -87,9 +87,8 @@ class RunPlan:
         if found is None or length >= cfg.context_length:
             return self
         shorter = dataclasses.replace(cfg, context_length=length)
-        outcome = fit.evaluate(self.info, shorter, found.setting, self.machine)
         candidates = list(self.candidates)
-        candidates[self.fallback] = outcome
+        candidates[self.fallback] = fit.evaluate(self.info, shorter, found.setting, self.machine)
         words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
         return dataclasses.replace(self, candidates=tuple(candidates), rows_note=words)
 
@@ -216,9 +215,8 @@ def make(
     outcomes = fit.explore(info, cfg, machine, given)
     best = fit.choose(outcomes)
     if best is None:  # nothing fits with a margin: without one, as asked for if that fits
-        fitting = [item for item in outcomes if item.fits]
-        fastest = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
-        best = own if own.fits else fastest
+        fitting = [own] if own.fits else [item for item in outcomes if item.fits]
+        best = max(fitting, key=lambda item: item.speed.tokens_per_s, default=own)
     candidates = (best, *fit.fallbacks(outcomes, best))
     number = min(fallback, len(candidates) - 1)
     taken = candidates[number]
@@ -345,20 +343,7 @@ class PlanOptions:
     json: bool = cli.flag(False, "plan", "print JSON")
 
 
-class Asked(NamedTuple):
-    """A command line of the command.
-
-    Args:
-        options: the plan's own.
-        cfg: the run.
-        given: options of the run that the user wrote.
-        machines: what `gpus` names -> the machine to plan for.
-    """
-
-    options: PlanOptions
-    cfg: TrainConfig
-    given: frozenset[str]
-    machines: dict[str, Machine]
+Asked = tuple[PlanOptions, TrainConfig, frozenset[str], dict[str, Machine]]
 
 
 def parse(argv: Sequence[str]) -> Asked:
@@ -368,7 +353,8 @@ def parse(argv: Sequence[str]) -> Asked:
         argv: arguments without the command.
 
     Returns:
-        What it asks for.
+        The plan's own options; the run; its options that the user wrote; and what `gpus` names ->
+        the machine to plan for.
 
     Raises:
         UserError: every fault at once.
@@ -392,7 +378,7 @@ def parse(argv: Sequence[str]) -> Asked:
         faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
     if faults:
         raise join(faults)
-    return Asked(options, cfg, config.given(rest), machines)
+    return options, cfg, config.given(rest), machines
 
 
 def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:
@@ -670,8 +656,7 @@ def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
             size = f" of {table.limit_gib:.1f}"
             left = f": {free_gib:.1f} free" if free_gib >= 0 else f": {-free_gib:.1f} MISSING"
         parts.append(f"{table.peak_gib:.1f}{size} GiB on {name} ({table.peak_phase}){left}")
-    is_tight = found.fits and not found.fits_safely
-    tight = "; predictions err by as much as is left" if is_tight else ""
+    tight = "; predictions err by as much as is left" * (found.fits and not found.fits_safely)
     return "fits" if found.fits else "NO FIT", "; ".join(parts) + tight
 
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fsdp_qlora import arch
 from fsdp_qlora.arch import LayerKind, ModelInfo
@@ -55,6 +55,7 @@ _STEP = r"\s*#[^\n]*\n|\s*\n|\s*hidden_states = self\.\w+\(hidden_states\)\n"
 _END = r"\s*hidden_states = residual \+ hidden_states\n+\s+return hidden_states\n"
 ENDING = re.compile(rf"residual = hidden_states\n((?:{_STEP})+){_END}")
 ENDS = ("embed_tokens", "lm_head")
+Layers = Sequence[int]  # their numbers
 GATES = ("gate", "up", "w1", "w3", "dense_h", "fc1")  # what feeds an activation function
 
 
@@ -345,8 +346,7 @@ def adopt_format(
     nf4, is_double = stored.removesuffix("_dq"), stored.endswith("_dq")
     own: dict[str, Any] = {"quant_type": nf4, "double_quant": is_double}
     if TRAIN_TYPES[cfg.train_type].base != "bnb":
-        is_dora = TRAIN_TYPES[cfg.train_type].adapter == "dora"
-        own["train_type"] = "bnb_dora" if is_dora else "qlora"
+        own["train_type"] = {"dora": "bnb_dora"}.get(TRAIN_TYPES[cfg.train_type].adapter, "qlora")
     for name, value in own.items():
         got = getattr(cfg, name)
         is_given = got != getattr(TrainConfig, name) if given is None else name in given
@@ -413,9 +413,7 @@ class Setting:
         return collections.Counter((*self.placements, *self.levels))
 
 
-def place(
-    num_layers: int, rest: str, num_resident: int, whole: Sequence[int] = ()
-) -> tuple[str, ...]:
+def place(num_layers: int, rest: str, num_resident: int, whole: Layers = ()) -> tuple[str, ...]:
     """Placements with some layers whole on each GPU, evenly spread, and the others alike.
 
     Args:
@@ -434,9 +432,7 @@ def place(
     return tuple("trained" if i in whole else next(frozen) for i in range(num_layers))
 
 
-def setting_of(
-    cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Sequence[int] = ()
-) -> Setting:
+def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers = ()) -> Setting:
     """What a command line sets.
 
     Args:
@@ -454,9 +450,9 @@ def setting_of(
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
-    kept = cfg.levels(num_layers), cfg.sharding_strategy
     visit = cfg.per_visit, cfg.use_activation_cpu_offload
-    return Setting(*step, placements, *kept, 1, *visit)
+    levels = cfg.levels(num_layers)
+    return Setting(*step, placements, levels, cfg.sharding_strategy, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
@@ -568,27 +564,9 @@ class Sizes:
             gathered and reduced at once; else empty.
     """
 
-    outs: float
-    routed: float
-    redone: float
-    attention: float
-    gates: float
-    product: float
-    norms: float
-    head_norms: float
-    weights: float
-    formatted: float
-    largest: float
-    grouped: float
-    active: float
-    last: float
-    quantized: float
-    constants: float
-    small: float
-    lora_ranks: float
-    lora_passed: float
-    input_features: float
-    dropped_features: float
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> float: ...  # those of `_numbers`
 
     def __init__(self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda") -> None:
         """Collect the numbers of a model and a run.

@@ -70,10 +70,8 @@ class Tape:
         tape.facts = run.facts | {"config": run.config}
         for line in (*run.steps, *run.samples):
             tape.add(line)
-        tape._evals = [
-            [step, short(loss), *map(short, run.accuracies.get(step, ()))]
-            for step, loss in run.evals
-        ]
+        for step, loss in run.evals:
+            tape._evals.append([step, *map(short, (loss, *run.accuracies.get(step, ())))])
         return tape
 
     @property

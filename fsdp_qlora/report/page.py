@@ -178,8 +178,7 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     known["loading_gib"] = run.table("load_peaks").get("host_peak_used_gib")
     known["lost"] = run.values("loss").count(None) or None
     known["before"] = next((loss for step, loss in run.evals if not step), None)
-    late = (loss for step, loss in run.evals[::-1] if step and loss is not None)
-    known["after"] = next(late, None)
+    known["after"] = next((x for step, x in run.evals[::-1] if step and x is not None), None)
     if run.has_gpus:
         known["gpu_gib"] = highest(run.peaks("device_peak_reserved_gib"))
         known["plan_s"] = run.table("plan").get("step_s")
@@ -201,9 +200,8 @@ def figures(runs: list[Run]) -> list[PageTable]:
         rows = []
         for same in zip(*(column[group] for column in columns), strict=True):
             (name, form, _), values = same[0], [value for _, _, value in same]
-            rows += (
-                [(name, _figure(name, form, values, runs))] if highest(values) is not None else []
-            )
+            if highest(values) is not None:
+                rows.append((name, _figure(name, form, values, runs)))
         tables.append(PageTable(group, _heads(runs), rows))
     return tables
 

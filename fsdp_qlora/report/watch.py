@@ -128,8 +128,7 @@ class Follower:
                 text = file.read(LOG_BYTES).decode("utf-8", "replace")
             lines += [f"{path.stem}  {line}" for line in text.splitlines()[-LOG_LINES:]]
         known = self._tape.facts.get("lines")
-        lines = [*(known if isinstance(known, list) else ()), *lines]
-        return [redact(str(line)) for line in lines]
+        return [redact(str(line)) for line in [*(known if isinstance(known, list) else ()), *lines]]
 
 
 def _waits(pid: str) -> list[str]:

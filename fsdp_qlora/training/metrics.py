@@ -312,8 +312,7 @@ class Recorder:
             self.flush()
             sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
             rows = [row[begin + len(COUNTS) :] for row in every]
-            memories = self._memories([*mine], [*host], rows)
-            self._pending = ({**record, **sums, **memories}, lap)
+            self._pending = ({**record, **sums, **self._memories([*mine], [*host], rows)}, lap)
         self.clock.mark("record")
         return agreed
 
@@ -550,9 +549,8 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
 FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
 FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
-SETTINGS = tuple(  # options that are no text of the user's own
-    name for name, row in cli.options(TrainConfig).items() if str not in row.kinds or row.choices
-)
+_OPTIONS = cli.options(TrainConfig).items()  # a tracker gets those that are no text of the user's
+SETTINGS = tuple(name for name, row in _OPTIONS if str not in row.kinds or row.choices)
 POLL_S = 1.0
 PATIENCE_S = 15.0  # for the trackers to take the rest, once the run is over
 SHORT_S = 1.0  # the same, when the run has failed
@@ -566,8 +564,7 @@ class _Quiet:
         self.stream, self.muted = stream, set[int]()
 
     def write(self, text: str) -> int:
-        is_muted = threading.get_ident() in self.muted
-        return len(text) if is_muted else self.stream.write(text)
+        return len(text) if threading.get_ident() in self.muted else self.stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)

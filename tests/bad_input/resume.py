@@ -10,11 +10,10 @@ from pathlib import Path
 from fsdp_qlora import arch, checkpoint_store, config
 from fsdp_qlora.checkpoint_store import MANIFEST, OPTIMIZER, STATE, WEIGHTS, Array
 from fsdp_qlora.errors import INTEGRITY
-from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.training.preflight import fingerprint
 from tests import small_tokenizers
 from tests.bad_input.case import VOCAB_SIZE, Case, Place
-from tests.bad_input.models import PAGE, POINTER, loop
+from tests.bad_input.models import loop
 from tests.model_files import write_model
 
 STEP_20 = "out/checkpoints/step-20"
@@ -26,7 +25,7 @@ def save(place: Place, **changes: object) -> Path:
     argv = place.flags()
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=True)
-    found = fingerprint(cfg, info, adapter_files.digest(info), 1)
+    found = fingerprint(cfg, info, info.digest(1), 1)
     state = {"config": config.to_dict(cfg), "given": sorted(config.given(argv))}
     state |= {"fingerprint": found} | changes
     data = Array("F32", (64,), memoryview(bytearray(range(256))))
@@ -52,22 +51,11 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-def append(path: Path) -> None:
-    """A byte too many."""
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
 def flip(path: Path) -> None:
     """One bit, in the middle."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
-
-
-def zero(path: Path) -> None:
-    """The end lost in a power cut: as long as it was, but zeros."""
-    data = path.read_bytes()
-    path.write_bytes(data[:-100] + bytes(100))
 
 
 def replaced(make: Callable[[Path], object]):
@@ -144,27 +132,19 @@ def other(name: str, words: str, *flags: str, make: Callable[[Place], object] = 
 AT_20, AT_RUN = (f"--resume={{root}}/{STEP_20}",), ("--resume={root}/out",)
 CASES = [
     bad("last byte lost", cut),
-    bad("a byte too many", append),
     bad("one bit flipped", flip),
-    bad("zeros at the end", zero),
-    bad("empty", content(b"")),
     bad("absent", Path.unlink),
-    bad("a page", content(PAGE.encode())),
-    bad("a pointer", content(POINTER.encode())),
     bad("a pickle", content(CALL)),
     bad("a directory", replaced(os.mkdir)),
     bad("a pipe", replaced(os.mkfifo)),
     bad("a link to itself", replaced(loop)),
     bad("a link elsewhere", linked),
-    bad("optimizer cut off", cut, OPTIMIZER),
     bad("state of another step", lambda p: p.write_text(p.read_text().replace("20", "30")), STATE),
-    bad("state one bit flipped", flip, STATE),
     bad("manifest cut off", cut, MANIFEST),
     bad("manifest a list", content(b"[]"), MANIFEST),
     bad("manifest deep", content(b"[" * 100_000), MANIFEST),
     bad("manifest not UTF-8", content(b"\xff"), MANIFEST),
     bad("manifest absent", Path.unlink, MANIFEST),
-    bad("manifest one bit flipped", flip, MANIFEST),
     bad("a file too many", content(CALL), "extra.pkl"),
     Case("renamed", "step 30", ("--resume={root}/out/checkpoints/step-30",), renamed, INTEGRITY),
     Case("no such directory", "no whole checkpoint", ("--resume={root}/none",), code=INTEGRITY),
@@ -175,14 +155,7 @@ CASES = [
     Case("elsewhere", "is not where", (*AT_RUN, "--output_dir={root}/b"), save),
     Case("a run again without it", "holds files already", (), save),
     other("other rank", "with another lora_rank", "--lora_rank=8"),
-    other("other alpha", "with another lora_alpha", "--lora_alpha=8"),
-    other("other dropout", "with another lora_dropout", "--lora_dropout=0.1"),
-    other("other targets", "with another targets", "--lora_target_modules=q_proj"),
-    other("other code", "with another format", "--quant_type=fp4"),
-    other("other precision", "with another compute_dtype", "--precision=fp32"),
     other("other seed", "--allow_data_change", "--seed=7"),
-    other("other context", "--allow_data_change", "--context_length=32"),
-    other("other batch", "with another global_batch", "--batch_size=2"),
     other("other tokenizer", "with another tokenizer", make=after_save(other_tokenizer)),
     other("other base", "with another base", make=after_save(other_base)),
     Case("state without a fingerprint", "(fingerprint)", AT_20, state(fingerprint=None), INTEGRITY),

@@ -51,16 +51,6 @@ def test_a_file_of_rows_becomes_batches_with_held_out_rows_the_same_on_every_ran
     assert json.loads(json.dumps(first.audit.facts)) == first.audit.facts
 
 
-def test_ranks_share_kept_tokens_and_see_what_they_would_without(place, tmp_path):
-    flags = [f"--dataset={REAL_ROWS / 'chitchat.jsonl'}", "--batch_size=2", "--context_length=512"]
-    kept = [run(place, *flags, f"--token_cache={tmp_path}", rank=rank) for rank in range(2)]
-    plain = [run(place, *flags, "--token_cache=off", rank=rank) for rank in range(2)]
-    assert kept[1].audit.facts["kept"].endswith("(made before)")
-    for ours, theirs in zip(kept, plain, strict=True):
-        for a, b in zip(ours.train.step(0), theirs.train.step(0), strict=True):
-            assert torch.equal(a.labels, b.labels) and torch.equal(a.input_ids, b.input_ids)
-
-
 def test_chats_are_asked_in_their_template_which_is_saved_with_the_tokenizer(place, tmp_path):
     """The plain tokenizer has no template: one is given to it; one that has its own keeps it."""
     llama = small_tokenizers.save(tmp_path / "llama3", "llama3")

@@ -114,46 +114,13 @@ def test_a_function_of_the_users_own_gives_both_splits(place, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--eval_split=0.3", "--train_split=0.8"], "are more than all rows"),
-        (["--eval_split=1.5"], "must be between 0 and 1"),
-        (["--eval_split=validation"], "files have no splits"),
-        (["--eval_split=absent.jsonl"], "does not exist"),
         (["--eval_samples=1", "--train_split=0.5"], "both split the rows"),
         (["--eval_split=0.0001"], "0.0001 of 5 rows is none"),
-        (["--template=chatt"], "is no template"),
     ],
 )
 def test_parts_that_cannot_be_are_refused(place, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         run(place, write(tmp_path / "x.jsonl", rows(5)), *flags)
-
-
-def test_bad_rows_are_named_by_file_and_line_all_at_once(place, tmp_path):
-    table = [*rows(3), {"prompt": 1, "completion": ""}, *rows(3), 7, *([[]] * 6)]
-    path = write(tmp_path / "x.jsonl", table)
-    ready = run(place, path)
-    assert ready.facts["num_bad"] == 8 and len(ready.train) == 6
-    with pytest.raises(UserError) as caught:
-        ready.check()
-    parts = str(caught.value).split(" | ")
-    assert parts[0] == f'{path}:4: field "prompt" is a number (want text); correct or remove it'
-    assert parts[1].startswith(f"{path}:8: is a number") and len(parts) == 5
-    assert parts[-1].endswith("correct or remove it and 3 more bad rows")
-
-
-def test_a_file_of_another_kind_is_given_up_after_a_thousand_bad_rows(place, tmp_path):
-    (tmp_path / "x.jsonl").write_bytes(b"no JSON\n" * 3000)
-    assert run(place, tmp_path / "x.jsonl").facts["num_bad"] == 1000
-
-
-def test_no_rows_and_nothing_to_learn_are_refused(place, tmp_path):
-    (tmp_path / "x.jsonl").write_text("\n")
-    with pytest.raises(UserError, match=r"x\.jsonl: holds no rows"):
-        run(place, tmp_path / "x.jsonl").check()
-    with pytest.raises(UserError, match="2 rows: none has an answer within 4 tokens"):
-        run(place, write(tmp_path / "x.jsonl", rows(2)), "--context_length=4")
-    with pytest.raises(UserError, match=r"token id .* embedding has 300 rows"):
-        run(place, write(tmp_path / "x.jsonl", rows(2)), vocab_size=300)
 
 
 def kept(cache):

@@ -127,7 +127,6 @@ def test_a_chat_is_asked_with_the_ids_that_transformers_makes(tmp_path):
     ("name", "content", "words"),
     [
         ("x.txt", "", "is empty"),
-        ("x.txt", None, "No such file"),
         ("x.jsonl", '"a"\n{"question": 1}\n', r"x\.jsonl:2: is no prompt in JSON"),
         ("x.jsonl", '"a"\n{"prompt": ""}\n', r"x\.jsonl:2: is no prompt in JSON"),
         ("x.jsonl", "[1]\n", r"x\.jsonl:1: is no prompt in JSON"),
@@ -135,8 +134,7 @@ def test_a_chat_is_asked_with_the_ids_that_transformers_makes(tmp_path):
     ],
 )
 def test_a_file_that_holds_no_prompts_is_named_with_its_line(places, pairs, name, content, words):
-    if content is not None:
-        (pairs.parent / name).write_text(content)
+    (pairs.parent / name).write_text(content)
     with pytest.raises(UserError, match=words):
         choose(places["plain"], pairs, f"--sample_prompts={pairs.parent / name}")
 

@@ -93,11 +93,6 @@ def test_faults_of_a_csv_file_have_their_lines(tmp_path):
         "7: is not CSV (unexpected end of data)",
     ]
     assert read(tmp_path / "x.csv")[4] == {"a": "8", "b": "9"}
-    (tmp_path / "x.csv").write_text("a,a\n")
-    with pytest.raises(
-        UserError, match=r"x.csv:1: must hold names of columns in UTF-8, each another"
-    ):
-        read(tmp_path / "x.csv")
 
 
 def test_a_text_comes_in_pieces_that_together_are_the_text(tmp_path):
@@ -114,12 +109,10 @@ def test_a_text_comes_in_pieces_that_together_are_the_text(tmp_path):
     assert found(tmp_path / "x.txt")[1][0] == RowPlace(str(tmp_path / "x.txt"), line)
 
 
-def test_a_text_of_one_long_line_is_read_and_bad_bytes_are_named(tmp_path):
+def test_a_text_of_one_long_line_is_read(tmp_path):
     text = "é漢" * 900_000
     (tmp_path / "x.txt").write_text(text)
     assert "".join(piece.text for piece in read(tmp_path / "x.txt")) == text
-    (tmp_path / "x.txt").write_bytes(b"good\nb\xffd\n")
-    assert faults(tmp_path / "x.txt") == [f"{tmp_path}/x.txt:1: is not UTF-8"]
 
 
 def test_compressed_files_are_read(tmp_path):
@@ -127,11 +120,6 @@ def test_compressed_files_are_read(tmp_path):
     frames = [pyarrow.compress(line.encode(), "zstd", asbytes=True) for line in LINES.splitlines(1)]
     (tmp_path / "x.jsonl.zst").write_bytes(b"".join(frames))
     assert read(tmp_path / "x.jsonl.gz") == read(tmp_path / "x.jsonl.zst") == ROWS
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES.encode())[:-9])
-    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd no")
-    for name in ("x.jsonl.gz", "x.jsonl.zst"):
-        with pytest.raises(UserError, match="is damaged"):
-            read(tmp_path / name)
 
 
 def test_arrow_files_give_all_their_rows_in_order(tmp_path):
@@ -176,9 +164,6 @@ def test_several_files_and_directories_are_read_in_order(tmp_path):
     assert read(parts) == [*ROWS, *ROWS[:2]]
     assert read(f"{parts}, {parts / 'b.jsonl'}") == [*ROWS, *ROWS[:2], *ROWS]
     assert read(tmp_path / "one, two.csv") == [{"question": "q", "answer": "a"}]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no file that can be read"):
-        read(tmp_path / "empty")
 
 
 def test_what_the_datasets_library_saves_is_read(tmp_path):
@@ -187,29 +172,14 @@ def test_what_the_datasets_library_saves_is_read(tmp_path):
     assert read(tmp_path / "saved") == ROWS
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (
-            b"{",
-            "x.jsonl:3: is not JSON (Expecting property name enclosed in double quotes: column 2",
-        ),
-        (b'{"question": "q"} {"answer": "a"}', "x.jsonl:3: is not JSON (Extra data: column 19"),
-        (b'{"question": "q", "answer": NaN}', "NaN is not a JSON value"),
-        (b'{"question": "q", "answer": "a", "answer": "b"}', "a field is given twice"),
-        (b'{"question": "\xff", "answer": "a"}', "x.jsonl:3: is not UTF-8"),
-        (b'{"question": "q", "answer": ' + b"9" * 5000 + b"}", "x.jsonl:3: is not JSON (Exceeds"),
-        (b"[" * 100_000, "x.jsonl:3: is not JSON"),
-        (b'{"question": "q\x00", "answer": "a"}', "x.jsonl:3: is not JSON"),
-        (b"<!DOCTYPE html>", "x.jsonl:3: is not JSON (Expecting value: column 1"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_line_and_the_next_is_read(tmp_path, data, words):
+def test_the_lines_behind_a_bad_one_are_read(tmp_path):
+    """What faults are told of is in bad_input/rows."""
     good = LINES.encode().splitlines(keepends=True)
-    (tmp_path / "x.jsonl").write_bytes(b"".join([*good[:2], data + b"\n", *good[2:]]))
-    (fault,) = faults(tmp_path / "x.jsonl")
-    assert words in fault and len(read(tmp_path / "x.jsonl")) == 6
-    assert read(tmp_path / "x.jsonl")[3:] == ROWS[2:]
+    for data, words in ((b"{", "x.jsonl:3: is not JSON"), (b'"\xff"', "x.jsonl:3: is not UTF-8")):
+        (tmp_path / "x.jsonl").write_bytes(b"".join([*good[:2], data + b"\n", *good[2:]]))
+        (fault,) = faults(tmp_path / "x.jsonl")
+        assert words in fault and len(read(tmp_path / "x.jsonl")) == 6
+        assert read(tmp_path / "x.jsonl")[3:] == ROWS[2:]
 
 
 @pytest.mark.parametrize(
@@ -237,52 +207,10 @@ def test_rows_of_a_list_have_their_number_and_a_fault_its_line(tmp_path, text, n
     assert [fault in text for text in faults(tmp_path / "x.json")] == [True] * bool(fault)
 
 
-def test_utf16_is_refused_by_name(tmp_path):
-    (tmp_path / "x.jsonl").write_text(LINES, encoding="utf-16")
-    assert faults(tmp_path / "x.jsonl")[0].endswith("x.jsonl:1: is not UTF-8")
-
-
-def test_a_broken_parquet_file_is_refused(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
-    text = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "y.parquet")
-    for name in ("x.parquet", "y.parquet"):
-        with pytest.raises(UserError, match=f"{name}: is not a readable parquet file"):
-            read(tmp_path / name)
-
-
-def test_only_regular_files_are_opened(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
-    for name in ("pipe.jsonl", "loop.jsonl"):
-        with pytest.raises(UserError, match="is not a regular file"):
-            read(tmp_path / name)
-    with pytest.raises(UserError, match="does not exist"):
-        read(tmp_path / "absent.jsonl")
-    (tmp_path / "x.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match="its name tells no format we read"):
-        read(tmp_path / "x.zip")
-
-
-def test_a_misspelt_name_is_corrected_and_a_strange_one_gets_the_list():
-    with pytest.raises(UserError, match="did you mean alpaca_sample"):
-        read("alpca_sample")
-    with pytest.raises(UserError, match="alpaca alpaca_sample guanaco sql orca_math dummy"):
-        read("my_rows.zip")
-    for name in ("a/b/c", "~nobody-here/x", "/absent/rows", "./a/b", ",", "x\0y"):
-        with pytest.raises(UserError, match=r"want a \.jsonl"):
+def test_a_strange_name_gets_the_list_of_those_known():
+    for name in ("my_rows.zip", "/absent/rows", "./a/b"):
+        with pytest.raises(UserError, match="alpaca alpaca_sample guanaco sql orca_math dummy"):
             read(name)
-
-
-def test_reading_rows_needs_neither_torch_nor_transformers():
-    code = (
-        "import sys, fsdp_qlora.data.sources\n"
-        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
 
 
 def test_mutated_files_of_every_format_give_rows_or_one_line(tmp_path):
@@ -327,23 +255,6 @@ def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_its_time(tmp_path, m
     before = fingerprint(LINES)
     os.utime(tmp_path / "x.jsonl", ns=(1, 1))
     assert fingerprint(LINES) != before and str(tmp_path) in before
-
-
-def test_a_named_set_that_cannot_be_fetched_is_an_error_of_the_environment(tmp_path):
-    """Run in a process of its own: the hub library reads its settings when it is imported."""
-    code = (
-        "from fsdp_qlora.config import TrainConfig\n"
-        "from fsdp_qlora.data import sources\n"
-        "from fsdp_qlora.errors import UserError\n"
-        "try: list(sources.read(sources.find('alpaca', TrainConfig())))\n"
-        "except UserError as error: print(error.code, error)\n"
-    )
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("3 dataset alpaca: yahma/alpaca-cleaned:train cannot be had")
-    assert done.stdout.count("\n") == 1
 
 
 def fill_hub_cache(cache, repo, config, splits):

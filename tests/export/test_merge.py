@@ -204,9 +204,6 @@ def test_small_shards_have_an_index_that_transformers_reads(places, tmp_path: Pa
     assert first.dtype == torch.bfloat16 and first.config.tie_word_embeddings
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    sizes = [path.stat().st_size for path in (tmp_path / "many").glob("*.safetensors")]
-    largest = max(t.numel() * 2 for t in first.parameters())
-    assert max(sizes) < max(0.0002 * 2**30, largest) + 50_000
 
 
 def test_held_out_rows_of_the_run_are_used(places, tmp_path: Path):
@@ -333,8 +330,8 @@ def test_another_base_is_refused(places, tmp_path: Path):
     load(model).save_pretrained(tmp_path / "cut", max_shard_size="100KB")
     cut = arch.read(str(tmp_path / "cut"), need_weights=True)
     assert len({ref.file for ref in cut.tensors.values()}) > 3
-    assert adapter_files.digest(cut) == adapter_files.digest(info)
-    assert adapter_files.digest(dataclasses.replace(info, tensors={})) is None
+    assert cut.digest(1) == info.digest(1)
+    assert dataclasses.replace(info, tensors={}).digest(1) is None
 
 
 def test_dequantized_wants_to_know_the_format(places, tmp_path: Path):

@@ -115,17 +115,6 @@ def test_slow_links_keep_layers_on_the_gpu():
     assert best.speed.bound == "host link"
 
 
-def test_what_the_user_gave_is_not_changed():
-    """Only the rest is chosen."""
-    info, cfg = run_of("7b", "--use_cpu_offload=false", "--uncheckpointed_layers=3")
-    given = frozenset({"use_cpu_offload", "uncheckpointed_layers", "batch_size"})
-    outcomes = fit.explore(info, cfg, machine_of("2x3090", 64), given)
-    assert {item.setting for item in outcomes} == {setting_of(cfg, 32, 2)}
-    outcomes = fit.explore(info, cfg, machine_of("2x3090", 64), frozenset({"batch_size"}))
-    assert {item.setting.batch_size for item in outcomes} == {4}
-    assert {item.setting.count("streamed") for item in outcomes} >= {0, 32}
-
-
 def test_fallbacks_go_down_and_stay_fast():
     """Each needs clearly less of the GPU; the last is about the least there is."""
     outcomes = fit.explore(*run_of("7b"), machine_of("2x3090", 64))

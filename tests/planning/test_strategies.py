@@ -46,7 +46,7 @@ def on_two_machines(*flags):
     words = [*SHAPE, "--gpus=2x3090", "--lora_rank=64", *flags]
     runs = [run.parse(words), run.parse([*words, "--machines=2", "--link_gbps=10"])]
     info = arch.read("llama-2-7b", need_weights=False)
-    found = [(asked.cfg, machine) for asked in runs for machine in asked.machines.values()]
+    found = [(cfg, machine) for _, cfg, _, machines in runs for machine in machines.values()]
     return [fit.evaluate(info, cfg, setting_for(info, cfg, m), m) for cfg, m in found]
 
 

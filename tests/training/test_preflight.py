@@ -14,7 +14,6 @@ from fsdp_qlora import checkpoint_store as store
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, INTEGRITY, UserError
-from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.training import preflight
 from tests.model_files import write_model
@@ -63,7 +62,7 @@ def flags(model: Path, out: Path, *more: str) -> list[str]:
 def found_in(argv: list[str]) -> dict:
     cfg = config.parse(argv)
     info = arch.read(cfg.model_name, need_weights=True)
-    return preflight.fingerprint(cfg, info, adapter_files.digest(info), 2)
+    return preflight.fingerprint(cfg, info, info.digest(1), 2)
 
 
 def save(argv: list[str], step: int = STEP, **more) -> store.SavedCheckpoint:

@@ -244,9 +244,3 @@ def test_every_tracker_is_known_to_accelerate_and_reported_before_anything_start
             line
             == f"3 --log_to {name}: needs {name}, which is not installed; pip install {package}"
         )
-
-
-def test_options_of_trackers_that_no_tracker_takes_are_reported():
-    cfg = config.parse(["--model_name=x", "--entity=me", "--log_to=tensorboard"])
-    note = "--tracker_args has no effect: --log_to has no tracker that takes it"
-    assert note in config.cfg_notes(cfg)
