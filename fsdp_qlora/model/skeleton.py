@@ -107,7 +107,6 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
         raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
     if majors:
         note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
-    note += ", frozen matmuls in bf16 (8 bit is for who asks)" * (cfg.matmul == "auto")
     way = cfg.matmul if majors else "bf16"
     choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
     return KernelChoice(*choice, note)

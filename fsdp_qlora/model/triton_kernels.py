@@ -184,8 +184,9 @@ def _add_low_rank(
     turned: tl.constexpr,
     rank: tl.constexpr,
     rank_tile: tl.constexpr,
+    first: tl.constexpr = 0,
 ):
-    r = tl.arange(0, rank_tile)
+    r = first + tl.arange(0, rank_tile)
     left = tl.load(
         low + row[:, None] * rank + r[None, :],
         mask=is_row[:, None] & (r < rank)[None, :],
@@ -516,7 +517,6 @@ def _int8_matmul(
     n,
     k,
     rank: tl.constexpr,
-    rank_tile: tl.constexpr,
     is_even: tl.constexpr,
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
@@ -543,7 +543,8 @@ def _int8_matmul(
         x_scale_at += m
     acc *= tl.load(y_scales + col, mask=is_col, other=0.0)[None, :]
     if low is not None:
-        acc = _add_low_rank(acc, low, high, row, col, is_row, n, False, rank, rank_tile)
+        for first in tl.static_range(0, rank, 32):
+            acc = _add_low_rank(acc, low, high, row, col, is_row, n, False, rank, 32, first)
     if bias is not None:
         acc += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
     at = out + row[:, None] * n + col[None, :]
@@ -566,12 +567,11 @@ def int8_matmul(
     (m, k), n, low, high = codes.shape, len(y_codes), None, None
     if low_rank is not None:
         low, high = low_rank[0] * low_rank[2], low_rank[1].contiguous()
-    rank = 0 if low is None else low.shape[1]
     out = torch.empty(m, n, dtype=torch.bfloat16, device=codes.device)
     is_wide = codes.is_cuda and torch.cuda.get_device_capability(codes.device)[0] == 9
     tile_m, tile_n, num_warps, num_stages = INT8_TILES[is_wide]
-    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
-    meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8, "is_even": k % BLOCK.value == 0}
+    meta = {"rank": 0 if low is None else low.shape[1], "is_even": k % BLOCK.value == 0}
+    meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8}
     meta |= {"num_warps": num_warps, "num_stages": num_stages}
     grid = (triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)
     tensors = codes, y_codes, out, scales, y_scales, bias, low, high
