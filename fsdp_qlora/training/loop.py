@@ -78,11 +78,13 @@ class StepWeights(NamedTuple):
         num: trained tokens; of preferences rows of the data.
         nll: factor of the cross entropy of chosen answers, a token.
         divergence: of KTO, else 0; 0-d on the device.
+        copies: ranks that count the same rows, each with the gradient of its own tokens.
     """
 
     num: float
     nll: float = 0.0
     divergence: Tensor | None = None
+    copies: int = 1
 
 
 def weigh(
@@ -110,7 +112,8 @@ def weigh(
         ratios += answers.ratio_P.sum()
     ratios = world.sum_(ratios) if preference.name == "kto" else ratios
     divergence = objectives.divergence(ratios, num)
-    return StepWeights(num, preference.nll_weight * num / num_tokens, divergence)
+    copies = world.context.size if world.context is not None else 1
+    return StepWeights(num, preference.nll_weight * num / num_tokens, divergence, copies)
 
 
 def compare(
@@ -167,6 +170,8 @@ def _answers(
     found = _single_losses(model, groups, preference)
     made = []
     for batch, losses_N, by_base_N in zip(batches, *found, strict=True):
+        losses_N = _whole(model, batch, losses_N)
+        by_base_N = by_base_N if by_base_N is None else _whole(model, batch, by_base_N)
         sides = batch.sides
         assert sides is not None
         parts, length = losses_N.split(sides.counts), torch.tensor(sides.counts).float()
@@ -183,6 +188,17 @@ def _answers(
             reference_R = _to_device(preference.known.of(sides.hashes), device)
         made.append((Answers(policy_R, reference_R, _to_device(length, device)), nll))
     return made
+
+
+def _whole(model: nn.Module, batch: Batch, losses_N: Tensor) -> Tensor:
+    """Losses of all targets of rows that are cut; the gradient is that of this rank's."""
+    laid, context = batch.branches, cast(QuantizedModel, model).context
+    if context is None or laid is None or laid.numbers is None or batch.sides is None:
+        return losses_N
+    numbers = _to_device(laid.numbers, losses_N.device)
+    mine = losses_N.new_zeros(sum(batch.sides.counts)).index_put((numbers,), losses_N)
+    own = mine.detach()
+    return mine + (context.sum_(own.clone()) - own)
 
 
 @contextlib.contextmanager
@@ -412,7 +428,8 @@ def train_step(
         sums = sums if own is None else sums + own
         hook("post-forward")
         # FSDP averages gradients over ranks: undo it
-        guard.scaled(losses * (world.size / weights.num)).sum().backward()
+        factor = world.size * weights.copies / weights.num
+        guard.scaled(losses * factor).sum().backward()
         for loss in losses.detach():
             loss_sum += loss
         hook("post-backward")
