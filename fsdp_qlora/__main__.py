@@ -21,6 +21,9 @@ esac
 COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
 }
 complete -o default -F _fsdp_qlora fsdp-qlora"""
+ZSH = """(( $+functions[compdef] )) || { autoload -U compinit && compinit }
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 def main(argv: list[str]) -> int:
@@ -93,8 +96,7 @@ def completion(shell: str) -> str:
     for command, row in words.items():
         names = " ".join(name if name.islower() else value for name, value in row.items())
         cases.append(f'"{command} "*) words="{names}";;')
-    start = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
-    return start + BASH % ("\n".join(cases), " ".join(COMMANDS))
+    return ZSH * (shell == "zsh") + BASH % ("\n".join(cases), " ".join(COMMANDS))
 
 
 def console() -> int:

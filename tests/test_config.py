@@ -337,6 +337,10 @@ def test_short_help_shows_ten_options_and_three_examples_that_work(capsys):
         words = [word for word in example.split() if word != "--print_config"]
         assert parse([word.replace("output/mine", "output/other") for word in words])
     assert ended(capsys, "--version") == f"fsdp_qlora {__version__}\n"
+    changes = (config.PROJECT_DIR / ".github" / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, is_new = re.search(r"^## ([\d.]+)( \(not released\))?$", changes, re.MULTILINE).groups()
+    assert config.own_project()["version"] == __version__
+    assert __version__ == f"{newest}.0" + ".dev0" * bool(is_new)
     shown = re.findall(r"^  --(\w+)", ended(capsys, "--help=all"), re.MULTILINE)
     assert shown == [field.name for field in dataclasses.fields(TrainConfig)]
 
@@ -422,6 +426,18 @@ def test_joined_errors_keep_the_first_code_and_survive_pickling():
     copy = pickle.loads(pickle.dumps(join(faults)))
     assert (str(copy), copy.code) == ("a: b; c | d: e; f", ENVIRONMENT)
     assert join(faults[1:]).code == INPUT
+
+
+def test_a_directory_keeps_the_sign_that_stands_before_a_revision(tmp_path, monkeypatch):
+    """Wherever it lies; with --revision it is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model@2").mkdir(parents=True)
+    for name in ("org/model@2", str(tmp_path / "org/model@2"), "/gone/model@2", "./model@2", "m@2"):
+        assert config.split_name(name) == (name, "")
+        with pytest.raises(UserError, match="which is no name on the hub"):
+            config.parse([f"--model_name={name}", "--revision=2"])
+    assert config.split_name("org/model@3") == ("org/model", "3")
+    assert config.parse(["--model_name=org/other", "--revision=3"]).model_name == "org/other@3"
 
 
 def test_no_argument_escapes_as_another_error():

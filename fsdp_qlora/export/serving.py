@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, hardware
-from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, WEIGHTS_NAME, SavedAdapter, read, read_json
 
@@ -283,7 +283,7 @@ def next_steps(out: Path, cfg: TrainConfig) -> list[str]:
         is_dora = any(pair.magnitude for pair in pairs)
         if not (vllm_fault(is_dora, adapter.replaced, rank) or adapter.experts):
             limit = next(limit for limit in VLLM_RANKS if limit >= rank)
-            base, _, revision = adapter.base_name.partition("@")
+            base, revision = split_name(adapter.base_name)
             flags = f" --revision {revision}" * bool(revision) + f" --max-lora-rank {limit}"
             flags += f" --enable-lora --lora-modules {shlex.quote(f'{out.name}={place}')}"
             serve[1] = f"vllm serve {shlex.quote(base)}{flags}"

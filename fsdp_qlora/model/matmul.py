@@ -58,7 +58,7 @@ class Quantized4(NamedTuple):
     """The 4-bit weights of linears that read one input, one below the other.
 
     Attributes:
-        codes: uint8 [O * I / 2], the high bits of a byte first.
+        codes: uint8 [O * I / 2], the high bits of a byte first; I is a multiple of 64.
         absmax: float32 [O * I / 64].
         table: float32 [16], the values of the 4-bit code, none above 1.
         scales_O: float32, of each row: with it the row's largest possible value becomes the
@@ -71,11 +71,6 @@ class Quantized4(NamedTuple):
     table: torch.Tensor
     scales_O: torch.Tensor
     code: Code
-
-    @property
-    def num_in(self) -> int:
-        """I, a multiple of 64."""
-        return self.codes.numel() * 2 // self.scales_O.numel()
 
 
 class Quantized8(NamedTuple):
@@ -90,11 +85,6 @@ class Quantized8(NamedTuple):
     codes_OI: torch.Tensor
     scales_O: torch.Tensor
     code: Code
-
-    @property
-    def num_in(self) -> int:
-        """I."""
-        return self.codes_OI.shape[1]
 
 
 def row_scales(absmax: torch.Tensor, num_out: int, code: Code) -> torch.Tensor:
@@ -139,7 +129,7 @@ def products(
     factors_I, num, outs = None, weight.code.outliers, []
     if num:
         places = torch.linalg.vector_norm(x_MI, torch.inf, dim=0).topk(num).indices
-        factors_I = torch.ones(weight.num_in, device=x_MI.device).index_fill_(0, places, 0)
+        factors_I = torch.ones(x_MI.shape[1], device=x_MI.device).index_fill_(0, places, 0)
     pair = quantize_rows(x_MI, weight.code, factors_I)
     parts, scales = weight_codes(weight, False).split(sizes), weight.scales_O.split(sizes)
     for linear, codes_OI, scales_O in zip(linears, parts, scales, strict=True):
@@ -172,8 +162,9 @@ def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> 
     weight = linears[0].quantized()
     grad_MO = grads_MO[0] if len(grads_MO) == 1 else torch.cat(list(grads_MO), 1)
     pair = quantize_rows(grad_MO, weight.code, weight.scales_O)
-    ones_I = torch.ones(weight.num_in, device=grad_MO.device)
-    return multiply(pair, (weight_codes(weight, True), ones_I), False)
+    codes_IO = weight_codes(weight, True)
+    ones_I = torch.ones(len(codes_IO), device=codes_IO.device)
+    return multiply(pair, (codes_IO, ones_I), False)
 
 
 def quantize_rows(x_MI: torch.Tensor, code: Code, factors_I: torch.Tensor | None = None) -> Pair:
@@ -214,7 +205,7 @@ def weight_codes(weight: Quantized4 | Quantized8, is_turned: bool) -> torch.Tens
     if isinstance(weight, Quantized8):
         return weight.codes_OI.t().contiguous() if is_turned else weight.codes_OI
     *parts, code = weight
-    shape = weight.scales_O.numel(), weight.num_in
+    shape = len(weight.scales_O), weight.codes.numel() * 2 // len(weight.scales_O)
     if weight.codes.is_cuda:
         out = weight.codes.new_empty(shape[::-1] if is_turned else shape, dtype=code.dtype)
         _kernels().weight_codes(*parts, out, is_turned, GROUP)

@@ -107,7 +107,6 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
         raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
     if majors:
         note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
-    note += ", frozen matmuls in bf16 (8 bit is for who asks)" * (cfg.matmul == "auto")
     way = cfg.matmul if majors else "bf16"
     choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
     return KernelChoice(*choice, note)
@@ -435,24 +434,6 @@ class _Output(MoEModelOutputWithPastAndCrossAttentions):
         return None
 
 
-class _StandIn(nn.Module):
-    """In the place of a decoder: whatever it is asked, these hidden states are its answer."""
-
-    def __init__(self, decoder: nn.Module, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.own, self.hidden = (decoder,), hidden  # a tuple: no child
-
-    def forward(self, *args, **kwargs):
-        return _Output(last_hidden_state=self.hidden)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.own[0], name)
-            return self if isinstance(found, nn.Module) else found
-
-
 def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     """What transformers multiplies logits by, measured on a small head of random numbers.
 
@@ -468,7 +449,8 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     for param in head.requires_grad_(False).parameters():
         param.normal_(generator=generator)
     hf_model.set_output_embeddings(head)
-    setattr(hf_model, name, _StandIn(decoder, hidden))
+    answer = _Output(last_hidden_state=hidden)  # whatever the decoder is asked
+    setattr(hf_model, name, visit.StandIn(decoder, lambda *_, **__: answer, is_for_all=True))
     try:
         with torch.no_grad():
             wanted = hf_model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits

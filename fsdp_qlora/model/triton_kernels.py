@@ -23,22 +23,15 @@ NUM_WARPS = 4
 
 @triton.jit
 def _dequantize_bnb(
-    quantized,
-    absmax,
-    table,
-    out,
-    num_weights,
-    stride,
-    group_bytes: tl.constexpr,
-    tile: tl.constexpr,
+    quantized, absmax, table, out, num, stride, group_bytes: tl.constexpr, tile: tl.constexpr
 ):
     part = tl.program_id(1).to(tl.int64)
-    quantized += part * (num_weights // 2)
-    absmax += part * (num_weights // (2 * group_bytes))
+    quantized += part * (num // 2)
+    absmax += part * (num // (2 * group_bytes))
     out += part * stride
     first_byte = tl.program_id(0).to(tl.int64) * tile
     byte = first_byte + tl.arange(0, tile)
-    is_in = byte * 2 < num_weights
+    is_in = byte * 2 < num
     pair = tl.load(quantized + byte, mask=is_in, other=0).to(tl.int32)
     scale = tl.load(absmax + byte // group_bytes, mask=is_in, other=0)
     first, second = pair >> 4, pair & 15
@@ -50,7 +43,7 @@ def _dequantize_bnb(
     odd = tl.load(table + second) * scale
     weight = first_byte * 2 + tl.arange(0, 2 * tile)
     values = tl.interleave(even, odd).to(out.dtype.element_ty)
-    tl.store(out + weight, values, mask=weight < num_weights)
+    tl.store(out + weight, values, mask=weight < num)
 
 
 @triton.jit
@@ -173,19 +166,8 @@ def dequantize_hqq(
 
 
 @triton.jit
-def _add_low_rank(
-    acc,
-    low,
-    high,
-    row,
-    col,
-    is_row,
-    n,
-    turned: tl.constexpr,
-    rank: tl.constexpr,
-    rank_tile: tl.constexpr,
-):
-    r = tl.arange(0, rank_tile)
+def _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile, first=0):
+    r = first + tl.arange(0, rank_tile)
     left = tl.load(
         low + row[:, None] * rank + r[None, :],
         mask=is_row[:, None] & (r < rank)[None, :],
@@ -516,7 +498,6 @@ def _int8_matmul(
     n,
     k,
     rank: tl.constexpr,
-    rank_tile: tl.constexpr,
     is_even: tl.constexpr,
     tile_m: tl.constexpr,
     tile_n: tl.constexpr,
@@ -543,7 +524,8 @@ def _int8_matmul(
         x_scale_at += m
     acc *= tl.load(y_scales + col, mask=is_col, other=0.0)[None, :]
     if low is not None:
-        acc = _add_low_rank(acc, low, high, row, col, is_row, n, False, rank, rank_tile)
+        for first in tl.static_range(0, rank, 32):
+            acc = _add_low_rank(acc, low, high, row, col, is_row, n, False, rank, 32, first)
     if bias is not None:
         acc += tl.load(bias + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
     at = out + row[:, None] * n + col[None, :]
@@ -566,12 +548,11 @@ def int8_matmul(
     (m, k), n, low, high = codes.shape, len(y_codes), None, None
     if low_rank is not None:
         low, high = low_rank[0] * low_rank[2], low_rank[1].contiguous()
-    rank = 0 if low is None else low.shape[1]
     out = torch.empty(m, n, dtype=torch.bfloat16, device=codes.device)
     is_wide = codes.is_cuda and torch.cuda.get_device_capability(codes.device)[0] == 9
     tile_m, tile_n, num_warps, num_stages = INT8_TILES[is_wide]
-    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
-    meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8, "is_even": k % BLOCK.value == 0}
+    meta = {"rank": 0 if low is None else low.shape[1], "is_even": k % BLOCK.value == 0}
+    meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8}
     meta |= {"num_warps": num_warps, "num_stages": num_stages}
     grid = (triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)
     tensors = codes, y_codes, out, scales, y_scales, bias, low, high

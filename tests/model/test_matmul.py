@@ -5,7 +5,7 @@ import torch
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import matmul, quantize
+from fsdp_qlora.model import matmul, quantize, skeleton
 from fsdp_qlora.planning import fit
 from fsdp_qlora.planning.sizes import setting_for
 from tests import ranks, tiny
@@ -128,7 +128,7 @@ def test_the_int8_kernel_sums_up_what_plain_pytorch_does(sizes):
     codes, scales = matmul.quantize_rows(torch.randn(n, k).bfloat16(), code._replace(block=0))
     left = x[0].double() * x[1].repeat_interleave(matmul.BLOCK, 1)[:, :k]
     exact = left @ (codes * scales).double().t()
-    low, high, bias = torch.randn(m, 24), torch.randn(n, 24), torch.randn(n)
+    low, high, bias = torch.randn(m, 40), torch.randn(n, 40), torch.randn(n)
     at = tiny.DEVICE  # scales of a block lie together, as quantize_rows of the kernels has them
     pairs = (x[0].to(at), x[1].t().contiguous().t().to(at)), (codes.to(at), scales[:, 0].to(at))
     for rest in ((None, None), (bias.to(at), (low.to(at), high.to(at), 0.5))):
@@ -188,11 +188,23 @@ def test_a_model_trains_in_8_bit_and_is_evaluated_in_16(tmp_path):
         assert 0.99 < cosine < 0.9999 if num == 1 else cosine == pytest.approx(1, abs=1e-4)
 
 
-def test_where_it_cannot_serve_it_is_refused():
+def test_where_it_cannot_serve_it_is_refused(monkeypatch):
     for flags in (["--train_type=lora"], ["--precision=fp32"], ["--quant_type=int8"]):
         for way in ("fp8", "int8"):
             with pytest.raises(UserError, match=f"--matmul {way}: needs a base in nf4, fp4 or HQQ"):
                 config.parse(["--model_name=llama-2-7b", f"--matmul={way}", *flags])
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    for way, majors in (("int8", (8, 9, 12)), ("fp8", (9, 10)), ("auto", range(7, 13))):
+        cfg = config.parse(["--model_name=llama-2-7b", f"--matmul={way}", "--liger=off"])
+        assert any("auto is bf16" in note for note in config.cfg_notes(cfg)) == (way == "auto")
+        for major in range(7, 13):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, at=major: (at, 0))
+            if major in majors:
+                assert skeleton.choose_kernels(cfg, gpu, "").matmul == way.replace("auto", "bf16")
+                continue
+            with pytest.raises(UserError, match=f"--matmul {way}: GPU gains nothing by it"):
+                skeleton.choose_kernels(cfg, gpu, "")
 
 
 def test_the_plan_knows_their_speed_as_it_was_measured():
