@@ -298,7 +298,7 @@ def disk(name: str, wanted: Path, elsewhere: str) -> Iterator[Finding]:
     is_bad = mbs < SLOW_MBS or free_gib < LEAST_DISK_GIB
     remedy = f"loading a 7B reads 13 GB, its 4-bit base takes 4 GiB: {elsewhere}" * is_bad
     speeds = {"disk_gbs": gbs} if name == "cache" else {}
-    yield Finding(f"disk of {name}", value, remedy, device=config.DISK * bool(speeds), speeds=speeds)
+    yield Finding(f"disk of {name}", value, remedy, DONE, config.DISK * bool(speeds), speeds)
 
 
 def devices(is_quick: bool) -> Iterator[Finding]:
