@@ -20,6 +20,7 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import BUG, DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.rows import GibByRow
+from fsdp_qlora.planning.sizes import STREAMED
 
 MOST_ROWS = 4
 MAX_LINES = 10
@@ -345,7 +346,7 @@ def _killed_by_kernel(output_dir: Path, plan: plans.RunPlan | None) -> tuple[str
     advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
     if found is not None and plan is not None and plan.machine.gpus:
         advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
-        if found.setting.count("offloaded", "streamed"):
+        if found.setting.count("offloaded", *STREAMED):
             advice = "--resident_layers N keeps N layers on the GPUs, --use_cpu_offload false all"
     predicted = found.host.to_dict() if found is not None else {}
     more = compare_memory("the host", phase, predicted, host.get("host_rows") or {}, there)

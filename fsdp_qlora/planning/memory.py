@@ -75,7 +75,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     moments = {phase: [states, trained, part, staying] for phase, part in own.items()}
     always: Rows = {rows.LIBRARIES: [term("cuBLAS", bytes=LIBRARY_BYTES)]}
     if s.kind == "cuda":
-        is_several, has_all = setting.num_ranks > 1, not setting.count("streamed")
+        is_several, has_all = setting.num_ranks > 1, not setting.count(*sizes.STREAMED)
         context = term("context, NCCL", bytes=SEVERAL_BYTES if is_several else ALONE_BYTES)
         peer = term("NCCL with peer access", bytes=PEER_BYTES[has_all] * (has_peer and is_several))
         always[rows.CONTEXT] = [context, *present(peer)]
@@ -132,7 +132,8 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     share, num_whole = {"bytes": s.item, "per_ranks": setting.shares}, setting.count("trained")
     ranks = {"sharded": setting.shares, "resident": 1}
     layers = {name: setting.count(name) for name in ranks if setting.count(name)}
-    slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), setting.count("streamed"))
+    num_streamed = setting.count(*sizes.STREAMED)
+    slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), num_streamed)
     return {
         row: [term(at, layers=layers[at], bytes=nbytes, per_ranks=ranks[at]) for at in layers]
         for row, nbytes in ((rows.PACKED, s.quantized), (rows.CONSTANTS, s.constants))
@@ -345,7 +346,9 @@ def _hosted(s: Sizes, setting: Setting) -> list[Term]:
     sliced, whole = ({"layers": setting.count(n)} for n in ("offloaded", "streamed"))
     own = {"bytes": s.layer_bytes, "per_machines": max(setting.shares // setting.local_ranks, 1)}
     copy = term("one copy for all ranks", **whole, bytes=s.layer_bytes)
-    return present(term("slices of all ranks, pinned", **sliced, **own), copy)
+    num_slots = min(sizes.NUM_RING_SLOTS, setting.count(DISK))
+    ring = term("slots of layers from disk", slots=num_slots, bytes=s.fullest.layer_bytes)
+    return present(term("slices of all ranks, pinned", **sliced, **own), copy, ring)
 
 
 @functools.lru_cache

@@ -666,6 +666,9 @@ def _time(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[tuple[s
     is_measured = plan.machine.gpus and all(gpu.is_measured for gpu in plan.machine.gpus)
     words = f"{_pace(found.speed)}; bottleneck: {found.speed.bound} "
     words += f"(alone: {alone}; by {'measured' if is_measured else 'tabled'} speeds)"
+    if found.speed.parts_s[fit.READS]:
+        gbs = (*plan.machine.gpus, plan.machine.cpu)[0].disk_gbs
+        words += f"; disk {gbs:g} GB/s" + ", assumed: doctor measures it" * (gbs == Device.disk_gbs)
     lines = [("time", words)]
     if values["eta_s"] is not None:
         minutes = max(round(values["eta_s"] / 60), 1)

@@ -21,7 +21,7 @@ from fsdp_qlora import arch
 from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.arch.targets import expert_sides, find_targets
-from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
+from fsdp_qlora.config import DISK, HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
 
@@ -32,6 +32,8 @@ VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer toget
 LONG_TOKENS, TILE_TOKENS = 16_384, 4096
 JOINED_TOKENS = 4096  # of micro-batches that GPUs take as one where they pass a layer together
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
+NUM_RING_SLOTS = 4  # of layers from disk: read two ahead of those that are copied to the GPUs
+STREAMED = ("streamed", DISK)  # placements of layers that are copied as they are needed
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
@@ -408,6 +410,17 @@ class Setting:
         """Count the decoder layers in some placements (or on some levels)."""
         return sum(self._counts[name] for name in names)
 
+    def layers(self, name: str) -> list[int]:
+        """Numbers of the layers with a placement."""
+        return [layer for layer, own in enumerate(self.placements) if own == name]
+
+    def tiered(self, num: int) -> "Setting":
+        """The same with so many of the streamed layers in memory, the others on disk."""
+        own = iter(place(self.count(*STREAMED), DISK, num))
+        tiers = {"resident": "streamed", DISK: DISK}
+        names = (tiers[next(own)] if name in STREAMED else name for name in self.placements)
+        return dataclasses.replace(self, placements=tuple(names))
+
     @functools.cached_property
     def _counts(self) -> collections.Counter[str]:
         return collections.Counter((*self.placements, *self.levels))
@@ -444,7 +457,7 @@ def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers 
     Returns:
         The setting; `--offload_impl auto` means weight streaming, as on one host.
     """
-    hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
+    hosted = {"fsdp": "offloaded", "file": DISK}.get(cfg.offload_impl, "streamed")
     is_whole = cfg.sharding_strategy == "ddp" and not cfg.use_cpu_offload
     num_resident = num_layers if is_whole else cfg.resident_layers
     rest = hosted if cfg.use_cpu_offload else "sharded"
@@ -505,12 +518,14 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     changed["use_activation_cpu_offload"] = setting.hosts_inputs
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
-    if (own.placements, own.strategy) != (setting.placements, setting.strategy):
+    in_memory = [it.tiered(num_layers).placements for it in (own, setting)]  # the rest is found
+    if in_memory[0] != in_memory[1] or own.strategy != setting.strategy:
         num_resident = setting.count("resident") if setting.strategy != "ddp" else 0
-        is_fsdp = setting.count("offloaded") > 0
+        kept = "file" if cfg.offload_impl == "file" else "auto"
         is_sharded = setting.count("sharded", "trained") == num_layers
         changed["use_cpu_offload"] = not is_sharded and setting.strategy != "ddp"
-        changed |= {"resident_layers": num_resident, "offload_impl": "fsdp" if is_fsdp else "auto"}
+        changed["offload_impl"] = "fsdp" if setting.count("offloaded") else kept
+        changed["resident_layers"] = num_resident
     if own.levels != setting.levels:
         changed["use_gradient_checkpointing"] = True
         changed["selective_layers"] = setting.count("selective")
