@@ -102,8 +102,8 @@ class Template:
     """
 
     def __init__(self, source: str, names: Mapping[str, str], place: str) -> None:
-        # A private name, the same in transformers 5.17 to 5.23. The public render_jinja_template has
-        # no strict undefined names, does not tell a template's variables, and renders chats only.
+        # A private name, the same in transformers 5.17 to 5.23. What is public has no strict
+        # undefined names, does not tell a template's variables, and renders chats only.
         from transformers.utils import chat_template_utils
 
         self.source, self.place, self.names = source, place, dict(names)
