@@ -218,7 +218,7 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
 
 
 def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str], Any]) -> bool:
-    """Whether a run is over and its result whole; makes the page that a kill has prevented."""
+    """Whether a run is over and its result whole; makes up for what a kill has prevented."""
     if not preflight.is_done(saved, cfg):
         return False
     place = saved.run_dir
@@ -228,6 +228,9 @@ def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str
     if cfg.save_model and not is_silent and not (place / checkpoint_store.REPORTS[0]).exists():
         _report(place)
     say(f"already done: {place} holds the result of all {saved.step} steps")
+    if not is_silent:
+        hub.check(cfg.push_to_hub)
+        hub.push(place, cfg.push_to_hub)
     return True
 
 
