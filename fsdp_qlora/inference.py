@@ -88,7 +88,7 @@ class Opened:
             pairs, folder, device = self.adapter.pairs, self.adapter.path, self.world.device
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
             scales = {own: pair.scale for own, pair in (pairs | self.adapter.experts).items()}
-            adapters.load(self.model, folder / name, self.model.layers_prefix, device, scales)
+            adapters.load(self.model, folder / name, device, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -270,7 +270,7 @@ def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
         tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
         if tensors and info.is_tied:  # a tied embedding stands for the head, too
             tensors["base_model.model.lm_head.weight"] = next(iter(tensors.values())).clone()
-        tensors |= adapters.named_pairs(model, flats, model.layers_prefix)
+        tensors |= adapters.named_pairs(model, flats)
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _save_config(model, info, cfg, path.parent)
     record = adapter_files.metadata(adapter_files.record_of(info, cfg))

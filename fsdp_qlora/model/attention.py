@@ -225,7 +225,12 @@ def attend(module, query, key, value, attention_mask, **kwargs):
                 t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value)
             )
         kwargs["window"] = _window(module, query, value, kwargs)
-        return _attend_rows(query, key, value, kwargs, bounds, saved), None
+        width = value.shape[-1]
+        if width == query.shape[-1]:
+            return _attend_rows(query, key, value, kwargs, bounds, saved), None
+        # Of latent attention (DeepSeek): kernels want both alike.
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+        return _attend_rows(query, key, value, kwargs, bounds, saved)[..., :width], None
     if bounds is not None and attention_mask is None and query.device.type == "cuda":
         return _attend_rows(query, key, value, kwargs, bounds, saved), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
@@ -269,7 +274,7 @@ def _window(module, query, value, kwargs: dict) -> int | None:
     is_short = any(getattr(config, name, None) for name in WINDOWS)
     if kinds:
         is_short = kinds[module.layer_idx] != "full_attention"
-    is_odd = query.shape[-1] != value.shape[-1] or query.shape[-1] not in HEAD_SIZES
+    is_odd = query.shape[-1] < value.shape[-1] or query.shape[-1] not in HEAD_SIZES
     if kwargs.get("cut") is not None and (is_odd or is_short != bool(window)):
         rule = f"{type(module).__name__} attends in a way that is not known for cut rows"
         raise UserError("--context_parallel", rule, "use --context_parallel 1")

@@ -434,24 +434,6 @@ class _Output(MoEModelOutputWithPastAndCrossAttentions):
         return None
 
 
-class _StandIn(nn.Module):
-    """In the place of a decoder: whatever it is asked, these hidden states are its answer."""
-
-    def __init__(self, decoder: nn.Module, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.own, self.hidden = (decoder,), hidden  # a tuple: no child
-
-    def forward(self, *args, **kwargs):
-        return _Output(last_hidden_state=self.hidden)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.own[0], name)
-            return self if isinstance(found, nn.Module) else found
-
-
 def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     """What transformers multiplies logits by, measured on a small head of random numbers.
 
@@ -467,7 +449,8 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     for param in head.requires_grad_(False).parameters():
         param.normal_(generator=generator)
     hf_model.set_output_embeddings(head)
-    setattr(hf_model, name, _StandIn(decoder, hidden))
+    answer = _Output(last_hidden_state=hidden)  # whatever the decoder is asked
+    setattr(hf_model, name, visit.StandIn(decoder, lambda *_, **__: answer, is_for_all=True))
     try:
         with torch.no_grad():
             wanted = hf_model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits

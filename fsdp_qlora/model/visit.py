@@ -80,18 +80,26 @@ def _sum(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     return functools.reduce(torch.add, found[1:], found[0].float()).to(found[0].dtype)
 
 
-class _StandIn(nn.Module):
-    """In the place of a layer; whatever else it is asked, the layer answers."""
+class StandIn(nn.Module):
+    """In the place of a module; whatever else it is asked, that answers.
 
-    def __init__(self, block: nn.Module, step: Callable[..., torch.Tensor]) -> None:
+    Args:
+        own: the module.
+        answer: called instead of it.
+        is_for_all: stands for the modules inside it too.
+    """
+
+    def __init__(self, own: nn.Module, answer: Callable, is_for_all: bool = False) -> None:
         super().__init__()
-        self._block, self._step = [block], step  # no part of it: neither moved nor found
+        self._own, self._answer = [own], answer  # no part of it: neither moved nor found
+        self._is_for_all = is_for_all
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self._step(hidden, args, kwargs)
+    def forward(self, *args, **kwargs):
+        return self._answer(*args, **kwargs)
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["_block"][0], name)
+        found = getattr(self.__dict__["_own"][0], name)
+        return self if self._is_for_all and isinstance(found, nn.Module) else found
 
 
 @contextmanager
@@ -99,7 +107,7 @@ def _replaced(layers: nn.ModuleList, step: Callable[..., torch.Tensor]) -> Itera
     blocks = list(layers)
     try:
         for number, block in enumerate(blocks):
-            layers._modules[str(number)] = _StandIn(block, functools.partial(step, number))
+            layers._modules[str(number)] = StandIn(block, functools.partial(step, number))
         yield
     finally:
         for number, block in enumerate(blocks):
@@ -141,7 +149,7 @@ def take_apart(
     found: list[LayerCall] = []
     first: list[torch.Tensor] = []
 
-    def step(number: int, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]):
+    def step(number: int, hidden: torch.Tensor, *args: Any, **kwargs: Any):
         first.append(hidden) if not first else None
         if number != len(found) or hidden is not first[0]:
             raise ValueError("its layers are not called one after the other")
@@ -168,7 +176,7 @@ def finish(
         last: that output.
     """
 
-    def step(number: int, hidden: torch.Tensor, *_):
+    def step(number: int, hidden: torch.Tensor, *_, **__):
         return last if number == len(layers) - 1 else hidden
 
     with _replaced(layers, step):

@@ -483,10 +483,14 @@ def _progress_words(line: dict[str, Any], losses: Sequence[float | None]) -> lis
     words += [f"lr {line['learning_rate']:.3g}", f"{line['tokens_per_s']:,.0f} tok/s"]
     gpu = max(line["ranks"], key=lambda rank: rank["device_peak_reserved_gib"])
     if gpu["device_total_gib"]:
-        words += [f"GPU {gpu['device_peak_reserved_gib']:.1f}/{gpu['device_total_gib']:.0f} GiB"]
+        words.append(f"GPU {_of(gpu['device_peak_reserved_gib'], gpu['device_total_gib'])}")
     host = max(hosts_of(line), key=lambda host: host["host_used_gib"] / host["host_total_gib"])
     name = f"host {host['name']}" if "name" in host else "host"
-    return [*words, f"{name} {host['host_used_gib']:.1f}/{host['host_total_gib']:.0f} GiB"]
+    return [*words, f"{name} {_of(host['host_used_gib'], host['host_total_gib'])}"]
+
+
+def _of(used_gib: float, total_gib: float) -> str:
+    return f"{used_gib:.1f}/{total_gib:{'.0f' if total_gib > 9.5 else '.2g'}} GiB"
 
 
 def fit(words: Sequence[str], num_chars: int) -> str:

@@ -8,7 +8,7 @@ next one launched, and waits for nothing.
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fsdp_qlora.arch.files import describe
 from fsdp_qlora.config import OPTIMIZERS, TrainConfig, check_optimizer
-from fsdp_qlora.data.batches import Batches, PackedBatches
+from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.model import adapters, shard
@@ -76,7 +76,7 @@ def learning_rate(cfg: TrainConfig, num_steps: int, step: int) -> float:
 
 
 def build(
-    params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
+    params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str]
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer over this rank's slices of what is trained, and its schedule.
 
@@ -84,7 +84,7 @@ def build(
         params: this rank's slices, float32.
         cfg: optimizer, lr, wd, lr_scheduler, warmup_steps.
         num_steps: optimizer steps of the run.
-        names: of `params` in the model, for what NO_DECAY leaves alone; none: all decay.
+        names: of `params` in the model, for what NO_DECAY leaves alone.
 
     Returns:
         (optimizer, schedule to step after it).
@@ -96,7 +96,7 @@ def build(
     row = OPTIMIZERS[cfg.optimizer]
     wd = cfg.wd if row.decays else 0.0
     groups: dict[float, list[nn.Parameter]] = {}
-    for param, name in zip(params, names or [""] * len(params), strict=True):
+    for param, name in zip(params, names, strict=True):
         groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
     parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
     options = {"fused": True} if row.is_fused else {}
@@ -256,7 +256,7 @@ class NonFiniteGuard:
             is to blame for are not in the row.
     """
 
-    def __init__(self, model: nn.Module | None = None, precision: str = "", most: int = 3) -> None:
+    def __init__(self, model: nn.Module, precision: str, most: int) -> None:
         """Watch a model.
 
         Args:
@@ -269,8 +269,6 @@ class NonFiniteGuard:
         self._most = most
         self._is_bad_here: Tensor | None = None
         self._pending: list[tuple[int, Tensor, Any]] = []
-        if model is None:
-            return
         blocks = [b for b in shard.blocks(model) if any(p.requires_grad for p in b.parameters())]
         if blocks:
             blocks[0].register_forward_hook(self._watch)
@@ -350,9 +348,7 @@ class NonFiniteGuard:
             done.record()
         self._pending.append((step, facts, done))
 
-    def skipped_steps(
-        self, rows: Batches | PackedBatches, is_last: bool = False
-    ) -> Iterator[Skipped]:
+    def skipped_steps(self, rows: Batches, is_last: bool = False) -> Iterator[Skipped]:
         """Yield the steps that are known to be skipped since the last call; call it once a step.
 
         Args:
@@ -429,7 +425,7 @@ class Trained:
     schedule: LRScheduler
     max_norm: float | None
     world: World
-    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    guard: NonFiniteGuard
     is_reduced_once: bool = False
     seed: int = 0
     per_visit: int = 1

@@ -88,15 +88,13 @@ def test_the_placement_and_its_reason_are_shown_before_the_load(tmp_path):
 
 def _losses(world, path, cases):
     """Losses of one epoch, 3 steps of 2 micro-batches, and the held-out loss, bit for bit."""
-    from fsdp_qlora.model import shard
     from fsdp_qlora.training import evaluate, loop, optim
-    from tests.model.test_shard import FLAGS, micro_batches
+    from tests.model.test_shard import CLIPPED, FLAGS, micro_batches
 
     results = []
     for flags in cases:
-        model, _, cfg = tiny.build(path, world, *FLAGS, "--lr=0.01", *flags)
-        params = shard.local_parameters(model)
-        trained = optim.Trained(model, params, *optim.build(params, cfg, 3), 1.0, world)
+        model, _, cfg = tiny.build(path, world, *FLAGS, *CLIPPED, *flags)
+        trained = optim.prepare(model, cfg, 3, world)
         batches = micro_batches(world.rank, world.size, 6)
         losses = [loop.train_step(trained, batches[2 * i : 2 * i + 2])["loss"] for i in range(3)]
         held_out = evaluate.measure(model, None, batches, world)["loss"]

@@ -336,6 +336,9 @@ def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path):
     )
     assert [place["forward"][names.HOSTED] for place in totals["ledger"]["hosts"]] == [1.0, 2.0]
     assert "host far 90.0/100 GiB" in metrics._progress_words(steps(tmp_path)[0], [1.0])
+    assert [metrics._of(*pair) for pair in ((0.25, 0.5), (0.3, 1.5), (1, 9.6), (2, 63.7))] == [
+        *("0.2/0.5 GiB", "0.3/1.5 GiB", "1.0/10 GiB", "2.0/64 GiB")
+    ]
     assert metrics.figures(steps(tmp_path)[0])["memory/host_gib"] == 90.0
 
 
