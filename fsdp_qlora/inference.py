@@ -85,10 +85,10 @@ class Opened:
         from fsdp_qlora.model import adapters
 
         if self.adapter is not None:
-            pairs, folder, device = self.adapter.pairs, self.adapter.path, self.world.device
+            pairs, folder = self.adapter.pairs, self.adapter.path
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
             scales = {own: pair.scale for own, pair in (pairs | self.adapter.experts).items()}
-            adapters.load(self.model, folder / name, device, scales)
+            adapters.load(self.model, folder / name, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
