@@ -86,10 +86,10 @@ class Opened:
         from fsdp_qlora.model import adapters
 
         if self.adapter is not None:
-            pairs, folder, device = self.adapter.pairs, self.adapter.path, self.world.device
+            pairs, folder = self.adapter.pairs, self.adapter.path
             name = adapter_files.WEIGHTS_NAME if pairs else adapter_files.LAYERS_NAME
             scales = {own: pair.scale for own, pair in (pairs | self.adapter.experts).items()}
-            adapters.load(self.model, folder / name, device, scales)
+            adapters.load(self.model, folder / name, scales)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -654,7 +654,12 @@ def _as_lm(opened: Opened) -> Any:
             return all_logits(model, inps)
 
         def generate_until(self, requests, disable_tqdm=False):
-            return [self._continue(*request.args) for request in requests]
+            is_silent, found = not opened.is_writer, []
+            with cli.Progress("lm-eval", len(requests), "prompts", is_silent) as progress:
+                for request in requests:
+                    found.append(self._continue(*request.args))
+                    progress.update()
+            return found
 
         def _continue(self, context, settings):
             ends = settings.get("until") or []

@@ -150,7 +150,7 @@ def _reload(world, path):
 
     *_, trained = build(world, path.parent / "model")
     file = path / "best" / "adapter_model.safetensors"
-    adapters.load(trained.model, file, world.device)
+    adapters.load(trained.model, file)
     rows = tiny.held_out(samples(9, 1), 2, world.size, world.rank)
     return evaluate.measure(trained.model, None, rows, world)["loss"]
 

@@ -90,25 +90,19 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
             shard.release(block)
 
 
-def load(
-    model: "QuantizedModel",
-    path: Path,
-    device: torch.device,
-    scales: dict[str, float] | None = None,
-) -> None:
+def load(model: "QuantizedModel", path: Path, scales: dict[str, float] | None = None) -> None:
     """Fill this rank's slices from an adapter in peft's format, or new layers of LLaMA-Pro.
 
     Args:
         model: sharded and filled, with slots as the adapter has them.
         path: adapter_model.safetensors, or new_layers.safetensors.
-        device: where this rank keeps its slices.
         scales: linear in the model -> scale of its pair; ranks may be smaller than the slots' then
             and pairs may be missing. None: every slot has its pair, of its own rank and scale.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
     """
-    blocks_ = [block for block in blocks(model) if block.body.slots]
+    blocks_, device = [b for b in blocks(model) if b.body.slots], model.head.weight.device
     flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
     places = dict(named_pairs(model, flats))
     stem = "base_model.model." if flats else ""

@@ -398,11 +398,11 @@ def _weight_turned(
 
 
 def weight_codes(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor,
-    scales_O: torch.Tensor,
-    out: torch.Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    scales_O: Tensor,
+    out: Tensor,
     is_turned: bool,
     group: int,
 ) -> None:
@@ -457,12 +457,8 @@ def _quantize_rows(
 
 
 def quantize_rows(
-    x_MI: torch.Tensor,
-    factors_I: torch.Tensor | None,
-    dtype: torch.dtype,
-    largest: float,
-    block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_MI: Tensor, factors_I: Tensor | None, dtype: torch.dtype, largest: float, block: int
+) -> tuple[Tensor, Tensor]:
     """See matmul.quantize_rows; scales of a block lie together.
 
     Args:
@@ -533,11 +529,11 @@ def _int8_matmul(
 
 
 def int8_matmul(
-    x: tuple[torch.Tensor, torch.Tensor],
-    y: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None,
-) -> torch.Tensor:
+    x: tuple[Tensor, Tensor],
+    y: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
     """See matmul.multiply: whole numbers are summed up in each block of 128, blocks in float32.
 
     Args:

@@ -435,7 +435,7 @@ def train_step(
         hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
-    status = guard.check(grads, loss_sum, weights.num, num_copies, world)
+    status = guard.check(grads, loss_sum, weights.num, num_copies)
     optim.clip(grads, status.grad_norm, trained.max_norm, guard.scale)
     hook("pre-optimizer")
     optim.step(trained.optimizer, status.is_bad)

@@ -256,17 +256,18 @@ class NonFiniteGuard:
             is to blame for are not in the row.
     """
 
-    def __init__(self, model: nn.Module, precision: str, most: int) -> None:
+    def __init__(self, model: nn.Module, precision: str, most: int, world: World) -> None:
         """Watch a model.
 
         Args:
             model: sharded and filled; its first trained layer tells whose gradient is not finite.
             precision: Torch name of the dtype of matmuls: float16 needs a loss scale.
             most: skipped steps in a row that end the run.
+            world: the ranks.
         """
         self.scale: Tensor | None = None
         self.num_skipped = self.num_in_a_row = 0
-        self._most = most
+        self._most, self._world = most, world
         self._is_bad_here: Tensor | None = None
         self._pending: list[tuple[int, Tensor, Any]] = []
         blocks = [b for b in shard.blocks(model) if any(p.requires_grad for p in b.parameters())]
@@ -297,26 +298,20 @@ class NonFiniteGuard:
         return loss if self.scale is None else loss * self.scale
 
     def check(
-        self,
-        grads: Sequence[Tensor],
-        loss_sum: Tensor,
-        num_tokens: float,
-        num_copies: int,
-        world: World,
+        self, grads: Sequence[Tensor], loss_sum: Tensor, num_tokens: float, num_copies: int
     ) -> StepStatus:
-        """Norm and loss of all ranks, in one collective.
+        """Norm and loss of all ranks, in one collective; all must call.
 
         Args:
             grads: this rank's gradients, on one device, of the scaled loss.
             loss_sum: over this rank's trained tokens.
             num_tokens: trained tokens of all ranks.
             num_copies: ranks that hold the same slices.
-            world: the ranks; all must call.
         """
         is_bad_here = ~loss_sum.isfinite()
         if self._is_bad_here is not None:
             is_bad_here = is_bad_here | self._is_bad_here
-        facts = loss_sum.new_zeros(2 + world.size)
+        world, facts = self._world, loss_sum.new_zeros(2 + self._world.size)
         facts[0] = torch.stack(torch._foreach_norm(list(grads), 2, torch.float32)).square().sum()
         facts[1] = loss_sum
         facts[2 + world.rank] = is_bad_here
@@ -446,7 +441,7 @@ def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) ->
     if cfg.loraplus_ratio != 1:
         scale_updates(optimizer, adapters.b_slices(model, params), cfg.loraplus_ratio)
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
-    guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
+    guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps, world)
     parts = (model, params, optimizer, schedule, max_norm, world, guard, cfg.no_sync, cfg.seed)
     is_one = max(cfg.per_visit, 1 + bool(cfg.num_answers)) == 1
     can_visit = isinstance(model, QuantizedModel) and (is_one or model.can_visit(world.device))

@@ -174,7 +174,7 @@ def first_steps(world, model: Path, folders: dict[str, list[str]]) -> dict:
         quantized, info, cfg = tiny.build(model, world, *argv)
         adapter_files.check_init(cfg, info, said.append)
         file = adapter_files.locate(cfg.init_adapter) / adapter_files.WEIGHTS_NAME
-        adapters.load(quantized, file, world.device)
+        adapters.load(quantized, file)
         places = torch.arange(IDS.numel(), device=world.device)
         with torch.no_grad():
             logits = quantized(IDS.to(world.device), Targets(places, None)).cpu().numpy()
