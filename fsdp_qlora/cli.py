@@ -484,7 +484,8 @@ class Reader:
         for name, (text, place) in given.items():
             option = options(self.cls)[name]
             if not SWITCH.isdisjoint(option.choices or ()):
-                text = _switched(text, option.choices)
+                words = {"true": "on" if "on" in option.choices else "auto", "false": "off"}
+                text = text if text in option.choices else words.get(plain(text), text)
             nothing = ("none", "null") if str in option.kinds else ("none", "null", "auto")
             is_none = option.is_optional and text.lower() in nothing
             value = None if is_none else _typed(text, option.kinds)
@@ -494,12 +495,6 @@ class Reader:
             else:
                 self.faults.append(fault)
         return values
-
-
-def _switched(text: str, choices: Sequence[str]) -> str:
-    """One of the choices for true and false; any other text as it is."""
-    words = {"true": "on" if "on" in choices else "auto", "false": "off"}
-    return text if text in choices else words.get(plain(text), text)
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -227,8 +227,7 @@ def packages() -> Iterator[Finding]:
     for need in own:
         found, wanted = versions[need.name], need.specifier
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
-        is_right = wanted.contains(found, prereleases=True) if found else not is_needed
-        if not is_right:
+        if not (wanted.contains(found, prereleases=True) if found else not is_needed):
             value = f"{config.PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
             remedy = f"pip install '{need.name}{wanted}'"
             yield Finding(need.name, value, remedy, ENVIRONMENT * is_needed)

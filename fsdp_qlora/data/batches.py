@@ -91,8 +91,7 @@ def sampler_config(cfg: TrainConfig, world_size: int, rank: int, multiple: int) 
         world_size, rank, multiple: as for `SamplerConfig`, of padding.
     """
     shape = (cfg.batch_size, cfg.gradient_accumulation_steps, world_size, rank, cfg.seed)
-    rest = (cfg.num_epochs, cfg.max_steps, multiple, cfg.objective)
-    return SamplerConfig(*shape, *rest)
+    return SamplerConfig(*shape, cfg.num_epochs, cfg.max_steps, multiple, cfg.objective)
 
 
 @dataclass(frozen=True, eq=False)
@@ -592,22 +591,19 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
     return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
 
 
-def _batch(
-    shape: tuple[int, int], samples: Sequence[Sample], starts: list[tuple[int, int]]
-) -> Batch:
+def _batch(shape: tuple[int, int], rows: Sequence[Sample], starts: list[tuple[int, int]]) -> Batch:
     """Samples on padding, each from its row and column on."""
     import torch
 
     ids = np.full(shape, PAD_ID, np.int64)
     labels = np.full_like(ids, NOT_TRAINED)
-    for sample, (row, first) in zip(samples, starts, strict=True):
+    for sample, (row, first) in zip(rows, starts, strict=True):
         place = slice(first, first + len(sample.input_ids))
         ids[row, place] = sample.input_ids
         labels[row, place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
-    num_trained = sum(sample.num_trained_tokens for sample in samples)
-    num_tokens = sum(len(sample.input_ids) for sample in samples)
-    input_ids, targets = torch.from_numpy(ids), torch.from_numpy(labels)
-    return Batch(input_ids, targets, num_trained, num_tokens)
+    num_trained = sum(sample.num_trained_tokens for sample in rows)
+    num_tokens = sum(len(sample.input_ids) for sample in rows)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), num_trained, num_tokens)
 
 
 def all_once(samples: TokenDataset, sampler: SamplerConfig) -> Iterator[Batch]:
