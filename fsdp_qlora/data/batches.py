@@ -372,18 +372,16 @@ def padded_width(longest: int, multiple: int, most: int) -> int:
     return min(-(-max(longest, 1) // multiple) * multiple, ceiling)
 
 
-def padded_tokens(
-    lengths: np.ndarray, sampler: SamplerConfig, num_steps: int | None = None
-) -> list[int]:
+def padded_tokens(lengths: np.ndarray, sampler: SamplerConfig, num_steps: int = 0) -> list[int]:
     """Return the tokens of every micro-batch of the first epoch with its padding, of all ranks.
 
     Args:
         lengths: int [rows], tokens of each.
         sampler: of the run; its rank does not matter.
-        num_steps: steps to look at; None: all of the epoch.
+        num_steps: steps to look at; 0: all of the epoch.
     """
     most, found = int(lengths.max()), []
-    for rows in epoch_order(lengths, sampler.rows_per_step, sampler.seed, 0)[:num_steps]:
+    for rows in epoch_order(lengths, sampler.rows_per_step, sampler.seed, 0)[: num_steps or None]:
         micros = micro_batches(rows, sampler.rows_per_micro, sampler.world_size)
         for mine in (part for by_rank in micros for part in by_rank):
             longest = int(lengths[mine].max()) if len(mine) else 1
