@@ -455,9 +455,8 @@ class Reader:
         for name, alias in ((name, self.aliases[name]) for name in given if name in self.aliases):
             entry, before = given[name], found.get(alias.option)
             is_usual, text = not alias.changes(entry.text), alias.write(entry.text)
-            if entry.text and not text:
-                continue
-            if is_usual and (before or not alias.option or alias.when_both != "refuse"):
+            is_idle = is_usual and (before or not alias.option or alias.when_both != "refuse")
+            if is_idle or (entry.text and not text):
                 continue
             if alias.is_refused:
                 self._refuse(entry.place, alias.reason, alias.remedy)
