@@ -656,7 +656,12 @@ def _as_lm(opened: Opened) -> Any:
             return all_logits(model, inps)
 
         def generate_until(self, requests, disable_tqdm=False):
-            return [self._continue(*request.args) for request in requests]
+            is_silent, found = not opened.is_writer, []
+            with cli.Progress("lm-eval", len(requests), "prompts", is_silent) as progress:
+                for request in requests:
+                    found.append(self._continue(*request.args))
+                    progress.update()
+            return found
 
         def _continue(self, context, settings):
             ends = settings.get("until") or []

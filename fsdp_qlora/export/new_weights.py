@@ -20,7 +20,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_qlora import hardware
+from fsdp_qlora import cli, hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, QUANTIZED_ITEM_BYTES, TensorRef, read_tensors
 from fsdp_qlora.arch.info import inner_name
@@ -439,7 +439,8 @@ def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any
         why = f"needs {need_gib:.1f} GiB, {free_gib:.1f} GiB of {device.type} memory are free"
         return {"skipped": f"{why}; fewer --evidence_rows or --evidence_tokens need less"}
     ids, note, is_text = choose_rows(seen, shape, options.dataset)
-    trained, merged = logits(seen, ids), logits(result, ids)
+    with cli.Progress("compares", 2 * info.num_layers, "layers") as progress:
+        trained, merged = (logits(base, ids, progress.update) for base in (seen, result))
     base = seen.format_name or "as stored: the adapter does not tell what training saw"
     has_run = seen.adapter.pairs or seen.adapter.experts or seen.adapter.replaced
     known = {"base_of_adapter": base} if has_run else {}
@@ -447,12 +448,13 @@ def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any
 
 
 @torch.inference_mode()
-def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
+def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = str) -> torch.Tensor:
     """Run a model whose weights are read as they are needed.
 
     Args:
         base: what the model is, its weights and its adapter.
         ids: rows of tokens.
+        tell: is called after every layer.
 
     Returns:
         logits_NV of the rows, one after the other, float32 on the host.
@@ -480,6 +482,9 @@ def logits(base: TrainedBase, ids: list[list[int]]) -> torch.Tensor:
             holder = model.get_submodule(reader)
             holder.register_forward_pre_hook(partial(_bring, own, base, module))
             holder.register_forward_hook(partial(_drop, module))
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
+    for layer in next((m for m in lists if len(m) == base.info.num_layers), ()):
+        layer.register_forward_hook(lambda *_: tell() and None)
     # Causal: the padding behind is not seen.
     batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import arch, atomic
+from fsdp_qlora import arch, atomic, cli
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, WEIGHTS_NAME, SavedAdapter, read, read_json
@@ -83,7 +83,8 @@ def run_tool(*words: str | Path) -> str:
     """
     command = [*[sys.executable] * str(words[0]).endswith(".py"), *map(str, words)]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, text=True, errors="replace", **streams)
+    with cli.Progress(f"{Path(words[0]).name} works"):
+        done = subprocess.run(command, text=True, errors="replace", **streams)
     if done.returncode:
         remedy = f"see what it prints: {shlex.join(command)}"
         if absent := re.search(r"No module named '([\w.]+)'", done.stdout):

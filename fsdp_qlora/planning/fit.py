@@ -126,9 +126,10 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     if memory.uses_graphs(s, setting):
         launch_s *= GRAPHS_SHARE
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
-    disk_bytes, disk_bytes_s = setting.count(DISK) * s.layer_bytes, gpu.disk_gbs * 1e9
-    disk_bytes += inputs * (setting.hosts_inputs == DISK)
-    inputs_s = inputs * (setting.hosts_inputs is True) / gpu.host_link_gbs / 1e9
+    inputs_s, disk_s = inputs / gpu.host_link_gbs / 1e9, 0.0
+    if setting.hosts_inputs == DISK:
+        inputs_s, disk_s = 0.0, inputs / gpu.disk_gbs / 1e9
+    disk_s += setting.count(DISK) * s.layer_bytes / gpu.disk_gbs / 1e9
     rows = []
     passes = [(False, forward_s * s.cfg.passes), (True, backward_s)]
     passes += [(False, 2 * forward_s)] * (s.cfg.objective == "kto")  # other pairs, for its KL
@@ -136,8 +137,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
         is_twice = not is_backward and not s.is_kept_whole and s.cfg.passes > 1
         num = 1 + num_full / s.layers if is_backward else 1.0 + is_twice
         host_s, *links_s = _copies(s, setting, gpu, is_backward)
-        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num)
-        parts += (disk_bytes / disk_bytes_s,)
+        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num, disk_s)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
 
@@ -308,7 +308,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
         places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
     placements = list(dict.fromkeys(places))
     strategies = ["full_shard", "hybrid_full_shard"][: own.machines]  # of one they are the same
-    if own.count(DISK) and fixed & PLACING == {"offload_impl"}:
+    if own.count(DISK) and fixed & PLACING <= {*HOSTED, "offload_impl"}:
         placements = [where for where in placements if "sharded" not in where]
     elif fixed & PLACING:
         placements, strategies = [own.placements], [own.strategy]

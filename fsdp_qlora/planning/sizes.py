@@ -410,10 +410,6 @@ class Setting:
         """Count the decoder layers in some placements (or on some levels)."""
         return sum(self._counts[name] for name in names)
 
-    def layers(self, name: str) -> list[int]:
-        """Numbers of the layers with a placement."""
-        return [layer for layer, own in enumerate(self.placements) if own == name]
-
     def tiered(self, num: int) -> "Setting":
         """The same with so many of the streamed layers in memory, the others on disk."""
         own = iter(place(self.count(*STREAMED), DISK, num))

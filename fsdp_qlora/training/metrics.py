@@ -252,7 +252,9 @@ class Recorder:
         self._file: Any = None
         self._unwritten = b""
         self._bar: Any = None
-        self._said_s = time.monotonic()
+        self._said_s = self._stepped_s = time.monotonic()
+        self._over, self._is_reading = threading.Event(), False
+        self._waiting = threading.Thread(target=self._wait, daemon=True)
         self.resumed = resumed or Resumed()
         self._step, self._began_s = self.resumed.step, time.perf_counter() - self.resumed.seconds
 
@@ -268,6 +270,7 @@ class Recorder:
             has_bar = "stdout" not in self.tracker.plan.cfg.log_targets and sys.stderr.isatty()
             size = {"total": self._num_steps, "initial": len(self._totals.steps["step_s"])}
             self._bar = tqdm(**size, disable=not has_bar, bar_format=BAR, dynamic_ncols=True)
+            self._waiting.start()
         info: dict[str, Any] = {"run_format": RUN_FORMAT, "num_ranks": self._world.size}
         info["versions"] = hardware.versions(self._world.device)
         is_first = not self.resumed.lines
@@ -307,12 +310,14 @@ class Recorder:
         every = self._world.gather([*wishes, *counts, *mine.values(), *host.values(), *by_row])
         columns, begin = list(zip(*every, strict=True)), len(wishes)
         agreed = [max(column) for column in columns[:begin]]
-        self._step = record["step"]
         if self._world.rank == 0:
+            self._is_reading = True
             self.flush()
+            self._is_reading = False
             sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
             rows = [row[begin + len(COUNTS) :] for row in every]
             self._pending = ({**record, **sums, **self._memories([*mine], [*host], rows)}, lap)
+        self._step, self._stepped_s = record["step"], time.monotonic()
         self.clock.mark("record")
         return agreed
 
@@ -408,6 +413,8 @@ class Recorder:
         summary["versions"] = hardware.versions(self._world.device)
         summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
         atomic.write_json(self._output_dir / "summary.json", _plain(summary))
+        self._over.set()
+        self._waiting.join()
         self._bar.close()
         self._file.close()
         self._file = None
@@ -447,6 +454,16 @@ class Recorder:
         if step % every == 0 or is_late:
             print(f"step {step}/{self._num_steps} {' '.join(words)} ETA {left}", flush=True)
             self._said_s = now_s
+
+    def _wait(self) -> None:
+        """Where there is no bar, say now and then that a long step goes on."""
+        while not self._over.wait(max(cli.LINE_S, 1.0) / 3):
+            running = "waits for the GPU" if self._is_reading else self.tracker.running
+            now_s = time.monotonic()
+            if running and self._bar.disable and now_s - self._said_s >= cli.LINE_S:
+                took_s = f"{now_s - self._stepped_s:.0f} s since the last one"
+                print(f"step {self._step + 1}/{self._num_steps} {running}, {took_s}", flush=True)
+                self._said_s = now_s
 
     def _write(self, line: dict[str, Any]) -> None:
         """Count and write a line; what a full disk does not take is tried again with the next."""

@@ -6,6 +6,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -13,6 +14,7 @@ import pytest
 
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import disk, placement
 from fsdp_qlora.training import evaluate
 from tests import tiny
@@ -78,9 +80,15 @@ def compare(world, path, folder):
     own = (*base, FILE, "--resident_layers=1", "--use_activation_cpu_offload=disk")
     found["by layer"] = trained_by(world, path, collate, NUM_MICRO, own)
     found["no cache"] = trained_by(world, path, collate, 1, (*base, FILE, "--quant_cache=off"))
-    placement._num_in_memory = lambda *_: 3
-    found["partly"] = trained_by(world, path, collate, 1, (*base, "--offload_impl=auto"))
-    placement._num_in_memory = lambda *_: 0
+    # Each rank holds 1 GiB; the plan has 2 beside the layers, of which 1 is in what they hold.
+    placement.pss_gib = lambda: 1.0
+    table = SimpleNamespace(peak_gib=2.0, gib=lambda phase, row: 0.25)
+    placement.plans = SimpleNamespace(host=lambda *_: table)
+    layer_gib = tiny.shape(path, world)[0].model.layouts[0].nbytes / GIB
+    own = (*base, FILE, f"--host_budget_gib={world.size + 1 + 3.5 * layer_gib:.9f}")
+    names = tiny.shape(path, world, *FLAGS, *own)[0].placed.names
+    assert names == ("disk", "disk", "streamed", "disk", "streamed", "disk", "streamed")
+    found["partly"] = trained_by(world, path, collate, 1, own)
     model, _, _ = tiny.build(path, world, *FLAGS, cache, FILE)
     world.barrier()
     before = psutil.Process().io_counters().read_chars
