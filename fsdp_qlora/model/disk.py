@@ -20,8 +20,8 @@ from pathlib import Path
 from fsdp_qlora.errors import INTEGRITY, UserError
 
 PAGE = 4096  # direct reads begin and end at multiples of it, in the file and in memory
-PIECE_BYTES = 8 * 2**20  # one read of one thread
-NUM_READERS = 4
+PIECE_BYTES = 2 * 2**20  # one read of one thread
+NUM_READERS = 8
 POLL_S = 0.0005
 WORD = 8  # bytes of a count that ranks tell each other
 

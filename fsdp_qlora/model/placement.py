@@ -47,6 +47,8 @@ PLACEMENTS = {
     "resident": "whole on every rank",
     "trained": "trained themselves, nothing quantized",
 }
+# A rank may take so much more than the plan says (1.4 B parameters quantized on a CPU: 0.27 GiB).
+SPARE_GIB = 0.3
 GROUPS = ("sharded", "offloaded")  # an FSDP group: a slice on every rank, gathered for use
 
 
@@ -182,9 +184,10 @@ class Spill:
             quantized: uint8 [bytes], any device.
         """
         path, start, _ = self.spans[number]
-        with path.open("r+b", buffering=0) as file:
+        with path.open("r+b") as file:
             file.seek(start)
             file.write(quantized.cpu().numpy().data)
+            file.flush()
             os.fdatasync(file.fileno())
 
 
@@ -212,7 +215,7 @@ def copy(
     stream.wait_event(ready)
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        return stream.record_event(torch.cuda.Event(blocking=True))  # whoever waits sleeps
 
 
 class Streamer:
@@ -296,7 +299,9 @@ class Streamer:
         slot = layer % len(self.slots)
         if not 0 <= layer < self.num_layers or self._held[slot] == layer:
             return
-        self._held[slot] = layer
+        self._held[slot], last = layer, self._filled[slot]
+        if isinstance(last, Future):
+            last.result()  # or it would overwrite this one
         self.num_copies += 1
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
         source, target = self.sources[layer], self.slots[slot][: self.sizes[layer]]
@@ -406,10 +411,11 @@ def choose(
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
     setting = setting.tiered(_num_in_memory(info, cfg, setting, sizes, world))
     names, ring_bytes = setting.placements, 0
-    streamed, on_disk = ([sizes[i] for i in setting.layers(name)] for name in STREAMED)
+    pairs = [pair for pair in zip(names, sizes, strict=True) if pair[0] in STREAMED]
+    streamed, on_disk = ([size for own, size in pairs if own == name] for name in STREAMED)
     if on_disk:
-        num_slots = min(NUM_RING_SLOTS, len(on_disk))
-        ring_bytes = disk.ring_bytes(max(on_disk), num_slots, world.local_size)
+        size = min(NUM_RING_SLOTS, len(on_disk)), world.local_size
+        ring_bytes = disk.ring_bytes(max(on_disk), *size)
     nbytes = ring_bytes + sum(streamed)
     refusal, memory = shared(nbytes, world.device.type == "cuda", world)
     if refusal and cfg.offload_impl in ("stream", "file"):
@@ -420,11 +426,10 @@ def choose(
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
         names = setting_of(by_fsdp, info.num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
-    every = [size for size, name in zip(sizes, names, strict=True) if name in STREAMED]
-    streamer = Streamer(every, NUM_SLOTS + ("resident" in names), world.device)
+    num_slots = NUM_SLOTS + ("resident" in names)
+    streamer = Streamer([size for _, size in pairs], num_slots, world.device)
     sources = iter(memory.bytes.split([ring_bytes, *streamed])[1:])
-    kinds = [name for name in names if name in STREAMED]
-    streamer.sources = [next(sources) if name == "streamed" else None for name in kinds]
+    streamer.sources = [None if name == DISK else next(sources) for name, _ in pairs]
     spill = Spill(on_disk, cfg.resolved_output_dir, world) if on_disk and not has_cache else None
     pinned = "pinned, " if memory.pinned_bytes else ""
     place = f" (one copy for all ranks, {pinned}{nbytes / GIB:.2f} GiB)"
@@ -441,7 +446,8 @@ def _num_in_memory(
     num, is_file = setting.count(*STREAMED), cfg.offload_impl == "file"
     if is_file and cfg.host_budget_gib is None:
         return 0
-    nbytes = sum(sizes[i] for name in STREAMED for i in setting.layers(name))
+    pairs = zip(setting.placements, sizes, strict=True)
+    nbytes = sum(size for name, size in pairs if name in STREAMED)
     free_gib = host_limit_gib() - host_used_gib()
     by_rank = world.gather([free_gib, 0.0 if cfg.host_budget_gib is None else pss_gib()])
     left_gib = by_rank[world.peers[0]][0]
@@ -451,7 +457,7 @@ def _num_in_memory(
     if is_file or left_gib * GIB < nbytes:
         # What the run will take beside the layers and what it has taken by now.
         table = plans.host(Sizes(info, cfg, world.device.type), setting.tiered(0))
-        left_gib -= table.peak_gib
+        left_gib -= table.peak_gib + SPARE_GIB * world.local_size
         left_gib += sum(table.gib("load", row) for row in (SYSTEM, FILES, PROCESSES, DATA))
         num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
     return int(min(least for (least,) in world.gather([num])))

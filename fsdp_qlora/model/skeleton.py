@@ -84,7 +84,13 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
         has_flash = is_installed and extra in ("", "soft-capped") and cfg.context_parallel == 1
-        attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
+        attention = (
+            "flash_attention_2"
+            if has_flash
+            else "eager"
+            if extra and cfg.context_parallel == 1
+            else "sdpa"
+        )
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
         attention_why += f", {extra}" * bool(extra)
@@ -312,7 +318,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
     head = _loss_head(hf_model, info)
     is_indexed = info.attention_extra == "indexed"
-    if chosen.attention == "sdpa" and (is_indexed or not hf_model._supports_sdpa):
+    is_known = hf_model._supports_sdpa or cfg.context_parallel > 1  # then a trial tells
+    if chosen.attention == "sdpa" and (is_indexed or not is_known):
         rule = f"computes otherwise than the attention of model type {info.model_type}"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     names = stored_names(hf_model, info)

@@ -73,8 +73,7 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    if s.groups(setting) > 1:
-        s, setting = s.visiting, s.joined(setting)
+    s, setting = (s.visiting, s.joined(setting)) if s.groups(setting) > 1 else (s, setting)
     ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
@@ -123,12 +122,12 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     num_unpacked = 1 if s.is_kept_whole else setting.per_visit
     unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
     launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)
-    if memory.uses_graphs(s, setting):
-        launch_s *= GRAPHS_SHARE
+    launch_s *= GRAPHS_SHARE if memory.uses_graphs(s, setting) else 1.0
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
-    disk_bytes, disk_bytes_s = setting.count(DISK) * s.layer_bytes, gpu.disk_gbs * 1e9
-    disk_bytes += inputs * (setting.hosts_inputs == DISK)
-    inputs_s = inputs * (setting.hosts_inputs is True) / gpu.host_link_gbs / 1e9
+    inputs_s, disk_s = inputs / gpu.host_link_gbs / 1e9, 0.0
+    if setting.hosts_inputs == DISK:
+        inputs_s, disk_s = 0.0, inputs / gpu.disk_gbs / 1e9
+    disk_s += setting.count(DISK) * s.layer_bytes / gpu.disk_gbs / 1e9
     rows = []
     passes = [(False, forward_s * s.cfg.passes), (True, backward_s)]
     passes += [(False, 2 * forward_s)] * (s.cfg.objective == "kto")  # other pairs, for its KL
@@ -136,8 +135,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
         is_twice = not is_backward and not s.is_kept_whole and s.cfg.passes > 1
         num = 1 + num_full / s.layers if is_backward else 1.0 + is_twice
         host_s, *links_s = _copies(s, setting, gpu, is_backward)
-        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num)
-        parts += (disk_bytes / disk_bytes_s,)
+        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num, disk_s)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
 
@@ -308,7 +306,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
         places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
     placements = list(dict.fromkeys(places))
     strategies = ["full_shard", "hybrid_full_shard"][: own.machines]  # of one they are the same
-    if own.count(DISK) and fixed & PLACING == {"offload_impl"}:
+    if own.count(DISK) and fixed & PLACING <= {*HOSTED, "offload_impl"}:
         placements = [where for where in placements if "sharded" not in where]
     elif fixed & PLACING:
         placements, strategies = [own.placements], [own.strategy]
@@ -319,8 +317,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
         num, travelling = per_step // batch, {*STREAMED, "offloaded"}
         travelling |= {"sharded"} if own.num_ranks > 1 else set()
         visits = {1, *(n for n in (*VISITS, num) if num % n == 0 and travelling & {*where})}
-        if "accumulate_by_layer" in fixed:
-            visits = {min(own.per_visit, num)}
+        visits = {min(own.per_visit, num)} if "accumulate_by_layer" in fixed else visits
         for per_visit in sorted(visits) if has_gpus else [own.per_visit]:
             rest = (strategy, own.machines, per_visit)
             yield tuple(Setting(own.num_ranks, batch, num, where, kept, *rest) for kept in levels)
@@ -457,8 +454,7 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
         ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
         ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),
     ]
-    if num_ranks > 1:
-        rows.append(("the base sharded over the GPUs", "", 0, sharded))
+    rows += [("the base sharded over the GPUs", "", 0, sharded)] if num_ranks > 1 else []
     if cfg.format_name == "bf16":
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
     for halvings in range(1, (cfg.context_length // 256).bit_length()):

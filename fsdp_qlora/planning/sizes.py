@@ -123,11 +123,8 @@ def _hqq(bits: int, group_size: int, axis: int) -> Storage:
 
 
 _ABSMAX = (Field("absmax", "float32", GROUP),)
-_NESTED_ABSMAX = (
-    Field("qabsmax", "uint8", GROUP, multiple=NESTED),
-    Field("nested_absmax", "float32", GROUP * NESTED),
-    Field("offset", "float32", GROUP * NESTED),
-)
+_NESTED = (Field(name, "float32", GROUP * NESTED) for name in ("nested_absmax", "offset"))
+_NESTED_ABSMAX = (Field("qabsmax", "uint8", GROUP, multiple=NESTED), *_NESTED)
 FORMATS: dict[str, Storage] = {
     "nf4": Storage(4, _ABSMAX),
     "nf4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
@@ -410,10 +407,6 @@ class Setting:
         """Count the decoder layers in some placements (or on some levels)."""
         return sum(self._counts[name] for name in names)
 
-    def layers(self, name: str) -> list[int]:
-        """Numbers of the layers with a placement."""
-        return [layer for layer, own in enumerate(self.placements) if own == name]
-
     def tiered(self, num: int) -> "Setting":
         """The same with so many of the streamed layers in memory, the others on disk."""
         own = iter(place(self.count(*STREAMED), DISK, num))
@@ -464,14 +457,12 @@ def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers 
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
     visit = cfg.per_visit, cfg.use_activation_cpu_offload
-    levels = cfg.levels(num_layers)
-    return Setting(*step, placements, levels, cfg.sharding_strategy, 1, *visit)
+    return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
     """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
-    whole = trained_whole(info, cfg).layers
-    setting = setting_of(cfg, info.num_layers, machine.num_ranks, whole)
+    setting = setting_of(cfg, info.num_layers, machine.num_ranks, trained_whole(info, cfg).layers)
     return dataclasses.replace(setting, machines=machine.num_machines)
 
 
@@ -490,7 +481,7 @@ def check_context(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> None:
     kinds = {*info.config.get("layer_types", ())} - {"full_attention", "sliding_attention"}
     if num > 1 and num_ranks % num:
         rule = f"shares each row among {num} ranks, and there are {num_ranks}"
-    elif num > 1 and (extra := info.attention_extra or ", ".join(sorted(kinds))):
+    elif num > 1 and (extra := info.attention_extra.replace("sinks", "") or ", ".join(kinds)):
         rule = f"no kernel cuts the rows of a {info.model_type} model ({extra})"
     elif num > 1 and (note := info.rope_note(cfg.context_length)):
         rule = f"the ranks' rotary tables would differ: {note.split()[1]} of longer rows"
@@ -610,7 +601,8 @@ class Sizes:
         self.lora, self.magnitudes = counts.adapters, counts.magnitudes
         self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
-        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.attention_extra != "")
+        is_extra = info.attention_extra != "" and cfg.context_parallel == 1
+        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and is_extra)
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)
