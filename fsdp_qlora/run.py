@@ -113,7 +113,7 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
         built = build(cfg, plan.info, world)
         if cfg.init_adapter is not None and is_new:
             file = adapter.locate(cfg.init_adapter) / adapter.WEIGHTS_NAME
-            load(built.model, file, built.model.layers_prefix, world.device)
+            load(built.model, file)
     tracker.record_model(built)
     packing = loop.keep_rows_apart(built.model, dataset.train, plan.info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
@@ -218,7 +218,7 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
 
 
 def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str], Any]) -> bool:
-    """Whether a run is over and its result whole; makes the page that a kill has prevented."""
+    """Whether a run is over and its result whole; makes up for what a kill has prevented."""
     if not preflight.is_done(saved, cfg):
         return False
     place = saved.run_dir
@@ -228,6 +228,9 @@ def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str
     if cfg.save_model and not is_silent and not (place / checkpoint_store.REPORTS[0]).exists():
         _report(place)
     say(f"already done: {place} holds the result of all {saved.step} steps")
+    if not is_silent:
+        hub.check(cfg.push_to_hub)
+        hub.push(place, cfg.push_to_hub)
     return True
 
 

@@ -56,6 +56,12 @@ def test_rows_of_a_script_train_on_ranks_of_their_own_and_in_a_group(place, monk
     (first, calls, pushed), (second, no_calls, silent) = run_ranks(train_in_group, 2, place)
     assert first == second == calls == result.losses and no_calls == []
     assert pushed == [(place / "group", "me/new")] and silent == []
+    monkeypatch.setenv("HF_TOKEN", "hf_ofNobody")
+    with patch("fsdp_qlora.export.hub.push") as push:  # which a kill may have prevented
+        cfg = fsdp_qlora.TrainConfig(resume=str(place / "script"), push_to_hub="me/new")
+        again = fsdp_qlora.train(cfg)
+    assert (again.output_dir, again.losses) == (place / "script", result.losses)
+    assert [call.args for call in push.call_args_list] == [(place / "script", "me/new")]
 
 
 def test_a_record_that_a_restart_has_cut_is_told_once(tmp_path):

@@ -428,6 +428,18 @@ def test_joined_errors_keep_the_first_code_and_survive_pickling():
     assert join(faults[1:]).code == INPUT
 
 
+def test_a_directory_keeps_the_sign_that_stands_before_a_revision(tmp_path, monkeypatch):
+    """Wherever it lies; with --revision it is refused."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "model@2").mkdir(parents=True)
+    for name in ("org/model@2", str(tmp_path / "org/model@2"), "/gone/model@2", "./model@2", "m@2"):
+        assert config.split_name(name) == (name, "")
+        with pytest.raises(UserError, match="which is no name on the hub"):
+            config.parse([f"--model_name={name}", "--revision=2"])
+    assert config.split_name("org/model@3") == ("org/model", "3")
+    assert config.parse(["--model_name=org/other", "--revision=3"]).model_name == "org/other@3"
+
+
 def test_no_argument_escapes_as_another_error():
     """Every kind of rubbish gives a configuration or a UserError."""
     rubbish = ["", "-", "--", "=", "--=", "--lr=--", "\0", "\udcff", "1e999", "٣", "none"]

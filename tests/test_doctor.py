@@ -59,6 +59,7 @@ def test_a_machine_is_checked_and_measured_for_the_plan(
     assert measured.is_measured and known.memory_gbs == 900
     for key in ("bf16_tflops", "memory_gbs", "card_link_gbs"):
         assert getattr(measured, hardware.SPEEDS[key]) == table["CPU"][key] > 0
+    assert measured.disk_gbs == known.disk_gbs == table["disk"]["disk_gbs"] > 0
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == [
         "cache",
         "machine.html",

@@ -148,9 +148,9 @@ def _reload(world, path):
     from fsdp_qlora.model import adapters
     from fsdp_qlora.training import evaluate
 
-    plan, _, trained = build(world, path.parent / "model")
+    *_, trained = build(world, path.parent / "model")
     file = path / "best" / "adapter_model.safetensors"
-    adapters.load(trained.model, file, plan.info.layers_prefix, world.device)
+    adapters.load(trained.model, file)
     rows = tiny.held_out(samples(9, 1), 2, world.size, world.rank)
     return evaluate.measure(trained.model, None, rows, world)["loss"]
 

@@ -229,6 +229,7 @@ def test_tagged_words_become_a_sentence_and_its_names() -> None:
 def test_caches_are_listed_and_cleared_unless_a_run_uses_them(tmp_path: Path, capsys):
     """By name or all; what the user keeps beside them stays."""
     names = ["llama-nf4-0123456789abcdef", "tokens-0123456789abcdef", ".tmp-12-x-00000000000000ff"]
+    names.append("rows")  # of `train` in Python
     for name in (*names, "mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "layer").write_bytes(bytes(2**26))
@@ -242,7 +243,12 @@ def test_caches_are_listed_and_cleared_unless_a_run_uses_them(tmp_path: Path, ca
         return capsys.readouterr().out.splitlines()
 
     found = cache("list")
-    words = ("unfinished, or by an older version", "/models/llama", "a.jsonl")
+    words = (
+        "unfinished, or by an older version",
+        "/models/llama",
+        "rows given to train() in Python",
+    )
+    words += ("a.jsonl",)
     for line, name, word in zip(found, sorted(names), words, strict=True):
         assert line.endswith(f"{name}, of {word}")
     assert "0.06 GiB, used 1971-01-01: " in found[1]

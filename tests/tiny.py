@@ -31,6 +31,11 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 
+MIXTURES = {  # experts of two types
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 96},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+}
+
 
 def require_triton() -> None:
     """Skip the calling test without Triton; fail where REQUIRE_TRITON=1 promises it."""
@@ -111,7 +116,35 @@ def fill_lora(model: QuantizedModel, seed: int = 1) -> list[torch.Tensor]:
 
 def lora_dict(model: QuantizedModel, flats: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Flat tensors by peft's names."""
-    return dict(adapters.named_pairs(model, flats, "model.layers"))
+    return dict(adapters.named_pairs(model, flats))
+
+
+def lora_grads(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The whole gradients of the adapters, layer by layer."""
+    grads = [block.body.lora.grad for block in shard.blocks(model) if block.body.slots]
+    return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+
+
+def reference_loss(model, batch) -> torch.Tensor:
+    """Mean cross entropy over the trained tokens, of a model of transformers, in float32."""
+    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
+
+
+def merged_logits(out: Path, ids: torch.Tensor, *more: str, most: float = 1e-3) -> torch.Tensor:
+    """The last logits by transformers of an adapter that is merged into its base, in OUT-merged."""
+    from transformers import AutoModelForCausalLM
+
+    from fsdp_qlora.export import commands
+
+    place = Path(f"{out}-merged")
+    argv = [f"--adapter={out}", f"--out={place}", "--dtype=fp32", "--device=cpu", *more]
+    assert commands.merge(argv) == 0
+    evidence = json.loads((place / "merge.json").read_text())["evidence"]
+    assert evidence["max_difference"] < most, evidence
+    merged = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return merged(ids).logits[0, -1]
 
 
 def quantized_store(

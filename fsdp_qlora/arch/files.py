@@ -34,6 +34,7 @@ from fsdp_qlora import cli
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
+NAMES = ("_name_or_path", "_also")  # in a shape, of the model on the hub
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -110,12 +111,10 @@ def locate(model_name: str, need_weights: bool) -> Path:
     if is_hub_name and need_weights:
         return _without_metas_files(download(model_name, MODEL_FILES))
     if is_hub_name:
-        shapes = {path: read_json(path) for path in sorted(SHAPES_DIRECTORY.glob("*.json"))}
-        name = model_name.partition("@")[0].lower()
-        names = {path: (row["_name_or_path"], row.get("_also", "")) for path, row in shapes.items()}
-        known = [path for path in shapes if name in map(str.lower, names[path])]
-        found = [*filter(None, [_find_cached(model_name)]), *known]
-        return found[0] if found else download(model_name, CONFIG_FILES)
+        name, shapes = model_name.partition("@")[0].lower(), sorted(SHAPES_DIRECTORY.glob("*.json"))
+        tables = ((path, read_json(path)) for path in shapes)
+        known = (p for p, row in tables if name in [str(row.get(key)).lower() for key in NAMES])
+        return _find_cached(model_name) or next(known, None) or download(model_name, CONFIG_FILES)
     if model_name.lower() not in known_shapes():
         near = get_close_matches(model_name.lower(), known_shapes(), 3, 0.5) or known_shapes()[:3]
         remedy = f"give a directory, a hub name ORGANISATION/MODEL, or a shape ({', '.join(near)})"
@@ -201,6 +200,9 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
 
 
+Shapes = dict[str, tuple[int, ...]]  # by full name
+
+
 class TensorRef(NamedTuple):
     """Where the bytes of one tensor lie.
 
@@ -221,6 +223,9 @@ class TensorRef(NamedTuple):
     nbytes: int
     is_transposed: bool = False
     joint: str = ""
+
+
+Refs = dict[str, TensorRef]  # by full name
 
 
 def read_json(path: Path) -> dict:
@@ -248,7 +253,7 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def without_bytes(table: dict[str, list[int]] | None, config: dict) -> dict[str, TensorRef]:
+def without_bytes(table: dict[str, list[int]] | None, config: dict) -> Refs:
     """What the files of a model would hold that has none here.
 
     Args:
@@ -289,9 +294,7 @@ def _numbered(pattern: str) -> list[str]:
     return [n for i in every for n in _numbered(f"{before}{i}{after}")] if ends else [pattern]
 
 
-def read_tensors(
-    directory: Path, item_bytes: Mapping[str, int] = ITEM_BYTES
-) -> dict[str, TensorRef]:
+def read_tensors(directory: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:
     """Read the headers of all weight files of a model.
 
     Args:
@@ -310,7 +313,7 @@ def read_tensors(
     if has_both and not all((directory / name).exists() for name in set(index.values())):
         # The whole model lies in one file: transformers prefers that too.
         index = {} if read_header(single, item_bytes).keys() == index.keys() else index
-    tensors: dict[str, TensorRef] = {}
+    tensors: Refs = {}
     for name in sorted(set(index.values())) or _list_files(directory):
         header = read_header(directory / name, item_bytes)
         twice = sorted(header.keys() & tensors.keys())
@@ -346,7 +349,7 @@ def same_bytes(one: TensorRef, other: TensorRef, num_bytes: int) -> bool:
         return all(file.read(size) == other_file.read(size) for size in sizes)
 
 
-def sample_digest(tensors: Mapping[str, TensorRef], num_places: int = NUM_SAMPLES) -> str | None:
+def sample_digest(tensors: Refs, num_places: int = NUM_SAMPLES) -> str | None:
     """Tell weights from others of the same shape, however their files are cut.
 
     Names, dtypes, shapes and some bytes of every tensor count. What is changed outside of the
@@ -383,7 +386,7 @@ def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
             yield os.pread(file.fileno(), min(size, ref.nbytes - start), ref.start + start)
 
 
-def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> dict[str, TensorRef]:
+def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:
     """Read and check the header of one safetensors file.
 
     Args:
@@ -490,9 +493,7 @@ def refuse(
             raise UserError(f"{describe(names)} in {model_name}", rule, remedy, code)
 
 
-def check_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], model_name: str
-) -> None:
+def check_shapes(expected: Shapes, found: Shapes, model_name: str) -> None:
     """Account for every tensor of a model.
 
     Args:
@@ -523,10 +524,13 @@ class QuantizedRef(NamedTuple):
         block: rows and columns that share a scale; 0: as many as the number of scales says.
     """
 
-    refs: dict[str, TensorRef]
+    refs: Refs
     format: str = ""
     offset: float | None = None
     block: tuple[int, int] = (0, 0)
+
+
+Folded = tuple[Refs, dict[str, QuantizedRef]]
 
 
 class Stored(NamedTuple):
@@ -588,9 +592,7 @@ def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def fold(
-    tensors: dict[str, TensorRef], stored: Stored, model_name: str
-) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+def fold(tensors: Refs, stored: Stored, model_name: str) -> Folded:
     """Make one entry of the parts of each quantized weight.
 
     Args:
@@ -613,16 +615,19 @@ def fold(
     return folded, quantized
 
 
-def _piece(ref: TensorRef, index: int) -> TensorRef:
-    """One expert's part of a tensor of all."""
+def piece(ref: TensorRef, index: int) -> TensorRef:
+    """One expert's part of a tensor of all.
+
+    Args:
+        ref: of all.
+        index: of the expert.
+    """
     nbytes = ref.nbytes // ref.shape[0]
     start = ref.start + index * nbytes
     return ref._replace(shape=ref.shape[1:], start=start, nbytes=nbytes)
 
 
-def _split_blocks(
-    tensors: dict[str, TensorRef], stored: Stored
-) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+def _split_blocks(tensors: Refs, stored: Stored) -> Folded:
     """An entry of the matrix of each expert in place of MXFP4's blocks and scales."""
     folded, quantized = dict(tensors), {}
     for name, ref in tensors.items():
@@ -635,19 +640,17 @@ def _split_blocks(
         del folded[name], folded[f"{stem}_scales"]
         (block, _, part), shape = stem.rpartition("."), (ref.shape[1], ref.shape[2] * 32)
         for i in range(ref.shape[0]):
-            own, at = f"{block}.{i}.{part}.weight", _piece(ref, i)
+            own, at = f"{block}.{i}.{part}.weight", piece(ref, i)
             # In 16 bit it lies in one tensor with the others', as [in, out].
             folded[own] = at._replace(shape=shape, is_transposed=True, joint=stem)
-            quantized[own] = QuantizedRef({"weight": at, "exponents": _piece(scales, i)}, MXFP4)
+            quantized[own] = QuantizedRef({"weight": at, "exponents": piece(scales, i)}, MXFP4)
     return folded, quantized
 
 
-def _fold_scaled(
-    tensors: dict[str, TensorRef], stored: Stored
-) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+def _fold_scaled(tensors: Refs, stored: Stored) -> Folded:
     """An entry of each weight in place of its numbers of 4 or 8 bits and their scales."""
-    parts: dict[str, dict[str, TensorRef]] = {}
-    folded: dict[str, TensorRef] = {}
+    parts: dict[str, Refs] = {}
+    folded: Refs = {}
     for name, ref in tensors.items():
         stem, _, part = name.rpartition(".")
         is_number = part == "weight" and ref.dtype in ("F8_E4M3", "I8")
@@ -659,8 +662,8 @@ def _fold_scaled(
     for stem, refs in parts.items():
         weight, scale, name = refs.get("weight"), refs.get("scale"), f"{stem}.weight"
         shape = weight.shape if weight else ()
-        if "shape" in refs:
-            shape = _read_shape(refs.pop("shape"))
+        if at := refs.pop("shape", None):  # numbers of 64 bits
+            shape = tuple(memoryview(_read(at)[: at.nbytes // 8 * 8]).cast("q"))
         bits = weight.nbytes * 8 // math.prod(shape) if weight and len(shape) == 2 else 0
         if weight is None or scale is None or bits not in (4, 8):
             rule = f"parts {', '.join(sorted(refs))} are no matrix of 4 or 8 bits with its scales"
@@ -671,15 +674,7 @@ def _fold_scaled(
     return folded, quantized
 
 
-def _read_shape(ref: TensorRef) -> tuple[int, ...]:
-    import numpy as np
-
-    return tuple(np.fromfile(ref.file, "<i8", ref.nbytes // 8, offset=ref.start).tolist())
-
-
-def _fold_bnb(
-    tensors: dict[str, TensorRef], format_name: str, model_name: str
-) -> tuple[dict[str, TensorRef], dict[str, QuantizedRef]]:
+def _fold_bnb(tensors: Refs, format_name: str, model_name: str) -> Folded:
     """As `fold`."""
     states = {name: name.partition(STATE)[0] for name in tensors if STATE in name}
     folded, quantized = dict(tensors), {}
@@ -696,11 +691,15 @@ def _fold_bnb(
     return folded, quantized
 
 
+def _read(ref: TensorRef) -> bytes:
+    with ref.file.open("rb") as file:
+        file.seek(ref.start)
+        return file.read(ref.nbytes)
+
+
 def _read_state(ref: TensorRef, name: str) -> dict:
     try:
-        with ref.file.open("rb") as file:
-            file.seek(ref.start)
-            state = json.loads(file.read(ref.nbytes))
+        state = json.loads(_read(ref))
         if [type(size) for size in state["shape"]] != [int, int]:
             raise ValueError("no shape of two sizes")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -708,7 +707,7 @@ def _read_state(ref: TensorRef, name: str) -> dict:
     return state
 
 
-def _check(where: str, state: dict, refs: dict[str, TensorRef], format_name: str) -> None:
+def _check(where: str, state: dict, refs: Refs, format_name: str) -> None:
     num_weights, is_double = math.prod(state["shape"]), format_name.endswith("_dq")
     num_blocks = -(-num_weights // GROUP)
     sizes = {"weight": -(-num_weights // 2), "quant_map": 16 * 4}

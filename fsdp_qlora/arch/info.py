@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora.arch import files
-from fsdp_qlora.arch.files import MXFP4, QuantizedRef, Stored, TensorRef
+from fsdp_qlora.arch.files import MXFP4, QuantizedRef, Refs, Shapes, Stored
 from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
@@ -50,8 +50,6 @@ ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
 DTYPES = "auto bfloat16 float16 float32 float64"
 ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -317,16 +315,13 @@ def find_linears(layer: Shapes) -> tuple[Linear, ...]:
     Raises:
         UserError: a matrix that is no linear (code 2).
     """
-    found = []
-    routers = _routers(layer)  # small, and they choose: 16 bit
+    found, routers = [], _routers(layer)  # small, and they choose: 16 bit
     for name, shape in layer.items():
         module = name.removesuffix(".weight")
         is_small = name in routers or module.endswith(("norm", *SMALL))
-        if len(shape) != 2 or is_small:
+        if len(shape) != 2 or is_small or module == name:
             continue
         bias = layer.get(f"{module}.bias")
-        if module == name:
-            continue
         if bias not in (None, shape[:1]):
             rule = f"shape {list(shape)} with bias {bias} is no linear of [out, in]"
             if bias == shape[1:]:
@@ -389,9 +384,9 @@ class ModelInfo:
     layers_prefix: str
     kinds: tuple[LayerKind, ...]
     root_params: tuple[tuple[str, tuple[int, ...]], ...]
-    tensors: dict[str, TensorRef]
+    tensors: Refs
     wrapper: str = ""
-    towers: dict[str, TensorRef] = field(default_factory=dict)
+    towers: Refs = field(default_factory=dict)
     stored: Stored = field(default_factory=Stored)
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
@@ -521,8 +516,7 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     text, wrapper = _text_half(raw)
     config, stored = _checked_config(text, model_name), files.stored_as(text | raw, model_name)
     is_known = config["model_type"] in LAYOUTS
-    tensors, towers = dict[str, TensorRef](), dict[str, TensorRef]()
-    quantized: dict[str, QuantizedRef] = {}
+    tensors, towers, quantized = Refs(), Refs(), dict[str, QuantizedRef]()
     has_files = path and (need_weights or any(path.glob("*.safetensors")))
     if reads_headers := need_weights or not is_known:
         if path and has_files:
@@ -584,7 +578,7 @@ def _text_half(config: dict) -> tuple[dict, str]:
 
 def stored_tensors(
     path: Path, config: dict, wrapper: str, stored: Stored
-) -> tuple[dict[str, TensorRef], dict[str, TensorRef], dict[str, QuantizedRef]]:
+) -> tuple[Refs, Refs, dict[str, QuantizedRef]]:
     """Read what the files of a model hold.
 
     Args:
@@ -663,7 +657,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
 
 
-def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
+def _own_names(tensors: Refs, config: dict) -> Refs:
     """Name the tensors of a model saved without its head, or its embedding as its head, in full."""
     lacks = [own for start, own in BARE.items() if any(name.startswith(start) for name in tensors)]
     bare = {name if name in HEADS else "".join(lacks) + name: ref for name, ref in tensors.items()}
@@ -672,7 +666,7 @@ def _own_names(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorR
     return split_experts(bare, read_size(config, "hidden_size"))
 
 
-def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, TensorRef]:
+def split_experts(tensors: Refs, hidden: int) -> Refs:
     """Make an entry of the matrix of each expert where a tensor holds those of a layer.
 
     Some files hold matrices as [out, in], some (gpt-oss, Llama 4) as [in, out]; both projections of
@@ -689,24 +683,22 @@ def split_experts(tensors: dict[str, TensorRef], hidden: int) -> dict[str, Tenso
     found = {name: match for name in cubes if (match := FUSED.fullmatch(name))}
     turned = {m["block"] for n, m in found.items() if m["down"] and tensors[n].shape[2] == hidden}
     turned -= {m["block"] for n, m in found.items() if m["up"] and tensors[n].shape[1] != hidden}
-    split: dict[str, TensorRef] = {}
+    split: Refs = {}
     for name, ref in tensors.items():
         match = found.get(name)
         if match is None:
             split[name] = ref
             continue
         part = "down_proj" if match["down"] else "up_proj" if match["up"] == "up_proj" else JOINED
-        num, *shape = ref.shape
-        is_turned, nbytes = match["block"] in turned, ref.nbytes // max(num, 1)
-        for i in range(num):
-            own = (*shape[::-1],) if is_turned else (*shape,)
-            own_ref = ref._replace(shape=own, start=ref.start + i * nbytes, nbytes=nbytes)
-            stem = f"{match['block']}.experts.{i}.{part}.weight"
-            split[stem] = own_ref._replace(is_transposed=is_turned, joint=name)
+        is_turned = match["block"] in turned
+        for i in range(ref.shape[0]):
+            stem, own = f"{match['block']}.experts.{i}.{part}.weight", files.piece(ref, i)
+            shape = own.shape[::-1] if is_turned else own.shape
+            split[stem] = own._replace(shape=shape, is_transposed=is_turned, joint=name)
     return split
 
 
-def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, TensorRef]:
+def _without_copies(tensors: Refs, config: dict) -> Refs:
     """Leave out what is stored twice or can be computed: a tied head, old rotary tables.
 
     A head of other bytes than the embedding's is none of these: `config` is untied, in place.
@@ -722,8 +714,7 @@ def _without_copies(tensors: dict[str, TensorRef], config: dict) -> dict[str, Te
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
     """Every parameter must be in the files, in the right shape, and nothing else."""
-    num_layers = read_size(config, "num_hidden_layers")
-    num_found = len(from_headers(shapes).layers)
+    num_layers, num_found = read_size(config, "num_hidden_layers"), len(from_headers(shapes).layers)
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, files.SAME_PLACE)
@@ -753,6 +744,7 @@ def _are_ids(value: Any) -> bool:
     return all(type(entry) is int for entry in (value if isinstance(value, list) else [value]))
 
 
+SWITCHES = "tie_word_embeddings attention_bias mlp_bias use_cache"
 # What a value must be, and of which keys.
 RULES = (
     (_is_positive, "a positive number", "rms_norm_eps rope_theta"),
@@ -764,11 +756,7 @@ RULES = (
     (lambda v: v in DTYPES.split(), f"one of {DTYPES}", "dtype torch_dtype"),
     (lambda v: type(v) is int, "a whole number or null", "pad_token_id"),
     (_are_ids, "a whole number, a list of them, or null", "bos_token_id eos_token_id"),
-    (
-        lambda v: type(v) is bool,
-        "true or false",
-        "tie_word_embeddings attention_bias mlp_bias use_cache",
-    ),
+    (lambda v: type(v) is bool, "true or false", SWITCHES),
 )
 NEEDED = ("rms_norm_eps", "max_position_embeddings")  # null is no value for these
 

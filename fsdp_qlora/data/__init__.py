@@ -64,10 +64,11 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         source = ready.formatter.chat.source
         if source != text_tokenizer.chat_template:
             text_tokenizer.full.chat_template = source  # it is saved with the adapter
-    if cfg.objective == "kto" and cfg.batch_size * cfg.gradient_accumulation_steps * world.size < 2:
+    num = cfg.context_parallel
+    per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world.size // num
+    if cfg.objective == "kto" and per_step < 2:
         rule = "estimates the divergence from prompts with another row's answer: a step needs two"
         raise UserError("--objective kto", rule, "use --batch_size 2")
-    num = cfg.context_parallel
     audit = prepare.audit(cfg, ready, world.size // num, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size // num, world.rank // num, pad_multiple)
     sampler = dataclasses.replace(sampler, parts=num, part=world.rank % num)
@@ -83,5 +84,4 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()
     held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()
-    digest = hashlib.sha256(held_back).hexdigest()[:16]
-    return Data(train, held_out, full, audit, asked, digest)
+    return Data(train, held_out, full, audit, asked, hashlib.sha256(held_back).hexdigest()[:16])

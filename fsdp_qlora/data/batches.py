@@ -130,6 +130,7 @@ class Branched(NamedTuple):
         position_ids: int64 [1, T].
         positions, tokens: int64 [N], what is predicted from where, row after row.
         chunks: which of equally long chunks of the sequence these are; None: it is whole.
+        numbers: int64 [N], which of all targets of the whole sequence these are.
     """
 
     prompts: tuple[int, ...]
@@ -138,6 +139,7 @@ class Branched(NamedTuple):
     positions: "torch.Tensor"
     tokens: "torch.Tensor"
     chunks: tuple[int, int] | None = None
+    numbers: "torch.Tensor | None" = None
 
 
 class Batches:
@@ -386,8 +388,7 @@ def padded_tokens(
         micros = micro_batches(rows, sampler.rows_per_micro, sampler.world_size)
         for mine in (part for by_rank in micros for part in by_rank):
             longest = int(lengths[mine].max()) if len(mine) else 1
-            width = padded_width(longest, sampler.pad_multiple, most)
-            found.append(max(len(mine), 1) * width)
+            found.append(max(len(mine), 1) * padded_width(longest, sampler.pad_multiple, most))
     return found
 
 
@@ -469,8 +470,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 8, most: int | None =
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
     width = padded_width(longest, pad_multiple, most or longest + pad_multiple)
-    starts = [(row, 0) for row in range(len(samples))]
-    return _batch((max(len(samples), 1), width), samples, starts)
+    return _batch((max(len(samples), 1), width), samples, [(row, 0) for row in range(len(samples))])
 
 
 def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
@@ -511,10 +511,13 @@ def cut(batch: Batch, num: int, part: int) -> Batch:
         return batch
     chunks = part, 2 * num - 1 - part
     at = torch.arange(batch.input_ids.shape[1]).view(2 * num, -1)[[*chunks]].flatten()
-    following = batch.labels[0].roll(-1)[at]  # the first token is no target
+    following = batch.labels[0].roll(-1)  # the first token is no target
+    numbers = ((following != NOT_TRAINED).cumsum(0) - 1)[at]
+    following = following[at]
     positions = (following != NOT_TRAINED).nonzero().squeeze(1)
     whole = torch.cat([torch.arange(length) for length in batch.row_lengths])
-    laid = Branched((), (), whole[at][None], positions, following[positions], chunks)
+    targets = positions, following[positions], chunks, numbers[positions]
+    laid = Branched((), (), whole[at][None], *targets)
     counts = len(positions), int((at < batch.num_tokens).sum())
     ids, labels = batch.input_ids[:, at], batch.labels[:, at]
     return replace(Batch(ids, labels, *counts, batch.row_lengths), branches=laid)
@@ -590,7 +593,7 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
 
 
 def _batch(
-    shape: tuple[int, int], samples: Sequence[Sample], starts: Sequence[tuple[int, int]]
+    shape: tuple[int, int], samples: Sequence[Sample], starts: list[tuple[int, int]]
 ) -> Batch:
     """Samples on padding, each from its row and column on."""
     import torch

@@ -3,6 +3,7 @@
 Rows come one at a time, each with its place; the name of a file tells its format.
 """
 
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -35,7 +36,8 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WRAPPER = "data"  # under which a .json file may hold its rows
 PIECE_CHARS = 2**16  # of plain text; a longer one would cost the tokenizer memory
 LONGEST_LINE = 2**20
-LONGEST_CELL = 2**31 - 1
+LONGEST_ROW = 2**26  # characters of a row in its file, or as a template writes it
+LONGEST_TABLE = 2**32  # of a file that is one value in JSON
 
 
 class RowPlace(NamedTuple):
@@ -145,6 +147,19 @@ def _open(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
 
 
+def _lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    """The lines of a file; one that is longer than any row would fill the host."""
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), ""), 1):
+        _check_size(len(line), f"{path}:{number}", LONGEST_ROW)
+        yield line
+
+
+def _check_size(num_chars: int, place: object, limit: int) -> None:
+    if num_chars > limit:
+        rule = f"is longer than {limit:,} characters, which may be one row"
+        raise UserError(str(place), rule, "cut it into rows, or give plain text as .txt")
+
+
 def is_unicode(text: str) -> bool:
     """Return whether a text holds no half of a surrogate pair, such as a wrong byte becomes."""
     return text.encode(errors="ignore").decode() == text
@@ -168,13 +183,16 @@ STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 def _read_json(path: Path) -> PlacedRows:
     """One object a line, one list of objects, or that under "data"; by what the file holds."""
     with _open(path) as file:
-        numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        lines = _lines(file, path)
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         number, line = next(numbered, (0, "[]"))
         row = None if line.lstrip().startswith("[") else parse_json(line.rstrip())
         second = next(numbered, None) if row is not None else None
         is_part = isinstance(row, BadRow) and line.rstrip()[-1] in "{[,:"
         if row is None or second is None or is_part:
-            value = parse_json("".join([line, second[1] if second else "", file.read()]))
+            rest = file.read(LONGEST_TABLE + 1)
+            _check_size(len(rest), path, LONGEST_TABLE)
+            value = parse_json("".join([line, second[1] if second else "", rest]))
             value = value[WRAPPER] if _is_wrapped(value) else value
             rows, place = (value, -1) if isinstance(value, list) else ([value], number)
             for count, row in enumerate(rows):
@@ -203,13 +221,14 @@ def parse_json(text: str) -> Any:
 
 def _read_csv(path: Path) -> PlacedRows:
     """Rows under a first line of names, separated by what that line has most: comma, ; or tab."""
-    csv.field_size_limit(LONGEST_CELL)  # the default is 128 KiB
+    csv.field_size_limit(LONGEST_ROW)  # the default is 128 KiB
     names: list[str] = []
     with _open(path) as file:
-        first = file.readline()
+        rest = _lines(file, path)
+        first = next(rest, "")
         unquoted = re.sub(r'"[^"]*("|$)', "", first)  # a name may hold commas of its own
         separator = "\t" if suffix(path) == ".tsv" else max(",;\t", key=unquoted.count)
-        lines = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
+        lines = csv.reader(itertools.chain([first], rest), delimiter=separator, strict=True)
         while True:
             place = RowPlace(str(path), lines.line_num + 1)
             try:
@@ -267,14 +286,22 @@ def _read_arrow(path: Path) -> PlacedRows:
             schema = table.schema_arrow if is_parquet else table.schema
             known = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
             features = (known.get("info") or {}).get("features") or {}
-            rows = (row for batch in batches for row in batch.to_pylist(maps_as_pydicts="strict"))
+            rows = (row for batch in batches for row in _rows_of(batch, path))
             for number, row in enumerate(rows, 1):
                 yield RowPlace(str(path), -number), _without_nulls(row, features, decodes=True)
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # Arrow's own and others, such as UnicodeDecodeError
         rule = f"is not a readable {'parquet' if is_parquet else 'Arrow'} file ({brief(error)})"
         raise UserError(str(path), rule, "fetch or save it again") from error
+
+
+def _rows_of(batch: Any, path: Path) -> Iterator[dict]:
+    """The rows of a batch, one at a time where they are large."""
+    step = 1 if batch.nbytes > LONGEST_ROW else len(batch)
+    for part in (batch.slice(start, step) for start in range(0, len(batch), step or 1)):
+        _check_size(part.nbytes * (step == 1), path, LONGEST_ROW)
+        yield from part.to_pylist(maps_as_pydicts="strict")
 
 
 def _without_nulls(row: dict, features: dict, decodes: bool = False) -> dict:
@@ -301,12 +328,10 @@ def _without_nulls(row: dict, features: dict, decodes: bool = False) -> dict:
     return {name: stripped(value, features.get(name)) for name, value in row.items()}
 
 
-READERS: dict[str, Callable[[Path], PlacedRows]] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
-    **dict.fromkeys((".csv", ".tsv"), _read_csv),
-    **dict.fromkeys((".txt", ".text"), _read_text),
-    **dict.fromkeys((".parquet", ".arrow"), _read_arrow),
-}
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json)
+READERS |= dict.fromkeys((".csv", ".tsv"), _read_csv)
+READERS |= dict.fromkeys((".txt", ".text"), _read_text)
+READERS |= dict.fromkeys((".parquet", ".arrow"), _read_arrow)
 
 
 class Source(NamedTuple):
@@ -457,12 +482,9 @@ def _file_fingerprint(path: Path) -> str | None:
     status = os.stat(path)
     if status.st_size > MOST_HASHED_BYTES:
         return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # reading it will say so
-        return None
-    return f"{path.name} {digest}"
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return None  # reading it will say so
 
 
 def _hub_source(entry: HubSet, name: str, cfg: TrainConfig) -> Source:

@@ -5,11 +5,14 @@ Templates come with models from the hub: they run in the sandbox that transforme
 
 import contextlib
 import hashlib
+import inspect
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +20,8 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import meta
 
-from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch, atomic
+from fsdp_qlora.data.sources import LONGEST_ROW
 from fsdp_qlora.errors import UserError, brief
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -40,6 +43,7 @@ END_OF_THOUGHT = "</think>"
 SET_BY_US = {"messages", "tools", "documents", "add_generation_prompt"}
 # What templates, JSON and Python write in several ways.
 NO_WORDS = re.compile(r"</?think>|\\u00[01][0-9a-f]|\\[bfnrt]|[\s\x00-\x1f\x7f\\\"']")
+LONGEST_RENDER_S = 30  # of one row
 MOST_SHOWN = 40  # characters of a text that is named
 
 
@@ -69,6 +73,21 @@ def says_something(message: Mapping[str, Any]) -> bool:
     return bool(message["content"].strip() or message.get("tool_calls"))
 
 
+@contextlib.contextmanager
+def _alarm(stop: Callable[..., None]) -> Iterator[None]:
+    """Call a function where the context takes too long; only the main thread has an alarm."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    left = signal.setitimer(signal.ITIMER_REAL, LONGEST_RENDER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *left)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
 class Template:
     """A compiled template.
 
@@ -82,19 +101,42 @@ class Template:
     """
 
     def __init__(self, source: str, names: Mapping[str, str], place: str) -> None:
-        # A private name, the same in transformers 5.5 to 5.23. The public render_jinja_template has
-        # no strict undefined names, does not tell a template's variables, and renders chats only.
+        # A private name, the same in transformers 5.17 to 5.23. What is public has no strict
+        # undefined names, does not tell a template's variables, and renders chats only.
         from transformers.utils import chat_template_utils
 
         self.source, self.place, self.names = source, place, dict(names)
         try:
-            self.compiled = chat_template_utils._compile_jinja_template(source)
-            tree = self.compiled.environment.parse(source)
+            make = inspect.unwrap(chat_template_utils._cached_compile_jinja_template)
+            environment: Any = make("").environment  # one of its own
+            environment.intercepted_binops = frozenset({"*", "**"})
+            environment.call_binop = self._product
+            self.compiled = environment.from_string(source)
+            tree = environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", 0)
             rule = f"is not a Jinja template ({brief(error)})"
             raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
         self.variables = meta.find_undeclared_variables(tree)
+
+    def _product(self, context: Any, sign: str, left: Any, right: Any) -> Any:
+        """What the sandbox computes, were it not too much for the host."""
+        is_number = isinstance(left, int) and isinstance(right, int)
+        size = max(left.bit_length(), 1) * right if is_number and sign == "**" else 0
+        for text, times in ((left, right), (right, left)):
+            if sign == "*" and isinstance(times, int) and hasattr(text, "__len__"):
+                size = len(text) * times
+        self._check_size(size)
+        return self.compiled.environment.binop_table[sign](left, right)
+
+    def _check_size(self, num_chars: float) -> None:
+        if num_chars > LONGEST_ROW:
+            rule = f"writes more than {LONGEST_ROW:,} characters for one row"
+            raise UserError(self.place, rule, "correct the template, or cut the row")
+
+    def _stop(self, *_: Any) -> None:
+        rule = f"writes one row for more than {LONGEST_RENDER_S} s"
+        raise UserError(self.place, rule, "correct the template, or cut the row")
 
     def forbid_undefined(self) -> None:
         """Make a name that is not there an error instead of empty text."""
@@ -111,13 +153,19 @@ class Template:
 
         Raises:
             Refused: the template raises.
+            UserError: it takes too long, or writes too much.
         """
         blocks: list[str] = []
         spans: list[Span] = []
+        num_chars = 0
         try:
-            with self.compiled.environment.activate_tracker(blocks, spans):
+            with _alarm(self._stop), self.compiled.environment.activate_tracker(blocks, spans):
                 for block in self.compiled.generate({**self.names, **values}):
                     blocks.append(block)  # the tracker counts them meanwhile
+                    num_chars += len(block)
+                    self._check_size(num_chars)
+        except UserError:
+            raise
         except Exception as error:  # code of others: it may raise anything
             raise Refused(f"{type(error).__name__}: {brief(error)}") from error
         return "".join(blocks), tuple(span for span in spans if span[0] < span[1])
@@ -180,16 +228,14 @@ class Chat(Template):
         elif marks and len(turns) < sum(map(says_something, (messages[i] for i in answers))):
             marks = ()  # of some answers, and they are not told apart
         if marks:
-            notes = self._start(messages, turns[-1], whole, values)[1]
-            return [Text(whole, marks, True, notes)]
+            return [Text(whole, marks, True, self._start(messages, turns[-1], whole, values)[1])]
         ends = [(turn, self._render(messages[: turn + 1], values)[0]) for turn in turns]
         starts = [self._start(messages, turn, after, values) for turn, after in ends]
         notes = starts[-1][1]
         parts = [(start, after) for (start, _), (_, after) in zip(starts, ends, strict=True)]
         less = [(start, self._less_end(after, whole)) for start, after in parts]
         if all(whole.startswith(after) for _, after in less):
-            spans = tuple((start, len(after)) for start, after in less)
-            return [Text(whole, spans, True, notes)]
+            return [Text(whole, tuple((start, len(after)) for start, after in less), True, notes)]
         return [Text(after, ((start, len(after)),), True, notes) for start, after in parts]
 
     def _less_end(self, after: str, whole: str) -> str:
@@ -485,7 +531,7 @@ def has_files(path: Path) -> bool:
     return any((path / name).exists() for name in TOKENIZER_FILES)
 
 
-def directory(info: ModelInfo) -> Path:
+def directory(info: arch.ModelInfo) -> Path:
     """Return where the tokenizer of a model lies.
 
     Args:

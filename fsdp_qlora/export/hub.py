@@ -11,7 +11,7 @@ from typing import Any
 
 from fsdp_qlora import arch, atomic, record
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
-from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, to_dict
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name, to_dict
 from fsdp_qlora.errors import ENVIRONMENT, REDACTED, UserError, brief, one_line, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, TABLE, WEIGHTS_NAME
 from fsdp_qlora.planning.sizes import count_trained
@@ -58,7 +58,7 @@ def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: record.Run | None) ->
     from huggingface_hub import ModelCard, ModelCardData
 
     name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
-    base = cfg.model_name.partition("@")[0]
+    base, _ = split_name(cfg.model_name)
     header = ModelCardData(
         base_model=base if _is_hub_name(base) else None,
         library_name="peft" if kind in ("lora", "dora") else "transformers",

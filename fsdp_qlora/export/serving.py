@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import arch, atomic
-from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
+from fsdp_qlora import arch, atomic, cli, hardware
+from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, WEIGHTS_NAME, SavedAdapter, read, read_json
-from fsdp_qlora.hardware import GIB
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -83,7 +82,8 @@ def run_tool(*words: str | Path) -> str:
     """
     command = [*[sys.executable] * str(words[0]).endswith(".py"), *map(str, words)]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    done = subprocess.run(command, text=True, errors="replace", **streams)
+    with cli.Progress(f"{Path(words[0]).name} works"):
+        done = subprocess.run(command, text=True, errors="replace", **streams)
     if done.returncode:
         remedy = f"see what it prints: {shlex.join(command)}"
         if absent := re.search(r"No module named '([\w.]+)'", done.stdout):
@@ -131,7 +131,7 @@ def write_gguf(model: Path, out: Path, outtype: str, llama_cpp: str | None) -> l
     if not is_converted:
         printed = run_tool(find_tool(QUANTIZER, llama_cpp), first, path, outtype.upper())
         first.unlink()
-    lines = [f"{path.name}, {path.stat().st_size / GIB:.2f} GiB"]
+    lines = [f"{path.name}, {path.stat().st_size / hardware.GIB:.2f} GiB"]
     if other := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", printed):
         lines.append(f"{other[1]} tensors are wider: {outtype} wants rows of a multiple of 256")
     return lines
@@ -284,7 +284,7 @@ def next_steps(out: Path, cfg: TrainConfig) -> list[str]:
         is_dora = any(pair.magnitude for pair in pairs)
         if not (vllm_fault(is_dora, adapter.replaced, rank) or adapter.experts):
             limit = next(limit for limit in VLLM_RANKS if limit >= rank)
-            base, _, revision = adapter.base_name.partition("@")
+            base, revision = split_name(adapter.base_name)
             flags = f" --revision {revision}" * bool(revision) + f" --max-lora-rank {limit}"
             flags += f" --enable-lora --lora-modules {shlex.quote(f'{out.name}={place}')}"
             serve[1] = f"vllm serve {shlex.quote(base)}{flags}"

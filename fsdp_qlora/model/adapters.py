@@ -5,14 +5,14 @@ Source: LoRA, arXiv 2106.09685, section 4.1.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.targets import Target, peft_name
@@ -77,7 +77,9 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
         whole = torch.zeros(block.body.lora.shape, dtype=torch.float32)
         for slot, (a_RI, *_) in zip(block.body.slots, block.body.split_lora(whole), strict=True):
             bound = 1 / math.sqrt(slot.linear.in_features)
-            a_RI.uniform_(-bound, bound, generator=_generator(seed, f"{index}.{slot.name}"))
+            digest = hashlib.sha256(f"{seed}:{index}.{slot.name}".encode()).digest()
+            number = int.from_bytes(digest[:8], "little") >> 1
+            a_RI.uniform_(-bound, bound, generator=torch.Generator().manual_seed(number))
         shard.set_slice(block.body, "lora", whole, device)
         if block.body.slots[0].has_magnitude:
             shard.gathered(block)
@@ -88,33 +90,24 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
             shard.release(block)
 
 
-def load(
-    model: "QuantizedModel",
-    path: Path,
-    layers_prefix: str,
-    device: torch.device,
-    scales: Mapping[str, float] | None = None,
-) -> None:
+def load(model: "QuantizedModel", path: Path, scales: dict[str, float] | None = None) -> None:
     """Fill this rank's slices from an adapter in peft's format, or new layers of LLaMA-Pro.
 
     Args:
         model: sharded and filled, with slots as the adapter has them.
         path: adapter_model.safetensors, or new_layers.safetensors.
-        layers_prefix: where the layers are in the model, "model.layers".
-        device: where this rank keeps its slices.
         scales: linear in the model -> scale of its pair; ranks may be smaller than the slots' then
             and pairs may be missing. None: every slot has its pair, of its own rank and scale.
 
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
     """
-    blocks_ = [block for block in blocks(model) if block.body.slots]
+    blocks_, device = [b for b in blocks(model) if b.body.slots], model.head.weight.device
     flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
-    places = dict(named_pairs(model, flats, layers_prefix)) if flats else {}
+    places = dict(named_pairs(model, flats))
     stem = "base_model.model." if flats else ""
     saved = {n: place for n, place in model.tensors.items() if getattr(*place).requires_grad}
-    for name, place in saved.items():
-        places[stem + name] = torch.empty(getattr(*place).shape)
+    places |= {stem + name: torch.empty(getattr(*place).shape) for name, place in saved.items()}
     remedy = "check that it belongs to this model"
     with safe_open(path, framework="pt") as file:
         found = set(file.keys())
@@ -138,8 +131,7 @@ def load(
                 got, rule = f"{path}: {name} is {list(values.shape)}", "this model has "
                 raise UserError(got, rule + str(list(tensor.shape)), remedy, INTEGRITY)
             tensor.copy_(values)
-    if flats:
-        shift_magnitudes(model, flats, -1)
+    shift_magnitudes(model, flats, -1)
     for name in absent:
         places[name].zero_()
     for block, flat in zip(blocks_, flats, strict=True):
@@ -150,7 +142,7 @@ def load(
         model.head.weight = model.embedding.get_parameter("weight")
 
 
-def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[torch.Tensor]:
+def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[Tensor]:
     """Find the B matrices in this rank's slices of what is trained.
 
     Args:
@@ -172,20 +164,12 @@ def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[torch.Tensor]
     return found
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def named_pairs(
-    model: nn.Module, flats: list[torch.Tensor], layers_prefix: str
-) -> Iterator[tuple[str, torch.Tensor]]:
+def named_pairs(model: "QuantizedModel", flats: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (peft tensor name, tensor) for whole flat LoRA tensors, one per decoder layer.
 
     Args:
         model: that the tensors belong to; only its slots are read.
         flats: the whole (unsharded) `lora` of each layer that has one, in order.
-        layers_prefix: where the layers are in the model, "model.layers".
 
     Yields:
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
@@ -194,12 +178,12 @@ def named_pairs(
     adapted = [(i, block.body) for i, block in enumerate(blocks(model)) if block.body.slots]
     for (index, body), flat in zip(adapted, flats, strict=True):
         for slot, parts in zip(body.slots, body.split_lora(flat), strict=True):
-            stem = f"base_model.model.{layers_prefix}.{index}.{peft_name(slot.name)}"
+            stem = f"base_model.model.{model.layers_prefix}.{index}.{peft_name(slot.name)}"
             for name, part in zip(PEFT_NAMES, parts, strict=False):
                 yield f"{stem}.{name}", part
 
 
-def shift_magnitudes(model: nn.Module, flats: list[torch.Tensor], sign: int) -> None:
+def shift_magnitudes(model: nn.Module, flats: list[Tensor], sign: int) -> None:
     """Make DoRA's magnitudes of their changes, or changes of magnitudes; LoRA is left alone.
 
     Args:

@@ -120,11 +120,11 @@ class Cut(NamedTuple):
     """The part of a sequence that one of several ranks has: two chunks, see `batches.cut`.
 
     Attributes:
-        pieces: the two chunks.
-        ranks: those that have the others; None: not known yet.
+        pieces: the two chunks; one that is all.
+        ranks: those that have the others; None: there are none.
     """
 
-    pieces: tuple[Piece, Piece]
+    pieces: tuple[Piece, ...]
     ranks: World | None = None
 
     @classmethod
@@ -147,17 +147,25 @@ class Cut(NamedTuple):
                 bounds = bounds.pin_memory().to(device, non_blocking=True)
             longest = [max(column) for column in zip(*seen, strict=True)]
             made.append(Piece(slice(inside[0][0], last), (*bounds, *longest)))
-        return cls((made[0], made[1]))
+        return cls(tuple(made))
+
+    @classmethod
+    def whole(cls, num_queries: int, num_keys: int, device: torch.device) -> "Cut":
+        """The last tokens of one row, over all of it."""
+        ends = torch.tensor([[0, num_queries], [0, num_keys]], dtype=torch.int32, device=device)
+        return cls((Piece(slice(num_keys), (*ends, num_queries, num_keys)),))
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """The tokens of all ranks in their order, [T, ...], of this rank's, [T / ranks, ...]."""
-        assert self.ranks is not None
+        if self.ranks is None:
+            return own
         parts = self.ranks.share(own.reshape(-1)).view(self.ranks.size, 2, -1, *own.shape[1:])
         return torch.cat([parts[:, 0], parts[:, 1].flip(0)]).flatten(0, 1)
 
     def reduce(self, whole: torch.Tensor) -> torch.Tensor:
         """The other way: `gather`, differentiated; the sum over ranks of this rank's tokens."""
-        assert self.ranks is not None
+        if self.ranks is None:
+            return whole
         first, second = whole.view(2, self.ranks.size, -1, *whole.shape[1:])
         parts = torch.stack([first, second.flip(0)], 1)
         return self.ranks.sum_slices(parts.flatten(1)).view(-1, *whole.shape[1:])
@@ -171,7 +179,7 @@ HEAD_SIZES = range(8, 257, 8)
 # Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
 KEYWORDS = {"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache"}
 KEYWORDS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions"}
-KEYWORDS |= {"branches", "cut", "output_router_logits", "logits_to_keep"}
+KEYWORDS |= {"branches", "cut", "s_aux", "output_router_logits", "logits_to_keep"}
 
 
 def register(config, has_row_kernel: bool) -> str:
@@ -211,21 +219,31 @@ def attend(module, query, key, value, attention_mask, **kwargs):
         ([B, T, N, D], None).
 
     Raises:
-        UserError: a keyword asks for what is not computed here, such as sinks (code 2).
+        UserError: a keyword asks for what is not computed here (code 2).
     """
     unknown = [key for key in kwargs if key not in KEYWORDS and kwargs[key] is not None]
+    bounds, has_sinks = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux") is not None
+    if has_sinks and kwargs.get("cut") is None:
+        if query.shape[0] == 1 and bounds is None:
+            kwargs["cut"] = Cut.whole(query.shape[2], key.shape[2], query.device)
+        else:
+            unknown.append("s_aux")
     if unknown:
         rule = f"{type(module).__name__} wants {unknown[0]}, which it does not compute"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     saved = getattr(module, "saved", None)
-    bounds = kwargs.get("cu_seq_lens_q")
     if kwargs.get("branches") is not None or kwargs.get("cut") is not None:
         if query.device.type == "cpu":
             key, value = (
                 t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value)
             )
         kwargs["window"] = _window(module, query, value, kwargs)
-        return _attend_rows(query, key, value, kwargs, bounds, saved), None
+        width = value.shape[-1]
+        if width == query.shape[-1]:
+            return _attend_rows(query, key, value, kwargs, bounds, saved), None
+        # Of latent attention (DeepSeek): kernels want both alike.
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+        return _attend_rows(query, key, value, kwargs, bounds, saved)[..., :width], None
     if bounds is not None and attention_mask is None and query.device.type == "cuda":
         return _attend_rows(query, key, value, kwargs, bounds, saved), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
@@ -244,11 +262,12 @@ def attend(module, query, key, value, attention_mask, **kwargs):
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
     """Attention inside each row of the one sequence, [1, T, N, D]."""
-    rest = {"bounds": bounds, "longest": kwargs["max_length_q"]}
+    rest = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
     kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
     if kwargs.get("cut") is not None:
         rest = {name: kwargs[name] for name in ("cut", "window")}
-        kernel = partial(_gathered, **rest), partial(_gathered_backward, **rest)
+        forward = partial(_gathered, **rest, sinks=kwargs.get("s_aux"))
+        kernel = forward, partial(_gathered_backward, **rest)
     elif kwargs.get("branches") is not None:
         if kwargs["window"]:
             raise ValueError("a window may end inside a prompt that other rows go on from")
@@ -269,7 +288,8 @@ def _window(module, query, value, kwargs: dict) -> int | None:
     is_short = any(getattr(config, name, None) for name in WINDOWS)
     if kinds:
         is_short = kinds[module.layer_idx] != "full_attention"
-    is_odd = query.shape[-1] != value.shape[-1] or query.shape[-1] not in HEAD_SIZES
+    is_odd = query.shape[-1] < value.shape[-1] or query.shape[-1] not in HEAD_SIZES
+    is_odd |= getattr(kwargs.get("s_aux"), "requires_grad", False)
     if kwargs.get("cut") is not None and (is_odd or is_short != bool(window)):
         rule = f"{type(module).__name__} attends in a way that is not known for cut rows"
         raise UserError("--context_parallel", rule, "use --context_parallel 1")
@@ -369,33 +389,41 @@ def _joined_backward(
     return grads
 
 
-def _gathered(query, key, value, scale, cut, window) -> tuple[torch.Tensor, ...]:
+def _gathered(query, key, value, scale, cut, window, sinks=None) -> tuple[torch.Tensor, ...]:
     """Two chunks of queries over all keys up to their ends.
+
+    A sink adds exp(sink) to the sum of its head's powers, and nothing to what is summed up.
 
     Source: zigzag halves, Llama 3, arXiv 2407.21783, section 3.3.2.
     """
     key, value = cut.gather(key), cut.gather(value)
-    pairs = zip(query.chunk(2), cut.pieces, strict=True)
+    pairs = zip(query.chunk(len(cut.pieces)), cut.pieces, strict=True)
     made = [
         _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
         for part, to in pairs
     ]
     states = [state for _, _, *own in made for state in own]
-    return torch.cat([own[0] for own in made]), torch.cat([own[1] for own in made], 1), *states
+    out, log_sum = torch.cat([own[0] for own in made]), torch.cat([own[1] for own in made], 1)
+    if sinks is not None:
+        whole = torch.logaddexp(log_sum, sinks.float().unsqueeze(1))
+        out = (out.float() * (log_sum - whole).exp().t().unsqueeze(2)).to(out.dtype)
+        log_sum = whole
+    return out, log_sum, *states
 
 
 def _gathered_backward(
     grad_out, query, key, value, out, log_sum, *states, scale, cut, window
 ) -> tuple[torch.Tensor, ...]:
     """Keys and values are gathered again; their gradients are summed in float32."""
-    dtype, num = key.dtype, len(states) // 2
+    dtype, parts = key.dtype, len(cut.pieces)
+    num = len(states) // parts
     key, value = cut.gather(key), cut.gather(value)
     sums = [torch.zeros_like(t, dtype=torch.float32) for t in (key, value)]
-    parts = zip(*(t.chunk(2) for t in (grad_out, query, out)), log_sum.chunk(2, 1), strict=True)
+    columns = [t.chunk(parts) for t in (grad_out, query, out)] + [log_sum.chunk(parts, 1)]
     grads = []
-    for (grad, q, o, total), to, at in zip(parts, cut.pieces, (0, num), strict=True):
+    for i, (grad, q, o, total, to) in enumerate(zip(*columns, cut.pieces, strict=True)):
         rest = (q, key[to.keys], value[to.keys], o, total.contiguous(), to.lengths, True, scale)
-        grad, *more = _varlen_backward(grad, *rest, states[at : at + num], window)
+        grad, *more = _varlen_backward(grad, *rest, states[i * num : (i + 1) * num], window)
         grads.append(grad)
         for whole, part in zip(sums, more, strict=True):
             whole[to.keys] += part

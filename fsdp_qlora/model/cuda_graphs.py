@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fsdp_qlora.planning.sizes import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
@@ -30,10 +31,10 @@ class Pass:
         forward, backward: to replay.
     """
 
-    inputs: Sequence[torch.Tensor]
-    out: torch.Tensor
-    grad_out: torch.Tensor
-    grads: Sequence[torch.Tensor]
+    inputs: Sequence[Tensor]
+    out: Tensor
+    grad_out: Tensor
+    grads: Sequence[Tensor]
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
 
@@ -49,12 +50,12 @@ class Graphs:
 
     passes: dict[tuple, Pass | None] = field(default_factory=dict)
     failure: str = ""
-    _weights: Sequence[torch.Tensor] = ()  # inputs that the graphs of every shape have in common
+    _weights: Sequence[Tensor] = ()  # inputs that the graphs of every shape have in common
     _pool: Any = None
     _stream: Any = None  # one for all: cuBLAS keeps scratch memory for each that it has seen
     _first_body: Any = None  # who meets a shape first captures its graphs
 
-    def find(self, body, hidden: torch.Tensor, args: tuple, kwargs: dict) -> "Pass | None":
+    def find(self, body, hidden: Tensor, args: tuple, kwargs: dict) -> "Pass | None":
         """The graphs for a layer's arguments, captured when a shape comes the second time.
 
         Args:
@@ -103,15 +104,15 @@ class Graphs:
             self.failure = str(error).splitlines()[0]
             return None
 
-    def _record(self, run: Callable, inputs: Sequence[torch.Tensor]) -> Pass:
+    def _record(self, run: Callable, inputs: Sequence[Tensor]) -> Pass:
         leaves = [tensor.requires_grad_() for tensor in inputs[:2]]
         grad_out = torch.zeros_like(leaves[0])
 
-        def forward() -> torch.Tensor:
+        def forward() -> Tensor:
             with torch.no_grad():
                 return run(False)
 
-        def backward() -> Sequence[torch.Tensor]:
+        def backward() -> Sequence[Tensor]:
             with torch.enable_grad():
                 return torch.autograd.grad(run(True), leaves, grad_out)
 
@@ -194,27 +195,25 @@ class Replayed(torch.autograd.Function):
         return None, None, None, None, None, *[g.clone() if need else None for g, need in pairs]
 
 
-def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[Tensor]:
     """Everything that the kernels of a layer read."""
     quantized = body.store.read().detach().view(torch.uint8)
-    others = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    others = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     return [hidden, lora, quantized, *body.layer.parameters(), *others]
 
 
 @contextmanager
-def _template(
-    body, inputs: Sequence[torch.Tensor], args: tuple, kwargs: dict
-) -> Iterator[Callable[[bool], torch.Tensor]]:
+def _template(body, inputs: Sequence[Tensor], args: tuple, kwargs: dict) -> Iterator[Callable]:
     """Let a layer read a graph's inputs in place of its own tensors, while it is captured."""
     names = [name for name, _ in body.layer.named_parameters()]
     params = dict(zip(names, inputs[3 : 3 + len(names)], strict=True))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     others = iter(inputs[3 + len(names) :])
-    leaves = [next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    leaves = [next(others) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     hidden, lora = inputs[:2]
 
-    def run(again: bool) -> torch.Tensor:
+    def run(again: bool) -> Tensor:
         body.store.cache.clear()  # what is dequantized here belongs to the graph
         step = body.run_again if again else body.run
         return step(None, hidden, lora, args, kwargs, params)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fsdp_qlora.planning.sizes import LOGITS_BYTES
 
@@ -76,14 +76,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_NH, grad_VH, None, None, None, None, None
 
 
-def _chunks(x_NH: torch.Tensor, weight_VH: torch.Tensor) -> Iterator[slice]:
+def _chunks(x_NH: Tensor, weight_VH: Tensor) -> Iterator[slice]:
     size = max(16, LOGITS_BYTES // (4 * weight_VH.shape[0]))
     return (slice(start, start + size) for start in range(0, x_NH.shape[0], size))
 
 
-def _loss_and_gradient(
-    x_NH, weight_VH, targets_N, bias_V, scale, softcap
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(x_NH, weight_VH, targets_N, bias_V, scale, softcap) -> tuple[Tensor, Tensor]:
     """Losses, [N, 1], and their gradients to the logits, 16 bit, with one float32 copy of them.
 
     Gradient of -log softmax(z)[t] to z: softmax(z) - onehot(t).
@@ -119,12 +117,12 @@ class Targets(NamedTuple):
         is_single: the loss of every token is asked for, not their sum.
     """
 
-    positions_N: torch.Tensor
-    tokens_N: torch.Tensor | None
+    positions_N: Tensor
+    tokens_N: Tensor | None
     is_single: bool = False
 
     @classmethod
-    def of(cls, labels_BT: torch.Tensor, device: torch.device) -> "Targets":
+    def of(cls, labels_BT: Tensor, device: torch.device) -> "Targets":
         """Find the targets on the host, so that the device never waits.
 
         Args:
@@ -179,7 +177,7 @@ class LossHead(nn.Module):
                 return found[targets.is_single]
         return self.logits(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] of hidden states [..., H], compute dtype."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         logits = logits if self.scale == 1 else logits * self.scale

@@ -236,16 +236,7 @@ class Offload:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def _put(self, tensor: torch.Tensor) -> int:
-        depth = len(self._stack)
-        copy = self._room(depth, tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        placement.copy(copy, tensor, self._copies)
-        if self._copies is not None:
-            tensor.record_stream(self._copies)
-        self._stack.append(copy)
-        self.num_copies += 1
-        return depth
-
-    def _room(self, depth: int, nbytes: int) -> torch.Tensor:
+        depth, nbytes = len(self._stack), tensor.nbytes
         if depth < len(self._rooms) and self._rooms[depth].bytes.numel() < nbytes:
             if self._copies is not None:
                 self._copies.synchronize()  # the last step may still be reading
@@ -253,7 +244,13 @@ class Offload:
         if depth == len(self._rooms):
             room = placement.private(max(nbytes, self._nbytes), bool(self._copies), self._folder)
             self._rooms.append(room)
-        return self._rooms[depth].bytes[:nbytes]
+        copy = self._rooms[depth].bytes[:nbytes].view(tensor.dtype).view(tensor.shape)
+        placement.copy(copy, tensor, self._copies)
+        if self._copies is not None:
+            tensor.record_stream(self._copies)
+        self._stack.append(copy)
+        self.num_copies += 1
+        return depth
 
     def _take(self, depth: int) -> torch.Tensor:
         assert depth == len(self._stack) - 1, "saved inputs are asked for in another order"

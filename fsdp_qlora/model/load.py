@@ -15,7 +15,7 @@ import torch
 
 from fsdp_qlora import arch, cli
 from fsdp_qlora.arch.targets import find_targets
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -23,7 +23,7 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import adapters, placement, shard, skeleton, weights
 from fsdp_qlora.model.quantize import store_linear
 from fsdp_qlora.model.weights import QuantizedCache, Weights
-from fsdp_qlora.planning.sizes import has_adapters, trained_whole
+from fsdp_qlora.planning.sizes import STREAMED, has_adapters, trained_whole
 
 
 @dataclass
@@ -167,10 +167,10 @@ class _Dealer:
                 self._keep(name, layers, flat)
                 progress.update(len(layers), len(layers) * nbytes)
         self.cache.commit(world)
-        if placed.streamer is not None and placed.memory is None:
-            placed.streamer.sources = self.cache.map_layers(placed.layers("streamed"))
-            placed.streamer.mapped = self.cache
         world.barrier()  # shared memory is whole on every rank
+        if on_disk := placed.layers(DISK):
+            spans = placed.spill.spans if placed.spill else self.cache.spans(on_disk)
+            placed.open(spans, placed.spill or self.cache, world)
         return fingerprints
 
     def _zeros(self, layer: int) -> torch.Tensor:
@@ -204,12 +204,10 @@ class _Dealer:
 
     def _keep(self, name: str, layers: list[int], flat: torch.Tensor) -> None:
         """Keep a round of layers with one placement, of which this rank made `flat`."""
-        world, peers, streamer = self.world, self.world.peers, self.placed.streamer
-        if name == "streamed":
-            me = world.local_rank
-            if me < len(layers) and streamer is not None and self.placed.memory is not None:
-                source = streamer.sources[self.placed.layers(name).index(layers[me])]
-                source.copy_(flat[: source.numel()])
+        world, peers = self.world, self.world.peers
+        if name in STREAMED:
+            if world.local_rank < len(layers):
+                self.placed.keep(layers[world.local_rank], flat)
             return
         if name in placement.GROUPS:
             slices, wanted = flat.view(self.num_shares, -1), [p % self.num_shares for p in peers]

@@ -2,31 +2,48 @@
 
 Streamed layers lie in host memory, and whole layers are copied to the GPU one layer ahead. The
 memory is a rank's own, or one copy for all ranks of a machine. `torch.pin_memory` rounds every
-block to a power of two; registering a mapping does not.
+block to a power of two; registering a mapping does not. What has no room there is read from files,
+layer by layer, into a ring in that memory.
 """
 
 import dataclasses
+import itertools
 import mmap
 import os
 import tempfile
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
-from fsdp_qlora.planning.sizes import NUM_SLOTS, setting_of, trained_whole
+from fsdp_qlora.model import disk
+from fsdp_qlora.planning import memory as plans
+from fsdp_qlora.planning.rows import DATA, FILES, PROCESSES, SYSTEM
+from fsdp_qlora.planning.sizes import (
+    NUM_RING_SLOTS,
+    NUM_SLOTS,
+    STREAMED,
+    Setting,
+    Sizes,
+    setting_of,
+    trained_whole,
+)
 
 # Where a layer's bytes lie -> what that means, for the user.
 PLACEMENTS = {
     "sharded": "sharded over the ranks",
     "offloaded": "sharded over the ranks, slices on the host",
     "streamed": "streamed from the host",
+    DISK: "streamed from disk",
     "resident": "whole on every rank",
     "trained": "trained themselves, nothing quantized",
 }
@@ -121,14 +138,69 @@ def shared(nbytes: int, pin: bool, world: World) -> tuple[str, HostBytes | None]
     return (refusals[0], None) if refusals else ("", memory)
 
 
+class Spill:
+    """A file without a name for the layers that no cache keeps.
+
+    Attributes:
+        spans: (path, offset, bytes) of each.
+    """
+
+    def __init__(self, sizes: Sequence[int], folder: Path, world: World) -> None:
+        """Make room; all ranks of a machine see one file.
+
+        Args:
+            sizes: bytes of each layer.
+            folder: where it lies; as long as the first rank lives.
+            world: the ranks; all must call.
+
+        Raises:
+            UserError: the disk has no room (code 3).
+        """
+        place, refusal, first = "", "", world.peers[0]
+        starts = [0, *itertools.accumulate(map(disk.slot_bytes, sizes))]
+        if world.rank == first:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+                os.posix_fallocate(file.fileno(), 0, starts[-1])
+                place = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            except OSError as error:
+                refusal = error.strerror or str(error)
+        found = world.gather_objects((place, refusal))
+        if refusal := next((text for _, text in found if text), ""):
+            got = f"{starts[-1] / GIB:.1f} GiB of quantized layers in {folder}: {refusal}"
+            remedy = "give --output_dir or --quant_cache on a disk with room"
+            raise UserError(got, "what is streamed from disk must lie there", remedy, ENVIRONMENT)
+        path = Path(found[first][0])
+        self.spans = [(path, start, size) for start, size in zip(starts, sizes, strict=False)]
+
+    def write(self, number: int, quantized: torch.Tensor) -> None:
+        """Write one layer.
+
+        Args:
+            number: of the layer among those of the file.
+            quantized: uint8 [bytes], any device.
+        """
+        path, start, _ = self.spans[number]
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(quantized.cpu().numpy().data)
+            file.flush()
+            os.fdatasync(file.fileno())
+
+
 def copy(
-    target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream | None
+    target: torch.Tensor,
+    source: torch.Tensor,
+    stream: torch.cuda.Stream | None,
+    ready: torch.cuda.Event | None = None,
 ) -> torch.cuda.Event | None:
     """Copy between host and GPU while the GPU computes.
 
     Args:
         target, source: of one shape.
         stream: that copies, after all that is enqueued now; None: the copy is made at once.
+        ready: the moment at which it may begin instead.
 
     Returns:
         The moment at which it is done; None: it is.
@@ -136,10 +208,12 @@ def copy(
     if stream is None:
         target.copy_(source)
         return None
-    stream.wait_stream(torch.cuda.current_stream())
+    if ready is None:
+        ready = torch.cuda.current_stream().record_event()
+    stream.wait_event(ready)
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        return stream.record_event(torch.cuda.Event(blocking=True))  # whoever waits sleeps
 
 
 class Streamer:
@@ -149,14 +223,15 @@ class Streamer:
     Whoever reads a layer says by that where the computation is: forward, recomputation and
     backward, with or without checkpointing, evaluation, generation alike. The layers that come next
     in the direction of travel are fetched into the slots that have just become free, on a stream of
-    their own. The host waits for nothing. At the turn from forward to backward, and from a step to
-    the next, the slots hold what is needed first.
+    their own. The host waits for nothing but the disk. At the turn from forward to backward, and
+    from a step to the next, the slots hold what is needed first.
 
     Attributes:
-        sources: uint8 [nbytes] of each streamed layer, on the host; given after the slots are made.
+        sources: uint8 [nbytes] of each streamed layer, on the host; None of those on disk; given
+            after the slots are made.
         slots: uint8 [bytes of the largest layer] each, on the device.
+        sizes: bytes of each layer that is streamed.
         num_copies: layers copied so far.
-        mapped: the cache whose files `sources` are: its entry is in use as long as they are.
     """
 
     def __init__(self, sizes: Sequence[int], num_slots: int, device: torch.device) -> None:
@@ -167,18 +242,32 @@ class Streamer:
             num_slots: at least 2: one at work, the others being filled.
             device: of the rank.
         """
-        self.sources: Sequence[torch.Tensor] = ()
+        self.sources: Sequence[torch.Tensor | None] = ()
         self.num_layers = len(sizes)
         self.slots = [
             torch.empty(max(sizes), dtype=torch.uint8, device=device)
             for _ in range(min(num_slots, len(sizes)))
         ]
         self.num_copies = 0
-        self.mapped: object = None
+        self.sizes = sizes
         self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
         self._at = -1  # the layer read last
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._filled: list[torch.cuda.Event | None] = [None] * len(self.slots)
+        self._filled: list[torch.cuda.Event | Future | None] = [None] * len(self.slots)
+        self._ring: disk.Ring | None = None
+
+    def open(self, ring: disk.Ring, memory: torch.Tensor, owner: object) -> None:
+        """Say where the layers come from that are on disk.
+
+        Args:
+            ring: reads them, in their order.
+            memory: uint8, its memory.
+            owner: of the files, which are in use from now on.
+        """
+        self._ring, self._memory, self._owner = ring, memory, owner
+        on_disk = [layer for layer, source in enumerate(self.sources) if source is None]
+        self._numbers = {layer: number for number, layer in enumerate(on_disk)}
+        self._carries = disk.worker(self)
 
     def read(self, layer: int) -> torch.Tensor:
         """The bytes of a layer, valid for what is computed until another layer is read.
@@ -192,9 +281,14 @@ class Streamer:
         if layer != self._at:
             step = 1 if layer == (self._at + 1) % self.num_layers else -1
             self._at = layer
-            for ahead in range(len(self.slots)):
-                self._fetch(layer + step * ahead)
+            if self._ring is not None:
+                way = range(layer, self.num_layers if step > 0 else -1, step)
+                ahead = (self._numbers[i] for i in way if i in self._numbers)
+                self._ring.want(itertools.islice(ahead, self._ring.num_slots))
+            for ahead_by in range(len(self.slots)):
+                self._fetch(layer + step * ahead_by)
             filled = self._filled[layer % len(self.slots)]
+            filled = filled.result() if isinstance(filled, Future) else filled
             if filled is not None:
                 torch.cuda.current_stream().wait_event(filled)
         return self.slots[layer % len(self.slots)]
@@ -206,8 +300,28 @@ class Streamer:
         self._held[slot] = layer
         self.num_copies += 1
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
-        source = self.sources[layer]
-        self._filled[slot] = copy(self.slots[slot][: len(source)], source, self._copies)
+        source, target = self.sources[layer], self.slots[slot][: self.sizes[layer]]
+        if source is not None:
+            self._filled[slot] = copy(target, source, self._copies)
+            return
+        assert self._ring is not None
+        number, filled = self._numbers[layer], Future[Any]()
+        ready = torch.cuda.current_stream().record_event() if self._copies is not None else None
+        taken = self._ring.taken(number, self._ring.book(number))
+        self._carries.put(partial(self._carry, taken, target, ready, filled))
+        self._filled[slot] = filled
+
+    def _carry(self, taken: Any, target: torch.Tensor, ready: Any, filled: Future) -> None:
+        """Copy a layer that comes from disk, in another thread; tell when that is under way."""
+        try:
+            with taken as place:
+                copied = copy(target, self._memory[place], self._copies, ready)
+                filled.set_result(copied)
+                if copied is not None:
+                    copied.synchronize()
+        except BaseException as error:  # whoever reads the layer raises it
+            if not filled.done():
+                filled.set_exception(error)
 
 
 @dataclasses.dataclass
@@ -218,17 +332,53 @@ class Placed:
         names: row of PLACEMENTS for each layer.
         note: one line for the user.
         streamer: streams the weights of layers; None when there are none.
-        memory: the shared copy of those layers; None when they are mapped from the cache.
+        memory: what all ranks share: the ring for layers on disk, then those in memory.
+        ring_bytes: of the ring.
+        spill: holds the layers on disk where no cache does.
     """
 
     names: tuple[str, ...]
     note: str
     streamer: Streamer | None = None
     memory: HostBytes | None = dataclasses.field(default=None, repr=False)
+    ring_bytes: int = 0
+    spill: Spill | None = None
 
     def layers(self, name: str) -> list[int]:
         """Numbers of the layers with a placement."""
         return [layer for layer, own in enumerate(self.names) if own == name]
+
+    def keep(self, layer: int, flat: torch.Tensor) -> None:
+        """Put a streamed layer where it lies; one on disk that the cache has written is there.
+
+        Args:
+            layer: its number.
+            flat: uint8 [its bytes, or more], any device.
+        """
+        assert self.streamer is not None
+        every = [number for number, name in enumerate(self.names) if name in STREAMED]
+        number = every.index(layer)
+        source, flat = self.streamer.sources[number], flat[: self.streamer.sizes[number]]
+        if source is not None:
+            source.copy_(flat)
+        elif self.spill is not None:
+            self.spill.write(self.layers(DISK).index(layer), flat)
+
+    def open(self, spans: Sequence[tuple[Path, int, int]], owner: object, world: World) -> None:
+        """Begin to read the layers on disk.
+
+        Args:
+            spans: path, offset and bytes of each; they are written.
+            owner: of the files.
+            world: the ranks; all must call.
+
+        Raises:
+            UserError: see disk.Span (code 5).
+        """
+        assert self.streamer is not None and self.memory is not None
+        memory, files = self.memory.bytes[: self.ring_bytes], [disk.Span(*span) for span in spans]
+        place = min(NUM_RING_SLOTS, len(files)), world.local_rank, world.local_size
+        self.streamer.open(disk.Ring(files, memory.numpy().data, *place), memory, owner)
 
 
 def choose(
@@ -241,64 +391,72 @@ def choose(
         cfg: see planning.sizes.setting_of; offload_impl "auto" is stream where the ranks of a
             machine can share memory, else fsdp.
         sizes: quantized bytes of each layer.
-        has_cache: there is a copy on disk, to map what the host has no room for.
+        has_cache: there is a copy on disk, to read what the host has no room for.
         world: the ranks; all must call and decide the same.
 
     Returns:
         The placement.
 
     Raises:
-        UserError: streaming was asked for and cannot be, or the host has no room (code 3).
+        UserError: streaming was asked for and cannot be, or the disk has no room (code 3).
     """
     whole = trained_whole(info, cfg).layers
-    names = setting_of(cfg, info.num_layers, world.size, whole).placements
-    streamed = [size for size, name in zip(sizes, names, strict=True) if name == "streamed"]
-    if not streamed:
+    setting = setting_of(cfg, info.num_layers, world.size, whole)
+    if not setting.count(*STREAMED):
+        names = setting.placements
         return Placed(names, _note(names, " (as asked)" if "offloaded" in names else ""))
-    nbytes = sum(streamed)
-    refusal, memory = _host_copy(nbytes, cfg, has_cache, world)
-    if refusal and cfg.offload_impl == "stream":
-        got, remedy = f"--offload_impl stream: {refusal}", "use --offload_impl fsdp"
-        rule = "weight streaming needs one copy in host memory that all ranks of a machine see"
+    setting = setting.tiered(_num_in_memory(info, cfg, setting, sizes, world))
+    names, ring_bytes = setting.placements, 0
+    pairs = [pair for pair in zip(names, sizes, strict=True) if pair[0] in STREAMED]
+    streamed, on_disk = ([size for own, size in pairs if own == name] for name in STREAMED)
+    if on_disk:
+        size = min(NUM_RING_SLOTS, len(on_disk)), world.local_size
+        ring_bytes = disk.ring_bytes(max(on_disk), *size)
+    nbytes = ring_bytes + sum(streamed)
+    refusal, memory = shared(nbytes, world.device.type == "cuda", world)
+    if refusal and cfg.offload_impl in ("stream", "file"):
+        got, remedy = f"--offload_impl {cfg.offload_impl}: {refusal}", "use --offload_impl fsdp"
+        rule = "weight streaming needs memory on the host that all ranks of a machine see"
         raise UserError(got, rule, remedy, ENVIRONMENT)
-    if refusal:
+    if memory is None:
         by_fsdp = dataclasses.replace(cfg, offload_impl="fsdp")
         names = setting_of(by_fsdp, info.num_layers, world.size, whole).placements
         return Placed(names, _note(names, f" ({refusal})"))
-    streamer = Streamer(streamed, NUM_SLOTS + ("resident" in names), world.device)
-    place = " (mapped from the cache: the host has no room for a copy)"
-    if memory is not None:
-        streamer.sources = memory.bytes.split(streamed)
-        pinned = "pinned, " if memory.pinned_bytes else ""
-        place = f" (one copy for all ranks, {pinned}{nbytes / GIB:.2f} GiB)"
-    return Placed(names, _note(names, place), streamer, memory)
+    num_slots = NUM_SLOTS + ("resident" in names)
+    streamer = Streamer([size for _, size in pairs], num_slots, world.device)
+    sources = iter(memory.bytes.split([ring_bytes, *streamed])[1:])
+    streamer.sources = [None if name == DISK else next(sources) for name, _ in pairs]
+    spill = Spill(on_disk, cfg.resolved_output_dir, world) if on_disk and not has_cache else None
+    pinned = "pinned, " if memory.pinned_bytes else ""
+    place = f" (one copy for all ranks, {pinned}{nbytes / GIB:.2f} GiB)"
+    if on_disk:
+        where = cfg.resolved_output_dir if spill else "the cache"
+        place = f" ({sum(on_disk) / GIB:.2f} GiB in {where}; {pinned}{nbytes / GIB:.2f} GiB shared)"
+    return Placed(names, _note(names, place), streamer, memory, ring_bytes, spill)
 
 
-def _host_copy(
-    nbytes: int, cfg: TrainConfig, has_cache: bool, world: World
-) -> tuple[str, HostBytes | None]:
-    """(why weights cannot be streamed or "", the memory or None for mapped files)."""
-    shortage = _shortage(nbytes, cfg.host_budget_gib, world)
-    if shortage and has_cache:
-        return "", None
-    if shortage:
-        got = f"{nbytes / GIB:.1f} GiB of quantized layers on the host"
-        remedy = "free host memory, give --resident_layers, or let --quant_cache keep them on disk"
-        raise UserError(got, f"only {shortage}", remedy, ENVIRONMENT)
-    return shared(nbytes, world.device.type == "cuda", world)
-
-
-def _shortage(nbytes: int, budget_gib: float | None, world: World) -> str:
-    """What there is on a machine with less than `nbytes`, else "": the same on every rank."""
+def _num_in_memory(
+    info: ModelInfo, cfg: TrainConfig, setting: Setting, sizes: Sequence[int], world: World
+) -> int:
+    """How many of the streamed layers have room in memory, the same on every rank."""
+    num, is_file = setting.count(*STREAMED), cfg.offload_impl == "file"
+    if is_file and cfg.host_budget_gib is None:
+        return 0
+    pairs = zip(setting.placements, sizes, strict=True)
+    nbytes = sum(size for name, size in pairs if name in STREAMED)
     free_gib = host_limit_gib() - host_used_gib()
-    by_rank = world.gather([free_gib, 0.0 if budget_gib is None else pss_gib()])
-    free_gib = by_rank[world.peers[0]][0]
-    words = f"{free_gib:.1f} GiB of host memory are free" if free_gib * GIB < nbytes else ""
-    if budget_gib is not None:
-        left_gib = max(budget_gib - sum(by_rank[peer][1] for peer in world.peers), 0.0)
-        if left_gib * GIB < nbytes:
-            words = f"{left_gib:.1f} GiB are left of --host_budget_gib {budget_gib:g}"
-    return next(filter(None, world.gather_objects(words)), "")
+    by_rank = world.gather([free_gib, 0.0 if cfg.host_budget_gib is None else pss_gib()])
+    left_gib = by_rank[world.peers[0]][0]
+    if cfg.host_budget_gib is not None:
+        taken_gib = sum(by_rank[peer][1] for peer in world.peers)
+        left_gib = min(left_gib, cfg.host_budget_gib - taken_gib)
+    if is_file or left_gib * GIB < nbytes:
+        # What the run will take beside the layers and what it has taken by now.
+        table = plans.host(Sizes(info, cfg, world.device.type), setting.tiered(0))
+        left_gib -= table.peak_gib
+        left_gib += sum(table.gib("load", row) for row in (SYSTEM, FILES, PROCESSES, DATA))
+        num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
+    return int(min(least for (least,) in world.gather([num])))
 
 
 def _note(names: Sequence[str], why: str) -> str:

@@ -22,7 +22,7 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.model.layer import DecoderBlock
 from fsdp_qlora.model.placement import GROUPS, Placed
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.planning.sizes import ONE_GROUP_BYTES
+from fsdp_qlora.planning.sizes import ONE_GROUP_BYTES, STREAMED
 
 
 def num_shares(strategy: str, world: World) -> int:
@@ -52,7 +52,7 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     layers = list(zip(blocks(model), placed.names, strict=True))
-    streamed = [block for block, name in layers if name == "streamed"]
+    streamed = [block for block, name in layers if name in STREAMED]
     for number, block in enumerate(streamed):  # they read their slots: no parameter any more
         assert placed.streamer is not None
         block.quantized = None  # type: ignore[assignment]

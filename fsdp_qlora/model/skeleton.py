@@ -26,10 +26,10 @@ from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import visit
-from fsdp_qlora.model.attention import RowBounds, register
+from fsdp_qlora.model.attention import register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
-from fsdp_qlora.model.head import LossHead, Targets
+from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
@@ -39,7 +39,7 @@ from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, trained_whole, whole_lay
 LARGE = 2**26  # elements: more than any table that a model makes for itself
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 # Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
@@ -83,7 +83,13 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
         has_flash = is_installed and extra in ("", "soft-capped") and cfg.context_parallel == 1
-        attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
+        attention = (
+            "flash_attention_2"
+            if has_flash
+            else "eager"
+            if extra and cfg.context_parallel == 1
+            else "sdpa"
+        )
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
         attention_why += f", {extra}" * bool(extra)
@@ -153,11 +159,7 @@ class QuantizedModel(nn.Module):
     head: LossHead
 
     def __init__(
-        self,
-        decoder: "PreTrainedModel",
-        head: LossHead,
-        layouts: Sequence[Layout],
-        kernels: KernelChoice,
+        self, decoder: Any, head: LossHead, layouts: Sequence[Layout], kernels: KernelChoice
     ) -> None:
         super().__init__()
         self.decoder, self.head, self.layouts, self.kernels = decoder, head, layouts, kernels
@@ -261,12 +263,7 @@ class QuantizedModel(nn.Module):
         return self.head(hiddens, [group.targets for group in groups])
 
     def forward(
-        self,
-        input_ids: Any,
-        targets: Targets | None = None,
-        past_key_values: "Cache | None" = None,
-        rows: RowBounds | None = None,
-        **padding: torch.Tensor,
+        self, input_ids: Any, targets=None, past_key_values=None, rows=None, **padding
     ) -> Any:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -274,9 +271,9 @@ class QuantizedModel(nn.Module):
             input_ids: int64 [B, T]. Padding stands on the right and is not a target: causal
                 attention never sees it, so no mask is passed and the flash kernels stay usable.
                 Or a list of RowGroups, which pass each layer together; nothing else then.
-            targets: what is trained; None for logits.
+            targets: Targets that are trained; None for logits.
             past_key_values: a transformers Cache to generate with.
-            rows: several rows lie one after the other in the one sequence; or None.
+            rows: RowBounds, of rows that lie one after the other in the one sequence; or None.
             padding: attention_mask and position_ids of rows that are padded on the left.
 
         Returns:
@@ -320,7 +317,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
     head = _loss_head(hf_model, info)
     is_indexed = info.attention_extra == "indexed"
-    if chosen.attention == "sdpa" and (is_indexed or not hf_model._supports_sdpa):
+    is_known = hf_model._supports_sdpa or cfg.context_parallel > 1  # then a trial tells
+    if chosen.attention == "sdpa" and (is_indexed or not is_known):
         rule = f"computes otherwise than the attention of model type {info.model_type}"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     names = stored_names(hf_model, info)
@@ -434,24 +432,6 @@ class _Output(MoEModelOutputWithPastAndCrossAttentions):
         return None
 
 
-class _StandIn(nn.Module):
-    """In the place of a decoder: whatever it is asked, these hidden states are its answer."""
-
-    def __init__(self, decoder: nn.Module, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.own, self.hidden = (decoder,), hidden  # a tuple: no child
-
-    def forward(self, *args, **kwargs):
-        return _Output(last_hidden_state=self.hidden)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            found = getattr(self.own[0], name)
-            return self if isinstance(found, nn.Module) else found
-
-
 def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     """What transformers multiplies logits by, measured on a small head of random numbers.
 
@@ -467,7 +447,8 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
     for param in head.requires_grad_(False).parameters():
         param.normal_(generator=generator)
     hf_model.set_output_embeddings(head)
-    setattr(hf_model, name, _StandIn(decoder, hidden))
+    answer = _Output(last_hidden_state=hidden)  # whatever the decoder is asked
+    setattr(hf_model, name, visit.StandIn(decoder, lambda *_, **__: answer, is_for_all=True))
     try:
         with torch.no_grad():
             wanted = hf_model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits

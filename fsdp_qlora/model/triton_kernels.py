@@ -23,22 +23,15 @@ NUM_WARPS = 4
 
 @triton.jit
 def _dequantize_bnb(
-    quantized,
-    absmax,
-    table,
-    out,
-    num_weights,
-    stride,
-    group_bytes: tl.constexpr,
-    tile: tl.constexpr,
+    quantized, absmax, table, out, num, stride, group_bytes: tl.constexpr, tile: tl.constexpr
 ):
     part = tl.program_id(1).to(tl.int64)
-    quantized += part * (num_weights // 2)
-    absmax += part * (num_weights // (2 * group_bytes))
+    quantized += part * (num // 2)
+    absmax += part * (num // (2 * group_bytes))
     out += part * stride
     first_byte = tl.program_id(0).to(tl.int64) * tile
     byte = first_byte + tl.arange(0, tile)
-    is_in = byte * 2 < num_weights
+    is_in = byte * 2 < num
     pair = tl.load(quantized + byte, mask=is_in, other=0).to(tl.int32)
     scale = tl.load(absmax + byte // group_bytes, mask=is_in, other=0)
     first, second = pair >> 4, pair & 15
@@ -50,7 +43,7 @@ def _dequantize_bnb(
     odd = tl.load(table + second) * scale
     weight = first_byte * 2 + tl.arange(0, 2 * tile)
     values = tl.interleave(even, odd).to(out.dtype.element_ty)
-    tl.store(out + weight, values, mask=weight < num_weights)
+    tl.store(out + weight, values, mask=weight < num)
 
 
 @triton.jit
@@ -173,19 +166,7 @@ def dequantize_hqq(
 
 
 @triton.jit
-def _add_low_rank(
-    acc,
-    low,
-    high,
-    row,
-    col,
-    is_row,
-    n,
-    turned: tl.constexpr,
-    rank: tl.constexpr,
-    rank_tile: tl.constexpr,
-    first: tl.constexpr = 0,
-):
+def _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile, first=0):
     r = first + tl.arange(0, rank_tile)
     left = tl.load(
         low + row[:, None] * rank + r[None, :],
@@ -417,11 +398,11 @@ def _weight_turned(
 
 
 def weight_codes(
-    codes: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor,
-    scales_O: torch.Tensor,
-    out: torch.Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    table: Tensor,
+    scales_O: Tensor,
+    out: Tensor,
     is_turned: bool,
     group: int,
 ) -> None:
@@ -476,12 +457,8 @@ def _quantize_rows(
 
 
 def quantize_rows(
-    x_MI: torch.Tensor,
-    factors_I: torch.Tensor | None,
-    dtype: torch.dtype,
-    largest: float,
-    block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x_MI: Tensor, factors_I: Tensor | None, dtype: torch.dtype, largest: float, block: int
+) -> tuple[Tensor, Tensor]:
     """See matmul.quantize_rows; scales of a block lie together.
 
     Args:
@@ -552,11 +529,11 @@ def _int8_matmul(
 
 
 def int8_matmul(
-    x: tuple[torch.Tensor, torch.Tensor],
-    y: tuple[torch.Tensor, torch.Tensor],
-    bias: torch.Tensor | None,
-    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None,
-) -> torch.Tensor:
+    x: tuple[Tensor, Tensor],
+    y: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor, float] | None,
+) -> Tensor:
     """See matmul.multiply: whole numbers are summed up in each block of 128, blocks in float32.
 
     Args:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
@@ -31,7 +31,7 @@ class RowGroup(NamedTuple):
         has_adapters: False: the frozen model, without gradient.
     """
 
-    input_ids: torch.Tensor
+    input_ids: Tensor
     targets: Targets | None
     rows: RowBounds | None = None
     has_adapters: bool = True
@@ -73,33 +73,41 @@ class Spread(torch.autograd.Function):
         return None, *[_sum(grads[i::width]) for i in range(width)]
 
 
-def _sum(grads: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _sum(grads: Sequence[Tensor | None]) -> Tensor | None:
     found = [grad for grad in grads if grad is not None]
     if not found:
         return None
     return functools.reduce(torch.add, found[1:], found[0].float()).to(found[0].dtype)
 
 
-class _StandIn(nn.Module):
-    """In the place of a layer; whatever else it is asked, the layer answers."""
+class StandIn(nn.Module):
+    """In the place of a module; whatever else it is asked, that answers.
 
-    def __init__(self, block: nn.Module, step: Callable[..., torch.Tensor]) -> None:
+    Args:
+        own: the module.
+        answer: called instead of it.
+        is_for_all: stands for the modules inside it too.
+    """
+
+    def __init__(self, own: nn.Module, answer: Callable, is_for_all: bool = False) -> None:
         super().__init__()
-        self._block, self._step = [block], step  # no part of it: neither moved nor found
+        self._own, self._answer = [own], answer  # no part of it: neither moved nor found
+        self._is_for_all = is_for_all
 
-    def forward(self, hidden: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self._step(hidden, args, kwargs)
+    def forward(self, *args, **kwargs):
+        return self._answer(*args, **kwargs)
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["_block"][0], name)
+        found = getattr(self.__dict__["_own"][0], name)
+        return self if self._is_for_all and isinstance(found, nn.Module) else found
 
 
 @contextmanager
-def _replaced(layers: nn.ModuleList, step: Callable[..., torch.Tensor]) -> Iterator[None]:
+def _replaced(layers: nn.ModuleList, step: Callable[..., Tensor]) -> Iterator[None]:
     blocks = list(layers)
     try:
         for number, block in enumerate(blocks):
-            layers._modules[str(number)] = _StandIn(block, functools.partial(step, number))
+            layers._modules[str(number)] = StandIn(block, functools.partial(step, number))
         yield
     finally:
         for number, block in enumerate(blocks):
@@ -123,7 +131,7 @@ class _Recorded(Exception):
 
 def take_apart(
     decoder: nn.Module, layers: nn.ModuleList, has_adapters: bool, inputs: dict[str, Any]
-) -> tuple[torch.Tensor, list[LayerCall]]:
+) -> tuple[Tensor, list[LayerCall]]:
     """Find what a decoder calls its layers with.
 
     Args:
@@ -139,9 +147,9 @@ def take_apart(
         ValueError: it does more between its layers than to hand on what each returns.
     """
     found: list[LayerCall] = []
-    first: list[torch.Tensor] = []
+    first: list[Tensor] = []
 
-    def step(number: int, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]):
+    def step(number: int, hidden: Tensor, *args: Any, **kwargs: Any):
         first.append(hidden) if not first else None
         if number != len(found) or hidden is not first[0]:
             raise ValueError("its layers are not called one after the other")
@@ -158,9 +166,7 @@ def take_apart(
     raise ValueError("it leaves out some of its layers")
 
 
-def finish(
-    decoder: nn.Module, layers: nn.ModuleList, last: torch.Tensor, inputs: dict[str, Any]
-) -> torch.Tensor:
+def finish(decoder: nn.Module, layers: nn.ModuleList, last: Tensor, inputs: dict) -> Tensor:
     """What a decoder makes of the output of its last layer.
 
     Args:
@@ -168,7 +174,7 @@ def finish(
         last: that output.
     """
 
-    def step(number: int, hidden: torch.Tensor, *_):
+    def step(number: int, hidden: Tensor, *_, **__):
         return last if number == len(layers) - 1 else hidden
 
     with _replaced(layers, step):

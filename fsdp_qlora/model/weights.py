@@ -10,7 +10,6 @@ without --verify_base full.
 
 import contextlib
 import hashlib
-import mmap
 import os
 import shutil
 from collections import deque
@@ -367,28 +366,24 @@ class QuantizedCache:
         digest = hashlib.sha256(quantized.numpy().data).hexdigest()
         return quantized if digest == self.manifest["sha256"][layer] else None
 
-    def map_layers(self, layers: list[int]) -> list[torch.Tensor]:
-        """The quantized bytes as the kernel's page cache has them, read when they are touched.
+    def spans(self, layers: list[int]) -> list[tuple[Path, int, int]]:
+        """Where the quantized bytes of layers lie.
 
         Args:
             layers: numbers of the layers; the cache must be complete.
 
         Returns:
-            uint8 [bytes] of each, not to be written to.
+            File, offset from its end, and bytes of each.
 
         Raises:
             UserError: the cache could not be written (code 3).
         """
         if not self.is_complete or self.directory is None:
-            rule = "layers that the host has no room for are mapped from it"
-            remedy = "give --quant_cache a directory with room, or free host memory"
+            rule = "layers that the host has no room for are read from it"
+            remedy = "give --quant_cache a directory with room, or off, or free host memory"
             raise UserError(f"quantized cache: {self.note}", rule, remedy, ENVIRONMENT)
-        maps = []
-        for layer in layers:
-            with (self.directory / _file_name(layer)).open("rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            maps.append(torch.frombuffer(mapping, dtype=torch.uint8)[-self.sizes[layer] :])
-        return maps
+        pairs = [(self.directory / _file_name(layer), self.sizes[layer]) for layer in layers]
+        return [(path, -nbytes, nbytes) for path, nbytes in pairs]
 
     def write_layer(self, layer: int, quantized: torch.Tensor) -> None:
         """Keep the quantized bytes of one layer, in a thread; nothing when the cache is off.

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import DISK, TrainConfig
-from fsdp_qlora.hardware import Device, Machine
+from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, Setting, Sizes, place, setting_for
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -25,14 +25,13 @@ VISITS = (2, 4, 8, 16)  # micro-batches that may pass each layer together
 TIE = 0.01  # settings this close in speed: the one that needs least
 LENGTH_STEP, MOST_TOKENS = 256, 2**17  # of the longest rows that are looked for
 FALLBACK_SHARE = 0.93  # a fallback needs at most this share of the one before
-DISK_GBS = 1.5  # written and read; an assumption, not measured
 HOSTED = ("use_cpu_offload", "use_activation_cpu_offload")
 PLACING = {"use_cpu_offload", "offload_impl", "resident_layers", "sharding_strategy"}
 KEEPING = {"use_gradient_checkpointing", "selective_layers", "uncheckpointed_layers"}
 BATCHING = {"batch_size", "gradient_accumulation_steps"}
 BOUNDS: tuple[str, ...] = ("compute", "dequantisation", "host link", "GPU-to-GPU link")
-BOUNDS += ("link between machines", "launch overhead")
-MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES = BOUNDS
+BOUNDS += ("link between machines", "launch overhead", "disk")
+MATMULS, DEQUANTISE, HOST_LINK, PEER_LINK, NETWORK, LAUNCHES, READS = BOUNDS
 
 UNPACK_SHARE = 0.4  # of memory bandwidth: 6.5e9 weights took 8.3 ms a pass
 GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer access: 2.35 s a step
@@ -74,12 +73,11 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    if s.groups(setting) > 1:
-        s, setting = s.visiting, s.joined(setting)
+    s, setting = (s.visiting, s.joined(setting)) if s.groups(setting) > 1 else (s, setting)
     ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
-        worst = max((HOST_LINK, PEER_LINK, NETWORK, LAUNCHES), key=lambda name: parts[name])
+        worst = max(BOUNDS[2:], key=lambda name: parts[name])
         inside = max((MATMULS, DEQUANTISE), key=lambda name: parts[name])
         ruled[inside if gpu_s >= parts[worst] else worst] += max(gpu_s, parts[worst])
         alone = {name: alone[name] + parts[name] for name in BOUNDS}
@@ -124,10 +122,12 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     num_unpacked = 1 if s.is_kept_whole else setting.per_visit
     unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
     launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)
-    if memory.uses_graphs(s, setting):
-        launch_s *= GRAPHS_SHARE
+    launch_s *= GRAPHS_SHARE if memory.uses_graphs(s, setting) else 1.0
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
-    inputs_s = inputs / (DISK_GBS if setting.hosts_inputs == DISK else gpu.host_link_gbs) / 1e9
+    inputs_s, disk_s = inputs / gpu.host_link_gbs / 1e9, 0.0
+    if setting.hosts_inputs == DISK:
+        inputs_s, disk_s = 0.0, inputs / gpu.disk_gbs / 1e9
+    disk_s += setting.count(DISK) * s.layer_bytes / gpu.disk_gbs / 1e9
     rows = []
     passes = [(False, forward_s * s.cfg.passes), (True, backward_s)]
     passes += [(False, 2 * forward_s)] * (s.cfg.objective == "kto")  # other pairs, for its KL
@@ -135,7 +135,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
         is_twice = not is_backward and not s.is_kept_whole and s.cfg.passes > 1
         num = 1 + num_full / s.layers if is_backward else 1.0 + is_twice
         host_s, *links_s = _copies(s, setting, gpu, is_backward)
-        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num)
+        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num, disk_s)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
 
@@ -157,7 +157,7 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
         adapters = s.num_trained(setting) * (2 + 4 * is_backward)  # 16 bit gathered, 32 reduced
         ends = (1 if is_backward else 2) * s.head * s.item  # the embedding takes no part backwards
         gathered += (adapters + ends) * others
-    host_s = setting.count("streamed") * s.layer_bytes / (STREAM_SHARE * host_bytes_s)
+    host_s = setting.count(*STREAMED) * s.layer_bytes / (STREAM_SHARE * host_bytes_s)
     slice_s = sliced * s.layer_bytes / ranks / host_bytes_s / GATHER_SHARE
     peer_s = gathered / peer_bytes_s / GATHER_SHARE
     summed = 2 * (1 - 1 / setting.machines) * 4 * s.num_trained(setting) * is_backward
@@ -221,18 +221,38 @@ def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machi
 
 
 def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
+    setting, host = _tiered(s, setting, machine)
     device = memory.device(s, setting, all(gpu.peer_gbs > 0 for gpu in machine.gpus))
     gpu_limits = [gpu.memory_gib for gpu in machine.gpus]
     if machine.gpus and s.cfg.gpu_budget_gib is not None:
         gpu_limits.append(s.cfg.gpu_budget_gib + device.gib(device.peak_phase, CONTEXT))
+    speed = estimate(s, setting, machine.gpus or (machine.cpu,))
+    device = dataclasses.replace(device, limit_gib=min(gpu_limits, default=None))
+    return Outcome(setting, device, host, speed)
+
+
+def _tiered(s: Sizes, setting: Setting, machine: Machine) -> tuple[Setting, Table]:
+    """Put streamed layers on disk for which the host has no room, or all; and its memory."""
+    host, num = _host(s, setting, machine), setting.count(*STREAMED)
+    is_file = s.cfg.offload_impl == "file"
+    if not num or (host.free_gib >= 0 and not is_file):
+        return setting, host
+    setting = setting.tiered(0)
+    host = _host(s, setting, machine)
+    if is_file and s.cfg.host_budget_gib is None:
+        return setting, host
+    free_gib = host.free_gib - MARGIN * (host.limit_gib or 0.0)
+    setting = setting.tiered(max(0, min(num, int(free_gib * GIB / s.layer_bytes))))
+    return setting, _host(s, setting, machine)
+
+
+def _host(s: Sizes, setting: Setting, machine: Machine) -> Table:
     host = memory.host(s, setting, machine.system_gib)
-    host_limits = [] if machine.host_gib is None else [machine.host_gib]
+    limits = [] if machine.host_gib is None else [machine.host_gib]
     if s.cfg.host_budget_gib is not None:  # of all ranks, as model/placement.py counts it
         outside = (host.gib(host.peak_phase, row) for row in (SYSTEM, FILES))
-        host_limits.append(s.cfg.host_budget_gib + sum(outside))
-    device = dataclasses.replace(device, limit_gib=min(gpu_limits, default=None))
-    host = dataclasses.replace(host, limit_gib=min(host_limits, default=None))
-    return Outcome(setting, device, host, estimate(s, setting, machine.gpus or (machine.cpu,)))
+        limits.append(s.cfg.host_budget_gib + sum(outside))
+    return dataclasses.replace(host, limit_gib=min(limits, default=None))
 
 
 def explore(
@@ -262,8 +282,9 @@ def explore(
             outcomes.append(found)
             if not found.fits_safely:  # nor will what keeps more
                 break
-            parts = found.speed.parts_s
-            if setting.count("streamed") and parts[HOST_LINK] < 0.8 * parts[MATMULS]:
+            parts, count = found.speed.parts_s, found.setting.count
+            is_hidden = parts[HOST_LINK] < 0.8 * parts[MATMULS] and not count(DISK)
+            if count("streamed") and is_hidden:
                 hidden_batches.add(batch)
         is_open = "use_activation_cpu_offload" not in fixed and "full" in rising[0].levels
         if is_open and not outcomes[number].fits_safely:
@@ -285,17 +306,18 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
         places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
     placements = list(dict.fromkeys(places))
     strategies = ["full_shard", "hybrid_full_shard"][: own.machines]  # of one they are the same
-    if fixed & PLACING:
+    if own.count(DISK) and fixed & PLACING <= {*HOSTED, "offload_impl"}:
+        placements = [where for where in placements if "sharded" not in where]
+    elif fixed & PLACING:
         placements, strategies = [own.placements], [own.strategy]
     levels = [_keep(num_layers, num, 0) for num in counts]
     levels += [_keep(num_layers, num_layers - num, num) for num in counts[1:]]
     levels = [own.levels] if fixed & KEEPING else levels
     for batch, where, strategy in itertools.product(batches, placements, strategies):
-        num, travelling = per_step // batch, {"streamed", "offloaded"}
+        num, travelling = per_step // batch, {*STREAMED, "offloaded"}
         travelling |= {"sharded"} if own.num_ranks > 1 else set()
-        visits = {1, *(n for n in VISITS if num % n == 0 and travelling & {*where})}
-        if "accumulate_by_layer" in fixed:
-            visits = {min(own.per_visit, num)}
+        visits = {1, *(n for n in (*VISITS, num) if num % n == 0 and travelling & {*where})}
+        visits = {min(own.per_visit, num)} if "accumulate_by_layer" in fixed else visits
         for per_visit in sorted(visits) if has_gpus else [own.per_visit]:
             rest = (strategy, own.machines, per_visit)
             yield tuple(Setting(own.num_ranks, batch, num, where, kept, *rest) for kept in levels)
@@ -322,11 +344,13 @@ def choose(outcomes: Sequence[Outcome], limit_gib: float = math.inf) -> Outcome 
         The best one, or None when nothing fits.
     """
     fitting = [it for it in outcomes if it.fits_safely and it.device.peak_gib <= limit_gib]
+    # A disk is slower than most take theirs for: only what fits in no other way comes from there.
+    fitting = [item for item in fitting if not item.setting.count(DISK)] or fitting
     fastest = max((item.speed.tokens_per_s for item in fitting), default=0.0)
     equal = [item for item in fitting if item.speed.tokens_per_s >= fastest * (1 - TIE)]
 
     def asks(item: Outcome) -> tuple[int, float]:
-        return item.setting.count("streamed", "offloaded", "resident"), item.device.peak_gib
+        return item.setting.count(*STREAMED, "offloaded", "resident"), item.device.peak_gib
 
     return min(equal, key=asks, default=None)
 
@@ -430,8 +454,7 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
         ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
         ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),
     ]
-    if num_ranks > 1:
-        rows.append(("the base sharded over the GPUs", "", 0, sharded))
+    rows += [("the base sharded over the GPUs", "", 0, sharded)] if num_ranks > 1 else []
     if cfg.format_name == "bf16":
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
     for halvings in range(1, (cfg.context_length // 256).bit_length()):

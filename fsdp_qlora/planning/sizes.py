@@ -21,7 +21,7 @@ from fsdp_qlora import arch
 from fsdp_qlora.arch import LayerKind, ModelInfo
 from fsdp_qlora.arch.files import GROUP, NESTED
 from fsdp_qlora.arch.targets import expert_sides, find_targets
-from fsdp_qlora.config import HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
+from fsdp_qlora.config import DISK, HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
 
@@ -32,6 +32,8 @@ VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer toget
 LONG_TOKENS, TILE_TOKENS = 16_384, 4096
 JOINED_TOKENS = 4096  # of micro-batches that GPUs take as one where they pass a layer together
 LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
+NUM_RING_SLOTS = 4  # of layers from disk: read two ahead of those that are copied to the GPUs
+STREAMED = ("streamed", DISK)  # placements of layers that are copied as they are needed
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
@@ -121,11 +123,8 @@ def _hqq(bits: int, group_size: int, axis: int) -> Storage:
 
 
 _ABSMAX = (Field("absmax", "float32", GROUP),)
-_NESTED_ABSMAX = (
-    Field("qabsmax", "uint8", GROUP, multiple=NESTED),
-    Field("nested_absmax", "float32", GROUP * NESTED),
-    Field("offset", "float32", GROUP * NESTED),
-)
+_NESTED = (Field(name, "float32", GROUP * NESTED) for name in ("nested_absmax", "offset"))
+_NESTED_ABSMAX = (Field("qabsmax", "uint8", GROUP, multiple=NESTED), *_NESTED)
 FORMATS: dict[str, Storage] = {
     "nf4": Storage(4, _ABSMAX),
     "nf4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
@@ -408,6 +407,13 @@ class Setting:
         """Count the decoder layers in some placements (or on some levels)."""
         return sum(self._counts[name] for name in names)
 
+    def tiered(self, num: int) -> "Setting":
+        """The same with so many of the streamed layers in memory, the others on disk."""
+        own = iter(place(self.count(*STREAMED), DISK, num))
+        tiers = {"resident": "streamed", DISK: DISK}
+        names = (tiers[next(own)] if name in STREAMED else name for name in self.placements)
+        return dataclasses.replace(self, placements=tuple(names))
+
     @functools.cached_property
     def _counts(self) -> collections.Counter[str]:
         return collections.Counter((*self.placements, *self.levels))
@@ -444,21 +450,19 @@ def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers 
     Returns:
         The setting; `--offload_impl auto` means weight streaming, as on one host.
     """
-    hosted = "offloaded" if cfg.offload_impl == "fsdp" else "streamed"
+    hosted = {"fsdp": "offloaded", "file": DISK}.get(cfg.offload_impl, "streamed")
     is_whole = cfg.sharding_strategy == "ddp" and not cfg.use_cpu_offload
     num_resident = num_layers if is_whole else cfg.resident_layers
     rest = hosted if cfg.use_cpu_offload else "sharded"
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
     visit = cfg.per_visit, cfg.use_activation_cpu_offload
-    levels = cfg.levels(num_layers)
-    return Setting(*step, placements, levels, cfg.sharding_strategy, 1, *visit)
+    return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
     """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
-    whole = trained_whole(info, cfg).layers
-    setting = setting_of(cfg, info.num_layers, machine.num_ranks, whole)
+    setting = setting_of(cfg, info.num_layers, machine.num_ranks, trained_whole(info, cfg).layers)
     return dataclasses.replace(setting, machines=machine.num_machines)
 
 
@@ -477,7 +481,7 @@ def check_context(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> None:
     kinds = {*info.config.get("layer_types", ())} - {"full_attention", "sliding_attention"}
     if num > 1 and num_ranks % num:
         rule = f"shares each row among {num} ranks, and there are {num_ranks}"
-    elif num > 1 and (extra := info.attention_extra or ", ".join(sorted(kinds))):
+    elif num > 1 and (extra := info.attention_extra.replace("sinks", "") or ", ".join(kinds)):
         rule = f"no kernel cuts the rows of a {info.model_type} model ({extra})"
     elif num > 1 and (note := info.rope_note(cfg.context_length)):
         rule = f"the ranks' rotary tables would differ: {note.split()[1]} of longer rows"
@@ -505,12 +509,14 @@ def applied(cfg: TrainConfig, setting: Setting) -> TrainConfig:
     changed["use_activation_cpu_offload"] = setting.hosts_inputs
     whole = [i for i, name in enumerate(setting.placements) if name == "trained"]
     own = setting_of(cfg, num_layers, setting.num_ranks, whole)
-    if (own.placements, own.strategy) != (setting.placements, setting.strategy):
+    in_memory = [it.tiered(num_layers).placements for it in (own, setting)]  # the rest is found
+    if in_memory[0] != in_memory[1] or own.strategy != setting.strategy:
         num_resident = setting.count("resident") if setting.strategy != "ddp" else 0
-        is_fsdp = setting.count("offloaded") > 0
+        kept = "file" if cfg.offload_impl == "file" else "auto"
         is_sharded = setting.count("sharded", "trained") == num_layers
         changed["use_cpu_offload"] = not is_sharded and setting.strategy != "ddp"
-        changed |= {"resident_layers": num_resident, "offload_impl": "fsdp" if is_fsdp else "auto"}
+        changed["offload_impl"] = "fsdp" if setting.count("offloaded") else kept
+        changed["resident_layers"] = num_resident
     if own.levels != setting.levels:
         changed["use_gradient_checkpointing"] = True
         changed["selective_layers"] = setting.count("selective")
@@ -595,7 +601,8 @@ class Sizes:
         self.lora, self.magnitudes = counts.adapters, counts.magnitudes
         self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
-        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and info.attention_extra != "")
+        is_extra = info.attention_extra != "" and cfg.context_parallel == 1
+        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and is_extra)
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)

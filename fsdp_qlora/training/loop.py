@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches, branch, cut, flatten, join
@@ -39,7 +40,7 @@ SHORT_ROWS = (9, 7)  # tokens of two rows that are laid one after the other for 
 MOST_ROW_ERROR = 0.2  # of what seeing the other row does; 16 bit round to some hundredths of it
 
 
-def token_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+def token_loss_sum(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Sum of the cross entropy over the trained tokens of a batch.
 
     Args:
@@ -54,9 +55,7 @@ def token_loss_sum(model: torch.nn.Module, batch: Batch, device: torch.device) -
     return model(group.input_ids, group.targets, rows=group.rows)
 
 
-def token_losses(
-    model: torch.nn.Module, batches: Sequence[Batch], device: torch.device
-) -> torch.Tensor:
+def token_losses(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> Tensor:
     """`token_loss_sum` of batches that pass each layer together, where there are several.
 
     Args:
@@ -79,15 +78,17 @@ class StepWeights(NamedTuple):
         num: trained tokens; of preferences rows of the data.
         nll: factor of the cross entropy of chosen answers, a token.
         divergence: of KTO, else 0; 0-d on the device.
+        copies: ranks that count the same rows, each with the gradient of its own tokens.
     """
 
     num: float
     nll: float = 0.0
-    divergence: torch.Tensor | None = None
+    divergence: Tensor | None = None
+    copies: int = 1
 
 
 def weigh(
-    model: torch.nn.Module, preference: Preference | None, batches: Sequence[Batch], world: World
+    model: nn.Module, preference: Preference | None, batches: Sequence[Batch], world: World
 ) -> StepWeights:
     """Find the weights of a step, or of an evaluation.
 
@@ -111,16 +112,17 @@ def weigh(
         ratios += answers.ratio_P.sum()
     ratios = world.sum_(ratios) if preference.name == "kto" else ratios
     divergence = objectives.divergence(ratios, num)
-    return StepWeights(num, preference.nll_weight * num / num_tokens, divergence)
+    copies = world.context.size if world.context is not None else 1
+    return StepWeights(num, preference.nll_weight * num / num_tokens, divergence, copies)
 
 
 def compare(
-    model: torch.nn.Module,
+    model: nn.Module,
     preference: Preference,
     batches: Sequence[Batch],
     weights: StepWeights,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Losses of batches of preferences that pass each layer together.
 
     Args:
@@ -147,7 +149,7 @@ def compare(
 
 def step_losses(
     trained: Trained, batches: Sequence[Batch], weights: StepWeights
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """`token_losses`, or `compare` and its sums.
 
     Args:
@@ -161,13 +163,15 @@ def step_losses(
 
 
 def _answers(
-    model: torch.nn.Module, preference: Preference, batches: Sequence[Batch], device: torch.device
-) -> list[tuple[Answers, torch.Tensor]]:
+    model: nn.Module, preference: Preference, batches: Sequence[Batch], device: torch.device
+) -> list[tuple[Answers, Tensor]]:
     """The answers in each batch, and the summed cross entropy of the chosen rows."""
     groups = [_group(batch, device) for batch in batches]
     found = _single_losses(model, groups, preference)
     made = []
     for batch, losses_N, by_base_N in zip(batches, *found, strict=True):
+        losses_N = _whole(model, batch, losses_N)
+        by_base_N = by_base_N if by_base_N is None else _whole(model, batch, by_base_N)
         sides = batch.sides
         assert sides is not None
         parts, length = losses_N.split(sides.counts), torch.tensor(sides.counts).float()
@@ -186,8 +190,19 @@ def _answers(
     return made
 
 
+def _whole(model: nn.Module, batch: Batch, losses_N: Tensor) -> Tensor:
+    """Losses of all targets of rows that are cut; the gradient is that of this rank's."""
+    laid, context = batch.branches, cast(QuantizedModel, model).context
+    if context is None or laid is None or laid.numbers is None or batch.sides is None:
+        return losses_N
+    numbers = _to_device(laid.numbers, losses_N.device)
+    mine = losses_N.new_zeros(sum(batch.sides.counts)).index_put((numbers,), losses_N)
+    own = mine.detach()
+    return mine + (context.sum_(own.clone()) - own)
+
+
 @contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Context in which a model evaluates, without gradients; its mode is afterwards as it was."""
     was_training = model.training
     model.eval()
@@ -242,8 +257,8 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
 
 
 def _single_losses(
-    model: torch.nn.Module, groups: list[RowGroup], preference: Preference
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor | None]]:
+    model: nn.Module, groups: list[RowGroup], preference: Preference
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Losses of all tokens of each group, and the same by the base where that is the reference."""
     assert isinstance(model, QuantizedModel)
     num, is_live = len(groups), preference.is_live
@@ -251,16 +266,14 @@ def _single_losses(
         bare = [group._replace(has_adapters=False) for group in groups] if is_live else []
         outs = model([*groups, *bare])
         return outs[:num], outs[num:] or [None] * num
-    by_base: list[torch.Tensor | None] = [None] * num
+    by_base: list[Tensor | None] = [None] * num
     if is_live:
         with model.bare():
             by_base = [model(group.input_ids, group.targets, rows=group.rows) for group in groups]
     return [model(group.input_ids, group.targets, rows=group.rows) for group in groups], by_base
 
 
-def keep_rows_apart(
-    model: torch.nn.Module, batches: Batches | PackedBatches, info: ModelInfo, world: World
-) -> str:
+def keep_rows_apart(model: nn.Module, batches: Batches, info: ModelInfo, world: World) -> str:
     """Lay no rows one after the other where they would see each other; share prompts of pairs.
 
     Args:
@@ -289,7 +302,7 @@ def keep_rows_apart(
     return f"packing   off: {rule}"
 
 
-def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
+def are_rows_apart(model: nn.Module, world: World) -> bool:
     """Whether a short row behind another one has the logits that it has alone.
 
     Args:
@@ -318,7 +331,7 @@ def are_rows_apart(model: torch.nn.Module, world: World) -> bool:
     return world.sum(float(error > MOST_ROW_ERROR)) == 0
 
 
-def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> None:
+def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
     """Compare two short rows, one after the other and cut over ranks, with each by itself.
 
     Args:
@@ -329,7 +342,7 @@ def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> Non
     Raises:
         UserError: their logits differ: layers hand on more than keys and values (code 2).
     """
-    ranks, is_training, worst = world.context, model.training, 1.0
+    ranks, worst = world.context, 1.0
     assert ranks is not None
     generator, shape = torch.Generator().manual_seed(0), (1, sum(SHORT_ROWS))
     ids = torch.randint(model.get_parameter("head.weight").shape[0], shape, generator=generator)
@@ -339,8 +352,7 @@ def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> Non
     at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
     group, laid = _group(part, world.device), part.branches
     assert laid is not None and group.targets is not None
-    with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError):
-        model.eval()
+    with evaluating(model), contextlib.suppress(TypeError, ValueError, RuntimeError):
         asked = (Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
         pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
         alone = torch.cat([model(row, targets).float() for row, targets in pairs])
@@ -349,14 +361,13 @@ def check_cut_rows(model: torch.nn.Module, info: ModelInfo, world: World) -> Non
         errors = (found.float() - wanted).norm(dim=1) / (wanted - wanted.roll(1, 0)).norm(dim=1)
         is_late = laid.positions >= part.input_ids.shape[1] // 2
         worst = max(errors[where].median().item() for where in (is_late, ~is_late))
-    model.train(is_training)
     shard.settle(model)
     if world.sum(float(worst > MOST_ROW_ERROR)):
         rule = f"layers of a {info.model_type} model need more of a row than keys and values"
         raise UserError(f"--context_parallel {ranks.size}", rule, "use --context_parallel 1")
 
 
-def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
+def can_share_prompts(model: nn.Module, world: World) -> bool:
     """Whether two answers that go on from one prompt have the logits of two whole rows.
 
     Args:
@@ -368,7 +379,7 @@ def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
     ids = random.integers(vocab_size, size=second, dtype=np.int32)
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
     laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
-    found = list[torch.Tensor]()
+    found = list[Tensor]()
     with evaluating(model), may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
@@ -382,13 +393,13 @@ def can_share_prompts(model: torch.nn.Module, world: World) -> bool:
     return world.sum(float(worst > MOST_ROW_ERROR)) == 0
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def train_step(
     trained: Trained, micro_batches: list[Batch], step: int = 0, hook: Hook = lambda point: None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """One optimizer step; every trained token of the global batch weighs the same, or every pair.
 
     Args:
@@ -417,13 +428,14 @@ def train_step(
         sums = sums if own is None else sums + own
         hook("post-forward")
         # FSDP averages gradients over ranks: undo it
-        guard.scaled(losses * (world.size / weights.num)).sum().backward()
+        factor = world.size * weights.copies / weights.num
+        guard.scaled(losses * factor).sum().backward()
         for loss in losses.detach():
             loss_sum += loss
         hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
-    status = guard.check(grads, loss_sum, weights.num, num_copies, world)
+    status = guard.check(grads, loss_sum, weights.num, num_copies)
     optim.clip(grads, status.grad_norm, trained.max_norm, guard.scale)
     hook("pre-optimizer")
     optim.step(trained.optimizer, status.is_bad)
@@ -438,7 +450,7 @@ def train_step(
 
 
 def figures(
-    preference: Preference | None, sums: torch.Tensor, weights: StepWeights, world: World
+    preference: Preference | None, sums: Tensor, weights: StepWeights, world: World
 ) -> dict[str, Any]:
     """What the record has of a preference besides the loss.
 
@@ -455,7 +467,7 @@ def figures(
 
 def fit(
     trained: Trained,
-    batches: Batches | PackedBatches,
+    batches: Batches,
     recorder: Recorder,
     checkpointer: Checkpointer,
     after_step: Callable[[], None] = lambda: None,
@@ -516,7 +528,7 @@ def dropout_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _note_skipped(
-    trained: Trained, batches: Batches | PackedBatches, recorder: Recorder, is_last: bool = False
+    trained: Trained, batches: Batches, recorder: Recorder, is_last: bool = False
 ) -> None:
     for skipped in trained.guard.skipped_steps(batches, is_last):
         recorder.event("skipped", dataclasses.asdict(skipped))

@@ -59,7 +59,7 @@ def is_wanted(cfg: TrainConfig, device: torch.device) -> bool:
     return cfg.dry_run == "on" or (cfg.dry_run == "auto" and device.type == "cuda")
 
 
-def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size: int) -> Batch:
+def longest_batch(batches: Batches, cfg: TrainConfig, vocab_size: int) -> Batch:
     """A micro-batch as large as any that the data can bring, every token trained.
 
     Args:
@@ -77,7 +77,7 @@ def longest_batch(batches: Batches | PackedBatches, cfg: TrainConfig, vocab_size
     return dataclasses.replace(batches.lay(rows), sides=Sides.of(rows) if cfg.num_answers else None)
 
 
-def run(trained: Trained, batches: Batches | PackedBatches, tracker: MemoryTracker) -> str:
+def run(trained: Trained, batches: Batches, tracker: MemoryTracker) -> str:
     """Prove that the longest rows fit, and learn what comes and goes in a pass.
 
     Model, optimizer, random numbers and data are afterwards as if it had not been.
@@ -221,8 +221,7 @@ def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, names.GibByR
 
 def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
     """The allocations, and the indices of the boundaries."""
-    open_blocks: dict[int, tuple[int, str, int]] = {}
-    blocks, ends = [], []
+    open_blocks, blocks, ends = dict[int, _Block](), [], []
     for index, event in enumerate(events):
         action, address = event["action"], event.get("addr", 0)  # no address: an error, a snapshot
         if action == "alloc":
@@ -230,13 +229,10 @@ def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
             if any(frame["name"] == _boundary.__name__ for frame in frames[:2]):
                 ends.append(index)
                 continue
-            open_blocks[address] = (event["size"], _place(frames), index)
+            open_blocks[address] = _Block(event["size"], _place(frames), index, len(events))
         elif action == "free_requested" and address in open_blocks:
-            nbytes, place, start = open_blocks.pop(address)
-            blocks.append(_Block(nbytes, place, start, index))
-    stays = len(events)
-    blocks += [_Block(nbytes, place, start, stays) for nbytes, place, start in open_blocks.values()]
-    return blocks, ends
+            blocks.append(open_blocks.pop(address)._replace(stop=index))
+    return [*blocks, *open_blocks.values()], ends
 
 
 def _place(frames: Sequence[dict[str, Any]]) -> str:

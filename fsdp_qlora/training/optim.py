@@ -8,7 +8,7 @@ next one launched, and waits for nothing.
 import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fsdp_qlora.arch.files import describe
 from fsdp_qlora.config import OPTIMIZERS, TrainConfig, check_optimizer
-from fsdp_qlora.data.batches import Batches, PackedBatches
+from fsdp_qlora.data.batches import Batches
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import RUN_FAILED, UserError
 from fsdp_qlora.model import adapters, shard
@@ -76,7 +76,7 @@ def learning_rate(cfg: TrainConfig, num_steps: int, step: int) -> float:
 
 
 def build(
-    params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str] = ()
+    params: list[nn.Parameter], cfg: TrainConfig, num_steps: int, names: Sequence[str]
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer over this rank's slices of what is trained, and its schedule.
 
@@ -84,7 +84,7 @@ def build(
         params: this rank's slices, float32.
         cfg: optimizer, lr, wd, lr_scheduler, warmup_steps.
         num_steps: optimizer steps of the run.
-        names: of `params` in the model, for what NO_DECAY leaves alone; none: all decay.
+        names: of `params` in the model, for what NO_DECAY leaves alone.
 
     Returns:
         (optimizer, schedule to step after it).
@@ -96,7 +96,7 @@ def build(
     row = OPTIMIZERS[cfg.optimizer]
     wd = cfg.wd if row.decays else 0.0
     groups: dict[float, list[nn.Parameter]] = {}
-    for param, name in zip(params, names or [""] * len(params), strict=True):
+    for param, name in zip(params, names, strict=True):
         groups.setdefault(0.0 if name.endswith(NO_DECAY) else wd, []).append(param)
     parts = [{"params": own, "weight_decay": decay} for decay, own in groups.items()]
     options = {"fused": True} if row.is_fused else {}
@@ -256,21 +256,20 @@ class NonFiniteGuard:
             is to blame for are not in the row.
     """
 
-    def __init__(self, model: nn.Module | None = None, precision: str = "", most: int = 3) -> None:
+    def __init__(self, model: nn.Module, precision: str, most: int, world: World) -> None:
         """Watch a model.
 
         Args:
             model: sharded and filled; its first trained layer tells whose gradient is not finite.
             precision: Torch name of the dtype of matmuls: float16 needs a loss scale.
             most: skipped steps in a row that end the run.
+            world: the ranks.
         """
         self.scale: Tensor | None = None
         self.num_skipped = self.num_in_a_row = 0
-        self._most = most
+        self._most, self._world = most, world
         self._is_bad_here: Tensor | None = None
         self._pending: list[tuple[int, Tensor, Any]] = []
-        if model is None:
-            return
         blocks = [b for b in shard.blocks(model) if any(p.requires_grad for p in b.parameters())]
         if blocks:
             blocks[0].register_forward_hook(self._watch)
@@ -299,26 +298,20 @@ class NonFiniteGuard:
         return loss if self.scale is None else loss * self.scale
 
     def check(
-        self,
-        grads: Sequence[Tensor],
-        loss_sum: Tensor,
-        num_tokens: float,
-        num_copies: int,
-        world: World,
+        self, grads: Sequence[Tensor], loss_sum: Tensor, num_tokens: float, num_copies: int
     ) -> StepStatus:
-        """Norm and loss of all ranks, in one collective.
+        """Norm and loss of all ranks, in one collective; all must call.
 
         Args:
             grads: this rank's gradients, on one device, of the scaled loss.
             loss_sum: over this rank's trained tokens.
             num_tokens: trained tokens of all ranks.
             num_copies: ranks that hold the same slices.
-            world: the ranks; all must call.
         """
         is_bad_here = ~loss_sum.isfinite()
         if self._is_bad_here is not None:
             is_bad_here = is_bad_here | self._is_bad_here
-        facts = loss_sum.new_zeros(2 + world.size)
+        world, facts = self._world, loss_sum.new_zeros(2 + self._world.size)
         facts[0] = torch.stack(torch._foreach_norm(list(grads), 2, torch.float32)).square().sum()
         facts[1] = loss_sum
         facts[2 + world.rank] = is_bad_here
@@ -350,9 +343,7 @@ class NonFiniteGuard:
             done.record()
         self._pending.append((step, facts, done))
 
-    def skipped_steps(
-        self, rows: Batches | PackedBatches, is_last: bool = False
-    ) -> Iterator[Skipped]:
+    def skipped_steps(self, rows: Batches, is_last: bool = False) -> Iterator[Skipped]:
         """Yield the steps that are known to be skipped since the last call; call it once a step.
 
         Args:
@@ -429,7 +420,7 @@ class Trained:
     schedule: LRScheduler
     max_norm: float | None
     world: World
-    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    guard: NonFiniteGuard
     is_reduced_once: bool = False
     seed: int = 0
     per_visit: int = 1
@@ -450,7 +441,7 @@ def prepare(model: nn.Module, cfg: TrainConfig, num_steps: int, world: World) ->
     if cfg.loraplus_ratio != 1:
         scale_updates(optimizer, adapters.b_slices(model, params), cfg.loraplus_ratio)
     max_norm = cfg.grad_norm if cfg.apply_gradient_clipping else None
-    guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps)
+    guard = NonFiniteGuard(model, cfg.compute_dtype, cfg.max_skipped_steps, world)
     parts = (model, params, optimizer, schedule, max_norm, world, guard, cfg.no_sync, cfg.seed)
     is_one = max(cfg.per_visit, 1 + bool(cfg.num_answers)) == 1
     can_visit = isinstance(model, QuantizedModel) and (is_one or model.can_visit(world.device))

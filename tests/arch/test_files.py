@@ -19,94 +19,12 @@ from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError
 from tests.model_files import write_header, write_model
 
 
-def lose_config(directory: Path) -> None:
-    """config.json is absent."""
-    (directory / "config.json").unlink()
-
-
-def cut_config(directory: Path) -> None:
-    """config.json ends in the middle."""
-    path = directory / "config.json"
-    path.write_text(path.read_text()[:100])
-
-
-def list_config(directory: Path) -> None:
-    """config.json is JSON, but no object."""
-    (directory / "config.json").write_text("[]")
-
-
-def adapter_only(directory: Path) -> None:
-    """An adapter's directory instead of a model's."""
-    (directory / "model.safetensors").rename(directory / "adapter_model.safetensors")
-
-
-def lfs_pointer(directory: Path) -> None:
-    """A clone without git lfs."""
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000000\n"
-    (directory / "model.safetensors").write_text(text)
-
-
-def html_page(directory: Path) -> None:
-    """A page saved by a browser."""
-    (directory / "model.safetensors").write_text("\n<!DOCTYPE html><html>Sign in</html>")
-
-
-def truncate(directory: Path) -> None:
-    """A download that stopped near the end."""
-    path = directory / "model.safetensors"
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def truncate_header(directory: Path) -> None:
-    """A download that stopped at the start."""
-    os.truncate(directory / "model.safetensors", 100)
-
-
-def empty(directory: Path) -> None:
-    """A file without a byte."""
-    os.truncate(directory / "model.safetensors", 0)
-
-
-def append(directory: Path) -> None:
-    """Bytes that belong to no tensor."""
-    with (directory / "model.safetensors").open("ab") as file:
-        file.write(b"\0")
-
-
-def edit_header(directory: Path, old: bytes, new: bytes) -> None:
-    """Replace text in the header, keeping its length."""
-    path = directory / "model.safetensors"
-    raw = path.read_bytes()
-    assert len(old) == len(new) and raw.count(old) >= 1
-    path.write_bytes(raw.replace(old, new, 1))
-
-
-def rename_tensor(directory: Path) -> None:
-    """A tensor with a wrong name."""
-    edit_header(directory, b"model.norm.weight", b"model.mean.weight")
-
-
-def integer_tensor(directory: Path) -> None:
-    """A checkpoint of integers."""
-    edit_header(directory, b'"F32"', b'"I32"')
-
-
-def garbled_header(directory: Path) -> None:
-    """A header that is no JSON."""
-    edit_header(directory, b'"F32"', b'"F32,')
-
-
-def float_offsets(directory: Path) -> None:
-    """Written by something for which all numbers are floats."""
-    path = directory / "model.safetensors"
+def test_offsets_must_be_whole_numbers(tmp_path: Path) -> None:
+    """As something writes them for which all numbers are floats; more is in bad_input/models."""
+    path = write_model(tmp_path) / "model.safetensors"
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     write_header(path, json.loads(raw[8:end], parse_int=float), raw[end:])
-
-
-def test_offsets_must_be_whole_numbers(tmp_path: Path) -> None:
-    """The damages above and more are in bad_input/models."""
-    float_offsets(write_model(tmp_path))
     with pytest.raises(UserError, match="are no safetensors file") as caught:
         arch.read(str(tmp_path), need_weights=True)
     assert caught.value.code == INTEGRITY

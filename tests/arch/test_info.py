@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,40 +21,8 @@ from fsdp_qlora.model.skeleton import shapes_of
 from fsdp_qlora.planning.sizes import count_trained
 from tests.model_files import TINY, edit_json, write_header, write_model
 
-# Model cards and papers of the models; each counts a tied head once.
-PUBLISHED_PARAMS = {
-    "llama-2-7b": 6_738_415_616,
-    "llama-2-13b": 13_015_864_320,
-    "llama-2-70b": 68_976_648_192,
-    "llama-3-8b": 8_030_261_248,
-    "llama-3-70b": 70_553_706_496,
-    "llama-3.1-8b": 8_030_261_248,
-    "llama-3.2-1b": 1_235_814_400,
-    "llama-3.2-3b": 3_212_749_824,
-    "mistral-7b": 7_241_732_096,
-    "mistral-small-24b": 23_572_403_200,
-    "qwen2-7b": 7_615_616_512,
-    "qwen2.5-0.5b": 494_032_768,
-    "qwen2.5-7b": 7_615_616_512,
-    "qwen2.5-72b": 72_706_203_648,
-    "qwen2.5-72b-instruct": 72_706_203_648,
-    "qwen3-8b": 8_190_735_360,
-    "gemma-2-9b": 9_241_705_984,
-    "gemma-3-1b": 999_885_952,
-    "phi-3-mini": 3_821_079_552,
-    "smollm2-135m": 134_515_008,
-    "phi-4": 14_659_507_200,
-    "qwen3-30b-a3b": 30_532_122_624,
-    "qwen3-235b-a22b": 235_093_634_560,
-}
-# In billions, as their cards have it; without towers and layers that foretell further tokens.
-PUBLISHED_BILLIONS = {
-    **{"gpt-oss-20b": 20.9, "gpt-oss-120b": 116.8, "deepseek-v3": 671.0, "glm-4.5-air": 106.9},
-    **{"granite-4.0-h-small": 32.2, "granite-4.0-h-tiny": 6.9, "mistral-small-3.2": 23.6},
-    **{"gemma-3-4b": 3.9, "gemma-3-12b": 11.8, "gemma-3-27b": 27.0, "glm-4.7-flash": 29.9},
-    **{"llama-4-scout": 107.8, "qwen3-next-80b-a3b": 79.7, "qwen3.5-35b-a3b": 34.7},
-    **{"qwen3.5-27b": 26.9, "qwen3.5-9b": 9.0},
-}
+# Parameters by model cards and papers; some in billions.
+PUBLISHED = tomllib.loads(Path(__file__).with_name("published.toml").read_text())
 
 
 @functools.cache
@@ -121,7 +90,7 @@ def test_shape_files_keep_the_rotary_base_and_scaling() -> None:
     assert (config.rope_parameters["rope_type"], config.rope_parameters["factor"]) == ("llama3", 8)
 
 
-@pytest.mark.parametrize(("name", "num_params"), PUBLISHED_PARAMS.items())
+@pytest.mark.parametrize(("name", "num_params"), PUBLISHED["params"].items())
 def test_parameter_count_equals_the_published_one(name: str, num_params: int) -> None:
     """From config.json alone."""
     assert arch.num_params(known(name)) == num_params
@@ -131,9 +100,9 @@ def test_parameters_of_mixtures_and_hybrids_are_the_published_ones() -> None:
     """Every model with a table of its tensors is among them."""
     shapes = {n: arch.files.SHAPES_DIRECTORY / f"{n}.json" for n in arch.files.known_shapes()}
     tables = {name for name, path in shapes.items() if "_tensors" in path.read_text()}
-    assert tables <= PUBLISHED_BILLIONS.keys() | PUBLISHED_PARAMS.keys()
-    found = {name: arch.num_params(known(name)) / 1e9 for name in PUBLISHED_BILLIONS}
-    assert {name: round(num, 1) for name, num in found.items()} == PUBLISHED_BILLIONS
+    assert tables <= PUBLISHED["billions"].keys() | PUBLISHED["params"].keys()
+    found = {name: arch.num_params(known(name)) / 1e9 for name in PUBLISHED["billions"]}
+    assert {name: round(num, 1) for name, num in found.items()} == PUBLISHED["billions"]
 
 
 def test_trainable_counts_equal_those_of_peft() -> None:

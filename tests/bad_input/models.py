@@ -8,20 +8,15 @@ from pathlib import Path
 
 from fsdp_qlora.arch import files
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
-from tests.arch import test_files as damages
 from tests.bad_input.case import Case, Place
 from tests.model_files import edit_json, write_header
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000000\n"
-PAGE = "<!DOCTYPE html><html>Sign in</html>"
+PAGE = "\n<!DOCTYPE html><html>Sign in</html>"
 EVIL_ROPE = {"rope_type": "evil"}
 NO_NORM = b'{"model_type": "llama", "rms_norm_eps": null}'
 PAYLOAD = "import os\nopen({!r}, 'w').close()\nos.system('touch {}')\n"
-
-
-def on_model(damage: Callable[[Path], object]) -> Callable[[Place], object]:
-    """A damage of test_files."""
-    return lambda place: damage(place.model)
 
 
 def config(**values):
@@ -37,6 +32,31 @@ def text(name: str, content: str):
 def raw(name: str, content: bytes):
     """The same with bytes."""
     return lambda place: (place.model / name).write_bytes(content)
+
+
+def edited(name: str, change: Callable[[bytes], bytes]):
+    """Change what a file holds."""
+
+    def damage(place: Place) -> None:
+        path = place.model / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return damage
+
+
+def header(old: bytes, new: bytes):
+    """Replace text in the header, keeping its length."""
+    return edited(WEIGHTS, lambda raw: raw.replace(old, new, 1))
+
+
+def gone(name: str):
+    """A file is absent."""
+    return lambda place: (place.model / name).unlink()
+
+
+def adapter_only(place: Place) -> None:
+    """An adapter's directory instead of a model's."""
+    (place.model / WEIGHTS).rename(place.model / "adapter_model.safetensors")
 
 
 def in_place_of(name: str, make: Callable[[Path], object]):
@@ -127,7 +147,6 @@ def experts(place: Place) -> None:
     edit_json(place.model / "config.json", model_type="mixtral")
 
 
-WEIGHTS = "model.safetensors"
 NAME = "--model_name="
 CASES = [
     Case("no such directory", "is no model directory", (NAME + "./absent",)),
@@ -141,9 +160,15 @@ CASES = [
     Case("not in the hub's cache", "hf download", (NAME + "org/x",), code=ENVIRONMENT),
     Case("empty directory", "config.json: is needed", (NAME + "{root}",)),
     Case("meta's files", "convert_llama_weights_to_hf", make=metas_files),
-    Case("config absent", "config.json: is needed", make=on_model(damages.lose_config)),
-    Case("config cut off", "is no valid JSON", (), on_model(damages.cut_config), INTEGRITY),
-    Case("config a list", "must hold a JSON object", (), on_model(damages.list_config), INTEGRITY),
+    Case("config absent", "config.json: is needed", make=gone("config.json")),
+    Case(
+        "config cut off",
+        "is no valid JSON",
+        (),
+        edited("config.json", lambda raw: raw[:100]),
+        INTEGRITY,
+    ),
+    Case("config a list", "must hold a JSON object", (), text("config.json", "[]"), INTEGRITY),
     Case("config empty", "is no valid JSON", (), text("config.json", ""), INTEGRITY),
     Case(
         "config not UTF-8", "is no valid JSON", (), raw("config.json", b'{"a": "\xff"}'), INTEGRITY
@@ -188,17 +213,25 @@ CASES = [
     Case("pickle .bin", "which can run code", make=pickled("pytorch_model.bin")),
     Case("pickle .pth", "which can run code", make=pickled("consolidated.pth")),
     Case("pickle .pt", "which can run code", make=pickled("model.pt")),
-    Case("adapter for a model", "no safetensors weights", make=on_model(damages.adapter_only)),
-    Case("pointer", "run git lfs pull", (), on_model(damages.lfs_pointer), INTEGRITY),
-    Case("page", "is an HTML page", (), on_model(damages.html_page), INTEGRITY),
-    Case("last byte lost", "not fully covered", (), on_model(damages.truncate), INTEGRITY),
-    Case("header cut off", "are no safe", (), on_model(damages.truncate_header), INTEGRITY),
-    Case("empty file", "0 bytes are no safe", (), on_model(damages.empty), INTEGRITY),
-    Case("a byte too many", "not fully covered", (), on_model(damages.append), INTEGRITY),
-    Case("renamed tensor", "(model.norm.weight)", (), on_model(damages.rename_tensor), INTEGRITY),
-    Case("integers", "holds I32 tensors", make=on_model(damages.integer_tensor)),
+    Case("adapter for a model", "no safetensors weights", make=adapter_only),
+    Case("pointer", "run git lfs pull", (), text(WEIGHTS, POINTER), INTEGRITY),
+    Case("page", "is an HTML page", (), text(WEIGHTS, PAGE), INTEGRITY),
+    Case(
+        "last byte lost", "not fully covered", (), edited(WEIGHTS, lambda raw: raw[:-1]), INTEGRITY
+    ),
+    Case("header cut off", "are no safe", (), edited(WEIGHTS, lambda raw: raw[:100]), INTEGRITY),
+    Case("empty file", "0 bytes are no safe", (), raw(WEIGHTS, b""), INTEGRITY),
+    Case(
+        "a byte too many",
+        "not fully covered",
+        (),
+        edited(WEIGHTS, lambda raw: raw + b"\0"),
+        INTEGRITY,
+    ),
+    Case("renamed tensor", "(model.norm.weight)", (), header(b"l.norm", b"l.mean"), INTEGRITY),
+    Case("integers", "holds I32 tensors", make=header(b'"F32"', b'"I32"')),
     Case("eight bits", "holds F8_E4M3 tensors", make=entry(dtype="F8_E4M3", shape=[128])),
-    Case("garbled header", "invalid", (), on_model(damages.garbled_header), INTEGRITY),
+    Case("garbled header", "invalid", (), header(b'"F32"', b'"F32,'), INTEGRITY),
     Case("endless header", "are no safe", (), raw(WEIGHTS, b"\xff" * 64), INTEGRITY),
     Case("header of nothing", "found 0", (), raw(WEIGHTS, b"\2" + bytes(7) + b"{}")),
     Case("no offsets", "invalid", (), entry(data_offsets="-"), INTEGRITY),

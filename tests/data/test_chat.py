@@ -3,8 +3,10 @@
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -195,6 +197,37 @@ def test_a_template_in_a_file_of_its_own_or_among_several_is_found(tmp_path):
     several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     place = small_tokenizers.save(tmp_path / "several", chat_template=several)
     assert tokenizer.read(place).chat_template == "d"
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (LOOP + "{{ 'aaaaaaaa' * 999 }}{% endfor %}{% endfor %}", "writes more than 67,108,864"),
+        ("{{ 10**4 * 'a' * 10**9 }}", "writes more than 67,108,864"),
+        ("{{ messages * 10**10 }}", "writes more than 67,108,864"),
+        ("{{ 7 ** (10**11) }}", "writes more than 67,108,864"),
+        (LOOP + "{% endfor %}{% endfor %}", "writes one row for more than 0.3 s"),
+    ],
+)
+def test_a_template_may_not_take_the_host(monkeypatch, source, words):
+    """The alarm that somebody else has set goes off all the same; small products are computed."""
+    heard = []
+    before = signal.signal(signal.SIGALRM, lambda *_: heard.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        monkeypatch.setattr(tokenizer, "LONGEST_RENDER_S", 0.3 if "0.3" in words else 30)
+        with pytest.raises(UserError, match=f"made by hand: {words}"):
+            Chat(source, {}, "made by hand").whole([{"role": "user", "content": "a"}])
+        assert 0 < signal.setitimer(signal.ITIMER_REAL, 0.01)[0] <= 5
+        time.sleep(0.1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    small = Template("{{ '-' * 3 }}{{ 2 ** 10 }}{{ [1] * 2 }}", {}, "x")
+    assert heard == [1] and small.fill()[0] == "---1024[1, 1]"
 
 
 @pytest.mark.parametrize("kind", KINDS)

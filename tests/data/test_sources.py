@@ -364,3 +364,31 @@ def test_a_fault_of_the_users_own_code_is_one_line_with_its_place(tmp_path, name
     (tmp_path / "own.py").write_text(text)
     with pytest.raises(UserError, match=words):
         read(tmp_path / name)
+
+
+ENDS = ("jsonl", "jsonl.gz", "json", "csv", "tsv.gz", "parquet")
+
+
+@pytest.mark.parametrize("name", [f"x.{end}" for end in ENDS])
+def test_a_row_that_would_fill_the_host_is_refused(tmp_path, monkeypatch, name):
+    """Before it is whole in memory where it is a line; many rows that are longer in all are not."""
+    monkeypatch.setattr(sources, "LONGEST_ROW", 9000)
+    monkeypatch.setattr(sources, "LONGEST_TABLE", 20_000)
+    for number, size in ((4, 5000), (1, 90_000)):
+        rows = [{"prompt": "a", "completion": "b" * size}] * number
+        path, indent = tmp_path / name, 1 if name.endswith("json") else None
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        text = json.dumps(rows[:2], indent=indent) if indent else text
+        if "sv" in name:
+            text = "prompt\tcompletion\n" + "".join("\t".join(r.values()) + "\n" for r in rows)
+        if name.endswith("parquet"):
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        else:
+            opened = gzip.open if name.endswith("gz") else open
+            with opened(path, "wt") as file:
+                file.write(text)
+        if size == 5000:
+            assert len(list(sources.read_file(path))) == (2 if indent else 4)
+            continue
+        with pytest.raises(UserError, match=r"is longer than [\d,]+ characters"):
+            list(sources.read_file(path))

@@ -174,7 +174,7 @@ def first_steps(world, model: Path, folders: dict[str, list[str]]) -> dict:
         quantized, info, cfg = tiny.build(model, world, *argv)
         adapter_files.check_init(cfg, info, said.append)
         file = adapter_files.locate(cfg.init_adapter) / adapter_files.WEIGHTS_NAME
-        adapters.load(quantized, file, info.layers_prefix, world.device)
+        adapters.load(quantized, file)
         places = torch.arange(IDS.numel(), device=world.device)
         with torch.no_grad():
             logits = quantized(IDS.to(world.device), Targets(places, None)).cpu().numpy()
@@ -236,6 +236,8 @@ def test_what_is_said_against_an_adapter_is_refused_in_one_line(model, tmp_path,
     twin = tiny.save_model(tmp_path / "twin", dtype=torch.bfloat16)
     said = start(f"--model_name={twin}", "--lora_dropout=0.1")
     assert f"names {model} as its base, not {twin}" in said[0]
+    pattern = json.loads((tmp_path / "made" / "adapter_config.json").read_text())["alpha_pattern"]
+    start(f"--alpha_pattern={json.dumps(pattern, indent=2)}", "--lora_dropout=0.1")  # spaced else
     with pytest.raises(UserError) as caught:
         start(flags.replace("OTHER", str(other)))
     assert words.format(tmp_path / "made") in str(caught.value)

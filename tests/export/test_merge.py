@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, cli, config
 from fsdp_qlora.__main__ import main
 from fsdp_qlora.errors import DONE, INPUT, INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
+from fsdp_qlora.export import serving
 from fsdp_qlora.training import preflight
 from tests import tiny
 
@@ -204,6 +205,16 @@ def test_small_shards_have_an_index_that_transformers_reads(places, tmp_path: Pa
     assert first.dtype == torch.bfloat16 and first.config.tie_word_embeddings
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_check_and_llama_cpps_programs_show_how_far_they_are(
+    places, tmp_path: Path, monkeypatch, capfd
+):
+    monkeypatch.setattr(cli, "LINE_S", 0.002)
+    merge(places["llama"][1]["plain"], tmp_path / "out")
+    serving.run_tool("sleep", "0.1")
+    said = capfd.readouterr().err
+    assert re.search(r"compares  [1-6]/6 layers, \d+ s", said) and "sleep works 0 s" in said
 
 
 def test_held_out_rows_of_the_run_are_used(places, tmp_path: Path):

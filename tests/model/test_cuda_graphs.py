@@ -38,10 +38,10 @@ def _train(world, path, cases):
     shapes = [rows[world.rank :: world.size], rows[:1], rows[1:2]]
     results = []
     for flags in cases:
-        model, _, cfg = tiny.build(path, world, "--lora_rank=4", "--lora_dropout=0", *flags)
+        own = ("--lora_rank=4", "--lora_dropout=0", "--apply_gradient_clipping=true")
+        model, _, cfg = tiny.build(path, world, *own, *flags)
         tiny.fill_lora(model)
-        params = shard.local_parameters(model)
-        trained = optim.Trained(model, params, *optim.build(params, cfg, 9), 1.0, world)
+        trained = optim.prepare(model, cfg, 9, world)
         steps = [loop.train_step(trained, [collate(batch)]) for batch in shapes * 3]
         bodies = [block.body for block in shard.blocks(model)]
         passes = bodies[0].graphs.passes.values() if bodies[0].graphs else []

@@ -1,4 +1,4 @@
-"""Model types beside Llama: gradients, adapters and merged weights equal transformers and peft."""
+"""Models of experts, and heads of other scales: what is quantized, what is refused."""
 
 import dataclasses
 import json
@@ -10,132 +10,26 @@ import pytest
 import torch
 
 from fsdp_qlora import arch, config
-from fsdp_qlora.__main__ import main
 from fsdp_qlora.arch import info as shapes
 from fsdp_qlora.arch import targets
-from fsdp_qlora.data.batches import collate
-from fsdp_qlora.errors import DONE, UserError
-from fsdp_qlora.export import model_files as export
-from fsdp_qlora.model import adapters, shard
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.experts import QuantizedExperts, replace_experts
-from fsdp_qlora.training import loop
 from tests import tiny, tiny_models
-from tests.model.test_shard import make_samples, micro_batches
-from tests.ranks import run_ranks
-
-FLAGS = ("--precision=fp32", "--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0")
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
-MODELS = {
-    "mistral": {},
-    "qwen3": {"head_dim": 32},
-    "gemma2": {"head_dim": 32},
-    "gemma3_text": {"head_dim": 32},
-    "phi3": {"pad_token_id": 0},
-    "mixtral": {"num_local_experts": 4, "intermediate_size": 96},
-    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 64},
-    "qwen3_moe": {**MOE, "head_dim": 32},
-    "gpt_neox": {},
-}
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
-# What "all" means to us; peft's own all-linear reaches into the experts of some mixtures.
-ATTENTION = "q_proj,k_proj,v_proj,o_proj"
-SHARED = ",shared_expert.gate_proj,shared_expert.up_proj,shared_expert.down_proj,shared_expert_gate"
-TARGETS = {"mixtral": ATTENTION, "qwen3_moe": ATTENTION, "qwen2_moe": ATTENTION + SHARED}
-ADAPTED = ("mixtral", "qwen3_moe")  # whose experts have adapters too
-MERGED = ("phi3", "mixtral", "gpt_neox")
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> tuple[Path, dict[str, tuple]]:
-    """Directory of models (NAME) and adapters (NAME-adapter), and what both ranks have computed."""
+def place(tmp_path_factory) -> Path:
+    """Directory of models of experts, by type."""
     place = tmp_path_factory.mktemp("models")
-    for name, sizes in MODELS.items():
+    shared = {**tiny.MIXTURES["qwen3_moe"], "shared_expert_intermediate_size": 64}
+    for name, sizes in {**tiny.MIXTURES, "qwen2_moe": shared}.items():
         tiny.save_model(place / name, name, num_hidden_layers=2, **sizes)
-    results = run_ranks(see_all, 2, place)
-    return place, results[0]
+    return place
 
 
-def see_all(world, place: Path) -> dict[str, tuple]:
-    return {name: see(world, place / name, place / f"{name}-adapter") for name in MODELS}
-
-
-def flags_of(name: str) -> tuple[str, ...]:
-    return (*FLAGS, *["--expert_lora_rank=2"] * (name in ADAPTED))
-
-
-def see(world, path: Path, out: Path) -> tuple:
-    """Adapter values, their gradients, loss, logits of a row, and the matrices left in 16 bit."""
-    model, info, cfg = tiny.build(
-        path, world, *flags_of(path.name), f"--output_dir={out}", "--selective_layers=1"
-    )
-    flats = tiny.fill_lora(model)
-    (batch,) = micro_batches(world.rank, world.size, 1)
-    num_tokens = world.sum(batch.num_trained_tokens)
-    loss = loop.token_loss_sum(model, batch, world.device) * (world.size / num_tokens)
-    loss.backward()
-    grads = [block.body.lora.grad for block in shard.blocks(model)]
-    grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
-    named = [dict(adapters.named_pairs(model, f, info.layers_prefix)) for f in (flats, grads)]
-    matrices = {n for n, (m, a) in model.tensors.items() if getattr(m, a).dim() > 1}
-    out.mkdir(exist_ok=True)
-    export.save(model, info, cfg, None, is_writer=world.rank == 0)
-    model.eval()
-    with torch.no_grad():
-        last = model(torch.arange(40, device=world.device)[None])[0, -1].float()
-    values, gradients = ({n: t.cpu().numpy() for n, t in part.items()} for part in named)
-    total = world.sum(loss.item()) / world.size
-    return values, gradients, total, last.cpu().numpy(), matrices
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_and_logits_equal_peft_on_one_process(seen, name: str):
-    """Reference: transformers + peft, unsharded; and what peft makes of the saved adapter."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    place, results = seen
-    values, gradients, loss, last, _ = results[name]
-    targets = f"--lora_target_modules={TARGETS.get(name, 'all')}"
-    cfg = config.parse([f"--model_name={place / name}", targets, *flags_of(name)])
-    lora = {key: torch.from_numpy(value) for key, value in values.items()}
-    model, named = tiny.reference_model(place / name, "nf4_dq", lora, cfg)
-    batch = collate(make_samples(4))
-    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
-    wanted = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
-    wanted.backward()
-    assert loss == pytest.approx(wanted.item(), rel=1e-4)
-    for key, param in named.items():
-        torch.testing.assert_close(
-            torch.from_numpy(gradients[key]), param.grad, rtol=2e-3, atol=4e-6, msg=key
-        )
-    base = AutoModelForCausalLM.from_pretrained(place / name, dtype=torch.float32)
-    tiny.round_base(base, "nf4_dq")
-    model = PeftModel.from_pretrained(base, place / f"{name}-adapter").eval()
-    with torch.no_grad():
-        found = model(input_ids=torch.arange(40)[None]).logits[0, -1]
-    torch.testing.assert_close(torch.from_numpy(last), found, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", MERGED)
-def test_a_merged_model_has_the_logits_of_the_trained_one(seen, tmp_path: Path, name: str):
-    from transformers import AutoModelForCausalLM
-
-    place, results = seen
-    argv = [f"--adapter={place / f'{name}-adapter'}", f"--out={tmp_path / 'out'}"]
-    argv += [f"--model_name={place / name}", "--dtype=fp32", "--device=cpu"]
-    assert main(["merge", *argv]) == DONE
-    facts = json.loads((tmp_path / "out" / "merge.json").read_text())
-    assert facts["evidence"]["max_difference"] < 1e-4
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    with torch.no_grad():
-        last = merged.eval()(torch.arange(40)[None]).logits[0, -1]
-    torch.testing.assert_close(torch.from_numpy(results[name][3]), last, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
+@pytest.mark.parametrize("name", [*tiny.MIXTURES, "qwen2_moe"])
+def test_experts_are_packed_and_what_is_not_is_listed(place: Path, name: str):
     """Every matrix of the files is a packed linear, or stands in the list with its size."""
-    place, results = seen
     info = arch.read(str(place / name), need_weights=True)
     packed = {
         f"{info.layers_prefix}.{layer}.{linear.name}.weight"
@@ -143,7 +37,8 @@ def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
         for linear in info.linears
     }
     kept = {key for key, ref in info.tensors.items() if len(ref.shape) > 1 and key not in packed}
-    assert kept == results[name][4]
+    tensors = build_one(info).tensors
+    assert kept == {n for n, (m, a) in tensors.items() if getattr(m, a).dim() > 1}
     assert sum(linear.expert is not None for linear in info.linears) == 4 * 3
     listed = arch.unquantized(info)
     assert sum(listed.values()) == sum(
@@ -156,7 +51,7 @@ def test_experts_are_packed_and_what_is_not_is_listed(seen, name: str):
         targets.find_targets(info, config.TrainConfig(lora_target_modules=names))
 
 
-def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
+def test_experts_that_compute_otherwise_are_refused(place: Path, tmp_path: Path):
     """Not left in 16 bit, not computed wrongly: one line."""
 
     class Clamped(torch.nn.Module):
@@ -170,9 +65,9 @@ def test_experts_that_compute_otherwise_are_refused(seen, tmp_path: Path):
     layer = torch.nn.ModuleDict({"experts": Clamped()})
     with pytest.raises(UserError, match=r"3-D weights of experts \(Clamped\): is not computed"):
         replace_experts(layer, (), lambda index, dtype: torch.zeros(0))
-    text = json.loads((seen[0] / "mixtral" / "config.json").read_text())
+    text = json.loads((place / "mixtral" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(text | {"num_local_experts": 2}))
-    (tmp_path / "model.safetensors").symlink_to(seen[0] / "mixtral" / "model.safetensors")
+    (tmp_path / "model.safetensors").symlink_to(place / "mixtral" / "model.safetensors")
     with pytest.raises(UserError, match=r"2 of \(192, 128\) in config"):
         build_one(arch.read(str(tmp_path), need_weights=True))
 

@@ -11,7 +11,6 @@ from fsdp_qlora.data.batches import Batches, PackedBatches, SamplerConfig, colla
 from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import shard
 from fsdp_qlora.training import loop
 from tests import tiny, tiny_models
 from tests.ranks import run_ranks
@@ -90,9 +89,7 @@ def _loss_and_gradients(world, path, flags, batches):
     tiny.fill_lora(model)
     loss = sum(loop.token_loss_sum(model, batch, world.device) for batch in batches)
     loss.backward()
-    grads = [block.body.lora.grad for block in shard.blocks(model)]
-    grads = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
-    return loss.item(), [grad.cpu().numpy() for grad in grads]
+    return loss.item(), [grad.cpu().numpy() for grad in tiny.lora_grads(model)]
 
 
 def _compare(world, path, cases, samples):

@@ -19,6 +19,7 @@ from tests import tiny
 from tests.ranks import run_ranks
 
 FLAGS = ("--precision=fp32", "--lora_rank=4", "--lora_alpha=8", "--lora_dropout=0")
+CLIPPED = ("--lr=0.01", "--apply_gradient_clipping=true")
 CHECKPOINTING = {
     "none": ("--use_gradient_checkpointing=false",),
     "non_reentrant": (),
@@ -67,23 +68,16 @@ def sharded_gradients(world, path, format_flags, cases, extra=()):
         for batch in batches:
             loss = loop.token_loss_sum(model, batch, world.device)
             (loss * (world.size / num_tokens)).backward()
-        grads = []
-        for block in shard.blocks(model):
-            grad = block.body.lora.grad
-            grads.append(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
+        named = tiny.lora_dict(model, tiny.lora_grads(model))
         results[place, checkpointing, accumulation] = {
-            name: tensor.cpu().numpy() for name, tensor in tiny.lora_dict(model, grads).items()
+            name: tensor.cpu().numpy() for name, tensor in named.items()
         }
     return results
 
 
 def reference_gradients(path, format_name, accumulation, lora, cfg):
     model, named = tiny.reference_model(path, format_name, lora, cfg)
-    batch = collate(make_samples(4 * accumulation))
-    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
-    labels = batch.labels[:, 1:].flatten()
-    loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
-    loss.backward()
+    tiny.reference_loss(model, collate(make_samples(4 * accumulation))).backward()
     return {name: param.grad for name, param in named.items()}
 
 
@@ -142,6 +136,7 @@ SOME_CASES = [("streamed", "non_reentrant", 3), ("offloaded", "selective", 1)]
 STRATEGY_CASES = [("sharded", "non_reentrant", 3), ("sharded", "levels", 1)]
 # Qwen2: biases on q, k, v; one embedding for both ends; adapters on two projections only.
 SOME_TARGETS = ("--lora_target_modules=q_proj,v_proj", "--use_rslora=true", "--double_quant=false")
+EXPERTS = ("--lora_target_modules=q_proj,k_proj,v_proj,o_proj", "--expert_lora_rank=2")
 RUNS = [
     ("llama", ("--train_type=qlora", "--quant_type=fp4"), "fp4_dq", SOME_CASES),
     ("llama", ("--train_type=qlora", "--quant_type=int8"), "int8", SOME_CASES),
@@ -150,16 +145,20 @@ RUNS = [
     ("llama", ("--sharding_strategy=shard_grad_op",), "nf4_dq", STRATEGY_CASES),
     ("llama", ("--sharding_strategy=ddp",), "nf4_dq", STRATEGY_CASES),
     ("qwen2", SOME_TARGETS, "nf4", [("streamed", "selective", 3), ("sharded", "reentrant", 1)]),
+    ("mixtral", EXPERTS, "nf4_dq", [("sharded", "selective", 1)]),
+    ("qwen3_moe", EXPERTS, "nf4_dq", [("streamed", "non_reentrant", 1)]),
 ]
 
 
 def test_other_bases_strategies_and_models_have_the_gradients_of_peft_too(tmp_path):
-    """Formats, strategies; biases, tied embeddings and some targets."""
+    """Formats, strategies; biases, tied embeddings and some targets; adapters on experts."""
     tiny.require("hqq3_a0")
     paths = {
         "llama": tiny.save_model(tmp_path / "llama"),
         "qwen2": tiny.save_model(tmp_path / "qwen2", "qwen2", tie_word_embeddings=True),
     }
+    for kind, sizes in tiny.MIXTURES.items():
+        paths[kind] = tiny.save_model(tmp_path / kind, kind, num_hidden_layers=2, **sizes)
     runs = [(paths[kind], flags, cases) for kind, flags, _, cases in RUNS]
     by_rank = run_ranks(gradients_of_runs, 2, runs)
     for (kind, flags, format_name, _), *results in zip(RUNS, *by_rank, strict=True):
@@ -232,10 +231,9 @@ def test_fingerprint_sees_every_single_bit():
 
 
 def _train(world, path, out, steps, flags):
-    model, info, cfg = tiny.build(path, world, *FLAGS, *flags, f"--output_dir={out}", "--lr=0.01")
-    params = shard.local_parameters(model)
-    optimizer, schedule = optim.build(params, cfg, steps)
-    trained = optim.Trained(model, params, optimizer, schedule, 1.0, world)
+    flags = (*FLAGS, *CLIPPED, *flags, f"--output_dir={out}")
+    model, info, cfg = tiny.build(path, world, *flags)
+    trained = optim.prepare(model, cfg, steps, world)
     losses = [
         loop.train_step(trained, micro_batches(world.rank, world.size, 1)) for _ in range(steps)
     ]
@@ -274,8 +272,7 @@ def test_two_ranks_train_as_one_rank_and_peft_reads_the_adapter(tmp_path):
     optimizer = torch.optim.AdamW(named.values(), lr=0.01, weight_decay=cfg.wd)
     batch, expected, norms = collate(make_samples(4)), [], []
     for _ in range(5):
-        logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
-        step_loss = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
+        step_loss = tiny.reference_loss(model, batch)
         step_loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(named.values(), 1.0).item())
         optimizer.step()

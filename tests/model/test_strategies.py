@@ -91,9 +91,7 @@ def reference(path):
     cfg = config.parse([f"--model_name={path}", *FLAGS])
     lora = {n: torch.from_numpy(v) for n, v in run_ranks(lora_values, 1, path)[0].items()}
     model, named = tiny.reference_model(path, "nf4_dq", lora, cfg)
-    batch = collate(make_samples(NUM_ROWS))
-    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten())
+    loss = tiny.reference_loss(model, collate(make_samples(NUM_ROWS)))
     loss.backward()
     return {name: param.grad.numpy() for name, param in named.items()}, loss.item()
 

@@ -61,40 +61,40 @@ def test_the_next_layer_is_under_way_before_it_is_asked_for():
     assert num_stalls == 1  # the very first
 
 
-def _choices(world, path):
-    """(names, note) of two settings, and how a host without room is refused."""
+def _choices(world, path, out):
+    """(names, note) of three settings, and how a disk without room is refused."""
     found = []
-    for flags in ((), ("--offload_impl=fsdp",)):
-        placed = tiny.shape(path, world, *flags)[0].placed
+    for flags in ((), ("--offload_impl=fsdp",), ("--host_budget_gib=0.00001",)):
+        placed = tiny.shape(path, world, *flags, f"--output_dir={out}")[0].placed
         found.append((placed.names, placed.note, placed.memory is not None))
     with pytest.raises(UserError) as caught:
-        tiny.shape(path, world, "--host_budget_gib=0.00001")
+        tiny.shape(path, world, "--offload_impl=file", "--output_dir=/proc/none")
     return *found, (caught.value.code, str(caught.value))
 
 
 def test_the_placement_and_its_reason_are_shown_before_the_load(tmp_path):
-    """Also that there is no room on the host."""
+    """Also that there is no room on the host, or on the disk."""
     path = tiny.save_model(tmp_path / "model")
-    for (names, note, has_memory), (others, why, _), (code, text) in run_ranks(_choices, 2, path):
+    out = tmp_path / "out"
+    for found in run_ranks(_choices, 2, path, out):
+        (names, note, has_memory), (others, why, _), (on_disk, where, _), (code, text) = found
         assert set(names) == {"streamed"} and has_memory
         assert note.startswith("3 layers streamed from the host (one copy for all ranks, ")
         assert set(others) == {"offloaded"} and why.endswith("(as asked)")
-        assert code == 3
-        assert "of host memory are free" in text or "--host_budget_gib" in text
-        assert "--resident_layers" in text
+        assert set(on_disk) == {"disk"} and where.startswith("3 layers streamed from disk (0.00 G")
+        assert f"in {out}; " in where and not [*out.iterdir()]  # the file has no name
+        assert code == 3 and "/proc/none: No such file" in text and "--output_dir" in text
 
 
 def _losses(world, path, cases):
     """Losses of one epoch, 3 steps of 2 micro-batches, and the held-out loss, bit for bit."""
-    from fsdp_qlora.model import shard
     from fsdp_qlora.training import evaluate, loop, optim
-    from tests.model.test_shard import FLAGS, micro_batches
+    from tests.model.test_shard import CLIPPED, FLAGS, micro_batches
 
     results = []
     for flags in cases:
-        model, _, cfg = tiny.build(path, world, *FLAGS, "--lr=0.01", *flags)
-        params = shard.local_parameters(model)
-        trained = optim.Trained(model, params, *optim.build(params, cfg, 3), 1.0, world)
+        model, _, cfg = tiny.build(path, world, *FLAGS, *CLIPPED, *flags)
+        trained = optim.prepare(model, cfg, 3, world)
         batches = micro_batches(world.rank, world.size, 6)
         losses = [loop.train_step(trained, batches[2 * i : 2 * i + 2])["loss"] for i in range(3)]
         held_out = evaluate.measure(model, None, batches, world)["loss"]
@@ -105,7 +105,7 @@ def _losses(world, path, cases):
 
 
 def test_an_epoch_has_the_same_losses_bit_for_bit_wherever_the_bytes_lie(tmp_path):
-    """Also mapped from the cache, when the host has no room for a copy."""
+    """Also in the files of the cache, when the host has no room for a copy."""
     from tests.model.test_shard import CHECKPOINTING, PLACES
 
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)

@@ -61,8 +61,7 @@ def gradients(world, path, flags, accumulation):
         (loss * (world.size / num_tokens)).backward()
     found = {}
     if has_lora:
-        adapted = (b.body.lora for b in shard.blocks(model) if b.body.slots)
-        grads = [torch.from_numpy(whole(lora.grad)) for lora in adapted]
+        grads = [grad.float().cpu() for grad in tiny.lora_grads(model)]
         found |= {n: t.numpy() for n, t in tiny.lora_dict(model, grads).items()}
         adapters.shift_magnitudes(model, flats, 1)
     for name, (module, attribute) in params.items():
@@ -97,10 +96,7 @@ def reference(path, flags, values, accumulation):
             named[name] = param
         elif not values and param.dim() == 2 and "layers." in name:
             param.data = tiny.dequantized(param.data, cfg.format_name)
-    batch = collate(make_samples(4 * accumulation))
-    logits = model(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1).float()
-    labels = batch.labels[:, 1:].flatten()
-    torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100).backward()
+    tiny.reference_loss(model, collate(make_samples(4 * accumulation))).backward()
     return {name: param.grad.numpy() for name, param in named.items()}
 
 

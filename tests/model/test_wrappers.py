@@ -70,7 +70,7 @@ def test_adapter_and_merge_are_those_of_the_whole_model(tmp_path, name):
         adapter_files.check_init(again, info, print)
         fresh = load.build(again, info, World(0, 1, 0, 1, torch.device("cpu"))).model
         place = out / adapter_files.WEIGHTS_NAME
-        adapters.load(fresh, place, fresh.layers_prefix, torch.device("cpu"))
+        adapters.load(fresh, place)
         with torch.no_grad():
             assert torch.equal(fresh.eval()(ids)[0, -1], own)
     finally:

@@ -34,7 +34,6 @@ def digest(tensors) -> str:
 
 def _train(world, path, cases, is_rehearsed):
     """Three steps under every case; everything that a step could depend on, bit for bit."""
-    from fsdp_qlora.model import shard
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import loop, optim
     from fsdp_qlora.training.memory import MemoryTracker
@@ -45,9 +44,8 @@ def _train(world, path, cases, is_rehearsed):
         plan = plan_of(path, *flags, "--lr=0.01")
         cfg, tracker = plan.cfg, MemoryTracker(plan, world.device)
         built = build(cfg, plan.info, world)
-        params = shard.local_parameters(built.model)
-        optimizer, schedule = optim.build(params, cfg, 3)
-        trained = optim.Trained(built.model, params, optimizer, schedule, 1.0, world)
+        trained = optim.prepare(built.model, cfg, 3, world)
+        params, optimizer = trained.params, trained.optimizer
         num_micro = cfg.gradient_accumulation_steps
         batches = Batches(
             make_samples(60), SamplerConfig(2, num_micro, world.size, world.rank, 42, 1, 3)
@@ -62,7 +60,7 @@ def _train(world, path, cases, is_rehearsed):
             found += [done["loss"].item().hex(), done["grad_norm"].item().hex()]
         moments = [v for s in optimizer.state.values() for v in s.values() if v.dim()]
         found.append(digest([torch.get_rng_state(), *params, *moments]))
-        results.append((found, schedule.get_last_lr()))
+        results.append((found, trained.schedule.get_last_lr()))
     return results
 
 

@@ -220,7 +220,7 @@ def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, 
 def test_without_a_terminal_a_slow_run_prints_a_line_in_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "LINE_S", 0.0)
     run_steps(tmp_path, 100)
-    assert len(capsys.readouterr().out.splitlines()) == 100
+    assert capsys.readouterr().out.count(" loss ") == 100
 
 
 def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
@@ -230,6 +230,21 @@ def test_what_is_said_stands_after_the_steps_before_it(tmp_path, capsys):
         recorder.say("saved")
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["begin", "step", "saved"]
+
+
+def test_without_a_terminal_a_long_step_prints_a_line_in_time(tmp_path, capsys, monkeypatch):
+    """None between two steps: what happens there has lines of its own."""
+    monkeypatch.setattr(cli, "LINE_S", 0.3)
+    with tiny.recorder(tmp_path, Alone(), 3) as recorder:
+        recorder.step(record(1))
+        time.sleep(1.0)
+        recorder.flush()
+        assert len(capsys.readouterr().out.splitlines()) == 1
+        recorder.clock.mark("data")
+        time.sleep(1.0)
+        said = capsys.readouterr().out.splitlines()
+        assert said and set(said) <= {f"step 2/3 forward, {s} s since the last one" for s in (1, 2)}
+        recorder.step(record(2))
 
 
 @contextlib.contextmanager
@@ -336,6 +351,9 @@ def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path):
     )
     assert [place["forward"][names.HOSTED] for place in totals["ledger"]["hosts"]] == [1.0, 2.0]
     assert "host far 90.0/100 GiB" in metrics._progress_words(steps(tmp_path)[0], [1.0])
+    assert [metrics._of(*pair) for pair in ((0.25, 0.5), (0.3, 1.5), (1, 9.6), (2, 63.7))] == [
+        *("0.2/0.5 GiB", "0.3/1.5 GiB", "1.0/10 GiB", "2.0/64 GiB")
+    ]
     assert metrics.figures(steps(tmp_path)[0])["memory/host_gib"] == 90.0
 
 

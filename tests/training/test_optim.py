@@ -53,7 +53,7 @@ def test_three_steps_are_those_of_torch_and_norms_and_biases_do_not_decay(name):
 def test_kernels_for_cards_are_refused_on_the_cpu_in_one_line(name):
     cfg = config.parse([f"--optimizer={name}"])
     with pytest.raises(UserError, match="ranks compute on the CPU; use adamw") as caught:
-        optim.build(_params(), cfg, 3)
+        optim.build(_params(), cfg, 3, NAMES)
     assert caught.value.code == ENVIRONMENT
     assert issubclass(pkgutil.resolve_name(OPTIMIZERS[name].kind), torch.optim.Optimizer)
 

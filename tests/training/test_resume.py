@@ -45,7 +45,10 @@ RUNS = {
         ("--train_type=hqq_lora", "--use_cpu_offload=false", "--reentrant_checkpointing=true"),
         (3,),
     ),
-    "dora": (("--train_type=bnb_dora", "--optimizer=adadelta"), (3,)),
+    "dora, from files": (
+        ("--train_type=bnb_dora", "--optimizer=adadelta", "--offload_impl=file"),
+        (3,),
+    ),
     "some layers, a part of an epoch": (
         ("--layers_to_transform=1", '--rank_pattern={"v_proj": 2}', *PART),
         (7,),
