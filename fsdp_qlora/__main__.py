@@ -42,8 +42,7 @@ def main(argv: list[str]) -> int:
     if argv and argv[0].startswith("--completion"):
         print(completion(" ".join(argv[:2])[len("--completion=") :]))
         return DONE
-    if argv and argv[0] in FORMER:
-        argv = ["export", FORMER[argv[0]], *argv[1:]]
+    argv = ["export", FORMER[argv[0]], *argv[1:]] if argv and argv[0] in FORMER else argv
     if not cli.chosen(argv, COMMANDS):
         print("\n--version; --completion bash | zsh | fish prints what completes words")
         return DONE

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, errors
 from fsdp_qlora.config import TrainConfig, parse
-from fsdp_qlora.errors import UserError
 
 if TYPE_CHECKING:
     from fsdp_qlora.distributed.world import World
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 Event = dict[str, Any]  # a line of metrics.jsonl
 Callback = Callable[[Event], Any] | None
+Place = str | Path
 Rows = Iterable[Mapping[str, Any]] | None  # such as a datasets.Dataset or a list of dicts
 
 
@@ -161,7 +161,7 @@ def train(
     return read() if group is None else group.first(read)
 
 
-def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
+def merge(adapter: Place, out: Place, base: str = "auto") -> Path:
     """Merge an adapter into its base and write a plain model, as the command `merge` does.
 
     Args:
@@ -181,9 +181,7 @@ def merge(adapter: str | Path, out: str | Path, base: str = "auto") -> Path:
     return Path(out)
 
 
-def load_model(
-    path: str | Path, adapter: str | Path | None = None, any_base: bool = False
-) -> "Opened":
+def load_model(path: Place, adapter: Place | None = None, any_base: bool = False) -> "Opened":
     """Load a model that answers, in this process, on its CPU or one GPU.
 
     The process is a torch.distributed group of one rank until the model's `close` is called.
@@ -204,7 +202,7 @@ def load_model(
 
     if _rank(TrainConfig()) is not None:
         rule = "this process is in a process group already"
-        raise UserError("load_model", rule, "close the other model, or use another process")
+        raise errors.UserError("load_model", rule, "close the other model, or use another process")
     names = (CONFIG_NAME, LAYERS_NAME)
     is_adapter = adapter is None and any((Path(path) / name).is_file() for name in names)
     flags = [] if is_adapter else [f"--model_name={path}"]
@@ -260,7 +258,7 @@ def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
         text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         rule = f"every row must be a dict of JSON values ({error})"
-        raise UserError("dataset", rule, "convert the other values to text") from error
+        raise errors.UserError("dataset", rule, "convert the other values to text") from error
     data = text.encode()
     path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

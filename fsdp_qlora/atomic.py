@@ -133,11 +133,10 @@ def parse_json(text: str | bytes) -> dict[str, Any] | None:
     Returns:
         The object, NaN and infinity as null; None for anything else, a torn line too.
     """
-    try:
-        value = json.loads(text, parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text, parse_constant=lambda _: None), dict):
+            return value
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

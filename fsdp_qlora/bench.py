@@ -31,10 +31,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from fsdp_qlora import __version__, arch, atomic, cli, record
-from fsdp_qlora.config import PROJECT_DIR, RECIPES_DIR, own_project
-from fsdp_qlora.errors import DONE, RUN_FAILED, UserError, one_line
-from fsdp_qlora.hardware import count_gpus, find_gpus, host_limit_gib, host_used_gib
+from fsdp_qlora import __version__, arch, atomic, cli, config, errors, hardware, record
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report import page
 
@@ -96,7 +93,7 @@ COMMON = tuple(TABLES["common"])
 PLACES = {name: Place(**row) for name, row in TABLES["places"].items()}
 KINDS = {}  # title, shape, rows in the order in which they run
 for kind, row in TABLES["kinds"].items():
-    shape = row["shape"].format(recipes=RECIPES_DIR)
+    shape = row["shape"].format(recipes=config.RECIPES_DIR)
     KINDS[kind] = row["title"], shape, tuple(map(Case.named, row["rows"]))
 
 
@@ -135,7 +132,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
     Returns:
         command, log, wall_s, host_peak_gib, host_added_gib, and reason: why it failed, or None.
     """
-    before_gib = peak_gib = host_used_gib()
+    before_gib = peak_gib = hardware.host_used_gib()
     began_s = time.perf_counter()
     with log.open("wb") as file:
         # A session of its own: Ctrl-C reaches this process only, which ends that one.
@@ -143,7 +140,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
         process = psutil.Popen(argv, env=env, start_new_session=True, **streams)
         try:
             while process.poll() is None and time.perf_counter() - began_s < timeout_s:
-                peak_gib = max(peak_gib, host_used_gib())
+                peak_gib = max(peak_gib, hardware.host_used_gib())
                 time.sleep(POLL_S)
             code = process.poll()
         finally:
@@ -152,7 +149,7 @@ def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: f
     return {
         **{"command": shlex.join(argv), "log": str(log), "wall_s": time.perf_counter() - began_s},
         **{"host_peak_gib": peak_gib, "host_added_gib": peak_gib - before_gib},
-        "reason": None if code == DONE else f"{how}: {last_error(log)} (log: {log})",
+        "reason": None if code == errors.DONE else f"{how}: {last_error(log)} (log: {log})",
     }
 
 
@@ -174,7 +171,7 @@ def last_error(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
     faults = [line for line in lines if FAULT.match(line)]
-    return one_line([*lines, *faults][-1])[:200] if lines else "it printed nothing"
+    return errors.one_line([*lines, *faults][-1])[:200] if lines else "it printed nothing"
 
 
 def read_run(run_dir: Path) -> BenchRow:
@@ -214,23 +211,23 @@ def spread_of(steps_s: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Return what the bench runs on: GPUs, processor, cores, host memory in GiB, system."""
-    names = [gpu.name for gpu in find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    names = [gpu.name for gpu in hardware.find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))]
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
         "cards": "; ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names)) or "no GPU",
         "cpu": cpu[1] if cpu else platform.processor(),
-        "host_total_gib": host_limit_gib(),
+        "host_total_gib": hardware.host_limit_gib(),
         **{"num_cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
     }
 
 
 def commit() -> str:
     """Return the commit of this project's own repository, or the version of a package."""
-    git = ["git", f"--git-dir={PROJECT_DIR / '.git'}", f"--work-tree={PROJECT_DIR}"]
+    git = ["git", f"--git-dir={config.PROJECT_DIR / '.git'}", f"--work-tree={config.PROJECT_DIR}"]
     argv = [*git, "describe", "--always", "--dirty"]
     with suppress(OSError, subprocess.SubprocessError):
-        if own_project():
+        if config.own_project():
             return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
     return __version__
 
@@ -263,7 +260,7 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
         return row
     try:
         return row | read_run(out / "run") | {"state": "measured"}
-    except (UserError, KeyError) as error:
+    except (errors.UserError, KeyError) as error:
         return {**row, "reason": f"its record cannot be read: {error} (log: {row['log']})"}
 
 
@@ -351,10 +348,10 @@ def main(argv: list[str]) -> int:
     former = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     names = [name for text in args.rows.split(",") for name in fnmatch.filter(every, text)]
     if not names:
-        raise UserError(f"--rows {args.rows}", "no such row", f"use {' '.join(every)}")
+        raise errors.UserError(f"--rows {args.rows}", "no such row", f"use {' '.join(every)}")
     if any(row["where"] != args.where for row in former):
         rule = f"is of {former[0]['where']}, this is {args.where}"
-        raise UserError(f"{stem}.json", rule, "give another directory with --out")
+        raise errors.UserError(f"{stem}.json", rule, "give another directory with --out")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {row["name"]: row for row in former}
     for name in names:
@@ -363,13 +360,13 @@ def main(argv: list[str]) -> int:
         write(stem, _facts(args, [*rows.values()]))
     print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .html")
     states = {rows[name]["state"] for name in names}
-    return DONE if states <= {"measured", "left out"} else RUN_FAILED
+    return errors.DONE if states <= {"measured", "left out"} else errors.RUN_FAILED
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Read the command line, and add what follows from it; a CPU takes kind small."""
     args = cli.arguments("bench", argv, __doc__, kind={"choices": [*KINDS]})
-    args.num_gpus = count_gpus(os.environ)
+    args.num_gpus = hardware.count_gpus(os.environ)
     if not args.num_gpus and args.kind != SMALL:
         print(f"no GPU: a scaled model on CPU ranks instead of {args.kind} (bench-small)")
         args.kind = SMALL

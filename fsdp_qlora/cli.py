@@ -115,14 +115,12 @@ class Progress:
     also where nothing moves.
     """
 
-    def __init__(
-        self, what: str, total: int | None = None, unit: str = "", is_silent: bool = False
-    ) -> None:
+    def __init__(self, what: str, total: int = 0, unit: str = "", is_silent: bool = False) -> None:
         """Show nothing yet.
 
         Args:
             what: is done.
-            total: of `unit`; None: unknown.
+            total: of `unit`; 0: unknown.
             unit: what is counted, in the plural.
             is_silent: for the ranks that do not show it.
         """

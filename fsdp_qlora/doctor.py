@@ -19,9 +19,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import atomic, cli, hardware
+from fsdp_qlora import atomic, cli, config, hardware
 from fsdp_qlora.cli import flag
-from fsdp_qlora.config import DISK, PACKAGE, own_project
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
@@ -218,7 +217,7 @@ def packages() -> Iterator[Finding]:
     """Whether the packages are there, in the wanted ranges."""
     from packaging.requirements import Requirement
 
-    own = [need for need in map(Requirement, _requirements()) if need.name != PACKAGE]
+    own = [need for need in map(Requirement, _requirements()) if need.name != config.PACKAGE]
     versions = {need.name: _version(need.name) for need in own}
     there = [name for name, version in versions.items() if version]
     named = [f"{name} {versions[name]}" for name in there]
@@ -230,15 +229,15 @@ def packages() -> Iterator[Finding]:
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
         is_right = wanted.contains(found, prereleases=True) if found else not is_needed
         if not is_right:
-            value = f"{PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
+            value = f"{config.PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
             remedy = f"pip install '{need.name}{wanted}'"
             yield Finding(need.name, value, remedy, ENVIRONMENT * is_needed)
 
 
 def _requirements() -> list[str]:
     """Of pyproject.toml, or of the installed package; those of extras end in a marker."""
-    if not (table := own_project()):
-        return (metadata.requires(PACKAGE) or []) if _version(PACKAGE) else []
+    if not (table := config.own_project()):
+        return (metadata.requires(config.PACKAGE) or []) if _version(config.PACKAGE) else []
     extras = table["optional-dependencies"].items()
     marked = [f"{text}; extra == '{name}'" for name, texts in extras for text in texts]
     return [*table["dependencies"], *marked]
@@ -299,7 +298,7 @@ def disk(name: str, wanted: Path, elsewhere: str) -> Iterator[Finding]:
     is_bad = mbs < SLOW_MBS or free_gib < LEAST_DISK_GIB
     remedy = f"loading a 7B reads 13 GB, its 4-bit base takes 4 GiB: {elsewhere}" * is_bad
     speeds = {"disk_gbs": gbs} if name == "cache" else {}
-    yield Finding(f"disk of {name}", value, remedy, device=DISK * bool(speeds), speeds=speeds)
+    yield Finding(f"disk of {name}", value, remedy, DONE, config.DISK * bool(speeds), speeds)
 
 
 def devices(is_quick: bool) -> Iterator[Finding]:
@@ -452,11 +451,9 @@ def quantized(name: str, world: "World", fmt: Any = None) -> Iterator[Finding]:
         return row.dequantize(own.pop("weight"), row.constants(own), weight_OI.shape, dtype)
 
     exact_OI = decoded(FORMATS[name], "cpu", torch.float32).double()
-    pairs = (
-        (decoded(row, device, torch.float32), exact_OI),
-        (x_MI.to(device) @ decoded(row, device, half).t(), x_MI.double() @ exact_OI.t()),
-        (exact_OI, weight_OI.double()),
-    )
+    product = x_MI.to(device) @ decoded(row, device, half).t(), x_MI.double() @ exact_OI.t()
+    weights = decoded(row, device, torch.float32), exact_OI
+    pairs = weights, product, (exact_OI, weight_OI.double())
     errors = [float((got.cpu().double() - want).norm() / want.norm()) for got, want in pairs]
     value = "weights off by {:.0e}, matmul by {:.1e}, rounding to 4 bits {:.2f}".format(*errors)
     if all(error <= limit for error, limit in zip(errors, MAX_ERRORS, strict=True)):

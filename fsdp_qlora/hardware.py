@@ -321,10 +321,8 @@ def _torch_gpus(visible: str | None) -> list[Device]:
         rule = f"lists no GPUs ({type(error).__name__})"
         remedy = "see what `python -c 'import torch'` says"
         raise UserError("torch", rule, remedy, ENVIRONMENT) from error
-    return [
-        dataclasses.replace(gpu_like(name, gib), memory_gib=round(gib, 1), has_bf16=has_bf16)
-        for name, gib, has_bf16 in rows
-    ]
+    found = [(gpu_like(name, gib), round(gib, 1), has_bf16) for name, gib, has_bf16 in rows]
+    return [dataclasses.replace(gpu, memory_gib=gib, has_bf16=own) for gpu, gib, own in found]
 
 
 @functools.cache
@@ -575,8 +573,7 @@ def versions(device: "torch.device") -> dict[str, str]:
     if device.type == "cuda":
         import torch
 
-        facts["cuda"] = str(torch.version.cuda)
-        facts["card"] = torch.cuda.get_device_name(device)
+        facts |= {"cuda": str(torch.version.cuda), "card": torch.cuda.get_device_name(device)}
         facts["num_cards"] = str(torch.cuda.device_count())
         facts["driver"] = driver_version() or "unknown"
     return facts

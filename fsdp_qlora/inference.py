@@ -26,6 +26,7 @@ from fsdp_qlora.planning.sizes import adopt_format
 
 POLL_S = 0.1
 Rows = Sequence[Sequence[int]]  # tokens of several prompts
+Asked = str | list[dict]  # what a user says, or a conversation
 NAMES, SHOWN = ("base", "adapter"), ("loss", "perplexity", "accuracy", "margin")
 LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
 ANSWER_TOKENS = 256
@@ -97,9 +98,7 @@ class Opened:
 
         return tokenizer.load(tokenizer.directory(self.info))
 
-    def encode(
-        self, question: str | list[dict], is_raw: bool = False, row: dict | None = None
-    ) -> list[int]:
+    def encode(self, question: Asked, is_raw: bool = False, row: dict | None = None) -> list[int]:
         """Make the tokens of a prompt, as the model was trained to see it.
 
         Args:
@@ -138,7 +137,7 @@ class Opened:
 
     def answer_all(
         self,
-        questions: Sequence[str | list[dict]],
+        questions: Sequence[Asked],
         how: Sampling,
         is_raw: bool = False,
         of: Sequence[dict] = (),
@@ -204,8 +203,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
         UserError: the directory holds no LoRA adapter (code 2), or wrong flags.
     """
     known: dict[str, Any] = {"train_type": "lora"}
-    if adapter is not None:
-        known = adapter_files.options(adapter_files.read(adapter))
+    known = adapter_files.options(adapter_files.read(adapter)) if adapter is not None else known
     given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
     known |= {"output_dir": str(adapter or "output"), "fit": "off"}

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import atomic
-from fsdp_qlora.cli import to_text
+from fsdp_qlora import atomic, cli
 from fsdp_qlora.config import TrainConfig, renamed, to_dict
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line, one_line_of
 
@@ -171,7 +170,7 @@ def _add(run: Run, row: dict[str, Any]) -> None:
 
 def word(value: Any) -> str:
     """The value of a flag as it is written on a command line; "not set" for None."""
-    return "not set" if value is None else to_text(value)
+    return "not set" if value is None else cli.to_text(value)
 
 
 def command(options: Mapping[str, Any]) -> str:

@@ -84,5 +84,4 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     release_freed_memory()
     held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()
-    digest = hashlib.sha256(held_back).hexdigest()[:16]
-    return Data(train, held_out, full, audit, asked, digest)
+    return Data(train, held_out, full, audit, asked, hashlib.sha256(held_back).hexdigest()[:16])

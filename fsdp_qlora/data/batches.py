@@ -388,8 +388,7 @@ def padded_tokens(
         micros = micro_batches(rows, sampler.rows_per_micro, sampler.world_size)
         for mine in (part for by_rank in micros for part in by_rank):
             longest = int(lengths[mine].max()) if len(mine) else 1
-            width = padded_width(longest, sampler.pad_multiple, most)
-            found.append(max(len(mine), 1) * width)
+            found.append(max(len(mine), 1) * padded_width(longest, sampler.pad_multiple, most))
     return found
 
 
@@ -471,8 +470,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 8, most: int | None =
     """
     longest = max((len(sample.input_ids) for sample in samples), default=1)
     width = padded_width(longest, pad_multiple, most or longest + pad_multiple)
-    starts = [(row, 0) for row in range(len(samples))]
-    return _batch((max(len(samples), 1), width), samples, starts)
+    return _batch((max(len(samples), 1), width), samples, [(row, 0) for row in range(len(samples))])
 
 
 def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
@@ -595,7 +593,7 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
 
 
 def _batch(
-    shape: tuple[int, int], samples: Sequence[Sample], starts: Sequence[tuple[int, int]]
+    shape: tuple[int, int], samples: Sequence[Sample], starts: list[tuple[int, int]]
 ) -> Batch:
     """Samples on padding, each from its row and column on."""
     import torch

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.data import chats, row_formats
+from fsdp_qlora.data import chats, row_formats, tokens
 from fsdp_qlora.data.tokenizer import Refused, Text
-from fsdp_qlora.data.tokens import Sample
 
 if TYPE_CHECKING:
     import torch
@@ -133,10 +132,7 @@ def _pair(row: dict, names: Sequence[str]) -> list[dict]:
     beside = {name: row[name] for name in BESIDE if name in row}
     answers: list[Any] = [row[n] if not isinstance(row[n], dict) else [row[n]] for n in names]
     asked = next((name for name in ASKED if row.get(name) not in (None, "", [])), "")
-    prompt: Any = row.get(asked)
-    if not asked:
-        chat = next((name for name in chats.CHAT_COLUMNS if row.get(name)), "")
-        prompt = row.get(chat)
+    prompt: Any = row.get(asked or next((n for n in chats.CHAT_COLUMNS if row.get(n)), ""))
     if all(isinstance(answer, str) for answer in answers):
         if prompt is None:
             same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*answers, strict=False))
@@ -192,7 +188,7 @@ class Sides(NamedTuple):
     hashes: np.ndarray = np.zeros(0, np.uint64)
 
     @classmethod
-    def of(cls, rows: Sequence[Sample], hashes: np.ndarray | None = None) -> "Sides":
+    def of(cls, rows: Sequence[tokens.Sample], hashes: np.ndarray | None = None) -> "Sides":
         """Those of some rows.
 
         Args:

@@ -64,8 +64,7 @@ def choose_prompts(
     if tokenizer is None:
         return ()
     asked = list[tuple[str, Any, dict]]()
-    if cfg.sample_prompt is not None:
-        asked.append(("--sample_prompt", cfg.sample_prompt, {}))
+    asked += [("--sample_prompt", cfg.sample_prompt, {})] if cfg.sample_prompt is not None else []
     if cfg.sample_prompts not in ("auto", "off"):
         asked += read_prompts(Path(cfg.sample_prompts), "--sample_prompts")
     if asked or cfg.sample_prompts == "off" or ready.formatter is None:
@@ -130,8 +129,7 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
 
 def _parse_prompt(place: str, value: Any) -> Any:
     """A text, or the messages of a conversation."""
-    if isinstance(value, dict):
-        value = value.get("prompt", value.get("messages"))
+    value = value.get("prompt", value.get("messages")) if isinstance(value, dict) else value
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
     if not value or not (isinstance(value, str) or is_chat):
         remedy = 'write "text", {"prompt": "text"} or {"messages": [...]}'
@@ -144,19 +142,16 @@ def _parse_prompt(place: str, value: Any) -> Any:
         raise UserError(place, str(refusal), "correct it") from refusal
 
 
-def _ask(
-    place: str, question: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer
-) -> Prompt:
+def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
     """A prompt as the rows have it; the template of a chat writes the beginning of text itself."""
-    is_chat = isinstance(question, list)
-    shown = str(question[-1].get("content", "")) if is_chat else question
-    text = question
+    is_chat, text = isinstance(asked, list), asked
+    shown = str(asked[-1].get("content", "")) if is_chat else asked
     try:
         if ready.formatter is not None:
-            text = ready.formatter.ask(question, ready.example, **chat_values(row))
+            text = ready.formatter.ask(asked, ready.example, **chat_values(row))
     except Refused as refusal:
         rule = f"cannot be asked ({refusal})"
-        raise UserError(f"{place} {shown}", rule, "leave it out") from refusal
+        raise UserError(f"{at} {shown}", rule, "leave it out") from refusal
     if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
         return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""

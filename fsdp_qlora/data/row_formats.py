@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora.data import chats
-from fsdp_qlora.data.sources import TextPiece, is_unicode, read_own_file
+from fsdp_qlora.data import chats, sources
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost, says_something
 from fsdp_qlora.errors import UserError, one_line
 
@@ -251,7 +250,7 @@ class RowFormatter:
         Returns:
             None for a good row, else a few words such as 'field "output" is null (want text)'.
         """
-        if isinstance(row, TextPiece):
+        if isinstance(row, sources.TextPiece):
             is_text = self.format_name != CHAT and any(f.name == TEXT for f in self.formats)
             return None if is_text else "is running text (the template wants columns)"
         if not isinstance(row, dict):
@@ -278,8 +277,7 @@ class RowFormatter:
         found, names = self._find(row), []
         used = {*found.required, *found.optional}
         used |= self.row_template.variables if self.row_template is not None else set()
-        if self._as_chat(found):
-            used |= {*TOOL_COLUMNS, KWARGS}
+        used |= {*TOOL_COLUMNS, KWARGS} if self._as_chat(found) else set()
         if found.name == CHAT and found.messages is not None:
             asked = [m for m in found.messages(row) if m["role"] not in ("assistant", chats.CALL)]
             switched = ((n, m["role"]) for m in asked for n in chats.SWITCHES if m.get(n))
@@ -319,7 +317,7 @@ class RowFormatter:
             Refused: a template cannot render it.
         """
         texts = self._render(row)
-        if not all(is_unicode(text.text) for text in texts):
+        if not all(sources.is_unicode(text.text) for text in texts):
             raise Refused("it holds half a surrogate pair (want valid Unicode)")
         if self.train_on == "all":
             return [text._replace(spans=((0, len(text.text)),)) for text in texts]
@@ -406,8 +404,7 @@ class RowFormatter:
             texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
         else:
             texts, end = self.chat.render(messages, learned, **values), learned[-1]
-        if learned:
-            notes += find_lost(messages, learned, texts, end, tools)
+        notes += find_lost(messages, learned, texts, end, tools) if learned else []
         return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
     def _with_calls(self, messages: list[dict], values: dict[str, Any]) -> list[dict]:
@@ -493,7 +490,7 @@ def choose(
     if template in NAMES:
         return RowFormatter(chat, train_on, system, format_name=template)
     if template.endswith(JINJA_SUFFIXES):
-        source = read_own_file(Path(template), "--template", "give a Jinja file")
+        source = sources.read_own_file(Path(template), "--template", "give a Jinja file")
         jinja = Chat(source, names, template)
         if "messages" in jinja.variables:
             return RowFormatter(jinja, train_on, system, format_name=CHAT)

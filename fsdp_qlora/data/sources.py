@@ -3,6 +3,7 @@
 Rows come one at a time, each with its place; the name of a file tells its format.
 """
 
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -327,12 +328,10 @@ def _without_nulls(row: dict, features: dict, decodes: bool = False) -> dict:
     return {name: stripped(value, features.get(name)) for name, value in row.items()}
 
 
-READERS: dict[str, Callable[[Path], PlacedRows]] = {
-    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json),
-    **dict.fromkeys((".csv", ".tsv"), _read_csv),
-    **dict.fromkeys((".txt", ".text"), _read_text),
-    **dict.fromkeys((".parquet", ".arrow"), _read_arrow),
-}
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_json)
+READERS |= dict.fromkeys((".csv", ".tsv"), _read_csv)
+READERS |= dict.fromkeys((".txt", ".text"), _read_text)
+READERS |= dict.fromkeys((".parquet", ".arrow"), _read_arrow)
 
 
 class Source(NamedTuple):
@@ -483,12 +482,9 @@ def _file_fingerprint(path: Path) -> str | None:
     status = os.stat(path)
     if status.st_size > MOST_HASHED_BYTES:
         return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # reading it will say so
-        return None
-    return f"{path.name} {digest}"
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return None  # reading it will say so
 
 
 def _hub_source(entry: HubSet, name: str, cfg: TrainConfig) -> Source:

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 from jinja2 import meta
 
-from fsdp_qlora import atomic
-from fsdp_qlora.arch import ModelInfo
+from fsdp_qlora import arch, atomic
 from fsdp_qlora.data.sources import LONGEST_ROW
 from fsdp_qlora.errors import UserError, brief
 
@@ -229,16 +228,14 @@ class Chat(Template):
         elif marks and len(turns) < sum(map(says_something, (messages[i] for i in answers))):
             marks = ()  # of some answers, and they are not told apart
         if marks:
-            notes = self._start(messages, turns[-1], whole, values)[1]
-            return [Text(whole, marks, True, notes)]
+            return [Text(whole, marks, True, self._start(messages, turns[-1], whole, values)[1])]
         ends = [(turn, self._render(messages[: turn + 1], values)[0]) for turn in turns]
         starts = [self._start(messages, turn, after, values) for turn, after in ends]
         notes = starts[-1][1]
         parts = [(start, after) for (start, _), (_, after) in zip(starts, ends, strict=True)]
         less = [(start, self._less_end(after, whole)) for start, after in parts]
         if all(whole.startswith(after) for _, after in less):
-            spans = tuple((start, len(after)) for start, after in less)
-            return [Text(whole, spans, True, notes)]
+            return [Text(whole, tuple((start, len(after)) for start, after in less), True, notes)]
         return [Text(after, ((start, len(after)),), True, notes) for start, after in parts]
 
     def _less_end(self, after: str, whole: str) -> str:
@@ -534,7 +531,7 @@ def has_files(path: Path) -> bool:
     return any((path / name).exists() for name in TOKENIZER_FILES)
 
 
-def directory(info: ModelInfo) -> Path:
+def directory(info: arch.ModelInfo) -> Path:
     """Return where the tokenizer of a model lies.
 
     Args:

@@ -13,9 +13,8 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from fsdp_qlora import atomic, checkpoint_store, errors, hardware
+from fsdp_qlora import atomic, checkpoint_store, config, errors, hardware
 from fsdp_qlora.checkpoint_store import LOGS, METRICS
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import BUG, DONE, RUN_FAILED, UserError, one_line
 from fsdp_qlora.planning import run as plans
@@ -117,7 +116,7 @@ def compare_memory(
     return [*lines, *([f"largest   {', '.join(parts)} GiB"] if parts else [])]
 
 
-def fail(error: Exception, cfg: TrainConfig, plan: plans.RunPlan | None = None) -> NoReturn:
+def fail(error: Exception, cfg: config.TrainConfig, plan: plans.RunPlan | None = None) -> NoReturn:
     """Leave word of what ended this rank, then leave.
 
     The word goes to the supervisor, or to the terminal without one; the trace of what is no
@@ -157,9 +156,7 @@ def _tell_torchrun(line: str, trace: str = "") -> None:
             atomic.write_json(Path(path), {"message": message})
 
 
-def end_without(
-    lost: Sequence[int], rule: str, rank: int, hosts: Sequence[str], output_dir: Path
-) -> NoReturn:
+def end_without(lost: list[int], rule: str, rank: int, hosts: list[str], out_dir: Path) -> NoReturn:
     """End this rank because others are lost; one rank of each host says so.
 
     Args:
@@ -167,13 +164,13 @@ def end_without(
         rule: in what way.
         rank: of this process.
         hosts: by rank.
-        output_dir: directory of the run.
+        out_dir: directory of the run.
     """
     remedies = "no step is saved on this host", "start the run again"
-    if (saved := checkpoint_store.latest(output_dir)) is not None:
-        remedies = f"step {saved.step} is saved", f"continue with --resume {output_dir}"
+    if (saved := checkpoint_store.latest(out_dir)) is not None:
+        remedies = f"step {saved.step} is saved", f"continue with --resume {out_dir}"
     line = _line(", ".join(f"{hosts[i]} (rank {i})" for i in lost), rule, *remedies)
-    with suppress(OSError), (output_dir / LOGS / f"rank{rank}.log").open("a") as log:
+    with suppress(OSError), (out_dir / LOGS / f"rank{rank}.log").open("a") as log:
         faulthandler.dump_traceback(log)
     here = [i for i, host in enumerate(hosts) if host == hosts[rank]]
     if rank == ([i for i in here if i not in lost] or here)[0]:

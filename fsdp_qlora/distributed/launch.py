@@ -189,8 +189,8 @@ def child_env(env: Mapping[str, str], rank: int, num_ranks: int, port: int) -> d
     """
     values = map(str, (rank, rank, num_ranks, num_ranks, "127.0.0.1", port, os.getpid()))
     place = dict(zip((*NUMBERS, *MASTER, hooks.SUPERVISOR), values, strict=True))
-    place["PYTHONOPTIMIZE"] = ""  # transformers reads docstrings
-    place[IDENTITY] = f"process {os.getpid()}"
+    # Without PYTHONOPTIMIZE: transformers reads docstrings.
+    place |= {"PYTHONOPTIMIZE": "", IDENTITY: f"process {os.getpid()}"}
     if PROJECT_DIR.name not in ("site-packages", "dist-packages"):
         paths = [str(PROJECT_DIR), env.get("PYTHONPATH", "")]
         place["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -477,7 +477,7 @@ def watch_peers(cfg: TrainConfig, world: "World") -> hooks.Peers | None:
         return None
     place, rank, out = world.meeting, world.rank, cfg.resolved_output_dir
     hosts = [words[0] for words in place.places]
-    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, output_dir=out)
+    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, out_dir=out)
     keys = [f"{place.round}/beat {i}" for i in range(world.size)]
     peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
     peers.start()

@@ -18,10 +18,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import debug
 from torch.utils import deterministic
 
-from fsdp_qlora.distributed import meeting
-from fsdp_qlora.distributed.exit_report import LinkError
+from fsdp_qlora.distributed import exit_report, meeting
 from fsdp_qlora.distributed.hooks import LISTENER, Peers, is_supervised
-from fsdp_qlora.distributed.meeting import AGENT_STORE, Meeting
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 
 LINK_WORDS = ("gloo", "NCCL", "onnection")  # in what torch says when a rank has left
@@ -51,7 +49,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    meeting: Meeting | None = None
+    meeting: "meeting.Meeting | None" = None
     neighbors: tuple[int, ...] = ()
     context: "World | None" = None
     group: Any = None
@@ -337,10 +335,10 @@ def join(timeout_s: float = 1800.0) -> World:
     return world
 
 
-def _open_meeting(limit_s: float) -> Meeting:
+def _open_meeting(limit_s: float) -> meeting.Meeting:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_owner = rank == 0 and os.environ.get(AGENT_STORE) != "True"
+    is_owner = rank == 0 and os.environ.get(meeting.AGENT_STORE) != "True"
     more: dict[str, Any] = {"multi_tenant": True}
     if LISTENER in os.environ:  # torch would listen on all addresses, on a port that may be taken
         more = {"master_listen_fd": int(os.environ[LISTENER]) if is_owner else None}
@@ -354,7 +352,7 @@ def _open_meeting(limit_s: float) -> Meeting:
         rule = f"the ranks cannot meet there ({reason[-100:]})"
         remedy = "give another --master_port or MASTER_PORT"
         raise UserError(f"{host}:{port}", rule, remedy, ENVIRONMENT) from error
-    return Meeting(dist.PrefixStore("fsdp_qlora", store), rank, size, f"{host}:{port}")
+    return meeting.Meeting(dist.PrefixStore("fsdp_qlora", store), rank, size, f"{host}:{port}")
 
 
 def _say(line: str) -> None:
@@ -397,30 +395,27 @@ def explain(error: Exception, world: World, peers: Peers | None = None) -> Excep
         peers.hurry()
     with suppress(UserError, RuntimeError):
         code = error.code if isinstance(error, UserError) else RUN_FAILED
-        line = str(error) if is_own else repr(error)
-        world.meeting.tell_failure(line, code, lingers=False)
+        world.meeting.tell_failure(str(error) if is_own else repr(error), code, lingers=False)
     return error
 
 
-def configure(
-    world: World, gpu_budget_gib: float | None, seed: int, is_deterministic: bool = False
-) -> None:
+def configure(world: World, budget_gib: float | None, seed: int, is_exact: bool = False) -> None:
     """Prepare this process for a run.
 
     Args:
         world: this process among the ranks.
-        gpu_budget_gib: cap of this rank's allocator, GiB.
+        budget_gib: cap of this rank's allocator, GiB.
         seed: of dropout, different on every rank; adapters and data have their own generators.
-        is_deterministic: let every kernel sum in the same order each time; on GPUs the backward
+        is_exact: let every kernel sum in the same order each time; on GPUs the backward
             passes of attention do not by themselves, CPU ranks always do.
     """
     device = world.device
     torch.manual_seed(seed + world.rank)
-    if is_deterministic:
+    if is_exact:
         _be_deterministic()
-    if device.type == "cuda" and gpu_budget_gib is not None:
+    if device.type == "cuda" and budget_gib is not None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
-        fraction = min(gpu_budget_gib * 2**30 / total_bytes, 1.0)
+        fraction = min(budget_gib * 2**30 / total_bytes, 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction)
 
 
@@ -449,11 +444,11 @@ def check_links(world: World, timeout_s: float = 20.0) -> None:
     limit_s = time.monotonic() + timeout_s
     while not work.is_completed():
         if time.monotonic() > limit_s:
-            raise LinkError(f"no answer from the other ranks in {timeout_s:.0f} s")
+            raise exit_report.LinkError(f"no answer from the other ranks in {timeout_s:.0f} s")
         time.sleep(0.001)
     work.wait()
     if not bool((numbers == world.size * (world.size + 1) / 2).all()):
-        raise LinkError("numbers arrive wrong at the other ranks")
+        raise exit_report.LinkError("numbers arrive wrong at the other ranks")
 
 
 def leave() -> None:

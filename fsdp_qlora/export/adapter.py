@@ -237,12 +237,11 @@ def expand_init(argv: Sequence[str]) -> list[str]:
     adapter, flags = read(locate(given["init_adapter"])), []
     for name, value in _start_options(adapter, given.get("train_type", "qlora")).items():
         mine = given.get(name, value)
+        is_same = name in OPEN or mine == value
         if name == "train_type":
             is_same = TRAIN_TYPES[mine].adapter == TRAIN_TYPES[value].adapter
         elif name in ("rank_pattern", "alpha_pattern"):  # JSON may be written in several ways
             is_same = json.loads(mine or "{}") == json.loads(value or "{}")
-        else:
-            is_same = name in OPEN or mine == value
         if not is_same:
             got, rule = f"--{name} {cli.to_text(mine)}", f"{adapter.path} has {cli.to_text(value)}"
             raise UserError(got, rule, "leave it out, or start without --init_adapter")
@@ -291,8 +290,7 @@ def _pattern(names: str | list[str] | None) -> str | None:
 def _target_text(names: str | list[str] | None, pairs: Collection[str]) -> str:
     """A list without what matches nothing; a pattern so that it is seen to be one."""
     if isinstance(names, str):
-        is_clear = names in ALL_LINEARS or module_names(names) == names
-        return names if is_clear else f"({names})"
+        return names if names in ALL_LINEARS or module_names(names) == names else f"({names})"
     kept = [key for key in names or () if any(f".{name}".endswith(f".{key}") for name in pairs)]
     return ",".join(sorted(kept)) or "all"
 

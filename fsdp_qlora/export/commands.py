@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import arch, atomic, cli
+from fsdp_qlora import arch, atomic, cli, hardware
 from fsdp_qlora.arch.files import KEPT, Stored, read_json
 from fsdp_qlora.arch.info import stored_tensors
 from fsdp_qlora.cli import OptionsT, flag
@@ -26,7 +26,6 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export import serving
 from fsdp_qlora.export.adapter import SavedAdapter
-from fsdp_qlora.hardware import GIB, versions
 from fsdp_qlora.planning.sizes import FORMATS, new_layers
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ def _new_model(
     from fsdp_qlora.export import model_files
 
     with atomic.new_directory(out, round(need_bytes)) as draft:
-        max_bytes = round(options.max_shard_gib * GIB)
+        max_bytes = round(options.max_shard_gib * hardware.GIB)
         written = model_files.write_weights(draft, names, tensors, max_bytes)
         yield draft, written
     text = "{num_files} files, {gib:.2f} GiB in {written_s:.1f} s; at most {host_peak_gib:.2f} GiB"
@@ -240,7 +239,7 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
         facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)
         facts |= {"num_replaced": len(adapter.replaced), "device": device.type}
-        facts |= {"versions": versions(device), **written, "evidence": evidence}
+        facts |= {"versions": hardware.versions(device), **written, "evidence": evidence}
         atomic.write_json(draft / "merge.json", facts)
     print(new_weights.lines(evidence))
 

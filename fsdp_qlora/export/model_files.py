@@ -21,28 +21,25 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fsdp_qlora import atomic, cli
+from fsdp_qlora import atomic, cli, errors, hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME, read_json
 from fsdp_qlora.arch.targets import ALL_LINEARS, layer_numbers, module_names, peft_name
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.data import tokenizer as tokenizers
-from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import hub
-from fsdp_qlora.hardware import GIB
-from fsdp_qlora.model import adapters, shard
-from fsdp_qlora.model.experts import pair_of_one
+from fsdp_qlora.model import adapters, experts, shard, weights
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.model.weights import DTYPES
 from fsdp_qlora.planning.sizes import NEW_LAYERS, has_adapters, trained_whole
 
 MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
 OF_WRAPPER = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
+DTYPE_NAMES = {dtype: name for name, dtype in weights.DTYPES.items()} | {torch.uint8: "U8"}
 FORMAT = {"format": "pt"}  # what transformers wants in a header
+Tensors = dict[str, torch.Tensor]
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
 
@@ -66,7 +63,7 @@ def safetensors_file(
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     room = sum(len(json.dumps(name)) + ENTRY_BYTES for name in names) + len(json.dumps(entries))
     header_bytes = -(-room // ALIGN_BYTES) * ALIGN_BYTES
-    waiting: dict[str, torch.Tensor] = {}
+    waiting: Tensors = {}
     with path.open("wb") as file:
 
         def write(name: str, tensor: torch.Tensor) -> None:
@@ -135,7 +132,7 @@ def write_weights(
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         atomic.write_json(directory / INDEX_NAME, index)
     took_s, own = time.perf_counter() - began_s, resource.getrusage(resource.RUSAGE_SELF)
-    figures = {"num_files": num, "gib": total_bytes / GIB, "written_s": took_s}
+    figures = {"num_files": num, "gib": total_bytes / hardware.GIB, "written_s": took_s}
     return figures | {"host_peak_gib": own.ru_maxrss / 2**20}
 
 
@@ -207,7 +204,7 @@ def write_tokens(out: Path, core: Any) -> None:
 
 def _tokenizer(place: Path | None) -> tokenizers.TextTokenizer | None:
     """The tokenizer in a directory; None where there is none that can be read."""
-    with contextlib.suppress(UserError):
+    with contextlib.suppress(errors.UserError):
         return None if place is None else tokenizers.read(place)
     return None
 
@@ -283,9 +280,7 @@ def _save_parts(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
     return path
 
 
-def _each(
-    tensors: dict[str, torch.Tensor], model: QuantizedModel, info: ModelInfo
-) -> dict[str, torch.Tensor]:
+def _each(tensors: Tensors, model: QuantizedModel, info: ModelInfo) -> Tensors:
     """The matrices of an adapter, those of experts by the names of their base's files."""
     each = dict(tensors)
     slots = [(i, slot) for i, block in enumerate(shard.blocks(model)) for slot in block.body.slots]
@@ -295,13 +290,13 @@ def _each(
         is_down, linears = slot.name.endswith("down_proj"), info.by_layer[index].linears
         for linear in (n for n in linears if n.expert and (n.expert[2] == 2) == is_down):
             stem = info.outer_name(f"{info.layers_prefix}.{index}.{linear.name}")
-            pair = zip("AB", pair_of_one(linear, slot.num_experts, *both), strict=True)
+            pair = zip("AB", experts.pair_of_one(linear, slot.num_experts, *both), strict=True)
             stem = f"base_model.model.{stem}.lora_"
             each |= {f"{stem}{side}.weight": tensor.contiguous() for side, tensor in pair}
     return each
 
 
-def _write_checked(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def _write_checked(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
     with atomic.new_file(path) as draft, safetensors_file(draft, tensors, metadata) as add:
         for tensor_name, tensor in sorted(tensors.items()):
             add(tensor_name, tensor)
@@ -309,7 +304,7 @@ def _write_checked(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[
     is_same = read.keys() == tensors.keys()  # by bytes: NaN is not equal to itself
     if not is_same or not all(_bytes(read[n]).equal(_bytes(tensors[n])) for n in tensors):
         got, rule = f"{path} does not hold what was written", "an adapter is read back and compared"
-        raise UserError(got, rule, "check the disk and save again", INTEGRITY)
+        raise errors.UserError(got, rule, "check the disk and save again", errors.INTEGRITY)
 
 
 def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, place: Path) -> None:
@@ -375,7 +370,7 @@ def _save_model(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, is_wri
     try:
         if is_writer:
             directory.mkdir(parents=True, exist_ok=True)
-            write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * GIB))
+            write_weights(directory, model.tensors, own, round(MAX_SHARD_GIB * hardware.GIB))
             copy_beside(directory, info, cfg.compute_dtype)
     finally:
         collections.deque(tensors, 0)  # all gather with the writer, also where its disk is full

@@ -29,18 +29,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_qlora import cli, hardware
+from fsdp_qlora import cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, QUANTIZED_ITEM_BYTES, TensorRef, read_tensors
 from fsdp_qlora.arch.info import inner_name
 from fsdp_qlora.arch.targets import TURNED, expert_matrices
-from fsdp_qlora.config import TrainConfig, check_own_code
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
-from fsdp_qlora.model import quantize
-from fsdp_qlora.model.experts import pair_of_one
-from fsdp_qlora.model.quantize import LayerStore
+from fsdp_qlora.model import experts, quantize
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
 from fsdp_qlora.planning.sizes import NEW_LAYERS
@@ -77,7 +74,7 @@ class TrainedBase:
     device: torch.device
     format_name: str | None = None
     quant_cache: str = "off"
-    _held: dict[int, LayerStore] = dataclasses.field(default_factory=dict, init=False)
+    _held: dict[int, quantize.LayerStore] = dataclasses.field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Refuse another format than that of the files."""
@@ -158,8 +155,7 @@ class TrainedBase:
         if not pair:
             return weight_OI
         both = _read_once(pair.a, device), _read_once(pair.b, device)
-        if linear is not None:
-            both = pair_of_one(linear, pair.num_experts, *both)
+        both = experts.pair_of_one(linear, pair.num_experts, *both) if linear is not None else both
         return torch.addmm(weight_OI.float(), both[1], both[0], alpha=pair.scale)
 
     def _known(self, name: str) -> torch.Tensor:
@@ -177,14 +173,14 @@ class TrainedBase:
                 fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
                 return self._dequantized(fields, weight.shape)
             flat = stored.to(self.device)
-            self._held[layer] = LayerStore(lambda: flat, self._layouts[layer])
+            self._held[layer] = quantize.LayerStore(lambda: flat, self._layouts[layer])
         return self._held[layer].weight(index, self.dtype)
 
     def _dequantized(self, fields: quantize.Fields, shape: Sequence[int]) -> torch.Tensor:
         layout = quantize.build_layout([(shape[0], shape[1])], str(self.format_name))
         flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.device)
         quantize.store_linear(flat, layout, 0, fields)
-        return LayerStore(lambda: flat, layout).weight(0, self.dtype)
+        return quantize.LayerStore(lambda: flat, layout).weight(0, self.dtype)
 
 
 def read_float(ref: TensorRef, device: torch.device) -> torch.Tensor:
@@ -235,8 +231,7 @@ def merged(base: TrainedBase, dtype: torch.dtype, names: Sequence[str]) -> Tenso
         weight_OI = base.with_pair(name, weight_OI)
         pair = base.adapter.pairs.get(base.info.outer_name(name.removesuffix(".weight")))
         if pair is not None and pair.magnitude is not None:
-            length_O = read_float(pair.magnitude, device) / weight_OI.norm(dim=1)
-            weight_OI *= length_O.unsqueeze(1)
+            weight_OI *= (read_float(pair.magnitude, device) / weight_OI.norm(dim=1)).unsqueeze(1)
         result = weight_OI.to(dtype)
         if not result.sum(dtype=torch.float32).isfinite():
             remedy = "use --dtype bf16" if dtype == torch.float16 else "check base and adapter"
@@ -393,8 +388,7 @@ class Expansion:
             if vocabulary is not None and old in ends:  # new rows: the mean of the known ones
                 known = tensor[: vocabulary.num_known]
                 mean_H = known.mean(0, dtype=torch.float32).to(known.dtype)
-                num_new = vocabulary.num_rows - len(known)
-                tensor = torch.cat([known, mean_H.expand(num_new, -1)])
+                tensor = torch.cat([known, mean_H.expand(vocabulary.num_rows - len(known), -1)])
             for _, new, is_zero in group:
                 yield new, torch.zeros_like(tensor) if is_zero else tensor
 
@@ -584,12 +578,12 @@ def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) 
         UserError: `dataset` cannot be read.
     """
     if dataset is not None:
-        return _rows_of_data(TrainConfig(dataset=dataset), base, shape)
+        return _rows_of_data(config.TrainConfig(dataset=dataset), base, shape)
     path, has_run = base.adapter.path, base.adapter.pairs or base.adapter.replaced
     why = "no run_config.json beside the adapter" if has_run else "--dataset takes your own"
     try:
         if (run := run_config(path)) is not None:
-            check_own_code(vars(run), (), path)
+            config.check_own_code(vars(run), (), path)
             return _rows_of_data(run, base, shape)
     except UserError as error:
         why = f"the run's rows cannot be read: {error}"
@@ -610,7 +604,7 @@ def _tokenizer(base: TrainedBase) -> tokenizer.TextTokenizer:
     return tokenizer.read(path if tokenizer.has_files(path) else tokenizer.directory(base.info))
 
 
-def _rows_of_data(cfg: TrainConfig, base: TrainedBase, shape: tuple[int, int]) -> Rows:
+def _rows_of_data(cfg: config.TrainConfig, base: TrainedBase, shape: tuple[int, int]) -> Rows:
     ready = prepare.prepare(cfg, _tokenizer(base), base.info.vocab_size)
     part, kind = ready.held_out, "held-out rows"
     if not len(part):

@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import arch, atomic, cli
+from fsdp_qlora import arch, atomic, cli, hardware
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, WEIGHTS_NAME, SavedAdapter, read, read_json
-from fsdp_qlora.hardware import GIB
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -132,7 +131,7 @@ def write_gguf(model: Path, out: Path, outtype: str, llama_cpp: str | None) -> l
     if not is_converted:
         printed = run_tool(find_tool(QUANTIZER, llama_cpp), first, path, outtype.upper())
         first.unlink()
-    lines = [f"{path.name}, {path.stat().st_size / GIB:.2f} GiB"]
+    lines = [f"{path.name}, {path.stat().st_size / hardware.GIB:.2f} GiB"]
     if other := re.search(r"(\d+ of \d+) tensor\(s\) required fallback", printed):
         lines.append(f"{other[1]} tensors are wider: {outtype} wants rows of a multiple of 256")
     return lines

@@ -73,8 +73,7 @@ def estimate(s: Sizes, setting: Setting, gpus: Sequence[Device]) -> Speed:
 
 
 def _estimate(s: Sizes, setting: Setting, gpu: Device) -> Speed:
-    if s.groups(setting) > 1:
-        s, setting = s.visiting, s.joined(setting)
+    s, setting = (s.visiting, s.joined(setting)) if s.groups(setting) > 1 else (s, setting)
     ruled, alone = dict.fromkeys(BOUNDS, 0.0), dict.fromkeys(BOUNDS, 0.0)
     for parts in _passes(s, setting, gpu):
         gpu_s = parts[MATMULS] + parts[DEQUANTISE]
@@ -123,8 +122,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     num_unpacked = 1 if s.is_kept_whole else setting.per_visit
     unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
     launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)
-    if memory.uses_graphs(s, setting):
-        launch_s *= GRAPHS_SHARE
+    launch_s *= GRAPHS_SHARE if memory.uses_graphs(s, setting) else 1.0
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
     inputs_s, disk_s = inputs / gpu.host_link_gbs / 1e9, 0.0
     if setting.hosts_inputs == DISK:
@@ -319,8 +317,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
         num, travelling = per_step // batch, {*STREAMED, "offloaded"}
         travelling |= {"sharded"} if own.num_ranks > 1 else set()
         visits = {1, *(n for n in (*VISITS, num) if num % n == 0 and travelling & {*where})}
-        if "accumulate_by_layer" in fixed:
-            visits = {min(own.per_visit, num)}
+        visits = {min(own.per_visit, num)} if "accumulate_by_layer" in fixed else visits
         for per_visit in sorted(visits) if has_gpus else [own.per_visit]:
             rest = (strategy, own.machines, per_visit)
             yield tuple(Setting(own.num_ranks, batch, num, where, kept, *rest) for kept in levels)
@@ -457,8 +454,7 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
         ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
         ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),
     ]
-    if num_ranks > 1:
-        rows.append(("the base sharded over the GPUs", "", 0, sharded))
+    rows += [("the base sharded over the GPUs", "", 0, sharded)] if num_ranks > 1 else []
     if cfg.format_name == "bf16":
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
     for halvings in range(1, (cfg.context_length // 256).bit_length()):

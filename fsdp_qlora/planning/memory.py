@@ -55,8 +55,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     Returns:
         DEVICE_ROWS by phase.
     """
-    if s.groups(setting) > 1:
-        s, setting = s.visiting, s.joined(setting)
+    s, setting = (s.visiting, s.joined(setting)) if s.groups(setting) > 1 else (s, setting)
     states, backward, forward = _states(s, setting), _backward(s, setting), _forward(s, setting)
     trained = {rows.OPTIMIZER: _trained("moments", s, setting, moment_bytes(s.cfg))}
     grads = _gradients("of all layers, summed over micro-batches", s, setting)
@@ -70,8 +69,7 @@ def device(s: Sizes, setting: Setting, has_peer: bool = False) -> Table:
     }
     # What layers leave there: their graphs, or the small layer that was last at work.
     staying: Rows = {rows.SCRATCH: at_work(s)} if s.is_kept_whole else {}
-    if uses_graphs(s, setting):
-        staying = graph_rows(s, setting)
+    staying = graph_rows(s, setting) if uses_graphs(s, setting) else staying
     moments = {phase: [states, trained, part, staying] for phase, part in own.items()}
     always: Rows = {rows.LIBRARIES: [term("cuBLAS", bytes=LIBRARY_BYTES)]}
     if s.kind == "cuda":
@@ -181,11 +179,9 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
     moments, waiting = list[Rows](), (setting.per_visit, setting.hosts_inputs)
     for at in sorted({0, last, *turns, *(i + 1 for i in turns)}):
         done = s.layers if setting.num_visits > 1 else last - at
-        common: Rows = {
-            rows.KEPT: kept_by_level(s, tokens, setting.levels[: at + 1], *waiting),
-            rows.BUFFERS: _buffers(s, setting),
-            rows.LAYER: _between(s, setting),
-        }
+        kept = kept_by_level(s, tokens, setting.levels[: at + 1], *waiting)
+        common: Rows = {rows.KEPT: kept, rows.BUFFERS: _buffers(s, setting)}
+        common[rows.LAYER] = _between(s, setting)
         if done or s.trained_root:
             common[rows.GRADIENTS] = _gradients("of layers done", s, setting, s.layers - done)
         if at == 0 and s.one_group:
@@ -235,19 +231,16 @@ def _between(s: Sizes, setting: Setting) -> list[Term]:
     """What groups of rows that pass a layer together have between two layers."""
     others, adapted = s.groups(setting) - 1, setting.per_visit - 1
     wide = {"tokens": s.tokens(setting), "hidden": s.hidden, "bytes": s.item}
+    ends = term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide)
     own = {"groups": adapted, "params": s.lora, "bytes": s.item}
-    return present(
-        term("inputs, outputs (gradients) of the other groups", n=2, groups=others, **wide),
-        term("the other groups' gradients of adapters", **own),
-    )
+    return present(ends, term("the other groups' gradients of adapters", **own))
 
 
 def _head_gathered(s: Sizes, setting: Setting) -> list[Term]:
     """The head while it is at work: as gathered, and copied out of that."""
     copies = 1 if setting.keeps_gathered else 2
     held = [term("gathered adapters", **s.one_group, bytes=s.item)] if s.one_group else []
-    if setting.keeps_gathered:
-        held = _buffers(s, setting)
+    held = _buffers(s, setting) if setting.keeps_gathered else held
     head = term("gathered head", copies=copies, params=s.head, bytes=s.item)
     return [*held, head] if setting.shares > 1 and not s.is_tied else held
 
@@ -294,9 +287,8 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     cfg, ranks = s.cfg, setting.local_ranks
     process_bytes = PROCESS_BYTES[s.kind]
     process_bytes += (s.kind == "cpu" and has_gpu_build()) * CUDA_BUILD_BYTES
-    system_bytes = SYSTEM_BYTES
-    if system_gib is not None:
-        system_bytes = max(system_gib * GIB - s.file_bytes, 0.0)
+    in_use = None if system_gib is None else max(system_gib * GIB - s.file_bytes, 0.0)
+    system_bytes = SYSTEM_BYTES if in_use is None else in_use
     ids = {"rows": s.num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
     has_text = cfg.dataset != "dummy" or cfg.sample_prompt is not None
     tokens = {"tokens": s.vocab * has_text}
@@ -374,11 +366,9 @@ def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
     kept = [wide(INPUT, hidden=s.hidden)]
     if level == "full":
         return kept
-    kept += [
-        wide("outputs of all matmuls but the last", features=s.outs),
-        wide("attention's output", features=s.attention),
-        wide("its log-sum-exp", 4, heads=s.heads),
-    ]
+    kept.append(wide("outputs of all matmuls but the last", features=s.outs))
+    kept.append(wide("attention's output", features=s.attention))
+    kept.append(wide("its log-sum-exp", 4, heads=s.heads))
     if level == "selective":
         return kept
     read = wide("norms' outputs, activation product", features=s.input_features)
@@ -387,11 +377,9 @@ def kept_bytes(s: Sizes, tokens: int, level: str) -> list[Term]:
         read = wide("dropped inputs, masks", s.item + mask, features=s.dropped_features)
     others = (s.norms - 2) * s.hidden + s.head_norms
     kept += [read, wide("matmuls with A", ranks=s.lora_ranks)]
-    kept += present(
-        wide("outputs of experts, their products", features=s.routed),
-        wide("outputs to be scaled", features=s.magnitudes),
-        wide("inputs of more norms", features=others),
-    )
+    kept += present(wide("outputs of experts, their products", features=s.routed))
+    kept += present(wide("outputs to be scaled", features=s.magnitudes))
+    kept += present(wide("inputs of more norms", features=others))
     if s.kind == "cpu" or s.cfg.liger == "off":
         norms = {"hidden": s.hidden, "norms": s.norms}
         kept.append(wide("norms' inputs in float32 instead (not fused)", 4 - s.item, **norms))
@@ -503,22 +491,16 @@ def _tiled_moments(s: Sizes, tokens: int, scratch: list[Term]) -> list[Rows]:
     if s.kind == "cpu" or s.cfg.liger == "off":
         made.append(term("norm's input in float32 (not fused)", hidden=s.hidden, **wide, n=2))
     features = 5 * s.hidden + 2 * s.gates + 2 * s.product
-    tile = [
-        term("recomputed: residual", features=s.hidden, **wide),
-        term("a tile", tokens=sizes.TILE_TOKENS, features=features, bytes=s.item),
-    ]
+    residual = term("recomputed: residual", features=s.hidden, **wide)
+    tile = [residual, term("a tile", tokens=sizes.TILE_TOKENS, features=features, bytes=s.item)]
     # Of some heads after the others: gradients of queries in float32, of keys and values for all
     # the queries' heads, and all three as they are handed on.
-    key_heads = keys_values(s) / 2 * s.heads / s.attention
-    num_parts = sizes.head_parts(int(key_heads))
+    num_parts = sizes.head_parts(int(keys_values(s) / 2 * s.heads / s.attention))
     part = s.attention * (4 + 2 * s.item) + qkv * s.item
-    attention = [
-        term("gradients around the attention", features=s.attention + qkv, **wide),
-        term("its own", tokens=tokens, bytes=part, per_part=num_parts),
-        *_of_all_ranks(s, tokens, num_parts),
-    ]
-    constants = scratch if s.is_kept_whole else scratch[1:]
-    both = (tile, scratch), (attention, constants)
+    around = term("gradients around the attention", features=s.attention + qkv, **wide)
+    inside = term("its own", tokens=tokens, bytes=part, per_part=num_parts)
+    attention = [around, inside, *_of_all_ranks(s, tokens, num_parts)]
+    both = (tile, scratch), (attention, scratch if s.is_kept_whole else scratch[1:])
     return [{rows.LAYER: [*made, *own], rows.SCRATCH: held} for own, held in both]
 
 

@@ -113,10 +113,8 @@ class Table:
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """GiB by phase and row, as JSON and the ledger have them."""
-        return {
-            phase: {row: self.gib(phase, row) for row, terms in rows.items() if terms}
-            for phase, rows in self.phases.items()
-        }
+        phases = self.phases.items()
+        return {phase: {row: self.gib(phase, row) for row in of if of[row]} for phase, of in phases}
 
     @property
     def reserved_gib(self) -> float:

@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
-from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.targets import expert_rank, expert_sides, usual_expert_rank
+from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
 from fsdp_qlora.hardware import GIB, Device, Machine
-from fsdp_qlora.planning import fit, rows, sizes
+from fsdp_qlora.planning import fit, memory, rows, sizes
 from fsdp_qlora.planning.fit import Outcome, Speed
-from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
@@ -393,10 +391,8 @@ def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:
     found, host_gib = [], options.host
     if gpus == "auto":
         found = hardware.find_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))
-        if found and host_gib is None:
-            host_gib = hardware.host_limit_gib()
-    if not found:
-        found = hardware.parse_gpus(IMAGINED if gpus == "auto" else gpus)
+        host_gib = hardware.host_limit_gib() if found and host_gib is None else host_gib
+    found = found or hardware.parse_gpus(IMAGINED if gpus == "auto" else gpus)
     if found and cfg.world_size > len(found):
         rule = f"there are {len(found)} GPUs, and a rank needs one"
         raise UserError(f"--world_size {cfg.world_size}", rule, "name more with --gpus")
@@ -554,8 +550,7 @@ def _table(title: str, names: Sequence[str], table: rows.Table) -> list[str]:
     found["total"] = [table.total_gib(phase) for phase in rows.PHASES]
     for name, values in found.items():
         cells = (f"{value:10.2f}" if value >= 0.005 else f"{'-':>10}" for value in values)
-        if max(values) >= 0.005:
-            lines.append(f"  {name:<46}" + "".join(cells))
+        lines += [f"  {name:<46}" + "".join(cells)] if max(values) >= 0.005 else []
     return lines
 
 
@@ -624,14 +619,14 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
 def _experts(plan: RunPlan) -> list[tuple[str, str]]:
     """What becomes of the experts of a mixture under adapters, and what theirs cost."""
     info, cfg = plan.info, plan.cfg
-    sides = [side for index in range(info.num_layers) for side in expert_sides(info, index)]
+    sides = [side for index in range(info.num_layers) for side in targets.expert_sides(info, index)]
     if not sides or not sizes.has_adapters(cfg):
         return []
-    rank = expert_rank(info, cfg)
+    rank = targets.expert_rank(info, cfg)
     num_params = sum(sum(linear.shape) * num for linear, num in sides)
-    num_params *= rank or usual_expert_rank(info, cfg)
+    num_params *= rank or targets.usual_expert_rank(info, cfg)
     own, copy = (sizes.DTYPE_BYTES[dtype] for dtype in (cfg.master_dtype, cfg.compute_dtype))
-    gib = num_params * (2 * own + moment_bytes(cfg) + copy) / GIB
+    gib = num_params * (2 * own + memory.moment_bytes(cfg) + copy) / GIB
     trains = f"LoRA r {rank}" if rank else "frozen; --expert_lora_rank trains them"
     return [("experts", WORDS["experts"].format(trains, num_params, gib))]
 

@@ -123,11 +123,8 @@ def _hqq(bits: int, group_size: int, axis: int) -> Storage:
 
 
 _ABSMAX = (Field("absmax", "float32", GROUP),)
-_NESTED_ABSMAX = (
-    Field("qabsmax", "uint8", GROUP, multiple=NESTED),
-    Field("nested_absmax", "float32", GROUP * NESTED),
-    Field("offset", "float32", GROUP * NESTED),
-)
+_NESTED = (Field(name, "float32", GROUP * NESTED) for name in ("nested_absmax", "offset"))
+_NESTED_ABSMAX = (Field("qabsmax", "uint8", GROUP, multiple=NESTED), *_NESTED)
 FORMATS: dict[str, Storage] = {
     "nf4": Storage(4, _ABSMAX),
     "nf4_dq": Storage(4, _NESTED_ABSMAX, constant_bytes=4),
@@ -460,14 +457,12 @@ def setting_of(cfg: TrainConfig, num_layers: int, num_ranks: int, whole: Layers 
     placements = place(num_layers, rest, num_resident, whole)
     step = num_ranks, cfg.batch_size, cfg.gradient_accumulation_steps
     visit = cfg.per_visit, cfg.use_activation_cpu_offload
-    levels = cfg.levels(num_layers)
-    return Setting(*step, placements, levels, cfg.sharding_strategy, 1, *visit)
+    return Setting(*step, placements, cfg.levels(num_layers), cfg.sharding_strategy, 1, *visit)
 
 
 def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
     """What a command line sets for a model: `setting_of`, with the layers that it trains whole."""
-    whole = trained_whole(info, cfg).layers
-    setting = setting_of(cfg, info.num_layers, machine.num_ranks, whole)
+    setting = setting_of(cfg, info.num_layers, machine.num_ranks, trained_whole(info, cfg).layers)
     return dataclasses.replace(setting, machines=machine.num_machines)
 
 

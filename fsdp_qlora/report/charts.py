@@ -128,8 +128,7 @@ class Tape:
         chart, rows = self._memory.setdefault(title, new), part.get(f"{place}_rows") or {}
         names, bins, held = chart["names"], chart["bins"], part.get(MEMORY[place][0])
         total, is_first = sum(filter(None, rows.values())) or held or 0.0, not bins
-        if is_first or (self.num_steps - 1) % self._stride == 0:
-            bins.append([step, -1.0])
+        bins += [[step, -1.0]] if is_first or (self.num_steps - 1) % self._stride == 0 else []
         if total > bins[-1][1]:
             chart["limit"] = short(part.get(f"{place}_total_gib"))
             names += [row for row in rows if row not in names]

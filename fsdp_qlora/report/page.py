@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from fsdp_qlora import atomic, cli
-from fsdp_qlora.config import TrainConfig, to_dict
+from fsdp_qlora import atomic, cli, config
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
 from fsdp_qlora.record import OWN_FLAGS, Run, command, distinct, highest, read, word
@@ -356,7 +355,7 @@ def settings(runs: list[Run]) -> list[PageTable]:
     """
     columns = {run.name: run.config for run in runs}
     if len(runs) == 1:
-        columns = {"default": to_dict(TrainConfig())} | columns
+        columns = {"default": config.to_dict(config.TrainConfig())} | columns
     flags = dict.fromkeys(flag for run in runs for flag in run.config)
     rows = [(f, [Cell(word(c.get(f, UNKNOWN))) for c in columns.values()]) for f in flags]
     differ = [row for row in rows if row[0] not in OWN_FLAGS and len(set(row[1])) > 1]

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fsdp_qlora import atomic, cli
-from fsdp_qlora.checkpoint_store import LOCK, LOGS, METRICS, SUMMARY
+from fsdp_qlora import atomic, checkpoint_store, cli
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
 from fsdp_qlora.record import NEEDED
@@ -82,7 +81,7 @@ class Follower:
             self.read()
 
     def _read(self) -> None:
-        path = self._inside(METRICS)
+        path = self._inside(checkpoint_store.METRICS)
         if path is None:
             return
         with path.open("rb") as file:
@@ -104,7 +103,7 @@ class Follower:
 
     def _state(self) -> tuple[str, list[str]]:
         """How the run stands, and what its ranks do."""
-        lock, summary = self._inside(LOCK), self._inside(SUMMARY)
+        lock, summary = self._inside(checkpoint_store.LOCK), self._inside(checkpoint_store.SUMMARY)
         owner = OWNER.match(lock.read_text("utf-8", "replace")[:200]) if lock else None
         pid, host = owner.groups() if owner else ("", "")
         is_here = host == socket.gethostname()
@@ -120,8 +119,8 @@ class Follower:
     def _log(self) -> list[str]:
         """The last lines of the ranks that have a log; of a run without one those of its start."""
         lines: list[str] = []
-        for path in sorted((self._dir / LOGS).glob("rank*.log")):
-            if self._inside(f"{LOGS}/{path.name}") is None:
+        for path in sorted((self._dir / checkpoint_store.LOGS).glob("rank*.log")):
+            if self._inside(f"{checkpoint_store.LOGS}/{path.name}") is None:
                 continue
             with path.open("rb") as file:
                 file.seek(max(path.stat().st_size - LOG_BYTES, 0))

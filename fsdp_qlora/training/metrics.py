@@ -30,13 +30,11 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from fsdp_qlora import atomic, cli, hardware
-from fsdp_qlora.arch import num_params, unquantized
+from fsdp_qlora import arch, atomic, cli, errors, hardware
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import DONE, brief
 from fsdp_qlora.model.load import Built
 from fsdp_qlora.model.shard import blocks
 from fsdp_qlora.planning import rows as names
@@ -305,8 +303,7 @@ class Recorder:
         mine["cpu_cores"] = self._process.cpu_percent() / 100
         counts = [float(record[name]) for name in COUNTS]
         host = self._host()
-        share = self.tracker.share._replace(used_gib=host["host_used_gib"])
-        by_row = memory.encode(phases, share)
+        by_row = memory.encode(phases, self.tracker.share._replace(used_gib=host["host_used_gib"]))
         every = self._world.gather([*wishes, *counts, *mine.values(), *host.values(), *by_row])
         columns, begin = list(zip(*every, strict=True)), len(wishes)
         agreed = [max(column) for column in columns[:begin]]
@@ -342,17 +339,15 @@ class Recorder:
         host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"])
         return host
 
-    def _memories(
-        self, mine: Sequence[str], host: Sequence[str], rows: list[list[float]]
-    ) -> dict[str, Any]:
+    def _memories(self, own: list[str], host: list[str], rows: list[list[float]]) -> dict[str, Any]:
         """What a line says of memory and processors, of each rank and of each machine."""
         values = [row[-memory.NUM_VALUES :] for row in rows]
         tops, host_tops = self._ledger.update(values, memory.STEP_PHASES)
         ranks, hosts = [], []
         for row, top in zip(rows, tops, strict=True):
-            ranks.append({**dict(zip(mine, row, strict=False)), "device_rows": top})
+            ranks.append({**dict(zip(own, row, strict=False)), "device_rows": top})
         for (first, *_), top in zip(self._machines, host_tops, strict=True):
-            figures = dict[str, Any](zip(host, rows[first][len(mine) :], strict=False))
+            figures = dict[str, Any](zip(host, rows[first][len(own) :], strict=False))
             figures["num_cpu_cores"] = int(figures["num_cpu_cores"])
             hosts.append({**_plain(figures), "host_rows": top})
         named = zip(self._machines.values(), hosts, strict=True)
@@ -480,8 +475,7 @@ class Recorder:
 
 def _plain(value: Any) -> Any:
     """The value as JSON knows it: tensors as numbers, NaN and infinity as None."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
+    value = value.item() if isinstance(value, torch.Tensor) else value
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -527,7 +521,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
         For the record, by name; `lines` are what the console shows.
     """
     plan, cfg, info = tracker.plan, tracker.plan.cfg, tracker.plan.info
-    trainable, total = count_trained(info, cfg).total, num_params(info)
+    trainable, total = count_trained(info, cfg).total, arch.num_params(info)
     allocated_gib, reserved_gib, _ = tracker.taken["load"] if tracker.is_cuda else memory.Peak()
     rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
@@ -535,7 +529,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
     stores = (block.store for block in blocks(built.model))
     quantized_gib = sum(store.layout.nbytes for store in stores if store) / hardware.GIB
-    sizes = {name.removesuffix(".weight"): num for name, num in unquantized(info).items()}
+    sizes = {name.removesuffix(".weight"): num for name, num in arch.unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
     facts: dict[str, Any] = {"config": to_dict(cfg), "plan": plan.to_dict()}
     facts |= {"model_type": info.model_type, "num_params": total}
@@ -548,8 +542,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     lines = [text.format_map(shown) for text in TABLE["lines"]]
     lines += [f"note      {note}" for note in data.audit.facts["notes"]]
     if plan.found is not None and plan.rows_note:  # what the plan says now that rows are known
-        host_gib = plan.found.host.peak_gib
-        lines.append(f"plan      {plan.rows_note}: {host_gib:.1f} GiB on the host")
+        lines.append(f"plan      {plan.rows_note}: {plan.found.host.peak_gib:.1f} GiB on the host")
     lines += [f"note      {note}" for note in cfg_notes(cfg)]
     return facts | {"data": data.audit.facts, "lines": lines}
 
@@ -610,7 +603,7 @@ def _follow(name: str, cfg: TrainConfig, stop: threading.Event, tell: Say, quiet
                 tracker.log(values, step=step)
         tracker.finish()
     except BaseException as error:  # wandb leaves by SystemExit too
-        failure = brief(error) or type(error).__name__
+        failure = errors.brief(error) or type(error).__name__
         quiet.muted.discard(threading.get_ident())
         tell(f"note      {name} failed ({failure}): metrics.jsonl goes on")
 
@@ -675,7 +668,7 @@ def attach_trackers(cfg: TrainConfig, is_writer: bool, tell: Say = tqdm.write) -
             if slow := " and ".join(thread.name for thread in threads if thread.is_alive()):
                 tell(f"note      {slow} has not taken all of it yet: metrics.jsonl has it")
                 # Before what the tracker wants to do at the end, and waits.
-                atexit.register(exit_report.leave, DONE)
+                atexit.register(exit_report.leave, errors.DONE)
 
 
 def _open(name: str, cfg: TrainConfig) -> Any:

@@ -171,7 +171,7 @@ def test_the_host_memory_of_a_program_is_the_most_in_use_while_it_ran(tmp_path, 
     """Of all programs, and other tests run too: here the readings are given, and one is checked."""
     readings = iter([3.0, 3.5, 5.25])
     with monkeypatch.context() as given:
-        given.setattr(bench, "host_used_gib", lambda: next(readings, 4.0))
+        given.setattr(bench.hardware, "host_used_gib", lambda: next(readings, 4.0))
         argv = [sys.executable, "-c", "import time; time.sleep(1.5)"]
         ran = bench.run_program(argv, os.environ, tmp_path / "log", timeout_s=60.0)
     assert (ran["reason"], ran["host_peak_gib"], ran["host_added_gib"]) == (None, 5.25, 2.25)

@@ -128,7 +128,6 @@ def test_a_chat_is_asked_with_the_ids_that_transformers_makes(tmp_path):
     [
         ("x.txt", "", "is empty"),
         ("x.jsonl", '"a"\n{"question": 1}\n', r"x\.jsonl:2: is no prompt in JSON"),
-        ("x.jsonl", '"a"\n{"prompt": ""}\n', r"x\.jsonl:2: is no prompt in JSON"),
         ("x.jsonl", "[1]\n", r"x\.jsonl:1: is no prompt in JSON"),
         ("x.jsonl", "How?\n", r"x\.jsonl:1: is no prompt in JSON"),
     ],

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,12 +215,15 @@ def test_an_explained_error_is_told_with_its_scene_and_any_other_in_one_line(
 
 
 def test_words_of_a_rank_survive_the_file(tmp_path: Path):
-    """Lines, not only one; line breaks and terminal codes escaped."""
+    """Lines, not only one; line breaks and terminal codes escaped; the first failure first."""
     exit_report.write_error(tmp_path, RankError(3, 4, "a\nb", ["c\x1b[31m", "d"], "memory"))
-    (found,) = exit_report.read_errors(tmp_path)
+    time.sleep(0.02)
+    exit_report.write_error(tmp_path, RankError(0, 1, "e"))
+    found, second = exit_report.read_errors(tmp_path)
+    assert second == RankError(0, 1, "e", [])
     assert (found.rank, found.code, found.line, found.kind) == (3, 4, "a\\nb", "memory")
     assert list(found.more) == ["c\\x1b[31m", "d"]
     lines = exit_report.error_lines(found, plan_of("2x24"))
     assert lines[0] == "error: a\\nb" and lines[-1].startswith("next      --")
     exit_report.clear_errors(tmp_path)
-    assert exit_report.read_errors(tmp_path) == []
+    assert exit_report.read_errors(tmp_path) == exit_report.read_errors(tmp_path / "no") == []

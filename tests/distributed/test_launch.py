@@ -17,7 +17,7 @@ import pytest
 
 from fsdp_qlora import config, hardware
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
-from fsdp_qlora.distributed import exit_report, hooks, launch
+from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
 from fsdp_qlora.planning import fit
 from fsdp_qlora.planning.sizes import setting_for
@@ -270,16 +270,6 @@ def test_a_free_port_is_another_than_one_in_use():
         port = taken.getsockname()[1]
         assert launch.find_port(0) != port
     assert launch.find_port(port) == port
-
-
-def test_errors_read_back_in_the_order_they_were_written(tmp_path: Path):
-    """Not in the order of ranks."""
-    for rank in (3, 0, 1):
-        exit_report.write_error(tmp_path, exit_report.RankError(rank, rank + 1, f"line\n{rank}"))
-        time.sleep(0.02)
-    found = [(error.rank, error.code, error.line) for error in exit_report.read_errors(tmp_path)]
-    assert found == [(3, 4, "line\\n3"), (0, 1, "line\\n0"), (1, 2, "line\\n1")]
-    assert exit_report.read_errors(tmp_path / "nowhere") == []
 
 
 @dataclasses.dataclass
