@@ -137,8 +137,8 @@ def least_of(machines: Sequence[Machine]) -> Machine:
     gpus = min((m.gpus for m in machines), key=lambda own: min(gpu.memory_gib for gpu in own))
     hosts = [m.host_gib for m in machines if m.host_gib is not None]
     used = [m.system_gib for m in machines if m.system_gib is not None]
-    rest = {"host_gib": min(hosts, default=None), "system_gib": max(used, default=None)}
-    return dataclasses.replace(machines[0], gpus=gpus, **rest)
+    host_gib, system_gib = min(hosts, default=None), max(used, default=None)
+    return dataclasses.replace(machines[0], gpus=gpus, host_gib=host_gib, system_gib=system_gib)
 
 
 def parse_gpus(text: str) -> list[Device]:
