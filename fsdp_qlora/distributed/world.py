@@ -272,7 +272,7 @@ def split(world: World, num: int) -> World:
     """
     if num == 1:
         return world
-    group, _ = dist.new_subgroups(num)
+    group = None if num == world.size else dist.new_subgroups(num)[0]
     context = dataclasses.replace(world, rank=world.rank % num, size=num, group=group)
     return dataclasses.replace(world, context=context)
 

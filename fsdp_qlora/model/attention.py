@@ -159,16 +159,23 @@ class Cut(NamedTuple):
         """The tokens of all ranks in their order, [T, ...], of this rank's, [T / ranks, ...]."""
         if self.ranks is None:
             return own
-        parts = self.ranks.share(own.reshape(-1)).view(self.ranks.size, 2, -1, *own.shape[1:])
-        return torch.cat([parts[:, 0], parts[:, 1].flip(0)]).flatten(0, 1)
+        order = self._order(self.ranks.size)
+        chunks = self.ranks.share(own.reshape(-1)).view(len(order), -1, *own.shape[1:])
+        return torch.cat([chunks[order.index(number)] for number in range(len(order))])
 
     def reduce(self, whole: torch.Tensor) -> torch.Tensor:
         """The other way: `gather`, differentiated; the sum over ranks of this rank's tokens."""
         if self.ranks is None:
             return whole
-        first, second = whole.view(2, self.ranks.size, -1, *whole.shape[1:])
-        parts = torch.stack([first, second.flip(0)], 1)
-        return self.ranks.sum_slices(parts.flatten(1)).view(-1, *whole.shape[1:])
+        order = self._order(self.ranks.size)
+        chunks = whole.view(len(order), -1, *whole.shape[1:])
+        slices = torch.stack([chunks[number] for number in order]).view(self.ranks.size, -1)
+        return self.ranks.sum_slices(slices).view(-1, *whole.shape[1:])
+
+    @staticmethod
+    def _order(num: int) -> list[int]:
+        """Numbers of the chunks, rank after rank."""
+        return [number for rank in range(num) for number in (rank, 2 * num - 1 - rank)]
 
 
 aten = torch.ops.aten
