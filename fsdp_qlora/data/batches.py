@@ -367,8 +367,7 @@ def padded_width(longest: int, multiple: int, most: int) -> int:
         most: tokens of the longest row of all; the width goes no further than the multiple of 8
             that holds it.
     """
-    ceiling = -(-max(most, 1) // 8) * 8
-    return min(-(-max(longest, 1) // multiple) * multiple, ceiling)
+    return min(-(-max(longest, 1) // multiple) * multiple, -(-max(most, 1) // 8) * 8)
 
 
 def padded_tokens(lengths: np.ndarray, sampler: SamplerConfig, num_steps: int = 0) -> list[int]:

@@ -360,8 +360,7 @@ class Recorder:
             phase: "load" or "save".
         """
         share = self.tracker.share._replace(used_gib=self.tracker.used_gib[phase])
-        values = self._world.gather(memory.encode(self.tracker.phases, share))
-        self._ledger.update(values, (phase,))
+        self._ledger.update(self._world.gather(memory.encode(self.tracker.phases, share)), (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -444,8 +443,7 @@ class Recorder:
             bar.update(1)
             return
         every, now_s = max(1, self._num_steps // MIN_PLAIN_LINES), time.monotonic()
-        is_late = now_s - self._said_s >= cli.LINE_S or step in (1, self._num_steps)
-        if step % every == 0 or is_late:
+        if step % every == 0 or now_s - self._said_s >= cli.LINE_S or step in (1, self._num_steps):
             print(f"step {step}/{self._num_steps} {' '.join(words)} ETA {left}", flush=True)
             self._said_s = now_s
 
