@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,6 +126,19 @@ class Machine:
     def kind(self) -> str:
         """Where the ranks compute: "cuda" or "cpu"."""
         return "cuda" if self.gpus else "cpu"
+
+
+def least_of(machines: Sequence[Machine]) -> Machine:
+    """What every one of several machines has at least.
+
+    Args:
+        machines: with as many GPUs each.
+    """
+    gpus = min((m.gpus for m in machines), key=lambda own: min(gpu.memory_gib for gpu in own))
+    hosts = [m.host_gib for m in machines if m.host_gib is not None]
+    used = [m.system_gib for m in machines if m.system_gib is not None]
+    host_gib, system_gib = min(hosts, default=None), max(used, default=None)
+    return dataclasses.replace(machines[0], gpus=gpus, host_gib=host_gib, system_gib=system_gib)
 
 
 def parse_gpus(text: str) -> list[Device]:

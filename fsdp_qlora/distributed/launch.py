@@ -618,7 +618,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> p
         world: the ranks; all of them must call.
 
     Returns:
-        The plan, of one configuration on all ranks, for each machine's own memory.
+        The plan, of one configuration on all ranks: what fits the machine with the least.
 
     Raises:
         UserError: it does not fit, or there is no such model; raised on every rank.
@@ -629,6 +629,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> p
     machine = plans.find_machine(os.environ, world.local_size, num_gpus)
     every = world.gather_objects((world.local_size, machine))  # they have looked one by one
     sizes, machine = {size for size, _ in every}, every[world.peers[0]][1]
+    machine = hardware.least_of([other for _, other in every]) if num_gpus else machine
     if len(sizes) > 1:
         if STRATEGIES[cfg.sharding_strategy].is_hybrid:
             numbers = " and ".join(map(str, sorted(sizes)))

@@ -47,6 +47,8 @@ PLACEMENTS = {
     "resident": "whole on every rank",
     "trained": "trained themselves, nothing quantized",
 }
+# A rank may take so much more than the plan says (1.4 B parameters quantized on a CPU: 0.27 GiB).
+SPARE_GIB = 0.3
 GROUPS = ("sharded", "offloaded")  # an FSDP group: a slice on every rank, gathered for use
 
 
@@ -297,7 +299,9 @@ class Streamer:
         slot = layer % len(self.slots)
         if not 0 <= layer < self.num_layers or self._held[slot] == layer:
             return
-        self._held[slot] = layer
+        self._held[slot], last = layer, self._filled[slot]
+        if isinstance(last, Future):
+            last.result()  # or it would overwrite this one
         self.num_copies += 1
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
         source, target = self.sources[layer], self.slots[slot][: self.sizes[layer]]
@@ -453,7 +457,7 @@ def _num_in_memory(
     if is_file or left_gib * GIB < nbytes:
         # What the run will take beside the layers and what it has taken by now.
         table = plans.host(Sizes(info, cfg, world.device.type), setting.tiered(0))
-        left_gib -= table.peak_gib
+        left_gib -= table.peak_gib + SPARE_GIB * world.local_size
         left_gib += sum(table.gib("load", row) for row in (SYSTEM, FILES, PROCESSES, DATA))
         num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
     return int(min(least for (least,) in world.gather([num])))

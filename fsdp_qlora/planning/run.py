@@ -228,8 +228,6 @@ def _not_fitted(cfg: TrainConfig, given: frozenset[str], machine: Machine) -> st
         return "off: everything as asked for"
     if not machine.gpus:
         return "CPU ranks run as asked for"
-    if machine.num_machines > 1:
-        return "ranks on several machines run as asked for"
     if any(math.isinf(gpu.memory_gib) for gpu in machine.gpus):
         return "off: the driver does not report the memory of the GPUs"
     if all(given & names for names in GROUPS.values()):

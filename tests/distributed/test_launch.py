@@ -11,12 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fsdp_qlora import config, hardware
 from fsdp_qlora.config import PROJECT_DIR, TrainConfig
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError
+from fsdp_qlora.planning import fit
+from fsdp_qlora.planning.sizes import setting_for
 from tests import fake_nvml
 
 PIPE = subprocess.PIPE
@@ -41,6 +45,7 @@ except UserError as fault:
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, {project!r})
 from fsdp_qlora.distributed import exit_report, hooks
 from tests import faults
@@ -366,3 +371,35 @@ def test_first_host_of_a_slurm_list():
     """Ranges, lists, leading zeros and suffixes."""
     lists = {"a": "a", "a,b": "a", "n[1-3]": "n1", "n[07,9],m": "n07", "r[1-2]-ib,x": "r1-ib"}
     assert {hosts: launch.first_host(hosts) for hosts in lists} == lists
+
+
+def test_what_is_chosen_fits_the_machine_with_the_least(monkeypatch):
+    """Of two with unlike GPUs and hosts; the global batch stays, the link of 10 Gbit/s counts."""
+    argv = ["--model_name=llama-2-7b", "--weights=random", "--dataset=dummy", "--batch_size=8"]
+    argv += ["--context_length=2048", "--use_cpu_offload=false", "--output_dir=x"]
+    cfg = config.parse(argv)
+    given = config.given(argv) & {"model_name", "weights"}
+
+    def plan_on(*machines: hardware.Machine, rank: int = 0):
+        every = [(2, machine) for machine in machines for _ in range(2)]
+        world = SimpleNamespace(
+            **{"size": len(every), "rank": rank, "local_size": 2, "peers": [rank // 2 * 2]},
+            **{"device": SimpleNamespace(type="cuda"), "each": lambda call: call()},
+            gather_objects=lambda mine: every if isinstance(mine, tuple) else [mine] * len(every),
+        )
+        monkeypatch.setattr(launch.plans, "find_machine", lambda *_: machines[rank // 2])
+        monkeypatch.setattr(launch.plans, "announce", lambda plan, say: None)
+        return launch.broadcast_plan(cfg, given, world)
+
+    large, small = (
+        hardware.Machine(tuple(hardware.parse_gpus(names)), host_gib)
+        for names, host_gib in (("2x80", 200.0), ("2x16", 60.0))
+    )
+    both, same = [plan_on(large, small, rank=rank) for rank in (0, 3)], plan_on(large, large)
+    assert both[0].cfg == both[1].cfg != cfg
+    assert both[0].machine.host_gib == 60 and both[0].found.fits_safely
+    assert both[0].cfg.batch_size * both[0].cfg.gradient_accumulation_steps == 8
+    assert same.cfg.sharding_strategy == "hybrid_full_shard"
+    for plan, fits in ((same, False), (both[0], True)):
+        setting = setting_for(plan.info, plan.cfg, dataclasses.replace(small, num_machines=2))
+        assert fit.evaluate(plan.info, plan.cfg, setting, small).fits == fits

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import INTEGRITY, UserError
@@ -55,6 +56,35 @@ def test_ranks_that_share_a_ring_find_every_span_in_any_order(tmp_path, monkeypa
         assert list(pool.map(run, range(num_ranks))) == [[]] * num_ranks
 
 
+@pytest.mark.parametrize("num_slots", [2, 3])
+def test_layers_in_memory_and_on_disk_share_slots_in_any_order(tmp_path, monkeypatch, num_slots):
+    """Copies that nobody waits for any more come before those that take their slot."""
+    path, size, num_layers = tmp_path / "file", 5000, 9
+    path.write_bytes(b"".join(bytes([layer]) * size for layer in range(num_layers)))
+    read, pauses = disk.Span.read, np.random.default_rng(1)
+
+    def read_late(self, *args):
+        threading.Event().wait(pauses.random() / 500)
+        read(self, *args)
+
+    monkeypatch.setattr(disk.Span, "read", read_late)
+    streamer = placement.Streamer([size] * num_layers, num_slots, torch.device("cpu"))
+    on_disk = [layer for layer in range(num_layers) if layer % 3 != 1]
+    streamer.sources = [
+        None if layer in on_disk else torch.full([size], layer, dtype=torch.uint8)
+        for layer in range(num_layers)
+    ]
+    memory = torch.frombuffer(mmap.mmap(-1, disk.ring_bytes(size, 4, 1)), dtype=torch.uint8)
+    spans = [disk.Span(path, layer * size, size) for layer in on_disk]
+    streamer.open(disk.Ring(spans, memory.numpy().data, 4, 0, 1), memory, None)
+    there_and_back = [*range(num_layers), *reversed(range(num_layers))]
+    wild = np.random.default_rng(0).integers(0, num_layers, 150).tolist()
+    for layer in [*there_and_back * 2, *wild]:
+        assert (streamer.read(layer) == layer).all()
+        threading.Event().wait(0.001)
+        assert (streamer.read(layer) == layer).all()
+
+
 def cached_pages(files: list[Path]) -> tuple[int, int]:
     """Pages of files in the page cache, as the kernel tells, and all."""
     libc, found, total = ctypes.CDLL(None, use_errno=True), 0, 0
@@ -85,7 +115,7 @@ def compare(world, path, folder):
     table = SimpleNamespace(peak_gib=2.0, gib=lambda phase, row: 0.25)
     placement.plans = SimpleNamespace(host=lambda *_: table)
     layer_gib = tiny.shape(path, world)[0].model.layouts[0].nbytes / GIB
-    own = (*base, FILE, f"--host_budget_gib={world.size + 1 + 3.5 * layer_gib:.9f}")
+    own = (*base, FILE, f"--host_budget_gib={1.3 * world.size + 1 + 3.5 * layer_gib:.9f}")
     names = tiny.shape(path, world, *FLAGS, *own)[0].placed.names
     assert names == ("disk", "disk", "streamed", "disk", "streamed", "disk", "streamed")
     found["partly"] = trained_by(world, path, collate, 1, own)
