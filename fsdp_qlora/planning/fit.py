@@ -462,10 +462,10 @@ def _single_changes(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> list[R
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
     for num in (n for n in (2, 4) if n > cfg.context_parallel):
         more = cfg.gradient_accumulation_steps * num // cfg.context_parallel
-        values = {"context_parallel": num, "gradient_accumulation_steps": more}
+        shared: dict[str, Any] = {"context_parallel": num, "gradient_accumulation_steps": more}
         with contextlib.suppress(UserError):
-            sizes.check_context(info, dataclasses.replace(cfg, **values), num_ranks)
-            rows.append((f"each row over {num} GPUs", "", 0, values))
+            sizes.check_context(info, dataclasses.replace(cfg, **shared), num_ranks)
+            rows.append((f"each row over {num} GPUs", "", 0, shared))
     for halvings in range(1, (cfg.context_length // 256).bit_length()):
         length = cfg.context_length >> halvings
         lost = f"rows longer than {length} tokens"
