@@ -105,14 +105,10 @@ def looked(tmp_path_factory):
     return place, found, alone
 
 
-def lines(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_training_is_the_same_bit_for_bit_with_and_without_evaluation(looked):
     """With dropout: evaluations and answers must not draw from its generator."""
     steps = [
-        [(line["loss"], line["grad_norm"]) for line in lines(looked[0] / name) if "step_s" in line]
+        [(line["loss"], line["grad_norm"]) for line in tiny.steps(looked[0] / name)]
         for name in ("without", "with")
     ]
     assert len(steps[0]) == NUM_STEPS and steps[0] == steps[1]
@@ -132,7 +128,7 @@ def test_every_second_step_is_evaluated_and_the_best_adapter_is_kept(looked):
     place, found, _ = looked
     losses, best = found[0]["losses"], found[0]["best"]
     assert list(losses) == [0, 2, 4, 6] and found[1]["losses"] == losses
-    events = [line for line in lines(place / "with") if line.get("event") == "eval"]
+    events = [line for line in tiny.lines(place / "with") if line.get("event") == "eval"]
     assert [(e["when"], e["step"], e["loss"]) for e in events] == [
         (when, step, losses[step])
         for when, step in (("before", 0), ("step", 2), ("step", 4), ("after", 6))
@@ -163,7 +159,7 @@ def test_the_kept_adapter_has_the_loss_it_was_kept_for(looked):
 def test_all_prompts_are_answered_before_and_after_the_same_on_every_rank(looked):
     place, found, _ = looked
     assert found[0]["answers"] == found[1]["answers"]
-    events = [line for line in lines(place / "with") if line.get("event") == "sample"]
+    events = [line for line in tiny.lines(place / "with") if line.get("event") == "sample"]
     assert [(e["when"], e["prompt"], e["expected"]) for e in events] == [
         (when, prompt.shown, prompt.expected) for when in ("before", "after") for prompt in PROMPTS
     ]

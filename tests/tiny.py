@@ -69,6 +69,16 @@ def recorder(out: Path, world, num_steps: int, **info):
     return metrics.Recorder(tracker, world, num_steps, info)
 
 
+def lines(out: Path) -> list[dict]:
+    """The record of a run."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(out: Path) -> list[dict]:
+    """The steps in the record of a run."""
+    return [line for line in lines(out) if "event" not in line]
+
+
 def unsaved() -> SimpleNamespace:
     """What stands for the Checkpointer of a training that saves nothing and hears no signal."""
     never = {"poll": lambda step: (), "should_save": lambda agreed: False}

@@ -81,13 +81,9 @@ class Graphs:
 
     def load(self, found: Pass, body, hidden, lora, args: tuple, kwargs: dict) -> None:
         """Copy a layer's tensors into the inputs of the graphs."""
-        by_dtype: dict[torch.dtype, tuple[list, list]] = {}
-        own = _inputs(body, hidden, lora, args, kwargs)
-        for static, tensor in zip(found.inputs, own, strict=True):
-            statics, tensors = by_dtype.setdefault(static.dtype, ([], []))
-            statics.append(static)
-            tensors.append(tensor)
-        for statics, tensors in by_dtype.values():
+        pairs = [*zip(found.inputs, _inputs(body, hidden, lora, args, kwargs), strict=True)]
+        for dtype in {static.dtype for static, _ in pairs}:
+            statics, tensors = zip(*[pair for pair in pairs if pair[0].dtype == dtype], strict=True)
             torch._foreach_copy_(statics, tensors)
 
     def _capture(self, body, hidden, args, kwargs) -> Pass | None:

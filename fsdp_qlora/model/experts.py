@@ -362,18 +362,16 @@ def replace_experts(
     for index, linear in enumerate(linears):
         if linear.expert:
             tables.setdefault(linear.expert[2], {})[linear.expert[1]] = index
-    weights = {path for path, p in layer.named_parameters() if p.dim() > 2}
-    paths = {path.rpartition(".")[0] for path in weights}
-    found = {path: layer.get_submodule(path) for path in sorted(paths)}
-    found = {path: module for path, module in found.items() if not isinstance(module, nn.Conv1d)}
+    modules = dict(layer.named_modules())
+    paths = {path.rpartition(".")[0] for path, p in layer.named_parameters() if p.dim() > 2}
+    found = {p: modules[p] for p in sorted(paths) if not isinstance(modules[p], nn.Conv1d)}
     if not found and not tables:
         return []
     names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
-    base = _base_of(layer, found)
-    if len(found) != 1 or not hasattr(next(iter(found.values())), "is_transposed"):
+    base, module = _base_of(layer, found), cast(Any, next(iter(found.values()), None))
+    if len(found) != 1 or not hasattr(module, "is_transposed"):
         rule = "is not computed by transformers' interface for experts"
         raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
-    module: Any = next(iter(found.values()))
     ids = ((3,) if 3 in tables else (0, 1)) if module.has_gate else (1,)
     module.in_name = "gate_up_proj" if module.has_gate else "up_proj"
     numbers, sides = [*tables.get(2, {})], []

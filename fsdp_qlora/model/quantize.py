@@ -70,6 +70,7 @@ def triton_kernels(is_cuda: bool = True) -> ModuleType | None:
 
 
 Fields = dict[str, torch.Tensor]
+ABSMAX = ("absmax", "qabsmax")  # of bitsandbytes' formats: without and with double quantization
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,12 @@ def _quantize_bnb(weight_OI: torch.Tensor, quant_type: str, double: bool) -> Fie
     settings = {"blocksize": GROUP, "quant_type": quant_type, "quant_storage": torch.uint8}
     settings["compress_statistics"] = double
     quantized, state = bnb.quantize_4bit(weight_OI.contiguous(), **settings)
-    if not double:
-        return {"weight": quantized.view(-1), "absmax": state.absmax}
-    nested = state.state2.absmax
-    offset = state.offset.expand_as(nested).contiguous()  # kernels read it by its address
-    return _nested_fields(quantized.view(-1), state.absmax, nested, offset)
-
-
-def _nested_fields(weight, qabsmax, nested_absmax, offset) -> Fields:
-    return {"weight": weight, "qabsmax": qabsmax, "nested_absmax": nested_absmax, "offset": offset}
+    found = {"weight": quantized.view(-1), ABSMAX[double]: state.absmax}
+    if double:
+        nested = state.state2.absmax
+        offset = state.offset.expand_as(nested).contiguous()  # kernels read it by its address
+        found |= {"nested_absmax": nested, "offset": offset}
+    return found
 
 
 def from_stored(parts: Fields, offset: float | None, format_name: str, name: str) -> Fields:
@@ -154,11 +152,11 @@ def from_stored(parts: Fields, offset: float | None, format_name: str, name: str
     if not all(torch.equal(parts[part], code) for part, code in codes.items()):
         rule = "stored with another code than this bitsandbytes has"
         raise UserError(name, rule, "take the 16-bit original of this model", INTEGRITY)
-    if offset is None:
-        return {"weight": parts["weight"], "absmax": parts["absmax"]}
-    nested = parts["nested_absmax"]
-    offsets = torch.full_like(nested, offset)
-    return _nested_fields(parts["weight"], parts["absmax"], nested, offsets)
+    found = {"weight": parts["weight"], ABSMAX[offset is not None]: parts["absmax"]}
+    if offset is not None:
+        nested = parts["nested_absmax"]
+        found |= {"nested_absmax": nested, "offset": torch.full_like(nested, offset)}
+    return found
 
 
 def _as_stored(*names: str) -> Callable[[Fields], Sequence[torch.Tensor]]:
@@ -316,9 +314,6 @@ def _quantize_bf16(weight_OI: torch.Tensor) -> Fields:
 
 def _dequantize_bf16(quantized, constants, shape, dtype, out=None) -> torch.Tensor:
     return quantized.view(torch.bfloat16).view(shape).to(dtype)
-
-
-ABSMAX = ("absmax", "qabsmax")  # fields of constants in bitsandbytes' formats
 
 
 def _bnb_row(name: str) -> Format:

@@ -5,6 +5,7 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 
 import contextlib
 import importlib.util
+import json
 import logging
 import math
 import sys
@@ -522,13 +523,13 @@ def transformers_config(info: ModelInfo) -> Any:
         raise UserError(f"model type {info.model_type}", rule, remedy) from error
 
 
-def _with_numbers(value: Any) -> Any:
+def _with_numbers(value: dict) -> dict:
     """Read {"__float__": "Infinity"}, which transformers writes where JSON has no number."""
-    if isinstance(value, dict) and value.keys() == {"__float__"}:
-        return float(value["__float__"])
-    if isinstance(value, dict):
-        return {key: _with_numbers(entry) for key, entry in value.items()}
-    return [_with_numbers(entry) for entry in value] if isinstance(value, list) else value
+
+    def number(table: dict) -> Any:
+        return float(table["__float__"]) if table.keys() == {"__float__"} else table
+
+    return json.loads(json.dumps(value), object_hook=number)
 
 
 def _build_body(

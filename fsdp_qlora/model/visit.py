@@ -104,14 +104,13 @@ class StandIn(nn.Module):
 
 @contextmanager
 def _replaced(layers: nn.ModuleList, step: Callable[..., Tensor]) -> Iterator[None]:
-    blocks = list(layers)
+    blocks = dict(layers.named_children())
+    stand_ins = {n: StandIn(b, functools.partial(step, int(n))) for n, b in blocks.items()}
     try:
-        for number, block in enumerate(blocks):
-            layers._modules[str(number)] = StandIn(block, functools.partial(step, number))
+        layers._modules.update(stand_ins)
         yield
     finally:
-        for number, block in enumerate(blocks):
-            layers._modules[str(number)] = block
+        layers._modules.update(blocks)
 
 
 @contextmanager

@@ -322,7 +322,8 @@ def _course_notes(saved: SavedCheckpoint, cfg: config.TrainConfig, num_steps: in
         raise UserError(f"--resume {path}", rule, "ask for more steps, or resume an earlier one")
     stored, _ = config.from_record(saved.state["config"])
     before = functools.partial(learning_rate, stored, saved.state.get("num_steps", num_steps))
-    lines = preflight.course_notes(stored, cfg)
+    both = [(n, getattr(stored, n), getattr(cfg, n)) for n in preflight.TABLE["course"]]
+    lines = [f"resume    --{name} was {old}, now {new}" for name, old, new in both if old != new]
     rate, planned = learning_rate(cfg, num_steps, step), before(step)
     if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.base_lr):
         words = f"{before(max(step - 1, 0)):.3g} in step {step}, {rate:.3g} in the next"

@@ -495,7 +495,9 @@ def fit(
         world.sum(0)  # no rank takes a step that another could still leave at once for a signal
         for step in range(checkpointer.step, batches.num_steps):
             micro_batches = batches.step(step)
-            torch.manual_seed(dropout_seed(trained.seed, step, world.rank))
+            # No random state need be kept; another rank draws other numbers.
+            draws = hashlib.sha256(f"dropout:{trained.seed}:{step}:{world.rank}".encode()).digest()
+            torch.manual_seed(int.from_bytes(draws[:7], "little"))
             learning_rate = trained.schedule.get_last_lr()[0]
             hook = functools.partial(metrics.reach, recorder.clock, world.rank, step + 1)
             results = train_step(trained, micro_batches, step + 1, hook)
@@ -513,18 +515,6 @@ def fit(
         _note_skipped(trained, batches, recorder, is_last=True)
         optim.check_weights(trained, batches.num_steps)
         checkpointer.finish(batches.num_steps)
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Return the seed of a step's dropout, so that no random state need be kept.
-
-    Args:
-        seed: of the run.
-        step: 0-based.
-        rank: another one draws other numbers.
-    """
-    digest = hashlib.sha256(f"dropout:{seed}:{step}:{rank}".encode()).digest()
-    return int.from_bytes(digest[:7], "little")
 
 
 def _note_skipped(

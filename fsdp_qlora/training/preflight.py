@@ -287,16 +287,6 @@ def check_same(
     raise error
 
 
-def course_notes(stored: TrainConfig, cfg: TrainConfig) -> list[str]:
-    """A line for each option of the training itself that is not as the checkpoint has it.
-
-    Args:
-        stored, cfg: options of the checkpoint and of this run.
-    """
-    both = [(name, getattr(stored, name), getattr(cfg, name)) for name in TABLE["course"]]
-    return [f"resume    --{name} was {old}, now {new}" for name, old, new in both if old != new]
-
-
 def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[str]:
     """A line for each library whose version is not that of the checkpoint.
 

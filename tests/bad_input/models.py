@@ -1,6 +1,7 @@
 """Bad model directories: config.json, safetensors files, and what stands in their place."""
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tests.model_files import edit_json, write_header
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000000\n"
 PAGE = "\n<!DOCTYPE html><html>Sign in</html>"
+NO_WINDOW = {"layer_types": ["sliding_attention"], "sliding_window": 0}
 EVIL_ROPE = {"rope_type": "evil"}
 NO_NORM = b'{"model_type": "llama", "rms_norm_eps": null}'
 PAYLOAD = "import os\nopen({!r}, 'w').close()\nos.system('touch {}')\n"
@@ -139,12 +141,19 @@ def loop(path: Path) -> None:
     path.symlink_to(path)
 
 
-def experts(place: Place) -> None:
-    """Mixture of experts, of a type without a row in the table of layouts."""
-    cube = {"dtype": "F16", "shape": [2, 4, 4], "data_offsets": [0, 64]}
-    header = {"h.0.mlp.experts.weight": cube}
-    write_header(place.model / "model.safetensors", header, bytes(64))
-    edit_json(place.model / "config.json", model_type="mixtral")
+def tensors(**shapes: tuple[int, ...]):
+    """Other tensors, "__" for ".", of a type without a row in the table of layouts."""
+
+    def damage(place: Place) -> None:
+        table, end = {}, 0
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * math.prod(shape)
+            entry = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+            table[name.replace("__", ".")] = entry
+        write_header(place.model / WEIGHTS, table, bytes(end))
+        edit_json(place.model / CONFIG, model_type="mixtral", num_hidden_layers=1)
+
+    return damage
 
 
 NAME = "--model_name="
@@ -209,7 +218,11 @@ CASES = [
     Case("multi-modal", "is multi-modal", make=config(vision_config={})),
     Case("quantised already", "is quantized already", make=config(quantization_config={})),
     Case("own code", "wants its own code run", make=own_code),
-    Case("experts", "is no linear", make=experts),
+    Case("experts", "no expert as Mixtral", make=tensors(h__0__mlp__experts=(8, 4, 4))),
+    Case("Conv1D", "as GPT-2's", make=tensors(h__0__a__weight=(4, 12), h__0__a__bias=(12,))),
+    Case("two stacks", "found 2", make=tensors(a__0__q__weight=(4, 4), b__0__q__weight=(4, 4))),
+    Case("text of another", "is multi-modal", make=config(text_config={})),
+    Case("window of nothing", "window is none", make=config(**NO_WINDOW)),
     Case("pickle .bin", "which can run code", make=pickled("pytorch_model.bin")),
     Case("pickle .pth", "which can run code", make=pickled("consolidated.pth")),
     Case("pickle .pt", "which can run code", make=pickled("model.pt")),
@@ -234,6 +247,7 @@ CASES = [
     Case("garbled header", "invalid", (), header(b'"F32"', b'"F32,'), INTEGRITY),
     Case("endless header", "are no safe", (), raw(WEIGHTS, b"\xff" * 64), INTEGRITY),
     Case("header of nothing", "found 0", (), raw(WEIGHTS, b"\2" + bytes(7) + b"{}")),
+    Case("offsets with points", "are no safe", (), entry(data_offsets=[0.5, 9.5]), INTEGRITY),
     Case("no offsets", "invalid", (), entry(data_offsets="-"), INTEGRITY),
     Case("offsets as text", "invalid", (), entry(data_offsets="ab"), INTEGRITY),
     Case("negative size", "invalid", (), entry(shape=[-32]), INTEGRITY),

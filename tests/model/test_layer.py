@@ -56,40 +56,34 @@ def test_layout_has_the_bytes_of_the_formula():
     """
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
     num_weights = sum(o * i for o, i in shapes)
-    assert layouts.build_layout(shapes, "nf4_dq").nbytes == num_weights * (
-        1 / 2 + 1 / 64 + 8 / 16384
-    )
-    assert layouts.build_layout(shapes, "nf4").nbytes == num_weights * (1 / 2 + 4 / 64)
-    assert layouts.build_layout(shapes, "hqq4").nbytes == num_weights * (1 / 2 + 4 / 64)
-    assert layouts.build_layout(shapes, "hqq2_g32").nbytes == num_weights * (1 / 4 + 4 / 32)
-    assert layouts.build_layout(shapes, "hqq8_g128").nbytes == num_weights * (1 + 8 / 128)
-    assert layouts.build_layout(shapes, "int8").nbytes == num_weights + 4 * sum(
-        o for o, _ in shapes
-    )
-    assert layouts.build_layout(shapes, "hqq3_a0").nbytes == num_weights * (7 * 4 / 64 + 4 / 64)
-    assert layouts.build_layout(shapes, "bf16").nbytes == num_weights * 2
+    sizes = {"nf4_dq": 1 / 2 + 1 / 64 + 8 / 16384, "nf4": 1 / 2 + 4 / 64, "hqq4": 1 / 2 + 4 / 64}
+    sizes |= {"hqq2_g32": 1 / 4 + 4 / 32, "hqq8_g128": 1 + 8 / 128, "hqq3_a0": 7 * 4 / 64 + 4 / 64}
+    for name, size in (sizes | {"bf16": 2}).items():
+        assert layouts.build_layout(shapes, name).nbytes == num_weights * size, name
+    num_rows = sum(rows for rows, _ in shapes)
+    assert layouts.build_layout(shapes, "int8").nbytes == num_weights + 4 * num_rows
+
+
+def watched(shapes, field):
+    """A store in NF4, and the calls of a field of its format."""
+    store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in shapes])
+    calls, (name, fmt) = [], *store.formats.items()
+    real = getattr(fmt, field)
+    watch = {field: lambda *args: calls.append(1) or real(*args)}
+    store.formats[name] = dataclasses.replace(fmt, **watch)
+    return store, calls
 
 
 @pytest.mark.parametrize("shapes", [SHAPES, EVEN_SHAPES])
 def test_constants_are_made_once_per_pass_over_a_layer(shapes):
-    store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in shapes])
-    calls, (name, fmt) = [], *store.formats.items()
-    real = fmt.constants
-    store.formats[name] = dataclasses.replace(
-        fmt, constants=lambda *args: calls.append(1) or real(*args)
-    )
+    store, calls = watched(shapes, "constants")
     for index in range(3):
         store.weight(index, torch.float32)
     assert len(calls) == 1
 
 
 def test_a_small_layer_is_dequantized_once_for_all_its_matmuls():
-    store, _ = tiny.quantized_store("nf4_dq", [torch.randn(shape) for shape in EVEN_SHAPES])
-    calls, (name, fmt) = [], *store.formats.items()
-    real = fmt.dequantize
-    store.formats[name] = dataclasses.replace(
-        fmt, dequantize=lambda *args: calls.append(1) or real(*args)
-    )
+    store, calls = watched(EVEN_SHAPES, "dequantize")
     for index in (0, 1, 2, 3, 3, 2, 1, 0):  # recomputation, then backward
         store.weight(index, torch.bfloat16)
     assert len(calls) == 1

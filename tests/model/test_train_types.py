@@ -271,9 +271,7 @@ def _commands(world, lines):
         machine = Machine((), None, world.size)
         plan = plans.make(info, cfg, config.given(argv), machine)
         train_run.run(plan, world, config.given(argv))
-        text = (cfg.resolved_output_dir / "metrics.jsonl").read_text()
-        steps = [json.loads(line) for line in text.splitlines()]
-        steps = [step for step in steps if "event" not in step]
+        steps = tiny.steps(cfg.resolved_output_dir)
         measured = steps[-1]["ranks"][world.rank]["device_rows"]
         predicted = plan.to_dict()["device"]["optimizer"]
         found[name] = len(steps), predicted, measured

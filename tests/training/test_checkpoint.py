@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.errors import INPUT, UserError
-from tests import faults
+from tests import faults, tiny
 from tests.ranks import run_ranks
 from tests.training.test_resume import COMMON, make_place, run
 
@@ -25,14 +25,6 @@ LEGS = ((2, 3, 2), (3, 2, 4), (1, 6, 6), (2, 3, NUM_STEPS))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     return make_place(tmp_path_factory.mktemp("checkpoint"))
-
-
-def record(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps_of(out: Path) -> list[dict]:
-    return [line for line in record(out) if "event" not in line]
 
 
 def _leg(world, place: Path, out: Path, *flags: str) -> int:
@@ -57,7 +49,7 @@ def test_a_run_goes_on_with_more_and_with_fewer_ranks(place: Path):
         codes = run_ranks(_leg, num_ranks, place, out, *flags)
         assert codes == [0] * num_ranks
     run_ranks(_leg, 2, place, whole, "--batch_size=3")
-    found, expected = steps_of(out), steps_of(whole)
+    found, expected = tiny.steps(out), tiny.steps(whole)
     assert [line["step"] for line in found] == list(range(1, NUM_STEPS + 1))
     assert [len(line["ranks"]) for line in found] == [2, 2, 3, 3, 1, 1, 2, 2]
     for mine, other in zip(found, expected, strict=True):
@@ -87,7 +79,7 @@ def test_a_full_disk_costs_a_checkpoint_but_no_step(place: Path):
     said, _ = run_ranks(_with_fault, 2, place, out, fault, "--max_steps=5")
     names = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert names == ["step-1", "step-2", "step-4", "step-5"]
-    assert [line["step"] for line in steps_of(out)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in tiny.steps(out)] == [1, 2, 3, 4, 5]
     (line,) = [line for line in said.splitlines() if line.startswith("warning")]
     assert "step 3 could not be written (No space left on device)" in line
     assert "the last one there: of step 2" in line
@@ -104,7 +96,7 @@ def test_the_checkpoint_of_the_best_evaluation_stays(place: Path):
     """And is written when the evaluation tells, whatever --save_every says."""
     out = place / "best"
     run_ranks(_looked_at, 2, place, out)
-    losses = {e["step"]: e["loss"] for e in record(out) if e.get("event") == "eval"}
+    losses = {e["step"]: e["loss"] for e in tiny.lines(out) if e.get("event") == "eval"}
     losses.pop(0)
     best = min(losses, key=lambda step: losses[step])
     marked = json.loads((out / "checkpoints" / "best.json").read_text())

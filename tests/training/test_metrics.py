@@ -60,14 +60,6 @@ def record(step: int, **changes) -> dict:
     return {**values, "grad_norm": 0.5, "num_trained_tokens": 90, "num_tokens": 100, **changes}
 
 
-def lines(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps(folder: Path) -> list[dict]:
-    return [line for line in lines(folder) if "event" not in line]
-
-
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
@@ -81,7 +73,7 @@ def run_steps(folder: Path, num_steps: int, **changes) -> None:
 
 def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
     run_steps(tmp_path, 5)
-    written = steps(tmp_path)
+    written = tiny.steps(tmp_path)
     assert [line["step"] for line in written] == [1, 2, 3, 4, 5]
     for line in written:
         expected = record(line["step"])
@@ -95,7 +87,7 @@ def test_every_step_is_one_line_with_its_values_and_all_memory_fields(tmp_path):
 
 def test_the_first_line_names_config_versions_and_ranks(tmp_path):
     run_steps(tmp_path, 1)
-    first = lines(tmp_path)[0]
+    first = tiny.lines(tmp_path)[0]
     assert first["event"] == "run"
     assert first["config"] == {"seed": 42}
     assert first["num_ranks"] == 1
@@ -107,11 +99,11 @@ def test_the_loss_of_a_step_is_read_only_when_the_next_step_is_launched(tmp_path
     with tiny.recorder(tmp_path, Alone(), 2) as recorder:
         loss = torch.tensor(9.0)
         recorder.step(record(1, loss=loss, grad_norm=torch.tensor(0.25)))
-        assert steps(tmp_path) == []
+        assert tiny.steps(tmp_path) == []
         loss.fill_(7.0)  # as if the device computed it only now
         recorder.step(record(2))
-        assert [(line["loss"], line["grad_norm"]) for line in steps(tmp_path)] == [(7.0, 0.25)]
-    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+        assert [(line["loss"], line["grad_norm"]) for line in tiny.steps(tmp_path)] == [(7.0, 0.25)]
+    assert [line["step"] for line in tiny.steps(tmp_path)] == [1, 2]
 
 
 def test_phases_add_up_over_micro_batches_and_make_the_step(pass_s):
@@ -138,15 +130,16 @@ def test_step_seconds_cover_the_whole_time_except_what_an_event_tells_of(tmp_pat
         recorder.event("eval", {"loss": 1.0})
         pass_s(0.25)
         recorder.step(record(4))
-    phases = [(line["step_s"], line.get("forward_s"), line["other_s"]) for line in steps(tmp_path)]
+    steps = tiny.steps(tmp_path)
+    phases = [(line["step_s"], line.get("forward_s"), line["other_s"]) for line in steps]
     assert phases == [(0.625, 0.5, 0.125)] * 3 + [(0.25, None, 0.25)]
-    assert [line.get("record_s") for line in steps(tmp_path)] == [None, 0.0, 0.0, None]
+    assert [line.get("record_s") for line in steps] == [None, 0.0, 0.0, None]
 
 
 def test_recording_costs_milliseconds(tmp_path):
     """Of the quieter steps: others compute on this machine too."""
     run_steps(tmp_path, 40)
-    assert statistics.quantiles(line["record_s"] for line in steps(tmp_path)[1:])[0] < 0.005
+    assert statistics.quantiles(line["record_s"] for line in tiny.steps(tmp_path)[1:])[0] < 0.005
 
 
 def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three_steps(tmp_path):
@@ -155,7 +148,7 @@ def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three
         for step in range(1, 6):
             time.sleep(0.2 if step <= 3 else 0.01)
             recorder.step(record(step))
-    totals, written = summary(tmp_path), steps(tmp_path)
+    totals, written = summary(tmp_path), tiny.steps(tmp_path)
     assert totals["is_complete"] is True
     assert totals["num_steps"] == 5
     assert totals["num_tokens"] == 500
@@ -179,7 +172,7 @@ def test_a_failed_run_keeps_its_last_step_and_says_that_it_is_incomplete(tmp_pat
         recorder.step(record(1))
         recorder.step(record(2))
         raise ZeroDivisionError
-    assert [line["step"] for line in steps(tmp_path)] == [1, 2]
+    assert [line["step"] for line in tiny.steps(tmp_path)] == [1, 2]
     assert summary(tmp_path)["is_complete"] is False
     assert summary(tmp_path)["num_steps"] == 2
 
@@ -188,7 +181,7 @@ def test_a_loss_that_is_not_a_number_is_null_and_named(tmp_path):
     with tiny.recorder(tmp_path, Alone(), 2) as recorder:
         recorder.step(record(1, loss=torch.tensor(float("nan")), grad_norm=float("inf")))
         recorder.step(record(2, grad_norm=None))
-    first, second = steps(tmp_path)
+    first, second = tiny.steps(tmp_path)
     assert (first["loss"], first["grad_norm"]) == (None, None)
     assert first["nonfinite"] == ["loss", "grad_norm"]
     assert "nonfinite" not in second
@@ -200,9 +193,9 @@ def test_events_stand_between_the_steps_they_happened_between(tmp_path):
         recorder.step(record(1))
         recorder.event("eval", {"loss": torch.tensor(2.5)})
         recorder.step(record(2))
-    order = [line.get("event", line.get("step")) for line in lines(tmp_path)]
+    order = [line.get("event", line.get("step")) for line in tiny.lines(tmp_path)]
     assert order == ["run", 1, "eval", 2]
-    assert lines(tmp_path)[2]["loss"] == 2.5
+    assert tiny.lines(tmp_path)[2]["loss"] == 2.5
 
 
 def test_without_a_terminal_a_long_run_prints_some_twenty_plain_lines(tmp_path, capsys):
@@ -317,7 +310,7 @@ def record_with_ballast(world, folder: str) -> None:
 
 def test_two_ranks_sum_their_tokens_and_show_their_memory_each(tmp_path):
     run_ranks(record_with_ballast, 2, str(tmp_path))
-    written = steps(tmp_path)
+    written = tiny.steps(tmp_path)
     assert [line["num_tokens"] for line in written] == [200, 400]
     assert [line["num_trained_tokens"] for line in written] == [21, 21]
     rss = [rank["host_rss_gib"] for rank in written[1]["ranks"]]
@@ -341,8 +334,8 @@ def record_on_two_hosts(world, folder: str) -> None:
 def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path):
     """Each host's own figures and rows; the fullest stands in the line of the step."""
     run_ranks(record_on_two_hosts, 2, str(tmp_path))
-    here, there = steps(tmp_path)[0]["hosts"]
-    assert here.items() >= steps(tmp_path)[0]["host"].items() and there["name"] == "far"
+    here, there = tiny.steps(tmp_path)[0]["hosts"]
+    assert here.items() >= tiny.steps(tmp_path)[0]["host"].items() and there["name"] == "far"
     assert (there["host_used_gib"], there["host_total_gib"]) == (90.0, 100.0)
     assert [host["host_rows"][names.HOSTED] for host in (here, there)] == [1.0, 2.0]
     totals = summary(tmp_path)
@@ -350,11 +343,11 @@ def test_the_memory_of_several_hosts_is_recorded_per_host(tmp_path):
         totals["peaks"]["hosts"][1].items() >= {"name": "far", "host_peak_used_gib": 90.0}.items()
     )
     assert [place["forward"][names.HOSTED] for place in totals["ledger"]["hosts"]] == [1.0, 2.0]
-    assert "host far 90.0/100 GiB" in metrics._progress_words(steps(tmp_path)[0], [1.0])
+    assert "host far 90.0/100 GiB" in metrics._progress_words(tiny.steps(tmp_path)[0], [1.0])
     assert [metrics._of(*pair) for pair in ((0.25, 0.5), (0.3, 1.5), (1, 9.6), (2, 63.7))] == [
         *("0.2/0.5 GiB", "0.3/1.5 GiB", "1.0/10 GiB", "2.0/64 GiB")
     ]
-    assert metrics.figures(steps(tmp_path)[0])["memory/host_gib"] == 90.0
+    assert metrics.figures(tiny.steps(tmp_path)[0])["memory/host_gib"] == 90.0
 
 
 @pytest.mark.gpu
@@ -379,8 +372,8 @@ def test_a_process_that_computes_is_busy_and_one_that_waits_is_not(tmp_path):
             sum(range(2000))
         wall_s = time.monotonic() - wall_s
         recorder.step(record(3))
-    _, idle, busy = (line["ranks"][0]["cpu_cores"] for line in steps(tmp_path))
-    everyone = steps(tmp_path)[2]["host"]["cpu_cores"]
+    _, idle, busy = (line["ranks"][0]["cpu_cores"] for line in tiny.steps(tmp_path))
+    everyone = tiny.steps(tmp_path)[2]["host"]["cpu_cores"]
     assert idle < 0.3
     assert abs(busy - 0.4 / wall_s) < 0.15 and busy <= (os.cpu_count() or 1) + 0.1
     assert everyone > busy / 2  # the machine's clock is coarse, and counts this process too

@@ -117,10 +117,6 @@ def fit(world, path, out, fault, *flags):
     return error and (str(error), error.code), start == state_hash(trained), batches.rows(2)
 
 
-def records(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def both_fits(world, path, out):
     once = fit(world, path, out / "once", {3: ("forward", math.nan)})
     flags = ("--max_skipped_steps=2", "--gradient_accumulation_steps=1")
@@ -140,8 +136,7 @@ def test_the_record_names_step_rank_and_rows_and_a_row_of_skips_ends_the_run(tmp
     text = by_rank[0][1][0][0]
     assert text.startswith("2 steps in a row were skipped, the last: step 3 skipped: loss not")
     assert "on rank 1" in text and "weights are those before" in text
-    lines = records(tmp_path / "once")
-    steps = [line for line in lines if "event" not in line]
+    lines, steps = tiny.lines(tmp_path / "once"), tiny.steps(tmp_path / "once")
     assert [line["skipped"] for line in steps] == [False, False, True, False, False, False]
     (event,) = [line for line in lines if line.get("event") == "skipped"]
     assert (event["step"], event["ranks"], event["is_loss"]) == (3, [1], True)
@@ -149,7 +144,9 @@ def test_the_record_names_step_rank_and_rows_and_a_row_of_skips_ends_the_run(tmp
     assert event["places"] == [f"rows row {row + 1}" for row in mine.tolist()]
     summary = json.loads((tmp_path / "once" / "summary.json").read_text())
     assert summary["num_skipped_steps"] == 1
-    steps = [line["step"] for line in records(tmp_path / "often") if line.get("event") == "skipped"]
+    steps = [
+        line["step"] for line in tiny.lines(tmp_path / "often") if line.get("event") == "skipped"
+    ]
     assert steps == [2, 3]
 
 

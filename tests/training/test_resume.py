@@ -136,9 +136,8 @@ def break_off(world, whole: Path, out: Path, step: int) -> None:
 
 def traces(out: Path, step: int = NUM_STEPS) -> tuple:
     """What must be equal: every step's numbers, and the hashes of weights and moments."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     names = ("step", "epoch", "learning_rate", "num_tokens", "num_trained_tokens")
-    steps = [line for line in lines if "event" not in line]
+    steps = tiny.steps(out)
     numbers = [[line[n] for n in names] for line in steps]
     losses = [(line["loss"].hex(), line["grad_norm"].hex()) for line in steps]
     manifest = json.loads((out / "checkpoints" / f"step-{step}" / "manifest.json").read_text())
@@ -180,8 +179,7 @@ def _said(world, place: Path, out: Path, *flags: str) -> str:
 
 
 def _evaluations(out: Path) -> list[tuple]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    names = ("when", "step", "loss", "is_best")
+    lines, names = tiny.lines(out), ("when", "step", "loss", "is_best")
     return [tuple(line[n] for n in names) for line in lines if line.get("event") == "eval"]
 
 
