@@ -455,9 +455,8 @@ class Reader:
         for name, alias in ((name, self.aliases[name]) for name in given if name in self.aliases):
             entry, before = given[name], found.get(alias.option)
             is_usual, text = not alias.changes(entry.text), alias.write(entry.text)
-            if entry.text and not text:
-                continue
-            if is_usual and (before or not alias.option or alias.when_both != "refuse"):
+            is_idle = is_usual and (before or not alias.option or alias.when_both != "refuse")
+            if is_idle or (entry.text and not text):
                 continue
             if alias.is_refused:
                 self._refuse(entry.place, alias.reason, alias.remedy)
@@ -484,7 +483,8 @@ class Reader:
         for name, (text, place) in given.items():
             option = options(self.cls)[name]
             if not SWITCH.isdisjoint(option.choices or ()):
-                text = _switched(text, option.choices)
+                words = {"true": "on" if "on" in option.choices else "auto", "false": "off"}
+                text = text if text in option.choices else words.get(plain(text), text)
             nothing = ("none", "null") if str in option.kinds else ("none", "null", "auto")
             is_none = option.is_optional and text.lower() in nothing
             value = None if is_none else _typed(text, option.kinds)
@@ -494,12 +494,6 @@ class Reader:
             else:
                 self.faults.append(fault)
         return values
-
-
-def _switched(text: str, choices: Sequence[str]) -> str:
-    """One of the choices for true and false; any other text as it is."""
-    words = {"true": "on" if "on" in choices else "auto", "false": "off"}
-    return text if text in choices else words.get(plain(text), text)
 
 
 def _read_table(path: Path) -> dict[str, Any]:

@@ -227,8 +227,7 @@ def packages() -> Iterator[Finding]:
     for need in own:
         found, wanted = versions[need.name], need.specifier
         is_needed = need.marker is None or need.marker.evaluate({"extra": ""})
-        is_right = wanted.contains(found, prereleases=True) if found else not is_needed
-        if not is_right:
+        if not (wanted.contains(found, prereleases=True) if found else not is_needed):
             value = f"{config.PACKAGE} wants {wanted or 'it'}, found {found or 'none'}"
             remedy = f"pip install '{need.name}{wanted}'"
             yield Finding(need.name, value, remedy, ENVIRONMENT * is_needed)
@@ -388,10 +387,9 @@ def do_tasks(kind: str, *tasks: str) -> None:
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else hardware.CPU.name
     for task in tasks:
         hooks.beat(task, rank)
-        if kind == "cpu" and rank and task not in TOGETHER:
+        is_absent = importlib.util.find_spec(OPTIONAL.get(task, "torch")) is None
+        if is_absent or (kind == "cpu" and rank and task not in TOGETHER):
             continue  # the ranks share the CPU: the first one tries it
-        if importlib.util.find_spec(OPTIONAL.get(task, "torch")) is None:
-            continue
         check, remedy, code = TASKS[task]
         world, who = World(rank, size, rank, size, device), every if task in TOGETHER else one
         for finding in (findings := attempt(task, partial(check, world), remedy, code)):

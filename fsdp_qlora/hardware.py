@@ -69,8 +69,7 @@ class Device:
         Args:
             matmul: `--matmul`.
         """
-        gains = {"fp8": self.fp8_gain, "int8": self.int8_gain * self.has_bf16}
-        return gains.get(matmul, 1.0)
+        return {"fp8": self.fp8_gain, "int8": self.int8_gain * self.has_bf16}.get(matmul, 1.0)
 
 
 _SERIES = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))

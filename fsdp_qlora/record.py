@@ -184,8 +184,7 @@ def command(options: Mapping[str, Any]) -> str:
     """
     words, defaults = ["python", "train.py"], to_dict(TrainConfig())
     for flag, value in options.items():
-        is_default = value is None or value == defaults.get(flag, value)
-        if flag == "model_name" or not is_default:
+        if flag == "model_name" or not (value is None or value == defaults.get(flag, value)):
             words += [f"--{flag}", word(value)]
     return one_line(shlex.join(words))
 

@@ -42,9 +42,10 @@ def place(tmp_path_factory) -> Path:
     return directory
 
 
-def words(place: Path, out: Path) -> list[str]:
+def words(place: Path, out: Path, verb: str = "merge") -> list[str]:
     flags = ["--evidence_rows=0", "--device=cpu", "--max_shard_gib=0.00004", "--dtype=fp32"]
-    return ["merge", f"--adapter={place / 'adapter'}", f"--out={out}", *flags]
+    name = "adapter" if verb == "merge" else "model_name"
+    return [verb, f"--{name}={place / name.removesuffix('_name')}", f"--out={out}", *flags]
 
 
 def run(argv: list[str], number: int, kind: int | None, counted) -> None:
@@ -89,20 +90,22 @@ def tree(directory: Path) -> dict[str, str]:
     return found
 
 
-def test_killed_at_any_file_it_leaves_nothing_half_made(place: Path, tmp_path: Path):
+@pytest.mark.parametrize("verb", ["merge", "quantize"])
+def test_killed_at_any_file_it_leaves_nothing_half_made(place: Path, tmp_path: Path, verb: str):
     """SIGKILL at every touch of a file; then the same command makes the same as ever."""
     whole = tmp_path / "whole"
-    code, num_touches = fork(words(place, whole))
+    code, num_touches = fork(words(place, whole, verb))
     assert code == DONE and num_touches > 20
     expected, outcomes = tree(whole), set()
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} < expected.keys()
     out = tmp_path / "out"
-    for number in range(1, num_touches + 1):
-        assert fork(words(place, out), number, signal.SIGKILL)[0] == -signal.SIGKILL, number
+    apart = 1 if verb == "merge" else 2
+    for number in (*range(apart, num_touches, apart), num_touches):
+        assert fork(words(place, out, verb), number, signal.SIGKILL)[0] == -signal.SIGKILL, number
         outcomes.add(out.exists())
         if number % 8 == 4 and not out.exists():
             assert list(tmp_path.glob(".out.*")) != []
-            assert fork(words(place, out))[0] == DONE
+            assert fork(words(place, out, verb))[0] == DONE
         assert not out.exists() or tree(out) == expected, number
         assert not (out.exists() and list(tmp_path.glob(".out.*"))), number
         for path in (out, *tmp_path.glob(".out.*")):

@@ -91,8 +91,7 @@ def sampler_config(cfg: TrainConfig, world_size: int, rank: int, multiple: int) 
         world_size, rank, multiple: as for `SamplerConfig`, of padding.
     """
     shape = (cfg.batch_size, cfg.gradient_accumulation_steps, world_size, rank, cfg.seed)
-    rest = (cfg.num_epochs, cfg.max_steps, multiple, cfg.objective)
-    return SamplerConfig(*shape, *rest)
+    return SamplerConfig(*shape, cfg.num_epochs, cfg.max_steps, multiple, cfg.objective)
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,18 +372,16 @@ def padded_width(longest: int, multiple: int, most: int) -> int:
     return min(-(-max(longest, 1) // multiple) * multiple, ceiling)
 
 
-def padded_tokens(
-    lengths: np.ndarray, sampler: SamplerConfig, num_steps: int | None = None
-) -> list[int]:
+def padded_tokens(lengths: np.ndarray, sampler: SamplerConfig, num_steps: int = 0) -> list[int]:
     """Return the tokens of every micro-batch of the first epoch with its padding, of all ranks.
 
     Args:
         lengths: int [rows], tokens of each.
         sampler: of the run; its rank does not matter.
-        num_steps: steps to look at; None: all of the epoch.
+        num_steps: steps to look at; 0: all of the epoch.
     """
     most, found = int(lengths.max()), []
-    for rows in epoch_order(lengths, sampler.rows_per_step, sampler.seed, 0)[:num_steps]:
+    for rows in epoch_order(lengths, sampler.rows_per_step, sampler.seed, 0)[: num_steps or None]:
         micros = micro_batches(rows, sampler.rows_per_micro, sampler.world_size)
         for mine in (part for by_rank in micros for part in by_rank):
             longest = int(lengths[mine].max()) if len(mine) else 1
@@ -592,22 +589,19 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
     return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
 
 
-def _batch(
-    shape: tuple[int, int], samples: Sequence[Sample], starts: list[tuple[int, int]]
-) -> Batch:
+def _batch(shape: tuple[int, int], rows: Sequence[Sample], starts: list[tuple[int, int]]) -> Batch:
     """Samples on padding, each from its row and column on."""
     import torch
 
     ids = np.full(shape, PAD_ID, np.int64)
     labels = np.full_like(ids, NOT_TRAINED)
-    for sample, (row, first) in zip(samples, starts, strict=True):
+    for sample, (row, first) in zip(rows, starts, strict=True):
         place = slice(first, first + len(sample.input_ids))
         ids[row, place] = sample.input_ids
         labels[row, place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
-    num_trained = sum(sample.num_trained_tokens for sample in samples)
-    num_tokens = sum(len(sample.input_ids) for sample in samples)
-    input_ids, targets = torch.from_numpy(ids), torch.from_numpy(labels)
-    return Batch(input_ids, targets, num_trained, num_tokens)
+    num_trained = sum(sample.num_trained_tokens for sample in rows)
+    num_tokens = sum(len(sample.input_ids) for sample in rows)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(labels), num_trained, num_tokens)
 
 
 def all_once(samples: TokenDataset, sampler: SamplerConfig) -> Iterator[Batch]:

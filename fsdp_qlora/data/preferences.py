@@ -152,8 +152,7 @@ def _pair(row: dict, names: Sequence[str]) -> list[dict]:
         beside.pop("input", None)
         prompt = [{"role": "user", "content": text}]
     start = chats.read_messages("prompt", prompt) if prompt else []
-    whole = [messages[: len(start)] == start for messages in both]
-    if start and all(whole):  # they repeat it
+    if start and all(messages[: len(start)] == start for messages in both):  # they repeat it
         both = [messages[len(start) :] for messages in both]
     elif not start or any(messages[0]["role"] in ("system", "user") for messages in both):
         pairs = enumerate(zip(*both, strict=False))

@@ -563,8 +563,7 @@ def _shown(
             num_tokens, num_learned = len(sample.input_ids), sample.num_trained_tokens
             yield f"\n{place}: {side}{num_tokens:,} tokens, {num_learned:,} learned\n"
             is_learned = sample.is_trained & (np.arange(num_tokens) > 0)  # no target: the first
-            edges = np.nonzero(np.diff(is_learned))[0] + 1
-            for part in np.split(np.arange(num_tokens), edges):
+            for part in np.split(np.arange(num_tokens), np.nonzero(np.diff(is_learned))[0] + 1):
                 text = _safe(text_tokenizer.core.decode(sample.input_ids[part].tolist(), False))
                 yield f"⟦{text}⟧" if is_learned[part[0]] else text
             yield "\n"

@@ -73,7 +73,7 @@ def choose_prompts(
     chosen = np.random.default_rng(cfg.seed).permutation(len(ready.held_out))[:number]
     samples = (ready.held_out[index].rows()[0] for index in sorted(chosen.tolist()))
     around = _around_question(ready, tokenizer)
-    return tuple(_ask_held_out(sample, tokenizer, cfg.sample_tokens, around) for sample in samples)
+    return tuple(_ask_row(sample, tokenizer, cfg.sample_tokens, around) for sample in samples)
 
 
 def _around_question(ready: PreparedData, tokenizer: TextTokenizer) -> tuple[str, str]:
@@ -158,18 +158,16 @@ def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTok
     return Prompt(shown, tuple(tokenizer.encode([text.removeprefix(bos)], True)[0].ids))
 
 
-def _ask_held_out(
-    sample: Sample, tokenizer: TextTokenizer, num_tokens: int, around: tuple[str, str]
-) -> Prompt:
+def _ask_row(row: Sample, tokenizer: TextTokenizer, most: int, around: tuple[str, str]) -> Prompt:
     """What stands before the first answer of a row; the beginning of running text."""
-    flags = np.append(sample.is_trained, False)
+    flags = np.append(row.is_trained, False)
     flags[0] = False
     first = int(flags.argmax())
     last = first + int((~flags[first:]).argmax())
     if first <= 1:
         around = ("", "")
-        first = min(TEXT_TOKENS, max(len(sample.input_ids) // 2, 1))
-        last = min(last, first + num_tokens)
-    ids, decode = sample.input_ids.tolist(), tokenizer.core.decode
+        first = min(TEXT_TOKENS, max(len(row.input_ids) // 2, 1))
+        last = min(last, first + most)
+    ids, decode = row.input_ids.tolist(), tokenizer.core.decode
     shown, expected = _question(decode(ids[:first]), around), decode(ids[first:last]).strip()
     return Prompt(shown, tuple(ids[:first]), expected)

@@ -378,9 +378,7 @@ class HubSet(NamedTuple):
 HUB_SETS = {name: HubSet(**row) for name, row in WORDS["hub_sets"].items()}
 
 
-def find(
-    dataset: str, cfg: TrainConfig, split: str | None = None, tokenizer: Any = None
-) -> list[Source]:
+def find(dataset: str, cfg: TrainConfig, split: str | None, tokenizer: Any = None) -> list[Source]:
     """Find what --dataset or --eval_split names.
 
     Args:

@@ -567,8 +567,7 @@ class _SampleMaker:
         """Count what is lost of a sample, and remember the first places."""
         self.facts[f"num_{what}"] += 1
         places = self.facts["examples"].setdefault(what, [])
-        if len(places) < NUM_EXAMPLES and str(place) not in places:
-            places.append(str(place))
+        places += [str(place)] if len(places) < NUM_EXAMPLES and str(place) not in places else []
 
 
 def joined(chosen: np.ndarray, rejected: np.ndarray) -> tuple[np.ndarray, int]:

@@ -237,8 +237,7 @@ def of_process_group() -> World | None:
     if "cpu" not in backends and "gloo" not in backends:
         got = f"the process group's backends are {backends}"
         rule = "numbers of the host are exchanged too"
-        remedy = 'init_process_group("cpu:gloo,cuda:nccl")'
-        raise UserError(got, rule, remedy, ENVIRONMENT)
+        raise UserError(got, rule, 'init_process_group("cpu:gloo,cuda:nccl")', ENVIRONMENT)
     local = int(os.environ.get("LOCAL_RANK", rank))
     return World(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)), _device(local))
 
@@ -415,8 +414,7 @@ def configure(world: World, budget_gib: float | None, seed: int, is_exact: bool 
         _be_deterministic()
     if device.type == "cuda" and budget_gib is not None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
-        fraction = min(budget_gib * 2**30 / total_bytes, 1.0)
-        torch.cuda.set_per_process_memory_fraction(fraction)
+        torch.cuda.set_per_process_memory_fraction(min(budget_gib * 2**30 / total_bytes, 1.0))
 
 
 def _be_deterministic() -> None:

@@ -322,8 +322,7 @@ def check_init(cfg: TrainConfig, info: ModelInfo, say: Callable[[str], Any]) -> 
         for row in layer
     }
     own_scales = {pair.scale for pair in adapter.experts.values()}
-    linear_scales = {pair.scale for pair in adapter.pairs.values()}
-    if own_scales and own_scales != linear_scales:
+    if own_scales and own_scales != {pair.scale for pair in adapter.pairs.values()}:
         rule = "scales the experts' matrices otherwise than those of the linears"
         raise UserError(f"--init_adapter {adapter.path}", rule, "start without --init_adapter")
     if other := sorted(dict(held.items() ^ wanted.items())):

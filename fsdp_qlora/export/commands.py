@@ -311,9 +311,8 @@ def expand(argv: list[str]) -> int:
     """
     options = _parse("expanded", argv, ExpandOptions, "model_name")
     info = arch.read(str(options.model_name), need_weights=True)
-    rate = options.expansion_rate
-    if rate is None:
-        rate = 0.0 if options.add_tokens else 0.1
+    rate = 0.0 if options.add_tokens else 0.1
+    rate = rate if options.expansion_rate is None else options.expansion_rate
     num_new = int(info.num_layers * rate)
     if not 0 < num_new <= info.num_layers and (rate or not options.add_tokens):
         rule = f"makes {num_new} new layers, and there are {info.num_layers} to stand behind"

@@ -126,19 +126,19 @@ def products(
         bfloat16 [M, O] of each linear.
     """
     weight, sizes = linears[0].quantized(), [linear.out_features for linear in linears]
-    factors_I, num, outs = None, weight.code.outliers, []
-    if num:
-        places = torch.linalg.vector_norm(x_MI, torch.inf, dim=0).topk(num).indices
+    codes_OI, factors_I = weight_codes(weight, False), None
+    if weight.code.outliers:
+        places = torch.linalg.vector_norm(x_MI, torch.inf, dim=0).topk(weight.code.outliers).indices
         factors_I = torch.ones(x_MI.shape[1], device=x_MI.device).index_fill_(0, places, 0)
+        low, high_OR = x_MI[:, places], codes_OI[:, places] * weight.scales_O[:, None]
+        rows = zip(linears, high_OR.to(x_MI.dtype).split(sizes), strict=True)
+        low_ranks = {linear: _joined((low, high), low_ranks.get(linear)) for linear, high in rows}
     pair = quantize_rows(x_MI, weight.code, factors_I)
-    parts, scales = weight_codes(weight, False).split(sizes), weight.scales_O.split(sizes)
-    for linear, codes_OI, scales_O in zip(linears, parts, scales, strict=True):
-        low_rank = low_ranks.get(linear)
-        if num:
-            columns = x_MI[:, places], (codes_OI[:, places] * scales_O[:, None]).to(x_MI.dtype)
-            low_rank = _joined(columns, low_rank)
-        outs.append(multiply(pair, (codes_OI, scales_O), True, linear.bias, low_rank))
-    return outs
+    parts = zip(codes_OI.split(sizes), weight.scales_O.split(sizes), strict=True)
+    return [
+        multiply(pair, own, True, linear.bias, low_ranks.get(linear))
+        for linear, own in zip(linears, parts, strict=True)
+    ]
 
 
 def _joined(columns: Pair, low_rank: LowRank | None) -> LowRank:

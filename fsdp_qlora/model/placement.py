@@ -27,7 +27,8 @@ from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
 from fsdp_qlora.model import disk
 from fsdp_qlora.planning import memory as plans
-from fsdp_qlora.planning.rows import DATA, FILES, PROCESSES, SYSTEM
+from fsdp_qlora.planning.fit import MARGIN
+from fsdp_qlora.planning.rows import FILES, HOSTED, SYSTEM
 from fsdp_qlora.planning.sizes import (
     NUM_RING_SLOTS,
     NUM_SLOTS,
@@ -47,8 +48,8 @@ PLACEMENTS = {
     "resident": "whole on every rank",
     "trained": "trained themselves, nothing quantized",
 }
-# A rank may take so much more than the plan says (1.4 B parameters quantized on a CPU: 0.27 GiB).
-SPARE_GIB = 0.3
+# A CPU rank may take so much more than the plan says (1.4 B parameters, quantized there: 0.27 GiB).
+SPARE_GIB = 0.4
 GROUPS = ("sharded", "offloaded")  # an FSDP group: a slice on every rank, gathered for use
 
 
@@ -448,17 +449,20 @@ def _num_in_memory(
         return 0
     pairs = zip(setting.placements, sizes, strict=True)
     nbytes = sum(size for name, size in pairs if name in STREAMED)
-    free_gib = host_limit_gib() - host_used_gib()
-    by_rank = world.gather([free_gib, 0.0 if cfg.host_budget_gib is None else pss_gib()])
-    left_gib = by_rank[world.peers[0]][0]
+    own = dataclasses.replace(setting.tiered(0), machines=world.size // world.local_size)
+    table = plans.host(Sizes(info, cfg, world.device.type), own)
+    ranks_gib = table.peak_gib - sum(table.gib("load", row) for row in (SYSTEM, FILES))
+    by_rank = world.gather([host_limit_gib(), host_used_gib(), pss_gib()])
+    limit_gib, used_gib, _ = by_rank[world.peers[0]]
+    taken_gib = sum(by_rank[peer][2] for peer in world.peers)
+    limit_gib -= used_gib - taken_gib  # by other programs
     if cfg.host_budget_gib is not None:
-        taken_gib = sum(by_rank[peer][1] for peer in world.peers)
-        left_gib = min(left_gib, cfg.host_budget_gib - taken_gib)
-    if is_file or left_gib * GIB < nbytes:
-        # What the run will take beside the layers and what it has taken by now.
-        table = plans.host(Sizes(info, cfg, world.device.type), setting.tiered(0))
-        left_gib -= table.peak_gib + SPARE_GIB * world.local_size
-        left_gib += sum(table.gib("load", row) for row in (SYSTEM, FILES, PROCESSES, DATA))
+        limit_gib = min(limit_gib, cfg.host_budget_gib)
+    left_gib = limit_gib - max(ranks_gib, taken_gib)
+    if world.device.type == "cpu":
+        left_gib -= SPARE_GIB * world.local_size
+    if is_file or (left_gib + table.gib("load", HOSTED)) * GIB < nbytes:
+        left_gib -= MARGIN * limit_gib
         num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
     return int(min(least for (least,) in world.gather([num])))
 

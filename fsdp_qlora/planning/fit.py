@@ -5,6 +5,7 @@ its three shares were measured on two H200 (recipes/*.md).
 """
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import DISK, TrainConfig
+from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Device, Machine
-from fsdp_qlora.planning import memory
+from fsdp_qlora.planning import memory, sizes
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
 from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
 
@@ -432,8 +434,9 @@ class Change(NamedTuple):
 Row = tuple[str, str, int, dict[str, Any]]  # words, what is lost, how much, changed options
 
 
-def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[Row]:
+def _single_changes(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> list[Row]:
     """What could be tried, as far as it changes anything."""
+    num_layers = info.num_layers
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps
     hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
     sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
@@ -457,6 +460,12 @@ def _single_changes(cfg: TrainConfig, num_layers: int, num_ranks: int) -> list[R
     rows += [("the base sharded over the GPUs", "", 0, sharded)] if num_ranks > 1 else []
     if cfg.format_name == "bf16":
         rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
+    for num in (n for n in (2, 4) if n > cfg.context_parallel):
+        more = cfg.gradient_accumulation_steps * num // cfg.context_parallel
+        shared: dict[str, Any] = {"context_parallel": num, "gradient_accumulation_steps": more}
+        with contextlib.suppress(UserError):
+            sizes.check_context(info, dataclasses.replace(cfg, **shared), num_ranks)
+            rows.append((f"each row over {num} GPUs", "", 0, shared))
     for halvings in range(1, (cfg.context_length // 256).bit_length()):
         length = cfg.context_length >> halvings
         lost = f"rows longer than {length} tokens"
@@ -484,7 +493,7 @@ def changes(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> list[Change]
         words, lost = " and ".join(row[0] for row in rows), ", ".join(r[1] for r in rows if r[1])
         return Change(words, lost, sum(row[2] for row in rows), frozenset(values), changed, outcome)
 
-    singles = _single_changes(cfg, info.num_layers, machine.num_ranks)
+    singles = _single_changes(info, cfg, machine.num_ranks)
     fitting = [item for item in map(tried, singles) if item.outcome.fits_safely]
     if all(item.lost for item in fitting):
         enough = {item.words for item in fitting}

@@ -130,8 +130,7 @@ def _states(s: Sizes, setting: Setting) -> Rows:
     share, num_whole = {"bytes": s.item, "per_ranks": setting.shares}, setting.count("trained")
     ranks = {"sharded": setting.shares, "resident": 1}
     layers = {name: setting.count(name) for name in ranks if setting.count(name)}
-    num_streamed = setting.count(*sizes.STREAMED)
-    slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), num_streamed)
+    slots = min(sizes.NUM_SLOTS + (setting.count("resident") > 0), setting.count(*sizes.STREAMED))
     return {
         row: [term(at, layers=layers[at], bytes=nbytes, per_ranks=ranks[at]) for at in layers]
         for row, nbytes in ((rows.PACKED, s.quantized), (rows.CONSTANTS, s.constants))
@@ -185,8 +184,7 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
         if done or s.trained_root:
             common[rows.GRADIENTS] = _gradients("of layers done", s, setting, s.layers - done)
         if at == 0 and s.one_group:
-            what, nbytes = "their gradients: 16 bit, 32 bit", s.item + 4
-            reduced = [term(what, **s.one_group, bytes=nbytes)]
+            reduced = [term("their gradients: 16 bit, 32 bit", **s.one_group, bytes=s.item + 4)]
             moments.append(merged([common | {rows.KEPT: []}, {rows.BUFFERS: reduced}]))
         owns = layer_moments(s, tokens, setting.levels[at])
         if setting.levels[at] == "full" and uses_graphs(s, setting):
@@ -290,8 +288,7 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     in_use = None if system_gib is None else max(system_gib * GIB - s.file_bytes, 0.0)
     system_bytes = SYSTEM_BYTES if in_use is None else in_use
     ids = {"rows": s.num_rows or cfg.dataset_samples, "tokens": cfg.context_length, "bytes": 4}
-    has_text = cfg.dataset != "dummy" or cfg.sample_prompt is not None
-    tokens = {"tokens": s.vocab * has_text}
+    tokens = {"tokens": s.vocab * (cfg.dataset != "dummy" or cfg.sample_prompt is not None)}
     process = term("Python, torch, driver", bytes=process_bytes, ranks=ranks)
     tokenizer = term("tokenizer", **tokens, bytes=TOKENIZER_BYTES, ranks=ranks)
     always: Rows = {

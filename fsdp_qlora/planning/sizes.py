@@ -652,8 +652,7 @@ class Sizes:
         norms = [shape[0] for name, shape in kind.params if name.endswith("norm.weight")]
         num_norms = norms.count(self.hidden)
         # Attention keeps its own output; else norms' outputs and the activation product are read.
-        readers = (qkv, gates, linears[-1:])
-        read = [group[0].in_features for group in readers if set(group) & adapted]
+        read = [g[0].in_features for g in (qkv, gates, linears[-1:]) if set(g) & adapted]
         return {
             "quantized": quantized,
             "constants": constants,

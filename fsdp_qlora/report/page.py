@@ -171,8 +171,7 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     known |= {"steps": len(run.steps), "host_gib": highest(host_gib)}
     planned = planned_steps(run.config, run.steps[-1])
     if planned and run.state != "finished":  # at the median speed
-        left = max(planned - run.steps[-1]["step"], 0)
-        known["left_s"] = left * (run.median("step_s") or 0.0)
+        known["left_s"] = max(planned - run.steps[-1]["step"], 0) * (run.median("step_s") or 0.0)
     known["cores"] = statistics.fmean(cores) if cores else None
     known["loading_gib"] = run.table("load_peaks").get("host_peak_used_gib")
     known["lost"] = run.values("loss").count(None) or None

@@ -119,9 +119,8 @@ class Follower:
     def _log(self) -> list[str]:
         """The last lines of the ranks that have a log; of a run without one those of its start."""
         lines: list[str] = []
-        for path in sorted((self._dir / checkpoint_store.LOGS).glob("rank*.log")):
-            if self._inside(f"{checkpoint_store.LOGS}/{path.name}") is None:
-                continue
+        logs = sorted((self._dir / checkpoint_store.LOGS).glob("rank*.log"))
+        for path in (p for p in logs if self._inside(f"{checkpoint_store.LOGS}/{p.name}")):
             with path.open("rb") as file:
                 file.seek(max(path.stat().st_size - LOG_BYTES, 0))
                 text = file.read(LOG_BYTES).decode("utf-8", "replace")

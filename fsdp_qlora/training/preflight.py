@@ -363,7 +363,7 @@ def _check_data(cfg: TrainConfig, info: ModelInfo) -> None:
     names = [name for name in (cfg.dataset, cfg.eval_split) if name is not None]
     own = [name for name in names if any(map(sources.OWN_CODE.fullmatch, name.split(",")))]
     for name in own:
-        sources.find(name, cfg)
+        sources.find(name, cfg, None)
     if own:
         return
     ready = prepare.prepare_early(cfg, light, info.vocab_size)

@@ -25,9 +25,9 @@ ROWS = [{"question": f"q{i} é", "answer": f"a{i}"} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 
 
-def found(path, **wanted):
+def found(path, split=None, **wanted):
     """Places and rows."""
-    return list(sources.read(sources.find(str(path), TrainConfig(), **wanted)))
+    return list(sources.read(sources.find(str(path), TrainConfig(), split, **wanted)))
 
 
 def read(path, **wanted):
@@ -248,7 +248,7 @@ def test_mutated_files_of_every_format_give_rows_or_one_line(tmp_path):
 def test_a_file_is_told_by_what_it_holds_and_a_large_one_by_its_time(tmp_path, monkeypatch):
     def fingerprint(text):
         (tmp_path / "x.jsonl").write_text(text)
-        return sources.find(str(tmp_path / "x.jsonl"), TrainConfig())[0].fingerprint()
+        return sources.find(str(tmp_path / "x.jsonl"), TrainConfig(), None)[0].fingerprint()
 
     assert fingerprint(LINES) == fingerprint(LINES) != fingerprint(LINES[:-1] + " ")
     monkeypatch.setattr(sources, "MOST_HASHED_BYTES", 10)
@@ -345,7 +345,7 @@ def test_a_function_of_the_users_own_is_called_as_llama_recipes_does(tmp_path):
     assert row["split"] == "mine"
     assert read(f"{path}:mine") == [{"input_ids": [3, 4]}, 7]
     assert type(read(f"{path}:mine")[0]["input_ids"]) is list
-    assert sources.find(f"{path}:mine", TrainConfig())[0].fingerprint() is None
+    assert sources.find(f"{path}:mine", TrainConfig(), None)[0].fingerprint() is None
 
 
 @pytest.mark.parametrize(

@@ -74,11 +74,6 @@ def test_characters_of_several_tokens_are_trained_whole(tokenizer):
     assert learned(fill(rows, tokenizer), tokenizer) == expected
 
 
-def test_a_row_that_ends_with_the_end_gets_no_second_one(tokenizer):
-    (sample,) = fill([{"prompt": "a", "completion": "b" + END}], tokenizer)
-    assert sample.input_ids.tolist().count(tokenizer.eos_id) == 1 and sample.is_trained[-1]
-
-
 @pytest.mark.parametrize("space", ["", " ", "\n"])
 def test_ends_and_beginnings_written_in_the_text_are_not_doubled(space, tokenizer, with_bos):
     """In pairs, running text, and chats whose template adds them too."""
