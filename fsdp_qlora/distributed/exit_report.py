@@ -345,6 +345,7 @@ def _killed_by_kernel(output_dir: Path, plan: plans.RunPlan | None) -> tuple[str
         advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
         if found.setting.count("offloaded", *STREAMED):
             advice = "--resident_layers N keeps N layers on the GPUs, --use_cpu_offload false all"
+            advice += "; --offload_impl file reads them from disk"
     predicted = found.host.to_dict() if found is not None else {}
     more = compare_memory("the host", phase, predicted, host.get("host_rows") or {}, there)
     rule = f"was killed by the kernel (SIGKILL): host memory ran out in the {where}"
