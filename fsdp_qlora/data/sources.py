@@ -147,11 +147,19 @@ def _open(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="\n")
 
 
-def _lines(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
-    """The lines of a file; one that is longer than any row would fill the host."""
-    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), ""), 1):
-        _check_size(len(line), f"{path}:{number}", LONGEST_ROW)
+def _lines(file: io.TextIOWrapper, path: Path, limit: int) -> Iterator[str]:
+    """The lines of a file; one that is longer than any row would fill the host.
+
+    Args:
+        file: open.
+        path: its name.
+        limit: of the first line, which may be a whole table, in characters.
+    """
+    number = 1
+    while line := file.readline(limit + 1):
+        _check_size(len(line), f"{path}:{number}", limit)
         yield line
+        number, limit = number + 1, LONGEST_ROW
 
 
 def _check_size(num_chars: int, place: object, limit: int) -> None:
@@ -183,7 +191,7 @@ STRICT = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 def _read_json(path: Path) -> PlacedRows:
     """One object a line, one list of objects, or that under "data"; by what the file holds."""
     with _open(path) as file:
-        lines = _lines(file, path)
+        lines = _lines(file, path, LONGEST_TABLE)
         numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         number, line = next(numbered, (0, "[]"))
         row = None if line.lstrip().startswith("[") else parse_json(line.rstrip())
@@ -224,7 +232,7 @@ def _read_csv(path: Path) -> PlacedRows:
     csv.field_size_limit(LONGEST_ROW)  # the default is 128 KiB
     names: list[str] = []
     with _open(path) as file:
-        rest = _lines(file, path)
+        rest = _lines(file, path, LONGEST_ROW)
         first = next(rest, "")
         unquoted = re.sub(r'"[^"]*("|$)', "", first)  # a name may hold commas of its own
         separator = "\t" if suffix(path) == ".tsv" else max(",;\t", key=unquoted.count)

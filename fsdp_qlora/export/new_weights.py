@@ -442,7 +442,7 @@ def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any
 
 
 @torch.inference_mode()
-def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = str) -> torch.Tensor:
+def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = bool) -> torch.Tensor:
     """Run a model whose weights are read as they are needed.
 
     Args:
@@ -478,7 +478,7 @@ def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = st
             holder.register_forward_hook(partial(_drop, module))
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     for layer in next((m for m in lists if len(m) == base.info.num_layers), ()):
-        layer.register_forward_hook(lambda *_: tell() and None)
+        layer.register_forward_hook(lambda *_: tell() or None)
     # Causal: the padding behind is not seen.
     batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
@@ -592,8 +592,8 @@ def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) 
 
         texts = sorted(topics.values(), key=len)[-shape[0] :]
         encoded = _tokenizer(base).encode([text[: 16 * shape[1]] for text in texts], True)
-        ids = [row.ids[: shape[1]] for row in encoded]
-        if max(map(max, ids)) < base.info.vocab_size:
+        ids = [row.ids[: shape[1]] for row in encoded if len(row.ids) > 1]
+        if 0 < max(map(max, ids), default=0) < base.info.vocab_size:
             return ids, f"{len(ids)} rows of Python's documentation ({why})", True
     ids = np.random.default_rng(SEED).integers(0, base.info.vocab_size, shape).tolist()
     return ids, f"{shape[0]} rows of random tokens ({why})", False

@@ -290,17 +290,19 @@ def _window(module, query, value, kwargs: dict) -> int | None:
     Raises:
         UserError: that is not known, or no kernel for rows does it (code 2).
     """
-    config, window = module.config, kwargs.get("sliding_window")
-    kinds = getattr(config, "layer_types", None)
+    window = kwargs.get("sliding_window") or None
+    if kwargs.get("cut") is None:
+        return window
+    config, kinds = module.config, getattr(module.config, "layer_types", None)
     is_short = any(getattr(config, name, None) for name in WINDOWS)
     if kinds:
         is_short = kinds[module.layer_idx] != "full_attention"
     is_odd = query.shape[-1] < value.shape[-1] or query.shape[-1] not in HEAD_SIZES
     is_odd |= getattr(kwargs.get("s_aux"), "requires_grad", False)
-    if kwargs.get("cut") is not None and (is_odd or is_short != bool(window)):
+    if is_odd or is_short != (window is not None) or kwargs.get("dropout"):
         rule = f"{type(module).__name__} attends in a way that is not known for cut rows"
         raise UserError("--context_parallel", rule, "use --context_parallel 1")
-    return window or None
+    return window
 
 
 def _run(query, key, value, scale, kernel, saved) -> torch.Tensor:

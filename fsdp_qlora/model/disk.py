@@ -117,7 +117,7 @@ class Span:
 
 def slot_bytes(nbytes: int) -> int:
     """Memory for a span of so many bytes, wherever in its file it begins."""
-    return -(-nbytes // PAGE + -1) * PAGE
+    return (-(-nbytes // PAGE) + 1) * PAGE
 
 
 def ring_bytes(nbytes: int, num_slots: int, num_ranks: int) -> int:
@@ -184,7 +184,7 @@ class Ring:
         """Have spans read that are not there: all ranks the same ones in the same order.
 
         Args:
-            numbers: at most `num_slots`, one after the other, what is needed first first.
+            numbers: at most `num_slots`, neighbours, in the order in which they are needed.
         """
         for number in numbers:
             slot = number % self.num_slots

@@ -83,14 +83,9 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
-        has_flash = is_installed and extra in ("", "soft-capped") and cfg.context_parallel == 1
-        attention = (
-            "flash_attention_2"
-            if has_flash
-            else "eager"
-            if extra and cfg.context_parallel == 1
-            else "sdpa"
-        )
+        has_flash = is_installed and extra in ("", "soft-capped")
+        attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
+        attention = attention if cfg.context_parallel == 1 else "sdpa"
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
         attention_why += f", {extra}" * bool(extra)
@@ -99,8 +94,8 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     liger_why = "as asked" if cfg.liger == "off" else "not installed" if has_gpu else "no GPU"
     note = f"{cfg.compute_dtype}, attention {attention} ({attention_why}), Liger "
     note += "on" if use_liger else f"off ({liger_why})"
-    has_rows = has_gpu and cfg.compute_dtype != "float32"
-    has_rows = has_rows and torch.cuda.get_device_capability(device) >= (8, 0)
+    capability = torch.cuda.get_device_capability(device) if has_gpu else (0, 0)
+    has_rows = capability >= (8, 0) and cfg.compute_dtype != "float32"
     if cfg.context_parallel > 1:
         note += f", rows cut over {cfg.context_parallel} ranks"
         if has_gpu and not has_rows:
@@ -108,7 +103,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
             got = f"--context_parallel {cfg.context_parallel}"
             raise UserError(got, rule, "use --context_parallel 1", ENVIRONMENT)
     majors = MAJORS.get(cfg.matmul, ())
-    if majors and has_gpu and torch.cuda.get_device_capability(device)[0] not in majors:
+    if majors and has_gpu and capability[0] not in majors:
         rule = f"{torch.cuda.get_device_name(device)} gains nothing by it: GPUs of compute "
         rule += f"capability {', '.join(map(str, majors))} do"
         raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
@@ -192,12 +187,12 @@ class QuantizedModel(nn.Module):
         is_plain &= len({tuple((s.name, s.scale, s.rank) for s in b.slots) for b in bodies}) == 1
         is_plain &= cfg.per_visit * cfg.passes * cfg.context_parallel == 1 and not self.mixtures
         setting = cfg.cuda_graphs if is_plain else "off"
-        weights = max((body.store.layout.num_weights for body in bodies if body.store), default=0)
+        stores = [body.store for body in bodies if body.store and not self.mixtures]
+        weights = max((store.layout.num_weights for store in stores), default=0)
         work = weights * cfg.batch_size * cfg.context_length
         graphs = choose_graphs(setting, [body.layer for body in bodies], device, work)
-        if not self.mixtures:
-            for store in (body.store for body in bodies if body.store):
-                store.cache.most_bytes = whole_layer_bytes(cfg.per_visit * cfg.passes)
+        for store in stores:
+            store.cache.most_bytes = whole_layer_bytes(cfg.per_visit * cfg.passes)
         for body, level in zip(bodies, levels, strict=True):
             body.level, body.is_reentrant = level, is_reentrant
             body.graphs = None if is_reentrant else graphs

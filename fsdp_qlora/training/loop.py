@@ -249,10 +249,10 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
         positions, tokens_N, position_ids = (_to_device(t, device) for t in places)
         targets = targets._replace(positions_N=positions, tokens_N=tokens_N)
         rows = rows._replace(position_ids=position_ids)
-        if laid.chunks is not None:
-            cut = Cut.of(batch.row_lengths, laid.chunks, device)
-            return RowGroup(_to_device(batch.input_ids, device), targets, rows._replace(cut=cut))
-        rows = Branches.join(rows, laid.prompts, laid.answers)
+        if laid.chunks is None:
+            rows = Branches.join(rows, laid.prompts, laid.answers)
+        else:
+            rows = rows._replace(cut=Cut.of(batch.row_lengths, laid.chunks, device))
     return RowGroup(_to_device(batch.input_ids, device), targets, rows)
 
 

@@ -454,8 +454,11 @@ class Recorder:
             now_s = time.monotonic()
             if running and self._bar.disable and now_s - self._said_s >= cli.LINE_S:
                 took_s = f"{now_s - self._stepped_s:.0f} s since the last one"
-                print(f"step {self._step + 1}/{self._num_steps} {running}, {took_s}", flush=True)
                 self._said_s = now_s
+                with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                    print(
+                        f"step {self._step + 1}/{self._num_steps} {running}, {took_s}", flush=True
+                    )
 
     def _write(self, line: dict[str, Any]) -> None:
         """Count and write a line; what a full disk does not take is tried again with the next."""

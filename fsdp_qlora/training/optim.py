@@ -366,8 +366,8 @@ class NonFiniteGuard:
             self.num_in_a_row += bool(is_loss) or self.scale is None
             ranks = tuple(rank for rank, is_own in enumerate(by_rank) if is_own)
             seen = ranks or range(len(by_rank))
-            places = tuple(place for rank in seen for place in rows.places(step - 1, rank))
-            found = Skipped(step, ranks, bool(is_loss), scale, places)
+            places = (place for rank in seen for place in rows.places(step - 1, rank))
+            found = Skipped(step, ranks, bool(is_loss), scale, tuple(dict.fromkeys(places)))
             yield found
             self._stop_if_hopeless(found)
 

@@ -7,6 +7,9 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 from fsdp_qlora.arch import files
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY
 from tests.bad_input.case import Case, Place
@@ -97,6 +100,12 @@ def entry(**changes: object):
         write_header(path, header, content[8 + length :])
 
     return damage
+
+
+def one_more(place: Place) -> None:
+    """A tensor that no layer has."""
+    named = load_file(place.model / WEIGHTS) | {"model.layers.1.mlp.a.weight": np.zeros(3, "f4")}
+    save_file(named, place.model / WEIGHTS)
 
 
 def copy_shard(place: Place) -> None:
@@ -242,6 +251,7 @@ CASES = [
         INTEGRITY,
     ),
     Case("renamed tensor", "(model.norm.weight)", (), header(b"l.norm", b"l.mean"), INTEGRITY),
+    Case("a tensor too many", "no part of this model type", (), one_more, INTEGRITY),
     Case("integers", "holds I32 tensors", make=header(b'"F32"', b'"I32"')),
     Case("eight bits", "holds F8_E4M3 tensors", make=entry(dtype="F8_E4M3", shape=[128])),
     Case("garbled header", "invalid", (), header(b'"F32"', b'"F32,'), INTEGRITY),

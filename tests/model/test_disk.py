@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from fsdp_qlora import atomic
 from fsdp_qlora.data.batches import collate
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.hardware import GIB
@@ -26,13 +27,16 @@ from tests.ranks import run_ranks
 NUM_LAYERS, FILE = 7, "--offload_impl=file"
 
 
-def test_ranks_that_share_a_ring_find_every_span_in_any_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_ranks_that_share_a_ring_find_every_span_in_any_order(tmp_path, monkeypatch, is_direct):
     """Three ranks of different pace; spans of any length anywhere in their file, read in pieces."""
     monkeypatch.setattr(disk, "PIECE_BYTES", 2 * disk.PAGE)
+    if not is_direct:
+        monkeypatch.setattr(disk.Span, "_read_past_cache", lambda _: False)
     rng, path = np.random.default_rng(0), tmp_path / "file"
     sizes = [1, 4096, 20_000, 70_001, 8192, 33, 50_000, 12_345, 4095]
     content, starts = rng.bytes(sum(sizes) + 77), 77 + np.cumsum([0, *sizes])
-    path.write_bytes(content)
+    atomic.write(path, content)  # on the disk: what is not there yet, the page cache keeps
     num_slots, num_ranks = 3, 3
     memory = mmap.mmap(-1, disk.ring_bytes(max(sizes), num_slots, num_ranks))
     there_and_back = [*range(9), *reversed(range(9))]
@@ -54,6 +58,7 @@ def test_ranks_that_share_a_ring_find_every_span_in_any_order(tmp_path, monkeypa
 
     with ThreadPoolExecutor(num_ranks) as pool:
         assert list(pool.map(run, range(num_ranks))) == [[]] * num_ranks
+    assert cached_pages([path])[0] <= 4
 
 
 @pytest.mark.parametrize("num_slots", [2, 3])

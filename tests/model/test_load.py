@@ -112,10 +112,6 @@ def fault_of(world, path, *flags):
     return caught.value.code, str(caught.value)
 
 
-def faults(world, cases):
-    return [fault_of(world, *case) for case in cases]
-
-
 def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
@@ -365,29 +361,3 @@ def test_one_run_writes_the_cache_and_a_full_disk_is_no_error(tmp_path):
     words = ("in use by another run", "", "", "File too large", "No space left")
     for note, word in zip(notes, words, strict=True):
         assert word in note and note.startswith("not written: ") == bool(word)
-
-
-def edit(path: Path, directory: Path, how: str) -> Path:
-    """Copy a model with one tensor changed."""
-    tensors = load_file(path / "model.safetensors")
-    if how == "missing":
-        del tensors[NAME]
-    elif how == "unknown":
-        tensors[f"{NAME}_extra"] = torch.zeros(3)
-    elif how == "of another shape":
-        tensors[NAME] = tensors[NAME][:-1].contiguous()
-    directory.mkdir()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text((path / "config.json").read_text())
-    return directory
-
-
-def test_every_tensor_is_accounted_for_before_any_training(tmp_path):
-    """On both ranks alike: names missing, unknown, of another shape."""
-    path = tiny.save_model(tmp_path / "model")
-    words = {"missing": "absent", "unknown": "no part", "of another shape": "of another shape"}
-    cases = [(edit(path, tmp_path / how.replace(" ", "-"), how),) for how in words]
-    for by_rank in run_ranks(faults, 2, cases):
-        for (code, text), word in zip(by_rank, words.values(), strict=True):
-            assert code == INTEGRITY
-            assert NAME in text and word in text

@@ -68,6 +68,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs_or_is_listed(place: Path):
     """In its order, on the CPU; what is not run is named above with the reason, and is there."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(place / "hub")}
