@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fsdp_qlora.data import batches as batches_of
-from fsdp_qlora.data.batches import NOT_TRAINED, Batches, SamplerConfig, collate
+from fsdp_qlora.data.batches import Batches, SamplerConfig, collate
+from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.tokens import Sample, of_samples
 from tests import tiny
 

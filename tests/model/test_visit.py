@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fsdp_qlora.data import batches
+from fsdp_qlora.data import batches, row_formats
 from fsdp_qlora.data.batches import collate, flatten
 from fsdp_qlora.model import attention, lora, shard, visit
 from fsdp_qlora.model.attention import RowBounds
@@ -83,8 +83,8 @@ def test_small_micro_batches_are_joined_in_their_order():
         parts = [lay(same[2 * i : 2 * i + 2]) for i in range(6)]
         first, second = batches.join(parts, 4 * parts[0].input_ids.numel())
         whole = lay(same[:8], 1)
-        kept = first.labels[first.labels != batches.NOT_TRAINED]
-        assert torch.equal(kept, whole.labels[whole.labels != batches.NOT_TRAINED])
+        kept = first.labels[first.labels != row_formats.NOT_TRAINED]
+        assert torch.equal(kept, whole.labels[whole.labels != row_formats.NOT_TRAINED])
         assert first.num_trained_tokens == whole.num_trained_tokens
         assert first.num_tokens + second.num_tokens == 12 * 5
         assert sum(first.row_lengths) == first.input_ids.numel() * (lay is flatten)
