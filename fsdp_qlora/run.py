@@ -112,8 +112,7 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     with tracker.phase("load"):
         built = build(cfg, plan.info, world)
         if cfg.init_adapter is not None and is_new:
-            file = adapter.locate(cfg.init_adapter) / adapter.WEIGHTS_NAME
-            load(built.model, file)
+            load(built.model, adapter.locate(cfg.init_adapter) / adapter.WEIGHTS_NAME)
     tracker.record_model(built)
     packing = loop.keep_rows_apart(built.model, dataset.train, plan.info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)

@@ -7,11 +7,8 @@ import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
-from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora import arch, config, errors, hardware
 from fsdp_qlora.data import batches, prepare, prompts, sources, tokenizer
-from fsdp_qlora.errors import UserError
-from fsdp_qlora.hardware import release_freed_memory
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 MOST_PADDING = 0.1  # share of a step's tokens; with more the rows are laid one after the other
@@ -37,7 +34,7 @@ class Data(NamedTuple):
     digest: str
 
 
-def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
+def build(cfg: config.TrainConfig, info: arch.ModelInfo, world: Any) -> Data:
     """Make the data of a run; every rank keeps its own share.
 
     One rank makes the tokens and the others read them, where the cache of tokens is in use; else
@@ -68,7 +65,7 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps * world.size // num
     if cfg.objective == "kto" and per_step < 2:
         rule = "estimates the divergence from prompts with another row's answer: a step needs two"
-        raise UserError("--objective kto", rule, "use --batch_size 2")
+        raise errors.UserError("--objective kto", rule, "use --batch_size 2")
     audit = prepare.audit(cfg, ready, world.size // num, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size // num, world.rank // num, pad_multiple)
     sampler = dataclasses.replace(sampler, parts=num, part=world.rank % num)
@@ -82,6 +79,6 @@ def build(cfg: TrainConfig, info: ModelInfo, world: Any) -> Data:
         train = batches.Batches(ready.train, sampler, is_flat)
     held_out = list(batches.all_once(ready.held_out, sampler))
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
-    release_freed_memory()
+    hardware.release_freed_memory()
     held_back = ready.held_out.hashes.tobytes() + repr([prompt.ids for prompt in asked]).encode()
     return Data(train, held_out, full, audit, asked, hashlib.sha256(held_back).hexdigest()[:16])

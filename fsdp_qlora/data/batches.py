@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fsdp_qlora.config import OBJECTIVES, TrainConfig
-from fsdp_qlora.data.preferences import Sides
-from fsdp_qlora.data.row_formats import NOT_TRAINED
+from fsdp_qlora.data import preferences, row_formats
 from fsdp_qlora.data.tokens import Sample, TokenDataset
 
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class Batch:
     num_trained_tokens: int
     num_tokens: int
     row_lengths: tuple[int, ...] = ()
-    sides: Sides | None = None
+    sides: preferences.Sides | None = None
     mismatched: "Batch | None" = None
     branches: "Branched | None" = None
 
@@ -213,7 +212,7 @@ class Batches:
         before = dict(zip(order, [*order[-1:], *order[:-1]], strict=True))
         samples, pairs = self.samples, ([(row, before[row]) for row in micro] for micro in micros)
         others = [[samples[b].after(samples[a], self.longest) for a, b in micro] for micro in pairs]
-        laid = [replace(self.lay(rows), sides=Sides.of(rows)) for rows in others]
+        laid = [replace(self.lay(rows), sides=preferences.Sides.of(rows)) for rows in others]
         return [replace(batch, mismatched=own) for batch, own in zip(found, laid, strict=True)]
 
     def _batch(self, indices: Sequence[int]) -> Batch:
@@ -223,7 +222,7 @@ class Batches:
         rows = [part for sample in samples for part in sample.rows(row.nll_on_prompt)]
         if not row.num_answers:
             return self.lay(rows)
-        sides = Sides.of(rows, self.samples.hashes[list(indices)])
+        sides = preferences.Sides.of(rows, self.samples.hashes[list(indices)])
         if self.shares_prompts and samples and all(sample.prompt for sample in samples):
             made = branch(samples, self.sampler.pad_multiple, row.nll_on_prompt)
             return replace(made, sides=sides)
@@ -368,8 +367,7 @@ def padded_width(longest: int, multiple: int, most: int) -> int:
         most: tokens of the longest row of all; the width goes no further than the multiple of 8
             that holds it.
     """
-    ceiling = -(-max(most, 1) // 8) * 8
-    return min(-(-max(longest, 1) // multiple) * multiple, ceiling)
+    return min(-(-max(longest, 1) // multiple) * multiple, -(-max(most, 1) // 8) * 8)
 
 
 def padded_tokens(lengths: np.ndarray, sampler: SamplerConfig, num_steps: int = 0) -> list[int]:
@@ -484,7 +482,7 @@ def flatten(samples: Sequence[Sample], pad_multiple: int = 8) -> Batch:
     width = -(-max(sum(lengths), 1) // pad_multiple) * pad_multiple
     *firsts, end = itertools.accumulate(lengths, initial=0)
     batch = _batch((1, width), samples, [(0, first) for first in firsts])
-    batch.labels[0, firsts] = NOT_TRAINED
+    batch.labels[0, firsts] = row_formats.NOT_TRAINED
     return replace(batch, row_lengths=(*lengths, *[width - end] * (width > end)))
 
 
@@ -509,9 +507,9 @@ def cut(batch: Batch, num: int, part: int) -> Batch:
     chunks = part, 2 * num - 1 - part
     at = torch.arange(batch.input_ids.shape[1]).view(2 * num, -1)[[*chunks]].flatten()
     following = batch.labels[0].roll(-1)  # the first token is no target
-    numbers = ((following != NOT_TRAINED).cumsum(0) - 1)[at]
+    numbers = ((following != row_formats.NOT_TRAINED).cumsum(0) - 1)[at]
     following = following[at]
-    positions = (following != NOT_TRAINED).nonzero().squeeze(1)
+    positions = (following != row_formats.NOT_TRAINED).nonzero().squeeze(1)
     whole = torch.cat([torch.arange(length) for length in batch.row_lengths])
     targets = positions, following[positions], chunks, numbers[positions]
     laid = Branched((), (), whole[at][None], *targets)
@@ -583,7 +581,7 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
         targets.append(row.input_ids[learned + 1].astype(np.int64))
     where, what = (torch.from_numpy(np.concatenate(t)) for t in (positions, targets))
     branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], where, what)
-    labels = torch.full((1, width), NOT_TRAINED)
+    labels = torch.full((1, width), row_formats.NOT_TRAINED)
     counts = len(where), starts[-1]
     lengths += [rest] * (rest > 0)
     return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
@@ -594,11 +592,11 @@ def _batch(shape: tuple[int, int], rows: Sequence[Sample], starts: list[tuple[in
     import torch
 
     ids = np.full(shape, PAD_ID, np.int64)
-    labels = np.full_like(ids, NOT_TRAINED)
+    labels = np.full_like(ids, row_formats.NOT_TRAINED)
     for sample, (row, first) in zip(rows, starts, strict=True):
         place = slice(first, first + len(sample.input_ids))
         ids[row, place] = sample.input_ids
-        labels[row, place] = np.where(sample.is_trained, sample.input_ids, NOT_TRAINED)
+        labels[row, place] = np.where(sample.is_trained, sample.input_ids, row_formats.NOT_TRAINED)
     num_trained = sum(sample.num_trained_tokens for sample in rows)
     num_tokens = sum(len(sample.input_ids) for sample in rows)
     return Batch(torch.from_numpy(ids), torch.from_numpy(labels), num_trained, num_tokens)

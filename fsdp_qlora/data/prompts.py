@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora import config, errors
 from fsdp_qlora.data.chats import read_messages
 from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.row_formats import chat_values
 from fsdp_qlora.data.sources import parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.data.tokens import Sample
-from fsdp_qlora.errors import UserError
 
 NUM_HELD_OUT = 3
 PROBE = "Which question?"
@@ -35,7 +34,7 @@ class Prompt(NamedTuple):
     expected: str | None = None
 
 
-def has_prompts(cfg: TrainConfig) -> bool:
+def has_prompts(cfg: config.TrainConfig) -> bool:
     """Return whether the user asks something of their own.
 
     Args:
@@ -45,7 +44,7 @@ def has_prompts(cfg: TrainConfig) -> bool:
 
 
 def choose_prompts(
-    cfg: TrainConfig, ready: PreparedData, tokenizer: TextTokenizer | None
+    cfg: config.TrainConfig, ready: PreparedData, tokenizer: TextTokenizer | None
 ) -> tuple[Prompt, ...]:
     """Find the prompts of a run.
 
@@ -118,7 +117,7 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
     lines = read_own_file(path, flag, remedy).splitlines()
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
-        raise UserError(f"{flag} {path}", "is empty", remedy)
+        raise errors.UserError(f"{flag} {path}", "is empty", remedy)
     is_json, asked = path.suffix.lower() in JSON_SUFFIXES, []
     for place, line in found:
         row = parse_json(line) if is_json else line
@@ -133,13 +132,13 @@ def _parse_prompt(place: str, value: Any) -> Any:
     is_chat = isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
     if not value or not (isinstance(value, str) or is_chat):
         remedy = 'write "text", {"prompt": "text"} or {"messages": [...]}'
-        raise UserError(place, "is no prompt in JSON", remedy)
+        raise errors.UserError(place, "is no prompt in JSON", remedy)
     if not is_chat:
         return value
     try:
         return read_messages("messages", value)
     except Refused as refusal:
-        raise UserError(place, str(refusal), "correct it") from refusal
+        raise errors.UserError(place, str(refusal), "correct it") from refusal
 
 
 def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
@@ -151,7 +150,7 @@ def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTok
             text = ready.formatter.ask(asked, ready.example, **chat_values(row))
     except Refused as refusal:
         rule = f"cannot be asked ({refusal})"
-        raise UserError(f"{at} {shown}", rule, "leave it out") from refusal
+        raise errors.UserError(f"{at} {shown}", rule, "leave it out") from refusal
     if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
         return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""

@@ -267,8 +267,7 @@ def _read_text(path: Path) -> PlacedRows:
         # A text may be one line only: it comes in parts.
         for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
             number += 1
-            is_long = len(piece) >= LONGEST_LINE
-            if is_long or (len(piece) >= PIECE_CHARS and not line[0].isspace()):
+            if len(piece) >= (LONGEST_LINE if line[0].isspace() else PIECE_CHARS):
                 yield RowPlace(str(path), start), _piece(piece, is_last=False)
                 start, piece = number, ""
             number -= not line.endswith("\n")

@@ -216,8 +216,7 @@ def locate(name: str) -> Path:
         UserError: gated, unknown or out of reach on the hub (code 3).
     """
     path = Path(os.path.expanduser(name))
-    is_hub_name = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if os.path.exists(path) or not is_hub_name:
+    if os.path.exists(path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         return path
     return arch.files.download(name, [CONFIG_NAME, WEIGHTS_NAME, "adapter_model.bin"], [])
 

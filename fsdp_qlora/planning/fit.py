@@ -285,8 +285,7 @@ def explore(
             if not found.fits_safely:  # nor will what keeps more
                 break
             parts, count = found.speed.parts_s, found.setting.count
-            is_hidden = parts[HOST_LINK] < 0.8 * parts[MATMULS] and not count(DISK)
-            if count("streamed") and is_hidden:
+            if parts[HOST_LINK] < 0.8 * parts[MATMULS] and count("streamed") and not count(DISK):
                 hidden_batches.add(batch)
         is_open = "use_activation_cpu_offload" not in fixed and "full" in rising[0].levels
         if is_open and not outcomes[number].fits_safely:

@@ -23,8 +23,7 @@ from fsdp_qlora import atomic, checkpoint_store, cli
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
 from fsdp_qlora.record import NEEDED
-from fsdp_qlora.report.charts import TABLE, Tape
-from fsdp_qlora.report.page import NO_RECORD, Section, render
+from fsdp_qlora.report import charts, page
 
 HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
 CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
@@ -48,7 +47,7 @@ class Follower:
             directory: of the run; it may be made later.
         """
         self.name, self.is_behind = directory.resolve().name, True
-        self._dir, self._tape, self._lock = directory.resolve(), Tape(), threading.Lock()
+        self._dir, self._tape, self._lock = directory.resolve(), charts.Tape(), threading.Lock()
         self._offset, self._mark, self._file = 0, b"", (0, 0)
 
     def _inside(self, name: str) -> Path | None:
@@ -89,13 +88,13 @@ class Follower:
             known = os.pread(file.fileno(), len(self._mark), start)
             if (stat.st_dev, stat.st_ino) != self._file or known != self._mark:
                 self._file, self._offset = (stat.st_dev, stat.st_ino), 0
-                self._tape = Tape(self._tape.version + 1)
+                self._tape = charts.Tape(self._tape.version + 1)
             block = os.pread(file.fileno(), CHUNK_BYTES, self._offset)
         whole = block[: block.rfind(b"\n") + 1]
         for line in whole.splitlines():
             row = atomic.parse_json(line)
             if row and ("event" in row or not [n for n in NEEDED if row.get(n) in (None, [])]):
-                with contextlib.suppress(*NO_RECORD):
+                with contextlib.suppress(*page.NO_RECORD):
                     self._tape.add(row)  # a damaged line is left out
         self._offset += len(whole)
         self._mark = (self._mark + whole)[-MARK_BYTES:] if self._offset else b""
@@ -146,7 +145,7 @@ def _does(signs: list[hooks.Heartbeat]) -> list[str]:
     for rank, sign in enumerate(signs):
         saves = "saves a checkpoint" if sign.point.startswith(("save", "prune")) else sign.point
         step = f"step {sign.step}: " if sign.step else ""
-        ranks.setdefault(step + TABLE["does"].get(sign.point, saves), []).append(rank)
+        ranks.setdefault(step + charts.TABLE["does"].get(sign.point, saves), []).append(rank)
     lines = []
     for words, those in ranks.items():
         silent_s = max(signs[rank].silent_s for rank in those)
@@ -196,10 +195,10 @@ class Server(ThreadingHTTPServer):
 
     def page(self) -> str:
         """The page, before it has asked for anything."""
-        empty = Tape().since() | {"state": "reading", "waits": [], "log": [], "token": ""}
+        empty = charts.Tape().since() | {"state": "reading", "waits": [], "log": [], "token": ""}
         runs = [empty | {"name": follower.name} for follower in self.followers]
-        chapters = [Section(name, [], []) for name in ("Answers", "Memory", "Log")]
-        return render("  ·  ".join(run["name"] for run in runs), chapters, runs, live=True)
+        chapters = [page.Section(name, [], []) for name in ("Answers", "Memory", "Log")]
+        return page.render("  ·  ".join(run["name"] for run in runs), chapters, runs, live=True)
 
     def news(self, query: str) -> str:
         """What is new since the answers of which `query` gives the tokens, as JSON."""
@@ -230,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = text.encode("utf-8", "replace")
         self.send_response_only(code)
         own = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body))}
-        for name, value in (TABLE["headers"] | own).items():
+        for name, value in (charts.TABLE["headers"] | own).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

@@ -35,8 +35,7 @@ from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.model.load import Built
-from fsdp_qlora.model.shard import blocks
+from fsdp_qlora.model import load, shard
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
@@ -361,8 +360,7 @@ class Recorder:
             phase: "load" or "save".
         """
         share = self.tracker.share._replace(used_gib=self.tracker.used_gib[phase])
-        values = self._world.gather(memory.encode(self.tracker.phases, share))
-        self._ledger.update(values, (phase,))
+        self._ledger.update(self._world.gather(memory.encode(self.tracker.phases, share)), (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -445,8 +443,7 @@ class Recorder:
             bar.update(1)
             return
         every, now_s = max(1, self._num_steps // MIN_PLAIN_LINES), time.monotonic()
-        is_late = now_s - self._said_s >= cli.LINE_S or step in (1, self._num_steps)
-        if step % every == 0 or is_late:
+        if step % every == 0 or now_s - self._said_s >= cli.LINE_S or step in (1, self._num_steps):
             print(f"step {step}/{self._num_steps} {' '.join(words)} ETA {left}", flush=True)
             self._said_s = now_s
 
@@ -512,7 +509,7 @@ def fit(words: Sequence[str], num_chars: int) -> str:
     return next(t for i in range(len(words), -1, -1) if len(t := " ".join(words[:i])) <= num_chars)
 
 
-def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
+def describe(data: Data, built: load.Built, tracker: memory.MemoryTracker) -> dict[str, Any]:
     """Collect the facts of a run.
 
     Args:
@@ -530,7 +527,7 @@ def describe(data: Data, built: Built, tracker: memory.MemoryTracker) -> dict[st
     device = {"device_peak_allocated_gib": allocated_gib, "device_peak_reserved_gib": reserved_gib}
     host = {"host_peak_rss_gib": rss_gib, "host_peak_used_gib": tracker.used_gib["load"]}
     kernels, cache, placed, loaded = built.model.kernels, built.cache, built.placed, built.loaded
-    stores = (block.store for block in blocks(built.model))
+    stores = (block.store for block in shard.blocks(built.model))
     quantized_gib = sum(store.layout.nbytes for store in stores if store) / hardware.GIB
     sizes = {name.removesuffix(".weight"): num for name, num in arch.unquantized(info).items()}
     whole = ", ".join(f"{name} {2 * num / hardware.GIB:.2f} GiB" for name, num in sizes.items())
