@@ -382,7 +382,8 @@ def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
     starts: Sequence[int] = range(0, ref.nbytes, size or 1)
     if num_places and size:
         starts = [(ref.nbytes - size) * i // max(num_places - 1, 1) for i in range(num_places)]
-    with ref.file.open("rb", buffering=0) as file:
+    ahead: collections.deque[Future[bytes]] = collections.deque()
+    with ref.file.open("rb", buffering=0) as file, ThreadPoolExecutor(NUM_READERS) as pool:
         for start in starts if num_places else ():  # a disk over a network reads all places at once
             os.posix_fadvise(file.fileno(), ref.start + start, size, os.POSIX_FADV_WILLNEED)
 
@@ -392,13 +393,11 @@ def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
         if num_places:
             yield from map(read, starts)
             return
-        ahead: collections.deque[Future[bytes]] = collections.deque()
-        with ThreadPoolExecutor(NUM_READERS) as pool:  # a hash takes as long as to read
-            for start in starts:
-                ahead.append(pool.submit(read, start))
-                if len(ahead) > NUM_READERS:
-                    yield ahead.popleft().result()
-            yield from (part.result() for part in ahead)
+        for start in starts:  # to hash takes as long as to read
+            ahead.append(pool.submit(read, start))
+            if len(ahead) > NUM_READERS:
+                yield ahead.popleft().result()
+        yield from (part.result() for part in ahead)
 
 
 def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:
