@@ -16,6 +16,7 @@ Source: bitsandbytes, functional.py, QuantState.as_dict; transformers, integrati
 finegrained_fp8.py; compressed-tensors, compressors/pack_quantized.
 """
 
+import collections
 import hashlib
 import json
 import math
@@ -24,6 +25,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +71,7 @@ BUILDER = "import json, sys\nfrom fsdp_qlora.model.skeleton import shapes_of\n"
 BUILDER += "json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
 NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
+NUM_READERS = 4  # threads that read what is hashed whole
 
 
 def known_shapes() -> list[str]:
@@ -379,11 +382,22 @@ def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
     starts: Sequence[int] = range(0, ref.nbytes, size or 1)
     if num_places and size:
         starts = [(ref.nbytes - size) * i // max(num_places - 1, 1) for i in range(num_places)]
-    with ref.file.open("rb", buffering=0) as file:
+    ahead: collections.deque[Future[bytes]] = collections.deque()
+    with ref.file.open("rb", buffering=0) as file, ThreadPoolExecutor(NUM_READERS) as pool:
         for start in starts if num_places else ():  # a disk over a network reads all places at once
             os.posix_fadvise(file.fileno(), ref.start + start, size, os.POSIX_FADV_WILLNEED)
-        for start in starts:
-            yield os.pread(file.fileno(), min(size, ref.nbytes - start), ref.start + start)
+
+        def read(start: int) -> bytes:
+            return os.pread(file.fileno(), min(size, ref.nbytes - start), ref.start + start)
+
+        if num_places:
+            yield from map(read, starts)
+            return
+        for start in starts:  # to hash takes as long as to read
+            ahead.append(pool.submit(read, start))
+            if len(ahead) > NUM_READERS:
+                yield ahead.popleft().result()
+        yield from (part.result() for part in ahead)
 
 
 def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:

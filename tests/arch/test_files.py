@@ -1,6 +1,7 @@
 """Model names: directories, shapes, a hub on this machine; damaged files are named in one line."""
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -222,7 +223,7 @@ def test_a_hub_name_that_is_no_shape_is_asked_of_the_hub(command: str, tmp_path:
     assert "llama-3.2-1b" in away.stderr, "the shape that is nearest"
 
 
-def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Path):
+def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Path, monkeypatch):
     """A byte in the first 4 KiB, in the last, in one between; only all bytes see the others."""
     path, size, apart = tmp_path / "x.safetensors", 1 << 18, ((1 << 18) - 4096) / 15
     refs = {"a": files.TensorRef(path, "U8", (size,), 100, size)}
@@ -240,5 +241,10 @@ def test_a_digest_sees_sixteen_places_of_every_tensor_or_every_byte(tmp_path: Pa
 
     assert [seen(place * apart) for place in range(16)] == [[True] * 3] + [[True, True, False]] * 15
     assert seen(apart / 2) == [False, True, False] and files.sample_digest({}) is None
+    monkeypatch.setattr(files, "WHOLE_BYTES", 1000)  # in many parts, some of them in flight
+    path.write_bytes(random := os.urandom(len(content)))
+    wanted = hashlib.sha256(f"a:U8:{(size,)}".encode() + random[100 : 100 + size])
+    wanted.update(f"b:U8:{(size,)}".encode() + random[100 + size :])
+    assert files.sample_digest(refs, 0) == wanted.hexdigest()[:16]
     path.unlink()
-    assert files.sample_digest(refs) is None
+    assert files.sample_digest(refs) is None and files.sample_digest(refs, 0) is None
