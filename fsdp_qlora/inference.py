@@ -136,11 +136,7 @@ class Opened:
         return complete(self.model, self.tokenizer, rows, how, self.world, streamer)
 
     def answer_all(
-        self,
-        questions: Sequence[Asked],
-        how: Sampling,
-        is_raw: bool = False,
-        of: Sequence[dict] = (),
+        self, questions: Sequence[Asked], how: Sampling, is_raw: bool = False, of: Any = ()
     ) -> list[str]:
         """Answer prompts, `batch_size` of the run at a time, those of like length together.
 

@@ -481,9 +481,8 @@ def _known_class(path: Path) -> str | None:
         found.append(value)
     settings, model_type = found[0], str(found[1].get("model_type"))
     named = str(settings.get("tokenizer_class"))
-    if "auto_map" in settings or not (path / "tokenizer.json").exists():
-        return None
-    if (path / "tekken.json").exists():
+    has_file = (path / "tokenizer.json").exists() and not (path / "tekken.json").exists()
+    if "auto_map" in settings or not has_file:
         return None
     if named in GENERAL_CLASSES:
         return None if model_type.startswith(REBUILT_TYPES) else GENERAL_CLASSES[0]
