@@ -14,7 +14,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import model_files as export
 from fsdp_qlora.model import load, shard, weights
 from fsdp_qlora.model.head import Targets
-from fsdp_qlora.training import loop, optim
+from fsdp_qlora.training import loop, losses, optim
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -66,7 +66,7 @@ def sharded_gradients(world, path, format_flags, cases, extra=()):
         batches = micro_batches(world.rank, world.size, accumulation)
         num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
         for batch in batches:
-            loss = loop.token_loss_sum(model, batch, world.device)
+            loss = losses.token_loss_sum(model, batch, world.device)
             (loss * (world.size / num_tokens)).backward()
         named = tiny.lora_dict(model, tiny.lora_grads(model))
         results[place, checkpointing, accumulation] = {
@@ -199,7 +199,7 @@ def _plant_nan_patterns(world, path):
         fingerprints = {i: load.fingerprint(words) for i, words in enumerate(planted)}
         mine = fingerprints if world.rank == 0 else {}
         load.verify_bytes(model, mine, world)
-        loop.token_loss_sum(model, micro_batches(world.rank, world.size, 1)[0], world.device)
+        losses.token_loss_sum(model, micro_batches(world.rank, world.size, 1)[0], world.device)
         num_wrong[place] = 0
         for block, words in zip(shard.blocks(model), planted, strict=True):
             gathered = shard.gathered(block).cpu()
