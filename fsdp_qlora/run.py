@@ -103,7 +103,7 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     """What is trained, its memory by row, the facts of the run."""
     from fsdp_qlora.model.adapters import load, peft_note
     from fsdp_qlora.model.load import build
-    from fsdp_qlora.training import loop, memory, memory_probe, metrics, optim
+    from fsdp_qlora.training import losses, memory, memory_probe, metrics, optim
 
     cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
@@ -114,7 +114,7 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
         if cfg.init_adapter is not None and is_new:
             load(built.model, adapter.locate(cfg.init_adapter) / adapter.WEIGHTS_NAME)
     tracker.record_model(built)
-    packing = loop.keep_rows_apart(built.model, dataset.train, plan.info, world)
+    packing = losses.keep_rows_apart(built.model, dataset.train, plan.info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)

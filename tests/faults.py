@@ -53,9 +53,9 @@ def meet(point: str, rank: int, step: int) -> None:
 
 
 def _spoil_losses() -> None:
-    from fsdp_qlora.training import loop
+    from fsdp_qlora.training import losses
 
-    whole = loop.token_loss_sum
+    whole = losses.token_loss_sum
 
     def token_loss_sum(*args):
         here = hooks.own_heartbeat()
@@ -63,7 +63,7 @@ def _spoil_losses() -> None:
         kind = _due("post-forward", int(os.environ["RANK"]), here.step) if is_step else ""
         return whole(*args) * FACTORS.get(kind, 1.0)
 
-    loop.token_loss_sum = token_loss_sum
+    losses.token_loss_sum = token_loss_sum
 
 
 def _due(point: str, rank: int, step: int) -> str:

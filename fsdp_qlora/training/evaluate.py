@@ -24,7 +24,7 @@ from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.training import loop
+from fsdp_qlora.training import losses
 from fsdp_qlora.training.metrics import Recorder
 from fsdp_qlora.training.objectives import KnownReference, Preference
 from fsdp_qlora.training.optim import Trained
@@ -58,20 +58,20 @@ def measure(
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     sums, is_silent = torch.zeros(8, device=world.device), world.rank > 0
     progress = cli.Progress("evaluates", len(batches), "batches", is_silent)
-    with loop.evaluating(model), progress:
-        weights = loop.weigh(model, preference, batches, world)
+    with losses.evaluating(model), progress:
+        weights = losses.weigh(model, preference, batches, world)
         for batch in batches:
             hooks.reach("eval", world.rank)
             if preference is None:
-                loss_sum += loop.token_loss_sum(model, batch, world.device)
+                loss_sum += losses.token_loss_sum(model, batch, world.device)
             else:
-                losses, own = loop.compare(model, preference, [batch], weights, world.device)
-                loss_sum, sums = loss_sum + losses.sum(), sums + own
+                losses_B, own = losses.compare(model, preference, [batch], weights, world.device)
+                loss_sum, sums = loss_sum + losses_B.sum(), sums + own
             progress.update()
     loss = world.sum(loss_sum.item()) / weights.num
     if preference is None:
         return {"loss": loss, "perplexity": perplexity(loss)}
-    figures = loop.figures(preference, sums, weights, world)
+    figures = losses.figures(preference, sums, weights, world)
     return {"loss": loss} | {name: value.item() for name, value in figures.items()}
 
 
@@ -92,7 +92,7 @@ def preference_of_base(
     hashes = np.concatenate([batch.sides.hashes for batch in rows if batch.sides is not None])
     known = KnownReference.read(cfg.resolved_output_dir / REFERENCE, hashes)
     if not all(world.gather_objects(known is not None)):
-        known = loop.reference_of(model, preference, rows, world, False)
+        known = losses.reference_of(model, preference, rows, world, False)
     return dataclasses.replace(preference, is_live=False, known=known)
 
 
@@ -136,7 +136,7 @@ def with_reference(
         raise UserError(str(place), rule, "start a new run", INTEGRITY)
     if known is None:
         batches = itertools.chain(all_once(rows, data.train.sampler), held_out)
-        known = loop.reference_of(model, preference, batches, world, is_base)
+        known = losses.reference_of(model, preference, batches, world, is_base)
         if world.rank == 0 and place is not None:
             with contextlib.suppress(*[OSError] * is_base):
                 place.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
-from fsdp_qlora.training.loop import StepWeights, step_losses
+from fsdp_qlora.training.losses import StepWeights, step_losses
 from fsdp_qlora.training.memory import MemoryTracker
 from fsdp_qlora.training.optim import Trained
 

@@ -15,7 +15,7 @@ from fsdp_qlora.distributed import world as worlds
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model import attention, shard
 from fsdp_qlora.planning import run as plans
-from fsdp_qlora.training import evaluate, loop, optim
+from fsdp_qlora.training import evaluate, loop, losses, optim
 from tests import tiny, tiny_models, warm
 from tests.model.test_shard import FLAGS
 from tests.ranks import run_ranks
@@ -102,7 +102,7 @@ def steps(world, num, paths, cases):
         )
         rows = samples(cfg.objective) if cfg.num_answers else make_rows(27, 40)
         train = PackedBatches(rows, 50, sampler) if PACKED in flags else Batches(rows, sampler)
-        loop.keep_rows_apart(model, train, info, world)
+        losses.keep_rows_apart(model, train, info, world)
         rest = rows if cfg.num_answers else make_rows(5, 9, seed=1)
         held_out = list(all_once(rest, sampler))
         figures = [*evaluate.measure(model, trained.preference, held_out, world).values()]
@@ -148,7 +148,7 @@ def refusals(world, paths):
     for path in paths:
         model, info, _ = tiny.build(path, world, *FLAGS, HERE)
         try:
-            loop.check_cut_rows(model, info, world)
+            losses.check_cut_rows(model, info, world)
             found.append("")
         except UserError as error:
             found.append(error.rule)

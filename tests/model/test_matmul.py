@@ -141,7 +141,7 @@ def _compare(world, path):
     """Of every way and level: losses of two steps, the gradient norm, the held-out loss after."""
     from fsdp_qlora.data.batches import collate
     from fsdp_qlora.model import shard
-    from fsdp_qlora.training import evaluate, loop
+    from fsdp_qlora.training import evaluate, losses
     from tests.model.test_shard import make_samples
 
     rows = make_samples(2 * world.size)[world.rank :: world.size]
@@ -161,7 +161,7 @@ def _compare(world, path):
         tiny.fill_lora(model)
         batch = collate(rows)
         before = evaluate.measure(model, None, [batch], world)["loss"]
-        loss = loop.token_loss_sum(model.train(), batch, world.device)
+        loss = losses.token_loss_sum(model.train(), batch, world.device)
         loss.backward()
         whole = [
             p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad

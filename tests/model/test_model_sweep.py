@@ -25,7 +25,7 @@ from fsdp_qlora.export import model_files
 from fsdp_qlora.model import adapters, load, shard, weights
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
-from fsdp_qlora.training import loop
+from fsdp_qlora.training import losses
 from tests import tiny, tiny_models
 from tests.model.test_packed_batches import make_samples
 from tests.model_files import edit_json
@@ -91,7 +91,7 @@ def judge(path: Path, world: World) -> Finding:
     wanted = reference(path, lora, cfg, samples)
     if isinstance(wanted, str):
         return Finding("different", wanted)
-    is_apart = loop.are_rows_apart(model, world)
+    is_apart = losses.are_rows_apart(model, world)
     worst: dict[str, float] = {}
     for laying, lay in LAYINGS.items():
         batch = lay(samples, 1)
@@ -131,7 +131,7 @@ def run(model, batch: Batch, world: World) -> Results:
     shard.settle(model)  # the logits of the last batch left parameters gathered
     model.zero_grad()
     model.train()
-    loss = loop.token_loss_sum(model, batch, world.device)
+    loss = losses.token_loss_sum(model, batch, world.device)
     loss.backward()
     grads = tiny.lora_grads(model)
     targets = Targets.of(batch.labels, world.device)

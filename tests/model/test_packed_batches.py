@@ -11,7 +11,7 @@ from fsdp_qlora.data.batches import Batches, PackedBatches, SamplerConfig, colla
 from fsdp_qlora.data.row_formats import NOT_TRAINED
 from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.training import loop
+from fsdp_qlora.training import losses
 from tests import tiny, tiny_models
 from tests.ranks import run_ranks
 
@@ -87,7 +87,7 @@ def test_no_row_is_trained_to_predict_the_next():
 def _loss_and_gradients(world, path, flags, batches):
     model, _, _ = tiny.build(path, world, "--lora_rank=4", "--lora_dropout=0", *flags)
     tiny.fill_lora(model)
-    loss = sum(loop.token_loss_sum(model, batch, world.device) for batch in batches)
+    loss = sum(losses.token_loss_sum(model, batch, world.device) for batch in batches)
     loss.backward()
     return loss.item(), [grad.cpu().numpy() for grad in tiny.lora_grads(model)]
 
@@ -145,12 +145,12 @@ def _keep_apart(world, cases):
     for path, *flags in cases:
         model, info, _ = tiny.build(path, world, "--lora_rank=4", *flags)
         flat, packed = Batches(ROWS, dealing, is_flat=True), PackedBatches(ROWS, 40, dealing)
-        lines = [loop.keep_rows_apart(model, flat, info, world)]
+        lines = [losses.keep_rows_apart(model, flat, info, world)]
         try:
-            lines.append(loop.keep_rows_apart(model, packed, info, world))
+            lines.append(losses.keep_rows_apart(model, packed, info, world))
         except UserError as error:
             lines.append(str(error))
-        lines.append(loop.keep_rows_apart(model, Batches(ROWS, dealing), info, world))
+        lines.append(losses.keep_rows_apart(model, Batches(ROWS, dealing), info, world))
         results.append((*lines, flat.is_flat, model.training))
     return results
 

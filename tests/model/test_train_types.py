@@ -20,7 +20,7 @@ from fsdp_qlora.model import adapters, shard
 from fsdp_qlora.planning import fit
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import setting_for
-from fsdp_qlora.training import loop, optim
+from fsdp_qlora.training import loop, losses, optim
 from tests import tiny
 from tests.model.test_shard import CHECKPOINTING, PLACES, _train, make_samples, micro_batches
 from tests.ranks import run_ranks
@@ -57,7 +57,7 @@ def gradients(world, path, flags, accumulation):
     batches = micro_batches(world.rank, world.size, accumulation)
     num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
     for batch in batches:
-        loss = loop.token_loss_sum(model, batch, world.device)
+        loss = losses.token_loss_sum(model, batch, world.device)
         (loss * (world.size / num_tokens)).backward()
     found = {}
     if has_lora:

@@ -14,7 +14,7 @@ from fsdp_qlora.model import attention, lora, shard, visit
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.model.visit import RowGroup
-from fsdp_qlora.training import loop, optim
+from fsdp_qlora.training import loop, losses, optim
 from tests import tiny, tiny_models
 from tests.model.test_shard import FLAGS, make_samples
 from tests.ranks import run_ranks
@@ -107,14 +107,14 @@ def reference_rows(world, paths):
         loss.backward()
         grads = [block.body.lora.grad.full_tensor() for block in shard.blocks(model)]
         model.zero_grad()
-        alone = loop.token_loss_sum(model, batch, world.device)
+        alone = losses.token_loss_sum(model, batch, world.device)
         assert not before.requires_grad and torch.equal(before, after)
         assert torch.equal(loss, alone) and not torch.equal(loss, before)
         alone.backward()
         for grad, block in zip(grads, shard.blocks(model), strict=True):
             assert torch.equal(grad, block.body.lora.grad.full_tensor())
         fresh, _, _ = tiny.build(path, world, *FLAGS, "--use_cpu_offload=false")  # B is zero
-        frozen = loop.token_loss_sum(fresh, batch, world.device)
+        frozen = losses.token_loss_sum(fresh, batch, world.device)
         assert torch.allclose(before, frozen, rtol=1e-6)
         found.append(True)
     return found
@@ -152,7 +152,7 @@ def tiled(world, cases):
             mlp = next(shard.blocks(model)).body.layer.mlp
             mlp.down_proj.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             torch.manual_seed(1)
-            loss = loop.token_loss_sum(model, batch, world.device)
+            loss = losses.token_loss_sum(model, batch, world.device)
             loss.backward()
             grads = [block.body.lora.grad.full_tensor() for block in shard.blocks(model)]
             results.append((loss, torch.cat(grads), len(calls)))
@@ -173,7 +173,7 @@ def slope_error(model, grad, batch, world):
                 param += share * own
             shard.settle(model)
             torch.manual_seed(1)
-            losses.append(loop.token_loss_sum(model, batch, world.device).double())
+            losses.append(losses.token_loss_sum(model, batch, world.device).double())
     return ((losses[0] - losses[1]) / 2e-2 - 1).abs() * 1e-5  # to some per cent
 
 
@@ -190,7 +190,7 @@ def test_layers_that_end_tile_by_tile_have_the_gradients_of_whole_ones(tmp_path)
 
 def test_a_model_may_refuse_inputs_and_lack_of_memory_is_a_fault(tmp_path, world):
     model, _, _ = tiny.build(tiny.save_model(tmp_path / "m"), world, *FLAGS)
-    asks = (lambda: model.can_visit(world.device), lambda: loop.can_share_prompts(model, world))
+    asks = (lambda: model.can_visit(world.device), lambda: losses.can_share_prompts(model, world))
     assert all(ask() for ask in asks)
     for error in (ValueError, RuntimeError, torch.OutOfMemoryError, KeyError):
         is_refusal = error in (ValueError, RuntimeError)

@@ -12,7 +12,7 @@ from fsdp_qlora import config
 from fsdp_qlora.data.batches import Batches, PackedBatches, sampler_config
 from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.model import shard
-from fsdp_qlora.training import evaluate, loop, optim
+from fsdp_qlora.training import evaluate, loop, losses, optim
 from fsdp_qlora.training.objectives import FIGURES, Preference
 from tests import tiny
 from tests.ranks import run_ranks
@@ -76,7 +76,7 @@ def step(world, model, trained, cut, case):
     assert batches.steps_per_epoch == 1
     preference = Preference.of(cfg, trained.preference.can_visit)
     if cfg.has_cached_reference:
-        known = loop.reference_of(model, preference, batches.step(0), world, True)
+        known = losses.reference_of(model, preference, batches.step(0), world, True)
         assert sorted(known.hashes) == sorted(rows.hashes)
         preference = dataclasses.replace(preference, known=known)
     before, kept = shard.whole_lora(model), [param.detach().clone() for param in trained.params]
@@ -98,7 +98,7 @@ def run(world, path: Path):
         model, _, cfg = tiny.build(path, world, *FLAGS, "--objective=dpo", *own)
         values = {k: t.numpy() for k, t in tiny.lora_dict(model, tiny.fill_lora(model)).items()}
         trained = optim.prepare(model, cfg, 1, world)
-        assert loop.can_share_prompts(model, world)
+        assert losses.can_share_prompts(model, world)
         assert trained.preference.can_visit and trained.per_visit == cfg.per_visit
         for case in OBJECTIVES if cut == "streamed, padded" else ("dpo, sft", "orpo", "kto", "ipo"):
             if (cut, case) != ("cached", "orpo"):
@@ -225,7 +225,7 @@ def test_a_shared_prompt_gives_what_two_whole_rows_give(seen):
 def _shares(world, path: Path) -> bool:
     model, info, cfg = tiny.build(path, world, *FLAGS, "--packing=on", "--objective=dpo")
     batches = PackedBatches(samples("dpo"), 24, sampler_config(cfg, 1, 0, 8))
-    said = loop.keep_rows_apart(model, batches, info, world)
+    said = losses.keep_rows_apart(model, batches, info, world)
     assert bool(said) == batches.shares_prompts
     return batches.shares_prompts
 
