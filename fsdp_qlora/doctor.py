@@ -51,9 +51,6 @@ DISK_BYTES, LINK_BYTES = 2**27, 2**28
 # Kind of device -> size of a square matmul, bytes of a copy, bytes of each rank in a gather.
 SIZES = {"cuda": (8192, 2**29, 2**27), "cpu": (2048, 2**28, 2**24)}
 SUSTAINED_SHARE = 0.62  # of a large matmul, over a whole step: H200, 490 of 790 TFLOP/s
-SPEED_WORDS = {"bf16_tflops": "Matmuls, TFLOP/s", "memory_gbs": "Memory of the device, GB/s"}
-SPEED_WORDS |= {"host_link_gbs": "Host to GPU, GB/s", "card_link_gbs": "Gather between ranks, GB/s"}
-SPEED_WORDS |= {"disk_gbs": "Reads from disk, GB/s"}
 # Relative: of weights in float32, of a matmul in 16 bit, of the code (NF4 0.09, FP4 0.12).
 MAX_ERRORS = (1e-5, 0.01, 0.15)
 
@@ -189,8 +186,6 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     Raises:
         OSError: the file cannot be written.
     """
-    from fsdp_qlora.report import page
-
     path, table, note = hardware.machine_file(), measured(findings), ""
     if not table:
         yield Finding("measured speeds", f"none; {path} is left as it is")
@@ -202,14 +197,7 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {device: known.get(device, {}) | speeds for device, speeds in table.items()}
     atomic.write_json(path, {"cards": known | rows})
-    charts = [
-        {"title": words, "unit": "", "values": values}
-        for key, words in SPEED_WORDS.items()
-        if (values := [(name, row[key]) for name, row in (known | rows).items() if key in row])
-    ]
-    picture = path.with_suffix(".html")
-    atomic.write(picture, page.render("What doctor has measured", [], bars=charts))
-    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}; see {picture}"
+    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}"
     yield Finding("measured speeds", value)
 
 
