@@ -21,18 +21,17 @@ from tests import timing
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
-# Totals, in code lines: no docstrings, comments, blanks. The whole shall come down to what the
-# house's law allows, 17,500 lines in 89 files with preference tuning, long rows and experts, of
-# which 8-bit matmuls pay 700 of their own; until it is there these two only fall, but for what a
+# Totals, in code lines: no docstrings, comments, blanks. The house's law allows 18,900 lines in 95
+# files with all features that were planned; until it is there these two only fall, but for what a
 # feature costs.
-MAX_CODE_LINES = 20_100
-MAX_FILES = 88
+MAX_CODE_LINES = 18_960
+MAX_FILES = 86
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 13  # with cache, recipe, export and the live page
 # Fields of the configuration, aliases not counted: 80, 2 of dropped text, verify_base; 6 of which
 # adapter is trained where, 1 of the live page; 7 of preference tuning, 2 of experts, 1 of visits, 1
-# of 8-bit matmuls.
-MAX_OPTIONS = 106
+# of 8-bit matmuls, 1 of rows over several GPUs.
+MAX_OPTIONS = 102
 PERIPHERY = ("report", "bench", "doctor", "fetch", "export", "inference")
 MAX_PERIPHERY = 0.25  # of the product
 COUNTED = (".py", ".j2", ".js", ".css", ".html")

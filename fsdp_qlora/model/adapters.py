@@ -18,10 +18,7 @@ from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.targets import Target, peft_name
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model import shard
-from fsdp_qlora.model.experts import QuantizedExperts
-from fsdp_qlora.model.lora import LoraSlot, QuantizedLinear, row_squares
-from fsdp_qlora.model.shard import blocks, local_range
+from fsdp_qlora.model import experts, lora, shard
 
 if TYPE_CHECKING:
     from fsdp_qlora.model.skeleton import QuantizedModel
@@ -42,21 +39,32 @@ def attach(
     """
     has_magnitude = TRAIN_TYPES[cfg.train_type].adapter == "dora"
     master = getattr(torch, cfg.master_dtype)
-    for block, own in zip(blocks(model), targets, strict=True):
+    for block, own in zip(shard.blocks(model), targets, strict=True):
         if not own:
             continue
-        body, linears, slots = block.body, dict[str, tuple[str, Any]](), list[LoraSlot]()
+        body, linears, slots = block.body, dict[str, tuple[str, Any]](), list[lora.LoraSlot]()
         for name, module in body.layer.named_modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, lora.QuantizedLinear):
                 linears[module.stored_name] = name, module
-            elif isinstance(module, QuantizedExperts):
+            elif isinstance(module, experts.QuantizedExperts):
                 sides = {module.in_name: module.ins, "down_proj": module.down}
                 linears |= {m.stored_name: (f"{name}.{side}", m) for side, m in sides.items()}
         for linear, rank, alpha, num in own:
             rest: Any = (cfg.lora_dropout, cfg.use_rslora, has_magnitude, num)
-            slots.append(LoraSlot(*linears[linear.name], rank * num, alpha, *rest))
+            slots.append(lora.LoraSlot(*linears[linear.name], rank * num, alpha, *rest))
         numel = -(-body.set_slots(slots) // world_size) * world_size
         body.lora = nn.Parameter(torch.empty(numel, dtype=master, device="meta"))
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """The random numbers of one matrix A, the same however the model is placed.
+
+    Args:
+        seed: of the run.
+        name: number of the layer, and name of the linear in it.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
@@ -71,20 +79,18 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
 
     Source: huggingface/peft, src/peft/tuners/lora/layer.py (Kaiming uniform with a = sqrt 5).
     """
-    for index, block in enumerate(blocks(model)):
+    for index, block in enumerate(shard.blocks(model)):
         if not block.body.slots:
             continue
         whole = torch.zeros(block.body.lora.shape, dtype=torch.float32)
         for slot, (a_RI, *_) in zip(block.body.slots, block.body.split_lora(whole), strict=True):
             bound = 1 / math.sqrt(slot.linear.in_features)
-            digest = hashlib.sha256(f"{seed}:{index}.{slot.name}".encode()).digest()
-            number = int.from_bytes(digest[:8], "little") >> 1
-            a_RI.uniform_(-bound, bound, generator=torch.Generator().manual_seed(number))
+            a_RI.uniform_(-bound, bound, generator=generator(seed, f"{index}.{slot.name}"))
         shard.set_slice(block.body, "lora", whole, device)
         if block.body.slots[0].has_magnitude:
             shard.gathered(block)
             dtype = next(block.body.layer.parameters()).dtype
-            rows = [row_squares(slot.linear.dequantize(dtype)) for slot in block.body.slots]
+            rows = [lora.row_squares(slot.linear.dequantize(dtype)) for slot in block.body.slots]
             block.body.row_squares = torch.cat(rows)
             block.layer_store.cache.clear()  # else a layer would lie there till the first step
             shard.release(block)
@@ -102,7 +108,7 @@ def load(model: "QuantizedModel", path: Path, scales: dict[str, float] | None = 
     Raises:
         UserError: a tensor is missing, unknown or of another shape (code 5).
     """
-    blocks_, device = [b for b in blocks(model) if b.body.slots], model.head.weight.device
+    blocks_, device = [b for b in shard.blocks(model) if b.body.slots], model.head.weight.device
     flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
     places = dict(named_pairs(model, flats))
     stem = "base_model.model." if flats else ""
@@ -154,8 +160,8 @@ def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[Tensor]:
     """
     local = dict(zip(map(id, shard.trained_parameters(model)), params, strict=True))
     found = []
-    for body in (block.body for block in blocks(model) if block.body.slots):
-        start, stop = local_range(body.lora)
+    for body in (block.body for block in shard.blocks(model) if block.body.slots):
+        start, stop = shard.local_range(body.lora)
         for _, b_OR, *_ in body.split_lora(torch.empty(body.lora.shape, device="meta")):
             first = max(b_OR.storage_offset(), start)
             last = min(b_OR.storage_offset() + b_OR.numel(), stop)
@@ -175,7 +181,7 @@ def named_pairs(model: "QuantizedModel", flats: list[Tensor]) -> Iterator[tuple[
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" and [R, I]; likewise
         lora_B, [O, R], and of DoRA lora_magnitude_vector, [O].
     """
-    adapted = [(i, block.body) for i, block in enumerate(blocks(model)) if block.body.slots]
+    adapted = [(i, block.body) for i, block in enumerate(shard.blocks(model)) if block.body.slots]
     for (index, body), flat in zip(adapted, flats, strict=True):
         for slot, parts in zip(body.slots, body.split_lora(flat), strict=True):
             stem = f"base_model.model.{model.layers_prefix}.{index}.{peft_name(slot.name)}"
@@ -191,7 +197,7 @@ def shift_magnitudes(model: nn.Module, flats: list[Tensor], sign: int) -> None:
         flats: the whole `lora` of each layer, on the host, changed in place.
         sign: 1 adds the length of the frozen rows, -1 takes it away.
     """
-    bodies = [block.body for block in blocks(model) if block.body.slots]
+    bodies = [block.body for block in shard.blocks(model) if block.body.slots]
     for body, flat in zip(bodies, flats, strict=True):
         squares = body.split_squares()
         for parts, square_O in zip(body.split_lora(flat), squares, strict=False):
@@ -213,7 +219,7 @@ def peft_note(model: nn.Module, info: ModelInfo) -> str:
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    slots = [slot for block in blocks(model) for slot in block.body.slots]
+    slots = [slot for block in shard.blocks(model) for slot in block.body.slots]
     names = {slot.name.rpartition(".")[2] for slot in slots if slot.num_experts == 1}
     config = LoraConfig(target_modules=list(names))
     stand_in = cast(nn.Module, SimpleNamespace(config=SimpleNamespace(model_type=info.model_type)))

@@ -31,12 +31,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_qlora.model import placement
+from fsdp_qlora.model import experts, placement, quantize, visit
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
-from fsdp_qlora.model.experts import QuantizedExperts
 from fsdp_qlora.model.lora import Adapter, Draws, InputGroup, LoraSlot, SavedActivations
-from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout
-from fsdp_qlora.model.visit import LayerCall, Spread
 from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
 
 
@@ -281,7 +278,7 @@ def _ending(layer: nn.Module) -> list[nn.Module]:
         return []
     if found is None or found.end() != len(source):
         return []
-    if any(isinstance(part, QuantizedExperts) for part in layer.modules()):
+    if any(isinstance(part, experts.QuantizedExperts) for part in layer.modules()):
         return []
     return [layer.get_submodule(name) for name in re.findall(r"= self\.(\w+)", found[1])]
 
@@ -311,7 +308,7 @@ class TrainedLayer(nn.Module):
     row_squares: torch.Tensor | None
 
     def __init__(
-        self, layer: nn.Module, groups: Sequence[InputGroup], store: LayerStore | None
+        self, layer: nn.Module, groups: Sequence[InputGroup], store: quantize.LayerStore | None
     ) -> None:
         super().__init__()
         self.is_whole = store is None
@@ -514,12 +511,12 @@ class TrainedLayer(nn.Module):
         own = {} if self.is_bare else {"lora": self.lora}
         return dict(self.layer.named_parameters()) if self.is_whole else own
 
-    def _visit(self, hiddens: list[torch.Tensor], calls: Sequence[LayerCall]) -> list:
+    def _visit(self, hiddens: list[torch.Tensor], calls: Sequence[visit.LayerCall]) -> list:
         """The last group first: the backward, which goes the other way, begins with the first."""
         own, num = self._own(), len(calls)
         owns = [own] * num
         if torch.is_grad_enabled() and self.is_trained and not self.is_reentrant:
-            parts = iter(Spread.apply(num, *own.values()))
+            parts = iter(visit.Spread.apply(num, *own.values()))
             owns = [{name: next(parts) for name in own} for _ in calls]
         outs: list[Any] = [None] * num
         for i in reversed(range(num)):
@@ -577,18 +574,18 @@ class DecoderBlock(nn.Module):
     """
 
     quantized: nn.Parameter
-    store: LayerStore | None
+    store: quantize.LayerStore | None
     offload: Offload | None
     body: TrainedLayer
 
-    def __init__(self, layout: Layout | None, cache: LayerCache) -> None:
+    def __init__(self, layout: quantize.Layout | None, cache: quantize.LayerCache) -> None:
         super().__init__()
         self.register_parameter("quantized", None)
         self.store = self.offload = None
         if layout is not None:
             quantized = torch.empty(layout.nbytes // 4, dtype=torch.float32, device="meta")
             self.quantized = nn.Parameter(quantized, requires_grad=False)
-            self.store = LayerStore(lambda: self.quantized, layout, cache)
+            self.store = quantize.LayerStore(lambda: self.quantized, layout, cache)
 
     def forward(self, *args, **kwargs):
         """Run the layer: arguments and results are those of TrainedLayer.forward."""
@@ -599,7 +596,7 @@ class DecoderBlock(nn.Module):
             return self.body(*args, **kwargs)
 
     @property
-    def layer_store(self) -> LayerStore:
+    def layer_store(self) -> quantize.LayerStore:
         """The store of a layer that has one."""
         assert self.store is not None, "a layer that is trained whole has no quantized bytes"
         return self.store

@@ -13,15 +13,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fsdp_qlora import arch, cli
+from fsdp_qlora import arch, cli, config, errors, hardware
 from fsdp_qlora.arch.targets import find_targets
-from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.hardware import GIB
-from fsdp_qlora.model import adapters, placement, shard, skeleton, weights
-from fsdp_qlora.model.quantize import store_linear
+from fsdp_qlora.model import adapters, placement, quantize, shard, skeleton, weights
 from fsdp_qlora.model.weights import QuantizedCache, Weights
 from fsdp_qlora.planning.sizes import STREAMED, has_adapters, trained_whole
 
@@ -48,7 +44,7 @@ class LoadReport:
         """One line for the user."""
         text = f"from {self.source} in {self.seconds:.1f} s"
         if self.read_bytes:
-            gib = self.read_bytes / GIB
+            gib = self.read_bytes / hardware.GIB
             text += f" ({gib:.2f} GiB a rank, {gib / self.seconds:.2f} GiB/s)"
         if self.num_verified:
             text += f"; gathered bytes of all {self.num_verified} layers are exact"
@@ -71,7 +67,7 @@ class Built:
     loaded: LoadReport = field(default_factory=LoadReport)
 
 
-def fill(built: Built, source: Weights, cfg: TrainConfig, world: World) -> Built:
+def fill(built: Built, source: Weights, cfg: config.TrainConfig, world: World) -> Built:
     """Give every parameter and buffer of a sharded meta model its bytes.
 
     Args:
@@ -168,7 +164,7 @@ class _Dealer:
                 progress.update(len(layers), len(layers) * nbytes)
         self.cache.commit(world)
         world.barrier()  # shared memory is whole on every rank
-        if on_disk := placed.layers(DISK):
+        if on_disk := placed.layers(config.DISK):
             spans = placed.spill.spans if placed.spill else self.cache.spans(on_disk)
             placed.open(spans, placed.spill or self.cache, world)
         return fingerprints
@@ -198,7 +194,7 @@ class _Dealer:
         for layer in layers:
             flat, layout = self._zeros(layer), self.layouts[layer]
             for index in range(len(layout.shapes)):
-                store_linear(flat, layout, index, next(arrays))
+                quantize.store_linear(flat, layout, index, next(arrays))
             self.cache.write_layer(layer, flat[: layout.nbytes])
             yield flat
 
@@ -259,7 +255,7 @@ def verify_bytes(model: torch.nn.Module, own_fingerprints: dict[int, int], world
     if any(mark != made[layer] for part in every for layer, mark in part.items()):
         got, rule = "the machines' quantized bytes differ", "all must train on the same base"
         remedy = "give all the same model files and GPUs; --quant_cache off makes them anew"
-        raise UserError(got, rule, remedy, INTEGRITY)
+        raise errors.UserError(got, rule, remedy, errors.INTEGRITY)
     wrong = []
     for index, block in enumerate(shard.blocks(model)):
         if block.store is None:
@@ -274,11 +270,11 @@ def verify_bytes(model: torch.nn.Module, own_fingerprints: dict[int, int], world
         got = f"quantized bytes of layer {by_rank[rank][0]} changed on rank {rank}"
         rule = "the bytes gathered by FSDP must be those that were quantized"
         remedy = "report the versions of torch and the GPU driver; training on them would be wrong"
-        raise UserError(got, rule, remedy, INTEGRITY)
+        raise errors.UserError(got, rule, remedy, errors.INTEGRITY)
     return len(made)
 
 
-def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
+def shape(cfg: config.TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """Build, adapt, place and shard a model on the meta device.
 
     Args:
@@ -307,7 +303,7 @@ def shape(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     return Built(model, cache, placed)
 
 
-def build(cfg: TrainConfig, info: arch.ModelInfo, world: World) -> Built:
+def build(cfg: config.TrainConfig, info: arch.ModelInfo, world: World) -> Built:
     """Shape a model and fill it.
 
     Args:

@@ -26,9 +26,8 @@ from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, UserError
 from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
 from fsdp_qlora.model import disk
+from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning import memory as plans
-from fsdp_qlora.planning.fit import MARGIN
-from fsdp_qlora.planning.rows import FILES, HOSTED, SYSTEM
 from fsdp_qlora.planning.sizes import (
     NUM_RING_SLOTS,
     NUM_SLOTS,
@@ -451,7 +450,7 @@ def _num_in_memory(
     nbytes = sum(size for name, size in pairs if name in STREAMED)
     own = dataclasses.replace(setting.tiered(0), machines=world.size // world.local_size)
     table = plans.host(Sizes(info, cfg, world.device.type), own)
-    ranks_gib = table.peak_gib - sum(table.gib("load", row) for row in (SYSTEM, FILES))
+    ranks_gib = table.peak_gib - sum(table.gib("load", row) for row in (rows.SYSTEM, rows.FILES))
     by_rank = world.gather([host_limit_gib(), host_used_gib(), pss_gib()])
     limit_gib, used_gib, _ = by_rank[world.peers[0]]
     taken_gib = sum(by_rank[peer][2] for peer in world.peers)
@@ -461,8 +460,8 @@ def _num_in_memory(
     left_gib = limit_gib - max(ranks_gib, taken_gib)
     if world.device.type == "cpu":
         left_gib -= SPARE_GIB * world.local_size
-    if is_file or (left_gib + table.gib("load", HOSTED)) * GIB < nbytes:
-        left_gib -= MARGIN * limit_gib
+    if is_file or (left_gib + table.gib("load", rows.HOSTED)) * GIB < nbytes:
+        left_gib -= fit.MARGIN * limit_gib
         num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
     return int(min(least for (least,) in world.gather([num])))
 

@@ -26,15 +26,13 @@ from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
-from fsdp_qlora.model import visit
+from fsdp_qlora.model import lora, visit
 from fsdp_qlora.model.attention import register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
-from fsdp_qlora.model.lora import QuantizedLinear, group_linears
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
-from fsdp_qlora.model.visit import RowGroup
 from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
@@ -238,7 +236,7 @@ class QuantizedModel(nn.Module):
             for body in bodies:
                 body.is_bare = False
 
-    def _visit(self, groups: Sequence[RowGroup]) -> list[torch.Tensor]:
+    def _visit(self, groups: Sequence[visit.RowGroup]) -> list[torch.Tensor]:
         ids = [group.input_ids for group in groups]
         embeds = self.embedding(torch.cat([part.flatten() for part in ids]).unsqueeze(0))
         parts = embeds.squeeze(0).split([part.numel() for part in ids])
@@ -549,9 +547,9 @@ def _build_body(
     linears = {}
     for name, index in places.items():
         stored = kind.linears[index].name
-        linears[name] = QuantizedLinear(built[name], partial(store.weight, index), stored)
+        linears[name] = lora.QuantizedLinear(built[name], partial(store.weight, index), stored)
         layer.set_submodule(name, linears[name])
-    joint = group_linears(linears)
+    joint = lora.group_linears(linears)
     for group in joint:
         indices = tuple(places[name] for name in linears if linears[name].group is group)
         if store.can_multiply(indices):

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.model.attention import RowBounds
-from fsdp_qlora.model.head import Targets
+from fsdp_qlora.model import attention, head
 
 
 class RowGroup(NamedTuple):
@@ -32,8 +31,8 @@ class RowGroup(NamedTuple):
     """
 
     input_ids: Tensor
-    targets: Targets | None
-    rows: RowBounds | None = None
+    targets: head.Targets | None
+    rows: attention.RowBounds | None = None
     has_adapters: bool = True
 
 

@@ -23,13 +23,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fsdp_qlora import __version__, atomic
-from fsdp_qlora.arch import ModelInfo, TensorRef
-from fsdp_qlora.arch.files import KEPT, MXFP4, check_shapes
-from fsdp_qlora.config import TrainConfig
+from fsdp_qlora import __version__, atomic, config, hardware
+from fsdp_qlora.arch import ModelInfo, TensorRef, files
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
-from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model.quantize import FORMATS, Fields, Layout, from_scaled, from_stored
 from fsdp_qlora.planning.sizes import NUM_READ_AHEAD
 
@@ -56,7 +53,7 @@ class Weights:
 
     def __init__(self, info: ModelInfo) -> None:
         self.info, self.read_bytes = info, 0
-        how = "as stored" if info.stored.method in KEPT else "made 16 bit"
+        how = "as stored" if info.stored.method in files.KEPT else "made 16 bit"
         self.source = f"files, in {info.stored.method} {how}," if info.quantized else "files"
 
     def check_names(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -69,7 +66,7 @@ class Weights:
             UserError: one is absent, unknown or of another shape (code 5).
         """
         found = {n: tuple(ref.shape) for n, ref in self.info.tensors.items()}
-        check_shapes(expected, found, str(self.info.path))
+        files.check_shapes(expected, found, str(self.info.path))
 
     def read_rows(
         self, name: str, rows: tuple[int, int], dtype: torch.dtype, device: torch.device
@@ -130,7 +127,7 @@ class Weights:
             if stored is None or not stored.format:
                 yield quantize(self._weight(name, found, device))
                 continue
-            is_own = stored.format == MXFP4
+            is_own = stored.format == files.MXFP4
             found = found if is_own else from_stored(found, stored.offset, stored.format, name)
             yield {key: part.to(device) for key, part in found.items()}
 
@@ -261,7 +258,7 @@ def look_ahead(read: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
             yield result
 
 
-def build(info: ModelInfo, cfg: TrainConfig) -> Weights:
+def build(info: ModelInfo, cfg: config.TrainConfig) -> Weights:
     """Build the source that `--weights` names.
 
     Args:
@@ -502,7 +499,7 @@ def find_cache(
         return QuantizedCache(None, "off")
     directory = atomic.cache_dir(setting) / key(info, layouts)
     sizes = [layout.nbytes for layout in layouts]
-    cache = QuantizedCache(directory, f"{directory} ({sum(sizes) / GIB:.2f} GiB)", sizes)
+    cache = QuantizedCache(directory, f"{directory} ({sum(sizes) / hardware.GIB:.2f} GiB)", sizes)
     cache.manifest = {"model": str(info.path), "base_bytes": base_bytes}
     if not directory.exists():
         return cache
@@ -539,7 +536,7 @@ def open_cache(
         base_bytes = info.whole_digest if is_verified and setting != "off" else None
         cache = find_cache(setting, info, layouts, base_bytes)
         if cache.directory is not None and not cache.is_complete:
-            _claim(cache, cache.directory, sum(cache.sizes) / GIB)
+            _claim(cache, cache.directory, sum(cache.sizes) / hardware.GIB)
     facts = cache.directory, cache.note, cache.sizes, cache.is_complete, cache.manifest
     facts = world.gather_objects((*facts, cache.temporary))[world.peers[0]]
     return cache if world.local_rank == 0 else QuantizedCache(*facts)
@@ -554,7 +551,7 @@ def _claim(cache: QuantizedCache, directory: Path, need_gib: float) -> None:
         cache.lock = atomic.lock(directory)
         if cache.lock is not None:
             atomic.sweep(directory)
-        free_gib = shutil.disk_usage(root).free / GIB
+        free_gib = shutil.disk_usage(root).free / hardware.GIB
         if cache.lock is None:
             reason = f"{directory} is in use by another run"
         elif free_gib < need_gib * 1.1:

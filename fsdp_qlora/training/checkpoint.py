@@ -18,22 +18,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fsdp_qlora import atomic, checkpoint_store, config
+from fsdp_qlora import atomic, checkpoint_store, config, hardware, record
 from fsdp_qlora.checkpoint_store import OPTIMIZER, WEIGHTS, Array, SavedCheckpoint
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
-from fsdp_qlora.hardware import versions
 from fsdp_qlora.model import shard
 from fsdp_qlora.model.weights import DTYPES as FLOATS
 from fsdp_qlora.planning.memory import moment_bytes
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
-from fsdp_qlora.record import RUN_FORMAT
-from fsdp_qlora.training import preflight
+from fsdp_qlora.training import optim, preflight
 from fsdp_qlora.training.metrics import Recorder, Resumed
-from fsdp_qlora.training.optim import Trained, learning_rate
 
 HEARTBEAT_S = 2.0
 Tensors = dict[str, dict[str, Array]]  # by file and name
@@ -72,7 +69,7 @@ class HostBuffer:
         return Array(DTYPES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
 
 
-def snapshot(trained: Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, Any]]:
+def snapshot(trained: optim.Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, Any]]:
     """Copy everything that is trained; every rank must call.
 
     Args:
@@ -110,14 +107,14 @@ def snapshot(trained: Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, A
     return {WEIGHTS: weights, OPTIMIZER: moments}, found | {"guard": trained.guard.state()}
 
 
-def _named(trained: Trained) -> Iterator[tuple[str, Tensor, torch.nn.Parameter, int]]:
+def _named(trained: optim.Trained) -> Iterator[tuple[str, Tensor, torch.nn.Parameter, int]]:
     """Name, parameter of the model, this rank's slice of it, rows that are no padding."""
     model = trained.model
     params, names = shard.trained_parameters(model), shard.trained_names(model)
     yield from zip(names, params, trained.params, shard.num_rows(model), strict=True)
 
 
-def _states(trained: Trained) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
+def _states(trained: optim.Trained) -> Iterator[tuple[str, Tensor, Tensor | None, int]]:
     """Tensors of the optimizer: "NAME.KEY", the tensor, the parameter it is a slice like, rows."""
     for name, param, local, rows in _named(trained):
         for key, value in sorted(trained.optimizer.state.get(local, {}).items()):
@@ -137,7 +134,7 @@ def _of_all_ranks(value: Tensor, world: World) -> Tensor:
     return world.share(padded)
 
 
-def restore(trained: Trained, saved: SavedCheckpoint | None) -> None:
+def restore(trained: optim.Trained, saved: SavedCheckpoint | None) -> None:
     """Put a checkpoint into a model and its optimizer: every rank reads its own slices.
 
     Args:
@@ -171,7 +168,7 @@ def restore(trained: Trained, saved: SavedCheckpoint | None) -> None:
 
 
 def _read_states(
-    trained: Trained, saved: SavedCheckpoint
+    trained: optim.Trained, saved: SavedCheckpoint
 ) -> Iterator[tuple[torch.nn.Parameter, dict[str, Any]]]:
     """What the optimizer keeps of each slice: all of `_states`, and the numbers."""
     world, num_ranks = trained.world, saved.state["num_ranks"]
@@ -294,7 +291,7 @@ def load(
     if cfg.verify_base == "full":  # one rank of each machine reads all of its files
         mine = plan.info.whole_digest if world.local_rank == 0 else None
         current["base_bytes"] = world.gather_objects(mine)[world.peers[0]]
-    libraries, num_steps = versions(world.device), data.train.num_steps
+    libraries, num_steps = hardware.versions(world.device), data.train.num_steps
     facts: dict[str, Any] = {name: current[name] for name in current if name != "template"}
     facts |= {"steps": num_steps, "held-out rows and prompts": data.digest}
     world.agree(facts)
@@ -308,7 +305,7 @@ def load(
             lines.append(f"resume    {ranks}: the same steps to rounding, not bit for bit")
     if world.rank == 0:
         config.save(cfg, cfg.resolved_output_dir / checkpoint_store.CONFIG, libraries)
-    facts = {"run_format": RUN_FORMAT, "num_steps": num_steps}
+    facts = {"run_format": record.RUN_FORMAT, "num_steps": num_steps}
     facts |= {"config": config.to_dict(cfg), "given": sorted(given)}
     facts |= {"fingerprint": current, "versions": libraries}
     return ResumeState(facts, saved, tuple(lines))
@@ -321,10 +318,10 @@ def _course_notes(saved: SavedCheckpoint, cfg: config.TrainConfig, num_steps: in
         rule = f"is already after step {step}, and this run has {num_steps}"
         raise UserError(f"--resume {path}", rule, "ask for more steps, or resume an earlier one")
     stored, _ = config.from_record(saved.state["config"])
-    before = functools.partial(learning_rate, stored, saved.state.get("num_steps", num_steps))
+    before = functools.partial(optim.learning_rate, stored, saved.state.get("num_steps", num_steps))
     both = [(n, getattr(stored, n), getattr(cfg, n)) for n in preflight.TABLE["course"]]
     lines = [f"resume    --{name} was {old}, now {new}" for name, old, new in both if old != new]
-    rate, planned = learning_rate(cfg, num_steps, step), before(step)
+    rate, planned = optim.learning_rate(cfg, num_steps, step), before(step)
     if step < num_steps and not math.isclose(rate, planned, abs_tol=1e-6 * cfg.base_lr):
         words = f"{before(max(step - 1, 0)):.3g} in step {step}, {rate:.3g} in the next"
         lines.append(f"resume    learning rate: {words} ({planned:.3g} without these changes)")
@@ -377,7 +374,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self, trained: Trained, recorder: Recorder, resumed: ResumeState, stop: hooks.StopFlag
+        self, trained: optim.Trained, recorder: Recorder, resumed: ResumeState, stop: hooks.StopFlag
     ) -> None:
         """Prepare; nothing is written before the first checkpoint is due.
 

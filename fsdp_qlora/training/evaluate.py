@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fsdp_qlora import __version__, atomic, cli
-from fsdp_qlora.checkpoint_store import BEST_DIR, BEST_DRAFT
+from fsdp_qlora import __version__, atomic, checkpoint_store, cli, errors
 from fsdp_qlora.checkpoint_store import CONFIG as RUN_CONFIG
 from fsdp_qlora.config import OBJECTIVES, TrainConfig
 from fsdp_qlora.data import Data, tokens
@@ -22,12 +21,9 @@ from fsdp_qlora.data.batches import Batch, all_once
 from fsdp_qlora.data.prompts import Prompt
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import INTEGRITY, UserError, one_line
 from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.training import losses
-from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.training import losses, metrics, optim
 from fsdp_qlora.training.objectives import KnownReference, Preference
-from fsdp_qlora.training.optim import Trained
 
 EVALUATION, REFERENCE = "evaluation.json", "reference.npz"
 LARGEST_EXPONENT = 700.0
@@ -97,8 +93,8 @@ def preference_of_base(
 
 
 def with_reference(
-    trained: Trained, data: Data, cfg: TrainConfig, saved: Any, base: Callable[[], Any]
-) -> Trained:
+    trained: optim.Trained, data: Data, cfg: TrainConfig, saved: Any, base: Callable[[], Any]
+) -> optim.Trained:
     """Let a run know the log-probabilities by its reference, where they are computed once.
 
     They lie in the directory of the run, and by what they depend on beside the cache of tokens.
@@ -133,7 +129,7 @@ def with_reference(
     known = world.first(lambda: KnownReference.read(place, wanted) if is_read and place else None)
     if known is None and saved is not None and not is_base:
         rule = "does not hold what the reference said of all rows before the first step"
-        raise UserError(str(place), rule, "start a new run", INTEGRITY)
+        raise errors.UserError(str(place), rule, "start a new run", errors.INTEGRITY)
     if known is None:
         batches = itertools.chain(all_once(rows, data.train.sampler), held_out)
         known = losses.reference_of(model, preference, batches, world, is_base)
@@ -147,7 +143,7 @@ def with_reference(
 def _indented(text: str) -> str:
     """A text below a name of ten characters, with its line breaks."""
     shown = text if len(text) <= MOST_CHARS else f"{text[:MOST_CHARS]} …"
-    return "\n          ".join(map(one_line, shown.splitlines()))
+    return "\n          ".join(map(errors.one_line, shown.splitlines()))
 
 
 @dataclasses.dataclass
@@ -171,12 +167,12 @@ class Evaluator:
         best: loss and step of the adapter in `best`, or None.
     """
 
-    trained: Trained
+    trained: optim.Trained
     data: Data
     cfg: TrainConfig
     answer: Callable[[Prompt], str]
     save: Callable[[TrainConfig], object]
-    recorder: Recorder
+    recorder: metrics.Recorder
     num_done: int = 0
     losses: dict[int, float] = dataclasses.field(default_factory=dict)
     accuracies: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -259,7 +255,7 @@ class Evaluator:
         Where the disk does not take it the one before stays, and the training goes on.
         """
         place, is_writer = self._best_dir, self.trained.world.rank == 0
-        draft = place.with_name(BEST_DRAFT) / BEST_DIR
+        draft = place.with_name(checkpoint_store.BEST_DRAFT) / checkpoint_store.BEST_DIR
         try:
             self.save(dataclasses.replace(self.cfg, output_dir=str(draft)))
             if is_writer:
@@ -274,7 +270,7 @@ class Evaluator:
 
     @property
     def _best_dir(self) -> Path:
-        return Path(self.cfg.resolved_output_dir) / BEST_DIR
+        return Path(self.cfg.resolved_output_dir) / checkpoint_store.BEST_DIR
 
     def _ask(self, when: str) -> None:
         texts = self.answers[self.num_done] = list[str]()

@@ -15,11 +15,8 @@ from torch import Tensor
 
 from fsdp_qlora.data.batches import Batch, Batches
 from fsdp_qlora.distributed import hooks
-from fsdp_qlora.model import shard
-from fsdp_qlora.model.experts import take_load
-from fsdp_qlora.training import losses, metrics, optim
-from fsdp_qlora.training.checkpoint import Checkpointer
-from fsdp_qlora.training.metrics import Recorder
+from fsdp_qlora.model import experts, shard
+from fsdp_qlora.training import checkpoint, losses, metrics, optim
 from fsdp_qlora.training.optim import Trained
 
 Hook = Callable[[str], None]  # is told of every point of a step
@@ -73,15 +70,15 @@ def train_step(
     hook("post-optimizer")
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
     results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
-    results |= take_load(getattr(trained.model, "mixtures", ()))
+    results |= experts.take_load(getattr(trained.model, "mixtures", ()))
     return results | losses.figures(preference, sums, weights, world)
 
 
 def fit(
     trained: Trained,
     batches: Batches,
-    recorder: Recorder,
-    checkpointer: Checkpointer,
+    recorder: metrics.Recorder,
+    checkpointer: checkpoint.Checkpointer,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Take every optimizer step of the run, or those that are left.
@@ -130,7 +127,7 @@ def fit(
 
 
 def _note_skipped(
-    trained: Trained, batches: Batches, recorder: Recorder, is_last: bool = False
+    trained: Trained, batches: Batches, recorder: metrics.Recorder, is_last: bool = False
 ) -> None:
     for skipped in trained.guard.skipped_steps(batches, is_last):
         recorder.event("skipped", dataclasses.asdict(skipped))

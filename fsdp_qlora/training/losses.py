@@ -15,15 +15,11 @@ from fsdp_qlora.data.tokens import Sample
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.model import shard
+from fsdp_qlora.model import head, shard, skeleton, visit
 from fsdp_qlora.model.attention import Branches, Cut, RowBounds, joins_exactly
-from fsdp_qlora.model.head import Targets
-from fsdp_qlora.model.skeleton import QuantizedModel
-from fsdp_qlora.model.visit import RowGroup, may_refuse
 from fsdp_qlora.planning.sizes import JOINED_TOKENS
-from fsdp_qlora.training import objectives
+from fsdp_qlora.training import objectives, optim
 from fsdp_qlora.training.objectives import Answers, KnownReference, Preference
-from fsdp_qlora.training.optim import Trained
 
 SHORT_ROWS = (9, 7)  # tokens of two rows that are laid one after the other for a trial
 MOST_ROW_ERROR = 0.2  # of what seeing the other row does; 16 bit round to some hundredths of it
@@ -137,7 +133,7 @@ def compare(
 
 
 def step_losses(
-    trained: Trained, batches: Sequence[Batch], weights: StepWeights
+    trained: optim.Trained, batches: Sequence[Batch], weights: StepWeights
 ) -> tuple[Tensor, Tensor | None]:
     """`token_losses`, or `compare` and its sums.
 
@@ -181,7 +177,7 @@ def _answers(
 
 def _whole(model: nn.Module, batch: Batch, losses_N: Tensor) -> Tensor:
     """Losses of all targets of rows that are cut; the gradient is that of this rank's."""
-    laid, context = batch.branches, cast(QuantizedModel, model).context
+    laid, context = batch.branches, cast(skeleton.QuantizedModel, model).context
     if context is None or laid is None or laid.numbers is None or batch.sides is None:
         return losses_N
     numbers = _to_device(laid.numbers, losses_N.device)
@@ -201,7 +197,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def reference_of(
-    model: QuantizedModel,
+    model: skeleton.QuantizedModel,
     preference: Preference,
     batches: Iterable[Batch],
     world: World,
@@ -230,8 +226,8 @@ def reference_of(
     return KnownReference(hashes, np.concatenate([pair[1] for pair in every])[order])
 
 
-def _group(batch: Batch, device: torch.device) -> RowGroup:
-    targets = Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
+def _group(batch: Batch, device: torch.device) -> visit.RowGroup:
+    targets = head.Targets.of(batch.labels, device)._replace(is_single=batch.sides is not None)
     rows, laid = RowBounds.of(batch.row_lengths, device), batch.branches
     if laid is not None and rows is not None:
         places = laid.positions, laid.tokens, laid.position_ids
@@ -242,14 +238,14 @@ def _group(batch: Batch, device: torch.device) -> RowGroup:
             rows = Branches.join(rows, laid.prompts, laid.answers)
         else:
             rows = rows._replace(cut=Cut.of(batch.row_lengths, laid.chunks, device))
-    return RowGroup(_to_device(batch.input_ids, device), targets, rows)
+    return visit.RowGroup(_to_device(batch.input_ids, device), targets, rows)
 
 
 def _single_losses(
-    model: nn.Module, groups: list[RowGroup], preference: Preference
+    model: nn.Module, groups: list[visit.RowGroup], preference: Preference
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """Losses of all tokens of each group, and the same by the base where that is the reference."""
-    assert isinstance(model, QuantizedModel)
+    assert isinstance(model, skeleton.QuantizedModel)
     num, is_live = len(groups), preference.is_live
     if preference.can_visit and num * (1 + is_live) > 1:
         bare = [group._replace(has_adapters=False) for group in groups] if is_live else []
@@ -307,8 +303,8 @@ def are_rows_apart(model: nn.Module, world: World) -> bool:
     rows = RowBounds.of(SHORT_ROWS, world.device)
     positions = torch.arange(SHORT_ROWS[1], device=world.device)
     with evaluating(model):
-        alone = model(ids[:, SHORT_ROWS[0] :], Targets(positions, None)).float()
-        behind = Targets(positions + SHORT_ROWS[0], None)
+        alone = model(ids[:, SHORT_ROWS[0] :], head.Targets(positions, None)).float()
+        behind = head.Targets(positions + SHORT_ROWS[0], None)
         seeing = model(ids, behind).float() - alone
         try:
             apart = model(ids, behind, rows=rows).float() - alone
@@ -342,7 +338,7 @@ def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
     group, laid = _group(part, world.device), part.branches
     assert laid is not None and group.targets is not None
     with evaluating(model), contextlib.suppress(TypeError, ValueError, RuntimeError):
-        asked = (Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
+        asked = (head.Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
         pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
         alone = torch.cat([model(row, targets).float() for row, targets in pairs])
         wanted = alone[at.input_ids[0, laid.positions]]
@@ -369,8 +365,8 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
     laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
     found = list[Tensor]()
-    with evaluating(model), may_refuse():  # a model may know no branches
-        is_exact = joins_exactly(world.device, cast(QuantizedModel, model).kernels.dtype)
+    with evaluating(model), visit.may_refuse():  # a model may know no branches
+        is_exact = joins_exactly(world.device, cast(skeleton.QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
             asked = group.targets._replace(tokens_N=None) if group.targets is not None else None
             found.append(model(group.input_ids, asked, rows=group.rows).float())

@@ -28,9 +28,8 @@ from fsdp_qlora import errors
 from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import exit_report
 from fsdp_qlora.hardware import GIB, find_cgroup, host_used_gib, pss_gib, read_kib
+from fsdp_qlora.model import shard, skeleton
 from fsdp_qlora.model.load import Built
-from fsdp_qlora.model.shard import blocks
-from fsdp_qlora.model.skeleton import QuantizedModel
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.run import RunPlan
@@ -266,7 +265,7 @@ class MemoryTracker:
         self.share = HostShare(process_peak().left_gib, data_gib, **whole)
         self._device = device
         self._params: list[torch.nn.Parameter] = []
-        self._model: QuantizedModel | None = None
+        self._model: skeleton.QuantizedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._moments_gib = 0.0  # of the optimizer, when the last step began
         self._context_gib = 0.0  # what the GPU holds beside torch's allocator, when last looked at
@@ -309,7 +308,7 @@ class MemoryTracker:
         self._model = model = built.model
         layouts, placed = model.layouts, built.placed
         self.pinned_gib = built.loaded.pinned_bytes / GIB
-        layers = {id(block.quantized): number for number, block in enumerate(blocks(model))}
+        layers = {id(block.quantized): number for number, block in enumerate(shard.blocks(model))}
         on_host = 0.0
         self.held = dict.fromkeys(names.DEVICE_ROWS[:4], 0.0)
         for tensor, gib in _tensors(model):
@@ -410,7 +409,7 @@ class MemoryTracker:
         self._moments_gib = now_gib
         phases = [phase for phase in STEP_PHASES if phase in taken]
         found = {p: self.device_rows(p, taken[p], moments_gib[p]) for p in phases}
-        offload = next(blocks(self._model)).offload if self._model is not None else None
+        offload = next(shard.blocks(self._model)).offload if self._model is not None else None
         waiting_gib = offload.nbytes / GIB if offload is not None else 0.0
         own = dict.fromkeys(STEP_PHASES, process_peak()) if self.is_cuda else taken
         peaks = {f"{phase}_gib": own.get(phase, Peak()).allocated_gib for phase in STEP_PHASES}

@@ -17,18 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fsdp_qlora import atomic
+from fsdp_qlora import atomic, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.batches import Batch, Batches, PackedBatches
 from fsdp_qlora.data.preferences import Sides
 from fsdp_qlora.data.tokens import Sample
-from fsdp_qlora.hardware import GIB
-from fsdp_qlora.model import shard
-from fsdp_qlora.model.skeleton import QuantizedModel
+from fsdp_qlora.model import shard, skeleton
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.training import memory, optim
 from fsdp_qlora.training.losses import StepWeights, step_losses
-from fsdp_qlora.training.memory import MemoryTracker
-from fsdp_qlora.training.optim import Trained
 
 PROFILES = "profiles"  # in the run's directory
 WAIT_STEPS, ACTIVE_STEPS, SNAPSHOT_STEPS = 2, 3, 3
@@ -77,7 +74,7 @@ def longest_batch(batches: Batches, cfg: TrainConfig, vocab_size: int) -> Batch:
     return dataclasses.replace(batches.lay(rows), sides=Sides.of(rows) if cfg.num_answers else None)
 
 
-def run(trained: Trained, batches: Batches, tracker: MemoryTracker) -> str:
+def run(trained: optim.Trained, batches: Batches, tracker: memory.MemoryTracker) -> str:
     """Prove that the longest rows fit, and learn what comes and goes in a pass.
 
     Model, optimizer, random numbers and data are afterwards as if it had not been.
@@ -94,7 +91,7 @@ def run(trained: Trained, batches: Batches, tracker: MemoryTracker) -> str:
         torch.OutOfMemoryError: it does not fit.
     """
     model, world, cfg = trained.model, trained.world, tracker.plan.cfg
-    assert isinstance(model, QuantizedModel)
+    assert isinstance(model, skeleton.QuantizedModel)
     batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
     was_training = model.training
     model.train()
@@ -125,7 +122,7 @@ def run(trained: Trained, batches: Batches, tracker: MemoryTracker) -> str:
     return f"{words}: {tracker.taken['memory probe'].allocated_gib:.2f} GiB in tensors"
 
 
-def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) -> None:
+def _pass(trained: optim.Trained, batch: Batch, keeps_gradients: bool, is_last: bool) -> None:
     """Forward and backward, with marks at their ends."""
     if trained.is_reduced_once:
         shard.reduce_gradients(trained.model, is_last or not keeps_gradients)
@@ -138,7 +135,7 @@ def _pass(trained: Trained, batch: Batch, keeps_gradients: bool, is_last: bool) 
         _drop_gradients(trained)
 
 
-def _drop_gradients(trained: Trained) -> None:
+def _drop_gradients(trained: optim.Trained) -> None:
     if any(param.grad is not None for param in shard.trained_parameters(trained.model)):
         shard.collect_gradients(trained.model, trained.params)
     trained.optimizer.zero_grad()
@@ -213,10 +210,10 @@ def told_apart(events: Sequence[AllocatorEvent]) -> tuple[dict[str, names.GibByR
         rows: names.GibByRow = {}
         for block in alive:
             row = _row(block, ends)
-            rows[row] = rows.get(row, 0.0) + block.nbytes / GIB
+            rows[row] = rows.get(row, 0.0) + block.nbytes / hardware.GIB
         if sum(rows.values()) >= sum(found.get(phase, {}).values()):
             found[phase] = rows
-    return found, sum(block.nbytes for block in stays) / GIB
+    return found, sum(block.nbytes for block in stays) / hardware.GIB
 
 
 def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from fsdp_qlora import atomic
-from fsdp_qlora.config import OBJECTIVES, TrainConfig
+from fsdp_qlora import atomic, config
 
 
 class Answers(NamedTuple):
@@ -225,12 +224,12 @@ class Preference:
     can_visit: bool = False
 
     @classmethod
-    def of(cls, cfg: TrainConfig, can_visit: bool) -> "Preference | None":
+    def of(cls, cfg: config.TrainConfig, can_visit: bool) -> "Preference | None":
         """That of a run; None where rows are learned as they are."""
         if not cfg.num_answers:
             return None
         by = Strength(cfg.beta, cfg.simpo_gamma, cfg.label_smoothing)
-        is_live = OBJECTIVES[cfg.objective].has_reference and not cfg.has_cached_reference
+        is_live = config.OBJECTIVES[cfg.objective].has_reference and not cfg.has_cached_reference
         return cls(cfg.objective, by, cfg.nll_weight, is_live, None, can_visit)
 
     def compare(

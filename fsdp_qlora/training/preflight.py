@@ -18,17 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import checkpoint_store, cli, config, hardware
-from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.arch.targets import find_targets
+from fsdp_qlora import checkpoint_store, cli, config, hardware, record
+from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
-from fsdp_qlora.planning import fit, memory, sizes
-from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import count_trained
-from fsdp_qlora.record import check_format
+from fsdp_qlora.planning import fit, memory, run, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +126,7 @@ def _find(wanted: str | None, output_dir: str | None, notify: Say) -> SavedCheck
 def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
     """A checkpoint that was written by a trainer like this one."""
     state = saved.state
-    check_format(state, str(saved.path / STATE))
+    record.check_format(state, str(saved.path / STATE))
     wrong = [name for name, kind in STATE_TYPES.items() if not isinstance(state.get(name), kind)]
     wrong += [] if wrong or all(isinstance(n, str) for n in state["given"]) else ["given"]
     wrong += ["version"] if state["version"] != checkpoint_store.VERSION else []
@@ -223,7 +219,7 @@ def fingerprint(
 
 def _targets(info: ModelInfo, cfg: TrainConfig) -> list[str]:
     """Linears with adapters: their names in a layer where all layers are alike, else all names."""
-    layers = [[row.linear.name for row in layer] for layer in find_targets(info, cfg)]
+    layers = [[row.linear.name for row in layer] for layer in targets.find_targets(info, cfg)]
     if all(layer == layers[0] for layer in layers):
         return sorted(layers[0])
     return [f"{index}.{name}" for index, layer in enumerate(layers) for name in layer]
@@ -303,7 +299,7 @@ def _row(name: str, before: Any, after: Any) -> str:
     return f"{name:<16}{old:<{MAX_CHARS}}  {new}".rstrip()
 
 
-def check(plan: RunPlan, saved: SavedCheckpoint | None = None, base: str | None = None) -> None:
+def check(plan: run.RunPlan, saved: SavedCheckpoint | None = None, base: str | None = None) -> None:
     """Check all that a run needs besides its model, which has been read.
 
     Rows are read and tokenized here, into the cache of tokens where it is in use, so that the
@@ -342,7 +338,7 @@ def _check_libraries(cfg: TrainConfig) -> None:
             raise UserError(got, f"needs {name}, which is not installed", remedy, ENVIRONMENT)
 
 
-def _check_gpus(plan: RunPlan) -> None:
+def _check_gpus(plan: run.RunPlan) -> None:
     """A GPU without bf16 computes it all the same, many times slower: torch does not say so."""
     lacking = [gpu.name for gpu in plan.machine.gpus if not gpu.has_bf16]
     if lacking and plan.cfg.compute_dtype == "bfloat16":
@@ -382,7 +378,7 @@ def check_room(cfg: TrainConfig, info: ModelInfo) -> None:
     Raises:
         UserError: there is not enough room (code 3).
     """
-    num_params, place = count_trained(info, cfg).total, cfg.resolved_output_dir.absolute()
+    num_params, place = sizes.count_trained(info, cfg).total, cfg.resolved_output_dir.absolute()
     num_there = len(checkpoint_store.steps(place)) if cfg.resume else 0
     num_left = cfg.keep_checkpoints + 2 - num_there  # with the best and a new one
     weight_bytes = sizes.DTYPE_BYTES[cfg.master_dtype]

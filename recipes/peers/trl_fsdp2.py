@@ -121,9 +121,7 @@ def initialise(model, seed):
         if found is None:
             continue
         values, bound = torch.empty(param.shape), 1 / math.sqrt(param.shape[1])
-        values.uniform_(
-            -bound, bound, generator=adapters._generator(seed, f"{found[1]}.{found[2]}")
-        )
+        values.uniform_(-bound, bound, generator=adapters.generator(seed, f"{found[1]}.{found[2]}"))
         with torch.no_grad():
             param.copy_(values)
         num_set += 1

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.distributed.world import find_neighbors
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.model import load, shard, weights
+from fsdp_qlora.model import load, quantize, shard, weights
 from tests import tiny
 from tests.faults import largest_file
 from tests.ranks import run_ranks
@@ -178,13 +178,13 @@ def on_machines(world, path, place):
 def other_bytes_on_a_machine(world, path):
     """Machine 1 has another base: (code, text) of the error on this rank."""
     world = dataclasses.replace(world, local_rank=0, local_size=1)
-    other = load.store_linear
+    other = quantize.store_linear
 
     def flipped(flat, *rest):
         other(flat, *rest)
         flat[0] ^= 1
 
-    with patch.object(load, "store_linear", flipped if world.rank else other):
+    with patch.object(quantize, "store_linear", flipped if world.rank else other):
         return fault_of(world, path, "--offload_impl=stream")
 
 
