@@ -46,10 +46,7 @@ class Code(NamedTuple):
     outliers: int
 
 
-CODES = {
-    "fp8": Code(torch.float8_e4m3fn, 448.0, 0, 0),
-    "int8": Code(torch.int8, 127.0, BLOCK, 16),
-}
+CODES = {"fp8": Code(torch.float8_e4m3fn, 448.0, 0, 0), "int8": Code(torch.int8, 127.0, BLOCK, 16)}
 Pair = tuple[torch.Tensor, torch.Tensor]  # codes, scales
 LowRank = tuple[torch.Tensor, torch.Tensor, float]  # hidden_MR, b_OR, scale
 
