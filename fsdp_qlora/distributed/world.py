@@ -458,5 +458,6 @@ def leave() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
-    debug._clear_sharding_prop_cache()  # it keeps meshes, and they the group
+    with suppress(AttributeError):  # a private name: this cache keeps meshes, and they the group
+        debug._clear_sharding_prop_cache()
     gc.collect()
