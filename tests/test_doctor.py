@@ -61,7 +61,6 @@ def test_a_machine_is_checked_and_measured_for_the_plan(
     assert measured.disk_gbs == known.disk_gbs == table["disk"]["disk_gbs"] > 0
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == [
         "cache",
-        "machine.html",
         "machine.json",
     ]
 

@@ -199,7 +199,6 @@ def markdown(facts):
     ]
     for p2p in dict.fromkeys(row["p2p"] for row in facts["rows"]):
         parts += [f"## {P2P[p2p]}", table([row for row in facts["rows"] if row["p2p"] == p2p])]
-    parts += charts(facts)
     faults = [
         f"- {r['arm']} ({P2P[r['p2p']]}): {r['reason']}" for r in facts["rows"] if r["reason"]
     ]
@@ -232,28 +231,6 @@ def table(rows):
             ]
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def charts(facts):
-    """Speed and memory of the arms that count, as bars."""
-    found = []
-    for p2p in dict.fromkeys(row["p2p"] for row in facts["rows"]):
-        rows = [r for r in facts["rows"] if r["p2p"] == p2p and r["state"] == "measured"]
-        for name in ("tokens_per_s", "peak_reserved_gib", "host_added_gib"):
-            title, unit = bench.TABLES["figures"][name]
-            values = {row["arm"]: row[name] for row in rows}
-            found += bars(f"{title} · {P2P[p2p]}", unit, values)
-    return found
-
-
-def bars(title, unit, values):
-    """A chart in Mermaid, which GitHub draws; nothing where every value is 0."""
-    most = max(values.values(), default=0.0)
-    lines = ["```mermaid", "xychart-beta horizontal", f'title "{title}"']
-    lines.append(f"x-axis [{', '.join(map(json.dumps, values))}]")
-    lines.append(f'y-axis "{unit}" 0 --> {most:.2f}')
-    lines.append(f"bar [{', '.join(f'{max(value, 0.0):.2f}' for value in values.values())}]")
-    return ["\n".join([*lines, "```"])] if most > 0 else []
 
 
 def checkpoint(model_name, out):
