@@ -166,15 +166,15 @@ def tiled(world, cases):
 
 def slope_error(model, grad, batch, world):
     """How far the gradient is from what the loss does along it, by the same draws."""
-    params, step, losses = shard.local_parameters(model), 1e-2 / grad.norm() ** 2, []
+    params, step, found = shard.local_parameters(model), 1e-2 / grad.norm() ** 2, []
     with torch.no_grad():
         for share in (step, -2 * step):
             for param, own in zip(params, grad.split([len(p) for p in params]), strict=True):
                 param += share * own
             shard.settle(model)
             torch.manual_seed(1)
-            losses.append(losses.token_loss_sum(model, batch, world.device).double())
-    return ((losses[0] - losses[1]) / 2e-2 - 1).abs() * 1e-5  # to some per cent
+            found.append(losses.token_loss_sum(model, batch, world.device).double())
+    return ((found[0] - found[1]) / 2e-2 - 1).abs() * 1e-5  # to some per cent
 
 
 def test_layers_that_end_tile_by_tile_have_the_gradients_of_whole_ones(tmp_path):
