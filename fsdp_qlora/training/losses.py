@@ -297,9 +297,7 @@ def are_rows_apart(model: nn.Module, world: World) -> bool:
     # Llama 4 scales queries by their place in the sequence, from the 8192nd on.
     if getattr(model.get_submodule("decoder").config, "attn_temperature_tuning", False):
         return False
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.get_parameter("head.weight").shape[0]
-    ids = torch.randint(vocab_size, (1, sum(SHORT_ROWS)), generator=generator).to(world.device)
+    ids = _trial_ids(model).to(world.device)
     rows = RowBounds.of(SHORT_ROWS, world.device)
     positions = torch.arange(SHORT_ROWS[1], device=world.device)
     with evaluating(model):
@@ -329,11 +327,10 @@ def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
     """
     ranks, worst = world.context, 1.0
     assert ranks is not None
-    generator, shape = torch.Generator().manual_seed(0), (1, sum(SHORT_ROWS))
-    ids = torch.randint(model.get_parameter("head.weight").shape[0], shape, generator=generator)
+    ids = _trial_ids(model)
     rows = [Sample(row.numpy(), np.ones(len(row), bool)) for row in ids[0].split(SHORT_ROWS)]
     whole = flatten(rows, 8)
-    numbered = dataclasses.replace(whole, input_ids=torch.arange(shape[1]).unsqueeze(0))
+    numbered = dataclasses.replace(whole, input_ids=torch.arange(ids.shape[1]).unsqueeze(0))
     at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
     group, laid = _group(part, world.device), part.branches
     assert laid is not None and group.targets is not None
@@ -343,7 +340,7 @@ def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
         alone = torch.cat([model(row, targets).float() for row, targets in pairs])
         wanted = alone[at.input_ids[0, laid.positions]]
         found = model(group.input_ids, group.targets._replace(tokens_N=None), rows=group.rows)
-        errors = (found.float() - wanted).norm(dim=1) / (wanted - wanted.roll(1, 0)).norm(dim=1)
+        errors = _errors(found.float(), wanted)
         is_late = laid.positions >= part.input_ids.shape[1] // 2
         worst = max(errors[where].median().item() for where in (is_late, ~is_late))
     shard.settle(model)
@@ -373,9 +370,21 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     shard.settle(model)
     if len(found) < 2:
         return world.sum(1.0) == 0
-    error = (found[1] - found[0]).norm(dim=1) / (found[0] - found[0].roll(1, 0)).norm(dim=1)
-    worst = max(part.median().item() for part in error.split((SHORT_ROWS[1], 5)))
+    parts = _errors(found[1], found[0]).split((SHORT_ROWS[1], 5))
+    worst = max(part.median().item() for part in parts)
     return world.sum(float(worst > MOST_ROW_ERROR)) == 0
+
+
+def _trial_ids(model: nn.Module) -> Tensor:
+    """Random tokens of SHORT_ROWS, one row after the other, the same on every rank."""
+    vocab_size, generator = model.get_parameter("head.weight").shape[0], torch.Generator()
+    return torch.randint(vocab_size, (1, sum(SHORT_ROWS)), generator=generator.manual_seed(0))
+
+
+def _errors(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
+    """How far the logits of each token are off, as a share of their distance to a neighbour's."""
+    apart_NV = wanted_NV - wanted_NV.roll(1, 0)
+    return (found_NV - wanted_NV).norm(dim=1) / apart_NV.norm(dim=1)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
