@@ -110,8 +110,9 @@ def steps(world, num, paths, cases):
         for step in range(2):
             mine: list[list[float]] = []
 
-            def note(point, own=mine, model=model):
-                own[:] = [m.loads.tolist() for m in model.mixtures if point == "post-backward"] or own
+            def note(point, own=mine, mixtures=model.mixtures):
+                if point == "post-backward":
+                    own[:] = [mixture.loads.tolist() for mixture in mixtures]
 
             found = loop.train_step(trained, train.step(step), hook=note)
             if model.mixtures:  # of all ranks; padding, which differs, counts
