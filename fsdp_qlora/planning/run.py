@@ -597,10 +597,8 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
-        words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
-        words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
-        lines.append(("to fit", words))
+        shown = nearest | {"by": _words(nearest["flags"]) or "what was asked for"}
+        lines.append(("to fit", WORDS["nearest"].format_map(shown)))
     notes = []
     for gpu in dict.fromkeys(plan.machine.gpus):
         if plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16:

@@ -37,7 +37,6 @@ STREAMED = ("streamed", DISK)  # placements of layers that are copied as they ar
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
-NUM_READ_AHEAD = 2  # linears being read while one is at work
 # Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
 # and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
 # bound by the host, 70B at 1024 is not).
