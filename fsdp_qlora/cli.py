@@ -400,15 +400,13 @@ class Reader:
             if field_name is None or field_name == "recipe":
                 self._refuse_name(f"{key} in {path}", key)
             elif isinstance(value, bool | int | float | str | list) or (
-                isinstance(value, dict) and self._rule(field_name) == "a JSON object"
+                isinstance(value, dict)
+                and getattr(options(self.cls).get(field_name), "rule", "") == "a JSON object"
             ):
                 given[field_name] = Given(to_text(value), place)
             elif value is not None:  # as YAML leaves a thing out
                 self._refuse(place, "must be text, number or true/false", "rewrite it")
         return self.rename(given)
-
-    def _rule(self, name: str) -> str:
-        return str(getattr(options(self.cls).get(name), "rule", ""))
 
     def _refuse(self, got: str, rule: str, remedy: str) -> None:
         self.faults.append(UserError(got, rule, remedy))
