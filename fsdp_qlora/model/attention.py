@@ -470,12 +470,13 @@ def _ends(query, key, value, scale) -> tuple[torch.Tensor, ...]:
 
     They look at themselves, and at all that is before them.
     """
-    found, num = [], len(query)
+    num, found = len(query), []
     for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
         if part.stop != 0:
-            tensors = _heads(query, key[part], value[part])
-            out, log_sum, *state = _cudnn(*tensors, scale, is_causal)
-            found.append((*_heads(out), log_sum.reshape(-1, num)))
+            q, k, v = _heads(query, key[part], value[part])
+            made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
+            (out,) = _heads(made)
+            found.append((out, log_sum.reshape(-1, num)))
     return *(_join(*found) if len(found) > 1 else found[0]), *state
 
 
