@@ -153,6 +153,12 @@ def join(faults: Faults, code: int | None = None) -> UserError:
     return UserError(first.got, first.rule, first.remedy, code or first.code, rest)
 
 
+def refuse(faults: Faults, code: int | None = None) -> None:
+    """Raise `join(faults)`, if there are any; see there."""
+    if faults:
+        raise join(faults, code)
+
+
 def is_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, on a GPU or on the host."""
     name, text = type(error).__name__, str(error)

@@ -20,7 +20,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, cli, config
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief, join
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief, refuse
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
@@ -412,8 +412,7 @@ def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
     cli.show_help_if_asked(argv, cls, f"usage: fsdp-qlora {name} [--option value ...]")
     own, rest = cli.split(argv, cli.options(cls))
     values, faults = cli.Reader(cls).read(own)
-    if faults:
-        raise join(faults)
+    refuse(faults)
     given, adapter = config.given(rest), Path(values["adapter"]) if values.get("adapter") else None
     if adapter is None and "model_name" not in given:
         raise UserError(name, "needs --adapter or --model_name", "give one of them")

@@ -17,7 +17,7 @@ from typing import Any
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, refuse
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, memory, rows, sizes
 from fsdp_qlora.planning.fit import Outcome, Speed
@@ -372,8 +372,7 @@ def parse(argv: Sequence[str]) -> Asked:
     if options.explain and len(machines) > 1:
         rule = "explains the plan of one machine"
         faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
-    if faults:
-        raise join(faults)
+    refuse(faults)
     return options, cfg, config.given(rest), machines
 
 
