@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
@@ -120,20 +121,26 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_line_of(got: object, remedy: str, code: int = INPUT) -> Iterator[None]:
-    """Make one line for the user of an error of the system.
+def one_line_of(
+    got: object, remedy: str, code: int = INPUT, rule: str = "{}", kinds: Any = OSError
+) -> Iterator[None]:
+    """Make one line for the user of an error of the system, or of a library.
 
     Args:
         got: file or directory at work.
         remedy, code: see UserError.
+        rule: {} stands for what the error says.
+        kinds: of errors; Exception for code that may raise anything.
 
     Raises:
-        UserError: the block has raised an OSError.
+        UserError: the block has raised such an error.
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(str(got), error.strerror or str(error), remedy, code) from error
+    except kinds as error:
+        why = getattr(error, "strerror", None) or str(error)
+        why = brief(error) if kinds is Exception else why
+        raise UserError(str(got), rule.replace("{}", why), remedy, code) from error
 
 
 def join(faults: Faults, code: int | None = None) -> UserError:

@@ -20,7 +20,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, cli, config
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief, refuse
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of, refuse
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
@@ -120,13 +120,11 @@ class Opened:
             if (system := self.cfg.system_prompt) and turns[0]["role"] != "system":
                 turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
-            try:
+            rule = "the chat template cannot render the conversation ({})"
+            with one_line_of("generate", "use --raw", rule=rule, kinds=Exception):
                 kwargs |= chat_values(row or {})
                 kwargs |= {"tokenize": False, "add_generation_prompt": True}
                 text = tokenizer.apply_chat_template(turns, **kwargs)
-            except Exception as error:  # code of others: it may raise anything
-                rule = f"the chat template cannot render the conversation ({brief(error)})"
-                raise UserError("generate", rule, "use --raw") from error
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
         return list(tokenizer(text, add_special_tokens=not is_chat).input_ids)

@@ -133,22 +133,18 @@ def _parse_prompt(place: str, value: Any) -> Any:
         raise errors.UserError(place, "is no prompt in JSON", remedy)
     if not is_chat:
         return value
-    try:
+    with errors.one_line_of(place, "correct it", kinds=Refused):
         return chats.read_messages("messages", value)
-    except Refused as refusal:
-        raise errors.UserError(place, str(refusal), "correct it") from refusal
 
 
 def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
     """A prompt as the rows have it; the template of a chat writes the beginning of text itself."""
     is_chat, text = isinstance(asked, list), asked
     shown = str(asked[-1].get("content", "")) if is_chat else asked
-    try:
+    rule: Any = {"rule": "cannot be asked ({})", "kinds": Refused}
+    with errors.one_line_of(f"{at} {shown}", "leave it out", **rule):
         if ready.formatter is not None:
             text = ready.formatter.ask(asked, ready.example, **row_formats.chat_values(row))
-    except Refused as refusal:
-        rule = f"cannot be asked ({refusal})"
-        raise errors.UserError(f"{at} {shown}", rule, "leave it out") from refusal
     if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
         return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""

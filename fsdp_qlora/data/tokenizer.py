@@ -22,7 +22,7 @@ from jinja2 import meta
 
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.data.sources import LONGEST_ROW
-from fsdp_qlora.errors import UserError, brief
+from fsdp_qlora.errors import UserError, brief, one_line_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
@@ -459,12 +459,10 @@ def load(path: Path, is_light: bool = False) -> Any:
     import transformers
 
     name = is_light and _known_class(path)
-    try:
+    rule, remedy = "its tokenizer cannot be read ({})", "fetch its tokenizer files again"
+    with one_line_of(path, remedy, rule=rule, kinds=Exception):  # the Rust side raises bare ones
         made = getattr(transformers, name or "AutoTokenizer")
         return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust side raises bare Exception
-        rule = f"its tokenizer cannot be read ({brief(error)})"
-        raise UserError(str(path), rule, "fetch its tokenizer files again") from error
 
 
 def _known_class(path: Path) -> str | None:
