@@ -129,7 +129,7 @@ def one_line_of(
     Args:
         got: file or directory at work.
         remedy, code: see UserError.
-        rule: {} stands for what the error says.
+        rule: {} stands for what the error says, {kind} for the name of its type.
         kinds: of errors; Exception for code that may raise anything.
 
     Raises:
@@ -140,7 +140,8 @@ def one_line_of(
     except kinds as error:
         why = getattr(error, "strerror", None) or str(error)
         why = brief(error) if kinds is Exception else why
-        raise UserError(str(got), rule.replace("{}", why), remedy, code) from error
+        rule = rule.replace("{}", why).replace("{kind}", type(error).__name__)
+        raise UserError(str(got), rule, remedy, code) from error
 
 
 def join(faults: Faults, code: int | None = None) -> UserError:
