@@ -514,8 +514,9 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     config, stored = _checked_config(text, model_name), files.stored_as(text | raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors, towers, quantized = Refs(), Refs(), dict[str, QuantizedRef]()
-    has_files = path and (need_weights or any(path.glob("*.safetensors")))
-    if reads_headers := need_weights or not is_known:
+    reads_headers = need_weights or not is_known
+    has_files = path and reads_headers and (need_weights or any(path.glob("*.safetensors")))
+    if reads_headers:
         if path and has_files:
             tensors, towers, quantized = stored_tensors(path, config, wrapper, stored)
         else:

@@ -322,15 +322,13 @@ def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def adopt_format(
-    cfg: TrainConfig, stored: str | None, given: frozenset[str] | None = None
-) -> TrainConfig:
+def adopt_format(cfg: TrainConfig, stored: str | None, given: frozenset[str]) -> TrainConfig:
     """Take the format of the base from its files, where they are in 4 bit.
 
     Args:
         cfg: the run.
         stored: format of the files, or None.
-        given: names of the options that the user wrote; None: those that are not as usual.
+        given: names of the options that the user wrote.
 
     Returns:
         The run with the format of the files.
@@ -347,8 +345,7 @@ def adopt_format(
         own["train_type"] = {"dora": "bnb_dora"}.get(TRAIN_TYPES[cfg.train_type].adapter, "qlora")
     for name, value in own.items():
         got = getattr(cfg, name)
-        is_given = got != getattr(TrainConfig, name) if given is None else name in given
-        if is_given and got != value:
+        if name in given and got != value:
             remedy = "leave it out, or take the 16-bit original"
             raise UserError(f"--{name} {str(got).lower()}", rule, remedy)
     return dataclasses.replace(cfg, **own)
