@@ -171,8 +171,8 @@ def _named(name: str) -> Device:
     same = [row for row in known if _parts(row) == (letters, number)]
     lower = [row for row in known if _parts(row)[0] == letters and _parts(row)[1] < number]
     near = difflib.get_close_matches(plain, same or lower, 1, 0.3 if same else 0.5)
-    words = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(_SERIES)}"
-    raise UserError(f"--gpus {name}", "no such GPU", f"{words}; or its GiB, as in 2x24")
+    words = f"did you mean {known[near[0]]}" if near else f"known: {', '.join(_SERIES)}"
+    raise UserError(f"--gpus {name}", "no such GPU", f"{words}, or its GiB, as in 2x24?")
 
 
 def _of_size(memory_gib: float) -> Device:

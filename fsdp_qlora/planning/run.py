@@ -32,6 +32,7 @@ WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 IMAGINED = "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
+ALIASES |= {"gpu": cli.Alias("gpus")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -615,12 +616,12 @@ def _experts(plan: RunPlan) -> list[tuple[str, str]]:
     sides = [side for index in range(info.num_layers) for side in targets.expert_sides(info, index)]
     if not sides or not sizes.has_adapters(cfg):
         return []
-    rank = targets.expert_rank(info, cfg)
+    rank, usual = targets.expert_rank(info, cfg), targets.usual_expert_rank(info, cfg)
     num_params = sum(sum(linear.shape) * num for linear, num in sides)
-    num_params *= rank or targets.usual_expert_rank(info, cfg)
+    num_params *= rank or usual
     own, copy = (sizes.DTYPE_BYTES[dtype] for dtype in (cfg.master_dtype, cfg.compute_dtype))
     gib = num_params * (2 * own + memory.moment_bytes(cfg) + copy) / GIB
-    trains = f"LoRA r {rank}" if rank else "frozen; --expert_lora_rank trains them"
+    trains = f"LoRA r {rank}" if rank else f"frozen; --expert_lora_rank {usual} trains them"
     return [("experts", WORDS["experts"].format(trains, num_params, gib))]
 
 
@@ -651,7 +652,7 @@ def _time(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[tuple[s
     alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
     is_measured = plan.machine.gpus and all(gpu.is_measured for gpu in plan.machine.gpus)
     words = f"{_pace(found.speed)}; bottleneck: {found.speed.bound} "
-    words += f"(alone: {alone}; by {'measured' if is_measured else 'tabled'} speeds)"
+    words += f"(alone: {alone}; {'by measured speeds' if is_measured else 'speeds from a table'})"
     if found.speed.parts_s[fit.READS]:
         gbs = (*plan.machine.gpus, plan.machine.cpu)[0].disk_gbs
         words += f"; disk {gbs:g} GB/s" + ", assumed: doctor measures it" * (gbs == Device.disk_gbs)
