@@ -312,15 +312,16 @@ def _generator(model: Any, world: Any) -> Any:
 
         def forward(self, input_ids, attention_mask=None, position_ids=None, **rest):
             hooks.beat("generate", world.rank)
-            padding, cache = {}, rest["past_key_values"]
+            padding, word = {}, "cache" if "cache" in rest else "past_key_values"  # to 5.23
+            cache = {word: rest[word]}
             if attention_mask is not None:  # rows of unlike lengths
                 padding = {"attention_mask": attention_mask, "position_ids": position_ids}
                 padding = {name: padding[name] for name in padding if name in accepted}
                 if decoder.config._attn_implementation == PLAIN:
                     decoder.config._attn_implementation = MASKED
-            logits_B1V = model(input_ids, past_key_values=cache, **padding).float().cpu()
+            logits_B1V = model(input_ids, cache=cache, **padding).float().cpu()
             logits_B1V = world.from_first(logits_B1V)
-            return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=cache)
+            return CausalLMOutputWithPast(logits=logits_B1V, **cache)
 
         __call__ = forward
 
